@@ -1,0 +1,73 @@
+# Two commands for a newcomer: `make serve` and `make test`. Everything is installed into .venv, nothing twice.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PORT ?= 8080
+MODEL ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+# The pinned CPU build unless the host has an NVIDIA driver; TORCH_SPEC= chooses another one.
+ifeq ($(wildcard /dev/nvidiactl),)
+TORCH_SPEC ?= torch==2.13.0
+else
+TORCH_SPEC ?= torch
+endif
+
+.PHONY: help install serve test test-slow check format demo-model demo-model-small lock clean
+
+help:
+	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
+	@echo 'make test              every fast test                     (PYTEST_ARGS=)'
+	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
+	@echo 'make check             format, lint, types, import direction'
+	@echo 'make format            put the format right'
+	@echo 'make install           only the environment                (TORCH_SPEC= another torch, PYTHON= another python)'
+	@echo 'make demo-model        only the demo model; prints its folder'
+	@echo 'make demo-model-small  only the small one'
+	@echo 'make lock              write constraints.txt anew'
+
+# torch first and by itself: asked for by another package it would be a CUDA build of several GB.
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing $(TORCH_SPEC) and what pytgi needs into $(VENV)' >&2
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH_SPEC)" >&2
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+	@echo 'Compiling the CPU kernels' >&2
+	@$(PY) -m engine.compile >&2
+	@touch $@
+
+install: $(VENV)/installed
+
+serve: install
+	@model="$(MODEL)"; test -n "$$model" || model=$$($(PY) scripts/demo_model.py | tail -n 1) && test -n "$$model" && \
+	exec $(VENV)/bin/text-generation-launcher --model-id "$$model" --port $(PORT) $(ARGS)
+
+demo-model: install
+	@$(PY) scripts/demo_model.py
+
+demo-model-small: install
+	@$(PY) scripts/demo_model.py --small
+
+test: install
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: install
+	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
+
+check: install
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest -q tests/unit/test_imports.py
+
+format: install
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+lock: install
+	@$(PY) -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' | grep -v '^-e ' > constraints.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info
