@@ -1,0 +1,50 @@
+"""The vocabulary table: rows looked up at the bottom of the model, and multiplied with at the top."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from quant.base import LinearMethod, RunningWeight
+
+
+class VocabTable(nn.Module):
+    """A `[vocab_size, hidden_size]` matrix used as embedding, as output head, or (tied) as both."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, method: LinearMethod) -> None:
+        super().__init__()
+        self._shape = (vocab_size, hidden_size)
+        self._method = method
+        self._weight: torch.Tensor | None = None
+        self._head: RunningWeight | None = None
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        """Whether loading makes a copy (rather than using the file's memory)."""
+        return self._method.storage_dtype(name, checkpoint_dtype) != checkpoint_dtype
+
+    def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        """Take in a checkpoint tensor. Raises KeyError for an unknown name, ValueError for a wrong shape."""
+        if name != "weight":
+            raise KeyError(name)
+        if tuple(tensor.shape) != self._shape:
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(self._shape)}")
+        self._weight = tensor.to(self._method.storage_dtype(name, tensor.dtype))
+
+    def missing(self) -> list[str]:
+        """Names of tensors not loaded yet."""
+        return ["weight"] if self._weight is None else []
+
+    def finish(self, device: torch.device) -> None:
+        assert self._weight is not None
+        self._weight = self._weight.to(device)
+        self._head = self._method.finish({"weight": self._weight})
+
+    def embed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """token_ids [tokens] int64 -> [tokens, hidden_size]."""
+        assert self._weight is not None
+        return self._weight[token_ids].to(dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> [rows, vocab_size]."""
+        assert self._head is not None
+        return self._head(hidden)

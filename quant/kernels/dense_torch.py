@@ -1,0 +1,18 @@
+"""The dense layout in plain torch: the twin that the CPU kernel is tested against, and what other devices run."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+class DenseTorch:
+    """`x @ weight.T + bias` in the dtype of x."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self._bias is None else self._bias.to(x.dtype)
+        return functional.linear(x, self._weight.to(x.dtype), bias)

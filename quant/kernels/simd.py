@@ -1,0 +1,256 @@
+"""Eight float32 lanes as a Numba type, so that a CPU kernel states its registers and its order of additions.
+
+LLVM's own vectoriser may split a sum differently for every shape of loop; with explicit lanes every kernel adds in the
+order that is written, so a row's result is bitwise the same whatever else is in the batch (design section 3). LLVM
+lowers the eight lanes to what the machine has (one AVX register, two NEON ones).
+
+All functions work inside `numba.njit` only. Memory is addressed as a flat C-contiguous array and an element offset;
+nothing is bounds-checked. Stored types: float32, uint16 holding bfloat16 bits, int16 holding float16 bits (Numba has no
+16-bit floats on a CPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 8
+
+F32 = ir.FloatType()
+I32 = ir.IntType(32)
+F32_LANES = ir.VectorType(F32, LANES)
+I32_LANES = ir.VectorType(I32, LANES)
+I16_LANES = ir.VectorType(ir.IntType(16), LANES)
+F16_LANES = ir.VectorType(ir.HalfType(), LANES)
+
+
+class LanesType(types.Type):  # type: ignore[misc]
+    """Numba's name for eight float32 lanes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x8")
+
+
+lanes = LanesType()
+
+
+@register_model(LanesType)
+class LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: Any) -> None:
+        super().__init__(manager, fe_type, F32_LANES)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(F32_LANES, [value] * LANES)
+
+
+def _integers(value: int) -> ir.Constant:
+    return ir.Constant(I32_LANES, [value] * LANES)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
+    data = context.make_array(array_type)(context, builder, value=array).data
+    return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
+
+
+def _call(builder: Any, name: str, *operands: Any) -> Any:
+    signature = ir.FunctionType(F32_LANES, [F32_LANES] * len(operands))
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v{LANES}f32"), operands)
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return _call(builder, "fma", x, y, z)
+
+
+@intrinsic
+def zeros(typing_context: Any) -> Any:
+    return lanes(), lambda context, builder, sig, args: _constant(0.0)
+
+
+@intrinsic
+def splat(typing_context: Any, value: Any) -> Any:
+    """The float32 `value` in every lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        single = builder.insert_element(ir.Constant(F32_LANES, ir.Undefined), args[0], ir.Constant(I32, 0))
+        return builder.shuffle_vector(single, ir.Constant(F32_LANES, ir.Undefined), _integers(0))
+
+    return lanes(types.float32), codegen
+
+
+@intrinsic
+def load(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Elements `offset .. offset + 8` of a flat array, widened exactly to float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        stored = {types.float32: F32_LANES, types.int16: F16_LANES, types.uint16: I16_LANES}[dtype]
+        value = builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], stored))
+        value.align = dtype.bitwidth // 8
+        if dtype == types.int16:
+            return builder.fpext(value, F32_LANES)
+        if dtype == types.uint16:  # bfloat16 is the upper half of a float32
+            return builder.bitcast(builder.shl(builder.zext(value, I32_LANES), _integers(16)), F32_LANES)
+        return value
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line of an element; harmless past the end."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
+
+
+@intrinsic
+def store(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write eight lanes to a flat float32 array."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        written = builder.store(args[2], _pointer(context, builder, sig.args[0], args[0], args[1], F32_LANES))
+        written.align = 4
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, lanes), codegen
+
+
+@intrinsic
+def store_one(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write one float32 to a flat float32 or bfloat16 (as uint16) array, rounding to nearest even."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        stored = args[2]
+        if sig.args[0].dtype == types.uint16:
+            bits = builder.bitcast(stored, I32)
+            is_odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(bits, builder.add(is_odd, ir.Constant(I32, 0x7FFF)))
+            is_number = builder.fcmp_ordered("ord", stored, stored)
+            kept = builder.select(is_number, builder.lshr(rounded, ir.Constant(I32, 16)), ir.Constant(I32, 0x7FC0))
+            stored = builder.trunc(kept, ir.IntType(16))
+        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        builder.store(stored, builder.gep(data, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.float32), codegen
+
+
+@intrinsic
+def fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
+    """`x * y + z`, rounded once."""
+    return lanes(lanes, lanes, lanes), lambda context, builder, sig, args: _fma(builder, *args)
+
+
+@intrinsic
+def multiply(typing_context: Any, x: Any, y: Any) -> Any:
+    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fmul(*args)
+
+
+@intrinsic
+def divide(typing_context: Any, x: Any, y: Any) -> Any:
+    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fdiv(*args)
+
+
+@intrinsic
+def subtract(typing_context: Any, x: Any, y: Any) -> Any:
+    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fsub(*args)
+
+
+@intrinsic
+def add(typing_context: Any, x: Any, y: Any) -> Any:
+    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fadd(*args)
+
+
+@intrinsic
+def max_of(typing_context: Any, x: Any, y: Any) -> Any:
+    """The larger of each pair of lanes; a NaN loses."""
+    return lanes(lanes, lanes), lambda context, builder, sig, args: _call(builder, "maxnum", *args)
+
+
+@intrinsic
+def first_lanes(typing_context: Any, count: Any, value: Any, other: float) -> Any:
+    """Lanes with an index below `count` from `value`, the rest from the float32 `other`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        count32 = builder.trunc(args[0], I32)
+        single = builder.insert_element(ir.Constant(I32_LANES, ir.Undefined), count32, ir.Constant(I32, 0))
+        counts = builder.shuffle_vector(single, ir.Constant(I32_LANES, ir.Undefined), _integers(0))
+        is_first = builder.icmp_signed("<", ir.Constant(I32_LANES, list(range(LANES))), counts)
+        other_single = builder.insert_element(ir.Constant(F32_LANES, ir.Undefined), args[2], ir.Constant(I32, 0))
+        others = builder.shuffle_vector(other_single, ir.Constant(F32_LANES, ir.Undefined), _integers(0))
+        return builder.select(is_first, args[1], others)
+
+    return lanes(types.intp, lanes, types.float32), codegen
+
+
+# exp(x) = 2^n * e^r with |r| <= ln(2)/2; the polynomial is the Taylor series to r^7, whose rest is under 6e-9.
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
+_EXP_LOWEST, _EXP_HIGHEST = -87.0, 88.0
+
+
+@intrinsic
+def exp(typing_context: Any, x: Any) -> Any:
+    """e^x to about one unit in the last place; exactly 0 below -87, saturating above 88; NaN stays NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (given,) = args
+        bounded = _call(
+            builder, "minnum", _call(builder, "maxnum", given, _constant(_EXP_LOWEST)), _constant(_EXP_HIGHEST)
+        )
+        exponent = _call(builder, "rint", builder.fmul(bounded, _constant(_LOG2_E)))
+        rest = _fma(builder, exponent, _constant(-_LN2_HIGH), bounded)
+        rest = _fma(builder, exponent, _constant(-_LN2_LOW), rest)
+        total = _constant(_EXP_TERMS[0])
+        for term in _EXP_TERMS[1:]:
+            total = _fma(builder, total, rest, _constant(term))
+        bits = builder.shl(builder.add(builder.fptosi(exponent, I32_LANES), _integers(127)), _integers(23))
+        scaled = builder.fmul(total, builder.bitcast(bits, F32_LANES))
+        is_tiny = builder.fcmp_ordered("<", given, _constant(_EXP_LOWEST))
+        is_number = builder.fcmp_ordered("ord", given, given)
+        return builder.select(is_number, builder.select(is_tiny, _constant(0.0), scaled), given)
+
+    return lanes(lanes), codegen
+
+
+def _fold(builder: Any, value: Any, combine: Any) -> Any:
+    """Halve the vector until one lane is left: a fixed tree, so the rounding never changes."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        index = ir.VectorType(I32, width)
+        low = builder.shuffle_vector(value, undefined, ir.Constant(index, list(range(width))))
+        high = builder.shuffle_vector(value, undefined, ir.Constant(index, list(range(width, 2 * width))))
+        value = combine(low, high)
+    return builder.extract_element(value, ir.Constant(I32, 0))
+
+
+@intrinsic
+def sum_lanes(typing_context: Any, value: Any) -> Any:
+    return types.float32(lanes), lambda context, builder, sig, args: _fold(builder, args[0], builder.fadd)
+
+
+@intrinsic
+def max_lanes(typing_context: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def larger(low: Any, high: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", low, high), low, high)
+
+        return _fold(builder, args[0], larger)
+
+    return types.float32(lanes), codegen

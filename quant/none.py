@@ -1,0 +1,36 @@
+"""Plain checkpoints: `weight` [out_features, in_features] and perhaps `bias` [out_features], dense layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from quant.base import ParamSpec, RunningWeight
+from quant.kernels import running_weight
+
+
+class DenseMethod:
+    """Keeps a 16- or 32-bit weight as it is stored wherever the kernel widens it exactly.
+
+    `dtype` is what the model should run in. With float32 asked for, a bfloat16 weight stays bfloat16 on devices whose
+    kernels multiply in float32 anyway (`is_widening`): the same numbers in half the memory, straight from the file.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, is_widening: bool) -> None:
+        self._dtype = dtype
+        self._is_widening = is_widening
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        specs = {"weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1)}
+        if has_bias:
+            specs["bias"] = ParamSpec((out_features,), output_dim=0, input_dim=None)
+        return specs
+
+    def storage_dtype(self, name: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        if self._is_widening and (self._dtype == torch.float32 or name == "bias"):
+            return torch.float32 if name == "bias" else checkpoint_dtype
+        return self._dtype
+
+    def finish(self, params: Mapping[str, torch.Tensor]) -> RunningWeight:
+        return running_weight("dense", params["weight"], params.get("bias"))
