@@ -1,0 +1,7 @@
+"""Attention over the paged KV cache: one backend per file, one table (below)."""
+
+ATTENTION_BACKENDS: dict[str, str] = {
+    "cpu": "engine.attention.cpu:CpuAttention",
+    "torch": "engine.attention.reference:TorchAttention",
+}
+"""Name -> lazy "module:Class" of an `engine.attention.base.AttentionBackend`."""

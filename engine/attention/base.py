@@ -1,0 +1,58 @@
+"""What an attention backend must offer, and the one description of a step that it gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The sizes of one rank's attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """One step's tokens: `num_seqs` sequences, each with some query tokens at the end of its known tokens."""
+
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1] int32: sequence i's query tokens are rows `query_start_loc[i] : query_start_loc[i + 1]`."""
+    seq_lens: torch.Tensor
+    """[num_seqs] int32: tokens known after this step, the query tokens included."""
+    block_table: torch.Tensor
+    """[num_seqs, max_blocks] int32: the sequence's blocks, padded with 0."""
+    slot_mapping: torch.Tensor
+    """[num_tokens] int64: where each query token's KV goes, `block_id * block_size + offset`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, in a layout that only its backend knows."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class AttentionBackend(Protocol):
+    """Writes the step's keys and values into the cache and attends causally over it."""
+
+    @staticmethod
+    def why_not(shape: AttentionShape) -> list[str]:
+        """Reasons why this backend can't serve such a model; empty if it can."""
+
+    def __init__(self, shape: AttentionShape, block_size: int) -> None: ...
+
+    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Zeroed memory for one layer. Zeroed also so that it is resident from the start."""
+
+    def prepare(self, metadata: AttentionMetadata) -> Any:
+        """Whatever can be worked out once per step; handed to `forward` of every layer."""
+
+    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any) -> torch.Tensor:
+        """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""

@@ -1,0 +1,60 @@
+"""Attention in plain torch: the twin the kernels are tested against, and what devices without a kernel run."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+
+
+class TorchAttention:
+    """Gathers each sequence's keys and values and calls scaled_dot_product_attention."""
+
+    @staticmethod
+    def why_not(shape: AttentionShape) -> list[str]:
+        return []
+
+    def __init__(self, shape: AttentionShape, block_size: int) -> None:
+        self._shape = shape
+        self._block_size = block_size
+
+    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        size = (num_blocks * self._block_size, self._shape.num_kv_heads, self._shape.head_dim)
+        return LayerCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        return metadata
+
+    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: AttentionMetadata) -> torch.Tensor:
+        shape = self._shape
+        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+        query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        cache.keys[prepared.slot_mapping] = key.to(cache.keys.dtype)
+        cache.values[prepared.slot_mapping] = value.to(cache.values.dtype)
+        starts = prepared.query_start_loc.tolist()
+        lengths = prepared.seq_lens.tolist()
+        out = torch.empty_like(query)
+        for index, seq_len in enumerate(lengths):
+            rows = slice(starts[index], starts[index + 1])
+            slots = self._slots(prepared.block_table[index], seq_len)
+            out[rows] = self._attend(query[rows], cache.keys[slots], cache.values[slots])
+        return out.view(qkv.shape[0], -1)
+
+    def _slots(self, block_row: torch.Tensor, seq_len: int) -> torch.Tensor:
+        positions = torch.arange(seq_len, device=block_row.device)
+        return block_row.long()[positions // self._block_size] * self._block_size + positions % self._block_size
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [n, num_heads, head_dim] are the last n of the key's and value's [seq_len, num_kv_heads, head_dim]."""
+        num_queries, seq_len = query.shape[0], key.shape[0]
+        positions = torch.arange(seq_len, device=query.device)
+        is_visible = positions <= positions[seq_len - num_queries :, None]  # [n, seq_len]
+        attended = functional.scaled_dot_product_attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1).to(query.dtype),
+            value.transpose(0, 1).to(query.dtype),
+            attn_mask=is_visible,
+            enable_gqa=True,
+        )
+        return attended.transpose(0, 1)

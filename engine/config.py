@@ -1,0 +1,122 @@
+"""The engine's configuration, read once and frozen. Standard library only: the launcher imports it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from engine.errors import StartError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What one engine rank needs to know; made by the launcher, handed over as JSON."""
+
+    model_path: str
+    """Local folder with config.json and safetensors files."""
+    dtype: str = "auto"
+    """`auto`, `float32`, `bfloat16` or `float16`."""
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    max_batch_prefill_tokens: int | None = None
+    max_batch_total_tokens: int | None = None
+    """KV capacity in tokens; None: from the free memory."""
+    max_concurrent_requests: int = 128
+    is_prefix_caching: bool = True
+    num_threads: int = 1
+    socket_fd: int | None = None
+    """Inherited end of the socket pair to the HTTP process."""
+    log_level: str = "info"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        return cls(**json.loads(text))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLimits:
+    """`EngineConfig`'s limits with every value settled."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    max_batch_total_tokens: int
+
+
+PEER_GONE_EXIT_CODE = 3
+"""Exit code of a process that ended because the other end of its socket closed: it is not the cause."""
+DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
+
+
+def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tokens: int) -> EngineLimits:
+    """Settle the limits (reference `tgi-cli.md` 3.1-3.3).
+
+    `kv_tokens` is the KV capacity that was settled on. Raises StartError with TGI's sentences where they contradict.
+    """
+    total = config.max_total_tokens
+    if total is None:
+        total = min(kv_tokens, max_position_embeddings)
+    if total > kv_tokens:
+        raise StartError(
+            f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {kv_tokens}: "
+            f"lower --max-total-tokens to {kv_tokens} or raise --max-batch-total-tokens"
+        )
+    if total > max_position_embeddings:
+        raise StartError(
+            f"`max_total_tokens` ({total}) is more than the model's max_position_embeddings "
+            f"({max_position_embeddings}): lower --max-total-tokens to {max_position_embeddings}"
+        )
+    input_tokens = config.max_input_tokens
+    if input_tokens is None:
+        input_tokens = total - 1
+    if not 0 < input_tokens < total:
+        raise StartError(
+            f"`max_input_tokens`({input_tokens}) must be < `max_total_tokens`({total}): "
+            f"lower --max-input-tokens or raise --max-total-tokens"
+        )
+    prefill = config.max_batch_prefill_tokens or min(
+        DEFAULT_MAX_BATCH_PREFILL_TOKENS, max_position_embeddings, kv_tokens
+    )
+    if prefill > kv_tokens:
+        raise StartError(
+            f"`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: {prefill} and {kv_tokens}: "
+            f"lower --max-batch-prefill-tokens to {kv_tokens}"
+        )
+    return EngineLimits(
+        max_input_tokens=input_tokens,
+        max_total_tokens=total,
+        max_batch_prefill_tokens=prefill,
+        max_batch_total_tokens=kv_tokens,
+    )
+
+
+def user_cache_dir(environ: dict[str, str]) -> Path:
+    """`pytgi` under the user's cache folder, or a temporary folder where that cannot be written."""
+    base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=base):
+            return base
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"pytgi-{os.getuid()}"
+
+
+def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
+    """Variables an engine process must be started with: libraries read them when they are first imported.
+
+    What the user has set wins. Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and dies
+    of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks.
+    """
+    defaults = {
+        "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba"),
+        "NUMBA_THREADING_LAYER": "omp",
+        "NUMBA_NUM_THREADS": str(num_threads),
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+    return {name: value for name, value in defaults.items() if not environ.get(name)}

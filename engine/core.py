@@ -1,0 +1,71 @@
+"""EngineCore: the step, and the loop around it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from engine.ipc import EngineEndpoint
+from engine.sampler import sample
+from engine.scheduler import ScheduledBatch, Scheduler
+from engine.step_limit import StepLimit
+from engine.types import AbortRequest, Down, StepOutput, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+class Runner(Protocol):
+    """What the core needs of `engine.runner.ModelRunner`."""
+
+    def execute(self, batch: ScheduledBatch) -> torch.Tensor: ...
+
+
+class EngineCore:
+    """Schedule, run, sample, update; and the requests that come and go between steps."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, limit: StepLimit) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._limit = limit
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step; the events are new tokens and ends of requests."""
+        started = time.monotonic()
+        batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
+        logits = self._runner.execute(batch)
+        sequences = batch.sampled
+        sampled = sample(logits, [s.request.sampling for s in sequences], [s.num_output_tokens for s in sequences])
+        events = self.scheduler.update(batch, sampled)
+        self._limit.observe(batch.num_tokens, time.monotonic() - started)
+        return events
+
+    def take(self, message: Down) -> None:
+        """A request or an abort, between steps."""
+        if isinstance(message, AbortRequest):
+            self.scheduler.abort(message.request_id)
+        else:
+            self.scheduler.add(message)
+
+    def serve(self, endpoint: EngineEndpoint, should_stop: Callable[[], bool]) -> None:
+        """Serve until told to stop. Raises EOFError when the HTTP process is gone.
+
+        A step that raises ends every open request with the error, and then this process: its state is not known.
+        """
+        while not should_stop():
+            for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
+                self.take(message)
+            events: list[TokenEvent] = []
+            if self.scheduler.has_work:
+                try:
+                    events = self.step()
+                except Exception as error:
+                    events = self.scheduler.fail_all(str(error) or type(error).__name__)
+                    endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))
+                    raise
+            endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))

@@ -1,0 +1,23 @@
+"""What can go wrong in the engine, for the engine and for those who talk to it.
+
+EngineError
+ ├─ StartError        the engine cannot start: one sentence that names the mend; exit code 1, no traceback
+ ├─ GenerationError   one request failed, the others go on
+ └─ EngineDeadError   the engine process is gone; every open request fails
+"""
+
+
+class EngineError(Exception):
+    """Base of the tree above; `str()` of each is fit to show to a user."""
+
+
+class StartError(EngineError):
+    """A flag, file or shape stops the start."""
+
+
+class GenerationError(EngineError):
+    """One request could not be finished."""
+
+
+class EngineDeadError(EngineError):
+    """The engine closed its socket."""

@@ -1,0 +1,7 @@
+"""The small operations between matrix products, one implementation per device behind one protocol (`base.Ops`)."""
+
+OPS: dict[str, str] = {
+    "cpu": "engine.layers.cpu:CpuOps",
+    "torch": "engine.layers.reference:TorchOps",
+}
+"""Name -> lazy "module:Class" of an `engine.layers.base.Ops`."""

@@ -1,0 +1,141 @@
+"""The operations as Numba kernels. A few rows run on the calling thread: starting a parallel region costs 5 us."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from engine.layers.base import RotaryTable
+from quant.kernels.dense_cpu import flat_view
+from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
+
+PARALLEL_ELEMENTS = 1 << 15
+"""Work below this many elements is not worth a parallel region."""
+
+_FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
+
+
+@njit(inline="always")
+def _norm_row(x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    total = zeros()
+    for i in range(start, start + size, LANES):
+        value = load(x, i)
+        total = fma(value, value, total)
+    mean = sum_lanes(total) / np.float32(size)
+    scale = splat(np.float32(1.0) / np.float32(math.sqrt(mean + eps)))
+    for i in range(0, size, LANES):
+        store(out, start + i, multiply(multiply(load(x, start + i), scale), load(weight, i)))
+
+
+@njit(inline="always")
+def _add_norm_row(residual, x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    for i in range(start, start + size, LANES):
+        store(residual, i, add(load(residual, i), load(x, i)))
+    _norm_row(residual, start, size, weight, eps, out)
+
+
+@njit(inline="always")
+def _silu_row(gate_up, row, size, out):  # type: ignore[no-untyped-def]
+    gate, up, target = row * 2 * size, row * 2 * size + size, row * size
+    one, nothing = splat(np.float32(1.0)), zeros()
+    for i in range(0, size, LANES):
+        value = load(gate_up, gate + i)
+        value = divide(value, add(one, exp(subtract(nothing, value))))
+        store(out, target + i, multiply(value, load(gate_up, up + i)))
+
+
+@njit(inline="always")
+def _rotate_row(qkv, start, num_heads, half, cos, sin, angle):  # type: ignore[no-untyped-def]
+    for head in range(num_heads):
+        first = start + head * 2 * half
+        for i in range(half):
+            c, s = cos[angle + i], sin[angle + i]
+            a, b = qkv[first + i], qkv[first + half + i]
+            qkv[first + i] = a * c - b * s
+            qkv[first + half + i] = b * c + a * s
+
+
+@njit(**_FAST)
+def _norm_serial(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    for row in range(num_rows):
+        _norm_row(x, row * size, size, weight, eps, out)
+
+
+@njit(parallel=True, **_FAST)
+def _norm_parallel(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
+        _norm_row(x, row * size, size, weight, eps, out)
+
+
+@njit(**_FAST)
+def _add_norm_serial(residual, x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    for row in range(num_rows):
+        _add_norm_row(residual, x, row * size, size, weight, eps, out)
+
+
+@njit(parallel=True, **_FAST)
+def _add_norm_parallel(residual, x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
+        _add_norm_row(residual, x, row * size, size, weight, eps, out)
+
+
+@njit(**_FAST)
+def _silu_serial(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
+    for row in range(num_rows):
+        _silu_row(gate_up, row, size, out)
+
+
+@njit(parallel=True, **_FAST)
+def _silu_parallel(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
+        _silu_row(gate_up, row, size, out)
+
+
+@njit(**_FAST)
+def _rotate_serial(qkv, num_rows, width, num_heads, half, cos, sin, positions):  # type: ignore[no-untyped-def]
+    for row in range(num_rows):
+        _rotate_row(qkv, row * width, num_heads, half, cos, sin, positions[row] * half)
+
+
+@njit(parallel=True, **_FAST)
+def _rotate_parallel(qkv, num_rows, width, num_heads, half, cos, sin, positions):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
+        _rotate_row(qkv, row * width, num_heads, half, cos, sin, positions[row] * half)
+
+
+def _pick(serial: Any, parallel: Any, num_elements: int) -> Any:
+    return serial if num_elements < PARALLEL_ELEMENTS else parallel
+
+
+class CpuOps:
+    """`base.Ops` on float32 tensors whose row sizes are multiples of 8."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        kernel = _pick(_norm_serial, _norm_parallel, x.numel())
+        kernel(flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_view(out))
+        return out
+
+    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        kernel = _pick(_add_norm_serial, _add_norm_parallel, x.numel())
+        sizes = x.shape[0], x.shape[1]
+        kernel(flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_view(out))
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(num_rows, size)
+        kernel = _pick(_silu_serial, _silu_parallel, gate_up.numel())
+        kernel(flat_view(gate_up), num_rows, size, flat_view(out))
+        return out
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, table: RotaryTable, num_heads: int) -> None:
+        num_rows, width = qkv.shape
+        kernel = _pick(_rotate_serial, _rotate_parallel, qkv.numel())
+        angles = flat_view(table.cos), flat_view(table.sin)
+        kernel(flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, positions.numpy())

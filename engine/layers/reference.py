@@ -1,0 +1,34 @@
+"""The operations in plain torch: the twins the CPU kernels are tested against, and what other devices run."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from engine.layers.base import RotaryTable
+
+
+class TorchOps:
+    """`base.Ops` in torch; norms and rotations in float32 whatever the dtype of x."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, table: RotaryTable, num_heads: int) -> None:
+        half = table.cos.shape[1]
+        heads = qkv[:, : num_heads * 2 * half].view(qkv.shape[0], num_heads, 2, half)
+        cos = table.cos[positions].unsqueeze(1)  # [rows, 1, half]
+        sin = table.sin[positions].unsqueeze(1)
+        first, second = heads.to(torch.float32).unbind(2)
+        rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=2)
+        heads.copy_(rotated)

@@ -1,0 +1,114 @@
+"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import StartError
+from engine.model_files import safetensors_files
+from engine.models.base import CausalLM, Loadable
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 1.0
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
+    """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit."""
+    layers = model.checkpoint_layers()
+    files = safetensors_files(folder)
+    progress = _Progress(sum(path.stat().st_size for path in files))
+    for path in files:
+        try:
+            _load_file(path, layers, model.is_ignored, progress.add)
+        except SafetensorError as error:
+            raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+    for prefix, (layer, _) in layers.items():
+        if missing := layer.missing():
+            raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
+    for layer in {id(layer): layer for layer, _ in layers.values()}.values():
+        layer.finish(device)
+
+
+def _load_file(
+    path: Path,
+    layers: dict[str, tuple[Loadable, int]],
+    is_ignored: Callable[[str], bool],
+    report: Callable[[int], None],
+) -> None:
+    # Two mappings of the file: tensors used in place keep one of them alive; the pages touched by copying belong to
+    # the other, one layer at a time, so that they do not count as this process's memory afterwards.
+    with safe_open(path, framework="pt") as kept, _Reopened(path) as copied:
+        for name in kept.keys():  # safe_open is not a mapping
+            prefix, _, leaf = name.rpartition(".")
+            if is_ignored(name):
+                continue
+            if prefix not in layers:
+                raise StartError(f"{path.name} has a tensor {name} that the model does not know")
+            layer, part = layers[prefix]
+            piece = kept.get_slice(name)
+            dtype = TORCH_DTYPES.get(piece.get_dtype())
+            if dtype is None:
+                raise StartError(f"tensor {name} is stored as {piece.get_dtype()}: only F32, F16 and BF16 are loaded")
+            tensor = copied.get_tensor(name) if layer.is_copied(leaf, dtype) else kept.get_tensor(name)
+            try:
+                layer.load(leaf, part, tensor)
+            except KeyError:
+                raise StartError(f"{path.name} has a tensor {name} that the model does not know") from None
+            except ValueError as error:
+                raise StartError(
+                    f"tensor {name} {error}: config.json and the weights do not belong together"
+                ) from error
+            report(tensor.nbytes)
+
+
+class _Reopened:
+    """A mapping of the file that is given up and made anew after every `LIMIT_BYTES` read through it."""
+
+    LIMIT_BYTES = 64 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_bytes = 0
+
+    def __enter__(self) -> _Reopened:
+        handle: Any = safe_open(self._path, framework="pt")
+        self._file = handle.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.__exit__(None, None, None)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        if self._num_bytes > self.LIMIT_BYTES:
+            self.__exit__()
+            self.__enter__()
+            self._num_bytes = 0
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        self._num_bytes += tensor.nbytes
+        return tensor
+
+
+class _Progress:
+    """Logs how much is loaded, at most once a second."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = max(total_bytes, 1)
+        self._done = 0
+        self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if time.monotonic() >= self._next_time:
+            self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
+            share = 100 * self._done / self._total
+            logger.info("Loading weights: %.0f %% of %.2f GB", share, self._total / 1e9)

@@ -1,0 +1,6 @@
+"""Model families: one file each, one table (below)."""
+
+MODELS: dict[str, str] = {
+    "qwen2": "engine.models.qwen2:Qwen2ForCausalLM",
+}
+"""`model_type` of config.json -> lazy "module:Class" of an `engine.models.base.CausalLM`."""

@@ -1,0 +1,61 @@
+"""What the runner and the loader need from a model family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
+from engine.layers.base import Ops
+from parallel.state import ParallelState
+from quant.base import LinearMethod
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelContext:
+    """What a model is built with: one argument, so that a new family needs no new plumbing."""
+
+    parallel: ParallelState
+    linear_method: LinearMethod
+    ops: Ops
+    activation_dtype: torch.dtype
+    device: torch.device
+
+
+class Loadable(Protocol):
+    """A layer that takes in checkpoint tensors."""
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool: ...
+    def load(self, name: str, part: int, tensor: torch.Tensor) -> None: ...
+    def missing(self) -> list[str]: ...
+    def finish(self, device: torch.device) -> None: ...
+
+
+class CausalLM(Protocol):
+    """A decoder that predicts the next token."""
+
+    vocab_size: int
+    num_layers: int
+    max_position_embeddings: int
+    attention_shape: AttentionShape
+
+    def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        """Build the layers from config.json, without weights. Raises StartError for what isn't supported."""
+
+    def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
+        """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes it, and which part of it."""
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor is known and not needed."""
+
+    def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
+        """Set what `forward` attends with; one cache per layer."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any) -> torch.Tensor:
+        """input_ids, positions [num_tokens] int64 -> hidden states [num_tokens, hidden_size]."""
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden_size] -> [rows, vocab_size] float32."""

@@ -1,0 +1,173 @@
+"""Qwen2 (Qwen1.5, Qwen2, Qwen2.5, Coder, Math, QwQ, R1-Distill-Qwen): pre-norm decoder, grouped-query attention with
+biases on q, k and v, SwiGLU, rotary embedding (Qwen2 technical report, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
+from engine.errors import StartError
+from engine.layers.base import RotaryTable
+from engine.models.base import Loadable, ModelContext
+from parallel.embedding import VocabTable
+from parallel.linear import ShardedLinear
+
+
+class RMSNorm(nn.Module):
+    """A norm's weight; the arithmetic is in `engine.layers`."""
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.empty(hidden_size, dtype=dtype)
+        self._is_missing = True
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        if name != "weight":
+            raise KeyError(name)
+        if tensor.shape != self.weight.shape:
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(self.weight.shape)}")
+        self.weight.copy_(tensor)
+        self._is_missing = False
+
+    def missing(self) -> list[str]:
+        return ["weight"] if self._is_missing else []
+
+    def finish(self, device: torch.device) -> None:
+        self.weight = self.weight.to(device)
+
+
+class Qwen2Layer(nn.Module):
+    """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
+
+    def __init__(self, config: Mapping[str, Any], shape: AttentionShape, context: ModelContext) -> None:
+        super().__init__()
+        self._ops = context.ops
+        self._num_rotated_heads = shape.num_heads + shape.num_kv_heads
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        heads = config["num_attention_heads"] * shape.head_dim
+        kv_heads = config["num_key_value_heads"] * shape.head_dim
+        common: dict[str, Any] = {"method": context.linear_method, "parallel": context.parallel}
+        column: dict[str, Any] = {**common, "is_output_sharded": True}
+        row: dict[str, Any] = {**common, "is_output_sharded": False}
+        self.qkv_proj = ShardedLinear(hidden, (heads, kv_heads, kv_heads), has_bias=True, **column)
+        self.o_proj = ShardedLinear(heads, (hidden,), has_bias=False, **row)
+        self.gate_up_proj = ShardedLinear(hidden, (inner, inner), has_bias=False, **column)
+        self.down_proj = ShardedLinear(inner, (hidden,), has_bias=False, **row)
+        self.input_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
+        self.post_attention_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
+
+    def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
+        return {
+            "input_layernorm": (self.input_layernorm, 0),
+            "self_attn.q_proj": (self.qkv_proj, 0),
+            "self_attn.k_proj": (self.qkv_proj, 1),
+            "self_attn.v_proj": (self.qkv_proj, 2),
+            "self_attn.o_proj": (self.o_proj, 0),
+            "post_attention_layernorm": (self.post_attention_layernorm, 0),
+            "mlp.gate_proj": (self.gate_up_proj, 0),
+            "mlp.up_proj": (self.gate_up_proj, 1),
+            "mlp.down_proj": (self.down_proj, 0),
+        }
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: RotaryTable,
+        attention: AttentionBackend,
+        cache: LayerCache,
+        attn_metadata: Any,
+    ) -> torch.Tensor:
+        """x is the previous layer's output, not yet added to the residual; the result is this layer's, likewise."""
+        norm = self.input_layernorm
+        qkv = self.qkv_proj(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+        self._ops.rotate(qkv, positions, rotary, self._num_rotated_heads)
+        x = self.o_proj(attention.forward(qkv, cache, attn_metadata))
+        norm = self.post_attention_layernorm
+        gate_up = self.gate_up_proj(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+        down: torch.Tensor = self.down_proj(self._ops.silu_and_mul(gate_up))
+        return down
+
+
+class Qwen2ForCausalLM(nn.Module):
+    """Implements `engine.models.base.CausalLM`."""
+
+    def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        super().__init__()
+        _refuse_unsupported(config)
+        self._context = context
+        self.vocab_size: int = config["vocab_size"]
+        self.num_layers: int = config["num_hidden_layers"]
+        self.max_position_embeddings: int = config["max_position_embeddings"]
+        num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+        tp_size = context.parallel.size
+        self.attention_shape = AttentionShape(num_heads // tp_size, num_kv_heads // tp_size, head_dim)
+        self._rotary = RotaryTable.build(head_dim, rope_theta(config), self.max_position_embeddings, context.device)
+        method = context.linear_method
+        self.embed_tokens = VocabTable(self.vocab_size, config["hidden_size"], method)
+        self.layers = nn.ModuleList(Qwen2Layer(config, self.attention_shape, context) for _ in range(self.num_layers))
+        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"], context.activation_dtype)
+        self._is_tied = bool(config.get("tie_word_embeddings"))
+        self.lm_head = (
+            self.embed_tokens if self._is_tied else VocabTable(self.vocab_size, config["hidden_size"], method)
+        )
+
+    def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
+        found: dict[str, tuple[Loadable, int]] = {
+            "model.embed_tokens": (self.embed_tokens, 0),
+            "model.norm": (self.norm, 0),
+        }
+        if not self._is_tied:
+            found["lm_head"] = (self.lm_head, 0)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Qwen2Layer)
+            found |= {f"model.layers.{index}.{name}": target for name, target in layer.checkpoint_layers().items()}
+        return found
+
+    def is_ignored(self, name: str) -> bool:
+        """A copy of the tied table, and the rotary frequencies that old `transformers` versions stored."""
+        return (self._is_tied and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
+
+    def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
+        self._attention = backend
+        self._caches = caches
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any) -> torch.Tensor:
+        residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
+        x = torch.zeros_like(residual)
+        for layer, cache in zip(self.layers, self._caches, strict=True):
+            x = layer(residual, x, positions, self._rotary, self._attention, cache, attn_metadata)
+        return residual.add_(x)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
+        return self.lm_head.logits(normed).to(torch.float32)
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary base, from the old spelling or from transformers 5's `rope_parameters`."""
+    parameters = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0)
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise StartError(
+            f"rope scaling {kind!r} in config.json is not supported yet: remove it to serve the plain window"
+        )
+    if config.get("use_sliding_window"):
+        raise StartError("use_sliding_window in config.json is not supported yet: set it to false")
+    if config.get("hidden_act", "silu") != "silu":
+        raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen2 has silu")

@@ -1,0 +1,130 @@
+"""ModelRunner: a scheduled batch -> tensors -> logits. Owns the model, the KV memory and the attention backend."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.attention import ATTENTION_BACKENDS
+from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.device import Device
+from engine.errors import StartError
+from engine.layers import OPS
+from engine.loader import load_weights
+from engine.models import MODELS
+from engine.models.base import CausalLM, ModelContext
+from engine.scheduler import ScheduledBatch
+from parallel.state import ParallelState
+from quant import LINEAR_METHODS
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SIZE = 16
+
+
+def import_entry(table: dict[str, str], key: str, what: str) -> Any:
+    """The class behind a lazy "module:Class" entry. Raises StartError naming the known keys."""
+    if key not in table:
+        raise StartError(f"{what} {key!r} is not supported; supported: {', '.join(sorted(table))}")
+    module, name = table[key].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def build_model(config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device) -> CausalLM:
+    """The model of a folder, with its weights on the device."""
+    model_class = import_entry(MODELS, config.get("model_type", ""), "model_type")
+    if "quantization_config" in config:
+        raise StartError("config.json has a quantization_config: quantised weights are not supported yet")
+    context = ModelContext(
+        parallel=ParallelState(),
+        linear_method=import_entry(LINEAR_METHODS, "none", "quantize")(dtype, is_widening=device.is_widening),
+        ops=import_entry(OPS, device.ops, "ops")(),
+        activation_dtype=device.activation_dtype(dtype),
+        device=device.torch_device,
+    )
+    model: CausalLM = model_class(config, context)
+    load_weights(model, folder, device.torch_device)
+    return model
+
+
+class ModelRunner:
+    """Runs steps of one model."""
+
+    def __init__(self, model: CausalLM, device: Device) -> None:
+        self._model = model
+        self._device = device
+        shape = model.attention_shape
+        backend = import_entry(ATTENTION_BACKENDS, device.attention_backend, "attention backend")
+        if reasons := backend.why_not(shape):
+            logger.info("Attention falls back to plain torch: %s", "; ".join(reasons))
+            backend = import_entry(ATTENTION_BACKENDS, "torch", "attention backend")
+        self._attention: AttentionBackend = backend(shape, BLOCK_SIZE)
+
+    def kv_bytes_per_block(self, dtype: torch.dtype) -> int:
+        shape = self._model.attention_shape
+        per_token = 2 * self._model.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        return per_token * BLOCK_SIZE
+
+    def allocate_kv_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
+        device = self._device.torch_device
+        caches = [self._attention.allocate(num_blocks, dtype, device) for _ in range(self._model.num_layers)]
+        self._model.use_attention(self._attention, caches)
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+        """Compute a step; logits [len(batch.sampled), vocab_size] float32 of the tokens that get a successor."""
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            first = sequence.num_computed_tokens
+            input_ids += sequence.token_ids[first : first + count]
+            positions += range(first, first + count)
+            slots += _slots(sequence.block_table, first, count)
+            starts.append(starts[-1] + count)
+        metadata = AttentionMetadata(
+            query_start_loc=self._tensor(starts, torch.int32),
+            seq_lens=self._tensor(
+                [s.num_computed_tokens + n for s, n in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)],
+                torch.int32,
+            ),
+            block_table=self._tensor(_padded(sequence.block_table for sequence in batch.sequences), torch.int32),
+            slot_mapping=self._tensor(slots, torch.int64),
+        )
+        prepared = self._attention.prepare(metadata)
+        ids, places = self._tensor(input_ids, torch.int64), self._tensor(positions, torch.int64)
+        hidden = self._model.forward(ids, places, prepared)
+        return self._model.compute_logits(hidden[self._tensor(_logits_indices(batch), torch.int64)])
+
+    def _tensor(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device.torch_device, non_blocking=True)
+
+
+def _slots(block_table: list[int], first: int, count: int) -> Iterable[int]:
+    return (
+        block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        for position in range(first, first + count)
+    )
+
+
+def _padded(tables: Iterable[list[int]]) -> list[list[int]]:
+    rows = list(tables)
+    width = max(map(len, rows))
+    return [row + [0] * (width - len(row)) for row in rows]
+
+
+def _logits_indices(batch: ScheduledBatch) -> list[int]:
+    """Rows of the last token of each sequence that this step completes."""
+    indices = []
+    end = 0
+    for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+        end += count
+        if count == sequence.num_uncomputed_tokens:
+            indices.append(end - 1)
+    return indices

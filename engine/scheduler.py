@@ -1,0 +1,190 @@
+"""Who runs next, and how many tokens of each. Pure Python over token counts: no torch, no text, no clock of its own.
+
+There is no prefill or decode phase: a sequence has tokens, some of which are computed; a step computes some more under
+a budget. One token for every sequence that only lacks its newest comes first, so decoding never starves; then prompts
+that are under way; then the waiting ones, first come first served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Collection
+
+from engine.block_manager import BlockManager
+from engine.sequence import Sequence
+from engine.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
+
+NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step's decision: `num_scheduled_tokens[i]` more tokens of `sequences[i]`."""
+
+    sequences: list[Sequence]
+    num_scheduled_tokens: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences whose last token is computed by this step, which therefore get a next one."""
+        scheduled = zip(self.sequences, self.num_scheduled_tokens, strict=True)
+        return [sequence for sequence, count in scheduled if count == sequence.num_uncomputed_tokens]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SampledBatch:
+    """What the sampler made of `ScheduledBatch.sampled`, in that order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    is_finite: list[bool]
+
+
+class Scheduler:
+    """Owns the two queues and, through the block manager, the KV memory."""
+
+    def __init__(self, block_manager: BlockManager, *, max_batch_tokens: int, eos_token_ids: Collection[int]) -> None:
+        self._blocks = block_manager
+        self._max_batch_tokens = max_batch_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def add(self, request: GenerationRequest) -> None:
+        sequence = Sequence(request, arrival_time=time.monotonic())
+        self._sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its memory at once; an unknown id may just have ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
+        """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
+        batch = ScheduledBatch([], [])
+        self._schedule_decodes(batch)
+        budget = self._max_batch_tokens - batch.num_tokens
+        if max_tokens is not None:  # some progress is always made on a prompt
+            budget = min(budget, max(1, max_tokens - batch.num_tokens))
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1:
+                budget -= self._schedule_chunk(batch, sequence, budget)
+        while self.waiting and budget > 0 and len(self.running) < self._max_batch_tokens and self._admit_first():
+            budget -= self._schedule_chunk(batch, self.running[-1], budget)
+        return batch
+
+    def update(self, batch: ScheduledBatch, sampled: SampledBatch) -> list[TokenEvent]:
+        """Take in what a step computed; the events are what the callers see."""
+        sampled_sequences = batch.sampled
+        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            before = sequence.num_computed_tokens
+            sequence.num_computed_tokens += count
+            self._blocks.publish_full_blocks(sequence, before)
+        columns = zip(sampled_sequences, sampled.token_ids, sampled.logprobs, sampled.is_finite, strict=True)
+        return [self._accept(*column) for column in columns]
+
+    def fail_all(self, error: str) -> list[TokenEvent]:
+        """End every request with `error`."""
+        events = [TokenEvent(request_id=request_id, error=error) for request_id in self._sequences]
+        for sequence in list(self._sequences.values()):
+            self._remove(sequence)
+        return events
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_used_blocks=self._blocks.num_used_blocks,
+            num_cached_blocks=self._blocks.num_cached_blocks,
+            num_blocks=self._blocks.num_blocks,
+            block_size=self._blocks.block_size,
+        )
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+                batch.sequences.append(sequence)
+                batch.num_scheduled_tokens.append(1)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
+        if not sequence.block_table:  # preempted earlier in this step
+            return False
+        while not self._blocks.grow(sequence):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _schedule_chunk(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
+        count = min(budget, sequence.num_uncomputed_tokens)
+        if count > 0:
+            batch.sequences.append(sequence)
+            batch.num_scheduled_tokens.append(count)
+        return max(count, 0)
+
+    def _admit_first(self) -> bool:
+        """Move the first waiting sequence to the running ones if its tokens fit.
+
+        A block for each running sequence stays free: they will want one soon, and would preempt the newcomer for it.
+        """
+        sequence = self.waiting[0]
+        if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
+            return False
+        self.running.append(self.waiting.popleft())
+        if sequence.queue_time_s is None:
+            sequence.queue_time_s = time.monotonic() - sequence.arrival_time
+        return True
+
+    def _accept(self, sequence: Sequence, token_id: int, logprob: float, is_finite: bool) -> TokenEvent:
+        event = TokenEvent(request_id=sequence.request.request_id)
+        if not is_finite:
+            event.error = NON_FINITE_ERROR
+        else:
+            event.token_ids, event.logprobs = [token_id], [logprob]
+            if not sequence.num_output_tokens:
+                event.queue_time_s = sequence.queue_time_s
+            sequence.token_ids.append(token_id)
+            event.finish_reason = self._finish_reason(sequence)
+        if event.is_terminal:
+            self._remove(sequence)
+        return event
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4)."""
+        if sequence.num_output_tokens >= sequence.request.max_new_tokens:
+            return FinishReason.LENGTH
+        if sequence.token_ids[-1] in self._eos_token_ids:
+            return FinishReason.EOS_TOKEN
+        return None
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        if sequence.block_table:
+            self.running.remove(sequence)
+            self._blocks.free(sequence)
+        else:
+            self.waiting.remove(sequence)

@@ -1,0 +1,46 @@
+"""Sequence: the engine's mutable state of one request."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from engine.types import GenerationRequest
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens so far, how many of them have their KV computed, and where that KV lies."""
+
+    request: GenerationRequest
+    arrival_time: float
+    """`time.monotonic()` when the request reached the engine."""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    """Prompt and output."""
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of the computed ones, how many were found in the prefix cache at the last admission."""
+    block_table: list[int] = dataclasses.field(default_factory=list)
+    block_hashes: list[bytes] = dataclasses.field(default_factory=list)
+    """Chained hashes of the full blocks, as far as they were needed."""
+    queue_time_s: float | None = None
+    """Set at the first admission, sent with the first token."""
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """At least 1 while the sequence lives: the newest token's KV is made when the next one is wanted."""
+        return self.num_tokens - self.num_computed_tokens

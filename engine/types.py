@@ -1,0 +1,106 @@
+"""What crosses the socket between the HTTP process and the engine. No torch, no text: token ids only.
+
+Every message is a `msgspec` struct, encoded as MessagePack by `engine.ipc`. `Down` goes to the engine, `Up` comes back.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended, in the spelling of TGI's wire (reference `tgi-http.md` 3.5)."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen; every value is validated before it gets here.
+
+    `seed` is None exactly when decoding is greedy: then nothing is drawn and the other fields have no effect.
+    """
+
+    seed: int | None = None
+    """Unsigned 64-bit; the same seed gives the same tokens whatever else is in the batch."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    """1.0 is off."""
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """One validated request: the prompt fits the window and `max_new_tokens` is within it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """The caller no longer wants `request_id`: free its memory. Unknown ids are ignored (it may just have ended)."""
+
+    request_id: str
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """New tokens of one request. The last event of a request, and only that one, has `finish_reason` or `error` set."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    """One per token: log-softmax of what was sampled from (reference 5.3)."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Set when the engine could not go on with this request; the text is fit for the user."""
+    queue_time_s: float | None = None
+    """On the first event: seconds between arrival and joining a batch."""
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def extend(self, later: TokenEvent) -> None:
+        """Take in a later event of the same request (used while the reader lags)."""
+        self.token_ids = self.token_ids + later.token_ids
+        self.logprobs = self.logprobs + later.logprobs
+        self.finish_reason = later.finish_reason
+        self.error = later.error
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    """KV blocks that some sequence holds; blocks kept only for prefix reuse do not count."""
+    num_cached_blocks: int = 0
+    """Blocks nobody holds whose content can still be reused."""
+    num_blocks: int = 0
+    block_size: int = 0
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine can serve; these are the limits it resolved from the model, the flags and the memory."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    max_batch_total_tokens: int
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """One frame per step; sent without events as a heartbeat while idle."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+Down = GenerationRequest | AbortRequest
+Up = EngineReady | StepOutput
