@@ -1,0 +1,1 @@
+"""The wire: command line, process supervision, HTTP routes, text. Never imports torch."""

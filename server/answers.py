@@ -1,0 +1,50 @@
+"""Writing JSON as TGI does (reference 0.3): compact, UTF-8, floats as the shortest single-precision decimal.
+
+Holds what several routes share; each route's own shapes live beside it. Encoded by msgspec: pydantic is too slow for
+every token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from fastapi import Response
+
+from server.serde import round_to_f32
+
+VERSION = "3.3.6-dev0"
+"""The TGI whose wire this is: clients branch on it."""
+SYSTEM_FINGERPRINT = f"{VERSION}-native"
+
+encoder = msgspec.json.Encoder()
+
+
+def f32(value: float) -> msgspec.Raw:
+    """`value` as the shortest decimal that is the same single-precision number; NaN and infinities are null."""
+    if not math.isfinite(value):
+        return msgspec.Raw(b"null")
+    exact = round_to_f32(value)
+    # every single-precision number is determined by 9 digits, and 6 never say more than it holds
+    for digits in range(6, 10):
+        shortest = float(f"{exact:.{digits}g}")
+        if round_to_f32(shortest) == exact:
+            break
+    return msgspec.Raw(repr(shortest).encode())
+
+
+class Token(msgspec.Struct, frozen=True):
+    id: int
+    text: str
+    logprob: msgspec.Raw
+    special: bool
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+def json_answer(value: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(encoder.encode(value), headers=headers, media_type="application/json")

@@ -1,0 +1,34 @@
+"""The application: routers, error handlers, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from server.client import EngineClient
+from server.config import ServerConfig
+from server.errors import install_error_handlers
+from server.generation import GenerationService
+from server.routes import generate, info, openai
+from server.tokenizer import TextTokenizer
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    # On SIGTERM running streams go on to their end; uvicorn waits for them, up to its own timeout.
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+    yield
+    service: GenerationService = app.state.service
+    service.tokenizer.close()
+
+
+def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
+    app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = GenerationService(engine, config, tokenizer)
+    install_error_handlers(app)
+    for area in (generate, openai, info):
+        app.include_router(area.router)
+    return app

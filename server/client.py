@@ -1,0 +1,123 @@
+"""EngineClient: the HTTP process's end of the socket pair. One reader task; one queue per open request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from engine.errors import EngineDeadError, GenerationError
+from engine.ipc import decode_up, encode_frame, take_frames
+from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, StepOutput, TokenEvent
+
+RECEIVE_BYTES = 1 << 16
+HEARTBEAT_TIMEOUT_S = 30.0
+"""The engine speaks at least once a second while idle and after every step; on a CPU a step is cut to 5 s."""
+
+
+class EngineClient:
+    """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._writer: asyncio.StreamWriter | None = None
+        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._limits: asyncio.Future[EngineReady] | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._last_heard = 0.0
+        self.stats = EngineStats()
+        self.dead = asyncio.Event()
+
+    async def connect(self) -> EngineReady:
+        """Start reading and wait until the engine is ready. Raises EngineDeadError if it ends before that."""
+        reader, self._writer = await asyncio.open_connection(sock=self._sock)
+        self._limits = asyncio.get_running_loop().create_future()
+        self._reader_task = asyncio.create_task(self._read(reader), name="engine-reader")
+        return await self._limits
+
+    @property
+    def limits(self) -> EngineReady:
+        assert self._limits is not None
+        return self._limits.result()
+
+    @property
+    def is_healthy(self) -> bool:
+        """The engine is there and was heard of lately."""
+        return not self.dead.is_set() and time.monotonic() - self._last_heard < HEARTBEAT_TIMEOUT_S
+
+    @contextlib.contextmanager
+    def generate(self, request: GenerationRequest) -> Iterator[AsyncIterator[TokenEvent]]:
+        """Submit `request`; the iterator ends after the terminal event. Leaving the block early aborts the request."""
+        if self.dead.is_set():
+            raise EngineDeadError("the engine has ended")
+        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        self._send(encode_frame(request))
+        try:
+            yield self._events(queue)
+        finally:
+            if self._queues.pop(request.request_id, None) is not None:
+                self._send(encode_frame(AbortRequest(request.request_id)))
+
+    @staticmethod
+    async def _events(queue: asyncio.Queue[TokenEvent | None]) -> AsyncIterator[TokenEvent]:
+        while True:
+            event = await queue.get()
+            if event is None:
+                raise EngineDeadError("the engine has ended")
+            if event.error is not None:
+                raise GenerationError(event.error)
+            yield event
+            if event.is_terminal:
+                return
+
+    def _send(self, frame: bytes) -> None:
+        # Not drained: requests are few and bounded by the admission limit, and a dead engine is noticed by the reader.
+        if self._writer is not None and not self.dead.is_set():
+            self._writer.write(frame)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        buffer = bytearray()
+        try:
+            while data := await reader.read(RECEIVE_BYTES):
+                buffer += data
+                for message in take_frames(buffer, decode_up):
+                    self._take(message)
+        except ConnectionError:
+            pass
+        finally:
+            self._mark_dead()
+
+    def _take(self, message: EngineReady | StepOutput) -> None:
+        self._last_heard = time.monotonic()
+        if isinstance(message, EngineReady):
+            assert self._limits is not None
+            self._limits.set_result(message)
+            return
+        self.stats = message.stats
+        for event in message.events:
+            queue = self._queues.get(event.request_id)
+            if queue is None:
+                continue
+            if event.is_terminal:  # the engine has forgotten the request: nothing is left to abort
+                del self._queues[event.request_id]
+            queue.put_nowait(event)
+
+    def _mark_dead(self) -> None:
+        self.dead.set()
+        assert self._limits is not None
+        if not self._limits.done():
+            self._limits.set_exception(EngineDeadError("the engine ended before it was ready"))
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(ConnectionError):
+                await self._writer.wait_closed()
+        if self._reader_task is not None:
+            await self._reader_task

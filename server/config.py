@@ -1,0 +1,41 @@
+"""The HTTP process's configuration, read once and frozen. Standard library only: the launcher makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """What the HTTP process needs to know; made by the launcher, handed over as JSON."""
+
+    model_id: str
+    """As the user gave it: shown by /info and /v1/models."""
+    model_path: str
+    """Local folder with tokenizer.json and tokenizer_config.json."""
+    model_sha: str | None = None
+    """Commit of the Hub snapshot, if there is one."""
+    listen_fd: int
+    """Bound TCP socket; listening starts when the engine is ready."""
+    engine_fd: int
+    """Inherited end of the socket pair to the engine."""
+    max_concurrent_requests: int = 128
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_client_batch_size: int = 4
+    validation_workers: int = 2
+    payload_limit: int = 2_000_000
+    """Largest request body in bytes."""
+    graceful_termination_timeout_s: int = 90
+    compute_type: str = "cpu"
+    """Value of the x-compute-type header."""
+    log_level: str = "info"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerConfig:
+        return cls(**json.loads(text))

@@ -1,0 +1,146 @@
+"""What a request can end in, and the one table from exception to status and `error_type` (reference 0.4).
+
+Exception
+ ├─ ValidationError            a parameter or length is not acceptable
+ ├─ OverloadedError            no permit is free
+ ├─ TemplateError              the chat template failed
+ ├─ ToolError                  tools cannot be used like this
+ ├─ IncompleteGenerationError  the engine ended without a final token
+ ├─ UnhealthyError             /health says no
+ └─ BodyError                  the body is not what the route reads; plain text, before any handler
+engine.errors.GenerationError, EngineDeadError
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engine.errors import EngineDeadError, GenerationError
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationError(Exception):
+    """The text is what reference 2.2 lists."""
+
+
+class OverloadedError(Exception):
+    def __init__(self) -> None:
+        super().__init__("Model is overloaded")
+
+
+class TemplateError(Exception):
+    """The text is the template engine's."""
+
+
+class ToolError(Exception):
+    """The text says what cannot be done with the tools."""
+
+
+class IncompleteGenerationError(Exception):
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
+class UnhealthyError(Exception):
+    def __init__(self) -> None:
+        super().__init__("unhealthy")
+
+
+class BodyError(Exception):
+    """A refusal in plain text, as TGI's web framework gives it before a handler runs."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    status: int
+    error_type: str
+    prefix: str = ""
+
+
+_GENERATION = ErrorKind(424, "generation", "Request failed during generation: Server error: ")
+
+ERROR_KINDS: dict[type[Exception], ErrorKind] = {
+    ValidationError: ErrorKind(422, "validation", "Input validation error: "),
+    OverloadedError: ErrorKind(429, "overloaded"),
+    TemplateError: ErrorKind(422, "template_error", "Template error: "),
+    ToolError: ErrorKind(422, "tool_error", "Tool error: "),
+    IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),
+    UnhealthyError: ErrorKind(503, "healthcheck"),
+    GenerationError: _GENERATION,
+    EngineDeadError: _GENERATION,
+}
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The error object of every route."""
+
+    error: str
+    error_type: str
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """What the client reads; an exception nobody foresaw keeps its text to itself."""
+    kind = ERROR_KINDS.get(type(error))
+    if kind is None:
+        return ErrorBody("Internal server error", "internal")
+    return ErrorBody(f"{kind.prefix}{error}", kind.error_type)
+
+
+def log_failure(error: Exception) -> None:
+    """One line with the bare text; a traceback only for what nobody foresaw."""
+    if type(error) in ERROR_KINDS:
+        logger.error("%s", error)
+    else:
+        logger.error("unexpected error", exc_info=error)
+
+
+def json_response(status: int, body: ErrorBody) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def _answer_known(request: Request, error: Exception) -> Response:
+    log_failure(error)
+    return json_response(ERROR_KINDS[type(error)].status, error_body(error))
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> Response:
+    # Not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
+    return json_response(500, error_body(error))
+
+
+async def _answer_body_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BodyError)
+    return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})
+
+
+async def _answer_routing_error(request: Request, error: Exception) -> Response:
+    """404 and 405 have no body; `allow` is written as TGI writes it."""
+    assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow", "")
+    methods = ",".join(sorted(method.strip() for method in allowed.split(",")))
+    return Response(status_code=error.status_code, headers={"allow": methods} if methods else None)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left before its answer: nobody reads this."""
+    return Response(status_code=400)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    for error_class in ERROR_KINDS:
+        app.add_exception_handler(error_class, _answer_known)
+    app.add_exception_handler(BodyError, _answer_body_error)
+    app.add_exception_handler(HTTPException, _answer_routing_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_unforeseen)

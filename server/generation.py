@@ -1,0 +1,170 @@
+"""The one streaming path: admit, validate, submit, and turn the engine's events into tokens with text.
+
+Every route goes through `GenerationService.open`; a plain answer is this stream collected. Leaving the block early, for
+whatever reason, aborts the sequence and gives the permit back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from engine.types import FinishReason, TokenEvent
+from server.admission import Admission
+from server.chat import ChatTemplate
+from server.client import EngineClient
+from server.config import ServerConfig
+from server.detokenizer import Detokenizer, StopChecker
+from server.errors import IncompleteGenerationError
+from server.tokenizer import TextTokenizer
+from server.validation import GenerationInput, ValidatedRequest, Validator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token of the answer; the last one, and only that, has `finish_reason`."""
+
+    id: int
+    text: str
+    visible: str
+    logprob: float
+    is_special: bool
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Timings:
+    """Moments of one request, in seconds of `time.perf_counter`."""
+
+    started: float
+    submitted: float
+    queue_s: float = 0.0
+    finished: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.finished - self.started
+
+    @property
+    def validation_s(self) -> float:
+        return self.submitted - self.started
+
+    @property
+    def inference_s(self) -> float:
+        # the queue time is of the engine's clock
+        return max(0.0, self.finished - self.submitted - self.queue_s)
+
+
+class Generation:
+    """One running request."""
+
+    def __init__(self, request: ValidatedRequest, tokenizer: TextTokenizer, timings: Timings) -> None:
+        self.seed = request.generation.sampling.seed
+        self.num_prompt_tokens = len(request.generation.prompt_token_ids)
+        self.num_generated_tokens = 0
+        self.timings = timings
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, request.generation.prompt_token_ids)
+        self._stop_checker = StopChecker(request.stop)
+
+    @property
+    def time_per_token_s(self) -> float:
+        return self.timings.inference_s / max(1, self.num_generated_tokens)
+
+    async def read(self, events: AsyncIterator[TokenEvent]) -> AsyncGenerator[GeneratedToken]:
+        """The tokens in `events`, one by one. Raises IncompleteGenerationError if none of them is the last."""
+        async for event in events:
+            if event.queue_time_s is not None:
+                self.timings.queue_s = event.queue_time_s
+            num_left = len(event.token_ids)
+            for token_id, logprob in zip(event.token_ids, event.logprobs, strict=True):
+                num_left -= 1
+                token = self._next_token(token_id, logprob, None if num_left else event.finish_reason)
+                yield token
+                if token.finish_reason is not None:
+                    return
+        raise IncompleteGenerationError
+
+    def _next_token(self, token_id: int, logprob: float, reason: FinishReason | None) -> GeneratedToken:
+        """The engine's reason, which comes first, or a stop string ends the sequence (reference 4.4)."""
+        text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
+        if reason is None and (num_kept := self._stop_checker.check(text)) is not None:
+            text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
+        self.num_generated_tokens += 1
+        if reason is not None:
+            self._finish()
+        return GeneratedToken(token_id, text, visible, logprob, self._tokenizer.is_special(token_id), reason)
+
+    def _finish(self) -> None:
+        self.timings.finished = time.perf_counter()
+        logger.info(
+            'Success total_time="%s" validation_time="%s" queue_time="%s" inference_time="%s" '
+            'time_per_token="%s" seed="%s"',
+            _duration(self.timings.total_s),
+            _duration(self.timings.validation_s),
+            _duration(self.timings.queue_s),
+            _duration(self.timings.inference_s),
+            _duration(self.time_per_token_s),
+            f"Some({self.seed})" if self.seed is not None else None,
+        )
+
+
+def _duration(seconds: float) -> str:
+    """As Rust prints one in TGI's log: `482.34071ms`, `1.5s`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{round(seconds / size, 6):g}{unit}"
+    return f"{seconds * 1e9:.0f}ns"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished generation."""
+
+    tokens: list[GeneratedToken]
+    text: str
+    finish_reason: FinishReason
+
+
+async def collect(tokens: AsyncIterator[GeneratedToken]) -> Answer:
+    all_tokens = [token async for token in tokens]
+    reason = all_tokens[-1].finish_reason
+    assert reason is not None
+    return Answer(all_tokens, "".join(token.visible for token in all_tokens), reason)
+
+
+class GenerationService:
+    """What the routes share: the engine, the tokenizer, the limits."""
+
+    def __init__(self, engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> None:
+        self.engine = engine
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_template = ChatTemplate(tokenizer.chat_format)
+        self._admission = Admission(config.max_concurrent_requests)
+        self._validator = Validator(config, tokenizer)
+
+    @contextlib.asynccontextmanager
+    async def open(self, wanted: GenerationInput) -> AsyncIterator[tuple[Generation, AsyncIterator[GeneratedToken]]]:
+        """Start generating; the request lives as long as the block."""
+        started = time.perf_counter()
+        self._validator.check_before_admission(wanted)
+        with self._admission.permit():
+            request = await self._validator.validate(wanted, self.engine.limits)
+            generation = Generation(request, self.tokenizer, Timings(started, time.perf_counter()))
+            with self.engine.generate(request.generation) as events:
+                async with contextlib.aclosing(generation.read(events)) as tokens:
+                    yield generation, tokens
+
+
+def service_of(request: Request) -> GenerationService:
+    """The service that `create_app` put there."""
+    service: GenerationService = request.app.state.service
+    return service

@@ -1,0 +1,1 @@
+"""A router per area of the wire."""

@@ -1,0 +1,133 @@
+"""TGI's native routes: POST /generate, /generate_stream and / (reference 1.1, 1.2, 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.types import FinishReason
+from server.answers import Token, f32, json_answer
+from server.body import read_body
+from server.disconnect import cancel_if_gone
+from server.errors import error_body
+from server.generation import Answer, GeneratedToken, Generation, GenerationService, collect, service_of
+from server.headers import plain_headers, stream_headers
+from server.schemas import CompatGenerateRequest, GenerateRequest
+from server.sse import EventStream, event, with_error_event
+from server.validation import GenerationInput
+
+router = APIRouter()
+
+
+class Details(msgspec.Struct, frozen=True):
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[Token]
+    """Always empty: prompt logprobs are not enabled (quirk 33)."""
+    tokens: list[Token]
+
+
+class GenerateResponse(msgspec.Struct, frozen=True):
+    generated_text: str
+    details: Details | msgspec.UnsetType = msgspec.UNSET
+
+
+class StreamDetails(msgspec.Struct, frozen=True):
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamResponse(msgspec.Struct, frozen=True):
+    index: int
+    token: Token
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+@router.post("/generate")
+async def generate(request: Request) -> Response:
+    service = service_of(request)
+    body = await read_body(request, GenerateRequest, service.config.payload_limit)
+    answer, headers = await cancel_if_gone(request, _generate(service, body))
+    return json_answer(answer, headers)
+
+
+@router.post("/generate_stream")
+async def generate_stream(request: Request) -> Response:
+    service = service_of(request)
+    return _stream(service, await read_body(request, GenerateRequest, service.config.payload_limit))
+
+
+@router.post("/")
+async def compat_generate(request: Request) -> Response:
+    """What `text_generation.Client` and `InferenceClient.text_generation` call."""
+    service = service_of(request)
+    body = _echoing(await read_body(request, CompatGenerateRequest, service.config.payload_limit))
+    if body.stream:
+        return _stream(service, body)
+    answer, headers = await cancel_if_gone(request, _generate(service, body))
+    return json_answer([answer], headers)
+
+
+def _echoing(body: CompatGenerateRequest) -> CompatGenerateRequest:
+    """This route echoes the prompt unless told otherwise, as TGI where no pipeline tag is known (quirk 2)."""
+    if body.parameters.return_full_text is not None:
+        return body
+    return body.model_copy(update={"parameters": body.parameters.model_copy(update={"return_full_text": True})})
+
+
+def _input(body: GenerateRequest, *, is_stream: bool) -> GenerationInput:
+    return GenerationInput(inputs=body.inputs, parameters=body.parameters, is_stream=is_stream)
+
+
+def _prompt_echo(body: GenerateRequest) -> str:
+    return body.inputs if body.parameters.return_full_text else ""
+
+
+def _token(token: GeneratedToken) -> Token:
+    return Token(token.id, token.text, f32(token.logprob), token.is_special)
+
+
+async def _generate(service: GenerationService, body: GenerateRequest) -> tuple[GenerateResponse, dict[str, str]]:
+    async with service.open(_input(body, is_stream=False)) as (generation, tokens):
+        answer = await collect(tokens)
+    has_details = body.parameters.details or body.parameters.decoder_input_details
+    details = _details(generation, answer) if has_details else msgspec.UNSET
+    headers = plain_headers(service.config.compute_type, body.inputs, generation)
+    return GenerateResponse(_prompt_echo(body) + answer.text, details), headers
+
+
+def _details(generation: Generation, answer: Answer) -> Details:
+    return Details(
+        finish_reason=answer.finish_reason,
+        generated_tokens=len(answer.tokens),
+        seed=generation.seed,
+        prefill=[],
+        tokens=[_token(token) for token in answer.tokens],
+    )
+
+
+def _stream(service: GenerationService, body: GenerateRequest) -> EventStream:
+    headers = stream_headers(service.config.compute_type, body.inputs)
+    return EventStream(with_error_event(_events(service, body), error_body), headers)
+
+
+async def _events(service: GenerationService, body: GenerateRequest) -> AsyncGenerator[bytes]:
+    text_parts = [_prompt_echo(body)]
+    async with service.open(_input(body, is_stream=True)) as (generation, tokens):
+        async for token in tokens:
+            text_parts.append(token.visible)
+            text, details = None, None
+            if token.finish_reason is not None:
+                text = "".join(text_parts)
+                details = _stream_details(generation, token.finish_reason) if body.parameters.details else None
+            yield event(StreamResponse(generation.num_generated_tokens, _token(token), text, details))
+
+
+def _stream_details(generation: Generation, reason: FinishReason) -> StreamDetails:
+    return StreamDetails(reason, generation.num_generated_tokens, generation.seed, generation.num_prompt_tokens)

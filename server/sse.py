@@ -1,0 +1,69 @@
+"""Server-sent events as TGI frames them (reference 3.1): encoded once, flushed one by one, kept alive while silent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+import msgspec
+from sse_starlette import EventSourceResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from server.answers import encoder
+from server.errors import log_failure
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b":\n\n"
+
+
+def event(data: msgspec.Struct) -> bytes:
+    return b"data: " + encoder.encode(data) + b"\n\n"
+
+
+async def with_error_event(
+    events: AsyncGenerator[bytes], error_data: Callable[[Exception], msgspec.Struct]
+) -> AsyncGenerator[bytes]:
+    """`events`; if they fail, one more event says so: the status line is out already."""
+    async with contextlib.aclosing(events):
+        try:
+            async for item in events:
+                yield item
+        except Exception as error:
+            log_failure(error)
+            yield event(error_data(error))
+
+
+class EventStream(EventSourceResponse):
+    """A stream of encoded events.
+
+    sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here.
+    """
+
+    keep_alive_s = 15.0
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        own = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        super().__init__(events, headers=headers | own, ping=0)
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def timed_send(message: Message) -> None:
+            await send(message)
+            self._last_sent = loop.time()
+
+        self._last_sent = loop.time()
+        keep_alive = asyncio.create_task(self._keep_alive(timed_send))
+        try:
+            await super().__call__(scope, receive, timed_send)
+        finally:
+            keep_alive.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._last_sent + self.keep_alive_s - loop.time())
+            if loop.time() - self._last_sent >= self.keep_alive_s:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

@@ -1,0 +1,141 @@
+"""Text to token ids and back, and what tokenizer_config.json adds. `tokenizers` only: transformers would load torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.errors import StartError
+
+SPECIAL_TOKEN_KEYS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """What a folder says about chats."""
+
+    template: str | None
+    bos_token: str | None
+    eos_token: str | None
+
+
+class TextTokenizer:
+    """One model's tokenizer; encoding runs on a few threads of its own, so that long prompts don't hold up streams."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int], chat_format: ChatFormat, num_workers: int
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_ids = special_ids
+        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
+        self.chat_format = chat_format
+
+    @classmethod
+    def from_folder(cls, model_path: str, num_workers: int) -> TextTokenizer:
+        """Read tokenizer.json and what lies beside it. Raises StartError."""
+        folder = Path(model_path)
+        tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        config = _read_json(folder / "tokenizer_config.json") or {}
+        return cls(tokenizer, _special_ids(tokenizer, config), _chat_format(folder, config), num_workers)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise StartError(f"{path} is missing: the model folder needs a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise StartError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is no such file. Raises StartError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StartError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise StartError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> frozenset[int]:
+    """Tokens the config names as special, and added tokens that either file flags as special (reference 4.3)."""
+    ids = {tokenizer.token_to_id(token) for token in _named_special_tokens(config)} - {None}
+    ids |= {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    decoder = config.get("added_tokens_decoder", {})
+    ids |= {int(token_id) for token_id, token in decoder.items() if token.get("special")}
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _named_special_tokens(config: dict[str, Any]) -> Iterator[str]:
+    for key in SPECIAL_TOKEN_KEYS:
+        value = config.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            content = _token_content(token)
+            if content is not None:
+                yield content
+
+
+def _token_content(token: Any) -> str | None:
+    """A token is written as a string or as an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _chat_format(folder: Path, config: dict[str, Any]) -> ChatFormat:
+    return ChatFormat(
+        template=_template_source(folder, config),
+        bos_token=_token_content(config.get("bos_token")),
+        eos_token=_token_content(config.get("eos_token")),
+    )
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    """TGI's order (reference 3.4), and after that chat_template.jinja, which newer checkpoints have alone."""
+    override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
+    source = _default_template(override.get("chat_template") or config.get("chat_template"))
+    jinja_file = folder / "chat_template.jinja"
+    if source is None and jinja_file.is_file():
+        return jinja_file.read_text()
+    return source
+
+
+def _default_template(value: Any) -> str | None:
+    """A template, or of a list of named ones that called `default`."""
+    named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    template = next((item.get("template") for item in named if item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None

@@ -1,0 +1,159 @@
+"""A small tokenizer built in memory, a scripted engine, and ways to reach the application with both; no fixtures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tokenizers
+import uvicorn
+from fastapi import FastAPI
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from engine.errors import GenerationError
+from engine.types import EngineReady, FinishReason, GenerationRequest, TokenEvent
+from server.client import EngineClient
+from server.config import ServerConfig
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SENTENCES = [
+    "Hello, world! The quick brown fox jumps over the lazy dog.",
+    "What is deep learning? 你好，世界 👩‍👩‍👧 naïve café",
+]
+LIMITS = EngineReady(
+    max_input_tokens=1023, max_total_tokens=1024, max_batch_prefill_tokens=4096, max_batch_total_tokens=8192
+)
+
+
+def write_model_folder(folder: Path, template: Any = CHATML) -> None:
+    tokenizer = tokenizers.Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@dataclass
+class Script:
+    """What the engine does with every request."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    pause_s: float = 0.0
+    """Before each event."""
+    stall_after: int | None = None
+    """After that many events nothing comes any more."""
+    error: str | None = None
+    """Raised after the events."""
+
+
+class FakeEngine(EngineClient):
+    """Plays a script; remembers what it was asked and which requests were left before their end."""
+
+    def __init__(self) -> None:
+        self.script = Script()
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[str] = []
+        self.healthy = True
+        self.limits_now = LIMITS
+
+    @property
+    def limits(self) -> EngineReady:
+        return self.limits_now
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.healthy
+
+    @contextlib.contextmanager
+    def generate(self, request: GenerationRequest) -> Iterator[AsyncIterator[TokenEvent]]:
+        self.requests.append(request)
+        ended: list[bool] = []
+        try:
+            yield self._play(self.script, ended)
+        finally:
+            if not ended:
+                self.aborted.append(request.request_id)
+
+    async def _play(self, script: Script, ended: list[bool]) -> AsyncIterator[TokenEvent]:
+        for index, event in enumerate(script.events):
+            if index == script.stall_after:
+                await asyncio.sleep(60)
+            await asyncio.sleep(script.pause_s)
+            if event.is_terminal:
+                ended.append(True)
+            yield event
+        if script.error is not None:
+            ended.append(True)
+            raise GenerationError(script.error)
+
+
+def one_by_one(
+    ids: list[int], reason: FinishReason | None = FinishReason.EOS_TOKEN, logprob: float = -0.5
+) -> list[TokenEvent]:
+    """An event per token; the last one ends the sequence."""
+    events = [TokenEvent(request_id="", token_ids=[token_id], logprobs=[logprob]) for token_id in ids]
+    events[0].queue_time_s = 0.001
+    events[-1].finish_reason = reason
+    return events
+
+
+def make_config(**changes: Any) -> ServerConfig:
+    return ServerConfig(model_id="org/model", model_path="", listen_fd=-1, engine_fd=-1, compute_type="test", **changes)
+
+
+@contextlib.asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@contextlib.contextmanager
+def running_server(app: FastAPI) -> Iterator[uvicorn.Server]:
+    """A real server on a loopback port, for what the in-process transport cannot show."""
+    config = uvicorn.Config(app, port=0, log_config=None, server_header=False, lifespan="on", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def url_of(server: uvicorn.Server) -> str:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+def events_of(body: bytes) -> list[dict[str, Any]]:
+    """The JSON of each event."""
+    frames = [frame for frame in body.split(b"\n\n") if frame]
+    assert all(frame.startswith(b"data: ") for frame in frames)
+    return [json.loads(frame[len(b"data: ") :]) for frame in frames if frame != b"data: [DONE]"]

@@ -1,0 +1,232 @@
+"""The native routes: shapes, key order, headers, the bytes of a stream, errors on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.types import FinishReason, TokenEvent
+from server.app import create_app
+from server.tokenizer import TextTokenizer
+from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one
+
+HEADERS = {
+    *("x-compute-type", "x-compute-time", "x-compute-characters", "x-total-time", "x-validation-time"),
+    *("x-queue-time", "x-inference-time", "x-time-per-token", "x-prompt-tokens", "x-generated-tokens"),
+}
+OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
+FAILED = {
+    "error": "Request failed during generation: Server error: logits are not finite",
+    "error_type": "generation",
+}
+
+
+def names(response: httpx.Response) -> set[str]:
+    return {name for name in response.headers if name.startswith("x-")}
+
+
+async def stream(client: httpx.AsyncClient, **parameters: Any) -> list[dict[str, Any]]:
+    response = await client.post("/generate_stream", json={"inputs": "x", "parameters": parameters})
+    return events_of(response.content)
+
+
+async def test_plain_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    response = await client.post("/generate", json={"inputs": "Hello", "parameters": {}})
+    assert (response.status_code, response.text) == (200, '{"generated_text":"Hello, world!"}')
+    assert response.headers["content-type"] == "application/json"
+    assert names(response) == HEADERS
+    assert response.headers["x-compute-type"] == "test"
+    assert response.headers["x-compute-characters"] == "5"
+    assert (response.headers["x-prompt-tokens"], response.headers["x-generated-tokens"]) == ("1", "5")
+    assert response.headers["x-queue-time"] == "1"
+    assert engine.aborted == []
+
+
+async def test_details(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]) -> None:
+    ids = ids_of(" world<|im_end|>")
+    engine.script.events = one_by_one(ids, logprob=-0.65478515625)
+    response = await client.post("/generate", json={"inputs": "x", "parameters": {"details": True}})
+    assert response.text == (
+        '{"generated_text":" world","details":{"finish_reason":"eos_token","generated_tokens":2,"seed":null,'
+        f'"prefill":[],"tokens":[{{"id":{ids[0]},"text":" world","logprob":-0.65478516,"special":false}},'
+        f'{{"id":{ids[1]},"text":"<|im_end|>","logprob":-0.65478516,"special":true}}]}}}}'
+    )
+
+
+async def test_decoder_input_details_bring_details_with_an_empty_prefill(client: httpx.AsyncClient) -> None:
+    response = await client.post("/generate", json={"inputs": "x", "parameters": {"decoder_input_details": True}})
+    assert response.json()["details"]["prefill"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "text"),
+    [
+        ("/generate", {}, "Hello, world!"),
+        ("/generate", {"return_full_text": True}, "Say: Hello, world!"),
+        ("/", {}, "Say: Hello, world!"),  # quirk 2
+        ("/", {"return_full_text": None}, "Say: Hello, world!"),
+        ("/", {"return_full_text": False}, "Hello, world!"),
+    ],
+)
+async def test_return_full_text(client: httpx.AsyncClient, path: str, parameters: dict[str, Any], text: str) -> None:
+    response = await client.post(path, json={"inputs": "Say: ", "parameters": parameters})
+    answer = response.json()
+    assert (answer[0] if path == "/" else answer) == {"generated_text": text}
+    assert names(response) == HEADERS
+
+
+async def test_compat_route_without_parameters_samples_and_echoes(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    response = await client.post("/", json={"inputs": "Say: "})
+    assert response.json() == [{"generated_text": "Say: Hello, world!"}]
+    assert engine.requests[0].sampling.seed is not None
+
+
+async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]) -> None:
+    hello, end = ids_of("Hello<|im_end|>")
+    engine.script.events = one_by_one([hello, end])
+    engine.script.events[1].logprobs = [-0.01]
+    body = {"inputs": "Hello", "parameters": {"details": True}}
+    response = await client.post("/generate_stream", json=body)
+    assert response.content.decode() == (
+        f'data: {{"index":1,"token":{{"id":{hello},"text":"Hello","logprob":-0.5,"special":false}},'
+        '"generated_text":null,"details":null}\n\n'
+        f'data: {{"index":2,"token":{{"id":{end},"text":"<|im_end|>","logprob":-0.01,"special":true}},'
+        '"generated_text":"Hello","details":{"finish_reason":"eos_token","generated_tokens":2,"seed":null,'
+        '"input_length":1}}\n\n'
+    )
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert names(response) == {"x-compute-type", "x-compute-characters", "x-accel-buffering"}
+
+
+async def test_compat_stream_is_generate_stream(client: httpx.AsyncClient) -> None:
+    response = await client.post("/", json={"inputs": "Say: ", "stream": True, "parameters": {}})
+    last = events_of(response.content)[-1]
+    assert (last["generated_text"], last["details"]) == ("Say: Hello, world!", None)
+
+
+async def test_stream_and_plain_agree(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]
+) -> None:
+    text = "naïve 你好 👩‍👩‍👧 龘"
+    engine.script.events = one_by_one(ids_of(text), FinishReason.LENGTH)
+    events = await stream(client)
+    assert "".join(event["token"]["text"] for event in events) == text
+    assert events[-1]["generated_text"] == text
+    assert (await client.post("/generate", json={"inputs": "x"})).json() == {"generated_text": text}
+
+
+async def test_several_tokens_in_one_engine_event(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]
+) -> None:
+    ids = ids_of("Hello, world!<|im_end|>")
+    engine.script.events = [
+        TokenEvent(request_id="", token_ids=ids[:2], logprobs=[-0.5] * 2),
+        TokenEvent(request_id="", token_ids=ids[2:], logprobs=[-0.5] * 3, finish_reason=FinishReason.EOS_TOKEN),
+    ]
+    events = await stream(client)
+    assert [event["index"] for event in events] == [1, 2, 3, 4, 5]
+    assert [event["generated_text"] for event in events] == [None] * 4 + ["Hello, world!"]
+
+
+async def test_character_left_incomplete_is_dropped_and_not_the_text(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]
+) -> None:
+    engine.script.events = one_by_one(ids_of("ok") + ids_of("龘")[:2], FinishReason.LENGTH)
+    assert (await client.post("/generate", json={"inputs": "x"})).json() == {"generated_text": "ok"}  # quirk 13
+
+
+async def test_stop_string_ends_and_aborts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    events = await stream(client, stop=["lo, w"], details=True)
+    assert [event["token"]["text"] for event in events] == ["Hello", ",", " w"]
+    assert events[-1]["generated_text"] == "Hello, w"
+    assert events[-1]["details"]["finish_reason"] == "stop_sequence"
+    assert engine.aborted == [engine.requests[0].request_id]
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.EOS_TOKEN])
+async def test_engines_reason_wins_over_a_stop_string(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]], reason: FinishReason
+) -> None:
+    engine.script.events = one_by_one(ids_of("Hello, world!"), reason)
+    events = await stream(client, stop=["!"], details=True)
+    assert events[-1]["details"]["finish_reason"] == reason
+    assert engine.aborted == []
+
+
+async def test_overload(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
+    engine.script.pause_s = 0.05
+    async with client_of(create_app(engine, make_config(max_concurrent_requests=1), tokenizer)) as client:
+        running = asyncio.create_task(client.post("/generate", json={"inputs": "x"}))
+        await asyncio.sleep(0.05)
+        invalid = {"inputs": "", "parameters": {"temperature": 0}}
+        plain = await client.post("/generate", json=invalid)  # nothing is looked at before a permit is there
+        streamed = await client.post("/generate_stream", json={"inputs": "x"})
+        chat = await client.post("/v1/chat/completions", json={"messages": [], "stream": True})
+        assert (plain.status_code, plain.json()) == (429, OVERLOADED)
+        assert "retry-after" not in plain.headers
+        assert (streamed.status_code, events_of(streamed.content)) == (200, [OVERLOADED])
+        error = b'data: {"error":{"message":"Model is overloaded","http_status_code":422}}\n\ndata: [DONE]\n\n'
+        assert (chat.status_code, chat.content) == (200, error)
+        assert (await running).status_code == 200
+        assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
+
+
+async def test_permits_come_back_after_refusals_and_failures(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
+    engine.script.error = "boom"
+    engine.script.events = []
+    async with client_of(create_app(engine, make_config(max_concurrent_requests=1), tokenizer)) as client:
+        statuses = [
+            (await client.post("/generate", json={"inputs": inputs})).status_code for inputs in ("", "x", "", "x")
+        ]
+    assert statuses == [422, 424, 422, 424]
+
+
+async def test_engine_fails_midway(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script.events = one_by_one([5, 6], None)
+    engine.script.error = "logits are not finite"
+    response = await client.post("/generate", json={"inputs": "x"})
+    assert (response.status_code, response.json()) == (424, FAILED)
+    events = await stream(client)
+    assert [event.get("index") for event in events] == [1, 2, None]
+    assert events[-1] == FAILED
+
+
+async def test_engine_ends_without_a_last_token(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script.events = one_by_one([5, 6], None)
+    error = {"error": "Incomplete generation", "error_type": "incomplete_generation"}
+    response = await client.post("/generate", json={"inputs": "x"})
+    assert (response.status_code, response.json()) == (500, error)
+    assert (await stream(client))[-1] == error
+
+
+async def test_unforeseen_error(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.script.events = [TokenEvent(request_id="", token_ids=[1, 2], logprobs=[])]
+    error = {"error": "Internal server error", "error_type": "internal"}
+    response = await client.post("/generate", json={"inputs": "x"})
+    assert (response.status_code, response.json()) == (500, error)
+    assert await stream(client) == [error]
+    assert caplog.records[-1].levelname == "ERROR"
+    assert caplog.records[-1].exc_info is not None
+
+
+async def test_log_lines(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        await client.post("/generate", json={"inputs": "secret", "parameters": {"seed": 42, "do_sample": True}})
+        await client.post("/generate", json={"inputs": "secret", "parameters": {"top_k": 0}})
+    success, failure = (record for record in caplog.records if record.name.startswith("server"))
+    assert success.levelname == "INFO"
+    assert success.getMessage().startswith('Success total_time="')
+    assert success.getMessage().endswith('seed="Some(42)"')
+    assert (failure.levelname, failure.getMessage()) == ("ERROR", "`top_k` must be strictly positive")
+    assert "secret" not in caplog.text

@@ -1,0 +1,34 @@
+"""What the server tells about itself."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.unit.server.harness import FakeEngine
+
+
+async def test_info(client: httpx.AsyncClient) -> None:
+    response = await client.get("/info")
+    assert response.text == (
+        '{"model_id":"org/model","model_sha":null,"model_pipeline_tag":null,"max_concurrent_requests":128,'
+        '"max_best_of":2,"max_stop_sequences":4,"max_input_tokens":1023,"max_total_tokens":1024,'
+        '"validation_workers":2,"max_client_batch_size":4,"router":"text-generation-router",'
+        '"version":"3.3.6-dev0","sha":null,"docker_label":null}'
+    )
+    assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/"])
+async def test_health(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+    response = await client.get(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert "content-type" not in response.headers
+    engine.healthy = False
+    response = await client.get(path)
+    assert (response.status_code, response.json()) == (503, {"error": "unhealthy", "error_type": "healthcheck"})
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/info", "/v1/models"])
+async def test_head(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.head(path)).status_code == 200
