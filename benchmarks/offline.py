@@ -1,0 +1,176 @@
+"""Speed of the engine without HTTP: one sequence decoding, a batch decoding, a prompt; alone or against transformers.
+
+    python benchmarks/offline.py [--compare transformers] [--model FOLDER] [--rounds 5] [--tokens 64]
+
+With --compare, rounds of both are interleaved on the same machine and medians are compared. The last line of standard
+output is JSON. Without --model the demo model is used (built on first use).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from engine.config import EngineConfig, engine_environment  # noqa: E402
+
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "Explain in detail how a compiler turns source code into machine code.<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def restart_with_environment() -> None:
+    """Numba and MKL read their variables on import, so the process starts over with them once."""
+    missing = engine_environment(num_cores(), dict(os.environ))
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+
+
+def demo_model() -> str:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "demo_model.py")]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]
+
+
+class Pytgi:
+    """Our engine in this process."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        from engine.start import start_engine
+
+        config = EngineConfig(model_path=folder, dtype=dtype, num_threads=num_cores(), is_prefix_caching=False)
+        self._core, _ = start_engine(config)
+
+    def run(self, prompt_ids: list[int], num_sequences: int, num_tokens: int) -> list[float]:
+        """Times at which each step ended, counted from the first step's start."""
+        from engine.types import FinishReason, GenerationRequest
+
+        for index in range(num_sequences):
+            request = GenerationRequest(request_id=str(index), prompt_token_ids=prompt_ids, max_new_tokens=num_tokens)
+            self._core.take(request)
+        started = time.perf_counter()
+        ends = []
+        while self._core.scheduler.has_work:
+            for event in self._core.step():
+                assert event.finish_reason is not FinishReason.EOS_TOKEN, "the prompt must not end early"
+            ends.append(time.perf_counter() - started)
+        return ends
+
+    def decode_rate(self, prompt_ids: list[int], num_tokens: int) -> float:
+        ends = self.run(prompt_ids, 1, num_tokens)
+        return (num_tokens - 1) / (ends[-1] - ends[-num_tokens])
+
+
+class Transformers:
+    """`transformers` generate in one dtype."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def decode_rate(self, prompt_ids: list[int], num_tokens: int) -> float:
+        """Tokens per second after the first: the time of one token is taken off the time of all."""
+        self._torch.set_num_threads(num_cores())
+        first = self._timed(prompt_ids, 1)
+        rate = (num_tokens - 1) / (self._timed(prompt_ids, num_tokens) - first)
+        self._torch.set_num_threads(1)
+        return rate
+
+    def _timed(self, prompt_ids: list[int], num_tokens: int) -> float:
+        ids = self._torch.tensor([prompt_ids])
+        started = time.perf_counter()
+        self._model.generate(
+            ids,
+            attention_mask=self._torch.ones_like(ids),
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+        )
+        return time.perf_counter() - started
+
+
+def interleaved(rates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """One warm-up, then `rounds` rounds in which everyone has a turn."""
+    results: dict[str, list[float]] = {name: [] for name in rates}
+    for round_index in range(rounds + 1):
+        for name, rate in rates.items():
+            value = rate()
+            if round_index:
+                results[name].append(value)
+                print(f"round {round_index}: {name:24s} {value:7.2f} tokens/s", flush=True)
+    return results
+
+
+def read_bandwidth() -> float:
+    """GB/s at which all cores together sum a large float32 array: what decoding is measured against."""
+    import torch
+
+    torch.set_num_threads(num_cores())
+    array = torch.zeros(1 << 28)  # 1 GiB
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        array.sum()
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(1)
+    return array.nbytes / min(seconds) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", choices=["transformers"])
+    parser.add_argument("--model", help="model folder (default: the demo model)")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per round")
+    args = parser.parse_args()
+    restart_with_environment()
+    folder = args.model or demo_model()
+
+    from tokenizers import Tokenizer
+
+    prompt_ids = Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).encode(PROMPT).ids
+    result: dict[str, Any] = {"model": Path(folder).name, "dtype": args.dtype, "cores": num_cores()}
+    result["cpu"] = platform.processor() or platform.machine()
+    result["read_bandwidth_gb_s"] = round(read_bandwidth(), 1)
+    ours = Pytgi(folder, args.dtype)
+    rates: dict[str, Callable[[], float]] = {"pytgi": lambda: ours.decode_rate(prompt_ids, args.tokens)}
+    if args.compare:
+        for dtype in ("bfloat16", "float32"):
+            theirs = Transformers(folder, dtype)
+            rates[f"transformers {dtype}"] = lambda theirs=theirs: theirs.decode_rate(prompt_ids, args.tokens)
+    measured = interleaved(rates, args.rounds)
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    result["decode_tokens_per_s"] = {name: round(value, 2) for name, value in medians.items()}
+    weight_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    result["share_of_bandwidth_floor"] = round(medians["pytgi"] * weight_bytes / 1e9 / result["read_bandwidth_gb_s"], 2)
+    if args.compare:
+        better = max(value for name, value in medians.items() if name != "pytgi")
+        result["speedup"] = round(medians["pytgi"] / better, 2)
+    else:
+        result["prefill_512_tokens_per_s"] = round(512 / ours.run((prompt_ids * 16)[:512], 1, 1)[-1], 1)
+        batch = ours.run(prompt_ids, 8, args.tokens)
+        result["decode_8_tokens_per_s"] = round(8 * (args.tokens - 1) / (batch[-1] - batch[-args.tokens]), 1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A server started as a user starts it: the launcher as a child process, its log in a file, requests over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclasses.dataclass
+class LaunchedServer:
+    """A running launcher and how to reach what it serves."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log_path: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def child(self, module: str) -> psutil.Process:
+        """The child that runs `python -m module`."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if process.cmdline()[-2:] == ["-m", module]:
+                return process
+        raise AssertionError(f"no process runs {module}; log:\n{self.log}")
+
+    def wait_for_log(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log:
+            assert self.process.poll() is None, f"the launcher ended with {self.process.returncode}:\n{self.log}"
+            assert time.monotonic() < deadline, f"no {text!r} after {timeout_s} s:\n{self.log}"
+            time.sleep(0.05)
+
+    def wait_for_end(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        return self.process.wait(timeout_s)
+
+    def generate(self, inputs: str, **parameters: Any) -> dict[str, Any]:
+        body = {"inputs": inputs, "parameters": {"details": True, **parameters}}
+        response = httpx.post(f"{self.url}/generate", json=body, timeout=600)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stream(self, inputs: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """The events of /generate_stream, as they come."""
+        body = {"inputs": inputs, "parameters": parameters}
+        with httpx.stream("POST", f"{self.url}/generate_stream", json=body, timeout=600) as response:
+            for line in response.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line.removeprefix("data:"))
+
+    def metrics(self) -> dict[str, float]:
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        pairs = (line.split() for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextlib.contextmanager
+def launched(
+    model: Path | str,
+    log_dir: Path,
+    *flags: str,
+    environ: Mapping[str, str] | None = None,
+    is_awaited: bool = True,
+) -> Iterator[LaunchedServer]:
+    """Start the launcher; at the end of the block nothing of it is left, whatever happened."""
+    port = free_port()
+    log_path = log_dir / f"launcher-{port}.log"
+    command = [sys.executable, "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--hostname", "127.0.0.1", *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environ or {})},
+        )
+    server = LaunchedServer(process, port, log_path)
+    try:
+        if is_awaited:
+            server.wait_for_log("Connected")
+        yield server
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+        for survivor in [process, *children]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                survivor.kill()
+        process.wait()

@@ -1,0 +1,157 @@
+"""Start, readiness, drain, and every way a process can die: seen from outside, on a tiny model."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.launched import LaunchedServer, launched
+
+LONG = {"max_new_tokens": 4000}
+
+
+@pytest.fixture
+def server(tiny_model_dir: Path, tmp_path: Path) -> Iterator[LaunchedServer]:
+    with launched(tiny_model_dir, tmp_path) as server:
+        yield server
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=10)[1]
+
+
+def children_of(server: LaunchedServer) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def test_ready_line_means_ready(server: LaunchedServer) -> None:
+    response = httpx.get(f"{server.url}/health")
+    assert (response.status_code, response.content) == (200, b"")
+    assert httpx.get(f"{server.url}/info").json()["max_input_tokens"] > 0
+
+
+def test_port_is_closed_until_ready_and_busy_from_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
+        server.wait_for_log("Starting")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+        server.wait_for_log("Connected")
+
+
+def test_busy_port_ends_the_start_before_the_model_loads(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        flags = ("--port", str(busy.getsockname()[1]))
+        with launched(tiny_model_dir, tmp_path, *flags, is_awaited=False) as server:
+            assert server.wait_for_end() == 1
+            assert "give another --port" in server.log
+            assert "Warming up" not in server.log
+
+
+def test_sigterm_lets_a_running_stream_end_and_exits_with_0(server: LaunchedServer) -> None:
+    events = server.stream("hello", max_new_tokens=400, details=True)
+    next(events)
+    server.process.send_signal(signal.SIGTERM)
+    *_, last = events
+    assert last["details"]["generated_tokens"] == 400
+    assert server.wait_for_end() == 0
+
+
+def test_sigterm_while_loading_exits_with_0(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
+        server.wait_for_log("Starting")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for_end() == 0
+
+
+@pytest.mark.parametrize("module", ["engine", "server"])
+def test_a_dead_child_ends_everything_with_the_cause(server: LaunchedServer, module: str) -> None:
+    victim = server.child(module)
+    children = children_of(server)
+    victim.kill()
+    assert server.wait_for_end() == 1
+    assert not alive(children)
+    name = {"engine": "engine rank 0", "server": "webserver"}[module]
+    assert f"{name} was killed by SIGKILL" in server.log
+
+
+def test_a_dead_engine_ends_open_streams_with_an_error_event(server: LaunchedServer) -> None:
+    events = server.stream("hello", **LONG)
+    next(events)
+    server.child("engine").kill()
+    *_, last = events
+    assert last["error_type"] == "generation"
+    assert server.wait_for_end() == 1
+
+
+def test_children_of_a_killed_launcher_go_within_10_s(server: LaunchedServer) -> None:
+    children = children_of(server)
+    assert len(children) == 2
+    threading.Thread(target=lambda: list(server.stream("hello", **LONG)), daemon=True)
+    server.process.kill()
+    assert not alive(children)
+
+
+def test_a_bad_model_type_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
+    model = tmp_path / "llama"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "tokenizer.json").write_text("{}")
+    with launched(model, tmp_path, is_awaited=False) as server:
+        assert server.wait_for_end() == 1
+        assert "model_type 'llama' is not supported; supported: qwen2" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_what_is_neither_folder_nor_id_is_refused(tmp_path: Path) -> None:
+    environ = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    for model, text in (("no/such/folder", "neither a folder nor"), ("Qwen/Nothing", "not in the cache")):
+        with launched(model, tmp_path, is_awaited=False, environ=environ) as server:
+            assert server.wait_for_end() == 1
+            assert text in server.log
+
+
+def test_200_requests_half_of_them_dropped_leave_no_block_behind(server: LaunchedServer) -> None:
+    """The same proof on the demo model, with memory, is benchmarks/soak.py (make test-slow)."""
+
+    def request(index: int) -> None:
+        events = server.stream(f"request number {index}", max_new_tokens=64)
+        for position, _ in enumerate(events):
+            if index % 2 and position == 20:
+                events.close()  # type: ignore[attr-defined]
+                return
+
+    threads = [threading.Thread(target=request, args=(index,)) for index in range(100)]
+    for _ in range(2):
+        threads = [threading.Thread(target=request, args=(index,)) for index in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    time.sleep(2)
+    metrics = server.metrics()
+    assert metrics["pytgi_kv_blocks_used"] == 0
+    assert metrics["tgi_queue_size"] == metrics["tgi_batch_current_size"] == 0
+
+
+def test_the_http_process_has_no_libtorch_and_is_small(server: LaunchedServer) -> None:
+    body = {"model": "", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    process = server.child("server")
+    assert not [path for path in process.memory_maps() if "torch" in path.path]
+    assert process.memory_info().rss < 300e6
+
+
+def test_the_launcher_runs_as_a_console_script() -> None:
+    done = subprocess.run(["text-generation-launcher", "--help"], capture_output=True, text=True, check=True)
+    assert "--max-batch-prefill-tokens" in done.stdout

@@ -1,0 +1,65 @@
+"""Greedy ids of the real demo model equal those of `transformers` in float32, however they are computed.
+
+Ids are compared up to the first position where transformers' own two best logits are closer than 1e-4 (design
+section 3); how many comparisons were cut short is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.e2e.launched import LaunchedServer, launched
+
+NEAR_TIE = 1e-4
+ENTRIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_ids.json").read_text())["entries"]
+
+SERVERS = {
+    "default": (),
+    "small steps": ("--max-batch-prefill-tokens", "48"),
+    "preempting": ("--max-total-tokens", "2064", "--max-batch-total-tokens", "2064"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(demo_model / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", params=SERVERS, ids=str)
+def server(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: Any) -> Iterator[LaunchedServer]:
+    logs = tmp_path_factory.mktemp("logs")
+    with launched(demo_model, logs, "--dtype", "float32", *SERVERS[request.param]) as server:
+        yield server
+
+
+def generated_ids(server: LaunchedServer, tokenizer: Tokenizer, entry: dict[str, Any]) -> list[int]:
+    prompt = tokenizer.decode(entry["prompt_ids"], skip_special_tokens=False)
+    assert tokenizer.encode(prompt).ids == entry["prompt_ids"], "the prompt does not survive its text form"
+    answer = server.generate(prompt, max_new_tokens=len(entry["ids"]))
+    return [token["id"] for token in answer["details"]["tokens"]]
+
+
+def check(name: str, entry: dict[str, Any], ids: list[int]) -> int:
+    """Compare; 1 if a near-tie cut the comparison short, else 0."""
+    num_compared = next((i for i, gap in enumerate(entry["gaps"]) if gap < NEAR_TIE), len(entry["ids"]))
+    assert ids[:num_compared] == entry["ids"][:num_compared], name
+    return int(num_compared < len(entry["ids"]))
+
+
+def test_ids_equal_transformers(server: LaunchedServer, tokenizer: Tokenizer) -> None:
+    """All at once, then one by one with the prefix cache warm."""
+    with ThreadPoolExecutor(len(ENTRIES)) as pool:
+        together = list(pool.map(lambda entry: generated_ids(server, tokenizer, entry), ENTRIES.values()))
+    num_cut = sum(check(name, entry, ids) for (name, entry), ids in zip(ENTRIES.items(), together, strict=True))
+    for (name, entry), ids in zip(ENTRIES.items(), together, strict=True):
+        alone = generated_ids(server, tokenizer, entry)
+        check(name, entry, alone)
+        assert alone == ids, f"{name}: company changed the ids"
+    print(f"{num_cut} of {len(ENTRIES)} comparisons were cut short by a near-tie")
