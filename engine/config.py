@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -114,9 +115,22 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks.
     """
     defaults = {
-        "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba"),
+        "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
         "NUMBA_THREADING_LAYER": "omp",
         "NUMBA_NUM_THREADS": str(num_threads),
         "OMP_NUM_THREADS": str(num_threads),
     }
     return {name: value for name, value in defaults.items() if not environ.get(name)}
+
+
+KERNEL_SOURCES = ("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py")
+
+
+def _kernel_version() -> str:
+    """A hash of all kernel sources: Numba's own cache looks only at the file of the kernel, not at what it inlines."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.blake2b(digest_size=8)
+    for pattern in KERNEL_SOURCES:
+        for path in sorted(root.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from engine.ipc import EngineEndpoint
-from engine.sampler import sample
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
-from engine.types import AbortRequest, Down, StepOutput, TokenEvent
+from engine.types import AbortRequest, Down, SamplingParams, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +25,21 @@ class Runner(Protocol):
     def execute(self, batch: ScheduledBatch) -> torch.Tensor: ...
 
 
+class Sample(Protocol):
+    """Chooses a token per row of logits (`engine.sampler`)."""
+
+    def __call__(
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    ) -> SampledBatch: ...
+
+
 class EngineCore:
     """Schedule, run, sample, update; and the requests that come and go between steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, limit: StepLimit) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, sample: Sample, limit: StepLimit) -> None:
         self.scheduler = scheduler
         self._runner = runner
+        self._sample = sample
         self._limit = limit
 
     def step(self) -> list[TokenEvent]:
@@ -40,7 +48,8 @@ class EngineCore:
         batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
         logits = self._runner.execute(batch)
         sequences = batch.sampled
-        sampled = sample(logits, [s.request.sampling for s in sequences], [s.num_output_tokens for s in sequences])
+        sampling = [sequence.request.sampling for sequence in sequences]
+        sampled = self._sample(logits, sampling, [sequence.num_output_tokens for sequence in sequences])
         events = self.scheduler.update(batch, sampled)
         self._limit.observe(batch.num_tokens, time.monotonic() - started)
         return events

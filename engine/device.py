@@ -21,6 +21,8 @@ class Device:
     """Key of `engine.attention.ATTENTION_BACKENDS`."""
     ops: str
     """Key of `engine.layers.OPS`."""
+    sampler: str
+    """Key of `engine.sampler.SAMPLERS`."""
     is_widening: bool
     """Kernels multiply in float32 whatever the weights are stored in, so a bfloat16 weight is exact under float32."""
     step_limit_s: float | None
@@ -56,6 +58,7 @@ def detect_device(local_rank: int = 0) -> Device:
             torch_device=torch.device("cuda", local_rank),
             attention_backend="torch",
             ops="torch",
+            sampler="torch",
             is_widening=False,
             step_limit_s=None,
             alone_step_limit_s=None,
@@ -64,6 +67,7 @@ def detect_device(local_rank: int = 0) -> Device:
         torch_device=torch.device("cpu"),
         attention_backend="cpu",
         ops="cpu",
+        sampler="cpu",
         is_widening=True,
         step_limit_s=1.0,
         alone_step_limit_s=5.0,

@@ -61,7 +61,7 @@ class EngineEndpoint:
         self._lagging_stats: EngineStats | None = None
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message. Raises EOFError when the peer is gone."""
+        """What has arrived, waiting at most `timeout_s` for the first message. Raises EOFError without a peer."""
         writers = [self._sock] if self._outbox else []
         readable, writable, _ = select.select([self._sock], writers, [], timeout_s)
         if writable:

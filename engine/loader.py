@@ -32,11 +32,14 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
             _load_file(path, layers, model.is_ignored, progress.add)
         except SafetensorError as error:
             raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
-    for prefix, (layer, _) in layers.items():
-        if missing := layer.missing():
+    for prefix, (layer, part) in layers.items():
+        if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
-    for layer in {id(layer): layer for layer, _ in layers.values()}.values():
-        layer.finish(device)
+    for prefix, layer in {id(layer): (prefix, layer) for prefix, (layer, _) in layers.items()}.values():
+        try:
+            layer.finish(device)
+        except ValueError as error:
+            raise StartError(f"{prefix} cannot be run: {error}") from error
 
 
 def _load_file(
@@ -59,8 +62,8 @@ def _load_file(
             dtype = TORCH_DTYPES.get(piece.get_dtype())
             if dtype is None:
                 raise StartError(f"tensor {name} is stored as {piece.get_dtype()}: only F32, F16 and BF16 are loaded")
-            tensor = copied.get_tensor(name) if layer.is_copied(leaf, dtype) else kept.get_tensor(name)
             try:
+                tensor = copied.get_tensor(name) if layer.is_copied(leaf, dtype) else kept.get_tensor(name)
                 layer.load(leaf, part, tensor)
             except KeyError:
                 raise StartError(f"{path.name} has a tensor {name} that the model does not know") from None

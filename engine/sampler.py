@@ -15,8 +15,16 @@ import torch
 from engine.scheduler import SampledBatch
 from engine.types import SamplingParams
 
+SAMPLERS: dict[str, str] = {
+    "cpu": "engine.sampler_cpu:sample",
+    "torch": "engine.sampler:sample",
+}
+"""Name -> lazy "module:function" with the signature of `sample` below, which is the plain twin of the others."""
+
 NUCLEUS_CANDIDATES = 1024
 """Top-p first looks among this many best tokens, and sorts the vocabulary only if they don't hold the mass."""
+MIN_TEMPERATURE = 1e-30
+"""Less would be 0 in float32."""
 
 
 def sample(logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]) -> SampledBatch:
@@ -26,28 +34,46 @@ def sample(logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: 
     and the inverse of the cumulated distribution. Logprobs are those of the distribution that was chosen from (5.3).
     """
     random_rows = [row for row, param in enumerate(params) if param.seed is not None]
-    chosen = logits.argmax(dim=-1)
+    greedy_rows = [row for row, param in enumerate(params) if param.seed is None]
+    columns = torch.empty(3, len(params), dtype=torch.float64, device=logits.device)
+    if greedy_rows:
+        columns[:, greedy_rows] = _take_best(logits if not random_rows else logits[greedy_rows])
     if random_rows:
-        index = torch.tensor(random_rows, device=logits.device)
         drawn = [params[row] for row in random_rows]
-        filtered = filter_logits(logits[index], drawn)
-        seeds = [param.seed for param in drawn if param.seed is not None]
-        numbers = uniform(seeds, [positions[row] for row in random_rows])
-        chosen[index] = _invert_distribution(filtered, torch.from_numpy(numbers).to(logits.device))
-        logits = logits.index_copy(0, index, filtered)
-    normaliser = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - normaliser
+        numbers = uniform([param.seed or 0 for param in drawn], [positions[row] for row in random_rows])
+        scaled = filter_logits(logits if not greedy_rows else logits[random_rows], drawn)
+        columns[:, random_rows] = _draw(scaled, torch.from_numpy(numbers).to(logits.device))
     # One device-to-host copy for everything the step needs to know.
-    columns = torch.stack([chosen.double(), logprobs.double(), normaliser.isfinite().double()]).tolist()
-    return SampledBatch([int(token) for token in columns[0]], columns[1], [bool(value) for value in columns[2]])
+    token_ids, logprobs, is_finite = columns.tolist()
+    return SampledBatch([int(token) for token in token_ids], logprobs, [bool(value) for value in is_finite])
+
+
+def _take_best(logits: torch.Tensor) -> torch.Tensor:
+    """Rows of token, logprob, is_finite [3, rows] for the largest logits."""
+    best, chosen = logits.max(dim=-1)
+    normaliser = logits.logsumexp(dim=-1)
+    return torch.stack([chosen.double(), (best - normaliser).double(), normaliser.isfinite().double()])
+
+
+def _draw(scaled: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Rows of token, logprob, is_finite [3, rows]: the first token at which the cumulated mass exceeds the number.
+
+    scaled [rows, vocab]: logits relative to the best one, so that no exponential overflows; numbers [rows] in [0, 1).
+    """
+    cumulated = scaled.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    chosen = torch.searchsorted(cumulated, numbers.unsqueeze(1) * total, right=True)
+    chosen.clamp_(max=scaled.shape[1] - 1)
+    logprobs = scaled.gather(1, chosen).double() - total.log()
+    return torch.cat([chosen.double(), logprobs, total.isfinite().double()], dim=1).T
 
 
 def filter_logits(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.Tensor:
-    """Temperature, then top-k, then top-p over rows [rows, vocab]; what is not allowed becomes -inf."""
+    """Temperature, then top-k, then top-p over rows [rows, vocab]: the best becomes 0, what is not allowed -inf."""
     device = logits.device
     # The best logit becomes 0 first: a tiny temperature then leaves only it, instead of overflowing.
-    logits = logits - logits.max(dim=-1, keepdim=True).values
-    logits = logits / torch.tensor([[param.temperature] for param in params], device=device)
+    temperatures = torch.tensor([[max(param.temperature, MIN_TEMPERATURE)] for param in params], device=device)
+    logits = (logits - logits.max(dim=-1, keepdim=True).values).div_(temperatures)
     vocab_size = logits.shape[1]
     top_ks = [min(param.top_k, vocab_size) for param in params]
     if any(top_ks):
@@ -73,13 +99,6 @@ def _keep_nucleus(logits: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
             break
     last = (mass < top_ps).sum(dim=-1, keepdim=True).clamp_(max=num_candidates - 1)
     return logits.masked_fill(logits < best.gather(1, last), -torch.inf)
-
-
-def _invert_distribution(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The first token at which the cumulated probability exceeds the row's number in [0, 1)."""
-    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    targets = numbers.unsqueeze(1) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
 def uniform(seeds: SequenceOf[int], positions: SequenceOf[int]) -> npt.NDArray[np.float64]:

@@ -10,13 +10,13 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, EngineLimits, resolve_limits
-from engine.core import EngineCore
+from engine.core import EngineCore, Sample
 from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
 from engine.model_files import read_eos_token_ids, read_model_config
 from engine.models.base import CausalLM
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model
-from engine.sampler import sample
+from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry
+from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 from engine.step_limit import StepLimit
@@ -49,14 +49,15 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineLimits]:
     )
     runner.allocate_kv_cache(num_blocks, kv_dtype)
     step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
-    _warm_up(runner, step_limit, min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, num_blocks * BLOCK_SIZE))
+    sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
+    _warm_up(runner, sample, step_limit, min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, num_blocks * BLOCK_SIZE))
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=limits.max_batch_prefill_tokens,
         eos_token_ids=read_eos_token_ids(folder, model_config),
     )
     _log_summary(config, limits, dtype, kv_dtype, device)
-    return EngineCore(scheduler, runner, step_limit), limits
+    return EngineCore(scheduler, runner, sample, step_limit), limits
 
 
 def _set_threads(num_threads: int) -> None:
@@ -77,7 +78,7 @@ def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, dev
     available = int(device.free_memory_bytes() * KV_MEMORY_SHARE)
     most = available // bytes_per_block
     if config.max_batch_total_tokens is not None:
-        wanted = config.max_batch_total_tokens // BLOCK_SIZE
+        wanted = -(-config.max_batch_total_tokens // BLOCK_SIZE)
     elif device.is_widening:
         wanted = -(-max(config.max_total_tokens or model.max_position_embeddings, DEFAULT_KV_TOKENS) // BLOCK_SIZE)
         wanted = min(wanted, most) if config.max_total_tokens is None else wanted
@@ -92,7 +93,7 @@ def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, dev
     return wanted
 
 
-def _warm_up(runner: ModelRunner, limit: StepLimit, num_tokens: int) -> None:
+def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: int) -> None:
     """Run a prompt, then one token: compiles the kernels (a first start only) and learns what a token costs."""
     started = time.monotonic()
     logger.info("Warming up model (the first start on a machine compiles the kernels)")

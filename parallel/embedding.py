@@ -30,7 +30,7 @@ class VocabTable(nn.Module):
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(self._shape)}")
         self._weight = tensor.to(self._method.storage_dtype(name, tensor.dtype))
 
-    def missing(self) -> list[str]:
+    def missing(self, part: int) -> list[str]:
         """Names of tensors not loaded yet."""
         return ["weight"] if self._weight is None else []
 

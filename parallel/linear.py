@@ -33,8 +33,6 @@ class ShardedLinear(nn.Module):
         self._method = method
         self._parallel = parallel
         self._is_output_sharded = is_output_sharded
-        # A row-parallel bias is added once: by rank 0, before the ranks' results are summed.
-        has_bias = has_bias and (is_output_sharded or parallel.rank == 0)
         self._specs = [method.param_specs(in_features, size, has_bias) for size in out_features]
         self._params: dict[str, torch.Tensor] = {}
         self._missing = {(name, part) for part, specs in enumerate(self._specs) for name in specs}
@@ -78,19 +76,25 @@ class ShardedLinear(nn.Module):
         dim = self._specs[part][name].output_dim
         if dim is None:
             raise ValueError(f"{name} cannot be merged")
+        dtype = self._method.storage_dtype(name, tensor.dtype)
         if name not in self._params:
             merged = [*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :]]
-            self._params[name] = torch.empty(merged, dtype=self._method.storage_dtype(name, tensor.dtype))
+            self._params[name] = torch.empty(merged, dtype=dtype)
+        # Parts may be stored in different dtypes: keep the one that holds them all.
+        self._params[name] = self._params[name].to(torch.promote_types(self._params[name].dtype, dtype))
         start = sum(shape[dim] for shape in shapes[:part])
         self._params[name].narrow(dim, start, shapes[part][dim]).copy_(tensor)
 
-    def missing(self) -> list[str]:
-        """Names of tensors not loaded yet."""
-        return sorted({name for name, _ in self._missing})
+    def missing(self, part: int) -> list[str]:
+        """Names of tensors of `part` not loaded yet."""
+        return sorted(name for name, of in self._missing if of == part)
 
     def finish(self, device: torch.device) -> None:
         """Move to the device and make the running weight; the stored form is dropped."""
-        self._running = self._method.finish({name: tensor.to(device) for name, tensor in self._params.items()})
+        params = {name: tensor.to(device) for name, tensor in self._params.items()}
+        if not self._is_output_sharded and self._parallel.rank > 0:
+            params.pop("bias", None)  # the ranks' results are summed: rank 0 alone adds it
+        self._running = self._method.finish(params)
         self._params = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

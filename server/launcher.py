@@ -128,6 +128,7 @@ def run(args: LauncherArgs) -> None:
     signals = Signals()
     with bind(args.hostname, args.port) as listener:
         model_path = find_model(args, signals)
+        logger.info("Starting webserver and engine for %s on port %d", args.model_id, listener.getsockname()[1])
         processes = start(args, model_path, listener)
     supervise(*processes, signals)
 

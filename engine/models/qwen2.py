@@ -16,6 +16,17 @@ from engine.models.base import Loadable, ModelContext
 from parallel.embedding import VocabTable
 from parallel.linear import ShardedLinear
 
+REQUIRED_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "vocab_size",
+)
+
 
 class RMSNorm(nn.Module):
     """A norm's weight; the arithmetic is in `engine.layers`."""
@@ -37,7 +48,7 @@ class RMSNorm(nn.Module):
         self.weight.copy_(tensor)
         self._is_missing = False
 
-    def missing(self) -> list[str]:
+    def missing(self, part: int) -> list[str]:
         return ["weight"] if self._is_missing else []
 
     def finish(self, device: torch.device) -> None:
@@ -161,6 +172,8 @@ def rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if lacking := [key for key in REQUIRED_KEYS if not config.get(key)]:
+        raise StartError(f"config.json does not say {', '.join(lacking)}: fetch the model again")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":

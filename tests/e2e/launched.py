@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
 
 

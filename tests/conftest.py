@@ -1,0 +1,35 @@
+"""What all tests share: the environment the kernels need, and a tiny model."""
+
+from __future__ import annotations
+
+import os
+
+from engine.config import engine_environment
+
+# Read by torch and Numba when they are first imported, so it is set before anything else is. Passive: the machine is
+# shared, and two pools of threads would spin against each other.
+NUM_THREADS = min(2, len(os.sched_getaffinity(0)))
+os.environ.update(engine_environment(NUM_THREADS, dict(os.environ)))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from tests.tiny_model import write_tiny_qwen2  # noqa: E402
+
+# The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 in float32, tied, that can be loaded and served."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2")
+    write_tiny_qwen2(folder)
+    return folder

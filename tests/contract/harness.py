@@ -1,0 +1,134 @@
+"""Engines on tiny models, put together from their parts, and `transformers` as the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from engine.block_manager import BlockManager
+from engine.core import EngineCore
+from engine.device import Device
+from engine.model_files import read_model_config
+from engine.runner import BLOCK_SIZE, ModelRunner, build_model
+from engine.scheduler import Scheduler
+from engine.step_limit import StepLimit
+from engine.types import GenerationRequest, SamplingParams, TokenEvent
+from tests.tiny_model import EOS_TOKEN_IDS
+
+KERNELS = Device(
+    torch_device=torch.device("cpu"),
+    attention_backend="cpu",
+    ops="cpu",
+    is_widening=True,
+    step_limit_s=None,
+    alone_step_limit_s=None,
+)
+TWINS = dataclasses.replace(KERNELS, attention_backend="torch", ops="torch")
+
+
+def make_runner(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: Device = KERNELS, num_blocks: int = 64
+) -> ModelRunner:
+    runner = ModelRunner(build_model(read_model_config(folder), folder, dtype, device), device)
+    runner.allocate_kv_cache(num_blocks, device.kv_dtype(dtype))
+    return runner
+
+
+def make_core(
+    folder: Path, *, num_blocks: int = 64, max_batch_tokens: int = 512, is_prefix_caching: bool = True
+) -> EngineCore:
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
+        max_batch_tokens=max_batch_tokens,
+        eos_token_ids=EOS_TOKEN_IDS,
+    )
+    return EngineCore(scheduler, make_runner(folder, num_blocks=num_blocks), StepLimit(None, None))
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run of some requests came to."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    last_events: list[TokenEvent]
+    num_preemptions: int = 0
+    most_cached_tokens: int = 0
+    most_running: int = 0
+
+
+def make_requests(
+    prompts: list[list[int]], *, max_new_tokens: int, sampling: SamplingParams | None = None
+) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingParams(),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_staggered: bool = False) -> Outcome:
+    """Run to the end; staggered: the next request comes two steps after the one before."""
+    arrivals = list(requests)
+    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+    outcome = Outcome([], [], [])
+    num_steps = 0
+    while arrivals or core.scheduler.has_work:
+        while arrivals and (not is_staggered or num_steps % 2 == 0 or not core.scheduler.has_work):
+            core.take(arrivals.pop(0))
+            if is_staggered:
+                break
+        before = set(core.scheduler.running)
+        for event in core.step():
+            events[event.request_id].append(event)
+        running = core.scheduler.running
+        outcome.num_preemptions += len(before & set(core.scheduler.waiting))
+        outcome.most_running = max(outcome.most_running, len(running))
+        outcome.most_cached_tokens = max([outcome.most_cached_tokens, *(s.num_cached_tokens for s in running)])
+        num_steps += 1
+    for request in requests:
+        of_request = events[request.request_id]
+        outcome.token_ids.append([token_id for event in of_request for token_id in event.token_ids])
+        outcome.logprobs.append([logprob for event in of_request for logprob in event.logprobs])
+        outcome.last_events.append(of_request[-1])
+    return outcome
+
+
+@functools.cache
+def oracle(folder: Path) -> Any:
+    """`transformers`' own model in float32."""
+    model: Any = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.inference_mode()
+def oracle_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """[len(token_ids), vocab_size]"""
+    logits: torch.Tensor = oracle(folder)(torch.tensor([token_ids])).logits[0]
+    return logits
+
+
+@torch.inference_mode()
+def oracle_greedy(folder: Path, prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:
+    """Greedy ids, and the smallest gap between the best two logits on the way."""
+    generated = oracle(folder).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=EOS_TOKEN_IDS,
+        pad_token_id=EOS_TOKEN_IDS[0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(generated.logits)[:, 0].topk(2, dim=-1).values
+    return generated.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())

@@ -1,0 +1,249 @@
+"""Folders that cannot be served are refused with one sentence that names what is wrong; flags settle the limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine.start
+from engine.config import EngineConfig, EngineLimits
+from engine.core import EngineCore
+from engine.errors import StartError
+from engine.start import start_engine
+from tests.contract.harness import KERNELS, make_requests, make_runner, oracle_greedy, run_requests
+from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
+
+Weights = dict[str, torch.Tensor]
+WEIGHTS = "model.safetensors"
+LAYER = "model.layers.1"
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.start, "detect_device", lambda: KERNELS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tiny_qwen2(tmp_path)
+    return tmp_path
+
+
+def change_weights(folder: Path, change: Callable[[Weights], Any]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def refusal(folder: Path) -> str:
+    """The sentence that the start ends with."""
+    with pytest.raises(StartError) as caught:
+        make_runner(folder)
+    return str(caught.value)
+
+
+def start(folder: Path, **flags: Any) -> tuple[EngineCore, EngineLimits]:
+    return start_engine(EngineConfig(model_path=str(folder), dtype="float32", num_threads=1, **flags))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{LAYER}.self_attn.q_proj.weight",
+        f"{LAYER}.self_attn.k_proj.bias",
+        f"{LAYER}.self_attn.v_proj.weight",
+        f"{LAYER}.mlp.up_proj.weight",
+        f"{LAYER}.mlp.down_proj.weight",
+        f"{LAYER}.input_layernorm.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
+    change_weights(folder, lambda weights: weights.pop(name))
+    assert refusal(folder) == f"{folder} lacks the tensor {name}: the checkpoint is not complete"
+
+
+def test_an_untied_model_needs_its_head(folder: Path) -> None:
+    change_config(folder, tie_word_embeddings=False)
+    assert refusal(folder) == f"{folder} lacks the tensor lm_head.weight: the checkpoint is not complete"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        f"{LAYER}.self_attn.o_proj.bias",
+        f"{LAYER}.self_attn.q_proj.qweight",
+        f"{LAYER}.self_attn.q_norm.weight",
+        f"{LAYER}.input_layernorm.bias",
+        "model.embed_tokens.bias",
+        "stray",
+    ],
+)
+def test_an_unknown_tensor_is_named(folder: Path, name: str) -> None:
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(64)}))
+    assert refusal(folder) == f"{WEIGHTS} has a tensor {name} that the model does not know"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        (f"{LAYER}.self_attn.k_proj.weight", [64, 64], [32, 64]),
+        (f"{LAYER}.self_attn.k_proj.bias", [64], [32]),
+        (f"{LAYER}.self_attn.o_proj.weight", [64, 63], [64, 64]),
+        (f"{LAYER}.mlp.down_proj.weight", [96, 64], [64, 96]),
+        (f"{LAYER}.input_layernorm.weight", [1], [64]),
+        ("model.embed_tokens.weight", [265, 64], [264, 64]),
+    ],
+)
+def test_a_wrong_shape_is_named(folder: Path, name: str, shape: list[int], wanted: list[int]) -> None:
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(shape)}))
+    assert refusal(folder) == (
+        f"tensor {name} has shape {shape}, the model needs {wanted}: config.json and the weights do not belong together"
+    )
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float64, "F64")])
+def test_a_dtype_that_is_not_loaded(folder: Path, dtype: torch.dtype, name: str) -> None:
+    tensor = f"{LAYER}.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights.update({tensor: weights[tensor].to(dtype)}))
+    assert refusal(folder) == f"tensor {tensor} is stored as {name}: only F32, F16 and BF16 are loaded"
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 10_000, -1])
+def test_a_file_that_was_cut_off(folder: Path, kept: int) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    message = refusal(folder)
+    assert message.startswith(f"{path} is not a whole safetensors file (")
+    assert message.endswith("): fetch the model again")
+
+
+def test_a_file_that_is_something_else(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert "is not a whole safetensors file" in refusal(folder)
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, num_shards=3)
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    path.unlink()
+    assert refusal(tmp_path) == f"{path} is named by model.safetensors.index.json but missing: fetch the model again"
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    assert refusal(folder) == f"{folder} has no *.safetensors file: only safetensors weights are loaded"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: qwen2"),
+        ({"model_type": ...}, "model_type '' is not supported; supported: qwen2"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "config.json has a quantization_config: quantised weights are not supported yet",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope scaling 'yarn' in config.json is not supported yet: remove it to serve the plain window",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope scaling 'linear' in config.json is not supported yet: remove it to serve the plain window",
+        ),
+        (
+            {"use_sliding_window": True},
+            "use_sliding_window in config.json is not supported yet: set it to false",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' in config.json is not supported; Qwen2 has silu"),
+    ],
+)
+def test_models_that_cannot_be_served(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(folder, **changes)
+    assert refusal(folder) == message
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])
+def test_a_configuration_without_a_size_is_refused_in_words(folder: Path, key: str) -> None:
+    change_config(folder, **{key: ...})
+    assert key in refusal(folder)
+
+
+def test_sizes_that_the_kernels_cannot_take_are_refused_in_words(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, intermediate_size=100)
+    assert "100" in refusal(tmp_path)
+
+
+def test_an_unknown_dtype_names_the_known_ones(folder: Path) -> None:
+    change_config(folder, torch_dtype="float8_e4m3fn")
+    with pytest.raises(StartError) as caught:
+        start_engine(EngineConfig(model_path=str(folder)))
+    assert str(caught.value) == (
+        "dtype 'float8_e4m3fn' is not supported: give --dtype one of float32, bfloat16, float16"
+    )
+
+
+def test_start_gives_an_engine_that_answers_like_transformers(tiny_model_dir: Path) -> None:
+    core, limits = start(tiny_model_dir, max_batch_total_tokens=512)
+    assert limits == EngineLimits(
+        max_input_tokens=511, max_total_tokens=512, max_batch_prefill_tokens=512, max_batch_total_tokens=512
+    )
+    assert core.scheduler._eos_token_ids == frozenset(EOS_TOKEN_IDS)
+    assert core.scheduler.stats().num_cached_blocks == 0, "the warm-up leaves nothing behind"
+    prompt = list(range(30, 60))
+    expected, smallest_gap = oracle_greedy(tiny_model_dir, prompt, 10)
+    assert smallest_gap > 1e-3
+    assert run_requests(core, make_requests([prompt], max_new_tokens=10)).token_ids == [expected]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (511, 512, 512, 32_768)),
+        ({"max_total_tokens": 100, "max_batch_total_tokens": 100}, (99, 100, 112, 112)),
+        ({"max_total_tokens": 100}, (99, 100, 512, 32_768)),
+        ({"max_batch_total_tokens": 10}, (15, 16, 16, 16)),
+        ({"max_batch_total_tokens": 64, "max_batch_prefill_tokens": 3}, (63, 64, 3, 64)),
+    ],
+)
+def test_limits_of_a_started_engine(
+    tiny_model_dir: Path, flags: dict[str, int], expected: tuple[int, int, int, int]
+) -> None:
+    core, limits = start(tiny_model_dir, **flags)
+    assert (
+        limits.max_input_tokens,
+        limits.max_total_tokens,
+        limits.max_batch_prefill_tokens,
+        limits.max_batch_total_tokens,
+    ) == expected
+    stats = core.scheduler.stats()
+    assert stats.num_blocks * stats.block_size == limits.max_batch_total_tokens
+    longest = make_requests([[5] * limits.max_input_tokens], max_new_tokens=1)
+    assert len(run_requests(core, longest).token_ids[0]) == 1
+
+
+def test_more_kv_than_there_is_memory(tiny_model_dir: Path) -> None:
+    with pytest.raises(StartError, match="Not enough memory to handle .* GB of .* GB: lower --max-total-tokens or "):
+        start(tiny_model_dir, max_batch_total_tokens=10**12)
+
+
+def test_prefix_caching_can_be_turned_off(tiny_model_dir: Path) -> None:
+    for is_on in (True, False):
+        core, _ = start(tiny_model_dir, max_batch_total_tokens=256, is_prefix_caching=is_on)
+        run_requests(core, make_requests([[5] * 40], max_new_tokens=2))
+        assert bool(core.scheduler.stats().num_cached_blocks) is is_on

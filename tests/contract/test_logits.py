@@ -1,0 +1,162 @@
+"""The model through ModelRunner against transformers: every kind of checkpoint, chunked prompts, then decoding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.device import Device
+from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+from engine.types import GenerationRequest
+from tests.contract.harness import KERNELS, TWINS, make_runner, oracle_logits
+from tests.tiny_model import VOCAB_SIZE, write_tiny_qwen2
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"is_tied": False},
+    "sharded": {"is_tied": False, "num_shards": 3},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16, "is_tied": False},
+    "one kv head": {"num_key_value_heads": 1},
+    "no grouping": {"num_key_value_heads": 4},
+    "theta": {"rope_theta": 1e6},
+    "eps": {"rms_norm_eps": 1e-1},
+    "transformers 5": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "head_dim 8": {"num_attention_heads": 8},  # the CPU attention kernel can't: falls back to torch
+}
+
+
+def random_ids(size: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCAB_SIZE, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
+    request = GenerationRequest(request_id="any", prompt_token_ids=token_ids, max_new_tokens=1)
+    sequence = Sequence(request, arrival_time=0.0)
+    sequence.block_table = blocks
+    return sequence
+
+
+def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
+    logits = runner.execute(ScheduledBatch(sequences, counts))
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.num_computed_tokens += count
+    return logits
+
+
+def all_logits(runner: ModelRunner, token_ids: list[int], num_prompt_tokens: int, cuts: list[int]) -> torch.Tensor:
+    """Logits from the prompt's last token on: the prompt in chunks, then token after token."""
+    blocks = list(range(7, 7 + -(-len(token_ids) // BLOCK_SIZE)))[::-1]
+    sequence = make_sequence(token_ids[:num_prompt_tokens], blocks)
+    for cut in cuts:
+        logits = run_step(runner, [sequence], [cut - sequence.num_computed_tokens])
+        assert logits.shape == (0, VOCAB_SIZE), "a chunk within the prompt has no successor to sample"
+    rows = [run_step(runner, [sequence], [num_prompt_tokens - sequence.num_computed_tokens])]
+    for token_id in token_ids[num_prompt_tokens:]:
+        sequence.token_ids.append(token_id)
+        rows.append(run_step(runner, [sequence], [1]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("device", [KERNELS, TWINS], ids=["kernels", "twins"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_logits_equal_transformers(checkpoint: str, device: Device, tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, **CHECKPOINTS[checkpoint])
+    token_ids = random_ids(60)
+    logits = all_logits(make_runner(tmp_path, device=device), token_ids, 40, [7, 16, 33])
+    assert logits.dtype == torch.float32
+    expected = oracle_logits(tmp_path, token_ids)[39:]
+    assert expected.std() > 0.3, "the tiny model has something to say"
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["biases", "norms"])
+def test_the_oracle_would_notice(change: str, tmp_path: Path) -> None:
+    """The tiny model's biases and norm weights reach the logits: leaving them out would fail the test above."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_qwen2(tmp_path / "a")
+    write_tiny_qwen2(tmp_path / "b")
+    path = tmp_path / "b" / "model.safetensors"
+    weights = load_file(path)
+    for name, tensor in weights.items():
+        if change == "biases" and name.endswith(".bias"):
+            tensor.zero_()
+        if change == "norms" and "norm" in name:
+            tensor.fill_(1.0)
+    save_file(weights, path, metadata={"format": "pt"})
+    first, second = (make_runner(tmp_path / name) for name in "ab")
+    token_ids = random_ids(20)
+    difference = all_logits(first, token_ids, 19, []) - all_logits(second, token_ids, 19, [])
+    assert difference.abs().max() > 0.05
+
+
+def test_sequences_side_by_side_get_the_bits_they_get_alone(tiny_model_dir: Path) -> None:
+    """Prompts, chunks and decodes in one step, over stale memory."""
+    runner = make_runner(tiny_model_dir)
+    texts = [random_ids(size, seed=size) for size in (1, 16, 33, 50)]
+    alone = []
+    for text in texts:
+        alone.append(all_logits(runner, text, len(text), []))
+    sequences, first_block = [], 20
+    for text in texts:
+        num_blocks = -(-len(text) // BLOCK_SIZE)
+        sequences.append(make_sequence(text, list(range(first_block, first_block + num_blocks))))
+        first_block += num_blocks
+    run_step(runner, sequences[1:], [15, 20, 17])
+    together = run_step(runner, sequences[::-1], [33, 13, 1, 1])
+    assert torch.equal(together.flip(0), torch.cat(alone))
+
+
+def test_chunks_give_the_bits_of_the_whole(tiny_model_dir: Path) -> None:
+    runner = make_runner(tiny_model_dir)
+    token_ids = random_ids(70)
+    whole = all_logits(runner, token_ids, 65, [])
+    for cuts in ([1], [16, 32, 48, 64], [5, 6, 7, 40], [63, 64]):
+        assert torch.equal(all_logits(runner, token_ids, 65, cuts), whole)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_bfloat16_is_near(stored: torch.dtype, tmp_path: Path) -> None:
+    """Weights and KV in bfloat16, everything else in float32."""
+    write_tiny_qwen2(tmp_path, dtype=stored)
+    token_ids = random_ids(60)
+    expected = oracle_logits(tmp_path, token_ids)[39:]
+    logits = all_logits(make_runner(tmp_path, dtype=torch.bfloat16), token_ids, 40, [16])
+    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.0)
+    assert not torch.equal(logits, all_logits(make_runner(tmp_path), token_ids, 40, [16]))
+
+
+def test_bytes_of_a_block(tiny_model_dir: Path) -> None:
+    runner = make_runner(tiny_model_dir)
+    # keys and values, 2 layers, 2 KV heads of 16 dimensions, 16 tokens
+    assert runner.kv_bytes_per_block(torch.bfloat16) == 2 * 2 * 2 * 16 * 16 * 2
+    assert runner.kv_bytes_per_block(torch.float32) == 2 * runner.kv_bytes_per_block(torch.bfloat16)
+
+
+def test_tensors_that_need_not_be_there_are_let_through(tmp_path: Path) -> None:
+    """A stored copy of the tied head, and the rotary frequencies of old checkpoints."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_qwen2(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    token_ids = random_ids(10)
+    before = all_logits(make_runner(tmp_path), token_ids, 10, [])
+    weights["lm_head.weight"] = torch.zeros(VOCAB_SIZE, 64)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert torch.equal(all_logits(make_runner(tmp_path), token_ids, 10, []), before)
+
+
+def test_an_index_decides_which_files_are_read(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, num_shards=2)
+    names = set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert len(names) == 2
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not one of the model's")
+    make_runner(tmp_path)

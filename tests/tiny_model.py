@@ -1,0 +1,129 @@
+"""A tiny random Qwen2 as a Hugging Face folder: weights, configuration and a byte-level tokenizer that can chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
+EOS_TOKEN_IDS = [SPECIAL_TOKENS[IM_END], SPECIAL_TOKENS[ENDOFTEXT]]
+VOCAB_SIZE = 264
+"""256 bytes, the special tokens, and (as in Qwen2) some rows that no text leads to."""
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": SPECIAL_TOKENS[ENDOFTEXT],
+    "eos_token_id": SPECIAL_TOKENS[IM_END],
+    "use_sliding_window": False,
+}
+
+
+def write_tiny_qwen2(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    is_tied: bool = True,
+    num_shards: int = 1,
+    seed: int = 0,
+    **changes: Any,
+) -> None:
+    """Write the whole folder; `changes` go into config.json and shape the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**CONFIG, "tie_word_embeddings": is_tied, "torch_dtype": str(dtype).removeprefix("torch."), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_IDS}))
+    write_weights(folder, random_weights(config, dtype, seed), num_shards)
+    write_tokenizer(folder)
+
+
+def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """Every tensor by name; spread so that activations stay near 1 and every bias and norm weight matters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+
+    def vector(size: int, mean: float) -> torch.Tensor:
+        return torch.randn(size, generator=generator).mul(0.3).add(mean).to(dtype)
+
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    weights = {
+        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
+        "model.norm.weight": vector(hidden, 1),
+    }
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for index in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{index}"
+        for name, size in (("q", hidden), ("k", kv_size), ("v", kv_size)):
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(size, hidden)
+            weights[f"{prefix}.self_attn.{name}_proj.bias"] = vector(size, 0)
+        weights[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, hidden)
+        weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
+        weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
+        weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+        weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, 1)
+        weights[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, 1)
+    return weights
+
+
+def write_weights(folder: Path, weights: dict[str, torch.Tensor], num_shards: int = 1) -> None:
+    """One safetensors file, or several with an index; neighbours in `weights` land in different files."""
+    if num_shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(weights)
+    weight_map: dict[str, str] = {}
+    for shard in range(num_shards):
+        file_name = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+        part = {name: weights[name] for name in names[shard::num_shards]}
+        save_file(part, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    size = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Token i is byte i in the order of the byte-level alphabet; no merges, so that every text is easy to count."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(BPE({symbol: token_id for token_id, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": IM_END,
+        "chat_template": CHATML,
+        "added_tokens_decoder": {
+            str(token_id): {"content": content, "special": True} for content, token_id in SPECIAL_TOKENS.items()
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

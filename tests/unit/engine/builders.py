@@ -1,0 +1,149 @@
+"""Builders for the scheduler's tests, and a runner that computes no numbers but remembers what lies in every slot."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable
+
+from engine.block_manager import BlockManager
+from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
+from engine.sequence import Sequence
+from engine.types import GenerationRequest, TokenEvent
+
+EOS = 7
+PrefixKey = tuple[int, ...]
+
+
+def make_request(request_id: str, prompt: list[int], max_new_tokens: int = 4) -> GenerationRequest:
+    return GenerationRequest(request_id=request_id, prompt_token_ids=prompt, max_new_tokens=max_new_tokens)
+
+
+def next_token(token_ids: list[int]) -> int:
+    """A model: the next token is a function of all tokens so far; one in twenty is EOS."""
+    return zlib.crc32(bytes(token_ids)) % 20
+
+
+def expected_output(request: GenerationRequest, model: Callable[[list[int]], int] = next_token) -> list[int]:
+    """What the request must get when it runs to its end, whatever else runs."""
+    token_ids = list(request.prompt_token_ids)
+    output: list[int] = []
+    while len(output) < request.max_new_tokens and output[-1:] != [EOS]:
+        output.append(model(token_ids + output))
+    return output
+
+
+class SlotMemory:
+    """KV memory by slot: which tokens the stored KV was computed from. Finds every wrong share or overwrite."""
+
+    def __init__(self, block_manager: BlockManager) -> None:
+        self._blocks = block_manager
+        self._slots: dict[tuple[int, int], PrefixKey] = {}
+
+    def execute(self, batch: ScheduledBatch) -> None:
+        """As a layer does: write the step's KV of all sequences, then read everything each of them attends to."""
+        size = self._blocks.block_size
+        scheduled = list(zip(batch.sequences, batch.num_scheduled_tokens, strict=True))
+        for sequence, count in scheduled:
+            for position in range(sequence.num_computed_tokens, sequence.num_computed_tokens + count):
+                block = sequence.block_table[position // size]
+                assert self._blocks._num_holders[block] == 1, "written while somebody else holds it"
+                self._slots[block, position % size] = tuple(sequence.token_ids[: position + 1])
+        for sequence, count in scheduled:
+            for position in range(sequence.num_computed_tokens + count):
+                slot = sequence.block_table[position // size], position % size
+                assert self._slots[slot] == tuple(sequence.token_ids[: position + 1]), "read another prefix's KV"
+
+
+class Simulation:
+    """A scheduler with the memory above, stepped by hand; keeps every request's events."""
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int = 4, max_batch_tokens: int = 64, is_prefix_caching: bool = True
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=[EOS])
+        self.memory = SlotMemory(self.blocks)
+        self.model: Callable[[list[int]], int] = next_token
+        self.not_finite: set[str] = set()
+        self.requests: dict[str, GenerationRequest] = {}
+        self.events: dict[str, list[TokenEvent]] = {}
+
+    def add(self, request_id: str, prompt: list[int], max_new_tokens: int = 4) -> None:
+        request = make_request(request_id, prompt, max_new_tokens)
+        self.requests[request_id] = request
+        self.events[request_id] = []
+        self.scheduler.add(request)
+
+    def step(self, max_tokens: int | None = None) -> ScheduledBatch:
+        batch = self.scheduler.schedule(max_tokens)
+        self.finish(batch)
+        return batch
+
+    def finish(self, batch: ScheduledBatch) -> list[TokenEvent]:
+        """Run and update what was scheduled."""
+        self.memory.execute(batch)
+        token_ids = [self.model(sequence.token_ids) for sequence in batch.sampled]
+        is_finite = [sequence.request.request_id not in self.not_finite for sequence in batch.sampled]
+        events = self.scheduler.update(batch, SampledBatch(token_ids, [-1.0] * len(token_ids), is_finite))
+        for event in events:
+            self.events[event.request_id].append(event)
+        return events
+
+    def output(self, request_id: str) -> list[int]:
+        return [token_id for event in self.events[request_id] for token_id in event.token_ids]
+
+    def drain(self) -> int:
+        """Step until nothing is left; the number of steps."""
+        num_steps = 0
+        while self.scheduler.has_work:
+            assert self.step().sequences, "a step that does nothing: the engine would hang"
+            num_steps += 1
+        return num_steps
+
+
+def ids_of(sequences: list[Sequence]) -> list[str]:
+    return [sequence.request.request_id for sequence in sequences]
+
+
+def scheduled_counts(batch: ScheduledBatch) -> dict[str, int]:
+    return dict(zip(ids_of(batch.sequences), batch.num_scheduled_tokens, strict=True))
+
+
+def check_integrity(scheduler: Scheduler, blocks: BlockManager) -> None:
+    """What must hold between any two operations."""
+    check_queues(scheduler)
+    held = Counter(block for sequence in scheduler.running for block in sequence.block_table)
+    assert blocks._num_holders == [held[block] for block in range(blocks.num_blocks)]
+    assert set(blocks._free) == {block for block in range(blocks.num_blocks) if not held[block]}
+    assert blocks.num_used_blocks == len(held)
+    assert blocks.num_free_blocks + blocks.num_used_blocks == blocks.num_blocks
+    assert blocks.num_cached_blocks == sum(blocks._hash_of[block] is not None for block in blocks._free)
+    hashed = {digest: block for block, digest in enumerate(blocks._hash_of) if digest is not None}
+    assert blocks._block_of == hashed
+    check_sharing(scheduler, blocks)
+
+
+def check_queues(scheduler: Scheduler) -> None:
+    everyone = [*scheduler.running, *scheduler.waiting]
+    assert sorted(ids_of(everyone)) == sorted(scheduler._sequences)
+    arrivals = [sequence.arrival_time for sequence in everyone]
+    assert arrivals == sorted(arrivals), "first come, first served"
+    for sequence in scheduler.waiting:
+        assert not sequence.block_table and not sequence.num_computed_tokens
+
+
+def check_sharing(scheduler: Scheduler, blocks: BlockManager) -> None:
+    """A block is shared only if it is full, computed, and means the same prefix to all; the rest has one holder."""
+    meaning: dict[int, PrefixKey] = {}
+    for sequence in scheduler.running:
+        assert len(set(sequence.block_table)) == len(sequence.block_table)
+        assert len(sequence.block_table) * blocks.block_size >= sequence.num_computed_tokens
+        num_full = sequence.num_computed_tokens // blocks.block_size
+        for index, block in enumerate(sequence.block_table):
+            if index >= num_full:
+                assert blocks._num_holders[block] == 1
+                assert blocks._hash_of[block] is None
+            else:
+                prefix = tuple(sequence.token_ids[: (index + 1) * blocks.block_size])
+                assert meaning.setdefault(block, prefix) == prefix

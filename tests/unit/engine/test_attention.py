@@ -1,0 +1,197 @@
+"""Paged attention on a CPU against its torch twin and against whole, unpaged attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.attention.cpu import BLOCK_SIZE, CpuAttention
+from engine.attention.reference import TorchAttention
+
+# Two rows per KV head and token, Qwen2.5-0.5B's seven, one, and more than a tile has rows.
+SHAPES = [AttentionShape(4, 2, 16), AttentionShape(14, 2, 64), AttentionShape(3, 3, 32), AttentionShape(40, 1, 16)]
+CACHE_DTYPES = [torch.float32, torch.bfloat16]
+NUM_BLOCKS = 40
+LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 65]
+
+
+@dataclasses.dataclass
+class Part:
+    """Query tokens `first : last` of a sequence that lies in `blocks`."""
+
+    qkv: torch.Tensor
+    """[all tokens of the sequence, width]"""
+    first: int
+    last: int
+    blocks: list[int]
+
+
+def width_of(shape: AttentionShape) -> int:
+    return (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+
+
+def random_qkv(shape: AttentionShape, length: int, seed: int) -> torch.Tensor:
+    return torch.randn(length, width_of(shape), generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def deal_blocks(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Blocks for sequences of these lengths, in no order and not side by side."""
+    order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed)).tolist()
+    tables = []
+    for length in lengths:
+        count = -(-length // BLOCK_SIZE)
+        tables.append(order[:count])
+        order = order[count:]
+    return tables
+
+
+def make_metadata(parts: list[Part]) -> AttentionMetadata:
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + part.last - part.first)
+    slots = [
+        part.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        for part in parts
+        for position in range(part.first, part.last)
+    ]
+    widest = max(len(part.blocks) for part in parts)
+    return AttentionMetadata(
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor([part.last for part in parts], dtype=torch.int32),
+        block_table=torch.tensor(
+            [part.blocks + [0] * (widest - len(part.blocks)) for part in parts], dtype=torch.int32
+        ),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+    )
+
+
+def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
+    """Memory full of what other sequences may have left: here NaN."""
+    cache: LayerCache = backend.allocate(NUM_BLOCKS, dtype, torch.device("cpu"))
+    assert not cache.keys.any() and not cache.values.any()
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    return cache
+
+
+def run(backend: Any, cache: LayerCache, parts: list[Part]) -> list[torch.Tensor]:
+    """One step; the output rows of each part."""
+    prepared = backend.prepare(make_metadata(parts))
+    qkv = torch.cat([part.qkv[part.first : part.last] for part in parts])
+    out = backend.forward(qkv, cache, prepared)
+    return list(out.split([part.last - part.first for part in parts]))
+
+
+def whole_attention(shape: AttentionShape, qkv: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
+    """Causal attention over one sequence without any cache, keys and values rounded as the cache would."""
+    heads = qkv.view(len(qkv), -1, shape.head_dim).transpose(0, 1)
+    query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
+    key, value = key.to(cache_dtype).float(), value.to(cache_dtype).float()
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(0, 1).reshape(len(qkv), -1)
+
+
+@pytest.mark.parametrize("backend_class", [CpuAttention, TorchAttention])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: torch.dtype) -> None:
+    backend = backend_class(shape, BLOCK_SIZE)
+    qkvs = [random_qkv(shape, length, seed) for seed, length in enumerate(LENGTHS)]
+    parts = [Part(qkv, 0, len(qkv), blocks) for qkv, blocks in zip(qkvs, deal_blocks(LENGTHS), strict=True)]
+    for out, part in zip(run(backend, stale_cache(backend, dtype), parts), parts, strict=True):
+        torch.testing.assert_close(out, whole_attention(shape, part.qkv, dtype), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+def test_decodes_chunks_and_prompts_in_one_step_equal_the_twin(shape: AttentionShape, dtype: torch.dtype) -> None:
+    lengths = [33, 16, 17, 50, 1, 48]
+    firsts = [32, 15, 16, 19, 0, 16]  # last tokens at block edges, a chunk across three blocks, a prompt, a chunk
+    tables = deal_blocks(lengths, seed=1)
+    qkvs = [random_qkv(shape, length, seed) for seed, length in enumerate(lengths)]
+    outputs = []
+    for backend_class in (CpuAttention, TorchAttention):
+        backend: Any = backend_class(shape, BLOCK_SIZE)
+        cache = stale_cache(backend, dtype)
+        rows = list(zip(qkvs, firsts, lengths, tables, strict=True))
+        earlier = [Part(qkv, 0, first, blocks) for qkv, first, _, blocks in rows if first]
+        run(backend, cache, earlier)
+        outputs.append(torch.cat(run(backend, cache, [Part(*row) for row in rows])))
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.dtype) -> None:
+    """However a prompt is cut, wherever its blocks lie and whoever runs beside it."""
+    length = 70
+    qkv = random_qkv(shape, length, 7)
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    (blocks,) = deal_blocks([length])
+    (whole,) = run(backend, stale_cache(backend, dtype), [Part(qkv, 0, length, blocks)])
+    other = random_qkv(shape, length, 8)
+    for seed, cuts in enumerate(([16], [1, 2, 3], [15, 17, 33, 69], [40], list(range(1, length)))):
+        blocks, other_blocks = deal_blocks([length, length], seed=10 + seed)
+        cache = stale_cache(backend, dtype)
+        edges = [0, *cuts, length]
+        rows = []
+        for first, last in zip(edges, edges[1:], strict=False):
+            mate = Part(other, first, last, other_blocks)
+            rows.append(run(backend, cache, [mate, Part(qkv, first, last, blocks)])[1])
+        assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+def test_what_a_step_writes_is_what_the_slots_hold(length: int) -> None:
+    """In the layouts of `CpuAttention`: keys transposed within a block, values not."""
+    shape = SHAPES[0]
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    cache = stale_cache(backend, torch.bfloat16)
+    qkv = random_qkv(shape, length, 3)
+    (blocks,) = deal_blocks([length])
+    run(backend, cache, [Part(qkv, 0, length, blocks)])
+    keys = cache.keys.view(NUM_BLOCKS, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
+    values = cache.values.view(NUM_BLOCKS, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+    _, key, value = qkv.view(length, -1, shape.head_dim).split([4, 2, 2], dim=1)
+    for position in range(length):
+        block, offset = blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
+        assert torch.equal(keys[block, :, :, offset], key[position].bfloat16())
+        assert torch.equal(values[block, :, offset], value[position].bfloat16())
+    assert int(keys.isfinite().sum()) == length * shape.num_kv_heads * shape.head_dim
+    assert int(values.isfinite().sum()) == length * shape.num_kv_heads * shape.head_dim
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    shape = SHAPES[0]
+    qkv = random_qkv(shape, 40, 5) * 30
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    (blocks,) = deal_blocks([40])
+    (out,) = run(backend, stale_cache(backend, torch.float32), [Part(qkv, 0, 40, blocks)])
+    torch.testing.assert_close(out, whole_attention(shape, qkv, torch.float32), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int) -> None:
+    """It must reach the logits, where the request is failed."""
+    shape = SHAPES[0]
+    qkv = random_qkv(shape, length, 5)
+    key_start = shape.num_heads * shape.head_dim
+    qkv[0, key_start] = torch.nan
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    (blocks,) = deal_blocks([length])
+    (out,) = run(backend, stale_cache(backend, torch.float32), [Part(qkv, 0, length, blocks)])
+    first_group = out.view(length, 4, 16)[:, :2]
+    assert first_group.isnan().all()
+    assert not out.view(length, 4, 16)[:, 2:].isnan().any()
+
+
+def test_what_the_backend_cannot_serve() -> None:
+    assert CpuAttention.why_not(AttentionShape(4, 2, 64)) == []
+    assert CpuAttention.why_not(AttentionShape(4, 2, 24)) == ["head_dim 24 is not a multiple of 16"]
+    with pytest.raises(ValueError, match="blocks of 16 tokens, not 32"):
+        CpuAttention(SHAPES[0], 32)

@@ -1,0 +1,161 @@
+"""Blocks by example: sharing, reuse, what is given up first. The random histories are in test_scheduler_properties."""
+
+from __future__ import annotations
+
+import hashlib
+
+from engine.block_manager import BlockManager, hash_block
+from engine.sequence import Sequence
+from tests.unit.engine.builders import make_request
+
+BLOCK_SIZE = 4
+
+
+def make_sequence(prompt: list[int]) -> Sequence:
+    return Sequence(make_request("any", prompt), arrival_time=0.0)
+
+
+def computed(blocks: BlockManager, prompt: list[int]) -> Sequence:
+    """A sequence whose whole prompt is computed."""
+    sequence = make_sequence(prompt)
+    assert blocks.admit(sequence)
+    before = sequence.num_computed_tokens
+    sequence.num_computed_tokens = sequence.num_tokens
+    blocks.publish_full_blocks(sequence, before)
+    return sequence
+
+
+def test_a_hash_tells_ids_order_and_parent_apart() -> None:
+    digests = [hash_block(parent, ids) for parent in (b"", b"p" * 16) for ids in ([1, 2], [2, 1], [1, 3], [1, 258])]
+    assert len(set(digests)) == 8
+    assert hash_block(b"", [1, 258]) == hashlib.blake2b(bytes([1, 0, 0, 0, 2, 1, 0, 0]), digest_size=16).digest()
+
+
+def test_sequences_share_the_full_blocks_of_a_common_prefix() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = computed(blocks, [*range(8), 100, 101])
+    second = make_sequence([*range(8), 200, 201, 202])
+    assert blocks.admit(second)
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+    assert second.num_computed_tokens == second.num_cached_tokens == 8
+    assert blocks.num_used_blocks == 4
+
+
+def test_a_prefix_must_match_from_the_start() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    computed(blocks, [0, 1, 2, 3, 4, 5, 6, 7])
+    other = make_sequence([9, 1, 2, 3, 4, 5, 6, 7, 8])
+    assert blocks.admit(other)
+    assert other.num_cached_tokens == 0
+
+
+def test_the_last_token_is_always_computed() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = computed(blocks, list(range(8)))
+    again = make_sequence(list(range(8)))
+    assert blocks.admit(again)
+    assert again.num_cached_tokens == 4
+    assert again.block_table[1] != first.block_table[1]
+
+
+def test_a_block_that_is_not_full_yet_is_not_shared() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = make_sequence(list(range(9)))
+    assert blocks.admit(first)
+    first.num_computed_tokens = 7
+    blocks.publish_full_blocks(first, 0)
+    second = make_sequence(list(range(9)))
+    assert blocks.admit(second)
+    assert second.num_cached_tokens == 4
+
+
+def test_freed_blocks_are_found_again_and_counted() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = computed(blocks, list(range(10)))
+    table = first.block_table
+    blocks.free(first)
+    assert (blocks.num_used_blocks, blocks.num_cached_blocks) == (0, 2)
+    assert (first.block_table, first.num_computed_tokens) == ([], 0)
+    again = make_sequence(list(range(10)))
+    assert blocks.admit(again)
+    assert again.block_table[:2] == table[:2]
+    assert (blocks.num_used_blocks, blocks.num_cached_blocks) == (3, 0)
+
+
+def test_blocks_without_a_hash_are_taken_first_then_the_least_recently_used() -> None:
+    blocks = BlockManager(6, BLOCK_SIZE)
+    old, new = computed(blocks, [*range(8), 1]), computed(blocks, [*range(50, 58), 1])
+    old_table, new_table = old.block_table, new.block_table
+    blocks.free(old)
+    blocks.free(new)
+    taker = make_sequence([99] * 24)
+    assert blocks.admit(taker)
+    # The two partial blocks, then the end of the old prefix before its beginning, then the new one.
+    assert set(taker.block_table[:2]) == {old_table[2], new_table[2]}
+    assert taker.block_table[2:] == [old_table[1], old_table[0], new_table[1], new_table[0]]
+    assert blocks.num_cached_blocks == 0
+
+
+def test_a_block_that_is_taken_is_no_longer_found() -> None:
+    blocks = BlockManager(3, BLOCK_SIZE)
+    first = computed(blocks, list(range(9)))
+    blocks.free(first)
+    blocks.free(computed(blocks, [99] * 8))  # takes the partial block and the end of the prefix
+    again = make_sequence(list(range(9)))
+    assert blocks.admit(again)
+    assert again.num_cached_tokens == 4
+
+
+def test_admission_that_does_not_fit_changes_nothing() -> None:
+    blocks = BlockManager(4, BLOCK_SIZE)
+    first = computed(blocks, list(range(8)))
+    large = make_sequence([*range(8), *range(70, 77)])  # shares one... two full blocks, needs 2 more: 2 are free
+    assert not blocks.admit(large, num_spare_blocks=1)
+    assert (large.block_table, large.num_computed_tokens) == ([], 0)
+    assert (blocks.num_used_blocks, blocks._num_holders[first.block_table[0]]) == (2, 1)
+    assert blocks.admit(large)
+    assert large.num_cached_tokens == 8
+
+
+def test_cached_blocks_that_are_revived_do_not_count_as_free() -> None:
+    blocks = BlockManager(3, BLOCK_SIZE)
+    blocks.free(computed(blocks, list(range(8))))
+    sequence = make_sequence([*range(8), 1, 2, 3, 4, 5])  # 4 blocks, 2 of them cached: one too many
+    assert not blocks.admit(sequence)
+    assert blocks.num_cached_blocks == 2
+
+
+def test_grow_takes_a_block_only_at_a_block_edge() -> None:
+    blocks = BlockManager(2, BLOCK_SIZE)
+    sequence = computed(blocks, [1, 2, 3])
+    tables = []
+    for _ in range(5):
+        sequence.token_ids.append(5)
+        assert blocks.grow(sequence)
+        tables.append(len(sequence.block_table))
+    assert tables == [1, 2, 2, 2, 2]
+    sequence.token_ids.append(5)
+    assert not blocks.grow(sequence)
+    assert len(sequence.block_table) == 2
+
+
+def test_equal_blocks_computed_side_by_side_are_published_once() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    twins = [make_sequence(list(range(9))) for _ in range(2)]
+    assert all(blocks.admit(twin) for twin in twins)
+    for twin in twins:
+        twin.num_computed_tokens = 9
+        blocks.publish_full_blocks(twin, 0)
+    assert twins[0].block_table[0] != twins[1].block_table[0]
+    for twin in twins:
+        blocks.free(twin)
+    assert blocks.num_cached_blocks == 2
+
+
+def test_prefix_caching_can_be_off() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE, is_prefix_caching=False)
+    blocks.free(computed(blocks, list(range(8))))
+    assert blocks.num_cached_blocks == 0
+    again = computed(blocks, list(range(8)))
+    assert again.num_cached_tokens == 0

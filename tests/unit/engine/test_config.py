@@ -1,0 +1,135 @@
+"""Limits that follow from flags, model and memory; what an engine process is started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine.config
+from engine.config import (
+    KERNEL_SOURCES,
+    EngineConfig,
+    EngineLimits,
+    engine_environment,
+    resolve_limits,
+    user_cache_dir,
+)
+from engine.errors import StartError
+
+WINDOW, CAPACITY = 32_768, 65_536
+
+
+def resolve(*, window: int = WINDOW, capacity: int = CAPACITY, **flags: Any) -> EngineLimits:
+    return resolve_limits(EngineConfig(model_path="", **flags), max_position_embeddings=window, kv_tokens=capacity)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (32_767, 32_768, 4096, 65_536)),
+        ({"capacity": 20_000}, (19_999, 20_000, 4096, 20_000)),
+        ({"capacity": 1000}, (999, 1000, 1000, 1000)),
+        ({"window": 2048}, (2047, 2048, 2048, 65_536)),
+        ({"max_total_tokens": 2000}, (1999, 2000, 4096, 65_536)),
+        ({"max_total_tokens": 2000, "max_input_tokens": 10}, (10, 2000, 4096, 65_536)),
+        ({"max_input_tokens": 100}, (100, 32_768, 4096, 65_536)),
+        ({"max_total_tokens": 2, "max_input_tokens": 1}, (1, 2, 4096, 65_536)),
+        ({"max_total_tokens": 32_768}, (32_767, 32_768, 4096, 65_536)),
+        ({"max_total_tokens": 1000, "capacity": 1000}, (999, 1000, 1000, 1000)),
+        ({"max_batch_prefill_tokens": 1}, (32_767, 32_768, 1, 65_536)),
+        ({"max_batch_prefill_tokens": 65_536}, (32_767, 32_768, 65_536, 65_536)),
+    ],
+)
+def test_limits(given: dict[str, int], expected: tuple[int, int, int, int]) -> None:
+    assert dataclasses.astuple(resolve(**given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"max_total_tokens": 2000, "capacity": 1600},
+            "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: 2000 and 1600: "
+            "lower --max-total-tokens to 1600 or raise --max-batch-total-tokens",
+        ),
+        (
+            {"max_total_tokens": 4096, "window": 2048},
+            "`max_total_tokens` (4096) is more than the model's max_position_embeddings (2048): "
+            "lower --max-total-tokens to 2048",
+        ),
+        (
+            {"max_input_tokens": 100, "max_total_tokens": 100},
+            "`max_input_tokens`(100) must be < `max_total_tokens`(100): "
+            "lower --max-input-tokens or raise --max-total-tokens",
+        ),
+        (
+            {"max_input_tokens": 5000, "capacity": 1024},
+            "`max_input_tokens`(5000) must be < `max_total_tokens`(1024): "
+            "lower --max-input-tokens or raise --max-total-tokens",
+        ),
+        (
+            {"max_total_tokens": 1},
+            "`max_input_tokens`(0) must be < `max_total_tokens`(1): "
+            "lower --max-input-tokens or raise --max-total-tokens",
+        ),
+        (
+            {"max_batch_prefill_tokens": 1025, "capacity": 1024},
+            "`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: 1025 and 1024: "
+            "lower --max-batch-prefill-tokens to 1024",
+        ),
+    ],
+)
+def test_limits_that_contradict(given: dict[str, int], message: str) -> None:
+    with pytest.raises(StartError) as caught:
+        resolve(**given)
+    assert str(caught.value) == message
+
+
+def test_the_configuration_survives_its_trip_to_the_engine() -> None:
+    changes: dict[str, Any] = {
+        "dtype": "float32",
+        "max_total_tokens": 5,
+        "is_prefix_caching": False,
+        "num_threads": 3,
+        "socket_fd": 9,
+        "log_level": "debug",
+    }
+    config = EngineConfig(model_path="/a b/ü", **changes)
+    assert EngineConfig.from_json(config.to_json()) == config
+    assert "\n" not in config.to_json()
+
+
+def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path) -> None:
+    environ = {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": ""}
+    made = engine_environment(2, environ)
+    assert Path(made.pop("NUMBA_CACHE_DIR")).parent == tmp_path / "pytgi" / "numba"
+    assert made == {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "2"}
+    assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
+
+
+def test_every_file_with_kernels_is_part_of_the_kernel_caches_name() -> None:
+    """Numba looks only at the file of a kernel: what it inlines from another file would stay as it was."""
+    root = Path(engine.config.__file__).parents[1]
+    with_kernels = {
+        path
+        for package in ("engine", "parallel", "quant")
+        for path in (root / package).rglob("*.py")
+        if re.search(r"^from numba", path.read_text(), re.MULTILINE)
+    }
+    covered = {path for pattern in KERNEL_SOURCES for path in root.glob(pattern)}
+    assert len(with_kernels) >= 4
+    assert with_kernels <= covered
+
+
+def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert user_cache_dir({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "pytgi"
+    fallback = user_cache_dir({"XDG_CACHE_HOME": str(file)})
+    assert fallback.name == f"pytgi-{os.getuid()}"
+    assert tmp_path not in fallback.parents

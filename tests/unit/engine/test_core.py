@@ -1,0 +1,172 @@
+"""The loop around the step: what comes in between two steps, what goes out, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import engine.core
+from engine.block_manager import BlockManager
+from engine.core import EngineCore
+from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.scheduler import NON_FINITE_ERROR, ScheduledBatch, Scheduler
+from engine.step_limit import StepLimit
+from engine.types import AbortRequest, EngineReady, FinishReason, StepOutput
+from tests.unit.engine.builders import EOS, make_request, scheduled_counts
+
+VOCAB_SIZE = 20
+
+
+class CountingRunner:
+    """The next token is the number of tokens so far; remembers the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, int]] = []
+        self.error: Exception | None = None
+
+    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+        self.batches.append(scheduled_counts(batch))
+        if self.error is not None:
+            raise self.error
+        logits = torch.zeros(len(batch.sampled), VOCAB_SIZE)
+        for row, sequence in enumerate(batch.sampled):
+            logits[row, sequence.num_tokens % VOCAB_SIZE] = 10.0
+            if 13 in sequence.token_ids:
+                logits[row] = torch.nan
+        return logits
+
+
+def make_core(runner: CountingRunner) -> EngineCore:
+    scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=[EOS])
+    return EngineCore(scheduler, runner, StepLimit(1.0, 5.0))
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EngineEndpoint, socket.socket]]:
+    monkeypatch.setattr(engine.core, "HEARTBEAT_S", 0.01)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield EngineEndpoint(ours), theirs
+
+
+class StopAfter:
+    """Says stop when it was asked `count` times."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self) -> bool:
+        self.count -= 1
+        return self.count < 0
+
+
+def outputs_of(peer: socket.socket) -> list[StepOutput]:
+    """Everything that was sent; all of it fits the socket's buffer."""
+    peer.setblocking(False)
+    buffer = bytearray()
+    try:
+        while data := peer.recv(1 << 16):
+            buffer += data
+    except BlockingIOError:
+        pass
+    messages: list[StepOutput | EngineReady] = take_frames(buffer, decode_up)
+    return [message for message in messages if isinstance(message, StepOutput)]
+
+
+def test_a_step_is_schedule_run_sample_update() -> None:
+    runner = CountingRunner()
+    core = make_core(runner)
+    core.take(make_request("a", [1, 2, 3], max_new_tokens=3))
+    core.take(make_request("b", [1, 2], max_new_tokens=1))
+    events = core.step()
+    assert runner.batches == [{"a": 3, "b": 2}]
+    assert [(event.request_id, event.token_ids, event.finish_reason) for event in events] == [
+        ("a", [3], None),
+        ("b", [2], FinishReason.LENGTH),
+    ]
+    assert events[0].logprobs[0] == pytest.approx(10 - torch.tensor([10.0] + [0.0] * 19).logsumexp(0).item(), abs=1e-5)
+    assert [event.token_ids for event in core.step()] == [[4]]
+
+
+def test_a_request_that_is_not_finite_ends_and_the_others_go_on() -> None:
+    core = make_core(CountingRunner())
+    core.take(make_request("bad", [13, 1], max_new_tokens=3))
+    core.take(make_request("good", [1, 2], max_new_tokens=3))
+    events = core.step()
+    assert [(event.request_id, event.error, event.token_ids) for event in events] == [
+        ("bad", NON_FINITE_ERROR, []),
+        ("good", None, [2]),
+    ]
+
+
+def test_an_abort_between_steps_frees_the_request() -> None:
+    core = make_core(CountingRunner())
+    core.take(make_request("a", [1, 2], max_new_tokens=9))
+    core.step()
+    core.take(AbortRequest("a"))
+    core.take(AbortRequest("a"))
+    assert not core.scheduler.has_work
+    assert core.scheduler.stats().num_used_blocks == 0
+
+
+def test_the_step_limit_learns_from_steps_and_cuts_prompts() -> None:
+    runner = CountingRunner()
+    core = make_core(runner)
+    core._limit.observe(100, 100.0)  # one token a second
+    core.take(make_request("a", [1] * 30, max_new_tokens=2))
+    core.step()
+    assert runner.batches == [{"a": 16}]
+
+
+def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
+    sockets: tuple[EngineEndpoint, socket.socket],
+) -> None:
+    endpoint, peer = sockets
+    peer.sendall(encode_frame(make_request("a", [1, 2], max_new_tokens=2)))
+    make_core(CountingRunner()).serve(endpoint, StopAfter(4))
+    outputs = outputs_of(peer)
+    assert [[event.token_ids for event in output.events] for output in outputs] == [[[2]], [[3]], [], []]
+    assert [output.stats.num_running for output in outputs] == [1, 0, 0, 0]
+    assert outputs[0].stats.num_used_blocks == 1
+
+
+def test_serve_stops_between_steps(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = sockets
+    make_core(CountingRunner()).serve(endpoint, StopAfter(0))
+    assert outputs_of(peer) == []
+
+
+def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = sockets
+    runner = CountingRunner()
+    runner.error = RuntimeError("out of registers")
+    for name in ("a", "b"):
+        peer.sendall(encode_frame(make_request(name, [1, 2])))
+    with pytest.raises(RuntimeError, match="out of registers"):
+        make_core(runner).serve(endpoint, StopAfter(9))
+    (output,) = outputs_of(peer)
+    assert [(event.request_id, event.error) for event in output.events] == [
+        ("a", "out of registers"),
+        ("b", "out of registers"),
+    ]
+    assert (output.stats.num_running, output.stats.num_used_blocks) == (0, 0)
+
+
+def test_an_error_without_a_text_is_told_by_its_name(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = sockets
+    runner = CountingRunner()
+    runner.error = MemoryError()
+    peer.sendall(encode_frame(make_request("a", [1, 2])))
+    with pytest.raises(MemoryError):
+        make_core(runner).serve(endpoint, StopAfter(9))
+    assert [event.error for event in outputs_of(peer)[0].events] == ["MemoryError"]
+
+
+def test_serve_ends_with_the_http_process(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = sockets
+    peer.close()
+    with pytest.raises(EOFError):
+        make_core(CountingRunner()).serve(endpoint, StopAfter(9))

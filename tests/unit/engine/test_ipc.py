@@ -1,0 +1,242 @@
+"""Frames, and the engine's end of the socket pair with a peer that is slow, gone, or writes byte by byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.ipc import HEADER, EngineEndpoint, decode_down, decode_up, encode_frame, take_frames
+from engine.types import (
+    AbortRequest,
+    Down,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StepOutput,
+    TokenEvent,
+)
+
+READY = EngineReady(max_input_tokens=1, max_total_tokens=2, max_batch_prefill_tokens=3, max_batch_total_tokens=4)
+MESSAGES: list[Down] = [
+    GenerationRequest(request_id="a", prompt_token_ids=[1, 151_935], max_new_tokens=3),
+    AbortRequest("a"),
+    GenerationRequest(
+        request_id="ü" * 300,
+        prompt_token_ids=list(range(300)),
+        max_new_tokens=1,
+        sampling=SamplingParams(seed=2**64 - 1, temperature=0.5, top_k=3, top_p=0.25),
+    ),
+]
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[EngineEndpoint, socket.socket]]:
+    """The engine's end, and the other one as a plain socket; little is buffered in between."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with ours, theirs:
+        yield EngineEndpoint(ours), theirs
+
+
+def step_output(*events: TokenEvent, num_running: int = 0) -> StepOutput:
+    return StepOutput(events=list(events), stats=EngineStats(num_running=num_running))
+
+
+def read_all(sock: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
+    """Whatever can be read without waiting."""
+    while select.select([sock], [], [], 0)[0]:
+        buffer += sock.recv(1 << 16)
+    return take_frames(buffer, decode_up)
+
+
+def test_a_frame_is_a_big_endian_length_and_a_body() -> None:
+    frame = encode_frame(AbortRequest("a"))
+    assert HEADER.unpack(frame[:4]) == (len(frame) - 4,)
+    assert decode_down(frame[4:]) == AbortRequest("a")
+
+
+@given(st.lists(st.integers(0, 400), max_size=8))
+def test_frames_split_anywhere_come_out_whole_and_in_order(cuts: list[int]) -> None:
+    stream = b"".join(map(encode_frame, MESSAGES))
+    edges = [0, *sorted(cut % len(stream) for cut in cuts), len(stream)]
+    buffer = bytearray()
+    received: list[Down] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        buffer += stream[start:end]
+        received += take_frames(buffer, decode_down)
+    assert received == MESSAGES
+    assert not buffer
+
+
+def test_every_single_cut() -> None:
+    stream = b"".join(map(encode_frame, MESSAGES[:2]))
+    for cut in range(len(stream) + 1):
+        buffer = bytearray(stream[:cut])
+        first = take_frames(buffer, decode_down)
+        buffer += stream[cut:]
+        assert first + take_frames(buffer, decode_down) == MESSAGES[:2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        READY,
+        step_output(),
+        step_output(
+            TokenEvent(request_id="a", token_ids=[1], logprobs=[-0.5], queue_time_s=0.0),
+            TokenEvent(request_id="b", finish_reason=FinishReason.EOS_TOKEN),
+            TokenEvent(request_id="c", error="no"),
+        ),
+    ],
+)
+def test_messages_to_the_server_survive_the_wire(message: EngineReady | StepOutput) -> None:
+    assert take_frames(bytearray(encode_frame(message)), decode_up) == [message]
+
+
+def test_receive_returns_what_has_arrived(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    assert endpoint.receive(0.0) == []
+    stream = b"".join(map(encode_frame, MESSAGES))
+    peer.sendall(stream[:-3])
+    assert endpoint.receive(1.0) == MESSAGES[:2]
+    peer.sendall(stream[-3:])
+    assert endpoint.receive(1.0) == MESSAGES[2:]
+
+
+def test_a_large_request_arrives_whole(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    request = GenerationRequest(request_id="a", prompt_token_ids=[150_000] * 50_000, max_new_tokens=1)
+    frame = memoryview(encode_frame(request))
+    peer.setblocking(False)
+    received: list[Down] = []
+    while not received:
+        if frame and select.select([], [peer], [], 0)[1]:
+            frame = frame[peer.send(frame) :]
+        received += endpoint.receive(0.0)
+    assert received == [request]
+
+
+def test_a_reader_that_keeps_up_gets_every_step(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    buffer = bytearray()
+    endpoint.send(READY)
+    assert read_all(peer, buffer) == [READY]
+    for number in range(20):
+        output = step_output(TokenEvent(request_id="a", token_ids=[number], logprobs=[0.0]), num_running=number)
+        endpoint.send(output)
+        assert read_all(peer, buffer) == [output]
+
+
+def test_a_lagging_reader_gets_merged_tokens_and_loses_nothing(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    chance = random.Random(0)
+    names = [f"request-{number}" for number in range(5)]
+    num_steps = 3000
+    received: list[StepOutput | EngineReady] = []
+    buffer = bytearray()
+    most_held = 0
+    endpoint.send(READY)
+    for step in range(num_steps):
+        is_last = step == num_steps - 1
+        reason = FinishReason.LENGTH if is_last else None
+        events = [
+            TokenEvent(
+                request_id=name,
+                token_ids=[step],
+                logprobs=[-float(step)],
+                finish_reason=reason,
+                queue_time_s=0.25 if step == 0 else None,
+            )
+            for name in names
+        ]
+        endpoint.send(step_output(*events, num_running=step))
+        most_held = max(most_held, len(endpoint._lagging))
+        if chance.random() < 0.002:
+            received += read_all(peer, buffer)
+    while endpoint._outbox:
+        received += read_all(peer, buffer)
+        endpoint.receive(0.01)
+    received += read_all(peer, buffer)
+    assert received[0] == READY
+    outputs = [output for output in received[1:] if isinstance(output, StepOutput)]
+    assert len(outputs) < num_steps / 2, "the reader did not lag: the test shows nothing"
+    assert most_held == len(names)
+    assert outputs[-1].stats.num_running == num_steps - 1
+    for name in names:
+        events = [event for output in outputs for event in output.events if event.request_id == name]
+        assert [token for event in events for token in event.token_ids] == list(range(num_steps))
+        assert [logprob for event in events for logprob in event.logprobs] == [-float(n) for n in range(num_steps)]
+        assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [FinishReason.LENGTH]
+        assert [event.queue_time_s for event in events] == [0.25] + [None] * (len(events) - 1)
+
+
+def test_what_is_pending_for_a_dead_reader_is_bounded(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    """Heartbeats replace one another: nothing grows while nobody reads and nothing is generated."""
+    endpoint, _ = pair
+    while not endpoint._outbox:
+        endpoint.send(step_output(TokenEvent(request_id="a", token_ids=[1], logprobs=[0.0])))
+    endpoint.send(step_output(num_running=1))
+    size = len(endpoint._outbox)
+    for number in range(1000):
+        endpoint.send(step_output(num_running=number))
+    assert len(endpoint._outbox) == size
+    assert not endpoint._lagging
+
+
+def test_an_error_of_a_lagging_request_is_kept(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    while not endpoint._outbox:
+        endpoint.send(step_output(TokenEvent(request_id="other", token_ids=[1] * 100, logprobs=[0.0] * 100)))
+    endpoint.send(step_output(TokenEvent(request_id="a", token_ids=[1], logprobs=[0.0])))
+    endpoint.send(step_output(TokenEvent(request_id="a", error="no")))
+    buffer = bytearray()
+    received: list[StepOutput | EngineReady] = []
+    while endpoint._outbox:
+        received += read_all(peer, buffer)
+        endpoint.receive(0.01)
+    received += read_all(peer, buffer)
+    last = received[-1]
+    assert isinstance(last, StepOutput)
+    assert last.events == [TokenEvent(request_id="a", token_ids=[1], logprobs=[0.0], error="no")]
+
+
+def test_the_peers_end_raises_on_receive(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    peer.close()
+    with pytest.raises(EOFError, match="the HTTP process closed its socket"):
+        endpoint.receive(1.0)
+
+
+def test_the_peers_end_raises_on_send(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    peer.close()
+    with pytest.raises(EOFError, match="the HTTP process closed its socket"):
+        endpoint.send(step_output())
+
+
+def test_a_process_ends_with_its_lifeline() -> None:
+    script = "import sys, time, engine.ipc as ipc; ipc.exit_when_closed(0, lambda text: print(text)); time.sleep(60)"
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True
+    )
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("a line is not the end\n")
+        process.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.stdin.close()
+        assert process.wait(20) == 1
+        assert process.stdout.read() == "the launcher is gone: exiting\n"

@@ -1,0 +1,127 @@
+"""The CPU operations against their torch twins; rows on their own and in a crowd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from engine.layers.base import RotaryTable
+from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
+from engine.layers.reference import TorchOps
+
+CPU, TORCH = CpuOps(), TorchOps()
+EPS = 1e-6
+MANY = PARALLEL_ELEMENTS // 64 + 1
+"""Rows of 64 elements that are worth a parallel region."""
+ROWS = [1, 2, 7, MANY]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [8, 64, 200])
+def test_rms_norm(rows: int, size: int) -> None:
+    x, weight = random(rows, size), random(size, seed=1)
+    before = x.clone()
+    torch.testing.assert_close(CPU.rms_norm(x, weight, EPS), TORCH.rms_norm(x, weight, EPS), atol=1e-5, rtol=1e-5)
+    assert torch.equal(x, before)
+
+
+def test_rms_norm_of_almost_nothing_is_ruled_by_eps() -> None:
+    x, weight = torch.full((1, 8), 1e-4), torch.ones(8)
+    expected = 1e-4 / (1e-8 + 1e-2) ** 0.5
+    for ops in (CPU, TORCH):
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-2), torch.full((1, 8), expected))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_add_rms_norm(rows: int) -> None:
+    residual, x, weight = random(rows, 64), random(rows, 64, seed=1), random(64, seed=2)
+    total, before = residual + x, x.clone()
+    expected = functional.rms_norm(total, (64,), weight, EPS)
+    for ops in (CPU, TORCH):
+        updated = residual.clone()
+        torch.testing.assert_close(ops.add_rms_norm(updated, x, weight, EPS), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(updated, total)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [8, 96])
+def test_silu_and_mul(rows: int, size: int) -> None:
+    gate_up = random(rows, 2 * size)
+    gate_up[0, :4] = torch.tensor([-200.0, -90.0, 0.0, 200.0])
+    expected = functional.silu(gate_up[:, :size]) * gate_up[:, size:]
+    for ops in (CPU, TORCH):
+        torch.testing.assert_close(ops.silu_and_mul(gate_up), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_silu_keeps_nan_in_its_place() -> None:
+    gate_up = random(2, 16)
+    gate_up[1, 3] = torch.nan
+    out = CPU.silu_and_mul(gate_up)
+    assert out.isnan().nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_rotate(rows: int, head_dim: int) -> None:
+    table = RotaryTable.build(head_dim, 10_000.0, 100, torch.device("cpu"))
+    positions = torch.arange(rows).flip(0) % 100
+    qkv = random(rows, 5 * head_dim)
+    first, second = qkv.clone(), qkv.clone()
+    CPU.rotate(first, positions, table, 4)
+    TORCH.rotate(second, positions, table, 4)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    assert torch.equal(first[:, 4 * head_dim :], qkv[:, 4 * head_dim :]), "the values are not rotated"
+    lengths = [qkv.view(rows, 5, head_dim).norm(dim=2) for qkv in (qkv, first)]
+    torch.testing.assert_close(*lengths)
+
+
+def test_rotation_tells_only_the_distance() -> None:
+    table = RotaryTable.build(16, 10_000.0, 100, torch.device("cpu"))
+    query, key = random(1, 16), random(1, 16, seed=1)
+    products = []
+    for start in (0, 40):
+        pair = torch.cat([query, key])
+        CPU.rotate(pair, torch.tensor([start + 7, start]), table, 1)
+        products.append(pair[0] @ pair[1])
+    torch.testing.assert_close(products[0], products[1], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "silu_and_mul", "rotate"])
+def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
+    """Also across the border between one thread and many."""
+    x, weight = random(MANY, 64), random(64, seed=1)
+    table = RotaryTable.build(16, 10_000.0, MANY, torch.device("cpu"))
+    positions = torch.arange(MANY)
+
+    def run(rows: slice) -> torch.Tensor:
+        part = x[rows].clone()
+        if operation == "rms_norm":
+            return CPU.rms_norm(part, weight, EPS)
+        if operation == "add_rms_norm":
+            return CPU.add_rms_norm(part, x[rows] * 0.5, weight, EPS)
+        if operation == "silu_and_mul":
+            return CPU.silu_and_mul(part)
+        CPU.rotate(part, positions[rows], table, 4)
+        return part
+
+    whole = run(slice(0, MANY))
+    for rows in (slice(0, 1), slice(3, 10), slice(MANY - 1, MANY)):
+        assert torch.equal(run(rows), whole[rows])
+
+
+def test_the_rotary_table_is_transformers() -> None:
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    cos, sin = Qwen2RotaryEmbedding(config)(torch.zeros(1), torch.arange(512).unsqueeze(0))
+    table = RotaryTable.build(16, 1e6, 512, torch.device("cpu"))
+    assert torch.equal(table.cos, cos[0, :, :8])
+    assert torch.equal(table.sin, sin[0, :, :8])

@@ -1,0 +1,241 @@
+"""Sampling against plain oracles: sort, add up, cut."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.sampler import NUCLEUS_CANDIDATES, filter_logits, sample, uniform
+from engine.types import SamplingParams
+
+GREEDY = SamplingParams()
+
+
+def random_logits(rows: int, vocab_size: int, *, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def kept_tokens(logits: torch.Tensor) -> list[set[int]]:
+    return [set(row.isfinite().nonzero().squeeze(1).tolist()) for row in logits]
+
+
+def nucleus(logits: torch.Tensor, top_p: float) -> set[int]:
+    """The smallest set of best tokens whose mass reaches top_p, in float64; ties with the last one stay."""
+    probabilities = logits.double().softmax(dim=-1).tolist()
+    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    mass = 0.0
+    for last in order:
+        mass += probabilities[last]
+        if mass >= top_p:
+            break
+    return {token for token in order if logits[token] >= logits[last]}
+
+
+def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, -1.0, 5.0, 0.0]])
+    result = sample(logits, [GREEDY, GREEDY], [0, 7])
+    assert result.token_ids == [1, 0]
+    assert result.is_finite == [True, True]
+    expected = logits.log_softmax(dim=-1)
+    assert result.logprobs == pytest.approx([expected[0, 1].item(), expected[1, 0].item()], abs=1e-6)
+
+
+def test_greedy_ignores_the_other_parameters() -> None:
+    logits = random_logits(1, 50)
+    result = sample(logits, [SamplingParams(temperature=9.0, top_k=3, top_p=0.1)], [0])
+    assert result.logprobs[0] == pytest.approx(logits.log_softmax(dim=-1).max().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 20, 49, 50, 1000])
+def test_top_k_keeps_the_best(top_k: int) -> None:
+    logits = random_logits(3, 50)
+    kept = kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_k=top_k)] * 3))
+    for row, tokens in zip(logits, kept, strict=True):
+        assert tokens == set(row.topk(min(top_k, 50)).indices.tolist())
+
+
+def test_top_k_keeps_ties_with_the_last() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0, 2.0, 2.0, 0.0]])
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_k=2)])) == [{1, 2, 3, 4}]
+
+
+def test_each_row_has_its_own_parameters() -> None:
+    logits = random_logits(5, 300)
+    params = [
+        SamplingParams(seed=0),
+        SamplingParams(seed=0, top_k=4),
+        SamplingParams(seed=0, top_p=0.5),
+        SamplingParams(seed=0, top_k=5, top_p=0.9),
+        SamplingParams(seed=0, temperature=0.5, top_k=7),
+    ]
+    together = filter_logits(logits, params)
+    for row, param in enumerate(params):
+        assert torch.equal(together[row : row + 1], filter_logits(logits[row : row + 1], [param]))
+    assert [len(tokens) for tokens in kept_tokens(together)[:2]] == [300, 4]
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.05, 1.0, 6.0])
+def test_top_p_against_a_sort(top_p: float, spread: float) -> None:
+    logits = random_logits(4, 3 * NUCLEUS_CANDIDATES, spread=spread, seed=3)
+    kept = kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=top_p)] * 4))
+    for row, tokens in zip(logits, kept, strict=True):
+        # float32 sums may place the edge one token away from the exact one
+        assert len(tokens ^ nucleus(row, top_p)) <= 1
+    if spread == 0.05 and top_p >= 0.5:
+        assert all(len(tokens) > NUCLEUS_CANDIDATES for tokens in kept), "the case beyond the candidates is covered"
+
+
+def test_top_p_of_rows_with_and_without_mass_in_the_candidates() -> None:
+    sharp, flat = random_logits(1, 5000, spread=8.0), random_logits(1, 5000, spread=0.01)
+    param = SamplingParams(seed=0, top_p=0.9)
+    together = filter_logits(torch.cat([sharp, flat]), [param, param])
+    assert torch.equal(together[:1], filter_logits(sharp, [param]))
+    assert torch.equal(together[1:], filter_logits(flat, [param]))
+
+
+def test_top_p_keeps_ties_with_the_last_and_always_one() -> None:
+    logits = torch.tensor([[0.0, 5.0, 3.0, 3.0]])
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.9)])) == [{1, 2, 3}]
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=1e-9)])) == [{1}]
+
+
+def test_top_p_is_of_what_temperature_and_top_k_left() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    # after top_k=2 the best has 0.73 of the mass, before it 0.64
+    params = SamplingParams(seed=0, top_k=2, top_p=0.7)
+    assert kept_tokens(filter_logits(logits, [params])) == [{0}]
+    # at temperature 0.5 the best has 0.86 of four, at 1 it has 0.64
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, temperature=0.5, top_p=0.8)])) == [{0}]
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.8)])) == [{0, 1}]
+
+
+def test_filtering_leaves_the_models_logits_alone() -> None:
+    logits = random_logits(2, 40)
+    before = logits.clone()
+    sample(logits, [SamplingParams(seed=1, temperature=0.5, top_k=3, top_p=0.5), GREEDY], [0, 0])
+    assert torch.equal(logits, before)
+
+
+def test_logprobs_are_those_of_the_filtered_distribution() -> None:
+    logits = random_logits(3, 64)
+    params = [
+        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9),
+        GREEDY,
+        SamplingParams(seed=2, temperature=1.5),
+    ]
+    result = sample(logits, params, [0, 0, 0])
+    filtered = logits.clone()
+    filtered[[0, 2]] = filter_logits(logits[[0, 2]], [params[0], params[2]])
+    expected = filtered.log_softmax(dim=-1)
+    for row, token in enumerate(result.token_ids):
+        assert result.logprobs[row] == pytest.approx(expected[row, token].item(), abs=1e-5)
+        assert math.isfinite(result.logprobs[row])
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
+    logits = random_logits(6, 200)
+    params = [SamplingParams(seed=seed, temperature=1.3, top_p=0.95) for seed in (1, 2**64 - 1, 3, 0, 5)] + [GREEDY]
+    positions = [0, 5, 2, 0, 9, 1]
+    together = sample(logits, params, positions)
+    for order in ([5, 3, 1, 0, 2, 4], [2], [4, 0], [1, 1]):
+        alone = sample(logits[order], [params[row] for row in order], [positions[row] for row in order])
+        assert alone.token_ids == [together.token_ids[row] for row in order]
+        assert alone.logprobs == [together.logprobs[row] for row in order]
+
+
+def test_seeds_and_positions_draw_different_numbers() -> None:
+    logits = torch.zeros(64, 1000)
+    by_seed = sample(logits, [SamplingParams(seed=seed) for seed in range(64)], [0] * 64)
+    by_position = sample(logits, [SamplingParams(seed=7)] * 64, list(range(64)))
+    for result in (by_seed, by_position):
+        assert len(set(result.token_ids)) > 55  # 62 expected of 64 draws from 1000
+
+
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_the_distribution_is_the_models(by: str) -> None:
+    probabilities = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
+    size, temperature = 20_000, 2.0
+    logits = (probabilities.log() * temperature).expand(size, -1)
+    numbers = list(range(size))
+    seeds = numbers if by == "seed" else [12345] * size
+    positions = [0] * size if by == "seed" else numbers
+    result = sample(logits, [SamplingParams(seed=seed, temperature=temperature) for seed in seeds], positions)
+    counts = torch.bincount(torch.tensor(result.token_ids), minlength=7).double()
+    expected = probabilities.double() * size
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square < 22.46  # 6 degrees of freedom, p = 0.001; the draws are fixed, so this never flickers
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.full((500, 9), -torch.inf)
+    logits[:, [3, 5]] = 0.0
+    result = sample(logits, [SamplingParams(seed=seed) for seed in range(500)], [0] * 500)
+    assert set(result.token_ids) == {3, 5}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_a_bad_row_is_flagged_and_only_that_row(value: float, is_greedy: bool) -> None:
+    logits = random_logits(3, 100)
+    clean = logits.clone()
+    logits[1, 17] = value
+    params = [GREEDY if is_greedy else SamplingParams(seed=row, top_k=50, top_p=0.9) for row in range(3)]
+    result = sample(logits, params, [0, 0, 0])
+    assert result.is_finite == [True, False, True]
+    expected = sample(clean, params, [0, 0, 0])
+    for row in (0, 2):
+        assert result.token_ids[row] == expected.token_ids[row]
+        assert result.logprobs[row] == expected.logprobs[row]
+
+
+def test_a_row_of_minus_infinity_is_flagged() -> None:
+    assert sample(torch.full((1, 8), -torch.inf), [GREEDY], [0]).is_finite == [False]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46])
+def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
+    logits = random_logits(1, 100)
+    result = sample(logits, [SamplingParams(seed=3, temperature=temperature)], [0])
+    assert (result.token_ids, result.logprobs, result.is_finite) == ([int(logits.argmax())], [0.0], [True])
+
+
+def test_no_rows() -> None:
+    result = sample(torch.empty(0, 10), [], [])
+    assert (result.token_ids, result.logprobs, result.is_finite) == ([], [], [])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**20)), min_size=1, max_size=20))
+def test_uniform_is_in_the_unit_interval_and_pure(pairs: list[tuple[int, int]]) -> None:
+    seeds, positions = [seed for seed, _ in pairs], [position for _, position in pairs]
+    numbers = uniform(seeds, positions)
+    assert ((0.0 <= numbers) & (numbers < 1.0)).all()
+    for number, (seed, position) in zip(numbers, pairs, strict=True):
+        assert uniform([seed], [position])[0] == number
+
+
+@pytest.mark.parametrize("step", [1, 2, 2**20, 2**32, 2**63])
+def test_uniform_is_spread_over_seeds(step: int) -> None:
+    seeds = [(n * step) % 2**64 for n in range(min(10_000, 2**64 // step))]
+    check_spread(uniform(seeds, [0] * len(seeds)))
+
+
+def test_uniform_is_spread_over_positions_and_not_tied_to_neighbours() -> None:
+    numbers = uniform([42] * 10_000, list(range(10_000)))
+    check_spread(numbers)
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.04
+    others = uniform([43] * 10_000, list(range(10_000)))
+    assert abs(np.corrcoef(numbers, others)[0, 1]) < 0.04
+
+
+def check_spread(numbers: np.ndarray) -> None:
+    """Kolmogorov-Smirnov against the uniform distribution, p = 0.001; too few numbers only have to differ."""
+    assert len(set(numbers.tolist())) == len(numbers)
+    ranks = np.arange(1, len(numbers) + 1) / len(numbers)
+    distance = np.abs(np.sort(numbers) - ranks).max()
+    assert distance < 1.95 / math.sqrt(len(numbers))

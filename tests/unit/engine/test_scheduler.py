@@ -1,0 +1,251 @@
+"""The scheduler by example: order, budgets, admission, preemption, aborts, ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.scheduler import NON_FINITE_ERROR
+from engine.types import FinishReason
+from tests.unit.engine.builders import EOS, Simulation, check_integrity, ids_of, scheduled_counts
+
+
+def never_eos(token_ids: list[int]) -> int:
+    return len(token_ids) % EOS
+
+
+def make_simulation(*, num_blocks: int = 32, max_batch_tokens: int = 64, is_prefix_caching: bool = True) -> Simulation:
+    simulation = Simulation(
+        num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, is_prefix_caching=is_prefix_caching
+    )
+    simulation.model = never_eos
+    return simulation
+
+
+def prompt_of(size: int, first: int = 0) -> list[int]:
+    """Tokens that no prompt with another `first` starts with."""
+    return [first, *range(10, 10 + size - 1)]
+
+
+def test_a_request_gets_its_tokens_and_one_end() -> None:
+    simulation = make_simulation()
+    simulation.add("a", prompt_of(5), max_new_tokens=3)
+    assert scheduled_counts(simulation.step()) == {"a": 5}
+    assert scheduled_counts(simulation.step()) == {"a": 1}
+    assert simulation.scheduler.has_work
+    simulation.step()
+    assert not simulation.scheduler.has_work
+    events = simulation.events["a"]
+    assert [event.token_ids for event in events] == [[5], [6], [0]]
+    assert [event.finish_reason for event in events] == [None, None, FinishReason.LENGTH]
+    assert [event.logprobs for event in events] == [[-1.0]] * 3
+
+
+def test_queue_time_is_told_once_with_the_first_token() -> None:
+    simulation = make_simulation()
+    simulation.add("a", prompt_of(5), max_new_tokens=3)
+    simulation.drain()
+    first, *later = [event.queue_time_s for event in simulation.events["a"]]
+    assert first is not None and first >= 0.0
+    assert later == [None, None]
+
+
+def test_queue_time_is_of_the_first_admission_even_after_a_preemption() -> None:
+    simulation = make_simulation()
+    simulation.add("a", prompt_of(5))
+    simulation.scheduler.schedule(2)
+    sequence = simulation.scheduler.running[0]
+    told = sequence.queue_time_s
+    simulation.scheduler._preempt(sequence)
+    simulation.scheduler.schedule()
+    assert sequence.queue_time_s == told
+
+
+def test_eos_ends_a_request_and_is_part_of_its_tokens() -> None:
+    simulation = make_simulation()
+    simulation.model = lambda token_ids: EOS if len(token_ids) == 6 else 1
+    simulation.add("a", prompt_of(5), max_new_tokens=9)
+    simulation.drain()
+    assert simulation.output("a") == [1, EOS]
+    assert simulation.events["a"][-1].finish_reason is FinishReason.EOS_TOKEN
+
+
+def test_length_is_looked_at_before_eos() -> None:
+    simulation = make_simulation()
+    simulation.model = lambda token_ids: EOS
+    simulation.add("a", prompt_of(5), max_new_tokens=1)
+    simulation.drain()
+    assert simulation.events["a"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_an_eos_token_of_the_prompt_does_not_end_it() -> None:
+    simulation = make_simulation()
+    simulation.add("a", [EOS, EOS], max_new_tokens=2)
+    simulation.drain()
+    assert simulation.output("a") == [2, 3]
+
+
+def test_non_finite_logits_fail_only_their_request() -> None:
+    simulation = make_simulation()
+    simulation.add("bad", prompt_of(5, 1))
+    simulation.add("good", prompt_of(5, 2))
+    simulation.not_finite = {"bad"}
+    simulation.drain()
+    (event,) = simulation.events["bad"]
+    assert (event.error, event.token_ids, event.finish_reason) == (NON_FINITE_ERROR, [], None)
+    assert len(simulation.output("good")) == 4
+    assert simulation.blocks.num_used_blocks == 0
+
+
+def test_decodes_come_first_then_chunks_then_arrivals() -> None:
+    simulation = make_simulation(max_batch_tokens=10)
+    simulation.add("long", prompt_of(25, 1))
+    simulation.step(max_tokens=8)
+    simulation.add("short", prompt_of(3, 2))
+    assert scheduled_counts(simulation.step(max_tokens=10)) == {"long": 10}
+    assert scheduled_counts(simulation.step()) == {"long": 7, "short": 3}
+    simulation.add("late", prompt_of(25, 3))
+    batch = simulation.step()
+    assert list(scheduled_counts(batch).items()) == [("long", 1), ("short", 1), ("late", 8)]
+    simulation.add("later", prompt_of(4, 4))
+    batch = simulation.step()
+    assert list(scheduled_counts(batch).items()) == [("long", 1), ("short", 1), ("late", 8)]
+
+
+@pytest.mark.parametrize(("max_tokens", "chunk"), [(None, 14), (1, 1), (2, 1), (3, 1), (8, 6), (100, 14)])
+def test_step_limit_cuts_prompts_but_leaves_one_token(max_tokens: int | None, chunk: int) -> None:
+    simulation = make_simulation(max_batch_tokens=16)
+    simulation.add("a", prompt_of(3, 1))
+    simulation.add("b", prompt_of(3, 2))
+    simulation.step()
+    simulation.add("prompt", prompt_of(30, 3))
+    assert scheduled_counts(simulation.step(max_tokens)) == {"a": 1, "b": 1, "prompt": chunk}
+
+
+def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
+    simulation = make_simulation(max_batch_tokens=2)
+    for name in ("a", "b", "c"):
+        simulation.add(name, prompt_of(1, ord(name)))
+    assert scheduled_counts(simulation.step()) == {"a": 1, "b": 1}
+    assert scheduled_counts(simulation.step()) == {"a": 1, "b": 1}
+    simulation.drain()
+    assert len(simulation.output("c")) == 4
+
+
+def test_admission_leaves_a_block_for_each_running_sequence() -> None:
+    simulation = make_simulation(num_blocks=4)
+    simulation.add("a", prompt_of(4, 1))  # 1 block of 4 tokens
+    simulation.add("b", prompt_of(12, 2))  # 3 blocks: they are there, but a will want one of them
+    simulation.step()
+    assert ids_of(simulation.scheduler.running) == ["a"]
+    simulation.scheduler.abort("b")
+    simulation.add("c", prompt_of(8, 3))  # 2 blocks: one is left
+    assert ids_of(simulation.step().sequences) == ["a"]  # a takes its second block, so only 2 are free
+    simulation.scheduler.abort("a")
+    assert ids_of(simulation.step().sequences) == ["c"]
+
+
+def test_a_large_request_at_the_front_is_not_overtaken() -> None:
+    simulation = make_simulation(num_blocks=4)
+    simulation.add("a", prompt_of(4, 1), max_new_tokens=2)
+    simulation.add("large", prompt_of(14, 2), max_new_tokens=2)
+    simulation.add("small", prompt_of(1, 3), max_new_tokens=2)
+    simulation.step()
+    assert ids_of(list(simulation.scheduler.waiting)) == ["large", "small"]
+    simulation.drain()
+    assert len(simulation.output("large")) == len(simulation.output("small")) == 2
+
+
+def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
+    simulation = make_simulation(num_blocks=7)
+    for name in ("a", "b", "c"):
+        simulation.add(name, prompt_of(4, ord(name)), max_new_tokens=9)
+    simulation.step()
+    simulation.add("d", prompt_of(4, ord("d")), max_new_tokens=9)
+    for _ in range(4):  # a, b and c hold 2 blocks each; d waits, its block would be one of theirs
+        simulation.step()
+    assert ids_of(list(simulation.scheduler.waiting)) == ["d"]
+    batch = simulation.step()  # a takes the last block; b needs one: c goes, and is in front of d
+    assert ids_of(batch.sequences) == ["a", "b"]
+    assert ids_of(list(simulation.scheduler.waiting)) == ["c", "d"]
+    check_integrity(simulation.scheduler, simulation.blocks)
+    simulation.drain()
+    for name, request in simulation.requests.items():
+        size = len(request.prompt_token_ids)
+        assert simulation.output(name) == [never_eos([0] * n) for n in range(size, size + 9)]
+
+
+def test_a_sequence_that_is_last_preempts_itself() -> None:
+    simulation = make_simulation(num_blocks=3, is_prefix_caching=False)
+    simulation.add("a", prompt_of(4, 1), max_new_tokens=8)
+    simulation.add("b", prompt_of(3, 2), max_new_tokens=8)
+    simulation.step()
+    assert ids_of(simulation.step().sequences) == ["a", "b"]  # a takes the third block
+    assert ids_of(simulation.step().sequences) == ["a"]  # b has 5 tokens and no block for the fifth
+    assert ids_of(list(simulation.scheduler.waiting)) == ["b"]
+    simulation.drain()
+    assert len(simulation.output("b")) == 8
+
+
+def test_a_preempted_sequence_finds_its_own_prefix_again() -> None:
+    simulation = make_simulation(num_blocks=8)
+    simulation.add("a", prompt_of(9), max_new_tokens=4)
+    simulation.step()
+    simulation.scheduler._preempt(simulation.scheduler.running[0])
+    assert scheduled_counts(simulation.step()) == {"a": 2}  # 10 tokens, 8 of them in 2 full blocks
+    simulation.drain()
+    assert len(simulation.output("a")) == 4
+
+
+def test_abort_while_waiting() -> None:
+    simulation = make_simulation(num_blocks=2)
+    simulation.add("a", prompt_of(4, 1))
+    simulation.add("b", prompt_of(4, 2))
+    simulation.step()
+    simulation.scheduler.abort("b")
+    assert simulation.scheduler.num_sequences == 1
+    simulation.drain()
+    assert simulation.events["b"] == []
+    assert len(simulation.output("a")) == 4
+
+
+def test_abort_while_running_frees_its_blocks_at_once() -> None:
+    simulation = make_simulation()
+    simulation.add("a", prompt_of(20))
+    simulation.step(max_tokens=6)
+    assert simulation.scheduler.stats().num_used_blocks == 5
+    simulation.scheduler.abort("a")
+    stats = simulation.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+    assert stats.num_cached_blocks == 1  # 6 tokens were computed: one full block
+    assert not simulation.scheduler.has_work
+
+
+@pytest.mark.parametrize("request_id", ["never seen", "ended"])
+def test_abort_of_an_unknown_request_does_nothing(request_id: str) -> None:
+    simulation = make_simulation()
+    simulation.add("ended", prompt_of(4), max_new_tokens=1)
+    simulation.drain()
+    simulation.add("a", prompt_of(4))
+    simulation.scheduler.abort(request_id)
+    assert simulation.scheduler.num_sequences == 1
+
+
+def test_fail_all_ends_everybody() -> None:
+    simulation = make_simulation(num_blocks=2)
+    simulation.add("running", prompt_of(4, 1))
+    simulation.add("waiting", prompt_of(8, 2))
+    simulation.step()
+    events = simulation.scheduler.fail_all("boom")
+    assert [(event.request_id, event.error) for event in events] == [("running", "boom"), ("waiting", "boom")]
+    assert not simulation.scheduler.has_work
+    assert simulation.blocks.num_used_blocks == 0
+
+
+def test_stats() -> None:
+    simulation = make_simulation(num_blocks=8, max_batch_tokens=32)
+    simulation.add("a", prompt_of(9, 1))
+    simulation.add("b", prompt_of(20, 2))
+    simulation.step()
+    stats = simulation.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (1, 1, 3)
+    assert (stats.num_cached_blocks, stats.num_blocks, stats.block_size) == (0, 8, 4)

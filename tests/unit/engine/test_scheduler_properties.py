@@ -1,0 +1,170 @@
+"""Random histories of arrivals, aborts and steps in little memory: what must hold at every point, and at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+from engine.types import FinishReason
+from tests.unit.engine.builders import (
+    EOS,
+    Simulation,
+    check_integrity,
+    expected_output,
+    ids_of,
+)
+
+# Few tokens and few beginnings, so that prefixes are shared more often than not.
+TOKENS = st.integers(0, 2)
+REST = st.lists(TOKENS, min_size=1, max_size=6)
+BEGINNINGS = st.sampled_from([[], [1] * 6, [1] * 12, [1, 1, 1, 1, 2, 2, 2, 2], [2] * 8])
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, go and are stepped; the fake runner checks every KV read and write."""
+
+    is_prefix_caching = True
+
+    @initialize(num_blocks=st.integers(4, 12), block_size=st.integers(1, 4), max_batch_tokens=st.integers(1, 24))
+    def start(self, num_blocks: int, block_size: int, max_batch_tokens: int) -> None:
+        self.simulation = Simulation(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            is_prefix_caching=self.is_prefix_caching,
+        )
+        self.capacity = num_blocks * block_size
+        self.max_batch_tokens = max_batch_tokens
+        self.aborted: set[str] = set()
+
+    @rule(prompts=st.lists(st.tuples(BEGINNINGS, REST), min_size=1, max_size=3), max_new_tokens=st.integers(1, 24))
+    def add(self, prompts: list[tuple[list[int], list[int]]], max_new_tokens: int) -> None:
+        for beginning, rest in prompts:
+            prompt = (beginning + rest)[: self.capacity - 1]
+            request_id = f"r{len(self.simulation.requests)}"
+            self.simulation.add(request_id, prompt, min(max_new_tokens, self.capacity - len(prompt)))
+
+    @rule(number=st.integers(0, 40))
+    def abort(self, number: int) -> None:
+        request_id = f"r{number}"  # waiting, running, ended or never seen
+        if request_id in self.simulation.scheduler._sequences:
+            self.aborted.add(request_id)
+        self.simulation.scheduler.abort(request_id)
+
+    @precondition(lambda self: self.simulation.scheduler.has_work)
+    @rule(limits=st.lists(st.none() | st.integers(1, 30), min_size=1, max_size=5))
+    def step(self, limits: list[int | None]) -> None:
+        for max_tokens in limits:
+            if self.simulation.scheduler.has_work:
+                self.step_once(max_tokens)
+                check_integrity(self.simulation.scheduler, self.simulation.blocks)
+
+    def step_once(self, max_tokens: int | None) -> None:
+        scheduler = self.simulation.scheduler
+        oldest = min(scheduler._sequences.values(), key=lambda sequence: sequence.arrival_time)
+        running = list(scheduler.running)
+        lacking = [sequence for sequence in running if sequence.num_uncomputed_tokens == 1]
+        batch = scheduler.schedule(max_tokens)
+        if any(sequence not in scheduler.running for sequence in running):
+            event("preempted")
+        if any(sequence.num_cached_tokens for sequence in batch.sequences):
+            event("reused a prefix")
+        assert oldest in batch.sequences, "the oldest request always gets on"
+        self.check_batch(batch, lacking, max_tokens)
+        self.simulation.finish(batch)
+
+    def check_batch(self, batch: ScheduledBatch, lacking: list[Sequence], max_tokens: int | None) -> None:
+        assert len(set(ids_of(batch.sequences))) == len(batch.sequences)
+        assert batch.num_tokens <= self.max_batch_tokens
+        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            assert sequence in self.simulation.scheduler.running
+            assert 1 <= count <= sequence.num_uncomputed_tokens
+            assert sequence.num_computed_tokens + count <= len(sequence.block_table) * self.simulation.blocks.block_size
+        decodes = [sequence for sequence in lacking if sequence.block_table and sequence in batch.sequences]
+        assert batch.sequences[: len(decodes)] == decodes, "decodes first, in order"
+        kept = [s for s in lacking if s in self.simulation.scheduler.running and s.num_output_tokens]
+        assert set(ids_of(kept)) <= set(ids_of(batch.sequences)), "a running sequence gets a token in every step"
+        if max_tokens is not None:
+            assert batch.num_tokens <= max(max_tokens, len(decodes) + 1)
+
+    @invariant()
+    def is_whole(self) -> None:
+        if hasattr(self, "simulation"):
+            check_integrity(self.simulation.scheduler, self.simulation.blocks)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "simulation"):
+            return
+        num_live_tokens = sum(
+            len(sequence.request.prompt_token_ids) + sequence.request.max_new_tokens
+            for sequence in self.simulation.scheduler._sequences.values()
+        )
+        assert self.simulation.drain() <= num_live_tokens, "the oldest computes a token in every step"
+        assert self.simulation.blocks.num_used_blocks == 0
+        for request_id in self.simulation.requests:
+            self.check_events(request_id)
+
+    def check_events(self, request_id: str) -> None:
+        events = self.simulation.events[request_id]
+        request = self.simulation.requests[request_id]
+        expected = expected_output(request)
+        output = self.simulation.output(request_id)
+        if request_id in self.aborted:
+            assert output == expected[: len(output)]
+            assert not any(event.is_terminal for event in events)
+            return
+        assert output == expected
+        assert [event.is_terminal for event in events] == [False] * (len(events) - 1) + [True]
+        assert all(len(event.token_ids) == len(event.logprobs) == 1 for event in events)
+        is_full = len(output) == request.max_new_tokens
+        assert events[-1].finish_reason is (FinishReason.LENGTH if is_full else FinishReason.EOS_TOKEN)
+        assert is_full or output[-1] == EOS
+
+
+class UncachedSchedulerMachine(SchedulerMachine):
+    is_prefix_caching = False
+
+    @invariant()
+    def nothing_is_shared(self) -> None:
+        if hasattr(self, "simulation"):
+            assert self.simulation.blocks.num_cached_blocks == 0
+            assert max(self.simulation.blocks._num_holders) <= 1
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, UncachedSchedulerMachine])
+def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> None:
+    class Case(machine.TestCase):  # type: ignore[name-defined,misc]
+        settings = settings(max_examples=100, stateful_step_count=40)
+
+    Case().runTest()
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None:
+    """With memory to spare, a prompt reuses exactly the full blocks that some earlier text began with."""
+    block_size = data.draw(st.integers(1, 4))
+    simulation = Simulation(num_blocks=400, block_size=block_size, max_batch_tokens=1000)
+    texts: list[list[int]] = []
+    for number in range(data.draw(st.integers(2, 6))):
+        prompt = data.draw(BEGINNINGS) + data.draw(REST)
+        simulation.add(f"r{number}", prompt, data.draw(st.integers(1, 4)))
+        simulation.step()
+        sequence = simulation.scheduler._sequences.get(f"r{number}")
+        reusable = max((common_blocks(text, prompt, block_size) for text in texts), default=0)
+        if sequence is not None:
+            assert sequence.num_cached_tokens == reusable * block_size
+        simulation.drain()
+        texts.append(prompt + simulation.output(f"r{number}")[:-1])  # the last token's KV is never computed
+
+
+def common_blocks(text: list[int], prompt: list[int], block_size: int) -> int:
+    """Leading full blocks of `text` that `prompt` begins with, the prompt's last token excluded."""
+    most = min(len(text), len(prompt) - 1) // block_size
+    return max(n for n in range(most + 1) if text[: n * block_size] == prompt[: n * block_size])

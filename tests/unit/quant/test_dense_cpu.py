@@ -1,0 +1,112 @@
+"""The CPU matrix product against its torch twin, at the edges of tiles; and a row's bits whatever runs beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.kernels import running_weight
+from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_torch import DenseTorch
+from quant.none import DenseMethod
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k_size", [8, 64, 136])
+@pytest.mark.parametrize("n_size", [1, 3, 4, 11, 12, 13, 23, 24, 25, 47, 96])
+def test_against_the_twin(dtype: torch.dtype, k_size: int, n_size: int) -> None:
+    weight, bias = random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)
+    kernel, twin = DenseCpu(weight, bias), DenseTorch(weight, bias)
+    for rows in ROWS:
+        x = random(rows, k_size)
+        torch.testing.assert_close(kernel(x), twin(x), atol=2e-6 * k_size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """Every product and sum fits the mantissa, so one wrong element, output or row would show."""
+    for n_size in (TILE_OUTPUTS + 1, 2 * TILE_OUTPUTS):
+        weight = random(n_size, 40).mul(4).round()
+        bias = torch.arange(n_size) * 1000.0
+        kernel = DenseCpu(weight.to(dtype), bias)
+        for rows in ROWS:
+            x = random(rows, 40).mul(4).round()
+            assert torch.equal(kernel(x), x @ weight.T + bias)
+
+
+def test_without_a_bias() -> None:
+    weight, x = random(13, 16), random(3, 16)
+    assert torch.equal(DenseCpu(weight, None)(x), DenseCpu(weight, torch.zeros(13))(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_size", [7, 12, 31, 48])
+def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_size: int) -> None:
+    kernel = DenseCpu(random(n_size, 96, seed=1).to(dtype), random(n_size, seed=2))
+    x = random(64, 96)
+    whole = kernel(x)
+    for rows in ROWS:
+        for start in (0, 1, 64 - rows):
+            part = x[start : start + rows].contiguous()
+            assert torch.equal(kernel(part), whole[start : start + rows])
+
+
+def test_rows_beyond_one_row_block() -> None:
+    """Activations are taken in blocks that fit the L2 cache; the rows of the second block are rows like any other."""
+    k_size = 4096
+    rows_per_block = ROW_BLOCK_BYTES // (4 * k_size)
+    x, weight = random(2 * rows_per_block + 3, k_size), random(24, k_size, seed=1)
+    kernel = DenseCpu(weight, None)
+    whole = kernel(x)
+    torch.testing.assert_close(whole, x @ weight.T, atol=1e-3, rtol=1e-5)
+    for row in (0, rows_per_block - 1, rows_per_block, 2 * rows_per_block + 2):
+        assert torch.equal(kernel(x[row : row + 1])[0], whole[row])
+
+
+def test_no_rows() -> None:
+    assert DenseCpu(random(12, 8), None)(torch.empty(0, 8)).shape == (0, 12)
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    x = random(9, 16)
+    x[4, 3] = torch.nan
+    out = DenseCpu(random(12, 16), None)(x)
+    assert out.isnan().all(dim=1).tolist() == [row == 4 for row in range(9)]
+    assert not out[:4].isnan().any() and not out[5:].isnan().any()
+
+
+def test_input_sizes_that_are_no_multiple_of_eight_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 8, not 20"):
+        DenseCpu(random(12, 20), None)
+
+
+def test_the_table_gives_the_cpu_its_kernel_and_others_the_twin() -> None:
+    assert isinstance(running_weight("dense", random(4, 8), None), DenseCpu)
+    assert isinstance(running_weight("dense", random(4, 8).to("meta"), None), DenseTorch)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_widening", "checkpoint", "weight", "bias"),
+    [
+        (torch.float32, True, torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, True, torch.float16, torch.float16, torch.float32),
+        (torch.float32, True, torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, True, torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, True, torch.float16, torch.bfloat16, torch.float32),
+        (torch.float32, False, torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, False, torch.float16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_what_weights_are_kept_in(
+    dtype: torch.dtype, is_widening: bool, checkpoint: torch.dtype, weight: torch.dtype, bias: torch.dtype
+) -> None:
+    method = DenseMethod(dtype, is_widening=is_widening)
+    assert method.storage_dtype("weight", checkpoint) == weight
+    assert method.storage_dtype("bias", checkpoint) == bias
