@@ -45,18 +45,16 @@ class LauncherArgs:
     compute_type: str | None
 
 
-def _unsigned(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)
     return value
+
+
+def _outer_threads(text: str) -> int:
+    """OpenMP's list of threads per nesting level: the first is ours."""
+    return _positive(text.split(",")[0])
 
 
 def _port(text: str) -> int:
@@ -67,7 +65,7 @@ def _port(text: str) -> int:
 
 
 # What argparse prints as "invalid <name> value: ...".
-_unsigned.__name__, _positive.__name__, _port.__name__ = "unsigned integer", "positive integer", "port"
+_positive.__name__, _outer_threads.__name__, _port.__name__ = "positive integer", "thread count", "port"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LauncherArgs:
     """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination."""
+    environ = {name: value for name, value in environ.items() if value}  # empty is as good as unset
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     _refuse_unbuilt(given, environ)
@@ -228,7 +227,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         **values,
         is_prefix_caching=_switch(parser, environ, "PREFIX_CACHING", default=True),
         log_level=_log_level(parser, environ),
-        num_threads=_variable(parser, environ, "OMP_NUM_THREADS", _positive),
+        num_threads=_variable(parser, environ, "OMP_NUM_THREADS", _outer_threads),
         compute_type=environ.get("COMPUTE_TYPE"),
     )
 

@@ -48,7 +48,8 @@ class Signals:
     def __init__(self) -> None:
         self.count = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1

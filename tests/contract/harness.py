@@ -15,6 +15,7 @@ from engine.core import EngineCore
 from engine.device import Device
 from engine.model_files import read_model_config
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model
+from engine.sampler_cpu import sample
 from engine.scheduler import Scheduler
 from engine.step_limit import StepLimit
 from engine.types import GenerationRequest, SamplingParams, TokenEvent
@@ -24,6 +25,7 @@ KERNELS = Device(
     torch_device=torch.device("cpu"),
     attention_backend="cpu",
     ops="cpu",
+    sampler="cpu",
     is_widening=True,
     step_limit_s=None,
     alone_step_limit_s=None,
@@ -47,7 +49,7 @@ def make_core(
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=EOS_TOKEN_IDS,
     )
-    return EngineCore(scheduler, make_runner(folder, num_blocks=num_blocks), StepLimit(None, None))
+    return EngineCore(scheduler, make_runner(folder, num_blocks=num_blocks), sample, StepLimit(None, None))
 
 
 @dataclasses.dataclass

@@ -102,8 +102,8 @@ def test_the_model_may_come_from_the_environment() -> None:
         ("--max-total-tokens 0", {}, "argument --max-total-tokens: invalid positive integer value: '0'"),
         ("--max-input-tokens 1.5", {}, "argument --max-input-tokens: invalid positive integer value: '1.5'"),
         ("", {"PORT": "x"}, "variable PORT: invalid port value: 'x'"),
-        ("", {"MAX_TOTAL_TOKENS": ""}, "variable MAX_TOTAL_TOKENS: invalid positive integer value: ''"),
-        ("", {"OMP_NUM_THREADS": "0"}, "variable OMP_NUM_THREADS: invalid positive integer value: '0'"),
+        ("", {"MAX_TOTAL_TOKENS": "x"}, "variable MAX_TOTAL_TOKENS: invalid positive integer value: 'x'"),
+        ("", {"OMP_NUM_THREADS": "0"}, "variable OMP_NUM_THREADS: invalid thread count value: '0'"),
         ("", {"PREFIX_CACHING": "maybe"}, "variable PREFIX_CACHING: give 1 or 0, not 'maybe'"),
         ("", {"LOG_LEVEL": "loud"}, "variable LOG_LEVEL: give debug, info, warn or error, not 'loud'"),
         (

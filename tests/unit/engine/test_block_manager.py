@@ -70,6 +70,19 @@ def test_a_block_that_is_not_full_yet_is_not_shared() -> None:
     assert second.num_cached_tokens == 4
 
 
+def test_a_block_that_is_filled_in_several_steps_is_shared() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = make_sequence(list(range(9)))
+    assert blocks.admit(first)
+    for before, after in ((0, 3), (3, 6), (6, 7), (7, 8)):
+        first.num_computed_tokens = after
+        blocks.publish_full_blocks(first, before)
+    second = make_sequence(list(range(9)))
+    assert blocks.admit(second)
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.num_cached_tokens == 8
+
+
 def test_freed_blocks_are_found_again_and_counted() -> None:
     blocks = BlockManager(8, BLOCK_SIZE)
     first = computed(blocks, list(range(10)))

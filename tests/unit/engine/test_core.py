@@ -12,6 +12,7 @@ import engine.core
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.sampler import sample
 from engine.scheduler import NON_FINITE_ERROR, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
 from engine.types import AbortRequest, EngineReady, FinishReason, StepOutput
@@ -41,7 +42,7 @@ class CountingRunner:
 
 def make_core(runner: CountingRunner) -> EngineCore:
     scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=[EOS])
-    return EngineCore(scheduler, runner, StepLimit(1.0, 5.0))
+    return EngineCore(scheduler, runner, sample, StepLimit(1.0, 5.0))
 
 
 @pytest.fixture

@@ -60,6 +60,17 @@ def read_all(sock: socket.socket, buffer: bytearray) -> list[StepOutput | Engine
     return take_frames(buffer, decode_up)
 
 
+def drain(endpoint: EngineEndpoint, peer: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
+    """What comes while the reader catches up, the engine being idle."""
+    received = read_all(peer, buffer)
+    for _ in range(10_000):
+        if not endpoint._outbox:
+            return received + read_all(peer, buffer)
+        endpoint.receive(0.01)
+        received += read_all(peer, buffer)
+    raise AssertionError("what is pending is never written")
+
+
 def test_a_frame_is_a_big_endian_length_and_a_body() -> None:
     frame = encode_frame(AbortRequest("a"))
     assert HEADER.unpack(frame[:4]) == (len(frame) - 4,)
@@ -164,10 +175,7 @@ def test_a_lagging_reader_gets_merged_tokens_and_loses_nothing(pair: tuple[Engin
         most_held = max(most_held, len(endpoint._lagging))
         if chance.random() < 0.002:
             received += read_all(peer, buffer)
-    while endpoint._outbox:
-        received += read_all(peer, buffer)
-        endpoint.receive(0.01)
-    received += read_all(peer, buffer)
+    received += drain(endpoint, peer, buffer)
     assert received[0] == READY
     outputs = [output for output in received[1:] if isinstance(output, StepOutput)]
     assert len(outputs) < num_steps / 2, "the reader did not lag: the test shows nothing"
@@ -200,13 +208,7 @@ def test_an_error_of_a_lagging_request_is_kept(pair: tuple[EngineEndpoint, socke
         endpoint.send(step_output(TokenEvent(request_id="other", token_ids=[1] * 100, logprobs=[0.0] * 100)))
     endpoint.send(step_output(TokenEvent(request_id="a", token_ids=[1], logprobs=[0.0])))
     endpoint.send(step_output(TokenEvent(request_id="a", error="no")))
-    buffer = bytearray()
-    received: list[StepOutput | EngineReady] = []
-    while endpoint._outbox:
-        received += read_all(peer, buffer)
-        endpoint.receive(0.01)
-    received += read_all(peer, buffer)
-    last = received[-1]
+    last = drain(endpoint, peer, bytearray())[-1]
     assert isinstance(last, StepOutput)
     assert last.events == [TokenEvent(request_id="a", token_ids=[1], logprobs=[0.0], error="no")]
 

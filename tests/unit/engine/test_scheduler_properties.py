@@ -153,7 +153,8 @@ def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None
     simulation = Simulation(num_blocks=400, block_size=block_size, max_batch_tokens=1000)
     texts: list[list[int]] = []
     for number in range(data.draw(st.integers(2, 6))):
-        prompt = data.draw(BEGINNINGS) + data.draw(REST)
+        beginnings = st.sampled_from(texts) | BEGINNINGS if texts else BEGINNINGS
+        prompt = data.draw(beginnings) + data.draw(REST)
         simulation.add(f"r{number}", prompt, data.draw(st.integers(1, 4)))
         simulation.step()
         sequence = simulation.scheduler._sequences.get(f"r{number}")

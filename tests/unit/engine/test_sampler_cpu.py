@@ -1,0 +1,67 @@
+"""The CPU kernel against its torch twin, on the same draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import sampler
+from engine.sampler_cpu import sample
+from engine.types import SamplingParams
+
+CASES = {
+    "greedy": {},
+    "plain": {"seed": 1},
+    "cold": {"seed": 1, "temperature": 0.05},
+    "hot": {"seed": 1, "temperature": 20.0},
+    "top_k 1": {"seed": 1, "top_k": 1},
+    "top_k": {"seed": 1, "top_k": 40},
+    "top_k above the vocabulary": {"seed": 1, "top_k": 10**6},
+    "top_p": {"seed": 1, "top_p": 0.7},
+    "tiny top_p": {"seed": 1, "top_p": 1e-6},
+    "top_p beyond the first candidates": {"seed": 1, "top_p": 0.97, "temperature": 5.0},
+    "all": {"seed": 1, "top_p": 0.9, "top_k": 30, "temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("vocab_size", [3, 8, 511, 513, 5001])
+def test_kernel_draws_what_the_twin_draws(case: dict[str, float], vocab_size: int) -> None:
+    num_rows = 40
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 4
+    params = [
+        SamplingParams(**{**case, **({"seed": row} if "seed" in case else {})})  # type: ignore[arg-type]
+        for row in range(num_rows)
+    ]
+    positions = list(range(num_rows))
+    kernel, twin = sample(logits, params, positions), sampler.sample(logits, params, positions)
+    # A number that falls within rounding of a token's boundary may go either way: at most one of forty.
+    same = [row for row in range(num_rows) if kernel.token_ids[row] == twin.token_ids[row]]
+    assert len(same) >= num_rows - 1
+    torch.testing.assert_close(
+        torch.tensor([kernel.logprobs[row] for row in same]),
+        torch.tensor([twin.logprobs[row] for row in same]),
+        atol=2e-5,
+        rtol=1e-5,
+    )
+    assert all(kernel.is_finite)
+
+
+def test_ties_at_the_thresholds_stay() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]).repeat(200, 1)
+    params = [SamplingParams(seed=seed, top_k=1) for seed in range(200)]
+    assert set(sample(logits, params, [0] * 200).token_ids) == {1, 2, 4}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_only_the_bad_row_is_flagged(bad: float, seed: int | None) -> None:
+    logits = torch.randn(3, 700)
+    logits[1, 650] = bad
+    assert sample(logits, [SamplingParams(seed=seed)] * 3, [0] * 3).is_finite == [True, False, True]
+
+
+def test_first_of_equal_best_logits_is_taken() -> None:
+    logits = torch.zeros(1, 20)
+    logits[0, [7, 13]] = 1.0
+    assert sample(logits, [SamplingParams()], [0]).token_ids == [7]
