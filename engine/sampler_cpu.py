@@ -57,7 +57,7 @@ def _mass(logits, start, size, best, scale, least):  # type: ignore[no-untyped-d
         total += np.float64(sum_lanes(lanes_sum))
         start, size = start + whole, size - whole
     for i in range(start, start + size):
-        if logits[i] >= least:
+        if not logits[i] < least:  # so that a NaN counts, and shows in the total
             total += np.float64(_exp((logits[i] - best) * scale))
     return total
 
@@ -162,8 +162,8 @@ def _sample_rows(logits, num_rows, size, temperatures, top_ks, top_ps, numbers, 
         scale = np.float32(1.0) / temperature
         least = _threshold(logits, start, size, best, scale, top_ks[row], top_ps[row])
         chosen, total = _draw(logits, start, size, best, scale, least, numbers[row])
-        tokens[row] = chosen
-        logprobs[row] = np.float64((logits[start + chosen] - best) * scale) - np.log(total)
+        tokens[row] = max(chosen, 0)
+        logprobs[row] = np.float64((logits[start + tokens[row]] - best) * scale) - np.log(total)
 
 
 def sample(logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]) -> SampledBatch:

@@ -20,6 +20,7 @@ from server.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
+LISTEN_BACKLOG = 2048
 DEAD_ENGINE_DRAIN_S = 3
 """When the engine is gone every stream ends with an error event; nobody is waited for longer than this."""
 
@@ -63,11 +64,22 @@ async def serve(config: ServerConfig) -> None:
         )
     )
     watcher = asyncio.create_task(_stop_when_dead(engine, server))
-    await server.serve(sockets=[socket.socket(fileno=config.listen_fd)])
+    await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()
     if engine.dead.is_set():
         raise EngineDeadError("the engine has ended")
     await engine.close()
+
+
+def _listening(fd: int) -> socket.socket:
+    """The bound socket, now listening. Raises StartError if somebody else came to listen on its port meanwhile."""
+    listener = socket.socket(fileno=fd)
+    try:
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        port = listener.getsockname()[1]
+        raise StartError(f"Cannot listen on port {port} ({error.strerror}): give another --port") from error
+    return listener
 
 
 async def _stop_when_dead(engine: EngineClient, server: uvicorn.Server) -> None:

@@ -32,6 +32,8 @@ GRACEFUL_TERMINATION_TIMEOUT_S = 90
 """How long running requests may take to end after a signal."""
 ENGINE_STOP_TIMEOUT_S = 10
 DOWNLOAD_STOP_TIMEOUT_S = 10
+CAUSE_TIMEOUT_S = 5
+"""How long a child may take to end once its peer has noticed that it is ending."""
 
 
 class LaunchError(Exception):
@@ -111,6 +113,7 @@ class Child:
 
 def main() -> None:
     """Console script."""
+    open_standard_streams()
     try:
         args = parse_args(sys.argv[1:])
         configure_logging(args.log_level, "launcher")
@@ -122,6 +125,13 @@ def main() -> None:
         sys.exit(1)
     except Stopped:
         logger.info("Stopped by a signal")
+
+
+def open_standard_streams() -> None:
+    """Some supervisors close standard input: a socket must not take its number, which means something in a child."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def run(args: LauncherArgs) -> None:
@@ -219,23 +229,29 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
 
 def supervise(http: Child, engine: Child, signals: Signals) -> None:
     """Watch until a child ends (raises LaunchError) or a signal comes (raises Stopped); then stop the rest."""
-    while True:
-        ended = [child for child in (engine, http) if child.exit_code is not None]
-        if ended or signals.count:
-            break
+    children = (engine, http)
+    while not signals.count and all(child.exit_code is None for child in children):
         time.sleep(POLL_S)
     if signals.count:
         logger.info("Terminating webserver; running requests may end")
         http.stop(GRACEFUL_TERMINATION_TIMEOUT_S, signals)
         engine.stop(ENGINE_STOP_TIMEOUT_S, signals)
         raise Stopped
+    cause = find_cause(children)
     for child in (http, engine):
         child.stop(ENGINE_STOP_TIMEOUT_S, signals)
-    # A child that only ended because its peer was gone is not the cause.
-    cause = next((child for child in ended if child.exit_code != PEER_GONE_EXIT_CODE), ended[0])
-    if cause is ended[0] and cause.exit_code == PEER_GONE_EXIT_CODE:
-        cause = http if cause is engine else engine
     raise LaunchError(cause.describe_end())
+
+
+def find_cause(children: Sequence[Child]) -> Child:
+    """The child that ended for a reason of its own: not because its peer was gone, which may be noticed earlier."""
+    deadline = time.monotonic() + CAUSE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for child in children:
+            if child.exit_code not in (None, PEER_GONE_EXIT_CODE):
+                return child
+        time.sleep(POLL_S)
+    return next(child for child in children if child.exit_code is not None)
 
 
 def available_cores() -> int:

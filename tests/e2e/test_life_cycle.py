@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.launched import LaunchedServer, launched
+from tests.e2e.launched import LaunchedServer, free_port, launched
 
 LONG = {"max_new_tokens": 450}
 
@@ -59,6 +59,42 @@ def test_busy_port_ends_the_start_before_the_model_loads(tiny_model_dir: Path, t
             assert server.wait_for_end() == 1
             assert "give another --port" in server.log
             assert "Warming up" not in server.log
+
+
+def test_two_launchers_on_one_port_do_not_both_connect(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, is_awaited=False) as first:
+        flags = ("--port", str(first.port))
+        with launched(tiny_model_dir, tmp_path, *flags, is_awaited=False) as second:
+            codes = [server.process.wait(60) for server in (first, second) if not is_connected(server)]
+        assert codes == [1]
+
+
+def is_connected(server: LaunchedServer) -> bool:
+    while "Connected" not in server.log and server.process.poll() is None:
+        time.sleep(0.05)
+    return "Connected" in server.log
+
+
+def test_a_refused_start_names_its_cause_last(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, "--max-total-tokens", "99999", is_awaited=False) as server:
+        assert server.wait_for_end() == 1
+        assert "lower --max-total-tokens to" in server.log
+        assert server.log.splitlines()[-1].endswith("engine rank 0 ended with exit code 1; its messages are above")
+
+
+def test_closed_standard_input_is_no_obstacle(tiny_model_dir: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]
+    log_path = tmp_path / "log"
+    with log_path.open("wb") as log:
+        shell = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+        process = subprocess.Popen(shell, stdout=log, stderr=subprocess.STDOUT)
+    server = LaunchedServer(process, port, log_path)
+    try:
+        server.wait_for_log("Connected")
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_sigterm_lets_a_running_stream_end_and_exits_with_0(server: LaunchedServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.sampler import sample
-from engine.scheduler import NON_FINITE_ERROR, ScheduledBatch, Scheduler
+from engine.scheduler import NON_FINITE_ERROR, SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
-from engine.types import AbortRequest, EngineReady, FinishReason, StepOutput
+from engine.types import AbortRequest, EngineReady, FinishReason, SamplingParams, StepOutput
 from tests.unit.engine.builders import EOS, make_request, scheduled_counts
 
 VOCAB_SIZE = 20
@@ -113,13 +113,45 @@ def test_an_abort_between_steps_frees_the_request() -> None:
     assert core.scheduler.stats().num_used_blocks == 0
 
 
-def test_the_step_limit_learns_from_steps_and_cuts_prompts() -> None:
+def test_prompts_are_cut_to_the_step_limit_unless_their_request_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CountingRunner()
     core = make_core(runner)
-    core._limit.observe(100, 100.0)  # one token a second
+    core._limit.observe(100, 5.0)  # 20 tokens a second: 20 fit the limit, 100 that of a request that is alone
+    monkeypatch.setattr(core._limit, "observe", lambda num_tokens, seconds: None)
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
-    assert runner.batches == [{"a": 16}]
+    core.take(make_request("b", [2] * 30, max_new_tokens=2))
+    core.step()
+    assert runner.batches == [{"a": 30}, {"a": 1, "b": 19}]
+
+
+def test_the_step_limit_learns_from_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(CountingRunner())
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(core._limit, "observe", lambda num_tokens, seconds: seen.append((num_tokens, seconds > 0)))
+    core.take(make_request("a", [1] * 30, max_new_tokens=2))
+    core.step()
+    core.step()
+    assert seen == [(30, True), (1, True)]
+
+
+def test_seeded_draws_depend_on_the_output_position() -> None:
+    """The prompt's length, chunks and preemption must not matter: the position is that of the output token."""
+    positions: list[list[int]] = []
+
+    def spy(logits: torch.Tensor, params: Sequence[SamplingParams], places: Sequence[int]) -> SampledBatch:
+        positions.append(list(places))
+        return sample(logits, params, places)
+
+    core = make_core(CountingRunner())
+    core._sample = spy
+    core.take(make_request("a", [1, 2, 3], max_new_tokens=9))
+    core.step()
+    core.scheduler._preempt(core.scheduler.running[0])
+    core.step()
+    core.take(make_request("b", [1], max_new_tokens=9))
+    core.step()
+    assert positions == [[0], [1], [2, 0]]
 
 
 def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(

@@ -1,8 +1,9 @@
-"""Sampling against plain oracles: sort, add up, cut."""
+"""Sampling, by the CPU kernel and by its torch twin, against plain oracles: sort, add up, cut."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.sampler import NUCLEUS_CANDIDATES, filter_logits, sample, uniform
+from engine import sampler, sampler_cpu
+from engine.core import Sample
+from engine.sampler import NUCLEUS_CANDIDATES, filter_logits, uniform
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams()
+
+
+@pytest.fixture(params=[sampler.sample, sampler_cpu.sample], ids=["torch", "cpu"])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    chosen: Sample = request.param
+    return chosen
 
 
 def random_logits(rows: int, vocab_size: int, *, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
@@ -36,7 +45,7 @@ def nucleus(logits: torch.Tensor, top_p: float) -> set[int]:
     return {token for token in order if logits[token] >= logits[last]}
 
 
-def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
+def test_greedy_takes_the_largest_and_the_first_of_equals(sample: Sample) -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, -1.0, 5.0, 0.0]])
     result = sample(logits, [GREEDY, GREEDY], [0, 7])
     assert result.token_ids == [1, 0]
@@ -45,7 +54,7 @@ def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     assert result.logprobs == pytest.approx([expected[0, 1].item(), expected[1, 0].item()], abs=1e-6)
 
 
-def test_greedy_ignores_the_other_parameters() -> None:
+def test_greedy_ignores_the_other_parameters(sample: Sample) -> None:
     logits = random_logits(1, 50)
     result = sample(logits, [SamplingParams(temperature=9.0, top_k=3, top_p=0.1)], [0])
     assert result.logprobs[0] == pytest.approx(logits.log_softmax(dim=-1).max().item(), abs=1e-6)
@@ -115,14 +124,38 @@ def test_top_p_is_of_what_temperature_and_top_k_left() -> None:
     assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.8)])) == [{0, 1}]
 
 
-def test_filtering_leaves_the_models_logits_alone() -> None:
+def test_filtering_leaves_the_models_logits_alone(sample: Sample) -> None:
     logits = random_logits(2, 40)
     before = logits.clone()
     sample(logits, [SamplingParams(seed=1, temperature=0.5, top_k=3, top_p=0.5), GREEDY], [0, 0])
     assert torch.equal(logits, before)
 
 
-def test_logprobs_are_those_of_the_filtered_distribution() -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 3},
+        {"top_k": 70},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"top_k": 9, "top_p": 0.9, "temperature": 0.8},
+        {"top_p": 0.99, "temperature": 9.0},
+    ],
+    ids=str,
+)
+def test_what_is_drawn_is_allowed_and_all_of_it_is_drawn(sample: Sample, params: dict[str, Any]) -> None:
+    size = 4000
+    logits = random_logits(1, 40, spread=1.0)
+    (allowed,) = kept_tokens(filter_logits(logits, [SamplingParams(seed=0, **params)]))
+    drawn = sample(
+        logits.expand(size, -1).contiguous(), [SamplingParams(seed=n, **params) for n in range(size)], [0] * size
+    )
+    assert set(drawn.token_ids) <= allowed
+    probabilities = filter_logits(logits, [SamplingParams(seed=0, **params)]).softmax(dim=-1)[0]
+    assert {token for token in allowed if probabilities[token] > 10 / size} <= set(drawn.token_ids)
+
+
+def test_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None:
     logits = random_logits(3, 64)
     params = [
         SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9),
@@ -138,7 +171,7 @@ def test_logprobs_are_those_of_the_filtered_distribution() -> None:
         assert math.isfinite(result.logprobs[row])
 
 
-def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(sample: Sample) -> None:
     logits = random_logits(6, 200)
     params = [SamplingParams(seed=seed, temperature=1.3, top_p=0.95) for seed in (1, 2**64 - 1, 3, 0, 5)] + [GREEDY]
     positions = [0, 5, 2, 0, 9, 1]
@@ -149,7 +182,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
         assert alone.logprobs == [together.logprobs[row] for row in order]
 
 
-def test_seeds_and_positions_draw_different_numbers() -> None:
+def test_seeds_and_positions_draw_different_numbers(sample: Sample) -> None:
     logits = torch.zeros(64, 1000)
     by_seed = sample(logits, [SamplingParams(seed=seed) for seed in range(64)], [0] * 64)
     by_position = sample(logits, [SamplingParams(seed=7)] * 64, list(range(64)))
@@ -158,10 +191,10 @@ def test_seeds_and_positions_draw_different_numbers() -> None:
 
 
 @pytest.mark.parametrize("by", ["seed", "position"])
-def test_the_distribution_is_the_models(by: str) -> None:
+def test_the_distribution_is_the_models(sample: Sample, by: str) -> None:
     probabilities = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
     size, temperature = 20_000, 2.0
-    logits = (probabilities.log() * temperature).expand(size, -1)
+    logits = (probabilities.log() * temperature).expand(size, -1).contiguous()
     numbers = list(range(size))
     seeds = numbers if by == "seed" else [12345] * size
     positions = [0] * size if by == "seed" else numbers
@@ -172,7 +205,7 @@ def test_the_distribution_is_the_models(by: str) -> None:
     assert chi_square < 22.46  # 6 degrees of freedom, p = 0.001; the draws are fixed, so this never flickers
 
 
-def test_a_token_without_probability_is_never_drawn() -> None:
+def test_a_token_without_probability_is_never_drawn(sample: Sample) -> None:
     logits = torch.full((500, 9), -torch.inf)
     logits[:, [3, 5]] = 0.0
     result = sample(logits, [SamplingParams(seed=seed) for seed in range(500)], [0] * 500)
@@ -180,12 +213,25 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("is_greedy", [True, False])
-def test_a_bad_row_is_flagged_and_only_that_row(value: float, is_greedy: bool) -> None:
+@pytest.mark.parametrize("place", [0, 17, 99])
+@pytest.mark.parametrize(
+    "param",
+    [
+        GREEDY,
+        SamplingParams(seed=5),
+        SamplingParams(seed=5, top_k=50),
+        SamplingParams(seed=5, top_p=0.9),
+        SamplingParams(seed=5, top_k=50, top_p=0.9),
+    ],
+    ids=["greedy", "plain", "top_k", "top_p", "both"],
+)
+def test_a_bad_row_is_flagged_and_only_that_row(
+    sample: Sample, value: float, param: SamplingParams, place: int
+) -> None:
     logits = random_logits(3, 100)
     clean = logits.clone()
-    logits[1, 17] = value
-    params = [GREEDY if is_greedy else SamplingParams(seed=row, top_k=50, top_p=0.9) for row in range(3)]
+    logits[1, place] = value
+    params = [param] * 3
     result = sample(logits, params, [0, 0, 0])
     assert result.is_finite == [True, False, True]
     expected = sample(clean, params, [0, 0, 0])
@@ -194,18 +240,18 @@ def test_a_bad_row_is_flagged_and_only_that_row(value: float, is_greedy: bool) -
         assert result.logprobs[row] == expected.logprobs[row]
 
 
-def test_a_row_of_minus_infinity_is_flagged() -> None:
+def test_a_row_of_minus_infinity_is_flagged(sample: Sample) -> None:
     assert sample(torch.full((1, 8), -torch.inf), [GREEDY], [0]).is_finite == [False]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46])
-def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
+def test_a_temperature_too_small_for_float32_is_greedy(sample: Sample, temperature: float) -> None:
     logits = random_logits(1, 100)
     result = sample(logits, [SamplingParams(seed=3, temperature=temperature)], [0])
     assert (result.token_ids, result.logprobs, result.is_finite) == ([int(logits.argmax())], [0.0], [True])
 
 
-def test_no_rows() -> None:
+def test_no_rows(sample: Sample) -> None:
     result = sample(torch.empty(0, 10), [], [])
     assert (result.token_ids, result.logprobs, result.is_finite) == ([], [], [])
 
