@@ -11,7 +11,6 @@ from engine.config import PEER_GONE_EXIT_CODE, EngineConfig
 from engine.errors import StartError
 from engine.ipc import EngineEndpoint, exit_when_closed
 from engine.logs import configure_logging
-from engine.types import EngineReady
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,8 @@ def main() -> None:
     except StartError as error:
         logger.error("%s", error)
         sys.exit(1)
-    except EOFError as error:
-        logger.error("%s", error)
+    except EOFError as error:  # the usual end: the launcher stops the HTTP process first
+        logger.info("%s", error)
         sys.exit(PEER_GONE_EXIT_CODE)
     except Exception:
         logger.exception("The engine failed")
@@ -54,16 +53,9 @@ def serve(config: EngineConfig, endpoint: EngineEndpoint) -> None:
     # Loading takes seconds and can be broken off at any point; only serving ends between steps.
     from engine.start import start_engine
 
-    core, limits = start_engine(config)
+    core, ready = start_engine(config)
     should_stop = StopRequest()
-    endpoint.send(
-        EngineReady(
-            max_input_tokens=limits.max_input_tokens,
-            max_total_tokens=limits.max_total_tokens,
-            max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
-            max_batch_total_tokens=limits.max_batch_total_tokens,
-        )
-    )
+    endpoint.send(ready)
     core.serve(endpoint, should_stop)
 
 

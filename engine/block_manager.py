@@ -40,7 +40,7 @@ class BlockManager:
 
     @property
     def num_used_blocks(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free_blocks
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks still to be allocated before `sequence` has room for its first `num_tokens` tokens."""
@@ -54,7 +54,7 @@ class BlockManager:
         reused = self._find_prefix(sequence)
         num_new = -(-sequence.num_tokens // self.block_size) - len(reused)
         num_revived = sum(1 for block in reused if not self._num_holders[block])
-        if num_new + num_revived + num_spare_blocks > len(self._free):
+        if num_new + num_revived + num_spare_blocks > self.num_free_blocks:
             return False
         for block in reused:
             self._hold(block)
@@ -66,7 +66,7 @@ class BlockManager:
     def grow(self, sequence: Sequence) -> bool:
         """Make room for the newest token; False (and no change) if no block is free."""
         num_missing = self.num_missing_blocks(sequence, sequence.num_tokens)
-        if num_missing > len(self._free):
+        if num_missing > self.num_free_blocks:
             return False
         self._extend(sequence, num_missing)
         return True
@@ -92,7 +92,7 @@ class BlockManager:
         last = sequence.num_computed_tokens // self.block_size
         for index, digest in enumerate(self._hashes(sequence, last)[first:last], start=first):
             block = sequence.block_table[index]
-            if digest not in self._block_of and self._hash_of[block] is None:
+            if digest not in self._block_of:
                 self._hash_of[block] = digest
                 self._block_of[digest] = block
 

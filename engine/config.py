@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import logging
 import tempfile
 from pathlib import Path
 
 from engine.errors import StartError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,6 @@ class EngineConfig:
     max_batch_prefill_tokens: int | None = None
     max_batch_total_tokens: int | None = None
     """KV capacity in tokens; None: from the free memory."""
-    max_concurrent_requests: int = 128
     is_prefix_caching: bool = True
     num_threads: int = 1
     socket_fd: int | None = None
@@ -55,11 +56,22 @@ PEER_GONE_EXIT_CODE = 3
 DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 
 
+def check_window(config: EngineConfig, max_position_embeddings: int) -> None:
+    """Raises StartError when the user wants a longer window than the model has."""
+    total = config.max_total_tokens
+    if total is not None and total > max_position_embeddings:
+        raise StartError(
+            f"`max_total_tokens` ({total}) is more than the model's max_position_embeddings "
+            f"({max_position_embeddings}): lower --max-total-tokens to {max_position_embeddings}"
+        )
+
+
 def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tokens: int) -> EngineLimits:
     """Settle the limits (reference `tgi-cli.md` 3.1-3.3).
 
     `kv_tokens` is the KV capacity that was settled on. Raises StartError with TGI's sentences where they contradict.
     """
+    check_window(config, max_position_embeddings)
     total = config.max_total_tokens
     if total is None:
         total = min(kv_tokens, max_position_embeddings)
@@ -67,11 +79,6 @@ def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tok
         raise StartError(
             f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {kv_tokens}: "
             f"lower --max-total-tokens to {kv_tokens} or raise --max-batch-total-tokens"
-        )
-    if total > max_position_embeddings:
-        raise StartError(
-            f"`max_total_tokens` ({total}) is more than the model's max_position_embeddings "
-            f"({max_position_embeddings}): lower --max-total-tokens to {max_position_embeddings}"
         )
     input_tokens = config.max_input_tokens
     if input_tokens is None:
@@ -98,27 +105,36 @@ def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tok
 
 
 def user_cache_dir(environ: dict[str, str]) -> Path:
-    """`pytgi` under the user's cache folder, or a temporary folder where that cannot be written."""
-    base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
+    """`pytgi` under the user's cache folder; where that cannot be written, a new temporary folder and a warning.
+
+    The temporary folder's name cannot be guessed: Numba's cache is pickled, whoever can write it can run code as us.
+    """
     try:
+        base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=base):
             return base
-    except OSError:
-        return Path(tempfile.gettempdir()) / f"pytgi-{os.getuid()}"
+    except (OSError, RuntimeError) as error:
+        logger.warning("No cache folder can be written (%s): compiled kernels are kept for this run only", error)
+        return Path(tempfile.mkdtemp(prefix="pytgi-"))
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
     """Variables an engine process must be started with: libraries read them when they are first imported.
 
-    What the user has set wins. Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and dies
-    of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks.
+    What the user has set wins. Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and
+    dies of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks. libgomp's threads spin a
+    short while between two regions, then sleep: with its default of milliseconds, one busy neighbour on 2 cores makes
+    decoding ten times slower (43 ms per token became 500), with this about twice. torch then asks for huge pages, which
+    reading weights through 4 KB pages is up to 10 % slower than.
     """
     defaults = {
         "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
         "NUMBA_THREADING_LAYER": "omp",
         "NUMBA_NUM_THREADS": str(num_threads),
         "OMP_NUM_THREADS": str(num_threads),
+        "GOMP_SPINCOUNT": "4000",
+        "THP_MEM_ALLOC_ENABLE": "1",
     }
     return {name: value for name, value in defaults.items() if not environ.get(name)}
 

@@ -46,10 +46,6 @@ class Device:
             return free
         return min(_mem_available_bytes(), _cgroup_free_bytes())
 
-    def synchronize(self) -> None:
-        if self.torch_device.type == "cuda":
-            torch.cuda.synchronize(self.torch_device)
-
 
 def detect_device(local_rank: int = 0) -> Device:
     """The rank's accelerator if this torch has one, else the CPU."""

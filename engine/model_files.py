@@ -60,6 +60,8 @@ def safetensors_files(folder: Path) -> list[Path]:
     """The weight files, in order. Raises StartError when there are none or one that the index names is missing."""
     index = read_json(folder / "model.safetensors.index.json")
     if index:
+        if not isinstance(index.get("weight_map"), dict):
+            raise StartError(f"{folder}/model.safetensors.index.json has no weight_map: fetch the model again")
         paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
         for path in paths:
             if not path.is_file():

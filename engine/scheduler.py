@@ -86,7 +86,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.num_uncomputed_tokens > 1:
                 budget -= self._schedule_chunk(batch, sequence, budget)
-        while self.waiting and budget > 0 and len(self.running) < self._max_batch_tokens and self._admit_first():
+        while self.waiting and budget > 0 and self._admit_first():
             budget -= self._schedule_chunk(batch, self.running[-1], budget)
         return batch
 
@@ -125,8 +125,6 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
-        if not sequence.block_table:  # preempted earlier in this step
-            return False
         while not self._blocks.grow(sequence):
             victim = self.running[-1]
             self._preempt(victim)

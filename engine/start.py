@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -9,18 +10,18 @@ from pathlib import Path
 import torch
 
 from engine.block_manager import BlockManager
-from engine.config import EngineConfig, EngineLimits, resolve_limits
+from engine.config import EngineConfig, EngineLimits, check_window, resolve_limits
 from engine.core import EngineCore, Sample
 from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
-from engine.model_files import read_eos_token_ids, read_model_config
+from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.models.base import CausalLM
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry
 from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 from engine.step_limit import StepLimit
-from engine.types import GenerationRequest, SamplingParams
+from engine.types import EngineReady, GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +32,25 @@ DEFAULT_KV_TOKENS = 32768
 WARM_UP_TOKENS = 64
 
 
-def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineLimits]:
-    """Load the model and make everything ready for the first step. Raises StartError in words."""
+def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
+    """Load the model and make everything ready for the first step; also what the other side must know.
+
+    Raises StartError in words.
+    """
     device = detect_device()
     _set_threads(config.num_threads)
     folder = Path(config.model_path)
     model_config = read_model_config(folder)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
     started = time.monotonic()
+    free_bytes = device.free_memory_bytes()
     model = build_model(model_config, folder, dtype, device)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     runner = ModelRunner(model, device)
     kv_dtype = device.kv_dtype(dtype)
-    num_blocks = _num_blocks(config, model, runner.kv_bytes_per_block(kv_dtype), device)
+    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
+    free_bytes -= sum(path.stat().st_size for path in safetensors_files(folder))
+    num_blocks = _num_blocks(config, model, runner.kv_bytes_per_block(kv_dtype), device, free_bytes)
     limits = resolve_limits(
         config, max_position_embeddings=model.max_position_embeddings, kv_tokens=num_blocks * BLOCK_SIZE
     )
@@ -57,7 +64,8 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineLimits]:
         eos_token_ids=read_eos_token_ids(folder, model_config),
     )
     _log_summary(config, limits, dtype, kv_dtype, device)
-    return EngineCore(scheduler, runner, sample, step_limit), limits
+    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
+    return EngineCore(scheduler, runner, sample, step_limit), ready
 
 
 def _set_threads(num_threads: int) -> None:
@@ -73,9 +81,10 @@ def _set_threads(num_threads: int) -> None:
         ) from error
 
 
-def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, device: Device) -> int:
+def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, device: Device, free_bytes: int) -> int:
     """KV blocks that the flags ask for, or that fit the memory. Raises StartError when they don't."""
-    available = int(device.free_memory_bytes() * KV_MEMORY_SHARE)
+    check_window(config, model.max_position_embeddings)
+    available = max(0, int(free_bytes * KV_MEMORY_SHARE))
     most = available // bytes_per_block
     if config.max_batch_total_tokens is not None:
         wanted = -(-config.max_batch_total_tokens // BLOCK_SIZE)

@@ -93,6 +93,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_total_tokens: int
     max_batch_prefill_tokens: int
     max_batch_total_tokens: int
+    vocab_size: int
+    """Token ids are below this; a tokenizer may know more."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

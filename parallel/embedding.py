@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from quant.base import LinearMethod, RunningWeight
 
 
-class VocabTable(nn.Module):
+class VocabTable:
     """A `[vocab_size, hidden_size]` matrix used as embedding, as output head, or (tied) as both."""
 
     def __init__(self, vocab_size: int, hidden_size: int, method: LinearMethod) -> None:
-        super().__init__()
         self._shape = (vocab_size, hidden_size)
         self._method = method
         self._weight: torch.Tensor | None = None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from parallel.state import ParallelState
 from quant.base import LinearMethod, ParamSpec, RunningWeight
 
 
-class ShardedLinear(nn.Module):
+class ShardedLinear:
     """One or several checkpoint matrices with the same input, side by side along the output, cut for one rank.
 
     `is_output_sharded` cuts each part's outputs (column parallel); otherwise the inputs are cut (row parallel), and
@@ -29,7 +28,6 @@ class ShardedLinear(nn.Module):
         method: LinearMethod,
         parallel: ParallelState,
     ) -> None:
-        super().__init__()
         self._method = method
         self._parallel = parallel
         self._is_output_sharded = is_output_sharded
@@ -97,7 +95,7 @@ class ShardedLinear(nn.Module):
         self._running = self._method.finish(params)
         self._params = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features of this rank] -> [rows, out_features of this rank]; row parallel: a partial sum."""
-        assert self._running is not None, "forward before finish"
+        assert self._running is not None, "called before finish"
         return self._running(x)

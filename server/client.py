@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +12,8 @@ from collections.abc import AsyncIterator, Iterator
 from engine.errors import EngineDeadError, GenerationError
 from engine.ipc import decode_up, encode_frame, take_frames
 from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, StepOutput, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 1 << 16
 HEARTBEAT_TIMEOUT_S = 30.0
@@ -88,6 +91,8 @@ class EngineClient:
                     self._take(message)
         except ConnectionError:
             pass
+        except Exception:
+            logger.exception("The engine's message can't be read")
         finally:
             self._mark_dead()
 

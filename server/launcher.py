@@ -223,6 +223,8 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
             [sys.executable, "-m", "server"],
             config=server_config.to_json(),
             fds=[listener.fileno(), http_end.fileno()],
+            # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.
+            environ={"MALLOC_ARENA_MAX": "2"},
         )
     return http, engine
 
@@ -234,7 +236,7 @@ def supervise(http: Child, engine: Child, signals: Signals) -> None:
         time.sleep(POLL_S)
     if signals.count:
         logger.info("Terminating webserver; running requests may end")
-        http.stop(GRACEFUL_TERMINATION_TIMEOUT_S, signals)
+        http.stop(GRACEFUL_TERMINATION_TIMEOUT_S + CAUSE_TIMEOUT_S, signals)
         engine.stop(ENGINE_STOP_TIMEOUT_S, signals)
         raise Stopped
     cause = find_cause(children)

@@ -120,6 +120,7 @@ class Validator:
         self._check_counts(wanted)
         self._check_text(wanted, limits.max_input_tokens)
         token_ids = await self._tokenize(wanted)
+        _check_vocabulary(token_ids, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
         _refuse_unbuilt(wanted, "grammar", parameters.grammar is not None)  # 21
         generation = GenerationRequest(
@@ -184,6 +185,12 @@ def _check_penalties(wanted: GenerationInput) -> None:
 
 def _refuse_unbuilt(wanted: GenerationInput, name: str, is_used: bool) -> None:
     refuse_if(is_used, f"`{wanted.names.get(name, name)}` is not supported yet")
+
+
+def _check_vocabulary(token_ids: list[int], vocab_size: int) -> None:
+    """A tokenizer may have been given tokens that the model was not."""
+    unknown = max(token_ids, default=0)
+    refuse_if(unknown >= vocab_size, f"tokenizer error token {unknown} is not in the model's vocabulary")
 
 
 def _check_lengths(num_input: int, max_new_tokens: int | None, limits: EngineReady) -> int:

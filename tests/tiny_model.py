@@ -65,7 +65,7 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dic
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+        return torch.randn(rows, columns, generator=generator).div(columns**0.5).to(dtype)
 
     def vector(size: int, mean: float) -> torch.Tensor:
         return torch.randn(size, generator=generator).mul(0.3).add(mean).to(dtype)

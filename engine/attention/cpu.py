@@ -42,6 +42,8 @@ from quant.kernels.simd import (
 
 BLOCK_SIZE = 2 * LANES
 MAX_TILE_ROWS = 32
+PARALLEL_SCORES = 256
+"""Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
 
 _FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
@@ -142,44 +144,55 @@ def _sum_values(scores, row, num_keys, head_dim, values, base, sums):  # type: i
         store(sums, o3 + LANES, s31)
 
 
-@njit(parallel=True, **_FAST)
-def _attend(  # type: ignore[no-untyped-def]
-    qkv, width, num_heads, num_kv_heads, head_dim, scale, tiles, block_table, keys, values, out
+@njit(**_FAST)
+def _attend_item(  # type: ignore[no-untyped-def]
+    item, qkv, width, num_heads, num_kv_heads, head_dim, scale, tiles, block_table, keys, values, out
 ):
     """tiles [num_tiles, 4] int64: first query row, number of query rows, position of the first, sequence."""
     group = num_heads // num_kv_heads
     num_tiles = tiles.shape[0]
-    for item in prange(num_tiles * num_kv_heads):
-        kv_head = item // num_tiles
-        first_row, num_tokens = tiles[item % num_tiles, 0], tiles[item % num_tiles, 1]
-        position, sequence = tiles[item % num_tiles, 2], tiles[item % num_tiles, 3]
-        num_rows = num_tokens * group
-        padded = (num_rows + 3) // 4 * 4
-        q = np.zeros(padded * head_dim, np.float32)
-        sums = np.zeros(padded * head_dim, np.float32)
-        scores = np.empty(padded * BLOCK_SIZE, np.float32)
-        highest = np.full(padded, np.float32(-np.inf))
-        total = np.zeros(padded, np.float32)
-        for row in range(num_rows):
-            source = (first_row + row // group) * width + (kv_head * group + row % group) * head_dim
-            for d in range(head_dim):
-                q[row * head_dim + d] = qkv[source + d] * scale
-        for index in range((position + num_tokens - 1) // BLOCK_SIZE + 1):
-            base = (block_table[sequence, index] * num_kv_heads + kv_head) * BLOCK_SIZE * head_dim
-            num_visible = position + 1 - index * BLOCK_SIZE  # keys of this block that the tile's first token sees
-            for row in range(0, padded, 4):
-                _score_rows(q, row, head_dim, keys, base, scores)
-            for row in range(padded):
-                _soften_row(scores, row, num_visible + row // group, highest, total, sums, head_dim)
-            # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
-            num_keys = min(BLOCK_SIZE, num_visible + num_tokens - 1)
-            for row in range(0, padded, 4):
-                _sum_values(scores, row, num_keys, head_dim, values, base, sums)
-        for row in range(num_rows):
-            target = (first_row + row // group) * num_heads * head_dim + (kv_head * group + row % group) * head_dim
-            share = splat(np.float32(1.0) / total[row])
-            for d in range(0, head_dim, LANES):
-                store(out, target + d, multiply(load(sums, row * head_dim + d), share))
+    kv_head = item // num_tiles
+    first_row, num_tokens = tiles[item % num_tiles, 0], tiles[item % num_tiles, 1]
+    position, sequence = tiles[item % num_tiles, 2], tiles[item % num_tiles, 3]
+    num_rows = num_tokens * group
+    padded = (num_rows + 3) // 4 * 4
+    q = np.zeros(padded * head_dim, np.float32)
+    sums = np.zeros(padded * head_dim, np.float32)
+    scores = np.empty(padded * BLOCK_SIZE, np.float32)
+    highest = np.full(padded, np.float32(-np.inf))
+    total = np.zeros(padded, np.float32)
+    for row in range(num_rows):
+        source = (first_row + row // group) * width + (kv_head * group + row % group) * head_dim
+        for d in range(head_dim):
+            q[row * head_dim + d] = qkv[source + d] * scale
+    for index in range((position + num_tokens - 1) // BLOCK_SIZE + 1):
+        base = (block_table[sequence, index] * num_kv_heads + kv_head) * BLOCK_SIZE * head_dim
+        num_visible = position + 1 - index * BLOCK_SIZE  # keys of this block that the tile's first token sees
+        for row in range(0, padded, 4):
+            _score_rows(q, row, head_dim, keys, base, scores)
+        for row in range(padded):
+            _soften_row(scores, row, num_visible + row // group, highest, total, sums, head_dim)
+        # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
+        num_keys = min(BLOCK_SIZE, num_visible + num_tokens - 1)
+        for row in range(0, padded, 4):
+            _sum_values(scores, row, num_keys, head_dim, values, base, sums)
+    for row in range(num_rows):
+        target = (first_row + row // group) * num_heads * head_dim + (kv_head * group + row % group) * head_dim
+        share = splat(np.float32(1.0) / total[row])
+        for d in range(0, head_dim, LANES):
+            store(out, target + d, multiply(load(sums, row * head_dim + d), share))
+
+
+@njit(parallel=True, **_FAST)
+def _attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
+    for item in prange(num_items):
+        _attend_item(item, *args)
+
+
+@njit(**_FAST)
+def _attend_serial(num_items, args):  # type: ignore[no-untyped-def]
+    for item in range(num_items):
+        _attend_item(item, *args)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,6 +200,7 @@ class _PreparedStep:
     tiles: npt.NDArray[np.int64]
     block_table: npt.NDArray[np.int32]
     slots: npt.NDArray[np.int64]
+    is_parallel: bool
 
 
 class CpuAttention:
@@ -214,12 +228,15 @@ class CpuAttention:
     def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
         starts = metadata.query_start_loc.tolist()
         tiles = []
+        num_scores = 0
         for sequence, seq_len in enumerate(metadata.seq_lens.tolist()):
-            first_position = seq_len - (starts[sequence + 1] - starts[sequence])
-            for row in range(starts[sequence], starts[sequence + 1], self._tile_tokens):
-                num_tokens = min(self._tile_tokens, starts[sequence + 1] - row)
-                tiles.append((row, num_tokens, first_position + row - starts[sequence], sequence))
-        return _PreparedStep(np.array(tiles, np.int64), metadata.block_table.numpy(), metadata.slot_mapping.numpy())
+            num_queries = starts[sequence + 1] - starts[sequence]
+            num_scores += num_queries * seq_len
+            for first in range(0, num_queries, self._tile_tokens):
+                num_tokens = min(self._tile_tokens, num_queries - first)
+                tiles.append((starts[sequence] + first, num_tokens, seq_len - num_queries + first, sequence))
+        tables = metadata.block_table.numpy(), metadata.slot_mapping.numpy()
+        return _PreparedStep(np.array(tiles, np.int64), *tables, is_parallel=num_scores >= PARALLEL_SCORES)
 
     def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep) -> torch.Tensor:
         shape = self._shape
@@ -229,5 +246,7 @@ class CpuAttention:
         key_start = shape.num_heads * shape.head_dim
         _write_kv(flat, width, key_start, shape.num_kv_heads, shape.head_dim, prepared.slots, keys, values)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, self._scale
-        _attend(flat, width, *sizes, prepared.tiles, prepared.block_table, keys, values, flat_view(out))
+        tensors = prepared.tiles, prepared.block_table, keys, values, flat_view(out)
+        attend = _attend_parallel if prepared.is_parallel else _attend_serial
+        attend(len(prepared.tiles) * shape.num_kv_heads, (flat, width, *sizes, *tensors))
         return out

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.errors import StartError
@@ -28,11 +27,10 @@ REQUIRED_KEYS = (
 )
 
 
-class RMSNorm(nn.Module):
+class RMSNorm:
     """A norm's weight; the arithmetic is in `engine.layers`."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
         self.eps = eps
         self.weight = torch.empty(hidden_size, dtype=dtype)
         self._is_missing = True
@@ -55,11 +53,10 @@ class RMSNorm(nn.Module):
         self.weight = self.weight.to(device)
 
 
-class Qwen2Layer(nn.Module):
+class Qwen2Layer:
     """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
 
     def __init__(self, config: Mapping[str, Any], shape: AttentionShape, context: ModelContext) -> None:
-        super().__init__()
         self._ops = context.ops
         self._num_rotated_heads = shape.num_heads + shape.num_kv_heads
         hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -88,7 +85,7 @@ class Qwen2Layer(nn.Module):
             "mlp.down_proj": (self.down_proj, 0),
         }
 
-    def forward(
+    def __call__(
         self,
         residual: torch.Tensor,
         x: torch.Tensor,
@@ -105,15 +102,13 @@ class Qwen2Layer(nn.Module):
         x = self.o_proj(attention.forward(qkv, cache, attn_metadata))
         norm = self.post_attention_layernorm
         gate_up = self.gate_up_proj(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
-        down: torch.Tensor = self.down_proj(self._ops.silu_and_mul(gate_up))
-        return down
+        return self.down_proj(self._ops.silu_and_mul(gate_up))
 
 
-class Qwen2ForCausalLM(nn.Module):
+class Qwen2ForCausalLM:
     """Implements `engine.models.base.CausalLM`."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        super().__init__()
         _refuse_unsupported(config)
         self._context = context
         self.vocab_size: int = config["vocab_size"]
@@ -126,7 +121,7 @@ class Qwen2ForCausalLM(nn.Module):
         self._rotary = RotaryTable.build(head_dim, rope_theta(config), self.max_position_embeddings, context.device)
         method = context.linear_method
         self.embed_tokens = VocabTable(self.vocab_size, config["hidden_size"], method)
-        self.layers = nn.ModuleList(Qwen2Layer(config, self.attention_shape, context) for _ in range(self.num_layers))
+        self.layers = [Qwen2Layer(config, self.attention_shape, context) for _ in range(self.num_layers)]
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"], context.activation_dtype)
         self._is_tied = bool(config.get("tie_word_embeddings"))
         self.lm_head = (
@@ -141,7 +136,6 @@ class Qwen2ForCausalLM(nn.Module):
         if not self._is_tied:
             found["lm_head"] = (self.lm_head, 0)
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Qwen2Layer)
             found |= {f"model.layers.{index}.{name}": target for name, target in layer.checkpoint_layers().items()}
         return found
 

@@ -141,7 +141,8 @@ _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """The memory of a contiguous tensor as a flat array the kernels can load: 16-bit floats as their bits. No copy."""
-    return tensor.view(-1).view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
+    bits = _BITS.get(tensor.dtype)
+    return (tensor if bits is None else tensor.view(bits)).numpy().reshape(-1)
 
 
 class DenseCpu:

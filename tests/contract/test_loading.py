@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
-from engine.config import EngineConfig, EngineLimits
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import StartError
 from engine.start import start_engine
+from engine.types import EngineReady
 from tests.contract.harness import KERNELS, make_requests, make_runner, oracle_greedy, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
 
@@ -54,7 +55,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def start(folder: Path, **flags: Any) -> tuple[EngineCore, EngineLimits]:
+def start(folder: Path, **flags: Any) -> tuple[EngineCore, EngineReady]:
     return start_engine(EngineConfig(model_path=str(folder), dtype="float32", num_threads=1, **flags))
 
 
@@ -200,8 +201,12 @@ def test_an_unknown_dtype_names_the_known_ones(folder: Path) -> None:
 
 def test_start_gives_an_engine_that_answers_like_transformers(tiny_model_dir: Path) -> None:
     core, limits = start(tiny_model_dir, max_batch_total_tokens=512)
-    assert limits == EngineLimits(
-        max_input_tokens=511, max_total_tokens=512, max_batch_prefill_tokens=512, max_batch_total_tokens=512
+    assert limits == EngineReady(
+        max_input_tokens=511,
+        max_total_tokens=512,
+        max_batch_prefill_tokens=512,
+        max_batch_total_tokens=512,
+        vocab_size=264,
     )
     assert core.scheduler._eos_token_ids == frozenset(EOS_TOKEN_IDS)
     assert core.scheduler.stats().num_cached_blocks == 0, "the warm-up leaves nothing behind"

@@ -108,7 +108,12 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
     environ = {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": ""}
     made = engine_environment(2, environ)
     assert Path(made.pop("NUMBA_CACHE_DIR")).parent == tmp_path / "pytgi" / "numba"
-    assert made == {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "2"}
+    assert made == {
+        "NUMBA_THREADING_LAYER": "omp",
+        "NUMBA_NUM_THREADS": "2",
+        "GOMP_SPINCOUNT": "4000",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
 
 
@@ -131,5 +136,7 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path
     file.touch()
     assert user_cache_dir({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "pytgi"
     fallback = user_cache_dir({"XDG_CACHE_HOME": str(file)})
-    assert fallback.name == f"pytgi-{os.getuid()}"
+    assert fallback.name.startswith("pytgi-")
+    assert (fallback.stat().st_mode & 0o777, fallback.stat().st_uid) == (0o700, os.getuid())
+    assert fallback != user_cache_dir({"XDG_CACHE_HOME": str(file)})
     assert tmp_path not in fallback.parents

@@ -15,7 +15,7 @@ from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.sampler import sample
 from engine.scheduler import NON_FINITE_ERROR, SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
-from engine.types import AbortRequest, EngineReady, FinishReason, SamplingParams, StepOutput
+from engine.types import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
 from tests.unit.engine.builders import EOS, make_request, scheduled_counts
 
 VOCAB_SIZE = 20
@@ -120,7 +120,7 @@ def test_prompts_are_cut_to_the_step_limit_unless_their_request_is_alone(monkeyp
     monkeypatch.setattr(core._limit, "observe", lambda num_tokens, seconds: None)
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
-    core.take(make_request("b", [2] * 30, max_new_tokens=2))
+    core.take(make_request("b", [2] * 25, max_new_tokens=2))
     core.step()
     assert runner.batches == [{"a": 30}, {"a": 1, "b": 19}]
 
@@ -137,11 +137,11 @@ def test_the_step_limit_learns_from_every_step(monkeypatch: pytest.MonkeyPatch) 
 
 def test_seeded_draws_depend_on_the_output_position() -> None:
     """The prompt's length, chunks and preemption must not matter: the position is that of the output token."""
-    positions: list[list[int]] = []
+    seen: list[list[int]] = []
 
-    def spy(logits: torch.Tensor, params: Sequence[SamplingParams], places: Sequence[int]) -> SampledBatch:
-        positions.append(list(places))
-        return sample(logits, params, places)
+    def spy(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> SampledBatch:
+        seen.append(list(positions))
+        return sample(logits, params, positions)
 
     core = make_core(CountingRunner())
     core._sample = spy
@@ -151,7 +151,7 @@ def test_seeded_draws_depend_on_the_output_position() -> None:
     core.step()
     core.take(make_request("b", [1], max_new_tokens=9))
     core.step()
-    assert positions == [[0], [1], [2, 0]]
+    assert seen == [[0], [1], [2, 0]]
 
 
 def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
@@ -164,6 +164,23 @@ def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
     assert [[event.token_ids for event in output.events] for output in outputs] == [[[2]], [[3]], [], []]
     assert [output.stats.num_running for output in outputs] == [1, 0, 0, 0]
     assert outputs[0].stats.num_used_blocks == 1
+
+
+def test_serve_waits_for_messages_only_when_there_is_nothing_to_do(
+    sockets: tuple[EngineEndpoint, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, peer = sockets
+    receive = endpoint.receive
+    waits: list[float] = []
+
+    def spy(timeout_s: float) -> list[Down]:
+        waits.append(timeout_s)
+        return receive(timeout_s)
+
+    monkeypatch.setattr(endpoint, "receive", spy)
+    peer.sendall(encode_frame(make_request("a", [1, 2], max_new_tokens=2)))
+    make_core(CountingRunner()).serve(endpoint, StopAfter(4))
+    assert waits == [0.01, 0.0, 0.01, 0.01]
 
 
 def test_serve_stops_between_steps(sockets: tuple[EngineEndpoint, socket.socket]) -> None:

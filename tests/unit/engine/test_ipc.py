@@ -27,7 +27,9 @@ from engine.types import (
     TokenEvent,
 )
 
-READY = EngineReady(max_input_tokens=1, max_total_tokens=2, max_batch_prefill_tokens=3, max_batch_total_tokens=4)
+READY = EngineReady(
+    max_input_tokens=1, max_total_tokens=2, max_batch_prefill_tokens=3, max_batch_total_tokens=4, vocab_size=5
+)
 MESSAGES: list[Down] = [
     GenerationRequest(request_id="a", prompt_token_ids=[1, 151_935], max_new_tokens=3),
     AbortRequest("a"),

@@ -212,6 +212,12 @@ def test_a_token_without_probability_is_never_drawn(sample: Sample) -> None:
     assert set(result.token_ids) == {3, 5}
 
 
+def test_a_number_on_an_edge_belongs_to_the_token_that_begins_there() -> None:
+    scaled = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf, 0.0, 0.0]])
+    for number, token in ((0.0, 1), (0.249, 1), (0.25, 2), (0.5, 4), (0.75, 5), (1 - 2**-53, 5)):
+        assert int(sampler._draw(scaled, torch.tensor([number], dtype=torch.float64))[0]) == token
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 17, 99])
 @pytest.mark.parametrize(
@@ -276,7 +282,8 @@ def test_uniform_is_spread_over_positions_and_not_tied_to_neighbours() -> None:
     check_spread(numbers)
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.04
     others = uniform([43] * 10_000, list(range(10_000)))
-    assert abs(np.corrcoef(numbers, others)[0, 1]) < 0.04
+    for first, second in ((numbers, others), (numbers[1:], others[:-1]), (numbers[:-1], others[1:])):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.04, "the next seed is another text, not the same one shifted"
 
 
 def check_spread(numbers: np.ndarray) -> None:

@@ -36,7 +36,11 @@ SENTENCES = [
     "What is deep learning? 你好，世界 👩‍👩‍👧 naïve café",
 ]
 LIMITS = EngineReady(
-    max_input_tokens=1023, max_total_tokens=1024, max_batch_prefill_tokens=4096, max_batch_total_tokens=8192
+    max_input_tokens=1023,
+    max_total_tokens=1024,
+    max_batch_prefill_tokens=4096,
+    max_batch_total_tokens=8192,
+    vocab_size=10**6,
 )
 
 
