@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
 PORT ?= 8080
 MODEL ?=
 ARGS ?=
@@ -28,12 +29,14 @@ help:
 	@echo 'make demo-model-small  only the small one'
 	@echo 'make lock              write constraints.txt anew'
 
-# torch first and by itself: asked for by another package it would be a CUDA build of several GB.
+# torch first and by itself: asked for by another package it would be a CUDA build of several GB. It is not held to
+# constraints.txt, so that TORCH_SPEC can choose. All output goes to stderr: `make demo-model` has its own on stdout.
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@echo 'Installing $(TORCH_SPEC) and what pytgi needs into $(VENV)' >&2
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH_SPEC)" >&2
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+	@$(PIP) install -c $(VENV)/constraints.txt '$(TORCH_SPEC)' >&2
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]' >&2
 	@echo 'Compiling the CPU kernels' >&2
 	@$(PY) -m engine.compile >&2
 	@touch $@
@@ -60,6 +63,7 @@ check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py benchmarks/offline.py benchmarks/soak.py
 	@$(PY) -m pytest -q tests/unit/test_imports.py
 
 format: install

@@ -9,6 +9,7 @@ output is JSON. Without --model the demo model is used (built on first use).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -84,7 +85,8 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         self._torch = torch
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model = loaded.eval()
 
     def decode_rate(self, prompt_ids: list[int], num_tokens: int) -> float:
         """Tokens per second after the first: the time of one token is taken off the time of all."""
@@ -152,11 +154,12 @@ def main() -> None:
     result["cpu"] = platform.processor() or platform.machine()
     result["read_bandwidth_gb_s"] = round(read_bandwidth(), 1)
     ours = Pytgi(folder, args.dtype)
-    rates: dict[str, Callable[[], float]] = {"pytgi": lambda: ours.decode_rate(prompt_ids, args.tokens)}
+    rates: dict[str, Callable[[], float]] = {"pytgi": functools.partial(ours.decode_rate, prompt_ids, args.tokens)}
     if args.compare:
         for dtype in ("bfloat16", "float32"):
-            theirs = Transformers(folder, dtype)
-            rates[f"transformers {dtype}"] = lambda theirs=theirs: theirs.decode_rate(prompt_ids, args.tokens)
+            rates[f"transformers {dtype}"] = functools.partial(
+                Transformers(folder, dtype).decode_rate, prompt_ids, args.tokens
+            )
     measured = interleaved(rates, args.rounds)
     medians = {name: statistics.median(values) for name, values in measured.items()}
     result["decode_tokens_per_s"] = {name: round(value, 2) for name, value in medians.items()}

@@ -65,7 +65,7 @@ def served_demo_model() -> Iterator[tuple[str, int]]:
 
 
 def soak(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for round_index in range(args.rounds):
         started = time.perf_counter()
         with ThreadPoolExecutor(args.clients) as pool:

@@ -69,14 +69,10 @@ _positive.__name__, _outer_threads.__name__, _port.__name__ = "positive integer"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Flag:
-    """One flag. `NAME_LIKE_THIS` is its environment twin; the flag wins."""
+class _Named:
+    """`--name-like-this` and its environment twin `NAME_LIKE_THIS`; the flag wins."""
 
     name: str
-    help: str
-    parse: Callable[[str], Any] = str
-    default: Any = None
-    choices: tuple[str, ...] | None = None
 
     @property
     def attribute(self) -> str:
@@ -88,21 +84,22 @@ class Flag:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RefusedFlag:
+class Flag(_Named):
+    """One flag that has an effect."""
+
+    help: str
+    parse: Callable[[str], Any] = str
+    default: Any = None
+    choices: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RefusedFlag(_Named):
     """A flag of TGI that is not built yet. `harmless` values ask for what happens anyway and are let through."""
 
-    name: str
     is_switch: bool = False
     harmless: tuple[str, ...] = ()
     has_variable: bool = True
-
-    @property
-    def attribute(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return self.attribute.upper()
 
 
 FLAGS: tuple[Flag, ...] = (

@@ -146,6 +146,7 @@ def run(args: LauncherArgs) -> None:
 
 def bind(hostname: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet: a busy port fails before the weights load."""
+    hostname = "127.0.0.1" if hostname == "localhost" else hostname.strip("[]")
     if not is_ip_address(hostname):
         logger.warning("Invalid hostname, defaulting to 0.0.0.0")
         hostname = "0.0.0.0"
@@ -154,6 +155,7 @@ def bind(hostname: str, port: int) -> socket.socket:
     try:
         listener.bind((hostname, port))
     except OSError as error:
+        listener.close()
         raise LaunchError(f"Cannot listen on {hostname}:{port} ({error.strerror}): give another --port") from error
     return listener
 

@@ -112,7 +112,8 @@ def launched(
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-        for survivor in [process, *children]:
+        survivors: list[Any] = [process, *children]
+        for survivor in survivors:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 survivor.kill()
         process.wait()
