@@ -2,7 +2,7 @@
 
     python benchmarks/offline.py [--compare transformers] [--model FOLDER] [--rounds 5] [--tokens 64]
 
-With --compare, rounds of both are interleaved on the same machine and medians are compared. The last line of standard
+Needs `make install`. With --compare, rounds of both are interleaved on the same machine and medians are compared. The last line of standard
 output is JSON. Without --model the demo model is used (built on first use).
 """
 
@@ -37,10 +37,12 @@ def num_cores() -> int:
 
 
 def restart_with_environment() -> None:
-    """Numba and MKL read their variables on import, so the process starts over with them once."""
+    """Start over once, in `.venv` and with the variables that Numba and torch read on import."""
+    virtual = REPOSITORY / ".venv" / "bin" / "python"
+    python = str(virtual) if virtual.exists() else sys.executable
     missing = engine_environment(num_cores(), dict(os.environ))
-    if missing:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+    if missing or (virtual.exists() and Path(sys.prefix) != REPOSITORY / ".venv"):
+        os.execve(python, [python, *sys.argv], {**os.environ, **missing})
 
 
 def demo_model() -> str:

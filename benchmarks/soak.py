@@ -1,6 +1,6 @@
 """Drops half of many streams mid-way, round after round, and looks at what is left: KV blocks and memory.
 
-    python benchmarks/soak.py [--url http://127.0.0.1:8080 --pid LAUNCHER_PID] [--rounds 3] [--requests 200]
+    .venv/bin/python benchmarks/soak.py [--url http://127.0.0.1:8080 --pid LAUNCHER_PID] [--rounds 3] [--requests 200]
 
 Without --url a server with the demo model is started for it. Fails (exit 1) when blocks are held 2 s after a round,
 or when the processes' resident memory grew by more than 5 % from the first round to the last. The last line is JSON.

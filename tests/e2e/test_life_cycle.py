@@ -158,6 +158,20 @@ def test_what_is_neither_folder_nor_id_is_refused(tmp_path: Path) -> None:
             assert text in server.log
 
 
+def test_a_cached_snapshot_is_served_without_any_network_call(tiny_model_dir: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--Tiny--Qwen2"
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    flags = ("--huggingface-hub-cache", str(tmp_path / "hub"))
+    environ = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}  # nobody is there
+    with launched("Tiny/Qwen2", tmp_path, *flags, environ=environ) as server:
+        info = httpx.get(f"{server.url}/info").json()
+        assert (info["model_id"], info["model_sha"]) == ("Tiny/Qwen2", commit)
+        assert "Skipping download" in server.log
+
+
 def test_200_requests_half_of_them_dropped_leave_no_block_behind(server: LaunchedServer) -> None:
     """The same proof on the demo model, with memory, is benchmarks/soak.py (make test-slow)."""
 
