@@ -2,8 +2,8 @@
 
     python benchmarks/offline.py [--compare transformers] [--model FOLDER] [--rounds 5] [--tokens 64]
 
-Needs `make install`. With --compare, rounds of both are interleaved on the same machine and medians are compared. The last line of standard
-output is JSON. Without --model the demo model is used (built on first use).
+Needs `make install`. With --compare, rounds of both are interleaved on the same machine and medians are compared. The
+last line of standard output is JSON. Without --model the demo model is used (built on first use).
 """
 
 from __future__ import annotations

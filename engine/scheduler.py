@@ -1,4 +1,4 @@
-"""Who runs next, and how many tokens of each. Pure Python over token counts: no torch, no text, no clock of its own.
+"""Who runs next, and how many tokens of each. Pure Python over token counts: no torch, no text.
 
 There is no prefill or decode phase: a sequence has tokens, some of which are computed; a step computes some more under
 a budget. One token for every sequence that only lacks its newest comes first, so decoding never starves; then prompts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -193,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"pytgi {importlib.metadata.version('pytgi')}")
     for flag in FLAGS:
         default = "" if flag.default is None else f" (default: {flag.default})"
         parser.add_argument(
