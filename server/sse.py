@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import msgspec
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
 from server.answers import encoder
 from server.errors import log_failure
+
+logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
@@ -37,14 +41,16 @@ async def with_error_event(
 class EventStream(EventSourceResponse):
     """A stream of encoded events.
 
-    sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here.
+    sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here. A client that
+    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads.
     """
 
     keep_alive_s = 15.0
+    send_timeout_s = 120.0
 
     def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         own = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        super().__init__(events, headers=headers | own, ping=0)
+        super().__init__(events, headers=headers | own, ping=0, send_timeout=self.send_timeout_s)
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,6 +64,8 @@ class EventStream(EventSourceResponse):
         keep_alive = asyncio.create_task(self._keep_alive(timed_send))
         try:
             await super().__call__(scope, receive, timed_send)
+        except SendTimeoutError:
+            logger.error("a client has not read its stream for %g s: giving it up", self.send_timeout_s)
         finally:
             keep_alive.cancel()
 

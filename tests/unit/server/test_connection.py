@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.sse import EventStream
-from tests.unit.server.harness import FakeEngine, events_of, running_server, url_of
+from tests.unit.server.harness import FakeEngine, events_of, one_by_one, running_server, url_of
 
 REQUESTS = [
     ("/generate", {"inputs": "x"}),
@@ -23,8 +24,8 @@ REQUESTS = [
 ]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
+async def until(condition: Callable[[], object], timeout_s: float = 5) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -92,3 +93,20 @@ async def test_sigterm_lets_a_stream_finish(app: FastAPI, engine: FakeEngine) ->
             signal.signal(signal.SIGTERM, before)
         assert server.should_exit
     assert events_of(response.content)[-1]["generated_text"] == "Hello, world!"
+
+
+async def test_client_that_never_reads_is_given_up(
+    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(EventStream, "send_timeout_s", 0.3)
+    engine.script.events = one_by_one([5] * 200_000)
+    body = b'{"inputs":"x"}'
+    head = f"POST /generate_stream HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    with running_server(app) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url_of(server).rsplit(":", 1)[1])))
+        client.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        await until(lambda: engine.aborted, timeout_s=30)
+        await until(lambda: app.state.service._admission._num_free == 128)
+    assert "has not read" in caplog.text
+    assert "Traceback" not in caplog.text
