@@ -102,7 +102,7 @@ def load(typing_context: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Ask for the cache line of an element; harmless past the end."""
+    """Ask for the cache line of an element, into the L2 cache; harmless past the end."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -110,7 +110,7 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
         signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
         address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
