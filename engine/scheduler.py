@@ -56,6 +56,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
+        self._num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -115,6 +116,7 @@ class Scheduler:
             num_cached_blocks=self._blocks.num_cached_blocks,
             num_blocks=self._blocks.num_blocks,
             block_size=self._blocks.block_size,
+            num_preemptions=self._num_preemptions,
         )
 
     def _schedule_decodes(self, batch: ScheduledBatch) -> None:
@@ -136,6 +138,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._blocks.free(sequence)
         self.waiting.appendleft(sequence)
+        self._num_preemptions += 1
 
     def _schedule_chunk(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
         count = min(budget, sequence.num_uncomputed_tokens)

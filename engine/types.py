@@ -84,6 +84,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks nobody holds whose content can still be reused."""
     num_blocks: int = 0
     block_size: int = 0
+    num_preemptions: int = 0
+    """Since the start: sequences that had to give their blocks back and wait again."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

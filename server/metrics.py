@@ -1,4 +1,4 @@
-"""Prometheus text of the engine's gauges. Written by hand: `tgi_*` names have no unit or `_total` suffix."""
+"""Prometheus text of the engine's counts. Written by hand: `tgi_*` names have no unit or `_total` suffix."""
 
 from __future__ import annotations
 
@@ -15,4 +15,5 @@ def render_metrics(stats: EngineStats) -> str:
         "pytgi_kv_blocks_cached": stats.num_cached_blocks,
         "pytgi_kv_blocks_total": stats.num_blocks,
     }
-    return "".join(f"# TYPE {name} gauge\n{name} {value}\n\n" for name, value in gauges.items())
+    text = "".join(f"# TYPE {name} gauge\n{name} {value}\n\n" for name, value in gauges.items())
+    return f"{text}# TYPE pytgi_preemptions counter\npytgi_preemptions {stats.num_preemptions}\n\n"

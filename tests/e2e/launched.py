@@ -77,6 +77,10 @@ class LaunchedServer:
                 if line.startswith("data:"):
                     yield json.loads(line.removeprefix("data:"))
 
+    def info(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.url}/info").json()
+        return answer
+
     def metrics(self) -> dict[str, float]:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         pairs = (line.split() for line in lines if line and not line.startswith("#"))
