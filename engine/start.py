@@ -103,13 +103,13 @@ def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, dev
 
 
 def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: int) -> None:
-    """Run a prompt, then one token: compiles the kernels (a first start only) and learns what a token costs."""
+    """Run a prompt, one token, the prompt again: compiles the kernels (a first start only), learns a token's cost."""
     started = time.monotonic()
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
     request = GenerationRequest(request_id="warm-up", prompt_token_ids=[0] * num_tokens, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
-    for count in (num_tokens, num_tokens, 1):
+    for count in (num_tokens, 1, num_tokens):
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
         logits = runner.execute(ScheduledBatch([sequence], [count]))

@@ -1,0 +1,37 @@
+"""What the engine learns before it serves; whole starts are in tests/contract/test_loading.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import torch
+
+from engine.runner import ModelRunner
+from engine.sampler import sample
+from engine.scheduler import ScheduledBatch
+from engine.start import _warm_up
+from engine.step_limit import StepLimit
+
+SECONDS_PER_TOKEN = 0.001
+
+
+class SleepingRunner:
+    """A step takes a millisecond per token; the very first one also compiles."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+        self.num_steps += 1
+        time.sleep(batch.num_tokens * SECONDS_PER_TOKEN + (0.3 if self.num_steps == 1 else 0.0))
+        return torch.zeros(1, 8)
+
+
+def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:
+    limit = StepLimit(1.0, 5.0)
+    _warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64)
+    max_tokens = limit.max_tokens(is_alone=False)
+    # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
+    assert max_tokens is not None
+    assert 300 < max_tokens <= 1000
