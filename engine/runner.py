@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,13 +82,12 @@ class ModelRunner:
         input_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        starts = [0]
         for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             first = sequence.num_computed_tokens
             input_ids += sequence.token_ids[first : first + count]
             positions += range(first, first + count)
             slots += _slots(sequence.block_table, first, count)
-            starts.append(starts[-1] + count)
+        starts = [0, *itertools.accumulate(batch.num_scheduled_tokens)]
         metadata = AttentionMetadata(
             query_start_loc=self._tensor(starts, torch.int32),
             seq_lens=self._tensor(
@@ -100,7 +100,8 @@ class ModelRunner:
         prepared = self._attention.prepare(metadata)
         ids, places = self._tensor(input_ids, torch.int64), self._tensor(positions, torch.int64)
         hidden = self._model.forward(ids, places, prepared)
-        return self._model.compute_logits(hidden[self._tensor(_logits_indices(batch), torch.int64)])
+        logits_indices = [end - 1 for end in itertools.compress(starts[1:], batch.is_completing)]
+        return self._model.compute_logits(hidden[self._tensor(logits_indices, torch.int64)])
 
     def _tensor(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device.torch_device, non_blocking=True)
@@ -117,14 +118,3 @@ def _padded(tables: Iterable[list[int]]) -> list[list[int]]:
     rows = list(tables)
     width = max(map(len, rows))
     return [row + [0] * (width - len(row)) for row in rows]
-
-
-def _logits_indices(batch: ScheduledBatch) -> list[int]:
-    """Rows of the last token of each sequence that this step completes."""
-    indices = []
-    end = 0
-    for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
-        end += count
-        if count == sequence.num_uncomputed_tokens:
-            indices.append(end - 1)
-    return indices

@@ -8,6 +8,7 @@ that are under way; then the waiting ones, first come first served.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Collection
@@ -31,10 +32,15 @@ class ScheduledBatch:
         return sum(self.num_scheduled_tokens)
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences whose last token is computed by this step, which therefore get a next one."""
+    def is_completing(self) -> list[bool]:
+        """For each sequence whether its last token is computed by this step, so that it gets a next one."""
         scheduled = zip(self.sequences, self.num_scheduled_tokens, strict=True)
-        return [sequence for sequence, count in scheduled if count == sequence.num_uncomputed_tokens]
+        return [count == sequence.num_uncomputed_tokens for sequence, count in scheduled]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a next token."""
+        return list(itertools.compress(self.sequences, self.is_completing))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,12 +10,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 from engine.errors import EngineDeadError, GenerationError
-from engine.ipc import decode_up, encode_frame, take_frames
+from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
 from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-RECEIVE_BYTES = 1 << 16
 HEARTBEAT_TIMEOUT_S = 30.0
 """The engine speaks at least once a second while idle and after every step; on a CPU a step is cut to 5 s."""
 
