@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 
-from engine.config import PEER_GONE_EXIT_CODE, EngineConfig
+from engine.config import PEER_GONE_EXIT_CODE, START_FAILED_EXIT_CODE, EngineConfig
 from engine.errors import StartError
 from engine.ipc import EngineEndpoint, exit_when_closed
 from engine.logs import configure_logging
@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """SIGTERM ends the engine between two steps. SIGINT is for the launcher alone."""
+    """SIGTERM ends the engine once it has nothing to do; SIGINT is for the launcher alone.
+
+    A service manager sends SIGTERM to every process at once: the running streams must still reach their end.
+    """
 
     def __init__(self) -> None:
         self._is_set = False
@@ -32,7 +35,7 @@ class StopRequest:
 
 def main() -> None:
     config = EngineConfig.from_json(sys.stdin.readline())
-    configure_logging(config.log_level, "engine")
+    configure_logging(config.log_level, "engine", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
     assert config.socket_fd is not None
     endpoint = EngineEndpoint(socket.socket(fileno=config.socket_fd))
@@ -40,7 +43,7 @@ def main() -> None:
         serve(config, endpoint)
     except StartError as error:
         logger.error("%s", error)
-        sys.exit(1)
+        sys.exit(START_FAILED_EXIT_CODE)
     except EOFError as error:  # the usual end: the launcher stops the HTTP process first
         logger.info("%s", error)
         sys.exit(PEER_GONE_EXIT_CODE)

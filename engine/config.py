@@ -22,16 +22,27 @@ class EngineConfig:
     """Local folder with config.json and safetensors files."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
+    rope_scaling: str | None = None
+    """Key of `engine.rope.ROPE_TYPES`, in place of what config.json says."""
+    rope_factor: float | None = None
+    """Alone it means `linear`; `rope_scaling` without it has factor 1."""
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
     max_batch_prefill_tokens: int | None = None
     max_batch_total_tokens: int | None = None
     """KV capacity in tokens; None: from the free memory."""
+    max_batch_size: int | None = None
+    """Most sequences that run at a time."""
+    memory_fraction: float = 1.0
+    """Share of the device's free memory that may be used."""
+    kv_memory_share: float = 0.8
+    """Share of what is left once the weights are there that the KV cache may take."""
     is_prefix_caching: bool = True
     num_threads: int = 1
     socket_fd: int | None = None
     """Inherited end of the socket pair to the HTTP process."""
     log_level: str = "info"
+    is_json_output: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -53,28 +64,42 @@ class EngineLimits:
 
 PEER_GONE_EXIT_CODE = 3
 """Exit code of a process that ended because the other end of its socket closed: it is not the cause."""
+ENGINE_HUNG_EXIT_CODE = 4
+"""Exit code of the HTTP process when the engine is there but silent: the engine is the cause."""
+START_FAILED_EXIT_CODE = 5
+"""Exit code of an engine that could not start; it has said why."""
 DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 
 
-def check_window(config: EngineConfig, max_position_embeddings: int) -> None:
-    """Raises StartError when the user wants a longer window than the model has."""
+def check_window(config: EngineConfig, *, max_position_embeddings: int, max_window: int) -> None:
+    """Raises StartError when the user wants a longer window than the model has.
+
+    `max_window` is more than `max_position_embeddings` where rope scaling stretches beyond it: only who asks gets it.
+    """
     total = config.max_total_tokens
-    if total is not None and total > max_position_embeddings:
+    if total is not None and total > max_window:
+        reason = (
+            f"the model's max_position_embeddings ({max_position_embeddings})"
+            if max_window == max_position_embeddings
+            else f"what rope scaling stretches the model's window to ({max_window})"
+        )
         raise StartError(
-            f"`max_total_tokens` ({total}) is more than the model's max_position_embeddings "
-            f"({max_position_embeddings}): lower --max-total-tokens to {max_position_embeddings}"
+            f"`max_total_tokens` ({total}) is more than {reason}: lower --max-total-tokens to {max_window}"
         )
 
 
-def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tokens: int) -> EngineLimits:
+def resolve_limits(
+    config: EngineConfig, *, max_position_embeddings: int, max_window: int, kv_tokens: int
+) -> EngineLimits:
     """Settle the limits (reference `tgi-cli.md` 3.1-3.3).
 
     `kv_tokens` is the KV capacity that was settled on. Raises StartError with TGI's sentences where they contradict.
     """
-    check_window(config, max_position_embeddings)
+    check_window(config, max_position_embeddings=max_position_embeddings, max_window=max_window)
     total = config.max_total_tokens
     if total is None:
         total = min(kv_tokens, max_position_embeddings)
+        logger.info("Maximum total tokens defaulted to %d", total)
     if total > kv_tokens:
         raise StartError(
             f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {kv_tokens}: "
@@ -83,14 +108,16 @@ def resolve_limits(config: EngineConfig, *, max_position_embeddings: int, kv_tok
     input_tokens = config.max_input_tokens
     if input_tokens is None:
         input_tokens = total - 1
+        logger.info("Maximum input tokens defaulted to %d", input_tokens)
     if not 0 < input_tokens < total:
         raise StartError(
             f"`max_input_tokens`({input_tokens}) must be < `max_total_tokens`({total}): "
             f"lower --max-input-tokens or raise --max-total-tokens"
         )
-    prefill = config.max_batch_prefill_tokens or min(
-        DEFAULT_MAX_BATCH_PREFILL_TOKENS, max_position_embeddings, kv_tokens
-    )
+    prefill = config.max_batch_prefill_tokens
+    if prefill is None:
+        prefill = min(DEFAULT_MAX_BATCH_PREFILL_TOKENS, max_position_embeddings, kv_tokens)
+        logger.info("Default `max_batch_prefill_tokens` to %d", prefill)
     if prefill > kv_tokens:
         raise StartError(
             f"`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: {prefill} and {kv_tokens}: "

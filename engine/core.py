@@ -62,11 +62,11 @@ class EngineCore:
             self.scheduler.add(message)
 
     def serve(self, endpoint: EngineEndpoint, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises EOFError when the HTTP process is gone.
+        """Serve until told to stop, and then until no request is open. Raises EOFError without the HTTP process.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
-        while not should_stop():
+        while not should_stop() or self.scheduler.has_work:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
             events: list[TokenEvent] = []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from engine.errors import StartError
+from engine.memory import host_free_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +44,7 @@ class Device:
         if self.torch_device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.torch_device)
             return free
-        return min(_mem_available_bytes(), _cgroup_free_bytes())
+        return host_free_bytes()
 
 
 def detect_device(local_rank: int = 0) -> Device:
@@ -79,23 +79,3 @@ def resolve_dtype(name: str, checkpoint_dtype: str | None, device: Device) -> to
     if name not in DTYPES:
         raise StartError(f"dtype {name!r} is not supported: give --dtype one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _mem_available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise StartError("/proc/meminfo does not tell MemAvailable: give --max-batch-total-tokens")
-
-
-def _cgroup_free_bytes() -> int:
-    """What the cgroup (v2) still allows; its page cache counts as free, since the kernel gives it back."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit == "max":
-            return 1 << 62
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        return int(limit) - used + int(stat.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return 1 << 62

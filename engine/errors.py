@@ -3,7 +3,8 @@
 EngineError
  ├─ StartError        the engine cannot start: one sentence that names the mend; exit code 1, no traceback
  ├─ GenerationError   one request failed, the others go on
- └─ EngineDeadError   the engine process is gone; every open request fails
+ ├─ EngineDeadError   the engine process is gone; every open request fails
+ └─ EngineHungError   the engine process is there but says nothing; every open request fails
 """
 
 
@@ -21,3 +22,7 @@ class GenerationError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine closed its socket."""
+
+
+class EngineHungError(EngineError):
+    """Nothing was heard of the engine for a long time."""

@@ -1,10 +1,15 @@
-"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied."""
+"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied.
+
+Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
+second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +32,20 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
     layers = model.checkpoint_layers()
     files = safetensors_files(folder)
     progress = _Progress(sum(path.stat().st_size for path in files))
-    for path in files:
-        try:
-            _load_file(path, layers, model.is_ignored, progress.add)
-        except SafetensorError as error:
-            raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+    checks: list[Future[None]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
+
+        def on_loaded(path: Path, name: str, tensor: torch.Tensor) -> None:
+            checks.append(checker.submit(_refuse_non_finite, path, name, tensor))
+            progress.add(tensor.nbytes)
+
+        for path in files:
+            try:
+                _load_file(path, layers, model.is_ignored, on_loaded)
+            except SafetensorError as error:
+                raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+    for check in checks:
+        check.result()
     for prefix, (layer, part) in layers.items():
         if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
@@ -46,7 +60,7 @@ def _load_file(
     path: Path,
     layers: dict[str, tuple[Loadable, int]],
     is_ignored: Callable[[str], bool],
-    report: Callable[[int], None],
+    on_loaded: Callable[[Path, str, torch.Tensor], None],
 ) -> None:
     # Two mappings of the file: tensors used in place keep one of them alive; the pages touched by copying belong to
     # the other, one layer at a time, so that they do not count as this process's memory afterwards.
@@ -71,7 +85,13 @@ def _load_file(
                 raise StartError(
                     f"tensor {name} {error}: config.json and the weights do not belong together"
                 ) from error
-            report(tensor.nbytes)
+            on_loaded(path, name, tensor)
+
+
+def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    # The sum takes one fast pass and is not finite if any value isn't; sums of finite values may overflow, though.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise StartError(f"{path} has a tensor {name} with NaN or infinite values: fetch the model again")
 
 
 class _Reopened:

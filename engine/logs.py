@@ -1,17 +1,117 @@
-"""Log lines of an engine process."""
+"""Log lines of every process: for people, or one JSON object per line (reference `tgi-http.md` 7.4). Standard library.
+
+A record may carry fields of its own, `logger.info("Success", extra={"span": {"name": "generate", ...}})`: JSON has
+them under `span`, the human line ends in `key="value"` pairs.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
-import time
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+TARGETS = {
+    "text_generation_launcher": "server.launcher",
+    "text_generation_router": "server",
+    "text_generation_server": "engine",
+}
+"""What TGI's modules are called in LOG_LEVEL, and our loggers."""
+
+LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "off": logging.CRITICAL + 1,
+}
+LEVEL_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
+COLOURS = {logging.DEBUG: "\033[34m", logging.INFO: "\033[32m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
+QUIET_LIBRARIES = (
+    *("numba", "asyncio", "uvicorn", "httpx", "httpcore", "httpx2", "httpcore2"),
+    *("huggingface_hub", "filelock", "urllib3"),
+)
+"""These would drown our own lines, and some of them log whole addresses."""
 
 
-def configure_logging(level: str, process: str) -> None:
-    """Human lines on stderr: time in UTC, level, which process, message."""
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=level.upper(),
-        format=f"%(asctime)s.%(msecs)03dZ %(levelname)5s {process}: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        force=True,
-    )
+def parse_log_filter(text: str) -> dict[str, int]:
+    """`info`, or `warn,text_generation_router=debug`: levels by logger name, "" for all others. Raises ValueError."""
+    levels = {"": logging.INFO}
+    for part in text.lower().split(","):
+        target, _, level = part.strip().rpartition("=")
+        if level not in LEVELS:
+            raise ValueError(f"not a log filter: {text}")
+        levels[TARGETS.get(target, target)] = LEVELS[level]
+    return levels
+
+
+def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -> None:
+    """Write to stderr what `log_filter` (see parse_log_filter) lets through, under the name of this process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if is_json else HumanFormatter(process, has_colours=_has_colours()))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in QUIET_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in parse_log_filter(log_filter).items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _has_colours() -> bool:
+    wish = os.environ.get("LOG_COLORIZE")
+    return sys.stderr.isatty() if not wish else wish.lower() in ("1", "true")
+
+
+def _level_name(record: logging.LogRecord) -> str:
+    return LEVEL_NAMES.get(record.levelno, record.levelname)
+
+
+class HumanFormatter(logging.Formatter):
+    """`2026-11-23T10:00:00.123Z  INFO webserver: Connected`, in UTC."""
+
+    def __init__(self, process: str, *, has_colours: bool) -> None:
+        super().__init__()
+        self._process = process
+        self._has_colours = has_colours
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{_level_name(record):>5}"
+        if self._has_colours:
+            level = f"{COLOURS.get(record.levelno, '')}{level}\033[0m"
+        pairs = "".join(f' {key}="{value}"' for key, value in _span(record).items() if key != "name")
+        line = f"{_timestamp(record, 'milliseconds')} {level} {self._process}: {record.getMessage()}{pairs}"
+        return "\n".join([line, self.formatException(record.exc_info)] if record.exc_info else [line])
+
+
+class JsonFormatter(logging.Formatter):
+    """TGI's JSON form, one object per line; a traceback is in `exception`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "timestamp": _timestamp(record, "microseconds"),
+            "level": _level_name(record),
+            "message": record.getMessage(),
+            "target": record.name,
+            "filename": record.filename,
+            "line_number": record.lineno,
+        }
+        if span := _span(record):
+            line |= {"span": span, "spans": [span]}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _span(record: logging.LogRecord) -> Mapping[str, Any]:
+    span: Mapping[str, Any] = getattr(record, "span", {})
+    return span
+
+
+def _timestamp(record: logging.LogRecord, precision: str) -> str:
+    moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+    return moment.isoformat(timespec=precision).replace("+00:00", "Z")

@@ -71,10 +71,12 @@ class ModelRunner:
         per_token = 2 * self._model.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         return per_token * BLOCK_SIZE
 
-    def allocate_kv_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
+    def allocate(self, num_blocks: int, dtype: torch.dtype, *, num_positions: int) -> None:
+        """Memory for `num_blocks` blocks of KV in `dtype`, and for rotating positions below `num_positions`."""
         device = self._device.torch_device
         caches = [self._attention.allocate(num_blocks, dtype, device) for _ in range(self._model.num_layers)]
         self._model.use_attention(self._attention, caches)
+        self._model.rotary.allocate(num_positions)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> torch.Tensor:
@@ -98,8 +100,9 @@ class ModelRunner:
             slot_mapping=self._tensor(slots, torch.int64),
         )
         prepared = self._attention.prepare(metadata)
-        ids, places = self._tensor(input_ids, torch.int64), self._tensor(positions, torch.int64)
-        hidden = self._model.forward(ids, places, prepared)
+        prompt_lens = [sequence.num_prompt_tokens for sequence in batch.sequences]
+        rotation = self._model.rotary.prepare(positions, starts, prompt_lens)
+        hidden = self._model.forward(self._tensor(input_ids, torch.int64), rotation, prepared)
         logits_indices = [end - 1 for end in itertools.compress(starts[1:], batch.is_completing)]
         return self._model.compute_logits(hidden[self._tensor(logits_indices, torch.int64)])
 

@@ -55,9 +55,17 @@ class SampledBatch:
 class Scheduler:
     """Owns the two queues and, through the block manager, the KV memory."""
 
-    def __init__(self, block_manager: BlockManager, *, max_batch_tokens: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_batch_tokens: int,
+        eos_token_ids: Collection[int],
+        max_running: int | None = None,
+    ) -> None:
         self._blocks = block_manager
         self._max_batch_tokens = max_batch_tokens
+        self._max_running = max_running
         self._eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -154,10 +162,12 @@ class Scheduler:
         return max(count, 0)
 
     def _admit_first(self) -> bool:
-        """Move the first waiting sequence to the running ones if its tokens fit.
+        """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
 
         A block for each running sequence stays free: they will want one soon, and would preempt the newcomer for it.
         """
+        if len(self.running) == self._max_running:
+            return False
         sequence = self.waiting[0]
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
             return False

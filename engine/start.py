@@ -14,8 +14,9 @@ from engine.config import EngineConfig, EngineLimits, check_window, resolve_limi
 from engine.core import EngineCore, Sample
 from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
+from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
-from engine.models.base import CausalLM
+from engine.rope import replace_rope_scaling
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry
 from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
@@ -25,10 +26,6 @@ from engine.types import EngineReady, GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-KV_MEMORY_SHARE = 0.8
-"""Of the memory that is free once the weights are there."""
-DEFAULT_KV_TOKENS = 32768
-"""KV capacity on a CPU without --max-batch-total-tokens: one full window or this, whichever is more."""
 WARM_UP_TOKENS = 64
 
 
@@ -40,30 +37,59 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
     device = detect_device()
     _set_threads(config.num_threads)
     folder = Path(config.model_path)
-    model_config = read_model_config(folder)
+    model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
+    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
+    free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
+    weight_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    check_weights_fit(weight_bytes, free_bytes)
     started = time.monotonic()
-    free_bytes = device.free_memory_bytes()
     model = build_model(model_config, folder, dtype, device)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
+    if config.is_prefix_caching and model.rotary.is_prompt_dependent:
+        logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
+        config = dataclasses.replace(config, is_prefix_caching=False)
     runner = ModelRunner(model, device)
     kv_dtype = device.kv_dtype(dtype)
-    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
-    free_bytes -= sum(path.stat().st_size for path in safetensors_files(folder))
-    num_blocks = _num_blocks(config, model, runner.kv_bytes_per_block(kv_dtype), device, free_bytes)
-    limits = resolve_limits(
-        config, max_position_embeddings=model.max_position_embeddings, kv_tokens=num_blocks * BLOCK_SIZE
+    needs = MemoryNeeds(
+        weights=weight_bytes,
+        per_block=runner.kv_bytes_per_block(kv_dtype),
+        per_step_token=model.activations_per_token * device.activation_dtype(dtype).itemsize,
+        block_size=BLOCK_SIZE,
     )
-    runner.allocate_kv_cache(num_blocks, kv_dtype)
+    window = {
+        "max_position_embeddings": model.max_position_embeddings,
+        "max_window": model.rotary.rope.max_window,
+    }
+    check_window(config, **window)
+    num_blocks = settle_kv_blocks(
+        config,
+        needs,
+        free_bytes=free_bytes,
+        window=model.max_position_embeddings,
+        is_modest=device.is_widening,
+    )
+    limits = resolve_limits(config, **window, kv_tokens=num_blocks * BLOCK_SIZE)
+    prefill = settle_prefill_tokens(
+        limits.max_batch_prefill_tokens,
+        needs,
+        free_bytes=free_bytes,
+        num_blocks=num_blocks,
+        is_asked=config.max_batch_prefill_tokens is not None,
+    )
+    limits = dataclasses.replace(limits, max_batch_prefill_tokens=prefill)
+    runner.allocate(num_blocks, kv_dtype, num_positions=limits.max_total_tokens)
     step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
-    _warm_up(runner, sample, step_limit, min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, num_blocks * BLOCK_SIZE))
+    num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
+    is_row_invariant = _warm_up(runner, sample, step_limit, num_tokens)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=limits.max_batch_prefill_tokens,
         eos_token_ids=read_eos_token_ids(folder, model_config),
+        max_running=config.max_batch_size,
     )
-    _log_summary(config, limits, dtype, kv_dtype, device)
+    _log_summary(config, limits, device, dtype, kv_dtype, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
     return EngineCore(scheduler, runner, sample, step_limit), ready
 
@@ -81,54 +107,52 @@ def _set_threads(num_threads: int) -> None:
         ) from error
 
 
-def _num_blocks(config: EngineConfig, model: CausalLM, bytes_per_block: int, device: Device, free_bytes: int) -> int:
-    """KV blocks that the flags ask for, or that fit the memory. Raises StartError when they don't."""
-    check_window(config, model.max_position_embeddings)
-    available = max(0, int(free_bytes * KV_MEMORY_SHARE))
-    most = available // bytes_per_block
-    if config.max_batch_total_tokens is not None:
-        wanted = -(-config.max_batch_total_tokens // BLOCK_SIZE)
-    elif device.is_widening:
-        wanted = -(-max(config.max_total_tokens or model.max_position_embeddings, DEFAULT_KV_TOKENS) // BLOCK_SIZE)
-        wanted = min(wanted, most) if config.max_total_tokens is None else wanted
-    else:
-        wanted = most
-    if not 0 < wanted <= most:
-        raise StartError(
-            f"Not enough memory to handle `max_total_tokens={wanted * BLOCK_SIZE}`: the KV cache would take "
-            f"{wanted * bytes_per_block / 1e9:.1f} GB of {available / 1e9:.1f} GB: lower --max-total-tokens or "
-            f"--max-batch-total-tokens to {most * BLOCK_SIZE} or less"
-        )
-    return wanted
+def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: int) -> bool:
+    """Run a prompt, its last token alone, the prompt again; whether that token's logits had the same bits each time.
 
-
-def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: int) -> None:
-    """Run a prompt, one token, the prompt again: compiles the kernels (a first start only), learns a token's cost."""
+    Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
+    """
     started = time.monotonic()
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
-    request = GenerationRequest(request_id="warm-up", prompt_token_ids=[0] * num_tokens, max_new_tokens=1)
+    prompt = [index % 16 for index in range(num_tokens)]
+    request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
+    results = []
     for count in (num_tokens, 1, num_tokens):
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
-        logits = runner.execute(ScheduledBatch([sequence], [count]))
+        try:
+            logits = runner.execute(ScheduledBatch([sequence], [count]))
+        except torch.OutOfMemoryError as error:
+            raise StartError(
+                f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
+                "`--max-batch-prefill-tokens`, or --cuda-memory-fraction"
+            ) from error
+        results.append(logits.clone())
         sample(logits, [SamplingParams(seed=0, top_p=0.9)], [0])
         seconds = time.monotonic() - step_started
     limit.observe(num_tokens, seconds)
     logger.info("Warm-up took %.1f s", time.monotonic() - started)
+    return all(torch.equal(results[0], other) for other in results[1:])
 
 
 def _log_summary(
-    config: EngineConfig, limits: EngineLimits, dtype: torch.dtype, kv_dtype: torch.dtype, device: Device
+    config: EngineConfig,
+    limits: EngineLimits,
+    device: Device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    *,
+    is_row_invariant: bool,
 ) -> None:
-    concurrency = limits.max_batch_total_tokens / limits.max_total_tokens
-    logger.info("Model %s, dtype %s on %s", config.model_path, _name(dtype), device.torch_device)
+    logger.info("Model %s on %s: dtype %s, not quantised", config.model_path, device.torch_device, _name(dtype))
+    logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",
         limits.max_batch_total_tokens,
         _name(kv_dtype),
-        concurrency,
+        limits.max_batch_total_tokens / limits.max_total_tokens,
         "on" if config.is_prefix_caching else "off",
     )
     logger.info(
@@ -138,6 +162,10 @@ def _log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
+    if is_row_invariant:
+        logger.info("Row-invariant: the bits of a token's logits do not depend on what else is computed in its step")
+    else:
+        logger.info("Not row-invariant: a token's logits may differ in their last bits with what else is in its step")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -96,7 +96,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_batch_prefill_tokens: int
     max_batch_total_tokens: int
     vocab_size: int
-    """Token ids are below this; a tokenizer may know more."""
+    """Token ids are below this; the HTTP process refuses to start with a tokenizer that has more tokens."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

@@ -54,5 +54,9 @@ class AttentionBackend(Protocol):
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Whatever can be worked out once per step; handed to `forward` of every layer."""
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any) -> torch.Tensor:
-        """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""
+    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any, window: int | None = None) -> torch.Tensor:
+        """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].
+
+        `window`: a token attends to itself and the `window - 1` tokens before it; None: to all before it. What has
+        left every window stays in the cache: blocks belong to all layers, and some of them see everything.
+        """

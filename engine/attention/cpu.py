@@ -3,7 +3,8 @@
 A work item is one KV head of a few neighbouring query tokens of one sequence: the query heads that share the KV head
 and the tokens together make up to 32 rows that share every load of keys and values. Softmax is computed online, block
 by block from the first one (Dao et al. 2022), so a row's additions always happen in the same order and its bits do not
-depend on how the prompt was cut into chunks.
+depend on how the prompt was cut into chunks. With a sliding window the blocks that lie before it are skipped; those in
+which only some of a work item's rows see something add exact zeros to the others.
 
 Keys lie transposed within a block, `[num_blocks, num_kv_heads, head_dim, block_size]`, so that eight neighbouring keys
 make one register; values lie as `[num_blocks, num_kv_heads, block_size, head_dim]`.
@@ -42,6 +43,9 @@ from quant.kernels.simd import (
 
 BLOCK_SIZE = 2 * LANES
 MAX_TILE_ROWS = 32
+NO_WINDOW = 1 << 40
+"""Tokens that no sequence has."""
+LOWEST = np.float32(-3.4e38)
 PARALLEL_SCORES = 256
 """Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
 
@@ -88,6 +92,13 @@ def _score_rows(q, row, head_dim, keys, base, scores):  # type: ignore[no-untype
     store(scores, target + 2 * BLOCK_SIZE + LANES, s21)
     store(scores, target + 3 * BLOCK_SIZE, s30)
     store(scores, target + 3 * BLOCK_SIZE + LANES, s31)
+
+
+@njit(inline="always")
+def _hide_first(scores, row, num_hidden):  # type: ignore[no-untyped-def]
+    """Hide the first keys of the block from a row: its window begins after them."""
+    for i in range(row * BLOCK_SIZE, row * BLOCK_SIZE + min(BLOCK_SIZE, num_hidden)):
+        scores[i] = np.float32(-np.inf)
 
 
 @njit(inline="always")
@@ -146,7 +157,7 @@ def _sum_values(scores, row, num_keys, head_dim, values, base, sums):  # type: i
 
 @njit(**_FAST)
 def _attend_item(  # type: ignore[no-untyped-def]
-    item, qkv, width, num_heads, num_kv_heads, head_dim, scale, tiles, block_table, keys, values, out
+    item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out
 ):
     """tiles [num_tiles, 4] int64: first query row, number of query rows, position of the first, sequence."""
     group = num_heads // num_kv_heads
@@ -159,17 +170,21 @@ def _attend_item(  # type: ignore[no-untyped-def]
     q = np.zeros(padded * head_dim, np.float32)
     sums = np.zeros(padded * head_dim, np.float32)
     scores = np.empty(padded * BLOCK_SIZE, np.float32)
-    highest = np.full(padded, np.float32(-np.inf))
+    highest = np.full(padded, LOWEST)  # finite: a row may see nothing of the tile's first blocks
     total = np.zeros(padded, np.float32)
     for row in range(num_rows):
         source = (first_row + row // group) * width + (kv_head * group + row % group) * head_dim
         for d in range(head_dim):
             q[row * head_dim + d] = qkv[source + d] * scale
-    for index in range((position + num_tokens - 1) // BLOCK_SIZE + 1):
+    first_block = max(0, position + 1 - window) // BLOCK_SIZE
+    for index in range(first_block, (position + num_tokens - 1) // BLOCK_SIZE + 1):
         base = (block_table[sequence, index] * num_kv_heads + kv_head) * BLOCK_SIZE * head_dim
         num_visible = position + 1 - index * BLOCK_SIZE  # keys of this block that the tile's first token sees
         for row in range(0, padded, 4):
             _score_rows(q, row, head_dim, keys, base, scores)
+        if num_visible + num_tokens - 1 > window:  # the last token's window begins within this block or after it
+            for row in range(padded):
+                _hide_first(scores, row, num_visible + row // group - window)
         for row in range(padded):
             _soften_row(scores, row, num_visible + row // group, highest, total, sums, head_dim)
         # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
@@ -238,7 +253,9 @@ class CpuAttention:
         tables = metadata.block_table.numpy(), metadata.slot_mapping.numpy()
         return _PreparedStep(np.array(tiles, np.int64), *tables, is_parallel=num_scores >= PARALLEL_SCORES)
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep) -> torch.Tensor:
+    def forward(
+        self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep, window: int | None = None
+    ) -> torch.Tensor:
         shape = self._shape
         num_tokens, width = qkv.shape
         out = torch.empty(num_tokens, shape.num_heads * shape.head_dim)
@@ -246,7 +263,8 @@ class CpuAttention:
         key_start = shape.num_heads * shape.head_dim
         _write_kv(flat, width, key_start, shape.num_kv_heads, shape.head_dim, prepared.slots, keys, values)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, self._scale
-        tensors = prepared.tiles, prepared.block_table, keys, values, flat_view(out)
+        steps = prepared.tiles, prepared.block_table
+        tensors = keys, values, flat_view(out)
         attend = _attend_parallel if prepared.is_parallel else _attend_serial
-        attend(len(prepared.tiles) * shape.num_kv_heads, (flat, width, *sizes, *tensors))
+        attend(len(prepared.tiles) * shape.num_kv_heads, (flat, width, *sizes, window or NO_WINDOW, *steps, *tensors))
         return out

@@ -26,7 +26,9 @@ class TorchAttention:
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return metadata
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: AttentionMetadata) -> torch.Tensor:
+    def forward(
+        self, qkv: torch.Tensor, cache: LayerCache, prepared: AttentionMetadata, window: int | None = None
+    ) -> torch.Tensor:
         shape = self._shape
         heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
         query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
@@ -38,18 +40,21 @@ class TorchAttention:
         for index, seq_len in enumerate(lengths):
             rows = slice(starts[index], starts[index + 1])
             slots = self._slots(prepared.block_table[index], seq_len)
-            out[rows] = self._attend(query[rows], cache.keys[slots], cache.values[slots])
+            out[rows] = self._attend(query[rows], cache.keys[slots], cache.values[slots], window)
         return out.view(qkv.shape[0], -1)
 
     def _slots(self, block_row: torch.Tensor, seq_len: int) -> torch.Tensor:
         positions = torch.arange(seq_len, device=block_row.device)
         return block_row.long()[positions // self._block_size] * self._block_size + positions % self._block_size
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
         """query [n, num_heads, head_dim] are the last n of the key's and value's [seq_len, num_kv_heads, head_dim]."""
         num_queries, seq_len = query.shape[0], key.shape[0]
         positions = torch.arange(seq_len, device=query.device)
-        is_visible = positions <= positions[seq_len - num_queries :, None]  # [n, seq_len]
+        own = positions[seq_len - num_queries :, None]
+        is_visible = positions <= own  # [n, seq_len]
+        if window is not None:
+            is_visible &= positions > own - window
         attended = functional.scaled_dot_product_attention(
             query.transpose(0, 1),
             key.transpose(0, 1).to(query.dtype),

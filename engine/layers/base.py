@@ -10,17 +10,18 @@ import torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Cosines and sines of the rotary embedding: `cos`, `sin` [max_position, head_dim / 2] float32."""
+    """Cosines and sines of the rotary embedding: `cos`, `sin` [num_rows, head_dim / 2] float32, usually by position."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    @classmethod
-    def build(cls, head_dim: int, theta: float, max_position: int, device: torch.device) -> RotaryTable:
-        """Plain rotary embedding (Su et al. 2021), computed as `transformers` does, in float32."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), 1.0 / theta**exponents)
-        return cls(angles.cos().to(device), angles.sin().to(device))
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rotation:
+    """What one step rotates with: token i takes row `rows[i]` of `table`; rows [num_tokens] int64."""
+
+    table: RotaryTable
+    rows: torch.Tensor
 
 
 class Ops(Protocol):
@@ -35,5 +36,5 @@ class Ops(Protocol):
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 * size] -> silu(first half) * second half, [rows, size]."""
 
-    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, table: RotaryTable, num_heads: int) -> None:
+    def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:
         """Apply the rotary embedding in place to the first `num_heads` heads of qkv [rows, all heads * head_dim]."""

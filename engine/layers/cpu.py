@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from engine.layers.base import RotaryTable
+from engine.layers.base import Rotation
 from quant.kernels.dense_cpu import flat_view
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
@@ -134,8 +134,9 @@ class CpuOps:
         kernel(flat_view(gate_up), num_rows, size, flat_view(out))
         return out
 
-    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, table: RotaryTable, num_heads: int) -> None:
+    def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:
         num_rows, width = qkv.shape
+        table = rotation.table
         kernel = _pick(_rotate_serial, _rotate_parallel, qkv.numel())
         angles = flat_view(table.cos), flat_view(table.sin)
-        kernel(flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, positions.numpy())
+        kernel(flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, rotation.rows.numpy())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from engine.layers.base import RotaryTable
+from engine.layers.base import Rotation
 
 
 class TorchOps:
@@ -24,11 +24,12 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, table: RotaryTable, num_heads: int) -> None:
+    def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:
+        table = rotation.table
         half = table.cos.shape[1]
         heads = qkv[:, : num_heads * 2 * half].view(qkv.shape[0], num_heads, 2, half)
-        cos = table.cos[positions].unsqueeze(1)  # [rows, 1, half]
-        sin = table.sin[positions].unsqueeze(1)
+        cos = table.cos[rotation.rows].unsqueeze(1)  # [rows, 1, half]
+        sin = table.sin[rotation.rows].unsqueeze(1)
         first, second = heads.to(torch.float32).unbind(2)
         rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=2)
         heads.copy_(rotated)

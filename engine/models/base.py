@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
-from engine.layers.base import Ops
+from engine.layers.base import Ops, Rotation
+from engine.rope import Rotary
 from parallel.state import ParallelState
 from quant.base import LinearMethod
 
@@ -40,7 +41,10 @@ class CausalLM(Protocol):
     vocab_size: int
     num_layers: int
     max_position_embeddings: int
+    activations_per_token: int
+    """Numbers that a forward pass holds at its peak for each token, roughly."""
     attention_shape: AttentionShape
+    rotary: Rotary
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
         """Build the layers from config.json, without weights. Raises StartError for what isn't supported."""
@@ -54,8 +58,8 @@ class CausalLM(Protocol):
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         """Set what `forward` attends with; one cache per layer."""
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any) -> torch.Tensor:
-        """input_ids, positions [num_tokens] int64 -> hidden states [num_tokens, hidden_size]."""
+    def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
+        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size]; rotation: of `rotary.prepare`."""
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> [rows, vocab_size] float32."""

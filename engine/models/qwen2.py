@@ -10,8 +10,9 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.errors import StartError
-from engine.layers.base import RotaryTable
+from engine.layers.base import Rotation
 from engine.models.base import Loadable, ModelContext
+from engine.rope import make_rotary
 from parallel.embedding import VocabTable
 from parallel.linear import ShardedLinear
 
@@ -25,6 +26,7 @@ REQUIRED_KEYS = (
     "rms_norm_eps",
     "vocab_size",
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class RMSNorm:
@@ -56,8 +58,11 @@ class RMSNorm:
 class Qwen2Layer:
     """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
 
-    def __init__(self, config: Mapping[str, Any], shape: AttentionShape, context: ModelContext) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], shape: AttentionShape, window: int | None, context: ModelContext
+    ) -> None:
         self._ops = context.ops
+        self._window = window
         self._num_rotated_heads = shape.num_heads + shape.num_kv_heads
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         heads = config["num_attention_heads"] * shape.head_dim
@@ -89,8 +94,7 @@ class Qwen2Layer:
         self,
         residual: torch.Tensor,
         x: torch.Tensor,
-        positions: torch.Tensor,
-        rotary: RotaryTable,
+        rotation: Rotation,
         attention: AttentionBackend,
         cache: LayerCache,
         attn_metadata: Any,
@@ -98,8 +102,8 @@ class Qwen2Layer:
         """x is the previous layer's output, not yet added to the residual; the result is this layer's, likewise."""
         norm = self.input_layernorm
         qkv = self.qkv_proj(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
-        self._ops.rotate(qkv, positions, rotary, self._num_rotated_heads)
-        x = self.o_proj(attention.forward(qkv, cache, attn_metadata))
+        self._ops.rotate(qkv, rotation, self._num_rotated_heads)
+        x = self.o_proj(attention.forward(qkv, cache, attn_metadata, self._window))
         norm = self.post_attention_layernorm
         gate_up = self.gate_up_proj(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
         return self.down_proj(self._ops.silu_and_mul(gate_up))
@@ -118,10 +122,15 @@ class Qwen2ForCausalLM:
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
         tp_size = context.parallel.size
         self.attention_shape = AttentionShape(num_heads // tp_size, num_kv_heads // tp_size, head_dim)
-        self._rotary = RotaryTable.build(head_dim, rope_theta(config), self.max_position_embeddings, context.device)
+        # residual, layer input and output, normed; qkv and attention's output; gate, up and their product
+        self.activations_per_token: int = (
+            4 * config["hidden_size"] + (2 * num_heads + 2 * num_kv_heads) * head_dim + 3 * config["intermediate_size"]
+        )
+        self.rotary = make_rotary(config, head_dim, context.device)
         method = context.linear_method
         self.embed_tokens = VocabTable(self.vocab_size, config["hidden_size"], method)
-        self.layers = [Qwen2Layer(config, self.attention_shape, context) for _ in range(self.num_layers)]
+        windows = attention_windows(config)
+        self.layers = [Qwen2Layer(config, self.attention_shape, window, context) for window in windows]
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"], context.activation_dtype)
         self._is_tied = bool(config.get("tie_word_embeddings"))
         self.lm_head = (
@@ -147,11 +156,11 @@ class Qwen2ForCausalLM:
         self._attention = backend
         self._caches = caches
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
         residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
         x = torch.zeros_like(residual)
         for layer, cache in zip(self.layers, self._caches, strict=True):
-            x = layer(residual, x, positions, self._rotary, self._attention, cache, attn_metadata)
+            x = layer(residual, x, rotation, self._attention, cache, attn_metadata)
         return residual.add_(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -159,22 +168,31 @@ class Qwen2ForCausalLM:
         return self.lm_head.logits(normed).to(torch.float32)
 
 
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base, from the old spelling or from transformers 5's `rope_parameters`."""
-    parameters = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0)
+def attention_windows(config: Mapping[str, Any]) -> list[int | None]:
+    """For each layer how many tokens a token sees, itself included; None: all up to itself.
+
+    By an explicit `layer_types`, or the layers from `max_window_layers` on, with the defaults of transformers'
+    Qwen2Config. Raises StartError.
+    """
+    num_layers = config["num_hidden_layers"]
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise StartError(f"sliding_window {window!r} in config.json is not a number of tokens: correct it or remove it")
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28) if window else num_layers
+        types = [FULL if index < first else SLIDING for index in range(num_layers)]
+    if len(types) != num_layers or not set(types) <= {FULL, SLIDING}:
+        raise StartError(f"layer_types in config.json must say {FULL} or {SLIDING} for each of {num_layers} layers")
+    if SLIDING in types and window is None:
+        raise StartError(
+            "layer_types in config.json has sliding layers: it must say use_sliding_window and sliding_window, too"
+        )
+    return [window if kind == SLIDING else None for kind in types]
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if lacking := [key for key in REQUIRED_KEYS if not config.get(key)]:
         raise StartError(f"config.json does not say {', '.join(lacking)}: fetch the model again")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise StartError(
-            f"rope scaling {kind!r} in config.json is not supported yet: remove it to serve the plain window"
-        )
-    if config.get("use_sliding_window"):
-        raise StartError("use_sliding_window in config.json is not supported yet: set it to false")
     if config.get("hidden_act", "silu") != "silu":
         raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen2 has silu")

@@ -16,10 +16,11 @@ from engine.device import Device
 from engine.model_files import read_model_config
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model
 from engine.sampler_cpu import sample
-from engine.scheduler import Scheduler
+from engine.scheduler import ScheduledBatch, Scheduler
+from engine.sequence import Sequence
 from engine.step_limit import StepLimit
 from engine.types import GenerationRequest, SamplingParams, TokenEvent
-from tests.tiny_model import EOS_TOKEN_IDS
+from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 
 KERNELS = Device(
     torch_device=torch.device("cpu"),
@@ -37,7 +38,7 @@ def make_runner(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: Device = KERNELS, num_blocks: int = 64
 ) -> ModelRunner:
     runner = ModelRunner(build_model(read_model_config(folder), folder, dtype, device), device)
-    runner.allocate_kv_cache(num_blocks, device.kv_dtype(dtype))
+    runner.allocate(num_blocks, device.kv_dtype(dtype), num_positions=num_blocks * BLOCK_SIZE)
     return runner
 
 
@@ -50,6 +51,38 @@ def make_core(
         eos_token_ids=EOS_TOKEN_IDS,
     )
     return EngineCore(scheduler, make_runner(folder, num_blocks=num_blocks), sample, StepLimit(None, None))
+
+
+def random_ids(size: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCAB_SIZE, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
+    request = GenerationRequest(request_id="any", prompt_token_ids=token_ids, max_new_tokens=1)
+    sequence = Sequence(request, arrival_time=0.0)
+    sequence.block_table = blocks
+    return sequence
+
+
+def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
+    logits = runner.execute(ScheduledBatch(sequences, counts))
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.num_computed_tokens += count
+    return logits
+
+
+def all_logits(runner: ModelRunner, token_ids: list[int], num_prompt_tokens: int, cuts: list[int]) -> torch.Tensor:
+    """Logits from the prompt's last token on: the prompt in chunks, then token after token."""
+    blocks = list(range(7, 7 + -(-len(token_ids) // BLOCK_SIZE)))[::-1]
+    sequence = make_sequence(token_ids[:num_prompt_tokens], blocks)
+    for cut in cuts:
+        logits = run_step(runner, [sequence], [cut - sequence.num_computed_tokens])
+        assert logits.shape == (0, VOCAB_SIZE), "a chunk within the prompt has no successor to sample"
+    rows = [run_step(runner, [sequence], [num_prompt_tokens - sequence.num_computed_tokens])]
+    for token_id in token_ids[num_prompt_tokens:]:
+        sequence.token_ids.append(token_id)
+        rows.append(run_step(runner, [sequence], [1]))
+    return torch.cat(rows)
 
 
 @dataclasses.dataclass
@@ -106,10 +139,16 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
 
 
 @functools.cache
-def oracle(folder: Path) -> Any:
-    """`transformers`' own model in float32."""
+def load_oracle(folder: Path) -> Any:
     model: Any = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+def oracle(folder: Path) -> Any:
+    """`transformers`' own model in float32, forgetting the longest text it has seen: `dynamic` rope remembers that."""
+    model = load_oracle(folder)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model
 
 
 @torch.inference_mode()
@@ -117,6 +156,18 @@ def oracle_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """[len(token_ids), vocab_size]"""
     logits: torch.Tensor = oracle(folder)(torch.tensor([token_ids])).logits[0]
     return logits
+
+
+@torch.inference_mode()
+def oracle_steps(folder: Path, token_ids: list[int], num_prompt_tokens: int) -> torch.Tensor:
+    """Logits from the prompt's last token on as `generate` makes them: the prompt at once, then token after token."""
+    model = oracle(folder)
+    out = model(torch.tensor([token_ids[:num_prompt_tokens]]), use_cache=True)
+    rows = [out.logits[0, -1:]]
+    for token_id in token_ids[num_prompt_tokens:]:
+        out = model(torch.tensor([[token_id]]), past_key_values=out.past_key_values)
+        rows.append(out.logits[0])
+    return torch.cat(rows)
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from engine.scheduler import NON_FINITE_ERROR
 from engine.types import FinishReason, SamplingParams
@@ -155,18 +154,16 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny_model_dir: Path) -> N
     assert all(first != second for first, second in zip(together.token_ids, greedy.token_ids, strict=True))
 
 
-def test_a_broken_row_fails_its_request_and_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_broken_row_fails_its_request_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """NaN in one token's embedding: its request ends with an error, its neighbour and its successors don't notice."""
     write_tiny_qwen2(tmp_path, is_tied=False)
-    clean = tmp_path / "clean"
-    write_tiny_qwen2(clean, is_tied=False)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["model.embed_tokens.weight"][VOCAB_SIZE - 1] = torch.nan
-    save_file(weights, tmp_path / "model.safetensors")
     good = make_prompts()[4]
     bad = good[:20] + [VOCAB_SIZE - 1] + good[20:]
-    (expected,) = run_requests(make_core(clean), make_requests([good], max_new_tokens=8)).token_ids
+    (expected,) = run_requests(make_core(tmp_path), make_requests([good], max_new_tokens=8)).token_ids
     core = make_core(tmp_path, num_blocks=7, is_prefix_caching=False)
+    table = core._runner._model.embed_tokens  # type: ignore[attr-defined]
+    table._weight = table._weight.clone()  # as nothing would load it
+    table._weight[VOCAB_SIZE - 1] = torch.nan
     outcome = run_requests(core, make_requests([bad, good], max_new_tokens=8))
     assert (outcome.last_events[0].error, outcome.token_ids[0]) == (NON_FINITE_ERROR, [])
     assert outcome.token_ids[1] == expected

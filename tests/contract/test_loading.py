@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import engine.start
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.device import Device
 from engine.errors import StartError
 from engine.start import start_engine
 from engine.types import EngineReady
@@ -133,6 +134,43 @@ def test_a_file_that_was_cut_off(folder: Path, kept: int) -> None:
     assert message.endswith("): fetch the model again")
 
 
+def test_a_shard_that_was_cut_off(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, num_shards=3)
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    message = refusal(tmp_path)
+    assert message.startswith(f"{path} is not a whole safetensors file (")
+    assert message.endswith("): fetch the model again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        f"{LAYER}.input_layernorm.weight",
+        f"{LAYER}.self_attn.k_proj.bias",
+        f"{LAYER}.self_attn.v_proj.weight",
+        f"{LAYER}.mlp.down_proj.weight",
+    ],
+)
+def test_weights_that_are_no_numbers(tmp_path: Path, name: str, value: float, dtype: torch.dtype) -> None:
+    write_tiny_qwen2(tmp_path, is_tied=False, dtype=dtype)
+    change_weights(tmp_path, lambda weights: weights[name].view(-1)[-1:].fill_(value))
+    assert refusal(tmp_path) == (
+        f"{tmp_path / WEIGHTS} has a tensor {name} with NaN or infinite values: fetch the model again"
+    )
+
+
+def test_finite_weights_whose_sum_overflows_are_no_reason(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, dtype=torch.float16)
+    change_weights(tmp_path, lambda weights: weights[f"{LAYER}.mlp.up_proj.weight"].fill_(60_000.0))
+    make_runner(tmp_path)
+
+
 def test_a_file_that_is_something_else(folder: Path) -> None:
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     assert "is not a whole safetensors file" in refusal(folder)
@@ -160,16 +198,17 @@ def test_no_weights_at_all(folder: Path) -> None:
             "config.json has a quantization_config: quantised weights are not supported yet",
         ),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope scaling 'yarn' in config.json is not supported yet: remove it to serve the plain window",
+            {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+            "rope scaling 'longrope' is not supported; supported: default, dynamic, linear, llama3, yarn",
         ),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope scaling 'linear' in config.json is not supported yet: remove it to serve the plain window",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "rope scaling 'linear' needs a factor of at least 1, not None: "
+            "correct it in config.json, or give --rope-scaling and --rope-factor",
         ),
         (
-            {"use_sliding_window": True},
-            "use_sliding_window in config.json is not supported yet: set it to false",
+            {"use_sliding_window": True, "sliding_window": 0},
+            "sliding_window 0 in config.json is not a number of tokens: correct it or remove it",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' in config.json is not supported; Qwen2 has silu"),
     ],
@@ -243,8 +282,35 @@ def test_limits_of_a_started_engine(
 
 
 def test_more_kv_than_there_is_memory(tiny_model_dir: Path) -> None:
-    with pytest.raises(StartError, match="Not enough memory to handle .* GB of .* GB: lower --max-total-tokens or "):
+    with pytest.raises(
+        StartError, match="Not enough memory to handle .* GB of .* GB .*: lower --max-batch-total-tokens to [1-9]"
+    ):
         start(tiny_model_dir, max_batch_total_tokens=10**12)
+
+
+def test_a_model_larger_than_the_memory(tiny_model_dir: Path) -> None:
+    with pytest.raises(StartError, match="Not enough memory for the model: its weights take"):
+        start(tiny_model_dir, memory_fraction=1e-9)
+
+
+def test_a_step_larger_than_the_memory(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "free_memory_bytes", lambda device: 100_000_000)
+    with pytest.raises(StartError, match=r"Not enough memory to handle 100000 prefill tokens\. You need to decrease"):
+        start(tiny_model_dir, max_batch_prefill_tokens=100_000, max_batch_total_tokens=100_000)
+
+
+def test_the_summary_says_what_was_resolved(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        start(tiny_model_dir, max_batch_total_tokens=1024, max_batch_size=3)
+    for text in (
+        "dtype float32, not quantised",
+        "Setting max batch total tokens to 1024",
+        "KV cache of 1024 tokens in float32 (2.0 requests of full length), prefix caching on",
+        "Limits: 511 input tokens, 512 total tokens, 512 tokens per step",
+        "Kernels: cpu, ",
+        "Row-invariant: the bits of a token's logits do not depend",
+    ):
+        assert text in caplog.text
 
 
 def test_prefix_caching_can_be_turned_off(tiny_model_dir: Path) -> None:

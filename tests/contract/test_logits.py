@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from engine.device import Device
-from engine.runner import BLOCK_SIZE, ModelRunner
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
-from engine.types import GenerationRequest
-from tests.contract.harness import KERNELS, TWINS, make_runner, oracle_logits
+from engine.runner import BLOCK_SIZE
+from tests.contract.harness import (
+    KERNELS,
+    TWINS,
+    all_logits,
+    make_runner,
+    make_sequence,
+    oracle_logits,
+    random_ids,
+    run_step,
+)
 from tests.tiny_model import VOCAB_SIZE, write_tiny_qwen2
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -30,38 +36,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "transformers 5": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "head_dim 8": {"num_attention_heads": 8},  # the CPU attention kernel can't: falls back to torch
 }
-
-
-def random_ids(size: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, VOCAB_SIZE, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
-    request = GenerationRequest(request_id="any", prompt_token_ids=token_ids, max_new_tokens=1)
-    sequence = Sequence(request, arrival_time=0.0)
-    sequence.block_table = blocks
-    return sequence
-
-
-def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(ScheduledBatch(sequences, counts))
-    for sequence, count in zip(sequences, counts, strict=True):
-        sequence.num_computed_tokens += count
-    return logits
-
-
-def all_logits(runner: ModelRunner, token_ids: list[int], num_prompt_tokens: int, cuts: list[int]) -> torch.Tensor:
-    """Logits from the prompt's last token on: the prompt in chunks, then token after token."""
-    blocks = list(range(7, 7 + -(-len(token_ids) // BLOCK_SIZE)))[::-1]
-    sequence = make_sequence(token_ids[:num_prompt_tokens], blocks)
-    for cut in cuts:
-        logits = run_step(runner, [sequence], [cut - sequence.num_computed_tokens])
-        assert logits.shape == (0, VOCAB_SIZE), "a chunk within the prompt has no successor to sample"
-    rows = [run_step(runner, [sequence], [num_prompt_tokens - sequence.num_computed_tokens])]
-    for token_id in token_ids[num_prompt_tokens:]:
-        sequence.token_ids.append(token_id)
-        rows.append(run_step(runner, [sequence], [1]))
-    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("device", [KERNELS, TWINS], ids=["kernels", "twins"])

@@ -59,10 +59,18 @@ class Simulation:
     """A scheduler with the memory above, stepped by hand; keeps every request's events."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int = 4, max_batch_tokens: int = 64, is_prefix_caching: bool = True
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 4,
+        max_batch_tokens: int = 64,
+        max_running: int | None = None,
+        is_prefix_caching: bool = True,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching)
-        self.scheduler = Scheduler(self.blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=[EOS])
+        self.scheduler = Scheduler(
+            self.blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=[EOS], max_running=max_running
+        )
         self.memory = SlotMemory(self.blocks)
         self.model: Callable[[list[int]], int] = next_token
         self.not_finite: set[str] = set()

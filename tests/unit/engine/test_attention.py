@@ -18,6 +18,7 @@ SHAPES = [AttentionShape(4, 2, 16), AttentionShape(14, 2, 64), AttentionShape(3,
 CACHE_DTYPES = [torch.float32, torch.bfloat16]
 NUM_BLOCKS = 40
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 65]
+WINDOWS = [1, 2, 7, 15, 16, 17, 33, 64, 1000]
 
 
 @dataclasses.dataclass
@@ -79,20 +80,25 @@ def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
     return cache
 
 
-def run(backend: Any, cache: LayerCache, parts: list[Part]) -> list[torch.Tensor]:
+def run(backend: Any, cache: LayerCache, parts: list[Part], window: int | None = None) -> list[torch.Tensor]:
     """One step; the output rows of each part."""
     prepared = backend.prepare(make_metadata(parts))
     qkv = torch.cat([part.qkv[part.first : part.last] for part in parts])
-    out = backend.forward(qkv, cache, prepared)
+    out = backend.forward(qkv, cache, prepared, window)
     return list(out.split([part.last - part.first for part in parts]))
 
 
-def whole_attention(shape: AttentionShape, qkv: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
+def whole_attention(
+    shape: AttentionShape, qkv: torch.Tensor, cache_dtype: torch.dtype, window: int = 10**6
+) -> torch.Tensor:
     """Causal attention over one sequence without any cache, keys and values rounded as the cache would."""
     heads = qkv.view(len(qkv), -1, shape.head_dim).transpose(0, 1)
     query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
     key, value = key.to(cache_dtype).float(), value.to(cache_dtype).float()
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    positions = torch.arange(len(qkv))
+    distance = positions[:, None] - positions
+    is_visible = (distance >= 0) & (distance < window)
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=is_visible, enable_gqa=True)
     return out.transpose(0, 1).reshape(len(qkv), -1)
 
 
@@ -144,6 +150,56 @@ def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.d
             mate = Part(other, first, last, other_blocks)
             rows.append(run(backend, cache, [mate, Part(qkv, first, last, blocks)])[1])
         assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize("backend_class", [CpuAttention, TorchAttention])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prompts_within_a_window(backend_class: Any, shape: AttentionShape, window: int) -> None:
+    backend = backend_class(shape, BLOCK_SIZE)
+    qkvs = [random_qkv(shape, length, seed) for seed, length in enumerate(LENGTHS)]
+    parts = [Part(qkv, 0, len(qkv), blocks) for qkv, blocks in zip(qkvs, deal_blocks(LENGTHS), strict=True)]
+    for out, part in zip(run(backend, stale_cache(backend, torch.float32), parts, window), parts, strict=True):
+        expected = whole_attention(shape, part.qkv, torch.float32, window)
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks_within_a_window_equal_the_twin_and_give_the_bits_of_the_whole(
+    shape: AttentionShape, window: int
+) -> None:
+    length = 70
+    qkv = random_qkv(shape, length, 7)
+    (blocks,) = deal_blocks([length])
+    kernel, twin = CpuAttention(shape, BLOCK_SIZE), TorchAttention(shape, BLOCK_SIZE)
+    (whole,) = run(kernel, stale_cache(kernel, torch.bfloat16), [Part(qkv, 0, length, blocks)], window)
+    for cuts in ([16], [15, 17, 33, 69], [40], list(range(1, length))):
+        edges = [0, *cuts, length]
+        outputs = []
+        for backend in (kernel, twin):
+            cache = stale_cache(backend, torch.bfloat16)
+            parts = [Part(qkv, first, last, blocks) for first, last in zip(edges, edges[1:], strict=False)]
+            outputs.append(torch.cat([run(backend, cache, [part], window)[0] for part in parts]))
+        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+        assert torch.equal(outputs[0], whole)
+
+
+@pytest.mark.parametrize(("window", "num_read"), [(1, 1), (6, 1), (7, 2), (22, 2), (23, 3), (1000, 5)])
+def test_blocks_before_the_window_are_not_read(window: int, num_read: int) -> None:
+    """The newest of 70 tokens is the sixth of the fifth block."""
+    shape, length = SHAPES[0], 70
+    qkv = random_qkv(shape, length, 7)
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    (blocks,) = deal_blocks([length])
+    cache = stale_cache(backend, torch.float32)
+    (whole,) = run(backend, cache, [Part(qkv, 0, length, blocks)], window)
+    for index, block in enumerate(blocks):
+        broken = LayerCache(cache.keys.clone(), cache.values.clone())
+        broken.keys.view(NUM_BLOCKS, -1)[block] = torch.nan
+        broken.values.view(NUM_BLOCKS, -1)[block] = torch.nan
+        (last,) = run(backend, broken, [Part(qkv, length - 1, length, blocks)], window)
+        assert torch.equal(last, whole[-1:]) == (index < len(blocks) - num_read)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])

@@ -25,7 +25,9 @@ WINDOW, CAPACITY = 32_768, 65_536
 
 
 def resolve(*, window: int = WINDOW, capacity: int = CAPACITY, **flags: Any) -> EngineLimits:
-    return resolve_limits(EngineConfig(model_path="", **flags), max_position_embeddings=window, kv_tokens=capacity)
+    max_window = flags.pop("max_window", window)
+    config = EngineConfig(model_path="", **flags)
+    return resolve_limits(config, max_position_embeddings=window, max_window=max_window, kv_tokens=capacity)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,8 @@ def resolve(*, window: int = WINDOW, capacity: int = CAPACITY, **flags: Any) -> 
         ({"max_input_tokens": 100}, (100, 32_768, 4096, 65_536)),
         ({"max_total_tokens": 2, "max_input_tokens": 1}, (1, 2, 4096, 65_536)),
         ({"max_total_tokens": 32_768}, (32_767, 32_768, 4096, 65_536)),
+        ({"max_window": 65_536}, (32_767, 32_768, 4096, 65_536)),
+        ({"max_window": 65_536, "max_total_tokens": 65_536}, (65_535, 65_536, 4096, 65_536)),
         ({"max_total_tokens": 1000, "capacity": 1000}, (999, 1000, 1000, 1000)),
         ({"max_batch_prefill_tokens": 1}, (32_767, 32_768, 1, 65_536)),
         ({"max_batch_prefill_tokens": 65_536}, (32_767, 32_768, 65_536, 65_536)),
@@ -61,6 +65,11 @@ def test_limits(given: dict[str, int], expected: tuple[int, int, int, int]) -> N
             {"max_total_tokens": 4096, "window": 2048},
             "`max_total_tokens` (4096) is more than the model's max_position_embeddings (2048): "
             "lower --max-total-tokens to 2048",
+        ),
+        (
+            {"max_total_tokens": 8193, "window": 2048, "max_window": 8192},
+            "`max_total_tokens` (8193) is more than what rope scaling stretches the model's window to (8192): "
+            "lower --max-total-tokens to 8192",
         ),
         (
             {"max_input_tokens": 100, "max_total_tokens": 100},

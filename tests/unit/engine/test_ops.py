@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.layers.base import RotaryTable
+from engine.layers.base import Rotation
 from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
 from engine.layers.reference import TorchOps
+from engine.rope import Rotary, make_rotary
 
 CPU, TORCH = CpuOps(), TorchOps()
 EPS = 1e-6
@@ -66,15 +67,20 @@ def test_silu_keeps_nan_in_its_place() -> None:
     assert out.isnan().nonzero().tolist() == [[1, 3]]
 
 
+def make_rotary_of(head_dim: int, num_positions: int = 100) -> Rotary:
+    rotary = make_rotary({"max_position_embeddings": num_positions}, head_dim, torch.device("cpu"))
+    rotary.allocate(num_positions)
+    return rotary
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_rotate(rows: int, head_dim: int) -> None:
-    table = RotaryTable.build(head_dim, 10_000.0, 100, torch.device("cpu"))
-    positions = torch.arange(rows).flip(0) % 100
+    rotation = Rotation(make_rotary_of(head_dim).table, torch.arange(rows).flip(0) % 100)
     qkv = random(rows, 5 * head_dim)
     first, second = qkv.clone(), qkv.clone()
-    CPU.rotate(first, positions, table, 4)
-    TORCH.rotate(second, positions, table, 4)
+    CPU.rotate(first, rotation, 4)
+    TORCH.rotate(second, rotation, 4)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
     assert torch.equal(first[:, 4 * head_dim :], qkv[:, 4 * head_dim :]), "the values are not rotated"
     lengths = [qkv.view(rows, 5, head_dim).norm(dim=2) for qkv in (qkv, first)]
@@ -82,12 +88,12 @@ def test_rotate(rows: int, head_dim: int) -> None:
 
 
 def test_rotation_tells_only_the_distance() -> None:
-    table = RotaryTable.build(16, 10_000.0, 100, torch.device("cpu"))
+    rotary = make_rotary_of(16)
     query, key = random(1, 16), random(1, 16, seed=1)
     products = []
     for start in (0, 40):
         pair = torch.cat([query, key])
-        CPU.rotate(pair, torch.tensor([start + 7, start]), table, 1)
+        CPU.rotate(pair, rotary.prepare([start + 7, start], [0, 1, 2], [100, 100]), 1)
         products.append(pair[0] @ pair[1])
     torch.testing.assert_close(products[0], products[1], atol=1e-3, rtol=1e-4)
 
@@ -96,8 +102,7 @@ def test_rotation_tells_only_the_distance() -> None:
 def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
     """Also across the border between one thread and many."""
     x, weight = random(MANY, 64), random(64, seed=1)
-    table = RotaryTable.build(16, 10_000.0, MANY, torch.device("cpu"))
-    positions = torch.arange(MANY)
+    table = make_rotary_of(16, MANY).table
 
     def run(rows: slice) -> torch.Tensor:
         part = x[rows].clone()
@@ -107,21 +112,9 @@ def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
             return CPU.add_rms_norm(part, x[rows] * 0.5, weight, EPS)
         if operation == "silu_and_mul":
             return CPU.silu_and_mul(part)
-        CPU.rotate(part, positions[rows], table, 4)
+        CPU.rotate(part, Rotation(table, torch.arange(MANY)[rows]), 4)
         return part
 
     whole = run(slice(0, MANY))
     for rows in (slice(0, 1), slice(3, 10), slice(MANY - 1, MANY)):
         assert torch.equal(run(rows), whole[rows])
-
-
-def test_the_rotary_table_is_transformers() -> None:
-    from transformers import Qwen2Config
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
-    cos, sin = Qwen2RotaryEmbedding(config)(torch.zeros(1), torch.arange(512).unsqueeze(0))
-    table = RotaryTable.build(16, 1e6, 512, torch.device("cpu"))
-    assert torch.equal(table.cos, cos[0, :, :8])
-    assert torch.equal(table.sin, sin[0, :, :8])

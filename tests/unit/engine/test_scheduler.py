@@ -131,6 +131,18 @@ def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
     assert len(simulation.output("c")) == 4
 
 
+def test_no_more_sequences_run_than_allowed() -> None:
+    simulation = Simulation(num_blocks=32, max_running=2)
+    simulation.model = never_eos
+    for name in ("a", "b", "c"):
+        simulation.add(name, prompt_of(1, ord(name)))
+    assert scheduled_counts(simulation.step()) == {"a": 1, "b": 1}
+    simulation.scheduler.abort("a")
+    assert scheduled_counts(simulation.step()) == {"b": 1, "c": 1}
+    simulation.drain()
+    assert len(simulation.output("c")) == 4
+
+
 def test_admission_leaves_a_block_for_each_running_sequence() -> None:
     simulation = make_simulation(num_blocks=4)
     simulation.add("a", prompt_of(4, 1))  # 1 block of 4 tokens

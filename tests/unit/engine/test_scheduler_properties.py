@@ -31,16 +31,23 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     is_prefix_caching = True
 
-    @initialize(num_blocks=st.integers(4, 12), block_size=st.integers(1, 4), max_batch_tokens=st.integers(1, 24))
-    def start(self, num_blocks: int, block_size: int, max_batch_tokens: int) -> None:
+    @initialize(
+        num_blocks=st.integers(4, 12),
+        block_size=st.integers(1, 4),
+        max_batch_tokens=st.integers(1, 24),
+        max_running=st.none() | st.integers(1, 3),
+    )
+    def start(self, num_blocks: int, block_size: int, max_batch_tokens: int, max_running: int | None) -> None:
         self.simulation = Simulation(
             num_blocks=num_blocks,
             block_size=block_size,
             max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
             is_prefix_caching=self.is_prefix_caching,
         )
         self.capacity = num_blocks * block_size
         self.max_batch_tokens = max_batch_tokens
+        self.max_running = max_running or num_blocks
         self.aborted: set[str] = set()
 
     @rule(prompts=st.lists(st.tuples(BEGINNINGS, REST), min_size=1, max_size=3), max_new_tokens=st.integers(1, 24))
@@ -82,6 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_batch(self, batch: ScheduledBatch, lacking: list[Sequence], max_tokens: int | None) -> None:
         assert len(set(ids_of(batch.sequences))) == len(batch.sequences)
         assert batch.num_tokens <= self.max_batch_tokens
+        assert len(self.simulation.scheduler.running) <= self.max_running
         for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             assert sequence in self.simulation.scheduler.running
             assert 1 <= count <= sequence.num_uncomputed_tokens

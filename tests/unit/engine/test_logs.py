@@ -1,0 +1,78 @@
+"""Log filters and the two forms of a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+
+from engine.logs import HumanFormatter, JsonFormatter, parse_log_filter
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("info", {"": logging.INFO}),
+        ("WARN", {"": logging.WARNING}),
+        ("trace", {"": logging.DEBUG}),
+        ("warn,text_generation_router=debug", {"": logging.WARNING, "server": logging.DEBUG}),
+        (
+            "text_generation_launcher=error, text_generation_server=debug",
+            {"": logging.INFO, "server.launcher": logging.ERROR, "engine": logging.DEBUG},
+        ),
+        ("engine.scheduler=debug,tower=info", {"": logging.INFO, "engine.scheduler": 10, "tower": logging.INFO}),
+    ],
+)
+def test_filters(text: str, levels: dict[str, int]) -> None:
+    assert parse_log_filter(text) == levels
+
+
+@pytest.mark.parametrize("text", ["loud", "", "server=", "=x", "info,", "server=loud"])
+def test_bad_filters(text: str) -> None:
+    with pytest.raises(ValueError, match="not a log filter"):
+        parse_log_filter(text)
+
+
+def record(level: int, message: str, **extra: object) -> logging.LogRecord:
+    made = logging.makeLogRecord({"name": "server.generation", "levelno": level, "msg": message, **extra})
+    made.levelname = logging.getLevelName(level)
+    made.created, made.filename, made.lineno = 1700000000.123456, "generation.py", 7
+    return made
+
+
+SPAN = {"name": "generate", "total_time": "1.5s", "seed": "None"}
+
+
+def test_a_human_line() -> None:
+    formatter = HumanFormatter("webserver", has_colours=False)
+    line = formatter.format(record(logging.INFO, "Success", span=SPAN))
+    assert line == '2023-11-14T22:13:20.123Z  INFO webserver: Success total_time="1.5s" seed="None"'
+    assert formatter.format(record(logging.WARNING, "careful")) == "2023-11-14T22:13:20.123Z  WARN webserver: careful"
+    assert "\033[33m WARN\033[0m" in HumanFormatter("x", has_colours=True).format(record(logging.WARNING, "careful"))
+
+
+def test_a_json_line() -> None:
+    line = json.loads(JsonFormatter().format(record(logging.WARNING, "größer\nzwei", span=SPAN)))
+    assert line == {
+        "timestamp": "2023-11-14T22:13:20.123456Z",
+        "level": "WARN",
+        "message": "größer\nzwei",
+        "target": "server.generation",
+        "filename": "generation.py",
+        "line_number": 7,
+        "span": SPAN,
+        "spans": [SPAN],
+    }
+
+
+def test_a_traceback_stays_in_its_line_or_below_it() -> None:
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        failed = record(logging.ERROR, "failed", exc_info=sys.exc_info())
+    assert HumanFormatter("engine", has_colours=False).format(failed).splitlines()[-1] == "ValueError: the reason"
+    text = JsonFormatter().format(failed)
+    assert "\n" not in text
+    assert json.loads(text)["exception"].endswith("ValueError: the reason")

@@ -1,0 +1,182 @@
+"""What fits: the host's free memory, the KV cache, a step's activations, and the sentences when something does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig
+from engine.errors import StartError
+from engine.memory import (
+    DEFAULT_KV_TOKENS,
+    MemoryNeeds,
+    check_weights_fit,
+    host_free_bytes,
+    settle_kv_blocks,
+    settle_prefill_tokens,
+)
+
+MEGABYTE = 10**6
+NEEDS = MemoryNeeds(weights=1000 * MEGABYTE, per_block=MEGABYTE, per_step_token=MEGABYTE // 10, block_size=16)
+
+
+def config(**changes: Any) -> EngineConfig:
+    return EngineConfig(model_path="m", **changes)
+
+
+def blocks(free_megabytes: int, *, window: int = 1024, is_modest: bool = True, **changes: Any) -> int:
+    return settle_kv_blocks(
+        config(**changes), NEEDS, free_bytes=free_megabytes * MEGABYTE, window=window, is_modest=is_modest
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "expected"),
+    [
+        (9000, {}, DEFAULT_KV_TOKENS // 16),
+        (9000, {"window": 64000}, 4000),
+        (2000, {"window": 64000}, 800),  # what fits of 1000 MB by the default share
+        (2000, {"kv_memory_share": 0.5}, 500),
+        (9000, {"is_modest": False}, 6400),
+        (9000, {"max_total_tokens": 64}, DEFAULT_KV_TOKENS // 16),
+        (2000, {"max_total_tokens": 64}, 800),
+        (9000, {"max_total_tokens": 64000, "window": 64000}, 4000),
+        (9000, {"max_batch_total_tokens": 100}, 7),
+        (9000, {"max_batch_total_tokens": 100, "is_modest": False}, 7),
+        (2000, {"max_batch_total_tokens": 12800}, 800),
+    ],
+)
+def test_kv_blocks(free: int, options: dict[str, Any], expected: int) -> None:
+    assert blocks(free, **options) == expected
+
+
+@pytest.mark.parametrize("is_modest", [True, False])
+@pytest.mark.parametrize("name", ["max_total_tokens", "max_batch_total_tokens"])
+def test_what_does_not_fit_names_the_flag_and_a_value_that_does(name: str, is_modest: bool) -> None:
+    with pytest.raises(StartError) as caught:
+        blocks(2000, is_modest=is_modest, **{name: 12801})
+    assert str(caught.value) == (
+        f"Not enough memory to handle `{name}=12801`: the KV cache would take 0.8 GB of 0.8 GB that are free for it: "
+        f"lower --{name.replace('_', '-')} to 12800"
+    )
+    assert blocks(2000, is_modest=is_modest, **{name: 12800}) == 800
+
+
+def test_weights_that_do_not_fit() -> None:
+    check_weights_fit(1, 1)
+    with pytest.raises(StartError, match=r"its weights take 15.2 GB, 8.0 GB are free: serve a smaller model, or give"):
+        check_weights_fit(15_200_000_000, 8_000_000_000)
+
+
+def prefill(wanted: int, free_megabytes: int, num_blocks: int, *, is_asked: bool) -> int:
+    return settle_prefill_tokens(
+        wanted, NEEDS, free_bytes=free_megabytes * MEGABYTE, num_blocks=num_blocks, is_asked=is_asked
+    )
+
+
+def test_steps_are_cut_to_what_fits_beside_the_cache(caplog: pytest.LogCaptureFixture) -> None:
+    assert prefill(4096, 2000, 500, is_asked=False) == 4096
+    assert prefill(4096, 2000, 900, is_asked=False) == 1000
+    assert "Reducing the max batch prefill from 4096 to 1000 because there is not enough memory" in caplog.text
+
+
+def test_a_step_that_was_asked_for_is_refused_with_a_value_that_fits() -> None:
+    with pytest.raises(StartError) as caught:
+        prefill(4096, 2000, 900, is_asked=True)
+    assert str(caught.value) == (
+        "Not enough memory to handle 4096 prefill tokens. You need to decrease `--max-batch-prefill-tokens` to 1000"
+    )
+    assert prefill(1000, 2000, 900, is_asked=True) == 1000
+
+
+def test_no_room_for_any_step() -> None:
+    with pytest.raises(StartError, match="beside the weights and a KV cache of 16000 tokens: lower --max-batch-total"):
+        prefill(4096, 2000, 1000, is_asked=False)
+
+
+@given(
+    free=st.integers(1001, 20_000),
+    window=st.integers(1, 100_000),
+    total=st.none() | st.integers(1, 100_000),
+    capacity=st.none() | st.integers(1, 100_000),
+    share=st.floats(0.01, 1.0),
+    is_modest=st.booleans(),
+)
+def test_never_more_than_there_is(
+    free: int, window: int, total: int | None, capacity: int | None, share: float, is_modest: bool
+) -> None:
+    limits = {"max_total_tokens": total, "max_batch_total_tokens": capacity, "kv_memory_share": share}
+    try:
+        count = blocks(free, window=window, is_modest=is_modest, **limits)
+    except StartError as error:
+        assert str(error).startswith("Not enough memory")
+        return
+    assert 0 < count * MEGABYTE <= (free - 1000) * MEGABYTE * share
+    assert count * 16 >= (capacity or total or 1)
+
+
+def host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    """A root folder with 4 GB available and what the control groups' files say."""
+    files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  4000000 kB\n", "proc/self/cgroup": cgroup, **files}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/\n", {}, 4_096_000_000),
+        ("0::/\n", {f"{V2}/memory.max": "max\n"}, 4_096_000_000),
+        (
+            "0::/\n",
+            {
+                f"{V2}/memory.max": "3000000000\n",
+                f"{V2}/memory.current": "1000000000\n",
+                f"{V2}/memory.stat": "anon 1\ninactive_file 500000000\n",
+            },
+            2_500_000_000,
+        ),
+        (  # a service's group has no limit of its own, its slice has
+            "0::/my.slice/my.service\n",
+            {
+                f"{V2}/my.slice/my.service/memory.max": "max\n",
+                f"{V2}/my.slice/memory.max": "2000000000\n",
+                f"{V2}/my.slice/memory.current": "500000000\n",
+                f"{V2}/my.slice/memory.stat": "inactive_file 0\n",
+            },
+            1_500_000_000,
+        ),
+        (  # version 1, seen from a container: the path is the host's, the files are at the mount point
+            "9:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n",
+            {
+                f"{V1}/memory.limit_in_bytes": "1000000000\n",
+                f"{V1}/memory.usage_in_bytes": "400000000\n",
+                f"{V1}/memory.stat": "inactive_file 7\ntotal_inactive_file 100000000\n",
+            },
+            700_000_000,
+        ),
+        ("4:memory:/\n", {f"{V1}/memory.limit_in_bytes": "9223372036854771712\n"}, 4_096_000_000),
+    ],
+)
+def test_the_hosts_free_memory(tmp_path: Path, cgroup: str, files: dict[str, str], expected: int) -> None:
+    assert host_free_bytes(host(tmp_path, cgroup, files)) == expected
+
+
+def test_an_old_kernel_is_named(tmp_path: Path) -> None:
+    host(tmp_path, "0::/\n", {"proc/meminfo": "MemTotal: 9 kB\n"})
+    with pytest.raises(StartError, match="does not tell MemAvailable: this kernel is too old"):
+        host_free_bytes(tmp_path)
+
+
+def test_this_host_can_be_read() -> None:
+    assert host_free_bytes() > 0
