@@ -16,13 +16,14 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-slow check format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-slow check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
 	@echo 'make test              every fast test                     (PYTEST_ARGS=)'
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
-	@echo 'make check             format, lint, types, import direction'
+	@echo 'make check             format, lint, types, import direction, generated documents'
+	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
 	@echo 'make install           only the environment                (TORCH_SPEC= another torch, PYTHON= another python)'
 	@echo 'make demo-model        only the demo model; prints its folder'
@@ -63,8 +64,13 @@ check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py benchmarks/offline.py benchmarks/soak.py
+	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py
+	@$(PY) -m mypy benchmarks/offline.py benchmarks/soak.py
+	@$(PY) scripts/configuration.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py
+
+configuration: install
+	@$(PY) scripts/configuration.py
 
 format: install
 	@$(PY) -m ruff format .

@@ -1,34 +1,140 @@
-"""text-generation-server: tools around the engine. TGI starts shards with it; ours starts them itself."""
+"""text-generation-server: tools around the engine. TGI starts shards with it; ours are started by the launcher."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
+from collections.abc import Mapping, MutableMapping
 
 from engine.errors import StartError
-from engine.logs import configure_logging
+from engine.ipc import exit_when_closed
+from engine.logs import configure_logging, parse_log_filter
 
 logger = logging.getLogger(__name__)
+
+INTERRUPTED_EXIT_CODE = 130
+
+DESCRIPTION = """\
+Fetch a model from the Hugging Face Hub into its cache: safetensors weights, configuration and tokenizer, never pickled
+weights or code. What is there already is not fetched again; a model that is there whole costs no network call. The
+last line of standard output is the model's folder; the log goes to standard error.
+"""
+EPILOG = """\
+Variables:
+  HUGGINGFACE_HUB_CACHE  folder of the cache (default: $HF_HOME/hub; HF_HOME is ~/.cache/huggingface)
+  HF_TOKEN               token for private and gated models
+  HF_HUB_OFFLINE         1 makes no network call: only what is in the cache counts
+  HF_ENDPOINT            address of another Hub
+  LOG_LEVEL              default of --logger-level
+
+Examples:
+  text-generation-server download-weights Qwen/Qwen2.5-0.5B-Instruct
+  text-generation-server download-weights Qwen/Qwen2.5-0.5B-Instruct --revision refs/pr/1 --json-output
+  HUGGINGFACE_HUB_CACHE=/data text-generation-server download-weights my-team/my-model --revision v1.2
+"""
 
 
 def main() -> None:
     """Console script. Prints the model's folder as the last line of standard output."""
-    parser = argparse.ArgumentParser(prog="text-generation-server", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    download = commands.add_parser("download-weights", help="fetch a model from the Hub into the cache")
-    download.add_argument("model_id", metavar="MODEL_ID")
-    download.add_argument("--revision", help="branch, tag or commit (default: main)")
-    download.add_argument("--cache-dir", help="folder of the Hub's cache (default: the Hub's own)")
-    args = parser.parse_args()
-    configure_logging("info", "download")
-    from engine.hub import download_model
-
+    settle_environment(os.environ)
+    args = build_parser(os.environ).parse_args()
+    configure_logging(args.logger_level, "download", is_json=args.json_output)
+    # As Ctrl-C does it: the library then removes the file it was writing. As process 1 of a container we would not
+    # even get a signal without a handler.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if args.lifeline:
+        exit_when_closed(sys.stdin.fileno(), logger.error)
     try:
-        print(download_model(args.model_id, args.revision, args.cache_dir))
+        download_weights(args)
     except StartError as error:
         logger.error("%s", error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        logger.info("Stopped by a signal")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception:
+        logger.exception("The download failed")
+        sys.exit(1)
+
+
+def settle_environment(environ: MutableMapping[str, str]) -> None:
+    """Bring the variables that TGI's users set into the form that huggingface_hub reads."""
+    for name in [name for name, value in environ.items() if not value]:
+        del environ[name]  # the library would take an empty path or address for one
+    if "HUGGINGFACE_HUB_CACHE" in environ:  # TGI's name, and the launcher's flag: it beats the library's own name
+        environ["HF_HUB_CACHE"] = environ["HUGGINGFACE_HUB_CACHE"]
+    if "HF_API_TOKEN" in environ:
+        environ.setdefault("HF_TOKEN", environ["HF_API_TOKEN"])
+    # TGI's images set it. The library would only warn that it does nothing any more.
+    environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
+    # It would ask the Hub for a list of coding agents first, in order to tell which one runs it.
+    environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="text-generation-server",
+        description="Tools around the engine. The server itself is started with text-generation-launcher.",
+        epilog="text-generation-server download-weights --help has examples.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    download = commands.add_parser(
+        "download-weights",
+        help="fetch a model from the Hub into the cache",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    download.add_argument("model_id", metavar="MODEL_ID", help="id on the Hub, or a local folder to be checked")
+    download.add_argument("--revision", help="branch, tag, commit or refs/pr/N (default: main)")
+    download.add_argument("--extension", default=".safetensors", help="only .safetensors (default) is supported")
+    download.add_argument(
+        "--logger-level",
+        metavar="LEVEL",
+        type=_log_filter,
+        default=environ.get("LOG_LEVEL", "info"),
+        help="debug, info, warn or error (default: LOG_LEVEL, or info)",
+    )
+    switches = {
+        "auto-convert": (True, "accepted, without effect: pickled weights are never loaded, so never converted"),
+        "json-output": (False, "log in JSON, one object per line"),
+        "trust-remote-code": (False, "accepted, without effect: code of a repository is never run"),
+        "merge-lora": (False, "accepted, without effect: adapters are not supported"),
+    }
+    for name, (default, help_text) in switches.items():
+        action = argparse.BooleanOptionalAction
+        download.add_argument(f"--{name}", action=action, default=default, help=help_text)
+    # The launcher's: the end of standard input is the launcher's end. By hand it may be closed from the start.
+    download.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _log_filter(text: str) -> str:
+    try:
+        parse_log_filter(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level: debug, info, warn or error") from None
+    return text
+
+
+def download_weights(args: argparse.Namespace) -> None:
+    """Raises StartError."""
+    if args.extension != ".safetensors":
+        raise StartError(
+            f"--extension {args.extension} is not supported: only .safetensors weights are loaded, leave the option out"
+        )
+    if args.trust_remote_code:
+        logger.warning("--trust-remote-code has no effect: code of a repository is never run, no model needs it")
+    if args.merge_lora:
+        logger.warning("--merge-lora has no effect: adapters are not supported")
+    from engine.hub import download_model  # not before the environment is settled
+
+    print(download_model(args.model_id, args.revision or None))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import sys
 
 import uvicorn
 
-from engine.config import PEER_GONE_EXIT_CODE
-from engine.errors import EngineDeadError, StartError
+from engine.config import ENGINE_HUNG_EXIT_CODE, PEER_GONE_EXIT_CODE
+from engine.errors import EngineDeadError, EngineHungError, GenerationError, StartError
 from engine.ipc import exit_when_closed
 from engine.logs import configure_logging
 from server.app import create_app
@@ -23,20 +24,38 @@ logger = logging.getLogger(__name__)
 LISTEN_BACKLOG = 2048
 DEAD_ENGINE_DRAIN_S = 3
 """When the engine is gone every stream ends with an error event; nobody is waited for longer than this."""
+LAST_EVENTS_S = 3.0
+"""How long clients may take to read the error event that ends their stream when the drain's time is over."""
 
 
-class AnnouncingServer(uvicorn.Server):
-    """Logs the readiness line that scripts look for, once connections are accepted."""
+class DrainingServer(uvicorn.Server):
+    """Logs the readiness line that scripts look for; ends what still runs when the drain takes too long."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_s = drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         logger.info("Connected")
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let nobody in any more, wait until the running requests have ended or their time is over."""
+        timer = asyncio.get_running_loop().call_later(self._drain_s, self._end_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _end_requests(self) -> None:
+        logger.warning("The running requests took longer than %g s to end: ending them", self._drain_s)
+        self._engine.refuse(GenerationError("the server is stopping"))
+
 
 def main() -> None:
     config = ServerConfig.from_json(sys.stdin.readline())
-    configure_logging(config.log_level, "webserver")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    configure_logging(config.log_level, "webserver", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
     try:
         with asyncio.Runner(loop_factory=uvicorn.Config(app="", log_config=None).get_loop_factory()) as runner:
@@ -47,27 +66,29 @@ def main() -> None:
     except EngineDeadError as error:
         logger.error("%s", error)
         sys.exit(PEER_GONE_EXIT_CODE)
+    except EngineHungError as error:
+        logger.error("%s", error)
+        sys.exit(ENGINE_HUNG_EXIT_CODE)
 
 
 async def serve(config: ServerConfig) -> None:
-    """Serve until a signal. Raises EngineDeadError when the engine ends first, StartError for a bad tokenizer."""
-    tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers)
+    """Serve until a signal. Raises EngineDeadError or EngineHungError for the engine, StartError for the tokenizer."""
+    tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers, config.tokenizer_config_path)
     engine = EngineClient(socket.socket(fileno=config.engine_fd))
     await engine.connect()
-    server = AnnouncingServer(
-        uvicorn.Config(
-            create_app(engine, config, tokenizer),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=config.graceful_termination_timeout_s,
-        )
+    drain_s = config.graceful_termination_timeout_s
+    uvicorn_config = uvicorn.Config(
+        create_app(engine, config, tokenizer),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(drain_s + LAST_EVENTS_S),
     )
-    watcher = asyncio.create_task(_stop_when_dead(engine, server))
+    server = DrainingServer(uvicorn_config, engine, drain_s)
+    watcher = asyncio.create_task(_stop_without_engine(engine, server))
     await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()
-    if engine.dead.is_set():
-        raise EngineDeadError("the engine has ended")
+    engine.raise_if_dead()
     await engine.close()
 
 
@@ -82,9 +103,9 @@ def _listening(fd: int) -> socket.socket:
     return listener
 
 
-async def _stop_when_dead(engine: EngineClient, server: uvicorn.Server) -> None:
-    await engine.dead.wait()
-    logger.error("The engine has ended: stopping")
+async def _stop_without_engine(engine: EngineClient, server: uvicorn.Server) -> None:
+    await engine.watch()
+    logger.error("There is no engine any more: stopping")
     server.config.timeout_graceful_shutdown = DEAD_ENGINE_DRAIN_S
     server.should_exit = True
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
+from server.access import ApiKeyGuard, CorsHeaders
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.errors import install_error_handlers
@@ -31,4 +32,7 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     install_error_handlers(app)
     for area in (generate, openai, info):
         app.include_router(area.router)
+    if config.api_key is not None:
+        app.add_middleware(ApiKeyGuard, api_key=config.api_key)
+    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin)  # the outer one: its answers need no key
     return app

@@ -1,18 +1,21 @@
-"""The command line: one table of flags with their environment twins -> LauncherArgs. The only reader of os.environ.
+"""A command line and the environment -> LauncherArgs, by the table in `server.flags`. The only reader of os.environ.
 
-Every flag of TGI's launcher is in the table (reference `tgi-cli.md` 2): it has an effect, or it is refused in a
-sentence. Standard library only.
+Two kinds of refusal, as TGI's launcher has them: a usage error (unknown flag, bad value) exits with 2, a combination
+that can't be served raises ArgumentError and ends with 1. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
-import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from server.flags import BOOLEAN, FLAGS, SECTIONS, VARIABLES, Effect, Flag, Value
 
 USAGE_EXIT_CODE = 2
 
@@ -31,148 +34,49 @@ class LauncherArgs:
     model_id: str
     revision: str | None
     dtype: str
-    hostname: str
-    port: int
+    rope_scaling: str | None
+    rope_factor: float | None
+    huggingface_hub_cache: str | None
     max_concurrent_requests: int
     max_input_tokens: int | None
     max_total_tokens: int | None
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_client_batch_size: int
+    payload_limit: int
+    validation_workers: int
+    tokenizer_config_path: str | None
+    disable_grammar_support: bool
     max_batch_prefill_tokens: int | None
     max_batch_total_tokens: int | None
-    huggingface_hub_cache: str | None
-    is_prefix_caching: bool
-    log_level: str
-    num_threads: int | None
-    """From OMP_NUM_THREADS; None: all cores this process may use."""
+    max_batch_size: int | None
+    cuda_memory_fraction: float
+    hostname: str
+    port: int
+    api_key: str | None
+    cors_allow_origin: tuple[str, ...]
+    """Empty: any origin."""
+    graceful_termination_timeout: int
+    strict_tgi: bool
+    json_output: bool
+    env: bool
+    prefix_caching: bool
+    tgi_wiggle_room: float
+    omp_num_threads: int | None
+    """None: all cores this process may use."""
     compute_type: str | None
+    log_level: str
+    """A filter, as `engine.logs.parse_log_filter` reads it."""
+    echo: str
+    """What was given, and whether by flag or variable; secrets are starred."""
+    warnings: tuple[str, ...]
+    """To be logged once: what was given and has no effect."""
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _outer_threads(text: str) -> int:
-    """OpenMP's list of threads per nesting level: the first is ours."""
-    return _positive(text.split(",")[0])
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise ValueError(text)
-    return value
-
-
-# What argparse prints as "invalid <name> value: ...".
-_positive.__name__, _outer_threads.__name__, _port.__name__ = "positive integer", "thread count", "port"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Named:
-    """`--name-like-this` and its environment twin `NAME_LIKE_THIS`; the flag wins."""
-
-    name: str
-
-    @property
-    def attribute(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return self.attribute.upper()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Flag(_Named):
-    """One flag that has an effect."""
-
-    help: str
-    parse: Callable[[str], Any] = str
-    default: Any = None
-    choices: tuple[str, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RefusedFlag(_Named):
-    """A flag of TGI that is not built yet. `harmless` values ask for what happens anyway and are let through."""
-
-    is_switch: bool = False
-    harmless: tuple[str, ...] = ()
-    has_variable: bool = True
-
-
-FLAGS: tuple[Flag, ...] = (
-    Flag("model-id", "Folder of a Hugging Face model, or its id on the Hub"),
-    Flag("revision", "Branch, tag or commit on the Hub (default: main)"),
-    Flag(
-        "dtype",
-        "What to compute in; auto is the checkpoint's own. float32 gives the ids of transformers in float32",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    ),
-    Flag("hostname", "IP address to listen on", default="0.0.0.0"),
-    Flag("port", "Port to listen on", _port, default=3000),
-    Flag("max-concurrent-requests", "Requests waiting and running together; more get 429", _positive, default=128),
-    Flag("max-input-tokens", "Longest prompt in tokens (default: max-total-tokens - 1)", _positive),
-    Flag("max-input-length", "Old name of --max-input-tokens", _positive),
-    Flag("max-total-tokens", "Longest prompt and output together (default: what model and memory allow)", _positive),
-    Flag(
-        "max-batch-prefill-tokens", "Most tokens computed, and requests running, in one step (default: 4096)", _positive
-    ),
-    Flag("max-batch-total-tokens", "Tokens that the KV cache holds (default: from the free memory)", _positive),
-    Flag("huggingface-hub-cache", "Folder where models of the Hub are kept"),
-)
-
-REFUSED_FLAGS: tuple[RefusedFlag, ...] = (
-    RefusedFlag("validation-workers", harmless=("2",)),
-    RefusedFlag("sharded", harmless=("false", "0")),
-    RefusedFlag("num-shard", harmless=("1",)),
-    RefusedFlag("quantize"),
-    RefusedFlag("speculate", harmless=("0",)),
-    RefusedFlag("kv-cache-dtype"),
-    RefusedFlag("trust-remote-code", is_switch=True),
-    RefusedFlag("max-best-of", harmless=("2",)),
-    RefusedFlag("max-stop-sequences", harmless=("4",)),
-    RefusedFlag("max-top-n-tokens", harmless=("5",)),
-    RefusedFlag("waiting-served-ratio"),
-    RefusedFlag("max-waiting-tokens"),
-    RefusedFlag("max-batch-size"),
-    RefusedFlag("cuda-graphs", harmless=("0",)),
-    RefusedFlag("shard-uds-path"),
-    RefusedFlag("master-addr"),
-    RefusedFlag("master-port"),
-    RefusedFlag("weights-cache-override"),
-    RefusedFlag("disable-custom-kernels", is_switch=True),
-    RefusedFlag("cuda-memory-fraction", harmless=("1", "1.0")),
-    RefusedFlag("rope-scaling"),
-    RefusedFlag("rope-factor"),
-    RefusedFlag("json-output", is_switch=True),
-    RefusedFlag("otlp-endpoint"),
-    RefusedFlag("otlp-service-name"),
-    RefusedFlag("cors-allow-origin"),
-    RefusedFlag("api-key"),
-    RefusedFlag("watermark-gamma"),
-    RefusedFlag("watermark-delta"),
-    RefusedFlag("ngrok", is_switch=True),
-    RefusedFlag("ngrok-authtoken"),
-    RefusedFlag("ngrok-edge"),
-    RefusedFlag("tokenizer-config-path"),
-    RefusedFlag("disable-grammar-support", is_switch=True),
-    RefusedFlag("env", is_switch=True, has_variable=False),
-    RefusedFlag("max-client-batch-size", harmless=("4",)),
-    RefusedFlag("lora-adapters"),
-    RefusedFlag("usage-stats", harmless=("off",)),
-    RefusedFlag("payload-limit", harmless=("2000000",)),
-    RefusedFlag("enable-prefill-logprobs", is_switch=True),
-    RefusedFlag("graceful-termination-timeout", harmless=("90",)),
-    RefusedFlag("prometheus-port"),
-)
 
 EPILOG = """\
-Every flag has an environment twin: --max-total-tokens is MAX_TOTAL_TOKENS. The flag wins.
-Further variables: PREFIX_CACHING=0 turns the prefix cache off; LOG_LEVEL; OMP_NUM_THREADS; HF_TOKEN; HF_HUB_OFFLINE=1.
+Every flag but --env has an environment twin: --max-total-tokens is MAX_TOTAL_TOKENS. The flag wins.
+Further variables and what each flag does here: docs/configuration.md.
 
 Examples:
   text-generation-launcher --model-id Qwen/Qwen2.5-0.5B-Instruct --port 8080
@@ -185,106 +89,184 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_EXIT_CODE, f"error: {message}\n\nFor more information, try '--help'.\n")
 
 
+class _Once(argparse.Action):
+    """A flag given twice is a mistake that should be seen, as TGI's parser has it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given more than once")
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the table. Values stay None when not given, so that the environment can be asked."""
     parser = _Parser(
         prog="text-generation-launcher",
+        usage="%(prog)s --model-id MODEL [flags]",
         description="Serve a Qwen2-family model over TGI's and OpenAI's routes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"pytgi {importlib.metadata.version('pytgi')}")
-    for flag in FLAGS:
-        default = "" if flag.default is None else f" (default: {flag.default})"
-        parser.add_argument(
-            f"--{flag.name}",
-            type=flag.parse,
-            choices=flag.choices,
-            metavar=flag.variable if flag.choices is None else None,
-            help=f"{flag.help}{default} [env: {flag.variable}]",
-        )
-    group = parser.add_argument_group("flags of TGI that are not built yet (refused)")
-    for refused in REFUSED_FLAGS:
-        action: dict[str, Any] = {"action": "store_const", "const": "true"} if refused.is_switch else {"metavar": "X"}
-        group.add_argument(f"--{refused.name}", dest=refused.attribute, help=argparse.SUPPRESS, **action)
-    group.description = ", ".join(f"--{refused.name}" for refused in REFUSED_FLAGS)
+    version = f"pytgi {importlib.metadata.version('pytgi')}"
+    parser.add_argument("--version", "-V", action="version", version=version)
+    for title, flags in SECTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            _add_flag(group, flag)
     return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    names = [f"--{flag.name}", *([f"-{flag.short}"] if flag.short else [])]
+    help_text = _help(flag).replace("%", "%%")
+    if flag.is_switch:
+        group.add_argument(*names, dest=flag.attribute, action=_Once, nargs=0, const=True, help=help_text)
+    else:
+        group.add_argument(
+            *names,
+            dest=flag.attribute,
+            action="append" if flag.is_repeatable else _Once,
+            type=_typed(flag),
+            metavar="{" + ",".join(flag.choices) + "}" if flag.choices else flag.value.metavar,
+            help=help_text,
+        )
+
+
+def _help(flag: Flag) -> str:
+    default = "" if flag.default is None else f" (default: {flag.default})"
+    effect = {
+        Effect.SERVED: "",
+        Effect.NONE: f" (no effect: {flag.reason})",
+        Effect.REFUSED: f" (refused: {flag.reason})",
+    }[flag.effect]
+    variable = f" [env: {flag.variable}]" if flag.has_variable else ""
+    return f"{flag.help}{default}{effect}{variable}"
+
+
+def _typed(flag: Flag) -> Callable[[str], Any]:
+    """The flag's value of a text; raises what argparse prints as it is."""
+
+    def parse(text: str) -> Any:
+        if flag.choices is not None and text not in flag.choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(flag.choices)})")
+        return _parse(BOOLEAN if flag.is_switch else flag.value, text)
+
+    return parse
+
+
+def _parse(value: Value, text: str) -> Any:
+    try:
+        return value.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {value.name} value: {text!r}") from None
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LauncherArgs:
     """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination."""
     environ = {name: value for name, value in environ.items() if value}  # empty is as good as unset
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
-    _refuse_unbuilt(given, environ)
-    values = {flag.attribute: _value(parser, flag, given[flag.attribute], environ) for flag in FLAGS}
-    if values["model_id"] is None:
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    sources = {flag.attribute: f"--{flag.name}" for flag in FLAGS if flag.attribute in given}
+    for flag in FLAGS:
+        if flag.attribute not in given and flag.has_variable and flag.variable in environ:
+            value = _variable(parser, environ, flag.variable, _typed(flag))
+            given[flag.attribute] = [value] if flag.is_repeatable else value
+            sources[flag.attribute] = f"the variable {flag.variable}"
+    variables = _read_variables(parser, environ)
+    if "model_id" not in given:
         parser.error("--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct")
-    _check_limits(values)
-    values["max_input_tokens"] = values["max_input_tokens"] or values.pop("max_input_length")
-    values.pop("max_input_length", None)
-    return LauncherArgs(
-        **values,
-        is_prefix_caching=_switch(parser, environ, "PREFIX_CACHING", default=True),
-        log_level=_log_level(parser, environ),
-        num_threads=_variable(parser, environ, "OMP_NUM_THREADS", _outer_threads),
-        compute_type=environ.get("COMPUTE_TYPE"),
-    )
+    _check_sharding(given, environ)
+    _check_limits(given)
+    _check_combinations(given)
+    warnings = [*_refuse_and_warn(given, sources), *_idle_variables(variables)]
+    served = {
+        flag.attribute: given.get(flag.attribute, _default(flag)) for flag in FLAGS if flag.effect is Effect.SERVED
+    }
+    served |= {row.attribute: variables.get(row.attribute, row.default) for row in VARIABLES if row.is_ours}
+    served["cors_allow_origin"] = tuple(served["cors_allow_origin"] or ())
+    old_name = served.pop("max_input_length")
+    served["max_input_tokens"] = served["max_input_tokens"] or old_name
+    return LauncherArgs(**served, echo=_echo(given, sources), warnings=tuple(warnings))
 
 
-def _refuse_unbuilt(given: dict[str, Any], environ: Mapping[str, str]) -> None:
-    for flag in REFUSED_FLAGS:
-        value = given[flag.attribute]
-        source = f"--{flag.name}"
-        if value is None and flag.has_variable:
-            value, source = environ.get(flag.variable), f"the variable {flag.variable}"
-        is_off = flag.is_switch and (value or "").lower() in ("false", "0")
-        if value not in (None, *flag.harmless) and not is_off:
-            raise ArgumentError(f"{source} is not supported yet: start without it")
+def _echo(given: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    shown = {flag.attribute: "***" if flag.is_secret else repr(given.get(flag.attribute)) for flag in FLAGS}
+    return ", ".join(f"{source} = {shown[attribute]}" for attribute, source in sources.items())
 
 
-def _value(parser: argparse.ArgumentParser, flag: Flag, given: Any, environ: Mapping[str, str]) -> Any:
-    if given is not None:
-        return given
-    value = _variable(parser, environ, flag.variable, flag.parse)
-    if value is not None and flag.choices is not None and value not in flag.choices:
-        parser.error(f"variable {flag.variable}: invalid choice: {value!r} (choose from {', '.join(flag.choices)})")
-    return flag.default if value is None else value
+def _default(flag: Flag) -> Any:
+    return False if flag.is_switch else flag.default
 
 
 def _variable(
     parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, parse: Callable[[str], Any]
 ) -> Any:
-    text = environ.get(name)
-    if text is None:
-        return None
     try:
-        return parse(text)
-    except ValueError:
-        parser.error(f"variable {name}: invalid {parse.__name__} value: {text!r}")
+        return parse(environ[name])
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"variable {name}: {error}")
 
 
-def _switch(parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, *, default: bool) -> bool:
-    values = {"1": True, "true": True, "0": False, "false": False}
-    text = environ.get(name)
-    if text is None:
-        return default
-    if text.lower() not in values:
-        parser.error(f"variable {name}: give 1 or 0, not {text!r}")
-    return values[text.lower()]
+def _read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The variables without a flag that are ours to read and are set."""
+    values = {}
+    for row in VARIABLES:
+        if row.value is not None and row.name in environ:
+            values[row.attribute] = _variable(parser, environ, row.name, functools.partial(_parse, row.value))
+    return values
 
 
-def _log_level(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> str:
-    level = environ.get("LOG_LEVEL", "info").lower()
-    level = {"warn": "warning", "trace": "debug"}.get(level, level)
-    if level not in ("debug", "info", "warning", "error"):
-        parser.error(f"variable LOG_LEVEL: give debug, info, warn or error, not {level!r}")
-    return level
+def _refuse_and_warn(given: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+    """Sentences about what was given and does nothing. Raises ArgumentError for what is refused."""
+    warnings = []
+    for flag in FLAGS:
+        value = given.get(flag.attribute)
+        if value is None or value in flag.harmless or (flag.is_switch and not value):
+            continue
+        source = sources[flag.attribute]
+        if flag.effect is Effect.REFUSED:
+            raise ArgumentError(f"{source} is not supported: {flag.reason}")
+        if flag.effect is Effect.NONE:
+            warnings.append(f"{source} has no effect: {flag.reason}")
+    return warnings
 
 
-def _check_limits(values: Mapping[str, Any]) -> None:
-    new, old, total = values["max_input_tokens"], values["max_input_length"], values["max_total_tokens"]
+def _idle_variables(variables: Mapping[str, Any]) -> list[str]:
+    return [
+        f"the variable {row.name} has no effect: {row.help}"
+        for row in VARIABLES
+        if row.effect is Effect.NONE and row.attribute in variables and variables[row.attribute] not in row.harmless
+    ]
+
+
+def _check_sharding(given: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """TGI's rules for --sharded and --num-shard (reference `tgi-cli.md` 4.1)."""
+    num_shard, is_sharded = given.get("num_shard"), given.get("sharded")
+    if num_shard is not None and num_shard < 1:
+        raise ArgumentError("`num_shard` cannot be < 1")
+    if is_sharded and num_shard is not None and num_shard <= 1:
+        raise ArgumentError("`sharded` is true but `num_shard` <= 1")
+    if is_sharded and num_shard is None and (num_devices := _num_visible_devices(environ)) <= 1:
+        raise ArgumentError(f"`sharded` is true but only found {num_devices} CUDA devices")
+
+
+def _num_visible_devices(environ: Mapping[str, str]) -> int:
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        if (devices := environ.get(name)) is not None:
+            return len(devices.split(",")) if devices not in ("all", "void") else _num_nvidia_devices()
+    return 0
+
+
+def _num_nvidia_devices() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _check_limits(given: Mapping[str, Any]) -> None:
+    """TGI's sentences of reference `tgi-cli.md` 3.4, as far as they need no model."""
+    new, old, total = (given.get(name) for name in ("max_input_tokens", "max_input_length", "max_total_tokens"))
     if new is not None and old is not None:
         raise ArgumentError(
             f"Both `max_input_tokens` ({new}) and `max_input_length` ({old}) are set. Please define only "
@@ -293,19 +275,27 @@ def _check_limits(values: Mapping[str, Any]) -> None:
     longest = new or old
     if longest is not None and total is not None and longest >= total:
         raise ArgumentError(f"`max_input_tokens`({longest}) must be < `max_total_tokens`({total})")
-    capacity = values["max_batch_total_tokens"]
+    capacity, prefill = given.get("max_batch_total_tokens"), given.get("max_batch_prefill_tokens")
     if total is not None and capacity is not None and total > capacity:
         raise ArgumentError(f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {capacity}")
-    prefill = values["max_batch_prefill_tokens"]
     if prefill is not None and capacity is not None and prefill > capacity:
         raise ArgumentError(
             f"`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: {prefill} and {capacity}"
         )
+    for name in ("validation_workers", "max_batch_size"):
+        if given.get(name) == 0:
+            raise ArgumentError(f"`{name}` must be > 0")
 
 
-def is_ip_address(hostname: str) -> bool:
-    try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        return False
-    return True
+def _check_combinations(given: Mapping[str, Any]) -> None:
+    if given.get("strict_tgi") and given.get("dtype", "auto") != "auto" and given.get("quantize") is not None:
+        raise ArgumentError(
+            "Only 1 can be set between dtype and quantize, as they both decide how goes the final model."
+        )
+    for adapter in (given.get("lora_adapters") or "").split(","):
+        if adapter.count("@") > 1:
+            raise ArgumentError(f"Invalid LoRA adapter format: {adapter}")
+    if given.get("ngrok"):
+        for name in ("ngrok_authtoken", "ngrok_edge"):
+            if given.get(name) is None:
+                raise ArgumentError(f"`{name.replace('_', '-')}` must be set when using ngrok tunneling")

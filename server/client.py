@@ -9,14 +9,17 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 
-from engine.errors import EngineDeadError, GenerationError
+from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
 from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_TIMEOUT_S = 30.0
+UNHEALTHY_SILENCE_S = 10.0
+HUNG_SILENCE_S = 20.0
 """The engine speaks at least once a second while idle and after every step; on a CPU a step is cut to 5 s."""
+WATCH_S = 1.0
+READY_LOG_S = 10.0
 
 
 class EngineClient:
@@ -26,10 +29,12 @@ class EngineClient:
         sock.setblocking(False)
         self._sock = sock
         self._writer: asyncio.StreamWriter | None = None
-        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._queues: dict[str, asyncio.Queue[TokenEvent | Exception]] = {}
         self._limits: asyncio.Future[EngineReady] | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._last_heard = 0.0
+        self._refusal: Exception | None = None
+        self._death: Exception | None = None
         self.stats = EngineStats()
         self.dead = asyncio.Event()
 
@@ -38,7 +43,9 @@ class EngineClient:
         reader, self._writer = await asyncio.open_connection(sock=self._sock)
         self._limits = asyncio.get_running_loop().create_future()
         self._reader_task = asyncio.create_task(self._read(reader), name="engine-reader")
-        return await self._limits
+        while not (await asyncio.wait([self._limits], timeout=READY_LOG_S))[0]:
+            logger.info("Waiting for shard to be ready...")
+        return self.limits
 
     @property
     def limits(self) -> EngineReady:
@@ -48,14 +55,14 @@ class EngineClient:
     @property
     def is_healthy(self) -> bool:
         """The engine is there and was heard of lately."""
-        return not self.dead.is_set() and time.monotonic() - self._last_heard < HEARTBEAT_TIMEOUT_S
+        return not self.dead.is_set() and time.monotonic() - self._last_heard < UNHEALTHY_SILENCE_S
 
     @contextlib.contextmanager
     def generate(self, request: GenerationRequest) -> Iterator[AsyncIterator[TokenEvent]]:
         """Submit `request`; the iterator ends after the terminal event. Leaving the block early aborts the request."""
-        if self.dead.is_set():
-            raise EngineDeadError("the engine has ended")
-        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        if self._refusal is not None:
+            raise self._refusal
+        queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._queues[request.request_id] = queue
         self._send(encode_frame(request))
         try:
@@ -65,16 +72,41 @@ class EngineClient:
                 self._send(encode_frame(AbortRequest(request.request_id)))
 
     @staticmethod
-    async def _events(queue: asyncio.Queue[TokenEvent | None]) -> AsyncIterator[TokenEvent]:
+    async def _events(queue: asyncio.Queue[TokenEvent | Exception]) -> AsyncIterator[TokenEvent]:
         while True:
             event = await queue.get()
-            if event is None:
-                raise EngineDeadError("the engine has ended")
+            if isinstance(event, Exception):
+                raise event
             if event.error is not None:
                 raise GenerationError(event.error)
             yield event
             if event.is_terminal:
                 return
+
+    def refuse(self, error: Exception) -> None:
+        """End every open request with `error`, and any that comes from now on."""
+        self._refusal = error
+        for queue in self._queues.values():
+            queue.put_nowait(error)
+
+    async def watch(self) -> None:
+        """Return when the engine is dead, or has been silent for so long that it must hang.
+
+        Silence counts only while this process itself runs: after a pause of both, as a container's, nobody hangs.
+        """
+        silence_s = 0.0
+        while not self.dead.is_set() and silence_s < HUNG_SILENCE_S:
+            heard = self._last_heard
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.dead.wait(), WATCH_S)
+            silence_s = silence_s + WATCH_S if heard == self._last_heard else 0.0
+        if not self.dead.is_set():
+            self._mark_dead(EngineHungError(f"the engine hangs: nothing was heard of it for {HUNG_SILENCE_S:g} s"))
+
+    def raise_if_dead(self) -> None:
+        """Raises EngineDeadError or EngineHungError when there is no engine any more."""
+        if self._death is not None:
+            raise self._death
 
     def _send(self, frame: bytes) -> None:
         # Not drained: requests are few and bounded by the admission limit, and a dead engine is noticed by the reader.
@@ -93,7 +125,8 @@ class EngineClient:
         except Exception:
             logger.exception("The engine's message can't be read")
         finally:
-            self._mark_dead()
+            if not self.dead.is_set():
+                self._mark_dead(EngineDeadError("the engine has ended"))
 
     def _take(self, message: EngineReady | StepOutput) -> None:
         self._last_heard = time.monotonic()
@@ -110,13 +143,13 @@ class EngineClient:
                 del self._queues[event.request_id]
             queue.put_nowait(event)
 
-    def _mark_dead(self) -> None:
+    def _mark_dead(self, death: Exception) -> None:
+        self._death = death
         self.dead.set()
+        self.refuse(death)
         assert self._limits is not None
         if not self._limits.done():
             self._limits.set_exception(EngineDeadError("the engine ended before it was ready"))
-        for queue in self._queues.values():
-            queue.put_nowait(None)
 
     async def close(self) -> None:
         if self._writer is not None:

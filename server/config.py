@@ -28,10 +28,19 @@ class ServerConfig:
     validation_workers: int = 2
     payload_limit: int = 2_000_000
     """Largest request body in bytes."""
+    is_grammar_disabled: bool = False
+    tokenizer_config_path: str | None = None
+    """Read in place of the folder's tokenizer_config.json."""
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    cors_allow_origin: tuple[str, ...] = ()
+    """Origins whose pages may call; empty: any."""
+    is_strict_tgi: bool = False
+    """TGI's behaviour also where it breaks clients."""
     graceful_termination_timeout_s: int = 90
     compute_type: str = "cpu"
     """Value of the x-compute-type header."""
     log_level: str = "info"
+    is_json_output: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -8,7 +8,7 @@ Exception
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ UnhealthyError             /health says no
  └─ BodyError                  the body is not what the route reads; plain text, before any handler
-engine.errors.GenerationError, EngineDeadError
+engine.errors.GenerationError, EngineDeadError, EngineHungError
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from engine.errors import EngineDeadError, GenerationError
+from engine.errors import EngineDeadError, EngineHungError, GenerationError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     UnhealthyError: ErrorKind(503, "healthcheck"),
     GenerationError: _GENERATION,
     EngineDeadError: _GENERATION,
+    EngineHungError: _GENERATION,
 }
 
 

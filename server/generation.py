@@ -6,6 +6,7 @@ whatever reason, aborts the sequence and gives the permit back.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from engine.types import FinishReason, TokenEvent
-from server.admission import Admission
+from server.admission import Admission, Permit
 from server.chat import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.detokenizer import Detokenizer, StopChecker
 from server.errors import IncompleteGenerationError
+from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 from server.validation import GenerationInput, ValidatedRequest, Validator
 
@@ -65,11 +67,14 @@ class Timings:
 class Generation:
     """One running request."""
 
-    def __init__(self, request: ValidatedRequest, tokenizer: TextTokenizer, timings: Timings) -> None:
+    def __init__(
+        self, request: ValidatedRequest, parameters: GenerateParameters, tokenizer: TextTokenizer, timings: Timings
+    ) -> None:
         self.seed = request.generation.sampling.seed
         self.num_prompt_tokens = len(request.generation.prompt_token_ids)
         self.num_generated_tokens = 0
         self.timings = timings
+        self._parameters = parameters
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, request.generation.prompt_token_ids)
         self._stop_checker = StopChecker(request.stop)
@@ -104,16 +109,25 @@ class Generation:
 
     def _finish(self) -> None:
         self.timings.finished = time.perf_counter()
-        logger.info(
-            'Success total_time="%s" validation_time="%s" queue_time="%s" inference_time="%s" '
-            'time_per_token="%s" seed="%s"',
-            _duration(self.timings.total_s),
-            _duration(self.timings.validation_s),
-            _duration(self.timings.queue_s),
-            _duration(self.timings.inference_s),
-            _duration(self.time_per_token_s),
-            f"Some({self.seed})" if self.seed is not None else None,
-        )
+        logger.info("Success", extra={"span": self._span()})
+
+    def log_cancelled(self) -> None:
+        """The line of a request whose client left before the end; a failed one has its error's line instead."""
+        self.timings.finished = time.perf_counter()
+        logger.info("Cancelled", extra={"span": self._span()})
+
+    def _span(self) -> dict[str, str]:
+        """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
+        return {
+            "name": "generate",
+            "parameters": str(self._parameters.model_dump(exclude_defaults=True, exclude={"stop", "grammar"})),
+            "total_time": _duration(self.timings.total_s),
+            "validation_time": _duration(self.timings.validation_s),
+            "queue_time": _duration(self.timings.queue_s),
+            "inference_time": _duration(self.timings.inference_s),
+            "time_per_token": _duration(self.time_per_token_s),
+            "seed": f"Some({self.seed})" if self.seed is not None else "None",
+        }
 
 
 def _duration(seconds: float) -> str:
@@ -151,17 +165,31 @@ class GenerationService:
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
 
+    def permit_for_stream(self) -> Permit | None:
+        """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.
+
+        As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
+        """
+        return None if self.config.is_strict_tgi else self._admission.permit()
+
     @contextlib.asynccontextmanager
-    async def open(self, wanted: GenerationInput) -> AsyncIterator[tuple[Generation, AsyncIterator[GeneratedToken]]]:
-        """Start generating; the request lives as long as the block."""
+    async def open(
+        self, wanted: GenerationInput, permit: Permit | None = None
+    ) -> AsyncIterator[tuple[Generation, AsyncIterator[GeneratedToken]]]:
+        """Start generating, under `permit` or one of its own; the request lives as long as the block."""
         started = time.perf_counter()
         self._validator.check_before_admission(wanted)
-        with self._admission.permit():
+        with permit or self._admission.permit():
             request = await self._validator.validate(wanted, self.engine.limits)
-            generation = Generation(request, self.tokenizer, Timings(started, time.perf_counter()))
+            timings = Timings(started, time.perf_counter())
+            generation = Generation(request, wanted.parameters, self.tokenizer, timings)
             with self.engine.generate(request.generation) as events:
                 async with contextlib.aclosing(generation.read(events)) as tokens:
-                    yield generation, tokens
+                    try:
+                        yield generation, tokens
+                    except (asyncio.CancelledError, GeneratorExit):
+                        generation.log_cancelled()
+                        raise
 
 
 def service_of(request: Request) -> GenerationService:

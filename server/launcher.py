@@ -9,28 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from engine.config import PEER_GONE_EXIT_CODE, EngineConfig, engine_environment
+from engine.config import (
+    ENGINE_HUNG_EXIT_CODE,
+    PEER_GONE_EXIT_CODE,
+    START_FAILED_EXIT_CODE,
+    EngineConfig,
+    engine_environment,
+)
 from engine.logs import configure_logging
-from server.args import ArgumentError, LauncherArgs, is_ip_address, parse_args
+from server.args import ArgumentError, LauncherArgs, parse_args
 from server.config import ServerConfig
+from server.runtime import available_cores, describe_runtime, is_ip_address
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-GRACEFUL_TERMINATION_TIMEOUT_S = 90
-"""How long running requests may take to end after a signal."""
-ENGINE_STOP_TIMEOUT_S = 10
+ENGINE_NAME = "engine rank 0"
+LAST_EVENTS_TIMEOUT_S = 5
+"""How long the webserver may take, once its drain is over, to end the streams that are left."""
+STOP_TIMEOUT_S = 5
 DOWNLOAD_STOP_TIMEOUT_S = 10
 CAUSE_TIMEOUT_S = 5
 """How long a child may take to end once its peer has noticed that it is ending."""
@@ -90,19 +97,20 @@ class Child:
 
     def describe_end(self) -> str:
         code = self.exit_code
+        if code == ENGINE_HUNG_EXIT_CODE:
+            return f"{ENGINE_NAME} hangs and was killed; what it did last is above"
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
             return f"{self.name} was killed by {name}{hint}"
         return f"{self.name} ended with exit code {code}; its messages are above"
 
-    def stop(self, timeout_s: float, signals: Signals) -> None:
-        """SIGTERM, wait, SIGKILL; a further signal to the launcher cuts the wait short."""
+    def stop(self, timeout_s: float, is_cut_short: Callable[[], bool]) -> None:
+        """SIGTERM, wait, SIGKILL; no more waiting once `is_cut_short`."""
         if self.exit_code is None:
             self.process.terminate()
-        seen = signals.count
         deadline = time.monotonic() + timeout_s
-        while self.exit_code is None and time.monotonic() < deadline and signals.count == seen:
+        while self.exit_code is None and time.monotonic() < deadline and not is_cut_short():
             time.sleep(POLL_S)
         if self.exit_code is None:
             logger.warning("Killing %s", self.name)
@@ -116,7 +124,7 @@ def main() -> None:
     open_standard_streams()
     try:
         args = parse_args(sys.argv[1:])
-        configure_logging(args.log_level, "launcher")
+        configure_logging(args.log_level, "launcher", is_json=args.json_output)
         run(args)
     except ArgumentError as error:
         sys.exit(f"Error: {error}")
@@ -137,11 +145,17 @@ def open_standard_streams() -> None:
 def run(args: LauncherArgs) -> None:
     """Serve until a signal (raises Stopped) or a failure (raises LaunchError)."""
     signals = Signals()
+    if args.env:
+        logger.info("Runtime environment:\n%s", describe_runtime())
+    logger.info("Args: %s", args.echo)
+    for warning in args.warnings:
+        logger.warning("%s", warning)
     with bind(args.hostname, args.port) as listener:
         model_path = find_model(args, signals)
-        logger.info("Starting webserver and engine for %s on port %d", args.model_id, listener.getsockname()[1])
+        logger.info("Starting shard")
+        logger.info("Starting Webserver for %s on port %d", args.model_id, listener.getsockname()[1])
         processes = start(args, model_path, listener)
-    supervise(*processes, signals)
+    supervise(*processes, signals, args.graceful_termination_timeout)
 
 
 def bind(hostname: str, port: int) -> socket.socket:
@@ -165,21 +179,23 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
     if Path(args.model_id).is_dir() and args.revision is None:
         return args.model_id
     logger.info("Starting check and download process for %s", args.model_id)
-    command = [sys.executable, "-m", "engine.cli", "download-weights", args.model_id]
+    command = [sys.executable, "-m", "engine.cli", "download-weights", args.model_id, "--lifeline"]
     if args.revision is not None:
         command += ["--revision", args.revision]
-    if args.huggingface_hub_cache is not None:
-        command += ["--cache-dir", args.huggingface_hub_cache]
-    child = Child("download", command, stdout=subprocess.PIPE)
+    if args.json_output:
+        command.append("--json-output")
+    environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
+    child = Child("download", command, stdout=subprocess.PIPE, environ=environ)
     while child.exit_code is None:
         if signals.count:
-            child.stop(DOWNLOAD_STOP_TIMEOUT_S, signals)
+            child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
             raise Stopped
         time.sleep(POLL_S)
     assert child.process.stdout is not None
     lines = child.process.stdout.read().decode().splitlines()
     if child.exit_code != 0 or not lines:
         raise LaunchError(f"DownloadError: {args.model_id} could not be fetched; the reason is above")
+    logger.info("Successfully downloaded weights for %s", args.model_id)
     return lines[-1]
 
 
@@ -187,7 +203,7 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
     """Start the engine and the HTTP process with the two ends of a socket pair between them."""
     http_end, engine_end = socket.socketpair()
     with http_end, engine_end:
-        num_threads = args.num_threads or available_cores()
+        num_threads = args.omp_num_threads or available_cores()
         engine_config = EngineConfig(
             model_path=model_path,
             dtype=args.dtype,
@@ -195,10 +211,16 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
             max_total_tokens=args.max_total_tokens,
             max_batch_prefill_tokens=args.max_batch_prefill_tokens,
             max_batch_total_tokens=args.max_batch_total_tokens,
-            is_prefix_caching=args.is_prefix_caching,
+            max_batch_size=args.max_batch_size,
+            memory_fraction=args.cuda_memory_fraction,
+            kv_memory_share=args.tgi_wiggle_room,
+            rope_scaling=args.rope_scaling,
+            rope_factor=args.rope_factor,
+            is_prefix_caching=args.prefix_caching,
             num_threads=num_threads,
             socket_fd=engine_end.fileno(),
             log_level=args.log_level,
+            is_json_output=args.json_output,
         )
         server_config = ServerConfig(
             model_id=args.model_id,
@@ -207,14 +229,26 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
             listen_fd=listener.fileno(),
             engine_fd=http_end.fileno(),
             max_concurrent_requests=args.max_concurrent_requests,
-            graceful_termination_timeout_s=GRACEFUL_TERMINATION_TIMEOUT_S,
+            max_best_of=args.max_best_of,
+            max_stop_sequences=args.max_stop_sequences,
+            max_top_n_tokens=args.max_top_n_tokens,
+            max_client_batch_size=args.max_client_batch_size,
+            validation_workers=args.validation_workers,
+            payload_limit=args.payload_limit,
+            is_grammar_disabled=args.disable_grammar_support,
+            tokenizer_config_path=args.tokenizer_config_path,
+            api_key=args.api_key,
+            cors_allow_origin=args.cors_allow_origin,
+            is_strict_tgi=args.strict_tgi,
+            graceful_termination_timeout_s=args.graceful_termination_timeout,
             compute_type=args.compute_type or "cpu",
             log_level=args.log_level,
+            is_json_output=args.json_output,
         )
         environ = engine_environment(num_threads, dict(os.environ))
         torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         engine = Child(
-            "engine rank 0",
+            ENGINE_NAME,
             [sys.executable, "-m", "engine"],
             config=engine_config.to_json(),
             fds=[engine_end.fileno()],
@@ -231,20 +265,32 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
     return http, engine
 
 
-def supervise(http: Child, engine: Child, signals: Signals) -> None:
+def supervise(http: Child, engine: Child, signals: Signals, drain_s: float) -> None:
     """Watch until a child ends (raises LaunchError) or a signal comes (raises Stopped); then stop the rest."""
     children = (engine, http)
     while not signals.count and all(child.exit_code is None for child in children):
         time.sleep(POLL_S)
     if signals.count:
-        logger.info("Terminating webserver; running requests may end")
-        http.stop(GRACEFUL_TERMINATION_TIMEOUT_S + CAUSE_TIMEOUT_S, signals)
-        engine.stop(ENGINE_STOP_TIMEOUT_S, signals)
+        logger.info("Terminating webserver")
+        logger.info("Waiting for webserver to gracefully shutdown: running requests may end within %g s", drain_s)
+        http.stop(drain_s + LAST_EVENTS_TIMEOUT_S, lambda: signals.count > 1)
+        logger.info("Shutting down shards")
+        engine.stop(STOP_TIMEOUT_S, lambda: signals.count > 1)
         raise Stopped
     cause = find_cause(children)
-    for child in (http, engine):
-        child.stop(ENGINE_STOP_TIMEOUT_S, signals)
-    raise LaunchError(cause.describe_end())
+    is_hung = cause.exit_code == ENGINE_HUNG_EXIT_CODE
+    is_engine = cause is engine or is_hung
+    logger.error("Shard 0 crashed" if is_engine else "Webserver Crashed")
+    http.stop(STOP_TIMEOUT_S, lambda: signals.count > 0)
+    engine.stop(STOP_TIMEOUT_S, lambda: is_hung or signals.count > 0)
+    raise LaunchError(f"{failure_name(cause, is_engine=is_engine)}: {cause.describe_end()}")
+
+
+def failure_name(cause: Child, *, is_engine: bool) -> str:
+    """What TGI's launcher calls it (reference `tgi-cli.md` 1.1)."""
+    if not is_engine:
+        return "WebserverFailed"
+    return "ShardCannotStart" if cause.exit_code == START_FAILED_EXIT_CODE else "ShardFailed"
 
 
 def find_cause(children: Sequence[Child]) -> Child:
@@ -256,15 +302,6 @@ def find_cause(children: Sequence[Child]) -> Child:
                 return child
         time.sleep(POLL_S)
     return next(child for child in children if child.exit_code is not None)
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, cut by the cgroup's quota; never the machine's count."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
 
 
 def snapshot_commit(model_path: str) -> str | None:

@@ -12,6 +12,7 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
+from server.admission import Permit
 from server.answers import encoder
 from server.errors import log_failure
 
@@ -42,15 +43,17 @@ class EventStream(EventSourceResponse):
     """A stream of encoded events.
 
     sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here. A client that
-    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads.
+    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. The permit is
+    given back here too, for a client that left before the first event was asked for.
     """
 
     keep_alive_s = 15.0
     send_timeout_s = 120.0
 
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], permit: Permit | None) -> None:
         own = {"content-type": "text/event-stream", "cache-control": "no-cache"}
         super().__init__(events, headers=headers | own, ping=0, send_timeout=self.send_timeout_s)
+        self._permit = permit
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,6 +71,8 @@ class EventStream(EventSourceResponse):
             logger.error("a client has not read its stream for %g s: giving it up", self.send_timeout_s)
         finally:
             keep_alive.cancel()
+            if self._permit is not None:
+                self._permit.release()
 
     async def _keep_alive(self, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -43,12 +43,25 @@ class TextTokenizer:
         self.chat_format = chat_format
 
     @classmethod
-    def from_folder(cls, model_path: str, num_workers: int) -> TextTokenizer:
-        """Read tokenizer.json and what lies beside it. Raises StartError."""
+    def from_folder(cls, model_path: str, num_workers: int, config_path: str | None = None) -> TextTokenizer:
+        """Read tokenizer.json and what lies beside it. Raises StartError.
+
+        The file at `config_path` is read in place of tokenizer_config.json; its chat template wins.
+        """
         folder = Path(model_path)
         tokenizer = _load_tokenizer(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json") or {}
-        return cls(tokenizer, _special_ids(tokenizer, config), _chat_format(folder, config), num_workers)
+        _refuse_larger(tokenizer, folder)
+        config = _read_json(Path(config_path) if config_path else folder / "tokenizer_config.json")
+        if config is None and config_path:
+            raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
+        config = config or {}
+        template = _default_template(config.get("chat_template")) if config_path else None
+        chat_format = ChatFormat(
+            template=template or _template_source(folder, config),
+            bos_token=_token_content(config.get("bos_token")),
+            eos_token=_token_content(config.get("eos_token")),
+        )
+        return cls(tokenizer, _special_ids(tokenizer, config), chat_format, num_workers)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         loop = asyncio.get_running_loop()
@@ -77,6 +90,17 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise StartError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Raises StartError when the model has no rows for some of the tokens; more rows than tokens are usual."""
+    vocab_size = (_read_json(folder / "config.json") or {}).get("vocab_size")
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    if isinstance(vocab_size, int) and num_tokens > vocab_size:
+        raise StartError(
+            f"{folder} has {num_tokens} tokens in tokenizer.json but a vocab_size of {vocab_size} in config.json: "
+            "they do not belong together, fetch the model again"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -114,14 +138,6 @@ def _token_content(token: Any) -> str | None:
     """A token is written as a string or as an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def _chat_format(folder: Path, config: dict[str, Any]) -> ChatFormat:
-    return ChatFormat(
-        template=_template_source(folder, config),
-        bos_token=_token_content(config.get("bos_token")),
-        eos_token=_token_content(config.get("eos_token")),
-    )
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:

@@ -122,7 +122,9 @@ class Validator:
         token_ids = await self._tokenize(wanted)
         _check_vocabulary(token_ids, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
-        _refuse_unbuilt(wanted, "grammar", parameters.grammar is not None)  # 21
+        has_grammar = parameters.grammar is not None
+        refuse_if(has_grammar and self._config.is_grammar_disabled, "grammar is not supported")  # 21
+        _refuse_unbuilt(wanted, "grammar", has_grammar)
         generation = GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.types import FinishReason
+from server.admission import Permit
 from server.answers import Token, f32, json_answer
 from server.body import read_body
 from server.disconnect import cancel_if_gone
@@ -114,12 +115,13 @@ def _details(generation: Generation, answer: Answer) -> Details:
 
 def _stream(service: GenerationService, body: GenerateRequest) -> EventStream:
     headers = stream_headers(service.config.compute_type, body.inputs)
-    return EventStream(with_error_event(_events(service, body), error_body), headers)
+    permit = service.permit_for_stream()
+    return EventStream(with_error_event(_events(service, body, permit), error_body), headers, permit)
 
 
-async def _events(service: GenerationService, body: GenerateRequest) -> AsyncGenerator[bytes]:
+async def _events(service: GenerationService, body: GenerateRequest, permit: Permit | None) -> AsyncGenerator[bytes]:
     text_parts = [_prompt_echo(body)]
-    async with service.open(_input(body, is_stream=True)) as (generation, tokens):
+    async with service.open(_input(body, is_stream=True), permit) as (generation, tokens):
         async for token in tokens:
             text_parts.append(token.visible)
             text, details = None, None

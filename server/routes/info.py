@@ -1,4 +1,4 @@
-"""What the server is and how it does: GET /info, /health, /ping, / and /metrics (reference 1.4, 1.6, 6.6, 7.1)."""
+"""What the server is and how it does: /info, /metrics and the probes (reference 1.4, 1.6, 6.6, 7.1)."""
 
 from __future__ import annotations
 
@@ -50,11 +50,20 @@ async def info(request: Request) -> Response:
     )
 
 
+@router.api_route("/readyz", methods=["GET", "HEAD"])
 @router.api_route("/", methods=["GET", "HEAD"])
 @router.api_route("/ping", methods=["GET", "HEAD"])
 @router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     if not service_of(request).engine.is_healthy:
+        raise UnhealthyError
+    return Response()
+
+
+@router.api_route("/livez", methods=["GET", "HEAD"])
+async def livez(request: Request) -> Response:
+    """Ours, as Kubernetes names it, beside /readyz: a slow engine is not ready, only a dead one calls for a restart."""
+    if service_of(request).engine.dead.is_set():
         raise UnhealthyError
     return Response()
 

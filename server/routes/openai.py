@@ -10,6 +10,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.types import FinishReason
+from server.admission import Permit
 from server.answers import SYSTEM_FINGERPRINT, Usage, f32, json_answer
 from server.body import read_body
 from server.disconnect import cancel_if_gone
@@ -120,8 +121,9 @@ async def chat_completions(request: Request) -> Response:
     check_tools(body)
     wanted = chat_input(body, service.chat_template.render(body.messages))
     if body.stream:
-        events = _with_done(with_error_event(_chunks(service, body, wanted), _error_data))
-        return EventStream(events, stream_headers(service.config.compute_type, wanted.inputs))
+        permit = service.permit_for_stream()
+        events = _with_done(with_error_event(_chunks(service, body, wanted, permit), _error_data))
+        return EventStream(events, stream_headers(service.config.compute_type, wanted.inputs), permit)
     answer, headers = await cancel_if_gone(request, _complete(service, body, wanted))
     return json_answer(answer, headers)
 
@@ -159,9 +161,11 @@ async def _complete(
     return completion, plain_headers(service.config.compute_type, wanted.inputs, generation)
 
 
-async def _chunks(service: GenerationService, body: ChatRequest, wanted: GenerationInput) -> AsyncGenerator[bytes]:
+async def _chunks(
+    service: GenerationService, body: ChatRequest, wanted: GenerationInput, permit: Permit | None
+) -> AsyncGenerator[bytes]:
     model = _model_name(service, body)
-    async with service.open(wanted) as (generation, tokens):
+    async with service.open(wanted, permit) as (generation, tokens):
         async for token in tokens:
             yield event(_chunk(model, [_chunk_choice(body, token)], None))
     if body.stream_options.include_usage:

@@ -94,10 +94,11 @@ def launched(
     *flags: str,
     environ: Mapping[str, str] | None = None,
     is_awaited: bool = True,
+    port: int | None = None,
 ) -> Iterator[LaunchedServer]:
     """Start the launcher; at the end of the block nothing of it is left, whatever happened."""
-    port = free_port()
-    log_path = log_dir / f"launcher-{port}.log"
+    port = port or free_port()
+    log_path = log_dir / f"launcher-{port}-{len(list(log_dir.iterdir()))}.log"
     command = [sys.executable, "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(

@@ -54,8 +54,7 @@ def test_busy_port_ends_the_start_before_the_model_loads(tiny_model_dir: Path, t
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        flags = ("--port", str(busy.getsockname()[1]))
-        with launched(tiny_model_dir, tmp_path, *flags, is_awaited=False) as server:
+        with launched(tiny_model_dir, tmp_path, port=busy.getsockname()[1], is_awaited=False) as server:
             assert server.wait_for_end() == 1
             assert "give another --port" in server.log
             assert "Warming up" not in server.log
@@ -63,8 +62,7 @@ def test_busy_port_ends_the_start_before_the_model_loads(tiny_model_dir: Path, t
 
 def test_two_launchers_on_one_port_do_not_both_connect(tiny_model_dir: Path, tmp_path: Path) -> None:
     with launched(tiny_model_dir, tmp_path, is_awaited=False) as first:
-        flags = ("--port", str(first.port))
-        with launched(tiny_model_dir, tmp_path, *flags, is_awaited=False) as second:
+        with launched(tiny_model_dir, tmp_path, port=first.port, is_awaited=False) as second:
             codes = [server.process.wait(60) for server in (first, second) if not is_connected(server)]
         assert codes == [1]
 
@@ -79,7 +77,8 @@ def test_a_refused_start_names_its_cause_last(tiny_model_dir: Path, tmp_path: Pa
     with launched(tiny_model_dir, tmp_path, "--max-total-tokens", "99999", is_awaited=False) as server:
         assert server.wait_for_end() == 1
         assert "lower --max-total-tokens to" in server.log
-        assert server.log.splitlines()[-1].endswith("engine rank 0 ended with exit code 1; its messages are above")
+        last = server.log.splitlines()[-1]
+        assert last.endswith("ShardCannotStart: engine rank 0 ended with exit code 5; its messages are above")
 
 
 def test_closed_standard_input_is_no_obstacle(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,62 +1,168 @@
-"""What counts as a model that is already there: the Hub itself is never asked here."""
+"""What counts as a whole model, what is refused, what is tried again: the Hub itself is never asked here."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
 
 from engine import hub
 from engine.errors import StartError
+from tests.tiny_model import write_tiny_qwen2
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class FakeHub:
-    """Stands in for `snapshot_download`: a cache folder, and a network that fills it or is not there."""
-
-    def __init__(self, cache: Path | None, *, is_reachable: bool = True) -> None:
-        self._cache = cache
-        self._is_reachable = is_reachable
-        self.num_fetches = 0
-
-    def __call__(self, model_id: str, *, local_files_only: bool = False, **_: Any) -> str:
-        if local_files_only:
-            if self._cache is None:
-                raise LocalEntryNotFoundError("no snapshot")
-            return str(self._cache)
-        if not self._is_reachable:
-            raise LocalEntryNotFoundError("no network")
-        self.num_fetches += 1
-        return "/fetched"
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A whole snapshot of tiny/Qwen2 in the cache; nothing can be fetched."""
+    repository = tmp_path / "models--tiny--Qwen2"
+    write_tiny_qwen2(repository / "snapshots" / COMMIT, num_shards=2)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return repository / "snapshots" / COMMIT
 
 
-def snapshot(folder: Path, *files: str) -> Path:
-    for name in files:
-        (folder / name).write_text('{"a": 1}')
-    return folder
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_whole_snapshot_is_used_as_it_is(snapshot: Path, revision: str | None) -> None:
+    assert hub.download_model("tiny/Qwen2", revision) == snapshot
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def point_to_git_lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
 
 
 @pytest.mark.parametrize(
-    ("files", "num_fetches"),
+    ("name", "harm", "reason"),
     [
-        (("config.json", "model.safetensors"), 0),
-        (("config.json",), 1),
-        (("model.safetensors",), 1),
-        (("config.json", "model.safetensors.index.json"), 1),
+        ("config.json", Path.unlink, "has no config.json"),
+        ("config.json", shorten, "config.json cannot be read"),
+        ("tokenizer.json", Path.unlink, "has no tokenizer.json: write one"),
+        ("model-00002-of-00002.safetensors", Path.unlink, "is named by model.safetensors.index.json but missing"),
+        ("model-00002-of-00002.safetensors", shorten, "is cut off or damaged"),
+        ("model-00002-of-00002.safetensors", point_to_git_lfs, "is cut off or damaged"),
     ],
 )
-def test_only_a_whole_snapshot_is_used_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: tuple[str, ...], num_fetches: int
+def test_what_is_not_whole_is_not_used(snapshot: Path, name: str, harm: Callable[[Path], None], reason: str) -> None:
+    harm(snapshot / name)
+    with pytest.raises(StartError, match="tiny/Qwen2 is not in the cache .*, or not all of it, and HF_HUB_OFFLINE"):
+        hub.download_model("tiny/Qwen2", None)
+    with pytest.raises(StartError, match=reason):
+        hub.download_model(str(snapshot), None)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ("config.json model.safetensors", None),
+        ("config.json model.safetensors pytorch_model.bin adapter_config.json", None),
+        ("config.json pytorch_model.bin training_args.bin", "has only pickled weights"),
+        ("config.json training_args.safetensors model.pt", "has only pickled weights"),
+        ("adapter_config.json adapter_model.safetensors", "is an adapter"),
+        ("adapter_config.json adapter_model.bin config.json", "is an adapter"),
+        ("config.json model.gguf", "has no \\*.safetensors file"),
+        ("model.safetensors", "has no config.json"),
+    ],
+)
+def test_the_names_of_the_files_decide(names: str, sentence: str | None) -> None:
+    if sentence is None:
+        hub._check_names(names.split(), "a/b")
+        return
+    with pytest.raises(StartError, match=f"a/b {sentence}"):
+        hub._check_names(names.split(), "a/b")
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As the library says that a file could not be had and is not in the cache either."""
+    error = LocalEntryNotFoundError("not in the cache either")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "num_calls", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), 1, "The disk of .* is full: free space"),
+        (RuntimeError("IO error: No space left on device (os error 28)"), 1, "The disk of .* is full: free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), 1, "/cache/x can't be used"),
+        (wrapped(FileMetadataError("no commit")), 1, "does not answer as a Hub does: check HF_ENDPOINT"),
+        (OSError("Consistency check failed: a.json?signature=abc\nretry"), 5, r"failed: a.json retry\): check the net"),
+        (RuntimeError("hf_xet: connection reset"), 5, "can't be reached .*connection reset"),
+    ],
+)
+def test_every_failure_names_its_mend(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, num_calls: int, sentence: str
 ) -> None:
-    fake = FakeHub(snapshot(tmp_path, *files))
-    monkeypatch.setattr(hub, "snapshot_download", fake)
-    folder = hub.download_model("Qwen/Q", None, None)
-    assert fake.num_fetches == num_fetches
-    assert folder == (Path("/fetched") if num_fetches else tmp_path)
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> str:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(hub, "_list_files", lambda *_: (COMMIT, {"config.json": 1, "model.safetensors": 1}))
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    (snapshot / "config.json").unlink()
+    with pytest.raises(StartError, match=sentence):
+        hub.download_model("tiny/Qwen2", None)
+    assert len(calls) == num_calls
 
 
-def test_no_cache_and_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "snapshot_download", FakeHub(None, is_reachable=False))
-    with pytest.raises(StartError, match="not in the cache and the Hub can't be reached"):
-        hub.download_model("Qwen/Q", None, None)
+def test_what_can_not_be_an_id_or_an_address_is_refused(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for model_id in ("no/such/folder", "/no/such/folder", ""):
+        with pytest.raises(StartError, match=f"'{model_id}' is neither a folder nor the id of a model"):
+            hub.download_model(model_id, None)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(constants, "ENDPOINT", "huggingface.co")
+    with pytest.raises(StartError, match="HF_ENDPOINT is not an address"):
+        hub.download_model("tiny/Nothing", None)
+
+
+def test_only_old_leftovers_are_removed(snapshot: Path) -> None:
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for name in ("old.1.incomplete", "new.2.incomplete", "whole"):
+        (blobs / name).touch()
+    long_ago = time.time() - hub.LEFTOVER_S - 1
+    os.utime(blobs / "old.1.incomplete", (long_ago, long_ago))
+    os.utime(blobs / "whole", (long_ago, long_ago))
+    hub._remove_leftovers("tiny/Qwen2")
+    assert {path.name for path in blobs.iterdir()} == {"new.2.incomplete", "whole"}
+
+
+def test_the_librarys_warnings_are_one_line_without_signatures(caplog: pytest.LogCaptureFixture) -> None:
+    hub._relay_library_log()
+    library = logging.getLogger("huggingface_hub.file_download")
+    library.warning("Error while downloading from %s: reset\nTrying to resume", "https://cdn/x?Signature=secret")
+    assert caplog.messages == ["Error while downloading from https://cdn/x reset Trying to resume"]
+
+
+def test_progress_is_a_log_line_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for progress_s in (3600.0, 0.001):
+        monkeypatch.setattr(hub, "PROGRESS_S", progress_s)
+        with hub._Progress(desc="(…)0123/model.safetensors", total=4_000_000, unit="B", unit_scale=True) as progress:
+            for _ in range(2):
+                time.sleep(0.002)
+                progress.update(1_000_000)
+    assert [line.split(" of ")[0] for line in caplog.messages] == [
+        "Download: model.safetensors: 25 %",
+        "Download: model.safetensors: 50 %",
+    ]

@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from engine.errors import GenerationError
-from engine.types import EngineReady, FinishReason, GenerationRequest, TokenEvent
+from engine.types import EngineReady, EngineStats, FinishReason, GenerationRequest, TokenEvent
 from server.client import EngineClient
 from server.config import ServerConfig
 
@@ -81,6 +81,8 @@ class FakeEngine(EngineClient):
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self.healthy = True
+        self.dead = asyncio.Event()
+        self.stats = EngineStats()
         self.limits_now = LIMITS
 
     @property

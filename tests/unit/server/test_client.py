@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.errors import EngineDeadError, GenerationError
+from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.ipc import EngineEndpoint
 from engine.types import (
     AbortRequest,
@@ -19,6 +20,7 @@ from engine.types import (
     StepOutput,
     TokenEvent,
 )
+from server import client as client_module
 from server.client import EngineClient
 from tests.unit.server.harness import LIMITS
 
@@ -101,4 +103,74 @@ async def test_engine_dies_before_it_is_ready() -> None:
     pair.socket.close()
     with pytest.raises(EngineDeadError, match="before it was ready"):
         await pair.client.connect()
+    await pair.client.close()
+
+
+async def test_a_refusal_ends_what_is_open_and_whatever_comes(pair: Pair) -> None:
+    with pair.client.generate(REQUEST) as events:
+        pair.client.refuse(GenerationError("the server is stopping"))
+        with pytest.raises(GenerationError, match="stopping"):
+            await anext(events)
+    with pytest.raises(GenerationError, match="stopping"), pair.client.generate(REQUEST):
+        pass
+    received: list[Down] = []
+    while len(received) < 2:
+        received += await pair.received()
+    assert received == [REQUEST, AbortRequest("a")], "its memory is freed in the engine"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "WATCH_S", 0.02)
+    monkeypatch.setattr(client_module, "HUNG_SILENCE_S", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_silent_engine_hangs(pair: Pair) -> None:
+    with pair.client.generate(REQUEST) as events:
+        await asyncio.wait_for(pair.client.watch(), 5)
+        with pytest.raises(EngineHungError, match="nothing was heard of it"):
+            await anext(events)
+    with pytest.raises(EngineHungError):
+        pair.client.raise_if_dead()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_engine_that_speaks_does_not_hang(pair: Pair) -> None:
+    watcher = asyncio.create_task(pair.client.watch())
+    for _ in range(100):
+        pair.publish()
+        await asyncio.sleep(0.01)
+    assert not watcher.done()
+    pair.client.raise_if_dead()
+    pair.socket.close()
+    await asyncio.wait_for(watcher, 5)
+    with pytest.raises(EngineDeadError):
+        pair.client.raise_if_dead()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_pause_of_this_process_is_not_taken_for_silence(pair: Pair) -> None:
+    watcher = asyncio.create_task(pair.client.watch())
+    await asyncio.sleep(0.05)
+    time.sleep(0.5)  # noqa: ASYNC251 - the whole process stands still, as when a container is paused
+    await asyncio.sleep(0)
+    pair.publish()
+    await asyncio.sleep(0.05)
+    assert not watcher.done()
+    watcher.cancel()
+
+
+async def test_waiting_for_a_slow_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "READY_LOG_S", 0.05)
+    pair = Pair()
+    connecting = asyncio.create_task(pair.client.connect())
+    with caplog.at_level("INFO"):
+        await asyncio.sleep(0.2)
+    assert "Waiting for shard to be ready..." in caplog.text
+    pair.endpoint.send(LIMITS)
+    assert await connecting == LIMITS
+    pair.socket.close()
     await pair.client.close()

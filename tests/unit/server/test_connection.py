@@ -41,7 +41,7 @@ async def test_client_gone_means_abort(
             await client.post(base_url + path, json=body)
     await until(lambda: engine.aborted)
     assert engine.aborted == [engine.requests[0].request_id]
-    assert app.state.service._admission._num_free == 128
+    assert app.state.service._admission.num_free == 128
 
 
 async def test_client_that_stops_reading_midway_means_abort(base_url: str, engine: FakeEngine) -> None:
@@ -107,6 +107,6 @@ async def test_client_that_never_reads_is_given_up(
         client.connect(("127.0.0.1", int(url_of(server).rsplit(":", 1)[1])))
         client.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         await until(lambda: engine.aborted, timeout_s=30)
-        await until(lambda: app.state.service._admission._num_free == 128)
+        await until(lambda: app.state.service._admission.num_free == 128)
     assert "has not read" in caplog.text
     assert "Traceback" not in caplog.text

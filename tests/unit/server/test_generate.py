@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.types import Message
 
 from engine.types import FinishReason, TokenEvent
+from server.admission import Admission
 from server.app import create_app
+from server.sse import EventStream
 from server.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one
+from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one, running_server, url_of
 
 HEADERS = {
     *("x-compute-type", "x-compute-time", "x-compute-characters", "x-total-time", "x-validation-time"),
@@ -168,16 +173,54 @@ async def test_overload(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
         running = asyncio.create_task(client.post("/generate", json={"inputs": "x"}))
         await asyncio.sleep(0.05)
         invalid = {"inputs": "", "parameters": {"temperature": 0}}
-        plain = await client.post("/generate", json=invalid)  # nothing is looked at before a permit is there
+        refused = [
+            await client.post("/generate", json=invalid),  # nothing is looked at before a permit is there
+            await client.post("/generate_stream", json={"inputs": "x"}),
+            await client.post("/", json={"inputs": "x", "stream": True}),
+            await client.post("/v1/chat/completions", json={"messages": [], "stream": True}),
+        ]
+        for response in refused:
+            assert (response.status_code, response.json()) == (429, OVERLOADED)
+            assert "retry-after" not in response.headers
+        assert (await running).status_code == 200
+        for _ in range(2):  # the permit of a stream comes back as well
+            assert (await client.post("/generate_stream", json={"inputs": "x"})).status_code == 200
+
+
+async def test_strict_overload_of_a_stream_is_an_event(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
+    engine.script.pause_s = 0.05
+    app = create_app(engine, make_config(max_concurrent_requests=1, is_strict_tgi=True), tokenizer)
+    async with client_of(app) as client:
+        running = asyncio.create_task(client.post("/generate", json={"inputs": "x"}))
+        await asyncio.sleep(0.05)
         streamed = await client.post("/generate_stream", json={"inputs": "x"})
         chat = await client.post("/v1/chat/completions", json={"messages": [], "stream": True})
-        assert (plain.status_code, plain.json()) == (429, OVERLOADED)
-        assert "retry-after" not in plain.headers
         assert (streamed.status_code, events_of(streamed.content)) == (200, [OVERLOADED])
         error = b'data: {"error":{"message":"Model is overloaded","http_status_code":422}}\n\ndata: [DONE]\n\n'
         assert (chat.status_code, chat.content) == (200, error)
         assert (await running).status_code == 200
         assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
+
+
+async def test_a_stream_nobody_reads_gives_its_permit_back(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
+    """The client has left before the first event is asked for: the generator that would release it never starts."""
+    admission = Admission(1)
+    stream = EventStream(_never(), {}, admission.permit())
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        await stream({"type": "http", "method": "POST", "asgi": {"spec_version": "2.4"}}, receive, send)
+    assert admission.num_free == 1
+
+
+async def _never() -> AsyncIterator[bytes]:
+    raise AssertionError("started")
+    yield b""
 
 
 async def test_permits_come_back_after_refusals_and_failures(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
@@ -225,8 +268,27 @@ async def test_log_lines(client: httpx.AsyncClient, caplog: pytest.LogCaptureFix
         await client.post("/generate", json={"inputs": "secret", "parameters": {"seed": 42, "do_sample": True}})
         await client.post("/generate", json={"inputs": "secret", "parameters": {"top_k": 0}})
     success, failure = (record for record in caplog.records if record.name.startswith("server"))
-    assert success.levelname == "INFO"
-    assert success.getMessage().startswith('Success total_time="')
-    assert success.getMessage().endswith('seed="Some(42)"')
+    assert (success.levelname, success.getMessage()) == ("INFO", "Success")
+    span = success.span  # type: ignore[attr-defined]
+    times = ["total_time", "validation_time", "queue_time", "inference_time", "time_per_token"]
+    assert list(span) == ["name", "parameters", *times, "seed"]
+    assert (span["parameters"], span["seed"]) == ("{'do_sample': True, 'seed': 42}", "Some(42)")
+    assert all(re.fullmatch(r"[\d.]+(ns|µs|ms|s)", span[name]) for name in times)
     assert (failure.levelname, failure.getMessage()) == ("ERROR", "`top_k` must be strictly positive")
     assert "secret" not in caplog.text
+
+
+async def test_a_dropped_request_has_its_line_too(
+    app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.script.stall_after = 2
+    with caplog.at_level(logging.INFO, "server"), running_server(app) as server:
+        async with (
+            httpx.AsyncClient(base_url=url_of(server)) as client,
+            client.stream("POST", "/generate_stream", json={"inputs": "secret"}) as response,
+        ):
+            await anext(response.aiter_lines())
+        while not engine.aborted:
+            await asyncio.sleep(0.01)
+    (record,) = (record for record in caplog.records if record.name.startswith("server"))
+    assert record.getMessage() == "Cancelled"

@@ -19,7 +19,7 @@ async def test_info(client: httpx.AsyncClient) -> None:
     assert response.headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/readyz"])
 async def test_health(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
     response = await client.get(path)
     assert (response.status_code, response.content) == (200, b"")
@@ -29,6 +29,13 @@ async def test_health(client: httpx.AsyncClient, engine: FakeEngine, path: str) 
     assert (response.status_code, response.json()) == (503, {"error": "unhealthy", "error_type": "healthcheck"})
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/info", "/v1/models"])
+async def test_livez_fails_only_without_an_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.healthy = False
+    assert (await client.get("/livez")).status_code == 200
+    engine.dead.set()
+    assert (await client.get("/livez")).status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/info", "/v1/models", "/livez", "/readyz"])
 async def test_head(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.head(path)).status_code == 200

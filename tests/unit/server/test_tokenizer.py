@@ -52,6 +52,22 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("num_spare_rows", [None, -1, 0, 5])
+def test_a_vocabulary_smaller_than_the_tokenizer(folder: Path, num_spare_rows: int | None) -> None:
+    num_tokens = load(folder)._tokenizer.get_vocab_size()
+    if num_spare_rows is not None:
+        (folder / "config.json").write_text(json.dumps({"vocab_size": num_tokens + num_spare_rows}))
+    if num_spare_rows != -1:
+        load(folder)
+        return
+    with pytest.raises(StartError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder} has {num_tokens} tokens in tokenizer.json but a vocab_size of {num_tokens - 1} in config.json: "
+        "they do not belong together, fetch the model again"
+    )
+
+
 def test_broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(StartError, match=r"tokenizer.json cannot be read as a tokenizer: "):

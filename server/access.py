@@ -1,0 +1,76 @@
+"""Who may call: the API key, and which web pages (reference `tgi-http.md` 8). Checked before a body is read."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+PROTECTED_PATHS = frozenset(
+    {
+        *("/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions"),
+        *("/vertex", "/invocations", "/tokenize"),
+    }
+)
+"""And POST to `/`."""
+
+VARY = "origin, access-control-request-method, access-control-request-headers"
+
+
+class ApiKeyGuard:
+    """Answers 401 with an empty body to whoever comes to a protected path without `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._api_key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_protected(scope) and not self._is_allowed(scope):
+            await Response(status_code=401)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        # headers are latin-1 on the way in; compared in constant time
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
+
+
+def _is_protected(scope: Scope) -> bool:
+    return scope["path"] in PROTECTED_PATHS or (scope["path"], scope["method"]) == ("/", "POST")
+
+
+class CorsHeaders:
+    """Lets pages of `origins` (empty: of any origin) read the answers, and answers every OPTIONS request itself."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        allowed = self._allowed_origin(Headers(scope=scope).get("origin"))
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["vary"] = VARY
+                if allowed is not None:
+                    headers["access-control-allow-origin"] = allowed
+            await send(message)
+
+        if scope["method"] == "OPTIONS":
+            preflight = {"access-control-allow-methods": "GET,POST", "access-control-allow-headers": "content-type"}
+            await Response(headers=preflight)(scope, receive, send_with_headers)
+        else:
+            await self._app(scope, receive, send_with_headers)
+
+    def _allowed_origin(self, origin: str | None) -> str | None:
+        if not self._origins or "*" in self._origins:
+            return "*"
+        return origin if origin in self._origins else None

@@ -1,0 +1,67 @@
+"""What this process runs on: cores, addresses, and the versions that a bug report needs. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import ipaddress
+import math
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+REPORTED_PACKAGES = ("pytgi", "torch", "numba", "safetensors", "tokenizers", "fastapi", "uvicorn", "huggingface_hub")
+NVIDIA_SMI_TIMEOUT_S = 10
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, cut by the cgroup's quota; never the machine's count."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
+
+
+def is_ip_address(hostname: str) -> bool:
+    try:
+        ipaddress.ip_address(hostname)
+    except ValueError:
+        return False
+    return True
+
+
+def describe_runtime() -> str:
+    """Versions and hardware, one per line, for `--env`."""
+    lines = [f"Target: {platform.machine()}-{platform.system().lower()}", f"Python: {platform.python_version()}"]
+    lines += [f"{name}: {_version(name)}" for name in REPORTED_PACKAGES]
+    lines += [f"Cores: {available_cores()} of {os.cpu_count()}, {_cpu_model()}", f"nvidia-smi:\n{_nvidia_smi()}"]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown processor"
+
+
+def _nvidia_smi() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "N/A"
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"N/A ({error})"
+    return done.stdout.rstrip()

@@ -1,0 +1,192 @@
+"""Signals, the drain and its limit, admission, and what the log says of it: from outside, under load."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.launched import LaunchedServer, launched
+
+Events = list[dict[str, Any]]
+
+
+def read_streams(
+    server: LaunchedServer, count: int, pool: ThreadPoolExecutor, max_new_tokens: int
+) -> list[Future[Events]]:
+    """`count` streams that are being read in threads; returns when each has its first token."""
+    started: list[int] = []
+
+    def read(index: int) -> Events:
+        events = []
+        for event in server.stream(f"stream number {index}", max_new_tokens=max_new_tokens, details=True):
+            events.append(event)
+            if len(events) == 1:
+                started.append(index)
+        return events
+
+    futures = [pool.submit(read, index) for index in range(count)]
+    while len(started) < count:
+        time.sleep(0.01)
+        assert not any(future.done() and future.exception() for future in futures)
+    return futures
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_8_running_streams_end_properly_after_a_signal(tiny_model_dir: Path, tmp_path: Path, number: int) -> None:
+    with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        futures = read_streams(server, 8, pool, 400)
+        server.process.send_signal(number)
+        for future in futures:
+            assert future.result()[-1]["details"]["finish_reason"] in ("length", "eos_token")
+        assert server.wait_for_end() == 0
+        for text in ("Terminating webserver", "webserver terminated", "Shutting down shards"):
+            assert text in server.log
+
+
+def test_a_signal_to_every_process_drains_too(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """As a service manager does it."""
+    with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        futures = read_streams(server, 8, pool, 400)
+        for process in [server.child("engine"), server.child("server"), server.process]:
+            process.send_signal(signal.SIGTERM)
+        for future in futures:
+            assert future.result()[-1]["details"]["finish_reason"] in ("length", "eos_token")
+        assert server.wait_for_end() == 0
+
+
+def test_nobody_new_is_let_in_while_streams_end(demo_model: Path, tmp_path: Path) -> None:
+    with launched(demo_model, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        (future,) = read_streams(server, 1, pool, 60)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("Waiting for webserver")
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+        assert future.result()[-1]["details"]["generated_tokens"] == 60
+        assert server.wait_for_end() == 0
+
+
+def test_streams_that_outlast_the_drain_end_with_an_error_event(demo_model: Path, tmp_path: Path) -> None:
+    flags = ("--graceful-termination-timeout", "1")
+    with launched(demo_model, tmp_path, *flags) as server, ThreadPoolExecutor(8) as pool:
+        futures = read_streams(server, 8, pool, 1000)
+        signalled = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        for future in futures:
+            last = future.result()[-1]
+            assert (last["error_type"], last["error"]) == (
+                "generation",
+                "Request failed during generation: Server error: the server is stopping",
+            )
+        assert server.wait_for_end() == 0
+        assert time.monotonic() - signalled < 8
+
+
+def test_a_second_signal_ends_at_once(demo_model: Path, tmp_path: Path) -> None:
+    with launched(demo_model, tmp_path) as server, ThreadPoolExecutor(2) as pool:
+        futures = read_streams(server, 2, pool, 1000)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("Waiting for webserver")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for_end(3) == 0
+        assert not psutil.wait_procs(children, timeout=1)[1]
+        for future in futures:
+            assert future.exception() is None or isinstance(future.exception(), httpx.HTTPError)
+
+
+def test_a_stopped_engine_is_detected_and_everything_ends(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(2) as pool:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        futures = read_streams(server, 2, pool, 450)
+        server.child("engine").suspend()
+        stopped = time.monotonic()
+        assert server.wait_for_end(30) == 1
+        assert time.monotonic() - stopped < 30
+        assert not psutil.wait_procs(children, timeout=1)[1]
+        assert "the engine hangs: nothing was heard of it for 20 s" in server.log
+        assert "ShardFailed: engine rank 0 hangs and was killed" in server.log.splitlines()[-1]
+        for future in futures:
+            last = future.result()[-1]
+            assert "error" in last or "details" in last, "it had ended before the engine was stopped"
+
+
+def test_16_of_32_streams_are_let_in_and_16_get_429_within_a_second(demo_model: Path, tmp_path: Path) -> None:
+    client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=32))
+
+    def request(url: str) -> tuple[int, float, str]:
+        started = time.monotonic()
+        body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 64, "details": True}}
+        with client.stream("POST", f"{url}/generate_stream", json=body) as response:
+            answered = time.monotonic() - started
+            lines = [line for line in response.iter_lines() if line]
+        return response.status_code, answered, lines[-1]
+
+    with (
+        launched(demo_model, tmp_path, "--max-concurrent-requests", "16") as server,
+        client,
+        ThreadPoolExecutor(32) as pool,
+    ):
+        answers = list(pool.map(request, [server.url] * 32))
+    finished = [line for status, _, line in answers if status == 200]
+    refused = [(seconds, line) for status, seconds, line in answers if status == 429]
+    assert (len(finished), len(refused)) == (16, 16)
+    assert all('"finish_reason":"length"' in line for line in finished)
+    for seconds, line in refused:
+        assert json.loads(line) == {"error": "Model is overloaded", "error_type": "overloaded"}
+        assert seconds < 1
+
+
+def test_json_lines_without_prompts_and_without_the_key(tiny_model_dir: Path, tmp_path: Path) -> None:
+    key, prompt = "k3y-k3y-k3y", "a very private prompt"
+    environ = {"API_KEY": key, "HF_TOKEN": "hf_t0ken"}
+    with launched(tiny_model_dir, tmp_path, "--json-output", "--trust-remote-code", environ=environ) as server:
+        body = {"inputs": prompt, "parameters": {"max_new_tokens": 5, "do_sample": True, "seed": 7}}
+        assert httpx.post(f"{server.url}/generate", json=body).status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        assert httpx.post(f"{server.url}/generate", json=body, headers=headers).status_code == 200
+        bad = {"inputs": prompt, "parameters": {"top_k": 0}}
+        assert httpx.post(f"{server.url}/generate", json=bad, headers=headers).status_code == 422
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for_end() == 0
+        lines = [json.loads(line) for line in server.log.splitlines()]
+        for secret in (key, prompt, "hf_t0ken"):
+            assert secret not in server.log
+    for line in lines:
+        assert {"timestamp", "level", "message", "target", "filename", "line_number"} <= set(line)
+    by_message = {line["message"]: line for line in lines}
+    span = by_message["Success"]["span"]
+    assert span["seed"] == "Some(7)" and span["total_time"].endswith("s")
+    assert by_message["`top_k` must be strictly positive"]["level"] == "ERROR"
+    (warning,) = (line for line in lines if line["message"].startswith("--trust-remote-code has no effect"))
+    assert warning["level"] == "WARN"
+    assert by_message["Connected"]["level"] == "INFO"
+
+
+def test_debug_shows_nothing_of_the_libraries_and_error_is_quiet(tiny_model_dir: Path, tmp_path: Path) -> None:
+    read: Callable[[str], str] = lambda level: _log_of_a_short_life(tiny_model_dir, tmp_path, level)  # noqa: E731
+    assert "numba" not in read("debug")
+    assert read("error").strip() == ""
+
+
+def _log_of_a_short_life(model: Path, log_dir: Path, level: str) -> str:
+    with launched(model, log_dir, environ={"LOG_LEVEL": level}, is_awaited=False) as server:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{server.url}/health")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for_end() == 0
+        return server.log

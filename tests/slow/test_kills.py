@@ -1,0 +1,103 @@
+"""Every process killed with SIGKILL under load, many times, at random moments: nothing hangs, nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.launched import LaunchedServer, launched
+
+NUM_KILLS = 30
+NUM_CLIENTS = 6
+DEADLINE_S = 10.0
+SEED = 3
+CAUSES = {"engine": "engine rank 0 was killed by SIGKILL", "server": "webserver was killed by SIGKILL"}
+
+
+@contextlib.contextmanager
+def load(server: LaunchedServer) -> Iterator[None]:
+    """Clients that stream one request after the other until the server is gone; none of them may be left waiting."""
+
+    def work(index: int) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            while True:
+                for _ in server.stream(f"client {index}", max_new_tokens=300):
+                    pass
+
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(NUM_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert not any(thread.is_alive() for thread in threads), "a client waits for ever"
+
+
+def shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").iterdir())
+
+
+def wait_until_gone(processes: list[psutil.Process], since: float) -> None:
+    alive = psutil.wait_procs(processes, timeout=max(0.0, since + DEADLINE_S - time.monotonic()))[1]
+    assert not alive, f"alive after {DEADLINE_S} s: {alive}"
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("victim", ["engine", "server", "launcher"])
+def test_kills_at_random_moments(victim: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    before = shared_memory()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    longest_s = 0.0
+    for _ in range(NUM_KILLS):
+        with launched(tiny_model_dir, tmp_path, environ={"TMPDIR": str(temporary)}) as server:
+            processes = psutil.Process(server.process.pid).children(recursive=True)
+            assert len(processes) == 2
+            with load(server):
+                time.sleep(chance.uniform(0.0, 1.0))
+                killed = time.monotonic()
+                if victim == "launcher":
+                    server.process.kill()
+                else:
+                    server.child(victim).kill()
+                code = server.wait_for_end(DEADLINE_S)
+                wait_until_gone(processes, killed)
+                longest_s = max(longest_s, time.monotonic() - killed)
+            if victim != "launcher":
+                assert code == 1
+                assert CAUSES[victim] in server.log.splitlines()[-1]
+    assert not list(temporary.iterdir()), "a socket or another file is left"
+    assert shared_memory() <= before
+    print(f"{NUM_KILLS} kills of the {victim}: all gone after {longest_s:.1f} s at most")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["engine", "server", "launcher"])
+def test_kills_while_starting(victim: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    for _ in range(10):
+        with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
+            server.wait_for_log("Starting Webserver")
+            while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 2:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 2.0))
+            killed = time.monotonic()
+            if victim == "launcher":
+                server.process.kill()
+            else:
+                os.kill(server.child(victim).pid, 9)
+            code = server.wait_for_end(DEADLINE_S)
+            wait_until_gone(processes, killed)
+            if victim != "launcher":
+                assert code == 1
+                assert CAUSES[victim] in server.log.splitlines()[-1]

@@ -1,0 +1,101 @@
+"""The API key and cross-origin rules of reference `tgi-http.md` 8, on the whole application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from server.access import PROTECTED_PATHS
+from server.app import create_app
+from server.tokenizer import TextTokenizer
+from tests.unit.server.harness import FakeEngine, client_of, make_config
+
+BODY = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+OPEN_PATHS = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/livez", "/readyz"]
+MakeApp = Callable[..., FastAPI]
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine, model_folder: Path) -> MakeApp:
+    def make(**changes: Any) -> FastAPI:
+        return create_app(engine, make_config(**changes), TextTokenizer.from_folder(str(model_folder), 1))
+
+    return make
+
+
+@pytest.mark.parametrize("key", ["Bearer s3cret", "bearer s3cret", "Bearer  s3cret"])
+async def test_the_right_key_is_let_in(make_app: MakeApp, key: str) -> None:
+    async with client_of(make_app(api_key="s3cret")) as client:
+        response = await client.post("/generate", json=BODY, headers={"authorization": key})
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", "s3cret", "Bearer", "Bearer ", "Bearer s3cre", "Bearer S3CRET", "Basic s3cret"]
+)
+async def test_any_other_key_is_401_with_an_empty_body(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
+    headers = {} if key is None else {"authorization": key}
+    async with client_of(make_app(api_key="s3cret")) as client:
+        for path in [*PROTECTED_PATHS, "/"]:
+            response = await client.post(path, json=BODY, headers=headers)
+            assert (response.status_code, response.content) == (401, b"")
+            assert "www-authenticate" not in response.headers
+        assert (await client.get("/generate", headers=headers)).status_code == 401, "before the method is looked at"
+        assert (await client.post("/generate", content=b"{", headers=headers)).status_code == 401, "and the body"
+    assert not engine.requests
+
+
+async def test_a_key_need_not_be_ascii(make_app: MakeApp) -> None:
+    async with client_of(make_app(api_key="schlüssel")) as client:
+        headers = {b"authorization": "Bearer schlüssel".encode()}
+        response = await client.post("/generate", json=BODY, headers=headers)  # type: ignore[arg-type]
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", OPEN_PATHS)
+async def test_these_paths_need_no_key(make_app: MakeApp, path: str) -> None:
+    async with client_of(make_app(api_key="s3cret")) as client:
+        assert (await client.get(path)).status_code == 200
+
+
+async def test_without_a_key_configured_none_is_looked_at(make_app: MakeApp) -> None:
+    async with client_of(make_app()) as client:
+        response = await client.post("/generate", json=BODY, headers={"authorization": "Bearer whatever"})
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        ((), "http://page.example", "*"),
+        ((), None, "*"),
+        (("*",), "http://page.example", "*"),
+        (("http://page.example", "http://b.example"), "http://page.example", "http://page.example"),
+        (("http://page.example",), "http://other.example", None),
+        (("http://page.example",), None, None),
+    ],
+)
+async def test_origins(make_app: MakeApp, origins: tuple[str, ...], origin: str | None, allowed: str | None) -> None:
+    headers = {"origin": origin} if origin else {}
+    async with client_of(make_app(cors_allow_origin=origins)) as client:
+        for response in (
+            await client.get("/health", headers=headers),
+            await client.post("/generate", json=BODY, headers=headers),
+            await client.get("/no-such-path", headers=headers),
+        ):
+            assert response.headers.get("access-control-allow-origin") == allowed
+            assert response.headers["vary"] == "origin, access-control-request-method, access-control-request-headers"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/health", "/no-such-path"])
+async def test_every_options_request_is_a_preflight(make_app: MakeApp, path: str) -> None:
+    async with client_of(make_app(api_key="s3cret")) as client:
+        response = await client.options(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["access-control-allow-methods"] == "GET,POST"
+    assert response.headers["access-control-allow-headers"] == "content-type"
+    assert response.headers["access-control-allow-origin"] == "*"
