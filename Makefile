@@ -66,6 +66,7 @@ check: install
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py
 	@$(PY) -m mypy benchmarks/offline.py benchmarks/soak.py
+	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py
 

@@ -36,7 +36,7 @@ TINY_MODEL: dict[str, Any] = {
 def main() -> None:
     if "NUMBA_CACHE_DIR" not in os.environ:  # Numba reads its variables on import: start over with them
         environ = {**os.environ, **engine_environment(1, dict(os.environ))}
-        sys.exit(subprocess.run([sys.executable, "-m", "engine.compile"], env=environ, check=False).returncode)
+        sys.exit(subprocess.run([sys.executable, "-P", "-m", "engine.compile"], env=environ, check=False).returncode)
     import torch
 
     for stored, dtype in (

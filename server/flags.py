@@ -287,7 +287,7 @@ REQUESTS = (
         help="Let requests ask for logprobs of their prompt",
         is_switch=True,
         effect=Effect.NONE,
-        reason="requests with decoder_input_details are refused so far",
+        reason="no logprobs of prompts are computed so far, prefill stays empty",
     ),
 )
 

@@ -33,6 +33,8 @@ from server.runtime import available_cores, describe_runtime, is_ip_address
 
 logger = logging.getLogger(__name__)
 
+PYTHON = (sys.executable, "-P", "-m")
+"""-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
 POLL_S = 0.1
 ENGINE_NAME = "engine rank 0"
 LAST_EVENTS_TIMEOUT_S = 5
@@ -179,7 +181,7 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
     if Path(args.model_id).is_dir() and args.revision is None:
         return args.model_id
     logger.info("Starting check and download process for %s", args.model_id)
-    command = [sys.executable, "-m", "engine.cli", "download-weights", args.model_id, "--lifeline"]
+    command = [*PYTHON, "engine.cli", "download-weights", args.model_id, "--lifeline"]
     if args.revision is not None:
         command += ["--revision", args.revision]
     if args.json_output:
@@ -249,14 +251,14 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
         torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         engine = Child(
             ENGINE_NAME,
-            [sys.executable, "-m", "engine"],
+            [*PYTHON, "engine"],
             config=engine_config.to_json(),
             fds=[engine_end.fileno()],
             environ={**environ, **torchrun},
         )
         http = Child(
             "webserver",
-            [sys.executable, "-m", "server"],
+            [*PYTHON, "server"],
             config=server_config.to_json(),
             fds=[listener.fileno(), http_end.fileno()],
             # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.

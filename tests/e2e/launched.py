@@ -95,16 +95,18 @@ def launched(
     environ: Mapping[str, str] | None = None,
     is_awaited: bool = True,
     port: int | None = None,
+    directory: Path | None = None,
 ) -> Iterator[LaunchedServer]:
     """Start the launcher; at the end of the block nothing of it is left, whatever happened."""
     port = port or free_port()
     log_path = log_dir / f"launcher-{port}-{len(list(log_dir.iterdir()))}.log"
-    command = [sys.executable, "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [*command, "--hostname", "127.0.0.1", *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
+            cwd=directory,
             env={**os.environ, **(environ or {})},
         )
     server = LaunchedServer(process, port, log_path)

@@ -81,6 +81,15 @@ def test_a_refused_start_names_its_cause_last(tiny_model_dir: Path, tmp_path: Pa
         assert last.endswith("ShardCannotStart: engine rank 0 ended with exit code 5; its messages are above")
 
 
+def test_code_where_it_is_started_is_not_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("server", "engine", "torch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('somebody else')")
+    with launched(tiny_model_dir, tmp_path, directory=tmp_path) as server:
+        assert server.generate("hello", max_new_tokens=2)
+        assert "somebody else" not in server.log
+
+
 def test_closed_standard_input_is_no_obstacle(tiny_model_dir: Path, tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]

@@ -1,0 +1,227 @@
+"""The documents are true: every command in them that can run here is run, every link leads somewhere.
+
+The commands run as they are written, but for three things. They meet a server on a free port. Models of the Hub are
+stand-ins in a cache made here, tiny and random. Answers of hundreds of tokens are cut to 32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.flags import FLAGS, Effect
+from tests.e2e.documents import COMMAND_LANGUAGES, Block, read_blocks
+from tests.e2e.launched import LaunchedServer, free_port, launched
+from tests.tiny_model import write_tiny_qwen2
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+BLOCKS = [block for path in sorted(DOCUMENTS) for block in read_blocks(path.read_text(), str(path.relative_to(ROOT)))]
+COMMANDS = [block for block in BLOCKS if block.language in COMMAND_LANGUAGES]
+
+NOT_RUN = {
+    ("README.md", "make test"): "runs all tests, this one too",
+    (
+        "docs/install.md",
+        "python3 -m venv .venv",
+    ): "installs a gigabyte; tried by hand, the offline one without a network",
+    ("docs/install.md", "pip wheel --wheel-dir wheelhouse -c constraints.txt torch==2.13.0 ."): "as above",
+    ("docs/install.md", "conda create -n pytgi -c conda-forge python=3.11 libgomp"): "no conda and no channels here",
+    ("docs/install.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
+    ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
+}
+"""Commands without a marker, by document and first line, and why they are not run here."""
+
+HUB_MODELS = ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-7B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-0.5B-Instruct")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TIMEOUT_S = 120
+CURLRC = f"silent\nshow-error\nfail-with-body\nmax-time = {TIMEOUT_S}\n"
+
+
+def name_of(block: Block) -> str:
+    return f"{block.document}:{block.line}"
+
+
+@pytest.fixture(scope="module")
+def server(small_demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    with launched(small_demo_model, tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run: a checkout made of links, with a model `my-model`, a Hub cache and curl's settings.
+
+    It lacks our packages: imported from there, they would have their kernels compiled anew.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    link_all((path for path in ROOT.iterdir() if not (path / "__init__.py").is_file()), folder)
+    (folder / ".venv").unlink(missing_ok=True)
+    link_all(Path(sys.prefix).iterdir(), folder / ".venv")
+    (folder / ".venv" / "installed").unlink(missing_ok=True)
+    (folder / ".venv" / "installed").touch()  # newer than all that make compares it with: nothing is installed here
+    write_tiny_qwen2(folder / "my-model", max_position_embeddings=32768)
+    for model_id in HUB_MODELS:
+        repository = folder / "hub" / f"models--{model_id.replace('/', '--')}"
+        (repository / "snapshots").mkdir(parents=True)
+        (repository / "snapshots" / COMMIT).symlink_to(folder / "my-model")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+    (folder / ".curlrc").write_text(CURLRC)
+    return folder
+
+
+def link_all(paths: Iterable[Path], target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in paths:
+        (target / path.name).symlink_to(path)
+
+
+@pytest.fixture
+def environ(folder: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return {
+        **inherited,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CURL_HOME": str(folder),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HOSTNAME": "127.0.0.1",  # what the commands launch is for nobody else
+        "MODEL": str(folder / "my-model"),  # what `make serve` serves
+        "PORT": str(free_port()),
+    }
+
+
+@pytest.mark.parametrize("block", [block for block in COMMANDS if block.run], ids=name_of)
+def test_runnable_block(block: Block, folder: Path, environ: dict[str, str], server: LaunchedServer) -> None:
+    assert block.run is not None
+    text = block.text.replace("localhost:8080", f"127.0.0.1:{server.port}")
+    text = text.replace("--port 8080", f"--port {environ['PORT']}")
+    text = re.sub(r'(tokens"?[:=] ?)\d{3,}', r"\g<1>32", text)
+    shell = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    log_path = folder / f"{block.document.replace('/', '-')}-{block.line}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen([*shell, text], cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        if block.run.stopped_at is not None:
+            stop_at(block.run.stopped_at, process, log_path)
+        exit_code = process.wait(TIMEOUT_S)
+    finally:
+        kill_all(process)
+    printed = log_path.read_text()
+    assert exit_code == block.run.exit_code, printed
+    assert printed.strip()
+    assert exit_code != 0 or '"error"' not in printed, printed  # an event of a stream can say so under status 200
+    for line in block.printed:
+        assert line in printed
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Nothing is left of a block that went wrong."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def stop_at(text: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    """SIGTERM for the launcher once `text` is in the log."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while text not in (printed := log_path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, printed
+        time.sleep(0.05)
+    here = psutil.Process(process.pid)
+    launchers = [
+        candidate
+        for candidate in (here, *here.children(recursive=True))
+        if any(part.endswith("/text-generation-launcher") for part in candidate.cmdline())
+    ]
+    launchers[-1].send_signal(signal.SIGTERM)
+
+
+def test_every_command_is_run_or_has_a_reason() -> None:
+    unmarked = {(block.document, block.first_line) for block in COMMANDS if block.run is None}
+    assert unmarked == NOT_RUN.keys()
+
+
+def test_the_flags_named_in_migrating_do_what_it_says() -> None:
+    rows = (ROOT / "docs" / "migrating.md").read_text().splitlines()
+    for start, effect in (("| refused, exit code 1 |", Effect.REFUSED), ("| no effect,", Effect.NONE)):
+        (row,) = [row for row in rows if row.startswith(start)]
+        named = set(re.findall(r"`--([a-z-]+)", row)) - {"ngrok"}
+        table = {flag.name for flag in FLAGS if flag.effect is effect and not flag.name.startswith("ngrok")}
+        assert named == table
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file_name, _, anchor = target.partition("#")
+        linked = path.parent / file_name if file_name else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What a heading is called in a link: lower case, dashes for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+EXAMPLE = """\
+<!-- runnable -->
+```sh
+echo hello
+```
+
+<!-- runnable, exit code 2 -->
+```sh
+false
+```
+
+<!-- printed -->
+```text
+one
+two
+```
+
+```python
+print()
+```
+"""
+
+
+def test_markers_are_read() -> None:
+    hello, fails, _, unmarked = read_blocks(EXAMPLE, "a.md")
+    assert (hello.text, hello.line, hello.printed) == ("echo hello\n", 2, [])
+    assert fails.run is not None and (fails.run.exit_code, fails.printed) == (2, ["one", "two"])
+    assert unmarked.run is None
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("```\nls\n```\n", "no known language"),
+        ("```bash\nls\n```\n", "no known language"),
+        ("<!-- runnable: yes -->\n```sh\nls\n```\n", "can't be understood"),
+        ("<!-- runnable -->\n\n```sh\nls\n```\n", "before no block"),
+        ("<!-- printed -->\n```text\nhello\n```\n", "no runnable block"),
+        ("- item\n\n  ```sh\n  ls\n  ```\n", "indented"),
+    ],
+)
+def test_a_marker_that_would_mark_nothing_is_a_mistake(text: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        read_blocks(text, "a.md")
