@@ -12,28 +12,11 @@ from engine.errors import StartError
 from engine.ipc import EngineEndpoint, exit_when_closed
 from engine.logs import configure_logging
 
-logger = logging.getLogger(__name__)
-
-
-class StopRequest:
-    """SIGTERM ends the engine once it has nothing to do; SIGINT is for the launcher alone.
-
-    A service manager sends SIGTERM to every process at once: the running streams must still reach their end.
-    """
-
-    def __init__(self) -> None:
-        self._is_set = False
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self._is_set = True
-
-    def __call__(self) -> bool:
-        return self._is_set
+logger = logging.getLogger("engine.main")
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the launcher alone
     config = EngineConfig.from_json(sys.stdin.readline())
     configure_logging(config.log_level, "engine", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
@@ -53,13 +36,15 @@ def main() -> None:
 
 
 def serve(config: EngineConfig, endpoint: EngineEndpoint) -> None:
-    # Loading takes seconds and can be broken off at any point; only serving ends between steps.
     from engine.start import start_engine
 
     core, ready = start_engine(config)
-    should_stop = StopRequest()
+    # Loading can be broken off at any point. From now on the end is the socket's: a service manager sends SIGTERM to
+    # every process at once, and requests that are running or still arriving must reach their end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     endpoint.send(ready)
-    core.serve(endpoint, should_stop)
+    core.serve(endpoint)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -134,6 +136,8 @@ def resolve_limits(
 def user_cache_dir(environ: dict[str, str]) -> Path:
     """`pytgi` under the user's cache folder; where that cannot be written, a new temporary folder and a warning.
 
+    The temporary one is removed when this process ends. Raises StartError when none can be made.
+
     The temporary folder's name cannot be guessed: Numba's cache is pickled, whoever can write it can run code as us.
     """
     try:
@@ -143,7 +147,14 @@ def user_cache_dir(environ: dict[str, str]) -> Path:
             return base
     except (OSError, RuntimeError) as error:
         logger.warning("No cache folder can be written (%s): compiled kernels are kept for this run only", error)
-        return Path(tempfile.mkdtemp(prefix="pytgi-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="pytgi-"))
+    except OSError as error:
+        raise StartError(
+            f"No folder can be written for compiled kernels ({error}): set XDG_CACHE_HOME or TMPDIR to one that can"
+        ) from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -61,12 +61,12 @@ class EngineCore:
         else:
             self.scheduler.add(message)
 
-    def serve(self, endpoint: EngineEndpoint, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop, and then until no request is open. Raises EOFError without the HTTP process.
+    def serve(self, endpoint: EngineEndpoint) -> NoReturn:
+        """Serve until the HTTP process is gone: raises EOFError then.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
-        while not should_stop() or self.scheduler.has_work:
+        while True:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
             events: list[TokenEvent] = []

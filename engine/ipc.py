@@ -7,8 +7,11 @@ that the buffer is bounded by the tokens of the open requests.
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -21,6 +24,7 @@ from engine.types import Down, EngineReady, EngineStats, StepOutput, TokenEvent,
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
+PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
 
@@ -120,13 +124,16 @@ class EngineEndpoint:
 def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:
     """Watch the lifeline `fd` on a thread: at its end (the launcher is gone) end this process at once.
 
-    A thread and `os._exit`, because the main thread may be deep in a kernel or in a download.
+    A thread and `os._exit`, because the main thread may be deep in a kernel or in a download. The kernel is told as
+    well: its signal also ends a process that is stopped.
     """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.read(fd, 1024):
             pass
         log("the launcher is gone: exiting")
+        logging.shutdown()
         os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()

@@ -6,16 +6,20 @@ them under `span`, the human line ends in `key="value"` pairs.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
+import queue
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 TARGETS = {
-    "text_generation_launcher": "server.launcher",
+    "text_generation_launcher": "launcher",
     "text_generation_router": "server",
     "text_generation_server": "engine",
 }
@@ -32,6 +36,8 @@ LEVELS = {
 }
 LEVEL_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
 COLOURS = {logging.DEBUG: "\033[34m", logging.INFO: "\033[32m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
+CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code != 10} | {10: "\n  "}
+"""A message may quote a request: it can neither colour the log nor begin a line of its own."""
 QUIET_LIBRARIES = (
     *("numba", "asyncio", "uvicorn", "httpx", "httpcore", "httpx2", "httpcore2"),
     *("huggingface_hub", "filelock", "urllib3"),
@@ -46,13 +52,14 @@ def parse_log_filter(text: str) -> dict[str, int]:
         target, _, level = part.strip().rpartition("=")
         if level not in LEVELS:
             raise ValueError(f"not a log filter: {text}")
-        levels[TARGETS.get(target, target)] = LEVELS[level]
+        first, *rest = target.split("::")
+        levels[".".join([TARGETS.get(first, first), *rest])] = LEVELS[level]
     return levels
 
 
 def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -> None:
     """Write to stderr what `log_filter` (see parse_log_filter) lets through, under the name of this process."""
-    handler = logging.StreamHandler()
+    handler = PatientHandler()
     handler.setFormatter(JsonFormatter() if is_json else HumanFormatter(process, has_colours=_has_colours()))
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -62,9 +69,43 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -
         logging.getLogger(name).setLevel(level)
 
 
+class PatientHandler(logging.Handler):
+    """Writes to stderr from a thread of its own: a log that nobody reads must not hold up serving or stopping.
+
+    Lines beyond `MAX_LINES` unwritten ones are dropped; `flush` waits at most `FLUSH_S`.
+    """
+
+    MAX_LINES = 10_000
+    FLUSH_S = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(self.format(record))
+
+    def _write_all(self) -> None:
+        while True:
+            line = self._lines.get()
+            with contextlib.suppress(OSError, ValueError):  # the reader is gone, or stderr is closed
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        deadline = time.monotonic() + self.FLUSH_S
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
 def _has_colours() -> bool:
     wish = os.environ.get("LOG_COLORIZE")
-    return sys.stderr.isatty() if not wish else wish.lower() in ("1", "true")
+    if wish:
+        return wish.lower() in ("1", "true")
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _level_name(record: logging.LogRecord) -> str:
@@ -84,7 +125,8 @@ class HumanFormatter(logging.Formatter):
         if self._has_colours:
             level = f"{COLOURS.get(record.levelno, '')}{level}\033[0m"
         pairs = "".join(f' {key}="{value}"' for key, value in _span(record).items() if key != "name")
-        line = f"{_timestamp(record, 'milliseconds')} {level} {self._process}: {record.getMessage()}{pairs}"
+        text = (record.getMessage() + pairs).translate(CONTROL_CHARACTERS)
+        line = f"{_timestamp(record, 'milliseconds')} {level} {self._process}: {text}"
         return "\n".join([line, self.formatException(record.exc_info)] if record.exc_info else [line])
 
 
@@ -104,7 +146,7 @@ class JsonFormatter(logging.Formatter):
             line |= {"span": span, "spans": [span]}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)  # ASCII, whatever the encoding of stderr is
 
 
 def _span(record: logging.LogRecord) -> Mapping[str, Any]:

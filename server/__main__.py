@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import signal
 import socket
 import sys
 
@@ -19,7 +20,7 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.tokenizer import TextTokenizer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("server.main")
 
 LISTEN_BACKLOG = 2048
 DEAD_ENGINE_DRAIN_S = 3
@@ -49,11 +50,14 @@ class DrainingServer(uvicorn.Server):
             timer.cancel()
 
     def _end_requests(self) -> None:
+        # What is still sending its body then is broken off by uvicorn, which would log a traceback for each.
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)
         logger.warning("The running requests took longer than %g s to end: ending them", self._drain_s)
         self._engine.refuse(GenerationError("the server is stopping"))
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the launcher alone; uvicorn sets its own when it serves
     config = ServerConfig.from_json(sys.stdin.readline())
     configure_logging(config.log_level, "webserver", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
@@ -69,6 +73,9 @@ def main() -> None:
     except EngineHungError as error:
         logger.error("%s", error)
         sys.exit(ENGINE_HUNG_EXIT_CODE)
+    except Exception:
+        logger.exception("The webserver failed")
+        sys.exit(1)
 
 
 async def serve(config: ServerConfig) -> None:

@@ -152,16 +152,17 @@ def _typed(flag: Flag) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         if flag.choices is not None and text not in flag.choices:
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(flag.choices)})")
-        return _parse(BOOLEAN if flag.is_switch else flag.value, text)
+        return _parse(BOOLEAN if flag.is_switch else flag.value, text, is_secret=flag.is_secret)
 
     return parse
 
 
-def _parse(value: Value, text: str) -> Any:
+def _parse(value: Value, text: str, *, is_secret: bool = False) -> Any:
     try:
         return value.parse(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid {value.name} value: {text!r}") from None
+        shown = "***" if is_secret else repr(text)
+        raise argparse.ArgumentTypeError(f"invalid {value.name} value: {shown}") from None
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LauncherArgs:

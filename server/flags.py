@@ -35,10 +35,14 @@ class Value:
         return self.name.upper().replace(" ", "_")
 
 
+LARGEST = 2**63 - 1
+"""As large as TGI's own parser takes, and as every library takes."""
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
-        if value < least:
+        if not least <= value <= LARGEST:
             raise ValueError(text)
         return value
 
@@ -80,6 +84,19 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def _header_text(text: str) -> str:
+    """Printable ASCII that a header can carry."""
+    if not text.isascii() or not text.isprintable() or text != text.strip():
+        raise ValueError(text)
+    return text
+
+
+def _secret(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return _header_text(text)
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(_at_least(0)(part) for part in text.split(","))
 
@@ -103,6 +120,8 @@ NUMBER = Value(name="number", parse=_number)
 FRACTION = Value(name="fraction", parse=_fraction)
 FACTOR = Value(name="factor", parse=_factor)
 BOOLEAN = Value(name="boolean", parse=_boolean)
+HEADER_TEXT = Value(name="header text", parse=_header_text)
+SECRET = Value(name="key", parse=_secret)
 INTEGERS = Value(name="list of integers", parse=_integers)
 THREADS = Value(name="thread count", parse=_first_integer)
 LOG_FILTER = Value(name="log filter", parse=_log_filter)
@@ -261,12 +280,19 @@ REQUESTS = (
         help="Longest prompt and output together, in tokens (default: what model and memory allow)",
         value=POSITIVE,
     ),
-    Flag(name="max-best-of", help="Largest best_of of a request", value=POSITIVE, default=2),
+    Flag(
+        name="max-best-of", help="Largest best_of of a request; above 1 it is refused so far", value=POSITIVE, default=2
+    ),
     Flag(name="max-stop-sequences", help="Most stop strings of a request", value=COUNT, default=4),
-    Flag(name="max-top-n-tokens", help="Largest top_n_tokens and top_logprobs", value=COUNT, default=5),
+    Flag(
+        name="max-top-n-tokens",
+        help="Largest top_n_tokens and top_logprobs; above 0 they are refused so far",
+        value=COUNT,
+        default=5,
+    ),
     Flag(
         name="max-client-batch-size",
-        help="Most prompts in one call of /v1/completions (shown by /info)",
+        help="Most prompts in one call of /v1/completions (shown by /info; the route isn't there yet)",
         value=POSITIVE,
         default=4,
     ),
@@ -340,6 +366,7 @@ SERVING = (
         name="api-key",
         help="Key that requests must carry as `Authorization: Bearer KEY`; better given as variable, "
         "a command line is seen by every user of the host",
+        value=SECRET,
         is_secret=True,
     ),
     Flag(
@@ -397,14 +424,14 @@ SERVING = (
         name="ngrok-authtoken",
         help="Token of the tunnel",
         is_secret=True,
-        effect=Effect.REFUSED,
-        reason="put a reverse proxy in front of the server",
+        effect=Effect.NONE,
+        reason="no tunnel is opened",
     ),
     Flag(
         name="ngrok-edge",
         help="Edge of the tunnel",
-        effect=Effect.REFUSED,
-        reason="put a reverse proxy in front of the server",
+        effect=Effect.NONE,
+        reason="no tunnel is opened",
     ),
 )
 
@@ -474,7 +501,9 @@ VARIABLES: tuple[Variable, ...] = (
         help="Share of the memory free after loading that the KV cache may take",
     ),
     Variable(name="OMP_NUM_THREADS", value=THREADS, help="Threads that compute (default: all cores we may use)"),
-    Variable(name="COMPUTE_TYPE", value=TEXT, help="Text of the x-compute-type header (default: cpu or the card)"),
+    Variable(
+        name="COMPUTE_TYPE", value=HEADER_TEXT, help="Text of the x-compute-type header (default: cpu or the card)"
+    ),
     Variable(
         name="LOG_LEVEL",
         value=LOG_FILTER,

@@ -8,7 +8,9 @@ failed, 2 for a usage error.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,16 +28,20 @@ from engine.config import (
     EngineConfig,
     engine_environment,
 )
+from engine.errors import StartError
 from engine.logs import configure_logging
 from server.args import ArgumentError, LauncherArgs, parse_args
 from server.config import ServerConfig
 from server.runtime import available_cores, describe_runtime, is_ip_address
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("launcher")
 
 PYTHON = (sys.executable, "-P", "-m")
 """-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
 POLL_S = 0.1
+SAME_MOMENT_S = 0.5
+STOPPED_S = 25.0
+"""More than the webserver takes to notice a silent engine, as it can still tell its clients."""
 ENGINE_NAME = "engine rank 0"
 LAST_EVENTS_TIMEOUT_S = 5
 """How long the webserver may take, once its drain is over, to end the streams that are left."""
@@ -58,12 +64,18 @@ class Signals:
 
     def __init__(self) -> None:
         self.count = 0
+        self._last_time = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            # nohup ignores SIGHUP: leave it so
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        # A closing terminal or a service manager sends two kinds at once, which is no second thought.
+        now = time.monotonic()
+        if now - self._last_time > SAME_MOMENT_S:
+            self.count += 1
+            self._last_time = now
 
 
 class Child:
@@ -97,6 +109,15 @@ class Child:
     def exit_code(self) -> int | None:
         return self.process.poll()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has sent it SIGSTOP."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
+
     def describe_end(self) -> str:
         code = self.exit_code
         if code == ENGINE_HUNG_EXIT_CODE:
@@ -114,11 +135,11 @@ class Child:
         deadline = time.monotonic() + timeout_s
         while self.exit_code is None and time.monotonic() < deadline and not is_cut_short():
             time.sleep(POLL_S)
-        if self.exit_code is None:
-            logger.warning("Killing %s", self.name)
+        is_killed = self.exit_code is None
+        if is_killed:
             self.process.kill()
             self.process.wait()
-        logger.info("%s terminated", self.name)
+        logger.info("%s %s", self.name, "killed" if is_killed else "terminated")
 
 
 def main() -> None:
@@ -130,18 +151,23 @@ def main() -> None:
         run(args)
     except ArgumentError as error:
         sys.exit(f"Error: {error}")
-    except LaunchError as error:
+    except (LaunchError, StartError) as error:
         logger.error("%s", error)
         sys.exit(1)
     except Stopped:
         logger.info("Stopped by a signal")
+    except Exception:
+        logger.exception("The launcher failed")
+        sys.exit(1)
 
 
 def open_standard_streams() -> None:
-    """Some supervisors close standard input: a socket must not take its number, which means something in a child."""
+    """Some supervisors close them: no socket may take a number that means something in a child, or in a library."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def run(args: LauncherArgs) -> None:
@@ -166,26 +192,30 @@ def bind(hostname: str, port: int) -> socket.socket:
     if not is_ip_address(hostname):
         logger.warning("Invalid hostname, defaulting to 0.0.0.0")
         hostname = "0.0.0.0"
-    listener = socket.socket(socket.AF_INET6 if ":" in hostname else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((hostname, port))
-    except OSError as error:
-        listener.close()
-        raise LaunchError(f"Cannot listen on {hostname}:{port} ({error.strerror}): give another --port") from error
-    return listener
+    with contextlib.ExitStack() as stack:
+        try:
+            family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((hostname, port))
+        except OSError as error:
+            flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--hostname"
+            raise LaunchError(f"Cannot listen on {hostname}:{port} ({error.strerror}): give another {flag}") from error
+        stack.pop_all()
+        return listener
 
 
 def find_model(args: LauncherArgs, signals: Signals) -> str:
     """The local folder of the model; what is not a folder is fetched from the Hub by a child process."""
-    if Path(args.model_id).is_dir() and args.revision is None:
+    if os.path.isdir(args.model_id) and args.revision is None:
         return args.model_id
     logger.info("Starting check and download process for %s", args.model_id)
-    command = [*PYTHON, "engine.cli", "download-weights", args.model_id, "--lifeline"]
+    command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
     if args.revision is not None:
-        command += ["--revision", args.revision]
+        command.append(f"--revision={args.revision}")
     if args.json_output:
         command.append("--json-output")
+    command += ["--", args.model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
     child = Child("download", command, stdout=subprocess.PIPE, environ=environ)
     while child.exit_code is None:
@@ -195,6 +225,8 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
         time.sleep(POLL_S)
     assert child.process.stdout is not None
     lines = child.process.stdout.read().decode().splitlines()
+    if child.exit_code is not None and child.exit_code < 0:
+        raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
         raise LaunchError(f"DownloadError: {args.model_id} could not be fetched; the reason is above")
     logger.info("Successfully downloaded weights for %s", args.model_id)
@@ -205,7 +237,7 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
     """Start the engine and the HTTP process with the two ends of a socket pair between them."""
     http_end, engine_end = socket.socketpair()
     with http_end, engine_end:
-        num_threads = args.omp_num_threads or available_cores()
+        num_threads = min(args.omp_num_threads or available_cores(), os.cpu_count() or 1)
         engine_config = EngineConfig(
             model_path=model_path,
             dtype=args.dtype,
@@ -270,12 +302,22 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
 def supervise(http: Child, engine: Child, signals: Signals, drain_s: float) -> None:
     """Watch until a child ends (raises LaunchError) or a signal comes (raises Stopped); then stop the rest."""
     children = (engine, http)
+    stopped_s = dict.fromkeys(children, 0.0)
     while not signals.count and all(child.exit_code is None for child in children):
         time.sleep(POLL_S)
+        for child in children:
+            stopped_s[child] = stopped_s[child] + POLL_S if child.is_stopped else 0.0
+            if stopped_s[child] > STOPPED_S:
+                logger.error("%s has been stopped (SIGSTOP) for %g s: killing it", child.name, STOPPED_S)
+                child.process.kill()
+                child.process.wait()
     if signals.count:
+        http.process.terminate()  # before the log, which may be held up by whoever reads it
         logger.info("Terminating webserver")
         logger.info("Waiting for webserver to gracefully shutdown: running requests may end within %g s", drain_s)
         http.stop(drain_s + LAST_EVENTS_TIMEOUT_S, lambda: signals.count > 1)
+        if engine.exit_code is not None and engine.exit_code < 0:
+            logger.error("%s", engine.describe_end())
         logger.info("Shutting down shards")
         engine.stop(STOP_TIMEOUT_S, lambda: signals.count > 1)
         raise Stopped

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 REPORTED_PACKAGES = ("pytgi", "torch", "numba", "safetensors", "tokenizers", "fastapi", "uvicorn", "huggingface_hub")
@@ -18,11 +19,35 @@ NVIDIA_SMI_TIMEOUT_S = 10
 
 def available_cores() -> int:
     """Cores this process may use: its affinity, cut by the cgroup's quota; never the machine's count."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
+    return min([len(os.sched_getaffinity(0)), *_quotas(Path("/"))])
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Cores that each control group allows, from this process's own to the root; version 2 or version 1."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount = root / "sys/fs/cgroup"
+        elif "cpu" in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controllers
+            mount = mount if mount.is_dir() else root / "sys/fs/cgroup/cpu"
+        else:
+            continue
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                with contextlib.suppress(OSError, ValueError):
+                    quota, period = _quota(folder, is_v2=controllers == "")
+                    if quota > 0:
+                        yield max(1, math.ceil(quota / period))
+
+
+def _quota(folder: Path, *, is_v2: bool) -> tuple[int, int]:
+    """Microseconds of processor time in a period of so many microseconds; ValueError: no limit."""
+    if is_v2:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota), int(period)
+    return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
 
 
 def is_ip_address(hostname: str) -> bool:

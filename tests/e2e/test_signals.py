@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.launched import LaunchedServer, launched
+from tests.e2e.launched import LaunchedServer, free_port, launched
 
 Events = list[dict[str, Any]]
 
@@ -97,6 +102,7 @@ def test_a_second_signal_ends_at_once(demo_model: Path, tmp_path: Path) -> None:
         children = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log("Waiting for webserver")
+        time.sleep(0.6)  # two signals at one moment are one
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_for_end(3) == 0
         assert not psutil.wait_procs(children, timeout=1)[1]
@@ -190,3 +196,102 @@ def _log_of_a_short_life(model: Path, log_dir: Path, level: str) -> str:
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_for_end() == 0
         return server.log
+
+
+def test_a_late_body_is_served_while_every_process_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """As a service manager signals them; an idle engine must not leave before the request has reached it."""
+    body = json.dumps({"inputs": "hello", "parameters": {"max_new_tokens": 3}}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with launched(tiny_model_dir, tmp_path) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(head.encode() + body[:-5])
+        time.sleep(0.5)
+        for process in [server.child("engine"), server.child("server"), server.process]:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        client.sendall(body[-5:])
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert server.wait_for_end() == 0
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]
+    reader, writer = os.pipe()
+    process = subprocess.Popen(command, stderr=writer)
+    try:
+        server = LaunchedServer(process, port, tmp_path / "none")
+        wait_for_port(port)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        for _ in range(3):
+            assert server.generate("hello", max_new_tokens=2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert not psutil.wait_procs(children, timeout=1)[1]
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)
+
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2"])
+def test_closed_standard_streams_are_no_obstacle(closed: str, tiny_model_dir: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]
+    redirection = {"0": "<&-", "1": ">&-", "2": "2>&-"}[closed]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], stderr=subprocess.DEVNULL)
+    try:
+        wait_for_port(port)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            for number in ("0", "1", "2"):
+                target = os.readlink(f"/proc/{child.pid}/fd/{number}")
+                assert target.startswith(("/dev/", "pipe:", "/")), f"descriptor {number} is {target}"
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_an_engine_stopped_while_it_loads_is_detected(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
+        server.wait_for_log("Starting Webserver")
+        while not (children := psutil.Process(server.process.pid).children(recursive=True)):
+            time.sleep(0.01)
+        server.child("engine").suspend()
+        assert server.wait_for_end(35) == 1
+        assert not psutil.wait_procs(children, timeout=1)[1]
+        assert "engine rank 0 has been stopped (SIGSTOP) for 25 s: killing it" in server.log
+
+
+def test_a_stopped_engine_goes_with_a_killed_launcher(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.child("engine").suspend()
+        server.process.kill()
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_two_kinds_of_signals_at_one_moment_are_one_wish(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A closing terminal, or a service manager that sends SIGHUP as well."""
+    with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        (future,) = read_streams(server, 1, pool, 400)
+        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGTERM)
+        assert future.result()[-1]["details"]["finish_reason"] in ("length", "eos_token")
+        assert server.wait_for_end() == 0

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("server", "engine", "parallel", "quant")
 ENGINE_FOR_SERVER = {"types", "config", "errors", "ipc", "logs"}
 STDLIB_ONLY = {
-    "server.launcher": {"engine.config", "engine.logs", "server.args", "server.config", "server.runtime"},
+    "server.launcher": {
+        *("engine.config", "engine.errors", "engine.logs"),
+        *("server.args", "server.config", "server.runtime"),
+    },
     "server.args": {"server.flags"},
     "server.flags": {"engine.logs"},
     "server.runtime": set(),

@@ -53,15 +53,21 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EngineEndpoint, s
         yield EngineEndpoint(ours), theirs
 
 
-class StopAfter:
-    """Says stop when it was asked `count` times."""
+def serve_for(core: EngineCore, endpoint: EngineEndpoint, num_rounds: int) -> list[float]:
+    """Serve until the HTTP process goes after so many rounds; how long each waited for messages."""
+    receive = endpoint.receive
+    waits: list[float] = []
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def receive_and_count(timeout_s: float) -> list[Down]:
+        if len(waits) == num_rounds:
+            raise EOFError
+        waits.append(timeout_s)
+        return receive(timeout_s)
 
-    def __call__(self) -> bool:
-        self.count -= 1
-        return self.count < 0
+    endpoint.receive = receive_and_count  # type: ignore[method-assign]
+    with pytest.raises(EOFError):
+        core.serve(endpoint)
+    return waits
 
 
 def outputs_of(peer: socket.socket) -> list[StepOutput]:
@@ -159,7 +165,7 @@ def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
 ) -> None:
     endpoint, peer = sockets
     peer.sendall(encode_frame(make_request("a", [1, 2], max_new_tokens=2)))
-    make_core(CountingRunner()).serve(endpoint, StopAfter(4))
+    serve_for(make_core(CountingRunner()), endpoint, 4)
     outputs = outputs_of(peer)
     assert [[event.token_ids for event in output.events] for output in outputs] == [[[2]], [[3]], [], []]
     assert [output.stats.num_running for output in outputs] == [1, 0, 0, 0]
@@ -167,26 +173,11 @@ def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
 
 
 def test_serve_waits_for_messages_only_when_there_is_nothing_to_do(
-    sockets: tuple[EngineEndpoint, socket.socket], monkeypatch: pytest.MonkeyPatch
+    sockets: tuple[EngineEndpoint, socket.socket],
 ) -> None:
     endpoint, peer = sockets
-    receive = endpoint.receive
-    waits: list[float] = []
-
-    def spy(timeout_s: float) -> list[Down]:
-        waits.append(timeout_s)
-        return receive(timeout_s)
-
-    monkeypatch.setattr(endpoint, "receive", spy)
     peer.sendall(encode_frame(make_request("a", [1, 2], max_new_tokens=2)))
-    make_core(CountingRunner()).serve(endpoint, StopAfter(4))
-    assert waits == [0.01, 0.0, 0.01, 0.01]
-
-
-def test_serve_stops_between_steps(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
-    endpoint, peer = sockets
-    make_core(CountingRunner()).serve(endpoint, StopAfter(0))
-    assert outputs_of(peer) == []
+    assert serve_for(make_core(CountingRunner()), endpoint, 4) == [0.01, 0.0, 0.01, 0.01]
 
 
 def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[EngineEndpoint, socket.socket]) -> None:
@@ -196,7 +187,7 @@ def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[Eng
     for name in ("a", "b"):
         peer.sendall(encode_frame(make_request(name, [1, 2])))
     with pytest.raises(RuntimeError, match="out of registers"):
-        make_core(runner).serve(endpoint, StopAfter(9))
+        make_core(runner).serve(endpoint)
     (output,) = outputs_of(peer)
     assert [(event.request_id, event.error) for event in output.events] == [
         ("a", "out of registers"),
@@ -211,7 +202,7 @@ def test_an_error_without_a_text_is_told_by_its_name(sockets: tuple[EngineEndpoi
     runner.error = MemoryError()
     peer.sendall(encode_frame(make_request("a", [1, 2])))
     with pytest.raises(MemoryError):
-        make_core(runner).serve(endpoint, StopAfter(9))
+        make_core(runner).serve(endpoint)
     assert [event.error for event in outputs_of(peer)[0].events] == ["MemoryError"]
 
 
@@ -219,4 +210,4 @@ def test_serve_ends_with_the_http_process(sockets: tuple[EngineEndpoint, socket.
     endpoint, peer = sockets
     peer.close()
     with pytest.raises(EOFError):
-        make_core(CountingRunner()).serve(endpoint, StopAfter(9))
+        make_core(CountingRunner()).serve(endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -20,8 +21,9 @@ from engine.logs import HumanFormatter, JsonFormatter, parse_log_filter
         ("warn,text_generation_router=debug", {"": logging.WARNING, "server": logging.DEBUG}),
         (
             "text_generation_launcher=error, text_generation_server=debug",
-            {"": logging.INFO, "server.launcher": logging.ERROR, "engine": logging.DEBUG},
+            {"": logging.INFO, "launcher": logging.ERROR, "engine": logging.DEBUG},
         ),
+        ("text_generation_router::server=debug", {"": logging.INFO, "server.server": logging.DEBUG}),
         ("engine.scheduler=debug,tower=info", {"": logging.INFO, "engine.scheduler": 10, "tower": logging.INFO}),
     ],
 )
@@ -53,6 +55,11 @@ def test_a_human_line() -> None:
     assert "\033[33m WARN\033[0m" in HumanFormatter("x", has_colours=True).format(record(logging.WARNING, "careful"))
 
 
+def test_a_message_can_neither_colour_the_log_nor_begin_a_line_of_its_own() -> None:
+    line = HumanFormatter("webserver", has_colours=False).format(record(logging.ERROR, "no \033[31m\r\n2026 INFO fake"))
+    assert line == "2023-11-14T22:13:20.123Z ERROR webserver: no \\x1b[31m\\x0d\n  2026 INFO fake"
+
+
 def test_a_json_line() -> None:
     line = json.loads(JsonFormatter().format(record(logging.WARNING, "größer\nzwei", span=SPAN)))
     assert line == {
@@ -76,3 +83,33 @@ def test_a_traceback_stays_in_its_line_or_below_it() -> None:
     text = JsonFormatter().format(failed)
     assert "\n" not in text
     assert json.loads(text)["exception"].endswith("ValueError: the reason")
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
+    """A pipe takes 64 KB; then whoever writes to it would wait for ever."""
+    program = (
+        "import logging, time\n"
+        "from engine.logs import configure_logging\n"
+        "configure_logging('info', 'test')\n"
+        "started = time.monotonic()\n"
+        "for number in range(20_000): logging.info('%d %s', number, 'x' * 100)\n"
+        "print(time.monotonic() - started)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert float(process.stdout.readline()) < 10
+    assert process.wait(10) == 0
+    process.stdout.close()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def test_every_line_is_there_at_the_end() -> None:
+    program = (
+        "import logging\n"
+        "from engine.logs import configure_logging\n"
+        "configure_logging('info', 'test', is_json=True)\n"
+        "for number in range(5000): logging.info('%d', number)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == [str(n) for n in range(5000)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,31 @@ def test_what_is_an_ip_address(hostname: str, expected: bool) -> None:
 
 def test_cores_are_those_of_the_affinity() -> None:
     assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/\n", {}, []),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000"}, []),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000"}, [2]),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, [1]),
+        (
+            "5:cpu,cpuacct:/docker/abc\n0::/\n",
+            {
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            [3],
+        ),
+        ("1:cpu:/\n", {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "9"}, []),
+    ],
+)
+def test_quotas_of_control_groups(tmp_path: Path, cgroup: str, files: dict[str, str], expected: list[int]) -> None:
+    for name, text in {"proc/self/cgroup": cgroup, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(runtime._quotas(tmp_path)) == expected
 
 
 def test_a_bug_report_has_versions_and_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
