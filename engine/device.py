@@ -70,10 +70,10 @@ def detect_device(local_rank: int = 0) -> Device:
     )
 
 
-def resolve_dtype(name: str, checkpoint_dtype: str | None, device: Device) -> torch.dtype:
+def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.dtype:
     """The dtype to run in: `auto` is the checkpoint's own, on GPUs 16 bits. Raises StartError for an unknown one."""
     if name == "auto":
-        name = (checkpoint_dtype or "float32").removeprefix("torch.")
+        name = str(checkpoint_dtype or "float32").removeprefix("torch.")
         if not device.is_widening:
             name = "bfloat16"
     if name not in DTYPES:

@@ -7,6 +7,10 @@ EngineError
  └─ EngineHungError   the engine process is there but says nothing; every open request fails
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class EngineError(Exception):
     """Base of the tree above; `str()` of each is fit to show to a user."""
@@ -14,6 +18,11 @@ class EngineError(Exception):
 
 class StartError(EngineError):
     """A flag, file or shape stops the start."""
+
+    @classmethod
+    def of_file(cls, path: Path, error: OSError) -> StartError:
+        """For a file or folder of the model that the system does not let us read."""
+        return cls(f"{path} cannot be read ({error.strerror or error}): mend that, or fetch the model again")
 
 
 class GenerationError(EngineError):

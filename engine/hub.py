@@ -32,6 +32,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError, safe_open
 
@@ -61,15 +62,31 @@ T = TypeVar("T")
 def download_model(model_id: str, revision: str | None) -> Path:
     """The model's folder; the Hub is asked only if the cache does not have it whole. Raises StartError in words."""
     try:
-        if revision is None and os.path.isdir(model_id):  # Path would take an empty text for the working directory
-            return _local(Path(model_id))
+        if os.path.isdir(model_id):  # Path would take an empty text for the working directory
+            if revision is None:
+                return _local(Path(model_id))
+            if not _is_hub_id(model_id):
+                raise StartError("--revision is for models of the Hub: leave it out for a local folder")
         return _cached(model_id, revision) or _fetched(model_id, revision)
     except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
         raise StartError(_sentence(_root(error), model_id, revision)) from error
 
 
+def _is_hub_id(model_id: str) -> bool:
+    """Whether the Hub could have it; `./name` and `/name` are folders only."""
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _local(folder: Path) -> Path:
-    _check_names({path.name for path in folder.iterdir()}, str(folder))
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    _check_names(names, str(folder))
     _check_whole(folder)
     logger.info("Files are already present on the host. Skipping download.")
     return folder

@@ -44,6 +44,8 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
                 _load_file(path, layers, model.is_ignored, on_loaded)
             except SafetensorError as error:
                 raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+            except OSError as error:
+                raise StartError.of_file(path, error) from error
     for check in checks:
         check.result()
     for prefix, (layer, part) in layers.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_KV_TOKENS = 32768
 """KV capacity on a CPU without --max-batch-total-tokens: one full window or this, whichever is more."""
+SUGGESTED_SHARE = 0.95
+"""Of what fits at this moment, what a sentence suggests: free memory moves from one start to the next."""
 UNLIMITED = 1 << 60
 """Control groups of version 1 write a huge number where there is no limit."""
 
@@ -36,12 +38,12 @@ class MemoryNeeds:
         return -(-num_tokens // self.block_size)
 
 
-def check_weights_fit(weight_bytes: int, free_bytes: int) -> None:
-    """Raises StartError."""
+def check_weights_fit(weight_bytes: int, free_bytes: int, memory_fraction: float) -> None:
+    """`free_bytes` are what `memory_fraction` leaves. Raises StartError."""
     if weight_bytes > free_bytes:
         raise StartError(
-            f"Not enough memory for the model: its weights take {_gb(weight_bytes)}, {_gb(free_bytes)} are free: serve "
-            "a smaller model, or give the process more memory"
+            f"Not enough memory for the model: its weights take {_size(weight_bytes)}, {_size(free_bytes)} are free: "
+            f"serve a smaller model, or {_more_memory(memory_fraction)}"
         )
 
 
@@ -53,19 +55,33 @@ def settle_kv_blocks(config: EngineConfig, needs: MemoryNeeds, *, free_bytes: in
     """
     available = int((free_bytes - needs.weights) * config.kv_memory_share)
     most = available // needs.per_block
-    name = "max_total_tokens" if config.max_batch_total_tokens is None else "max_batch_total_tokens"
     asked = config.max_batch_total_tokens or config.max_total_tokens or needs.block_size
     if needs.blocks(asked) > most:
-        raise StartError(
-            f"Not enough memory to handle `{name}={asked}`: the KV cache would take "
-            f"{_gb(needs.blocks(asked) * needs.per_block)} of {_gb(available)} that are free for it: "
-            f"lower --{name.replace('_', '-')} to {most * needs.block_size}"
-        )
+        is_share_too_small = needs.blocks(asked) <= (free_bytes - needs.weights) // needs.per_block
+        raise StartError(_kv_refusal(config, needs, available, is_share_too_small=is_share_too_small))
     if config.max_batch_total_tokens is not None:
         return needs.blocks(asked)
     if not is_modest:
         return most
     return min(most, needs.blocks(max(config.max_total_tokens or window, DEFAULT_KV_TOKENS)))
+
+
+def _kv_refusal(config: EngineConfig, needs: MemoryNeeds, available: int, *, is_share_too_small: bool) -> str:
+    name = "max_total_tokens" if config.max_batch_total_tokens is None else "max_batch_total_tokens"
+    asked = config.max_batch_total_tokens or config.max_total_tokens
+    suggested = _suggested(available // needs.per_block * needs.block_size, needs)
+    if asked and suggested:
+        mend = f"lower --{name.replace('_', '-')} to {suggested}"
+    elif is_share_too_small:
+        mend = f"raise TGI_WIGGLE_ROOM ({config.kv_memory_share:g})"
+    else:
+        mend = _more_memory(config.memory_fraction)
+    what = f"to handle `{name}={asked}`" if asked else f"for the smallest KV cache, {needs.block_size} tokens"
+    taken = needs.blocks(asked or needs.block_size) * needs.per_block
+    return (
+        f"Not enough memory {what}: the KV cache would take {_size(taken)} of {_size(available)} that are free for it: "
+        f"{mend}"
+    )
 
 
 def settle_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_asked: bool) -> int:
@@ -76,7 +92,8 @@ def settle_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, n
     most = (free_bytes - needs.weights - num_blocks * needs.per_block) // needs.per_step_token
     if wanted <= most:
         return wanted
-    if most < needs.block_size:
+    suggested = _suggested(most, needs)
+    if not suggested:
         raise StartError(
             "Not enough memory for a step beside the weights and a KV cache of "
             f"{num_blocks * needs.block_size} tokens: lower --max-batch-total-tokens, or give the process more memory"
@@ -84,7 +101,7 @@ def settle_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, n
     if is_asked:
         raise StartError(
             f"Not enough memory to handle {wanted} prefill tokens. You need to decrease `--max-batch-prefill-tokens` "
-            f"to {most}"
+            f"to {suggested}"
         )
     logger.warning(
         "Reducing the max batch prefill from %d to %d because there is not enough memory to support it.", wanted, most
@@ -92,8 +109,21 @@ def settle_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, n
     return most
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{max(0, num_bytes) / 1e9:.1f} GB"
+def _suggested(num_tokens: int, needs: MemoryNeeds) -> int:
+    """A little less than `num_tokens`, in whole blocks; 0: there is nothing to suggest."""
+    return max(0, int(num_tokens * SUGGESTED_SHARE) // needs.block_size * needs.block_size)
+
+
+def _more_memory(memory_fraction: float) -> str:
+    if memory_fraction < 1:
+        return f"raise --cuda-memory-fraction {memory_fraction:g}"
+    return "give the process more memory"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 100_000_000:
+        return f"{max(0, num_bytes) / 1e6:.3g} MB"
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:
@@ -114,23 +144,28 @@ def _cgroup_free(root: Path) -> Iterator[int]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+            caches = ("inactive_file", "active_file")
         elif "memory" in controllers.split(","):
             mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            caches = ("total_inactive_file", "total_active_file")
         else:
             continue
         group = mount / path.strip("/")
         # In a container the path may be the host's, of which only the mount point itself can be seen.
-        yield from (_group_free(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(mount))
+        yield from (
+            _group_free(folder, *names, caches) for folder in (group, *group.parents) if folder.is_relative_to(mount)
+        )
 
 
-def _group_free(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> int:
+def _group_free(folder: Path, limit_name: str, usage_name: str, cache_names: Iterable[str]) -> int:
     try:
         limit = (folder / limit_name).read_text().strip()
         if limit == "max" or int(limit) >= UNLIMITED:
             return UNLIMITED
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - int((folder / usage_name).read_text()) + int(stat.get(cache_name, 0))
+        cache = sum(int(stat.get(name, 0)) for name in cache_names)
+        return int(limit) - int((folder / usage_name).read_text()) + cache
     except (OSError, ValueError):
         return UNLIMITED

@@ -11,11 +11,13 @@ from engine.errors import StartError
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
-    if not path.is_file():
-        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
     if not isinstance(content, dict):
         raise StartError(f"{path} is not a JSON object: fetch the model again")
@@ -35,39 +37,64 @@ def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
 
     A list in generation_config.json counts; a single number there gives way to the tokenizer's own eos token.
     """
-    generation = read_json(folder / "generation_config.json").get("eos_token_id")
+    path = folder / "generation_config.json"
+    generation = read_json(path).get("eos_token_id")
     if isinstance(generation, list):
-        return [int(token_id) for token_id in generation]
-    tokenizer = _tokenizer_eos_id(read_json(folder / "tokenizer_config.json"))
-    for candidate in (tokenizer, generation, config.get("eos_token_id")):
+        return _ids(generation, path)
+    for candidate in (_tokenizer_eos_id(folder / "tokenizer_config.json"), generation):
         if isinstance(candidate, int):
             return [candidate]
-        if isinstance(candidate, list):
-            return [int(token_id) for token_id in candidate]
-    return []
+    own = config.get("eos_token_id")
+    return [] if own is None else _ids(own if isinstance(own, list) else [own], folder / "config.json")
 
 
-def _tokenizer_eos_id(tokenizer_config: dict[str, Any]) -> int | None:
+def _ids(values: list[Any], path: Path) -> list[int]:
+    if not all(isinstance(value, int) for value in values):
+        raise StartError(f"eos_token_id in {path} is {values!r}, not token ids: fetch the model again")
+    return values
+
+
+def _tokenizer_eos_id(path: Path) -> int | None:
+    tokenizer_config = read_json(path)
     eos = tokenizer_config.get("eos_token")
     content = eos.get("content") if isinstance(eos, dict) else eos
-    for token_id, token in tokenizer_config.get("added_tokens_decoder", {}).items():
-        if content is not None and token.get("content") == content:
-            return int(token_id)
-    return None
+    if content is None:
+        return None
+    try:
+        decoder = (tokenizer_config.get("added_tokens_decoder") or {}).items()
+        return next((int(token_id) for token_id, token in decoder if token.get("content") == content), None)
+    except (AttributeError, ValueError) as error:
+        raise StartError(f"added_tokens_decoder in {path} cannot be used ({error}): fetch the model again") from error
 
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files, in order. Raises StartError when there are none or one that the index names is missing."""
     index = read_json(folder / "model.safetensors.index.json")
     if index:
-        if not isinstance(index.get("weight_map"), dict):
-            raise StartError(f"{folder}/model.safetensors.index.json has no weight_map: fetch the model again")
-        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise StartError(
+                f"{folder}/model.safetensors.index.json has no weight_map of file names: fetch the model again"
+            )
+        paths = [folder / name for name in sorted(set(names.values()))]
         for path in paths:
-            if not path.is_file():
+            if not _is_file(path):
                 raise StartError(f"{path} is named by model.safetensors.index.json but missing: fetch the model again")
         return paths
-    paths = sorted(folder.glob("*.safetensors"))
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
     if not paths:
         raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
+    for path in paths:
+        if not _is_file(path):
+            raise StartError(f"{path} is no file, or a link to a missing one: fetch the model again")
     return paths
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise StartError.of_file(path, error) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.errors import StartError
 from engine.layers.base import RotaryTable, Rotation
 
 DEFAULT_THETA = 10_000.0
+MOST_POSITIONS = 2**31 - 1
 KEPT_UNDER_FLAGS = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 """What the flags take over from config.json's own scaling: facts about the training, which flags can't state."""
 
@@ -60,6 +62,11 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     factor = _factor(kind, scaling.get("factor"))
     # transformers grows `dynamic` from max_position_embeddings whatever else the configuration says.
     original = window if kind == "dynamic" else _original_window(kind, config, scaling)
+    if factor * original > MOST_POSITIONS:
+        raise StartError(
+            f"rope scaling {kind!r} with a factor of {factor:g} stretches {original} positions too far: "
+            "lower it in config.json, or by --rope-factor"
+        )
     return Rope(
         kind=kind,
         theta=theta,
@@ -98,7 +105,8 @@ def _own_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _theta(config: Mapping[str, Any]) -> Any:
     """The rotary base. Where `rope_scaling` was added to a file that has it in `rope_parameters`, it is still found."""
-    sources = (_own_scaling(config), config, config.get("rope_parameters") or {})
+    parameters = config.get("rope_parameters")
+    sources = (_own_scaling(config), config, parameters if isinstance(parameters, Mapping) else {})
     return next((source["rope_theta"] for source in sources if source.get("rope_theta") is not None), DEFAULT_THETA)
 
 
@@ -143,7 +151,8 @@ def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, as neither NaN nor an integer too large for a float passes.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _number(kind: str, key: str, value: Any) -> float:
@@ -227,7 +236,18 @@ class DynamicRotary(Rotary):
 def make_rotary(config: Mapping[str, Any], head_dim: int, device: torch.device) -> Rotary:
     """The rotary embedding that config.json describes. Raises StartError."""
     rope = read_rope(config)
-    return (DynamicRotary if rope.kind == "dynamic" else Rotary)(rope, head_dim, device)
+    rotary = (DynamicRotary if rope.kind == "dynamic" else Rotary)(rope, head_dim, device)
+    try:
+        rotary.allocate(2)
+        is_finite = bool((rotary.table.cos + rotary.table.sin).isfinite().all())
+    except (ArithmeticError, ValueError):
+        is_finite = False
+    if not is_finite:
+        raise StartError(
+            f"rope scaling {rope.kind!r} cannot be computed with these numbers: correct config.json's rope_theta "
+            f"({rope.theta:g}) and rope_scaling"
+        )
+    return rotary
 
 
 def _plain(rope: Rope, exponents: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ def import_entry(table: dict[str, str], key: str, what: str) -> Any:
 
 
 def build_model(config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device) -> CausalLM:
-    """The model of a folder, with its weights on the device."""
-    model_class = import_entry(MODELS, config.get("model_type", ""), "model_type")
+    """The model of a folder, with its weights on the device. Raises StartError."""
+    model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
     if "quantization_config" in config:
         raise StartError("config.json has a quantization_config: quantised weights are not supported yet")
     context = ModelContext(
@@ -48,7 +48,10 @@ def build_model(config: dict[str, Any], folder: Path, dtype: torch.dtype, device
         activation_dtype=device.activation_dtype(dtype),
         device=device.torch_device,
     )
-    model: CausalLM = model_class(config, context)
+    try:
+        model: CausalLM = model_class(config, context)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
+        raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
     load_weights(model, folder, device.torch_device)
     return model
 

@@ -42,7 +42,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
     free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
     weight_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
-    check_weights_fit(weight_bytes, free_bytes)
+    check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
     model = build_model(model_config, folder, dtype, device)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)

@@ -51,7 +51,8 @@ class TextTokenizer:
         folder = Path(model_path)
         tokenizer = _load_tokenizer(folder / "tokenizer.json")
         _refuse_larger(tokenizer, folder)
-        config = _read_json(Path(config_path) if config_path else folder / "tokenizer_config.json")
+        path = Path(config_path) if config_path else folder / "tokenizer_config.json"
+        config = _read_json(path)
         if config is None and config_path:
             raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
         config = config or {}
@@ -61,7 +62,7 @@ class TextTokenizer:
             bos_token=_token_content(config.get("bos_token")),
             eos_token=_token_content(config.get("eos_token")),
         )
-        return cls(tokenizer, _special_ids(tokenizer, config), chat_format, num_workers)
+        return cls(tokenizer, _special_ids(tokenizer, config, path), chat_format, num_workers)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         loop = asyncio.get_running_loop()
@@ -84,11 +85,12 @@ class TextTokenizer:
 
 
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
+    content = _read(path)
+    if content is None:
         raise StartError(f"{path} is missing: the model folder needs a tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+        return tokenizers.Tokenizer.from_buffer(content)
+    except ValueError as error:
         raise StartError(f"{path} cannot be read as a tokenizer: {error}") from None
 
 
@@ -103,26 +105,40 @@ def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         )
 
 
+def _read(path: Path) -> bytes | None:
+    """What is in `path`, or None where there is no such file. Raises StartError."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, or None where there is no such file. Raises StartError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    content = _read(path)
+    if content is None:
         return None
-    except ValueError as error:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise StartError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise StartError(f"{path} does not hold a JSON object")
     return value
 
 
-def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> frozenset[int]:
+def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> frozenset[int]:
     """Tokens the config names as special, and added tokens that either file flags as special (reference 4.3)."""
-    ids = {tokenizer.token_to_id(token) for token in _named_special_tokens(config)} - {None}
-    ids |= {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    decoder = config.get("added_tokens_decoder", {})
-    ids |= {int(token_id) for token_id, token in decoder.items() if token.get("special")}
-    return frozenset(token_id for token_id in ids if token_id is not None)
+    ids = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    try:
+        named = {tokenizer.token_to_id(token) for token in _named_special_tokens(config)}
+        decoder = (config.get("added_tokens_decoder") or {}).items()
+        ids |= {int(token_id) for token_id, token in decoder if token.get("special")}
+    except (AttributeError, ValueError) as error:
+        raise StartError(f"The special tokens in {path} cannot be used ({error}): fetch the model again") from error
+    return frozenset(ids | {token_id for token_id in named if token_id is not None})
 
 
 def _named_special_tokens(config: dict[str, Any]) -> Iterator[str]:
@@ -145,13 +161,19 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
     source = _default_template(override.get("chat_template") or config.get("chat_template"))
     jinja_file = folder / "chat_template.jinja"
-    if source is None and jinja_file.is_file():
-        return jinja_file.read_text()
-    return source
+    content = _read(jinja_file) if source is None else None
+    if content is None:
+        return source
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise StartError(f"{jinja_file} is not UTF-8 ({error}): fetch the model again") from error
 
 
 def _default_template(value: Any) -> str | None:
-    """A template, or of a list of named ones that called `default`."""
+    """A template, or of a list of named ones that called `default`. Raises StartError."""
     named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    if not all(isinstance(item, dict) for item in named):
+        raise StartError("chat_template is a list, but not of named templates: correct tokenizer_config.json")
     template = next((item.get("template") for item in named if item.get("name") == "default"), None)
     return template if isinstance(template, str) else None

@@ -16,16 +16,17 @@ from engine.rope import make_rotary
 from parallel.embedding import VocabTable
 from parallel.linear import ShardedLinear
 
-REQUIRED_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "vocab_size",
-)
+MOST_TOKENS = 2**31 - 1
+SIZES = {
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": MOST_TOKENS,
+    "num_attention_heads": 2**16,
+    "num_hidden_layers": 2**16,
+    "num_key_value_heads": 2**16,
+    "vocab_size": 2**24,
+}
+"""What config.json must say, and the most that is taken for a size and not for damage."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -176,13 +177,16 @@ def attention_windows(config: Mapping[str, Any]) -> list[int | None]:
     """
     num_layers = config["num_hidden_layers"]
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and not _is_whole(window, 1, MOST_TOKENS):
         raise StartError(f"sliding_window {window!r} in config.json is not a number of tokens: correct it or remove it")
     types = config.get("layer_types")
     if types is None:
         first = config.get("max_window_layers", 28) if window else num_layers
+        if not _is_whole(first, 0, MOST_TOKENS):
+            raise StartError(f"max_window_layers {first!r} in config.json is not a number of layers: correct it")
         types = [FULL if index < first else SLIDING for index in range(num_layers)]
-    if len(types) != num_layers or not set(types) <= {FULL, SLIDING}:
+    is_list = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    if not is_list or len(types) != num_layers:
         raise StartError(f"layer_types in config.json must say {FULL} or {SLIDING} for each of {num_layers} layers")
     if SLIDING in types and window is None:
         raise StartError(
@@ -191,8 +195,19 @@ def attention_windows(config: Mapping[str, Any]) -> list[int | None]:
     return [window if kind == SLIDING else None for kind in types]
 
 
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if lacking := [key for key in REQUIRED_KEYS if not config.get(key)]:
+    if lacking := [key for key in (*SIZES, "rms_norm_eps") if config.get(key) is None]:
         raise StartError(f"config.json does not say {', '.join(lacking)}: fetch the model again")
+    sizes = {**SIZES, "head_dim": 2**16} if config.get("head_dim") is not None else SIZES
+    for key, most in sizes.items():
+        if not _is_whole(config[key], 1, most):
+            raise StartError(f"{key} {config[key]!r} in config.json is not a size: fetch the model again")
+    eps = config["rms_norm_eps"]
+    if not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise StartError(f"rms_norm_eps {eps!r} in config.json is not a number between 0 and 1: fetch the model again")
     if config.get("hidden_act", "silu") != "silu":
         raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen2 has silu")

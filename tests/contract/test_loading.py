@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,97 @@ def test_no_weights_at_all(folder: Path) -> None:
 def test_models_that_cannot_be_served(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_config(folder, **changes)
     assert refusal(folder) == message
+
+
+def whole(key: str, value: Any) -> tuple[dict[str, Any], str]:
+    return {key: value}, f"{key} {value!r} in config.json is not a size: fetch the model again"
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        whole("hidden_size", "64"),
+        whole("hidden_size", True),
+        whole("hidden_size", 10**30),
+        whole("num_hidden_layers", 64.0),
+        whole("num_hidden_layers", 10**9),
+        whole("max_position_embeddings", "x"),
+        whole("max_position_embeddings", 0),
+        whole("vocab_size", -264),
+        whole("intermediate_size", [96]),
+        whole("num_attention_heads", {}),
+        whole("num_key_value_heads", -2),
+        whole("head_dim", "16"),
+        (
+            {"rms_norm_eps": "x"},
+            "rms_norm_eps 'x' in config.json is not a number between 0 and 1: fetch the model again",
+        ),
+        (
+            {"rms_norm_eps": float("nan")},
+            "rms_norm_eps nan in config.json is not a number between 0 and 1: fetch the model again",
+        ),
+        ({"model_type": []}, "model_type '[]' is not supported; supported: qwen2"),
+        ({"torch_dtype": 1}, "dtype '1' is not supported: give --dtype one of float32, bfloat16, float16"),
+        (
+            {"layer_types": 5},
+            "layer_types in config.json must say full_attention or sliding_attention for each of 2 layers",
+        ),
+        (
+            {"layer_types": [[], {}]},
+            "layer_types in config.json must say full_attention or sliding_attention for each of 2 layers",
+        ),
+        (
+            {**SLIDING, "max_window_layers": None},
+            "max_window_layers None in config.json is not a number of layers: correct it",
+        ),
+        (
+            {**SLIDING, "sliding_window": 10**30},
+            f"sliding_window {10**30} in config.json is not a number of tokens: correct it or remove it",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1}},
+            "rope scaling 'yarn' cannot be computed with these numbers: correct config.json's rope_theta (1) and "
+            "rope_scaling",
+        ),
+    ],
+)
+def test_a_configuration_of_wrong_types(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(folder, dtype=..., **changes)
+    with pytest.raises(StartError) as caught:
+        start_engine(EngineConfig(model_path=str(folder)))
+    assert str(caught.value) == message
+
+
+def test_rope_parameters_beside_rope_scaling_are_not_looked_into(folder: Path) -> None:
+    change_config(folder, rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=[1], rope_theta=...)
+    start(folder)
+
+
+def test_a_factor_that_no_position_fits(folder: Path) -> None:
+    with pytest.raises(StartError, match=r"rope scaling 'linear' with a factor of 1e\+308 stretches .* too far: lower"):
+        start(folder, rope_factor=1e308)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError])
+def test_what_no_check_foresaw(folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def fail(config: dict[str, Any]) -> None:
+        raise error("why")
+
+    monkeypatch.setattr("engine.models.qwen2.attention_windows", fail)
+    assert refusal(folder) == f"config.json can't be used ({error('why')!r}): fetch the model again"
+
+
+def test_weights_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, framework: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("engine.loader.safe_open", refuse)
+    assert refusal(folder) == (
+        f"{folder / WEIGHTS} cannot be read (Permission denied): mend that, or fetch the model again"
+    )
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])

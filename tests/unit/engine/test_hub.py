@@ -38,6 +38,27 @@ def test_a_whole_snapshot_is_used_as_it_is(snapshot: Path, revision: str | None)
     assert hub.download_model("tiny/Qwen2", revision) == snapshot
 
 
+@pytest.mark.parametrize("prefix", ["/", "./", "../"])
+def test_a_revision_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path if prefix == "./" else tmp_path / "here")
+    model_id = f"{tmp_path}/model" if prefix == "/" else f"{prefix}model"
+    with pytest.raises(StartError) as caught:
+        hub.download_model(model_id, "main")
+    assert str(caught.value) == "--revision is for models of the Hub: leave it out for a local folder"
+
+
+def test_with_a_revision_an_id_of_the_hub_is_no_folder(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny" / "Qwen2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub.download_model("tiny/Qwen2", "main") == snapshot
+    with pytest.raises(StartError, match=r"has no \*\.safetensors file"):
+        hub.download_model("tiny/Qwen2", None)
+
+
 def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

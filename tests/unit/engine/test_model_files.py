@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import StartError
-from engine.model_files import read_eos_token_ids, read_model_config
+from engine.model_files import read_eos_token_ids, read_json, read_model_config, safetensors_files
 
 TOKENIZER = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"5": {"content": "<|im_end|>"}, "6": {"content": "x"}}}
 
@@ -41,7 +42,70 @@ def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
         read_model_config(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\udcff"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": [None]}, r"eos_token_id in .* is \[None\], not token ids: fetch"),
+        ("config.json", {"eos_token_id": ["1"]}, r"eos_token_id in .* is \['1'\], not token ids: fetch"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder in .* cannot be used .*: fetch"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": 1}}, "added_tokens_decoder in .* cannot be used"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "e"}}},
+            "added_tokens_decoder in .* cannot",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": None}, None),
+    ],
+)
+def test_eos_ids_that_are_none(tmp_path: Path, name: str, content: dict[str, Any], message: str | None) -> None:
+    (tmp_path / name).write_text(json.dumps({"eos_token": "e", **content}))
+    config = content if name == "config.json" else {}
+    if message is None:
+        assert read_eos_token_ids(tmp_path, config) == []
+        return
+    with pytest.raises(StartError, match=message):
+        read_eos_token_ids(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {"a": 5}, {"a": ["model.safetensors"]}, {"a": "model.safetensors", "b": None}]
+)
+def test_an_index_without_file_names(tmp_path: Path, weight_map: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(StartError, match="index.json has no weight_map of file names: fetch the model again"):
+        safetensors_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_folder_in_place_of_a_json_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(StartError) as caught:
+        read_json(tmp_path / name)
+    assert str(caught.value) == (
+        f"{tmp_path / name} cannot be read (Is a directory): mend that, or fetch the model again"
+    )
+
+
+def test_weights_that_are_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.symlink_to("nowhere")
+    with pytest.raises(StartError, match="model.safetensors is no file, or a link to a missing one: fetch the model"):
+        safetensors_files(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["read_text", "iterdir", "is_file"])
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    (tmp_path / "model.safetensors").touch()
+
+    def refuse(path: Path, **_: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(StartError, match=f"^{tmp_path}.* cannot be read \\(Permission denied\\): mend that, or fetch"):
+        safetensors_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\udcff", "[" * 100_000])
 def test_a_configuration_that_cannot_be_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(StartError, match="config.json .*: fetch the model again"):

@@ -160,12 +160,43 @@ def test_the_longest_window(config: dict[str, Any], expected: int) -> None:
             {**BASE, "rope_theta": 0},
             "rope scaling 'default' needs rope_theta as a number above 0, not 0: put it in config.json",
         ),
+        (
+            {**BASE, "rope_theta": 10**400},
+            f"rope scaling 'default' needs rope_theta as a number above 0, not {10**400}: put it in config.json",
+        ),
+        (
+            scaled(type="linear", factor=1e308),
+            "rope scaling 'linear' with a factor of 1e+308 stretches 128 positions too far: "
+            "lower it in config.json, or by --rope-factor",
+        ),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(StartError) as caught:
         read_rope(config)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "theta"),
+    [
+        (scaled(**YARN, rope_theta=1), "1"),
+        (scaled(**YARN, beta_fast=1e308), "1e+06"),
+        (scaled(**YARN, original_max_position_embeddings=0.5), "1e+06"),
+        (scaled(**YARN, attention_factor=1e308), "1e+06"),
+        (scaled(**YARN, mscale=1e308, mscale_all_dim=1.0), "1e+06"),
+        (scaled(type="default", rope_theta=1e-308), "1e-308"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_table(config: dict[str, Any], theta: str) -> None:
+    kind = config["rope_scaling"]["type"]
+    with pytest.raises(StartError) as caught:
+        make_rotary(config, 64, torch.device("cpu"))
+    assert str(caught.value) == (
+        f"rope scaling {kind!r} cannot be computed with these numbers: correct config.json's rope_theta ({theta}) and "
+        "rope_scaling"
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])

@@ -74,11 +74,61 @@ def test_broken_tokenizer(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize(("text", "why"), [("{", "is not valid JSON"), ("[]", "does not hold a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+    ],
+    ids=["cut off", "deep", "a list"],
+)
 def test_broken_config(folder: Path, text: str, why: str) -> None:
     (folder / "tokenizer_config.json").write_text(text)
     with pytest.raises(StartError, match=f"tokenizer_config.json {why}"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"added_tokens_decoder": None}, None),
+        ({"added_tokens_decoder": [1]}, "The special tokens in .*tokenizer_config.json cannot be used .*: fetch"),
+        ({"added_tokens_decoder": {"5": None}}, "The special tokens in .*tokenizer_config.json cannot be used"),
+        ({"added_tokens_decoder": {"x": {"special": True}}}, "The special tokens in .*_config.json cannot be used"),
+        ({"eos_token": "\ud800"}, "The special tokens in .*tokenizer_config.json cannot be used"),
+        ({"chat_template": ["a"]}, "chat_template is a list, but not of named templates: correct tokenizer_config"),
+    ],
+)
+def test_config_of_wrong_types(folder: Path, changes: dict[str, Any], sentence: str | None) -> None:
+    change_config(folder, **changes)
+    if sentence is None:
+        load(folder)
+        return
+    with pytest.raises(StartError, match=sentence):
+        load(folder)
+
+
+def test_a_template_that_is_not_utf_8(folder: Path) -> None:
+    change_config(folder, chat_template=None)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(StartError, match="chat_template.jinja is not UTF-8 .*: fetch the model again"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_files_that_cannot_be_read(folder: Path, name: str) -> None:
+    change_config(folder, chat_template=None)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(StartError) as caught:
+        load(folder)
+    assert str(caught.value) == f"{folder / name} cannot be read (Is a directory): mend that, or fetch the model again"
+
+
+def test_a_folder_as_tokenizer_config_path(folder: Path) -> None:
+    with pytest.raises(StartError, match=f"^{folder} cannot be read \\(Is a directory\\)"):
+        TextTokenizer.from_folder(str(folder), 1, str(folder))
 
 
 def test_config_may_be_missing(folder: Path) -> None:
