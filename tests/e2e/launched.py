@@ -87,6 +87,11 @@ class LaunchedServer:
         return {name: float(value) for name, value in pairs}
 
 
+def heed_hang_ups() -> None:
+    """The launcher rightly ignores SIGHUP under nohup; these tests may be run under it, and send SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def launched(
     model: Path | str,
@@ -108,6 +113,7 @@ def launched(
             stderr=subprocess.STDOUT,
             cwd=directory,
             env={**os.environ, **(environ or {})},
+            preexec_fn=heed_hang_ups,
         )
     server = LaunchedServer(process, port, log_path)
     try:
