@@ -1,0 +1,162 @@
+"""Stored quantised weights -> dense float32 arrays: slow, plain numpy, and nothing of the project's `quant` package.
+
+    PYTHONPATH=. python tests/oracles/dequantise.py FOLDER [word|field|unmasked]
+
+Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ and llmcompressor write (shapes and packing:
+tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2 checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Zeros = Literal["word", "field", "unmasked"]
+"""How the stored z - 1 of the first GPTQ format ("v1") becomes z; they differ only where some true z was 0.
+
+word      add 1 to every field of the 32-bit word at once, carrying from field to field: gptqmodel's reading of 2, 4
+          and 8 bits; its 3 bits, where fields cross from word to word, it reads as `field`.
+field     (field + 1) modulo 2**bits: AutoGPTQ's torch path for 2, 4 and 8 bits without act-order.
+unmasked  field + 1, up to 2**bits: AutoGPTQ's torch path with act-order, and for 3 bits.
+"""
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.uint32, "BF16": np.uint16}
+AWQ_FIELD_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def dequantise(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
+    """Every tensor of the model in float32; a tied model has no lm_head.weight."""
+    config = json.loads((folder / "config.json").read_text())
+    quantisation = quantisation_config(folder, config)
+    stored = read_tensors(folder)
+    dense: dict[str, Floats] = {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight" and quantisation["quant_method"] == "gptq":
+            dense[f"{module}.weight"] = gptq_weight(stored, module, is_v1(quantisation), zeros)
+        elif kind == "qweight":
+            dense[f"{module}.weight"] = awq_weight(stored, module)
+        elif kind == "weight_packed":
+            dense[f"{module}.weight"] = compressed_weight(stored, module)
+        elif kind == "bias" and not module.endswith(("q_proj", "k_proj", "v_proj")):
+            assert not tensor.any(), f"{name}: Qwen2 has no such bias, and this one is not zero"  # AutoGPTQ's
+        elif kind in ("weight", "bias"):
+            dense[name] = tensor.astype(np.float32)
+    if config["tie_word_embeddings"] and "lm_head.weight" in dense:  # AutoGPTQ stores a copy
+        assert np.array_equal(dense.pop("lm_head.weight"), dense["model.embed_tokens.weight"])
+    return dense
+
+
+def quantisation_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    inside: dict[str, Any] | None = config.get("quantization_config")
+    return inside or json.loads((folder / "quantize_config.json").read_text())
+
+
+def is_v1(quantisation: dict[str, Any]) -> bool:
+    """Whether a GPTQ checkpoint stores z - 1: AutoGPTQ 0.7.1 doesn't name its format, and it is this one."""
+    return (quantisation.get("checkpoint_format") or quantisation.get("format") or "gptq") == "gptq"
+
+
+def read_tensors(folder: Path) -> dict[str, Array]:
+    """Every tensor of every *.safetensors: int32 as uint32, and bfloat16 as float32."""
+    tensors: dict[str, Array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + size]).items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            tensor = np.frombuffer(data[8 + size + begin : 8 + size + end], DTYPES[entry["dtype"]])
+            if entry["dtype"] == "BF16":
+                tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+            tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
+
+
+def unpack(words: Array, bits: int) -> Array:
+    """[..., W] uint32 -> [..., W * 32 / bits]: the words of a row are one stream of bits, the lowest first.
+
+    Of 3-bit values 32 fill 3 words, and two of them lie across a border. unpack([[0x321]], 4) is [[1, 2, 3, 0, ...]].
+    """
+    stream = np.unpackbits(np.ascontiguousarray(words).astype("<u4").view(np.uint8), axis=-1, bitorder="little")
+    fields = stream.reshape(*words.shape[:-1], -1, bits).astype(np.int64)
+    unpacked: Array = fields @ (1 << np.arange(bits))
+    return unpacked
+
+
+def gptq_weight(stored: dict[str, Array], module: str, is_first_format: bool, zeros: Zeros) -> Floats:
+    """weight[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = g_idx[k]; packed along k, the zero points along n."""
+    qweight, group_of = stored[f"{module}.qweight"], stored[f"{module}.g_idx"]
+    bits = 32 * qweight.shape[0] // len(group_of)
+    values = unpack(qweight.T, bits)  # [N, K]
+    zero_points = gptq_zero_points(stored[f"{module}.qzeros"], bits, is_first_format, zeros)  # [G, N]
+    scales = stored[f"{module}.scales"].astype(np.float32)
+    weight = np.empty(values.shape, np.float32)
+    for k, group in enumerate(group_of):
+        weight[:, k] = scales[group] * (values[:, k] - zero_points[group]).astype(np.float32)
+    return weight
+
+
+def gptq_zero_points(qzeros: Array, bits: int, is_first_format: bool, zeros: Zeros) -> Array:
+    if not is_first_format:
+        return unpack(qzeros, bits)
+    if zeros == "word" and bits != 3:
+        ones = sum(1 << shift for shift in range(0, 32, bits))  # 0x11111111 for 4 bits
+        return unpack(qzeros + np.uint32(ones), bits)  # wraps
+    plus_one: Array = unpack(qzeros, bits) + 1
+    return plus_one if zeros == "unmasked" else plus_one % 2**bits
+
+
+def awq_weight(stored: dict[str, Array], module: str) -> Floats:
+    """weight[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = k // group_size; both packed along n, interleaved."""
+    values = awq_unpack(stored[f"{module}.qweight"])  # [K, N]
+    zero_points = awq_unpack(stored[f"{module}.qzeros"])  # [G, N]
+    scales = stored[f"{module}.scales"].astype(np.float32)
+    group_size = values.shape[0] // scales.shape[0]
+    weight = np.empty(values.shape[::-1], np.float32)
+    for k in range(values.shape[0]):
+        group = k // group_size
+        weight[:, k] = scales[group] * (values[k] - zero_points[group]).astype(np.float32)
+    return weight
+
+
+def awq_unpack(words: Array) -> Array:
+    """[R, N/8] -> [R, N], channel 8c + o out of its field of word c."""
+    fields = unpack(words, 4).reshape(words.shape[0], -1, 8)
+    return fields[:, :, list(AWQ_FIELD_OF_CHANNEL)].reshape(words.shape[0], -1)
+
+
+def compressed_weight(stored: dict[str, Array], module: str) -> Floats:
+    """weight[n, k] = scale[n, g] * (q[n, k] - z[n, g]); packed along k, the zero points along n."""
+    packed, scales = stored[f"{module}.weight_packed"], stored[f"{module}.weight_scale"].astype(np.float32)
+    rows, columns = (int(size) for size in stored[f"{module}.weight_shape"])
+    bits = 32 * packed.shape[1] // columns
+    values = unpack(packed, bits)[:, :columns]
+    if f"{module}.weight_zero_point" in stored:
+        zero_points = unpack(stored[f"{module}.weight_zero_point"].T, bits).T[:rows]  # [N, G]
+    else:
+        zero_points = np.full(scales.shape, 2 ** (bits - 1))
+    group_size = columns // scales.shape[1]
+    weight = np.empty((rows, columns), np.float32)
+    for k in range(columns):
+        group = k // group_size
+        weight[:, k] = scales[:, group] * (values[:, k] - zero_points[:, group]).astype(np.float32)
+    return weight
+
+
+def main() -> None:
+    zeros: Any = sys.argv[2] if len(sys.argv) > 2 else "word"
+    for name, tensor in sorted(dequantise(Path(sys.argv[1]), zeros=zeros).items()):
+        print(f"{name:60} {list(tensor.shape)!s:14} mean {tensor.mean():+.6f} std {tensor.std():.6f}")
+
+
+if __name__ == "__main__":
+    main()
