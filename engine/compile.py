@@ -39,22 +39,23 @@ def main() -> None:
         sys.exit(subprocess.run([sys.executable, "-P", "-m", "engine.compile"], env=environ, check=False).returncode)
     import torch
 
-    for stored, dtype in (
-        ("bfloat16", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("float32", "float32"),
-        ("float16", "float16"),
+    for stored, dtype, quantize in (
+        ("bfloat16", "bfloat16", None),
+        ("bfloat16", "float32", None),
+        ("float32", "float32", None),
+        ("float16", "float16", None),
+        ("bfloat16", "bfloat16", "int4"),  # its head is int8
     ):
-        compile_for(getattr(torch, stored), dtype)
+        compile_for(getattr(torch, stored), dtype, quantize)
 
 
-def compile_for(stored: torch.dtype, dtype: str) -> None:
-    """Start an engine on a checkpoint stored as `stored`, run as `dtype`."""
+def compile_for(stored: torch.dtype, dtype: str, quantize: str | None) -> None:
+    """Start an engine on a checkpoint stored as `stored`, run as `dtype` and quantised as `quantize` says."""
     from engine.start import start_engine
 
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(Path(folder), stored)
-        start_engine(EngineConfig(model_path=folder, dtype=dtype, max_batch_total_tokens=128))
+        start_engine(EngineConfig(model_path=folder, dtype=dtype, quantize=quantize, max_batch_total_tokens=128))
 
 
 def write_tiny_model(folder: Path, stored: torch.dtype) -> None:

@@ -24,6 +24,10 @@ class EngineConfig:
     """Local folder with config.json and safetensors files."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
+    quantize: str | None = None
+    """Key of `quant.config.FORMATS` or `ON_LOAD`; None: as the checkpoint says."""
+    quantize_head: str | None = None
+    """`none` or a key of `quant.config.ON_LOAD`; None: int8 where the rest is quantised, unless dtype is float32."""
     rope_scaling: str | None = None
     """Key of `engine.rope.ROPE_TYPES`, in place of what config.json says."""
     rope_factor: float | None = None

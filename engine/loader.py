@@ -24,7 +24,31 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+def read_tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the folder's files. Raises StartError for a file that is not whole."""
+    names: set[str] = set()
+    for path in safetensors_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except SafetensorError as error:
+            raise _not_whole(path, error) from error
+        except OSError as error:
+            raise StartError.of_file(path, error) from error
+    return names
+
+
+def _not_whole(path: Path, error: SafetensorError) -> StartError:
+    return StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again")
 
 
 def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
@@ -36,14 +60,15 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
 
         def on_loaded(path: Path, name: str, tensor: torch.Tensor) -> None:
-            checks.append(checker.submit(_refuse_non_finite, path, name, tensor))
+            if tensor.is_floating_point():
+                checks.append(checker.submit(_refuse_non_finite, path, name, tensor))
             progress.add(tensor.nbytes)
 
         for path in files:
             try:
                 _load_file(path, layers, model.is_ignored, on_loaded)
             except SafetensorError as error:
-                raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+                raise _not_whole(path, error) from error
             except OSError as error:
                 raise StartError.of_file(path, error) from error
     for check in checks:
@@ -77,9 +102,11 @@ def _load_file(
             piece = kept.get_slice(name)
             dtype = TORCH_DTYPES.get(piece.get_dtype())
             if dtype is None:
-                raise StartError(f"tensor {name} is stored as {piece.get_dtype()}: only F32, F16 and BF16 are loaded")
+                raise StartError(
+                    f"tensor {name} is stored as {piece.get_dtype()}: only {', '.join(TORCH_DTYPES)} are loaded"
+                )
             try:
-                tensor = copied.get_tensor(name) if layer.is_copied(leaf, dtype) else kept.get_tensor(name)
+                tensor = copied.get_tensor(name) if layer.is_copied(leaf, part, dtype) else kept.get_tensor(name)
                 layer.load(leaf, part, tensor)
             except KeyError:
                 raise StartError(f"{path.name} has a tensor {name} that the model does not know") from None

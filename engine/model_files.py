@@ -32,6 +32,14 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the checkpoint says about its quantisation, wherever it says so; None for a dense one."""
+    for key in ("quantization_config", "compression_config"):
+        if isinstance(config.get(key), dict):
+            return dict(config[key])
+    return read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json") or None
+
+
 def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     """The ids that end a text (reference `tgi-http.md` 4.4).
 

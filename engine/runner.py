@@ -16,12 +16,15 @@ from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.device import Device
 from engine.errors import StartError
 from engine.layers import OPS
-from engine.loader import load_weights
+from engine.loader import load_weights, read_tensor_names
+from engine.model_files import read_quantization_config
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
 from engine.scheduler import ScheduledBatch
 from parallel.state import ParallelState
-from quant import LINEAR_METHODS
+from quant.base import FormatError
+from quant.config import Quantization, resolve_quantization
+from quant.none import DenseMethod
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +39,41 @@ def import_entry(table: dict[str, str], key: str, what: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build_model(config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device) -> CausalLM:
-    """The model of a folder, with its weights on the device. Raises StartError."""
+def settle_quantization(
+    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
+) -> Quantization:
+    """How each matrix of the folder's model is stored and runs. Raises StartError."""
+    dense = DenseMethod(dtype, is_widening=device.is_widening)
+    try:
+        stored = read_quantization_config(folder, config)
+        return resolve_quantization(
+            flag, head_flag, stored, read_tensor_names(folder), dense, is_exact=dtype == torch.float32
+        )
+    except FormatError as error:
+        raise StartError(str(error)) from error
+
+
+def build_model(
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: Device,
+    quantization: Quantization | None = None,
+) -> CausalLM:
+    """The model of a folder, with its weights on the device; by default as the checkpoint says."""
+    quantization = quantization or settle_quantization(config, folder, dtype, device, None, None)
     model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
-    if "quantization_config" in config:
-        raise StartError("config.json has a quantization_config: quantised weights are not supported yet")
     context = ModelContext(
         parallel=ParallelState(),
-        linear_method=import_entry(LINEAR_METHODS, "none", "quantize")(dtype, is_widening=device.is_widening),
+        quantization=quantization,
         ops=import_entry(OPS, device.ops, "ops")(),
         activation_dtype=device.activation_dtype(dtype),
         device=device.torch_device,
     )
     try:
         model: CausalLM = model_class(config, context)
+    except FormatError as error:
+        raise StartError(str(error)) from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
         raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
     load_weights(model, folder, device.torch_device)

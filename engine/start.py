@@ -17,7 +17,7 @@ from engine.errors import StartError
 from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.rope import replace_rope_scaling
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry
+from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
 from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -41,10 +41,12 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
     free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
-    weight_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    quantization = settle_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    weight_bytes = int(file_bytes * quantization.size_factor)
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
-    model = build_model(model_config, folder, dtype, device)
+    model = build_model(model_config, folder, dtype, device, quantization)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     if config.is_prefix_caching and model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
@@ -89,7 +91,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
         eos_token_ids=read_eos_token_ids(folder, model_config),
         max_running=config.max_batch_size,
     )
-    _log_summary(config, limits, device, dtype, kv_dtype, is_row_invariant=is_row_invariant)
+    _log_summary(config, limits, device, dtype, kv_dtype, quantization.description, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
     return EngineCore(scheduler, runner, sample, step_limit), ready
 
@@ -143,10 +145,11 @@ def _log_summary(
     device: Device,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
+    quantization: str,
     *,
     is_row_invariant: bool,
 ) -> None:
-    logger.info("Model %s on %s: dtype %s, not quantised", config.model_path, device.torch_device, _name(dtype))
+    logger.info("Model %s on %s: dtype %s, %s", config.model_path, device.torch_device, _name(dtype), quantization)
     logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",

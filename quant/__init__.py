@@ -1,6 +1,1 @@
-"""Weights as they are stored and as they run: one file per method, one table (below). Knows no layer and no model."""
-
-LINEAR_METHODS: dict[str, str] = {
-    "none": "quant.none:DenseMethod",
-}
-"""Quantisation method -> lazy "module:Class" of a `quant.base.LinearMethod`."""
+"""Weights as they are stored and as they run: a file per format, the tables in `quant.config`. Knows no model."""

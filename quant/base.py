@@ -3,40 +3,120 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 
+class FormatError(ValueError):
+    """A checkpoint or a setting that can't be run; the text is a whole sentence that names the mend."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One stored tensor of a linear layer, as its checkpoint shard `[out_features, in_features]` has it.
+    """One stored tensor of a matrix, as the checkpoint has it.
 
-    `output_dim` and `input_dim` say which dimension is cut when outputs or inputs are sharded (None: not cut); merged
-    layers (q, k, v; gate, up) are laid side by side along `output_dim`.
+    `output_dim` and `input_dim` say which dimension is cut when outputs or inputs are sharded (None: not cut).
     """
 
     shape: tuple[int, ...]
     output_dim: int | None
     input_dim: int | None
+    is_integer: bool = False
+    is_optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A matrix in the form its kernel reads, whatever the checkpoint's format was (design section 4).
+
+    `layout` "dense": `weight` [n, k] floating. "bytes": int8 [n, k]. "nibbles": uint8 [n, k / 2], where each eight
+    bytes hold sixteen inputs, the first eight in the lower halves. A quantised weight is `scales * (q - zero_points)`;
+    scales [n, groups] and zero_points [n, groups] (int32 for bytes, int8 for nibbles) are for k / groups inputs each.
+    `input_order` [k] int64: column i of `weight` belongs to input `input_order[i]`; None: in order.
+    """
+
+    layout: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    zero_points: torch.Tensor | None = None
+    input_order: torch.Tensor | None = None
+
+    def without_bias(self) -> PackedWeight:
+        return dataclasses.replace(self, bias=None)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        names = ("weight", "bias", "scales", "zero_points", "input_order")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
 
 
 class RunningWeight(Protocol):
-    """A weight in the form its kernel reads: the result of loading, whatever the checkpoint's format was."""
+    """A packed weight with its kernel."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, out_features], in the activations' dtype."""
 
 
 class LinearMethod(Protocol):
-    """From stored tensors to a running weight."""
+    """From stored tensors to a packed weight, one matrix at a time."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-        """The stored tensors by name, without the layer's prefix."""
+        """The stored tensors by name, without the layer's prefix. Raises FormatError for sizes that don't divide."""
 
-    def storage_dtype(self, name: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """The dtype that tensor `name` is kept in."""
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        """Whether `pack` makes something new of tensor `name`, rather than using its memory."""
 
-    def finish(self, params: Mapping[str, torch.Tensor]) -> RunningWeight:
-        """Make the running weight once every tensor is there."""
+    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+        """Make the packed weight once every tensor is there. Raises FormatError."""
+
+    def run(self, packed: PackedWeight) -> RunningWeight:
+        """Choose the kernel for the device where the weight is."""
+
+
+def merge(parts: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """Put neighbours that one kernel call can serve side by side along their outputs; the order stays."""
+    merged: list[PackedWeight] = []
+    for part in parts:
+        if merged and _is_compatible(merged[-1], part):
+            merged[-1] = _side_by_side(merged[-1], part)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _is_compatible(a: PackedWeight, b: PackedWeight) -> bool:
+    if (a.layout, a.weight.shape[1], a.weight.dtype) != (b.layout, b.weight.shape[1], b.weight.dtype):
+        return False
+    if (a.input_order is None) != (b.input_order is None):
+        return False
+    if a.input_order is not None and b.input_order is not None and not torch.equal(a.input_order, b.input_order):
+        return False
+    if a.scales is None or b.scales is None:
+        return True
+    return (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)
+
+
+def _side_by_side(a: PackedWeight, b: PackedWeight) -> PackedWeight:
+    bias = None
+    if a.bias is not None or b.bias is not None:
+        bias = torch.cat([_bias_or_zeros(a), _bias_or_zeros(b)])
+    return PackedWeight(
+        a.layout,
+        torch.cat([a.weight, b.weight]),
+        bias,
+        _concatenated(a.scales, b.scales),
+        _concatenated(a.zero_points, b.zero_points),
+        a.input_order,
+    )
+
+
+def _bias_or_zeros(part: PackedWeight) -> torch.Tensor:
+    return torch.zeros(part.weight.shape[0]) if part.bias is None else part.bias
+
+
+def _concatenated(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None or b is None else torch.cat([a, b])

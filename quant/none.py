@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.base import ParamSpec, RunningWeight
-from quant.kernels import running_weight
+from quant.base import PackedWeight, ParamSpec
+from quant.kernels import KernelChoice
 
 
-class DenseMethod:
+class DenseMethod(KernelChoice):
     """Keeps a 16- or 32-bit weight as it is stored wherever the kernel widens it exactly.
 
     `dtype` is what the model should run in. With float32 asked for, a bfloat16 weight stays bfloat16 on devices whose
@@ -22,15 +22,23 @@ class DenseMethod:
         self._is_widening = is_widening
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-        specs = {"weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1)}
-        if has_bias:
-            specs["bias"] = ParamSpec((out_features,), output_dim=0, input_dim=None)
-        return specs
+        return {
+            "weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1),
+            **bias_spec(out_features, has_bias),
+        }
 
-    def storage_dtype(self, name: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return self._storage_dtype(name, checkpoint_dtype) != checkpoint_dtype
+
+    def _storage_dtype(self, name: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
         if self._is_widening and (self._dtype == torch.float32 or name == "bias"):
             return torch.float32 if name == "bias" else checkpoint_dtype
         return self._dtype
 
-    def finish(self, params: Mapping[str, torch.Tensor]) -> RunningWeight:
-        return running_weight("dense", params["weight"], params.get("bias"))
+    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+        stored = {name: tensor.to(self._storage_dtype(name, tensor.dtype)) for name, tensor in params.items()}
+        return PackedWeight("dense", stored["weight"], stored.get("bias"))
+
+
+def bias_spec(out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+    return {"bias": ParamSpec((out_features,), output_dim=0, input_dim=None)} if has_bias else {}

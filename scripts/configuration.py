@@ -85,7 +85,8 @@ def _flag_row(flag: Flag) -> str:
 
 def _effect(flag: Flag) -> str:
     if flag.effect is Effect.SERVED:
-        return f"{flag.help}."
+        refused = f" **Refused**: {', '.join(flag.refused_choices)}: {flag.reason}." if flag.refused_choices else ""
+        return f"{flag.help}.{refused}"
     harmless = ", ".join(f"`{_written(value)}`" for value in flag.harmless)
     fine = f" ({harmless} is fine)" if harmless else ""
     label = "**No effect**" if flag.effect is Effect.NONE else "**Refused**"

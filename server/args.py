@@ -34,6 +34,8 @@ class LauncherArgs:
     model_id: str
     revision: str | None
     dtype: str
+    quantize: str | None
+    quantize_head: str | None
     rope_scaling: str | None
     rope_factor: float | None
     huggingface_hub_cache: str | None
@@ -138,7 +140,7 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
 def _help(flag: Flag) -> str:
     default = "" if flag.default is None else f" (default: {flag.default})"
     effect = {
-        Effect.SERVED: "",
+        Effect.SERVED: f" ({', '.join(flag.refused_choices)}: refused)" if flag.refused_choices else "",
         Effect.NONE: f" (no effect: {flag.reason})",
         Effect.REFUSED: f" (refused: {flag.reason})",
     }[flag.effect]
@@ -228,6 +230,8 @@ def _refuse_and_warn(given: Mapping[str, Any], sources: Mapping[str, str]) -> li
         if value is None or value in flag.harmless or (flag.is_switch and not value):
             continue
         source = sources[flag.attribute]
+        if value in flag.refused_choices:
+            raise ArgumentError(f"{source} {value} is not supported: {flag.reason}")
         if flag.effect is Effect.REFUSED:
             raise ArgumentError(f"{source} is not supported: {flag.reason}")
         if flag.effect is Effect.NONE:

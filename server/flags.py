@@ -147,6 +147,8 @@ class Flag:
     """Why there is no effect, or what to do instead of a refused flag."""
     harmless: tuple[Any, ...] = ()
     """Values that ask for what happens anyway: let through in silence although the flag is refused or does nothing."""
+    refused_choices: tuple[str, ...] = ()
+    """Choices of TGI that a served flag refuses."""
 
     @property
     def attribute(self) -> str:
@@ -178,10 +180,9 @@ class Variable:
         return self.value is not None and self.effect is Effect.SERVED
 
 
-QUANTIZE_VALUES = (
-    *("awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq"),
-    *("exl2", "fp8", "gptq", "int4", "int8", "marlin"),
-)
+QUANTIZE = ("awq", "compressed-tensors", "eetq", "gptq", "int4", "int8")
+QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "fp8", "marlin")
+"""What we have instead is in the flag's reason."""
 
 MODEL = (
     Flag(name="model-id", help="Folder of a Hugging Face model, or its id on the Hub"),
@@ -194,10 +195,16 @@ MODEL = (
     ),
     Flag(
         name="quantize",
-        help="Format of quantised weights",
-        choices=QUANTIZE_VALUES,
-        effect=Effect.REFUSED,
-        reason="quantised weights can't be loaded yet, serve the model's bfloat16 or float16 checkpoint",
+        help="awq, gptq and compressed-tensors load such a checkpoint (also without the flag); eetq and int8 (8 bits) "
+        "and int4 quantise a dense one while it loads",
+        choices=(*QUANTIZE, *QUANTIZE_OF_TGI),
+        refused_choices=QUANTIZE_OF_TGI,
+        reason=f"serve a checkpoint in another format; {', '.join(QUANTIZE)} are supported",
+    ),
+    Flag(
+        name="quantize-head",
+        help="How a dense output head runs (ours; default: int8 where the rest is quantised, unless dtype is float32)",
+        choices=("none", "int8", "int4"),
     ),
     Flag(
         name="rope-scaling",

@@ -248,6 +248,8 @@ def start(args: LauncherArgs, model_path: str, listener: socket.socket) -> tuple
             max_batch_size=args.max_batch_size,
             memory_fraction=args.cuda_memory_fraction,
             kv_memory_share=args.tgi_wiggle_room,
+            quantize=args.quantize,
+            quantize_head=args.quantize_head,
             rope_scaling=args.rope_scaling,
             rope_factor=args.rope_factor,
             is_prefix_caching=args.prefix_caching,

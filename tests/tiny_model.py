@@ -8,10 +8,12 @@ from typing import Any
 
 import tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+
+from quant.packing import pack_words
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
@@ -127,3 +129,20 @@ def write_tokenizer(folder: Path) -> None:
         },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_tiny_gptq(folder: Path, *, group_size: int = 32, **changes: Any) -> None:
+    """The same model, its matrices quantised to 4 bits in GPTQ's first format by plain rounding."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": False, "sym": True}
+    write_tiny_qwen2(folder, dtype=torch.float16, quantization_config=config, **changes)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        groups = weights.pop(name).float().T.unflatten(0, (-1, group_size))  # [groups, group_size, n]
+        scales = (groups.abs().amax(dim=1) / 7).to(torch.float16)
+        q = (groups / scales.float()[:, None]).round().clamp(-8, 7) + 8
+        module = name.removesuffix(".weight")
+        weights[f"{module}.qweight"] = pack_words(q.flatten(0, 1), 4, dim=0)
+        weights[f"{module}.qzeros"] = pack_words(torch.full(scales.shape, 7), 4, dim=1)
+        weights[f"{module}.scales"] = scales
+        weights[f"{module}.g_idx"] = (torch.arange(q.shape[0] * group_size) // group_size).to(torch.int32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

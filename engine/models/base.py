@@ -12,7 +12,7 @@ from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.layers.base import Ops, Rotation
 from engine.rope import Rotary
 from parallel.state import ParallelState
-from quant.base import LinearMethod
+from quant.config import Quantization
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ModelContext:
     """What a model is built with: one argument, so that a new family needs no new plumbing."""
 
     parallel: ParallelState
-    linear_method: LinearMethod
+    quantization: Quantization
     ops: Ops
     activation_dtype: torch.dtype
     device: torch.device
@@ -29,7 +29,7 @@ class ModelContext:
 class Loadable(Protocol):
     """A layer that takes in checkpoint tensors."""
 
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool: ...
+    def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool: ...
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None: ...
     def missing(self, part: int) -> list[str]: ...
     def finish(self, device: torch.device) -> None: ...

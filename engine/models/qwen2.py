@@ -15,6 +15,7 @@ from engine.models.base import Loadable, ModelContext
 from engine.rope import make_rotary
 from parallel.embedding import VocabTable
 from parallel.linear import ShardedLinear
+from quant.base import LinearMethod
 
 MOST_TOKENS = 2**31 - 1
 SIZES = {
@@ -38,7 +39,7 @@ class RMSNorm:
         self.weight = torch.empty(hidden_size, dtype=dtype)
         self._is_missing = True
 
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+    def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
@@ -60,7 +61,7 @@ class Qwen2Layer:
     """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
 
     def __init__(
-        self, config: Mapping[str, Any], shape: AttentionShape, window: int | None, context: ModelContext
+        self, name: str, config: Mapping[str, Any], shape: AttentionShape, window: int | None, context: ModelContext
     ) -> None:
         self._ops = context.ops
         self._window = window
@@ -68,13 +69,24 @@ class Qwen2Layer:
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         heads = config["num_attention_heads"] * shape.head_dim
         kv_heads = config["num_key_value_heads"] * shape.head_dim
-        common: dict[str, Any] = {"method": context.linear_method, "parallel": context.parallel}
-        column: dict[str, Any] = {**common, "is_output_sharded": True}
-        row: dict[str, Any] = {**common, "is_output_sharded": False}
-        self.qkv_proj = ShardedLinear(hidden, (heads, kv_heads, kv_heads), has_bias=True, **column)
-        self.o_proj = ShardedLinear(heads, (hidden,), has_bias=False, **row)
-        self.gate_up_proj = ShardedLinear(hidden, (inner, inner), has_bias=False, **column)
-        self.down_proj = ShardedLinear(inner, (hidden,), has_bias=False, **row)
+
+        def methods(*modules: str) -> list[LinearMethod]:
+            return [context.quantization.method_for(f"{name}.{module}") for module in modules]
+
+        column: dict[str, Any] = {"parallel": context.parallel, "is_output_sharded": True}
+        row: dict[str, Any] = {"parallel": context.parallel, "is_output_sharded": False}
+        self.qkv_proj = ShardedLinear(
+            hidden,
+            (heads, kv_heads, kv_heads),
+            has_bias=True,
+            methods=methods("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            **column,
+        )
+        self.o_proj = ShardedLinear(heads, (hidden,), has_bias=False, methods=methods("self_attn.o_proj"), **row)
+        self.gate_up_proj = ShardedLinear(
+            hidden, (inner, inner), has_bias=False, methods=methods("mlp.gate_proj", "mlp.up_proj"), **column
+        )
+        self.down_proj = ShardedLinear(inner, (hidden,), has_bias=False, methods=methods("mlp.down_proj"), **row)
         self.input_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
         self.post_attention_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
 
@@ -128,14 +140,28 @@ class Qwen2ForCausalLM:
             4 * config["hidden_size"] + (2 * num_heads + 2 * num_kv_heads) * head_dim + 3 * config["intermediate_size"]
         )
         self.rotary = make_rotary(config, head_dim, context.device)
-        method = context.linear_method
-        self.embed_tokens = VocabTable(self.vocab_size, config["hidden_size"], method)
-        windows = attention_windows(config)
-        self.layers = [Qwen2Layer(config, self.attention_shape, window, context) for window in windows]
-        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"], context.activation_dtype)
+        quantization, hidden = context.quantization, config["hidden_size"]
         self._is_tied = bool(config.get("tie_word_embeddings"))
-        self.lm_head = (
-            self.embed_tokens if self._is_tied else VocabTable(self.vocab_size, config["hidden_size"], method)
+        head_method = quantization.method_for("lm_head")
+        self.embed_tokens = VocabTable(
+            self.vocab_size, hidden, quantization.dense, quantization.head if self._is_tied else None
+        )
+        self.layers = [
+            Qwen2Layer(f"model.layers.{index}", config, self.attention_shape, window, context)
+            for index, window in enumerate(attention_windows(config))
+        ]
+        self.norm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
+        self.lm_head: VocabTable | ShardedLinear = (
+            self.embed_tokens
+            if self._is_tied
+            else ShardedLinear(
+                hidden,
+                (self.vocab_size,),
+                has_bias=False,
+                is_output_sharded=True,
+                methods=[head_method],
+                parallel=context.parallel,
+            )
         )
 
     def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
@@ -143,7 +169,7 @@ class Qwen2ForCausalLM:
             "model.embed_tokens": (self.embed_tokens, 0),
             "model.norm": (self.norm, 0),
         }
-        if not self._is_tied:
+        if isinstance(self.lm_head, ShardedLinear):
             found["lm_head"] = (self.lm_head, 0)
         for index, layer in enumerate(self.layers):
             found |= {f"model.layers.{index}.{name}": target for name, target in layer.checkpoint_layers().items()}
@@ -166,7 +192,7 @@ class Qwen2ForCausalLM:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
-        return self.lm_head.logits(normed).to(torch.float32)
+        return self.lm_head(normed).to(torch.float32)
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int | None]:

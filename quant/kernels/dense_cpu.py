@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from numba import njit, prange
 
+from quant.base import PackedWeight
 from quant.kernels.simd import LANES, fma, load, prefetch, sum_lanes, zeros
 
 TILE_OUTPUTS = 12
@@ -22,7 +23,7 @@ LONG_STREAM = 2048
 ROW_BLOCK_BYTES = 1 << 18
 """Activations that stay in the L2 cache while a thread walks over its weights."""
 
-_FAST = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
+FAST = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
 
 @njit(inline="always")
@@ -127,7 +128,36 @@ def _tile_1x1(x, x0, w, w0, k_size, bias, n, out, o0):  # type: ignore[no-untype
     out[o0] = sum_lanes(s) + bias[n]
 
 
-@njit(parallel=True, **_FAST)
+@njit(inline="always")
+def multiply_tile(x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size):  # type: ignore[no-untyped-def]
+    """Rows of x times at most TILE_OUTPUTS rows of w, of which the first lies at `w_first`."""
+    row = first_row
+    if last_n - first_n < TILE_OUTPUTS:
+        for r in range(first_row, last_row):
+            for n in range(first_n, last_n):
+                _tile_1x1(x, r * k_size, w, w_first + (n - first_n) * k_size, k_size, bias, n, out, r * n_size + n)
+        row = last_row
+    while row + 4 <= last_row:
+        for n in range(first_n, last_n, 3):
+            w0 = w_first + (n - first_n) * k_size
+            _tile_4x3(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+        row += 4
+    if row + 2 <= last_row:
+        for n in range(first_n, last_n, 4):
+            w0 = w_first + (n - first_n) * k_size
+            _tile_2x4(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+        row += 2
+    if row < last_row and k_size < LONG_STREAM:
+        for n in range(first_n, last_n, 2):
+            w0 = w_first + (n - first_n) * k_size
+            _tile_1x2(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n)
+    elif row < last_row:
+        for n in range(first_n, last_n, 4):
+            w0 = w_first + (n - first_n) * k_size
+            _tile_1x4(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n)
+
+
+@njit(parallel=True, **FAST)
 def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     num_row_blocks = (num_rows + row_block - 1) // row_block
@@ -136,26 +166,7 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ign
         last_row = min(num_rows, first_row + row_block)
         first_n = item % num_tiles * TILE_OUTPUTS
         last_n = min(n_size, first_n + TILE_OUTPUTS)
-        row = first_row
-        if last_n - first_n < TILE_OUTPUTS:
-            for r in range(first_row, last_row):
-                for n in range(first_n, last_n):
-                    _tile_1x1(x, r * k_size, w, n * k_size, k_size, bias, n, out, r * n_size + n)
-            row = last_row
-        while row + 4 <= last_row:
-            for n in range(first_n, last_n, 3):
-                _tile_4x3(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n, n_size)
-            row += 4
-        if row + 2 <= last_row:
-            for n in range(first_n, last_n, 4):
-                _tile_2x4(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n, n_size)
-            row += 2
-        if row < last_row and k_size < LONG_STREAM:
-            for n in range(first_n, last_n, 2):
-                _tile_1x2(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n)
-        elif row < last_row:
-            for n in range(first_n, last_n, 4):
-                _tile_1x4(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n)
+        multiply_tile(x, w, first_n * k_size, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
@@ -173,12 +184,13 @@ class DenseCpu:
     Raises ValueError when `k` is not a multiple of 8.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, packed: PackedWeight) -> None:
+        weight, bias = packed.weight, packed.bias
         self._n_size, self._k_size = weight.shape
         if self._k_size % LANES:
             raise ValueError(f"the CPU kernel needs input sizes that are a multiple of {LANES}, not {self._k_size}")
         self._weight = flat_view(weight)
-        self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias)
+        self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
         self._row_block = max(4, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

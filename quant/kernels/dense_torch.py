@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from quant.base import PackedWeight
+
 
 class DenseTorch:
     """`x @ weight.T + bias` in the dtype of x."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+    def __init__(self, packed: PackedWeight) -> None:
+        self._weight = packed.weight
+        self._bias = packed.bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self._bias is None else self._bias.to(x.dtype)

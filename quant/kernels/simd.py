@@ -24,6 +24,7 @@ F32 = ir.FloatType()
 I32 = ir.IntType(32)
 F32_LANES = ir.VectorType(F32, LANES)
 I32_LANES = ir.VectorType(I32, LANES)
+I8_LANES = ir.VectorType(ir.IntType(8), LANES)
 I16_LANES = ir.VectorType(ir.IntType(16), LANES)
 F16_LANES = ir.VectorType(ir.HalfType(), LANES)
 
@@ -98,6 +99,65 @@ def load(typing_context: Any, array: Any, offset: Any) -> Any:
         return value
 
     return lanes(array, types.intp), codegen
+
+
+def _first_bytes(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    """Eight bytes of a flat 8-bit array."""
+    value = builder.load(_pointer(context, builder, array_type, array, offset, I8_LANES))
+    value.align = 1
+    return value
+
+
+@intrinsic
+def load_bytes(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Elements `offset .. offset + 8` of a flat int8 array as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = _first_bytes(context, builder, sig.args[0], args[0], args[1])
+        return builder.sitofp(builder.sext(value, I32_LANES), F32_LANES)
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def load_low_nibbles(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The lower halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), I32_LANES)
+        return builder.sitofp(builder.and_(value, _integers(15)), F32_LANES)
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def load_high_nibbles(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The upper halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), I32_LANES)
+        return builder.sitofp(builder.lshr(value, _integers(4)), F32_LANES)
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
+    """One element of a flat float32, bfloat16 (as uint16), float16 (as int16), int32 or int8 array as a float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        value = builder.load(builder.gep(data, [args[1]]))
+        if dtype in (types.int8, types.int32):
+            return builder.sitofp(value, F32)
+        if dtype == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), F32)
+        if dtype == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+        return value
+
+    return types.float32(array, types.intp), codegen
 
 
 @intrinsic

@@ -123,7 +123,7 @@ def test_a_wrong_shape_is_named(folder: Path, name: str, shape: list[int], wante
 def test_a_dtype_that_is_not_loaded(folder: Path, dtype: torch.dtype, name: str) -> None:
     tensor = f"{LAYER}.mlp.up_proj.weight"
     change_weights(folder, lambda weights: weights.update({tensor: weights[tensor].to(dtype)}))
-    assert refusal(folder) == f"tensor {tensor} is stored as {name}: only F32, F16 and BF16 are loaded"
+    assert refusal(folder) == f"tensor {tensor} is stored as {name}: only F32, F16, BF16, I32, I64 are loaded"
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 10_000, -1])
@@ -395,7 +395,7 @@ def test_the_summary_says_what_was_resolved(tiny_model_dir: Path, caplog: pytest
     with caplog.at_level("INFO"):
         start(tiny_model_dir, max_batch_total_tokens=1024, max_batch_size=3)
     for text in (
-        "dtype float32, not quantised",
+        "dtype float32, not quantised, head dense",
         "Setting max batch total tokens to 1024",
         "KV cache of 1024 tokens in float32 (2.0 requests of full length), prefix caching on",
         "Limits: 511 input tokens, 512 total tokens, 512 tokens per step",

@@ -13,13 +13,29 @@ from typing import Any
 
 import pytest
 
+from quant.config import FORMATS, ON_LOAD
 from server.args import ArgumentError, LauncherArgs, parse_args
-from server.flags import BOOLEAN, COUNT, FACTOR, FLAGS, FRACTION, NUMBER, PORT, POSITIVE, VARIABLES, Effect, Flag
+from server.flags import (
+    BOOLEAN,
+    COUNT,
+    FACTOR,
+    FLAGS,
+    FRACTION,
+    NUMBER,
+    PORT,
+    POSITIVE,
+    QUANTIZE,
+    VARIABLES,
+    Effect,
+    Flag,
+)
 
 DEFAULTS = LauncherArgs(
     model_id="m",
     revision=None,
     dtype="auto",
+    quantize=None,
+    quantize_head=None,
     rope_scaling=None,
     rope_factor=None,
     huggingface_hub_cache=None,
@@ -82,6 +98,10 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"DTYPE": "bfloat16"}, {"dtype": "bfloat16"}),
         ("--rope-scaling yarn --rope-factor 4", {}, {"rope_scaling": "yarn", "rope_factor": 4.0}),
         ("--rope-factor 2.5", {}, {"rope_factor": 2.5}),
+        ("--quantize gptq", {}, {"quantize": "gptq"}),
+        ("--quantize awq --dtype float16", {}, {"quantize": "awq", "dtype": "float16"}),
+        ("--quantize eetq --quantize-head none", {}, {"quantize": "eetq", "quantize_head": "none"}),
+        ("", {"QUANTIZE": "int4", "QUANTIZE_HEAD": "int4"}, {"quantize": "int4", "quantize_head": "int4"}),
         ("", {"ROPE_SCALING": "dynamic", "ROPE_FACTOR": "2"}, {"rope_scaling": "dynamic", "rope_factor": 2.0}),
         ("--hostname ::", {}, {"hostname": "::"}),
         ("", {"HOSTNAME": "10.0.0.1"}, {"hostname": "10.0.0.1"}),
@@ -230,8 +250,8 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         (
             "--quantize q4",
             {},
-            "argument --quantize: invalid choice: 'q4' (choose from awq, bitsandbytes, bitsandbytes-fp4, "
-            "bitsandbytes-nf4, compressed-tensors, eetq, exl2, fp8, gptq, int4, int8, marlin)",
+            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, gptq, int4, int8, "
+            "bitsandbytes, bitsandbytes-fp4, bitsandbytes-nf4, exl2, fp8, marlin)",
         ),
         (
             "-g soon",
@@ -274,8 +294,9 @@ def test_a_missing_model_is_a_usage_error_with_an_example(
     assert outcome(argv, environ, capsys) == (2, f"error: {MISSING_MODEL}")
 
 
-NO_QUANTIZE = (
-    "is not supported: quantised weights can't be loaded yet, serve the model's bfloat16 or float16 checkpoint"
+QUANTIZE_WE_HAVE = (
+    "is not supported: serve a checkpoint in another format; "
+    "awq, compressed-tensors, eetq, gptq, int4, int8 are supported"
 )
 NO_SHARDS = "is not supported: one device serves the model, start with --num-shard 1"
 NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
@@ -284,10 +305,9 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
 @pytest.mark.parametrize(
     ("line", "environ", "message"),
     [
-        ("--quantize gptq", {}, f"--quantize {NO_QUANTIZE}"),
-        ("--quantize bitsandbytes-nf4", {}, f"--quantize {NO_QUANTIZE}"),
-        ("--quantize awq --dtype float16", {}, f"--quantize {NO_QUANTIZE}"),
-        ("", {"QUANTIZE": "awq"}, f"the variable QUANTIZE {NO_QUANTIZE}"),
+        ("--quantize exl2", {}, f"--quantize exl2 {QUANTIZE_WE_HAVE}"),
+        ("--quantize bitsandbytes-nf4", {}, f"--quantize bitsandbytes-nf4 {QUANTIZE_WE_HAVE}"),
+        ("", {"QUANTIZE": "fp8"}, f"the variable QUANTIZE fp8 {QUANTIZE_WE_HAVE}"),
         (
             "--quantize awq --dtype float16 --strict-tgi",
             {},
@@ -415,11 +435,11 @@ def test_every_flag_and_its_twin_do_the_same(flag: Flag, capsys: pytest.CaptureF
     by_variable = outcome(model, {flag.variable: "true" if flag.is_switch else text}, capsys)
     assert by_flag[0] == by_variable[0]
     assert by_flag[1].replace(f"--{flag.name}", "X", 1) == by_variable[1].replace(f"the variable {flag.variable}", "X")
-    assert by_flag[0] == (1 if flag.effect is Effect.REFUSED else 0)
+    assert by_flag[0] == (1 if flag.effect is Effect.REFUSED or text in flag.refused_choices else 0)
 
 
 def test_every_flag_of_tgi_is_known() -> None:
-    """The names in TGI 3.3.6's `launcher/src/main.rs`; and one of ours."""
+    """The names in TGI 3.3.6's `launcher/src/main.rs`; and two of ours."""
     tgi = """model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype
         trust-remote-code max-concurrent-requests max-best-of max-stop-sequences max-top-n-tokens max-input-tokens
         max-input-length max-total-tokens waiting-served-ratio max-batch-prefill-tokens max-batch-total-tokens
@@ -429,7 +449,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), "strict-tgi"])
+    assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), "strict-tgi", "quantize-head"])
 
 
 def test_the_table_is_honest() -> None:
@@ -437,8 +457,12 @@ def test_the_table_is_honest() -> None:
     served = {flag.attribute for flag in FLAGS if flag.effect is Effect.SERVED} - {"max_input_length"}
     assert fields == served | {row.attribute for row in VARIABLES if row.is_ours}
     for flag in FLAGS:
-        assert bool(flag.reason) == (flag.effect is not Effect.SERVED), flag.name
+        assert bool(flag.reason) == (flag.effect is not Effect.SERVED or bool(flag.refused_choices)), flag.name
         assert not (flag.choices and flag.default) or flag.default in flag.choices
+
+
+def test_quantisations_are_those_of_the_engine() -> None:
+    assert set(QUANTIZE) == {*FORMATS, *ON_LOAD}
 
 
 def test_the_echo_says_what_was_given_and_how_but_no_secret() -> None:

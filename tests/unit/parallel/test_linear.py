@@ -37,7 +37,7 @@ def make_layer(
         outs,
         has_bias=has_bias,
         is_output_sharded=is_output_sharded,
-        method=method,
+        methods=[method] * len(outs),
         parallel=ParallelState(rank, size),
     )
 
@@ -109,7 +109,7 @@ def test_parts_stored_in_different_dtypes_lose_nothing_under_float32() -> None:
 def test_a_tensor_that_fits_as_it_is_is_not_copied() -> None:
     weight = random(16, IN).bfloat16()
     layer = make_layer((16,), has_bias=False)
-    assert not layer.is_copied("weight", torch.bfloat16)
+    assert not layer.is_copied("weight", 0, torch.bfloat16)
     load_parts(layer, [weight], [])
     x = random(2, IN)
     before = layer(x)
@@ -128,7 +128,7 @@ def test_a_tensor_that_is_cut_merged_or_converted_is_copied(
     method = DenseMethod(dtype, is_widening=True)
     weights, _ = make_tensors(outs, False)
     layer = make_layer(outs, has_bias=False, size=size, method=method)
-    assert layer.is_copied("weight", torch.float32)
+    assert layer.is_copied("weight", 0, torch.float32)
     load_parts(layer, weights, [])
     x = random(2, IN)
     before = layer(x)
@@ -173,7 +173,7 @@ def test_what_cannot_be_dealt_out_evenly_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtype) -> None:
     weight = random(24, IN).to(dtype)
-    table = VocabTable(24, IN, METHOD)
+    table = VocabTable(24, IN, METHOD, METHOD)
     assert table.missing(0) == ["weight"]
     table.load("weight", 0, weight)
     assert table.missing(0) == []
@@ -181,11 +181,11 @@ def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtyp
     ids = torch.tensor([3, 23, 0, 3])
     assert torch.equal(table.embed(ids, torch.float32), weight[ids].float())
     hidden = random(2, IN, seed=1)
-    torch.testing.assert_close(table.logits(hidden), hidden @ weight.float().T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(table(hidden), hidden @ weight.float().T, atol=1e-5, rtol=1e-5)
 
 
 def test_a_vocabulary_table_that_does_not_fit() -> None:
-    table = VocabTable(24, IN, METHOD)
+    table = VocabTable(24, IN, METHOD, METHOD)
     with pytest.raises(ValueError, match=r"has shape \[23, 48\], the model needs \[24, 48\]"):
         table.load("weight", 0, random(23, IN))
     with pytest.raises(KeyError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quant.base import PackedWeight
 from quant.kernels import running_weight
 from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
 from quant.kernels.dense_torch import DenseTorch
@@ -12,6 +13,10 @@ from quant.none import DenseMethod
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
+    return PackedWeight("dense", weight, bias)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("n_size", [1, 3, 4, 11, 12, 13, 23, 24, 25, 47, 96])
 def test_against_the_twin(dtype: torch.dtype, k_size: int, n_size: int) -> None:
     weight, bias = random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)
-    kernel, twin = DenseCpu(weight, bias), DenseTorch(weight, bias)
+    kernel, twin = DenseCpu(packed(weight, bias)), DenseTorch(packed(weight, bias))
     for rows in ROWS:
         x = random(rows, k_size)
         torch.testing.assert_close(kernel(x), twin(x), atol=2e-6 * k_size, rtol=1e-6)
@@ -35,7 +40,7 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
     for n_size in (TILE_OUTPUTS + 1, 2 * TILE_OUTPUTS):
         weight = random(n_size, 40).mul(4).round()
         bias = torch.arange(n_size) * 1000.0
-        kernel = DenseCpu(weight.to(dtype), bias)
+        kernel = DenseCpu(packed(weight.to(dtype), bias))
         for rows in ROWS:
             x = random(rows, 40).mul(4).round()
             assert torch.equal(kernel(x), x @ weight.T + bias)
@@ -43,13 +48,13 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
 
 def test_without_a_bias() -> None:
     weight, x = random(13, 16), random(3, 16)
-    assert torch.equal(DenseCpu(weight, None)(x), DenseCpu(weight, torch.zeros(13))(x))
+    assert torch.equal(DenseCpu(packed(weight, None))(x), DenseCpu(packed(weight, torch.zeros(13)))(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_size", [7, 12, 31, 48])
 def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_size: int) -> None:
-    kernel = DenseCpu(random(n_size, 96, seed=1).to(dtype), random(n_size, seed=2))
+    kernel = DenseCpu(packed(random(n_size, 96, seed=1).to(dtype), random(n_size, seed=2)))
     x = random(64, 96)
     whole = kernel(x)
     for rows in ROWS:
@@ -63,7 +68,7 @@ def test_rows_beyond_one_row_block() -> None:
     k_size = 4096
     rows_per_block = ROW_BLOCK_BYTES // (4 * k_size)
     x, weight = random(2 * rows_per_block + 3, k_size), random(24, k_size, seed=1)
-    kernel = DenseCpu(weight, None)
+    kernel = DenseCpu(packed(weight, None))
     whole = kernel(x)
     torch.testing.assert_close(whole, x @ weight.T, atol=1e-3, rtol=1e-5)
     for row in (0, rows_per_block - 1, rows_per_block, 2 * rows_per_block + 2):
@@ -71,25 +76,25 @@ def test_rows_beyond_one_row_block() -> None:
 
 
 def test_no_rows() -> None:
-    assert DenseCpu(random(12, 8), None)(torch.empty(0, 8)).shape == (0, 12)
+    assert DenseCpu(packed(random(12, 8), None))(torch.empty(0, 8)).shape == (0, 12)
 
 
 def test_not_a_number_stays_in_its_row() -> None:
     x = random(9, 16)
     x[4, 3] = torch.nan
-    out = DenseCpu(random(12, 16), None)(x)
+    out = DenseCpu(packed(random(12, 16), None))(x)
     assert out.isnan().all(dim=1).tolist() == [row == 4 for row in range(9)]
     assert not out[:4].isnan().any() and not out[5:].isnan().any()
 
 
 def test_input_sizes_that_are_no_multiple_of_eight_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 8, not 20"):
-        DenseCpu(random(12, 20), None)
+        DenseCpu(packed(random(12, 20), None))
 
 
 def test_the_table_gives_the_cpu_its_kernel_and_others_the_twin() -> None:
-    assert isinstance(running_weight("dense", random(4, 8), None), DenseCpu)
-    assert isinstance(running_weight("dense", random(4, 8).to("meta"), None), DenseTorch)
+    assert isinstance(running_weight(packed(random(4, 8), None)), DenseCpu)
+    assert isinstance(running_weight(packed(random(4, 8).to("meta"), None)), DenseTorch)
 
 
 @pytest.mark.parametrize(
@@ -108,5 +113,7 @@ def test_what_weights_are_kept_in(
     dtype: torch.dtype, is_widening: bool, checkpoint: torch.dtype, weight: torch.dtype, bias: torch.dtype
 ) -> None:
     method = DenseMethod(dtype, is_widening=is_widening)
-    assert method.storage_dtype("weight", checkpoint) == weight
-    assert method.storage_dtype("bias", checkpoint) == bias
+    made = method.pack({"weight": torch.ones(2, 8, dtype=checkpoint), "bias": torch.ones(2, dtype=checkpoint)})
+    assert made.bias is not None
+    assert (made.weight.dtype, made.bias.dtype) == (weight, bias)
+    assert method.is_copied("weight", checkpoint) is (checkpoint != weight)

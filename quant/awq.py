@@ -1,0 +1,57 @@
+"""AWQ checkpoints, "gemm" packing, 4 bits, as autoawq and gptqmodel write them (reference `quant-formats.md`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from quant.base import FormatError, PackedWeight, ParamSpec
+from quant.kernels import KernelChoice
+from quant.packing import pack_groups, unpack_words
+
+FIELDS = 8
+FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Output 8c + o is in this field of word c."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AwqMethod(KernelChoice):
+    """`qweight` [k, n / 8] and `qzeros` [groups, n / 8], interleaved along the outputs; `scales` [groups, n]."""
+
+    group_size: int
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        group_size = in_features if self.group_size == -1 else self.group_size
+        if in_features % group_size or out_features % FIELDS:
+            raise FormatError(
+                f"a matrix of {in_features} inputs and {out_features} outputs can't have groups of {group_size}: "
+                "config.json and the weights do not belong together"
+            )
+        num_groups = in_features // group_size
+        return {
+            "qweight": ParamSpec((in_features, out_features // FIELDS), output_dim=1, input_dim=0, is_integer=True),
+            "qzeros": ParamSpec((num_groups, out_features // FIELDS), output_dim=1, input_dim=0, is_integer=True),
+            "scales": ParamSpec((num_groups, out_features), output_dim=1, input_dim=0),
+            "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
+        }
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+        bias = params.get("bias")
+        return pack_groups(
+            _outputs(params["qweight"]).T.contiguous(),
+            params["scales"].T.contiguous(),
+            _outputs(params["qzeros"]).T,
+            bits=4,
+            bias=None if bias is None else bias.float(),
+        )
+
+
+def _outputs(words: torch.Tensor) -> torch.Tensor:
+    """[rows, n / 8] -> [rows, n] in the outputs' order."""
+    fields = unpack_words(words, 4, dim=1).reshape(words.shape[0], -1, FIELDS)
+    return fields[:, :, list(FIELD_OF_OUTPUT)].flatten(1)

@@ -1,0 +1,58 @@
+"""compressed-tensors "pack-quantized" checkpoints, W4A16, W8A16 and their like, as llm-compressor writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from quant.base import FormatError, PackedWeight, ParamSpec
+from quant.kernels import KernelChoice
+from quant.packing import WORD_BITS, pack_groups, unpack_words
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompressedTensorsMethod(KernelChoice):
+    """`weight_packed` along the inputs, `weight_scale` [n, groups], `weight_zero_point` along the outputs."""
+
+    bits: int
+    group_size: int
+    is_symmetric: bool
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        group_size = in_features if self.group_size == -1 else self.group_size
+        if in_features % group_size:
+            raise FormatError(
+                f"a matrix of {in_features} inputs can't have groups of {group_size}: config.json and the weights do "
+                "not belong together"
+            )
+        num_groups = in_features // group_size
+        packed = (out_features, self._num_words(in_features))
+        specs = {
+            "weight_packed": ParamSpec(packed, output_dim=0, input_dim=1, is_integer=True),
+            "weight_scale": ParamSpec((out_features, num_groups), output_dim=0, input_dim=1),
+            "weight_shape": ParamSpec((2,), output_dim=None, input_dim=None, is_integer=True),
+            "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
+        }
+        if not self.is_symmetric:
+            shape = (self._num_words(out_features), num_groups)
+            specs["weight_zero_point"] = ParamSpec(shape, output_dim=0, input_dim=1, is_integer=True)
+        return specs
+
+    def _num_words(self, num_fields: int) -> int:
+        return -(-num_fields * self.bits // WORD_BITS)
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+        num_outputs, num_inputs = (int(size) for size in params["weight_shape"])
+        q = unpack_words(params["weight_packed"], self.bits, dim=1)[:, :num_inputs]
+        scales = params["weight_scale"]
+        if self.is_symmetric:
+            zero_points = torch.full(scales.shape, 1 << (self.bits - 1))
+        else:
+            zero_points = unpack_words(params["weight_zero_point"], self.bits, dim=0)[:num_outputs]
+        bias = params.get("bias")
+        return pack_groups(q, scales, zero_points, bits=self.bits, bias=None if bias is None else bias.float())

@@ -1,0 +1,71 @@
+"""GPTQ checkpoints as AutoGPTQ and gptqmodel write them: 2, 3, 4 and 8 bits (reference `quant-formats.md`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from quant.base import FormatError, PackedWeight, ParamSpec
+from quant.kernels import KernelChoice
+from quant.packing import WORD_BITS, pack_groups, unpack_words
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GptqMethod(KernelChoice):
+    """`qweight` packed along the inputs, `qzeros` along the outputs, `scales` [groups, n], `g_idx` [k].
+
+    `has_stored_minus_one`: version 1 stores zero points less one. gptqmodel subtracts from whole words, so that adding
+    to whole words restores a 0 as well. AutoGPTQ spoils the rest of the word where a zero point is 0: no reading gets
+    it back, this one comes closest (tests/oracles/checkpoints/README.md). Both read fields of 3 bits one by one.
+    """
+
+    bits: int
+    group_size: int
+    has_stored_minus_one: bool
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        if in_features * self.bits % WORD_BITS or out_features * self.bits % WORD_BITS:
+            raise FormatError(
+                f"a matrix of {in_features} inputs and {out_features} outputs can't be packed in {self.bits} bits: "
+                "config.json and the weights do not belong together"
+            )
+        num_groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        packed_in, packed_out = in_features * self.bits // WORD_BITS, out_features * self.bits // WORD_BITS
+        return {
+            "qweight": ParamSpec((packed_in, out_features), output_dim=1, input_dim=0, is_integer=True),
+            "qzeros": ParamSpec((num_groups, packed_out), output_dim=1, input_dim=0, is_integer=True),
+            "scales": ParamSpec((num_groups, out_features), output_dim=1, input_dim=0),
+            "g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
+            # AutoGPTQ writes one for every matrix, all zeros where the model has none
+            "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
+        }
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+        q = unpack_words(params["qweight"], self.bits, dim=0).T.contiguous()
+        scales = params["scales"].T.contiguous()
+        groups = params.get("g_idx")
+        if groups is not None and not 0 <= int(groups.min()) <= int(groups.max()) < scales.shape[1]:
+            raise FormatError(f"has a g_idx outside of its {scales.shape[1]} groups: fetch the model again")
+        bias = params.get("bias")
+        zero_points = self._zero_points(params["qzeros"]).T
+        return pack_groups(
+            q, scales, zero_points, bits=self.bits, group_of_input=groups, bias=None if bias is None else bias.float()
+        )
+
+    def _zero_points(self, qzeros: torch.Tensor) -> torch.Tensor:
+        """[groups, n]"""
+        if not self.has_stored_minus_one:
+            return unpack_words(qzeros, self.bits, dim=1).to(torch.int32)
+        if WORD_BITS % self.bits == 0:
+            ones = sum(1 << shift for shift in range(0, WORD_BITS, self.bits))
+            words = (qzeros.to(torch.int64) + ones) & 0xFFFFFFFF
+            restored = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+            return unpack_words(restored, self.bits, dim=1).to(torch.int32)
+        return (unpack_words(qzeros, self.bits, dim=1).to(torch.int32) + 1) & ((1 << self.bits) - 1)

@@ -1,0 +1,201 @@
+"""Matrix products with 8- and 4-bit weights on a CPU: float32 activations, weights widened in registers, float32 sums.
+
+A weight is `scale * (q - zero)`, a scale and a zero point for every `group_size` inputs of an output. It is widened as
+`fma(q, scale, -scale * zero)`: exact for 16-bit scales, since their 11 bits times at most 9 bits of `q` or `zero` fit a
+float32. The sums then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights,
+whatever the number of rows.
+
+One row is bound by reading the weights, and multiplies as it widens. More rows share the widening: a thread writes a
+tile of widened weights into a scratch of its own, which stays in its cache, and the dense kernel's tiles read it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import config, get_thread_id, njit, prange
+
+from quant.base import PackedWeight
+from quant.kernels.dense_cpu import FAST, ROW_BLOCK_BYTES, TILE_OUTPUTS, flat_view, multiply_tile
+from quant.kernels.simd import (
+    LANES,
+    fma,
+    load,
+    load_bytes,
+    load_high_nibbles,
+    load_low_nibbles,
+    load_one,
+    prefetch,
+    splat,
+    store,
+    sum_lanes,
+    zeros,
+)
+
+NIBBLE_CHUNK = 2 * LANES
+"""Weights in eight bytes: the lower halves hold the first eight, the upper halves the others."""
+MIN_ROW_BLOCK = 48
+"""Rows that share one widening of a tile."""
+
+
+@njit(inline="always")
+def _bytes_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+    group_size = k_size // num_groups
+    w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
+    g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
+    s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+    for g in range(num_groups):
+        a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
+        a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
+        z0, z1 = splat(-(a0 * load_one(zero_points, g0 + g))), splat(-(a1 * load_one(zero_points, g1 + g)))
+        z2, z3 = splat(-(a2 * load_one(zero_points, g2 + g))), splat(-(a3 * load_one(zero_points, g3 + g)))
+        b0, b1, b2, b3 = splat(a0), splat(a1), splat(a2), splat(a3)
+        for k in range(g * group_size, (g + 1) * group_size, LANES):
+            prefetch(w, w0 + 4 * (k_size + k))
+            a = load(x, x0 + k)
+            s0 = fma(a, fma(load_bytes(w, w0 + k), b0, z0), s0)
+            s1 = fma(a, fma(load_bytes(w, w1 + k), b1, z1), s1)
+            s2 = fma(a, fma(load_bytes(w, w2 + k), b2, z2), s2)
+            s3 = fma(a, fma(load_bytes(w, w3 + k), b3, z3), s3)
+    out[o0] = sum_lanes(s0) + bias[n]
+    out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
+    out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
+    out[o0 + 3] = sum_lanes(s3) + bias[n + 3]
+
+
+@njit(inline="always")
+def _nibbles_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+    group_size = k_size // num_groups
+    stride = k_size // 2
+    w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
+    g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
+    s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+    for g in range(num_groups):
+        a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
+        a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
+        z0, z1 = splat(-(a0 * load_one(zero_points, g0 + g))), splat(-(a1 * load_one(zero_points, g1 + g)))
+        z2, z3 = splat(-(a2 * load_one(zero_points, g2 + g))), splat(-(a3 * load_one(zero_points, g3 + g)))
+        b0, b1, b2, b3 = splat(a0), splat(a1), splat(a2), splat(a3)
+        for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
+            byte = k // 2
+            prefetch(w, w0 + 4 * (stride + byte))
+            a = load(x, x0 + k)
+            s0 = fma(a, fma(load_low_nibbles(w, w0 + byte), b0, z0), s0)
+            s1 = fma(a, fma(load_low_nibbles(w, w1 + byte), b1, z1), s1)
+            s2 = fma(a, fma(load_low_nibbles(w, w2 + byte), b2, z2), s2)
+            s3 = fma(a, fma(load_low_nibbles(w, w3 + byte), b3, z3), s3)
+            a = load(x, x0 + k + LANES)
+            s0 = fma(a, fma(load_high_nibbles(w, w0 + byte), b0, z0), s0)
+            s1 = fma(a, fma(load_high_nibbles(w, w1 + byte), b1, z1), s1)
+            s2 = fma(a, fma(load_high_nibbles(w, w2 + byte), b2, z2), s2)
+            s3 = fma(a, fma(load_high_nibbles(w, w3 + byte), b3, z3), s3)
+    out[o0] = sum_lanes(s0) + bias[n]
+    out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
+    out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
+    out[o0 + 3] = sum_lanes(s3) + bias[n + 3]
+
+
+@njit(inline="always")
+def _widen_bytes(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+    group_size = k_size // num_groups
+    for g in range(num_groups):
+        a = load_one(scales, g0 + g)
+        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        for k in range(g * group_size, (g + 1) * group_size, LANES):
+            store(scratch, s0 + k, fma(load_bytes(w, w0 + k), b, z))
+
+
+@njit(inline="always")
+def _widen_nibbles(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+    group_size = k_size // num_groups
+    for g in range(num_groups):
+        a = load_one(scales, g0 + g)
+        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
+            store(scratch, s0 + k, fma(load_low_nibbles(w, w0 + k // 2), b, z))
+            store(scratch, s0 + k + LANES, fma(load_high_nibbles(w, w0 + k // 2), b, z))
+
+
+@njit(parallel=True, **FAST)
+def _product_bytes(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    num_row_blocks = (num_rows + row_block - 1) // row_block
+    for item in prange(num_row_blocks * num_tiles):
+        first_row = item // num_tiles * row_block
+        last_row = min(num_rows, first_row + row_block)
+        first_n = item % num_tiles * TILE_OUTPUTS
+        last_n = min(n_size, first_n + TILE_OUTPUTS)
+        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
+            for n in range(first_n, last_n, 4):
+                _bytes_1x4(
+                    x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n
+                )
+        else:
+            s0 = get_thread_id() * TILE_OUTPUTS * k_size
+            for n in range(first_n, last_n):
+                place = s0 + (n - first_n) * k_size
+                _widen_bytes(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+
+
+@njit(parallel=True, **FAST)
+def _product_nibbles(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    num_row_blocks = (num_rows + row_block - 1) // row_block
+    stride = k_size // 2
+    for item in prange(num_row_blocks * num_tiles):
+        first_row = item // num_tiles * row_block
+        last_row = min(num_rows, first_row + row_block)
+        first_n = item % num_tiles * TILE_OUTPUTS
+        last_n = min(n_size, first_n + TILE_OUTPUTS)
+        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
+            for n in range(first_n, last_n, 4):
+                _nibbles_1x4(
+                    x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n
+                )
+        else:
+            s0 = get_thread_id() * TILE_OUTPUTS * k_size
+            for n in range(first_n, last_n):
+                place = s0 + (n - first_n) * k_size
+                _widen_nibbles(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+
+
+_scratches: dict[int, npt.NDArray[np.float32]] = {}
+
+
+def _scratch(k_size: int) -> npt.NDArray[np.float32]:
+    """A tile of widened weights for every thread; layers run one after the other and share it."""
+    size = config.NUMBA_NUM_THREADS * TILE_OUTPUTS * k_size
+    if k_size not in _scratches:
+        _scratches[k_size] = np.empty(size, dtype=np.float32)
+    return _scratches[k_size]
+
+
+class PackedCpu:
+    """`x @ weight.T + bias` for the layouts "bytes" and "nibbles": x [rows, k] float32 -> [rows, n] float32."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        assert packed.scales is not None and packed.zero_points is not None
+        self._product = {"bytes": _product_bytes, "nibbles": _product_nibbles}[packed.layout]
+        self._n_size, self._num_groups = packed.scales.shape
+        self._k_size = packed.weight.shape[1] * (2 if packed.layout == "nibbles" else 1)
+        self._weight = flat_view(packed.weight)
+        self._scales = flat_view(packed.scales)
+        self._zero_points = flat_view(packed.zero_points)
+        bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
+        self._bias = flat_view(bias)
+        self._input_order = packed.input_order
+        self._scratch = _scratch(self._k_size)
+        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._input_order is not None:
+            x = x[:, self._input_order]
+        num_rows = x.shape[0]
+        out = torch.empty(num_rows, self._n_size)
+        weight = self._weight, self._scales, self._zero_points, self._bias
+        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
+        self._product(flat_view(x), *weight, flat_view(out), self._scratch, *sizes)
+        return out

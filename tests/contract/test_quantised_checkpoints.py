@@ -1,0 +1,68 @@
+"""Checkpoints that the real tools wrote: weights and greedy ids equal the independent dequantisation.
+
+tests/oracles/checkpoints/README.md says where the files come from, tests/oracles/quant_expected.py how the expected
+ids and logits were made (`transformers` in float32 on the weights of tests/oracles/dequantise.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.block_manager import BlockManager
+from engine.core import EngineCore
+from engine.model_files import read_model_config, read_quantization_config
+from engine.runner import BLOCK_SIZE, ModelRunner, build_model
+from engine.sampler_cpu import sample
+from engine.scheduler import Scheduler
+from engine.step_limit import StepLimit
+from quant.config import resolve_quantization
+from quant.none import DenseMethod
+from quant.packing import widen
+from tests.contract.harness import KERNELS, make_requests, run_requests
+from tests.oracles.dequantise import dequantise
+
+CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
+FOLDERS = sorted(path for path in CHECKPOINTS.iterdir() if (path / "expected.npz").is_file())
+NEAR_TIE = 1e-4
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_matrix_has_the_numbers_of_the_dequantisation(folder: Path) -> None:
+    config = read_model_config(folder)
+    stored = read_quantization_config(folder, config)
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    dense = DenseMethod(torch.float32, is_widening=True)
+    quantization = resolve_quantization(None, None, stored, tensors, dense, is_exact=True)
+    expected = dequantise(folder)
+    modules = {name.rpartition(".")[0] for name in tensors if "layers" in name and "norm" not in name}
+    for module in sorted(modules):
+        params = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
+        packed = quantization.method_for(module).pack(params)
+        np.testing.assert_array_equal(widen(packed).numpy(), expected[f"{module}.weight"], err_msg=module)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_greedy_ids_equal_transformers_on_the_dequantised_weights(folder: Path) -> None:
+    expected = np.load(folder / "expected.npz")
+    config = read_model_config(folder)
+    runner = ModelRunner(build_model(config, folder, torch.float32, KERNELS), KERNELS)
+    runner.allocate(16, torch.float32, num_positions=16 * BLOCK_SIZE)
+    scheduler = Scheduler(BlockManager(16, BLOCK_SIZE), max_batch_tokens=64, eos_token_ids=[])
+    core = EngineCore(scheduler, runner, sample, StepLimit(None, None))
+    prompts = [expected[f"prompt_{number}"].tolist() for number in range(2)]
+    outcome = run_requests(core, make_requests(prompts, max_new_tokens=16))
+    for number, ids in enumerate(outcome.token_ids):
+        assert expected[f"gaps_{number}"].min() > NEAR_TIE, "a near-tie decides nothing"
+        assert ids == expected[f"ids_{number}"].tolist()
+
+
+def test_all_tools_are_there() -> None:
+    provenance = json.loads((CHECKPOINTS / "provenance.json").read_text())
+    assert {folder.name.split("-")[0] for folder in FOLDERS} == {"auto", "autoawq", "gptqmodel", "llmcompressor"}
+    assert provenance

@@ -1,0 +1,79 @@
+"""The 8- and 4-bit CPU kernels have the bits of the dense kernel on the widened weights, for any number of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from quant.base import PackedWeight
+from quant.kernels import running_weight
+from quant.kernels.dense_cpu import TILE_OUTPUTS, DenseCpu
+from quant.kernels.packed_cpu import MIN_ROW_BLOCK, PackedCpu
+from quant.kernels.packed_torch import PackedTorch
+from quant.packing import pack_groups, widen
+
+ROWS = [1, 2, 3, 4, 5, 8, MIN_ROW_BLOCK + 1]
+
+
+def random_weight(
+    bits: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float16, *, is_scattered: bool = False
+) -> PackedWeight:
+    generator = torch.Generator().manual_seed(n + k)
+    num_groups = k // group_size
+    q = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, num_groups, generator=generator) * 0.01 + 0.001).to(dtype)
+    zero_points = torch.randint(0, 2**bits + 1, (n, num_groups), generator=generator)
+    groups = torch.arange(k) // group_size
+    if is_scattered:
+        groups = groups[torch.randperm(k, generator=generator)]
+    bias = torch.randn(n, generator=generator)
+    return pack_groups(q, scales, zero_points, bits=bits, group_of_input=groups, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 16), (4, 64), (4, 192), (3, 32), (2, 96), (8, 8), (8, 192)])
+@pytest.mark.parametrize("n", [TILE_OUTPUTS, 4 * TILE_OUTPUTS + 5, 3])
+def test_bits_are_those_of_the_dense_kernel(bits: int, group_size: int, n: int, dtype: torch.dtype) -> None:
+    packed = random_weight(bits, n, 192, group_size, dtype)
+    kernel = running_weight(packed)
+    assert isinstance(kernel, PackedCpu)
+    dense = DenseCpu(PackedWeight("dense", widen(packed), packed.bias))
+    generator = torch.Generator().manual_seed(1)
+    for rows in ROWS:
+        x = torch.randn(rows, 192, generator=generator)
+        if dtype == torch.float32:  # a full scale times an integer is rounded: close, and the same for every row count
+            torch.testing.assert_close(kernel(x), dense(x), atol=1e-4, rtol=1e-4)
+            assert torch.equal(kernel(x)[0], kernel(x[:1])[0])
+        else:
+            assert torch.equal(kernel(x), dense(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scattered_groups_gather_the_inputs(bits: int) -> None:
+    packed = random_weight(bits, 24, 128, 32, is_scattered=True)
+    assert packed.input_order is not None
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    expected = x @ widen(packed).T + packed.bias
+    torch.testing.assert_close(running_weight(packed)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("is_scattered", [True, False])
+def test_the_twin_agrees(bits: int, is_scattered: bool) -> None:
+    packed = random_weight(bits, 40, 128, 32, is_scattered=is_scattered)
+    x = torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(PackedCpu(packed)(x), PackedTorch(packed)(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_rows_and_no_bias(bits: int) -> None:
+    packed = dataclasses.replace(random_weight(bits, 24, 64, 32), bias=None)
+    assert running_weight(packed)(torch.empty(0, 64)).shape == (0, 24)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(running_weight(packed)(x), x @ widen(packed).T, atol=1e-4, rtol=1e-4)
+
+
+def test_other_devices_run_the_twin() -> None:
+    assert isinstance(running_weight(random_weight(4, 12, 64, 32).to(torch.device("meta"))), PackedTorch)

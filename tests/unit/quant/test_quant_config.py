@@ -1,0 +1,144 @@
+"""Which method loads which matrix, and the sentences about what can't be loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quant.base import FormatError
+from quant.compressed_tensors import CompressedTensorsMethod
+from quant.config import FORMATS, ON_LOAD, Quantization, resolve_quantization
+from quant.gptq import GptqMethod
+from quant.int8 import Int4Method, Int8Method
+from quant.none import DenseMethod
+
+DENSE = DenseMethod(torch.bfloat16, is_widening=True)
+Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
+TENSORS = {f"{Q}.qweight", f"{Q}.scales", f"{K}.weight", "lm_head.weight"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+WEIGHTS = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+
+
+def resolve(
+    flag: str | None = None, stored: dict[str, Any] | None = None, head: str | None = None, *, is_exact: bool = False
+) -> Quantization:
+    return resolve_quantization(flag, head, stored, TENSORS, DENSE, is_exact=is_exact)
+
+
+def test_a_dense_checkpoint_stays_dense() -> None:
+    made = resolve()
+    assert {made.method_for(module) for module in (Q, K, HEAD)} == {DENSE}
+    assert made.description == "not quantised, head dense"
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("eetq", Int8Method), ("int8", Int8Method), ("int4", Int4Method)])
+def test_every_matrix_of_a_dense_checkpoint_is_quantised_on_load(flag: str, kind: type) -> None:
+    made = resolve(flag)
+    assert isinstance(made.method_for(Q), kind) and isinstance(made.method_for(K), kind)
+    assert isinstance(made.method_for(HEAD), Int8Method)
+    assert made.description == f"{flag}, head int8"
+    assert made.size_factor < 1
+
+
+@pytest.mark.parametrize(
+    ("head", "is_exact", "kind"),
+    [
+        (None, False, Int8Method),
+        (None, True, DenseMethod),
+        ("none", False, DenseMethod),
+        ("int4", False, Int4Method),
+        ("int8", True, Int8Method),
+    ],
+)
+def test_the_head(head: str | None, is_exact: bool, kind: type) -> None:
+    assert isinstance(resolve(None, GPTQ, head, is_exact=is_exact).method_for(HEAD), kind)
+
+
+def test_only_matrices_with_quantised_tensors_are_taken_for_quantised() -> None:
+    made = resolve(None, GPTQ)
+    assert made.method_for(Q) == GptqMethod(4, 32, has_stored_minus_one=True)
+    assert made.method_for(K) is DENSE
+    assert made.description == "gptq, 4 bits, groups of 32, head int8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_stored_minus_one"),
+    [
+        ({}, True),
+        ({"checkpoint_format": "gptq"}, True),
+        ({"format": "gptq"}, True),
+        ({"checkpoint_format": "gptq_v2"}, False),
+    ],
+)
+def test_both_conventions_of_zero_points(changes: dict[str, str], has_stored_minus_one: bool) -> None:
+    method = resolve(None, {**GPTQ, **changes}).method_for(Q)
+    assert isinstance(method, GptqMethod)
+    assert method.has_stored_minus_one is has_stored_minus_one
+
+
+def test_single_matrices_may_have_other_settings() -> None:
+    dynamic = {"-:.*mlp.*": {}, r"+:.*\.q_proj": {"bits": 8, "group_size": 64}}
+    method = resolve(None, {**GPTQ, "dynamic": dynamic}).method_for(Q)
+    assert isinstance(method, GptqMethod)
+    assert (method.bits, method.group_size) == (8, 64)
+
+
+def test_a_channel_is_one_group() -> None:
+    weights = {**WEIGHTS, "strategy": "channel", "group_size": None, "symmetric": False}
+    stored = {**COMPRESSED, "config_groups": {"group_0": {"targets": ["re:.*q_proj$"], "weights": weights}}}
+    made = resolve_quantization(None, None, stored, {f"{Q}.weight_packed"}, DENSE, is_exact=False)
+    assert made.method_for(Q) == CompressedTensorsMethod(4, -1, is_symmetric=False)
+
+
+@pytest.mark.parametrize("flag", [*FORMATS])
+def test_the_flag_may_say_what_the_checkpoint_says(flag: str) -> None:
+    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED}[flag]
+    assert resolve(flag, stored).description == resolve(None, stored).description
+
+
+HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.join(ON_LOAD)}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "stored", "sentence"),
+    [
+        ("awq", GPTQ, "--quantize awq, but the checkpoint is gptq: leave --quantize out"),
+        ("eetq", AWQ, "--quantize eetq, but the checkpoint is awq: leave --quantize out"),
+        (
+            "gptq",
+            None,
+            "--quantize gptq needs a checkpoint in that format, this one is dense: give a checkpoint quantised with "
+            "gptq, or --quantize one of eetq, int8, int4",
+        ),
+        (None, {"quant_method": "fp8"}, f"the checkpoint is quantised with 'fp8', which can't be loaded; {HAVE}"),
+        (None, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised with 'bitsandbytes', which can't"),
+        (None, {**GPTQ, "bits": 5}, "the quantisation's bits is 5, which can't be loaded"),
+        (None, {**GPTQ, "bits": None}, "the quantisation's bits is None, which can't be loaded"),
+        (None, {**GPTQ, "group_size": 0}, "the quantisation's group_size is 0, which can't be loaded"),
+        (None, {**GPTQ, "checkpoint_format": "marlin"}, "GPTQ in the form 'marlin'; gptq and gptq_v2 can be loaded"),
+        (None, {**GPTQ, "format": "gptq_p"}, "GPTQ in the form 'gptq_p'; gptq and gptq_v2 can be loaded"),
+        (None, {**AWQ, "version": "gemv"}, "AWQ in the form 'gemv'; only gemm can be loaded"),
+        (None, {**AWQ, "bits": 8}, "the quantisation's bits is 8, which can't be loaded"),
+        (None, {**COMPRESSED, "format": "float-quantized"}, "in the form 'float-quantized' with strategy 'group'"),
+        (None, {**COMPRESSED, "config_groups": {}}, "has no config_groups"),
+    ],
+)
+def test_what_can_not_be_loaded(flag: str | None, stored: dict[str, Any] | None, sentence: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        resolve(flag, stored)
+    assert sentence in str(caught.value)
+
+
+def test_sizes_that_do_not_divide() -> None:
+    with pytest.raises(FormatError, match="a matrix of 40 inputs and 12 outputs can't be packed in 3 bits"):
+        GptqMethod(3, 32, has_stored_minus_one=True).param_specs(40, 12, False)
+    with pytest.raises(FormatError, match="can't have groups of 48"):
+        resolve(None, {**AWQ, "group_size": 48}).method_for(Q).param_specs(64, 32, False)
