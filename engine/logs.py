@@ -36,6 +36,7 @@ LEVELS = {
 }
 LEVEL_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
 COLOURS = {logging.DEBUG: "\033[34m", logging.INFO: "\033[32m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
+STDERR = 2
 CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code != 10} | {10: "\n  "}
 """A message may quote a request: it can neither colour the log nor begin a line of its own."""
 QUIET_LIBRARIES = (
@@ -89,10 +90,11 @@ class PatientHandler(logging.Handler):
 
     def _write_all(self) -> None:
         while True:
-            line = self._lines.get()
-            with contextlib.suppress(OSError, ValueError):  # the reader is gone, or stderr is closed
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
+            data = (self._lines.get() + "\n").encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # the reader is gone, or stderr is closed
+                # Not through sys.stderr: its lock, held by a write without end, would hold up the interpreter's end.
+                while data:
+                    data = data[os.write(STDERR, data) :]
             self._lines.task_done()
 
     def flush(self) -> None:

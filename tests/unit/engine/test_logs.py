@@ -93,7 +93,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
         "configure_logging('info', 'test')\n"
         "started = time.monotonic()\n"
         "for number in range(20_000): logging.info('%d %s', number, 'x' * 100)\n"
-        "print(time.monotonic() - started)\n"
+        "print(time.monotonic() - started, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
