@@ -196,7 +196,7 @@ def test_no_weights_at_all(folder: Path) -> None:
         ({"model_type": ...}, "model_type '' is not supported; supported: qwen2"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "config.json has a quantization_config: quantised weights are not supported yet",
+            "the quantisation's bits is None, which can't be loaded: fetch the model again",
         ),
         (
             {"rope_scaling": {"type": "longrope", "factor": 4.0}},
