@@ -46,9 +46,8 @@ def settle_quantization(
     dense = DenseMethod(dtype, is_widening=device.is_widening)
     try:
         stored = read_quantization_config(folder, config)
-        return resolve_quantization(
-            flag, head_flag, stored, read_tensor_names(folder), dense, is_exact=dtype == torch.float32
-        )
+        names = read_tensor_names(folder) if stored else set()  # a dense checkpoint's headers are read once, to load it
+        return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
     except FormatError as error:
         raise StartError(str(error)) from error
 

@@ -84,9 +84,7 @@ def resolve_quantization(
     elif method is not None:
         assert stored is not None
         description, stored_rule = FORMATS[method](stored)
-        endings = tuple(f".{marker}" for marker in MARKERS)
-        quantised = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
-        rule = lambda module: stored_rule(module) if module in quantised else None  # noqa: E731
+        rule = _where_quantised(stored_rule, tensor_names)
     else:
         description, rule = name, _linears(ON_LOAD[name]())
     head_description = "dense" if head_flag == "none" else head_flag
@@ -101,6 +99,13 @@ def _nothing(module: str) -> LinearMethod | None:
 def _linears(method: LinearMethod) -> ModuleRule:
     """Every matrix but the head and the embedding."""
     return lambda module: None if module == "lm_head" else method
+
+
+def _where_quantised(rule: ModuleRule, tensor_names: Collection[str]) -> ModuleRule:
+    """`rule` for the modules that have a quantised tensor."""
+    endings = tuple(f".{marker}" for marker in MARKERS)
+    quantised = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
+    return lambda module: rule(module) if module in quantised else None
 
 
 def _stored_method(stored: Mapping[str, Any] | None) -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
 from quant.kernels import KernelChoice
-from quant.packing import WORD_BITS, pack_groups, unpack_words
+from quant.packing import WORD_BITS, as_words, pack_groups, unpack_words
 
 BITS = (2, 3, 4, 8)
 
@@ -65,7 +65,6 @@ class GptqMethod(KernelChoice):
             return unpack_words(qzeros, self.bits, dim=1).to(torch.int32)
         if WORD_BITS % self.bits == 0:
             ones = sum(1 << shift for shift in range(0, WORD_BITS, self.bits))
-            words = (qzeros.to(torch.int64) + ones) & 0xFFFFFFFF
-            restored = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+            restored = as_words((qzeros.to(torch.int64) + ones) & 0xFFFFFFFF)
             return unpack_words(restored, self.bits, dim=1).to(torch.int32)
         return (unpack_words(qzeros, self.bits, dim=1).to(torch.int32) + 1) & ((1 << self.bits) - 1)

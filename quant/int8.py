@@ -11,7 +11,7 @@ import torch
 
 from quant.base import PackedWeight, ParamSpec
 from quant.kernels import KernelChoice
-from quant.none import bias_spec
+from quant.none import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
 INT4_GROUP_SIZES = (64, 32, 16)
@@ -24,8 +24,7 @@ class _OnLoad(KernelChoice):
     """The stored tensors of a dense matrix."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-        weight = ParamSpec((out_features, in_features), output_dim=0, input_dim=1)
-        return {"weight": weight, **bias_spec(out_features, has_bias)}
+        return dense_specs(in_features, out_features, has_bias)
 
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True

@@ -22,10 +22,7 @@ class DenseMethod(KernelChoice):
         self._is_widening = is_widening
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-        return {
-            "weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1),
-            **bias_spec(out_features, has_bias),
-        }
+        return dense_specs(in_features, out_features, has_bias)
 
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return self._storage_dtype(name, checkpoint_dtype) != checkpoint_dtype
@@ -40,5 +37,9 @@ class DenseMethod(KernelChoice):
         return PackedWeight("dense", stored["weight"], stored.get("bias"))
 
 
-def bias_spec(out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-    return {"bias": ParamSpec((out_features,), output_dim=0, input_dim=None)} if has_bias else {}
+def dense_specs(in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+    """The tensors of a matrix that is stored dense."""
+    specs = {"weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1)}
+    if has_bias:
+        specs["bias"] = ParamSpec((out_features,), output_dim=0, input_dim=None)
+    return specs

@@ -48,8 +48,12 @@ def pack_words(fields: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
         words[word::period_words] |= (value << shift) & 0xFFFFFFFF
         if shift + bits > WORD_BITS:
             words[word + 1 :: period_words] |= value >> (WORD_BITS - shift)
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    return signed.to(torch.int32).movedim(0, dim).contiguous()
+    return as_words(words).movedim(0, dim).contiguous()
+
+
+def as_words(numbers: torch.Tensor) -> torch.Tensor:
+    """Unsigned 32-bit numbers in int64 -> the int32 with the same bits."""
+    return torch.where(numbers >= 1 << 31, numbers - (1 << 32), numbers).to(torch.int32)
 
 
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A command line and the environment -> LauncherArgs, by the table in `server.flags`. The only reader of os.environ.
+"""A command line and the environment -> LauncherArgs, by the table in `server.flags`.
 
 Two kinds of refusal, as TGI's launcher has them: a usage error (unknown flag, bad value) exits with 2, a combination
 that can't be served raises ArgumentError and ends with 1. Standard library only.

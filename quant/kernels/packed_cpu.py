@@ -32,9 +32,8 @@ from quant.kernels.simd import (
     sum_lanes,
     zeros,
 )
+from quant.packing import NIBBLE_CHUNK
 
-NIBBLE_CHUNK = 2 * LANES
-"""Weights in eight bytes: the lower halves hold the first eight, the upper halves the others."""
 MIN_ROW_BLOCK = 48
 """Rows that share one widening of a tile."""
 
