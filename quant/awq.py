@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.packing import pack_groups, unpack_words
 
 FIELDS = 8
@@ -17,7 +16,7 @@ FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AwqMethod(KernelChoice):
+class AwqMethod:
     """`qweight` [k, n / 8] and `qzeros` [groups, n / 8], interleaved along the outputs; `scales` [groups, n]."""
 
     group_size: int

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.packing import WORD_BITS, pack_groups, unpack_words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CompressedTensorsMethod(KernelChoice):
+class CompressedTensorsMethod:
     """`weight_packed` along the inputs, `weight_scale` [n, groups], `weight_zero_point` along the outputs."""
 
     bits: int

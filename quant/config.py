@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quant.awq import AwqMethod
-from quant.base import FormatError, LinearMethod
+from quant.base import FormatError, LinearMethod, PackedWeight, RunningWeight
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.gptq import BITS, GptqMethod
 from quant.int8 import Int4Method, Int8Method
+from quant.kernels import running_weight
 
 ModuleRule = Callable[[str], LinearMethod | None]
 """A module's name -> its method; None: it is stored dense."""
@@ -34,8 +35,14 @@ class Quantization:
     head: LinearMethod
     """How an output head runs that the checkpoint stores dense."""
     rule: ModuleRule
+    is_exact: bool = True
+    """Whether the activations that meet quantised weights stay float32; they are rounded to 8 bits otherwise."""
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
+
+    def run(self, packed: PackedWeight) -> RunningWeight:
+        """`quant.base.Kernels` for this model."""
+        return running_weight(packed, is_exact=self.is_exact)
 
     def method_for(self, module: str) -> LinearMethod:
         """`module` is the checkpoint's name, `model.layers.0.mlp.up_proj`."""
@@ -61,7 +68,8 @@ def resolve_quantization(
     *,
     is_exact: bool,
 ) -> Quantization:
-    """`stored` is the checkpoint's own configuration; `is_exact` (--dtype float32) leaves the head dense.
+    """`stored` is the checkpoint's own configuration; `is_exact` (--dtype float32) leaves the head dense
+    and activations as they are.
 
     Whether a single matrix is quantised is told by its tensors, not by the lists that the tools write: autoawq matches
     its own against shorter names than transformers does. Raises FormatError, in a sentence.
@@ -89,7 +97,8 @@ def resolve_quantization(
         description, rule = name, _linears(ON_LOAD[name]())
     head_description = "dense" if head_flag == "none" else head_flag
     factor = SIZE_FACTORS[name] if name in ON_LOAD else 1.0
-    return Quantization(f"{description}, head {head_description}", dense, head, rule, factor)
+    is_exact = is_exact or (name is None and head is dense)
+    return Quantization(f"{description}, head {head_description}", dense, head, rule, is_exact, factor)
 
 
 def _nothing(module: str) -> LinearMethod | None:

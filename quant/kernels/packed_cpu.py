@@ -179,7 +179,7 @@ class PackedCpu:
         assert packed.scales is not None and packed.zero_points is not None
         self._product = {"bytes": _product_bytes, "nibbles": _product_nibbles}[packed.layout]
         self._n_size, self._num_groups = packed.scales.shape
-        self._k_size = packed.weight.shape[1] * (2 if packed.layout == "nibbles" else 1)
+        self._k_size = packed.num_inputs
         self._weight = flat_view(packed.weight)
         self._scales = flat_view(packed.scales)
         self._zero_points = flat_view(packed.zero_points)
