@@ -74,6 +74,7 @@ def resolve_quantization(
     Whether a single matrix is quantised is told by its tensors, not by the lists that the tools write: autoawq matches
     its own against shorter names than transformers does. Raises FormatError, in a sentence.
     """
+    stored = _in_new_words(stored)
     method = _stored_method(stored)
     if flag is not None and method is not None and flag != method:
         raise FormatError(f"--quantize {flag}, but the checkpoint is {method}: leave --quantize out")
@@ -115,6 +116,16 @@ def _where_quantised(rule: ModuleRule, tensor_names: Collection[str]) -> ModuleR
     endings = tuple(f".{marker}" for marker in MARKERS)
     quantised = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
     return lambda module: rule(module) if module in quantised else None
+
+
+OLD_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
+"""In the quant_config.json of AutoAWQ before its settings went into config.json, which names no method."""
+
+
+def _in_new_words(stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if not stored or "w_bit" not in stored:
+        return stored
+    return {"quant_method": "awq", **{OLD_WORDS.get(key, key): value for key, value in stored.items()}}
 
 
 def _stored_method(stored: Mapping[str, Any] | None) -> str | None:
