@@ -35,6 +35,10 @@ FOUND = find_instructions()
 ISA = FOUND or INSTRUCTIONS[-1]
 OUTPUTS = ISA.units * ISA.lanes
 """Outputs per parallel item."""
+SHIFT = 0 if ISA.is_signed else 128
+"""What is added to weights of 8 bits, as the instruction takes them for unsigned, and to their zero points."""
+ROWS_AT_A_TIME = 128 * OUTPUTS
+"""Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
 @njit(inline="always")
@@ -111,28 +115,31 @@ class IntegerCpu:
         assert group is not None
         self._n_size, self._padded_size = n_size, -(-n_size // OUTPUTS) * OUTPUTS
         self._input_order = packed.input_order
-        bits = 8 if packed.layout == "bytes" else 4
+        weight = torch.empty(self._padded_size, packed.weight.shape[1], dtype=packed.weight.dtype)
+        for first in range(0, n_size, ROWS_AT_A_TIME):
+            rows = slice(first, first + ROWS_AT_A_TIME)
+            weight[rows] = self._reordered(packed.weight[rows]).view_as(weight[rows])
         zeros = packed.zero_points
-        if bits == 8 and not ISA.is_signed:
-            q, zeros = packed.weight ^ -128, zeros + 128
-        else:
-            q = packed.weight if bits == 8 else unpack_nibbles(packed.weight)
-        weight = interleave(self._padded(q), ISA, bits).numpy()
+        if packed.layout == "bytes":
+            zeros = zeros + SHIFT
         scales = flat_view(self._in_units(packed.scales))
-        bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
-        row_block = max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
         if num_groups > 1:
             scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are not for whole outputs
+        bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
         numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(self._padded(bias))
-        self._before = group, weight, *numbers
-        self._after = self._padded_size, k_size, row_block
+        self._before = group, flat_view(weight), *numbers
+        self._after = self._padded_size, k_size, max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
+
+    def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
+        """Some rows of a packed weight, whole tiles with those that are missing, in the order of the kernel."""
+        missing = -weight.shape[0] % OUTPUTS
+        if weight.dtype == torch.int8:
+            return interleave(_extended(weight, missing) ^ -SHIFT, ISA, 8)
+        return interleave(_extended(unpack_nibbles(weight), missing), ISA, 4)
 
     def _padded(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[n, ...] -> [whole tiles, ...], zeros at the end."""
-        missing = self._padded_size - self._n_size
-        if not missing:
-            return outputs
-        return torch.cat([outputs, torch.zeros(missing, *outputs.shape[1:], dtype=outputs.dtype)])
+        """[n, ...] -> [whole tiles, ...]"""
+        return _extended(outputs, self._padded_size - self._n_size)
 
     def _in_units(self, numbers: torch.Tensor) -> torch.Tensor:
         """[n, groups] -> [units, groups, lanes]"""
@@ -146,3 +153,8 @@ class IntegerCpu:
         out = torch.empty(num_rows, self._padded_size)
         _product(flat_view(x), *self._before, flat_view(out), num_rows, *self._after)
         return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
+
+
+def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:
+    """With `missing` rows of zeros at the end."""
+    return rows if not missing else torch.cat([rows, torch.zeros(missing, *rows.shape[1:], dtype=rows.dtype)])

@@ -24,9 +24,11 @@ INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
 CHUNK = 32
 """Inputs that the unrolled inner body takes."""
-AHEAD = 512
-"""Bytes of weights that are asked for ahead of their use, into the L1 cache. One core of Zen 4 then reads 8-bit weights
-at 20 to 25 GB/s; 11 to 17 without, or with longer distances, where torch sums an array at 25 to 33."""
+FEW_ROWS = 2
+"""Up to as many rows a tile waits for memory: weights are asked for `AHEAD_OF_FEW` bytes before their use, into the L1
+cache. One core of Zen 4 reads 8-bit weights at 20 to 25 GB/s (11 to 17 with longer distances or without), where
+torch sums an array at 25 to 33. More rows leave time to fetch from afar, into the L2 cache."""
+AHEAD_OF_FEW, AHEAD_OF_MANY = 512, 4096
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 ROUNDER = 12582912.0
@@ -62,8 +64,8 @@ def find_instructions() -> Instructions | None:
 class _Builder:
     """LLVM operations on `lanes` lanes."""
 
-    def __init__(self, context: Any, builder: Any, isa: Instructions) -> None:
-        self.context, self.b, self.isa = context, builder, isa
+    def __init__(self, builder: Any, isa: Instructions) -> None:
+        self.b, self.isa = builder, isa
         self.i32 = ir.VectorType(I32, isa.lanes)
         self.i16 = ir.VectorType(I16, 2 * isa.lanes)
         self.i8 = ir.VectorType(I8, 4 * isa.lanes)
@@ -86,12 +88,14 @@ class _Builder:
         written = self.b.store(value, self.b.bitcast(self.b.gep(data, [offset]), value.type.as_pointer()))
         written.align = 4
 
-    def prefetch(self, data: Any, offset: Any) -> None:
-        """Ask for the cache line; harmless past the end."""
+    def prefetch(self, data: Any, offset: Any, *, is_near: bool) -> None:
+        """Ask for the cache line, into the L1 cache or into the L2; harmless past the end."""
         address = self.b.bitcast(self.b.gep(data, [offset]), I8.as_pointer())
         signature = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
-        self.b.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        self.b.call(
+            function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3 if is_near else 2), ir.Constant(I32, 1)]
+        )
 
     def splat(self, scalar: Any) -> Any:
         vector = ir.VectorType(scalar.type, self.isa.lanes)
@@ -116,12 +120,13 @@ class _Builder:
             return self.b.sext(self.load(data, offset, ir.VectorType(I8, lanes)), self.i32)
         return self.load(data, offset, self.i32)
 
-    def weights(self, data: Any, offset: Any, bits: int) -> list[Any]:
+    def weights(self, data: Any, offset: Any, bits: int, *, is_few: bool) -> list[Any]:
         """A chunk's weights: a vector of 4 * lanes bytes for each four inputs."""
+        ahead = AHEAD_OF_FEW if is_few else AHEAD_OF_MANY
         size = 4 * self.isa.lanes
         at = [self.b.add(offset, ir.Constant(offset.type, step * size)) for step in range(CHUNK * bits // 32)]
         for place in at:
-            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, AHEAD)))
+            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=is_few)
         if bits == 8:
             return [self.load(data, place, self.i32) for place in at]
         mask, shift = self.constant(self.i32, 0x0F0F0F0F), self.constant(self.i32, 4)
@@ -167,7 +172,7 @@ def make_tile(isa: Instructions, rows: int) -> Any:
         typing_context, x, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
     ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            v = _Builder(context, builder, isa)
+            v = _Builder(builder, isa)
             b = builder
             lanes = isa.lanes
             arrays = (0, 1, 2, 5, 6, 7, 9, 10)
@@ -227,7 +232,8 @@ def make_tile(isa: Instructions, rows: int) -> Any:
                     with cgutils.for_range(b, chunks_each) as over_chunks:
                         k = b.add(first, b.mul(over_chunks.index, number(CHUNK)))
                         at_chunk = b.add(w0, b.mul(b.sdiv(k, number(CHUNK)), number(units * unit_bytes)))
-                        weights = [v.weights(w_data, b.add(at_chunk, number(u * unit_bytes)), bits) for u in unit_count]
+                        at_units = [b.add(at_chunk, number(u * unit_bytes)) for u in unit_count]
+                        weights = [v.weights(w_data, place, bits, is_few=rows <= FEW_ROWS) for place in at_units]
                         chunk = {key: start_chunk(place) for key, place in totals.items()}
                         places = [b.add(x0[r], k) for r in row_count]
                         for step in range(CHUNK // INPUTS):
@@ -277,7 +283,7 @@ def round_group(
     lanes = 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        v = _Builder(context, builder, Instructions("", lanes=lanes, rows=1, units=1))
+        v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
         b = builder
         x_data, rounded_data, scale_data, sum_data = (
             _data(context, builder, signature.args[index], args[index]) for index in (0, 3, 4, 5)
