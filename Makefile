@@ -65,7 +65,7 @@ check: install
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py
-	@$(PY) -m mypy benchmarks/offline.py benchmarks/soak.py
+	@$(PY) -m mypy benchmarks/offline.py benchmarks/perplexity.py benchmarks/soak.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py

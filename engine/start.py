@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
 from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
+from engine.models.base import CausalLM
 from engine.rope import replace_rope_scaling
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
 from engine.sampler import SAMPLERS
@@ -36,27 +38,17 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
 
     Raises StartError in words.
     """
+    set_threads(config.num_threads)
     device = detect_device()
-    _set_threads(config.num_threads)
-    folder = Path(config.model_path)
-    model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
-    dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
-    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
-    free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
-    quantization = settle_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
-    file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
-    weight_bytes = int(file_bytes * quantization.size_factor)
-    check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
-    started = time.monotonic()
-    model = build_model(model_config, folder, dtype, device, quantization)
-    logger.info("Weights loaded in %.1f s", time.monotonic() - started)
+    loaded = load_model(config, device)
+    model, dtype, free_bytes = loaded.model, loaded.dtype, loaded.free_bytes
     if config.is_prefix_caching and model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
     runner = ModelRunner(model, device)
     kv_dtype = device.kv_dtype(dtype)
     needs = MemoryNeeds(
-        weights=weight_bytes,
+        weights=loaded.weight_bytes,
         per_block=runner.kv_bytes_per_block(kv_dtype),
         per_step_token=model.activations_per_token * device.activation_dtype(dtype).itemsize,
         block_size=BLOCK_SIZE,
@@ -90,15 +82,47 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=limits.max_batch_prefill_tokens,
-        eos_token_ids=read_eos_token_ids(folder, model_config),
+        eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
         max_running=config.max_batch_size,
     )
-    _log_summary(config, limits, device, dtype, kv_dtype, quantization, is_row_invariant=is_row_invariant)
+    _log_summary(config, limits, device, loaded, kv_dtype, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
     return EngineCore(scheduler, runner, sample, step_limit), ready
 
 
-def _set_threads(num_threads: int) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A folder's model with its weights, and what was settled on the way."""
+
+    model: CausalLM
+    config: dict[str, Any]
+    """Of config.json, with the rope scaling that was asked for."""
+    dtype: torch.dtype
+    quantization: Quantization
+    weight_bytes: int
+    """Of memory, roughly."""
+    free_bytes: int
+    """What could be used before the weights were there."""
+
+
+def load_model(config: EngineConfig, device: Device) -> LoadedModel:
+    """The model as `config` wants it run. Raises StartError in words."""
+    folder = Path(config.model_path)
+    model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
+    dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
+    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
+    free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
+    quantization = settle_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    weight_bytes = int(file_bytes * quantization.size_factor)
+    check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
+    started = time.monotonic()
+    model = build_model(model_config, folder, dtype, device, quantization)
+    logger.info("Weights loaded in %.1f s", time.monotonic() - started)
+    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
+
+
+def set_threads(num_threads: int) -> None:
     """All heavy work on a CPU is in Numba's pool: a second busy pool on the same cores would only spin against it."""
     torch.set_num_threads(1)
     import numba
@@ -145,14 +169,18 @@ def _log_summary(
     config: EngineConfig,
     limits: EngineLimits,
     device: Device,
-    dtype: torch.dtype,
+    loaded: LoadedModel,
     kv_dtype: torch.dtype,
-    quantization: Quantization,
     *,
     is_row_invariant: bool,
 ) -> None:
-    description = quantization.description
-    logger.info("Model %s on %s: dtype %s, %s", config.model_path, device.torch_device, _name(dtype), description)
+    logger.info(
+        "Model %s on %s: dtype %s, %s",
+        config.model_path,
+        device.torch_device,
+        _name(loaded.dtype),
+        loaded.quantization.description,
+    )
     logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",
@@ -168,7 +196,7 @@ def _log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
-    rounding = None if quantization.is_exact else rounding_instructions(device.torch_device.type)
+    rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
     if rounding is not None:
         logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
     if is_row_invariant:
