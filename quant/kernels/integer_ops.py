@@ -54,11 +54,16 @@ INSTRUCTIONS = (
 )
 
 
+def enabled_features() -> set[str]:
+    """LLVM's names of what Numba compiles for: what the machine has, or NUMBA_CPU_FEATURES."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {feature.removeprefix("+") for feature in features.split(",") if feature.startswith("+")}
+
+
 def find_instructions() -> Instructions | None:
     """The best set that Numba compiles for on this machine; None: there is none that these kernels know."""
-    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    enabled = set(features.split(","))
-    return next((found for found in INSTRUCTIONS if f"+{found.feature}" in enabled), None)
+    enabled = enabled_features()
+    return next((found for found in INSTRUCTIONS if found.feature in enabled), None)
 
 
 class _Builder:

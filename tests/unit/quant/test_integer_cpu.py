@@ -10,12 +10,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from numba import njit
-from numba.core.codegen import get_host_cpu_features
 
 from quant.base import PackedWeight
 from quant.kernels import running_weight
 from quant.kernels.integer_cpu import FOUND, OUTPUTS, ROWS, IntegerCpu, interleave
-from quant.kernels.integer_ops import CHUNK, INSTRUCTIONS, Instructions, find_instructions, make_tile, round_group
+from quant.kernels.integer_ops import (
+    CHUNK,
+    INSTRUCTIONS,
+    Instructions,
+    enabled_features,
+    find_instructions,
+    make_tile,
+    round_group,
+)
 from quant.kernels.packed_cpu import PackedCpu
 from quant.kernels.rounded_torch import RoundedTorch, activation_group, round_activations
 from quant.packing import widen
@@ -89,8 +96,10 @@ def test_rounding_costs_about_what_eight_bits_must(name: str) -> None:
 
 def runnable() -> list[Instructions]:
     """AVX512's 256-bit forms run what AVX-VNNI runs."""
-    features = set(get_host_cpu_features().split(","))
-    return [isa for isa in INSTRUCTIONS if {f"+{isa.feature}", "+avx512vnni"} & features or isa.feature == "avx2"]
+    features = enabled_features()
+    if "avx512vnni" in features:
+        features.add("avxvnni")
+    return [isa for isa in INSTRUCTIONS if isa.feature in features]
 
 
 @pytest.mark.parametrize("rows", [1, 4])
