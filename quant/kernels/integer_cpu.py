@@ -15,7 +15,7 @@ import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.dense_cpu import FAST, flat_view
+from quant.kernels.dense_cpu import FAST, flat_view, new_output
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,
@@ -150,8 +150,8 @@ class IntegerCpu:
         if self._input_order is not None:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
-        out = torch.empty(num_rows, self._padded_size)
-        _product(flat_view(x), *self._before, flat_view(out), num_rows, *self._after)
+        out, flat_out = new_output(num_rows, self._padded_size)
+        _product(flat_view(x), *self._before, flat_out, num_rows, *self._after)
         return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
 
 
