@@ -89,9 +89,7 @@ def _quantise(options: QuantiseOptions, source: Path, output: Path, writer: Chec
     for index in range(model.num_layers):
         prefix = f"model.layers.{index}"
         names = [name for name in reader.names if name.startswith(f"{prefix}.") and not model.is_ignored(name)]
-        layer = {
-            name.removeprefix(f"{prefix}."): reader.read(name).to(device.torch_device, torch.float32) for name in names
-        }
+        layer = {name.removeprefix(f"{prefix}."): _wide(name, reader, device) for name in names}
         _quantise_layer(index, layer, hidden, stages, quantiser, progress)
         for name, tensor in _stored_layer(layer, quantiser).items():
             writer.add(f"{prefix}.{name}", tensor)
@@ -229,6 +227,12 @@ def _stored_layer(layer: LayerTensors, quantiser: Quantiser) -> dict[str, torch.
         stored |= {f"{module}.{name}": tensor for name, tensor in tensors.items()}
     packed = {f"{module}.weight" for module in rounded}
     return stored | {name: _half(name, tensor) for name, tensor in layer.items() if name not in packed}
+
+
+def _wide(name: str, reader: CheckpointReader, device: Device) -> torch.Tensor:
+    tensor = reader.read(name)
+    _half(name, tensor)  # the scales of larger weights would not fit either
+    return tensor.to(device.torch_device, torch.float32)
 
 
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
