@@ -66,39 +66,24 @@ def _quantise(options: QuantiseOptions, source: Path, output: Path, writer: Chec
     reader, device = CheckpointReader(source), detect_device()
     stages_class: type[LayerStages] = import_entry(STAGES, str(config.get("model_type", "")), "model_type")
     model = _checked_model(config, source, device)
-    num_tokens = options.sample_tokens
-    if num_tokens > model.max_position_embeddings:
+    num_tokens, num_positions = options.sample_tokens, model.max_position_embeddings
+    if num_tokens > num_positions:
         raise StartError(
-            f"--sample-tokens {num_tokens} is more than the {model.max_position_embeddings} positions of the model: "
-            "give fewer"
+            f"--sample-tokens {num_tokens} is more than the {num_positions} positions of the model: give fewer"
         )
     _check_matrices(options, reader, stages_class)
     text = _read_text(options, source)
     if text.samples:
         _check_memory(options, reader, config)
-    before = _perplexity(source, text, options)
 
-    stages = stages_class(config, model.attention_shape, model.rotary, num_tokens, device.torch_device)
-    quantiser = make_quantiser(options, stages)
+    before = _perplexity(source, text, options)
     start = time.monotonic()
-    for name in reader.names:
-        if not name.startswith("model.layers.") and not model.is_ignored(name):
-            writer.add(name, _half(name, reader.read(name)))
-    hidden = _embed(reader, text.samples)
-    progress = _Progress(model.num_layers * len(stages.MATRICES))
-    for index in range(model.num_layers):
-        prefix = f"model.layers.{index}"
-        names = [name for name in reader.names if name.startswith(f"{prefix}.") and not model.is_ignored(name)]
-        layer = {name.removeprefix(f"{prefix}."): _wide(name, reader, device) for name in names}
-        _quantise_layer(index, layer, hidden, stages, quantiser, progress)
-        for name, tensor in _stored_layer(layer, quantiser).items():
-            writer.add(f"{prefix}.{name}", tensor)
-    stored = quantization_config(options, is_gptq=quantiser.is_gptq)
-    files: dict[str, dict[str, Any]] = {"quantize_config.json": stored} if quantiser.is_gptq else {}
+    stages = stages_class(config, model.attention_shape, model.rotary, num_tokens, device.torch_device)
+    stored = _write_tensors(options, reader, model, stages, text, writer, device)
+    files = {"quantize_config.json": stored} if stored["quant_method"] == "gptq" else {}  # as each format's tool does
     writer.finish(source, files | {"config.json": _with_quantization(config, stored)})
     logger.info("Quantised in %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
-    del model, stages, hidden
-
+    del model, stages
     after = _perplexity(output, text, options)
     if before is not None and after is not None:
         logger.info(
@@ -108,6 +93,33 @@ def _quantise(options: QuantiseOptions, source: Path, output: Path, writer: Chec
     if options.upload_to is not None:
         upload_model(output, options.upload_to)
     return output
+
+
+def _write_tensors(
+    options: QuantiseOptions,
+    reader: CheckpointReader,
+    model: CausalLM,
+    stages: LayerStages,
+    text: CalibrationText,
+    writer: CheckpointWriter,
+    device: Device,
+) -> dict[str, Any]:
+    """Every tensor of the quantised model; returns what its configuration says of it."""
+    quantiser = make_quantiser(options, stages)
+    names = [name for name in reader.names if not model.is_ignored(name)]
+    for name in names:
+        if not name.startswith("model.layers."):
+            writer.add(name, _half(name, reader.read(name)))
+    hidden = _embed(reader, text.samples)
+    progress = _Progress(model.num_layers * len(stages.MATRICES))
+    for index in range(model.num_layers):
+        prefix = f"model.layers.{index}."
+        own = [name for name in names if name.startswith(prefix)]
+        layer = {name.removeprefix(prefix): _wide(name, reader, device) for name in own}
+        _quantise_layer(index, layer, hidden, stages, quantiser, progress)
+        for name, tensor in _stored_layer(layer, quantiser).items():
+            writer.add(f"{prefix}{name}", tensor)
+    return quantization_config(options, is_gptq=quantiser.is_gptq)
 
 
 def _checked_model(config: dict[str, Any], source: Path, device: Device) -> CausalLM:
