@@ -16,12 +16,13 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-slow check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-slow peers check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
 	@echo 'make test              every fast test                     (PYTEST_ARGS=)'
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
+	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make check             format, lint, types, import direction, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
@@ -60,12 +61,15 @@ test: install
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
 
+peers: install
+	@$(PY) benchmarks/peers.py $(ARGS)
+
 check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py
-	@$(PY) -m mypy benchmarks/offline.py benchmarks/soak.py
+	@$(PY) -m mypy benchmarks/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def restart_in_venv(variables: Mapping[str, str] | None = None) -> None:
+    """Start over once, in `.venv` and with `variables`, unless that is how it was started."""
+    virtual = REPOSITORY / ".venv" / "bin" / "python"
+    if variables or (virtual.exists() and Path(sys.prefix) != REPOSITORY / ".venv"):
+        python = str(virtual) if virtual.exists() else sys.executable
+        os.execve(python, [python, *sys.argv], {**os.environ, **(variables or {})})
+
+
 def restart_with_environment() -> None:
     """Start over once, in `.venv` and with the variables that Numba and torch read on import."""
-    virtual = REPOSITORY / ".venv" / "bin" / "python"
-    python = str(virtual) if virtual.exists() else sys.executable
-    missing = engine_environment(num_cores(), dict(os.environ))
-    if missing or (virtual.exists() and Path(sys.prefix) != REPOSITORY / ".venv"):
-        os.execve(python, [python, *sys.argv], {**os.environ, **missing})
+    restart_in_venv(engine_environment(num_cores(), dict(os.environ)))
 
 
 def demo_model() -> str:
@@ -53,11 +57,14 @@ def demo_model() -> str:
 class Pytgi:
     """Our engine in this process."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         from engine.start import start_engine
 
-        config = EngineConfig(model_path=folder, dtype=dtype, num_threads=num_cores(), is_prefix_caching=False)
         self._core, _ = start_engine(config)
+
+    @property
+    def model(self) -> Any:
+        return self._core._runner._model  # type: ignore[attr-defined]
 
     def run(self, prompt_ids: list[int], num_sequences: int, num_tokens: int) -> list[float]:
         """Times at which each step ended, counted from the first step's start."""
@@ -155,7 +162,8 @@ def main() -> None:
     result: dict[str, Any] = {"model": Path(folder).name, "dtype": args.dtype, "cores": num_cores()}
     result["cpu"] = platform.processor() or platform.machine()
     result["read_bandwidth_gb_s"] = round(read_bandwidth(), 1)
-    ours = Pytgi(folder, args.dtype)
+    config = EngineConfig(model_path=folder, dtype=args.dtype, num_threads=num_cores(), is_prefix_caching=False)
+    ours = Pytgi(config)
     rates: dict[str, Callable[[], float]] = {"pytgi": functools.partial(ours.decode_rate, prompt_ids, args.tokens)}
     if args.compare:
         for dtype in ("bfloat16", "float32"):

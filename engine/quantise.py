@@ -49,7 +49,7 @@ def quantise(options: QuantiseOptions) -> Path:
     source, output = download_model(options.model_id, options.revision), Path(options.output_dir)
     try:
         with CheckpointWriter(output) as writer:
-            return _quantise(options, source, output, writer)
+            text, before = _quantise(options, source, writer)
     except (OSError, SafetensorError) as error:
         raise StartError(f"{output} cannot be written ({error}): free space, or give another OUTPUT_DIR") from error
     except torch.OutOfMemoryError as error:
@@ -57,9 +57,20 @@ def quantise(options: QuantiseOptions) -> Path:
             "the device's memory is too small for a layer of this model: give smaller --sample-tokens, or hide the "
             "device with CUDA_VISIBLE_DEVICES="
         ) from error
+    # From here on the folder is whole, and stays whatever happens.
+    after = _perplexity(output, text, options)
+    if before is not None and after is not None:
+        logger.info(
+            "Perplexity on the last %d tokens of %s: %.3f before, %.3f after (%+.1f %%)",
+            *(len(text.held_out), options.dataset, before, after, 100 * (after / before - 1)),
+        )
+    if options.upload_to is not None:
+        upload_model(output, options.upload_to)
+    return output
 
 
-def _quantise(options: QuantiseOptions, source: Path, output: Path, writer: CheckpointWriter) -> Path:
+def _quantise(options: QuantiseOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
+    """Check everything, then write the folder; returns the text, and the perplexity of the model as it was."""
     config = read_model_config(source)
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
@@ -83,16 +94,7 @@ def _quantise(options: QuantiseOptions, source: Path, output: Path, writer: Chec
     files = {"quantize_config.json": stored} if stored["quant_method"] == "gptq" else {}  # as each format's tool does
     writer.finish(source, files | {"config.json": _with_quantization(config, stored)})
     logger.info("Quantised in %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
-    del model, stages
-    after = _perplexity(output, text, options)
-    if before is not None and after is not None:
-        logger.info(
-            "Perplexity on the last %d tokens of %s: %.3f before, %.3f after (%+.1f %%)",
-            *(len(text.held_out), options.dataset, before, after, 100 * (after / before - 1)),
-        )
-    if options.upload_to is not None:
-        upload_model(output, options.upload_to)
-    return output
+    return text, before
 
 
 def _write_tensors(
@@ -183,12 +185,16 @@ def _read_text(options: QuantiseOptions, source: Path) -> CalibrationText:
 
 
 def _perplexity(folder: Path, text: CalibrationText, options: QuantiseOptions) -> float | None:
-    """Of the engine's own kernels, the head dense; None where it isn't wanted or the model doesn't fit whole."""
+    """Of the weights alone, with the engine's kernels: activations not rounded where that is possible, the head dense.
+
+    None where it isn't wanted or the model doesn't fit whole.
+    """
     if not text.held_out:
         return None
     logger.info("Scoring %d tokens with %s", len(text.held_out), folder)
     try:
-        engine_config = EngineConfig(model_path=str(folder), quantize_head="none")
+        dtype = "float32" if detect_device().is_widening else "auto"
+        engine_config = EngineConfig(model_path=str(folder), dtype=dtype, quantize_head="none")
         return perplexity(engine_config, text.held_out, options.sample_tokens)
     except StartError as error:
         logger.warning("No perplexity: %s", error)

@@ -26,6 +26,7 @@ from engine.sequence import Sequence
 from engine.step_limit import StepLimit
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from quant.config import Quantization
+from quant.kernels import rounding_instructions
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
         eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
         max_running=config.max_batch_size,
     )
-    _log_summary(
-        config, limits, device, dtype, kv_dtype, loaded.quantization.description, is_row_invariant=is_row_invariant
-    )
+    _log_summary(config, limits, device, loaded, kv_dtype, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
     return EngineCore(scheduler, runner, sample, step_limit), ready
 
@@ -170,13 +169,18 @@ def _log_summary(
     config: EngineConfig,
     limits: EngineLimits,
     device: Device,
-    dtype: torch.dtype,
+    loaded: LoadedModel,
     kv_dtype: torch.dtype,
-    quantization: str,
     *,
     is_row_invariant: bool,
 ) -> None:
-    logger.info("Model %s on %s: dtype %s, %s", config.model_path, device.torch_device, _name(dtype), quantization)
+    logger.info(
+        "Model %s on %s: dtype %s, %s",
+        config.model_path,
+        device.torch_device,
+        _name(loaded.dtype),
+        loaded.quantization.description,
+    )
     logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",
@@ -192,6 +196,9 @@ def _log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
+    rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
+    if rounding is not None:
+        logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
     if is_row_invariant:
         logger.info("Row-invariant: the bits of a token's logits do not depend on what else is computed in its step")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quant.base import LinearMethod, RunningWeight
+from quant.base import Kernels, LinearMethod, RunningWeight
 
 
 class VocabTable:
@@ -14,11 +14,17 @@ class VocabTable:
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, table_method: LinearMethod, head_method: LinearMethod | None
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        table_method: LinearMethod,
+        head_method: LinearMethod | None,
+        kernels: Kernels,
     ) -> None:
         self._shape = (vocab_size, hidden_size)
         self._table_method = table_method
         self._head_method = head_method
+        self._kernels = kernels
         self._weight: torch.Tensor | None = None
         self._head: RunningWeight | None = None
 
@@ -42,7 +48,7 @@ class VocabTable:
         assert self._weight is not None
         self._weight = self._weight.to(device)
         if self._head_method is not None:
-            self._head = self._head_method.run(self._head_method.pack({"weight": self._weight}))
+            self._head = self._kernels(self._head_method.pack({"weight": self._weight}))
 
     def embed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """token_ids [tokens] int64 -> [tokens, hidden_size]."""

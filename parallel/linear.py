@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from parallel.state import ParallelState
-from quant.base import LinearMethod, PackedWeight, ParamSpec, RunningWeight, merge
+from quant.base import Kernels, LinearMethod, PackedWeight, ParamSpec, RunningWeight, merge
 
 
 class ShardedLinear:
@@ -27,9 +27,11 @@ class ShardedLinear:
         has_bias: bool,
         is_output_sharded: bool,
         methods: Sequence[LinearMethod],
+        kernels: Kernels,
         parallel: ParallelState,
     ) -> None:
         self._methods = list(methods)
+        self._kernels = kernels
         self._parallel = parallel
         self._is_output_sharded = is_output_sharded
         self._has_bias = has_bias
@@ -91,7 +93,7 @@ class ShardedLinear:
             on_device = packed.to(device)
             if not self._is_output_sharded and self._parallel.rank > 0:
                 on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
-            self._running.append(self._methods[0].run(on_device))
+            self._running.append(self._kernels(on_device))
         self._merged = []
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

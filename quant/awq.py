@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.packing import pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
 
@@ -19,7 +18,7 @@ OUTPUT_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AwqMethod(KernelChoice):
+class AwqMethod:
     """`qweight` [k, n / 8] and `qzeros` [groups, n / 8], interleaved along the outputs; `scales` [groups, n]."""
 
     group_size: int

@@ -1,4 +1,4 @@
-"""What a quantisation method must offer. A linear layer holds a method and never asks which one it is."""
+"""What a quantisation method must offer. A linear layer holds a method and kernels and never asks which they are."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ class PackedWeight:
     zero_points: torch.Tensor | None = None
     input_order: torch.Tensor | None = None
 
+    @property
+    def num_inputs(self) -> int:
+        return self.weight.shape[1] * (2 if self.layout == "nibbles" else 1)
+
     def without_bias(self) -> PackedWeight:
         return dataclasses.replace(self, bias=None)
 
@@ -73,8 +77,12 @@ class LinearMethod(Protocol):
     def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
         """Make the packed weight once every tensor is there. Raises FormatError."""
 
-    def run(self, packed: PackedWeight) -> RunningWeight:
-        """Choose the kernel for the device where the weight is."""
+
+class Kernels(Protocol):
+    """From a packed weight to its kernel, whatever method packed it."""
+
+    def __call__(self, packed: PackedWeight) -> RunningWeight:
+        """Choose the kernel for the layout and for the device where the weight is."""
 
 
 def merge(parts: Sequence[PackedWeight]) -> list[PackedWeight]:

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.packing import WORD_BITS, pack_groups, unpack_words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CompressedTensorsMethod(KernelChoice):
+class CompressedTensorsMethod:
     """`weight_packed` along the inputs, `weight_scale` [n, groups], `weight_zero_point` along the outputs."""
 
     bits: int
@@ -33,6 +32,8 @@ class CompressedTensorsMethod(KernelChoice):
             "weight_packed": ParamSpec(packed, output_dim=0, input_dim=1, is_integer=True),
             "weight_scale": ParamSpec((out_features, num_groups), output_dim=0, input_dim=1),
             "weight_shape": ParamSpec((2,), output_dim=None, input_dim=None, is_integer=True),
+            # written for act-order by group, by llm-compressor of some versions
+            "weight_g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
         if not self.is_symmetric:
@@ -54,5 +55,17 @@ class CompressedTensorsMethod(KernelChoice):
             zero_points = torch.full(scales.shape, 1 << (self.bits - 1))
         else:
             zero_points = unpack_words(params["weight_zero_point"], self.bits, dim=0)[:num_outputs]
+        groups = params.get("weight_g_idx")
+        if groups is not None and int(groups.min()) < 0:  # as it is before a calibration has set it
+            groups = None
+        if groups is not None and int(groups.max()) >= scales.shape[1]:
+            raise FormatError(f"has a weight_g_idx outside of its {scales.shape[1]} groups: fetch the model again")
         bias = params.get("bias")
-        return pack_groups(q, scales, zero_points, bits=self.bits, bias=None if bias is None else bias.float())
+        return pack_groups(
+            q,
+            scales,
+            zero_points,
+            bits=self.bits,
+            group_of_input=groups,
+            bias=None if bias is None else bias.float(),
+        )

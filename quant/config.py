@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quant.awq import AwqMethod
-from quant.base import FormatError, LinearMethod
+from quant.base import FormatError, LinearMethod, PackedWeight, RunningWeight
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.gptq import BITS, GptqMethod
 from quant.int8 import Int4Method, Int8Method
+from quant.kernels import running_weight
 
 ModuleRule = Callable[[str], LinearMethod | None]
 """A module's name -> its method; None: it is stored dense."""
@@ -34,8 +35,14 @@ class Quantization:
     head: LinearMethod
     """How an output head runs that the checkpoint stores dense."""
     rule: ModuleRule
+    is_exact: bool = True
+    """Whether the activations that meet quantised weights stay float32; they are rounded to 8 bits otherwise."""
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
+
+    def run(self, packed: PackedWeight) -> RunningWeight:
+        """`quant.base.Kernels` for this model."""
+        return running_weight(packed, is_exact=self.is_exact)
 
     def method_for(self, module: str) -> LinearMethod:
         """`module` is the checkpoint's name, `model.layers.0.mlp.up_proj`."""
@@ -61,11 +68,13 @@ def resolve_quantization(
     *,
     is_exact: bool,
 ) -> Quantization:
-    """`stored` is the checkpoint's own configuration; `is_exact` (--dtype float32) leaves the head dense.
+    """`stored` is the checkpoint's own configuration; `is_exact` (--dtype float32) leaves the head dense
+    and activations as they are.
 
     Whether a single matrix is quantised is told by its tensors, not by the lists that the tools write: autoawq matches
     its own against shorter names than transformers does. Raises FormatError, in a sentence.
     """
+    stored = _in_new_words(stored)
     method = _stored_method(stored)
     if flag is not None and method is not None and flag != method:
         raise FormatError(f"--quantize {flag}, but the checkpoint is {method}: leave --quantize out")
@@ -89,7 +98,8 @@ def resolve_quantization(
         description, rule = name, _linears(ON_LOAD[name]())
     head_description = "dense" if head_flag == "none" else head_flag
     factor = SIZE_FACTORS[name] if name in ON_LOAD else 1.0
-    return Quantization(f"{description}, head {head_description}", dense, head, rule, factor)
+    is_exact = is_exact or (name is None and head is dense)
+    return Quantization(f"{description}, head {head_description}", dense, head, rule, is_exact, factor)
 
 
 def _nothing(module: str) -> LinearMethod | None:
@@ -106,6 +116,16 @@ def _where_quantised(rule: ModuleRule, tensor_names: Collection[str]) -> ModuleR
     endings = tuple(f".{marker}" for marker in MARKERS)
     quantised = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
     return lambda module: rule(module) if module in quantised else None
+
+
+OLD_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
+"""In the quant_config.json of AutoAWQ before its settings went into config.json, which names no method."""
+
+
+def _in_new_words(stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if not stored or "w_bit" not in stored:
+        return stored
+    return {"quant_method": "awq", **{OLD_WORDS.get(key, key): value for key, value in stored.items()}}
 
 
 def _stored_method(stored: Mapping[str, Any] | None) -> str | None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.packing import WORD_BITS, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
 
@@ -16,7 +15,7 @@ BITS = (2, 3, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GptqMethod(KernelChoice):
+class GptqMethod:
     """`qweight` packed along the inputs, `qzeros` along the outputs, `scales` [groups, n], `g_idx` [k].
 
     `has_stored_minus_one`: version 1 stores zero points less one. gptqmodel subtracts from whole words, so that adding

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 from quant.none import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
@@ -20,7 +19,7 @@ ROWS_AT_A_TIME = 4096
 """Outputs that are widened to float32 together while a matrix is quantised."""
 
 
-class _OnLoad(KernelChoice):
+class _OnLoad:
     """The stored tensors of a dense matrix."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import PackedWeight, ParamSpec
-from quant.kernels import KernelChoice
 
 
-class DenseMethod(KernelChoice):
+class DenseMethod:
     """Keeps a 16- or 32-bit weight as it is stored wherever the kernel widens it exactly.
 
     `dtype` is what the model should run in. With float32 asked for, a bfloat16 weight stays bfloat16 on devices whose

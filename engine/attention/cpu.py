@@ -22,7 +22,7 @@ import torch
 from numba import njit, prange
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
-from quant.kernels.dense_cpu import flat_view
+from quant.kernels.dense_cpu import flat_view, new_output
 from quant.kernels.simd import (
     LANES,
     add,
@@ -258,13 +258,13 @@ class CpuAttention:
     ) -> torch.Tensor:
         shape = self._shape
         num_tokens, width = qkv.shape
-        out = torch.empty(num_tokens, shape.num_heads * shape.head_dim)
+        out, flat_out = new_output(num_tokens, shape.num_heads * shape.head_dim)
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
         key_start = shape.num_heads * shape.head_dim
         _write_kv(flat, width, key_start, shape.num_kv_heads, shape.head_dim, prepared.slots, keys, values)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, self._scale
         steps = prepared.tiles, prepared.block_table
-        tensors = keys, values, flat_view(out)
+        tensors = keys, values, flat_out
         attend = _attend_parallel if prepared.is_parallel else _attend_serial
         attend(len(prepared.tiles) * shape.num_kv_heads, (flat, width, *sizes, window or NO_WINDOW, *steps, *tensors))
         return out

@@ -10,7 +10,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
-from quant.kernels.dense_cpu import flat_view
+from quant.kernels.dense_cpu import flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
 PARALLEL_ELEMENTS = 1 << 15
@@ -115,23 +115,23 @@ class CpuOps:
     """`base.Ops` on float32 tensors whose row sizes are multiples of 8."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out, flat_out = new_output(*x.shape)
         kernel = _pick(_norm_serial, _norm_parallel, x.numel())
-        kernel(flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_view(out))
+        kernel(flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out, flat_out = new_output(*x.shape)
         kernel = _pick(_add_norm_serial, _add_norm_parallel, x.numel())
         sizes = x.shape[0], x.shape[1]
-        kernel(flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_view(out))
+        kernel(flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(num_rows, size)
+        out, flat_out = new_output(num_rows, size)
         kernel = _pick(_silu_serial, _silu_parallel, gate_up.numel())
-        kernel(flat_view(gate_up), num_rows, size, flat_view(out))
+        kernel(flat_view(gate_up), num_rows, size, flat_out)
         return out
 
     def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:

@@ -73,8 +73,9 @@ class Qwen2Layer:
         def methods(*modules: str) -> list[LinearMethod]:
             return [context.quantization.method_for(f"{name}.{module}") for module in modules]
 
-        column: dict[str, Any] = {"parallel": context.parallel, "is_output_sharded": True}
-        row: dict[str, Any] = {"parallel": context.parallel, "is_output_sharded": False}
+        shared: dict[str, Any] = {"kernels": context.quantization.run, "parallel": context.parallel}
+        column = {**shared, "is_output_sharded": True}
+        row = {**shared, "is_output_sharded": False}
         self.qkv_proj = ShardedLinear(
             hidden,
             (heads, kv_heads, kv_heads),
@@ -144,7 +145,11 @@ class Qwen2ForCausalLM:
         self._is_tied = bool(config.get("tie_word_embeddings"))
         head_method = quantization.method_for("lm_head")
         self.embed_tokens = VocabTable(
-            self.vocab_size, hidden, quantization.dense, quantization.head if self._is_tied else None
+            self.vocab_size,
+            hidden,
+            quantization.dense,
+            quantization.head if self._is_tied else None,
+            quantization.run,
         )
         self.layers = [
             Qwen2Layer(f"model.layers.{index}", config, self.attention_shape, window, context)
@@ -160,6 +165,7 @@ class Qwen2ForCausalLM:
                 has_bias=False,
                 is_output_sharded=True,
                 methods=[head_method],
+                kernels=quantization.run,
                 parallel=context.parallel,
             )
         )

@@ -178,6 +178,15 @@ def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     return (tensor if bits is None else tensor.view(bits)).numpy().reshape(-1)
 
 
+def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
+    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array.
+
+    NumPy makes it in half the time that torch takes, and asks for huge pages where it is large.
+    """
+    array = np.empty((num_rows, size), np.float32)
+    return torch.from_numpy(array), array.reshape(-1)
+
+
 class DenseCpu:
     """`x @ weight.T + bias`: x [rows, k] float32, weight [n, k] as stored, bias [n] float32 -> [rows, n] float32.
 
@@ -195,7 +204,7 @@ class DenseCpu:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
-        out = torch.empty(num_rows, self._n_size)
+        out, flat_out = new_output(num_rows, self._n_size)
         sizes = num_rows, self._n_size, self._k_size, self._row_block
-        _product(flat_view(x), self._weight, self._bias, flat_view(out), *sizes)
+        _product(flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

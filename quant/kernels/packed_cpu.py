@@ -17,7 +17,7 @@ import torch
 from numba import config, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.dense_cpu import FAST, ROW_BLOCK_BYTES, TILE_OUTPUTS, flat_view, multiply_tile
+from quant.kernels.dense_cpu import FAST, ROW_BLOCK_BYTES, TILE_OUTPUTS, flat_view, multiply_tile, new_output
 from quant.kernels.simd import (
     LANES,
     fma,
@@ -179,7 +179,7 @@ class PackedCpu:
         assert packed.scales is not None and packed.zero_points is not None
         self._product = {"bytes": _product_bytes, "nibbles": _product_nibbles}[packed.layout]
         self._n_size, self._num_groups = packed.scales.shape
-        self._k_size = packed.weight.shape[1] * (2 if packed.layout == "nibbles" else 1)
+        self._k_size = packed.num_inputs
         self._weight = flat_view(packed.weight)
         self._scales = flat_view(packed.scales)
         self._zero_points = flat_view(packed.zero_points)
@@ -193,8 +193,8 @@ class PackedCpu:
         if self._input_order is not None:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
-        out = torch.empty(num_rows, self._n_size)
+        out, flat_out = new_output(num_rows, self._n_size)
         weight = self._weight, self._scales, self._zero_points, self._bias
         sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
-        self._product(flat_view(x), *weight, flat_view(out), self._scratch, *sizes)
+        self._product(flat_view(x), *weight, flat_out, self._scratch, *sizes)
         return out

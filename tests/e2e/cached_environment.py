@@ -13,23 +13,30 @@ from pathlib import Path
 PINS = Path(__file__).parent / "environments"
 
 
-def cached_environment(name: str) -> Path:
-    """A virtual environment with exactly the packages of `environments/<name>.txt`; whole, or not there at all."""
+def cached_environment(name: str, cmake_args: str = "") -> Path:
+    """A virtual environment with exactly the packages of `environments/<name>.txt`; whole, or not there at all.
+
+    `cmake_args` are for packages that are built here; another choice is another environment.
+    """
     pins = PINS / f"{name}.txt"
-    version = hashlib.blake2b(pins.read_bytes() + sys.version.encode(), digest_size=4).hexdigest()
+    identity = pins.read_bytes() + sys.version.encode() + cmake_args.encode()
+    version = hashlib.blake2b(identity, digest_size=4).hexdigest()
     parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi" / "environments"
     final, building = parent / f"{name}-{version}", parent / f".{name}-{version}.building"
     parent.mkdir(parents=True, exist_ok=True)
-    with (parent / f"{name}.lock").open("w") as lock:
+    with (parent / f"{final.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.is_dir():
             shutil.rmtree(building, ignore_errors=True)
-            _build(building, pins)
+            _build(building, pins, cmake_args)
             building.rename(final)
     return final
 
 
-def _build(folder: Path, pins: Path) -> None:
+def _build(folder: Path, pins: Path, cmake_args: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "-r", str(pins)], check=True)
+    command = [*pip, "install", "--quiet", "--no-deps", "-r", str(pins)]
+    if cmake_args:  # pip would take a wheel that it has built before, whatever it was built with
+        command.append("--no-cache-dir")
+    subprocess.run(command, env={**os.environ, "CMAKE_ARGS": cmake_args} if cmake_args else None, check=True)

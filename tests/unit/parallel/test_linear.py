@@ -11,6 +11,7 @@ from torch.nn import functional
 from parallel.embedding import VocabTable
 from parallel.linear import ShardedLinear
 from parallel.state import ParallelState
+from quant.kernels import running_weight
 from quant.none import DenseMethod
 
 CPU = torch.device("cpu")
@@ -38,6 +39,7 @@ def make_layer(
         has_bias=has_bias,
         is_output_sharded=is_output_sharded,
         methods=[method] * len(outs),
+        kernels=running_weight,
         parallel=ParallelState(rank, size),
     )
 
@@ -173,7 +175,7 @@ def test_what_cannot_be_dealt_out_evenly_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtype) -> None:
     weight = random(24, IN).to(dtype)
-    table = VocabTable(24, IN, METHOD, METHOD)
+    table = VocabTable(24, IN, METHOD, METHOD, running_weight)
     assert table.missing(0) == ["weight"]
     table.load("weight", 0, weight)
     assert table.missing(0) == []
@@ -185,7 +187,7 @@ def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtyp
 
 
 def test_a_vocabulary_table_that_does_not_fit() -> None:
-    table = VocabTable(24, IN, METHOD, METHOD)
+    table = VocabTable(24, IN, METHOD, METHOD, running_weight)
     with pytest.raises(ValueError, match=r"has shape \[23, 48\], the model needs \[24, 48\]"):
         table.load("weight", 0, random(23, IN))
     with pytest.raises(KeyError):

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from quant.awq import AwqMethod
 from quant.base import FormatError
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.config import FORMATS, ON_LOAD, Quantization, resolve_quantization
 from quant.gptq import GptqMethod
 from quant.int8 import Int4Method, Int8Method
 from quant.none import DenseMethod
+from quant.packing import pack_words, widen
 
 DENSE = DenseMethod(torch.bfloat16, is_widening=True)
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
@@ -89,6 +91,37 @@ def test_single_matrices_may_have_other_settings() -> None:
     method = resolve(None, {**GPTQ, "dynamic": dynamic}).method_for(Q)
     assert isinstance(method, GptqMethod)
     assert (method.bits, method.group_size) == (8, 64)
+
+
+def test_the_settings_of_old_awq_checkpoints() -> None:
+    """Their quant_config.json, from before AutoAWQ wrote into config.json."""
+    old = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+    assert resolve("awq", old).method_for(Q) == AwqMethod(64)
+    with pytest.raises(FormatError, match="the quantisation's bits is 3, which can't be loaded"):
+        resolve(None, {**old, "w_bit": 3})
+
+
+def test_act_order_of_compressed_tensors_gathers_the_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    method = CompressedTensorsMethod(4, 32, is_symmetric=True)
+    q = torch.randint(0, 16, (8, 128), generator=generator)
+    scales = torch.rand(8, 4, generator=generator).to(torch.float16)
+    groups = (torch.arange(128) // 32)[torch.randperm(128, generator=generator)]
+    params = {
+        "weight_packed": pack_words(q, 4, dim=1),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([8, 128]),
+        "weight_g_idx": groups.to(torch.int32),
+    }
+    packed = method.pack(params)
+    assert packed.layout == "nibbles"
+    torch.testing.assert_close(widen(packed), (q - 8).float() * scales.float()[:, groups], atol=0, rtol=0)
+    unset = torch.full((128,), -1, dtype=torch.int32)
+    assert torch.equal(
+        widen(method.pack({**params, "weight_g_idx": unset})), (q - 8).float() * scales.float().repeat_interleave(32, 1)
+    )
+    with pytest.raises(FormatError, match="has a weight_g_idx outside of its 4 groups"):
+        method.pack({**params, "weight_g_idx": groups + 1})
 
 
 def test_a_channel_is_one_group() -> None:

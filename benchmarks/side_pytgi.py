@@ -1,0 +1,80 @@
+"""pytgi as one side of a comparison: speaks JSON lines as `sides.Side` expects.
+
+    python side_pytgi.py FORM FOLDER
+
+FORM as in perplexity.py. Started with the variables of `engine_environment`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.offline import Pytgi  # noqa: E402
+from benchmarks.perplexity import engine_config  # noqa: E402
+
+KV_TOKENS = 1024
+
+
+def memory_of(thing: object) -> dict[int, int]:
+    """Address -> size in bytes of every array that `thing` reaches; two views of one memory count once."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [thing]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor):
+            found[part.data_ptr()] = max(part.nbytes, found.get(part.data_ptr(), 0))
+        elif isinstance(part, np.ndarray):
+            found[part.ctypes.data] = max(part.nbytes, found.get(part.ctypes.data, 0))
+        else:
+            waiting += _parts(part)
+    return found
+
+
+def _parts(thing: object) -> Iterator[object]:
+    if isinstance(thing, dict):
+        yield from thing.values()
+    elif isinstance(thing, list | tuple):
+        yield from thing
+    elif type(thing).__module__.startswith(("engine.models", "parallel.", "quant.")):
+        yield from getattr(thing, "__dict__", {}).values()
+        yield from (getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name))
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+    """What the weights take, and what of them a token reads: only a row of the table, unless it is the head."""
+    head = memory_of(getattr(model.lm_head, "_head", model.lm_head))
+    read = {**memory_of([model.layers, model.norm]), **head}
+    return {"weight_bytes": sum({**read, **memory_of(model.embed_tokens)}.values()), "read_bytes": sum(read.values())}
+
+
+def main() -> None:
+    form, folder = sys.argv[1:]
+    started = time.monotonic()
+    engine = Pytgi(engine_config(form, folder, max_batch_total_tokens=KV_TOKENS))
+    about = {"load_s": time.monotonic() - started, **weight_bytes(engine.model)}
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        message = json.loads(line)
+        ends = engine.run(message["prompt_ids"], 1, message["num_tokens"])
+        first = ends[-message["num_tokens"]]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"prefill_s": first, "decode_s": ends[-1] - first, "peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Matrix products of 8- and 4-bit weights with activations rounded to 8 bits, on a CPU: integer sums, float32 scales.
+
+One rule for every number of rows (its twin is `rounded_torch`): each group of inputs of a row (64, or 32) is divided by
+its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are integers, so they are exact;
+groups are added in order. A row's bits therefore do not depend on what else is in the batch (design section 3).
+
+The instruction set is chosen once (`integer_ops`). Where the machine has none of them, and with `--dtype float32`,
+`packed_cpu` multiplies in float32 instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from quant.base import PackedWeight
+from quant.kernels.dense_cpu import FAST, flat_view, new_output
+from quant.kernels.integer_ops import (
+    CHUNK,
+    INPUTS,
+    INSTRUCTIONS,
+    Instructions,
+    find_instructions,
+    make_tile,
+    round_group,
+)
+from quant.kernels.rounded_torch import GROUPS, activation_group
+from quant.packing import unpack_nibbles
+
+ROW_BLOCK_BYTES = 1 << 18
+"""Rounded activations that stay in the L2 cache while a thread walks over its weights."""
+
+FOUND = find_instructions()
+ISA = FOUND or INSTRUCTIONS[-1]
+OUTPUTS = ISA.units * ISA.lanes
+"""Outputs per parallel item."""
+SHIFT = 0 if ISA.is_signed else 128
+"""What is added to weights of 8 bits, as the instruction takes them for unsigned, and to their zero points."""
+ROWS_AT_A_TIME = 128 * OUTPUTS
+"""Outputs that are put into the kernel's order together: bounds the memory for copies."""
+
+
+@njit(inline="always")
+def _round_row(x, k_size, group, row, rounded, x_scales, x_sums):  # type: ignore[no-untyped-def]
+    groups = k_size // group
+    for g in range(groups):
+        round_group(x, row * k_size + g * group, group, rounded, x_scales, x_sums, row * groups + g)
+
+
+_many, _pair, _single = make_tile(ISA, ISA.rows), make_tile(ISA, 2), make_tile(ISA, 1)
+ROWS = ISA.rows
+
+
+@njit(parallel=True, **FAST)
+def _product(x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+    x8 = np.empty(num_rows * k_size, np.int8)
+    x_scales = np.empty(num_rows * k_size // group, np.float32)
+    x_sums = np.empty(num_rows * k_size // group, np.int32)
+    if num_rows < ROWS:
+        for row in range(num_rows):
+            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+    else:
+        for row in prange(num_rows):
+            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+    num_tiles = n_size // OUTPUTS
+    num_row_blocks = (num_rows + row_block - 1) // row_block
+    for item in prange(num_row_blocks * num_tiles):
+        tile = item % num_tiles
+        row = item // num_tiles * row_block
+        last = min(num_rows, row + row_block)
+        while row + ROWS <= last:
+            _many(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
+            row += ROWS
+        while row + 2 <= last:
+            _pair(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
+            row += 2
+        if row < last:
+            _single(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
+
+
+def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
+    """Bytes q [n, k] -> flat, in the order the kernel reads: a chunk of inputs for `units` times `lanes` outputs, then
+    the next chunk; in a unit four inputs of every lane at a time.
+
+    4 bits: eight inputs at a time, the first four in the lower halves.
+    """
+    num_outputs, num_inputs = q.shape
+    tiles: torch.Tensor = q.reshape(-1, isa.units, isa.lanes, num_inputs // CHUNK, CHUNK // INPUTS, INPUTS)
+    tiles = tiles.permute(0, 3, 1, 4, 2, 5)  # tile, chunk, unit, step, lane, input
+    if bits == 8:
+        return tiles.flatten()
+    pairs: torch.Tensor = tiles.unflatten(3, (-1, 2))
+    return (pairs[:, :, :, :, 0] | (pairs[:, :, :, :, 1] << 4)).flatten()
+
+
+class IntegerCpu:
+    """`x @ weight.T + bias` for the layouts "bytes" and "nibbles", x [rows, k] float32 rounded first."""
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> str | None:
+        """Why this kernel can't run the weight; None: it can."""
+        if FOUND is None:
+            return "the processor has none of " + ", ".join(isa.feature for isa in INSTRUCTIONS)
+        assert packed.scales is not None
+        if activation_group(packed.num_inputs // packed.scales.shape[1]) is None:
+            return f"groups of weights must be a multiple of {GROUPS[-1]} inputs"
+        return None
+
+    def __init__(self, packed: PackedWeight) -> None:
+        assert packed.scales is not None and packed.zero_points is not None
+        n_size, num_groups = packed.scales.shape
+        k_size = packed.num_inputs
+        group = activation_group(k_size // num_groups)
+        assert group is not None
+        self._n_size, self._padded_size = n_size, -(-n_size // OUTPUTS) * OUTPUTS
+        self._input_order = packed.input_order
+        weight = torch.empty(self._padded_size, packed.weight.shape[1], dtype=packed.weight.dtype)
+        for first in range(0, n_size, ROWS_AT_A_TIME):
+            rows = slice(first, first + ROWS_AT_A_TIME)
+            weight[rows] = self._reordered(packed.weight[rows]).view_as(weight[rows])
+        zeros = packed.zero_points
+        if packed.layout == "bytes":
+            zeros = zeros + SHIFT
+        scales = flat_view(self._in_units(packed.scales))
+        if num_groups > 1:
+            scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are not for whole outputs
+        bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
+        numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(self._padded(bias))
+        self._before = group, flat_view(weight), *numbers
+        self._after = self._padded_size, k_size, max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
+
+    def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
+        """Some rows of a packed weight, whole tiles with those that are missing, in the order of the kernel."""
+        missing = -weight.shape[0] % OUTPUTS
+        if weight.dtype == torch.int8:
+            return interleave(_extended(weight, missing) ^ -SHIFT, ISA, 8)
+        return interleave(_extended(unpack_nibbles(weight), missing), ISA, 4)
+
+    def _padded(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[n, ...] -> [whole tiles, ...]"""
+        return _extended(outputs, self._padded_size - self._n_size)
+
+    def _in_units(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[n, groups] -> [units, groups, lanes]"""
+        units = self._padded(numbers).reshape(-1, ISA.lanes, numbers.shape[1])
+        return units.transpose(1, 2).contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._input_order is not None:
+            x = x[:, self._input_order]
+        num_rows = x.shape[0]
+        out, flat_out = new_output(num_rows, self._padded_size)
+        _product(flat_view(x), *self._before, flat_out, num_rows, *self._after)
+        return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
+
+
+def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:
+    """With `missing` rows of zeros at the end."""
+    return rows if not missing else torch.cat([rows, torch.zeros(missing, *rows.shape[1:], dtype=rows.dtype)])

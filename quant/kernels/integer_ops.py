@@ -1,0 +1,326 @@
+"""The inner products of `integer_cpu`, made of LLVM's own operations for the instruction set that the machine has.
+
+A vector holds `lanes` outputs of four inputs each; it is multiplied with four inputs of a row, broadcast, and the four
+products of a lane are added to a 32-bit integer: in one instruction with AVX512-VNNI or AVX-VNNI, in two or three with
+AVX2. Numba's own types know none of these. All functions here work inside `numba.njit` only, on flat C-contiguous
+arrays and element offsets; nothing is bounds-checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import config, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+from quant.kernels.rounded_torch import SMALLEST
+
+INPUTS = 4
+"""Inputs whose products with one output share a 32-bit lane."""
+CHUNK = 32
+"""Inputs that the unrolled inner body takes."""
+FEW_ROWS = 2
+"""Up to as many rows a tile waits for memory: weights are asked for `AHEAD_OF_FEW` bytes before their use, into the L1
+cache. One core of Zen 4 reads 8-bit weights at 20 to 25 GB/s (11 to 17 with longer distances or without), where
+torch sums an array at 25 to 33. More rows leave time to fetch from afar, into the L2 cache."""
+AHEAD_OF_FEW, AHEAD_OF_MANY = 512, 4096
+
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+ROUNDER = 12582912.0
+"""1.5 * 2^23: a float32 of at most 2^22 that is added to it is rounded to the nearest even integer in its low bits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Instructions:
+    """An instruction set: `rows` rows times `units * lanes` outputs is the tile whose sums fill its registers."""
+
+    feature: str
+    lanes: int
+    rows: int
+    units: int
+    is_signed: bool = False
+    """Whether weights of 8 bits are taken as they are, not plus 128."""
+
+
+INSTRUCTIONS = (
+    Instructions("avx512vnni", lanes=16, rows=6, units=2),
+    Instructions("avxvnni", lanes=8, rows=4, units=2),
+    Instructions("avx2", lanes=8, rows=4, units=2, is_signed=True),
+)
+
+
+def enabled_features() -> set[str]:
+    """LLVM's names of what Numba compiles for: what the machine has, or NUMBA_CPU_FEATURES."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {feature.removeprefix("+") for feature in features.split(",") if feature.startswith("+")}
+
+
+def find_instructions() -> Instructions | None:
+    """The best set that Numba compiles for on this machine; None: there is none that these kernels know."""
+    enabled = enabled_features()
+    return next((found for found in INSTRUCTIONS if found.feature in enabled), None)
+
+
+class _Builder:
+    """LLVM operations on `lanes` lanes."""
+
+    def __init__(self, builder: Any, isa: Instructions) -> None:
+        self.b, self.isa = builder, isa
+        self.i32 = ir.VectorType(I32, isa.lanes)
+        self.i16 = ir.VectorType(I16, 2 * isa.lanes)
+        self.i8 = ir.VectorType(I8, 4 * isa.lanes)
+        self.f32 = ir.VectorType(F32, isa.lanes)
+
+    def constant(self, vector: ir.VectorType, value: float) -> ir.Constant:
+        return ir.Constant(vector, [value] * vector.count)
+
+    def call(self, name: str, result: Any, *operands: Any) -> Any:
+        signature = ir.FunctionType(result, [operand.type for operand in operands])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, signature, name), operands)
+
+    def load(self, data: Any, offset: Any, kind: Any) -> Any:
+        """`kind` at element `offset` of a typed pointer, at any address."""
+        value = self.b.load(self.b.bitcast(self.b.gep(data, [offset]), kind.as_pointer()))
+        value.align = 1
+        return value
+
+    def store(self, value: Any, data: Any, offset: Any) -> None:
+        written = self.b.store(value, self.b.bitcast(self.b.gep(data, [offset]), value.type.as_pointer()))
+        written.align = 4
+
+    def prefetch(self, data: Any, offset: Any, *, is_near: bool) -> None:
+        """Ask for the cache line, into the L1 cache or into the L2; harmless past the end."""
+        address = self.b.bitcast(self.b.gep(data, [offset]), I8.as_pointer())
+        signature = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
+        self.b.call(
+            function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3 if is_near else 2), ir.Constant(I32, 1)]
+        )
+
+    def splat(self, scalar: Any) -> Any:
+        vector = ir.VectorType(scalar.type, self.isa.lanes)
+        undefined = ir.Constant(vector, ir.Undefined)
+        single = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(single, undefined, self.constant(self.i32, 0))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        return self.call(f"llvm.fma.v{self.isa.lanes}f32", self.f32, x, y, z)
+
+    def numbers(self, data: Any, offset: Any, dtype: Any) -> Any:
+        """Stored scales as float32, stored zero points as int32."""
+        lanes = self.isa.lanes
+        if dtype == types.float32:
+            return self.load(data, offset, self.f32)
+        if dtype == types.int16:  # bits of a float16
+            return self.b.fpext(self.load(data, offset, ir.VectorType(ir.HalfType(), lanes)), self.f32)
+        if dtype == types.uint16:  # bits of a bfloat16
+            wide = self.b.zext(self.load(data, offset, ir.VectorType(I16, lanes)), self.i32)
+            return self.b.bitcast(self.b.shl(wide, self.constant(self.i32, 16)), self.f32)
+        if dtype == types.int8:
+            return self.b.sext(self.load(data, offset, ir.VectorType(I8, lanes)), self.i32)
+        return self.load(data, offset, self.i32)
+
+    def weights(self, data: Any, offset: Any, bits: int, *, is_few: bool) -> list[Any]:
+        """A chunk's weights: a vector of 4 * lanes bytes for each four inputs."""
+        ahead = AHEAD_OF_FEW if is_few else AHEAD_OF_MANY
+        size = 4 * self.isa.lanes
+        at = [self.b.add(offset, ir.Constant(offset.type, step * size)) for step in range(CHUNK * bits // 32)]
+        for place in at:
+            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=is_few)
+        if bits == 8:
+            return [self.load(data, place, self.i32) for place in at]
+        mask, shift = self.constant(self.i32, 0x0F0F0F0F), self.constant(self.i32, 4)
+        pairs = [self.load(data, place, self.i32) for place in at]
+        return [
+            half for pair in pairs for half in (self.b.and_(pair, mask), self.b.and_(self.b.lshr(pair, shift), mask))
+        ]
+
+    def add_products(self, totals: Any, w: Any, x: Any, bits: int) -> Any:
+        """totals + four products for every lane; w is unsigned, but for AVX2's 8 bits.
+
+        AVX2 with 4 bits: totals are 16 bits wide, two for each lane, which hold the products of a chunk.
+        """
+        if not self.isa.is_signed:
+            return self.call(f"llvm.x86.avx512.vpdpbusd.{32 * self.isa.lanes}", self.i32, totals, w, x)
+        w, x = self.b.bitcast(w, self.i8), self.b.bitcast(x, self.i8)
+        if bits == 4:
+            return self.b.add(totals, self.call("llvm.x86.avx2.pmadd.ub.sw", self.i16, w, x))
+        # the first factor is taken for unsigned: its sign goes to the other one
+        x = self.call("llvm.x86.avx2.psign.b", self.i8, x, w)
+        w = self.call(f"llvm.abs.v{4 * self.isa.lanes}i8", self.i8, w, ir.Constant(ir.IntType(1), 0))
+        return self.b.add(totals, self.sum_pairs(self.call("llvm.x86.avx2.pmadd.ub.sw", self.i16, w, x)))
+
+    def sum_pairs(self, pairs: Any) -> Any:
+        return self.call("llvm.x86.avx2.pmadd.wd", self.i32, pairs, self.constant(self.i16, 1))
+
+
+def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return context.make_array(array_type)(context, builder, value=array).data
+
+
+def make_tile(isa: Instructions, rows: int) -> Any:
+    """`rows` rows times `units * lanes` outputs, as a Numba intrinsic.
+
+    x int8 [*, k_size], x_scales and x_sums [*, k_size / group], from `row`; w packed weights, of 8 bits in an int8
+    array, of 4 bits in a uint8 array; scales and zeros [*, num_groups, lanes]; bias [n_size], out [*, n_size]; `tile`
+    counts tiles of outputs. A flat array of scales says that there is one group: its scales are applied at the end.
+    """
+    units = isa.units
+
+    @intrinsic
+    def tile(  # type: ignore[no-untyped-def]
+        typing_context, x, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+    ):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v = _Builder(builder, isa)
+            b = builder
+            lanes = isa.lanes
+            arrays = (0, 1, 2, 5, 6, 7, 9, 10)
+            data = [_data(context, builder, signature.args[index], args[index]) for index in arrays]
+            x_data, x_scale_data, x_sum_data, w_data, scale_data, zero_data, bias_data, out_data = data
+            row, group, num_groups, tile, n_size, k_size = (args[index] for index in (3, 4, 8, 11, 12, 13))
+            w_type, scale_array, zero_type = signature.args[5].dtype, signature.args[6], signature.args[7].dtype
+            bits, is_grouped = 8 if w_type == types.int8 else 4, scale_array.ndim > 1
+            intp = k_size.type
+
+            def number(value: int) -> ir.Constant:
+                return ir.Constant(intp, value)
+
+            row_count, unit_count = range(rows), range(units)
+            sums = {(r, u): cgutils.alloca_once(b, v.f32) for r in row_count for u in unit_count}
+            totals = {key: cgutils.alloca_once(b, v.i32) for key in sums}
+            for place in sums.values():
+                b.store(v.constant(v.f32, 0.0), place)
+            at_row = [b.add(row, number(r)) for r in row_count]
+            num_x_groups = b.sdiv(k_size, group)
+            x0 = [b.mul(place, k_size) for place in at_row]
+            s0 = [b.mul(place, num_x_groups) for place in at_row]
+            n = b.mul(tile, number(units * lanes))
+            g0 = b.mul(n, num_groups)
+            unit_bytes = CHUNK * lanes * bits // 8
+            group_stride = [b.mul(b.mul(number(u), num_groups), number(lanes)) for u in unit_count]
+            x_groups_each = b.sdiv(num_x_groups, num_groups)
+            chunks_each = b.sdiv(group, number(CHUNK))
+            w0 = b.mul(tile, b.mul(b.sdiv(k_size, number(CHUNK)), number(units * unit_bytes)))
+
+            def group_numbers(g: Any, u: int) -> Any:
+                return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
+
+            is_halved = isa.is_signed and bits == 4
+
+            def start_chunk(place: Any) -> Any:
+                return v.constant(v.i16, 0) if is_halved else b.load(place)
+
+            def end_chunk(total: Any, place: Any) -> Any:
+                return b.add(b.load(place), v.sum_pairs(total)) if is_halved else total
+
+            factor = [v.numbers(scale_data, group_numbers(number(0), u), scale_array.dtype) for u in unit_count]
+            with cgutils.for_range(b, num_groups) as over_groups:
+                g = over_groups.index
+                # zero points are taken off by starting below zero
+                negative = [b.neg(v.numbers(zero_data, group_numbers(g, u), zero_type)) for u in unit_count]
+                if is_grouped:
+                    factors = [v.numbers(scale_data, group_numbers(g, u), scale_array.dtype) for u in unit_count]
+                with cgutils.for_range(b, x_groups_each) as over_x_groups:
+                    x_group = b.add(b.mul(g, x_groups_each), over_x_groups.index)
+                    at = [b.add(s0[r], x_group) for r in row_count]
+                    for r in row_count:
+                        x_sum = v.splat(v.load(x_sum_data, at[r], I32))
+                        for u in unit_count:
+                            b.store(b.mul(negative[u], x_sum), totals[r, u])
+                    first = b.mul(x_group, group)
+                    with cgutils.for_range(b, chunks_each) as over_chunks:
+                        k = b.add(first, b.mul(over_chunks.index, number(CHUNK)))
+                        at_chunk = b.add(w0, b.mul(b.sdiv(k, number(CHUNK)), number(units * unit_bytes)))
+                        at_units = [b.add(at_chunk, number(u * unit_bytes)) for u in unit_count]
+                        weights = [v.weights(w_data, place, bits, is_few=rows <= FEW_ROWS) for place in at_units]
+                        chunk = {key: start_chunk(place) for key, place in totals.items()}
+                        places = [b.add(x0[r], k) for r in row_count]
+                        for step in range(CHUNK // INPUTS):
+                            for r in row_count:
+                                x_step = v.splat(v.load(x_data, b.add(places[r], number(INPUTS * step)), I32))
+                                for u in unit_count:
+                                    chunk[r, u] = v.add_products(chunk[r, u], weights[u][step], x_step, bits)
+                        for key, place in totals.items():
+                            b.store(end_chunk(chunk[key], place), place)
+                    for r in row_count:
+                        x_scale = v.splat(v.load(x_scale_data, at[r], F32))
+                        for u in unit_count:
+                            total = b.sitofp(b.load(totals[r, u]), v.f32)
+                            if is_grouped:
+                                total = v.fma(b.fmul(total, x_scale), factors[u], b.load(sums[r, u]))
+                            else:
+                                total = v.fma(total, x_scale, b.load(sums[r, u]))
+                            b.store(total, sums[r, u])
+            for u in unit_count:
+                shift = b.add(n, number(u * lanes))
+                added = v.load(bias_data, shift, v.f32)
+                for r in row_count:
+                    result = b.load(sums[r, u])
+                    if is_grouped:
+                        result = b.fadd(result, added)
+                    else:
+                        result = v.fma(result, factor[u], added)
+                    place = b.add(b.mul(at_row[r], n_size), shift)
+                    v.store(result, out_data, place)
+            return context.get_dummy_value()
+
+        at = types.intp
+        signature = types.none(x, x_scales, x_sums, at, at, w, scales, zeros, at, bias, out, at, at, at)
+        return signature, codegen
+
+    return tile
+
+
+@intrinsic
+def round_group(
+    typing_context: Any, x: Any, x0: Any, size: Any, rounded: Any, x_scales: Any, x_sums: Any, s: Any
+) -> Any:
+    """Round x[x0 : x0 + size] to int8 at the same place of `rounded`; its scale and the sum of the integers go to `s`.
+
+    A NaN or an infinity makes the scale NaN.
+    """
+    lanes = 8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
+        b = builder
+        x_data, rounded_data, scale_data, sum_data = (
+            _data(context, builder, signature.args[index], args[index]) for index in (0, 3, 4, 5)
+        )
+        x0, size, s = args[1], args[2], args[6]
+        steps = b.sdiv(size, ir.Constant(size.type, lanes))
+        largest, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
+        total = cgutils.alloca_once(b, v.i32)
+        b.store(v.constant(v.f32, 0.0), largest)
+        b.store(v.constant(v.f32, 0.0), poison)
+        b.store(v.constant(v.i32, 0), total)
+        with cgutils.for_range(b, steps) as loop:
+            value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
+            magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
+            b.store(v.call(f"llvm.maxnum.v{lanes}f32", v.f32, b.load(largest), magnitude), largest)
+            b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
+        most = v.call(f"llvm.vector.reduce.fmax.v{lanes}f32", F32, b.load(largest))
+        zero = ir.Constant(F32, 0.0)
+        fault = b.fmul(v.call(f"llvm.vector.reduce.fadd.v{lanes}f32", F32, zero, b.load(poison)), zero)
+        b.store(b.fadd(b.fmul(most, ir.Constant(F32, float(np.float32(1 / 127)))), fault), b.gep(scale_data, [s]))
+        is_zero = b.fcmp_ordered("<", most, ir.Constant(F32, float(np.float32(SMALLEST))))
+        inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), most)))
+        rounder = v.constant(v.f32, ROUNDER)
+        with cgutils.for_range(b, steps) as loop:
+            place = b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes)))
+            scaled = b.fmul(v.load(x_data, place, v.f32), inverse)
+            bits = b.bitcast(b.fadd(scaled, rounder), v.i32)
+            integers = b.sub(bits, b.bitcast(rounder, v.i32))
+            b.store(b.add(b.load(total), integers), total)
+            v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, place)
+        b.store(v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(total)), b.gep(sum_data, [s]))
+        return context.get_dummy_value()
+
+    signature = types.none(x, types.intp, types.intp, rounded, x_scales, x_sums, types.intp)
+    return signature, codegen

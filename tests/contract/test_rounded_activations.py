@@ -1,0 +1,93 @@
+"""The default for quantised weights on a CPU rounds activations: the numeric contract, and where it is not done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.model_files import read_model_config
+from engine.runner import BLOCK_SIZE, ModelRunner, build_model, settle_quantization
+from engine.sampler_cpu import sample
+from engine.scheduler import Scheduler
+from engine.start import start_engine
+from engine.step_limit import StepLimit
+from quant.kernels.integer_cpu import FOUND
+from tests.contract.harness import KERNELS, all_logits, make_requests, random_ids, run_requests
+from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
+
+pytestmark = pytest.mark.skipif(FOUND is None, reason="the processor has none of the instruction sets")
+
+
+def make_runner(folder: Path, dtype: torch.dtype, method: str) -> ModelRunner:
+    config = read_model_config(folder)
+    quantization = settle_quantization(config, folder, dtype, KERNELS, method, None)
+    runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization), KERNELS)
+    runner.allocate(64, KERNELS.kv_dtype(dtype), num_positions=64 * BLOCK_SIZE)
+    return runner
+
+
+@pytest.mark.parametrize("method", ["eetq", "int4"])
+def test_the_error_is_that_of_rounding(method: str, tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, is_tied=False, dtype=torch.bfloat16)
+    ids = random_ids(40)
+    exact = all_logits(make_runner(tmp_path, torch.float32, method), ids, 30, [16])
+    runner = make_runner(tmp_path, torch.bfloat16, method)
+    rounded = all_logits(runner, ids, 30, [16])
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    print(f"{method}: logits differ by {error:.4f} of their length")
+    assert 1e-4 < error < 0.03, "rounding to 8 bits, an int8 head and a bfloat16 cache"
+
+
+@pytest.mark.parametrize("method", ["eetq", "int4"])
+def test_ids_do_not_depend_on_company_chunks_cache_or_preemption(method: str, tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, is_tied=False, dtype=torch.bfloat16)
+    runner = make_runner(tmp_path, torch.bfloat16, method)
+    prompts = [random_ids(size, seed=size) for size in (70, 33, 50, 9, 41)]
+
+    def run(num_blocks: int, max_batch_tokens: int, prompts: list[list[int]]):  # type: ignore[no-untyped-def]
+        blocks = BlockManager(num_blocks, BLOCK_SIZE)
+        scheduler = Scheduler(blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=EOS_TOKEN_IDS)
+        core = EngineCore(scheduler, runner, sample, StepLimit(None, None))
+        return run_requests(core, make_requests(prompts, max_new_tokens=30), is_staggered=True)
+
+    alone = [run(64, 512, [prompt]).token_ids[0] for prompt in prompts]
+    assert run(64, 512, prompts).token_ids == alone
+    assert run(64, 17, prompts).token_ids == alone
+    squeezed = run(16, 512, prompts)
+    assert squeezed.num_preemptions > 0
+    assert squeezed.token_ids == alone
+    repeated = run(64, 512, [prompts[0], prompts[0]])
+    assert repeated.most_cached_tokens > 0
+    assert repeated.token_ids == [alone[0], alone[0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "head", "is_rounded"),
+    [
+        ("bfloat16", "eetq", None, True),
+        ("float32", "eetq", None, False),
+        ("bfloat16", None, None, False),
+        ("bfloat16", None, "int8", True),
+    ],
+)
+def test_the_start_says_what_is_rounded(
+    dtype: str,
+    method: str | None,
+    head: str | None,
+    is_rounded: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_tiny_qwen2(tmp_path, dtype=torch.bfloat16)
+    config = EngineConfig(
+        model_path=str(tmp_path), dtype=dtype, max_batch_total_tokens=512, quantize=method, quantize_head=head
+    )
+    with caplog.at_level("INFO"):
+        start_engine(config)
+    assert ("activations are rounded to 8 bits" in caplog.text) == is_rounded
+    assert "Row-invariant" in caplog.text
