@@ -320,3 +320,17 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartError, match=r"cannot be written \(.*No space left on device.*\): free space, or give"):
         quantise(options_for(tmp_path / "model", tmp_path / "out", "int8", **NO_DATA, bits=8, group_size=-1))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_folder_stays_when_the_upload_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_qwen2(tmp_path / "model")
+
+    def fail(folder: Path, model_id: str) -> None:
+        raise StartError("the Hub is gone")
+
+    monkeypatch.setattr("engine.quantise.check_may_upload", lambda model_id: None)
+    monkeypatch.setattr("engine.quantise.upload_model", fail)
+    options = {**NO_DATA, "bits": 8, "group_size": -1, "upload_to": "me/mine"}
+    with pytest.raises(StartError, match="the Hub is gone"):
+        quantise(options_for(tmp_path / "model", tmp_path / "out", "int8", **options))
+    assert start_engine(EngineConfig(model_path=str(tmp_path / "out"), max_batch_total_tokens=512))
