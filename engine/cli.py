@@ -7,8 +7,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
 
+from engine import quantise_options
 from engine.errors import StartError
 from engine.ipc import exit_when_closed
 from engine.logs import configure_logging, parse_log_filter
@@ -17,19 +20,20 @@ logger = logging.getLogger(__name__)
 
 INTERRUPTED_EXIT_CODE = 130
 
-DESCRIPTION = """\
+DOWNLOAD_DESCRIPTION = """\
 Fetch a model from the Hugging Face Hub into its cache: safetensors weights, configuration and tokenizer, never pickled
 weights or code. What is there already is not fetched again; a model that is there whole costs no network call. The
 last line of standard output is the model's folder; the log goes to standard error.
 """
-EPILOG = """\
+VARIABLES = """\
 Variables:
   HUGGINGFACE_HUB_CACHE  folder of the cache (default: $HF_HOME/hub; HF_HOME is ~/.cache/huggingface)
   HF_TOKEN               token for private and gated models
   HF_HUB_OFFLINE         1 makes no network call: only what is in the cache counts
   HF_ENDPOINT            address of another Hub
   LOG_LEVEL              default of --logger-level
-
+"""
+DOWNLOAD_EXAMPLES = """
 Examples:
   text-generation-server download-weights Qwen/Qwen2.5-0.5B-Instruct
   text-generation-server download-weights Qwen/Qwen2.5-0.5B-Instruct --revision refs/pr/1 --json-output
@@ -38,17 +42,19 @@ Examples:
 
 
 def main() -> None:
-    """Console script. Prints the model's folder as the last line of standard output."""
+    """Console script. A command prints the model's folder as the last line of standard output."""
     settle_environment(os.environ)
     args = build_parser(os.environ).parse_args()
-    configure_logging(args.logger_level, "download", is_json=args.json_output)
+    configure_logging(args.logger_level, args.process, is_json=args.json_output)
     # As Ctrl-C does it: the library then removes the file it was writing. As process 1 of a container we would not
     # even get a signal without a handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if args.lifeline:
+    if getattr(args, "lifeline", False):
         exit_when_closed(sys.stdin.fileno(), logger.error)
+    if args.trust_remote_code:
+        logger.warning("--trust-remote-code has no effect: code of a repository is never run, no model needs it")
     try:
-        download_weights(args)
+        print(args.run(args))
     except StartError as error:
         logger.error("%s", error)
         sys.exit(1)
@@ -56,7 +62,7 @@ def main() -> None:
         logger.info("Stopped by a signal")
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception:
-        logger.exception("The download failed")
+        logger.exception("The %s command failed", args.command)
         sys.exit(1)
 
 
@@ -78,31 +84,46 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="text-generation-server",
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
-        epilog="text-generation-server download-weights --help has examples.",
+        epilog="COMMAND --help has examples.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    download = commands.add_parser(
+
+    def add_command(name: str, process: str, run: Callable[[argparse.Namespace], Path], **texts: Any) -> Any:
+        formatter = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, formatter_class=formatter, allow_abbrev=False, **texts)
+        command.set_defaults(run=run, process=process)
+        return command
+
+    download = add_command(
         "download-weights",
+        "download",
+        download_weights,
         help="fetch a model from the Hub into the cache",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=DOWNLOAD_DESCRIPTION,
+        epilog=VARIABLES + DOWNLOAD_EXAMPLES,
     )
+    _add_download_arguments(download)
+    _add_log_arguments(download, environ)
+    quantize = add_command(
+        "quantize",
+        "quantize",
+        quantise_model,
+        help="quantise a dense model into a folder",
+        description=quantise_options.DESCRIPTION,
+        epilog=f"{quantise_options.EPILOG}\n{VARIABLES}",
+    )
+    quantise_options.add_arguments(quantize)
+    _add_log_arguments(quantize, environ)
+    return parser
+
+
+def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     download.add_argument("model_id", metavar="MODEL_ID", help="id on the Hub, or a local folder to be checked")
     download.add_argument("--revision", help="branch, tag, commit or refs/pr/N (default: main)")
     download.add_argument("--extension", default=".safetensors", help="only .safetensors (default) is supported")
-    download.add_argument(
-        "--logger-level",
-        metavar="LEVEL",
-        type=_log_filter,
-        default=environ.get("LOG_LEVEL", "info"),
-        help="debug, info, warn or error (default: LOG_LEVEL, or info)",
-    )
     switches = {
         "auto-convert": (True, "accepted, without effect: pickled weights are never loaded, so never converted"),
-        "json-output": (False, "log in JSON, one object per line"),
         "trust-remote-code": (False, "accepted, without effect: code of a repository is never run"),
         "merge-lora": (False, "accepted, without effect: adapters are not supported"),
     }
@@ -111,7 +132,22 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         download.add_argument(f"--{name}", action=action, default=default, help=help_text)
     # The launcher's: the end of standard input is the launcher's end. By hand it may be closed from the start.
     download.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
-    return parser
+
+
+def _add_log_arguments(command: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    command.add_argument(
+        "--logger-level",
+        metavar="LEVEL",
+        type=_log_filter,
+        default=environ.get("LOG_LEVEL", "info"),
+        help="debug, info, warn or error (default: LOG_LEVEL, or info)",
+    )
+    command.add_argument(
+        "--json-output",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="log in JSON, one object per line",
+    )
 
 
 def _log_filter(text: str) -> str:
@@ -122,19 +158,25 @@ def _log_filter(text: str) -> str:
     return text
 
 
-def download_weights(args: argparse.Namespace) -> None:
-    """Raises StartError."""
+def download_weights(args: argparse.Namespace) -> Path:
+    """The model's folder. Raises StartError."""
     if args.extension != ".safetensors":
         raise StartError(
             f"--extension {args.extension} is not supported: only .safetensors weights are loaded, leave the option out"
         )
-    if args.trust_remote_code:
-        logger.warning("--trust-remote-code has no effect: code of a repository is never run, no model needs it")
     if args.merge_lora:
         logger.warning("--merge-lora has no effect: adapters are not supported")
     from engine.hub import download_model  # not before the environment is settled
 
-    print(download_model(args.model_id, args.revision or None))
+    return download_model(args.model_id, args.revision or None)
+
+
+def quantise_model(args: argparse.Namespace) -> Path:
+    """The folder that was written. Raises StartError."""
+    options = quantise_options.read_options(args)
+    from engine.quantise import quantise  # not before the environment is settled, and not for --help: it loads torch
+
+    return quantise(options)
 
 
 if __name__ == "__main__":

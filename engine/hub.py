@@ -72,6 +72,29 @@ def download_model(model_id: str, revision: str | None) -> Path:
         raise StartError(_sentence(_root(error), model_id, revision)) from error
 
 
+def check_may_upload(model_id: str) -> None:
+    """Raise StartError if an upload to `model_id` could not even begin."""
+    if not _is_hub_id(model_id):
+        raise StartError(
+            f"--upload-to-model-id {model_id} is not the id of a model on the Hub: give one like me/my-model"
+        )
+    if is_offline_mode():
+        raise StartError("--upload-to-model-id needs a network, and HF_HUB_OFFLINE is set: leave one of them out")
+    if not get_token():
+        raise StartError("--upload-to-model-id needs a token that may write: set HF_TOKEN")
+
+
+def upload_model(folder: Path, model_id: str) -> None:
+    """Put the folder's files into a model of the Hub, made private if it is new. Raises StartError in words."""
+    logger.info("Uploading %s to %s", folder, model_id)
+    try:
+        api = HfApi()
+        api.create_repo(model_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=model_id, folder_path=folder)
+    except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
+        raise StartError(f"{_sentence(_root(error), model_id, None)} ({folder} is complete)") from error
+
+
 def _is_hub_id(model_id: str) -> bool:
     """Whether the Hub could have it; `./name` and `/name` are folders only."""
     try:

@@ -63,12 +63,21 @@ def build_model(
 ) -> CausalLM:
     """The model of a folder, with its weights on the device; by default as the checkpoint says."""
     quantization = quantization or settle_quantization(config, folder, dtype, device, None, None)
+    model = make_model(config, quantization, device.activation_dtype(dtype), device)
+    load_weights(model, folder, device.torch_device)
+    return model
+
+
+def make_model(
+    config: dict[str, Any], quantization: Quantization, activation_dtype: torch.dtype, device: Device
+) -> CausalLM:
+    """The model that config.json describes, without weights. Raises StartError for what isn't supported."""
     model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
     context = ModelContext(
         parallel=ParallelState(),
         quantization=quantization,
         ops=import_entry(OPS, device.ops, "ops")(),
-        activation_dtype=device.activation_dtype(dtype),
+        activation_dtype=activation_dtype,
         device=device.torch_device,
     )
     try:
@@ -77,7 +86,6 @@ def build_model(
         raise StartError(str(error)) from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
         raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
-    load_weights(model, folder, device.torch_device)
     return model
 
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.packing import pack_groups, unpack_words
+from quant.packing import pack_groups, pack_words, unpack_words
+from quant.rounding import RoundedMatrix
 
 FIELDS = 8
 FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 """Output 8c + o is in this field of word c."""
+OUTPUT_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,3 +56,18 @@ def _outputs(words: torch.Tensor) -> torch.Tensor:
     """[rows, n / 8] -> [rows, n] in the outputs' order."""
     fields = unpack_words(words, 4, dim=1).reshape(words.shape[0], -1, FIELDS)
     return fields[:, :, list(FIELD_OF_OUTPUT)].flatten(1)
+
+
+def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
+    """The tensors without a bias; 4 bits, groups in order."""
+    return {
+        "qweight": _packed(matrix.q.T),
+        "qzeros": _packed(matrix.zero_points.T),
+        "scales": matrix.scales.T.contiguous(),
+    }
+
+
+def _packed(fields: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_outputs`."""
+    interleaved = fields.reshape(fields.shape[0], -1, FIELDS)[:, :, list(OUTPUT_OF_FIELD)]
+    return pack_words(interleaved.flatten(1), 4, dim=1)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.packing import WORD_BITS, as_words, pack_groups, unpack_words
+from quant.packing import WORD_BITS, as_words, pack_groups, pack_words, unpack_words
+from quant.rounding import RoundedMatrix
 
 BITS = (2, 3, 4, 8)
 
@@ -67,3 +68,17 @@ class GptqMethod:
             restored = as_words((qzeros.to(torch.int64) + ones) & 0xFFFFFFFF)
             return unpack_words(restored, self.bits, dim=1).to(torch.int32)
         return (unpack_words(qzeros, self.bits, dim=1).to(torch.int32) + 1) & ((1 << self.bits) - 1)
+
+
+def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
+    """The tensors of version 1, without a bias. No zero point is 0: less one it would spoil its neighbours.
+
+    `scales` stay float16 also beside bfloat16 tensors, as gptqmodel writes them.
+    """
+    assert int(matrix.zero_points.min()) > 0
+    return {
+        "qweight": pack_words(matrix.q.T, matrix.bits, dim=0),
+        "qzeros": pack_words(matrix.zero_points.T - 1, matrix.bits, dim=1),
+        "scales": matrix.scales.T.contiguous(),
+        "g_idx": matrix.group_of_input.to(torch.int32),
+    }

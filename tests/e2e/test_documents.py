@@ -75,7 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     link_all(Path(sys.prefix).iterdir(), folder / ".venv")
     (folder / ".venv" / "installed").unlink(missing_ok=True)
     (folder / ".venv" / "installed").touch()  # newer than all that make compares it with: nothing is installed here
-    write_tiny_qwen2(folder / "my-model", max_position_embeddings=32768)
+    write_tiny_qwen2(folder / "my-model", max_position_embeddings=32768, hidden_size=128, intermediate_size=256)
+    (folder / "my.txt").write_text((ROOT / "LICENSE").read_text() * 3)
     write_tiny_gptq(folder / "my-gptq-model", max_position_embeddings=32768)
     for model_id, stand_in in HUB_MODELS.items():
         repository = folder / "hub" / f"models--{model_id.replace('/', '--')}"

@@ -187,3 +187,27 @@ def test_progress_is_a_log_line_every_few_seconds(
         "Download: model.safetensors: 25 %",
         "Download: model.safetensors: 50 %",
     ]
+
+
+def test_an_upload_makes_a_private_model_and_says_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, **options: Any) -> None:
+            calls.append((repo_id, options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append((options,))
+            if len(calls) > 2:
+                raise FileMetadataError("not a Hub")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    hub.upload_model(tmp_path, "me/mine")
+    assert calls == [
+        ("me/mine", {"private": True, "exist_ok": True}),
+        ({"repo_id": "me/mine", "folder_path": tmp_path},),
+    ]
+    with pytest.raises(StartError, match=rf"does not answer as a Hub does.*\({tmp_path} is complete\)"):
+        hub.upload_model(tmp_path, "me/mine")
