@@ -2,16 +2,19 @@
 
     python benchmarks/quantization.py [FORM ...] [--model FOLDER] [--rounds 5] [--tokens 4096]
 
-A FORM as in perplexity.py; a folder is another checkpoint, such as one of `text-generation-server quantize`. Each form
-has a process of its own, with a KV cache of 1024 tokens; its peak is that of loading and serving. Prints a table for
-docs/quantization.md; the last line of standard output is JSON. Needs `make install`.
+A FORM as in perplexity.py, a folder included; `gptq` and `awq` are what `text-generation-server quantize` makes of the
+model with its defaults and another text, once: they are kept in the user's cache. Each form has a process of its own,
+with a KV cache of 1024 tokens; its peak is that of loading and serving. Prints a table for docs/quantization.md; the last
+line of standard output is JSON. Needs `make install`; ten minutes, and as much again for each that is to be made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,12 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
 from benchmarks.peers import NEW_TOKENS, PROMPT_TOKENS, pytgi_side  # noqa: E402
-from benchmarks.perplexity import engine_config, text_ids  # noqa: E402
+from benchmarks.perplexity import TEXT, engine_config, text_ids  # noqa: E402
+from engine.config import user_cache_dir  # noqa: E402
 
-FORMS = ["bfloat16", "eetq", "int4"]
+MADE = ("gptq", "awq")
+FORMS = ["bfloat16", "eetq", "int4", *MADE]
+CALIBRATION_TEXT = TEXT.with_name("pride_and_prejudice.txt")
 COLUMNS = {
     "weights_mb": "weights, MB",
     "load_s": "load, s",
@@ -32,6 +38,16 @@ COLUMNS = {
     "decode_tokens_per_s": "decode, tokens/s",
     "prefill_tokens_per_s": "prefill of 512, tokens/s",
 }
+
+
+def made_folder(method: str, folder: str) -> str:
+    """The folder's model as `text-generation-server quantize` makes it."""
+    path = user_cache_dir(dict(os.environ)) / "quantised" / f"{Path(folder).name}-{method}"
+    if not (path / "config.json").exists():
+        command = [sys.executable, "-P", "-m", "engine.cli", "quantize", folder, str(path), "--method", method]
+        options = ["--dataset", str(CALIBRATION_TEXT), "--perplexity-tokens", "0"]
+        subprocess.run([*command, *options], stdout=sys.stderr, check=True)
+    return str(path)
 
 
 def measure(form: str, folder: str, rounds: int, num_scored: int) -> dict[str, float]:
@@ -68,7 +84,8 @@ def main() -> None:
     rows = {}
     for form in args.forms:
         name = Path(form).name if Path(form).is_dir() else form
-        rows[name] = measure(form, folder, args.rounds, args.tokens)
+        what = made_folder(form, folder) if form in MADE else form
+        rows[name] = measure(what, folder, args.rounds, args.tokens)
         print(f"| {name} | {' | '.join(str(rows[name][column]) for column in COLUMNS)} |", flush=True)
     about: dict[str, Any] = {"model": Path(folder).name, "cores": num_cores(), "rows": rows}
     print(json.dumps(about))
