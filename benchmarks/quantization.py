@@ -4,8 +4,8 @@
 
 A FORM as in perplexity.py, a folder included; `gptq` and `awq` are what `text-generation-server quantize` makes of the
 model with its defaults and another text, once: they are kept in the user's cache. Each form has a process of its own,
-with a KV cache of 1024 tokens; its peak is that of loading and serving. Prints a table for docs/quantization.md; the last
-line of standard output is JSON. Needs `make install`; ten minutes, and as much again for each that is to be made.
+with a KV cache of 1024 tokens; its peak is that of loading and serving. Prints a table for docs/quantization.md, and
+JSON as the last line of standard output. Needs `make install`; ten minutes, and as much for each that is made.
 """
 
 from __future__ import annotations
