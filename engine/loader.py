@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import StartError
+from engine.memory import release_freed_memory
 from engine.model_files import safetensors_files
 from engine.models.base import CausalLM, Loadable
 
@@ -79,6 +80,7 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
     for prefix, layer in {id(layer): (prefix, layer) for prefix, (layer, _) in layers.items()}.values():
         try:
             layer.finish(device)
+            release_freed_memory()
         except ValueError as error:
             raise StartError(f"{prefix} cannot be run: {error}") from error
 

@@ -6,6 +6,7 @@ controller; a container's `--memory`) leave. Page cache counts as free: the kern
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,13 @@ class MemoryNeeds:
 
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+
+def release_freed_memory() -> None:
+    """Give the system back what this process has freed. glibc keeps it, in holes that nothing may fill again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries keep less
+        trim(0)
 
 
 def check_weights_fit(weight_bytes: int, free_bytes: int, memory_fraction: float) -> None:

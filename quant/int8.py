@@ -15,7 +15,7 @@ from quant.packing import BYTE_CHUNK, pack_nibbles
 
 INT4_GROUP_SIZES = (64, 32, 16)
 """The first that divides the inputs is taken."""
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 512
 """Outputs that are widened to float32 together while a matrix is quantised."""
 
 
