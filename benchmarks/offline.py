@@ -135,7 +135,7 @@ def read_bandwidth() -> float:
     import torch
 
     torch.set_num_threads(num_cores())
-    array = torch.zeros(1 << 28)  # 1 GiB
+    array = torch.ones(1 << 28)  # 1 GiB; zeros would never be written, and read as one and the same page
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
