@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine.errors import StartError
-from engine.model_files import safetensors_files
+from engine.loader import find_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,7 @@ class CheckpointReader:
     """Tensors by name out of the folder's safetensors files. Raises StartError for a file that is not whole."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        for path in safetensors_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._files |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
-            except OSError as error:
-                raise StartError.of_file(path, error) from error
+        self._files = find_tensors(folder)
 
     @property
     def names(self) -> list[str]:

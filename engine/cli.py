@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import quantise_options
+from engine.config import engine_environment
 from engine.errors import StartError
 from engine.ipc import exit_when_closed
 from engine.logs import configure_logging, parse_log_filter
@@ -174,6 +175,8 @@ def download_weights(args: argparse.Namespace) -> Path:
 def quantise_model(args: argparse.Namespace) -> Path:
     """The folder that was written. Raises StartError."""
     options = quantise_options.read_options(args)
+    # As the launcher does for an engine: with the same kernel cache nothing that is there is compiled again.
+    os.environ.update(engine_environment(len(os.sched_getaffinity(0)), dict(os.environ)))
     from engine.quantise import quantise  # not before the environment is settled, and not for --help: it loads torch
 
     return quantise(options)

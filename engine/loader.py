@@ -34,18 +34,18 @@ TORCH_DTYPES = {
 }
 
 
-def read_tensor_names(folder: Path) -> set[str]:
-    """Names of all tensors in the folder's files. Raises StartError for a file that is not whole."""
-    names: set[str] = set()
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Names of all tensors in the folder's files, with the file of each. Raises StartError if one is not whole."""
+    found: dict[str, Path] = {}
     for path in safetensors_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                names.update(file.keys())
+                found |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
             raise _not_whole(path, error) from error
         except OSError as error:
             raise StartError.of_file(path, error) from error
-    return names
+    return found
 
 
 def _not_whole(path: Path, error: SafetensorError) -> StartError:

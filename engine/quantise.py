@@ -192,14 +192,16 @@ def _perplexity(folder: Path, text: CalibrationText, options: QuantiseOptions) -
     if not text.held_out:
         return None
     logger.info("Scoring %d tokens with %s", len(text.held_out), folder)
+    num_threads = torch.get_num_threads()
     try:
         dtype = "float32" if detect_device().is_widening else "auto"
-        engine_config = EngineConfig(model_path=str(folder), dtype=dtype, quantize_head="none")
+        engine_config = EngineConfig(model_path=str(folder), dtype=dtype, quantize_head="none", num_threads=num_threads)
         return perplexity(engine_config, text.held_out, options.sample_tokens)
     except StartError as error:
         logger.warning("No perplexity: %s", error)
         return None
     finally:
+        torch.set_num_threads(num_threads)  # the engine wants one for torch, calibration all of them
         gc.collect()  # a model refers to itself: its memory is wanted for the next
 
 

@@ -16,7 +16,7 @@ from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.device import Device
 from engine.errors import StartError
 from engine.layers import OPS
-from engine.loader import load_weights, read_tensor_names
+from engine.loader import find_tensors, load_weights
 from engine.model_files import read_quantization_config
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
@@ -48,7 +48,7 @@ def settle_quantization(
     dense = DenseMethod(dtype, is_widening=device.is_widening)
     try:
         stored = read_quantization_config(folder, config)
-        names = read_tensor_names(folder) if stored else set()  # a dense checkpoint's headers are read once, to load it
+        names = find_tensors(folder) if stored else {}  # a dense checkpoint's headers are read once, to load it
         return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
     except FormatError as error:
         raise StartError(str(error)) from error

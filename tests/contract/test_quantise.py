@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import engine.quantise
 from engine.checkpoint import CheckpointReader, CheckpointWriter
 from engine.config import EngineConfig
 from engine.errors import StartError
-from engine.loader import read_tensor_names
+from engine.loader import find_tensors
 from engine.model_files import read_model_config, read_quantization_config
 from engine.quantise import quantise
 from engine.quantise_options import QuantiseOptions
@@ -80,7 +81,7 @@ def test_every_matrix_has_the_numbers_of_the_dequantisation(folders: tuple[str, 
     dense = DenseMethod(torch.float32, is_widening=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, is_exact=True)
     expected = dequantise(output)
-    assert expected.keys() == read_tensor_names(source)
+    assert expected.keys() == find_tensors(source).keys()
     modules = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
     assert len(modules) == 14
     for module in modules:
@@ -164,6 +165,24 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
         quantise(options_for(tmp_path / "model", tmp_path / f"out-{number}", "gptq", **{**SMALL, "group_size": 32}))
     first, second = ((tmp_path / f"out-{number}" / "model.safetensors").read_bytes() for number in (1, 2))
     assert first == second
+
+
+def test_scoring_takes_no_threads_from_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine sets torch's threads to one and Numba's start sets them anew: what is left must not hang on that."""
+    write_tiny_qwen2(tmp_path / "model")
+    seen: list[int] = []
+    write = engine.quantise._write_tensors
+    monkeypatch.setattr(
+        "engine.quantise._write_tensors", lambda *args: seen.append(torch.get_num_threads()) or write(*args)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        options = {**SMALL, "group_size": 32, "perplexity_tokens": 500}
+        quantise(options_for(tmp_path / "model", tmp_path / "out", "gptq", **options))
+        assert [*seen, torch.get_num_threads()] == [2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_perplexity_before_and_after(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
