@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING, NoReturn
 
-from engine.config import PEER_GONE_EXIT_CODE, START_FAILED_EXIT_CODE, EngineConfig
+from engine.config import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE, EngineConfig
 from engine.errors import StartError
 from engine.ipc import EngineEndpoint, exit_when_closed
 from engine.logs import configure_logging
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
 
 logger = logging.getLogger("engine.main")
 
@@ -18,12 +23,13 @@ logger = logging.getLogger("engine.main")
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the launcher alone
     config = EngineConfig.from_json(sys.stdin.readline())
-    configure_logging(config.log_level, "engine", is_json=config.is_json_output)
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    level = "warn" if config.log_level == "info" and not is_first_here else config.log_level
+    name = "engine" if os.environ.get("WORLD_SIZE", "1") == "1" else f"engine {os.environ['RANK']}"
+    configure_logging(level, name, is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
-    assert config.socket_fd is not None
-    endpoint = EngineEndpoint(socket.socket(fileno=config.socket_fd))
     try:
-        serve(config, endpoint)
+        sys.exit(serve(config))
     except StartError as error:
         logger.error("%s", error)
         sys.exit(START_FAILED_EXIT_CODE)
@@ -35,16 +41,60 @@ def main() -> None:
         sys.exit(1)
 
 
-def serve(config: EngineConfig, endpoint: EngineEndpoint) -> None:
+def serve(config: EngineConfig) -> int:
+    """Serve as the rank that torchrun's variables say; the exit code of a follower, or of who has lost a rank."""
+    from engine.ranks import Ranks
+    from engine.start import start_follower
+    from parallel.state import RankLostError
+    from parallel.world import MeetingError, World, meet
+
+    world = World.from_environ(os.environ)
+    if world.size == 1:
+        lead(config, None)
+    try:
+        meeting = meet(world, config.listen_fd)
+    except (MeetingError, RankLostError) as error:
+        raise StartError(str(error)) from error
+    ranks = Ranks(meeting, config.shard_timeout_s)
+    try:
+        if world.rank == 0:
+            lead(config, ranks)
+        follower = start_follower(config, ranks)
+        ignore_signals()
+        follower.serve()
+    except RankLostError as error:
+        ranks.tell(str(error))
+        if world.local_rank == 0:
+            logger.error("%s", error)
+        return RANK_LOST_EXIT_CODE
+    except EOFError:
+        ranks.end()
+        raise
+    except Exception as error:
+        ranks.tell(str(error) if isinstance(error, StartError) else f"rank {world.rank} failed: {error!r}")
+        raise
+    return 0
+
+
+def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
+    """Serve as rank 0. Raises EOFError when the HTTP process is gone."""
     from engine.start import start_engine
 
-    core, ready = start_engine(config)
-    # Loading can be broken off at any point. From now on the end is the socket's: a service manager sends SIGTERM to
-    # every process at once, and requests that are running or still arriving must reach their end.
+    assert config.socket_fd is not None
+    endpoint = EngineEndpoint(socket.socket(fileno=config.socket_fd))
+    core, ready = start_engine(config, ranks)
+    ignore_signals()
+    endpoint.send(ready)
+    if ranks is None:
+        core.serve(endpoint)
+    core.serve(endpoint, ranks.check)
+
+
+def ignore_signals() -> None:
+    """Loading can be broken off at any point. From then on the end is the socket's: a service manager sends SIGTERM to
+    every process at once, and requests that are running or still arriving must reach their end."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    endpoint.send(ready)
-    core.serve(endpoint)
 
 
 if __name__ == "__main__":

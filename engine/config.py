@@ -44,6 +44,12 @@ class EngineConfig:
     kv_memory_share: float = 0.8
     """Share of what is left once the weights are there that the KV cache may take."""
     is_prefix_caching: bool = True
+    shard_timeout_s: float = 15.0
+    """How long another rank may be silent, or late in a step."""
+    collectives: str | None = None
+    """`shared memory`, `gloo` or `nccl`; None: the fastest that the ranks can have."""
+    listen_fd: int | None = None
+    """Rank 0's inherited socket that listens where the ranks meet; None: it makes one if there are others."""
     num_threads: int = 1
     socket_fd: int | None = None
     """Inherited end of the socket pair to the HTTP process."""
@@ -74,6 +80,8 @@ ENGINE_HUNG_EXIT_CODE = 4
 """Exit code of the HTTP process when the engine is there but silent: the engine is the cause."""
 START_FAILED_EXIT_CODE = 5
 """Exit code of an engine that could not start; it has said why."""
+RANK_LOST_EXIT_CODE = 6
+"""Exit code of an engine rank that has lost another one, which is the cause; it has said which."""
 DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 
 
@@ -181,7 +189,10 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     return {name: value for name, value in defaults.items() if not environ.get(name)}
 
 
-KERNEL_SOURCES = ("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py")
+KERNEL_SOURCES = (
+    *("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py"),
+    *("parallel/atomics.py", "parallel/shared_memory.py"),
+)
 
 
 def _kernel_version() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 import torch
@@ -61,8 +61,8 @@ class EngineCore:
         else:
             self.scheduler.add(message)
 
-    def serve(self, endpoint: EngineEndpoint) -> NoReturn:
-        """Serve until the HTTP process is gone: raises EOFError then.
+    def serve(self, endpoint: EngineEndpoint, check: Callable[[], None] = lambda: None) -> NoReturn:
+        """Serve until the HTTP process is gone: raises EOFError then. `check` raises when serving must end.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
@@ -70,6 +70,7 @@ class EngineCore:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
             events: list[TokenEvent] = []
+            check()
             if self.scheduler.has_work:
                 try:
                     events = self.step()

@@ -39,6 +39,11 @@ class Device:
             return dtype
         return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
+    @property
+    def is_memory_shared(self) -> bool:
+        """Whether all ranks of a host take from the same memory."""
+        return self.torch_device.type == "cpu"
+
     def free_memory_bytes(self) -> int:
         """Memory that can still be used: on a CPU the smaller of MemAvailable and what the cgroup leaves."""
         if self.torch_device.type == "cuda":
@@ -50,6 +55,7 @@ class Device:
 def detect_device(local_rank: int = 0) -> Device:
     """The rank's accelerator if this torch has one, else the CPU."""
     if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
         return Device(
             torch_device=torch.device("cuda", local_rank),
             attention_backend="torch",

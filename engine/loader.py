@@ -1,4 +1,5 @@
-"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied.
+"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied, and of
+what it needs a part of only that part is read.
 
 Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
 second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
@@ -6,10 +7,13 @@ second core is free it costs no time, as it brings in pages of the tensors used 
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +56,14 @@ def _not_whole(path: Path, error: SafetensorError) -> StartError:
     return StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again")
 
 
-def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
-    """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit."""
+def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
+    """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
+
+    `num_shards`: the layers take about one of so many parts.
+    """
     layers = model.checkpoint_layers()
     files = safetensors_files(folder)
-    progress = _Progress(sum(path.stat().st_size for path in files))
+    progress = _Progress(sum(path.stat().st_size for path in files) // num_shards)
     checks: list[Future[None]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
 
@@ -65,9 +72,10 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
                 checks.append(checker.submit(_refuse_non_finite, path, name, tensor))
             progress.add(tensor.nbytes)
 
-        for path in files:
+        for is_order, path in itertools.product((True, False), files):
+            names = partial(_is_wanted, is_order=is_order, is_ignored=model.is_ignored)
             try:
-                _load_file(path, layers, model.is_ignored, on_loaded)
+                _load_file(path, layers, names, on_loaded)
             except SafetensorError as error:
                 raise _not_whole(path, error) from error
             except OSError as error:
@@ -85,10 +93,15 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
             raise StartError(f"{prefix} cannot be run: {error}") from error
 
 
+def _is_wanted(name: str, *, is_order: bool, is_ignored: Callable[[str], bool]) -> bool:
+    """First (`is_order`) come the tensors that tell the order of a matrix's inputs: they decide how it is cut."""
+    return name.endswith("g_idx") is is_order and not is_ignored(name)
+
+
 def _load_file(
     path: Path,
     layers: dict[str, tuple[Loadable, int]],
-    is_ignored: Callable[[str], bool],
+    is_wanted: Callable[[str], bool],
     on_loaded: Callable[[Path, str, torch.Tensor], None],
 ) -> None:
     # Two mappings of the file: tensors used in place keep one of them alive; the pages touched by copying belong to
@@ -96,7 +109,7 @@ def _load_file(
     with safe_open(path, framework="pt") as kept, _Reopened(path) as copied:
         for name in kept.keys():  # safe_open is not a mapping
             prefix, _, leaf = name.rpartition(".")
-            if is_ignored(name):
+            if not is_wanted(name):
                 continue
             if prefix not in layers:
                 raise StartError(f"{path.name} has a tensor {name} that the model does not know")
@@ -108,7 +121,9 @@ def _load_file(
                     f"tensor {name} is stored as {piece.get_dtype()}: only {', '.join(TORCH_DTYPES)} are loaded"
                 )
             try:
-                tensor = copied.get_tensor(name) if layer.is_copied(leaf, part, dtype) else kept.get_tensor(name)
+                cut = layer.cut(leaf, part, piece.get_shape())
+                index = (slice(None),) if cut is None else (*[slice(None)] * cut[0], cut[1])
+                tensor = copied.read(name, index) if layer.is_copied(leaf, part, dtype) else piece[index]
                 layer.load(leaf, part, tensor)
             except KeyError:
                 raise StartError(f"{path.name} has a tensor {name} that the model does not know") from None
@@ -142,13 +157,14 @@ class _Reopened:
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(None, None, None)
 
-    def get_tensor(self, name: str) -> torch.Tensor:
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         if self._num_bytes > self.LIMIT_BYTES:
             self.__exit__()
             self.__enter__()
             self._num_bytes = 0
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        self._num_bytes += tensor.nbytes
+        piece = self._file.get_slice(name)
+        tensor: torch.Tensor = piece[index]
+        self._num_bytes += math.prod(piece.get_shape()) * tensor.element_size()
         return tensor
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from engine.attention import ATTENTION_BACKENDS
@@ -21,6 +23,7 @@ from engine.model_files import read_quantization_config
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
 from engine.scheduler import ScheduledBatch
+from parallel.partition import SplitError
 from parallel.state import ParallelState
 from quant.base import FormatError
 from quant.config import Quantization, resolve_quantization
@@ -28,6 +31,7 @@ from quant.none import DenseMethod
 
 logger = logging.getLogger(__name__)
 
+ALONE = ParallelState()
 BLOCK_SIZE = 16
 SCORED_ROWS = 64
 """Rows of logits that `score` holds at a time: 40 MB with a vocabulary of 152k; more would not make the head faster."""
@@ -60,33 +64,74 @@ def build_model(
     dtype: torch.dtype,
     device: Device,
     quantization: Quantization | None = None,
+    parallel: ParallelState = ALONE,
 ) -> CausalLM:
-    """The model of a folder, with its weights on the device; by default as the checkpoint says."""
+    """The model of a folder, this rank's part of the weights on the device; by default as the checkpoint says."""
     quantization = quantization or settle_quantization(config, folder, dtype, device, None, None)
-    model = make_model(config, quantization, device.activation_dtype(dtype), device)
-    load_weights(model, folder, device.torch_device)
+    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
+    load_weights(model, folder, device.torch_device, parallel.size)
     return model
 
 
 def make_model(
-    config: dict[str, Any], quantization: Quantization, activation_dtype: torch.dtype, device: Device
+    config: dict[str, Any],
+    quantization: Quantization,
+    activation_dtype: torch.dtype,
+    device: Device,
+    parallel: ParallelState = ALONE,
 ) -> CausalLM:
-    """The model that config.json describes, without weights. Raises StartError for what isn't supported."""
+    """The rank's part of the model that config.json describes, without weights.
+
+    Raises StartError for what isn't supported.
+    """
     model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
     context = ModelContext(
-        parallel=ParallelState(),
+        parallel=parallel,
         quantization=quantization,
         ops=import_entry(OPS, device.ops, "ops")(),
         activation_dtype=activation_dtype,
         device=device.torch_device,
     )
+
+    def make(size: int) -> CausalLM:
+        made: CausalLM = model_class(config, dataclasses.replace(context, parallel=ParallelState(0, size)))
+        return made
+
     try:
         model: CausalLM = model_class(config, context)
+    except SplitError as error:
+        fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(make, size)]
+        mend = f"start with --num-shard {' or '.join(fitting)}" if fitting else "correct config.json"
+        raise StartError(f"the model can't be cut for {parallel.size} shards: {error}: {mend}") from error
     except FormatError as error:
         raise StartError(str(error)) from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
         raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
     return model
+
+
+def _is_splittable(make: Callable[[int], CausalLM], size: int) -> bool:
+    try:
+        make(size)
+    except SplitError:
+        return False
+    return True
+
+
+class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """One step in numbers, the same for every rank; the lists become tensors as `AttentionMetadata` describes them."""
+
+    input_ids: list[int]
+    positions: list[int]
+    """Of each token in its sequence."""
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    block_table: list[list[int]]
+    slot_mapping: list[int]
+    prompt_lens: list[int]
+    """Of each sequence."""
+    logits_indices: list[int]
+    """Rows of the tokens that get a successor."""
 
 
 class ModelRunner:
@@ -114,12 +159,15 @@ class ModelRunner:
         self._model.use_attention(self._attention, caches)
         self._model.rotary.allocate(num_positions)
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> torch.Tensor:
         """Compute a step; logits [len(batch.sampled), vocab_size] float32 of the tokens that get a successor."""
-        hidden, starts = self._forward(batch)
-        logits_indices = [end - 1 for end in itertools.compress(starts[1:], batch.is_completing)]
-        return self._model.compute_logits(hidden[self._tensor(logits_indices, torch.int64)])
+        return self.run(self.inputs(batch))
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """The step of `inputs`; logits [len(logits_indices), vocab_size] float32 on rank 0, no rows on the others."""
+        hidden = self._forward(inputs)
+        return self._model.compute_logits(hidden[self._tensor(inputs.logits_indices, torch.int64)])
 
     @torch.inference_mode()
     def score(self, batch: ScheduledBatch) -> list[torch.Tensor]:
@@ -128,9 +176,11 @@ class ModelRunner:
         Sequence i's tensor [number scored] float32 holds the log-probabilities of the tokens after its scheduled ones,
         one fewer where the step computes the last one known.
         """
-        hidden, starts = self._forward(batch)
+        inputs = self.inputs(batch)
+        hidden = self._forward(inputs)
         results = []
-        for sequence, start, count in zip(batch.sequences, starts, batch.num_scheduled_tokens, strict=False):
+        scheduled = zip(batch.sequences, inputs.query_start_loc, batch.num_scheduled_tokens, strict=False)
+        for sequence, start, count in scheduled:
             first = sequence.num_computed_tokens + 1
             successors = self._tensor(sequence.token_ids[first : first + count], torch.int64)
             scores = torch.empty(len(successors), device=successors.device)
@@ -141,8 +191,9 @@ class ModelRunner:
             results.append(scores)
         return results
 
-    def _forward(self, batch: ScheduledBatch) -> tuple[torch.Tensor, list[int]]:
-        """Hidden states [batch.num_tokens, hidden_size], and the row where each sequence starts; lastly their end."""
+    @staticmethod
+    def inputs(batch: ScheduledBatch) -> StepInputs:
+        """What the forward pass needs to know of a scheduled batch."""
         input_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -151,20 +202,30 @@ class ModelRunner:
             input_ids += sequence.token_ids[first : first + count]
             positions += range(first, first + count)
             slots += _slots(sequence.block_table, first, count)
+        scheduled = zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
         starts = [0, *itertools.accumulate(batch.num_scheduled_tokens)]
+        return StepInputs(
+            input_ids=input_ids,
+            positions=positions,
+            query_start_loc=starts,
+            seq_lens=[sequence.num_computed_tokens + count for sequence, count in scheduled],
+            block_table=_padded(sequence.block_table for sequence in batch.sequences),
+            slot_mapping=slots,
+            prompt_lens=[sequence.num_prompt_tokens for sequence in batch.sequences],
+            logits_indices=[end - 1 for end in itertools.compress(starts[1:], batch.is_completing)],
+        )
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size]"""
         metadata = AttentionMetadata(
-            query_start_loc=self._tensor(starts, torch.int32),
-            seq_lens=self._tensor(
-                [s.num_computed_tokens + n for s, n in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)],
-                torch.int32,
-            ),
-            block_table=self._tensor(_padded(sequence.block_table for sequence in batch.sequences), torch.int32),
-            slot_mapping=self._tensor(slots, torch.int64),
+            query_start_loc=self._tensor(inputs.query_start_loc, torch.int32),
+            seq_lens=self._tensor(inputs.seq_lens, torch.int32),
+            block_table=self._tensor(inputs.block_table, torch.int32),
+            slot_mapping=self._tensor(inputs.slot_mapping, torch.int64),
         )
         prepared = self._attention.prepare(metadata)
-        prompt_lens = [sequence.num_prompt_tokens for sequence in batch.sequences]
-        rotation = self._model.rotary.prepare(positions, starts, prompt_lens)
-        return self._model.forward(self._tensor(input_ids, torch.int64), rotation, prepared), starts
+        rotation = self._model.rotary.prepare(inputs.positions, inputs.query_start_loc, inputs.prompt_lens)
+        return self._model.forward(self._tensor(inputs.input_ids, torch.int64), rotation, prepared)
 
     def _tensor(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device.torch_device, non_blocking=True)

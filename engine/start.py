@@ -12,14 +12,15 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, EngineLimits, check_window, resolve_limits
-from engine.core import EngineCore, Sample
+from engine.core import EngineCore, Runner, Sample
 from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
 from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.models.base import CausalLM
+from engine.ranks import Follower, Leader, Ranks
 from engine.rope import replace_rope_scaling
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
+from engine.runner import ALONE, BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
 from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -33,15 +34,57 @@ logger = logging.getLogger(__name__)
 WARM_UP_TOKENS = 64
 
 
-def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
+def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[EngineCore, EngineReady]:
     """Load the model and make everything ready for the first step; also what the other side must know.
 
-    Raises StartError in words.
+    With `ranks` this is rank 0, and the others call `start_follower` at the same time. Raises StartError in words.
     """
+    prepared = _prepare(config, ranks)
+    limits, device, loaded = prepared.limits, prepared.device, prepared.loaded
+    runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
+    step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
+    sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
+    num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
+    is_row_invariant = _warm_up(runner, sample, step_limit, num_tokens)
+    if ranks is not None:
+        ranks.start_serving()
+    is_prefix_caching = prepared.config.is_prefix_caching
+    scheduler = Scheduler(
+        BlockManager(prepared.num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
+        max_batch_tokens=limits.max_batch_prefill_tokens,
+        eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
+        max_running=config.max_batch_size,
+    )
+    _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
+    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=loaded.model.vocab_size)
+    return EngineCore(scheduler, runner, sample, step_limit), ready
+
+
+def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
+    """The part of the start that every rank makes, for ranks other than 0. Raises StartError in words."""
+    return Follower(_prepare(config, ranks).runner, ranks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A runner with weights and memory, and what was settled on the way: the same on every rank."""
+
+    config: EngineConfig
+    device: Device
+    loaded: LoadedModel
+    runner: ModelRunner
+    limits: EngineLimits
+    num_blocks: int
+    kv_dtype: torch.dtype
+
+
+def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
-    device = detect_device()
-    loaded = load_model(config, device)
-    model, dtype, free_bytes = loaded.model, loaded.dtype, loaded.free_bytes
+    device = detect_device(0 if ranks is None else ranks.world.local_rank)
+    if ranks is not None:
+        ranks.connect(device.torch_device.type, config)
+    loaded = load_model(config, device, ranks)
+    model, dtype = loaded.model, loaded.dtype
     if config.is_prefix_caching and model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
@@ -53,6 +96,9 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
         per_step_token=model.activations_per_token * device.activation_dtype(dtype).itemsize,
         block_size=BLOCK_SIZE,
     )
+    free_bytes = loaded.free_bytes
+    if ranks is not None:
+        needs, free_bytes = ranks.tightest(needs, free_bytes)
     window = {
         "max_position_embeddings": model.max_position_embeddings,
         "max_window": model.rotary.rope.max_window,
@@ -75,19 +121,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineReady]:
     )
     limits = dataclasses.replace(limits, max_batch_prefill_tokens=prefill)
     runner.allocate(num_blocks, kv_dtype, num_positions=limits.max_total_tokens)
-    step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
-    sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
-    num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
-    is_row_invariant = _warm_up(runner, sample, step_limit, num_tokens)
-    scheduler = Scheduler(
-        BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
-        max_batch_tokens=limits.max_batch_prefill_tokens,
-        eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
-        max_running=config.max_batch_size,
-    )
-    _log_summary(config, limits, device, loaded, kv_dtype, is_row_invariant=is_row_invariant)
-    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=model.vocab_size)
-    return EngineCore(scheduler, runner, sample, step_limit), ready
+    return _Prepared(config, device, loaded, runner, limits, num_blocks, kv_dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,19 +139,24 @@ class LoadedModel:
     """What could be used before the weights were there."""
 
 
-def load_model(config: EngineConfig, device: Device) -> LoadedModel:
-    """The model as `config` wants it run. Raises StartError in words."""
+def load_model(config: EngineConfig, device: Device, ranks: Ranks | None = None) -> LoadedModel:
+    """The rank's part of the model as `config` wants it run. Raises StartError in words."""
+    parallel, local_size = (ALONE, 1) if ranks is None else (ranks.state, ranks.world.local_size)
     folder = Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
-    free_bytes = int(device.free_memory_bytes() * config.memory_fraction)
+    # On a CPU all ranks of the host share it, and none has taken anything before all have counted.
+    num_sharing = local_size if device.is_memory_shared else 1
+    free_bytes = int(device.free_memory_bytes() * config.memory_fraction) // num_sharing
+    if ranks is not None:
+        ranks.wait_for_all()
     quantization = settle_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
     file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
-    weight_bytes = int(file_bytes * quantization.size_factor)
+    weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
-    model = build_model(model_config, folder, dtype, device, quantization)
+    model = build_model(model_config, folder, dtype, device, quantization, parallel)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
 
@@ -135,7 +174,7 @@ def set_threads(num_threads: int) -> None:
         ) from error
 
 
-def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: int) -> bool:
+def _warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -> bool:
     """Run a prompt, its last token alone, the prompt again; whether that token's logits had the same bits each time.
 
     Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
@@ -165,15 +204,9 @@ def _warm_up(runner: ModelRunner, sample: Sample, limit: StepLimit, num_tokens: 
     return all(torch.equal(results[0], other) for other in results[1:])
 
 
-def _log_summary(
-    config: EngineConfig,
-    limits: EngineLimits,
-    device: Device,
-    loaded: LoadedModel,
-    kv_dtype: torch.dtype,
-    *,
-    is_row_invariant: bool,
-) -> None:
+def _log_summary(prepared: _Prepared, ranks: Ranks | None, *, is_row_invariant: bool) -> None:
+    config, limits, device, loaded = prepared.config, prepared.limits, prepared.device, prepared.loaded
+    kv_dtype = prepared.kv_dtype
     logger.info(
         "Model %s on %s: dtype %s, %s",
         config.model_path,
@@ -181,6 +214,8 @@ def _log_summary(
         _name(loaded.dtype),
         loaded.quantization.description,
     )
+    if ranks is not None:
+        logger.info("%s", ranks.describe())
     logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",

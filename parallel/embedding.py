@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from parallel.linear import Cut, check_shape
+from parallel.partition import length
+from parallel.state import ParallelState
 from quant.base import Kernels, LinearMethod, RunningWeight
 
 
 class VocabTable:
     """A `[vocab_size, hidden_size]` matrix used as embedding and, with a `head_method`, as output head too.
 
-    Rows are looked up as they are stored; the head may run in another form of its own.
+    Its rows are dealt out to the ranks, `shares` of them in order. They are looked up as they are stored; the head may
+    run in another form of its own.
     """
 
     def __init__(
         self,
-        vocab_size: int,
+        shares: Sequence[slice],
         hidden_size: int,
         table_method: LinearMethod,
         head_method: LinearMethod | None,
         kernels: Kernels,
+        parallel: ParallelState,
     ) -> None:
-        self._shape = (vocab_size, hidden_size)
+        self._shape = (shares[-1].stop, hidden_size)
+        self._rows = shares[parallel.rank]
         self._table_method = table_method
         self._head_method = head_method
         self._kernels = kernels
+        self._parallel = parallel
         self._weight: torch.Tensor | None = None
         self._head: RunningWeight | None = None
+
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
+        """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
+
+        Raises KeyError for an unknown name, ValueError for a wrong shape.
+        """
+        if name != "weight":
+            raise KeyError(name)
+        check_shape(shape, self._shape)
+        return (0, self._rows) if length(self._rows) < self._shape[0] else None
 
     def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
         """Whether loading makes a copy (rather than using the file's memory)."""
         return self._table_method.is_copied(name, checkpoint_dtype)
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        """Take in a checkpoint tensor. Raises KeyError for an unknown name, ValueError for a wrong shape."""
-        if name != "weight":
-            raise KeyError(name)
-        if tuple(tensor.shape) != self._shape:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(self._shape)}")
+        """Take in the `cut` of a checkpoint tensor."""
         self._weight = self._table_method.pack({"weight": tensor}).weight
 
     def missing(self, part: int) -> list[str]:
@@ -53,9 +68,14 @@ class VocabTable:
     def embed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """token_ids [tokens] int64 -> [tokens, hidden_size]."""
         assert self._weight is not None
-        return self._weight[token_ids].to(dtype)
+        if self._parallel.size == 1:
+            return self._weight[token_ids].to(dtype)
+        rows = token_ids - self._rows.start
+        is_elsewhere = (rows < 0) | (rows >= self._weight.shape[0])
+        found = self._weight[rows.masked_fill(is_elsewhere, 0)].to(dtype)
+        return self._parallel.all_reduce(found.masked_fill_(is_elsewhere[:, None], 0))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> [rows, vocab_size]."""
+        """hidden [rows, hidden_size] -> [rows, this rank's part of the vocabulary]."""
         assert self._head is not None, "this table is no head"
         return self._head(hidden)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from parallel.partition import UNITS, SplitError, deal_features, length, lengths
 from parallel.state import ParallelState
-from quant.base import Kernels, LinearMethod, PackedWeight, ParamSpec, RunningWeight, merge
+from quant.base import Kernels, LinearMethod, MatrixShard, PackedWeight, ParamSpec, RunningWeight, merge
+
+Cut = tuple[int, slice]
+"""A dimension of a stored tensor, and what of it is read."""
 
 
-class ShardedLinear:
+class _Matrices:
     """One or several checkpoint matrices with the same input, side by side along the output, cut for one rank.
 
-    `is_output_sharded` cuts each part's outputs (column parallel); otherwise the inputs are cut (row parallel), and
-    the caller must sum the ranks' results. Every part has a method of its own, as checkpoints leave single matrices
-    unquantised; a part is packed as soon as its tensors are there. A single dense matrix that needs neither cut nor
-    conversion is used where it lies, so that a memory-mapped file is not copied.
+    `outputs` has a share of each part's outputs (None: all), `inputs` is the share of the inputs (None: all). Every
+    part has a method of its own, as checkpoints leave single matrices unquantised; a part is packed as soon as its
+    tensors are there. A single dense matrix whose rows need no conversion is used where it lies, so that a
+    memory-mapped file is not copied.
     """
 
     def __init__(
@@ -25,54 +30,85 @@ class ShardedLinear:
         out_features: Sequence[int],
         *,
         has_bias: bool,
-        is_output_sharded: bool,
         methods: Sequence[LinearMethod],
         kernels: Kernels,
         parallel: ParallelState,
+        outputs: Sequence[slice] | None = None,
+        inputs: slice | None = None,
     ) -> None:
         self._methods = list(methods)
         self._kernels = kernels
         self._parallel = parallel
-        self._is_output_sharded = is_output_sharded
+        self._in_features, self._out_features = in_features, list(out_features)
         self._has_bias = has_bias
         self._specs = [
             method.param_specs(in_features, size, has_bias)
             for method, size in zip(self._methods, out_features, strict=True)
         ]
+        self._set_shares([slice(0, size) for size in out_features] if outputs is None else outputs, inputs)
         self._params: list[dict[str, torch.Tensor]] = [{} for _ in self._methods]
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
         self._running: list[RunningWeight] = []
 
-    def _cut(self, spec: ParamSpec) -> tuple[int, slice] | None:
-        """The dimension and the range of `spec` that this rank holds; None: all of it."""
-        dim = spec.output_dim if self._is_output_sharded else spec.input_dim
-        if dim is None or self._parallel.size == 1:
+    def _set_shares(self, outputs: Sequence[slice], inputs: slice | None) -> None:
+        """Raises SplitError for shares that stored tensors can't be cut at."""
+        self._outputs = list(outputs)
+        self._inputs = slice(0, self._in_features) if inputs is None else inputs
+        self._cuts = [
+            {name: self._cut(spec, part) for name, spec in specs.items()} for part, specs in enumerate(self._specs)
+        ]
+
+    def _cut(self, spec: ParamSpec, part: int) -> Cut | None:
+        total, share = self._out_features[part], self._outputs[part]
+        if spec.output_dim is not None and length(share) < total:
+            return spec.output_dim, _stored_range(share, total, spec.shape[spec.output_dim])
+        total, share = self._in_features, self._inputs
+        if spec.input_dim is None or length(share) == total:
             return None
-        return dim, self._parallel.shard(spec.shape[dim])
+        if spec.group_size is not None:
+            return spec.input_dim, slice(share.start // spec.group_size, -(-share.stop // spec.group_size))
+        return spec.input_dim, _stored_range(share, total, spec.shape[spec.input_dim])
+
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
+        """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
+
+        Raises KeyError for an unknown name, ValueError for a wrong shape.
+        """
+        check_shape(shape, self._specs[part][name].shape)
+        return self._cuts[part][name]
 
     def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
         """Whether loading tensor `name` makes a copy (rather than using the file's memory)."""
-        spec = self._specs[part][name]
+        cut = self._cuts[part][name]
         is_converted = self._methods[part].is_copied(name, checkpoint_dtype)
-        return len(self._specs) > 1 or is_converted or self._cut(spec) is not None
+        return len(self._specs) > 1 or is_converted or (cut is not None and cut[0] > 0)
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        """Take in a checkpoint tensor. Raises KeyError for an unknown name, ValueError for a tensor that can't fit."""
-        spec = self._specs[part][name]
-        if tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(spec.shape)}")
+        """Take in the `cut` of a checkpoint tensor. Raises ValueError for one that can't be used."""
+        spec, cut = self._specs[part][name], self._cuts[part][name]
         if tensor.is_floating_point() == spec.is_integer:
             raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
-        if cut := self._cut(spec):
-            tensor = tensor.narrow(cut[0], cut[1].start, cut[1].stop - cut[1].start).clone()
+        if cut and spec.group_size is not None and cut[0] == spec.input_dim:
+            tensor = _for_inputs(tensor, cut, spec.group_size, self._inputs)
+        if cut and cut[0] > 0:
+            tensor = tensor.contiguous()
         self._params[part][name] = tensor
         if len(self._params[part]) == len(self._specs[part]):  # optional ones too: else it is packed in `finish`
             self._pack(part)
 
     def _pack(self, part: int) -> None:
-        self._packed[part] = self._methods[part].pack(self._params[part])
-        self._params[part] = {}
+        params, self._params[part] = self._params[part], {}
+        is_input_cut = length(self._inputs) < self._in_features
+        if is_input_cut:  # these groups are in order: what says so counts them in the whole matrix
+            params = {name: tensor for name, tensor in params.items() if not name.endswith("g_idx")}
+        shard = MatrixShard(
+            num_outputs=length(self._outputs[part]),
+            num_inputs=length(self._inputs),
+            total_inputs=self._in_features,
+            **({"maximum": self._parallel.maximum} if is_input_cut else {}),
+        )
+        self._packed[part] = self._methods[part].pack(params, shard)
         if all(packed is not None for packed in self._packed):
             self._merged = merge([packed for packed in self._packed if packed is not None])
             self._packed = [None] * len(self._methods)
@@ -89,16 +125,108 @@ class ShardedLinear:
         for part, params in enumerate(self._params):
             if params:
                 self._pack(part)
+        is_input_cut = length(self._inputs) < self._in_features
         for packed in self._merged:
             on_device = packed.to(device)
-            if not self._is_output_sharded and self._parallel.rank > 0:
+            if is_input_cut and self._parallel.rank > 0:
                 on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
             self._running.append(self._kernels(on_device))
         self._merged = []
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in_features of this rank] -> [rows, out_features of this rank]; row parallel: a partial sum."""
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
         assert self._running, "called before finish"
         if len(self._running) == 1:
             return self._running[0](x)
         return torch.cat([running(x) for running in self._running], dim=1)
+
+
+class ColumnParallelLinear(_Matrices):
+    """Each rank computes its share of the outputs of each part from all inputs."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in_features] -> [rows, this rank's outputs, part after part]"""
+        return self._product(x)
+
+
+class RowParallelLinear(_Matrices):
+    """A matrix whose inputs are dealt out to the ranks, `shares` of them in order; every rank gets all outputs.
+
+    Each rank multiplies its inputs, and the results are summed. Where the stored groups of inputs are scattered (GPTQ
+    act-order) no share has whole groups: then every rank gathers all inputs, computes a share of the outputs and these
+    are gathered. That is the same arithmetic as without shards, and reads no weight twice.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[slice],
+        out_features: int,
+        *,
+        method: LinearMethod,
+        kernels: Kernels,
+        parallel: ParallelState,
+    ) -> None:
+        self._widths = lengths(shares)
+        self._output_widths: list[int] | None = None
+        super().__init__(
+            shares[-1].stop,
+            [out_features],
+            has_bias=False,
+            methods=[method],
+            kernels=kernels,
+            parallel=parallel,
+            inputs=shares[parallel.rank],
+        )
+
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
+        cut = super().cut(name, part, shape)
+        return None if name.endswith("g_idx") else cut
+
+    def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        """As in the base class; where tensors tell the order of the inputs, they must come first, and whole."""
+        if name.endswith("g_idx") and self._parallel.size > 1 and self._methods[0].is_scattered(name, tensor):
+            assert not self._params[0], "the order of the inputs comes first"
+            shares = deal_features(self._out_features[0], self._parallel.size)
+            self._output_widths = lengths(shares)
+            self._set_shares([shares[self._parallel.rank]], None)
+        super().load(name, part, tensor)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, this rank's inputs] -> [rows, out_features], the same on every rank"""
+        if self._output_widths is None:
+            return self._parallel.all_reduce(self._product(x))
+        return self._parallel.all_gather(self._product(self._parallel.all_gather(x, self._widths)), self._output_widths)
+
+
+def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raises ValueError where a checkpoint's tensor has not the shape that the model needs."""
+    if list(shape) != list(expected):
+        raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
+
+
+def _stored_range(share: slice, total: int, stored: int) -> slice:
+    """The share of a dimension that holds `total` features in `stored` numbers. Raises SplitError."""
+    start, stop = share.start * stored, share.stop * stored
+    if start % total or stop % total:
+        raise SplitError(f"{total} quantised features can't be cut at {share.start} and {share.stop}, within a word")
+    return slice(start // total, stop // total)
+
+
+def _for_inputs(tensor: torch.Tensor, cut: Cut, group_size: int, inputs: slice) -> torch.Tensor:
+    """The groups of a share of the inputs, all of one size: where a share begins or ends within a group, smaller ones.
+
+    14 heads of 64 are 7 groups of 128: the first 7 heads end in the middle of the fourth, so they get 7 groups of 64.
+    """
+    dim, stored = cut
+    size = math.gcd(inputs.start, length(inputs), group_size)
+    if size == group_size:
+        return tensor
+    groups = torch.arange(inputs.start, inputs.stop, size) // group_size - stored.start
+    return tensor.index_select(dim, groups)
+
+
+def input_units(method: LinearMethod, in_features: int, out_features: int) -> tuple[int, ...]:
+    """What inputs may be dealt in, best first: whole groups, else what kernels can take."""
+    specs = method.param_specs(in_features, out_features, False).values()
+    sizes = {spec.group_size for spec in specs if spec.group_size is not None}
+    return (*(math.lcm(size, UNITS[0]) for size in sizes), *UNITS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from quant.base import FormatError, PackedWeight, ParamSpec
+from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
 
@@ -31,17 +32,21 @@ class AwqMethod:
                 "config.json and the weights do not belong together"
             )
         num_groups = in_features // group_size
+        by_group: dict[str, Any] = {"output_dim": 1, "input_dim": 0, "group_size": group_size}
         return {
             "qweight": ParamSpec((in_features, out_features // FIELDS), output_dim=1, input_dim=0, is_integer=True),
-            "qzeros": ParamSpec((num_groups, out_features // FIELDS), output_dim=1, input_dim=0, is_integer=True),
-            "scales": ParamSpec((num_groups, out_features), output_dim=1, input_dim=0),
+            "qzeros": ParamSpec((num_groups, out_features // FIELDS), **by_group, is_integer=True),
+            "scales": ParamSpec((num_groups, out_features), **by_group),
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
 
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        return False
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         bias = params.get("bias")
         return pack_groups(
             _outputs(params["qweight"]).T.contiguous(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,9 @@ class FormatError(ValueError):
 class ParamSpec:
     """One stored tensor of a matrix, as the checkpoint has it.
 
-    `output_dim` and `input_dim` say which dimension is cut when outputs or inputs are sharded (None: not cut).
+    `output_dim` and `input_dim` say which dimension is cut when outputs or inputs are sharded (None: not cut). A
+    dimension holds as many numbers as there are outputs or inputs, or packs several into one; with `group_size` the
+    input dimension holds one for every so many inputs.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +27,22 @@ class ParamSpec:
     input_dim: int | None
     is_integer: bool = False
     is_optional: bool = False
+    group_size: int | None = None
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MatrixShard:
+    """What of a matrix is packed here, and what must be known of the inputs that other ranks hold."""
+
+    num_outputs: int
+    num_inputs: int
+    total_inputs: int
+    maximum: Callable[[torch.Tensor], torch.Tensor] = _same
+    """The largest over the ranks that hold the other inputs, element by element."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,8 +92,14 @@ class LinearMethod(Protocol):
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         """Whether `pack` makes something new of tensor `name`, rather than using its memory."""
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
-        """Make the packed weight once every tensor is there. Raises FormatError."""
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether stored tensor `name` puts the inputs out of order, so that they can't be cut between groups."""
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
+        """Make the packed weight once every tensor is there; `shard` None: it is whole. Raises FormatError.
+
+        Of a shard of the inputs, tensors that only say in which group an input is are left out: groups are in order.
+        """
 
 
 class Kernels(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.packing import WORD_BITS, pack_groups, unpack_words
+from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.packing import WORD_BITS, are_groups_in_order, pack_groups, unpack_words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class CompressedTensorsMethod:
         packed = (out_features, self._num_words(in_features))
         specs = {
             "weight_packed": ParamSpec(packed, output_dim=0, input_dim=1, is_integer=True),
-            "weight_scale": ParamSpec((out_features, num_groups), output_dim=0, input_dim=1),
+            "weight_scale": ParamSpec((out_features, num_groups), output_dim=0, input_dim=1, group_size=group_size),
             "weight_shape": ParamSpec((2,), output_dim=None, input_dim=None, is_integer=True),
             # written for act-order by group, by llm-compressor of some versions
             "weight_g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
@@ -38,7 +38,9 @@ class CompressedTensorsMethod:
         }
         if not self.is_symmetric:
             shape = (self._num_words(out_features), num_groups)
-            specs["weight_zero_point"] = ParamSpec(shape, output_dim=0, input_dim=1, is_integer=True)
+            specs["weight_zero_point"] = ParamSpec(
+                shape, output_dim=0, input_dim=1, is_integer=True, group_size=group_size
+            )
         return specs
 
     def _num_words(self, num_fields: int) -> int:
@@ -47,8 +49,15 @@ class CompressedTensorsMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        if name != "weight_g_idx" or int(tensor.min()) < 0:
+            return False
+        return not are_groups_in_order(tensor, self.group_size)
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         num_outputs, num_inputs = (int(size) for size in params["weight_shape"])
+        if shard is not None:
+            num_outputs, num_inputs = shard.num_outputs, shard.num_inputs
         q = unpack_words(params["weight_packed"], self.bits, dim=1)[:, :num_inputs]
         scales = params["weight_scale"]
         if self.is_symmetric:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from quant.base import FormatError, PackedWeight, ParamSpec
-from quant.packing import WORD_BITS, as_words, pack_groups, pack_words, unpack_words
+from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.packing import WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
 
 BITS = (2, 3, 4, 8)
@@ -33,12 +34,14 @@ class GptqMethod:
                 f"a matrix of {in_features} inputs and {out_features} outputs can't be packed in {self.bits} bits: "
                 "config.json and the weights do not belong together"
             )
-        num_groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        group_size = in_features if self.group_size == -1 else self.group_size
+        num_groups = -(-in_features // group_size)
+        by_group: dict[str, Any] = {"output_dim": 1, "input_dim": 0, "group_size": group_size}
         packed_in, packed_out = in_features * self.bits // WORD_BITS, out_features * self.bits // WORD_BITS
         return {
             "qweight": ParamSpec((packed_in, out_features), output_dim=1, input_dim=0, is_integer=True),
-            "qzeros": ParamSpec((num_groups, packed_out), output_dim=1, input_dim=0, is_integer=True),
-            "scales": ParamSpec((num_groups, out_features), output_dim=1, input_dim=0),
+            "qzeros": ParamSpec((num_groups, packed_out), **by_group, is_integer=True),
+            "scales": ParamSpec((num_groups, out_features), **by_group),
             "g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
             # AutoGPTQ writes one for every matrix, all zeros where the model has none
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
@@ -47,7 +50,10 @@ class GptqMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        return name == "g_idx" and not are_groups_in_order(tensor, self.group_size)
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         q = unpack_words(params["qweight"], self.bits, dim=0).T.contiguous()
         scales = params["scales"].T.contiguous()
         groups = params.get("g_idx")

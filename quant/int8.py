@@ -5,11 +5,11 @@ Nothing is calibrated, so no data is needed. One matrix at a time is turned, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from quant.base import PackedWeight, ParamSpec
+from quant.base import MatrixShard, PackedWeight, ParamSpec
 from quant.none import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
@@ -28,21 +28,25 @@ class _OnLoad:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        return False
+
 
 class Int8Method(_OnLoad):
     """Symmetric: the largest weight of an output becomes 127."""
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         weight, bias = params["weight"], params.get("bias")
         if weight.shape[1] % BYTE_CHUNK:
             return PackedWeight("dense", weight.to(torch.float32), bias)
+        largest = torch.cat([rows.abs().amax(dim=1, keepdim=True) for rows in _widened(weight)])
+        if shard is not None:
+            largest = shard.maximum(largest)
+        scales = largest.clamp_min(1e-12) / 127
         q = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(weight.shape[0], 1)
-        for first in range(0, weight.shape[0], ROWS_AT_A_TIME):
-            rows = slice(first, first + ROWS_AT_A_TIME)
-            wide = weight[rows].to(torch.float32)
-            scales[rows] = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-            q[rows] = (wide / scales[rows]).round_().to(torch.int8)
+        for first, rows in enumerate(_widened(weight)):
+            own = slice(first * ROWS_AT_A_TIME, (first + 1) * ROWS_AT_A_TIME)
+            q[own] = (rows / scales[own]).round_().to(torch.int8)
         zero_points = torch.zeros(scales.shape, dtype=torch.int32)
         return PackedWeight("bytes", q, bias, scales, zero_points)
 
@@ -50,10 +54,11 @@ class Int8Method(_OnLoad):
 class Int4Method(_OnLoad):
     """Asymmetric: each group's range becomes 0 to 15; the scale is rounded to float16 first, so that it is exact."""
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         weight, bias = params["weight"], params.get("bias")
         num_outputs, num_inputs = weight.shape
-        group_size = next((size for size in INT4_GROUP_SIZES if num_inputs % size == 0), None)
+        total_inputs = num_inputs if shard is None else shard.total_inputs
+        group_size = next((size for size in INT4_GROUP_SIZES if total_inputs % size == 0), None)
         if group_size is None:
             return PackedWeight("dense", weight.to(torch.float32), bias)
         packed = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
@@ -72,3 +77,9 @@ class Int4Method(_OnLoad):
             packed[rows] = pack_nibbles(q.flatten(1))
             zero_points[rows] = zero.to(torch.int8)
         return PackedWeight("nibbles", packed, bias, scales, zero_points)
+
+
+def _widened(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows after the other in float32."""
+    starts = range(0, weight.shape[0], ROWS_AT_A_TIME)
+    return (weight[start : start + ROWS_AT_A_TIME].to(torch.float32) for start in starts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.base import PackedWeight, ParamSpec
+from quant.base import MatrixShard, PackedWeight, ParamSpec
 
 
 class DenseMethod:
@@ -31,7 +31,10 @@ class DenseMethod:
             return torch.float32 if name == "bias" else checkpoint_dtype
         return self._dtype
 
-    def pack(self, params: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+        return False
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         stored = {name: tensor.to(self._storage_dtype(name, tensor.dtype)) for name, tensor in params.items()}
         return PackedWeight("dense", stored["weight"], stored.get("bias"))
 

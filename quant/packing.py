@@ -103,6 +103,13 @@ def pack_groups(
     return PackedWeight("bytes", signed, bias, scales, zero_points - 128, order)
 
 
+def are_groups_in_order(group_of_input: torch.Tensor, group_size: int) -> bool:
+    """Whether inputs [k] lie group after group, `group_size` (-1: all) in each, the last one perhaps short."""
+    if group_size == -1:
+        return not group_of_input.any()
+    return torch.equal(group_of_input.to(torch.int64), torch.arange(group_of_input.shape[0]) // group_size)
+
+
 def _is_plain(group_of_input: torch.Tensor, num_groups: int) -> bool:
     """Whether the groups lie one after the other, in order, with equally many inputs."""
     num_inputs = group_of_input.shape[0]

@@ -81,7 +81,7 @@ def main() -> None:
 async def serve(config: ServerConfig) -> None:
     """Serve until a signal. Raises EngineDeadError or EngineHungError for the engine, StartError for the tokenizer."""
     tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers, config.tokenizer_config_path)
-    engine = EngineClient(socket.socket(fileno=config.engine_fd))
+    engine = EngineClient(socket.socket(fileno=config.engine_fd), config.engine_silence_s)
     await engine.connect()
     drain_s = config.graceful_termination_timeout_s
     uvicorn_config = uvicorn.Config(

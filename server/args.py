@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from server.flags import BOOLEAN, FLAGS, SECTIONS, VARIABLES, Effect, Flag, Value
 
 USAGE_EXIT_CODE = 2
+DEFAULT_MASTER_PORT = 29500
+"""TGI's and torchrun's."""
 
 
 class ArgumentError(Exception):
@@ -25,6 +27,23 @@ class ArgumentError(Exception):
 
     def __str__(self) -> str:
         return f'ArgumentValidation("{self.args[0]}")'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How many shards there are, which of them this launcher starts, and where they meet."""
+
+    size: int = 1
+    num_hosts: int = 1
+    ranks: tuple[int, ...] = (0,)
+    """Started here. The launcher of rank 0 also serves HTTP."""
+    first_local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this host, whoever starts them."""
+    address: str = "127.0.0.1"
+    port: int = 0
+    """0: a free one."""
+    is_torchrun: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +57,8 @@ class LauncherArgs:
     quantize_head: str | None
     rope_scaling: str | None
     rope_factor: float | None
+    sharding: Sharding
+    shard_timeout: int
     huggingface_hub_cache: str | None
     max_concurrent_requests: int
     max_input_tokens: int | None
@@ -181,7 +202,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     variables = _read_variables(parser, environ)
     if "model_id" not in given:
         parser.error("--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct")
-    _check_sharding(given, environ)
+    sharding = _settle_sharding(given, variables, environ)
     _check_limits(given)
     _check_combinations(given)
     warnings = [*_refuse_and_warn(given, sources), *_idle_variables(variables)]
@@ -192,7 +213,9 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     served["cors_allow_origin"] = tuple(served["cors_allow_origin"] or ())
     old_name = served.pop("max_input_length")
     served["max_input_tokens"] = served["max_input_tokens"] or old_name
-    return LauncherArgs(**served, echo=_echo(given, sources), warnings=tuple(warnings))
+    for name in SETTLED:
+        del served[name]
+    return LauncherArgs(**served, sharding=sharding, echo=_echo(given, sources), warnings=tuple(warnings))
 
 
 def _echo(given: Mapping[str, Any], sources: Mapping[str, str]) -> str:
@@ -247,15 +270,73 @@ def _idle_variables(variables: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_sharding(given: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-    """TGI's rules for --sharded and --num-shard (reference `tgi-cli.md` 4.1)."""
+SETTLED = (
+    *("sharded", "num_shard", "nnodes", "node_rank", "master_addr", "master_port"),
+    *("rank", "world_size", "local_rank", "local_world_size"),
+)
+"""What `Sharding` is made of."""
+
+
+def _settle_sharding(given: Mapping[str, Any], variables: Mapping[str, Any], environ: Mapping[str, str]) -> Sharding:
+    """TGI's rules for --sharded and --num-shard (reference `tgi-cli.md` 4.1), several hosts, torchrun's variables."""
+    size = _num_shards(given, environ)
+    num_hosts, host = given.get("nnodes", 1), given.get("node_rank", 0)
+    address, port = given.get("master_addr", "127.0.0.1"), given.get("master_port")
+    if "rank" in variables and "world_size" in variables:
+        return _of_torchrun(given, variables, address, port)
+    if host >= num_hosts:
+        raise ArgumentError(f"--node-rank {host} must be < --nnodes {num_hosts}: hosts are counted from 0")
+    if size % num_hosts:
+        raise ArgumentError(f"--num-shard {size} can't be spread evenly over --nnodes {num_hosts}")
+    if num_hosts > 1 and "master_addr" not in given:
+        raise ArgumentError("--nnodes needs --master-addr: an address of the first host that the others can reach")
+    local_size = size // num_hosts
+    return Sharding(
+        size=size,
+        num_hosts=num_hosts,
+        ranks=tuple(range(host * local_size, (host + 1) * local_size)),
+        local_size=local_size,
+        address=address,
+        port=port or (DEFAULT_MASTER_PORT if num_hosts > 1 else 0),
+    )
+
+
+def _of_torchrun(given: Mapping[str, Any], variables: Mapping[str, Any], address: str, port: int | None) -> Sharding:
+    rank, size = variables["rank"], variables["world_size"]
+    if given.get("num_shard", size) != size:
+        raise ArgumentError(f"--num-shard {given['num_shard']}, but torchrun starts {size}: leave --num-shard out")
+    for name in ("nnodes", "node_rank"):
+        if name in given:
+            raise ArgumentError(f"torchrun says which hosts there are: leave --{name.replace('_', '-')} out")
+    if rank >= size or port is None:
+        raise ArgumentError("RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that")
+    local_size = variables.get("local_world_size", size)
+    return Sharding(
+        size=size,
+        num_hosts=-(-size // local_size),
+        ranks=(rank,),
+        first_local_rank=variables.get("local_rank", 0),
+        local_size=local_size,
+        address=address,
+        port=port,
+        is_torchrun=True,
+    )
+
+
+def _num_shards(given: Mapping[str, Any], environ: Mapping[str, str]) -> int:
     num_shard, is_sharded = given.get("num_shard"), given.get("sharded")
-    if num_shard is not None and num_shard < 1:
-        raise ArgumentError("`num_shard` cannot be < 1")
-    if is_sharded and num_shard is not None and num_shard <= 1:
-        raise ArgumentError("`sharded` is true but `num_shard` <= 1")
-    if is_sharded and num_shard is None and (num_devices := _num_visible_devices(environ)) <= 1:
+    if num_shard is not None:
+        if num_shard < 1:
+            raise ArgumentError("`num_shard` cannot be < 1")
+        if is_sharded and num_shard == 1:
+            raise ArgumentError("`sharded` is true but `num_shard` <= 1")
+        return int(num_shard)
+    if is_sharded is False:
+        return 1
+    num_devices = _num_visible_devices(environ)
+    if is_sharded and num_devices <= 1:
         raise ArgumentError(f"`sharded` is true but only found {num_devices} CUDA devices")
+    return max(1, num_devices)
 
 
 def _num_visible_devices(environ: Mapping[str, str]) -> int:

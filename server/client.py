@@ -16,7 +16,6 @@ from engine.types import AbortRequest, EngineReady, EngineStats, GenerationReque
 logger = logging.getLogger(__name__)
 
 UNHEALTHY_SILENCE_S = 10.0
-HUNG_SILENCE_S = 20.0
 """The engine speaks at least once a second while idle and after every step; on a CPU a step is cut to 5 s."""
 WATCH_S = 1.0
 READY_LOG_S = 10.0
@@ -25,9 +24,11 @@ READY_LOG_S = 10.0
 class EngineClient:
     """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, hung_silence_s: float = 20.0) -> None:
+        """After `hung_silence_s` without a word the engine counts as hung."""
         sock.setblocking(False)
         self._sock = sock
+        self._hung_silence_s = hung_silence_s
         self._writer: asyncio.StreamWriter | None = None
         self._queues: dict[str, asyncio.Queue[TokenEvent | Exception]] = {}
         self._limits: asyncio.Future[EngineReady] | None = None
@@ -95,13 +96,14 @@ class EngineClient:
         Silence counts only while this process itself runs: after a pause of both, as a container's, nobody hangs.
         """
         silence_s = 0.0
-        while not self.dead.is_set() and silence_s < HUNG_SILENCE_S:
+        while not self.dead.is_set() and silence_s < self._hung_silence_s:
             heard = self._last_heard
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.dead.wait(), WATCH_S)
             silence_s = silence_s + WATCH_S if heard == self._last_heard else 0.0
         if not self.dead.is_set():
-            self._mark_dead(EngineHungError(f"the engine hangs: nothing was heard of it for {HUNG_SILENCE_S:g} s"))
+            text = f"the engine hangs: nothing was heard of it for {self._hung_silence_s:g} s"
+            self._mark_dead(EngineHungError(text))
 
     def raise_if_dead(self) -> None:
         """Raises EngineDeadError or EngineHungError when there is no engine any more."""

@@ -20,6 +20,8 @@ class ServerConfig:
     """Bound TCP socket; listening starts when the engine is ready."""
     engine_fd: int
     """Inherited end of the socket pair to the engine."""
+    engine_silence_s: float = 20.0
+    """After so long without a word the engine counts as hung."""
     max_concurrent_requests: int = 128
     max_best_of: int = 2
     max_stop_sequences: int = 4

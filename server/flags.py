@@ -214,19 +214,27 @@ MODEL = (
     Flag(name="rope-factor", help="By how much rotary positions are stretched (default: 1)", value=FACTOR),
     Flag(
         name="sharded",
-        help="Whether the model is cut over several devices",
+        help="Whether the model is cut over several shards; true alone takes all visible devices",
         value=BOOLEAN,
-        effect=Effect.REFUSED,
-        harmless=(False,),
-        reason="one device serves the model, start without it",
     ),
     Flag(
         name="num-shard",
-        help="How many devices the model is cut over",
+        help="How many shards the model is cut into, a process each, on all hosts together (default: the visible "
+        "devices, on a CPU 1)",
         value=COUNT,
-        effect=Effect.REFUSED,
-        harmless=(1,),
-        reason="one device serves the model, start with --num-shard 1",
+    ),
+    Flag(name="nnodes", help="Over how many hosts the shards are spread evenly (ours)", value=POSITIVE, default=1),
+    Flag(
+        name="node-rank",
+        help="Which of the hosts this one is, from 0; the first serves HTTP (ours)",
+        value=COUNT,
+        default=0,
+    ),
+    Flag(
+        name="shard-timeout",
+        help="Seconds after which a silent shard counts as hung and the server ends (ours)",
+        value=POSITIVE,
+        default=15,
     ),
     Flag(
         name="speculate",
@@ -402,16 +410,12 @@ SERVING = (
     ),
     Flag(
         name="master-addr",
-        help="Where the shards meet",
-        effect=Effect.NONE,
-        reason="one device serves the model, nothing meets",
+        help="Address of the first host where the shards meet; they listen there and nowhere else (default: 127.0.0.1)",
     ),
     Flag(
         name="master-port",
-        help="Port where the shards meet",
+        help="Port where the shards meet (default: 29500 with several hosts, else a free one)",
         value=PORT,
-        effect=Effect.NONE,
-        reason="one device serves the model, nothing meets",
     ),
     Flag(
         name="prometheus-port",
@@ -508,6 +512,10 @@ VARIABLES: tuple[Variable, ...] = (
         help="Share of the memory free after loading that the KV cache may take",
     ),
     Variable(name="OMP_NUM_THREADS", value=THREADS, help="Threads that compute (default: all cores we may use)"),
+    Variable(name="RANK", value=COUNT, help="Set by torchrun: the one shard that this launcher starts"),
+    Variable(name="WORLD_SIZE", value=POSITIVE, help="Set by torchrun: how many shards there are"),
+    Variable(name="LOCAL_RANK", value=COUNT, default=0, help="Set by torchrun: which device of the host"),
+    Variable(name="LOCAL_WORLD_SIZE", value=POSITIVE, help="Set by torchrun: how many shards share the host"),
     Variable(
         name="COMPUTE_TYPE", value=HEADER_TEXT, help="Text of the x-compute-type header (default: cpu or the card)"
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.layers.base import Ops, Rotation
 from engine.rope import Rotary
+from parallel.linear import Cut
 from parallel.state import ParallelState
 from quant.config import Quantization
 
@@ -27,8 +28,9 @@ class ModelContext:
 
 
 class Loadable(Protocol):
-    """A layer that takes in checkpoint tensors."""
+    """A layer that takes in checkpoint tensors (`parallel.linear` says how). Those named g_idx come first."""
 
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None: ...
     def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool: ...
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None: ...
     def missing(self, part: int) -> list[str]: ...
@@ -44,10 +46,14 @@ class CausalLM(Protocol):
     activations_per_token: int
     """Numbers that a forward pass holds at its peak for each token, roughly."""
     attention_shape: AttentionShape
+    """This rank's."""
     rotary: Rotary
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        """Build the layers from config.json, without weights. Raises StartError for what isn't supported."""
+        """Build this rank's layers from config.json, without weights.
+
+        Raises StartError for what isn't supported, `parallel.partition.SplitError` for what so many ranks can't share.
+        """
 
     def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
         """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes it, and which part of it."""
@@ -62,7 +68,7 @@ class CausalLM(Protocol):
         """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size]; rotation: of `rotary.prepare`."""
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden_size] -> [rows, vocab_size] float32."""
+        """hidden [rows, hidden_size] -> [rows, vocab_size] float32 on rank 0, no rows on the others."""
 
 
 LayerTensors = dict[str, torch.Tensor]

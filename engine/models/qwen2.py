@@ -3,7 +3,7 @@ biases on q, k and v, SwiGLU, rotary embedding (Qwen2 technical report, 2024).""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from engine.layers.base import Rotation
 from engine.models.base import Loadable, ModelContext
 from engine.rope import make_rotary
 from parallel.embedding import VocabTable
-from parallel.linear import ShardedLinear
+from parallel.linear import ColumnParallelLinear, Cut, RowParallelLinear, check_shape, input_units
+from parallel.partition import HeadShare, deal_features, deal_heads, deal_rows, lengths, scaled
 from quant.base import LinearMethod
 
 MOST_TOKENS = 2**31 - 1
@@ -39,14 +40,16 @@ class RMSNorm:
         self.weight = torch.empty(hidden_size, dtype=dtype)
         self._is_missing = True
 
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
+        if name != "weight":
+            raise KeyError(name)
+        check_shape(shape, self.weight.shape)
+        return None
+
     def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        if name != "weight":
-            raise KeyError(name)
-        if tensor.shape != self.weight.shape:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(self.weight.shape)}")
         self.weight.copy_(tensor)
         self._is_missing = False
 
@@ -61,33 +64,46 @@ class Qwen2Layer:
     """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
 
     def __init__(
-        self, name: str, config: Mapping[str, Any], shape: AttentionShape, window: int | None, context: ModelContext
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        shares: Sequence[HeadShare],
+        shape: AttentionShape,
+        window: int | None,
+        context: ModelContext,
     ) -> None:
         self._ops = context.ops
         self._window = window
         self._num_rotated_heads = shape.num_heads + shape.num_kv_heads
         hidden, inner = config["hidden_size"], config["intermediate_size"]
-        heads = config["num_attention_heads"] * shape.head_dim
-        kv_heads = config["num_key_value_heads"] * shape.head_dim
+        heads = [scaled(share.heads, shape.head_dim) for share in shares]
+        kv_heads = [scaled(share.kv_heads, shape.head_dim) for share in shares]
 
-        def methods(*modules: str) -> list[LinearMethod]:
-            return [context.quantization.method_for(f"{name}.{module}") for module in modules]
+        def method(module: str) -> LinearMethod:
+            return context.quantization.method_for(f"{name}.{module}")
 
+        rank = context.parallel.rank
         shared: dict[str, Any] = {"kernels": context.quantization.run, "parallel": context.parallel}
-        column = {**shared, "is_output_sharded": True}
-        row = {**shared, "is_output_sharded": False}
-        self.qkv_proj = ShardedLinear(
+        self.qkv_proj = ColumnParallelLinear(
             hidden,
-            (heads, kv_heads, kv_heads),
+            (heads[-1].stop, kv_heads[-1].stop, kv_heads[-1].stop),
             has_bias=True,
-            methods=methods("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            **column,
+            methods=[method("self_attn.q_proj"), method("self_attn.k_proj"), method("self_attn.v_proj")],
+            outputs=[heads[rank], kv_heads[rank], kv_heads[rank]],
+            **shared,
         )
-        self.o_proj = ShardedLinear(heads, (hidden,), has_bias=False, methods=methods("self_attn.o_proj"), **row)
-        self.gate_up_proj = ShardedLinear(
-            hidden, (inner, inner), has_bias=False, methods=methods("mlp.gate_proj", "mlp.up_proj"), **column
+        self.o_proj = RowParallelLinear(heads, hidden, method=method("self_attn.o_proj"), **shared)
+        down = method("mlp.down_proj")
+        inners = deal_features(inner, context.parallel.size, input_units(down, inner, hidden))
+        self.gate_up_proj = ColumnParallelLinear(
+            hidden,
+            (inner, inner),
+            has_bias=False,
+            methods=[method("mlp.gate_proj"), method("mlp.up_proj")],
+            outputs=[inners[rank], inners[rank]],
+            **shared,
         )
-        self.down_proj = ShardedLinear(inner, (hidden,), has_bias=False, methods=methods("mlp.down_proj"), **row)
+        self.down_proj = RowParallelLinear(inners, hidden, method=down, **shared)
         self.input_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
         self.post_attention_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
 
@@ -134,39 +150,44 @@ class Qwen2ForCausalLM:
         self.max_position_embeddings: int = config["max_position_embeddings"]
         num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-        tp_size = context.parallel.size
-        self.attention_shape = AttentionShape(num_heads // tp_size, num_kv_heads // tp_size, head_dim)
+        parallel = context.parallel
+        head_shares = deal_heads(num_heads, num_kv_heads, parallel.size)
+        own = head_shares[parallel.rank]
+        self.attention_shape = AttentionShape(own.num_heads, own.num_kv_heads, head_dim)
         # residual, layer input and output, normed; qkv and attention's output; gate, up and their product
+        per_inner = 3 * -(-config["intermediate_size"] // parallel.size)
         self.activations_per_token: int = (
-            4 * config["hidden_size"] + (2 * num_heads + 2 * num_kv_heads) * head_dim + 3 * config["intermediate_size"]
+            4 * config["hidden_size"] + (2 * own.num_heads + 2 * own.num_kv_heads) * head_dim + per_inner
         )
         self.rotary = make_rotary(config, head_dim, context.device)
         quantization, hidden = context.quantization, config["hidden_size"]
         self._is_tied = bool(config.get("tie_word_embeddings"))
-        head_method = quantization.method_for("lm_head")
+        rows = deal_rows(self.vocab_size, parallel.size)
+        self._logits_widths = lengths(rows)
         self.embed_tokens = VocabTable(
-            self.vocab_size,
+            rows,
             hidden,
             quantization.dense,
             quantization.head if self._is_tied else None,
             quantization.run,
+            parallel,
         )
         self.layers = [
-            Qwen2Layer(f"model.layers.{index}", config, self.attention_shape, window, context)
+            Qwen2Layer(f"model.layers.{index}", config, head_shares, self.attention_shape, window, context)
             for index, window in enumerate(attention_windows(config))
         ]
         self.norm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
-        self.lm_head: VocabTable | ShardedLinear = (
+        self.lm_head: VocabTable | ColumnParallelLinear = (
             self.embed_tokens
             if self._is_tied
-            else ShardedLinear(
+            else ColumnParallelLinear(
                 hidden,
                 (self.vocab_size,),
                 has_bias=False,
-                is_output_sharded=True,
-                methods=[head_method],
+                methods=[quantization.method_for("lm_head")],
+                outputs=[rows[parallel.rank]],
                 kernels=quantization.run,
-                parallel=context.parallel,
+                parallel=parallel,
             )
         )
 
@@ -175,7 +196,7 @@ class Qwen2ForCausalLM:
             "model.embed_tokens": (self.embed_tokens, 0),
             "model.norm": (self.norm, 0),
         }
-        if isinstance(self.lm_head, ShardedLinear):
+        if isinstance(self.lm_head, ColumnParallelLinear):
             found["lm_head"] = (self.lm_head, 0)
         for index, layer in enumerate(self.layers):
             found |= {f"model.layers.{index}.{name}": target for name, target in layer.checkpoint_layers().items()}
@@ -198,7 +219,7 @@ class Qwen2ForCausalLM:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
-        return self.lm_head(normed).to(torch.float32)
+        return self._context.parallel.gather(self.lm_head(normed).to(torch.float32), self._logits_widths)
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int | None]:

@@ -17,8 +17,9 @@ ENGINE_FOR_SERVER = {"types", "config", "errors", "ipc", "logs"}
 STDLIB_ONLY = {
     "server.launcher": {
         *("engine.config", "engine.errors", "engine.logs"),
-        *("server.args", "server.config", "server.runtime"),
+        *("server.args", "server.children", "server.config", "server.runtime"),
     },
+    "server.children": {"engine.config"},
     "server.args": {"server.flags"},
     "server.flags": {"engine.logs"},
     "server.runtime": set(),

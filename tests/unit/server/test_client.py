@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        self.client = EngineClient(ours)
+        self.client = EngineClient(ours, hung_silence_s=0.2)
         self.socket = theirs
         self.endpoint = EngineEndpoint(theirs)
 
@@ -122,7 +122,6 @@ async def test_a_refusal_ends_what_is_open_and_whatever_comes(pair: Pair) -> Non
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "WATCH_S", 0.02)
-    monkeypatch.setattr(client_module, "HUNG_SILENCE_S", 0.2)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -1,0 +1,101 @@
+"""Collectives through torch.distributed: gloo on CPUs, NCCL on GPUs. The plain twin of `parallel.shared_memory`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from parallel.state import RankLostError
+
+FEW_NUMBERS = 1 << 16
+"""Up to so many gathered numbers a sum costs one message to each rank; more are first summed in parts."""
+
+T = TypeVar("T")
+
+
+class TorchCollectives:
+    """`parallel.state.Collectives` on a process group of its own.
+
+    With gloo the ranks' parts are added in the order of the ranks, whatever the size: a row's bits do not depend on
+    what else is in the step. Two ranks need no care, as a + b is b + a.
+    """
+
+    def __init__(self, backend: str, store: TCPStore, rank: int, size: int, timeout_s: float) -> None:
+        self.name = backend
+        self._rank, self._size = rank, size
+        self._is_ordered = backend == "nccl" or size == 2
+        self._timeout_s = timeout_s
+        self._do(
+            lambda: dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s)
+            )
+        )
+
+    @property
+    def timeout_s(self) -> float:
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._timeout_s = seconds
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    def _do(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except RuntimeError as error:  # what both backends raise for a peer that is gone and for a time that is over
+            reason = str(error).splitlines()[0]
+            raise RankLostError(f"{self.name} lost another rank, or waited {self._timeout_s:g} s: {reason}") from error
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_ordered:
+            self._do(lambda: dist.all_reduce(x))
+            return x
+        flat = x.reshape(-1)
+        if flat.numel() * self._size <= FEW_NUMBERS:
+            flat.copy_(_sum_in_order(self._gathered(flat)))
+            return x
+        share = -(-flat.numel() // self._size)
+        padded = flat.new_zeros(self._size, share)
+        padded.view(-1)[: flat.numel()] = flat
+        received = torch.empty_like(padded)
+        self._do(lambda: dist.all_to_all_single(received, padded))
+        flat.copy_(self._gathered(_sum_in_order(received)).view(-1)[: flat.numel()])
+        return x
+
+    def _gathered(self, flat: torch.Tensor) -> torch.Tensor:
+        """[n] of every rank -> [size, n]"""
+        gathered = flat.new_empty(self._size, flat.numel())
+        self._do(lambda: dist.all_gather(list(gathered.unbind()), flat))
+        return gathered
+
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        gathered = self._gathered(_padded(x, max(widths)).reshape(-1))
+        parts = gathered.view(self._size, x.shape[0], -1)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        padded = _padded(x, max(widths))
+        parts = [torch.empty_like(padded) for _ in widths] if self._rank == 0 else None
+        self._do(lambda: dist.gather(padded, parts))
+        if parts is None:
+            return None
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+
+def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
+    """[size, n] -> [n]: the first part, plus the second, plus the third, ..."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """With columns of zeros up to `width`: the ranks' tensors must be of one shape."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()

@@ -1,0 +1,70 @@
+"""From a meeting of all ranks to what they compute together: which collectives, and over which memory or network."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from parallel.comm import TorchCollectives
+from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
+from parallel.state import Collectives
+from parallel.world import Meeting, host_key, interface_of
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = "shared memory"
+START_TIMEOUT_S = 1800.0
+"""For one rank to wait for another while weights load."""
+
+
+def make_collectives(meeting: Meeting, device_type: str, num_threads: int, backend: str | None = None) -> Collectives:
+    """The fastest collectives that all ranks can have, or `backend`: `shared memory`, `gloo` or `nccl`.
+
+    Raises RankLostError.
+    """
+    if backend is None and device_type == "cpu" and len(set(meeting.exchange(host_key()))) == 1:
+        backend = SHARED_MEMORY
+    if backend == SHARED_MEMORY and (shared := _share_memory(meeting, num_threads)) is not None:
+        return shared
+    _choose_interface(meeting)
+    name = "nccl" if device_type == "cuda" else "gloo"
+    return TorchCollectives(name, meeting.store, meeting.world.rank, meeting.world.size, START_TIMEOUT_S)
+
+
+def _share_memory(meeting: Meeting, num_threads: int) -> SharedMemoryCollectives | None:
+    """None: a rank can't open rank 0's memory, as where processes may not see each other's files."""
+    rank, size = meeting.world.rank, meeting.world.size
+    path, fd = "", -1
+    if rank == 0:
+        fd = os.memfd_create("pytgi-collectives")
+        os.ftruncate(fd, memory_bytes(size))
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+    path = meeting.exchange(path)[0]
+    try:
+        if rank:
+            fd = os.open(path, os.O_RDWR)
+        problem = ""
+    except OSError as error:
+        problem = str(error)
+    problems = [text for text in meeting.exchange(problem) if text]
+    if problems:
+        logger.info("The ranks can't share memory (%s): gloo is used, which is slower", problems[0])
+        if fd >= 0:
+            os.close(fd)
+        return None
+    is_crowded = size * num_threads > len(os.sched_getaffinity(0))
+    collectives = SharedMemoryCollectives(fd, rank, size, START_TIMEOUT_S, is_crowded=is_crowded)
+    meeting.exchange("")  # nobody starts before all have mapped it
+    os.close(fd)
+    return collectives
+
+
+def _choose_interface(meeting: Meeting) -> None:
+    """Tell gloo and NCCL to use the network on which the ranks have met; what the user has set wins."""
+    address = meeting.peers[0].control.getsockname()[0]
+    interface = interface_of(address)
+    if interface is None:
+        logger.warning("No network interface has the address %s: gloo and NCCL choose one by themselves", address)
+        return
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, interface)
