@@ -16,7 +16,7 @@ from quant.base import FormatError, LinearMethod, PackedWeight, RunningWeight
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.gptq import BITS, GptqMethod
 from quant.int8 import Int4Method, Int8Method
-from quant.kernels import running_weight
+from quant.kernels import rounding_instructions, running_weight
 
 ModuleRule = Callable[[str], LinearMethod | None]
 """A module's name -> its method; None: it is stored dense."""
@@ -43,6 +43,11 @@ class Quantization:
     def run(self, packed: PackedWeight) -> RunningWeight:
         """`quant.base.Kernels` for this model."""
         return running_weight(packed, is_exact=self.is_exact)
+
+    def is_rounding(self, module: str, device_type: str) -> bool:
+        """Whether the matrix's kernel rounds the activations that it meets."""
+        is_dense = self.method_for(module) is self.dense
+        return not self.is_exact and not is_dense and rounding_instructions(device_type) is not None
 
     def method_for(self, module: str) -> LinearMethod:
         """`module` is the checkpoint's name, `model.layers.0.mlp.up_proj`."""

@@ -79,11 +79,16 @@ class Qwen2Layer:
         heads = [scaled(share.heads, shape.head_dim) for share in shares]
         kv_heads = [scaled(share.kv_heads, shape.head_dim) for share in shares]
 
-        def method(module: str) -> LinearMethod:
-            return context.quantization.method_for(f"{name}.{module}")
+        quantization, rank = context.quantization, context.parallel.rank
 
-        rank = context.parallel.rank
-        shared: dict[str, Any] = {"kernels": context.quantization.run, "parallel": context.parallel}
+        def method(module: str) -> LinearMethod:
+            return quantization.method_for(f"{name}.{module}")
+
+        def row_parallel(inputs: Sequence[slice], module: str) -> RowParallelLinear:
+            is_rounding = quantization.is_rounding(f"{name}.{module}", context.device.type)
+            return RowParallelLinear(inputs, hidden, method=method(module), is_gathered=is_rounding, **shared)
+
+        shared: dict[str, Any] = {"kernels": quantization.run, "parallel": context.parallel}
         self.qkv_proj = ColumnParallelLinear(
             hidden,
             (heads[-1].stop, kv_heads[-1].stop, kv_heads[-1].stop),
@@ -92,9 +97,9 @@ class Qwen2Layer:
             outputs=[heads[rank], kv_heads[rank], kv_heads[rank]],
             **shared,
         )
-        self.o_proj = RowParallelLinear(heads, hidden, method=method("self_attn.o_proj"), **shared)
-        down = method("mlp.down_proj")
-        inners = deal_features(inner, context.parallel.size, input_units(down, inner, hidden))
+        self.o_proj = row_parallel(heads, "self_attn.o_proj")
+        units = input_units(method("mlp.down_proj"), inner, hidden)
+        inners = deal_features(inner, context.parallel.size, units)
         self.gate_up_proj = ColumnParallelLinear(
             hidden,
             (inner, inner),
@@ -103,7 +108,7 @@ class Qwen2Layer:
             outputs=[inners[rank], inners[rank]],
             **shared,
         )
-        self.down_proj = RowParallelLinear(inners, hidden, method=down, **shared)
+        self.down_proj = row_parallel(inners, "mlp.down_proj")
         self.input_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
         self.post_attention_layernorm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)
 
