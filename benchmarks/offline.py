@@ -19,7 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -55,12 +58,12 @@ def demo_model() -> str:
 
 
 class Pytgi:
-    """Our engine in this process."""
+    """Our engine in this process; with `ranks` its rank 0."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, ranks: Ranks | None = None) -> None:
         from engine.start import start_engine
 
-        self._core, _ = start_engine(config)
+        self._core, _ = start_engine(config, ranks)
 
     @property
     def model(self) -> Any:

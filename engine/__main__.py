@@ -70,8 +70,13 @@ def serve(config: EngineConfig) -> int:
     except EOFError:
         ranks.end()
         raise
+    except StartError as error:
+        ranks.tell(str(error))
+        if world.local_rank == 0:
+            raise
+        return START_FAILED_EXIT_CODE  # the first rank here says it too, or is told
     except Exception as error:
-        ranks.tell(str(error) if isinstance(error, StartError) else f"rank {world.rank} failed: {error!r}")
+        ranks.tell(f"rank {world.rank} failed: {error!r}")
         raise
     return 0
 

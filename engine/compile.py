@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,23 @@ def main() -> None:
         ("bfloat16", "bfloat16", "int4"),  # its head is int8
     ):
         compile_for(getattr(torch, stored), dtype, quantize)
+    compile_collectives()
+
+
+def compile_collectives() -> None:
+    """Sum and gather on two ranks of shared memory, which are threads here."""
+    import torch
+
+    from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
+
+    size = 2
+    fd = os.memfd_create("pytgi-compile")
+    os.ftruncate(fd, memory_bytes(size))
+    ranks = [SharedMemoryCollectives(fd, rank, size, timeout_s=600.0) for rank in range(size)]
+    os.close(fd)
+    with ThreadPoolExecutor(size) as threads:
+        list(threads.map(lambda rank: rank.all_reduce(torch.ones(1, 1)), ranks))
+        list(threads.map(lambda rank: rank.gather(torch.ones(1, 1), [1] * size), ranks))
 
 
 def compile_for(stored: torch.dtype, dtype: str, quantize: str | None) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 LAST_EVENTS_S = 1.0
 """What rank 0's main thread has to end the open requests, once a rank is lost, before the process ends anyway."""
+SAME_REASON_S = 1.0
 CAUSE_S = 2.0
 """How long a rank whose collective failed waits for the pulse to say why."""
 
@@ -61,6 +63,7 @@ class Ranks:
         self._timeout_s = timeout_s
         self.meeting = meeting
         self.state = ParallelState(meeting.world.rank, meeting.world.size)
+        self._is_serving = False
         self._cause: str | None = None
         self._is_lost = threading.Event()
         self._pulse = Pulse(meeting.peers, timeout_s, self._on_lost)
@@ -69,7 +72,7 @@ class Ranks:
     def peers(self) -> list[Peer]:
         return self.meeting.peers
 
-    def connect(self, device_type: str, config: EngineConfig) -> None:
+    def connect(self, device: torch.device, config: EngineConfig) -> None:
         """Make the collectives. Raises StartError where another host was started with other flags or another model."""
         fingerprints = self.meeting.exchange(_fingerprint(config))
         for rank, other in enumerate(fingerprints):
@@ -80,7 +83,7 @@ class Ranks:
                     f"rank {rank} was started with {name} {other.get(name)!r}, rank 0 with {fingerprints[0][name]!r}: "
                     "start every host with the same flags, model and version"
                 )
-        collectives = make_collectives(self.meeting, device_type, config.num_threads, config.collectives)
+        collectives = make_collectives(self.meeting, device, config.num_threads, config.collectives)
         self.state = dataclasses.replace(self.state, collectives=collectives)
 
     def wait_for_all(self) -> None:
@@ -96,6 +99,7 @@ class Ranks:
         """From now on nobody may be late by more than the timeout: no rank loads or compiles any more."""
         assert self.state.collectives is not None
         self.state.collectives.timeout_s = self._timeout_s
+        self._is_serving = True
 
     def describe(self) -> str:
         assert self.state.collectives is not None
@@ -127,6 +131,8 @@ class Ranks:
 
     def _on_lost(self, cause: str) -> None:
         """On the pulse's thread: the main one may be anywhere, deep in a kernel or in a collective that never ends."""
+        if not self._is_serving:  # mostly for a reason that this rank is about to find, too
+            time.sleep(SAME_REASON_S)
         self._cause = cause
         self._is_lost.set()
         self.tell(cause)
@@ -135,7 +141,7 @@ class Ranks:
         if self.world.local_rank == 0:
             logger.error("Lost another rank: %s", cause)
         if self.world.rank == 0:
-            threading.Event().wait(LAST_EVENTS_S)
+            time.sleep(LAST_EVENTS_S)
         logging.shutdown()
         os._exit(RANK_LOST_EXIT_CODE)
 

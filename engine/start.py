@@ -82,7 +82,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
     device = detect_device(0 if ranks is None else ranks.world.local_rank)
     if ranks is not None:
-        ranks.connect(device.torch_device.type, config)
+        ranks.connect(device.torch_device, config)
     loaded = load_model(config, device, ranks)
     model, dtype = loaded.model, loaded.dtype
     if config.is_prefix_caching and model.rotary.is_prompt_dependent:

@@ -37,6 +37,10 @@ class TorchCollectives:
         )
 
     @property
+    def group_name(self) -> str:
+        return str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+
+    @property
     def timeout_s(self) -> float:
         return self._timeout_s
 

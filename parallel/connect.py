@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
+
 from parallel.comm import TorchCollectives
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives
+from parallel.symmetric_memory import one_shot_sum, with_small_sums
 from parallel.world import Meeting, host_key, interface_of
 
 logger = logging.getLogger(__name__)
@@ -17,18 +20,26 @@ START_TIMEOUT_S = 1800.0
 """For one rank to wait for another while weights load."""
 
 
-def make_collectives(meeting: Meeting, device_type: str, num_threads: int, backend: str | None = None) -> Collectives:
+def make_collectives(
+    meeting: Meeting, device: torch.device, num_threads: int, backend: str | None = None
+) -> Collectives:
     """The fastest collectives that all ranks can have, or `backend`: `shared memory`, `gloo` or `nccl`.
 
     Raises RankLostError.
     """
-    if backend is None and device_type == "cpu" and len(set(meeting.exchange(host_key()))) == 1:
+    is_one_host = len(set(meeting.exchange(host_key()))) == 1
+    if backend is None and device.type == "cpu" and is_one_host:
         backend = SHARED_MEMORY
     if backend == SHARED_MEMORY and (shared := _share_memory(meeting, num_threads)) is not None:
         return shared
     _choose_interface(meeting)
-    name = "nccl" if device_type == "cuda" else "gloo"
-    return TorchCollectives(name, meeting.store, meeting.world.rank, meeting.world.size, START_TIMEOUT_S)
+    rank, size = meeting.world.rank, meeting.world.size
+    if device.type == "cpu":
+        return TorchCollectives("gloo", meeting.store, rank, size, START_TIMEOUT_S)
+    nccl = TorchCollectives("nccl", meeting.store, rank, size, START_TIMEOUT_S)
+    if not is_one_host:
+        return nccl
+    return with_small_sums(nccl, rank, device, lambda: one_shot_sum(nccl.group_name, device))
 
 
 def _share_memory(meeting: Meeting, num_threads: int) -> SharedMemoryCollectives | None:
