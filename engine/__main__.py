@@ -74,7 +74,7 @@ def serve(config: EngineConfig) -> int:
         ranks.tell(str(error))
         if world.local_rank == 0:
             raise
-        return START_FAILED_EXIT_CODE  # the first rank here says it too, or is told
+        return RANK_LOST_EXIT_CODE  # the first rank here finds the same, or is told
     except Exception as error:
         ranks.tell(f"rank {world.rank} failed: {error!r}")
         raise
