@@ -68,7 +68,6 @@ def serve(config: EngineConfig) -> int:
             logger.error("%s", error)
         return RANK_LOST_EXIT_CODE
     except EOFError:
-        ranks.end()
         raise
     except StartError as error:
         ranks.tell(str(error))
@@ -92,7 +91,14 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
     endpoint.send(ready)
     if ranks is None:
         core.serve(endpoint)
-    core.serve(endpoint, ranks.check)
+    try:
+        core.serve(endpoint, ranks.check)
+    except EOFError as error:
+        if core.is_dismissed:
+            ranks.end()
+        else:
+            ranks.tell(str(error))
+        raise
 
 
 def ignore_signals() -> None:

@@ -12,7 +12,7 @@ import torch
 from engine.ipc import EngineEndpoint
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
-from engine.types import AbortRequest, Down, SamplingParams, StepOutput, TokenEvent
+from engine.types import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class EngineCore:
         self._runner = runner
         self._sample = sample
         self._limit = limit
+        self.is_dismissed = False
+        """The HTTP process has said that it ends in good order."""
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events are new tokens and ends of requests."""
@@ -55,9 +57,11 @@ class EngineCore:
         return events
 
     def take(self, message: Down) -> None:
-        """A request or an abort, between steps."""
+        """A request, an abort or a goodbye, between steps."""
         if isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
+        elif isinstance(message, Goodbye):
+            self.is_dismissed = True
         else:
             self.scheduler.add(message)
 

@@ -48,6 +48,10 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
 
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """The last message: the HTTP process ends in good order, so the ranks of other hosts may, too."""
+
+
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     """New tokens of one request. The last event of a request, and only that one, has `finish_reason` or `error` set."""
 
@@ -106,5 +110,5 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     stats: EngineStats
 
 
-Down = GenerationRequest | AbortRequest
+Down = GenerationRequest | AbortRequest | Goodbye
 Up = EngineReady | StepOutput

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
-from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, StepOutput, TokenEvent
+from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, Goodbye, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,8 @@ class EngineClient:
             self._limits.set_exception(EngineDeadError("the engine ended before it was ready"))
 
     async def close(self) -> None:
+        """End in good order."""
+        self._send(encode_frame(Goodbye()))
         if self._writer is not None:
             self._writer.close()
             with contextlib.suppress(ConnectionError):
