@@ -16,6 +16,7 @@ from numba import config
 
 from parallel.state import ParallelState
 from quant.kernels import packed_cpu
+from quant.kernels.dense_cpu import TILE_OUTPUTS
 
 TIMEOUT_S = 60.0
 
@@ -84,4 +85,4 @@ def run_ranks(size: int, work: Callable[[ParallelState], T]) -> list[T]:
 
 
 def _own_scratch(k_size: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    return np.empty(config.NUMBA_NUM_THREADS * packed_cpu.TILE_OUTPUTS * k_size, dtype=np.float32)
+    return np.empty(config.NUMBA_NUM_THREADS * TILE_OUTPUTS * k_size, dtype=np.float32)
