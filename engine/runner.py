@@ -93,9 +93,9 @@ def make_model(
         device=device.torch_device,
     )
 
-    def make(size: int) -> CausalLM:
-        made: CausalLM = model_class(config, dataclasses.replace(context, parallel=ParallelState(0, size)))
-        return made
+    def make(size: int) -> None:
+        for rank in range(size):
+            model_class(config, dataclasses.replace(context, parallel=ParallelState(rank, size)))
 
     try:
         model: CausalLM = model_class(config, context)
@@ -110,7 +110,7 @@ def make_model(
     return model
 
 
-def _is_splittable(make: Callable[[int], CausalLM], size: int) -> bool:
+def _is_splittable(make: Callable[[int], None], size: int) -> bool:
     try:
         make(size)
     except SplitError:

@@ -62,7 +62,12 @@ def deal(total: int, size: int, unit: int = 1) -> list[slice]:
 
 
 def deal_features(total: int, size: int, units: Sequence[int] = UNITS) -> list[slice]:
-    """Deal features in the first of `units` that divides them and leaves every rank something. Raises SplitError."""
+    """Deal features in the first of `units` that divides them and leaves every rank something. Raises SplitError.
+
+    One rank gets all of them, whatever their number.
+    """
+    if size == 1:
+        return [slice(0, total)]
     for unit in units:
         if total % unit == 0 and total // unit >= size:
             return deal(total, size, unit)

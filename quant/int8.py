@@ -5,6 +5,7 @@ Nothing is calibrated, so no data is needed. One matrix at a time is turned, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from quant.none import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
 INT4_GROUP_SIZES = (64, 32, 16)
-"""The first that divides the inputs is taken."""
+"""The first that divides the inputs is taken; of a shard that ends within a group, the first that divides both."""
 ROWS_AT_A_TIME = 512
 """Outputs that are widened to float32 together while a matrix is quantised."""
 
@@ -58,7 +59,8 @@ class Int4Method(_OnLoad):
         weight, bias = params["weight"], params.get("bias")
         num_outputs, num_inputs = weight.shape
         total_inputs = num_inputs if shard is None else shard.total_inputs
-        group_size = next((size for size in INT4_GROUP_SIZES if total_inputs % size == 0), None)
+        common = math.gcd(total_inputs, num_inputs)
+        group_size = next((size for size in INT4_GROUP_SIZES if common % size == 0), None)
         if group_size is None:
             return PackedWeight("dense", weight.to(torch.float32), bias)
         packed = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)

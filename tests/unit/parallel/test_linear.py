@@ -2,193 +2,344 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch.nn import functional
 
 from parallel.embedding import VocabTable
-from parallel.linear import ShardedLinear
+from parallel.linear import ColumnParallelLinear, Cut, RowParallelLinear, input_units
+from parallel.partition import SplitError, deal, lengths
 from parallel.state import ParallelState
+from quant.awq import AwqMethod
+from quant.base import LinearMethod
+from quant.compressed_tensors import CompressedTensorsMethod
+from quant.gptq import GptqMethod, stored_tensors
+from quant.int8 import Int4Method, Int8Method
 from quant.kernels import running_weight
 from quant.none import DenseMethod
+from quant.packing import widen
+from quant.rounding import round_to_nearest
+from tests.unit.parallel.threads import run_ranks
 
 CPU = torch.device("cpu")
-METHOD = DenseMethod(torch.float32, is_widening=True)
-IN = 48
+DENSE = DenseMethod(torch.float32, is_widening=True)
+GPTQ = GptqMethod(bits=4, group_size=32, has_stored_minus_one=True)
+IN = 96
+ALONE = ParallelState()
+
+Layer = ColumnParallelLinear | RowParallelLinear | VocabTable
+Tensors = dict[str, torch.Tensor]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_layer(
-    outs: Sequence[int],
-    *,
-    has_bias: bool,
-    is_output_sharded: bool = True,
-    rank: int = 0,
-    size: int = 1,
-    method: DenseMethod = METHOD,
-) -> ShardedLinear:
-    """Not loaded yet."""
-    return ShardedLinear(
+def make_column(
+    outs: Sequence[int], *, has_bias: bool, parallel: ParallelState = ALONE, method: LinearMethod = DENSE
+) -> ColumnParallelLinear:
+    """Not loaded yet. The outputs are dealt in eights: 24 over 2 ranks are 16 and 8."""
+    return ColumnParallelLinear(
         IN,
         outs,
         has_bias=has_bias,
-        is_output_sharded=is_output_sharded,
         methods=[method] * len(outs),
         kernels=running_weight,
-        parallel=ParallelState(rank, size),
+        parallel=parallel,
+        outputs=[deal(out, parallel.size, 8)[parallel.rank] for out in outs],
     )
 
 
-def load_parts(layer: ShardedLinear, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> ShardedLinear:
-    for part in reversed(range(len(weights))):  # in no particular order
-        layer.load("weight", part, weights[part])
-        if biases:
-            layer.load("bias", part, biases[part])
+def make_row(
+    shares: Sequence[slice],
+    num_outputs: int,
+    *,
+    parallel: ParallelState = ALONE,
+    method: LinearMethod = DENSE,
+    is_gathered: bool = False,
+) -> RowParallelLinear:
+    """Not loaded yet."""
+    return RowParallelLinear(
+        shares, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
+    )
+
+
+def piece(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
+    return tensor if cut is None else tensor[(*[slice(None)] * cut[0], cut[1])]
+
+
+def load(layer: Layer, part: int, tensors: Tensors) -> None:
+    for name in sorted(tensors, key=lambda name: not name.endswith("g_idx")):  # as the loader does
+        layer.load(name, part, piece(tensors[name], layer.cut(name, part, tensors[name].shape)))
+
+
+def load_parts(layer: ColumnParallelLinear, parts: Sequence[Tensors]) -> ColumnParallelLinear:
+    for part in reversed(range(len(parts))):  # in no particular order
+        load(layer, part, parts[part])
         assert layer.missing(part) == []
     layer.finish(CPU)
     return layer
 
 
-def make_tensors(outs: Sequence[int], has_bias: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    weights = [random(out, IN, seed=part) for part, out in enumerate(outs)]
-    return weights, [random(out, seed=10 + part) for part, out in enumerate(outs)] if has_bias else []
+def make_parts(outs: Sequence[int], has_bias: bool) -> list[Tensors]:
+    weights: list[Tensors] = [{"weight": random(out, IN, seed=part)} for part, out in enumerate(outs)]
+    if not has_bias:
+        return weights
+    return [{**weight, "bias": random(outs[part], seed=10 + part)} for part, weight in enumerate(weights)]
 
 
+def product(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    return x @ tensors["weight"].float().T + tensors.get("bias", torch.zeros(1)).float()
+
+
+def make_gptq(num_outputs: int, *, is_scattered: bool) -> Tensors:
+    """A matrix of IN inputs with a bias, as stored."""
+    matrix = round_to_nearest(random(num_outputs, IN), bits=4, group_size=32, is_symmetric=True)
+    tensors = stored_tensors(matrix)
+    if is_scattered:
+        order = torch.randperm(IN, generator=torch.Generator().manual_seed(3))
+        tensors["g_idx"] = tensors["g_idx"][order].contiguous()
+    return {**tensors, "bias": random(num_outputs, seed=7)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("outs", [(24,), (16, 16), (32, 8, 16)], ids=["column", "merged", "qkv"])
-def test_output_shards_side_by_side_are_the_whole(outs: tuple[int, ...], has_bias: bool) -> None:
-    weights, biases = make_tensors(outs, has_bias)
+@pytest.mark.parametrize("outs", [(24,), (40, 40), (64, 24, 24)], ids=["one", "merged", "qkv"])
+def test_output_shards_side_by_side_are_the_whole(outs: tuple[int, ...], has_bias: bool, size: int) -> None:
+    parts = make_parts(outs, has_bias)
     x = random(5, IN, seed=99)
-    expected = [x @ weight.T + (biases[part] if has_bias else 0) for part, weight in enumerate(weights)]
-    shards = []
-    for rank in range(2):
-        layer = load_parts(make_layer(outs, has_bias=has_bias, rank=rank, size=2), weights, biases)
-        shards.append(layer(x).split([out // 2 for out in outs], dim=1))
-    together = [torch.cat(halves, dim=1) for halves in zip(*shards, strict=True)]
-    torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5)
-    whole = load_parts(make_layer(outs, has_bias=has_bias), weights, biases)(x)
+
+    def run(parallel: ParallelState) -> list[torch.Tensor]:
+        layer = load_parts(make_column(outs, has_bias=has_bias, parallel=parallel), parts)
+        own = [lengths(deal(out, size, 8))[parallel.rank] for out in outs]
+        return list(layer(x).split(own, dim=1))
+
+    together = [torch.cat(shards, dim=1) for shards in zip(*run_ranks(size, run), strict=True)]
+    torch.testing.assert_close(together, [product(x, tensors) for tensors in parts], atol=1e-5, rtol=1e-5)
+    whole = load_parts(make_column(outs, has_bias=has_bias), parts)(x)
     assert torch.equal(whole, torch.cat(together, dim=1)), "the outputs are the same sums, only elsewhere"
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_input_shards_sum_to_the_whole_with_the_bias_once(has_bias: bool) -> None:
-    weights, biases = make_tensors((20,), has_bias)
+Expected = Callable[[torch.Tensor], torch.Tensor]
+
+
+def dense_case() -> tuple[LinearMethod, Tensors, Expected]:
+    tensors = {"weight": random(40, IN)}
+    return DENSE, tensors, lambda x: product(x, tensors)
+
+
+def gptq_case(is_scattered: bool) -> tuple[LinearMethod, Tensors, Expected]:
+    tensors = make_gptq(40, is_scattered=is_scattered)
+    weight = widen(GPTQ.pack(tensors))
+    return GPTQ, tensors, lambda x: product(x, {"weight": weight, "bias": tensors["bias"]})
+
+
+ROW_CASES = {
+    "dense": dense_case,
+    "groups": lambda: gptq_case(is_scattered=False),
+    "scattered groups": lambda: gptq_case(is_scattered=True),
+}
+
+
+def run_row(shares: list[slice], case: str, *, is_gathered: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Each rank's result, and that of one rank alone."""
+    method, tensors, expected = ROW_CASES[case]()
     x = random(5, IN, seed=99)
-    total = torch.zeros(5, 20)
-    for rank in range(2):
-        layer = make_layer((20,), has_bias=has_bias, is_output_sharded=False, rank=rank, size=2)
-        load_parts(layer, weights, biases)
-        part = x[:, rank * IN // 2 : (rank + 1) * IN // 2].contiguous()
-        total += layer(part)
-    expected = functional.linear(x, weights[0], biases[0] if has_bias else None)
-    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+
+    def run(parallel: ParallelState) -> torch.Tensor:
+        own = shares if parallel.size > 1 else [slice(0, IN)]
+        layer = make_row(own, 40, parallel=parallel, method=method, is_gathered=is_gathered)
+        load(layer, 0, tensors)
+        assert layer.missing(0) == []
+        layer.finish(CPU)
+        return layer(x[:, own[parallel.rank]].contiguous())
+
+    results = run_ranks(len(shares), run)
+    for result in results:
+        torch.testing.assert_close(result, expected(x), atol=1e-4, rtol=1e-5)
+    return results, run_ranks(1, run)[0]
+
+
+@pytest.mark.parametrize("shares", [[slice(0, 64), slice(64, 96)], deal(IN, 3, 32), deal(IN, 2, 16)], ids=str)
+@pytest.mark.parametrize("case", ROW_CASES)
+def test_input_shards_sum_to_the_whole_with_the_bias_once(case: str, shares: list[slice]) -> None:
+    results, _ = run_row(shares, case, is_gathered=False)
+    assert all(torch.equal(result, results[0]) for result in results), "every rank goes on with the same bits"
+
+
+@pytest.mark.parametrize(
+    ("case", "is_gathered"),
+    [("dense", True), ("groups", True), ("scattered groups", True), ("scattered groups", False)],
+)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_gathered_inputs_give_the_bits_of_one_rank(case: str, is_gathered: bool, size: int) -> None:
+    results, alone = run_row(deal(IN, size, 16), case, is_gathered=is_gathered)
+    assert all(torch.equal(result, alone) for result in results)
 
 
 @pytest.mark.parametrize("outs", [(16,), (16, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_what_is_stored_is_what_is_multiplied_with(outs: tuple[int, ...], dtype: torch.dtype) -> None:
-    weights, biases = make_tensors(outs, True)
-    weights, biases = [weight.to(dtype) for weight in weights], [bias.to(dtype) for bias in biases]
+    parts = [{name: tensor.to(dtype) for name, tensor in tensors.items()} for tensors in make_parts(outs, True)]
     x = random(3, IN, seed=99)
-    out = load_parts(make_layer(outs, has_bias=True), weights, biases)(x)
-    expected = x @ torch.cat(weights).float().T + torch.cat(biases).float()
+    out = load_parts(make_column(outs, has_bias=True), parts)(x)
+    expected = torch.cat([product(x, tensors) for tensors in parts], dim=1)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_parts_stored_in_different_dtypes_lose_nothing_under_float32() -> None:
-    weights, _ = make_tensors((16, 16), False)
-    weights[1] = weights[1].bfloat16()
+    parts = make_parts((16, 16), False)
+    parts[1]["weight"] = parts[1]["weight"].bfloat16()
     x = random(3, IN, seed=99)
-    out = load_parts(make_layer((16, 16), has_bias=False), weights, [])(x)
-    torch.testing.assert_close(out, x @ torch.cat([weights[0], weights[1].float()]).T, atol=1e-5, rtol=1e-5)
+    out = load_parts(make_column((16, 16), has_bias=False), parts)(x)
+    expected = torch.cat([product(x, tensors) for tensors in parts], dim=1)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_tensor_that_fits_as_it_is_is_not_copied() -> None:
-    weight = random(16, IN).bfloat16()
-    layer = make_layer((16,), has_bias=False)
+@pytest.mark.parametrize("parallel", [ALONE, ParallelState(0, 2), ParallelState(1, 2)], ids=["whole", "first", "last"])
+def test_a_single_tensor_or_some_of_its_outputs_is_not_copied(parallel: ParallelState) -> None:
+    tensors = {"weight": random(16, IN).bfloat16()}
+    layer = make_column((16,), has_bias=False, parallel=parallel)
     assert not layer.is_copied("weight", 0, torch.bfloat16)
-    load_parts(layer, [weight], [])
+    load_parts(layer, [tensors])
     x = random(2, IN)
     before = layer(x)
-    weight.zero_()
+    tensors["weight"].zero_()
     assert before.any() and not layer(x).any()
 
 
 @pytest.mark.parametrize(
-    ("outs", "size", "dtype"),
-    [((16, 16), 1, torch.float32), ((16,), 2, torch.float32), ((16,), 1, torch.bfloat16)],
-    ids=["merged", "cut", "converted"],
+    ("outs", "dtype"), [((16, 16), torch.float32), ((16,), torch.bfloat16)], ids=["merged", "converted"]
 )
-def test_a_tensor_that_is_cut_merged_or_converted_is_copied(
-    outs: tuple[int, ...], size: int, dtype: torch.dtype
-) -> None:
-    method = DenseMethod(dtype, is_widening=True)
-    weights, _ = make_tensors(outs, False)
-    layer = make_layer(outs, has_bias=False, size=size, method=method)
+def test_a_tensor_that_is_merged_or_converted_is_copied(outs: tuple[int, ...], dtype: torch.dtype) -> None:
+    parts = make_parts(outs, False)
+    layer = make_column(outs, has_bias=False, method=DenseMethod(dtype, is_widening=True))
     assert layer.is_copied("weight", 0, torch.float32)
-    load_parts(layer, weights, [])
+    load_parts(layer, parts)
     x = random(2, IN)
     before = layer(x)
-    for weight in weights:
-        weight.zero_()
+    for tensors in parts:
+        tensors["weight"].zero_()
     assert torch.equal(layer(x), before)
 
 
+def test_some_of_the_inputs_are_copied() -> None:
+    tensors = {"weight": random(16, IN)}
+    shares = deal(IN, 2)
+    layer = make_row(shares, 16, parallel=ParallelState(1, 2))
+    assert layer.is_copied("weight", 0, torch.float32)
+    load(layer, 0, tensors)
+    layer.finish(CPU)
+    x = random(2, IN // 2)
+    before = layer(x)
+    tensors["weight"].zero_()
+    assert torch.equal(layer(x), before)
+    assert not make_row([slice(0, IN)], 16).is_copied("weight", 0, torch.float32)
+
+
 def test_what_is_missing_is_named_by_part() -> None:
-    layer = make_layer((16, 8), has_bias=True)
-    weights, biases = make_tensors((16, 8), True)
+    layer = make_column((16, 8), has_bias=True)
+    parts = make_parts((16, 8), True)
     assert (layer.missing(0), layer.missing(1)) == (["bias", "weight"], ["bias", "weight"])
-    layer.load("weight", 1, weights[1])
+    layer.load("weight", 1, parts[1]["weight"])
     assert (layer.missing(0), layer.missing(1)) == (["bias", "weight"], ["bias"])
-    layer.load("bias", 0, biases[0])
+    layer.load("bias", 0, parts[0]["bias"])
     assert (layer.missing(0), layer.missing(1)) == (["weight"], ["bias"])
 
 
 def test_tensors_that_do_not_fit() -> None:
-    layer = make_layer((16, 8), has_bias=False)
-    with pytest.raises(ValueError, match=r"has shape \[16, 48\], the model needs \[8, 48\]"):
-        layer.load("weight", 1, random(16, IN))
-    with pytest.raises(KeyError):
-        layer.load("bias", 0, random(16))
-    with pytest.raises(KeyError):
-        layer.load("qweight", 0, random(16))
+    layer = make_column((16, 8), has_bias=False, parallel=ParallelState(0, 1))
+    with pytest.raises(ValueError, match=r"has shape \[16, 96\], the model needs \[8, 96\]"):
+        layer.cut("weight", 1, (16, IN))
+    for name in ("bias", "qweight"):
+        with pytest.raises(KeyError):
+            layer.cut(name, 0, (16,))
+    with pytest.raises(ValueError, match=r"is stored as torch.int32, which the model can't use there"):
+        layer.load("weight", 0, torch.zeros(16, IN, dtype=torch.int32))
+
+
+def test_the_shape_that_is_checked_is_that_of_the_whole() -> None:
+    shares = deal(IN, 2)
+    layer = make_row(shares, 16, parallel=ParallelState(1, 2))
+    assert layer.cut("weight", 0, (16, IN)) == (1, slice(48, 96))
+    with pytest.raises(ValueError, match=r"has shape \[16, 48\], the model needs \[16, 96\]"):
+        layer.cut("weight", 0, (16, 48))
+
+
+def test_cuts_are_in_stored_numbers() -> None:
+    column = make_column((64,), has_bias=True, parallel=ParallelState(1, 2), method=GPTQ)
+    row = make_row([slice(0, 48), slice(48, 96)], 64, parallel=ParallelState(1, 2), method=GPTQ)
+    names = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    shapes = ((12, 64), (3, 8), (3, 64), (96,), (64,))
+    cuts = [column.cut(name, 0, shape) for name, shape in zip(names, shapes, strict=True)]
+    assert cuts == [(1, slice(32, 64)), (1, slice(4, 8)), (1, slice(32, 64)), None, (0, slice(32, 64))]
+    cuts = [row.cut(name, 0, shape) for name, shape in zip(names, shapes, strict=True)]
+    assert cuts == [(0, slice(6, 12)), (0, slice(1, 3)), (0, slice(1, 3)), None, None]
+
+
+def test_a_word_is_not_cut() -> None:
+    method = GptqMethod(bits=3, group_size=32, has_stored_minus_one=True)
+    with pytest.raises(SplitError, match="96 quantised features can't be cut at 0 and 48, within a word"):
+        make_row([slice(0, 48), slice(48, 96)], 64, parallel=ParallelState(0, 2), method=method)
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "expected"),
-    [(8, 1, [slice(0, 8)]), (8, 2, [slice(0, 4), slice(4, 8)]), (9, 3, [slice(0, 3), slice(3, 6), slice(6, 9)])],
+    ("method", "expected"),
+    [
+        (DENSE, (64, 32, 16, 8)),
+        (Int8Method(), (64, 32, 16, 8)),
+        (Int4Method(), (64, 32, 16, 8)),
+        (GPTQ, (64, 64, 32, 16, 8)),
+        (GptqMethod(bits=8, group_size=-1, has_stored_minus_one=True), (768, 64, 32, 16, 8)),
+        (AwqMethod(group_size=128), (128, 64, 32, 16, 8)),
+        (CompressedTensorsMethod(bits=4, group_size=96, is_symmetric=True), (192, 64, 32, 16, 8)),
+    ],
+    ids=str,
 )
-def test_shares(total: int, size: int, expected: list[slice]) -> None:
-    assert [ParallelState(rank, size).shard(total) for rank in range(size)] == expected
+def test_inputs_are_dealt_in_whole_groups_where_they_can_be(method: LinearMethod, expected: tuple[int, ...]) -> None:
+    assert input_units(method, 768, 64) == expected
 
 
-def test_what_cannot_be_dealt_out_evenly_is_refused() -> None:
-    with pytest.raises(ValueError, match="9 cannot be split over 2 shards"):
-        ParallelState(0, 2).shard(9)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtype) -> None:
-    weight = random(24, IN).to(dtype)
-    table = VocabTable(24, IN, METHOD, METHOD, running_weight)
+def make_table(weight: torch.Tensor, parallel: ParallelState = ALONE) -> VocabTable:
+    """24 rows, dealt in eights."""
+    table = VocabTable(deal(24, parallel.size, 8), IN, DENSE, DENSE, running_weight, parallel)
     assert table.missing(0) == ["weight"]
-    table.load("weight", 0, weight)
+    load(table, 0, {"weight": weight})
     assert table.missing(0) == []
     table.finish(CPU)
-    ids = torch.tensor([3, 23, 0, 3])
-    assert torch.equal(table.embed(ids, torch.float32), weight[ids].float())
+    return table
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtype, size: int) -> None:
+    weight = random(24, IN).to(dtype)
+    ids = torch.tensor([3, 23, 0, 3, 8, 15, 16])
     hidden = random(2, IN, seed=1)
-    torch.testing.assert_close(table(hidden), hidden @ weight.float().T, atol=1e-5, rtol=1e-5)
+
+    def run(parallel: ParallelState) -> tuple[torch.Tensor, torch.Tensor]:
+        table = make_table(weight, parallel)
+        return table.embed(ids, torch.float32), table(hidden)
+
+    embedded, logits = zip(*run_ranks(size, run), strict=True)
+    assert all(torch.equal(rows, weight[ids].float()) for rows in embedded)
+    torch.testing.assert_close(torch.cat(logits, dim=1), hidden @ weight.float().T, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_other_ranks_are_zeros() -> None:
+    weight = random(24, IN)
+    ids = torch.tensor([3, 23, 0, 15, 16])
+    shares = [make_table(weight, ParallelState(rank, 2)).embed(ids, torch.float32) for rank in range(2)]
+    is_first = ids < 16
+    assert torch.equal(shares[0][is_first], weight[ids[is_first]]) and not shares[0][~is_first].any()
+    assert torch.equal(shares[1][~is_first], weight[ids[~is_first]]) and not shares[1][is_first].any()
 
 
 def test_a_vocabulary_table_that_does_not_fit() -> None:
-    table = VocabTable(24, IN, METHOD, METHOD, running_weight)
-    with pytest.raises(ValueError, match=r"has shape \[23, 48\], the model needs \[24, 48\]"):
-        table.load("weight", 0, random(23, IN))
+    table = VocabTable(deal(24, 2, 8), IN, DENSE, DENSE, running_weight, ParallelState(1, 2))
+    assert table.cut("weight", 0, (24, IN)) == (0, slice(16, 24))
+    with pytest.raises(ValueError, match=r"has shape \[23, 96\], the model needs \[24, 96\]"):
+        table.cut("weight", 0, (23, IN))
     with pytest.raises(KeyError):
-        table.load("bias", 0, random(24))
+        table.cut("bias", 0, (24,))
