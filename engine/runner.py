@@ -101,7 +101,7 @@ def make_model(
         model: CausalLM = model_class(config, context)
     except SplitError as error:
         fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(make, size)]
-        mend = f"start with --num-shard {' or '.join(fitting[-3:])}" if fitting else "correct config.json"
+        mend = f"start with --num-shard {' or '.join(fitting)}" if fitting else "correct config.json"
         raise StartError(f"the model can't be cut for {parallel.size} shards: {error}: {mend}") from error
     except FormatError as error:
         raise StartError(str(error)) from error
