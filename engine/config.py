@@ -176,7 +176,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     dies of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks. libgomp's threads spin a
     short while between two regions, then sleep: with its default of milliseconds, one busy neighbour on 2 cores makes
     decoding ten times slower (43 ms per token became 500), with this about twice. torch is told to ask for huge pages:
-    weights are read up to 10 % faster through them than through 4 KB pages.
+    weights are read up to 10 % faster through them than through 4 KB pages. Its store warns of hosts without a name.
     """
     defaults = {
         "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
@@ -185,6 +185,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
         "OMP_NUM_THREADS": str(num_threads),
         "GOMP_SPINCOUNT": "4000",
         "THP_MEM_ALLOC_ENABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return {name: value for name, value in defaults.items() if not environ.get(name)}
 

@@ -63,6 +63,7 @@ class EngineEndpoint:
         self._outbox = memoryview(b"")
         self._lagging: dict[str, TokenEvent] = {}
         self._lagging_stats: EngineStats | None = None
+        self._is_closed = False
 
     def receive(self, timeout_s: float) -> list[Down]:
         """What has arrived, waiting at most `timeout_s` for the first message. Raises EOFError without a peer."""
@@ -72,18 +73,20 @@ class EngineEndpoint:
             self._flush()
         if readable:
             self._read_available()
-        return take_frames(self._inbox, decode_down)
+        messages = take_frames(self._inbox, decode_down)
+        if self._is_closed and not messages:
+            raise EOFError("the HTTP process closed its socket")
+        return messages
 
     def _read_available(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 data = self._sock.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 return
             except ConnectionError:
                 data = b""
-            if not data:
-                raise EOFError("the HTTP process closed its socket")
+            self._is_closed = not data
             self._inbox += data
 
     def send(self, message: EngineReady | StepOutput) -> None:

@@ -48,6 +48,7 @@ class DrainingServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+        self._engine.say_goodbye()  # here: after a signal uvicorn ends the process as soon as it has shut down
 
     def _end_requests(self) -> None:
         # What is still sending its body then is broken off by uvicorn, which would log a traceback for each.

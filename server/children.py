@@ -43,7 +43,10 @@ class LaunchError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked for the end."""
+    """The end in good order; the text says why."""
+
+    def __init__(self, reason: str = "Stopped by a signal") -> None:
+        super().__init__(reason)
 
 
 class Signals:
@@ -150,7 +153,7 @@ def supervise(http: Child | None, engines: Sequence[Child], signals: Signals, dr
         stop_serving(http, engines, signals, drain_s)
         raise Stopped
     if http is None and follow_first_host(engines, signals, drain_s):
-        raise Stopped
+        raise Stopped("Stopped by a signal" if signals.count else "The first host has ended the service")
     cause = find_cause(children)
     is_hung = cause.exit_code == ENGINE_HUNG_EXIT_CODE
     is_engine = cause is not http or is_hung
@@ -195,7 +198,6 @@ def follow_first_host(engines: Sequence[Child], signals: Signals, drain_s: float
     while time.monotonic() < deadline and signals.count < 2:
         codes = [engine.exit_code for engine in engines]
         if all(code == 0 for code in codes):
-            logger.info("The first host has ended the service")
             return True
         if any(code not in (None, 0) for code in codes):
             return False

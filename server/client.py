@@ -153,9 +153,11 @@ class EngineClient:
         if not self._limits.done():
             self._limits.set_exception(EngineDeadError("the engine ended before it was ready"))
 
-    async def close(self) -> None:
-        """End in good order."""
+    def say_goodbye(self) -> None:
+        """Tell the engine that no request is left and none will come."""
         self._send(encode_frame(Goodbye()))
+
+    async def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             with contextlib.suppress(ConnectionError):

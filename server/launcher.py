@@ -49,8 +49,8 @@ def main() -> None:
     except (LaunchError, StartError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    except Stopped:
-        logger.info("Stopped by a signal")
+    except Stopped as stopped:
+        logger.info("%s", stopped)
     except Exception:
         logger.exception("The launcher failed")
         sys.exit(1)
