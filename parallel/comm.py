@@ -80,7 +80,7 @@ class TorchCollectives:
 
     def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         gathered = self._gathered(_padded(x, max(widths)).reshape(-1))
-        parts = gathered.view(self._size, x.shape[0], -1)
+        parts = gathered.view(self._size, x.shape[0], max(widths))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:

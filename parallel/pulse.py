@@ -82,6 +82,8 @@ class Pulse:
     def _read(self, peer: Peer) -> str | None:
         try:
             data = peer.pulse.recv(4096)
+        except ConnectionResetError:  # it has left some of our beats unread
+            data = b""
         except OSError as error:
             return f"rank {peer.rank} on {peer.host} can't be reached any more ({error.strerror})"
         if not data:

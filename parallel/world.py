@@ -177,38 +177,47 @@ def _accept_all(
 ) -> dict[int, tuple[str, socket.socket, socket.socket]]:
     """Rank -> its host, control and pulse."""
     found: dict[int, dict[str, socket.socket]] = {rank: {} for rank in range(1, size)}
+    hosts: dict[int, str] = {}
     next_log = time.monotonic() + MEETING_LOG_S
     listener.settimeout(RETRY_S)
-    while missing := [rank for rank, channels in found.items() if len(channels) < len(CHANNELS)]:
-        if time.monotonic() > deadline:
-            raise MeetingError(f"rank {missing[0]} has not come within {MEETING_TIMEOUT_S:g} s: see its host's log")
-        if time.monotonic() > next_log:
-            logger.info("Waiting for rank %s", ", ".join(map(str, missing)))
-            next_log = time.monotonic() + MEETING_LOG_S
-        with contextlib.suppress(TimeoutError):
-            sock, _ = listener.accept()
-            _greet(sock, token, found)
-    return {
-        rank: (channels["pulse"].getpeername()[0], channels["control"], channels["pulse"])
-        for rank, channels in found.items()
-    }
+    try:
+        while missing := [rank for rank, channels in found.items() if len(channels) < len(CHANNELS)]:
+            if time.monotonic() > deadline:
+                raise MeetingError(f"rank {missing[0]} has not come within {MEETING_TIMEOUT_S:g} s: see its host's log")
+            if time.monotonic() > next_log:
+                logger.info("Waiting for rank %s", ", ".join(map(str, missing)))
+                next_log = time.monotonic() + MEETING_LOG_S
+            with contextlib.suppress(TimeoutError):
+                sock, (host, *_) = listener.accept()
+                rank = _greet(sock, token, found)
+                if rank is None:
+                    logger.warning("Somebody who is no rank of ours connected: %s", host)
+                    sock.close()
+                else:
+                    hosts[rank] = host
+    except BaseException:
+        for channels in found.values():
+            for sock in channels.values():
+                sock.close()
+        raise
+    return {rank: (hosts[rank], channels["control"], channels["pulse"]) for rank, channels in found.items()}
 
 
-def _greet(sock: socket.socket, token: str, found: dict[int, dict[str, socket.socket]]) -> None:
-    """Take a connection in, if it is one of ours. Raises MeetingError for a rank that is there already."""
+def _greet(sock: socket.socket, token: str, found: dict[int, dict[str, socket.socket]]) -> int | None:
+    """Take a connection in, if it is one of ours: its rank. Raises MeetingError for a rank that is there already."""
     sock.settimeout(MEETING_LOG_S)
     try:
         hello = read_line(sock)
         rank, channel = int(hello["rank"]), str(hello["channel"])
         if hello["token"] != token or channel not in CHANNELS or rank not in found:
-            raise ValueError
+            return None
     except (RankLostError, ValueError, KeyError, TypeError):
-        logger.warning("Somebody who is no rank of ours connected: %s", sock.getpeername()[0])
-        sock.close()
-        return
+        return None
     if channel in found[rank]:
+        sock.close()
         raise MeetingError(f"rank {rank} is there twice: give each host another --node-rank")
     found[rank][channel] = _settled(sock)
+    return rank
 
 
 def _settled(sock: socket.socket) -> socket.socket:

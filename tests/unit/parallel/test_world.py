@@ -1,0 +1,287 @@
+"""Ranks that find each other over loopback, and those who don't belong to them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from parallel import world
+from parallel.connect import make_collectives
+from parallel.shared_memory import SharedMemoryCollectives
+from parallel.state import RankLostError
+from parallel.world import Meeting, MeetingError, World, interface_of, listen_at, meet, read_line, send_line
+
+ADDRESS = "127.0.0.1"
+ELSEWHERE = "127.0.0.2"
+"""Another address of this host."""
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "RETRY_S", 0.02)
+    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 20.0)
+
+
+class Ranks:
+    """Threads that meet; a context manager that closes their connections."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._listener = listen_at(ADDRESS, 0)
+        self.port: int = self._listener.getsockname()[1]
+        self._pool = ThreadPoolExecutor(2 * size)
+        self._futures: list[Future[Meeting]] = []
+
+    def start(self, rank: int) -> Future[Meeting]:
+        found = World(rank=rank, size=self._size, address=ADDRESS, port=self.port)
+        future = self._pool.submit(meet, found, self._listener.detach() if rank == 0 else None)
+        self._futures.append(future)
+        return future
+
+    def meet(self) -> list[Meeting]:
+        futures = [self.start(rank) for rank in range(self._size)]
+        return [future.result(30) for future in futures]
+
+    def exchange(self, meetings: list[Meeting], values: list[object]) -> list[list[object]]:
+        return list(self._pool.map(lambda meeting, value: meeting.exchange(value), meetings, values))
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+        self._listener.close()
+        for future in self._futures:
+            if future.exception() is None:
+                close(future.result())
+
+
+def close(meeting: Meeting) -> None:
+    for peer in meeting.peers:
+        peer.control.close()
+        peer.pulse.close()
+
+
+@pytest.fixture
+def three() -> Iterator[Ranks]:
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def test_without_torchruns_variables_there_is_one_rank() -> None:
+    assert World.from_environ({}) == World(rank=0, size=1, local_rank=0, local_size=1, address="127.0.0.1", port=0)
+
+
+def test_torchruns_variables() -> None:
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "HOME": "/root"}
+    assert World.from_environ(environ) == World(rank=5, size=8, local_size=8, address="10.0.0.1", port=29500)
+    environ |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert World.from_environ(environ) == World(
+        rank=5, size=8, local_rank=1, local_size=4, address="10.0.0.1", port=29500, has_agent_store=True
+    )
+
+
+def test_everybody_is_connected_with_the_first(three: Ranks) -> None:
+    meetings = three.meet()
+    assert [[peer.rank for peer in meeting.peers] for meeting in meetings] == [[1, 2], [0], [0]]
+    assert {peer.host for meeting in meetings for peer in meeting.peers} == {ADDRESS}
+    for peer in meetings[0].peers:
+        theirs = meetings[peer.rank].peers[0]
+        theirs.control.send(f"control of {peer.rank}".encode())
+        theirs.pulse.send(f"pulse of {peer.rank}".encode())
+        assert peer.control.recv(100) == f"control of {peer.rank}".encode()
+        assert peer.pulse.recv(100) == f"pulse of {peer.rank}".encode()
+    meetings[1].store.set("key", "value")
+    assert meetings[2].store.get("key") == b"value"
+
+
+def test_what_is_exchanged_is_in_the_order_of_the_ranks(three: Ranks) -> None:
+    meetings = three.meet()
+    values: list[object] = ["first", {"of": [2, None]}, 3.5]
+    assert three.exchange(meetings, values) == [values] * 3
+    assert three.exchange(meetings, [None, "ü\n", []]) == [[None, "ü\n", []]] * 3
+
+
+def test_a_rank_that_ends_before_it_has_exchanged(two: Ranks) -> None:
+    first, second = two.meet()
+    close(second)
+    with pytest.raises(RankLostError, match="another rank ended while they were starting"):
+        first.exchange(None)
+
+
+def test_a_line_is_read_and_nothing_more() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send_line(theirs, ["a"])
+        theirs.send(b"what follows")
+        assert read_line(ours) == ["a"]
+        assert ours.recv(100) == b"what follows"
+
+
+def wait_for_first(ranks: Ranks) -> tuple[int, str]:
+    """The port where rank 0 waits for the others, and what tells them from strangers."""
+    store = TCPStore(ADDRESS, ranks.port, wait_for_workers=False)
+    port, token = store.get("pytgi/control").decode().split()
+    return int(port), token
+
+
+def test_rank_0_listens_at_its_address_and_nowhere_else(two: Ranks) -> None:
+    first = two.start(0)
+    port, _ = wait_for_first(two)
+    for listening in (two.port, port):
+        socket.create_connection((ADDRESS, listening)).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((ELSEWHERE, listening))
+    second = two.start(1)
+    assert [first.result(30).peers[0].rank, second.result(30).peers[0].rank] == [1, 0]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((ADDRESS, port))  # all are there
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the other end closes it without a word."""
+    try:
+        return sock.recv(100) == b""
+    except ConnectionResetError:  # something was left unread
+        return True
+
+
+def hello(**changes: object) -> bytes:
+    return json.dumps({"token": "guessed", "rank": 1, "channel": "control", **changes}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"",
+        b"\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"\xff\xfe\x00\n",
+        b"[]\n",
+        b"{}\n",
+        b'"hello"\n',
+        hello(),
+        hello(token=None),
+        hello(rank=None),
+    ],
+    ids=str,
+)
+def test_strangers_are_ignored(nonsense: bytes, two: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    first = two.start(0)
+    port, _ = wait_for_first(two)
+    with socket.create_connection((ADDRESS, port)) as stranger:
+        stranger.send(nonsense)
+        stranger.shutdown(socket.SHUT_WR)
+        assert is_closed(stranger)
+    second = two.start(1)
+    assert first.result(30).peers[0].rank == 1
+    assert second.result(30).peers[0].rank == 0
+    assert "Somebody who is no rank of ours connected: 127.0.0.1" in caplog.text
+
+
+def test_strangers_who_are_gone_before_they_are_answered_are_ignored(two: Ranks) -> None:
+    first = two.start(0)
+    port, _ = wait_for_first(two)
+    for _ in range(5):
+        stranger = socket.create_connection((ADDRESS, port))
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()  # resets the connection
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+
+
+@pytest.mark.parametrize("changes", [{"rank": 0}, {"rank": 2}, {"rank": -1}, {"channel": "other"}, {"channel": None}])
+def test_ranks_that_there_are_none_of_are_ignored(changes: dict[str, object], two: Ranks) -> None:
+    first = two.start(0)
+    port, token = wait_for_first(two)
+    with socket.create_connection((ADDRESS, port)) as stranger:
+        stranger.send(hello(token=token, **changes))
+        assert is_closed(stranger)
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+
+
+def test_a_rank_that_comes_twice_is_refused(three: Ranks) -> None:
+    first = three.start(0)
+    three.start(1)
+    three.start(1)
+    with pytest.raises(MeetingError, match="^rank 1 is there twice: give each host another --node-rank$"):
+        first.result(30)
+
+
+def test_a_rank_that_does_not_come(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 1.0)
+    first = three.start(0)
+    three.start(1).result(30)
+    with pytest.raises(MeetingError, match="^rank 2 has not come within 1 s: see its host's log$"):
+        first.result(30)
+
+
+def test_without_rank_0_the_others_say_where_they_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 0.2)
+    with listen_at(ADDRESS, 0) as listener:
+        port = listener.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(MeetingError, match=f"^rank 0 can't be reached at 127.0.0.1:{port} .*start the first host, or"):
+        meet(World(rank=1, size=2, address=ADDRESS, port=port), None)
+    assert 0.2 < time.monotonic() - started < 5
+
+
+def test_a_port_that_is_taken(two: Ranks) -> None:
+    with pytest.raises(MeetingError) as error:
+        meet(World(rank=0, size=2, address=ADDRESS, port=two.port), None)
+    mend = "give another --master-port"
+    assert str(error.value) == f"Cannot listen on 127.0.0.1:{two.port} (Address already in use): {mend}"
+
+
+def test_rank_0_can_come_last_and_open_the_port_itself() -> None:
+    with listen_at(ADDRESS, 0) as listener:
+        port = listener.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(meet, World(rank=1, size=2, address=ADDRESS, port=port), None)
+        time.sleep(0.1)
+        first = meet(World(rank=0, size=2, address=ADDRESS, port=port), None)
+        assert (first.peers[0].rank, second.result(30).peers[0].rank) == (1, 0)
+    close(first)
+    close(second.result())
+
+
+def test_the_store_may_be_torchruns() -> None:
+    store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
+    worlds = [World(rank=rank, size=2, address=ADDRESS, port=store.port, has_agent_store=True) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for meeting in pool.map(meet, worlds, (None, None)):
+            close(meeting)
+    assert store.get("pytgi/control")
+
+
+def test_interfaces() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None  # an address that is for documentation only
+
+
+def test_ranks_of_one_host_share_memory(three: Ranks) -> None:
+    meetings = three.meet()
+
+    def run(meeting: Meeting) -> tuple[SharedMemoryCollectives, list[float]]:
+        collectives = make_collectives(meeting, "cpu", 1)
+        assert isinstance(collectives, SharedMemoryCollectives)
+        return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**meeting.world.rank])).tolist()
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(run, meetings))
+    assert [numbers for _, numbers in results] == [[3.0, 111.0]] * 3
