@@ -36,10 +36,11 @@ class LaunchedServer:
     process: subprocess.Popen[bytes]
     port: int
     log_path: Path
+    hostname: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.hostname}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -51,6 +52,13 @@ class LaunchedServer:
             if process.cmdline()[-2:] == ["-m", module]:
                 return process
         raise AssertionError(f"no process runs {module}; log:\n{self.log}")
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The child that is this rank of the engine."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if process.cmdline()[-2:] == ["-m", "engine"] and process.environ()["RANK"] == str(rank):
+                return process
+        raise AssertionError(f"no process is rank {rank}; log:\n{self.log}")
 
     def wait_for_log(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
