@@ -63,16 +63,23 @@ class EngineEndpoint:
         self._outbox = memoryview(b"")
         self._lagging: dict[str, TokenEvent] = {}
         self._lagging_stats: EngineStats | None = None
+        self._is_closed = False
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message. Raises EOFError without a peer."""
+        """What has arrived, waiting at most `timeout_s` for the first message.
+
+        Raises EOFError without a peer, once everything has been received that it had sent before.
+        """
         writers = [self._sock] if self._outbox else []
         readable, writable, _ = select.select([self._sock], writers, [], timeout_s)
         if writable:
             self._flush()
         if readable:
             self._read_available()
-        return take_frames(self._inbox, decode_down)
+        messages = take_frames(self._inbox, decode_down)
+        if self._is_closed and not messages:
+            raise EOFError("the HTTP process closed its socket")
+        return messages
 
     def _read_available(self) -> None:
         while True:
@@ -83,7 +90,8 @@ class EngineEndpoint:
             except ConnectionError:
                 data = b""
             if not data:
-                raise EOFError("the HTTP process closed its socket")
+                self._is_closed = True
+                return
             self._inbox += data
 
     def send(self, message: EngineReady | StepOutput) -> None:
@@ -117,8 +125,8 @@ class EngineEndpoint:
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return
-        except ConnectionError:
-            raise EOFError("the HTTP process closed its socket") from None
+        except ConnectionError:  # the reading side tells, after what is still to be read
+            self._outbox = memoryview(b"")
 
 
 def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:
