@@ -93,10 +93,21 @@ async def serve(config: ServerConfig) -> None:
     )
     server = DrainingServer(uvicorn_config, engine, drain_s)
     watcher = asyncio.create_task(_stop_without_engine(engine, server))
+    is_terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal is_terminated
+        is_terminated = server.should_exit = True
+
+    # uvicorn raises the signal anew after its drain; it would end this process before the engine has its goodbye.
+    signal.signal(signal.SIGTERM, terminate)
     await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()
     engine.raise_if_dead()
     await engine.close()
+    if is_terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _listening(fd: int) -> socket.socket:
