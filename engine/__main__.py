@@ -64,8 +64,7 @@ def serve(config: EngineConfig) -> int:
         follower.serve()
     except RankLostError as error:
         ranks.tell(str(error))
-        if world.local_rank == 0:
-            logger.error("%s", error)
+        ranks.report(str(error))
         return RANK_LOST_EXIT_CODE
     except EOFError:
         raise

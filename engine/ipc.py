@@ -66,7 +66,10 @@ class EngineEndpoint:
         self._is_closed = False
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message. Raises EOFError without a peer."""
+        """What has arrived, waiting at most `timeout_s` for the first message.
+
+        Raises EOFError without a peer, once everything has been received that it had sent before.
+        """
         writers = [self._sock] if self._outbox else []
         readable, writable, _ = select.select([self._sock], writers, [], timeout_s)
         if writable:
@@ -79,14 +82,16 @@ class EngineEndpoint:
         return messages
 
     def _read_available(self) -> None:
-        while not self._is_closed:
+        while True:
             try:
                 data = self._sock.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 return
             except ConnectionError:
                 data = b""
-            self._is_closed = not data
+            if not data:
+                self._is_closed = True
+                return
             self._inbox += data
 
     def send(self, message: EngineReady | StepOutput) -> None:
@@ -120,8 +125,8 @@ class EngineEndpoint:
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return
-        except ConnectionError:
-            raise EOFError("the HTTP process closed its socket") from None
+        except ConnectionError:  # the reading side tells, after what is still to be read
+            self._outbox = memoryview(b"")
 
 
 def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:

@@ -66,6 +66,8 @@ class Ranks:
         self._is_serving = False
         self._cause: str | None = None
         self._is_lost = threading.Event()
+        self._report_lock = threading.Lock()
+        self._is_reported = False
         self._pulse = Pulse(meeting.peers, timeout_s, self._on_lost)
 
     @property
@@ -123,6 +125,14 @@ class Ranks:
         """Why this rank ends."""
         self._pulse.tell(sentence)
 
+    def report(self, cause: str) -> None:
+        """Log why this rank ends: once, and on one rank of each host. Where rank 0 is lost, the next one speaks."""
+        is_speaker = self.world.local_rank == 0 or (self.world.rank == 1 and cause.startswith("rank 0 "))
+        with self._report_lock:
+            if is_speaker and not self._is_reported:
+                logger.error("Lost another rank: %s", cause)
+            self._is_reported = True
+
     def end(self) -> None:
         """Let the followers end in good order."""
         self._pulse.end()
@@ -138,8 +148,7 @@ class Ranks:
         self.tell(cause)
         if isinstance(self.state.collectives, SharedMemoryCollectives):
             self.state.collectives.give_up(cause)
-        if self.world.local_rank == 0:
-            logger.error("Lost another rank: %s", cause)
+        self.report(cause)
         if self.world.rank == 0:
             time.sleep(LAST_EVENTS_S)
         logging.shutdown()

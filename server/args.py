@@ -279,11 +279,11 @@ SETTLED = (
 
 def _settle_sharding(given: Mapping[str, Any], variables: Mapping[str, Any], environ: Mapping[str, str]) -> Sharding:
     """TGI's rules for --sharded and --num-shard (reference `tgi-cli.md` 4.1), several hosts, torchrun's variables."""
-    size = _num_shards(given, environ)
-    num_hosts, host = given.get("nnodes", 1), given.get("node_rank", 0)
     address, port = given.get("master_addr", "127.0.0.1"), given.get("master_port")
     if "rank" in variables and "world_size" in variables:
         return _of_torchrun(given, variables, address, port)
+    size = _num_shards(given, environ)
+    num_hosts, host = given.get("nnodes", 1), given.get("node_rank", 0)
     if host >= num_hosts:
         raise ArgumentError(f"--node-rank {host} must be < --nnodes {num_hosts}: hosts are counted from 0")
     if size % num_hosts:

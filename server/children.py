@@ -34,6 +34,8 @@ ENGINE_NAME = "engine rank"
 LAST_EVENTS_TIMEOUT_S = 5
 """How long the webserver may take, once its drain is over, to end the streams that are left."""
 STOP_TIMEOUT_S = 5
+LOST_TIMEOUT_S = 2
+"""How long a rank that doesn't hang takes to end once another one has ended: rank 0 tells its clients before."""
 CAUSE_TIMEOUT_S = 5
 """How long a child may take to end once its peer has noticed that it is ending."""
 
@@ -82,6 +84,7 @@ class Child:
         stdout: int | None = None,
     ) -> None:
         self.name = name
+        self.is_hung = False
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -112,6 +115,8 @@ class Child:
         code = self.exit_code
         if code == ENGINE_HUNG_EXIT_CODE:
             return f"{ENGINE_NAME} 0 hangs and was killed; what it did last is above"
+        if self.is_hung:
+            return f"{self.name} hangs and was killed"
         if code == RANK_LOST_EXIT_CODE:
             return f"{self.name} has lost another rank; which and why is above"
         if code is not None and code < 0:
@@ -155,6 +160,12 @@ def supervise(http: Child | None, engines: Sequence[Child], signals: Signals, dr
     if http is None and follow_first_host(engines, signals, drain_s):
         raise Stopped("Stopped by a signal" if signals.count else "The first host has ended the service")
     cause = find_cause(children)
+    if cause.exit_code is None:
+        # before the webserver is asked to end: only without an engine does it tell its clients
+        logger.error("%s hangs: killing it", cause.name)
+        cause.is_hung = True
+        cause.process.kill()
+        cause.process.wait()
     is_hung = cause.exit_code == ENGINE_HUNG_EXIT_CODE
     is_engine = cause is not http or is_hung
     rank = 0 if is_hung else cause.name.removeprefix(f"{ENGINE_NAME} ")
@@ -209,7 +220,10 @@ def follow_first_host(engines: Sequence[Child], signals: Signals, drain_s: float
 
 
 def find_cause(children: Sequence[Child]) -> Child:
-    """The child that ended for a reason of its own: not because another was gone, which may be noticed earlier."""
+    """The child that ended for a reason of its own: not because another was gone, which may be noticed earlier.
+
+    One that still runs although the other ranks have lost one: it hangs.
+    """
     started = time.monotonic()
     while (waited_s := time.monotonic() - started) < CAUSE_TIMEOUT_S:
         ended = [child for child in children if child.exit_code is not None]
@@ -217,8 +231,12 @@ def find_cause(children: Sequence[Child]) -> Child:
             if child.exit_code not in (PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, 0):
                 return child
         lost = [child for child in ended if child.exit_code == RANK_LOST_EXIT_CODE]
-        if lost and waited_s > SAME_MOMENT_S:  # the cause may be on another host, or hang
-            return lost[0]
+        if lost and waited_s > SAME_MOMENT_S:
+            running = [child for child in children if child.name.startswith(ENGINE_NAME) and child.exit_code is None]
+            if not running:  # the cause is on another host
+                return lost[0]
+            if waited_s > LOST_TIMEOUT_S:
+                return running[0]
         time.sleep(POLL_S)
     return next(child for child in children if child.exit_code is not None)
 

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+Events = list[dict[str, Any]]
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
@@ -36,10 +39,11 @@ class LaunchedServer:
     process: subprocess.Popen[bytes]
     port: int
     log_path: Path
+    hostname: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.hostname}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -51,6 +55,13 @@ class LaunchedServer:
             if process.cmdline()[-2:] == ["-m", module]:
                 return process
         raise AssertionError(f"no process runs {module}; log:\n{self.log}")
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The child that is this rank of the engine."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if process.cmdline()[-2:] == ["-m", "engine"] and process.environ()["RANK"] == str(rank):
+                return process
+        raise AssertionError(f"no process is rank {rank}; log:\n{self.log}")
 
     def wait_for_log(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -87,6 +98,27 @@ class LaunchedServer:
         return {name: float(value) for name, value in pairs}
 
 
+def read_streams(
+    server: LaunchedServer, count: int, pool: ThreadPoolExecutor, max_new_tokens: int
+) -> list[Future[Events]]:
+    """`count` streams that are being read in threads; returns when each has its first token."""
+    started: list[int] = []
+
+    def read(index: int) -> Events:
+        events = []
+        for event in server.stream(f"stream number {index}", max_new_tokens=max_new_tokens, details=True):
+            events.append(event)
+            if len(events) == 1:
+                started.append(index)
+        return events
+
+    futures = [pool.submit(read, index) for index in range(count)]
+    while len(started) < count:
+        time.sleep(0.01)
+        assert not any(future.done() and future.exception() for future in futures)
+    return futures
+
+
 def heed_hang_ups() -> None:
     """The launcher rightly ignores SIGHUP under nohup; these tests may be run under it, and send SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -100,6 +132,7 @@ def launched(
     environ: Mapping[str, str] | None = None,
     is_awaited: bool = True,
     port: int | None = None,
+    hostname: str = "127.0.0.1",
     directory: Path | None = None,
 ) -> Iterator[LaunchedServer]:
     """Start the launcher; at the end of the block nothing of it is left, whatever happened."""
@@ -108,14 +141,14 @@ def launched(
     command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--hostname", "127.0.0.1", *flags],
+            [*command, "--hostname", hostname, *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=directory,
             env={**os.environ, **(environ or {})},
             preexec_fn=heed_hang_ups,
         )
-    server = LaunchedServer(process, port, log_path)
+    server = LaunchedServer(process, port, log_path, hostname)
     try:
         if is_awaited:
             server.wait_for_log("Connected")

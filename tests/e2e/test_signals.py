@@ -11,38 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.e2e.launched import LaunchedServer, free_port, launched
-
-Events = list[dict[str, Any]]
-
-
-def read_streams(
-    server: LaunchedServer, count: int, pool: ThreadPoolExecutor, max_new_tokens: int
-) -> list[Future[Events]]:
-    """`count` streams that are being read in threads; returns when each has its first token."""
-    started: list[int] = []
-
-    def read(index: int) -> Events:
-        events = []
-        for event in server.stream(f"stream number {index}", max_new_tokens=max_new_tokens, details=True):
-            events.append(event)
-            if len(events) == 1:
-                started.append(index)
-        return events
-
-    futures = [pool.submit(read, index) for index in range(count)]
-    while len(started) < count:
-        time.sleep(0.01)
-        assert not any(future.done() and future.exception() for future in futures)
-    return futures
+from tests.e2e.launched import LaunchedServer, free_port, launched, read_streams
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

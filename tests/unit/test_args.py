@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+import server.args
 from quant.config import FORMATS, ON_LOAD
-from server.args import ArgumentError, LauncherArgs, parse_args
+from server.args import SETTLED, ArgumentError, LauncherArgs, Sharding, parse_args
 from server.flags import (
     BOOLEAN,
     COUNT,
@@ -38,6 +39,8 @@ DEFAULTS = LauncherArgs(
     quantize_head=None,
     rope_scaling=None,
     rope_factor=None,
+    sharding=Sharding(),
+    shard_timeout=15,
     huggingface_hub_cache=None,
     max_concurrent_requests=128,
     max_input_tokens=None,
@@ -186,6 +189,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--num-shard 1 --sharded false --speculate 0 --usage-stats off --cuda-graphs 0", {}, {}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
+        ("--shard-timeout 3", {}, {"shard_timeout": 3}),
+        ("", {"SHARD_TIMEOUT": "3"}, {"shard_timeout": 3}),
         ("", {"UNRELATED": "x", "PATH": "/bin"}, {}),
     ],
 )
@@ -196,6 +201,109 @@ def test_values(line: str, environ: dict[str, str], changes: dict[str, Any]) -> 
 
 def test_the_model_may_come_from_the_environment() -> None:
     assert parse_args([], {"MODEL_ID": "from/variable"}).model_id == "from/variable"
+
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29400",
+}
+"""What torchrun gives the second of two processes on one host."""
+BROKEN_TORCHRUN = "RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that"
+DEVICES = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+
+
+def on_one_host(size: int, **changes: Any) -> Sharding:
+    return Sharding(size=size, ranks=tuple(range(size)), local_size=size, **changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "environ", "sharding"),
+    [
+        # TGI's six rows, each with and without devices where that makes a difference; what it refuses is further down.
+        ("", {}, Sharding()),
+        ("", DEVICES, on_one_host(3)),
+        ("--num-shard 2", {}, on_one_host(2)),
+        ("--num-shard 2", DEVICES, on_one_host(2)),
+        ("--sharded true", DEVICES, on_one_host(3)),
+        ("--sharded true --num-shard 2", {}, on_one_host(2)),
+        ("--sharded false", DEVICES, Sharding()),
+        ("--sharded false --num-shard 2", {}, on_one_host(2)),
+        ("", {"SHARDED": "true", "NUM_SHARD": "2"}, on_one_host(2)),
+        ("--num-shard 2", {"NUM_SHARD": "4"}, on_one_host(2)),
+        # What counts as a visible device.
+        ("", {"CUDA_VISIBLE_DEVICES": "GPU-8f6"}, Sharding()),
+        ("", {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "0,1,2"}, on_one_host(2)),
+        ("", {"NVIDIA_VISIBLE_DEVICES": "0,1,2", "ZE_AFFINITY_MASK": "0"}, on_one_host(3)),
+        ("", {"ZE_AFFINITY_MASK": "0,1"}, on_one_host(2)),
+        ("", {"CUDA_VISIBLE_DEVICES": ""}, Sharding()),
+        # Where they meet.
+        ("--num-shard 2 --master-port 29501", {}, on_one_host(2, port=29501)),
+        ("--num-shard 2 --master-addr ::1 --master-port 0", {}, on_one_host(2, address="::1")),
+        ("--num-shard 2", {"MASTER_ADDR": "h", "MASTER_PORT": "7"}, on_one_host(2, address="h", port=7)),
+        # Several hosts: the same command but for --node-rank.
+        (
+            "--num-shard 4 --nnodes 2 --master-addr h",
+            {},
+            Sharding(size=4, num_hosts=2, ranks=(0, 1), local_size=2, address="h", port=29500),
+        ),
+        (
+            "--num-shard 4 --nnodes 2 --node-rank 1 --master-addr h --master-port 7",
+            {},
+            Sharding(size=4, num_hosts=2, ranks=(2, 3), local_size=2, address="h", port=7),
+        ),
+        (
+            "",
+            {"NUM_SHARD": "3", "NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "h"},
+            Sharding(size=3, num_hosts=3, ranks=(2,), local_size=1, address="h", port=29500),
+        ),
+        (
+            "--num-shard 2 --nnodes 1 --node-rank 0",
+            {},
+            on_one_host(2),
+        ),
+        # torchrun's variables: this launcher is one rank.
+        (
+            "",
+            TORCHRUN,
+            Sharding(
+                size=2,
+                ranks=(1,),
+                first_local_rank=1,
+                local_size=2,
+                address="10.0.0.1",
+                port=29400,
+                is_torchrun=True,
+            ),
+        ),
+        (
+            "--num-shard 4",
+            {**TORCHRUN, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
+            Sharding(size=4, num_hosts=2, ranks=(2,), local_size=2, address="10.0.0.1", port=29400, is_torchrun=True),
+        ),
+        (
+            "--sharded false",
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"},
+            Sharding(port=1, is_torchrun=True),
+        ),
+        ("--sharded true", TORCHRUN, parse_args(["--model-id", "m"], TORCHRUN).sharding),
+        ("", {"RANK": "1"}, Sharding()),
+        ("--num-shard 2", {"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, on_one_host(2)),
+    ],
+)
+def test_shards(line: str, environ: dict[str, str], sharding: Sharding) -> None:
+    args = parse(line, **environ)
+    assert dataclasses.replace(args, echo=DEFAULTS.echo) == dataclasses.replace(DEFAULTS, sharding=sharding)
+
+
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"])
+@pytest.mark.parametrize("text", ["all", "void"])
+def test_all_devices_are_counted(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.args, "_num_nvidia_devices", lambda: 4)
+    assert parse("", **{name: text}).sharding == on_one_host(4)
 
 
 MISSING_MODEL = "--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct"
@@ -229,6 +337,13 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         ("--payload-limit 2MB", {}, "argument --payload-limit: invalid positive integer value: '2MB'"),
         ("--sharded yes", {}, "argument --sharded: invalid boolean value: 'yes'"),
         ("--num-shard two", {}, "argument --num-shard: invalid count value: 'two'"),
+        ("--nnodes 0", {}, "argument --nnodes: invalid positive integer value: '0'"),
+        ("--node-rank -1", {}, "argument --node-rank: invalid count value: '-1'"),
+        ("--master-port 65536", {}, "argument --master-port: invalid port value: '65536'"),
+        ("--shard-timeout 0", {}, "argument --shard-timeout: invalid positive integer value: '0'"),
+        ("", {"SHARD_TIMEOUT": "soon"}, "variable SHARD_TIMEOUT: invalid positive integer value: 'soon'"),
+        ("", {**TORCHRUN, "RANK": "one"}, "variable RANK: invalid count value: 'one'"),
+        ("", {**TORCHRUN, "WORLD_SIZE": "0"}, "variable WORLD_SIZE: invalid positive integer value: '0'"),
         ("--cuda-graphs 1,x", {}, "argument --cuda-graphs: invalid list of integers value: '1,x'"),
         ("--cuda-memory-fraction 0", {}, "argument --cuda-memory-fraction: invalid fraction value: '0'"),
         ("--cuda-memory-fraction 1.1", {}, "argument --cuda-memory-fraction: invalid fraction value: '1.1'"),
@@ -298,7 +413,6 @@ QUANTIZE_WE_HAVE = (
     "is not supported: serve a checkpoint in another format; "
     "awq, compressed-tensors, eetq, gptq, int4, int8 are supported"
 )
-NO_SHARDS = "is not supported: one device serves the model, start with --num-shard 1"
 NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
 
 
@@ -313,18 +427,35 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
             {},
             "Only 1 can be set between dtype and quantize, as they both decide how goes the final model.",
         ),
-        ("--num-shard 2", {}, f"--num-shard {NO_SHARDS}"),
-        ("", {"NUM_SHARD": "4"}, f"the variable NUM_SHARD {NO_SHARDS}"),
         ("--num-shard 0", {}, "`num_shard` cannot be < 1"),
         ("--sharded true --num-shard 1", {}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {"NUM_SHARD": "1"}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {}, "`sharded` is true but only found 0 CUDA devices"),
         ("--sharded true", {"CUDA_VISIBLE_DEVICES": "0"}, "`sharded` is true but only found 1 CUDA devices"),
+        ("--sharded true", {"ZE_AFFINITY_MASK": "0"}, "`sharded` is true but only found 1 CUDA devices"),
+        ("--node-rank 1", {}, "--node-rank 1 must be < --nnodes 1: hosts are counted from 0"),
         (
-            "--sharded true",
-            {"CUDA_VISIBLE_DEVICES": "0,1"},
-            "--sharded is not supported: one device serves the model, start without it",
+            "--num-shard 4 --nnodes 2 --master-addr h",
+            {"NODE_RANK": "2"},
+            "--node-rank 2 must be < --nnodes 2: hosts are counted from 0",
         ),
+        ("--nnodes 2 --master-addr h", {}, "--num-shard 1 can't be spread evenly over --nnodes 2"),
+        ("--num-shard 3 --nnodes 2 --master-addr h", {}, "--num-shard 3 can't be spread evenly over --nnodes 2"),
+        (
+            "--nnodes 2 --master-addr h",
+            {"CUDA_VISIBLE_DEVICES": "0,1,2"},
+            "--num-shard 3 can't be spread evenly over --nnodes 2",
+        ),
+        (
+            "--num-shard 2 --nnodes 2",
+            {},
+            "--nnodes needs --master-addr: an address of the first host that the others can reach",
+        ),
+        ("--num-shard 3", TORCHRUN, "--num-shard 3, but torchrun starts 2: leave --num-shard out"),
+        ("--nnodes 1", TORCHRUN, "torchrun says which hosts there are: leave --nnodes out"),
+        ("--node-rank 0", TORCHRUN, "torchrun says which hosts there are: leave --node-rank out"),
+        ("", {**TORCHRUN, "RANK": "2"}, BROKEN_TORCHRUN),
+        ("", {**TORCHRUN, "MASTER_PORT": ""}, BROKEN_TORCHRUN),
         ("--speculate 2", {}, "--speculate is not supported: there is no speculation yet, start without it"),
         (
             "--num-shard 1",
@@ -402,7 +533,6 @@ def test_what_cannot_be_served(
         ("--ngrok-edge e", {}, ["--ngrok-edge has no effect: no tunnel is opened"]),
         ("", {"NGROK_AUTHTOKEN": "t"}, ["the variable NGROK_AUTHTOKEN has no effect"]),
         ("", {"CUDA_GRAPHS": "1,2"}, ["the variable CUDA_GRAPHS has no effect"]),
-        ("--master-addr h --master-port 1", {}, ["--master-addr has no effect", "--master-port has no effect"]),
         ("--otlp-endpoint http://c:4317", {}, ["--otlp-endpoint has no effect"]),
         ("--otlp-service-name s", {}, ["--otlp-service-name has no effect"]),
         ("--watermark-gamma 0.5", {}, ["--watermark-gamma has no effect"]),
@@ -421,6 +551,12 @@ def test_what_has_no_effect_is_accepted_and_told_once(line: str, environ: dict[s
         assert warning.startswith(start)
 
 
+NEEDED = {
+    "sharded": ["--num-shard", "7"],
+    "nnodes": ["--num-shard", "7", "--master-addr", "h"],
+    "node-rank": ["--num-shard", "8", "--nnodes", "8", "--master-addr", "h"],
+}
+"""What must be given beside a flag."""
 SAMPLES = {POSITIVE: "7", COUNT: "7", PORT: "7", NUMBER: "0.7", FRACTION: "0.7", FACTOR: "7", BOOLEAN: "true"}
 
 
@@ -428,18 +564,22 @@ SAMPLES = {POSITIVE: "7", COUNT: "7", PORT: "7", NUMBER: "0.7", FRACTION: "0.7",
 def test_every_flag_and_its_twin_do_the_same(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
     text = flag.choices[-1] if flag.choices else SAMPLES.get(flag.value, "7")
     line = f"--{flag.name}" if flag.is_switch else f"--{flag.name} {text}"
-    model = [] if flag.name == "model-id" else ["--model-id", "m"]
-    by_flag = outcome([*model, *line.split()], {}, capsys)
+    others = [] if flag.name == "model-id" else ["--model-id", "m", *NEEDED.get(flag.name, [])]
+    by_flag = outcome([*others, *line.split()], {}, capsys)
     if not flag.has_variable:
         return
-    by_variable = outcome(model, {flag.variable: "true" if flag.is_switch else text}, capsys)
+    environ = {flag.variable: "true" if flag.is_switch else text}
+    by_variable = outcome(others, environ, capsys)
     assert by_flag[0] == by_variable[0]
     assert by_flag[1].replace(f"--{flag.name}", "X", 1) == by_variable[1].replace(f"the variable {flag.variable}", "X")
     assert by_flag[0] == (1 if flag.effect is Effect.REFUSED or text in flag.refused_choices else 0)
+    if flag.effect is Effect.SERVED and by_flag[0] == 0:
+        values = [parse_args([*others, *line.split()], {}), parse_args(others, environ)]
+        assert len({dataclasses.replace(args, echo="") for args in values}) == 1
 
 
 def test_every_flag_of_tgi_is_known() -> None:
-    """The names in TGI 3.3.6's `launcher/src/main.rs`; and two of ours."""
+    """The names in TGI 3.3.6's `launcher/src/main.rs`; and ours."""
     tgi = """model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype
         trust-remote-code max-concurrent-requests max-best-of max-stop-sequences max-top-n-tokens max-input-tokens
         max-input-length max-total-tokens waiting-served-ratio max-batch-prefill-tokens max-batch-total-tokens
@@ -449,13 +589,15 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), "strict-tgi", "quantize-head"])
+    ours = "strict-tgi quantize-head nnodes node-rank shard-timeout"
+    assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
 def test_the_table_is_honest() -> None:
-    fields = {field.name for field in dataclasses.fields(LauncherArgs)} - {"warnings", "echo"}
+    fields = {field.name for field in dataclasses.fields(LauncherArgs)} - {"warnings", "echo", "sharding"}
     served = {flag.attribute for flag in FLAGS if flag.effect is Effect.SERVED} - {"max_input_length"}
-    assert fields == served | {row.attribute for row in VARIABLES if row.is_ours}
+    ours = {row.attribute for row in VARIABLES if row.is_ours}
+    assert fields == (served | ours) - set(SETTLED) and (served | ours) >= set(SETTLED)
     for flag in FLAGS:
         assert bool(flag.reason) == (flag.effect is not Effect.SERVED or bool(flag.refused_choices)), flag.name
         assert not (flag.choices and flag.default) or flag.default in flag.choices

@@ -122,6 +122,7 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
         "NUMBA_NUM_THREADS": "2",
         "GOMP_SPINCOUNT": "4000",
         "THP_MEM_ALLOC_ENABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
 

@@ -22,6 +22,7 @@ from engine.types import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Goodbye,
     SamplingParams,
     StepOutput,
     TokenEvent,
@@ -222,11 +223,19 @@ def test_the_peers_end_raises_on_receive(pair: tuple[EngineEndpoint, socket.sock
         endpoint.receive(1.0)
 
 
-def test_the_peers_end_raises_on_send(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+@pytest.mark.parametrize("is_sending", [False, True])
+def test_what_the_peer_said_last_is_received_before_its_end(
+    pair: tuple[EngineEndpoint, socket.socket], is_sending: bool
+) -> None:
     endpoint, peer = pair
+    peer.sendall(encode_frame(Goodbye()))
     peer.close()
-    with pytest.raises(EOFError, match="the HTTP process closed its socket"):
+    if is_sending:
         endpoint.send(step_output())
+    assert endpoint.receive(1.0) == [Goodbye()]
+    for _ in range(2):
+        with pytest.raises(EOFError, match="the HTTP process closed its socket"):
+            endpoint.receive(1.0)
 
 
 def test_a_process_ends_with_its_lifeline() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 
 import pytest
 
-from server.launcher import LaunchError, bind, snapshot_commit
+from server.args import Sharding
+from server.launcher import LaunchError, bind, meeting_point, resolved, snapshot_commit
+
+TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,63 @@ def test_a_busy_port_is_refused_with_the_mend() -> None:
         busy.listen()
         with pytest.raises(LaunchError, match="Address already in use.*give another --port"):
             bind("127.0.0.1", busy.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "::1"), ("[::1]", "::1")]
+)
+def test_the_ranks_meet_at_the_address_given_and_nowhere_else(given: str, address: str) -> None:
+    with meeting_point(dataclasses.replace(TWO, address=given)) as listener:
+        assert listener is not None
+        host, port = listener.getsockname()[:2]
+        assert host == address
+        with socket.socket(listener.family) as client:
+            assert client.connect_ex((address, port)) == 0, "a rank that is there early need not try again"
+    with socket.socket(listener.family) as client:
+        assert client.connect_ex((address, port)) != 0
+
+
+def test_a_meeting_port_that_was_given_is_taken_and_the_mend_told_where_it_is_busy() -> None:
+    with meeting_point(TWO) as first:
+        assert first is not None
+        port = first.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"meet on 127.0.0.1:{port} .Address already in use.*another --master-p"):
+            with meeting_point(dataclasses.replace(TWO, port=port)):
+                pytest.fail("one port for two servers")
+    with meeting_point(dataclasses.replace(TWO, port=port)) as second:
+        assert second is not None and second.getsockname()[1] == port
+
+
+def test_an_address_of_another_host_is_no_meeting_point() -> None:
+    with pytest.raises(LaunchError, match="meet on 192.0.2.1:0 .*give another --master-addr"):
+        with meeting_point(dataclasses.replace(TWO, address="192.0.2.1")):
+            pytest.fail("nobody has that address")
+
+
+def test_a_name_that_means_no_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_nothing(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", find_nothing)
+    with pytest.raises(LaunchError) as caught:
+        resolved("first-host")
+    assert str(caught.value) == (
+        "--master-addr first-host can't be resolved (Name or service not known): give an IP address"
+    )
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        Sharding(),
+        Sharding(size=4, num_hosts=2, ranks=(2, 3), local_size=2, address="192.0.2.1", port=29500),
+        dataclasses.replace(TWO, ranks=(0,), port=29500, is_torchrun=True),
+    ],
+    ids=["one shard", "another host", "torchrun"],
+)
+def test_who_does_not_hold_the_meeting_binds_nothing(sharding: Sharding) -> None:
+    with meeting_point(sharding) as listener:
+        assert listener is None
 
 
 def test_only_a_folder_of_the_hub_has_a_commit() -> None:
