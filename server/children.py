@@ -204,13 +204,16 @@ def follow_first_host(engines: Sequence[Child], signals: Signals, drain_s: float
     After a signal the first host may still let its requests end, if it was stopped as well: it is waited for so long.
     """
     if signals.count:
+        for engine in engines:
+            engine.process.terminate()  # heeded by those that don't serve yet
         logger.info("Waiting for the first host to end, at most %g s; a second signal ends this one at once", drain_s)
     deadline = time.monotonic() + (drain_s + LAST_EVENTS_TIMEOUT_S if signals.count else STOP_TIMEOUT_S)
     while time.monotonic() < deadline and signals.count < 2:
         codes = [engine.exit_code for engine in engines]
-        if all(code == 0 for code in codes):
+        orderly = (0, -signal.SIGTERM) if signals.count else (0,)
+        if all(code in orderly for code in codes):
             return True
-        if any(code not in (None, 0) for code in codes):
+        if any(code not in (None, *orderly) for code in codes):
             return False
         time.sleep(POLL_S)
     if not signals.count:
