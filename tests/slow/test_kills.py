@@ -17,6 +17,8 @@ import pytest
 from tests.e2e.launched import LaunchedServer, launched
 
 NUM_KILLS = 30
+NUM_RANK_KILLS = 10
+"""Of each rank."""
 NUM_CLIENTS = 6
 DEADLINE_S = 10.0
 SEED = 3
@@ -79,6 +81,64 @@ def test_kills_at_random_moments(victim: str, tiny_model_dir: Path, tmp_path: Pa
     assert not list(temporary.iterdir()), "a socket or another file is left"
     assert shared_memory() <= before
     print(f"{NUM_KILLS} kills of the {victim}: all gone after {longest_s:.1f} s at most")
+
+
+@pytest.mark.timeout(1200)
+def test_kills_of_ranks_and_others_at_random_moments(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Two shards: half of the kills hit a rank, the others the webserver or the launcher."""
+    chance = random.Random(SEED)
+    before = shared_memory()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    victims = [*["rank 0", "rank 1"] * NUM_RANK_KILLS, *["server", "launcher"] * (NUM_RANK_KILLS // 2)]
+    chance.shuffle(victims)
+    longest_s = dict.fromkeys(victims, 0.0)
+    for victim in victims:
+        with launched(tiny_model_dir, tmp_path, "--num-shard", "2", environ={"TMPDIR": str(temporary)}) as server:
+            processes = psutil.Process(server.process.pid).children(recursive=True)
+            assert len(processes) == 3
+            with load(server):
+                time.sleep(chance.uniform(0.0, 1.0))
+                killed = time.monotonic()
+                kill(server, victim)
+                code = server.wait_for_end(DEADLINE_S)
+                wait_until_gone(processes, killed)
+                longest_s[victim] = max(longest_s[victim], time.monotonic() - killed)
+            if victim != "launcher":
+                name = "webserver" if victim == "server" else f"engine {victim}"
+                assert code == 1
+                assert f"{name} was killed by SIGKILL" in server.log.splitlines()[-1]
+            assert "Traceback" not in server.log
+    assert not list(temporary.iterdir()), "a socket or another file is left"
+    assert shared_memory() <= before
+    print(
+        f"{len(victims)} kills: all gone after", {victim: f"{seconds:.1f} s" for victim, seconds in longest_s.items()}
+    )
+
+
+def kill(server: LaunchedServer, victim: str) -> None:
+    if victim == "launcher":
+        server.process.kill()
+    elif victim == "server":
+        server.child(victim).kill()
+    else:
+        server.rank(int(victim.removeprefix("rank "))).kill()
+
+
+@pytest.mark.timeout(600)
+def test_kills_of_ranks_while_starting(tiny_model_dir: Path, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    for rank in [0, 1] * (NUM_RANK_KILLS // 2):
+        with launched(tiny_model_dir, tmp_path, "--num-shard", "2", is_awaited=False) as server:
+            server.wait_for_log("Starting Webserver")
+            while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 3:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 3.0))
+            killed = time.monotonic()
+            server.rank(rank).kill()
+            assert server.wait_for_end(DEADLINE_S) == 1
+            wait_until_gone(processes, killed)
+            assert f"engine rank {rank} was killed by SIGKILL" in server.log.splitlines()[-1]
 
 
 @pytest.mark.timeout(600)
