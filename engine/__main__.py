@@ -58,6 +58,7 @@ def serve(config: EngineConfig) -> int:
     ranks = Ranks(meeting, config.shard_timeout_s)
     try:
         if world.rank == 0:
+            signal.signal(signal.SIGTERM, lambda number, frame: break_off(ranks))
             lead(config, ranks)
         follower = start_follower(config, ranks)
         ignore_signals()
@@ -98,6 +99,13 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
         else:
             ranks.tell(str(error))
         raise
+
+
+def break_off(ranks: Ranks) -> NoReturn:
+    """End while starting: a follower that is ready already would take it for a failure."""
+    ranks.end()
+    logging.shutdown()
+    os._exit(0)
 
 
 def ignore_signals() -> None:
