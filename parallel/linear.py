@@ -158,8 +158,8 @@ class RowParallelLinear(_Matrices):
 
     - Where the stored groups of inputs are scattered (GPTQ act-order) no share of the inputs has whole groups. This is
       found out while loading.
-    - Where kernels round activations a last bit decides now and then which way, and what follows differs by the size
-      of a rounding, 10,000 times as much.
+    - In a model whose kernels round activations a last bit decides now and then which way, and what follows differs by
+      the size of a rounding, 10,000 times as much.
     """
 
     def __init__(

@@ -44,10 +44,9 @@ class Quantization:
         """`quant.base.Kernels` for this model."""
         return running_weight(packed, is_exact=self.is_exact)
 
-    def is_rounding(self, module: str, device_type: str) -> bool:
-        """Whether the matrix's kernel rounds the activations that it meets."""
-        is_dense = self.method_for(module) is self.dense
-        return not self.is_exact and not is_dense and rounding_instructions(device_type) is not None
+    def is_rounding(self, device_type: str) -> bool:
+        """Whether some kernels of the model round the activations that they meet."""
+        return not self.is_exact and rounding_instructions(device_type) is not None
 
     def method_for(self, module: str) -> LinearMethod:
         """`module` is the checkpoint's name, `model.layers.0.mlp.up_proj`."""

@@ -85,7 +85,7 @@ class Qwen2Layer:
             return quantization.method_for(f"{name}.{module}")
 
         def row_parallel(inputs: Sequence[slice], module: str) -> RowParallelLinear:
-            is_rounding = quantization.is_rounding(f"{name}.{module}", context.device.type)
+            is_rounding = quantization.is_rounding(context.device.type)
             return RowParallelLinear(inputs, hidden, method=method(module), is_gathered=is_rounding, **shared)
 
         shared: dict[str, Any] = {"kernels": quantization.run, "parallel": context.parallel}

@@ -29,7 +29,7 @@ LAYER = "model.layers.1"
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.start, "detect_device", lambda: KERNELS)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: KERNELS)
 
 
 @pytest.fixture
