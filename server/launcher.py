@@ -243,7 +243,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         model_sha=snapshot_commit(model_path),
         listen_fd=listener.fileno(),
         engine_fd=http_end.fileno(),
-        engine_silence_s=max(ENGINE_SILENCE_S, args.shard_timeout + ENGINE_SILENCE_MARGIN_S),
+        engine_silence_s=engine_silence_s(args),
         max_concurrent_requests=args.max_concurrent_requests,
         max_best_of=args.max_best_of,
         max_stop_sequences=args.max_stop_sequences,
@@ -269,6 +269,12 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.
         environ={"MALLOC_ARENA_MAX": "2"},
     )
+
+
+def engine_silence_s(args: LauncherArgs) -> float:
+    if args.sharding.size == 1:
+        return ENGINE_SILENCE_S
+    return max(ENGINE_SILENCE_S, args.shard_timeout + ENGINE_SILENCE_MARGIN_S)
 
 
 def snapshot_commit(model_path: str) -> str | None:
