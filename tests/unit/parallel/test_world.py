@@ -283,7 +283,7 @@ def test_ranks_of_one_host_share_memory(three: Ranks) -> None:
     meetings = three.meet()
 
     def run(meeting: Meeting) -> tuple[SharedMemoryCollectives, list[float]]:
-        collectives = make_collectives(meeting, "cpu", 1)
+        collectives = make_collectives(meeting, torch.device("cpu"), 1)
         assert isinstance(collectives, SharedMemoryCollectives)
         return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**meeting.world.rank])).tolist()
 
