@@ -11,20 +11,24 @@ import ctypes
 import dataclasses
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 
+from tests.e2e.documents import read_blocks
 from tests.e2e.launched import STOP_TIMEOUT_S, LaunchedServer
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "deployment.md"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+"""The first is the document's."""
 CLONE_NEWNET = 0x40000000
 
 
@@ -112,15 +116,27 @@ class HostServer(LaunchedServer):
         self.launcher.send_signal(signal.SIGTERM)
 
 
+def pairs(flags: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flags[::2], flags[1::2], strict=True))
+
+
+def documented_flags(host: int, changes: Mapping[str, str]) -> list[str]:
+    """The flags of the command that docs/deployment.md has for this host, with some values changed or added."""
+    blocks = read_blocks(DOCUMENT.read_text(), DOCUMENT.name)
+    texts = [block.text.replace("\\\n", " ") for block in blocks if block.text.startswith("text-generation-launcher ")]
+    (command,) = [text for text in texts if f"--node-rank {host} " in text]
+    return [part for pair in {**pairs(shlex.split(command)[1:]), **changes}.items() for part in pair]
+
+
 @contextlib.contextmanager
 def launched_on(hosts: Hosts, host: int, model: Path, log_dir: Path, *flags: str) -> Iterator[HostServer]:
-    """Start a launcher on one of the hosts; at the end of the block nothing of it is left, whatever happened."""
+    """Run the documented command on one of the hosts; at the end of the block nothing of it is left."""
     log_path = log_dir / f"host-{host}-{len(list(log_dir.iterdir()))}.log"
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "ip", "netns", "exec", hosts.names[host]]
-    command += [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(model), "--port", "8080"]
-    command += ["--nnodes", "2", "--node-rank", str(host), "--master-addr", ADDRESSES[0], "--master-port", "29500"]
+    command += [sys.executable, "-P", "-m", "server.launcher"]
+    command += documented_flags(host, {"--model-id": str(model), "--hostname": ADDRESSES[0], **pairs(flags)})
     with log_path.open("wb") as log:
-        process = subprocess.Popen([*command, "--hostname", ADDRESSES[0], *flags], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     server = HostServer(process, 8080, log_path, ADDRESSES[0])
     try:
         yield server

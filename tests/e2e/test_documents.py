@@ -29,6 +29,10 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*
 BLOCKS = [block for path in sorted(DOCUMENTS) for block in read_blocks(path.read_text(), str(path.relative_to(ROOT)))]
 COMMANDS = [block for block in BLOCKS if block.language in COMMAND_LANGUAGES]
 
+DOCKER = "docker run --gpus all --shm-size 1g -p 8080:80 -v $PWD/data:/data pytgi \\"
+TWO_HOSTS = "text-generation-launcher --model-id Qwen/Qwen2-7B-Instruct --port 8080 \\"
+HOST_NETWORK = "docker run --gpus all --shm-size 1g --network host -v $PWD/data:/data -e PORT=8080 pytgi \\"
+TORCHRUN = "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.77.0.1 --master-port 29500 \\"
 NOT_RUN = {
     ("README.md", "make test"): "runs all tests, this one too",
     (
@@ -38,6 +42,10 @@ NOT_RUN = {
     ("docs/install.md", "pip wheel --wheel-dir wheelhouse -c constraints.txt torch==2.13.0 ."): "as above",
     ("docs/install.md", "conda create -n pytgi -c conda-forge python=3.11 libgomp"): "no conda and no channels here",
     ("docs/install.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
+    ("docs/deployment.md", DOCKER): "no Docker engine here",
+    ("docs/deployment.md", TWO_HOSTS): "both are run by test_two_hosts.py",
+    ("docs/deployment.md", HOST_NETWORK): "no Docker engine here",
+    ("docs/deployment.md", TORCHRUN): "needs two hosts; test_shards.py runs torchrun on one",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }
 """Commands without a marker, by document and first line, and why they are not run here."""

@@ -124,8 +124,7 @@ def test_a_killed_rank_ends_everything_and_is_named(model: Path, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("is_nothing_left")
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("is_busy", [True, False], ids=["busy", "idle"])
+@pytest.mark.parametrize(("rank", "is_busy"), [(0, True), (1, True), (1, False)])
 def test_a_rank_that_hangs_ends_everything_and_is_named(model: Path, tmp_path: Path, rank: int, is_busy: bool) -> None:
     with launched(model, tmp_path, *TWO, "--shard-timeout", "3") as server, ThreadPoolExecutor(1) as pool:
         processes = processes_of(server)
