@@ -67,8 +67,9 @@ def with_small_sums(plain: Collectives, rank: int, device: torch.device, make: C
         x = torch.randn(size, generator=generator).to(device, dtype)
         expected = plain.all_reduce(x.clone())  # on every rank, whatever it has found so far
         if fast is not None and not torch.allclose(fast(x), expected, rtol=TOLERANCE, atol=TOLERANCE):
+            if not is_wrong:
+                problem = f"sums of {size} {dtype} differ from those of {plain.name}"
             is_wrong.fill_(1)
-            problem = f"sums of {size} {dtype} differ from those of {plain.name}"
     if plain.all_reduce(is_wrong).item() > 0 or fast is None:
         logger.warning("Small sums don't go through symmetric memory: %s", problem)
         return plain

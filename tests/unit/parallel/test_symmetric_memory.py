@@ -1,0 +1,71 @@
+"""Small sums through symmetric memory are used only where they are NCCL's, on every rank. Threads stand in for GPUs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from parallel.state import Collectives, ParallelState
+from parallel.symmetric_memory import MOST_BYTES, SmallSums, Sum, with_small_sums
+from tests.unit.parallel.threads import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def sum_of(parallel: ParallelState, calls: list[int], wrong_from: int = 1 << 30) -> Sum:
+    """A one-shot sum that notes its sizes, and is wrong for `wrong_from` numbers and more."""
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.numel())
+        summed = parallel.all_reduce(x.clone())
+        return summed + 1 if x.numel() >= wrong_from else summed
+
+    return add
+
+
+def collectives_of(parallel: ParallelState) -> Collectives:
+    assert parallel.collectives is not None
+    return parallel.collectives
+
+
+def test_right_sums_are_used_up_to_their_size() -> None:
+    def work(parallel: ParallelState) -> tuple[list[float], list[int]]:
+        calls: list[int] = []
+        made = with_small_sums(collectives_of(parallel), parallel.rank, CPU, lambda: sum_of(parallel, calls))
+        assert isinstance(made, SmallSums)
+        calls.clear()
+        small = made.all_reduce(torch.full((2, 3), 1.0 + parallel.rank))
+        large = made.all_reduce(torch.ones(MOST_BYTES // 4 + 1))
+        assert made.all_gather(torch.ones(1, 1), [1, 1]).tolist() == [[1.0, 1.0]]
+        return [float(small.mean()), float(large.mean())], calls
+
+    assert run_ranks(2, work) == [([3.0, 2.0], [6])] * 2
+
+
+@pytest.mark.parametrize("wrong_from", [1, 896, 8192])
+def test_wrong_sums_of_one_rank_are_used_by_nobody(wrong_from: int, caplog: pytest.LogCaptureFixture) -> None:
+    def work(parallel: ParallelState) -> bool:
+        make = sum_of(parallel, [], wrong_from if parallel.rank else 1 << 30)
+        plain = collectives_of(parallel)
+        return with_small_sums(plain, parallel.rank, CPU, lambda: make) is plain
+
+    with caplog.at_level(logging.WARNING):
+        assert run_ranks(2, work) == [True, True]
+    assert any(f"sums of {max(wrong_from, 8)} torch.bfloat16 differ" in text for text in caplog.messages)
+
+
+def test_gpus_that_cannot_reach_each_other_keep_the_plain_sums(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> Sum:
+        raise RuntimeError("no peer access\nlong explanation")
+
+    def work(parallel: ParallelState) -> bool:
+        make: Callable[[], Sum] = fail
+        plain = collectives_of(parallel)
+        return with_small_sums(plain, parallel.rank, CPU, make) is plain
+
+    with caplog.at_level(logging.WARNING):
+        assert run_ranks(2, work) == [True, True]
+    assert caplog.messages == ["Small sums don't go through symmetric memory: no peer access"] * 2
