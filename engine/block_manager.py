@@ -63,17 +63,31 @@ class BlockManager:
         self._extend(sequence, num_new)
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Make room for the newest token; False (and no change) if no block is free."""
-        num_missing = self.num_missing_blocks(sequence, sequence.num_tokens)
-        if num_missing > self.num_free_blocks:
+    def grow(self, sequence: Sequence, num_more: int = 0, *, num_spare_blocks: int = 0) -> bool:
+        """Make room for all known tokens and `num_more`; False (and no change) if too few blocks are free.
+
+        `num_spare_blocks` must stay free, unless no block is needed.
+        """
+        num_missing = self.num_missing_blocks(sequence, sequence.num_tokens + num_more)
+        if num_missing and num_missing + num_spare_blocks > self.num_free_blocks:
             return False
         self._extend(sequence, num_missing)
         return True
 
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back the blocks that no known token of `sequence` needs."""
+        needed = -(-sequence.num_tokens // self.block_size)
+        self._release(sequence.block_table[needed:])
+        del sequence.block_table[needed:]
+
     def free(self, sequence: Sequence) -> None:
         """Give all blocks of `sequence` back. The end of a prefix is reused for other things before its beginning."""
-        for block in reversed(sequence.block_table):
+        self._release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
                 self._free[block] = None
@@ -81,8 +95,6 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
                 else:
                     self.num_cached_blocks += 1
-        sequence.block_table = []
-        sequence.num_computed_tokens = 0
 
     def publish_full_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
         """Make the blocks that were filled since `num_computed_before` findable by other sequences."""

@@ -44,6 +44,8 @@ class EngineConfig:
     kv_memory_share: float = 0.8
     """Share of what is left once the weights are there that the KV cache may take."""
     is_prefix_caching: bool = True
+    max_draft_tokens: int = 0
+    """Longest draft of speculation; 0: none is made."""
     shard_timeout_s: float = 15.0
     """How long another rank may be silent, or late in a step."""
     collectives: str | None = None
@@ -192,7 +194,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
 
 KERNEL_SOURCES = (
     *("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py"),
-    *("parallel/atomics.py", "parallel/shared_memory.py"),
+    *("engine/ngram.py", "parallel/atomics.py", "parallel/shared_memory.py"),
 )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from engine.ipc import EngineEndpoint
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
+from engine.step_costs import StepCosts
 from engine.step_limit import StepLimit
 from engine.types import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, TokenEvent
 
@@ -36,7 +37,16 @@ class Sample(Protocol):
 class EngineCore:
     """Schedule, run, sample, update; and the requests that come and go between steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, sample: Sample, limit: StepLimit) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        sample: Sample,
+        limit: StepLimit,
+        costs: StepCosts | None = None,
+    ) -> None:
+        """`costs`: what the scheduler's speculation goes by, kept true here."""
+        self._costs = costs
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
@@ -49,11 +59,14 @@ class EngineCore:
         started = time.monotonic()
         batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
         logits = self._runner.execute(batch)
-        sequences = batch.sampled
-        sampling = [sequence.request.sampling for sequence in sequences]
-        sampled = self._sample(logits, sampling, [sequence.num_output_tokens for sequence in sequences])
+        sampling = [sequence.request.sampling for sequence in batch.sampled]
+        sampled = self._sample(logits, sampling, batch.sampled_positions)
+        is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
         events = self.scheduler.update(batch, sampled)
-        self._limit.observe(batch.num_tokens, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._limit.observe(batch.num_tokens, seconds)
+        if self._costs is not None and is_decoding:
+            self._costs.observe(batch.num_tokens, seconds)
         return events
 
     def take(self, message: Down) -> None:

@@ -131,7 +131,7 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     prompt_lens: list[int]
     """Of each sequence."""
     logits_indices: list[int]
-    """Rows of the tokens that get a successor."""
+    """Rows of the tokens whose successor is chosen: a sequence's last known one, and its draft."""
 
 
 class ModelRunner:
@@ -197,22 +197,27 @@ class ModelRunner:
         input_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
-            first = sequence.num_computed_tokens
-            input_ids += sequence.token_ids[first : first + count]
+        counts: list[int] = []
+        logits_indices: list[int] = []
+        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
+        for sequence, num_known, draft, is_completing in rows:
+            first, count = sequence.num_computed_tokens, num_known + len(draft)
+            input_ids += sequence.token_ids[first : first + num_known] + draft
             positions += range(first, first + count)
             slots += _slots(sequence.block_table, first, count)
-        scheduled = zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
-        starts = [0, *itertools.accumulate(batch.num_scheduled_tokens)]
+            counts.append(count)
+            if is_completing:
+                logits_indices += range(len(input_ids) - 1 - len(draft), len(input_ids))
+        starts = [0, *itertools.accumulate(counts)]
         return StepInputs(
             input_ids=input_ids,
             positions=positions,
             query_start_loc=starts,
-            seq_lens=[sequence.num_computed_tokens + count for sequence, count in scheduled],
+            seq_lens=[s.num_computed_tokens + count for s, count in zip(batch.sequences, counts, strict=True)],
             block_table=_padded(sequence.block_table for sequence in batch.sequences),
             slot_mapping=slots,
             prompt_lens=[sequence.num_prompt_tokens for sequence in batch.sequences],
-            logits_indices=[end - 1 for end in itertools.compress(starts[1:], batch.is_completing)],
+            logits_indices=logits_indices,
         )
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:

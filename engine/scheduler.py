@@ -15,6 +15,7 @@ from collections.abc import Collection
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
+from engine.speculate import Speculator
 from engine.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
@@ -22,14 +23,24 @@ NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step's decision: `num_scheduled_tokens[i]` more tokens of `sequences[i]`."""
+    """One step's decision: `num_scheduled_tokens[i]` more tokens of `sequences[i]`, and after them its draft.
+
+    A draft are tokens that may follow the last one known; they are computed with it and checked. `draft_token_ids` has
+    one for each sequence, or is empty where nobody has any.
+    """
 
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
+    draft_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens)
+        return sum(self.num_scheduled_tokens) + sum(map(len, self.draft_token_ids))
+
+    @property
+    def drafts(self) -> list[list[int]]:
+        """One for each sequence."""
+        return self.draft_token_ids or [[] for _ in self.sequences]
 
     @property
     def is_completing(self) -> list[bool]:
@@ -39,13 +50,20 @@ class ScheduledBatch:
 
     @property
     def sampled(self) -> list[Sequence]:
-        """The sequences that get a next token."""
-        return list(itertools.compress(self.sequences, self.is_completing))
+        """For each row of logits its sequence: one for the next token, one more for each token of a draft."""
+        completing = itertools.compress(zip(self.sequences, self.drafts, strict=True), self.is_completing)
+        return [sequence for sequence, draft in completing for _ in range(1 + len(draft))]
+
+    @property
+    def sampled_positions(self) -> list[int]:
+        """For each row of logits which of its sequence's output tokens is chosen there."""
+        completing = itertools.compress(zip(self.sequences, self.drafts, strict=True), self.is_completing)
+        return [sequence.num_output_tokens + index for sequence, draft in completing for index in range(1 + len(draft))]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampledBatch:
-    """What the sampler made of `ScheduledBatch.sampled`, in that order."""
+    """What the sampler made of the rows of `ScheduledBatch.sampled`, in that order."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -62,8 +80,10 @@ class Scheduler:
         max_batch_tokens: int,
         eos_token_ids: Collection[int],
         max_running: int | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self._blocks = block_manager
+        self._speculator = speculator
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -95,6 +115,7 @@ class Scheduler:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
         batch = ScheduledBatch([], [])
         self._schedule_decodes(batch)
+        num_decodes = len(batch.sequences)
         budget = self._max_batch_tokens - batch.num_tokens
         if max_tokens is not None:  # some progress is always made on a prompt
             budget = min(budget, max(1, max_tokens - batch.num_tokens))
@@ -103,17 +124,38 @@ class Scheduler:
                 budget -= self._schedule_chunk(batch, sequence, budget)
         while self.waiting and budget > 0 and self._admit_first():
             budget -= self._schedule_chunk(batch, self.running[-1], budget)
+        if self._speculator is not None and num_decodes == len(batch.sequences):  # a prompt makes the step long anyway
+            batch.draft_token_ids.extend(self._draft(self._speculator, batch.sequences, budget))
         return batch
+
+    def _draft(self, speculator: Speculator, sequences: list[Sequence], budget: int) -> list[list[int]]:
+        """Drafts within the requests' limits and the free blocks: nobody is preempted for one."""
+        rooms = [sequence.request.max_new_tokens - sequence.num_output_tokens - 1 for sequence in sequences]
+        drafts = speculator.draft(sequences, rooms, budget)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            if not self._blocks.grow(sequence, len(draft), num_spare_blocks=len(self.running)):
+                del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
+        return drafts
 
     def update(self, batch: ScheduledBatch, sampled: SampledBatch) -> list[TokenEvent]:
         """Take in what a step computed; the events are what the callers see."""
-        sampled_sequences = batch.sampled
-        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+        events: list[TokenEvent] = []
+        row = 0
+        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
+        for sequence, count, draft, is_completing in list(rows):
             before = sequence.num_computed_tokens
             sequence.num_computed_tokens += count
+            of_sequence: list[TokenEvent] = []
+            if is_completing:
+                of_sequence = self._accept(sequence, draft, sampled, row)
+                row += 1 + len(draft)
             self._blocks.publish_full_blocks(sequence, before)
-        columns = zip(sampled_sequences, sampled.token_ids, sampled.logprobs, sampled.is_finite, strict=True)
-        return [self._accept(*column) for column in columns]
+            if of_sequence and of_sequence[-1].is_terminal:
+                self._remove(sequence)
+            elif draft:
+                self._blocks.shrink(sequence)
+            events += of_sequence
+        return events
 
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with `error`."""
@@ -131,6 +173,9 @@ class Scheduler:
             num_blocks=self._blocks.num_blocks,
             block_size=self._blocks.block_size,
             num_preemptions=self._num_preemptions,
+            num_draft_steps=self._speculator.num_drafts if self._speculator else 0,
+            num_drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
+            num_accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
         )
 
     def _schedule_decodes(self, batch: ScheduledBatch) -> None:
@@ -176,19 +221,27 @@ class Scheduler:
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
         return True
 
-    def _accept(self, sequence: Sequence, token_id: int, logprob: float, is_finite: bool) -> TokenEvent:
+    def _accept(self, sequence: Sequence, draft: list[int], sampled: SampledBatch, first_row: int) -> list[TokenEvent]:
+        """Take the next token, and one more for each token of the draft that was right; an error is an event alone."""
         event = TokenEvent(request_id=sequence.request.request_id)
-        if not is_finite:
-            event.error = NON_FINITE_ERROR
-        else:
-            event.token_ids, event.logprobs = [token_id], [logprob]
-            if not sequence.num_output_tokens:
-                event.queue_time_s = sequence.queue_time_s
+        if not sequence.num_output_tokens:
+            event.queue_time_s = sequence.queue_time_s
+        error = None
+        for row, guess in enumerate([*draft, None], start=first_row):
+            if not sampled.is_finite[row]:
+                error = TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)
+                break
+            token_id = sampled.token_ids[row]
+            event.token_ids.append(token_id)
+            event.logprobs.append(sampled.logprobs[row])
             sequence.token_ids.append(token_id)
             event.finish_reason = self._finish_reason(sequence)
-        if event.is_terminal:
-            self._remove(sequence)
-        return event
+            if event.finish_reason is not None or token_id != guess:
+                break
+            sequence.num_computed_tokens += 1
+        if self._speculator is not None:
+            self._speculator.observe(sequence, draft, event.token_ids)
+        return [*([event] if event.token_ids else []), *([error] if error else [])]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4)."""
@@ -200,6 +253,8 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         if sequence.block_table:
             self.running.remove(sequence)
             self._blocks.free(sequence)

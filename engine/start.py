@@ -18,12 +18,15 @@ from engine.errors import StartError
 from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.models.base import CausalLM
+from engine.ngram import propose_ngram
 from engine.ranks import Follower, Leader, Ranks
 from engine.rope import replace_rope_scaling
 from engine.runner import ALONE, BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
 from engine.sampler import SAMPLERS
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
+from engine.speculate import Speculator
+from engine.step_costs import StepCosts
 from engine.step_limit import StepLimit
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from quant.config import Quantization
@@ -32,6 +35,8 @@ from quant.kernels import rounding_instructions
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 64
+MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
+MEASUREMENTS = 3
 
 
 def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[EngineCore, EngineReady]:
@@ -46,6 +51,7 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
     num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
     is_row_invariant = _warm_up(runner, sample, step_limit, num_tokens)
+    costs = _measure_steps(runner, sample, num_tokens) if config.max_draft_tokens else None
     if ranks is not None:
         ranks.start_serving()
     is_prefix_caching = prepared.config.is_prefix_caching
@@ -54,10 +60,11 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         max_batch_tokens=limits.max_batch_prefill_tokens,
         eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
         max_running=config.max_batch_size,
+        speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
     )
     _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=loaded.model.vocab_size)
-    return EngineCore(scheduler, runner, sample, step_limit), ready
+    return EngineCore(scheduler, runner, sample, step_limit, costs), ready
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
@@ -204,6 +211,29 @@ def _warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) 
     return all(torch.equal(results[0], other) for other in results[1:])
 
 
+def _measure_steps(runner: Runner, sample: Sample, most: int) -> StepCosts:
+    """Seconds of steps of a few rows each, `most` at most: the quickest of some, as others only disturb."""
+    started = time.monotonic()
+    request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=most)
+    sequence = Sequence(request, arrival_time=started)
+    sequence.block_table = list(range(-(-most // BLOCK_SIZE)))
+    seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= most}
+    for _ in range(MEASUREMENTS):
+        for rows, measured in seconds.items():
+            batch = ScheduledBatch([sequence], [1], [[0] * (rows - 1)])
+            step_started = time.monotonic()
+            sample(runner.execute(batch), [SamplingParams()] * rows, list(range(rows)))
+            measured.append(time.monotonic() - step_started)
+    # No count is dearer than a larger one: what looks so was disturbed each time.
+    quickest = {rows: min(min(seconds[more]) for more in seconds if more >= rows) for rows in seconds}
+    logger.info(
+        "Steps by rows: %s (measured in %.1f s)",
+        ", ".join(f"{rows}: {value * 1000:.1f} ms" for rows, value in quickest.items()),
+        time.monotonic() - started,
+    )
+    return StepCosts(quickest)
+
+
 def _log_summary(prepared: _Prepared, ranks: Ranks | None, *, is_row_invariant: bool) -> None:
     config, limits, device, loaded = prepared.config, prepared.limits, prepared.device, prepared.loaded
     kv_dtype = prepared.kv_dtype
@@ -230,6 +260,8 @@ def _log_summary(prepared: _Prepared, ranks: Ranks | None, *, is_row_invariant: 
         limits.max_total_tokens,
         limits.max_batch_prefill_tokens,
     )
+    if config.max_draft_tokens:
+        logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
     rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
     if rounding is not None:

@@ -90,6 +90,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 0
     num_preemptions: int = 0
     """Since the start: sequences that had to give their blocks back and wait again."""
+    num_draft_steps: int = 0
+    """Since the start: how often a sequence had a draft in a step."""
+    num_drafted_tokens: int = 0
+    """Since the start: tokens that speculation guessed and steps checked."""
+    num_accepted_tokens: int = 0
+    """Of those, the ones that were right."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -57,6 +57,7 @@ class LauncherArgs:
     quantize_head: str | None
     rope_scaling: str | None
     rope_factor: float | None
+    speculate: int
     sharding: Sharding
     shard_timeout: int
     huggingface_hub_cache: str | None
@@ -213,6 +214,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     served["cors_allow_origin"] = tuple(served["cors_allow_origin"] or ())
     old_name = served.pop("max_input_length")
     served["max_input_tokens"] = served["max_input_tokens"] or old_name
+    served["speculate"] = _draft_length(served["speculate"], served.pop("speculative_decoding"))
     for name in SETTLED:
         del served[name]
     return LauncherArgs(**served, sharding=sharding, echo=_echo(given, sources), warnings=tuple(warnings))
@@ -321,6 +323,12 @@ def _of_torchrun(given: Mapping[str, Any], variables: Mapping[str, Any], address
         port=port,
         is_torchrun=True,
     )
+
+
+def _draft_length(name: int | None, other_name: int | None) -> int:
+    if name is not None and other_name is not None and name != other_name:
+        raise ArgumentError(f"--speculate {name} and --speculative-decoding {other_name}: give one of them")
+    return name or other_name or 0
 
 
 def _num_shards(given: Mapping[str, Any], environ: Mapping[str, str]) -> int:

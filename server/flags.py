@@ -39,6 +39,9 @@ LARGEST = 2**63 - 1
 """As large as TGI's own parser takes, and as every library takes."""
 
 
+MOST_DRAFT_TOKENS = 32
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
@@ -47,6 +50,14 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _draft_length(text: str) -> int:
+    """More would make steps longer than any draft is right."""
+    value = int(text)
+    if not 0 <= value <= MOST_DRAFT_TOKENS:
+        raise ValueError(text)
+    return value
 
 
 def _port(text: str) -> int:
@@ -114,6 +125,7 @@ def _first_integer(text: str) -> int:
 TEXT = Value(name="text", parse=str)
 PATH = Value(name="path", parse=str)
 COUNT = Value(name="count", parse=_at_least(0))
+DRAFT = Value(name="draft length", parse=_draft_length)
 POSITIVE = Value(name="positive integer", parse=_at_least(1))
 PORT = Value(name="port", parse=_port)
 NUMBER = Value(name="number", parse=_number)
@@ -238,12 +250,11 @@ MODEL = (
     ),
     Flag(
         name="speculate",
-        help="Draft tokens per step",
-        value=COUNT,
-        effect=Effect.REFUSED,
-        harmless=(0,),
-        reason="there is no speculation yet, start without it",
+        help="Longest draft of n-gram speculation: up to so many tokens are guessed and checked in one step when that "
+        "pays; the output stays the same (default: 0, none)",
+        value=DRAFT,
     ),
+    Flag(name="speculative-decoding", help="Other name of --speculate, in Qwen's documents", value=DRAFT),
     Flag(
         name="kv-cache-dtype",
         help="Type of cached keys and values",

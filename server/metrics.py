@@ -16,4 +16,10 @@ def render_metrics(stats: EngineStats) -> str:
         "pytgi_kv_blocks_total": stats.num_blocks,
     }
     text = "".join(f"# TYPE {name} gauge\n{name} {value}\n\n" for name, value in gauges.items())
-    return f"{text}# TYPE pytgi_preemptions counter\npytgi_preemptions {stats.num_preemptions}\n\n"
+    counters = {
+        "pytgi_preemptions": stats.num_preemptions,
+        "pytgi_draft_steps": stats.num_draft_steps,
+        "pytgi_draft_tokens": stats.num_drafted_tokens,
+        "pytgi_draft_tokens_accepted": stats.num_accepted_tokens,
+    }
+    return text + "".join(f"# TYPE {name} counter\n{name} {value}\n\n" for name, value in counters.items())

@@ -18,6 +18,7 @@ from engine.runner import BLOCK_SIZE, ModelRunner, build_model
 from engine.sampler_cpu import sample
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
+from engine.speculate import Speculator
 from engine.step_limit import StepLimit
 from engine.types import GenerationRequest, SamplingParams, TokenEvent
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
@@ -43,14 +44,22 @@ def make_runner(
 
 
 def make_core(
-    folder: Path, *, num_blocks: int = 64, max_batch_tokens: int = 512, is_prefix_caching: bool = True
+    folder: Path,
+    *,
+    num_blocks: int = 64,
+    max_batch_tokens: int = 512,
+    is_prefix_caching: bool = True,
+    speculator: Speculator | None = None,
+    runner: ModelRunner | None = None,
 ) -> EngineCore:
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=EOS_TOKEN_IDS,
+        speculator=speculator,
     )
-    return EngineCore(scheduler, make_runner(folder, num_blocks=num_blocks), sample, StepLimit(None, None))
+    runner = runner or make_runner(folder, num_blocks=num_blocks)
+    return EngineCore(scheduler, runner, sample, StepLimit(None, None))
 
 
 def random_ids(size: int, seed: int = 0) -> list[int]:

@@ -39,6 +39,7 @@ DEFAULTS = LauncherArgs(
     quantize_head=None,
     rope_scaling=None,
     rope_factor=None,
+    speculate=0,
     sharding=Sharding(),
     shard_timeout=15,
     huggingface_hub_cache=None,
@@ -189,6 +190,11 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--num-shard 1 --sharded false --speculate 0 --usage-stats off --cuda-graphs 0", {}, {}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
+        ("--speculate 2", {}, {"speculate": 2}),
+        ("--speculative-decoding 2", {}, {"speculate": 2}),
+        ("--speculative-decoding 2 --speculate 2", {}, {"speculate": 2}),
+        ("", {"SPECULATE": "3"}, {"speculate": 3}),
+        ("--speculate 0", {"SPECULATE": "3"}, {}),
         ("--shard-timeout 3", {}, {"shard_timeout": 3}),
         ("", {"SHARD_TIMEOUT": "3"}, {"shard_timeout": 3}),
         ("", {"UNRELATED": "x", "PATH": "/bin"}, {}),
@@ -337,6 +343,8 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         ("--payload-limit 2MB", {}, "argument --payload-limit: invalid positive integer value: '2MB'"),
         ("--sharded yes", {}, "argument --sharded: invalid boolean value: 'yes'"),
         ("--num-shard two", {}, "argument --num-shard: invalid count value: 'two'"),
+        ("--speculate 33", {}, "argument --speculate: invalid draft length value: '33'"),
+        ("--speculate -1", {}, "argument --speculate: invalid draft length value: '-1'"),
         ("--nnodes 0", {}, "argument --nnodes: invalid positive integer value: '0'"),
         ("--node-rank -1", {}, "argument --node-rank: invalid count value: '-1'"),
         ("--master-port 65536", {}, "argument --master-port: invalid port value: '65536'"),
@@ -456,11 +464,10 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
         ("--node-rank 0", TORCHRUN, "torchrun says which hosts there are: leave --node-rank out"),
         ("", {**TORCHRUN, "RANK": "2"}, BROKEN_TORCHRUN),
         ("", {**TORCHRUN, "MASTER_PORT": ""}, BROKEN_TORCHRUN),
-        ("--speculate 2", {}, "--speculate is not supported: there is no speculation yet, start without it"),
         (
-            "--num-shard 1",
-            {"SPECULATE": "3"},
-            "the variable SPECULATE is not supported: there is no speculation yet, start without it",
+            "--speculate 2 --speculative-decoding 3",
+            {},
+            "--speculate 2 and --speculative-decoding 3: give one of them",
         ),
         (
             "--kv-cache-dtype fp8_e5m2",
@@ -589,13 +596,14 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = "strict-tgi quantize-head nnodes node-rank shard-timeout"
+    ours = "strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding"
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
 def test_the_table_is_honest() -> None:
     fields = {field.name for field in dataclasses.fields(LauncherArgs)} - {"warnings", "echo", "sharding"}
-    served = {flag.attribute for flag in FLAGS if flag.effect is Effect.SERVED} - {"max_input_length"}
+    served = {flag.attribute for flag in FLAGS if flag.effect is Effect.SERVED}
+    served -= {"max_input_length", "speculative_decoding"}  # other names
     ours = {row.attribute for row in VARIABLES if row.is_ours}
     assert fields == (served | ours) - set(SETTLED) and (served | ours) >= set(SETTLED)
     for flag in FLAGS:

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 
 from engine.block_manager import BlockManager
+from engine.ngram import IntArray, Proposal
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
+from engine.speculate import Proposer, Speculator
+from engine.step_costs import StepCosts
 from engine.types import GenerationRequest, TokenEvent
 
 EOS = 7
@@ -33,6 +36,21 @@ def expected_output(request: GenerationRequest, model: Callable[[list[int]], int
     return output
 
 
+def guess(token_ids: IntArray, max_tokens: int) -> Proposal:
+    """What `next_token` will say, but for about one token in four; sometimes nothing."""
+    known: list[int] = token_ids.tolist()
+    guessed: list[int] = []
+    while len(guessed) < max_tokens:
+        chance = zlib.crc32(bytes([*known, *guessed, 99]))
+        guessed.append((next_token(known + guessed) + (chance % 4 == 0)) % 20)
+    return Proposal(guessed[: zlib.crc32(bytes(known)) % (max_tokens + 1)], match_length=16)
+
+
+def make_speculator(max_draft_tokens: int, propose: Proposer = guess) -> Speculator:
+    """One for which every draft pays: more rows cost nothing."""
+    return Speculator(propose, StepCosts({1: 1.0, 64: 1.0}), max_draft_tokens)
+
+
 class SlotMemory:
     """KV memory by slot: which tokens the stored KV was computed from. Finds every wrong share or overwrite."""
 
@@ -43,16 +61,19 @@ class SlotMemory:
     def execute(self, batch: ScheduledBatch) -> None:
         """As a layer does: write the step's KV of all sequences, then read everything each of them attends to."""
         size = self._blocks.block_size
-        scheduled = list(zip(batch.sequences, batch.num_scheduled_tokens, strict=True))
-        for sequence, count in scheduled:
-            for position in range(sequence.num_computed_tokens, sequence.num_computed_tokens + count):
+        scheduled = [
+            (sequence, sequence.num_computed_tokens + count + len(draft), sequence.token_ids + draft)
+            for sequence, count, draft in zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, strict=True)
+        ]
+        for sequence, end, token_ids in scheduled:
+            for position in range(sequence.num_computed_tokens, end):
                 block = sequence.block_table[position // size]
                 assert self._blocks._num_holders[block] == 1, "written while somebody else holds it"
-                self._slots[block, position % size] = tuple(sequence.token_ids[: position + 1])
-        for sequence, count in scheduled:
-            for position in range(sequence.num_computed_tokens + count):
+                self._slots[block, position % size] = tuple(token_ids[: position + 1])
+        for sequence, end, token_ids in scheduled:
+            for position in range(end):
                 slot = sequence.block_table[position // size], position % size
-                assert self._slots[slot] == tuple(sequence.token_ids[: position + 1]), "read another prefix's KV"
+                assert self._slots[slot] == tuple(token_ids[: position + 1]), "read another prefix's KV"
 
 
 class Simulation:
@@ -66,10 +87,15 @@ class Simulation:
         max_batch_tokens: int = 64,
         max_running: int | None = None,
         is_prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=[EOS], max_running=max_running
+            self.blocks,
+            max_batch_tokens=max_batch_tokens,
+            eos_token_ids=[EOS],
+            max_running=max_running,
+            speculator=make_speculator(max_draft_tokens) if max_draft_tokens else None,
         )
         self.memory = SlotMemory(self.blocks)
         self.model: Callable[[list[int]], int] = next_token
@@ -91,7 +117,13 @@ class Simulation:
     def finish(self, batch: ScheduledBatch) -> list[TokenEvent]:
         """Run and update what was scheduled."""
         self.memory.execute(batch)
-        token_ids = [self.model(sequence.token_ids) for sequence in batch.sampled]
+        rows = list(zip(batch.sequences, batch.drafts, batch.is_completing, strict=True))
+        token_ids = [
+            self.model(sequence.token_ids + draft[:length])
+            for sequence, draft, is_completing in rows
+            if is_completing
+            for length in range(1 + len(draft))
+        ]
         is_finite = [sequence.request.request_id not in self.not_finite for sequence in batch.sampled]
         events = self.scheduler.update(batch, SampledBatch(token_ids, [-1.0] * len(token_ids), is_finite))
         for event in events:
