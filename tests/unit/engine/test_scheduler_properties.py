@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, go and are stepped; the fake runner checks every KV read and write."""
 
     is_prefix_caching = True
+    max_draft_tokens = 0
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -44,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
             is_prefix_caching=self.is_prefix_caching,
+            max_draft_tokens=self.max_draft_tokens,
         )
         self.capacity = num_blocks * block_size
         self.max_batch_tokens = max_batch_tokens
@@ -90,10 +92,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids_of(batch.sequences))) == len(batch.sequences)
         assert batch.num_tokens <= self.max_batch_tokens
         assert len(self.simulation.scheduler.running) <= self.max_running
-        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+        for sequence, count, draft in zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, strict=True):
             assert sequence in self.simulation.scheduler.running
             assert 1 <= count <= sequence.num_uncomputed_tokens
-            assert sequence.num_computed_tokens + count <= len(sequence.block_table) * self.simulation.blocks.block_size
+            last = sequence.num_computed_tokens + count + len(draft)
+            assert last <= len(sequence.block_table) * self.simulation.blocks.block_size
+            assert sequence.num_output_tokens + len(draft) < sequence.request.max_new_tokens or not draft
+            if draft:
+                event("drafted")
         decodes = [sequence for sequence in lacking if sequence.block_table and sequence in batch.sequences]
         assert batch.sequences[: len(decodes)] == decodes, "decodes first, in order"
         kept = [s for s in lacking if s in self.simulation.scheduler.running and s.num_output_tokens]
@@ -129,7 +135,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert output == expected
         assert [event.is_terminal for event in events] == [False] * (len(events) - 1) + [True]
-        assert all(len(event.token_ids) == len(event.logprobs) == 1 for event in events)
+        most = 1 + self.max_draft_tokens
+        assert all(1 <= len(event.token_ids) == len(event.logprobs) <= most for event in events)
         is_full = len(output) == request.max_new_tokens
         assert events[-1].finish_reason is (FinishReason.LENGTH if is_full else FinishReason.EOS_TOKEN)
         assert is_full or output[-1] == EOS
@@ -145,7 +152,13 @@ class UncachedSchedulerMachine(SchedulerMachine):
             assert max(self.simulation.blocks._num_holders) <= 1
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, UncachedSchedulerMachine])
+class SpeculatingSchedulerMachine(SchedulerMachine):
+    """Drafts are right more often than not; neither right nor wrong ones change anything but the number of steps."""
+
+    max_draft_tokens = 4
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, UncachedSchedulerMachine, SpeculatingSchedulerMachine])
 def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> None:
     class Case(machine.TestCase):  # type: ignore[name-defined,misc]
         settings = settings(max_examples=100, stateful_step_count=40)

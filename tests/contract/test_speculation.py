@@ -1,0 +1,219 @@
+"""Drafts change how many steps a text takes and nothing else: ids and logprobs are those without, bit by bit."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.core import EngineCore
+from engine.model_files import read_model_config
+from engine.ngram import IntArray, Proposal, propose_ngram
+from engine.runner import ModelRunner, build_model, settle_quantization
+from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
+from engine.speculate import Proposer, Speculator
+from engine.step_costs import StepCosts
+from engine.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from tests.contract.harness import KERNELS, Outcome, make_core, make_requests, run_requests
+
+CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
+MAX_NEW_TOKENS = 40
+NUM_BLOCKS = 64
+
+
+def eager(max_draft_tokens: int = 4, propose: Proposer = propose_ngram) -> Speculator:
+    """One that drafts whenever it can: more rows cost nothing."""
+    return Speculator(propose, StepCosts({1: 1.0, 64: 1.0}), max_draft_tokens)
+
+
+def make_prompts() -> list[list[int]]:
+    """Texts that repeat themselves, so that there is something to look up."""
+    chance = random.Random(4)
+    parts = [[chance.randrange(250) for _ in range(size)] for size in (3, 7, 12, 18)]
+    return [part * 3 + part[: index + 1] for index, part in enumerate(parts)] + [parts[3] + parts[2] + parts[3][:9]]
+
+
+def run(core: EngineCore, sampling: SamplingParams | None = None, **options: Any) -> Outcome:
+    requests = make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+    outcome = run_requests(core, requests, **options)
+    assert core.scheduler.stats().num_used_blocks == 0
+    return outcome
+
+
+def assert_same(outcome: Outcome, expected: Outcome) -> None:
+    assert outcome.token_ids == expected.token_ids
+    assert outcome.logprobs == expected.logprobs
+    assert [event.finish_reason for event in outcome.last_events] == [
+        event.finish_reason for event in expected.last_events
+    ]
+
+
+SAMPLING = {
+    "greedy": None,
+    "seeds": SamplingParams(seed=11, temperature=0.7),
+    "seeds, top-k, top-p": SamplingParams(seed=12, temperature=1.1, top_k=8, top_p=0.9),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("max_draft_tokens", [1, 2, 4, 8])
+def test_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: SamplingParams | None) -> None:
+    speculator = eager(max_draft_tokens)
+    outcome = run(make_core(tiny_model_dir, speculator=speculator), sampling)
+    assert_same(outcome, run(make_core(tiny_model_dir), sampling))
+    assert 0 < speculator.num_accepted < speculator.num_drafted
+
+
+CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tiny budget": ({"max_batch_tokens": 7}, {}),
+    "chunks": ({"max_batch_tokens": 17}, {"is_staggered": True}),
+    "one after the other": ({}, {"is_staggered": True}),
+    "preemption": ({"num_blocks": 9}, {}),
+    "preemption without a cache": ({"num_blocks": 9, "is_prefix_caching": False}, {}),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize(("options", "history"), CONDITIONS.values(), ids=CONDITIONS)
+def test_under_conditions(
+    tiny_model_dir: Path, options: dict[str, Any], history: dict[str, Any], sampling: SamplingParams | None
+) -> None:
+    speculator = eager()
+    outcome = run(make_core(tiny_model_dir, speculator=speculator, **options), sampling, **history)
+    assert_same(outcome, run(make_core(tiny_model_dir), sampling))
+    assert speculator.num_accepted > 0
+    assert outcome.num_preemptions > 0 or "num_blocks" not in options
+
+
+def test_with_a_warm_prefix_cache(tiny_model_dir: Path) -> None:
+    """What rejected drafts have left in the blocks is not found by the next request."""
+    core = make_core(tiny_model_dir, speculator=eager(8))
+    cold, warm = run(core), run(core)
+    assert warm.most_cached_tokens > cold.most_cached_tokens
+    assert_same(cold, run(make_core(tiny_model_dir)))
+    assert_same(warm, cold)
+
+
+LAYOUTS: dict[str, tuple[str | None, str | None]] = {
+    "gptq": ("gptqmodel-v1-4bit-g32-static", None),
+    "gptq, act-order": ("auto-gptq-4bit-g32-act", None),
+    "awq": ("gptqmodel-awq-g32", None),
+    "compressed-tensors": ("llmcompressor-w4-g32", None),
+    "int8": (None, "int8"),
+    "int4": (None, "int4"),
+}
+"""A stored checkpoint, or what is made of the dense one."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounding"])
+@pytest.mark.parametrize(("name", "flag"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(tiny_model_dir: Path, name: str | None, flag: str | None, dtype: torch.dtype) -> None:
+    folder = tiny_model_dir if name is None else CHECKPOINTS / name
+    config = read_model_config(folder)
+    quantization = settle_quantization(config, folder, dtype, KERNELS, flag, None)
+    runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization), KERNELS)
+    runner.allocate(NUM_BLOCKS, KERNELS.kv_dtype(dtype), num_positions=256)
+    speculator = eager()
+    outcome = run(make_core(folder, runner=runner, speculator=speculator, is_prefix_caching=False))
+    assert_same(outcome, run(make_core(folder, runner=runner, is_prefix_caching=False)))
+    assert speculator.num_drafted > 0
+
+
+def test_an_end_within_a_draft_is_the_end(tiny_model_dir: Path) -> None:
+    """The whole continuation is drafted, and its ninth token declared an end: nothing after it is sent."""
+    prompt = make_prompts()[0]
+    (text,) = run_requests(make_core(tiny_model_dir), make_requests([prompt], max_new_tokens=24)).token_ids
+
+    def foresee(token_ids: IntArray, max_tokens: int) -> Proposal:
+        done = len(token_ids) - len(prompt)
+        return Proposal(text[done : done + max_tokens], match_length=16)
+
+    eos = text[8]
+    first = text.index(eos)
+    core = make_core(tiny_model_dir, speculator=eager(8, foresee))
+    core.scheduler._eos_token_ids = frozenset([eos])
+    outcome = run_requests(core, make_requests([prompt], max_new_tokens=24))
+    assert outcome.token_ids == [text[: first + 1]]
+    assert outcome.last_events[0].finish_reason is FinishReason.EOS_TOKEN
+    core = make_core(tiny_model_dir, speculator=eager(8, foresee))
+    outcome = run_requests(core, make_requests([prompt], max_new_tokens=11))
+    assert outcome.token_ids == [text[:11]]
+    assert outcome.last_events[0].finish_reason is FinishReason.LENGTH
+
+
+class BiasedScheduler(Scheduler):
+    """A wrong acceptance rule: one draft in ten is taken although the model has chosen something else."""
+
+    chance = random.Random(0)
+
+    def update(self, batch: ScheduledBatch, sampled: SampledBatch) -> list[TokenEvent]:
+        row = 0
+        for draft, is_completing in zip(batch.drafts, batch.is_completing, strict=True):
+            for offset, guess in enumerate(draft):
+                if self.chance.random() < 0.1:
+                    sampled.token_ids[row + offset] = guess
+            row += (1 + len(draft)) * is_completing
+        return super().update(batch, sampled)
+
+
+NUM_SAMPLES = 20_000
+TEXTS_AT_A_TIME = 250
+
+
+Counts = Counter[tuple[int, ...]]
+
+
+def sample_pairs(core: EngineCore, first_seed: int) -> Counts:
+    """How often the first two tokens of `NUM_SAMPLES` texts at temperature 1 are which."""
+    counts: Counts = Counter()
+    for start in range(first_seed, first_seed + NUM_SAMPLES, TEXTS_AT_A_TIME):
+        requests = [
+            GenerationRequest(
+                request_id=str(seed),
+                prompt_token_ids=[1, 2, 3, 1, 2, 3, 1, 2],
+                max_new_tokens=3,
+                sampling=SamplingParams(seed=seed, temperature=1.0, top_k=6),
+            )
+            for seed in range(start, start + TEXTS_AT_A_TIME)
+        ]
+        counts.update(tuple(token_ids[:2]) for token_ids in run_requests(core, requests).token_ids)
+    return counts
+
+
+def p_value(first: Counts, second: Counts) -> float:
+    """Of the chi-square test that two samples come from one distribution; rare pairs are counted together."""
+    pairs = [*(first | second)]
+    rows = np.array([[counts[pair] for pair in pairs] for counts in (first, second)], float)
+    is_common = rows.sum(axis=0) >= 40
+    rows = np.concatenate([rows[:, is_common], rows[:, ~is_common].sum(axis=1, keepdims=True)], axis=1)
+    rows = rows[:, rows.sum(axis=0) > 0]
+    expected = rows.sum(axis=1, keepdims=True) * rows.sum(axis=0, keepdims=True) / rows.sum()
+    statistic = ((rows - expected) ** 2 / expected).sum()
+    freedom = rows.shape[1] - 1
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
+
+
+def test_samples_have_the_distribution_of_no_speculation(tiny_model_dir: Path) -> None:
+    def core_of(speculator: Speculator | None) -> EngineCore:
+        return make_core(tiny_model_dir, num_blocks=600, max_batch_tokens=4096, speculator=speculator)
+
+    without = sample_pairs(core_of(None), 0)
+    second_tokens = Counter(pair[1] for pair in without.elements())
+    likely, _ = second_tokens.most_common(1)[0]
+
+    def guess(token_ids: IntArray, max_tokens: int) -> Proposal:
+        return Proposal([likely] * max_tokens, match_length=16)
+
+    speculator = eager(propose=guess)
+    drafted = sample_pairs(core_of(speculator), 1_000_000)
+    assert speculator.num_drafted == NUM_SAMPLES
+    assert NUM_SAMPLES / 50 < speculator.num_accepted < NUM_SAMPLES / 2
+    assert p_value(without, drafted) > 0.01
+    core = core_of(eager(propose=guess))
+    core.scheduler.__class__ = BiasedScheduler
+    assert p_value(without, sample_pairs(core, 2_000_000)) < 1e-6, "the test sees a wrong rule"
