@@ -1,0 +1,246 @@
+"""What n-gram speculation gains: the same requests with drafts and without, on one loaded model, in turns.
+
+    python benchmarks/speculation.py [--quantize eetq] [--lengths 2 4 8] [--rounds 9] [--tasks 4] [--workloads edit ...]
+
+Each round answers every task of a workload without speculation, with each draft length, and with TGI's rule (the first
+earlier occurrence of the last token, always drafted). A round gives one ratio of times for each; the table has medians
+and 95 % bootstrap intervals. All ways must give the same answers, token by token. The last line of stdout is JSON.
+Needs `make install`; the whole takes hours on 2 cores, `--rounds 3 --tasks 2` half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
+from engine.config import EngineConfig  # noqa: E402
+
+KV_TOKENS = 32768
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+CHAT = SYSTEM + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+CODE = (
+    "a function that merges two sorted lists",
+    "a class for a fixed-size ring buffer",
+    "a function that parses an INI file into a dictionary",
+    "a function that finds all primes below n with a sieve",
+    "a binary search over a sorted list",
+    "a least recently used cache",
+    "a function that converts Roman numerals to integers",
+    "a matrix multiplication without libraries",
+    "a breadth-first search on an adjacency list",
+    "a function that validates an e-mail address",
+    "a small HTTP client with retries",
+    "a priority queue on a heap",
+    "a function that computes the edit distance of two words",
+    "a command-line tool that counts words in files",
+    "a context manager that measures time",
+    "a decorator that caches results",
+    "a quicksort",
+    "a function that flattens nested lists",
+    "a simple tokenizer for arithmetic expressions",
+    "a bank account class with deposits and withdrawals",
+)
+OPEN = (
+    "Tell me something about large language models.",
+    "Plan a weekend in Lisbon.",
+    "Why is the sky blue?",
+    "Write a short story about a lighthouse keeper.",
+    "What should I consider when buying a bicycle?",
+    "Explain inflation to a child.",
+)
+EDITS = (
+    ("engine/sampler.py", "Rename the function `uniform` to `uniform_numbers`"),
+    ("engine/scheduler.py", "Rename the variable `budget` to `num_left`"),
+    ("engine/block_manager.py", "Rename the class `BlockManager` to `BlockPool`"),
+    ("engine/loader.py", "Rename the variable `progress` to `meter`"),
+)
+QUESTIONS = (
+    "Quote the sentences that say where somebody lives, word by word.",
+    "Quote the first three sentences word by word, then say in one sentence what they are about.",
+    "Which persons are named? Quote the sentence in which each is named first.",
+    "Quote everything that is said about money or rank, word by word.",
+)
+
+
+def edit_tasks() -> list[str]:
+    """Return a file of 60 lines with one change."""
+    tasks = []
+    for path, change in EDITS:
+        lines = "\n".join((REPOSITORY / path).read_text().splitlines()[:60])
+        tasks.append(f"{change} in this file and return the whole file, nothing else:\n```python\n{lines}\n```")
+    return tasks
+
+
+def quote_tasks() -> list[str]:
+    """Questions about a quoted document."""
+    text = (REPOSITORY / "benchmarks" / "texts" / "persuasion.txt").read_text()
+    paragraphs = [part for part in text.split("\n\n") if 300 < len(part) < 1500]
+    documents = ["\n\n".join(paragraphs[start : start + 3]) for start in (2, 8, 14, 20)]
+    return [f"{document}\n\n{question}" for document, question in zip(documents, QUESTIONS, strict=True)]
+
+
+WORKLOADS: dict[str, tuple[Callable[[], list[str]], int, bool]] = {
+    "edit": (edit_tasks, 600, False),
+    "quote": (quote_tasks, 160, False),
+    "code": (lambda: [f"Write {what} in Python." for what in CODE], 160, False),
+    "chat": (lambda: list(OPEN), 160, False),
+    "batch": (
+        lambda: [*edit_tasks(), *quote_tasks(), *(f"Write {what} in Python." for what in CODE[:4]), *OPEN[:4]],
+        96,
+        True,
+    ),
+}
+"""Tasks, most tokens of an answer, and whether all run together."""
+
+
+def propose_as_tgi(token_ids: Any, max_tokens: int) -> Any:
+    """TGI's rule: what followed the first earlier occurrence of the last token; the beginning where there is none."""
+    import numpy as np
+
+    from engine.ngram import Proposal
+
+    found = np.flatnonzero(token_ids[:-1] == token_ids[-1])
+    start = int(found[0]) + 1 if len(found) else 1
+    tokens: list[int] = token_ids[start : start + max_tokens].tolist()
+    return Proposal(tokens + tokens[-1:] * (max_tokens - len(tokens)), match_length=1)
+
+
+class Engines:
+    """Several ways to decode with one runner: each has a scheduler and counts of its own."""
+
+    def __init__(self, config: EngineConfig, lengths: Sequence[int]) -> None:
+        from engine.block_manager import BlockManager
+        from engine.core import EngineCore
+        from engine.ngram import propose_ngram
+        from engine.runner import BLOCK_SIZE
+        from engine.scheduler import Scheduler
+        from engine.speculate import Speculator
+        from engine.start import start_engine
+        from engine.step_costs import StepCosts
+
+        core: Any = start_engine(config)[0]
+        free = StepCosts({1: 1.0, 2: 1.0})  # TGI drafts always
+
+        def make(speculator: Speculator | None) -> EngineCore:
+            blocks = BlockManager(KV_TOKENS // BLOCK_SIZE, BLOCK_SIZE, is_prefix_caching=False)
+            scheduler = Scheduler(
+                blocks,
+                max_batch_tokens=4096,
+                eos_token_ids=core.scheduler._eos_token_ids,
+                speculator=speculator,
+            )
+            costs = core._costs if speculator is not None else None
+            return EngineCore(scheduler, core._runner, core._sample, core._limit, costs)
+
+        self.speculators: dict[str, Speculator] = {}
+        self.cores = {"0": make(None)}
+        for length in lengths:
+            self.speculators[str(length)] = Speculator(propose_ngram, core._costs, length)
+            self.speculators[f"tgi {length}"] = Speculator(propose_as_tgi, free, length)
+        self.cores |= {name: make(speculator) for name, speculator in self.speculators.items()}
+
+    def answer(self, name: str, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
+        """Seconds, without those of the prompts alone; the answers."""
+        from engine.types import GenerationRequest
+
+        core = self.cores[name]
+        answers: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            answers[str(index)] = []
+            core.take(GenerationRequest(request_id=str(index), prompt_token_ids=prompt, max_new_tokens=num_tokens))
+        seconds = 0.0
+        while core.scheduler.has_work:
+            is_prefill = not all(answers.values())
+            started = time.perf_counter()
+            for event in core.step():
+                answers[event.request_id] += event.token_ids
+            if not is_prefill:
+                seconds += time.perf_counter() - started
+        return seconds, list(answers.values())
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    chance = random.Random(1)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return medians[50], medians[1949]
+
+
+def measure(engines: Engines, workload: str, tokenizer: Any, rounds: int, num_tasks: int) -> dict[str, Any]:
+    make_tasks, num_tokens, is_batch = WORKLOADS[workload]
+    tasks = make_tasks() if is_batch else make_tasks()[:num_tasks]
+    prompts = [tokenizer.encode(CHAT.format(task)).ids for task in tasks]
+    groups = [prompts] if is_batch else [[prompt] for prompt in prompts]
+    ratios: dict[str, list[float]] = {name: [] for name in engines.speculators}
+    for round_index in range(rounds):
+        totals = dict.fromkeys(engines.cores, 0.0)
+        for group in groups:
+            expected = None
+            for name in random.Random(round_index).sample(list(engines.cores), len(engines.cores)):
+                seconds, answers = engines.answer(name, group, num_tokens)
+                totals[name] += seconds
+                assert expected in (None, answers), f"speculation {name} changes an answer"
+                expected = answers
+        for name, values in ratios.items():
+            values.append(totals["0"] / totals[name])
+        print(
+            f"{workload} round {round_index + 1}: " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in ratios.items()),
+            flush=True,
+        )
+    result: dict[str, Any] = {}
+    for name, values in ratios.items():
+        low, high = interval(values)
+        result[name] = {"speedup": round(statistics.median(values), 3), "low": round(low, 3), "high": round(high, 3)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder (default: the demo model)")
+    parser.add_argument("--quantize", choices=["eetq", "int4"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tasks", type=int, default=20, help="tasks of a workload, those of the batch excepted")
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    args = parser.parse_args()
+    restart_with_environment()
+    folder = args.model or demo_model()
+
+    from tokenizers import Tokenizer
+
+    from engine.logs import configure_logging
+
+    configure_logging("info", "engine")
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    config = EngineConfig(
+        model_path=folder,
+        quantize=args.quantize,
+        num_threads=num_cores(),
+        max_batch_total_tokens=KV_TOKENS,
+        max_draft_tokens=max(args.lengths),
+    )
+    engines = Engines(config, args.lengths)
+    result: dict[str, Any] = {"model": Path(folder).name, "quantize": args.quantize, "cores": num_cores()}
+    for workload in args.workloads:
+        result[workload] = measure(engines, workload, tokenizer, args.rounds, args.tasks)
+    print("| work | draft | speed, 95 % interval | TGI's rule |\n|---|---|---|---|")
+    for workload in args.workloads:
+        for length in map(str, args.lengths):
+            ours, tgi = result[workload][length], result[workload][f"tgi {length}"]
+            print(f"| {workload} | {length} | {ours['speedup']} ({ours['low']} to {ours['high']}) | {tgi['speedup']} |")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
