@@ -51,7 +51,10 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
     num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
     is_row_invariant = _warm_up(runner, sample, step_limit, num_tokens)
-    costs = _measure_steps(runner, sample, num_tokens) if config.max_draft_tokens else None
+    # A step of one token has no place for a draft.
+    costs = _measure_steps(runner, sample, num_tokens) if config.max_draft_tokens and num_tokens > 1 else None
+    if costs is not None:
+        logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     if ranks is not None:
         ranks.start_serving()
     is_prefix_caching = prepared.config.is_prefix_caching
@@ -260,8 +263,6 @@ def _log_summary(prepared: _Prepared, ranks: Ranks | None, *, is_row_invariant: 
         limits.max_total_tokens,
         limits.max_batch_prefill_tokens,
     )
-    if config.max_draft_tokens:
-        logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
     rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
     if rounding is not None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model_files import read_model_config
 from engine.ngram import IntArray, Proposal, propose_ngram
 from engine.runner import ModelRunner, build_model, settle_quantization
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.speculate import Proposer, Speculator
+from engine.start import start_engine
 from engine.step_costs import StepCosts
 from engine.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from tests.contract.harness import KERNELS, Outcome, make_core, make_requests, run_requests
@@ -144,6 +146,15 @@ def test_an_end_within_a_draft_is_the_end(tiny_model_dir: Path) -> None:
     outcome = run_requests(core, make_requests([prompt], max_new_tokens=11))
     assert outcome.token_ids == [text[:11]]
     assert outcome.last_events[0].finish_reason is FinishReason.LENGTH
+
+
+def test_steps_of_one_token_have_no_place_for_drafts(tiny_model_dir: Path) -> None:
+    limits = {"max_batch_prefill_tokens": 1, "max_batch_total_tokens": 512}
+    config = EngineConfig(model_path=str(tiny_model_dir), dtype="float32", max_draft_tokens=2, **limits)
+    core, _ = start_engine(config)
+    requests = make_requests(make_prompts()[:2], max_new_tokens=4)
+    assert run_requests(core, requests).token_ids == run_requests(make_core(tiny_model_dir), requests).token_ids
+    assert core.scheduler.stats().num_drafted_tokens == 0
 
 
 class BiasedScheduler(Scheduler):
