@@ -40,6 +40,9 @@ class TimedCollectives:
         self.name, self.timeout_s = timed.name, timed.timeout_s
         self.seconds, self.count = 0.0, 0
 
+    def give_up(self, cause: str) -> None:
+        self._timed.give_up(cause)
+
     def _clocked(self, call: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = call()
@@ -90,7 +93,9 @@ def start_followers(config: EngineConfig, size: int, port: int) -> list[subproce
 def main() -> None:
     form, folder, size, collectives = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     config = engine_config(form, folder, max_batch_total_tokens=KV_TOKENS)
-    config = dataclasses.replace(config, num_threads=max(1, num_cores() // size), collectives=collectives)
+    config = dataclasses.replace(
+        config, num_threads=max(1, num_cores() // size), may_share_memory=collectives != "gloo"
+    )
     ranks = None
     if size > 1:
         listener = listen_at("127.0.0.1", 0)

@@ -48,8 +48,8 @@ class EngineConfig:
     """Longest draft of speculation; 0: none is made."""
     shard_timeout_s: float = 15.0
     """How long another rank may be silent, or late in a step."""
-    collectives: str | None = None
-    """`shared memory`, `gloo` or `nccl`; None: the fastest that the ranks can have."""
+    may_share_memory: bool = True
+    """Whether ranks of one host's CPU may use shared memory; False: gloo, for comparison."""
     listen_fd: int | None = None
     """Rank 0's inherited socket that listens where the ranks meet; None: it makes one if there are others."""
     num_threads: int = 1

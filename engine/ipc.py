@@ -33,7 +33,7 @@ decode_down: Callable[[bytes], Down] = msgspec.msgpack.Decoder(Down).decode
 decode_up: Callable[[bytes], Up] = msgspec.msgpack.Decoder(Up).decode
 
 
-def encode_frame(message: Down | Up) -> bytes:
+def encode_frame(message: msgspec.Struct) -> bytes:
     body = _encoder.encode(message)
     return HEADER.pack(len(body)) + body
 

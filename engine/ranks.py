@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,14 +22,13 @@ import torch
 
 from engine.config import RANK_LOST_EXIT_CODE, EngineConfig
 from engine.errors import StartError
-from engine.ipc import HEADER, RECEIVE_BYTES
+from engine.ipc import RECEIVE_BYTES, encode_frame, take_frames
 from engine.memory import MemoryNeeds
 from engine.model_files import safetensors_files
 from engine.runner import ModelRunner, StepInputs
 from engine.scheduler import ScheduledBatch
 from parallel.connect import make_collectives
 from parallel.pulse import Pulse
-from parallel.shared_memory import SharedMemoryCollectives
 from parallel.state import ParallelState, RankLostError
 from parallel.world import Meeting, Peer
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 LAST_EVENTS_S = 1.0
 """What rank 0's main thread has to end the open requests, once a rank is lost, before the process ends anyway."""
 SAME_REASON_S = 1.0
+"""How long a rank that is starting may take to find by itself what another one has ended for."""
 CAUSE_S = 2.0
 """How long a rank whose collective failed waits for the pulse to say why."""
 
@@ -51,8 +52,7 @@ class StopFollowing(msgspec.Struct, frozen=True, tag="stop"):
 
 Decision = StepInputs | StopFollowing
 
-_encoder = msgspec.msgpack.Encoder()
-_decode = msgspec.msgpack.Decoder(Decision).decode
+_decode: Callable[[bytes], Decision] = msgspec.msgpack.Decoder(Decision).decode
 
 
 class Ranks:
@@ -85,7 +85,9 @@ class Ranks:
                     f"rank {rank} was started with {name} {other.get(name)!r}, rank 0 with {fingerprints[0][name]!r}: "
                     "start every host with the same flags, model and version"
                 )
-        collectives = make_collectives(self.meeting, device, config.num_threads, config.collectives)
+        collectives = make_collectives(
+            self.meeting, device, config.num_threads, may_share_memory=config.may_share_memory
+        )
         self.state = dataclasses.replace(self.state, collectives=collectives)
 
     def wait_for_all(self) -> None:
@@ -146,7 +148,7 @@ class Ranks:
         self._cause = cause
         self._is_lost.set()
         self.tell(cause)
-        if isinstance(self.state.collectives, SharedMemoryCollectives):
+        if self.state.collectives is not None:
             self.state.collectives.give_up(cause)
         self.report(cause)
         if self.world.rank == 0:
@@ -156,9 +158,8 @@ class Ranks:
 
 
 def _send(sock: socket.socket, message: Decision) -> None:
-    body = _encoder.encode(message)
     try:
-        sock.sendall(HEADER.pack(len(body)) + body)
+        sock.sendall(encode_frame(message))
     except OSError as error:
         raise RankLostError(f"another rank takes no more steps ({error})") from error
 
@@ -191,24 +192,20 @@ class Follower:
 
     def serve(self) -> None:
         """Compute what rank 0 decides until it ends in good order. Raises RankLostError."""
-        control = self._ranks.peers[0].control
-        buffer = bytearray()
         try:
-            while not isinstance(decision := _receive(control, buffer), StopFollowing):
+            for decision in _decisions(self._ranks.peers[0].control):
+                if isinstance(decision, StopFollowing):
+                    break
                 self._runner.run(decision)
         except RankLostError as error:
             raise self._ranks.explain(error) from error
         self._ranks.end()
 
 
-def _receive(control: socket.socket, buffer: bytearray) -> Decision:
+def _decisions(control: socket.socket) -> Iterator[Decision]:
+    buffer = bytearray()
     while True:
-        if len(buffer) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(buffer)[0]
-            if len(buffer) >= end:
-                decision: Decision = _decode(bytes(buffer[HEADER.size : end]))
-                del buffer[:end]
-                return decision
+        yield from take_frames(buffer, _decode)
         try:
             data = control.recv(RECEIVE_BYTES)
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -49,6 +49,9 @@ class TorchCollectives:
         self._timeout_s = seconds
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
+    def give_up(self, cause: str) -> None:
+        """Nothing can wake who waits in a backend."""
+
     def _do(self, work: Callable[[], T]) -> T:
         try:
             return work()
@@ -80,16 +83,13 @@ class TorchCollectives:
 
     def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         gathered = self._gathered(_padded(x, max(widths)).reshape(-1))
-        parts = gathered.view(self._size, x.shape[0], max(widths))
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+        return _side_by_side(gathered.view(self._size, x.shape[0], max(widths)), widths)
 
     def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
         padded = _padded(x, max(widths))
         parts = [torch.empty_like(padded) for _ in widths] if self._rank == 0 else None
         self._do(lambda: dist.gather(padded, parts))
-        if parts is None:
-            return None
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+        return None if parts is None else _side_by_side(parts, widths)
 
 
 def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
@@ -98,6 +98,11 @@ def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _side_by_side(parts: Iterable[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
+    """[rows, max(widths)] of every rank -> [rows, sum(widths)], without what was padded"""
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
 def _padded(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -15,22 +15,17 @@ from parallel.world import Meeting, host_key, interface_of
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = "shared memory"
 START_TIMEOUT_S = 1800.0
 """For one rank to wait for another while weights load."""
 
 
 def make_collectives(
-    meeting: Meeting, device: torch.device, num_threads: int, backend: str | None = None
+    meeting: Meeting, device: torch.device, num_threads: int, *, may_share_memory: bool = True
 ) -> Collectives:
-    """The fastest collectives that all ranks can have, or `backend`: `shared memory`, `gloo` or `nccl`.
-
-    Raises RankLostError.
-    """
+    """The fastest collectives that all ranks can have. Raises RankLostError."""
     is_one_host = len(set(meeting.exchange(host_key()))) == 1
-    if backend is None and device.type == "cpu" and is_one_host:
-        backend = SHARED_MEMORY
-    if backend == SHARED_MEMORY and (shared := _share_memory(meeting, num_threads)) is not None:
+    is_sharing = may_share_memory and is_one_host and device.type == "cpu"
+    if is_sharing and (shared := _share_memory(meeting, num_threads)) is not None:
         return shared
     _choose_interface(meeting)
     rank, size = meeting.world.rank, meeting.world.size

@@ -40,7 +40,6 @@ class _Matrices:
         self._kernels = kernels
         self._parallel = parallel
         self._in_features, self._out_features = in_features, list(out_features)
-        self._has_bias = has_bias
         self._specs = [
             method.param_specs(in_features, size, has_bias)
             for method, size in zip(self._methods, out_features, strict=True)
@@ -59,16 +58,20 @@ class _Matrices:
             {name: self._cut(spec, part) for name, spec in specs.items()} for part, specs in enumerate(self._specs)
         ]
 
+    @property
+    def _is_input_cut(self) -> bool:
+        return length(self._inputs) < self._in_features
+
     def _cut(self, spec: ParamSpec, part: int) -> Cut | None:
         total, share = self._out_features[part], self._outputs[part]
         if spec.output_dim is not None and length(share) < total:
             return spec.output_dim, _stored_range(share, total, spec.shape[spec.output_dim])
-        total, share = self._in_features, self._inputs
-        if spec.input_dim is None or length(share) == total:
+        if spec.input_dim is None or not self._is_input_cut:
             return None
+        share = self._inputs
         if spec.group_size is not None:
             return spec.input_dim, slice(share.start // spec.group_size, -(-share.stop // spec.group_size))
-        return spec.input_dim, _stored_range(share, total, spec.shape[spec.input_dim])
+        return spec.input_dim, _stored_range(share, self._in_features, spec.shape[spec.input_dim])
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
@@ -99,14 +102,13 @@ class _Matrices:
 
     def _pack(self, part: int) -> None:
         params, self._params[part] = self._params[part], {}
-        is_input_cut = length(self._inputs) < self._in_features
-        if is_input_cut:  # these groups are in order: what says so counts them in the whole matrix
+        if self._is_input_cut:  # these groups are in order: what says so counts them in the whole matrix
             params = {name: tensor for name, tensor in params.items() if not name.endswith("g_idx")}
         shard = MatrixShard(
             num_outputs=length(self._outputs[part]),
             num_inputs=length(self._inputs),
             total_inputs=self._in_features,
-            **({"maximum": self._parallel.maximum} if is_input_cut else {}),
+            **({"maximum": self._parallel.maximum} if self._is_input_cut else {}),
         )
         self._packed[part] = self._methods[part].pack(params, shard)
         if all(packed is not None for packed in self._packed):
@@ -125,10 +127,9 @@ class _Matrices:
         for part, params in enumerate(self._params):
             if params:
                 self._pack(part)
-        is_input_cut = length(self._inputs) < self._in_features
         for packed in self._merged:
             on_device = packed.to(device)
-            if is_input_cut and self._parallel.rank > 0:
+            if self._is_input_cut and self._parallel.rank > 0:
                 on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
             self._running.append(self._kernels(on_device))
         self._merged = []
@@ -197,8 +198,7 @@ class RowParallelLinear(_Matrices):
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
         """As in the base class; where tensors tell the order of the inputs, they must come first, and whole."""
-        is_cut = length(self._inputs) < self._in_features
-        if is_cut and name.endswith("g_idx") and self._methods[0].is_scattered(name, tensor):
+        if self._is_input_cut and name.endswith("g_idx") and self._methods[0].is_scattered(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
             self._gather()
         super().load(name, part, tensor)

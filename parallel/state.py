@@ -22,6 +22,9 @@ class Collectives(Protocol):
     name: str
     timeout_s: float
 
+    def give_up(self, cause: str) -> None:
+        """From another thread: who waits in vain is to raise RankLostError(cause), where that can be had."""
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in x's memory; every rank gets the same bits."""
 

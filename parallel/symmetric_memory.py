@@ -42,6 +42,9 @@ class SmallSums:
     def timeout_s(self, seconds: float) -> None:
         self._plain.timeout_s = seconds
 
+    def give_up(self, cause: str) -> None:
+        self._plain.give_up(cause)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if x.nbytes > MOST_BYTES:
             return self._plain.all_reduce(x)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import logging
 import os
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -256,9 +258,6 @@ def _connect(world: World, port: int, token: str, channel: str) -> socket.socket
 
 def interface_of(address: str) -> str | None:
     """The network interface that has `address`; None: none has."""
-    import fcntl
-    import struct
-
     if ":" in address:
         wanted = socket.inet_pton(socket.AF_INET6, address).hex()
         lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]

@@ -44,6 +44,9 @@ class ThreadCollectives:
         assert {other for other, _ in parts} == {kind}, "the ranks make different calls"
         return [part for _, part in parts]
 
+    def give_up(self, cause: str) -> None:
+        self._barrier.abort()
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         parts = self._exchange("all_reduce", x)
         return x.copy_(functools.reduce(operator.add, parts))
