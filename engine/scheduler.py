@@ -142,7 +142,7 @@ class Scheduler:
         events: list[TokenEvent] = []
         row = 0
         rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
-        for sequence, count, draft, is_completing in list(rows):
+        for sequence, count, draft, is_completing in rows:
             before = sequence.num_computed_tokens
             sequence.num_computed_tokens += count
             of_sequence: list[TokenEvent] = []

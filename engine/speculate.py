@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence as SequenceOf
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Acceptance:
 class _Drafting:
     """One sequence: its tokens as an array, what was proposed last, its own counts."""
 
-    token_ids: Any
+    token_ids: array[int]
     proposal: Proposal = dataclasses.field(default_factory=lambda: Proposal([], 0))
     accepted: float = 0.0
     drafted: float = 0.0

@@ -92,15 +92,24 @@ def bind(hostname: str, port: int) -> socket.socket:
     if not is_ip_address(hostname):
         logger.warning("Invalid hostname, defaulting to 0.0.0.0")
         hostname = "0.0.0.0"
+    return bound(hostname, port, "Cannot listen", "--hostname", "--port")
+
+
+def bound(
+    address: str, port: int, complaint: str, address_flag: str, port_flag: str, *, is_listening: bool = False
+) -> socket.socket:
+    """A socket at an IP address. Raises LaunchError with the complaint and the flag that mends it."""
     with contextlib.ExitStack() as stack:
         try:
-            family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
             listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((hostname, port))
+            listener.bind((address, port))
+            if is_listening:
+                listener.listen()
         except OSError as error:
-            flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--hostname"
-            raise LaunchError(f"Cannot listen on {hostname}:{port} ({error.strerror}): give another {flag}") from error
+            flag = port_flag if error.errno in (errno.EADDRINUSE, errno.EACCES) else address_flag
+            raise LaunchError(f"{complaint} on {address}:{port} ({error.strerror}): give another {flag}") from error
         stack.pop_all()
         return listener
 
@@ -211,17 +220,8 @@ def meeting_point(sharding: Sharding) -> Iterator[socket.socket | None]:
         yield None
         return
     address = resolved(sharding.address)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, sharding.port))
-            listener.listen()
-        except OSError as error:
-            flag = "--master-port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--master-addr"
-            raise LaunchError(
-                f"The shards can't meet on {address}:{sharding.port} ({error.strerror}): give another {flag}"
-            ) from error
+    flags = "--master-addr", "--master-port"
+    with bound(address, sharding.port, "The shards can't meet", *flags, is_listening=True) as listener:
         yield listener
 
 
