@@ -21,16 +21,37 @@ class FinishReason(enum.StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen; every value is validated before it gets here.
 
-    `seed` is None exactly when decoding is greedy: then nothing is drawn and the other fields have no effect.
+    `seed` is None exactly when decoding is greedy: then nothing is drawn, and temperature and the filters (top-k,
+    top-p, min-p, typical-p) have no effect. The order is that of reference `tgi-http.md` 5.1.
     """
 
     seed: int | None = None
     """Unsigned 64-bit; the same seed gives the same tokens whatever else is in the batch."""
+    is_watermarked: bool = False
+    """Reference 5.5."""
+    repetition_penalty: float = 1.0
+    """Over prompt and output; 1.0 is off."""
+    relative_frequency_penalty: float = 0.0
+    """TGI's: times the share of the token among prompt and output."""
+    frequency_penalty: float = 0.0
+    """OpenAI's: times how often the token is in the output."""
+    presence_penalty: float = 0.0
+    """OpenAI's: for each token that is in the output."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these tokens."""
     temperature: float = 1.0
     top_k: int = 0
     """0 is off."""
     top_p: float = 1.0
     """1.0 is off."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are dropped; 0.0 is off."""
+    typical_p: float = 1.0
+    """1.0 is off."""
+    num_top_tokens: int = 0
+    """How many of the likeliest tokens to report beside the chosen one; ties with the last are reported, too."""
+    is_logprob_filtered: bool = False
+    """Logprobs are of the distribution after all of the above, as TGI has them (5.3); else of the model's own."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -40,6 +61,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     prompt_token_ids: list[int]
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
+    is_ignoring_eos: bool = False
+    """Only the length or an abort ends it."""
+    has_prompt_logprobs: bool = False
+    """The first event tells the prompt's logprobs; the prefix cache is not read then."""
+    grammar: str | None = None
+    """What llguidance reads: the output is held to it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -58,7 +85,12 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[float] = []
-    """One per token: log-softmax of what was sampled from (reference 5.3)."""
+    """One per token, as `SamplingParams.is_logprob_filtered` says."""
+    top_token_ids: list[list[int]] = []
+    """For each token the likeliest ones at its place, the likeliest first; empty unless asked for."""
+    top_logprobs: list[list[float]] = []
+    prompt_logprobs: list[float] = []
+    """On the first event, if asked for: of each prompt token but the first, by the model's own distribution."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """Set when the engine could not go on with this request; the text is fit for the user."""
@@ -73,6 +105,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
         """Take in a later event of the same request (used while the reader lags)."""
         self.token_ids = self.token_ids + later.token_ids
         self.logprobs = self.logprobs + later.logprobs
+        self.top_token_ids = self.top_token_ids + later.top_token_ids
+        self.top_logprobs = self.top_logprobs + later.top_logprobs
         self.finish_reason = later.finish_reason
         self.error = later.error
 
