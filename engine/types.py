@@ -103,10 +103,10 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def extend(self, later: TokenEvent) -> None:
         """Take in a later event of the same request (used while the reader lags)."""
-        self.token_ids = self.token_ids + later.token_ids
-        self.logprobs = self.logprobs + later.logprobs
-        self.top_token_ids = self.top_token_ids + later.top_token_ids
-        self.top_logprobs = self.top_logprobs + later.top_logprobs
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.top_token_ids += later.top_token_ids
+        self.top_logprobs += later.top_logprobs
         self.finish_reason = later.finish_reason
         self.error = later.error
 

@@ -1,8 +1,9 @@
-"""EngineClient: the HTTP process's end of the socket pair. One reader task; one queue per open request."""
+"""EngineClient: the HTTP process's end of the socket pair. One reader task; one inbox per open request."""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import logging
 import socket
@@ -21,6 +22,33 @@ WATCH_S = 1.0
 READY_LOG_S = 10.0
 
 
+class Inbox:
+    """What has come for one request and was not taken yet.
+
+    Tokens are added to those that wait, as in `engine.ipc`: what a slow reader holds here are numbers, at most
+    `max_new_tokens` of each kind, and not an event for each.
+    """
+
+    def __init__(self) -> None:
+        self._items: collections.deque[TokenEvent | Exception] = collections.deque()
+        self._has_items = asyncio.Event()
+
+    def put(self, item: TokenEvent | Exception) -> None:
+        last = self._items[-1] if self._items else None
+        if isinstance(last, TokenEvent) and isinstance(item, TokenEvent) and item.error is None:
+            last.extend(item)
+        else:
+            self._items.append(item)
+            self._has_items.set()
+
+    async def take(self) -> TokenEvent | Exception:
+        await self._has_items.wait()
+        item = self._items.popleft()
+        if not self._items:
+            self._has_items.clear()
+        return item
+
+
 class EngineClient:
     """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
 
@@ -30,7 +58,7 @@ class EngineClient:
         self._sock = sock
         self._hung_silence_s = hung_silence_s
         self._writer: asyncio.StreamWriter | None = None
-        self._queues: dict[str, asyncio.Queue[TokenEvent | Exception]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._limits: asyncio.Future[EngineReady] | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._last_heard = 0.0
@@ -63,19 +91,18 @@ class EngineClient:
         """Submit `request`; the iterator ends after the terminal event. Leaving the block early aborts the request."""
         if self._refusal is not None:
             raise self._refusal
-        queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
-        self._queues[request.request_id] = queue
+        inbox = self._inboxes[request.request_id] = Inbox()
         self._send(encode_frame(request))
         try:
-            yield self._events(queue)
+            yield self._events(inbox)
         finally:
-            if self._queues.pop(request.request_id, None) is not None:
+            if self._inboxes.pop(request.request_id, None) is not None:
                 self._send(encode_frame(AbortRequest(request.request_id)))
 
     @staticmethod
-    async def _events(queue: asyncio.Queue[TokenEvent | Exception]) -> AsyncIterator[TokenEvent]:
+    async def _events(inbox: Inbox) -> AsyncIterator[TokenEvent]:
         while True:
-            event = await queue.get()
+            event = await inbox.take()
             if isinstance(event, Exception):
                 raise event
             if event.error is not None:
@@ -87,8 +114,8 @@ class EngineClient:
     def refuse(self, error: Exception) -> None:
         """End every open request with `error`, and any that comes from now on."""
         self._refusal = error
-        for queue in self._queues.values():
-            queue.put_nowait(error)
+        for inbox in self._inboxes.values():
+            inbox.put(error)
 
     async def watch(self) -> None:
         """Return when the engine is dead, or has been silent for so long that it must hang.
@@ -138,12 +165,12 @@ class EngineClient:
             return
         self.stats = message.stats
         for event in message.events:
-            queue = self._queues.get(event.request_id)
-            if queue is None:
+            inbox = self._inboxes.get(event.request_id)
+            if inbox is None:
                 continue
             if event.is_terminal:  # the engine has forgotten the request: nothing is left to abort
-                del self._queues[event.request_id]
-            queue.put_nowait(event)
+                del self._inboxes[event.request_id]
+            inbox.put(event)
 
     def _mark_dead(self, death: Exception) -> None:
         self._death = death

@@ -62,8 +62,8 @@ async def test_tokens_come_back_and_nothing_is_aborted(pair: Pair) -> None:
             TokenEvent(request_id="a", token_ids=[7], logprobs=[-2.0], finish_reason=FinishReason.LENGTH),
             stats=EngineStats(num_running=3),
         )
-        ids = [event.token_ids async for event in events]
-    assert ids == [[5], [7]]
+        ids = [token_id async for event in events for token_id in event.token_ids]
+    assert ids == [5, 7]
     assert pair.client.stats.num_running == 3
     with pair.client.generate(REQUEST):
         assert await pair.received() == [REQUEST]  # and no abort before it
@@ -77,6 +77,23 @@ async def test_leaving_early_aborts(pair: Pair) -> None:
     while len(received) < 2:
         received += await pair.received()
     assert received == [REQUEST, AbortRequest("a")]
+
+
+async def test_what_nobody_takes_is_held_in_one_event(pair: Pair) -> None:
+    with pair.client.generate(REQUEST) as events:
+        for number in range(1000):
+            pair.publish(TokenEvent(request_id="a", token_ids=[number], logprobs=[-1.0]))
+            await asyncio.sleep(0)
+        inbox = pair.client._inboxes["a"]
+        pair.publish(TokenEvent(request_id="a", error="boom"))
+        while "a" in pair.client._inboxes:
+            pair.publish()
+            await asyncio.sleep(0.01)
+        assert len(inbox._items) == 2, "tokens, and the error behind them"
+        event = await anext(events)
+        assert (event.token_ids, event.logprobs) == (list(range(1000)), [-1.0] * 1000)
+        with pytest.raises(GenerationError, match="boom"):
+            await anext(events)
 
 
 async def test_failed_request(pair: Pair) -> None:
