@@ -18,11 +18,15 @@ from engine.logs import configure_logging
 from server.app import create_app
 from server.client import EngineClient
 from server.config import ServerConfig
+from server.connection import Connection
 from server.tokenizer import TextTokenizer
 
 logger = logging.getLogger("server.main")
 
 LISTEN_BACKLOG = 2048
+IDLE_CONNECTION_S = 75
+"""TGI keeps idle connections for ever. Longer than clients and balancers do (60 s and less): whoever closes first must
+not be the server, as the next request may be on its way already."""
 DEAD_ENGINE_DRAIN_S = 3
 """When the engine is gone every stream ends with an error event; nobody is waited for longer than this."""
 LAST_EVENTS_S = 3.0
@@ -87,6 +91,9 @@ async def serve(config: ServerConfig) -> None:
     drain_s = config.graceful_termination_timeout_s
     uvicorn_config = uvicorn.Config(
         create_app(engine, config, tokenizer),
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=IDLE_CONNECTION_S,
         log_config=None,
         access_log=False,
         server_header=False,

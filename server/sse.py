@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 import msgspec
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from server.admission import Permit
@@ -59,14 +60,28 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
 
+        is_gone = False
+
+        async def watched_receive() -> Message:
+            nonlocal is_gone
+            message = await receive()
+            is_gone = message["type"] == "http.disconnect"
+            return message
+
         async def timed_send(message: Message) -> None:
+            # anyio cancels a task only while what it waits for is not there yet, which is never where a busy loop finds
+            # the next token in each of its turns.
+            if is_gone:
+                raise ClientDisconnect
             await send(message)
             self._last_sent = loop.time()
 
         self._last_sent = loop.time()
         keep_alive = asyncio.create_task(self._keep_alive(timed_send))
         try:
-            await super().__call__(scope, receive, timed_send)
+            await super().__call__(scope, watched_receive, timed_send)
+        except ClientDisconnect:
+            pass
         except SendTimeoutError:
             logger.error("a client has not read its stream for %g s: giving it up", self.send_timeout_s)
         finally:

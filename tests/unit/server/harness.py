@@ -25,6 +25,7 @@ from engine.errors import GenerationError
 from engine.types import EngineReady, EngineStats, FinishReason, GenerationRequest, TokenEvent
 from server.client import EngineClient
 from server.config import ServerConfig
+from server.connection import Connection
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -140,7 +141,9 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @contextlib.contextmanager
 def running_server(app: FastAPI) -> Iterator[uvicorn.Server]:
     """A real server on a loopback port, for what the in-process transport cannot show."""
-    config = uvicorn.Config(app, port=0, log_config=None, server_header=False, lifespan="on", ws="none")
+    config = uvicorn.Config(
+        app, port=0, http=Connection, ws="none", log_config=None, server_header=False, lifespan="on"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from server.sse import EventStream
 from tests.unit.server.harness import FakeEngine, events_of, one_by_one, running_server, url_of
@@ -53,6 +54,144 @@ async def test_client_that_stops_reading_midway_means_abort(base_url: str, engin
         async for _ in response.aiter_bytes():
             break
     await until(lambda: engine.aborted)
+
+
+def request(path: str, body: bytes = b'{"inputs":"x"}') -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def connected(base_url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(base_url.rsplit(":", 1)[1])))
+
+
+def received(client: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    client.settimeout(5)
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+async def one_answer(client: socket.socket) -> tuple[bytes, bytes]:
+    """The head and the body of the next answer, which has a length."""
+    client.settimeout(5)
+    data = b""
+    while True:
+        data += await asyncio.to_thread(client.recv, 1 << 16)
+        head, end, body = data.partition(b"\r\n\r\n")
+        if end and len(body) == int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]):
+            return head, body
+
+
+async def test_a_client_that_leaves_several_requests_behind_means_abort(
+    base_url: str, engine: FakeEngine, app: FastAPI
+) -> None:
+    engine.script.stall_after = 1
+    with connected(base_url) as client:
+        client.sendall(request("/generate_stream") + request("/generate") * 3)
+        await until(lambda: engine.requests)
+    await until(lambda: engine.aborted)
+    assert len(engine.requests) == 1, "what nobody waits for is not begun"
+    assert app.state.service._admission.num_free == 128
+
+
+async def test_several_requests_at_once_are_answered_in_order(base_url: str) -> None:
+    with connected(base_url) as client:
+        client.sendall(request("/generate") + request("/generate", b"{") + b"GET /nope HTTP/1.0\r\n\r\n")
+        answer = received(client)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400", b"404"]
+
+
+@pytest.mark.parametrize("endless", [b"a: bbbbbbbb\r\n" * 1000, b"a" * 10_000])
+async def test_a_head_without_end_is_refused(base_url: str, endless: bytes) -> None:
+    with connected(base_url) as client:
+        client.sendall(b"GET /info HTTP/1.1\r\n")
+        answer = asyncio.create_task(asyncio.to_thread(received, client))
+        for _ in range(7):  # the last part is over the limit; more, and a reset could overtake the answer
+            await asyncio.sleep(0.02)
+            client.sendall(endless)
+        assert (await answer).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_trailers_without_end_are_refused(base_url: str) -> None:
+    head = b"POST /generate HTTP/1.1\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connected(base_url) as client:
+        client.sendall(head + b"2\r\n{}\r\n0\r\n")
+        answer = asyncio.create_task(asyncio.to_thread(received, client))
+        for _ in range(7):
+            await asyncio.sleep(0.02)
+            client.sendall(b"a: bbbbbbbb\r\n" * 1000)
+        assert await answer == b""
+
+
+async def test_a_large_body_is_no_head(base_url: str) -> None:
+    with connected(base_url) as client:
+        body = b'{"inputs":"x"}' + b" " * 19_000
+        client.sendall(request("/generate", body) * 8 + b"GET /nope HTTP/1.0\r\n\r\n")
+        answer = await asyncio.to_thread(received, client)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200"] * 8 + [b"404"]
+
+
+async def test_a_connection_is_used_again(base_url: str) -> None:
+    with connected(base_url) as client:
+        for _ in range(3):
+            client.sendall(request("/generate"))
+            head, _ = await one_answer(client)
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"connection:" not in head
+
+
+async def test_too_large_a_body_is_refused_before_it_comes(base_url: str, engine: FakeEngine) -> None:
+    head = request("/generate", b" " * 20_001)[:-20_001]
+    with connected(base_url) as client:
+        client.sendall(head)
+        refusal, text = await one_answer(client)
+        assert refusal.startswith(b"HTTP/1.1 413 ")
+        assert text == b"Failed to buffer the request body: length limit exceeded"
+        client.sendall(b" " * 20_001 + request("/generate"))  # it may come yet; the next request is answered
+        assert (await one_answer(client))[0].startswith(b"HTTP/1.1 200 ")
+    assert len(engine.requests) == 1
+
+
+async def test_permits_are_given_back_when_an_answer_is_read(app: FastAPI, engine: FakeEngine) -> None:
+    engine.script.pause_s = 0.1
+    app.state.service._admission.num_free = 2
+    with running_server(app) as server:
+        async with httpx.AsyncClient(base_url=url_of(server)) as client:
+            for _ in range(2):
+                answers = await asyncio.gather(*(client.post(path, json=body) for path, body in REQUESTS[:3]))
+                assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+    assert app.state.service._admission.num_free == 2
+
+
+async def test_a_client_that_leaves_is_noticed_by_a_busy_loop() -> None:
+    """The next token is there in every turn of the loop: whoever looks finds the stream's task about to run."""
+    loop = asyncio.get_running_loop()
+    waiting = loop.create_future()
+    deadline = time.monotonic() + 5
+
+    def turn() -> None:
+        if not waiting.done():
+            waiting.set_result(None)
+        if time.monotonic() < deadline:
+            loop.call_soon(turn)
+
+    async def tokens() -> AsyncIterator[bytes]:
+        nonlocal waiting
+        while True:
+            waiting = loop.create_future()
+            await waiting
+            yield b"data: {}\n\n"
+
+    async def leave() -> Message:
+        await asyncio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        assert time.monotonic() < deadline
+
+    loop.call_soon(turn)
+    await EventStream(tokens(), {}, None)({"type": "http", "method": "POST"}, leave, send)
+    deadline = 0.0
 
 
 async def test_events_leave_one_by_one(base_url: str, engine: FakeEngine) -> None:
@@ -100,12 +239,10 @@ async def test_client_that_never_reads_is_given_up(
 ) -> None:
     monkeypatch.setattr(EventStream, "send_timeout_s", 0.3)
     engine.script.events = one_by_one([5] * 200_000)
-    body = b'{"inputs":"x"}'
-    head = f"POST /generate_stream HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
     with running_server(app) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", int(url_of(server).rsplit(":", 1)[1])))
-        client.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        client.sendall(request("/generate_stream"))
         await until(lambda: engine.aborted, timeout_s=30)
         await until(lambda: app.state.service._admission.num_free == 128)
     assert "has not read" in caplog.text
