@@ -1,0 +1,87 @@
+"""The HTTP process by itself, as the launcher starts it; the other end of its socket pair is the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engine.ipc import EngineEndpoint
+from engine.types import EngineReady
+from server.config import ServerConfig
+
+STOP_TIMEOUT_S = 20.0
+
+
+@dataclasses.dataclass
+class HttpProcess:
+    """A running `python -m server`; it listens once the engine has said that it is ready."""
+
+    process: psutil.Popen
+    port: int
+    endpoint: EngineEndpoint
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextlib.contextmanager
+def http_process(
+    model: Path, log_path: Path, *, send_buffer: int | None = None, **config: Any
+) -> Iterator[HttpProcess]:
+    """`config`: more fields of ServerConfig; `send_buffer`: what the kernel keeps for a client that does not read, in
+    bytes. At the end of the block the process is gone.
+    """
+    ours, theirs = socket.socketpair()
+    with socket.socket() as listener, theirs, log_path.open("wb") as log:
+        listener.bind(("127.0.0.1", 0))
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        fds = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
+        settings = ServerConfig(model_id="org/model", model_path=str(model), **fds, **config)
+        process = psutil.Popen(
+            [sys.executable, "-P", "-m", "server"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=tuple(fds.values()),
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+        )
+        process.stdin.write(settings.to_json().encode() + b"\n")
+        process.stdin.flush()
+        port = listener.getsockname()[1]
+    try:
+        yield HttpProcess(process, port, EngineEndpoint(ours))
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdin.close()
+            ours.close()
+
+
+def ready(model: Path, *, max_total_tokens: int) -> EngineReady:
+    """What an engine with a window of so many tokens says when it is ready."""
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    return EngineReady(
+        max_input_tokens=max_total_tokens - 1,
+        max_total_tokens=max_total_tokens,
+        max_batch_prefill_tokens=4096,
+        max_batch_total_tokens=1 << 20,
+        vocab_size=vocab_size,
+    )
