@@ -52,7 +52,7 @@ class EngineCore:
         `grammars`: without them no request may have one.
         """
         self._costs = costs
-        self._grammars = grammars
+        self.grammars = grammars
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
@@ -65,8 +65,8 @@ class EngineCore:
         started = time.monotonic()
         batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
         logits = self._runner.execute(batch)
-        if self._grammars is not None:
-            self._grammars.mask(batch, logits)
+        if self.grammars is not None:
+            self.grammars.mask(batch, logits)
         sampling = [sequence.request.sampling for sequence in batch.sampled]
         sampled = self._sample(logits, sampling, batch.sampled_positions)
         is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
@@ -81,20 +81,20 @@ class EngineCore:
         """A request, an abort or a goodbye, between steps."""
         if isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
-            if self._grammars is not None:
-                self._grammars.abort(message.request_id)
+            if self.grammars is not None:
+                self.grammars.abort(message.request_id)
         elif isinstance(message, Goodbye):
             self.is_dismissed = True
         elif message.grammar is not None:
-            assert self._grammars is not None
-            self._grammars.compile(message)
+            assert self.grammars is not None
+            self.grammars.compile(message)
         else:
             self.scheduler.add(message)
 
     def take_compiled(self) -> list[TokenEvent]:
         """Let the requests go on whose grammars are ready; the events are the ends of those that have none."""
         events = []
-        for compiled in self._grammars.take_compiled() if self._grammars is not None else []:
+        for compiled in self.grammars.take_compiled() if self.grammars is not None else []:
             if compiled.error is not None:
                 events.append(TokenEvent(request_id=compiled.request.request_id, error=compiled.error))
             else:
@@ -103,7 +103,7 @@ class EngineCore:
 
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with `error`, those whose grammars are not ready, too."""
-        request_ids = self._grammars.abort_all() if self._grammars is not None else []
+        request_ids = self.grammars.abort_all() if self.grammars is not None else []
         return self.scheduler.fail_all(error) + [TokenEvent(request_id=name, error=error) for name in request_ids]
 
     def serve(self, endpoint: EngineEndpoint, check: Callable[[], None] = lambda: None) -> NoReturn:
@@ -111,8 +111,8 @@ class EngineCore:
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
-        if self._grammars is not None:
-            self._grammars.on_compiled = endpoint.wake
+        if self.grammars is not None:
+            self.grammars.on_compiled = endpoint.wake
         while True:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
