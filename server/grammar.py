@@ -145,7 +145,8 @@ class _Checker:
         return Checked(error="it is too complex")
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
             command = [sys.executable, "-P", "-m", "server.grammar_check"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process

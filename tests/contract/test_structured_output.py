@@ -19,13 +19,14 @@ from engine.core import EngineCore
 from engine.types import AbortRequest, FinishReason, GenerationRequest, SamplingParams
 from server.grammar import compile_grammar
 from server.schemas import Grammar
-from tests.contract.harness import Outcome, make_core, make_requests, run_requests
+from tests.contract.harness import Outcome, make_core, make_requests, make_runner, run_requests
 from tests.contract.test_drafts import eager
 from tests.random_schemas import random_schema
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
 
 NUM_SCHEMAS = 8
 MAX_NEW_TOKENS = 1000
+NUM_BLOCKS = 600
 SAMPLING = {"greedy": SamplingParams(), "seeds": SamplingParams(seed=5, temperature=1.0)}
 SCHEMAS = [random_schema(random.Random(seed)) for seed in range(NUM_SCHEMAS)]
 
@@ -76,19 +77,20 @@ def texts(folder: Path, outcome: Outcome) -> list[str]:
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 def test_documents_follow_their_schemas_in_any_company(folder: Path, sampling: SamplingParams) -> None:
     bound, plain = requests_with(sampling), plain_requests(sampling)
-    alone = [run(make_core(folder, num_blocks=128), [request]) for request in bound]
-    together = run(make_core(folder, num_blocks=600), [*bound, *plain])
+    options: dict[str, Any] = {"num_blocks": NUM_BLOCKS, "runner": make_runner(folder, num_blocks=NUM_BLOCKS)}
+    alone = [run(make_core(folder, **options), [request]) for request in bound]
+    together = run(make_core(folder, **options), [*bound, *plain])
     documents = [json.loads(text) for outcome in alone for text in texts(folder, outcome)]
     for document, schema in zip(documents, SCHEMAS, strict=True):
         jsonschema.validate(document, schema, jsonschema.Draft202012Validator)
     assert together.token_ids[:NUM_SCHEMAS] == [outcome.token_ids[0] for outcome in alone]
-    assert together.token_ids[NUM_SCHEMAS:] == run(make_core(folder), plain).token_ids
+    assert together.token_ids[NUM_SCHEMAS:] == run(make_core(folder, **options), plain).token_ids
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 def test_drafts_and_preemption_change_no_token(folder: Path, sampling: SamplingParams) -> None:
     requests = [*requests_with(sampling)[:4], *plain_requests(sampling)[:4]]
-    expected = run(make_core(folder, num_blocks=600), requests)
+    expected = run(make_core(folder, num_blocks=NUM_BLOCKS), requests)
     speculator = eager(8)
     outcome = run(make_core(folder, num_blocks=13, speculator=speculator), requests)
     assert (outcome.token_ids, outcome.logprobs) == (expected.token_ids, expected.logprobs)
