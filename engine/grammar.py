@@ -190,8 +190,8 @@ class Grammars:
             tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
         except (OSError, ValueError) as error:
             raise GenerationError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from error
-        nothing = np.empty((0, num_words(self._vocab_size)), np.int32)
-        self._apply_masks(torch.empty(0, self._vocab_size), nothing[:, 0], nothing)
+        no_rows, no_masks = np.empty(0, np.int32), np.empty((0, num_words(self._vocab_size)), np.int32)
+        self._apply_masks(torch.empty(0, self._vocab_size), no_rows, no_masks)
         return tokenizer
 
     @functools.cached_property
