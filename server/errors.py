@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
+from server.spans import log_extra
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,9 @@ def error_body(error: Exception) -> ErrorBody:
 def log_failure(error: Exception) -> None:
     """One line with the bare text; a traceback only for what nobody foresaw."""
     if type(error) in ERROR_KINDS:
-        logger.error("%s", error)
+        logger.error("%s", error, extra=log_extra())
     else:
-        logger.error("unexpected error", exc_info=error)
+        logger.error("unexpected error", exc_info=error, extra=log_extra())
 
 
 def json_response(status: int, body: ErrorBody) -> Response:
@@ -112,6 +113,8 @@ def json_response(status: int, body: ErrorBody) -> Response:
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     log_failure(error)
+    if isinstance(error, TemplateError):  # raised before a generation is opened, which counts its failures itself
+        request.app.state.service.metrics.refused(error)
     return json_response(ERROR_KINDS[type(error)].status, error_body(error))
 
 

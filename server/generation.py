@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -21,8 +21,10 @@ from server.chat import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.detokenizer import Detokenizer, StopChecker
-from server.errors import IncompleteGenerationError
+from server.errors import IncompleteGenerationError, OverloadedError
+from server.metrics import Metrics, RequestMetrics
 from server.schemas import GenerateParameters
+from server.spans import begin_generation, log_extra, set_fields
 from server.tokenizer import TextTokenizer
 from server.validation import GenerationInput, ValidatedRequest, Validator
 
@@ -68,12 +70,19 @@ class Generation:
     """One running request."""
 
     def __init__(
-        self, request: ValidatedRequest, parameters: GenerateParameters, tokenizer: TextTokenizer, timings: Timings
+        self,
+        request: ValidatedRequest,
+        parameters: GenerateParameters,
+        tokenizer: TextTokenizer,
+        timings: Timings,
+        metrics: RequestMetrics,
     ) -> None:
         self.seed = request.generation.sampling.seed
         self.num_prompt_tokens = len(request.generation.prompt_token_ids)
         self.num_generated_tokens = 0
         self.timings = timings
+        self._metrics = metrics
+        self._received: float | None = None
         self._parameters = parameters
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, request.generation.prompt_token_ids)
@@ -88,6 +97,7 @@ class Generation:
         async for event in events:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
+            self._observe(len(event.token_ids))
             num_left = len(event.token_ids)
             for token_id, logprob in zip(event.token_ids, event.logprobs, strict=True):
                 num_left -= 1
@@ -107,19 +117,36 @@ class Generation:
             self._finish()
         return GeneratedToken(token_id, text, visible, logprob, self._tokenizer.is_special(token_id), reason)
 
+    def _observe(self, num_tokens: int) -> None:
+        now = time.perf_counter()
+        since = self.timings.started if self._received is None else self._received
+        self._metrics.received(num_tokens, now - since, is_first=self._received is None)
+        self._received = now
+
     def _finish(self) -> None:
-        self.timings.finished = time.perf_counter()
-        logger.info("Success", extra={"span": self._span()})
+        timings = self.timings
+        timings.finished = time.perf_counter()
+        self._metrics.finished(
+            total_s=timings.total_s,
+            validation_s=timings.validation_s,
+            queue_s=timings.queue_s,
+            inference_s=timings.inference_s,
+            num_generated_tokens=self.num_generated_tokens,
+        )
+        fields = self._fields()
+        set_fields(fields)
+        logger.info("Success", extra=log_extra(fields))
 
     def log_cancelled(self) -> None:
         """The line of a request whose client left before the end; a failed one has its error's line instead."""
+        if self._metrics.is_finished:
+            return
         self.timings.finished = time.perf_counter()
-        logger.info("Cancelled", extra={"span": self._span()})
+        logger.info("Cancelled", extra=log_extra(self._fields()))
 
-    def _span(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
         return {
-            "name": "generate",
             "parameters": str(self._parameters.model_dump(exclude_defaults=True, exclude={"stop", "grammar"})),
             "total_time": _duration(self.timings.total_s),
             "validation_time": _duration(self.timings.validation_s),
@@ -164,13 +191,28 @@ class GenerationService:
         self.chat_template = ChatTemplate(tokenizer.chat_format)
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
+        self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
+        engine.observe_output = self.metrics.observe_output
 
     def permit_for_stream(self) -> Permit | None:
         """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.
 
         As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
         """
-        return None if self.config.is_strict_tgi else self._admission.permit()
+        if self.config.is_strict_tgi:
+            return None
+        try:
+            return self._admission.permit()
+        except OverloadedError as error:
+            self.metrics.refused(error)
+            raise
+
+    @contextlib.contextmanager
+    def _admitted(self, wanted: GenerationInput, permit: Permit | None) -> Iterator[RequestMetrics]:
+        with self.metrics.request() as metrics:
+            self._validator.check_before_admission(wanted)
+            with permit or self._admission.permit():
+                yield metrics
 
     @contextlib.asynccontextmanager
     async def open(
@@ -178,11 +220,12 @@ class GenerationService:
     ) -> AsyncIterator[tuple[Generation, AsyncIterator[GeneratedToken]]]:
         """Start generating, under `permit` or one of its own; the request lives as long as the block."""
         started = time.perf_counter()
-        self._validator.check_before_admission(wanted)
-        with permit or self._admission.permit():
+        begin_generation(is_stream=wanted.is_stream)
+        with self._admitted(wanted, permit) as metrics:
             request = await self._validator.validate(wanted, self.engine.limits)
+            metrics.accepted(len(request.generation.prompt_token_ids), request.generation.max_new_tokens)
             timings = Timings(started, time.perf_counter())
-            generation = Generation(request, wanted.parameters, self.tokenizer, timings)
+            generation = Generation(request, wanted.parameters, self.tokenizer, timings, metrics)
             with self.engine.generate(request.generation) as events:
                 async with contextlib.aclosing(generation.read(events)) as tokens:
                     try:
