@@ -47,6 +47,6 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
 def _tracer(config: ServerConfig) -> Tracer | None:
     if config.otlp_endpoint is None:
         return None
-    from server.otlp import OtlpTracer  # 15 MB and half a second that a server without traces does not need
+    from server.otlp import OtlpTracer  # 15 MB that a server without traces does not need
 
     return OtlpTracer(config.otlp_endpoint, config.otlp_service_name)

@@ -1,6 +1,6 @@
 """Traces to an OpenTelemetry collector, over OTLP and gRPC (reference `tgi-http.md` 7.3).
 
-Imported only with --otlp-endpoint: the libraries cost memory and time. Spans are made when a request has ended, with
+Imported only with --otlp-endpoint: the libraries cost memory. Spans are made when a request has ended, with
 its times: nothing has to be kept open meanwhile, and no trace header goes back to the client.
 """
 

@@ -86,7 +86,9 @@ STEPS = StepOutput(
     events=[],
     stats=STATS,
     reports=[
-        StepReport(is_prefill=True, num_sequences=2, num_admitted=2, num_draft_hits=[0, 0], total_s=0.5, forward_s=0.25),
+        StepReport(
+            is_prefill=True, num_sequences=2, num_admitted=2, num_draft_hits=[0, 0], total_s=0.5, forward_s=0.25
+        ),
         StepReport(num_sequences=2, num_draft_hits=[3, 0], total_s=0.0625, forward_s=0.03125, update_s=0.001),
         StepReport(is_prefill=True, num_sequences=3, num_admitted=1, num_draft_hits=[1, 0, 0], schedule_s=0.001),
         StepReport(is_failed=True, num_sequences=3),
