@@ -123,7 +123,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int = 0
     block_size: int = 0
     num_prefix_hit_tokens: int = 0
-    """Since the start: prompt tokens found in the prefix cache when their sequence joined a batch for the first time."""
+    """Since the start: prompt tokens found in the prefix cache when their sequence first joined a batch."""
     num_preemptions: int = 0
     """Since the start: sequences that had to give their blocks back and wait again."""
     num_draft_steps: int = 0

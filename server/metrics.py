@@ -136,13 +136,29 @@ class Reading:
 
 
 class RequestMetrics:
-    """What is observed of one request between its entry and its end."""
+    """What is observed of one request between its entry and its end; it may have several sequences."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.is_finished = False
+        self._num_accepted = 0
+        self._num_finished = 0
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Counts the failure if the block is left by an exception; after its last token a client may leave."""
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            if not 0 < self._num_accepted == self._num_finished:
+                self._metrics.failure.add("dropped")
+            raise
+        except Exception as error:
+            self._metrics.failed(error)
+            raise
 
     def accepted(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        """A sequence has become an engine's request."""
+        self._num_accepted += 1
         self._metrics.input_length.observe(num_prompt_tokens)
         self._metrics.max_new_tokens.observe(max_new_tokens)
 
@@ -156,7 +172,8 @@ class RequestMetrics:
     def finished(
         self, *, total_s: float, validation_s: float, queue_s: float, inference_s: float, num_generated_tokens: int
     ) -> None:
-        self.is_finished = True
+        """A sequence has come to its end."""
+        self._num_finished += 1
         metrics = self._metrics
         metrics.success.add()
         metrics.duration.observe(total_s)
@@ -226,27 +243,17 @@ class Metrics:
             "tgi_batch_concat_duration", "Seconds of scheduling a step where newcomers joined", label="method"
         )
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[RequestMetrics]:
-        """Counts the entry of one request and, if the block is left by an exception, its failure."""
+    def entered(self) -> RequestMetrics:
+        """A request asks for a generation."""
         self.count.add()
-        request = RequestMetrics(self)
-        try:
-            yield request
-        except (asyncio.CancelledError, GeneratorExit):
-            if not request.is_finished:
-                self.failure.add("dropped")
-            raise
-        except Exception as error:
-            self._failed(error)
-            raise
+        return RequestMetrics(self)
 
     def refused(self, error: Exception) -> None:
         """A request that failed before it could be opened."""
         self.count.add()
-        self._failed(error)
+        self.failed(error)
 
-    def _failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         self.failure.add(ERROR_LABELS.get(type(error), "generation"))
 
     def observe_output(self, output: StepOutput, seconds: float) -> None:
