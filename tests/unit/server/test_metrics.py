@@ -219,6 +219,15 @@ async def test_a_successful_request(client: httpx.AsyncClient, engine: FakeEngin
     assert 0.02 < value_of(families, "pytgi_inter_token_duration_sum") < total
 
 
+async def test_a_request_with_two_sequences(client: httpx.AsyncClient) -> None:
+    assert await ask(client, best_of=2, do_sample=True) == 200
+    families = await scrape(client)
+    assert value_of(families, "tgi_request_count") == 1
+    assert value_of(families, "tgi_request_success") == 2
+    assert value_of(families, "tgi_request_input_length_count") == 2
+    assert value_of(families, "pytgi_time_to_first_token_duration_count") == 2
+
+
 async def test_tokens_that_come_together_share_the_time_since_the_last_ones(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
