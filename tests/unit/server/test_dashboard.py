@@ -1,4 +1,4 @@
-"""docs/grafana.json can be imported, and asks for exactly the names that /metrics has."""
+"""docs/grafana.json can be imported, and asks for exactly the names that /metrics has; docs/metrics.md lists them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.types import EngineStats, StepOutput, StepReport
 from tests.unit.server.harness import FakeEngine
 
-DASHBOARD = json.loads((Path(__file__).parents[3] / "docs" / "grafana.json").read_text())
+DOCS = Path(__file__).parents[3] / "docs"
+DASHBOARD = json.loads((DOCS / "grafana.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}
@@ -40,6 +41,14 @@ def test_every_name_is_exposed(kinds: dict[str, str]) -> None:
     asked = {name for expression in EXPRESSIONS for name in names_in(expression)}
     assert asked <= exposed.keys()
     assert {exposed[name] for name in asked} == kinds.keys(), "a family that no panel shows"
+
+
+def test_every_family_is_in_the_document(kinds: dict[str, str]) -> None:
+    rows = [line for line in (DOCS / "metrics.md").read_text().splitlines() if re.match(r"\| `(py)?tgi_", line)]
+    listed = {
+        name: row.split(" | ")[1] for row in rows for name in re.findall(r"`((?:py)?tgi_\w+)`", row.split(" | ")[0])
+    }
+    assert listed == kinds
 
 
 def test_quantiles_are_of_buckets_and_rates_of_counts(kinds: dict[str, str]) -> None:
