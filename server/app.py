@@ -38,7 +38,8 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
         app.include_router(area.router)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key)
-    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin)  # outside of the guard: its answers need no key
+    # Outside of the guard: its answers need no key.
+    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer)
     return app

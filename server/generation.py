@@ -383,7 +383,7 @@ class GenerationService:
     async def open_for_stream(
         self, *inputs: GenerationInput
     ) -> tuple[contextlib.AbstractAsyncContextManager[list[Running]], Permit | None]:
-        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised here and shows in the status.
+        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised, and shows in the status.
 
         As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.
         """
