@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,6 @@ STEPS = StepOutput(
     ],
 )
 PROMPT = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
-
-
-@pytest.fixture
-async def strict_client(engine: FakeEngine, model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    config = make_config(is_strict_tgi=True)
-    async with client_of(create_app(engine, config, TextTokenizer.from_folder(str(model_folder), 1))) as client:
-        yield client
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, Metric]:
