@@ -84,6 +84,8 @@ class LauncherArgs:
     graceful_termination_timeout: int
     strict_tgi: bool
     json_output: bool
+    watermark_gamma: float
+    watermark_delta: float
     env: bool
     prefix_caching: bool
     tgi_wiggle_room: float

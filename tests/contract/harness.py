@@ -74,7 +74,7 @@ def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(ScheduledBatch(sequences, counts))
+    logits = runner.execute(ScheduledBatch(sequences, counts)).logits
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed_tokens += count
     return logits

@@ -155,12 +155,12 @@ def test_what_is_drawn_is_allowed_and_all_of_it_is_drawn(sample: Sample, params:
     assert {token for token in allowed if probabilities[token] > 10 / size} <= set(drawn.token_ids)
 
 
-def test_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None:
+def test_filtered_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None:
     logits = random_logits(3, 64)
     params = [
-        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9),
+        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9, is_logprob_filtered=True),
         GREEDY,
-        SamplingParams(seed=2, temperature=1.5),
+        SamplingParams(seed=2, temperature=1.5, is_logprob_filtered=True),
     ]
     result = sample(logits, params, [0, 0, 0])
     filtered = logits.clone()
@@ -253,7 +253,8 @@ def test_a_row_of_minus_infinity_is_flagged(sample: Sample) -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46])
 def test_a_temperature_too_small_for_float32_is_greedy(sample: Sample, temperature: float) -> None:
     logits = random_logits(1, 100)
-    result = sample(logits, [SamplingParams(seed=3, temperature=temperature)], [0])
+    params = SamplingParams(seed=3, temperature=temperature, is_logprob_filtered=True)
+    result = sample(logits, [params], [0])
     assert (result.token_ids, result.logprobs, result.is_finite) == ([int(logits.argmax())], [0.0], [True])
 
 
