@@ -196,14 +196,13 @@ def _keep_typical(logits: torch.Tensor, typical_ps: torch.Tensor) -> torch.Tenso
 
 def uniform(seeds: SequenceOf[int], positions: SequenceOf[int]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) per (64-bit seed, position), by the SplitMix64 finaliser (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        state = _mix(np.array(seeds, np.uint64)) + np.array(positions, np.uint64)
-        mixed = _mix(state * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15))
+    state = _mix(np.array(seeds, np.uint64)) + np.array(positions, np.uint64)
+    mixed = _mix(state * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    """Of an array: products wrap around without a warning."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -168,9 +168,10 @@ class Scheduler:
         `prompt_logprobs`: of the tokens that `batch.num_scored_tokens` counts, sequence after sequence.
         """
         events: list[TokenEvent] = []
-        scores = iter(prompt_logprobs)
-        for sequence, count in zip(batch.sequences, batch.num_scored_tokens, strict=True):
-            sequence.prompt_logprobs += itertools.islice(scores, count)
+        if prompt_logprobs:
+            scores = iter(prompt_logprobs)
+            for sequence, count in zip(batch.sequences, batch.num_scored_tokens, strict=True):
+                sequence.prompt_logprobs += itertools.islice(scores, count)
         row = 0
         rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
         for sequence, count, draft, is_completing in rows:
