@@ -13,25 +13,24 @@ class Admission:
     def __init__(self, max_concurrent_requests: int) -> None:
         self.num_free = max_concurrent_requests
 
-    def permit(self) -> Permit:
+    def permit(self, num_places: int) -> Permit:
         """To be held until the answer is complete or the client is gone. Raises OverloadedError at once."""
-        if self.num_free == 0:
+        if self.num_free < num_places:
             raise OverloadedError
-        self.num_free -= 1
-        return Permit(self)
+        self.num_free -= num_places
+        return Permit(self, num_places)
 
 
 class Permit:
-    """One place; given back once, however often it is released."""
+    """A place for each sequence of a request; given back once, however often it is released."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, num_places: int) -> None:
         self._admission = admission
-        self._is_held = True
+        self._num_held = num_places
 
     def release(self) -> None:
-        if self._is_held:
-            self._is_held = False
-            self._admission.num_free += 1
+        self._admission.num_free += self._num_held
+        self._num_held = 0
 
     def __enter__(self) -> None:
         pass

@@ -7,6 +7,8 @@ every token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 from fastapi import Response
@@ -38,6 +40,27 @@ class Token(msgspec.Struct, frozen=True):
     text: str
     logprob: msgspec.Raw
     special: bool
+
+
+class Scored(Protocol):
+    """A token that the wire shows with its logprob."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def is_special(self) -> bool: ...
+
+
+def token_answer(token: Scored) -> Token:
+    return Token(token.id, token.text, f32(token.logprob), token.is_special)
+
+
+def token_answers(tokens: Iterable[Scored]) -> list[Token]:
+    return [token_answer(token) for token in tokens]
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.errors import install_error_handlers
 from server.generation import GenerationService
-from server.routes import generate, info, openai
+from server.routes import chat, generate, info, models
 from server.tokenizer import TextTokenizer
 
 
@@ -30,9 +30,10 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
     install_error_handlers(app)
-    for area in (generate, openai, info):
+    for area in (generate, chat, models, info):
         app.include_router(area.router)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key)
-    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin)  # the outer one: its answers need no key
+    # The outer one: its answers need no key.
+    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     return app

@@ -12,6 +12,7 @@ import pydantic
 from fastapi import Request
 
 from server import serde
+from server.config import ServerConfig
 from server.errors import BodyError
 from server.serde import RepeatedKeys, WireModel
 
@@ -38,13 +39,13 @@ class _NumberError(ValueError):
     """A number that JSON does not have; the text is serde's."""
 
 
-async def read_body(request: Request, model: type[M], limit: int) -> M:
+async def read_body(request: Request, model: type[M], config: ServerConfig) -> M:
     """The body as `model`. Raises BodyError."""
     _require_json(request.headers.get("content-type", ""))
-    text = (await _receive(request, limit)).decode(errors="surrogateescape")
+    text = (await _receive(request, config.payload_limit)).decode(errors="surrogateescape")
     value, end = _parse(text)
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context={"is_strict": config.is_strict_tgi})
     except pydantic.ValidationError as error:
         reason = serde.describe(error)
     raise BodyError(

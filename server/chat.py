@@ -14,7 +14,7 @@ import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import TemplateError
-from server.schemas import ContentBody, Message, TextPart, ToolCall
+from server.openai_schemas import ContentBody, Message, TextPart, ToolCall
 from server.tokenizer import ChatFormat
 
 _HTML_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", ord("'"): "\\u0027"}

@@ -30,6 +30,8 @@ class ServerConfig:
     validation_workers: int = 2
     payload_limit: int = 2_000_000
     """Largest request body in bytes."""
+    has_prompt_logprobs: bool = False
+    """`--enable-prefill-logprobs`; asked of it by --strict-tgi only, as they cost little here."""
     is_grammar_disabled: bool = False
     tokenizer_config_path: str | None = None
     """Read in place of the folder's tokenizer_config.json."""

@@ -85,3 +85,28 @@ class StopChecker:
             return len(seen)
         start = seen.find(stop, max(0, len(self._tail) - len(stop) + 1))
         return None if start < 0 else start + len(stop)
+
+
+class StopCutter:
+    """Ends a text before the first stop string in it, as OpenAI has it: what may still begin one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
+        """What comes out of the text so far, and whether a stop string ended it."""
+        seen = self._held + text
+        starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
+        if starts:
+            return seen[: min(starts)], True
+        num_held = 0 if is_last else max((_overlap(seen, stop) for stop in self._stops), default=0)
+        num_out = len(seen) - num_held
+        self._held = seen[num_out:]
+        return seen[:num_out], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

@@ -98,6 +98,27 @@ def error_body(error: Exception) -> ErrorBody:
     return ErrorBody(f"{kind.prefix}{error}", kind.error_type)
 
 
+class OpenAIError(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    code: str
+    param: None = None
+
+
+class OpenAIErrorBody(msgspec.Struct, frozen=True):
+    """What OpenAI's clients read (quirk 11); `code` is TGI's error_type."""
+
+    error: OpenAIError
+
+
+def openai_error_body(error: Exception) -> OpenAIErrorBody:
+    body = error_body(error)
+    kind = ERROR_KINDS.get(type(error))
+    status = 500 if kind is None else kind.status
+    type_ = {422: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
+    return OpenAIErrorBody(OpenAIError(body.error, type_, body.error_type))
+
+
 def log_failure(error: Exception) -> None:
     """One line with the bare text; a traceback only for what nobody foresaw."""
     if type(error) in ERROR_KINDS:
@@ -106,18 +127,20 @@ def log_failure(error: Exception) -> None:
         logger.error("unexpected error", exc_info=error)
 
 
-def json_response(status: int, body: ErrorBody) -> Response:
+def _answer(request: Request, status: int, error: Exception) -> Response:
+    is_openai = request.url.path.startswith("/v1/") and not request.app.state.service.config.is_strict_tgi
+    body = openai_error_body(error) if is_openai else error_body(error)
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     log_failure(error)
-    return json_response(ERROR_KINDS[type(error)].status, error_body(error))
+    return _answer(request, ERROR_KINDS[type(error)].status, error)
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:
     # Not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return json_response(500, error_body(error))
+    return _answer(request, 500, error)
 
 
 async def _answer_body_error(request: Request, error: Exception) -> Response:

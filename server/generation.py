@@ -1,7 +1,7 @@
 """The one streaming path: admit, validate, submit, and turn the engine's events into tokens with text.
 
 Every route goes through `GenerationService.open`; a plain answer is this stream collected. Leaving the block early, for
-whatever reason, aborts the sequence and gives the permit back.
+whatever reason, aborts the sequences and gives the permit back.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -20,13 +22,25 @@ from server.admission import Admission, Permit
 from server.chat import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
-from server.detokenizer import Detokenizer, StopChecker
+from server.detokenizer import Detokenizer, StopChecker, StopCutter
 from server.errors import IncompleteGenerationError
 from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 from server.validation import GenerationInput, ValidatedRequest, Validator
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token by itself: of the prompt, or one that might have been chosen."""
+
+    id: int
+    text: str
+    logprob: float
+    is_special: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,8 @@ class GeneratedToken:
     logprob: float
     is_special: bool
     finish_reason: FinishReason | None
+    top_tokens: Sequence[ScoredToken] = ()
+    """The likeliest ones at this place, if asked for, the likeliest first."""
 
 
 @dataclass(slots=True)
@@ -65,47 +81,79 @@ class Timings:
 
 
 class Generation:
-    """One running request."""
+    """One running sequence."""
 
     def __init__(
         self, request: ValidatedRequest, parameters: GenerateParameters, tokenizer: TextTokenizer, timings: Timings
     ) -> None:
         self.seed = request.generation.sampling.seed
-        self.num_prompt_tokens = len(request.generation.prompt_token_ids)
         self.num_generated_tokens = 0
         self.timings = timings
         self._parameters = parameters
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, request.generation.prompt_token_ids)
-        self._stop_checker = StopChecker(request.stop)
+        self._prompt_token_ids = request.generation.prompt_token_ids
+        self._has_prompt_logprobs = request.generation.has_prompt_logprobs
+        self._prompt_logprobs: Sequence[float] = ()
+        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
+        self._stop_checker = StopChecker(() if request.is_stop_hidden else request.stop)
+        self._stop_cutter = StopCutter(request.stop) if request.is_stop_hidden and request.stop else None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt_token_ids)
 
     @property
     def time_per_token_s(self) -> float:
         return self.timings.inference_s / max(1, self.num_generated_tokens)
+
+    @property
+    def prefill(self) -> list[ScoredToken]:
+        """The prompt's tokens, if their logprobs were asked for; the first has none (reference 4.6)."""
+        if not self._has_prompt_logprobs:
+            return []
+        logprobs = [math.nan, *self._prompt_logprobs]
+        return [self._scored(*pair) for pair in zip(self._prompt_token_ids, logprobs, strict=True)]
 
     async def read(self, events: AsyncIterator[TokenEvent]) -> AsyncGenerator[GeneratedToken]:
         """The tokens in `events`, one by one. Raises IncompleteGenerationError if none of them is the last."""
         async for event in events:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
-            num_left = len(event.token_ids)
-            for token_id, logprob in zip(event.token_ids, event.logprobs, strict=True):
-                num_left -= 1
-                token = self._next_token(token_id, logprob, None if num_left else event.finish_reason)
+                self._prompt_logprobs = event.prompt_logprobs
+            last = len(event.token_ids) - 1
+            for index, token_id in enumerate(event.token_ids):
+                top_tokens = self._top_tokens(event, index) if event.top_token_ids else ()
+                reason = event.finish_reason if index == last else None
+                token = self._next_token(token_id, event.logprobs[index], reason, top_tokens)
                 yield token
                 if token.finish_reason is not None:
                     return
         raise IncompleteGenerationError
 
-    def _next_token(self, token_id: int, logprob: float, reason: FinishReason | None) -> GeneratedToken:
+    def _next_token(
+        self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
+    ) -> GeneratedToken:
         """The engine's reason, which comes first, or a stop string ends the sequence (reference 4.4)."""
         text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
-        if reason is None and (num_kept := self._stop_checker.check(text)) is not None:
+        if self._stop_cutter is not None:
+            visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
+            if is_stopped:
+                reason = FinishReason.STOP_SEQUENCE
+        elif reason is None and (num_kept := self._stop_checker.check(text)) is not None:
             text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
         self.num_generated_tokens += 1
         if reason is not None:
             self._finish()
-        return GeneratedToken(token_id, text, visible, logprob, self._tokenizer.is_special(token_id), reason)
+        is_special = self._tokenizer.is_special(token_id)
+        return GeneratedToken(token_id, text, visible, logprob, is_special, reason, top_tokens)
+
+    def _top_tokens(self, event: TokenEvent, index: int) -> list[ScoredToken]:
+        pairs = zip(event.top_token_ids[index], event.top_logprobs[index], strict=True)
+        return [self._scored(*pair) for pair in pairs]
+
+    def _scored(self, token_id: int, logprob: float) -> ScoredToken:
+        tokenizer = self._tokenizer
+        return ScoredToken(token_id, tokenizer.decode([token_id]), logprob, tokenizer.is_special(token_id))
 
     def _finish(self) -> None:
         self.timings.finished = time.perf_counter()
@@ -113,6 +161,8 @@ class Generation:
 
     def log_cancelled(self) -> None:
         """The line of a request whose client left before the end; a failed one has its error's line instead."""
+        if self.timings.finished:  # of several sequences, one that had ended
+            return
         self.timings.finished = time.perf_counter()
         logger.info("Cancelled", extra={"span": self._span()})
 
@@ -142,16 +192,90 @@ def _duration(seconds: float) -> str:
 class Answer:
     """A finished generation."""
 
+    generation: Generation
     tokens: list[GeneratedToken]
     text: str
     finish_reason: FinishReason
 
+    @property
+    def mean_logprob(self) -> float:
+        return sum(token.logprob for token in self.tokens) / len(self.tokens)
 
-async def collect(tokens: AsyncIterator[GeneratedToken]) -> Answer:
-    all_tokens = [token async for token in tokens]
-    reason = all_tokens[-1].finish_reason
-    assert reason is not None
-    return Answer(all_tokens, "".join(token.visible for token in all_tokens), reason)
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A sequence under way."""
+
+    generation: Generation
+    tokens: AsyncIterator[GeneratedToken]
+
+    async def collect(self) -> Answer:
+        tokens = [token async for token in self.tokens]
+        reason = tokens[-1].finish_reason
+        assert reason is not None
+        return Answer(self.generation, tokens, "".join(token.visible for token in tokens), reason)
+
+
+async def collect(running: Sequence[Running]) -> list[Answer]:
+    """All answers. The first failure ends the others."""
+    if len(running) == 1:
+        return [await running[0].collect()]
+    return await _all_or_none([one.collect() for one in running])
+
+
+async def _all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def interleave(running: Sequence[Running]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
+    """The tokens of all, as they come, each with the place of its sequence."""
+    if len(running) == 1:
+        async for token in running[0].tokens:
+            yield 0, token
+        return
+    # As many as are asked for at a time: a slow reader keeps tokens in the engine client, which holds them anyway.
+    queue: asyncio.Queue[tuple[int, GeneratedToken | Exception | None]] = asyncio.Queue(len(running))
+
+    async def pump(index: int, one: Running) -> None:
+        try:
+            async for token in one.tokens:
+                await queue.put((index, token))
+            await queue.put((index, None))
+        except Exception as error:
+            await queue.put((index, error))
+
+    tasks = [asyncio.create_task(pump(index, one)) for index, one in enumerate(running)]
+    num_open = len(running)
+    try:
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        await _cancel(tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Admitted and valid; to be run, or its permit to be given back."""
+
+    requests: list[tuple[ValidatedRequest, GenerateParameters]]
+    permit: Permit
+    started: float
 
 
 class GenerationService:
@@ -170,26 +294,63 @@ class GenerationService:
 
         As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
         """
-        return None if self.config.is_strict_tgi else self._admission.permit()
+        return None if self.config.is_strict_tgi else self._admission.permit(1)
+
+    async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> Prepared:
+        """Admit, under `permit` or one of its own, and validate. Raises OverloadedError, ValidationError."""
+        started = time.perf_counter()
+        for wanted in inputs:
+            self._validator.check_before_admission(wanted)
+        permit = permit or self._admission.permit(sum(wanted.num_sequences for wanted in inputs))
+        try:
+            limits = self.engine.limits
+            requests = [
+                (request, wanted.parameters)
+                for wanted in inputs
+                for request in await self._validator.validate(wanted, limits)
+            ]
+        except BaseException:
+            permit.release()
+            raise
+        return Prepared(requests, permit, started)
 
     @contextlib.asynccontextmanager
-    async def open(
-        self, wanted: GenerationInput, permit: Permit | None = None
-    ) -> AsyncIterator[tuple[Generation, AsyncIterator[GeneratedToken]]]:
-        """Start generating, under `permit` or one of its own; the request lives as long as the block."""
-        started = time.perf_counter()
-        self._validator.check_before_admission(wanted)
-        with permit or self._admission.permit():
-            request = await self._validator.validate(wanted, self.engine.limits)
-            timings = Timings(started, time.perf_counter())
-            generation = Generation(request, wanted.parameters, self.tokenizer, timings)
-            with self.engine.generate(request.generation) as events:
-                async with contextlib.aclosing(generation.read(events)) as tokens:
-                    try:
-                        yield generation, tokens
-                    except (asyncio.CancelledError, GeneratorExit):
-                        generation.log_cancelled()
-                        raise
+    async def run(self, prepared: Prepared) -> AsyncIterator[list[Running]]:
+        """Start generating: a sequence for each request; they live as long as the block."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(prepared.permit)
+            submitted = time.perf_counter()
+            running = []
+            for request, parameters in prepared.requests:
+                timings = Timings(prepared.started, submitted)
+                generation = Generation(request, parameters, self.tokenizer, timings)
+                events = stack.enter_context(self.engine.generate(request.generation))
+                tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
+                running.append(Running(generation, tokens))
+            try:
+                yield running
+            except (asyncio.CancelledError, GeneratorExit):
+                for one in running:
+                    one.generation.log_cancelled()
+                raise
+
+    @contextlib.asynccontextmanager
+    async def open(self, *inputs: GenerationInput, permit: Permit | None = None) -> AsyncIterator[list[Running]]:
+        """`prepare` and `run`."""
+        async with self.run(await self.prepare(*inputs, permit=permit)) as running:
+            yield running
+
+    async def open_for_stream(
+        self, *inputs: GenerationInput
+    ) -> tuple[contextlib.AbstractAsyncContextManager[list[Running]], Permit | None]:
+        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised, and shows in the status.
+
+        As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.
+        """
+        if self.config.is_strict_tgi:
+            return self.open(*inputs), None
+        prepared = await self.prepare(*inputs)
+        return self.run(prepared), prepared.permit
 
 
 def service_of(request: Request) -> GenerationService:

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AliasChoices,
@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -85,7 +86,7 @@ def round_to_f32(value: float) -> float:
     return float(rounded)
 
 
-def _float(value: object) -> float:
+def read_f32(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong(f"invalid type: {unexpected(value)}, expected f32")
     return round_to_f32(value)
@@ -110,7 +111,12 @@ U32 = Annotated[int, PlainValidator(_integer("u32", 0, 2**32 - 1))]
 U64 = Annotated[int, PlainValidator(_integer("u64", 0, 2**64 - 1))]
 Usize = Annotated[int, PlainValidator(_integer("usize", 0, 2**64 - 1))]
 I32 = Annotated[int, PlainValidator(_integer("i32", -(2**31), 2**31 - 1))]
-F32 = Annotated[float, PlainValidator(_float)]
+F32 = Annotated[float, PlainValidator(read_f32)]
+
+
+def is_strict(info: ValidationInfo) -> bool:
+    """Whether the body is read just as TGI reads it (`--strict-tgi`)."""
+    return bool(info.context and info.context["is_strict"])
 
 
 class WireModel(BaseModel):
@@ -118,15 +124,33 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
+    extensions: ClassVar[frozenset[str]] = frozenset()
+    """Fields that TGI does not know: read strictly, they are ignored like any other key."""
+    is_null_absent: ClassVar[bool] = False
+    """Null stands for the default, as OpenAI's clients mean it; not where the body is read strictly."""
+
     @model_validator(mode="before")
     @classmethod
-    def _refuse_repeated_keys(cls, data: Any) -> Any:
+    def _read_object(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if is_strict(info) and cls.extensions:
+            data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
         for name, spellings in _spellings(cls):
-            given = [spelling for spelling in spellings if isinstance(data, dict) and spelling in data]
+            given = [spelling for spelling in spellings if spelling in data]
             if len(given) > 1 or not repeated.isdisjoint(given):
                 raise wrong(f"duplicate field `{name}`")
+        if cls.is_null_absent and not is_strict(info):
+            data = {key: value for key, value in data.items() if value is not None}
         return data
+
+
+def _without(data: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    kept = RepeatedKeys({key: value for key, value in data.items() if key not in names})
+    if isinstance(data, RepeatedKeys):
+        kept.repeated = data.repeated - names
+    return kept
 
 
 @functools.cache

@@ -1,26 +1,28 @@
-"""A wire request becomes an engine request, or is refused with TGI's texts in TGI's order (reference 2).
+"""A wire request becomes engine requests, or is refused with TGI's texts in TGI's order (reference 2).
 
-The comments `# n` are the rows of the reference's table. What is known but not built yet is refused where it would have
-an effect, right after TGI's own check of that parameter.
+The comments `# n` are the rows of the reference's table; what TGI does not have is checked after what is like it.
 """
 
 from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
-from server.errors import ToolError, ValidationError
-from server.schemas import ChatRequest, GenerateParameters, NamedToolChoice
+from server.errors import ValidationError
+from server.grammar import compile_grammar
+from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (quirk 15)."""
-
-CHAT_NAMES = {"top_n_tokens": "top_logprobs", "grammar": "response_format"}
+MAX_CHOICES = 128
+"""OpenAI's limit of `n`."""
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +33,14 @@ class GenerationInput:
     parameters: GenerateParameters
     is_stream: bool
     add_special_tokens: bool = True
-    presence_penalty: float | None = None
-    """Only chats have it; None and 0 are off (quirk 5: ours keeps OpenAI's meaning)."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Parameters that the route spells differently."""
+    num_choices: int = 1
+    """Answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
+    is_openai: bool = False
+    """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.num_choices * max(1, self.parameters.best_of or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,54 +49,12 @@ class ValidatedRequest:
 
     generation: GenerationRequest
     stop: list[str]
+    is_stop_hidden: bool
 
 
 def refuse_if(condition: bool, text: str) -> None:
     if condition:
         raise ValidationError(text)
-
-
-def chat_input(request: ChatRequest, prompt: str) -> GenerationInput:
-    """Native parameters of a chat (reference 3.5): sampling unless the temperature is exactly 0."""
-    is_greedy = request.temperature == 0
-    parameters = GenerateParameters(
-        do_sample=not is_greedy,
-        temperature=None if is_greedy else request.temperature,
-        top_p=None if request.top_p == 1 else request.top_p,  # quirk 3: here 1 is off
-        frequency_penalty=request.frequency_penalty,
-        max_new_tokens=request.max_tokens,
-        stop=request.stop or [],
-        seed=request.seed,
-        top_n_tokens=request.top_logprobs,
-        grammar=request.response_format,
-        details=True,
-    )
-    return GenerationInput(
-        inputs=prompt,
-        parameters=parameters,
-        is_stream=request.stream,
-        add_special_tokens=False,
-        presence_penalty=request.presence_penalty,
-        names=CHAT_NAMES,
-    )
-
-
-def check_tools(request: ChatRequest) -> None:
-    """Refused before the prompt is rendered, and so before a stream begins."""
-    if request.tools is not None and request.response_format is not None:
-        raise ToolError("Grammar and tools are mutually exclusive")
-    if not request.tools or request.tool_choice == "none":
-        return
-    if isinstance(request.tool_choice, NamedToolChoice):
-        _require_tool(request, request.tool_choice.function.name)
-    elif request.tool_choice not in (None, "auto", "required"):
-        _require_tool(request, request.tool_choice)
-    raise ValidationError("`tools` is not supported yet")
-
-
-def _require_tool(request: ChatRequest, name: str) -> None:
-    if all(tool.function.name != name for tool in request.tools or []):
-        raise ToolError(f"Tool with name {name} not found")
 
 
 class Validator:
@@ -102,7 +66,8 @@ class Validator:
 
     def check_before_admission(self, wanted: GenerationInput) -> None:
         """What TGI refuses before it asks for a permit (reference 2.1)."""
-        parameters = wanted.parameters
+        parameters, num_choices = wanted.parameters, wanted.num_choices
+        refuse_if(not 0 < num_choices <= MAX_CHOICES, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {num_choices}")
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
         if wanted.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # 3
@@ -114,24 +79,64 @@ class Validator:
             refuse_if(max_best_of == 1, "`best_of` != 1 is not allowed for this endpoint")  # 1
             refuse_if(best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")  # 2
 
-    async def validate(self, wanted: GenerationInput, limits: EngineReady) -> ValidatedRequest:
+    async def validate(self, wanted: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
+        """A request for each sequence. Raises ValidationError."""
         parameters = wanted.parameters
         _check_sampling(wanted)
         self._check_counts(wanted)
         self._check_text(wanted, limits.max_input_tokens)
         token_ids = await self._tokenize(wanted)
-        _check_vocabulary(token_ids, limits.vocab_size)
+        _check_vocabulary(token_ids, parameters, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
-        has_grammar = parameters.grammar is not None
-        refuse_if(has_grammar and self._config.is_grammar_disabled, "grammar is not supported")  # 21
-        _refuse_unbuilt(wanted, "grammar", has_grammar)
-        generation = GenerationRequest(
-            request_id=uuid.uuid4().hex,
+        grammar = None
+        if parameters.grammar is not None:
+            refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
+            grammar = await compile_grammar(parameters.grammar, is_strict=self._config.is_strict_tgi)  # 21 to 24
+        request = GenerationRequest(
+            request_id="",
             prompt_token_ids=token_ids,
             max_new_tokens=max_new_tokens,
-            sampling=_sampling(parameters),
+            sampling=self._sampling(wanted),
+            is_ignoring_eos=parameters.ignore_eos,
+            has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
+            grammar=grammar,
         )
-        return ValidatedRequest(generation=generation, stop=parameters.stop)
+        stop, is_stop_hidden = parameters.stop, wanted.is_openai
+        return [
+            ValidatedRequest(generation=_numbered(request, index), stop=stop, is_stop_hidden=is_stop_hidden)
+            for index in range(wanted.num_sequences)
+        ]
+
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # quirk 33
+
+    def _sampling(self, wanted: GenerationInput) -> SamplingParams:
+        """Greedy unless something asks for chance (reference 2.4); a seed is reported only if it had an effect."""
+        p = wanted.parameters
+        frequency = p.frequency_penalty or 0.0
+        sampling = SamplingParams(
+            is_watermarked=p.watermark,
+            repetition_penalty=1.0 if p.repetition_penalty is None else p.repetition_penalty,
+            relative_frequency_penalty=0.0 if wanted.is_openai else frequency,
+            frequency_penalty=frequency if wanted.is_openai else 0.0,
+            presence_penalty=p.presence_penalty or 0.0,
+            logit_bias=p.logit_bias or {},
+            num_top_tokens=p.top_n_tokens or 0,
+            is_logprob_filtered=self._config.is_strict_tgi,
+        )
+        filters = (p.top_k, p.top_p, p.typical_p, p.min_p)
+        if not p.do_sample and p.temperature in (None, 1) and all(value is None for value in filters):
+            return sampling
+        return msgspec.structs.replace(
+            sampling,
+            seed=secrets.randbits(64) if p.seed is None else p.seed,
+            temperature=1.0 if p.temperature is None else p.temperature,
+            top_k=p.top_k or 0,
+            top_p=1.0 if p.top_p is None else p.top_p,
+            min_p=p.min_p or 0.0,
+            typical_p=1.0 if p.typical_p is None else p.typical_p,
+        )
 
     def _check_counts(self, wanted: GenerationInput) -> None:
         parameters = wanted.parameters
@@ -140,11 +145,8 @@ class Validator:
         refuse_if(num_stop > max_stop, f"`stop` supports up to {max_stop} stop sequences. Given: {num_stop}")  # 13
         has_best_of = (parameters.best_of or 1) > 1
         refuse_if(parameters.seed is not None and has_best_of, "`seed` must not be set when `best_of` > 1")  # 14
-        _refuse_unbuilt(wanted, "best_of", has_best_of)
-        _refuse_unbuilt(wanted, "watermark", parameters.watermark)
         max_top, num_top = self._config.max_top_n_tokens, parameters.top_n_tokens or 0
         refuse_if(num_top > max_top, f"`top_n_tokens` must be >= 0 and <= {max_top}. Given: {num_top}")  # 15
-        _refuse_unbuilt(wanted, "top_n_tokens", num_top > 0)
 
     def _check_text(self, wanted: GenerationInput, max_input: int) -> None:
         truncate = wanted.parameters.truncate
@@ -172,27 +174,26 @@ def _check_sampling(wanted: GenerationInput) -> None:
     _check_penalties(wanted)
     refuse_if(p.top_p is not None and not 0 < p.top_p < 1, "`top_p` must be > 0.0 and < 1.0")  # 9
     refuse_if(p.typical_p is not None and not 0 < p.typical_p < 1, "`typical_p` must be > 0.0 and < 1.0")  # 10
-    _refuse_unbuilt(wanted, "typical_p", p.typical_p is not None)
+    refuse_if(p.min_p is not None and not 0 <= p.min_p <= 1, "`min_p` must be >= 0.0 and <= 1.0")
     refuse_if(p.top_k is not None and p.top_k <= 0, "`top_k` must be strictly positive")  # 11
 
 
 def _check_penalties(wanted: GenerationInput) -> None:
-    repetition, frequency = wanted.parameters.repetition_penalty, wanted.parameters.frequency_penalty
+    p = wanted.parameters
+    repetition, frequency, presence = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
     refuse_if(repetition is not None and repetition <= 0, "`repetition_penalty` must be strictly positive")  # 7
-    _refuse_unbuilt(wanted, "repetition_penalty", repetition not in (None, 1))
     refuse_if(frequency is not None and not -2 <= frequency <= 2, "`frequency_penalty` must be >= -2.0 and <= 2.0")  # 8
-    _refuse_unbuilt(wanted, "frequency_penalty", frequency not in (None, 0))
-    _refuse_unbuilt(wanted, "presence_penalty", wanted.presence_penalty not in (None, 0))
+    refuse_if(presence is not None and not -2 <= presence <= 2, "`presence_penalty` must be >= -2.0 and <= 2.0")
+    biases = (p.logit_bias or {}).values()
+    refuse_if(not all(abs(bias) <= MAX_BIAS for bias in biases), "`logit_bias` must be >= -100.0 and <= 100.0")
 
 
-def _refuse_unbuilt(wanted: GenerationInput, name: str, is_used: bool) -> None:
-    refuse_if(is_used, f"`{wanted.names.get(name, name)}` is not supported yet")
-
-
-def _check_vocabulary(token_ids: list[int], vocab_size: int) -> None:
+def _check_vocabulary(token_ids: list[int], parameters: GenerateParameters, vocab_size: int) -> None:
     """A tokenizer may have been given tokens that the model was not."""
     unknown = max(token_ids, default=0)
     refuse_if(unknown >= vocab_size, f"tokenizer error token {unknown} is not in the model's vocabulary")
+    unknown = max(parameters.logit_bias or {}, default=0)
+    refuse_if(unknown >= vocab_size, f"`logit_bias` token {unknown} is not in the model's vocabulary")
 
 
 def _check_lengths(num_input: int, max_new_tokens: int | None, limits: EngineReady) -> int:
@@ -209,14 +210,11 @@ def _check_lengths(num_input: int, max_new_tokens: int | None, limits: EngineRea
     return room if max_new_tokens is None else min(max_new_tokens, room)
 
 
-def _sampling(p: GenerateParameters) -> SamplingParams:
-    """Greedy unless something asks for chance (reference 2.4); a seed is reported only if it had an effect."""
-    is_sampling = p.do_sample or p.temperature not in (None, 1) or p.top_k is not None or p.top_p is not None
-    if not is_sampling:
-        return SamplingParams()
-    return SamplingParams(
-        seed=secrets.randbits(64) if p.seed is None else p.seed,
-        temperature=1.0 if p.temperature is None else p.temperature,
-        top_k=p.top_k or 0,
-        top_p=1.0 if p.top_p is None else p.top_p,
-    )
+def _numbered(request: GenerationRequest, index: int) -> GenerationRequest:
+    """With an id of its own, and from the second on other random numbers."""
+    seed = request.sampling.seed
+    if index and seed is not None:
+        request = msgspec.structs.replace(
+            request, sampling=msgspec.structs.replace(request.sampling, seed=(seed + index) % 2**64)
+        )
+    return msgspec.structs.replace(request, request_id=uuid.uuid4().hex)

@@ -9,11 +9,11 @@ from fastapi import APIRouter, Request, Response
 
 from engine.types import FinishReason
 from server.admission import Permit
-from server.answers import Token, f32, json_answer
+from server.answers import Token, f32, json_answer, token_answer, token_answers
 from server.body import read_body
 from server.disconnect import cancel_if_gone
 from server.errors import error_body
-from server.generation import Answer, GeneratedToken, Generation, GenerationService, collect, service_of
+from server.generation import Answer, Generation, GenerationService, collect, service_of
 from server.headers import plain_headers, stream_headers
 from server.schemas import CompatGenerateRequest, GenerateRequest
 from server.sse import EventStream, event, with_error_event
@@ -22,13 +22,30 @@ from server.validation import GenerationInput
 router = APIRouter()
 
 
+class PrefillToken(msgspec.Struct, frozen=True):
+    id: int
+    text: str
+    logprob: msgspec.Raw
+
+
+class BestOfSequence(msgspec.Struct, frozen=True):
+    generated_text: str
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
+
+
 class Details(msgspec.Struct, frozen=True):
     finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
-    prefill: list[Token]
-    """Always empty: prompt logprobs are not enabled (quirk 33)."""
+    prefill: list[PrefillToken]
     tokens: list[Token]
+    best_of_sequences: list[BestOfSequence] | msgspec.UnsetType = msgspec.UNSET
+    top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class GenerateResponse(msgspec.Struct, frozen=True):
@@ -46,6 +63,7 @@ class StreamDetails(msgspec.Struct, frozen=True):
 class StreamResponse(msgspec.Struct, frozen=True):
     index: int
     token: Token
+    top_tokens: list[Token] | msgspec.UnsetType
     generated_text: str | None
     details: StreamDetails | None
 
@@ -53,7 +71,7 @@ class StreamResponse(msgspec.Struct, frozen=True):
 @router.post("/generate")
 async def generate(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config.payload_limit)
+    body = await read_body(request, GenerateRequest, service.config)
     answer, headers = await cancel_if_gone(request, _generate(service, body))
     return json_answer(answer, headers)
 
@@ -61,14 +79,14 @@ async def generate(request: Request) -> Response:
 @router.post("/generate_stream")
 async def generate_stream(request: Request) -> Response:
     service = service_of(request)
-    return _stream(service, await read_body(request, GenerateRequest, service.config.payload_limit))
+    return _stream(service, await read_body(request, GenerateRequest, service.config))
 
 
 @router.post("/")
 async def compat_generate(request: Request) -> Response:
     """What `text_generation.Client` and `InferenceClient.text_generation` call."""
     service = service_of(request)
-    body = _echoing(await read_body(request, CompatGenerateRequest, service.config.payload_limit))
+    body = _echoing(await read_body(request, CompatGenerateRequest, service.config))
     if body.stream:
         return _stream(service, body)
     answer, headers = await cancel_if_gone(request, _generate(service, body))
@@ -90,27 +108,46 @@ def _prompt_echo(body: GenerateRequest) -> str:
     return body.inputs if body.parameters.return_full_text else ""
 
 
-def _token(token: GeneratedToken) -> Token:
-    return Token(token.id, token.text, f32(token.logprob), token.is_special)
-
-
 async def _generate(service: GenerationService, body: GenerateRequest) -> tuple[GenerateResponse, dict[str, str]]:
-    async with service.open(_input(body, is_stream=False)) as (generation, tokens):
-        answer = await collect(tokens)
-    has_details = body.parameters.details or body.parameters.decoder_input_details
-    details = _details(generation, answer) if has_details else msgspec.UNSET
-    headers = plain_headers(service.config.compute_type, body.inputs, generation)
-    return GenerateResponse(_prompt_echo(body) + answer.text, details), headers
+    async with service.open(_input(body, is_stream=False)) as running:
+        answers = await collect(running)
+    best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
+    prompt = _prompt_echo(body)
+    details: Details | msgspec.UnsetType = msgspec.UNSET
+    if body.parameters.details or body.parameters.decoder_input_details:
+        others = [_other_sequence(prompt, answer) for answer in answers if answer is not best]
+        details = Details(
+            finish_reason=best.finish_reason,
+            generated_tokens=len(best.tokens),
+            seed=best.generation.seed,
+            prefill=_prefill(best),
+            tokens=token_answers(best.tokens),
+            best_of_sequences=others or msgspec.UNSET,
+            top_tokens=_top_tokens(best),
+        )
+    headers = plain_headers(service.config.compute_type, body.inputs, best.generation)
+    return GenerateResponse(prompt + best.text, details), headers
 
 
-def _details(generation: Generation, answer: Answer) -> Details:
-    return Details(
+def _other_sequence(prompt: str, answer: Answer) -> BestOfSequence:
+    return BestOfSequence(
+        generated_text=prompt + answer.text,
         finish_reason=answer.finish_reason,
         generated_tokens=len(answer.tokens),
-        seed=generation.seed,
-        prefill=[],
-        tokens=[_token(token) for token in answer.tokens],
+        seed=answer.generation.seed,
+        prefill=_prefill(answer),
+        tokens=token_answers(answer.tokens),
+        top_tokens=_top_tokens(answer),
     )
+
+
+def _prefill(answer: Answer) -> list[PrefillToken]:
+    return [PrefillToken(token.id, token.text, f32(token.logprob)) for token in answer.generation.prefill]
+
+
+def _top_tokens(answer: Answer) -> list[list[Token]] | msgspec.UnsetType:
+    top_tokens = [token_answers(token.top_tokens) for token in answer.tokens]
+    return top_tokens if any(top_tokens) else msgspec.UNSET
 
 
 def _stream(service: GenerationService, body: GenerateRequest) -> EventStream:
@@ -121,14 +158,16 @@ def _stream(service: GenerationService, body: GenerateRequest) -> EventStream:
 
 async def _events(service: GenerationService, body: GenerateRequest, permit: Permit | None) -> AsyncGenerator[bytes]:
     text_parts = [_prompt_echo(body)]
-    async with service.open(_input(body, is_stream=True), permit) as (generation, tokens):
-        async for token in tokens:
+    async with service.open(_input(body, is_stream=True), permit=permit) as [running]:
+        generation = running.generation
+        async for token in running.tokens:
             text_parts.append(token.visible)
             text, details = None, None
             if token.finish_reason is not None:
                 text = "".join(text_parts)
                 details = _stream_details(generation, token.finish_reason) if body.parameters.details else None
-            yield event(StreamResponse(generation.num_generated_tokens, _token(token), text, details))
+            top_tokens = token_answers(token.top_tokens) or msgspec.UNSET
+            yield event(StreamResponse(generation.num_generated_tokens, token_answer(token), top_tokens, text, details))
 
 
 def _stream_details(generation: Generation, reason: FinishReason) -> StreamDetails:

@@ -8,7 +8,7 @@ import pytest
 
 from server.chat import ChatTemplate
 from server.errors import TemplateError
-from server.schemas import ChatRequest
+from server.openai_schemas import ChatRequest
 from server.tokenizer import ChatFormat
 from tests.unit.server.harness import CHATML
 

@@ -1,0 +1,174 @@
+"""Request bodies of the OpenAI-shaped routes, as TGI reads them and with what OpenAI's clients send besides
+(reference `tgi-http.md` 1.9, 1.11, 3.4, 3.6, 3.7).
+
+Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI's own shapes are understood.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from server.schemas import Grammar, LogitBias
+from server.serde import F32, I32, U32, U64, WireModel, is_strict, untagged, wrong
+
+
+class OpenAIModel(WireModel):
+    is_null_absent: ClassVar[bool] = True
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(WireModel):
+    url: str
+
+
+class ImagePart(WireModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class ToolFunction(WireModel):
+    """A function that is offered, or that was called."""
+
+    name: str
+    description: str | None = None
+    arguments: Any = Field(validation_alias=AliasChoices("arguments", "parameters"))
+
+
+class ToolCall(WireModel):
+    id: str
+    type: str
+    function: ToolFunction
+
+
+class Tool(WireModel):
+    type: str
+    function: ToolFunction
+
+
+class FunctionName(WireModel):
+    name: str
+
+
+class NamedToolChoice(WireModel):
+    function: FunctionName
+
+
+class ContentBody(WireModel):
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class ToolCallBody(WireModel):
+    tool_calls: list[ToolCall]
+
+
+_MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
+    Annotated[ContentBody | ToolCallBody, Field(union_mode="left_to_right")]
+)
+
+
+class Message(WireModel):
+    """One message of a chat; `content` wins over `tool_calls` where both are usable."""
+
+    role: str
+    name: str | None = None
+    body: ContentBody | ToolCallBody
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_body(cls, data: Any) -> Any:
+        # TGI flattens an untagged enum into the message: its error names the message, not the field
+        if not isinstance(data, dict):
+            return data
+        try:
+            data["body"] = _MESSAGE_BODY.validate_python(data)
+        except ValidationError:
+            raise wrong("data did not match any variant of untagged enum MessageBody") from None
+        return data
+
+
+class StreamOptions(OpenAIModel):
+    include_usage: bool = False
+
+
+def _read_stop(value: Any, info: ValidationInfo) -> Any:
+    return [value] if isinstance(value, str) and not is_strict(info) else value
+
+
+def _read_bias(value: Any, info: ValidationInfo) -> Any:
+    """TGI reads a list of numbers and does nothing with it."""
+    if not is_strict(info):
+        return value
+    _BIAS_LIST.validate_python(value)
+    return None
+
+
+_BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
+
+Stop = Annotated[list[str] | None, BeforeValidator(_read_stop)]
+
+
+def _read_response_format(value: Any, info: ValidationInfo) -> Any:
+    """OpenAI's shapes become TGI's (reference 3.7); `{"type": "text"}` asks for what happens anyway."""
+    if is_strict(info) or not isinstance(value, dict):
+        return value
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object" if "value" not in value:
+            return {"type": "json_object", "value": {"type": "object"}}
+        case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
+            return {"type": "json_schema", "value": value["json_schema"]}
+    return value
+
+
+class ChatRequest(OpenAIModel):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    model: str | None = None
+    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    frequency_penalty: F32 | None = None
+    presence_penalty: F32 | None = None
+    stop: Stop = None
+    seed: U64 | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    tool_prompt: str | None = None
+    response_format: Annotated[Grammar | None, BeforeValidator(_read_response_format)] = None
+    n: U32 | None = None
+    logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    typical_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    ignore_eos: bool = False
+    parallel_tool_calls: bool = True
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    extensions: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "parallel_tool_calls"),
+            *("continue_final_message", "add_generation_prompt"),
+        }
+    )
