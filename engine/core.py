@@ -10,6 +10,9 @@ from typing import NoReturn, Protocol
 import torch
 
 from engine.ipc import EngineEndpoint
+from engine.penalties import Penalties
+from engine.runner import StepResult
+from engine.sampler import RawRows
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.step_costs import StepCosts
 from engine.step_limit import StepLimit
@@ -23,14 +26,18 @@ HEARTBEAT_S = 1.0
 class Runner(Protocol):
     """What the core needs of `engine.runner.ModelRunner`."""
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor: ...
+    def execute(self, batch: ScheduledBatch) -> StepResult: ...
 
 
 class Sample(Protocol):
     """Chooses a token per row of logits (`engine.sampler`)."""
 
     def __call__(
-        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        raw: RawRows | None = None,
     ) -> SampledBatch: ...
 
 
@@ -44,9 +51,11 @@ class EngineCore:
         sample: Sample,
         limit: StepLimit,
         costs: StepCosts | None = None,
+        penalties: Penalties | None = None,
     ) -> None:
         """`costs`: what the scheduler's speculation goes by, kept true here."""
         self._costs = costs
+        self._penalties = penalties or Penalties()
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
@@ -67,11 +76,12 @@ class EngineCore:
         report.num_sequences = len(batch.sequences)
         report.num_admitted = self.scheduler.num_admissions - num_admissions
         report.is_prefill = not is_decoding or report.num_admitted > 0
-        logits = self._runner.execute(batch)
+        result = self._runner.execute(batch)
         sampling = [sequence.request.sampling for sequence in batch.sampled]
-        sampled = self._sample(logits, sampling, batch.sampled_positions)
+        raw = self._adjust(batch, result.logits, sampling)
+        sampled = self._sample(result.logits, sampling, batch.sampled_positions, raw)
         sampled_at = time.monotonic()
-        events = self.scheduler.update(batch, sampled)
+        events = self.scheduler.update(batch, sampled, result.prompt_logprobs)
         ended = time.monotonic()
         seconds = ended - started
         report.total_s, report.schedule_s = seconds, scheduled - started
@@ -81,6 +91,14 @@ class EngineCore:
         if self._costs is not None and is_decoding:
             self._costs.observe(batch.num_tokens, seconds)
         return events
+
+    def _adjust(self, batch: ScheduledBatch, logits: torch.Tensor, params: Sequence[SamplingParams]) -> RawRows | None:
+        """Change logits [rows, vocab] in place as the requests want it; what they were, where logprobs are of that."""
+        rows = self._penalties.rows(batch)
+        raw = RawRows.of(logits, rows, params)
+        if rows:
+            self._penalties.apply(batch, logits)
+        return raw
 
     def take(self, message: Down) -> None:
         """A request, an abort or a goodbye, between steps."""

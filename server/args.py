@@ -87,6 +87,8 @@ class LauncherArgs:
     json_output: bool
     otlp_endpoint: str | None
     otlp_service_name: str
+    watermark_gamma: float
+    watermark_delta: float
     env: bool
     prefix_caching: bool
     tgi_wiggle_room: float

@@ -484,16 +484,14 @@ LOGS = (
     Flag(
         name="watermark-gamma",
         help="Share of the vocabulary on the watermark's green list",
-        value=NUMBER,
-        effect=Effect.NONE,
-        reason="requests with watermark are refused so far",
+        value=FRACTION,
+        default=0.5,
     ),
     Flag(
         name="watermark-delta",
-        help="How much the green list is preferred",
+        help="How much the logits of the watermark's green list are raised",
         value=NUMBER,
-        effect=Effect.NONE,
-        reason="requests with watermark are refused so far",
+        default=2.0,
     ),
 )
 

@@ -204,6 +204,8 @@ def engine_config(
         rope_factor=args.rope_factor,
         is_prefix_caching=args.prefix_caching,
         max_draft_tokens=args.speculate,
+        watermark_gamma=args.watermark_gamma,
+        watermark_delta=args.watermark_delta,
         shard_timeout_s=args.shard_timeout,
         num_threads=num_threads,
         socket_fd=None if engine_end is None else engine_end.fileno(),

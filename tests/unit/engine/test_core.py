@@ -12,7 +12,8 @@ import engine.core
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
-from engine.sampler import sample
+from engine.runner import StepResult
+from engine.sampler import RawRows, sample
 from engine.scheduler import NON_FINITE_ERROR, SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
 from engine.types import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
@@ -28,7 +29,7 @@ class CountingRunner:
         self.batches: list[dict[str, int]] = []
         self.error: Exception | None = None
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+    def execute(self, batch: ScheduledBatch) -> StepResult:
         self.batches.append(scheduled_counts(batch))
         if self.error is not None:
             raise self.error
@@ -37,7 +38,7 @@ class CountingRunner:
             logits[row, sequence.num_tokens % VOCAB_SIZE] = 10.0
             if 13 in sequence.token_ids:
                 logits[row] = torch.nan
-        return logits
+        return StepResult(logits, [])
 
 
 def make_core(runner: CountingRunner) -> EngineCore:
@@ -161,9 +162,11 @@ def test_seeded_draws_depend_on_the_output_position() -> None:
     """The prompt's length, chunks and preemption must not matter: the position is that of the output token."""
     seen: list[list[int]] = []
 
-    def spy(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> SampledBatch:
+    def spy(
+        logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], raw: RawRows | None = None
+    ) -> SampledBatch:
         seen.append(list(positions))
-        return sample(logits, params, positions)
+        return sample(logits, params, positions, raw)
 
     core = make_core(CountingRunner())
     core._sample = spy
