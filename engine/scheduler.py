@@ -114,6 +114,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._num_preemptions = 0
+        self._num_prefix_hit_tokens = 0
+        self.num_admissions = 0
+        """Since the start: how often a sequence left the queue."""
 
     @property
     def has_work(self) -> bool:
@@ -204,6 +207,7 @@ class Scheduler:
             num_cached_blocks=self._blocks.num_cached_blocks,
             num_blocks=self._blocks.num_blocks,
             block_size=self._blocks.block_size,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             num_preemptions=self._num_preemptions,
             num_draft_steps=self._speculator.num_drafts if self._speculator else 0,
             num_drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
@@ -249,7 +253,9 @@ class Scheduler:
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
             return False
         self.running.append(self.waiting.popleft())
+        self.num_admissions += 1
         if sequence.queue_time_s is None:
+            self._num_prefix_hit_tokens += sequence.num_computed_tokens
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
         return True
 

@@ -466,15 +466,12 @@ LOGS = (
     ),
     Flag(
         name="otlp-endpoint",
-        help="Collector of traces",
-        effect=Effect.NONE,
-        reason="no traces are sent so far",
+        help="OpenTelemetry collector that gets traces over gRPC, http://HOST:4317 (default: no traces)",
     ),
     Flag(
         name="otlp-service-name",
-        help="Name in traces",
-        effect=Effect.NONE,
-        reason="no traces are sent so far",
+        help="Name of this server in traces",
+        default="text-generation-inference.router",
     ),
     Flag(
         name="usage-stats",

@@ -264,6 +264,8 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         compute_type=args.compute_type or "cpu",
         log_level=args.log_level,
         is_json_output=args.json_output,
+        otlp_endpoint=args.otlp_endpoint,
+        otlp_service_name=args.otlp_service_name,
     )
     return Child(
         "webserver",

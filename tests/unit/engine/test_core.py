@@ -99,6 +99,22 @@ def test_a_step_is_schedule_run_sample_update() -> None:
     assert [event.token_ids for event in core.step()] == [[4]]
 
 
+def test_a_step_reports_what_it_computed_and_how_long_its_parts_took() -> None:
+    core = make_core(CountingRunner())
+    core.take(make_request("a", [1], max_new_tokens=9))
+    core.step()
+    assert (core.report.is_prefill, core.report.num_sequences, core.report.num_admitted) == (True, 1, 1)
+    core.step()
+    assert (core.report.is_prefill, core.report.num_sequences, core.report.num_admitted) == (False, 1, 0)
+    core.take(make_request("b", [1, 2], max_new_tokens=9))
+    core.step()
+    report = core.report
+    assert (report.is_prefill, report.num_sequences, report.num_admitted) == (True, 2, 1)
+    assert report.num_draft_hits == [0, 0]
+    parts = report.schedule_s, report.forward_s, report.update_s
+    assert min(parts) > 0 and sum(parts) == pytest.approx(report.total_s)
+
+
 def test_a_request_that_is_not_finite_ends_and_the_others_go_on() -> None:
     core = make_core(CountingRunner())
     core.take(make_request("bad", [13, 1], max_new_tokens=3))
@@ -173,6 +189,7 @@ def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
     assert [[event.token_ids for event in output.events] for output in outputs] == [[[2]], [[3]], [], []]
     assert [output.stats.num_running for output in outputs] == [1, 0, 0, 0]
     assert outputs[0].stats.num_used_blocks == 1
+    assert [[report.is_prefill for report in output.reports] for output in outputs] == [[True], [False], [], []]
 
 
 def test_serve_waits_for_messages_only_when_there_is_nothing_to_do(
@@ -197,6 +214,8 @@ def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[Eng
         ("b", "out of registers"),
     ]
     assert (output.stats.num_running, output.stats.num_used_blocks) == (0, 0)
+    (report,) = output.reports
+    assert (report.is_failed, report.is_prefill, report.num_admitted) == (True, True, 2)
 
 
 def test_an_error_without_a_text_is_told_by_its_name(sockets: tuple[EngineEndpoint, socket.socket]) -> None:

@@ -281,6 +281,20 @@ def test_fail_all_ends_everybody() -> None:
     assert simulation.blocks.num_used_blocks == 0
 
 
+def test_prefix_hits_are_counted_once_for_a_request() -> None:
+    simulation = make_simulation(num_blocks=8)
+    simulation.add("a", prompt_of(10))
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 0
+    simulation.add("b", prompt_of(10))
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
+    simulation.scheduler._preempt(simulation.scheduler.running[-1])
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
+    assert simulation.scheduler.num_admissions == 3
+
+
 def test_stats() -> None:
     simulation = make_simulation(num_blocks=8, max_batch_tokens=32)
     simulation.add("a", prompt_of(9, 1))
