@@ -46,6 +46,10 @@ class EngineConfig:
     is_prefix_caching: bool = True
     max_draft_tokens: int = 0
     """Longest draft of speculation; 0: none is made."""
+    watermark_gamma: float = 0.5
+    """Share of the vocabulary on the watermark's green list."""
+    watermark_delta: float = 2.0
+    """What the logits of that list get."""
     shard_timeout_s: float = 15.0
     """How long another rank may be silent, or late in a step."""
     may_share_memory: bool = True
@@ -192,9 +196,12 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     return {name: value for name, value in defaults.items() if not environ.get(name)}
 
 
+MAX_LEXER_STATES = 20_000
+"""Of each grammar, in both processes; a state takes 1 or 2 kB, and llguidance's own default is 250,000."""
+
 KERNEL_SOURCES = (
     *("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py"),
-    *("engine/ngram.py", "parallel/atomics.py", "parallel/shared_memory.py"),
+    *("engine/grammar_cpu.py", "engine/ngram.py", "parallel/atomics.py", "parallel/shared_memory.py"),
 )
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.types import Down, EngineReady, EngineStats, StepOutput, TokenEvent, Up
+from engine.types import Down, EngineReady, EngineStats, StepOutput, StepReport, TokenEvent, Up
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
@@ -63,18 +63,29 @@ class EngineEndpoint:
         self._outbox = memoryview(b"")
         self._lagging: dict[str, TokenEvent] = {}
         self._lagging_stats: EngineStats | None = None
+        self._lagging_reports: list[StepReport] = []
         self._is_closed = False
+        self._wake_fd = os.eventfd(0)
+
+    def __del__(self) -> None:
+        os.close(self._wake_fd)
+
+    def wake(self) -> None:
+        """From any thread: let `receive` return now, or at once when it is next called."""
+        os.eventfd_write(self._wake_fd, 1)
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message.
+        """What has arrived, waiting at most `timeout_s` for the first message or for `wake`.
 
         Raises EOFError without a peer, once everything has been received that it had sent before.
         """
-        writers = [self._sock] if self._outbox else []
-        readable, writable, _ = select.select([self._sock], writers, [], timeout_s)
+        fd = self._sock.fileno()
+        readable, writable, _ = select.select([fd, self._wake_fd], [fd] if self._outbox else [], [], timeout_s)
         if writable:
             self._flush()
-        if readable:
+        if self._wake_fd in readable:
+            os.eventfd_read(self._wake_fd)
+        if fd in readable:
             self._read_available()
         messages = take_frames(self._inbox, decode_down)
         if self._is_closed and not messages:
@@ -112,6 +123,7 @@ class EngineEndpoint:
             else:
                 held.extend(event)
         self._lagging_stats = output.stats
+        self._lagging_reports += output.reports  # each computed a token of an open request, so they are bounded too
 
     def _flush(self) -> None:
         try:
@@ -120,8 +132,10 @@ class EngineEndpoint:
                     self._outbox = self._outbox[self._sock.send(self._outbox) :]
                 if self._lagging_stats is None:
                     return
-                held = StepOutput(events=list(self._lagging.values()), stats=self._lagging_stats)
-                self._lagging, self._lagging_stats = {}, None
+                held = StepOutput(
+                    events=list(self._lagging.values()), stats=self._lagging_stats, reports=self._lagging_reports
+                )
+                self._lagging, self._lagging_stats, self._lagging_reports = {}, None, []
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return

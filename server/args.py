@@ -72,6 +72,7 @@ class LauncherArgs:
     validation_workers: int
     tokenizer_config_path: str | None
     disable_grammar_support: bool
+    enable_prefill_logprobs: bool
     max_batch_prefill_tokens: int | None
     max_batch_total_tokens: int | None
     max_batch_size: int | None
@@ -84,6 +85,10 @@ class LauncherArgs:
     graceful_termination_timeout: int
     strict_tgi: bool
     json_output: bool
+    otlp_endpoint: str | None
+    otlp_service_name: str
+    watermark_gamma: float
+    watermark_delta: float
     env: bool
     prefix_caching: bool
     tgi_wiggle_room: float

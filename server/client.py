@@ -8,7 +8,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
@@ -66,6 +66,8 @@ class EngineClient:
         self._death: Exception | None = None
         self.stats = EngineStats()
         self.dead = asyncio.Event()
+        self.observe_output: Callable[[StepOutput, float], None] = lambda output, seconds: None
+        """Told of every frame and how long handing its events out took."""
 
     async def connect(self) -> EngineReady:
         """Start reading and wait until the engine is ready. Raises EngineDeadError if it ends before that."""
@@ -164,6 +166,7 @@ class EngineClient:
             self._limits.set_result(message)
             return
         self.stats = message.stats
+        started = time.perf_counter()
         for event in message.events:
             inbox = self._inboxes.get(event.request_id)
             if inbox is None:
@@ -171,6 +174,7 @@ class EngineClient:
             if event.is_terminal:  # the engine has forgotten the request: nothing is left to abort
                 del self._inboxes[event.request_id]
             inbox.put(event)
+        self.observe_output(message, time.perf_counter() - started)
 
     def _mark_dead(self, death: Exception) -> None:
         self._death = death

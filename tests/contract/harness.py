@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import transformers
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.device import Device
+from engine.grammar import Grammars
+from engine.grammar_cpu import apply_masks
 from engine.model_files import read_model_config
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model
 from engine.sampler_cpu import sample
@@ -59,7 +62,8 @@ def make_core(
         speculator=speculator,
     )
     runner = runner or make_runner(folder, num_blocks=num_blocks)
-    return EngineCore(scheduler, runner, sample, StepLimit(None, None))
+    grammars = Grammars(folder / "tokenizer.json", VOCAB_SIZE, EOS_TOKEN_IDS, 1, lambda: apply_masks)
+    return EngineCore(scheduler, runner, sample, StepLimit(None, None), grammars=grammars)
 
 
 def random_ids(size: int, seed: int = 0) -> list[int]:
@@ -74,7 +78,7 @@ def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(ScheduledBatch(sequences, counts))
+    logits = runner.execute(ScheduledBatch(sequences, counts)).logits
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed_tokens += count
     return logits
@@ -101,6 +105,8 @@ class Outcome:
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     last_events: list[TokenEvent]
+    top_tokens: list[list[tuple[list[int], list[float]]]] = dataclasses.field(default_factory=list)
+    """Of each token of each request: ids and logprobs."""
     num_preemptions: int = 0
     most_cached_tokens: int = 0
     most_running: int = 0
@@ -120,6 +126,17 @@ def make_requests(
     ]
 
 
+def take(core: EngineCore, request: GenerationRequest) -> None:
+    """Hand over a request, and wait for its grammar."""
+    is_compiled = threading.Event()
+    assert core.grammars is not None
+    core.grammars.on_compiled = is_compiled.set
+    core.take(request)
+    if request.grammar is not None:
+        assert is_compiled.wait(60)
+    assert not core.take_compiled()
+
+
 def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_staggered: bool = False) -> Outcome:
     """Run to the end; staggered: the next request comes two steps after the one before."""
     arrivals = list(requests)
@@ -128,7 +145,7 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
     num_steps = 0
     while arrivals or core.scheduler.has_work:
         while arrivals and (not is_staggered or num_steps % 2 == 0 or not core.scheduler.has_work):
-            core.take(arrivals.pop(0))
+            take(core, arrivals.pop(0))
             if is_staggered:
                 break
         before = set(core.scheduler.running)
@@ -143,6 +160,13 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
         of_request = events[request.request_id]
         outcome.token_ids.append([token_id for event in of_request for token_id in event.token_ids])
         outcome.logprobs.append([logprob for event in of_request for logprob in event.logprobs])
+        outcome.top_tokens.append(
+            [
+                (token_ids, logprobs)
+                for event in of_request
+                for token_ids, logprobs in zip(event.top_token_ids, event.top_logprobs, strict=True)
+            ]
+        )
         outcome.last_events.append(of_request[-1])
     return outcome
 
