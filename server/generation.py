@@ -284,7 +284,7 @@ class GenerationService:
         self.engine = engine
         self.config = config
         self.tokenizer = tokenizer
-        self.chat_template = ChatTemplate(tokenizer.chat_format)
+        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
 

@@ -40,9 +40,7 @@ class ImagePart(WireModel):
     image_url: ImageUrl
 
 
-class ToolFunction(WireModel):
-    """A function that is offered, or that was called."""
-
+class CalledFunction(WireModel):
     name: str
     description: str | None = None
     arguments: Any = Field(validation_alias=AliasChoices("arguments", "parameters"))
@@ -51,12 +49,35 @@ class ToolFunction(WireModel):
 class ToolCall(WireModel):
     id: str
     type: str
-    function: ToolFunction
+    function: CalledFunction
+
+
+class OfferedFunction(OpenAIModel):
+    name: str
+    description: str | None = None
+    arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
+    """Their JSON schema; left out, as OpenAI allows, the function takes nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_arguments(cls, data: Any, info: ValidationInfo) -> Any:
+        if is_strict(info) and isinstance(data, dict) and data.keys().isdisjoint(("arguments", "parameters")):
+            raise wrong("missing field `arguments`")
+        return data
 
 
 class Tool(WireModel):
     type: str
-    function: ToolFunction
+    function: OfferedFunction
+    sent: dict[str, Any]
+    """All of it as the client sent it: templates show that to the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data["sent"] = dict(data)
+        return data
 
 
 class FunctionName(WireModel):
@@ -80,12 +101,16 @@ _MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
 )
 
 
-class Message(WireModel):
-    """One message of a chat; `content` wins over `tool_calls` where both are usable."""
+class Message(OpenAIModel):
+    """One message of a chat. Read strictly, `content` wins over `tool_calls` where both are usable."""
 
     role: str
     name: str | None = None
     body: ContentBody | ToolCallBody
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"tool_calls", "tool_call_id"})
 
     @model_validator(mode="before")
     @classmethod
