@@ -34,5 +34,6 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
         app.include_router(area.router)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key)
-    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin)  # the outer one: its answers need no key
+    # The outer one: its answers need no key.
+    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     return app
