@@ -276,6 +276,7 @@ class _TgiToolChat(_Chat):
 
     async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")
+        call_id = _next_call_id(self._body.messages)
         is_in_words = False
         async with opening as running:
             async for token in running[0].tokens:
@@ -285,7 +286,7 @@ class _TgiToolChat(_Chat):
                 )
                 if is_in_words:
                     break
-                for choice in self._tgi_choices(token, pieces):
+                for choice in self._tgi_choices(token, pieces, call_id):
                     yield event(self._chunk([choice], None))
             usage = self._usage(running)
         if is_in_words:
@@ -301,23 +302,23 @@ class _TgiToolChat(_Chat):
         prompt = self._service.chat_template.render(self._body.messages)
         return _Chat(self._service, self._body, chat_input(self._body, prompt, is_strict=True))
 
-    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[Piece]) -> list[ChunkChoice]:
+    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[Piece], call_id: str) -> list[ChunkChoice]:
         """A chunk with the name and the opening brace, and one for each further part; at the end one that says so."""
         choices = []
         for piece in pieces:
             if isinstance(piece, CallStart):
-                choices.append(self._tgi_choice(token, piece.name, "{"))
+                choices.append(self._tgi_choice(token, call_id, piece.name, "{"))
             elif isinstance(piece, Arguments):
                 text = piece.text.removeprefix("{") if choices else piece.text
                 if text:
-                    choices.append(self._tgi_choice(token, None, text))
+                    choices.append(self._tgi_choice(token, call_id, None, text))
         if token.finish_reason is not None:
             choices.append(self._chunk_choice(0, dataclasses.replace(token, visible="")))  # quirk 19
         return choices
 
-    def _tgi_choice(self, token: GeneratedToken, name: str | None, arguments: str) -> ChunkChoice:
+    def _tgi_choice(self, token: GeneratedToken, call_id: str, name: str | None, arguments: str) -> ChunkChoice:
         function = FunctionDelta(name=name, arguments=arguments)
-        call = ToolCallDelta(index=0, id=_next_call_id(self._body.messages), type="function", function=function)
+        call = ToolCallDelta(index=0, id=call_id, type="function", function=function)
         delta = ChatDelta("assistant", tool_calls=[call])
         return ChunkChoice(index=0, delta=delta, logprobs=self._logprobs([token]), finish_reason=None)
 
