@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from engine.grammar import Grammars
 from engine.ipc import EngineEndpoint
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.step_costs import StepCosts
@@ -44,9 +45,14 @@ class EngineCore:
         sample: Sample,
         limit: StepLimit,
         costs: StepCosts | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`costs`: what the scheduler's speculation goes by, kept true here."""
+        """`costs`: what the scheduler's speculation goes by, kept true here.
+
+        `grammars`: without them no request may have one.
+        """
         self._costs = costs
+        self.grammars = grammars
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
@@ -59,6 +65,8 @@ class EngineCore:
         started = time.monotonic()
         batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
         logits = self._runner.execute(batch)
+        if self.grammars is not None:
+            self.grammars.mask(batch, logits)
         sampling = [sequence.request.sampling for sequence in batch.sampled]
         sampled = self._sample(logits, sampling, batch.sampled_positions)
         is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
@@ -73,26 +81,48 @@ class EngineCore:
         """A request, an abort or a goodbye, between steps."""
         if isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
+            if self.grammars is not None:
+                self.grammars.abort(message.request_id)
         elif isinstance(message, Goodbye):
             self.is_dismissed = True
+        elif message.grammar is not None:
+            assert self.grammars is not None
+            self.grammars.compile(message)
         else:
             self.scheduler.add(message)
+
+    def take_compiled(self) -> list[TokenEvent]:
+        """Let the requests go on whose grammars are ready; the events are the ends of those that have none."""
+        events = []
+        for compiled in self.grammars.take_compiled() if self.grammars is not None else []:
+            if compiled.error is not None:
+                events.append(TokenEvent(request_id=compiled.request.request_id, error=compiled.error))
+            else:
+                self.scheduler.add(compiled.request, grammar=compiled.grammar, arrival_time=compiled.arrival_time)
+        return events
+
+    def fail_all(self, error: str) -> list[TokenEvent]:
+        """End every request with `error`, those whose grammars are not ready, too."""
+        request_ids = self.grammars.abort_all() if self.grammars is not None else []
+        return self.scheduler.fail_all(error) + [TokenEvent(request_id=name, error=error) for name in request_ids]
 
     def serve(self, endpoint: EngineEndpoint, check: Callable[[], None] = lambda: None) -> NoReturn:
         """Serve until the HTTP process is gone: raises EOFError then. `check` raises when serving must end.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
+        if self.grammars is not None:
+            self.grammars.on_compiled = endpoint.wake
         while True:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
-            events: list[TokenEvent] = []
+            events = self.take_compiled()
             check()
             if self.scheduler.has_work:
                 try:
-                    events = self.step()
+                    events += self.step()
                 except Exception as error:
-                    events = self.scheduler.fail_all(str(error) or type(error).__name__)
+                    events += self.fail_all(str(error) or type(error).__name__)
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))
                     raise
             endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))
