@@ -57,6 +57,10 @@ class OfferedFunction(OpenAIModel):
     description: str | None = None
     arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
     """Their JSON schema; left out, as OpenAI allows, the function takes nothing."""
+    strict: bool = False
+    """A schema that the model cannot be held to in full is refused where a call is required."""
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
 
     @model_validator(mode="before")
     @classmethod

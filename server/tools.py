@@ -10,6 +10,8 @@ from typing import Any
 
 from server.chat import NO_TOOLS, Ending, OfferedTools
 from server.errors import ToolError, ValidationError
+from server.grammar import closed
+from server.grammar_check import JSON_OPTIONS
 from server.openai_schemas import ChatRequest, NamedToolChoice, Tool
 from server.tokenizer import TextTokenizer
 from server.tool_calls import CLOSE, OPEN, CallReader, ForcedCallReader, FreeCallReader
@@ -32,9 +34,6 @@ TGI_PROMPT = (
 HERMES_HEADER = re.compile(r'<tool_call>\n\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 TGI_START = '{"function": '
 TGI_HEADER = re.compile(r'\{"function": \{"_name": ("(?:[^"\\]|\\.)*")(?:, |(?=\}))')
-
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as Python writes it, and so as templates show calls to the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +120,8 @@ def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_singl
     bodies = []
     for tool in tools:
         header = f'{{"name": {json.dumps(tool.function.name)}, "arguments": '
-        bodies.append(f"{_literal(header)} {_json(_arguments_schema(tool))} {_literal('}')}")
+        schema = _json(_arguments_schema(tool), is_lenient=not tool.function.strict)
+        bodies.append(f"{_literal(header)} {schema} {_literal('}')}")
     newline = _literal("\n")
     call = f"{_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"
     return _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
@@ -134,17 +134,12 @@ def _mark(mark: str, tokenizer: TextTokenizer) -> str:
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:
-    """An object, and nothing in it that the function does not declare, unless the schema is made in another way."""
     schema = tool.function.arguments
     if schema is None:
         schema = {"properties": {}}
     if not isinstance(schema, dict):
         raise ToolError(f"The parameters of {tool.function.name} are not a JSON schema")
-    closed = {"additionalProperties": False} if "properties" in schema and schema.keys().isdisjoint(_COMBINING) else {}
-    return {"type": "object"} | closed | schema
-
-
-_COMBINING = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties")
+    return {"type": "object"} | schema
 
 
 def _tgi_use(request: ChatRequest) -> ToolUse:
@@ -157,7 +152,7 @@ def _tgi_use(request: ChatRequest) -> ToolUse:
     shown = [_as_tgi_shows(tool) for tool in tools]
     listed = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     prompt = request.tool_prompt or TGI_PROMPT
-    bodies = [_json(_tgi_schema(tool)) for tool in tools]
+    bodies = [_json(_tgi_schema(tool), is_lenient=True) for tool in tools]
     return ToolUse(
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
         grammar=_lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies),
@@ -194,5 +189,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _json(schema: dict[str, Any]) -> str:
-    return f"%json {json.dumps(schema | {'x-guidance': _SPACING}, ensure_ascii=False)}"
+def _json(schema: dict[str, Any], *, is_lenient: bool) -> str:
+    """`is_lenient`: what llguidance cannot hold the model to is ignored, as the functions check what they are given."""
+    options = {"x-guidance": JSON_OPTIONS | {"lenient": is_lenient}}
+    return f"%json {json.dumps(closed(schema) | options, ensure_ascii=False)}"

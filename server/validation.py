@@ -14,7 +14,7 @@ import msgspec
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import ValidationError
-from server.grammar import compile_grammar
+from server.grammar import compile_grammar, compile_tool_grammar
 from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 
@@ -111,9 +111,10 @@ class Validator:
         if own is None and tool_grammar is None:
             return None
         refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
-        if own is not None:
-            return await compile_grammar(own, is_strict=self._config.is_strict_tgi)  # 21 to 24
-        return tool_grammar
+        if tool_grammar is not None:
+            return await compile_tool_grammar(tool_grammar)
+        assert own is not None
+        return await compile_grammar(own, is_strict=self._config.is_strict_tgi)  # 21 to 24
 
     @property
     def _has_prompt_logprobs(self) -> bool:

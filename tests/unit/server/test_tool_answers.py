@@ -182,7 +182,7 @@ async def test_a_function_may_take_nothing(client: httpx.AsyncClient, engine: Fa
     tools = [{"type": "function", "function": {"name": "bare"}}]
     message = (await chat(client, tools=tools, tool_choice="bare")).json()["choices"][0]["message"]
     assert names_and_arguments(message) == [("bare", "{}")]
-    assert '"additionalProperties": false, "properties": {}' in (engine.requests[0].grammar or "")
+    assert '"properties": {}, "additionalProperties": false' in (engine.requests[0].grammar or "")
 
 
 async def test_the_loop_goes_on_with_the_answer_of_the_tool(
