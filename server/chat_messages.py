@@ -46,7 +46,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
 class ChatDelta(msgspec.Struct, frozen=True):
     """What a chunk adds to the message."""
 
-    role: str
+    role: str | UnsetType
     content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
@@ -75,18 +75,18 @@ def message_of(pieces: Iterable[Piece]) -> ChatMessage:
     )
 
 
-def delta_of(piece: Piece) -> ChatDelta:
+def delta_of(piece: Piece, role: str | UnsetType) -> ChatDelta:
     """In OpenAI's order: a call's id and name come first, then its arguments, part by part."""
     match piece:
         case Content(text):
-            return ChatDelta("assistant", text)
+            return ChatDelta(role, text)
         case CallStart(index, name):
             call = ToolCallDelta(
                 index=index, id=_new_call_id(), type="function", function=FunctionDelta(name=name, arguments="")
             )
         case Arguments(index, text):
             call = ToolCallDelta(index=index, function=FunctionDelta(arguments=text))
-    return ChatDelta("assistant", tool_calls=[call])
+    return ChatDelta(role, tool_calls=[call])
 
 
 def _new_call_id() -> str:

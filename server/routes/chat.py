@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from engine.types import FinishReason
 from server.answers import Usage, json_answer
@@ -152,6 +152,8 @@ class _Chat:
         self._body = body
         self._wanted = wanted
         self._use = use
+        self._begun: set[int] = set()
+        """Choices of which a chunk was sent."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (quirk 26).
         self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
@@ -232,10 +234,17 @@ class _Chat:
         reason = token.finish_reason
         return ChunkChoice(
             index=index,
-            delta=ChatDelta("assistant", token.visible),
+            delta=ChatDelta(self._role(index), token.visible),
             logprobs=self._logprobs([token]),
             finish_reason=None if reason is None else self._envelope.finish_reasons[reason],
         )
+
+    def _role(self, index: int) -> str | UnsetType:
+        """TGI tells it in every chunk. OpenAI's client joins what the chunks of a choice say, so there it comes once."""
+        if index in self._begun and not self._service.config.is_strict_tgi:
+            return UNSET
+        self._begun.add(index)
+        return "assistant"
 
     def _call_choices(self, index: int, token: GeneratedToken, reader: CallReader) -> list[ChunkChoice]:
         """Any number of chunks for a token; the first has its logprobs, the reason for the end one of its own."""
@@ -243,9 +252,9 @@ class _Chat:
         pieces = reader.push(token.visible)
         if reason is not None:
             pieces += reader.finish(is_cut=_is_cut(reason))
-        deltas = [delta_of(piece) for piece in pieces]
+        deltas = [delta_of(piece, self._role(index)) for piece in pieces]
         if reason is not None or (self._body.logprobs and not deltas):
-            deltas.append(ChatDelta("assistant", UNSET if reader.num_calls else ""))
+            deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
         finish_reason = None if reason is None else self._finish_reason(reader.num_calls, reason)
         logprobs = self._logprobs([token])
         last = len(deltas) - 1

@@ -112,7 +112,8 @@ async def test_stream_is_in_the_order_of_openai(
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == len(ids_of(f"{PARIS}\n{ROME}")) + 1
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
-    assert choices[-1]["delta"] == {"role": "assistant"}
+    assert choices[-1]["delta"] == {}
+    assert [choice["delta"].get("role") for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
     calls = [choice["delta"]["tool_calls"][0] for choice in choices[:-1]]
     first, second = ([call for call in calls if call["index"] == index] for index in (0, 1))
     assert calls == first + second
