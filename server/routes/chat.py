@@ -240,7 +240,7 @@ class _Chat:
         )
 
     def _role(self, index: int) -> str | UnsetType:
-        """TGI tells it in every chunk. OpenAI's client joins what the chunks of a choice say, so there it comes once."""
+        """TGI tells it in every chunk; OpenAI's client joins what the chunks say to one text, so there it comes once."""
         if index in self._begun and not self._service.config.is_strict_tgi:
             return UNSET
         self._begun.add(index)
