@@ -11,7 +11,7 @@ import functools
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,36 +133,33 @@ class Grammars:
             self.abort(request_id)
         return request_ids
 
-    def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Set to -inf what may not stand in the output, in place; logits [rows of `batch.sampled`, vocab] float32.
+    @staticmethod
+    def rows(batch: ScheduledBatch) -> list[int]:
+        """Which rows of the step's logits `mask` changes."""
+        return [row for _, draft, first in _held(batch) for row in range(first, first + 1 + len(draft))]
 
-        Rows of sequences without a grammar are not touched; nor is a row that no token of the draft leads to.
+    def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
+        """Set to -inf what may not stand in the output, in place; logits [len(batch.sampled), vocab] float32.
+
+        The masks go along the drafts. After a token of a draft that may not stand there, any may.
         """
-        if all(sequence.grammar is None for sequence in batch.sequences):
-            return
-        rows: list[int] = []
-        grammars: list[MatchedGrammar] = []
+        rows = self.rows(batch)
+        masks = np.full((len(rows), num_words(self._vocab_size)), -1, np.int32)
         plain: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
-        row = 0
-        for sequence, draft in itertools.compress(zip(batch.sequences, batch.drafts, strict=True), batch.is_completing):
-            grammar = sequence.grammar
-            if grammar is not None:
-                assert isinstance(grammar, MatchedGrammar)
-                grammars.append(grammar)
-                if draft:
-                    drafted.append((grammar.matcher, len(rows), draft))
-                else:
-                    plain.append((grammar.matcher, len(rows)))
-                rows.extend(range(row, row + 1 + len(draft)))
-            row += 1 + len(draft)
-        masks = np.full((len(rows), num_words(self._vocab_size)), -1, np.int32)
+        index = 0
+        for grammar, draft, _ in _held(batch):
+            if draft:
+                drafted.append((grammar.matcher, index, draft))
+            else:
+                plain.append((grammar.matcher, index))
+            index += 1 + len(draft)
         address, row_bytes = masks.ctypes.data, masks.strides[0]
         if plain:
             self._executor.unsafe_compute_mask_ptr(plain, address, row_bytes, len(rows))
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, len(rows))
-        for grammar in grammars:
+        for grammar, _, _ in _held(batch):
             grammar.check()
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
@@ -190,8 +187,8 @@ class Grammars:
             tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
         except (OSError, ValueError) as error:
             raise GenerationError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from error
-        nothing = np.empty((0, num_words(self._vocab_size)), np.int32)
-        self._apply_masks(torch.empty(0, self._vocab_size), nothing[:, 0], nothing)
+        no_rows, no_masks = np.empty(0, np.int32), np.empty((0, num_words(self._vocab_size)), np.int32)
+        self._apply_masks(torch.empty(0, self._vocab_size), no_rows, no_masks)
         return tokenizer
 
     @functools.cached_property
@@ -201,6 +198,16 @@ class Grammars:
     @functools.cached_property
     def _executor(self) -> LLExecutor:
         return LLExecutor(self._num_threads)
+
+
+def _held(batch: ScheduledBatch) -> Iterator[tuple[MatchedGrammar, list[int], int]]:
+    """The grammars of the step's rows, each with its sequence's draft and first row."""
+    row = 0
+    for sequence, draft in itertools.compress(zip(batch.sequences, batch.drafts, strict=True), batch.is_completing):
+        if sequence.grammar is not None:
+            assert isinstance(sequence.grammar, MatchedGrammar)
+            yield sequence.grammar, draft, row
+        row += 1 + len(draft)
 
 
 def _outcome(compilation: _Compilation) -> Compiled:

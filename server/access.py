@@ -46,7 +46,7 @@ def _is_protected(scope: Scope) -> bool:
 class CorsHeaders:
     """Lets pages of `origins` (empty: of any origin) read the answers, and answers every OPTIONS request itself.
 
-    A page may send the headers that it asks for, its key among them; to TGI (`is_strict`) only a content type (quirk 38).
+    A page may send the headers that it asks for, its key among them; to TGI (`is_strict`) a content type (quirk 38).
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str], *, is_strict: bool) -> None:

@@ -141,3 +141,19 @@ def test_an_abort_within_a_document_leaves_nothing(folder: Path) -> None:
     run_requests(core, [msgspec.structs.replace(request, max_new_tokens=3)])
     core.take(AbortRequest(request.request_id))
     assert core.scheduler.stats().num_used_blocks == 0 and not core.scheduler.has_work
+
+
+def test_logprobs_are_the_models_own_or_those_after_the_masks(folder: Path) -> None:
+    """The only token that is allowed has probability 1 after the masks."""
+    penalised = SamplingParams(seed=3, repetition_penalty=1.3, logit_bias={65: 5.0})
+    filtered = msgspec.structs.replace(penalised, is_logprob_filtered=True)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    requests = [
+        held(make_requests([prompt], max_new_tokens=100, sampling=sampling)[0], "json", {"const": "ABC"})
+        for prompt in prompts
+        for sampling in (penalised, filtered)
+    ]
+    outcome = run(make_core(folder), [msgspec.structs.replace(r, request_id=str(i)) for i, r in enumerate(requests)])
+    assert texts(folder, outcome) == ['"ABC"'] * 4
+    for own, after in zip(outcome.logprobs[::2], outcome.logprobs[1::2], strict=True):
+        assert max(own[:-1]) < -0.5 and after[:-1] == [0.0] * 5

@@ -22,6 +22,7 @@ from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.grammar import Grammars, MatchedGrammar, num_words
 from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.runner import StepResult
 from engine.sampler import sample
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -143,12 +144,12 @@ class Echo:
         self.token_id = token_id
         self.error: Exception | None = None
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+    def execute(self, batch: ScheduledBatch) -> StepResult:
         if self.error is not None:
             raise self.error
         logits = torch.zeros(len(batch.sampled), VOCAB_SIZE)
         logits[:, self.token_id] = 10.0
-        return logits
+        return StepResult(logits, [])
 
 
 def make_core(grammars: Grammars) -> EngineCore:

@@ -11,11 +11,13 @@ import httpx
 import msgspec
 import pytest
 
-from engine.types import FinishReason
+from engine.types import EngineStats, FinishReason, StepOutput, StepReport
 from server.app import create_app
+from server.args import parse_args
 from server.chat import ChatTemplate
+from server.metrics import Metrics
 from server.tokenizer import ChatFormat, TextTokenizer
-from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one
+from tests.unit.server.harness import LIMITS, FakeEngine, client_of, events_of, make_config, one_by_one
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 CHAT = "/v1/chat/completions"
@@ -281,6 +283,21 @@ async def test_row_23_choices_are_in_order(http: httpx.AsyncClient, engine: Fake
     assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "Hello, world!"), (1, "")]
 
 
+async def test_row_24_a_request_counts_once(http: httpx.AsyncClient) -> None:
+    await chat(http)
+    await generate(http, best_of=2, do_sample=True)
+    assert "\ntgi_request_count 2\n" in (await http.get("/metrics")).text
+
+
+def test_row_25_skipped_tokens_and_the_batch_limit(strict: bool) -> None:
+    metrics = Metrics(LIMITS, is_strict=strict)
+    report = StepReport(num_sequences=1, num_draft_hits=[2])
+    metrics.observe_output(StepOutput(events=[], stats=EngineStats(), reports=[report]), 0.001)
+    text = metrics.render(EngineStats())
+    assert "# TYPE tgi_request_skipped_tokens summary\n" in text
+    assert ("tgi_batch_max_total_tokens" in text) is not strict
+
+
 async def test_row_26_any_model_name_is_served(http: httpx.AsyncClient) -> None:
     answer = await chat(http, model="no/such")
     assert (answer.status_code, answer.json()["model"]) == (200, "no/such")
@@ -319,6 +336,12 @@ async def test_row_31_a_last_message_of_the_assistant_is_continued(
 ) -> None:
     await http.post(CHAT, json={"messages": [*USER, {"role": "assistant", "content": "I say "}]})
     assert tokenizer.decode(engine.requests[0].prompt_token_ids).endswith("<|im_start|>assistant\nI say")
+
+
+def test_row_32_the_port_of_the_metrics(strict: bool) -> None:
+    args = ["--model-id", "m", "--prometheus-port", "1", *(["--strict-tgi"] if strict else [])]
+    (warning,) = parse_args(args, {}).warnings
+    assert warning.startswith("--prometheus-port has no effect: metrics are at /metrics")
 
 
 async def test_row_33_prompt_logprobs(http: httpx.AsyncClient, strict: bool, engine: FakeEngine) -> None:
