@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AliasChoices,
     BeforeValidator,
+    ConfigDict,
     Field,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -170,5 +172,56 @@ class ChatRequest(OpenAIModel):
         {
             *("top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "parallel_tool_calls"),
             *("continue_final_message", "add_generation_prompt"),
+        }
+    )
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+"""Text or token ids, one or several."""
+
+_TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
+_PROMPT: TypeAdapter[Prompt] = TypeAdapter(str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True))
+
+
+def _read_prompt(value: object, info: ValidationInfo) -> Prompt:
+    if value == [] or (isinstance(value, list) and [] in value and not is_strict(info)):
+        raise wrong("Empty array detected. Do not use an empty array for the prompt.")
+    try:
+        return (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
+    except ValidationError:
+        raise wrong("data did not match any variant of untagged enum PromptDeserializer") from None
+
+
+class CompletionRequest(OpenAIModel):
+    """Body of /v1/completions."""
+
+    prompt: Annotated[Prompt, PlainValidator(_read_prompt)]
+    model: str | None = None
+    max_tokens: U32 | None = None
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    frequency_penalty: F32 | None = None
+    seed: U64 | None = None
+    stop: Stop = None
+    stream: bool = False
+    suffix: str | None = None
+    stream_options: StreamOptions = StreamOptions()
+    n: U32 | None = None
+    best_of: U32 | None = None
+    echo: bool = False
+    logprobs: U32 | None = None
+    """How many of the likeliest tokens to tell beside each chosen one; 0 tells the chosen ones alone."""
+    presence_penalty: F32 | None = None
+    logit_bias: LogitBias | None = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    typical_p: F32 | None = None
+    ignore_eos: bool = False
+
+    extensions: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("stream_options", "n", "best_of", "echo", "logprobs", "presence_penalty", "logit_bias"),
+            *("top_k", "min_p", "typical_p", "ignore_eos"),
         }
     )
