@@ -72,6 +72,7 @@ class LauncherArgs:
     validation_workers: int
     tokenizer_config_path: str | None
     disable_grammar_support: bool
+    enable_prefill_logprobs: bool
     max_batch_prefill_tokens: int | None
     max_batch_total_tokens: int | None
     max_batch_size: int | None

@@ -336,10 +336,8 @@ REQUESTS = (
     ),
     Flag(
         name="enable-prefill-logprobs",
-        help="Let requests ask for logprobs of their prompt",
+        help="Let requests ask for logprobs of their prompt (needed with --strict-tgi only)",
         is_switch=True,
-        effect=Effect.NONE,
-        reason="no logprobs of prompts are computed so far, prefill stays empty",
     ),
 )
 

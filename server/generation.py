@@ -92,7 +92,8 @@ class Generation:
         self._parameters = parameters
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
-        self._prompt_logprobs: Sequence[float] | None = None
+        self._has_prompt_logprobs = request.generation.has_prompt_logprobs
+        self._prompt_logprobs: Sequence[float] = ()
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
         self._stop_checker = StopChecker(() if request.is_stop_hidden else request.stop)
         self._stop_cutter = StopCutter(request.stop) if request.is_stop_hidden and request.stop else None
@@ -108,7 +109,7 @@ class Generation:
     @property
     def prefill(self) -> list[ScoredToken]:
         """The prompt's tokens, if their logprobs were asked for; the first has none (reference 4.6)."""
-        if self._prompt_logprobs is None:
+        if not self._has_prompt_logprobs:
             return []
         logprobs = [math.nan, *self._prompt_logprobs]
         return [self._scored(*pair) for pair in zip(self._prompt_token_ids, logprobs, strict=True)]
@@ -118,7 +119,7 @@ class Generation:
         async for event in events:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
-                self._prompt_logprobs = event.prompt_logprobs if self._parameters.decoder_input_details else None
+                self._prompt_logprobs = event.prompt_logprobs
             last = len(event.token_ids) - 1
             for index, token_id in enumerate(event.token_ids):
                 top_tokens = self._top_tokens(event, index) if event.top_token_ids else ()
@@ -288,12 +289,12 @@ class GenerationService:
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
 
-    def permit_for_stream(self, num_sequences: int = 1) -> Permit | None:
+    def permit_for_stream(self) -> Permit | None:
         """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.
 
         As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
         """
-        return None if self.config.is_strict_tgi else self._admission.permit(num_sequences)
+        return None if self.config.is_strict_tgi else self._admission.permit(1)
 
     async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> Prepared:
         """Admit, under `permit` or one of its own, and validate. Raises OverloadedError, ValidationError."""
@@ -338,6 +339,18 @@ class GenerationService:
         """`prepare` and `run`."""
         async with self.run(await self.prepare(*inputs, permit=permit)) as running:
             yield running
+
+    async def open_for_stream(
+        self, *inputs: GenerationInput
+    ) -> tuple[contextlib.AbstractAsyncContextManager[list[Running]], Permit | None]:
+        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised here and shows in the status.
+
+        As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.
+        """
+        if self.config.is_strict_tgi:
+            return self.open(*inputs), None
+        prepared = await self.prepare(*inputs)
+        return self.run(prepared), prepared.permit
 
 
 def service_of(request: Request) -> GenerationService:

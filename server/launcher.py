@@ -252,6 +252,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         max_client_batch_size=args.max_client_batch_size,
         validation_workers=args.validation_workers,
         payload_limit=args.payload_limit,
+        has_prompt_logprobs=args.enable_prefill_logprobs,
         is_grammar_disabled=args.disable_grammar_support,
         tokenizer_config_path=args.tokenizer_config_path,
         api_key=args.api_key,

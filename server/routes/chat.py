@@ -84,13 +84,8 @@ async def chat_completions(request: Request) -> Response:
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
         return json_answer(answer, headers)
-    permit = service.permit_for_stream(wanted.num_sequences)
-    if service.config.is_strict_tgi:
-        running = service.open(wanted, permit=permit)  # quirk 10: whatever is wrong is an event
-    else:
-        prepared = await service.prepare(wanted, permit=permit)
-        permit, running = prepared.permit, service.run(prepared)
-    events = openai_stream(chat.chunks(running), service.config)
+    opening, permit = await service.open_for_stream(wanted)
+    events = openai_stream(chat.chunks(opening), service.config)
     return EventStream(events, stream_headers(service.config.compute_type, prompt), permit)
 
 
@@ -171,6 +166,7 @@ class _Chat:
         return usage_of(generations, generations[0].num_prompt_tokens)
 
     async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+        """An event for each token of each choice, and one with the usage if it is wanted."""
         async with opening as running:
             async with contextlib.aclosing(interleave(running)) as tokens:
                 async for index, token in tokens:

@@ -60,6 +60,14 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
+async def strict_client(engine: FakeEngine, model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Of an application with --strict-tgi and the same engine."""
+    tokenizer = TextTokenizer.from_folder(str(model_folder), 1)
+    async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
+        yield client
+
+
+@pytest.fixture
 def base_url(app: FastAPI) -> Iterator[str]:
     with running_server(app) as server:
         yield url_of(server)

@@ -71,6 +71,14 @@ class Script:
     """After that many events nothing comes any more."""
     error: str | None = None
     """Raised after the events."""
+    scripts: list[list[TokenEvent]] = field(default_factory=list)
+    """In place of `events`, for the first, second, ... request from now on."""
+    errors: list[str | None] = field(default_factory=list)
+    """In place of `error`, likewise."""
+
+    def take(self) -> tuple[list[TokenEvent], str | None]:
+        events = self.scripts.pop(0) if self.scripts else self.events
+        return events, self.errors.pop(0) if self.errors else self.error
 
 
 class FakeEngine(EngineClient):
@@ -104,16 +112,17 @@ class FakeEngine(EngineClient):
                 self.aborted.append(request.request_id)
 
     async def _play(self, script: Script, ended: list[bool]) -> AsyncIterator[TokenEvent]:
-        for index, event in enumerate(script.events):
+        events, error = script.take()
+        for index, event in enumerate(events):
             if index == script.stall_after:
                 await asyncio.sleep(60)
             await asyncio.sleep(script.pause_s)
             if event.is_terminal:
                 ended.append(True)
             yield event
-        if script.error is not None:
+        if error is not None:
             ended.append(True)
-            raise GenerationError(script.error)
+            raise GenerationError(error)
 
 
 def one_by_one(

@@ -144,31 +144,49 @@ async def test_wrong_parameters(client: httpx.AsyncClient, parameters: dict[str,
             '{"messages":[],"max_tokens":1,"max_completion_tokens":2}',
             "duplicate field `max_tokens`",
         ),
-        ("/v1/chat/completions", '{"messages":[],"stop":"x"}', 'stop: invalid type: string "x", expected a sequence'),
-        (
-            "/v1/chat/completions",
-            '{"messages":[],"stream_options":null}',
-            "stream_options: invalid type: null, expected struct StreamOptions",
-        ),
-        (
-            "/v1/chat/completions",
-            '{"messages":[],"logit_bias":{}}',
-            "logit_bias: invalid type: map, expected a sequence",
-        ),
         (
             "/v1/chat/completions",
             '{"messages":[],"tool_choice":5}',
             "tool_choice: data did not match any variant of untagged enum ToolTypeDeserializer",
         ),
-        (
-            "/v1/chat/completions",
-            '{"messages":[],"response_format":{"type":"json_object"}}',
-            "response_format: missing field `value`",
-        ),
     ],
 )
 async def test_wrong_shapes(client: httpx.AsyncClient, path: str, body: str, reason: str) -> None:
     assert_refused(await post(client, body, path), 422, f"{BAD_SHAPE}{reason} at line 1 column {len(body)}")
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ('"stop":"x"', 'stop: invalid type: string "x", expected a sequence'),
+        ('"stream":null', "stream: invalid type: null, expected a boolean"),
+        ('"stream_options":null', "stream_options: invalid type: null, expected struct StreamOptions"),
+        ('"logit_bias":{}', "logit_bias: invalid type: map, expected a sequence"),
+        ('"response_format":{"type":"json_object"}', "response_format: missing field `value`"),
+    ],
+)
+async def test_what_openai_allows_is_wrong_to_tgi(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, field: str, reason: str
+) -> None:
+    body = f'{{"messages":[],{field}}}'
+    response = await post(strict_client, body, "/v1/chat/completions")
+    assert_refused(response, 422, f"{BAD_SHAPE}{reason} at line 1 column {len(body)}")
+    assert (await post(client, body, "/v1/chat/completions")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("bias", "reason"),
+    [
+        ([0.5], "logit_bias: invalid type: sequence, expected a map"),
+        ({"x": 1}, 'logit_bias: invalid value: string "x", expected a token id'),
+        ({"-1": 1}, 'logit_bias: invalid value: string "-1", expected a token id'),
+        ({"5": "1"}, 'logit_bias: invalid type: string "1", expected f32'),
+    ],
+)
+async def test_wrong_logit_bias(client: httpx.AsyncClient, bias: Any, reason: str) -> None:
+    body = json.dumps({"messages": [], "logit_bias": bias})
+    response = await post(client, body, "/v1/chat/completions")
+    assert_refused(response, 422, f"{BAD_SHAPE}{reason} at line 1 column {len(body)}")
 
 
 async def test_unknown_keys_are_ignored_even_twice(client: httpx.AsyncClient) -> None:

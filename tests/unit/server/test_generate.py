@@ -63,9 +63,51 @@ async def test_details(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Ca
     )
 
 
-async def test_decoder_input_details_bring_details_with_an_empty_prefill(client: httpx.AsyncClient) -> None:
-    response = await client.post("/generate", json={"inputs": "x", "parameters": {"decoder_input_details": True}})
-    assert response.json()["details"]["prefill"] == []
+async def test_prompt_logprobs(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]
+) -> None:
+    ids = ids_of("a 龘")
+    engine.script.events[0].prompt_logprobs = [-0.5, -1.25, -2.0, -0.125][: len(ids) - 1]
+    body = {"inputs": "a 龘", "parameters": {"decoder_input_details": True}}
+    details = (await client.post("/generate", json=body)).json()["details"]
+    assert [item["id"] for item in details["prefill"]] == ids
+    assert [item["logprob"] for item in details["prefill"]] == [None, *engine.script.events[0].prompt_logprobs]
+    assert [set(item) for item in details["prefill"]] == [{"id", "text", "logprob"}] * len(ids)
+    assert details["prefill"][-1]["text"] == "\ufffd"
+    strict = (await strict_client.post("/generate", json=body)).json()["details"]
+    assert strict["prefill"] == []  # quirk 33
+    assert [request.has_prompt_logprobs for request in engine.requests] == [True, False]
+
+
+async def test_best_of(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]) -> None:
+    worse, better = (one_by_one(ids_of(f"{word}<|im_end|>"), logprob=-1.0) for word in ("Hello", " world"))
+    better[0].logprobs = [-0.25]
+    engine.script.scripts = [worse, better]
+    parameters = {"best_of": 2, "do_sample": True, "details": True, "top_n_tokens": 1}
+    for events in (worse, better):
+        for item in events:
+            item.top_token_ids, item.top_logprobs = [[5, 6]], [[-0.125, -0.125]]
+    answer = (await client.post("/generate", json={"inputs": "x", "parameters": parameters})).json()
+    assert answer["generated_text"] == " world"
+    details = answer["details"]
+    assert list(details) == [
+        *("finish_reason", "generated_tokens", "seed", "prefill", "tokens", "best_of_sequences", "top_tokens"),
+    ]
+    (other,) = details["best_of_sequences"]
+    assert (other["generated_text"], other["generated_tokens"]) == ("Hello", len(worse))
+    assert [len(tokens) for tokens in other["top_tokens"]] == [2] * len(worse)
+    first, second = engine.requests
+    assert first.request_id != second.request_id
+    assert [details["seed"], other["seed"]] == [second.sampling.seed, first.sampling.seed]
+
+
+async def test_a_failing_sequence_ends_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script.scripts = [one_by_one([5] * 3, None), one_by_one([5] * 900)]
+    engine.script.errors = ["boom", None]
+    parameters = {"best_of": 2, "do_sample": True}
+    response = await client.post("/generate", json={"inputs": "x", "parameters": parameters})
+    assert response.status_code == 424
+    assert engine.aborted == [engine.requests[1].request_id]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +222,10 @@ async def test_overload(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
             await client.post("/v1/chat/completions", json={"messages": [], "stream": True}),
         ]
         for response in refused:
-            assert (response.status_code, response.json()) == (429, OVERLOADED)
+            assert response.status_code == 429
             assert "retry-after" not in response.headers
+        assert [response.json() for response in refused[:3]] == [OVERLOADED] * 3
+        assert refused[3].json()["error"]["code"] == "overloaded"
         assert (await running).status_code == 200
         for _ in range(2):  # the permit of a stream comes back as well
             assert (await client.post("/generate_stream", json={"inputs": "x"})).status_code == 200
@@ -205,7 +249,7 @@ async def test_strict_overload_of_a_stream_is_an_event(engine: FakeEngine, token
 async def test_a_stream_nobody_reads_gives_its_permit_back(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
     """The client has left before the first event is asked for: the generator that would release it never starts."""
     admission = Admission(1)
-    stream = EventStream(_never(), {}, admission.permit())
+    stream = EventStream(_never(), {}, admission.permit(1))
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}

@@ -31,7 +31,7 @@ async def test_plain_answer(client: httpx.AsyncClient, engine: FakeEngine, token
     created = answer["created"]
     num_prompt = len(engine.requests[0].prompt_token_ids)
     assert response.text == (
-        f'{{"object":"chat.completion","id":"","created":{created},"model":"any/name",'
+        f'{{"object":"chat.completion","id":"{answer["id"]}","created":{created},"model":"any/name",'
         '"system_fingerprint":"3.3.6-dev0-native","choices":[{"index":0,"message":{"role":"assistant",'
         '"content":"Hello, world!"},"logprobs":null,"finish_reason":"stop"}],'
         f'"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":5,"total_tokens":{num_prompt + 5}}}}}'
@@ -54,7 +54,7 @@ async def test_finish_reasons(client: httpx.AsyncClient, engine: FakeEngine, rea
 
 async def test_stop_string(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     choice = (await chat(client, stop=["wor"])).json()["choices"][0]
-    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello, wor", "stop_sequence")
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello, ", "stop")
     assert len(engine.aborted) == 1
 
 
@@ -78,7 +78,8 @@ async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_o
         f'"choices":[],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":2,"total_tokens":{num_total}}}}}',
     ]
     expected = "".join(
-        f'data: {{"object":"chat.completion.chunk","id":"","created":{event["created"]},"model":"org/model",'
+        f'data: {{"object":"chat.completion.chunk","id":"{event["id"]}","created":{event["created"]},'
+        '"model":"org/model",'
         f'"system_fingerprint":"3.3.6-dev0-native",{tail}\n\n'
         for event, tail in zip(events, tails, strict=True)
     )
@@ -98,7 +99,7 @@ async def test_stream_fails_midway(client: httpx.AsyncClient, engine: FakeEngine
     body = (await chat(client, stream=True)).content
     assert body.endswith(
         b'data: {"error":{"message":"Request failed during generation: Server error: boom",'
-        b'"http_status_code":422}}\n\ndata: [DONE]\n\n'
+        b'"type":"server_error","code":"generation","param":null}}\n\ndata: [DONE]\n\n'
     )
 
 
@@ -109,10 +110,9 @@ async def test_template_error_comes_before_the_stream(engine: FakeEngine, tmp_pa
     async with client_of(create_app(engine, make_config(), tokenizer)) as client:
         response = await chat(client, stream=stream)
     assert response.status_code == 422
-    assert response.json() == {
-        "error": "Template error: syntax error: no system role (in <string>:1)",
-        "error_type": "template_error",
-    }
+    error = response.json()["error"]
+    assert error["message"] == "Template error: syntax error: no system role (in <string>:1)"
+    assert error["code"] == "template_error"
 
 
 async def test_models(client: httpx.AsyncClient) -> None:
@@ -156,12 +156,15 @@ async def test_sdk_sees_refusals(sdk: openai.AsyncOpenAI) -> None:
     assert "`temperature` must be strictly positive" in raised.value.response.text
 
 
-async def test_sdk_sees_refusals_in_the_stream(sdk: openai.AsyncOpenAI) -> None:
-    stream = await sdk.chat.completions.create(
-        model="",
-        messages=SDK_USER,
-        temperature=-1,
-        stream=True,
-    )
-    with pytest.raises(openai.APIError, match="`temperature` must be strictly positive"):
-        await anext(aiter(stream))
+async def test_sdk_sees_refusals_before_the_stream(sdk: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="`temperature` must be strictly positive"):
+        await sdk.chat.completions.create(model="", messages=SDK_USER, temperature=-1, stream=True)
+
+
+async def test_sdk_sees_failures_in_the_stream(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.script.events = one_by_one([5], None)
+    engine.script.error = "boom"
+    stream = await sdk.chat.completions.create(model="", messages=SDK_USER, stream=True)
+    with pytest.raises(openai.APIError, match="Server error: boom"):
+        async for _ in stream:
+            pass
