@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 PROTECTED_PATHS = frozenset(
     {
         *("/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions"),
-        *("/vertex", "/invocations", "/tokenize"),
+        *("/vertex", "/invocations", "/tokenize", "/detokenize"),
     }
 )
 """And POST to `/`."""

@@ -120,7 +120,7 @@ def _read_bias(value: Any, info: ValidationInfo) -> Any:
 
 _BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
 
-Stop = Annotated[list[str] | None, BeforeValidator(_read_stop)]
+Stop = Annotated[list[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
@@ -176,26 +176,33 @@ class ChatRequest(OpenAIModel):
     )
 
 
-Prompt = str | list[str] | list[int] | list[list[int]]
-"""Text or token ids, one or several."""
+Prompts = list[str | list[int]]
+"""Each as text or as token ids."""
 
 _TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
-_PROMPT: TypeAdapter[Prompt] = TypeAdapter(str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True))
+_PROMPT: TypeAdapter[str | list[str] | list[int] | list[list[int]]] = TypeAdapter(
+    str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True)
+)
 
 
-def _read_prompt(value: object, info: ValidationInfo) -> Prompt:
+def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
+    """TGI takes a string or several. OpenAI also takes token ids, as one list or as several."""
     if value == [] or (isinstance(value, list) and [] in value and not is_strict(info)):
         raise wrong("Empty array detected. Do not use an empty array for the prompt.")
     try:
-        return (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
+        prompt = (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
     except ValidationError:
         raise wrong("data did not match any variant of untagged enum PromptDeserializer") from None
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    return [token_ids] if token_ids else [item for item in prompt if not isinstance(item, int)]
 
 
 class CompletionRequest(OpenAIModel):
     """Body of /v1/completions."""
 
-    prompt: Annotated[Prompt, PlainValidator(_read_prompt)]
+    prompt: Annotated[Prompts, PlainValidator(_read_prompts)]
     model: str | None = None
     max_tokens: U32 | None = None
     temperature: F32 | None = None

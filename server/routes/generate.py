@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.types import FinishReason
 from server.admission import Permit
-from server.answers import Token, f32, json_answer, token_answer, token_answers
+from server.answers import JsonF32, Token, f32, json_answer, token_answer, token_answers
 from server.body import read_body
 from server.disconnect import cancel_if_gone
 from server.errors import error_body
@@ -25,7 +25,7 @@ router = APIRouter()
 class PrefillToken(msgspec.Struct, frozen=True):
     id: int
     text: str
-    logprob: msgspec.Raw
+    logprob: JsonF32
 
 
 class BestOfSequence(msgspec.Struct, frozen=True):
@@ -85,8 +85,12 @@ async def generate_stream(request: Request) -> Response:
 @router.post("/")
 async def compat_generate(request: Request) -> Response:
     """What `text_generation.Client` and `InferenceClient.text_generation` call."""
+    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
+
+
+async def answer_compat(request: Request, body: CompatGenerateRequest) -> Response:
     service = service_of(request)
-    body = _echoing(await read_body(request, CompatGenerateRequest, service.config))
+    body = _echoing(body)
     if body.stream:
         return _stream(service, body)
     answer, headers = await cancel_if_gone(request, _generate(service, body))
