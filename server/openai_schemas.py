@@ -13,12 +13,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from server.schemas import Grammar, LogitBias
 from server.serde import F32, I32, U32, U64, WireModel, is_strict, untagged, wrong
@@ -89,6 +91,14 @@ class Message(WireModel):
     name: str | None = None
     body: ContentBody | ToolCallBody
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The fields of `body` are the message's own."""
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["required"].remove("body")
+        schema["anyOf"] = schema["properties"].pop("body")["anyOf"]
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _read_body(cls, data: Any) -> Any:
@@ -121,6 +131,13 @@ def _read_bias(value: Any, info: ValidationInfo) -> Any:
 _BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
 
 Stop = Annotated[list[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
+
+
+class OpenAIFormat(OpenAIModel):
+    """`response_format` in OpenAI's shape; read here only to be described."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] = {}
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
@@ -156,7 +173,9 @@ class ChatRequest(OpenAIModel):
     tools: list[Tool] | None = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
-    response_format: Annotated[Grammar | None, BeforeValidator(_read_response_format)] = None
+    response_format: Annotated[
+        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+    ] = None
     n: U32 | None = None
     logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
     top_k: I32 | None = None
@@ -202,7 +221,9 @@ def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
 class CompletionRequest(OpenAIModel):
     """Body of /v1/completions."""
 
-    prompt: Annotated[Prompts, PlainValidator(_read_prompts)]
+    prompt: Annotated[
+        Prompts, PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[U32] | list[list[U32]])
+    ]
     model: str | None = None
     max_tokens: U32 | None = None
     temperature: F32 | None = None

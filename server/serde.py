@@ -143,7 +143,7 @@ class WireModel(BaseModel):
         if is_strict(info) and cls.extensions:
             data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
-        for name, spellings in _spellings(cls):
+        for name, spellings in spellings_of(cls):
             given = [spelling for spelling in spellings if spelling in data]
             if len(given) > 1 or not repeated.isdisjoint(given):
                 raise wrong(f"duplicate field `{name}`")
@@ -160,7 +160,7 @@ def _without(data: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 @functools.cache
-def _spellings(model: type[WireModel]) -> list[tuple[str, list[str]]]:
+def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
     """Each field's name and the keys it may have in the body."""
     spellings = []
     for name, field in model.model_fields.items():
