@@ -137,7 +137,7 @@ class OpenAIFormat(OpenAIModel):
     """`response_format` in OpenAI's shape; read here only to be described."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] = {}
+    json_schema: Any = None
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
