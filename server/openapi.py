@@ -31,6 +31,7 @@ from server.routes.tokenize import ChatTokenizeResponse, DetokenizeResponse
 from server.schemas import CompatGenerateRequest, DetokenizeRequest, GenerateRequest
 from server.serde import WireModel, spellings_of
 from server.tokenizer import SimpleToken
+from server.validation import MAX_CHOICES
 
 REF = "#/components/schemas/{}"
 TEXT = "text/plain; charset=utf-8"
@@ -191,10 +192,50 @@ _WORDS = {
 }
 
 
+def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
+    """What reference 2.2 says of single values, by body and field."""
+    share = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    both = {
+        "frequency_penalty": {"minimum": -2, "maximum": 2},
+        "presence_penalty": {"minimum": -2, "maximum": 2},
+        "repetition_penalty": {"exclusiveMinimum": 0},
+        "typical_p": share,
+        "min_p": {"minimum": 0, "maximum": 1},
+    }
+    top_tokens = {"maximum": config.max_top_n_tokens}
+    openai = both | {
+        "temperature": {"minimum": 0},
+        "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+        "top_k": {"minimum": -1},
+        "max_tokens": {"minimum": 1},
+        "max_completion_tokens": {"minimum": 1},
+        "n": {"minimum": 1, "maximum": MAX_CHOICES},
+    }
+    return {
+        "GenerateParameters": both
+        | {
+            "best_of": {"maximum": config.max_best_of},
+            "temperature": {"exclusiveMinimum": 0},
+            "top_p": share,
+            "top_k": {"minimum": 1},
+            "max_new_tokens": {"minimum": 1},
+            "top_n_tokens": top_tokens,
+            "truncate": {"minimum": 1},
+            "stop": {"maxItems": config.max_stop_sequences},
+        },
+        "ChatRequest": openai | {"top_logprobs": top_tokens},
+        "CompletionRequest": openai | {"logprobs": top_tokens},
+    }
+
+
 def build_openapi(config: ServerConfig) -> Schema:
     """The document."""
     bodies = {operation.body for operation in OPERATIONS if operation.body is not None}
     components = _request_components(sorted(bodies, key=lambda body: body.__name__))
+    for name, limits in _limits(config).items():
+        properties = components[name]["properties"]
+        for field in limits.keys() & properties.keys():
+            properties[field] = _limited(properties[field], limits[field])
     answers = _Answers(config)
     assert components.keys().isdisjoint(answers.components), "a body and an answer have the same name"
     paths: dict[str, Schema] = {}
@@ -296,6 +337,12 @@ def _or_null(schema: Schema) -> Schema:
     rest = {key: value for key, value in schema.items() if key != "default"}
     is_null_among = {"type": "null"} in rest.get("anyOf", ())
     return schema if is_null_among else {"anyOf": [rest, {"type": "null"}]} | default
+
+
+def _limited(schema: Schema, limits: Schema) -> Schema:
+    if "anyOf" not in schema:
+        return schema | limits
+    return schema | {"anyOf": [one if one == {"type": "null"} else one | limits for one in schema["anyOf"]]}
 
 
 def _operation(operation: Operation, answers: _Answers) -> Schema:

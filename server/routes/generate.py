@@ -60,10 +60,10 @@ class StreamDetails(msgspec.Struct, frozen=True):
     input_length: int
 
 
-class StreamResponse(msgspec.Struct, frozen=True):
+class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     token: Token
-    top_tokens: list[Token] | msgspec.UnsetType
+    top_tokens: list[Token] | msgspec.UnsetType = msgspec.UNSET
     generated_text: str | None
     details: StreamDetails | None
 
@@ -170,8 +170,15 @@ async def _events(service: GenerationService, body: GenerateRequest, permit: Per
             if token.finish_reason is not None:
                 text = "".join(text_parts)
                 details = _stream_details(generation, token.finish_reason) if body.parameters.details else None
-            top_tokens = token_answers(token.top_tokens) or msgspec.UNSET
-            yield event(StreamResponse(generation.num_generated_tokens, token_answer(token), top_tokens, text, details))
+            yield event(
+                StreamResponse(
+                    index=generation.num_generated_tokens,
+                    token=token_answer(token),
+                    top_tokens=token_answers(token.top_tokens) or msgspec.UNSET,
+                    generated_text=text,
+                    details=details,
+                )
+            )
 
 
 def _stream_details(generation: Generation, reason: FinishReason) -> StreamDetails:
