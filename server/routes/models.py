@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from server.answers import json_answer
 from server.errors import ModelNotFoundError
 from server.generation import service_of
 
 router = APIRouter()
+
+
+class _ModelIdConvertor(PathConvertor):
+    """Slashes and, unlike Starlette's `path`, line breaks: whatever is asked for gets OpenAI's error."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("model_id", _ModelIdConvertor())
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +39,7 @@ async def models(request: Request) -> Response:
     return json_answer(ModelList(data=[_served(request)]))
 
 
-@router.api_route("/v1/models/{model_id:path}", methods=["GET", "HEAD"])
+@router.api_route("/v1/models/{model_id:model_id}", methods=["GET", "HEAD"])
 async def model(request: Request, model_id: str) -> Response:
     served = _served(request)
     if model_id != served.id:
