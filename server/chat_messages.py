@@ -19,7 +19,7 @@ class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
     """JSON."""
 
 
-class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+class ToolCallAnswer(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     type: str = "function"
     function: FunctionCall
@@ -28,7 +28,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 class ChatMessage(msgspec.Struct, frozen=True):
     role: str
     content: str | None | UnsetType = UNSET
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
 
 
 class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,7 @@ def message_of(pieces: Iterable[Piece]) -> ChatMessage:
         "assistant",
         content or None,
         [
-            ToolCall(id=_new_call_id(), function=FunctionCall(name=name, arguments="".join(arguments)))
+            ToolCallAnswer(id=_new_call_id(), function=FunctionCall(name=name, arguments="".join(arguments)))
             for name, arguments in calls
         ],
     )

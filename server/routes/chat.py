@@ -22,7 +22,7 @@ from server.chat_messages import (
     ChatMessage,
     FunctionCall,
     FunctionDelta,
-    ToolCall,
+    ToolCallAnswer,
     ToolCallDelta,
     delta_of,
     message_of,
@@ -40,8 +40,8 @@ from server.generation import (
 )
 from server.headers import plain_headers, stream_headers
 from server.openai_answers import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.openai_parameters import native_parameters
 from server.openai_schemas import ChatRequest, Message, ToolCallBody
-from server.schemas import GenerateParameters
 from server.sse import EventStream, event
 from server.tool_calls import Arguments, CallReader, CallStart, ForcedCallReader, Piece
 from server.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
@@ -91,9 +91,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
-    use = use_tools(body, service.tokenizer, is_strict=service.config.is_strict_tgi)
-    prompt = service.chat_template.render(body.messages, use.offered, ending(body))
-    wanted = chat_input(body, prompt, is_strict=service.config.is_strict_tgi, tool_grammar=use.grammar)
+    wanted, use = chat_input(service, body)
     is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, wanted, use)
     if not body.stream:
@@ -101,53 +99,30 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
         return json_answer(answer, headers)
     opening, permit = await service.open_for_stream(wanted)
     events = openai_stream(chat.chunks(opening), service.config)
-    return EventStream(events, stream_headers(service.config.compute_type, prompt), permit)
+    return EventStream(events, stream_headers(service.config.compute_type, wanted.inputs), permit)
 
 
-def chat_input(
-    request: ChatRequest, prompt: str, *, is_strict: bool, tool_grammar: str | None = None
-) -> GenerationInput:
-    """Native parameters of a chat (reference 3.5): sampling unless the temperature is exactly 0."""
-    is_greedy = request.temperature == 0
-    presence, repetition = request.presence_penalty, request.repetition_penalty
-    if is_strict and presence is not None:
-        repetition, presence = presence + 2, None  # quirk 5
-    parameters = GenerateParameters(
-        do_sample=not is_greedy,
-        temperature=None if is_greedy else request.temperature,
-        top_p=None if request.top_p == 1 and not is_strict else request.top_p,  # quirk 3
-        top_k=None if request.top_k in (-1, 0) else request.top_k,  # either is off to some server
-        min_p=request.min_p,
-        typical_p=request.typical_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=presence,
-        repetition_penalty=repetition,
-        logit_bias=request.logit_bias,
-        max_new_tokens=request.max_tokens,
-        stop=request.stop or [],
-        seed=request.seed,
-        top_n_tokens=request.top_logprobs,
-        grammar=request.response_format,
-        ignore_eos=request.ignore_eos,
-        details=True,
-    )
-    return GenerationInput(
-        inputs=prompt,
-        parameters=parameters,
+def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
+    """What the engine is asked for (reference 3.5). Raises TemplateError, ToolError, ValidationError."""
+    is_strict = service.config.is_strict_tgi
+    use = use_tools(request, service.tokenizer, is_strict=is_strict)
+    own = {"top_n_tokens": request.top_logprobs, "grammar": request.response_format}
+    wanted = GenerationInput(
+        inputs=service.chat_template.render(request.messages, use.offered, ending(request)),
+        parameters=native_parameters(request, is_strict=is_strict).model_copy(update=own),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         is_openai=not is_strict,
-        tool_grammar=tool_grammar,
+        tool_grammar=use.grammar,
     )
+    return wanted, use
 
 
 class _Chat:
     """One request and its answer."""
 
-    def __init__(
-        self, service: GenerationService, body: ChatRequest, wanted: GenerationInput, use: ToolUse = NO_TOOL_USE
-    ) -> None:
+    def __init__(self, service: GenerationService, body: ChatRequest, wanted: GenerationInput, use: ToolUse) -> None:
         self._service = service
         self._body = body
         self._wanted = wanted
@@ -240,7 +215,7 @@ class _Chat:
         )
 
     def _role(self, index: int) -> str | UnsetType:
-        """TGI tells it in every chunk; OpenAI's client joins what the chunks say to one text, so there it comes once."""
+        """TGI tells it in every chunk; OpenAI's client joins what the chunks say to one text: there it comes once."""
         if index in self._begun and not self._service.config.is_strict_tgi:
             return UNSET
         self._begun.add(index)
@@ -278,7 +253,7 @@ class _TgiToolChat(_Chat):
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
             return await self._in_words().complete()
-        message = ChatMessage("assistant", tool_calls=[ToolCall(id="0", function=call)])  # quirks 20, 21
+        message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])  # quirks 20, 21
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
         return self._completion(choices, running), self._headers(answers)
@@ -308,8 +283,8 @@ class _TgiToolChat(_Chat):
 
     def _in_words(self) -> _Chat:
         """What the first run found has no part in its answer (quirk 18)."""
-        prompt = self._service.chat_template.render(self._body.messages)
-        return _Chat(self._service, self._body, chat_input(self._body, prompt, is_strict=True))
+        body = self._body.model_copy(update={"tools": None})
+        return _Chat(self._service, body, *chat_input(self._service, body))
 
     def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[Piece], call_id: str) -> list[ChunkChoice]:
         """A chunk with the name and the opening brace, and one for each further part; at the end one that says so."""

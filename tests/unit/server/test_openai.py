@@ -114,13 +114,6 @@ async def test_template_error_comes_before_the_stream(engine: FakeEngine, tmp_pa
     assert error["code"] == "template_error"
 
 
-async def test_models(client: httpx.AsyncClient) -> None:
-    response = await client.get("/v1/models")
-    assert response.text == (
-        '{"object":"list","data":[{"id":"org/model","object":"model","created":0,"owned_by":"org/model"}]}'
-    )
-
-
 @pytest.fixture
 async def sdk(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="any", max_retries=0) as client:
