@@ -53,7 +53,7 @@ class CallReader(Protocol):
         ...
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
-        """What was held back; `is_cut`: the model had not ended by itself."""
+        """What was held back; `is_cut`: the answer has reached its length, the model had more to say."""
         ...
 
 
@@ -73,7 +73,7 @@ class FreeCallReader:
 
     A call is told once all of it is there and it is right: valid JSON, the name of an offered function, an object of
     arguments. Until then it is held back, for what is not right is content, to the last character. White space around
-    calls belongs to neither. A call that is cut off is told as far as it goes.
+    calls belongs to neither. A call that reaches the answer's length is told as far as it goes.
     """
 
     def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:

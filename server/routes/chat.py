@@ -157,7 +157,7 @@ class _Chat:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
         reader = self._use.reader()
-        pieces = reader.push(answer.text) + reader.finish(is_cut=_is_cut(answer.finish_reason))
+        pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
         return self._whole_choice(
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
         )
@@ -226,7 +226,7 @@ class _Chat:
         reason = token.finish_reason
         pieces = reader.push(token.visible)
         if reason is not None:
-            pieces += reader.finish(is_cut=_is_cut(reason))
+            pieces += reader.finish(is_cut=reason is FinishReason.LENGTH)
         deltas = [delta_of(piece, self._role(index)) for piece in pieces]
         if reason is not None or (self._body.logprobs and not deltas):
             deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
@@ -305,10 +305,6 @@ class _TgiToolChat(_Chat):
         call = ToolCallDelta(index=0, id=call_id, type="function", function=function)
         delta = ChatDelta("assistant", tool_calls=[call])
         return ChunkChoice(index=0, delta=delta, logprobs=self._logprobs([token]), finish_reason=None)
-
-
-def _is_cut(reason: FinishReason) -> bool:
-    return reason is not FinishReason.EOS_TOKEN
 
 
 def _read_tgi_call(text: str) -> FunctionCall:

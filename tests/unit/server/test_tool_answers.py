@@ -93,14 +93,21 @@ async def test_one_call_at_most(client: httpx.AsyncClient, engine: FakeEngine, i
     assert names_and_arguments(message) == [("get_weather", '{"city": "Paris"}')]
 
 
-@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.STOP_SEQUENCE])
+@pytest.mark.parametrize("choice", ["auto", "required"])
 async def test_a_call_that_is_cut_off(
-    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, reason: FinishReason
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, choice: str
 ) -> None:
-    says(engine, ids_of, PARIS[:-16], reason=reason)
-    choice = (await chat(client)).json()["choices"][0]
-    assert names_and_arguments(choice["message"]) == [("get_weather", '{"city": "Paris')]
-    assert choice["finish_reason"] == ("length" if reason is FinishReason.LENGTH else "tool_calls")
+    says(engine, ids_of, PARIS[:-16], reason=FinishReason.LENGTH)
+    answer = (await chat(client, tool_choice=choice)).json()["choices"][0]
+    assert names_and_arguments(answer["message"]) == [("get_weather", '{"city": "Paris')]
+    assert answer["finish_reason"] == "length"
+
+
+async def test_a_stop_string_in_a_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
+    says(engine, ids_of, PARIS)
+    answer = (await chat(client, stop="ris")).json()["choices"][0]
+    assert answer["message"] == {"role": "assistant", "content": PARIS.partition("ris")[0]}
+    assert answer["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
@@ -204,6 +211,23 @@ async def test_a_failure_in_the_middle_of_a_call(
     engine.script.error = "boom"
     *_, last = await stream(client, tool_choice=choice)
     assert last["error"]["message"] == "Request failed during generation: Server error: boom"
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_chat_tokenize_shows_the_prompt_of_the_chat(
+    client: httpx.AsyncClient,
+    strict_client: httpx.AsyncClient,
+    engine: FakeEngine,
+    ids_of: IdsOf,
+    is_strict: bool,
+) -> None:
+    says(engine, ids_of, TGI_PARIS)
+    http = strict_client if is_strict else client
+    body = {"messages": [USER], "tools": [WEATHER, CLOCK], "tool_choice": "required"}
+    await http.post(PATH, json=body)
+    answer = (await http.post("/chat_tokenize", json=body)).json()
+    assert [token["id"] for token in answer["tokenize_response"]] == engine.requests[0].prompt_token_ids
+    assert "get_weather" in answer["templated_text"]
 
 
 # As TGI does it.
