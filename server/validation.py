@@ -14,7 +14,7 @@ import msgspec
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import ValidationError
-from server.grammar import compile_grammar
+from server.grammar import compile_grammar, compile_tool_grammar
 from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 
@@ -32,11 +32,15 @@ class GenerationInput:
     inputs: str
     parameters: GenerateParameters
     is_stream: bool
+    token_ids: list[int] | None = None
+    """The prompt as the client tokenised it; `inputs` is its text then."""
     add_special_tokens: bool = True
     num_choices: int = 1
     """Answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     is_openai: bool = False
     """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
+    tool_grammar: str | None = None
+    """What llguidance reads, where the model has to call a function; `parameters` have no grammar then."""
 
     @property
     def num_sequences(self) -> int:
@@ -88,10 +92,7 @@ class Validator:
         token_ids = await self._tokenize(wanted)
         _check_vocabulary(token_ids, parameters, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
-        grammar = None
-        if parameters.grammar is not None:
-            refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
-            grammar = await compile_grammar(parameters.grammar, is_strict=self._config.is_strict_tgi)  # 21 to 24
+        grammar = await self._grammar(wanted)
         request = GenerationRequest(
             request_id="",
             prompt_token_ids=token_ids,
@@ -106,6 +107,16 @@ class Validator:
             ValidatedRequest(generation=_numbered(request, index), stop=stop, is_stop_hidden=is_stop_hidden)
             for index in range(wanted.num_sequences)
         ]
+
+    async def _grammar(self, wanted: GenerationInput) -> str | None:
+        own, tool_grammar = wanted.parameters.grammar, wanted.tool_grammar
+        if own is None and tool_grammar is None:
+            return None
+        refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
+        if tool_grammar is not None:
+            return await compile_tool_grammar(tool_grammar)
+        assert own is not None
+        return await compile_grammar(own, is_strict=self._config.is_strict_tgi)  # 21 to 24
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -150,13 +161,15 @@ class Validator:
 
     def _check_text(self, wanted: GenerationInput, max_input: int) -> None:
         truncate = wanted.parameters.truncate
-        refuse_if(wanted.inputs == "", "`inputs` cannot be empty")  # 16
+        refuse_if(not (wanted.token_ids or wanted.inputs), "`inputs` cannot be empty")  # 16
         refuse_if(
             truncate is not None and not 0 < truncate <= max_input,
             f"`truncate` must be strictly positive and less than {max_input}. Given: {truncate}",
         )  # 17
 
     async def _tokenize(self, wanted: GenerationInput) -> list[int]:
+        if wanted.token_ids is not None:
+            return wanted.token_ids
         try:
             token_ids = await self._tokenizer.encode(wanted.inputs, add_special_tokens=wanted.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
