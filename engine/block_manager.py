@@ -49,7 +49,8 @@ class BlockManager:
     def admit(self, sequence: Sequence, *, num_spare_blocks: int = 0) -> bool:
         """Give a waiting sequence room for all its tokens, reusing cached blocks; False (and no change) if it can't.
 
-        `num_spare_blocks` must stay free. The last token is never taken from the cache: its logits are wanted.
+        `num_spare_blocks` must stay free. The last token is never taken from the cache: its logits are wanted. Nor is
+        any where those of the whole prompt are.
         """
         reused = self._find_prefix(sequence)
         num_new = -(-sequence.num_tokens // self.block_size) - len(reused)
@@ -110,7 +111,7 @@ class BlockManager:
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         blocks: list[int] = []
-        if self._is_prefix_caching:
+        if self._is_prefix_caching and not sequence.request.has_prompt_logprobs:
             for digest in self._hashes(sequence, (sequence.num_tokens - 1) // self.block_size):
                 block = self._block_of.get(digest)
                 if block is None:

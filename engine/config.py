@@ -46,6 +46,10 @@ class EngineConfig:
     is_prefix_caching: bool = True
     max_draft_tokens: int = 0
     """Longest draft of speculation; 0: none is made."""
+    watermark_gamma: float = 0.5
+    """Share of the vocabulary on the watermark's green list."""
+    watermark_delta: float = 2.0
+    """What the logits of that list get."""
     shard_timeout_s: float = 15.0
     """How long another rank may be silent, or late in a step."""
     may_share_memory: bool = True

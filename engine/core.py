@@ -10,10 +10,13 @@ from typing import NoReturn, Protocol
 import torch
 
 from engine.ipc import EngineEndpoint
+from engine.penalties import Penalties
+from engine.runner import StepResult
+from engine.sampler import RawRows
 from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
 from engine.step_costs import StepCosts
 from engine.step_limit import StepLimit
-from engine.types import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, TokenEvent
+from engine.types import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, StepReport, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +26,18 @@ HEARTBEAT_S = 1.0
 class Runner(Protocol):
     """What the core needs of `engine.runner.ModelRunner`."""
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor: ...
+    def execute(self, batch: ScheduledBatch) -> StepResult: ...
 
 
 class Sample(Protocol):
     """Chooses a token per row of logits (`engine.sampler`)."""
 
     def __call__(
-        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        raw: RawRows | None = None,
     ) -> SampledBatch: ...
 
 
@@ -44,30 +51,54 @@ class EngineCore:
         sample: Sample,
         limit: StepLimit,
         costs: StepCosts | None = None,
+        penalties: Penalties | None = None,
     ) -> None:
         """`costs`: what the scheduler's speculation goes by, kept true here."""
         self._costs = costs
+        self._penalties = penalties or Penalties()
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
         self._limit = limit
+        self.report = StepReport()
+        """Of the last step."""
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events are new tokens and ends of requests."""
+        report = self.report = StepReport()
+        num_admissions = self.scheduler.num_admissions
         started = time.monotonic()
         batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
-        logits = self._runner.execute(batch)
-        sampling = [sequence.request.sampling for sequence in batch.sampled]
-        sampled = self._sample(logits, sampling, batch.sampled_positions)
+        scheduled = time.monotonic()
         is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
-        events = self.scheduler.update(batch, sampled)
-        seconds = time.monotonic() - started
+        report.num_sequences = len(batch.sequences)
+        report.num_admitted = self.scheduler.num_admissions - num_admissions
+        report.is_prefill = not is_decoding or report.num_admitted > 0
+        result = self._runner.execute(batch)
+        sampling = [sequence.request.sampling for sequence in batch.sampled]
+        raw = self._adjust(batch, result.logits, sampling)
+        sampled = self._sample(result.logits, sampling, batch.sampled_positions, raw)
+        sampled_at = time.monotonic()
+        events = self.scheduler.update(batch, sampled, result.prompt_logprobs)
+        ended = time.monotonic()
+        seconds = ended - started
+        report.total_s, report.schedule_s = seconds, scheduled - started
+        report.forward_s, report.update_s = sampled_at - scheduled, ended - sampled_at
+        report.num_draft_hits = [len(event.token_ids) - 1 for event in events if event.token_ids]
         self._limit.observe(batch.num_tokens, seconds)
         if self._costs is not None and is_decoding:
             self._costs.observe(batch.num_tokens, seconds)
         return events
+
+    def _adjust(self, batch: ScheduledBatch, logits: torch.Tensor, params: Sequence[SamplingParams]) -> RawRows | None:
+        """Change logits [rows, vocab] in place as the requests want it; what they were, where logprobs are of that."""
+        rows = self._penalties.rows(batch)
+        raw = RawRows.of(logits, rows, params)
+        if rows:
+            self._penalties.apply(batch, logits)
+        return raw
 
     def take(self, message: Down) -> None:
         """A request, an abort or a goodbye, between steps."""
@@ -87,12 +118,15 @@ class EngineCore:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
             events: list[TokenEvent] = []
+            reports: list[StepReport] = []
             check()
             if self.scheduler.has_work:
                 try:
                     events = self.step()
+                    reports = [self.report] if self.report.num_sequences else []
                 except Exception as error:
                     events = self.scheduler.fail_all(str(error) or type(error).__name__)
-                    endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))
+                    self.report.is_failed = True
+                    endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise
-            endpoint.send(StepOutput(events=events, stats=self.scheduler.stats()))
+            endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))

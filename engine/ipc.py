@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.types import Down, EngineReady, EngineStats, StepOutput, TokenEvent, Up
+from engine.types import Down, EngineReady, EngineStats, StepOutput, StepReport, TokenEvent, Up
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
@@ -63,6 +63,7 @@ class EngineEndpoint:
         self._outbox = memoryview(b"")
         self._lagging: dict[str, TokenEvent] = {}
         self._lagging_stats: EngineStats | None = None
+        self._lagging_reports: list[StepReport] = []
         self._is_closed = False
 
     def receive(self, timeout_s: float) -> list[Down]:
@@ -112,6 +113,7 @@ class EngineEndpoint:
             else:
                 held.extend(event)
         self._lagging_stats = output.stats
+        self._lagging_reports += output.reports  # each computed a token of an open request, so they are bounded too
 
     def _flush(self) -> None:
         try:
@@ -120,8 +122,10 @@ class EngineEndpoint:
                     self._outbox = self._outbox[self._sock.send(self._outbox) :]
                 if self._lagging_stats is None:
                     return
-                held = StepOutput(events=list(self._lagging.values()), stats=self._lagging_stats)
-                self._lagging, self._lagging_stats = {}, None
+                held = StepOutput(
+                    events=list(self._lagging.values()), stats=self._lagging_stats, reports=self._lagging_reports
+                )
+                self._lagging, self._lagging_stats, self._lagging_reports = {}, None, []
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return

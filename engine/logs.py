@@ -1,7 +1,7 @@
 """Log lines of every process: for people, or one JSON object per line (reference `tgi-http.md` 7.4). Standard library.
 
 A record may carry fields of its own, `logger.info("Success", extra={"span": {"name": "generate", ...}})`: JSON has
-them under `span`, the human line ends in `key="value"` pairs.
+them under `span`, and in `spans` after those of `outer_spans`; the human line ends in `key="value"` pairs.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class JsonFormatter(logging.Formatter):
             "line_number": record.lineno,
         }
         if span := _span(record):
-            line |= {"span": span, "spans": [span]}
+            line |= {"span": span, "spans": [*getattr(record, "outer_spans", []), span]}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)  # ASCII, whatever the encoding of stderr is

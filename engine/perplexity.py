@@ -33,12 +33,15 @@ def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: i
     total, num_scored = 0.0, 0
     for first in range(0, len(token_ids) - 1, window):
         request = GenerationRequest(
-            request_id="window", prompt_token_ids=list(token_ids[first : first + window]), max_new_tokens=1
+            request_id="window",
+            prompt_token_ids=list(token_ids[first : first + window]),
+            max_new_tokens=1,
+            has_prompt_logprobs=True,
         )
         sequence = Sequence(request, arrival_time=time.monotonic())
         sequence.block_table = list(range(-(-sequence.num_tokens // BLOCK_SIZE)))
-        (logprobs,) = runner.score(ScheduledBatch([sequence], [sequence.num_tokens]))
-        total += float(logprobs.double().sum())
+        logprobs = runner.execute(ScheduledBatch([sequence], [sequence.num_tokens])).prompt_logprobs
+        total += math.fsum(logprobs)
         num_scored += len(logprobs)
     if not num_scored:
         raise ValueError("a perplexity needs two tokens of a window at least")

@@ -25,7 +25,7 @@ from engine.errors import StartError
 from engine.ipc import RECEIVE_BYTES, encode_frame, take_frames
 from engine.memory import MemoryNeeds
 from engine.model_files import safetensors_files
-from engine.runner import ModelRunner, StepInputs
+from engine.runner import ModelRunner, StepInputs, StepResult
 from engine.scheduler import ScheduledBatch
 from parallel.connect import make_collectives
 from parallel.pulse import Pulse
@@ -171,7 +171,7 @@ class Leader:
         self._runner = runner
         self._ranks = ranks
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+    def execute(self, batch: ScheduledBatch) -> StepResult:
         """As `ModelRunner.execute`. Raises RankLostError."""
         self._ranks.check()
         inputs = self._runner.inputs(batch)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ALONE = ParallelState()
 BLOCK_SIZE = 16
 SCORED_ROWS = 64
-"""Rows of logits that `score` holds at a time: 40 MB with a vocabulary of 152k; more would not make the head faster."""
+"""Rows of logits that exist at a time to score a prompt: 40 MB with a vocabulary of 152k, and as quick as more."""
 
 
 def import_entry(table: dict[str, str], key: str, what: str) -> Any:
@@ -132,6 +132,20 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Of each sequence."""
     logits_indices: list[int]
     """Rows of the tokens whose successor is chosen: a sequence's last known one, and its draft."""
+    scored_indices: list[int]
+    """Rows of prompt tokens whose successor in the prompt is scored."""
+    scored_token_ids: list[int]
+    """Those successors."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step computes; nothing on other ranks than 0."""
+
+    logits: torch.Tensor
+    """[len(batch.sampled), vocab_size] float32 of the tokens that get a successor"""
+    prompt_logprobs: list[float]
+    """Of the tokens that `ScheduledBatch.num_scored_tokens` counts, sequence after sequence."""
 
 
 class ModelRunner:
@@ -159,37 +173,27 @@ class ModelRunner:
         self._model.use_attention(self._attention, caches)
         self._model.rotary.allocate(num_positions)
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
-        """Compute a step; logits [len(batch.sampled), vocab_size] float32 of the tokens that get a successor."""
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute a step."""
         return self.run(self.inputs(batch))
 
     @torch.inference_mode()
-    def run(self, inputs: StepInputs) -> torch.Tensor:
-        """The step of `inputs`; logits [len(logits_indices), vocab_size] float32 on rank 0, no rows on the others."""
+    def run(self, inputs: StepInputs) -> StepResult:
+        """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
         hidden = self._forward(inputs)
-        return self._model.compute_logits(hidden[self._tensor(inputs.logits_indices, torch.int64)])
+        logits = self._model.compute_logits(hidden[self._tensor(inputs.logits_indices, torch.int64)])
+        return StepResult(logits, self._score(hidden, inputs.scored_indices, inputs.scored_token_ids))
 
-    @torch.inference_mode()
-    def score(self, batch: ScheduledBatch) -> list[torch.Tensor]:
-        """Compute a step; for each sequence, how likely its own next tokens were.
-
-        Sequence i's tensor [number scored] float32 holds the log-probabilities of the tokens after its scheduled ones,
-        one fewer where the step computes the last one known.
-        """
-        inputs = self.inputs(batch)
-        hidden = self._forward(inputs)
-        results = []
-        scheduled = zip(batch.sequences, inputs.query_start_loc, batch.num_scheduled_tokens, strict=False)
-        for sequence, start, count in scheduled:
-            first = sequence.num_computed_tokens + 1
-            successors = self._tensor(sequence.token_ids[first : first + count], torch.int64)
-            scores = torch.empty(len(successors), device=successors.device)
-            for row in range(0, len(successors), SCORED_ROWS):
-                ids = successors[row : row + SCORED_ROWS]
-                logits = self._model.compute_logits(hidden[start + row : start + row + len(ids)])
-                scores[row : row + len(ids)] = _logprobs(logits, ids)
-            results.append(scores)
-        return results
+    def _score(self, hidden: torch.Tensor, indices: list[int], token_ids: list[int]) -> list[float]:
+        """Log-probability of `token_ids[i]` after row `indices[i]` of hidden [num_tokens, hidden_size]."""
+        scores: list[float] = []
+        for first in range(0, len(indices), SCORED_ROWS):
+            rows = self._tensor(indices[first : first + SCORED_ROWS], torch.int64)
+            logits = self._model.compute_logits(hidden[rows])
+            if len(logits):
+                ids = self._tensor(token_ids[first : first + SCORED_ROWS], torch.int64)
+                scores += _logprobs(logits, ids).tolist()
+        return scores
 
     @staticmethod
     def inputs(batch: ScheduledBatch) -> StepInputs:
@@ -199,9 +203,19 @@ class ModelRunner:
         slots: list[int] = []
         counts: list[int] = []
         logits_indices: list[int] = []
-        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
-        for sequence, num_known, draft, is_completing in rows:
+        scored_indices: list[int] = []
+        scored_token_ids: list[int] = []
+        rows = zip(
+            *(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, batch.num_scored_tokens),
+            strict=True,
+        )
+        for sequence, num_known, draft, is_completing, num_scored in rows:
             first, count = sequence.num_computed_tokens, num_known + len(draft)
+            if num_scored:
+                next_scored = 1 + len(sequence.prompt_logprobs)
+                row = len(input_ids) + next_scored - 1 - first
+                scored_indices += range(row, row + num_scored)
+                scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
             input_ids += sequence.token_ids[first : first + num_known] + draft
             positions += range(first, first + count)
             slots += _slots(sequence.block_table, first, count)
@@ -218,6 +232,8 @@ class ModelRunner:
             slot_mapping=slots,
             prompt_lens=[sequence.num_prompt_tokens for sequence in batch.sequences],
             logits_indices=logits_indices,
+            scored_indices=scored_indices,
+            scored_token_ids=scored_token_ids,
         )
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:

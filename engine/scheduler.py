@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
@@ -49,6 +51,24 @@ class ScheduledBatch:
         return [count == sequence.num_uncomputed_tokens for sequence, count in scheduled]
 
     @property
+    def num_scored_tokens(self) -> list[int]:
+        """For each sequence how many tokens of its prompt get their logprob by this step.
+
+        They go on from where `Sequence.prompt_logprobs` ends: what is computed again after a preemption is not scored
+        again.
+        """
+        return [
+            max(
+                0,
+                min(
+                    sequence.num_unscored_tokens,
+                    sequence.num_computed_tokens + count - len(sequence.prompt_logprobs),
+                ),
+            )
+            for sequence, count in zip(self.sequences, self.num_scheduled_tokens, strict=True)
+        ]
+
+    @property
     def sampled(self) -> list[Sequence]:
         """For each row of logits its sequence: one for the next token, one more for each token of a draft."""
         completing = itertools.compress(zip(self.sequences, self.drafts, strict=True), self.is_completing)
@@ -68,6 +88,9 @@ class SampledBatch:
     token_ids: list[int]
     logprobs: list[float]
     is_finite: list[bool]
+    top_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    """One list for each row, empty where none were asked for; likewise their logprobs."""
+    top_logprobs: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
@@ -91,6 +114,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._num_preemptions = 0
+        self._num_prefix_hit_tokens = 0
+        self.num_admissions = 0
+        """Since the start: how often a sequence left the queue."""
 
     @property
     def has_work(self) -> bool:
@@ -137,9 +163,18 @@ class Scheduler:
                 del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
         return drafts
 
-    def update(self, batch: ScheduledBatch, sampled: SampledBatch) -> list[TokenEvent]:
-        """Take in what a step computed; the events are what the callers see."""
+    def update(
+        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
+    ) -> list[TokenEvent]:
+        """Take in what a step computed; the events are what the callers see.
+
+        `prompt_logprobs`: of the tokens that `batch.num_scored_tokens` counts, sequence after sequence.
+        """
         events: list[TokenEvent] = []
+        if prompt_logprobs:
+            scores = iter(prompt_logprobs)
+            for sequence, count in zip(batch.sequences, batch.num_scored_tokens, strict=True):
+                sequence.prompt_logprobs += itertools.islice(scores, count)
         row = 0
         rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
         for sequence, count, draft, is_completing in rows:
@@ -172,6 +207,7 @@ class Scheduler:
             num_cached_blocks=self._blocks.num_cached_blocks,
             num_blocks=self._blocks.num_blocks,
             block_size=self._blocks.block_size,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             num_preemptions=self._num_preemptions,
             num_draft_steps=self._speculator.num_drafts if self._speculator else 0,
             num_drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
@@ -217,7 +253,9 @@ class Scheduler:
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
             return False
         self.running.append(self.waiting.popleft())
+        self.num_admissions += 1
         if sequence.queue_time_s is None:
+            self._num_prefix_hit_tokens += sequence.num_computed_tokens
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
         return True
 
@@ -226,6 +264,9 @@ class Scheduler:
         event = TokenEvent(request_id=sequence.request.request_id)
         if not sequence.num_output_tokens:
             event.queue_time_s = sequence.queue_time_s
+            event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        if not all(map(math.isfinite, event.prompt_logprobs)):
+            return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
         error = None
         for row, guess in enumerate([*draft, None], start=first_row):
             if not sampled.is_finite[row]:
@@ -234,6 +275,9 @@ class Scheduler:
             token_id = sampled.token_ids[row]
             event.token_ids.append(token_id)
             event.logprobs.append(sampled.logprobs[row])
+            if sequence.request.sampling.num_top_tokens:
+                event.top_token_ids.append(sampled.top_token_ids[row])
+                event.top_logprobs.append(sampled.top_logprobs[row])
             sequence.token_ids.append(token_id)
             event.finish_reason = self._finish_reason(sequence)
             if event.finish_reason is not None or token_id != guess:
@@ -247,7 +291,7 @@ class Scheduler:
         """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4)."""
         if sequence.num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
-        if sequence.token_ids[-1] in self._eos_token_ids:
+        if sequence.token_ids[-1] in self._eos_token_ids and not sequence.request.is_ignoring_eos:
             return FinishReason.EOS_TOKEN
         return None
 

@@ -7,7 +7,7 @@ import dataclasses
 from engine.types import GenerationRequest
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
 class Sequence:
     """Tokens so far, how many of them have their KV computed, and where that KV lies."""
 
@@ -22,6 +22,8 @@ class Sequence:
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
     """Chained hashes of the full blocks, as far as they were needed."""
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are computed; empty unless asked for."""
     queue_time_s: float | None = None
     """Set at the first admission, sent with the first token."""
 
@@ -35,6 +37,13 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose logprobs the first event must have and that are not known yet."""
+        if not self.request.has_prompt_logprobs or self.num_output_tokens:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
     @property
     def num_output_tokens(self) -> int:

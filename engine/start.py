@@ -19,6 +19,7 @@ from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, sett
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.models.base import CausalLM
 from engine.ngram import propose_ngram
+from engine.penalties import Penalties
 from engine.ranks import Follower, Leader, Ranks
 from engine.rope import replace_rope_scaling
 from engine.runner import ALONE, BLOCK_SIZE, ModelRunner, build_model, import_entry, settle_quantization
@@ -67,7 +68,8 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     )
     _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=loaded.model.vocab_size)
-    return EngineCore(scheduler, runner, sample, step_limit, costs), ready
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
+    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties), ready
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
@@ -200,14 +202,14 @@ def _warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) 
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
         try:
-            logits = runner.execute(ScheduledBatch([sequence], [count]))
+            logits = runner.execute(ScheduledBatch([sequence], [count])).logits
         except torch.OutOfMemoryError as error:
             raise StartError(
                 f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
                 "`--max-batch-prefill-tokens`, or --cuda-memory-fraction"
             ) from error
         results.append(logits.clone())
-        sample(logits, [SamplingParams(seed=0, top_p=0.9)], [0])
+        sample(logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)], [0])
         seconds = time.monotonic() - step_started
     limit.observe(num_tokens, seconds)
     logger.info("Warm-up took %.1f s", time.monotonic() - started)
@@ -225,7 +227,7 @@ def _measure_steps(runner: Runner, sample: Sample, most: int) -> StepCosts:
         for rows, measured in seconds.items():
             batch = ScheduledBatch([sequence], [1], [[0] * (rows - 1)])
             step_started = time.monotonic()
-            sample(runner.execute(batch), [SamplingParams()] * rows, list(range(rows)))
+            sample(runner.execute(batch).logits, [SamplingParams()] * rows, list(range(rows)))
             measured.append(time.monotonic() - step_started)
     # No count is dearer than a larger one: what looks so was disturbed each time.
     quickest = {rows: min(min(seconds[more]) for more in seconds if more >= rows) for rows in seconds}

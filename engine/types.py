@@ -122,6 +122,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks nobody holds whose content can still be reused."""
     num_blocks: int = 0
     block_size: int = 0
+    num_prefix_hit_tokens: int = 0
+    """Since the start: prompt tokens found in the prefix cache when their sequence first joined a batch."""
     num_preemptions: int = 0
     """Since the start: sequences that had to give their blocks back and wait again."""
     num_draft_steps: int = 0
@@ -143,11 +145,33 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Token ids are below this; the HTTP process refuses to start with a tokenizer that has more tokens."""
 
 
+class StepReport(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step computed and how long its parts took, in seconds of the engine's clock; filled while it runs."""
+
+    is_prefill: bool = False
+    """A part of some prompt was computed; otherwise every sequence only lacked its newest token."""
+    is_failed: bool = False
+    """The step raised: its times are not known."""
+    num_sequences: int = 0
+    num_admitted: int = 0
+    """Of those, the ones that left the queue for this step."""
+    num_draft_hits: list[int] = []
+    """For each sequence that got tokens how many came from its draft."""
+    total_s: float = 0.0
+    schedule_s: float = 0.0
+    forward_s: float = 0.0
+    """The model and the sampling."""
+    update_s: float = 0.0
+    """Taking the tokens in, looking for the ends of sequences."""
+
+
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One frame per step; sent without events as a heartbeat while idle."""
 
     events: list[TokenEvent]
     stats: EngineStats
+    reports: list[StepReport] = []
+    """Of the steps since the last frame: one, or none while idle, or several after the reader has lagged."""
 
 
 Down = GenerationRequest | AbortRequest | Goodbye

@@ -45,11 +45,15 @@ def is_protected(path: str, method: str) -> bool:
 
 
 class CorsHeaders:
-    """Lets pages of `origins` (empty: of any origin) read the answers, and answers every OPTIONS request itself."""
+    """Lets pages of `origins` (empty: of any origin) read the answers, and answers every OPTIONS request itself.
 
-    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+    A page may send the headers that it asks for, its key among them; to TGI (`is_strict`) a content type (quirk 38).
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str], *, is_strict: bool) -> None:
         self._app = app
         self._origins = frozenset(origins)
+        self._is_strict = is_strict
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,7 +70,11 @@ class CorsHeaders:
             await send(message)
 
         if scope["method"] == "OPTIONS":
-            preflight = {"access-control-allow-methods": "GET,POST", "access-control-allow-headers": "content-type"}
+            wanted = None if self._is_strict else Headers(scope=scope).get("access-control-request-headers")
+            preflight = {
+                "access-control-allow-methods": "GET,POST",
+                "access-control-allow-headers": wanted or "content-type",
+            }
             await Response(headers=preflight)(scope, receive, send_with_headers)
         else:
             await self._app(scope, receive, send_with_headers)

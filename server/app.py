@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from sse_starlette.sse import AppStatus
 
 from server.access import ApiKeyGuard, CorsHeaders
@@ -15,6 +16,7 @@ from server.errors import install_error_handlers
 from server.generation import GenerationService
 from server.openapi import build_openapi
 from server.routes import chat, cloud, completions, docs, generate, info, models, tokenize
+from server.spans import SpansMiddleware, Tracer
 from server.tokenizer import TextTokenizer
 
 
@@ -25,6 +27,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     service: GenerationService = app.state.service
     service.tokenizer.close()
+    if app.state.tracer is not None:
+        await run_in_threadpool(app.state.tracer.close)
 
 
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
@@ -36,5 +40,16 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
         app.include_router(area.router)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key)
-    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin)  # the outer one: its answers need no key
+    # Outside of the guard: its answers need no key.
+    app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
+    app.state.tracer = _tracer(config)
+    app.add_middleware(SpansMiddleware, tracer=app.state.tracer)
     return app
+
+
+def _tracer(config: ServerConfig) -> Tracer | None:
+    if config.otlp_endpoint is None:
+        return None
+    from server.otlp import OtlpTracer  # 15 MB that a server without traces does not need
+
+    return OtlpTracer(config.otlp_endpoint, config.otlp_service_name)

@@ -85,6 +85,10 @@ class LauncherArgs:
     graceful_termination_timeout: int
     strict_tgi: bool
     json_output: bool
+    otlp_endpoint: str | None
+    otlp_service_name: str
+    watermark_gamma: float
+    watermark_delta: float
     env: bool
     prefix_caching: bool
     tgi_wiggle_room: float

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
@@ -38,6 +38,8 @@ class EngineClient:
         self._death: Exception | None = None
         self.stats = EngineStats()
         self.dead = asyncio.Event()
+        self.observe_output: Callable[[StepOutput, float], None] = lambda output, seconds: None
+        """Told of every frame and how long handing its events out took."""
 
     async def connect(self) -> EngineReady:
         """Start reading and wait until the engine is ready. Raises EngineDeadError if it ends before that."""
@@ -137,6 +139,7 @@ class EngineClient:
             self._limits.set_result(message)
             return
         self.stats = message.stats
+        started = time.perf_counter()
         for event in message.events:
             queue = self._queues.get(event.request_id)
             if queue is None:
@@ -144,6 +147,7 @@ class EngineClient:
             if event.is_terminal:  # the engine has forgotten the request: nothing is left to abort
                 del self._queues[event.request_id]
             queue.put_nowait(event)
+        self.observe_output(message, time.perf_counter() - started)
 
     def _mark_dead(self, death: Exception) -> None:
         self._death = death

@@ -45,6 +45,9 @@ class ServerConfig:
     """Value of the x-compute-type header."""
     log_level: str = "info"
     is_json_output: bool = False
+    otlp_endpoint: str | None = None
+    """Collector of traces; None: there are none."""
+    otlp_service_name: str = "text-generation-inference.router"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

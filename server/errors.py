@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
+from server.spans import log_extra
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,9 @@ def openai_error_body(error: Exception) -> OpenAIErrorBody:
 def log_failure(error: Exception) -> None:
     """One line with the bare text; a traceback only for what nobody foresaw."""
     if type(error) in ERROR_KINDS:
-        logger.error("%s", error)
+        logger.error("%s", error, extra=log_extra())
     else:
-        logger.error("unexpected error", exc_info=error)
+        logger.error("unexpected error", exc_info=error, extra=log_extra())
 
 
 def _answer(request: Request, status: int, error: Exception) -> Response:
@@ -173,6 +174,8 @@ def _answer(request: Request, status: int, error: Exception) -> Response:
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     log_failure(error)
+    if isinstance(error, TemplateError):  # raised before a generation is opened, which counts its failures itself
+        request.app.state.service.metrics.refused(error)
     return _answer(request, ERROR_KINDS[type(error)].status, error)
 
 

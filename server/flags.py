@@ -466,15 +466,12 @@ LOGS = (
     ),
     Flag(
         name="otlp-endpoint",
-        help="Collector of traces",
-        effect=Effect.NONE,
-        reason="no traces are sent so far",
+        help="OpenTelemetry collector that gets traces over gRPC, http://HOST:4317 (default: no traces)",
     ),
     Flag(
         name="otlp-service-name",
-        help="Name in traces",
-        effect=Effect.NONE,
-        reason="no traces are sent so far",
+        help="Name of this server in traces",
+        default="text-generation-inference.router",
     ),
     Flag(
         name="usage-stats",
@@ -487,16 +484,14 @@ LOGS = (
     Flag(
         name="watermark-gamma",
         help="Share of the vocabulary on the watermark's green list",
-        value=NUMBER,
-        effect=Effect.NONE,
-        reason="requests with watermark are refused so far",
+        value=FRACTION,
+        default=0.5,
     ),
     Flag(
         name="watermark-delta",
-        help="How much the green list is preferred",
+        help="How much the logits of the watermark's green list are raised",
         value=NUMBER,
-        effect=Effect.NONE,
-        reason="requests with watermark are refused so far",
+        default=2.0,
     ),
 )
 

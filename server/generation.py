@@ -23,8 +23,10 @@ from server.chat import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.detokenizer import Detokenizer, StopChecker, StopCutter
-from server.errors import IncompleteGenerationError
+from server.errors import IncompleteGenerationError, OverloadedError
+from server.metrics import Metrics, RequestMetrics
 from server.schemas import GenerateParameters
+from server.spans import begin_generation, log_extra, set_fields
 from server.tokenizer import TextTokenizer
 from server.validation import GenerationInput, ValidatedRequest, Validator
 
@@ -84,11 +86,18 @@ class Generation:
     """One running sequence."""
 
     def __init__(
-        self, request: ValidatedRequest, parameters: GenerateParameters, tokenizer: TextTokenizer, timings: Timings
+        self,
+        request: ValidatedRequest,
+        parameters: GenerateParameters,
+        tokenizer: TextTokenizer,
+        timings: Timings,
+        metrics: RequestMetrics,
     ) -> None:
         self.seed = request.generation.sampling.seed
         self.num_generated_tokens = 0
         self.timings = timings
+        self._metrics = metrics
+        self._received: float | None = None
         self._parameters = parameters
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
@@ -120,6 +129,7 @@ class Generation:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
                 self._prompt_logprobs = event.prompt_logprobs
+            self._observe(len(event.token_ids))
             last = len(event.token_ids) - 1
             for index, token_id in enumerate(event.token_ids):
                 top_tokens = self._top_tokens(event, index) if event.top_token_ids else ()
@@ -155,21 +165,36 @@ class Generation:
         tokenizer = self._tokenizer
         return ScoredToken(token_id, tokenizer.decode([token_id]), logprob, tokenizer.is_special(token_id))
 
+    def _observe(self, num_tokens: int) -> None:
+        now = time.perf_counter()
+        since = self.timings.started if self._received is None else self._received
+        self._metrics.received(num_tokens, now - since, is_first=self._received is None)
+        self._received = now
+
     def _finish(self) -> None:
-        self.timings.finished = time.perf_counter()
-        logger.info("Success", extra={"span": self._span()})
+        timings = self.timings
+        timings.finished = time.perf_counter()
+        self._metrics.finished(
+            total_s=timings.total_s,
+            validation_s=timings.validation_s,
+            queue_s=timings.queue_s,
+            inference_s=timings.inference_s,
+            num_generated_tokens=self.num_generated_tokens,
+        )
+        fields = self._fields()
+        set_fields(fields)
+        logger.info("Success", extra=log_extra(fields))
 
     def log_cancelled(self) -> None:
         """The line of a request whose client left before the end; a failed one has its error's line instead."""
         if self.timings.finished:  # of several sequences, one that had ended
             return
         self.timings.finished = time.perf_counter()
-        logger.info("Cancelled", extra={"span": self._span()})
+        logger.info("Cancelled", extra=log_extra(self._fields()))
 
-    def _span(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
         return {
-            "name": "generate",
             "parameters": str(self._parameters.model_dump(exclude_defaults=True, exclude={"stop", "grammar"})),
             "total_time": _duration(self.timings.total_s),
             "validation_time": _duration(self.timings.validation_s),
@@ -276,6 +301,7 @@ class Prepared:
     requests: list[tuple[ValidatedRequest, GenerateParameters]]
     permit: Permit
     started: float
+    metrics: RequestMetrics
 
 
 class GenerationService:
@@ -289,42 +315,56 @@ class GenerationService:
         self.started_at = int(time.time())
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
+        self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
+        engine.observe_output = self.metrics.observe_output
 
     def permit_for_stream(self) -> Permit | None:
         """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.
 
         As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
         """
-        return None if self.config.is_strict_tgi else self._admission.permit(1)
+        if self.config.is_strict_tgi:
+            return None
+        try:
+            return self._admission.permit(1)
+        except OverloadedError as error:
+            self.metrics.refused(error)
+            raise
 
     async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> Prepared:
         """Admit, under `permit` or one of its own, and validate. Raises OverloadedError, ValidationError."""
         started = time.perf_counter()
-        for wanted in inputs:
-            self._validator.check_before_admission(wanted)
-        permit = permit or self._admission.permit(sum(wanted.num_sequences for wanted in inputs))
-        try:
-            limits = self.engine.limits
-            requests = [
-                (request, wanted.parameters)
-                for wanted in inputs
-                for request in await self._validator.validate(wanted, limits)
-            ]
-        except BaseException:
-            permit.release()
-            raise
-        return Prepared(requests, permit, started)
+        begin_generation(is_stream=inputs[0].is_stream)
+        metrics = self.metrics.entered()
+        with metrics.failing():
+            for wanted in inputs:
+                self._validator.check_before_admission(wanted)
+            permit = permit or self._admission.permit(sum(wanted.num_sequences for wanted in inputs))
+            try:
+                limits = self.engine.limits
+                requests = [
+                    (request, wanted.parameters)
+                    for wanted in inputs
+                    for request in await self._validator.validate(wanted, limits)
+                ]
+            except BaseException:
+                permit.release()
+                raise
+        for request, _ in requests:
+            metrics.accepted(len(request.generation.prompt_token_ids), request.generation.max_new_tokens)
+        return Prepared(requests, permit, started, metrics)
 
     @contextlib.asynccontextmanager
     async def run(self, prepared: Prepared) -> AsyncIterator[list[Running]]:
         """Start generating: a sequence for each request; they live as long as the block."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(prepared.metrics.failing())
             stack.enter_context(prepared.permit)
             submitted = time.perf_counter()
             running = []
             for request, parameters in prepared.requests:
                 timings = Timings(prepared.started, submitted)
-                generation = Generation(request, parameters, self.tokenizer, timings)
+                generation = Generation(request, parameters, self.tokenizer, timings, prepared.metrics)
                 events = stack.enter_context(self.engine.generate(request.generation))
                 tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
                 running.append(Running(generation, tokens))
@@ -344,7 +384,7 @@ class GenerationService:
     async def open_for_stream(
         self, *inputs: GenerationInput
     ) -> tuple[contextlib.AbstractAsyncContextManager[list[Running]], Permit | None]:
-        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised here and shows in the status.
+        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised, and shows in the status.
 
         As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.
         """

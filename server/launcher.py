@@ -204,6 +204,8 @@ def engine_config(
         rope_factor=args.rope_factor,
         is_prefix_caching=args.prefix_caching,
         max_draft_tokens=args.speculate,
+        watermark_gamma=args.watermark_gamma,
+        watermark_delta=args.watermark_delta,
         shard_timeout_s=args.shard_timeout,
         num_threads=num_threads,
         socket_fd=None if engine_end is None else engine_end.fileno(),
@@ -262,6 +264,8 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         compute_type=args.compute_type or "cpu",
         log_level=args.log_level,
         is_json_output=args.json_output,
+        otlp_endpoint=args.otlp_endpoint,
+        otlp_service_name=args.otlp_service_name,
     )
     return Child(
         "webserver",

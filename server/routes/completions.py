@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from server.answers import JsonF32, Usage, f32, json_answer
 from server.body import read_body
 from server.disconnect import cancel_if_gone
-from server.errors import BatchSizeError, SuffixError
+from server.errors import BatchSizeError, SuffixError, ValidationError
 from server.generation import (
     Answer,
     GeneratedToken,
@@ -80,7 +80,11 @@ async def completions(request: Request) -> Response:
 
 async def answer_completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
-    completion = _Completion(service, body)
+    try:
+        completion = _Completion(service, body)
+    except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
+        service.metrics.refused(error)
+        raise
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
         return json_answer(answer, headers)

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request, Response
 from server.answers import VERSION, json_answer
 from server.errors import UnhealthyError
 from server.generation import service_of
-from server.metrics import render_metrics
 
 router = APIRouter()
 
@@ -70,5 +69,6 @@ async def livez(request: Request) -> Response:
 
 @router.api_route("/metrics", methods=["GET", "HEAD"])
 async def metrics(request: Request) -> Response:
-    text = render_metrics(service_of(request).engine.stats)
+    service = service_of(request)
+    text = service.metrics.render(service.engine.stats)
     return Response(text, headers={"content-type": "text/plain; charset=utf-8"})

@@ -74,7 +74,7 @@ def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(ScheduledBatch(sequences, counts))
+    logits = runner.execute(ScheduledBatch(sequences, counts)).logits
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed_tokens += count
     return logits
@@ -101,6 +101,8 @@ class Outcome:
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     last_events: list[TokenEvent]
+    top_tokens: list[list[tuple[list[int], list[float]]]] = dataclasses.field(default_factory=list)
+    """Of each token of each request: ids and logprobs."""
     num_preemptions: int = 0
     most_cached_tokens: int = 0
     most_running: int = 0
@@ -143,6 +145,13 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
         of_request = events[request.request_id]
         outcome.token_ids.append([token_id for event in of_request for token_id in event.token_ids])
         outcome.logprobs.append([logprob for event in of_request for logprob in event.logprobs])
+        outcome.top_tokens.append(
+            [
+                (token_ids, logprobs)
+                for event in of_request
+                for token_ids, logprobs in zip(event.top_token_ids, event.top_logprobs, strict=True)
+            ]
+        )
         outcome.last_events.append(of_request[-1])
     return outcome
 

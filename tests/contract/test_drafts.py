@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def run(core: EngineCore, sampling: SamplingParams | None = None, **options: Any
 def assert_same(outcome: Outcome, expected: Outcome) -> None:
     assert outcome.token_ids == expected.token_ids
     assert outcome.logprobs == expected.logprobs
+    assert outcome.top_tokens == expected.top_tokens
     assert [event.finish_reason for event in outcome.last_events] == [
         event.finish_reason for event in expected.last_events
     ]
@@ -59,6 +61,27 @@ SAMPLING = {
     "greedy": None,
     "seeds": SamplingParams(seed=11, temperature=0.7),
     "seeds, top-k, top-p": SamplingParams(seed=12, temperature=1.1, top_k=8, top_p=0.9),
+    "greedy, penalties": SamplingParams(
+        repetition_penalty=1.05,
+        relative_frequency_penalty=0.4,
+        frequency_penalty=0.02,
+        presence_penalty=0.05,
+        logit_bias={3: 1.0, 77: -2.0},
+        num_top_tokens=3,
+    ),
+    "everything": SamplingParams(
+        seed=13,
+        is_watermarked=True,
+        repetition_penalty=1.02,
+        frequency_penalty=0.05,
+        logit_bias={7: 6.0, 8: 6.0, 9: 6.0},  # so that the text repeats itself
+        temperature=0.7,
+        top_p=0.9,
+        min_p=0.02,
+        typical_p=0.9,
+        num_top_tokens=2,
+        is_logprob_filtered=True,
+    ),
 }
 
 
@@ -162,14 +185,16 @@ class BiasedScheduler(Scheduler):
 
     chance = random.Random(0)
 
-    def update(self, batch: ScheduledBatch, sampled: SampledBatch) -> list[TokenEvent]:
+    def update(
+        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
+    ) -> list[TokenEvent]:
         row = 0
         for draft, is_completing in zip(batch.drafts, batch.is_completing, strict=True):
             for offset, guess in enumerate(draft):
                 if self.chance.random() < 0.1:
                     sampled.token_ids[row + offset] = guess
             row += (1 + len(draft)) * is_completing
-        return super().update(batch, sampled)
+        return super().update(batch, sampled, prompt_logprobs)
 
 
 NUM_SAMPLES = 20_000

@@ -10,9 +10,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.perplexity import perplexity
-from engine.scheduler import ScheduledBatch
 from quant.config import ON_LOAD
-from tests.contract.harness import make_runner, make_sequence, oracle_logits, random_ids
+from tests.contract.harness import oracle_logits, random_ids
 from tests.contract.test_quantise_on_load import write_widened
 from tests.tiny_model import write_tiny_qwen2
 
@@ -47,19 +46,6 @@ def test_quantised_weights_are_what_is_measured(method: str, tmp_path: Path) -> 
     measured = perplexity(config, token_ids, window=128)
     assert measured == pytest.approx(expected_perplexity(widened, token_ids, 128), rel=1e-4)
     assert measured != pytest.approx(expected_perplexity(plain, token_ids, 128), rel=1e-4)
-
-
-def test_scores_of_chunks_and_companions_are_those_of_the_whole(tmp_path: Path) -> None:
-    write_tiny_qwen2(tmp_path)
-    runner = make_runner(tmp_path)
-    long, short = make_sequence(random_ids(150), list(range(10))), make_sequence(random_ids(5, seed=1), [10])
-    (whole,) = runner.score(ScheduledBatch([long], [150]))
-    torch.testing.assert_close(whole, expected_logprobs(tmp_path, long.token_ids), atol=2e-5, rtol=1e-4)
-    first, first_of_short = runner.score(ScheduledBatch([long, short], [70, 1]))
-    long.num_computed_tokens, short.num_computed_tokens = 70, 1
-    rest_of_short, rest = runner.score(ScheduledBatch([short, long], [4, 80]))
-    assert torch.equal(torch.cat([first, rest]), whole)
-    assert torch.cat([first_of_short, rest_of_short]).shape == (4,)
 
 
 @pytest.mark.parametrize(("token_ids", "window"), [([], 8), ([1], 8), ([1, 2, 3], 1)])

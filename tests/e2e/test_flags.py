@@ -54,7 +54,7 @@ def test_flags_and_variables_have_their_effects(tiny_model_dir: Path, tmp_path: 
         assert refusal({"grammar": grammar}) == (422, "Input validation error: grammar is not supported")
         assert refusal({}, "x" * 2000)[0] == 413
         chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
-        assert "the other template" in chat.json()["error"]
+        assert "the other template" in chat.json()["error"]["message"]
         page = {"origin": "http://page.example"}
         answer = httpx.post(f"{server.url}/generate", json={"inputs": "x"}, headers=page)
         assert answer.headers["x-compute-type"] == "test+card"

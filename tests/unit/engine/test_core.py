@@ -12,7 +12,8 @@ import engine.core
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
-from engine.sampler import sample
+from engine.runner import StepResult
+from engine.sampler import RawRows, sample
 from engine.scheduler import NON_FINITE_ERROR, SampledBatch, ScheduledBatch, Scheduler
 from engine.step_limit import StepLimit
 from engine.types import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
@@ -28,7 +29,7 @@ class CountingRunner:
         self.batches: list[dict[str, int]] = []
         self.error: Exception | None = None
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+    def execute(self, batch: ScheduledBatch) -> StepResult:
         self.batches.append(scheduled_counts(batch))
         if self.error is not None:
             raise self.error
@@ -37,7 +38,7 @@ class CountingRunner:
             logits[row, sequence.num_tokens % VOCAB_SIZE] = 10.0
             if 13 in sequence.token_ids:
                 logits[row] = torch.nan
-        return logits
+        return StepResult(logits, [])
 
 
 def make_core(runner: CountingRunner) -> EngineCore:
@@ -98,6 +99,22 @@ def test_a_step_is_schedule_run_sample_update() -> None:
     assert [event.token_ids for event in core.step()] == [[4]]
 
 
+def test_a_step_reports_what_it_computed_and_how_long_its_parts_took() -> None:
+    core = make_core(CountingRunner())
+    core.take(make_request("a", [1], max_new_tokens=9))
+    core.step()
+    assert (core.report.is_prefill, core.report.num_sequences, core.report.num_admitted) == (True, 1, 1)
+    core.step()
+    assert (core.report.is_prefill, core.report.num_sequences, core.report.num_admitted) == (False, 1, 0)
+    core.take(make_request("b", [1, 2], max_new_tokens=9))
+    core.step()
+    report = core.report
+    assert (report.is_prefill, report.num_sequences, report.num_admitted) == (True, 2, 1)
+    assert report.num_draft_hits == [0, 0]
+    parts = report.schedule_s, report.forward_s, report.update_s
+    assert min(parts) > 0 and sum(parts) == pytest.approx(report.total_s)
+
+
 def test_a_request_that_is_not_finite_ends_and_the_others_go_on() -> None:
     core = make_core(CountingRunner())
     core.take(make_request("bad", [13, 1], max_new_tokens=3))
@@ -145,9 +162,11 @@ def test_seeded_draws_depend_on_the_output_position() -> None:
     """The prompt's length, chunks and preemption must not matter: the position is that of the output token."""
     seen: list[list[int]] = []
 
-    def spy(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> SampledBatch:
+    def spy(
+        logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], raw: RawRows | None = None
+    ) -> SampledBatch:
         seen.append(list(positions))
-        return sample(logits, params, positions)
+        return sample(logits, params, positions, raw)
 
     core = make_core(CountingRunner())
     core._sample = spy
@@ -170,6 +189,7 @@ def test_serve_sends_one_output_per_step_and_heartbeats_when_idle(
     assert [[event.token_ids for event in output.events] for output in outputs] == [[[2]], [[3]], [], []]
     assert [output.stats.num_running for output in outputs] == [1, 0, 0, 0]
     assert outputs[0].stats.num_used_blocks == 1
+    assert [[report.is_prefill for report in output.reports] for output in outputs] == [[True], [False], [], []]
 
 
 def test_serve_waits_for_messages_only_when_there_is_nothing_to_do(
@@ -194,6 +214,8 @@ def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[Eng
         ("b", "out of registers"),
     ]
     assert (output.stats.num_running, output.stats.num_used_blocks) == (0, 0)
+    (report,) = output.reports
+    assert (report.is_failed, report.is_prefill, report.num_admitted) == (True, True, 2)
 
 
 def test_an_error_without_a_text_is_told_by_its_name(sockets: tuple[EngineEndpoint, socket.socket]) -> None:

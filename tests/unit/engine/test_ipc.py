@@ -25,6 +25,7 @@ from engine.types import (
     Goodbye,
     SamplingParams,
     StepOutput,
+    StepReport,
     TokenEvent,
 )
 
@@ -53,7 +54,8 @@ def pair() -> Iterator[tuple[EngineEndpoint, socket.socket]]:
 
 
 def step_output(*events: TokenEvent, num_running: int = 0) -> StepOutput:
-    return StepOutput(events=list(events), stats=EngineStats(num_running=num_running))
+    reports = [StepReport(num_sequences=len(events))] if events else []
+    return StepOutput(events=list(events), stats=EngineStats(num_running=num_running), reports=reports)
 
 
 def read_all(sock: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
@@ -184,6 +186,7 @@ def test_a_lagging_reader_gets_merged_tokens_and_loses_nothing(pair: tuple[Engin
     assert len(outputs) < num_steps / 2, "the reader did not lag: the test shows nothing"
     assert most_held == len(names)
     assert outputs[-1].stats.num_running == num_steps - 1
+    assert [report.num_sequences for output in outputs for report in output.reports] == [len(names)] * num_steps
     for name in names:
         events = [event for output in outputs for event in output.events if event.request_id == name]
         assert [token for event in events for token in event.token_ids] == list(range(num_steps))

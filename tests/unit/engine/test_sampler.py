@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.generation.logits_process import MinPLogitsWarper, TypicalLogitsWarper
 
 from engine import sampler, sampler_cpu
 from engine.core import Sample
-from engine.sampler import NUCLEUS_CANDIDATES, filter_logits, uniform
+from engine.sampler import NUCLEUS_CANDIDATES, RawRows, filter_logits, uniform
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams()
@@ -124,6 +125,42 @@ def test_top_p_is_of_what_temperature_and_top_k_left() -> None:
     assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.8)])) == [{0, 1}]
 
 
+@pytest.mark.parametrize("min_p", [1e-6, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_min_p_is_that_of_transformers(min_p: float, temperature: float) -> None:
+    logits = random_logits(6, 300)
+    params = SamplingParams(seed=0, min_p=min_p, temperature=temperature)
+    expected = MinPLogitsWarper(min_p)(torch.zeros(6, 1, dtype=torch.int64), logits / temperature)  # type: ignore[arg-type]
+    assert kept_tokens(filter_logits(logits, [params] * 6)) == kept_tokens(expected)
+
+
+@pytest.mark.parametrize("typical_p", [0.01, 0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+def test_typical_p_is_that_of_transformers(typical_p: float, spread: float) -> None:
+    logits = random_logits(6, 300, spread=spread)
+    expected = TypicalLogitsWarper(typical_p)(torch.zeros(6, 1, dtype=torch.int64), logits)  # type: ignore[arg-type]
+    kept = kept_tokens(filter_logits(logits, [SamplingParams(seed=0, typical_p=typical_p)] * 6))
+    for tokens, of_row in zip(kept, kept_tokens(expected), strict=True):
+        assert len(tokens ^ of_row) <= 1  # float32 sums may place the edge one token away
+
+
+def test_typical_p_may_leave_the_best_token_out() -> None:
+    """0.4, and twelve of 0.05: the entropy is 2.16, -log 0.4 is 0.92 and -log 0.05 is 3.00."""
+    logits = torch.tensor([[0.4] + [0.05] * 12]).log()
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, typical_p=0.5)])) == [set(range(1, 13))]
+
+
+def test_filters_work_on_what_the_ones_before_have_left() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    # top-p leaves two tokens, whose entropy is 0.60: the better one (0.34 from it) alone has 0.71 of the mass
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.7, typical_p=0.7)])) == [{0}]
+    # of all five it is 1.33: the second and the third are nearer
+    assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, typical_p=0.3)])) == [{1, 2}]
+    # min-p leaves three
+    params = SamplingParams(seed=0, top_k=4, min_p=0.25, typical_p=0.99)
+    assert kept_tokens(filter_logits(logits, [params])) == [{0, 1, 2}]
+
+
 def test_filtering_leaves_the_models_logits_alone(sample: Sample) -> None:
     logits = random_logits(2, 40)
     before = logits.clone()
@@ -140,6 +177,9 @@ def test_filtering_leaves_the_models_logits_alone(sample: Sample) -> None:
         {"top_p": 0.9},
         {"top_k": 9, "top_p": 0.9, "temperature": 0.8},
         {"top_p": 0.99, "temperature": 9.0},
+        {"min_p": 0.2},
+        {"typical_p": 0.4},
+        {"top_k": 20, "top_p": 0.95, "min_p": 0.05, "typical_p": 0.8, "temperature": 1.2},
     ],
     ids=str,
 )
@@ -155,12 +195,12 @@ def test_what_is_drawn_is_allowed_and_all_of_it_is_drawn(sample: Sample, params:
     assert {token for token in allowed if probabilities[token] > 10 / size} <= set(drawn.token_ids)
 
 
-def test_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None:
+def test_filtered_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None:
     logits = random_logits(3, 64)
     params = [
-        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9),
+        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9, is_logprob_filtered=True),
         GREEDY,
-        SamplingParams(seed=2, temperature=1.5),
+        SamplingParams(seed=2, temperature=1.5, is_logprob_filtered=True),
     ]
     result = sample(logits, params, [0, 0, 0])
     filtered = logits.clone()
@@ -169,6 +209,64 @@ def test_logprobs_are_those_of_the_filtered_distribution(sample: Sample) -> None
     for row, token in enumerate(result.token_ids):
         assert result.logprobs[row] == pytest.approx(expected[row, token].item(), abs=1e-5)
         assert math.isfinite(result.logprobs[row])
+
+
+def test_plain_logprobs_are_those_of_the_model(sample: Sample) -> None:
+    logits = random_logits(3, 64)
+    params = [
+        SamplingParams(seed=1, temperature=0.7, top_k=5, top_p=0.9, num_top_tokens=6),
+        SamplingParams(seed=2, temperature=1.5, typical_p=0.4),
+        SamplingParams(seed=3, num_top_tokens=2),
+    ]
+    result = sample(logits, params, [0, 0, 0])
+    expected = logits.log_softmax(dim=-1)
+    for row, token in enumerate(result.token_ids):
+        assert result.logprobs[row] == pytest.approx(expected[row, token].item(), abs=1e-5)
+        best = expected[row].topk(params[row].num_top_tokens)
+        assert result.top_token_ids[row] == best.indices.tolist()
+        assert result.top_logprobs[row] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_top_tokens_have_ties_with_the_last_and_never_what_is_ruled_out(sample: Sample) -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0, 2.0, -torch.inf, 2.0], [1.0, 4.0, 2.0, 2.0, -torch.inf, 2.0]])
+    wide = [SamplingParams(num_top_tokens=2), SamplingParams(num_top_tokens=99)]
+    assert sample(logits, wide, [0, 0]).top_token_ids == [[1, 2, 3, 5], [1, 2, 3, 5, 0]]
+    filtered = {"seed": 1, "is_logprob_filtered": True, "num_top_tokens": 4}
+    result = sample(logits, [SamplingParams(**filtered, top_k=k) for k in (1, 3)], [0, 0])  # type: ignore[arg-type]
+    assert result.top_token_ids == [[1], [1, 2, 3, 5]]
+    assert result.top_logprobs[0] == [0.0]
+    none = sample(logits, [SamplingParams(num_top_tokens=1), GREEDY], [0, 0])
+    assert (none.top_token_ids, len(none.top_logprobs[0])) == ([[1], []], 1)
+
+
+def test_rows_that_were_changed_report_what_they_were(sample: Sample) -> None:
+    """The choice is of the changed logits, logprobs and top tokens are of the raw ones, unless filtered."""
+    raw = random_logits(4, 64)
+    changed = raw.clone()
+    changed[1:, 7] += 50.0
+    changed[1:, :7] = -torch.inf
+    params = [
+        SamplingParams(num_top_tokens=1),
+        SamplingParams(num_top_tokens=1),
+        SamplingParams(num_top_tokens=1, is_logprob_filtered=True),
+        SamplingParams(num_top_tokens=1, seed=3, temperature=0.8, top_k=4),
+    ]
+    result = sample(changed, params, [0] * 4, RawRows.of(raw, [1, 2, 3], params))
+    expected = raw.log_softmax(dim=-1)
+    assert result.token_ids == [int(raw[0].argmax()), 7, 7, 7]
+    for row in (0, 1, 3):
+        assert result.logprobs[row] == pytest.approx(expected[row, result.token_ids[row]].item(), abs=1e-5)
+        assert result.top_token_ids[row] == [int(raw[row].argmax())]
+        assert result.top_logprobs[row] == pytest.approx([expected[row].max().item()], abs=1e-5)
+    assert (result.top_token_ids[2], result.logprobs[2]) == ([7], pytest.approx(0.0, abs=1e-6))
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_row_in_which_nothing_is_allowed_is_flagged_whatever_it_was(sample: Sample, seed: int | None) -> None:
+    raw = random_logits(1, 16)
+    params = [SamplingParams(seed=seed)]
+    result = sample(torch.full((1, 16), -torch.inf), params, [0], RawRows.of(raw, [0], params))
+    assert result.is_finite == [False]
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(sample: Sample) -> None:
@@ -228,8 +326,9 @@ def test_a_number_on_an_edge_belongs_to_the_token_that_begins_there() -> None:
         SamplingParams(seed=5, top_k=50),
         SamplingParams(seed=5, top_p=0.9),
         SamplingParams(seed=5, top_k=50, top_p=0.9),
+        SamplingParams(seed=5, typical_p=0.9, min_p=0.01, num_top_tokens=3, is_logprob_filtered=True),
     ],
-    ids=["greedy", "plain", "top_k", "top_p", "both"],
+    ids=["greedy", "plain", "top_k", "top_p", "both", "typical_p"],
 )
 def test_a_bad_row_is_flagged_and_only_that_row(
     sample: Sample, value: float, param: SamplingParams, place: int
@@ -253,7 +352,8 @@ def test_a_row_of_minus_infinity_is_flagged(sample: Sample) -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46])
 def test_a_temperature_too_small_for_float32_is_greedy(sample: Sample, temperature: float) -> None:
     logits = random_logits(1, 100)
-    result = sample(logits, [SamplingParams(seed=3, temperature=temperature)], [0])
+    params = SamplingParams(seed=3, temperature=temperature, is_logprob_filtered=True)
+    result = sample(logits, [params], [0])
     assert (result.token_ids, result.logprobs, result.is_finite) == ([int(logits.argmax())], [0.0], [True])
 
 

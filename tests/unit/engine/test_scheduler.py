@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import pytest
 
-from engine.scheduler import NON_FINITE_ERROR
-from engine.types import FinishReason
+from engine.scheduler import NON_FINITE_ERROR, SampledBatch
+from engine.types import FinishReason, SamplingParams
 from tests.unit.engine.builders import EOS, Simulation, check_integrity, ids_of, scheduled_counts
 
 
@@ -75,6 +78,31 @@ def test_length_is_looked_at_before_eos() -> None:
     simulation.add("a", prompt_of(5), max_new_tokens=1)
     simulation.drain()
     assert simulation.events["a"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_that_ignores_eos_goes_on() -> None:
+    simulation = make_simulation()
+    simulation.model = lambda token_ids: EOS
+    simulation.add("a", prompt_of(5), max_new_tokens=3)
+    sequence = simulation.scheduler.waiting[0]
+    sequence.request = msgspec.structs.replace(sequence.request, is_ignoring_eos=True)
+    simulation.drain()
+    assert simulation.output("a") == [EOS] * 3
+    assert simulation.events["a"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_top_tokens_are_told_for_each_token_of_those_who_ask() -> None:
+    simulation = make_simulation()
+    simulation.add("a", prompt_of(5), max_new_tokens=3)
+    simulation.add("b", prompt_of(5), max_new_tokens=3)
+    sequence = simulation.scheduler.waiting[0]
+    sequence.request = msgspec.structs.replace(sequence.request, sampling=SamplingParams(num_top_tokens=2))
+    batch = dataclasses.replace(simulation.scheduler.schedule(), draft_token_ids=[[5], []])
+    lists = [[5, 9], [6, 9], []], [[-0.5, -1.0], [-0.25, -2.0], []]
+    first, second = simulation.scheduler.update(batch, SampledBatch([5, 6, 5], [-1.0] * 3, [True] * 3, *lists))
+    assert (first.token_ids, first.top_token_ids) == ([5, 6], [[5, 9], [6, 9]])
+    assert first.top_logprobs == [[-0.5, -1.0], [-0.25, -2.0]]
+    assert (second.token_ids, second.top_token_ids, second.top_logprobs) == ([5], [], [])
 
 
 def test_an_eos_token_of_the_prompt_does_not_end_it() -> None:
@@ -251,6 +279,20 @@ def test_fail_all_ends_everybody() -> None:
     assert [(event.request_id, event.error) for event in events] == [("running", "boom"), ("waiting", "boom")]
     assert not simulation.scheduler.has_work
     assert simulation.blocks.num_used_blocks == 0
+
+
+def test_prefix_hits_are_counted_once_for_a_request() -> None:
+    simulation = make_simulation(num_blocks=8)
+    simulation.add("a", prompt_of(10))
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 0
+    simulation.add("b", prompt_of(10))
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
+    simulation.scheduler._preempt(simulation.scheduler.running[-1])
+    simulation.step()
+    assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
+    assert simulation.scheduler.num_admissions == 3
 
 
 def test_stats() -> None:

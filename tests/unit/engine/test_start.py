@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, StepResult
 from engine.sampler import sample
 from engine.scheduler import ScheduledBatch
 from engine.start import _warm_up
@@ -22,10 +22,10 @@ class SleepingRunner:
     def __init__(self) -> None:
         self.num_steps = 0
 
-    def execute(self, batch: ScheduledBatch) -> torch.Tensor:
+    def execute(self, batch: ScheduledBatch) -> StepResult:
         self.num_steps += 1
         time.sleep(batch.num_tokens * SECONDS_PER_TOKEN + (0.3 if self.num_steps == 1 else 0.0))
-        return torch.zeros(1, 8)
+        return StepResult(torch.zeros(1, 8), [])
 
 
 def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:

@@ -18,6 +18,7 @@ from engine.types import (
     FinishReason,
     GenerationRequest,
     StepOutput,
+    StepReport,
     TokenEvent,
 )
 from server import client as client_module
@@ -67,6 +68,21 @@ async def test_tokens_come_back_and_nothing_is_aborted(pair: Pair) -> None:
     assert pair.client.stats.num_running == 3
     with pair.client.generate(REQUEST):
         assert await pair.received() == [REQUEST]  # and no abort before it
+
+
+async def test_every_frame_is_told_with_the_time_of_handing_it_out(pair: Pair) -> None:
+    told: list[tuple[StepOutput, float]] = []
+    pair.client.observe_output = lambda output, seconds: told.append((output, seconds))
+    with pair.client.generate(REQUEST) as events:
+        output = StepOutput(
+            events=[TokenEvent(request_id="a", finish_reason=FinishReason.LENGTH)],
+            stats=EngineStats(),
+            reports=[StepReport(is_prefill=True, num_sequences=1)],
+        )
+        pair.endpoint.send(output)
+        await anext(events)
+    ((seen, seconds),) = told
+    assert seen == output and 0 < seconds < 1
 
 
 async def test_leaving_early_aborts(pair: Pair) -> None:

@@ -1,0 +1,154 @@
+"""Prompt logprobs against `transformers`, and the same bits however the prompt is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+import torch
+
+from engine import runner as runner_module
+from engine.model_files import read_model_config
+from engine.runner import ModelRunner, StepResult, build_model, settle_quantization
+from engine.scheduler import NON_FINITE_ERROR, ScheduledBatch
+from engine.types import GenerationRequest, TokenEvent
+from parallel.state import ParallelState
+from tests.contract.harness import KERNELS, TWINS, make_core, make_runner, oracle_logits, random_ids
+from tests.unit.parallel.threads import run_ranks
+
+PROMPTS = [random_ids(size, seed=size) for size in (1, 2, 65, 150)]
+
+
+def make_request(number: int, *, has_prompt_logprobs: bool = True, max_new_tokens: int = 6) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=f"r{number}",
+        prompt_token_ids=PROMPTS[number],
+        max_new_tokens=max_new_tokens,
+        has_prompt_logprobs=has_prompt_logprobs,
+    )
+
+
+def expected_logprobs(folder: Path, token_ids: list[int]) -> list[float]:
+    """Of every token but the first."""
+    rows = oracle_logits(folder, token_ids)[:-1].log_softmax(dim=1)
+    expected: list[float] = rows.gather(1, torch.tensor(token_ids[1:], dtype=torch.int64).unsqueeze(1))[:, 0].tolist()
+    return expected
+
+
+def run(core: Any, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
+    """Events of every request; all are there from the start."""
+    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        core.take(request)
+    while core.scheduler.has_work:
+        for event in core.step():
+            events[event.request_id].append(event)
+    return events
+
+
+@pytest.mark.parametrize("device", [KERNELS, TWINS], ids=["kernels", "twins"])
+def test_float32_equals_transformers(device: Any, tiny_model_dir: Path) -> None:
+    core = make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=device))
+    events = run(core, [make_request(number) for number in range(4)])
+    for number, prompt in enumerate(PROMPTS):
+        first, *others = events[f"r{number}"]
+        assert first.prompt_logprobs == pytest.approx(expected_logprobs(tiny_model_dir, prompt), abs=1e-4)
+        assert all(not event.prompt_logprobs for event in others)
+
+
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "small chunks": {"max_batch_tokens": 7},
+    "chunks": {"max_batch_tokens": 64},
+    "no cache": {"is_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("options", CONDITIONS.values(), ids=CONDITIONS)
+def test_the_same_bits_under_conditions(options: dict[str, Any], tiny_model_dir: Path) -> None:
+    whole = run(make_core(tiny_model_dir), [make_request(number) for number in range(4)])
+    events = run(make_core(tiny_model_dir, **options), [make_request(number) for number in range(4)])
+    for name in whole:
+        assert events[name][0].prompt_logprobs == whole[name][0].prompt_logprobs
+        assert [event.token_ids for event in events[name]] == [event.token_ids for event in whole[name]]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_a_preemption_neither_loses_nor_repeats_any(num_steps: int, tiny_model_dir: Path) -> None:
+    """150 tokens in chunks of 64; after the third step there are tokens of output, too."""
+    (expected, *_) = run(make_core(tiny_model_dir), [make_request(3)])["r3"]
+    core = make_core(tiny_model_dir, max_batch_tokens=64)
+    core.take(make_request(3))
+    events = [event for _ in range(num_steps) for event in core.step()]
+    core.scheduler._preempt(core.scheduler.running[0])
+    while core.scheduler.has_work:
+        events += core.step()
+    assert events[0].prompt_logprobs == expected.prompt_logprobs
+    assert all(not event.prompt_logprobs for event in events[1:])
+    assert sum(len(event.token_ids) for event in events) == 6
+
+
+def test_the_cache_is_written_and_not_read(tiny_model_dir: Path) -> None:
+    core = make_core(tiny_model_dir)
+    first = run(core, [make_request(3)])["r3"]
+    assert run(core, [make_request(3)])["r3"][0].prompt_logprobs == first[0].prompt_logprobs
+    core.take(make_request(3, has_prompt_logprobs=False))
+    (event,) = core.step()
+    assert event.prompt_logprobs == []
+    assert core.scheduler.running[0].num_cached_tokens == 144
+
+
+def test_only_some_rows_of_logits_exist_at_a_time(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_runner(tiny_model_dir)
+    compute, seen = runner._model.compute_logits, []
+
+    def watched(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return compute(hidden)
+
+    monkeypatch.setattr(runner_module, "SCORED_ROWS", 40)
+    runner._model.compute_logits = watched  # type: ignore[method-assign]
+    core = make_core(tiny_model_dir, runner=runner)
+    core.take(make_request(3))
+    core.step()
+    assert seen == [1, 40, 40, 40, 29]
+    core.step()
+    assert seen[5:] == [1]
+
+
+def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> None:
+    class BadRunner:
+        def execute(self, batch: ScheduledBatch) -> StepResult:
+            return StepResult(torch.zeros(1, 8), [-1.0, float("nan"), *[-1.0] * 62])
+
+    core = make_core(tiny_model_dir)
+    core._runner = BadRunner()
+    core.take(make_request(2))
+    assert [(event.error, event.token_ids) for event in core.step()] == [(NON_FINITE_ERROR, [])]
+    assert not core.scheduler.has_work
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_on_shards(size: int, tiny_model_dir: Path) -> None:
+    """The head is cut by rows of the vocabulary: every rank takes part in each piece, and rank 0 has the numbers."""
+    config = read_model_config(tiny_model_dir)
+    quantization = settle_quantization(config, tiny_model_dir, torch.float32, KERNELS, None, None)
+
+    def work(parallel: ParallelState) -> list[float]:
+        numba.set_num_threads(1)
+        model = build_model(config, tiny_model_dir, torch.float32, KERNELS, quantization, parallel)
+        runner = ModelRunner(model, KERNELS)
+        runner.allocate(16, torch.float32, num_positions=256)
+        core = make_core(tiny_model_dir, runner=runner, max_batch_tokens=100)
+        core.take(make_request(3))
+        first = core.scheduler.schedule()
+        result = runner.execute(first).prompt_logprobs
+        sequence = first.sequences[0]
+        sequence.num_computed_tokens, sequence.prompt_logprobs = 100, result or [0.0] * 100
+        second = core.scheduler.schedule()
+        return result + runner.execute(second).prompt_logprobs
+
+    rank0, *others = run_ranks(size, work)
+    assert rank0 == pytest.approx(expected_logprobs(tiny_model_dir, PROMPTS[3]), abs=1e-4)
+    assert all(rank == [] for rank in others)
