@@ -49,6 +49,16 @@ def main() -> None:
     ):
         compile_for(getattr(torch, stored), dtype, quantize)
     compile_collectives()
+    compile_masks()
+
+
+def compile_masks() -> None:
+    import numpy as np
+    import torch
+
+    from engine.grammar_cpu import apply_masks
+
+    apply_masks(torch.empty(0, 1), np.empty(0, np.int32), np.empty((0, 1), np.int32))
 
 
 def compile_collectives() -> None:

@@ -196,9 +196,12 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     return {name: value for name, value in defaults.items() if not environ.get(name)}
 
 
+MAX_LEXER_STATES = 20_000
+"""Of each grammar, in both processes; a state takes 1 or 2 kB, and llguidance's own default is 250,000."""
+
 KERNEL_SOURCES = (
     *("quant/kernels/*.py", "engine/layers/cpu.py", "engine/attention/cpu.py", "engine/sampler_cpu.py"),
-    *("engine/ngram.py", "parallel/atomics.py", "parallel/shared_memory.py"),
+    *("engine/grammar_cpu.py", "engine/ngram.py", "parallel/atomics.py", "parallel/shared_memory.py"),
 )
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from engine.grammar import Grammars
 from engine.ipc import EngineEndpoint
 from engine.penalties import Penalties
 from engine.runner import StepResult
@@ -52,10 +53,15 @@ class EngineCore:
         limit: StepLimit,
         costs: StepCosts | None = None,
         penalties: Penalties | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`costs`: what the scheduler's speculation goes by, kept true here."""
+        """`costs`: what the scheduler's speculation goes by, kept true here.
+
+        `grammars`: without them no request may have one.
+        """
         self._costs = costs
         self._penalties = penalties or Penalties()
+        self.grammars = grammars
         self.scheduler = scheduler
         self._runner = runner
         self._sample = sample
@@ -94,38 +100,63 @@ class EngineCore:
 
     def _adjust(self, batch: ScheduledBatch, logits: torch.Tensor, params: Sequence[SamplingParams]) -> RawRows | None:
         """Change logits [rows, vocab] in place as the requests want it; what they were, where logprobs are of that."""
-        rows = self._penalties.rows(batch)
-        raw = RawRows.of(logits, rows, params)
-        if rows:
+        penalised, held = self._penalties.rows(batch), Grammars.rows(batch)
+        raw = RawRows.of(logits, {*penalised, *held}, params)
+        if penalised:
             self._penalties.apply(batch, logits)
+        if held:
+            assert self.grammars is not None
+            self.grammars.mask(batch, logits)
         return raw
 
     def take(self, message: Down) -> None:
         """A request, an abort or a goodbye, between steps."""
         if isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
+            if self.grammars is not None:
+                self.grammars.abort(message.request_id)
         elif isinstance(message, Goodbye):
             self.is_dismissed = True
+        elif message.grammar is not None:
+            assert self.grammars is not None
+            self.grammars.compile(message)
         else:
             self.scheduler.add(message)
+
+    def take_compiled(self) -> list[TokenEvent]:
+        """Let the requests go on whose grammars are ready; the events are the ends of those that have none."""
+        events = []
+        for compiled in self.grammars.take_compiled() if self.grammars is not None else []:
+            if compiled.error is not None:
+                events.append(TokenEvent(request_id=compiled.request.request_id, error=compiled.error))
+            else:
+                self.scheduler.add(compiled.request, grammar=compiled.grammar, arrival_time=compiled.arrival_time)
+        return events
+
+    def fail_all(self, error: str) -> list[TokenEvent]:
+        """End every request with `error`, those whose grammars are not ready, too."""
+        request_ids = self.grammars.abort_all() if self.grammars is not None else []
+        return self.scheduler.fail_all(error) + [TokenEvent(request_id=name, error=error) for name in request_ids]
 
     def serve(self, endpoint: EngineEndpoint, check: Callable[[], None] = lambda: None) -> NoReturn:
         """Serve until the HTTP process is gone: raises EOFError then. `check` raises when serving must end.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
+        if self.grammars is not None:
+            self.grammars.on_compiled = endpoint.wake
         while True:
             for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
                 self.take(message)
-            events: list[TokenEvent] = []
+            events = self.take_compiled()
             reports: list[StepReport] = []
             check()
             if self.scheduler.has_work:
                 try:
-                    events = self.step()
+                    events += self.step()
                     reports = [self.report] if self.report.num_sequences else []
                 except Exception as error:
-                    events = self.scheduler.fail_all(str(error) or type(error).__name__)
+                    events += self.fail_all(str(error) or type(error).__name__)
                     self.report.is_failed = True
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise

@@ -65,17 +65,27 @@ class EngineEndpoint:
         self._lagging_stats: EngineStats | None = None
         self._lagging_reports: list[StepReport] = []
         self._is_closed = False
+        self._wake_fd = os.eventfd(0)
+
+    def __del__(self) -> None:
+        os.close(self._wake_fd)
+
+    def wake(self) -> None:
+        """From any thread: let `receive` return now, or at once when it is next called."""
+        os.eventfd_write(self._wake_fd, 1)
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message.
+        """What has arrived, waiting at most `timeout_s` for the first message or for `wake`.
 
         Raises EOFError without a peer, once everything has been received that it had sent before.
         """
-        writers = [self._sock] if self._outbox else []
-        readable, writable, _ = select.select([self._sock], writers, [], timeout_s)
+        fd = self._sock.fileno()
+        readable, writable, _ = select.select([fd, self._wake_fd], [fd] if self._outbox else [], [], timeout_s)
         if writable:
             self._flush()
-        if readable:
+        if self._wake_fd in readable:
+            os.eventfd_read(self._wake_fd)
+        if fd in readable:
             self._read_available()
         messages = take_frames(self._inbox, decode_down)
         if self._is_closed and not messages:

@@ -60,12 +60,16 @@ def sample(
     `is_logprob_filtered`, else of the model's own, of which `raw` has the rows that were changed since.
     """
     random_rows = [row for row, param in enumerate(params) if param.seed is not None]
-    drawn = [params[row] for row in random_rows]
-    chosen, is_finite = _take_best(logits)
+    greedy_rows = [row for row, param in enumerate(params) if param.seed is None]
+    chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    is_finite = torch.empty(len(params), dtype=torch.bool, device=logits.device)
     reported = logits
+    if greedy_rows:
+        chosen[greedy_rows], is_finite[greedy_rows] = _take_best(logits[greedy_rows] if random_rows else logits)
     if random_rows:
+        drawn = [params[row] for row in random_rows]
         numbers = uniform([param.seed or 0 for param in drawn], [positions[row] for row in random_rows])
-        scaled = filter_logits(logits[random_rows], drawn)
+        scaled = filter_logits(logits[random_rows] if greedy_rows else logits, drawn)
         chosen[random_rows], is_finite[random_rows] = _draw(scaled, torch.from_numpy(numbers).to(logits.device))
         filtered = [index for index, param in enumerate(drawn) if param.is_logprob_filtered]
         if filtered:

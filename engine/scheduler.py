@@ -16,7 +16,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 
 from engine.block_manager import BlockManager
-from engine.sequence import Sequence
+from engine.sequence import OutputGrammar, Sequence
 from engine.speculate import Speculator
 from engine.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
 
@@ -126,8 +126,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         return len(self._sequences)
 
-    def add(self, request: GenerationRequest) -> None:
-        sequence = Sequence(request, arrival_time=time.monotonic())
+    def add(
+        self, request: GenerationRequest, *, grammar: OutputGrammar | None = None, arrival_time: float | None = None
+    ) -> None:
+        """`arrival_time`: by `time.monotonic()`, of a request that had to wait for its `grammar`."""
+        sequence = Sequence(request, arrival_time=arrival_time or time.monotonic(), grammar=grammar)
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
 
@@ -269,10 +272,11 @@ class Scheduler:
             return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
         error = None
         for row, guess in enumerate([*draft, None], start=first_row):
-            if not sampled.is_finite[row]:
-                error = TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)
-                break
             token_id = sampled.token_ids[row]
+            cause = NON_FINITE_ERROR if not sampled.is_finite[row] else _grammar_error(sequence, token_id)
+            if cause is not None:
+                error = TokenEvent(request_id=event.request_id, error=cause)
+                break
             event.token_ids.append(token_id)
             event.logprobs.append(sampled.logprobs[row])
             if sequence.request.sampling.num_top_tokens:
@@ -288,10 +292,14 @@ class Scheduler:
         return [*([event] if event.token_ids else []), *([error] if error else [])]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4)."""
+        """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4).
+
+        A grammar allows that token only where the output is complete, and nothing may follow it.
+        """
         if sequence.num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
-        if sequence.token_ids[-1] in self._eos_token_ids and not sequence.request.is_ignoring_eos:
+        is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None
+        if sequence.token_ids[-1] in self._eos_token_ids and not is_ignoring_eos:
             return FinishReason.EOS_TOKEN
         return None
 
@@ -304,3 +312,11 @@ class Scheduler:
             self._blocks.free(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def _grammar_error(sequence: Sequence, token_id: int) -> str | None:
+    """Why `token_id` cannot be the sequence's next one; its grammar has taken it in otherwise."""
+    grammar = sequence.grammar
+    if grammar is None or (grammar.error is None and grammar.advance(token_id)):
+        return None
+    return grammar.error

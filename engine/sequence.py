@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 from engine.types import GenerationRequest
+
+
+class OutputGrammar(Protocol):
+    """What a sequence's output is held to, at the place that the output has reached (`engine.grammar`)."""
+
+    error: str | None
+    """Why the grammar cannot be followed any longer; fit for the user."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take in the next token of the output; False, and `error` is set, if it may not stand there."""
+
+    def count_allowed(self, token_ids: SequenceOf[int]) -> int:
+        """How many of `token_ids` may follow here, one after the other; nothing is taken in."""
+
+    def forced(self) -> list[int]:
+        """The tokens of the only text that may follow here; empty where there is a choice."""
 
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
@@ -26,6 +44,7 @@ class Sequence:
     """Of the prompt's tokens from the second on, as far as they are computed; empty unless asked for."""
     queue_time_s: float | None = None
     """Set at the first admission, sent with the first token."""
+    grammar: OutputGrammar | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)

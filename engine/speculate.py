@@ -94,7 +94,7 @@ class Speculator:
             drafting = self._updated(sequence)
             tokens = np.frombuffer(drafting.token_ids, np.int32)
             # One token at least, to be compared with what comes.
-            drafting.proposal = self._propose(tokens, max(1, min(room, self._max_draft_tokens)))
+            drafting.proposal = self._proposal(sequence, tokens, max(1, min(room, self._max_draft_tokens)))
             chance = 1.0
             for offset in range(min(room, len(drafting.proposal.token_ids))):
                 chance *= drafting.rate(self._acceptance.rate(drafting.proposal.match_length + offset))
@@ -106,6 +106,16 @@ class Speculator:
             lengths[index] += 1
         drafts = (self._drafting[sequence].proposal.token_ids for sequence in sequences)
         return [tokens[:length] for tokens, length in zip(drafts, lengths, strict=True)]
+
+    def _proposal(self, sequence: Sequence, token_ids: IntArray, max_tokens: int) -> Proposal:
+        """What the sequence's grammar forces, as if it was found by the longest match, or what it allows of a guess."""
+        grammar = sequence.grammar
+        if grammar is None:
+            return self._propose(token_ids, max_tokens)
+        if forced := grammar.forced():
+            return Proposal(forced[:max_tokens], MAX_MATCH)
+        proposal = self._propose(token_ids, max_tokens)
+        return Proposal(proposal.token_ids[: grammar.count_allowed(proposal.token_ids)], proposal.match_length)
 
     def _worthwhile(self, chances: SequenceOf[float], num_sequences: int) -> int:
         """How many drafted tokens, the likeliest first, give the most tokens for the time."""

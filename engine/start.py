@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.config import EngineConfig, EngineLimits, check_window, resolve_limi
 from engine.core import EngineCore, Runner, Sample
 from engine.device import Device, detect_device, resolve_dtype
 from engine.errors import StartError
+from engine.grammar import MASKS, Grammars
 from engine.memory import MemoryNeeds, check_weights_fit, settle_kv_blocks, settle_prefill_tokens
 from engine.model_files import read_eos_token_ids, read_model_config, safetensors_files
 from engine.models.base import CausalLM
@@ -59,17 +61,21 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     if ranks is not None:
         ranks.start_serving()
     is_prefix_caching = prepared.config.is_prefix_caching
+    folder, vocab_size = Path(config.model_path), loaded.model.vocab_size
+    eos_token_ids = read_eos_token_ids(folder, loaded.config)
     scheduler = Scheduler(
         BlockManager(prepared.num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
         max_batch_tokens=limits.max_batch_prefill_tokens,
-        eos_token_ids=read_eos_token_ids(Path(config.model_path), loaded.config),
+        eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size,
         speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
     )
+    apply_masks = functools.partial(import_entry, MASKS, device.sampler, "mask")
+    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
-    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=loaded.model.vocab_size)
+    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=vocab_size)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties), ready
+    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars), ready
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import transformers
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.device import Device
+from engine.grammar import Grammars
+from engine.grammar_cpu import apply_masks
 from engine.model_files import read_model_config
 from engine.runner import BLOCK_SIZE, ModelRunner, build_model
 from engine.sampler_cpu import sample
@@ -59,7 +62,8 @@ def make_core(
         speculator=speculator,
     )
     runner = runner or make_runner(folder, num_blocks=num_blocks)
-    return EngineCore(scheduler, runner, sample, StepLimit(None, None))
+    grammars = Grammars(folder / "tokenizer.json", VOCAB_SIZE, EOS_TOKEN_IDS, 1, lambda: apply_masks)
+    return EngineCore(scheduler, runner, sample, StepLimit(None, None), grammars=grammars)
 
 
 def random_ids(size: int, seed: int = 0) -> list[int]:
@@ -122,6 +126,17 @@ def make_requests(
     ]
 
 
+def take(core: EngineCore, request: GenerationRequest) -> None:
+    """Hand over a request, and wait for its grammar."""
+    is_compiled = threading.Event()
+    assert core.grammars is not None
+    core.grammars.on_compiled = is_compiled.set
+    core.take(request)
+    if request.grammar is not None:
+        assert is_compiled.wait(60)
+    assert not core.take_compiled()
+
+
 def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_staggered: bool = False) -> Outcome:
     """Run to the end; staggered: the next request comes two steps after the one before."""
     arrivals = list(requests)
@@ -130,7 +145,7 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
     num_steps = 0
     while arrivals or core.scheduler.has_work:
         while arrivals and (not is_staggered or num_steps % 2 == 0 or not core.scheduler.has_work):
-            core.take(arrivals.pop(0))
+            take(core, arrivals.pop(0))
             if is_staggered:
                 break
         before = set(core.scheduler.running)
