@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 PROTECTED_PATHS = frozenset(
     {
         *("/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions"),
-        *("/vertex", "/invocations", "/tokenize"),
+        *("/vertex", "/invocations", "/tokenize", "/detokenize"),
     }
 )
 """And POST to `/`."""
@@ -28,7 +28,8 @@ class ApiKeyGuard:
         self._api_key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _is_protected(scope) and not self._is_allowed(scope):
+        is_http = scope["type"] == "http"
+        if is_http and is_protected(scope["path"], scope["method"]) and not self._is_allowed(scope):
             await Response(status_code=401)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -39,8 +40,8 @@ class ApiKeyGuard:
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
 
-def _is_protected(scope: Scope) -> bool:
-    return scope["path"] in PROTECTED_PATHS or (scope["path"], scope["method"]) == ("/", "POST")
+def is_protected(path: str, method: str) -> bool:
+    return path in PROTECTED_PATHS or (path, method) == ("/", "POST")
 
 
 class CorsHeaders:

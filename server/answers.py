@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 from fastapi import Response
@@ -35,10 +35,14 @@ def f32(value: float) -> msgspec.Raw:
     return msgspec.Raw(repr(shortest).encode())
 
 
+JsonF32 = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["number", "null"], "format": "float"})]
+"""What `f32` makes."""
+
+
 class Token(msgspec.Struct, frozen=True):
     id: int
     text: str
-    logprob: msgspec.Raw
+    logprob: JsonF32
     special: bool
 
 

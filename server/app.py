@@ -14,7 +14,8 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.errors import install_error_handlers
 from server.generation import GenerationService
-from server.routes import chat, generate, info, models
+from server.openapi import build_openapi
+from server.routes import chat, cloud, completions, docs, generate, info, models, tokenize
 from server.spans import SpansMiddleware, Tracer
 from server.tokenizer import TextTokenizer
 
@@ -33,8 +34,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
+    app.state.openapi = build_openapi(config)
     install_error_handlers(app)
-    for area in (generate, chat, models, info):
+    for area in (generate, chat, completions, tokenize, cloud, models, info, docs):
         app.include_router(area.router)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key)

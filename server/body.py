@@ -14,7 +14,7 @@ from fastapi import Request
 from server import serde
 from server.config import ServerConfig
 from server.errors import BodyError
-from server.serde import RepeatedKeys, WireModel
+from server.serde import RepeatedKeys
 
 WHITESPACE = " \t\n\r"
 MAX_DEPTH = 128
@@ -32,7 +32,7 @@ _REASONS = {
     "Invalid \\": ("invalid escape", "EOF while parsing a string"),
 }
 
-M = TypeVar("M", bound=WireModel)
+M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class _NumberError(ValueError):

@@ -5,6 +5,11 @@ Exception
  ├─ OverloadedError            no permit is free
  ├─ TemplateError              the chat template failed
  ├─ ToolError                  tools cannot be used like this
+ ├─ SuffixError                /v1/completions: `suffix` is given
+ ├─ BatchSizeError             /v1/completions: too many prompts
+ ├─ ModelNotFoundError         /v1/models/{id}: another model
+ ├─ NoInstanceError            /vertex: nothing to do
+ ├─ FailedInstanceError        /vertex under --strict-tgi: whatever went wrong with an instance
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ UnhealthyError             /health says no
  └─ BodyError                  the body is not what the route reads; plain text, before any handler
@@ -44,6 +49,31 @@ class ToolError(Exception):
     """The text says what cannot be done with the tools."""
 
 
+class SuffixError(Exception):
+    def __init__(self) -> None:
+        super().__init__("Suffix is not supported and can be achieved by preprocessing the prompt.")
+
+
+class BatchSizeError(Exception):
+    def __init__(self, max_client_batch_size: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
+
+
+class ModelNotFoundError(Exception):
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"The model `{model_id}` does not exist")
+
+
+class NoInstanceError(Exception):
+    def __init__(self) -> None:
+        super().__init__("Input validation error")
+
+
+class FailedInstanceError(Exception):
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
 class IncompleteGenerationError(Exception):
     def __init__(self) -> None:
         super().__init__("Incomplete generation")
@@ -76,6 +106,11 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     OverloadedError: ErrorKind(429, "overloaded"),
     TemplateError: ErrorKind(422, "template_error", "Template error: "),
     ToolError: ErrorKind(422, "tool_error", "Tool error: "),
+    SuffixError: ErrorKind(422, "suffix not supported"),
+    BatchSizeError: ErrorKind(422, "batch size exceeded"),
+    ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    NoInstanceError: ErrorKind(422, "Input validation error"),
+    FailedInstanceError: ErrorKind(500, "Incomplete generation"),
     IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),
     UnhealthyError: ErrorKind(503, "healthcheck"),
     GenerationError: _GENERATION,
@@ -112,11 +147,14 @@ class OpenAIErrorBody(msgspec.Struct, frozen=True):
     error: OpenAIError
 
 
+OPENAI_TYPES = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
+
+
 def openai_error_body(error: Exception) -> OpenAIErrorBody:
     body = error_body(error)
     kind = ERROR_KINDS.get(type(error))
     status = 500 if kind is None else kind.status
-    type_ = {422: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
+    type_ = OPENAI_TYPES.get(status, "server_error")
     return OpenAIErrorBody(OpenAIError(body.error, type_, body.error_type))
 
 

@@ -312,6 +312,7 @@ class GenerationService:
         self.config = config
         self.tokenizer = tokenizer
         self.chat_template = ChatTemplate(tokenizer.chat_format)
+        self.started_at = int(time.time())
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from server.generation import Generation
 
 
@@ -11,20 +13,36 @@ def stream_headers(compute_type: str, prompt: str) -> dict[str, str]:
 
 
 def plain_headers(compute_type: str, prompt: str, generation: Generation) -> dict[str, str]:
-    timings = generation.timings
     return {
         "x-compute-type": compute_type,
-        "x-compute-time": f"{timings.total_s:.9f}",
+        "x-compute-time": f"{generation.timings.total_s:.9f}",
         "x-compute-characters": str(len(prompt)),
+    } | {name: str(value) for name, value in _counts(generation).items()}
+
+
+def plain_headers_of_prompts(
+    compute_type: str, prompts: str, generations: Sequence[Sequence[Generation]]
+) -> dict[str, str]:
+    """The sums over the sequences of all prompts; a prompt counts once however many sequences it has."""
+    headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(prompts))}
+    everyone = [_counts(generation) for of_prompt in generations for generation in of_prompt]
+    sums = {name: sum(counts[name] for counts in everyone) for name in everyone[0]}
+    sums["x-prompt-tokens"] = sum(of_prompt[0].num_prompt_tokens for of_prompt in generations)
+    return headers | {name: str(value) for name, value in sums.items()}
+
+
+def _counts(generation: Generation) -> dict[str, int]:
+    timings = generation.timings
+    return {
         "x-total-time": _milliseconds(timings.total_s),
         "x-validation-time": _milliseconds(timings.validation_s),
         "x-queue-time": _milliseconds(timings.queue_s),
         "x-inference-time": _milliseconds(timings.inference_s),
         "x-time-per-token": _milliseconds(generation.time_per_token_s),
-        "x-prompt-tokens": str(generation.num_prompt_tokens),
-        "x-generated-tokens": str(generation.num_generated_tokens),
+        "x-prompt-tokens": generation.num_prompt_tokens,
+        "x-generated-tokens": generation.num_generated_tokens,
     }
 
 
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

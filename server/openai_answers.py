@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable
 import msgspec
 
 from engine.types import FinishReason
-from server.answers import SYSTEM_FINGERPRINT, Usage, f32
+from server.answers import SYSTEM_FINGERPRINT, JsonF32, Usage, f32
 from server.config import ServerConfig
 from server.errors import error_body, openai_error_body
 from server.generation import GeneratedToken, Generation
@@ -23,16 +23,18 @@ FINISH_REASONS = {
 }
 TGI_FINISH_REASONS = FINISH_REASONS | {FinishReason.STOP_SEQUENCE: "stop_sequence"}
 """Quirk 6."""
+FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
+"""In streams of /v1/completions (quirk 7)."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
     token: str
-    logprob: msgspec.Raw
+    logprob: JsonF32
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     token: str
-    logprob: msgspec.Raw
+    logprob: JsonF32
     top_logprobs: list[TopLogprob]
 
 

@@ -11,12 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AliasChoices,
     BeforeValidator,
+    ConfigDict,
     Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from server.schemas import Grammar, LogitBias
 from server.serde import F32, I32, U32, U64, WireModel, is_strict, untagged, wrong
@@ -87,6 +91,14 @@ class Message(WireModel):
     name: str | None = None
     body: ContentBody | ToolCallBody
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The fields of `body` are the message's own."""
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["required"].remove("body")
+        schema["anyOf"] = schema["properties"].pop("body")["anyOf"]
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _read_body(cls, data: Any) -> Any:
@@ -118,7 +130,14 @@ def _read_bias(value: Any, info: ValidationInfo) -> Any:
 
 _BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
 
-Stop = Annotated[list[str] | None, BeforeValidator(_read_stop)]
+Stop = Annotated[list[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
+
+
+class OpenAIFormat(OpenAIModel):
+    """`response_format` in OpenAI's shape; read here only to be described."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Any = None
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
@@ -154,7 +173,9 @@ class ChatRequest(OpenAIModel):
     tools: list[Tool] | None = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
-    response_format: Annotated[Grammar | None, BeforeValidator(_read_response_format)] = None
+    response_format: Annotated[
+        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+    ] = None
     n: U32 | None = None
     logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
     top_k: I32 | None = None
@@ -170,5 +191,65 @@ class ChatRequest(OpenAIModel):
         {
             *("top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "parallel_tool_calls"),
             *("continue_final_message", "add_generation_prompt"),
+        }
+    )
+
+
+Prompts = list[str | list[int]]
+"""Each as text or as token ids."""
+
+_TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
+_PROMPT: TypeAdapter[str | list[str] | list[int] | list[list[int]]] = TypeAdapter(
+    str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True)
+)
+
+
+def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
+    """TGI takes a string or several. OpenAI also takes token ids, as one list or as several."""
+    if value == [] or (isinstance(value, list) and [] in value and not is_strict(info)):
+        raise wrong("Empty array detected. Do not use an empty array for the prompt.")
+    try:
+        prompt = (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
+    except ValidationError:
+        raise wrong("data did not match any variant of untagged enum PromptDeserializer") from None
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    return [token_ids] if token_ids else [item for item in prompt if not isinstance(item, int)]
+
+
+class CompletionRequest(OpenAIModel):
+    """Body of /v1/completions."""
+
+    prompt: Annotated[
+        Prompts, PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[U32] | list[list[U32]])
+    ]
+    model: str | None = None
+    max_tokens: U32 | None = None
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    frequency_penalty: F32 | None = None
+    seed: U64 | None = None
+    stop: Stop = None
+    stream: bool = False
+    suffix: str | None = None
+    stream_options: StreamOptions = StreamOptions()
+    n: U32 | None = None
+    best_of: U32 | None = None
+    echo: bool = False
+    logprobs: U32 | None = None
+    """How many of the likeliest tokens to tell beside each chosen one; 0 tells the chosen ones alone."""
+    presence_penalty: F32 | None = None
+    logit_bias: LogitBias | None = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    typical_p: F32 | None = None
+    ignore_eos: bool = False
+
+    extensions: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("stream_options", "n", "best_of", "echo", "logprobs", "presence_penalty", "logit_bias"),
+            *("top_k", "min_p", "typical_p", "ignore_eos"),
         }
     )

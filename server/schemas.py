@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AliasChoices, Field, PlainValidator
 
 from server.serde import F32, I32, U32, U64, Usize, WireModel, read_f32, unexpected, wrong
 
@@ -24,7 +24,7 @@ def _read_logit_bias(value: object) -> dict[int, float]:
     return bias
 
 
-LogitBias = Annotated[dict[int, float], PlainValidator(_read_logit_bias)]
+LogitBias = Annotated[dict[int, float], PlainValidator(_read_logit_bias, json_schema_input_type=dict[str, float])]
 
 
 class Grammar(WireModel):
@@ -80,3 +80,16 @@ class CompatGenerateRequest(GenerateRequest):
     """Body of POST /."""
 
     stream: bool = False
+
+
+class DetokenizeRequest(WireModel):
+    """Body of /detokenize, as vLLM has it; `ids` is what /tokenize calls them."""
+
+    tokens: list[U32] = Field(validation_alias=AliasChoices("tokens", "ids"))
+
+
+class VertexInstance(WireModel):
+    """A native request to /vertex."""
+
+    inputs: str
+    parameters: GenerateParameters | None = None

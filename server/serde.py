@@ -17,6 +17,7 @@ from pydantic import (
     AliasChoices,
     BaseModel,
     ConfigDict,
+    Field,
     PlainValidator,
     ValidationError,
     ValidationInfo,
@@ -107,11 +108,16 @@ def untagged(name: str) -> WrapValidator:
     return WrapValidator(_in_untagged_enum(name))
 
 
-U32 = Annotated[int, PlainValidator(_integer("u32", 0, 2**32 - 1))]
-U64 = Annotated[int, PlainValidator(_integer("u64", 0, 2**64 - 1))]
-Usize = Annotated[int, PlainValidator(_integer("usize", 0, 2**64 - 1))]
-I32 = Annotated[int, PlainValidator(_integer("i32", -(2**31), 2**31 - 1))]
-F32 = Annotated[float, PlainValidator(read_f32)]
+def _integer_type(name: str, low: int, high: int) -> PlainValidator:
+    in_schema = Annotated[int, Field(ge=low, le=high)]
+    return PlainValidator(_integer(name, low, high), json_schema_input_type=in_schema)
+
+
+U32 = Annotated[int, _integer_type("u32", 0, 2**32 - 1)]
+U64 = Annotated[int, _integer_type("u64", 0, 2**64 - 1)]
+Usize = Annotated[int, _integer_type("usize", 0, 2**64 - 1)]
+I32 = Annotated[int, _integer_type("i32", -(2**31), 2**31 - 1)]
+F32 = Annotated[float, PlainValidator(read_f32, json_schema_input_type=float)]
 
 
 def is_strict(info: ValidationInfo) -> bool:
@@ -137,7 +143,7 @@ class WireModel(BaseModel):
         if is_strict(info) and cls.extensions:
             data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
-        for name, spellings in _spellings(cls):
+        for name, spellings in spellings_of(cls):
             given = [spelling for spelling in spellings if spelling in data]
             if len(given) > 1 or not repeated.isdisjoint(given):
                 raise wrong(f"duplicate field `{name}`")
@@ -154,7 +160,7 @@ def _without(data: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 @functools.cache
-def _spellings(model: type[WireModel]) -> list[tuple[str, list[str]]]:
+def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
     """Each field's name and the keys it may have in the body."""
     spellings = []
     for name, field in model.model_fields.items():

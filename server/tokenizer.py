@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from engine.errors import StartError
@@ -27,6 +29,15 @@ class ChatFormat:
     template: str | None
     bos_token: str | None
     eos_token: str | None
+
+
+class SimpleToken(msgspec.Struct, frozen=True):
+    """A token and the bytes of the UTF-8 text that it stands for (reference 1.3); an added one has none: 0, 0."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
 
 
 class TextTokenizer:
@@ -72,6 +83,21 @@ class TextTokenizer:
         # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
+
+    async def split(self, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
+        """The tokens of `text` with their places in it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._split, text, add_special_tokens)
+
+    def _split(self, text: str, add_special_tokens: bool) -> list[SimpleToken]:
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        num_bytes = [len(character.encode()) for character in text]
+        places = list(itertools.accumulate(num_bytes, initial=0))  # of each code point: the library counts those
+        # A token that is a part of a character has the span of the whole one: so does the library give it, to TGI too.
+        return [
+            SimpleToken(token_id, text[start:stop], places[start], places[stop])
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens included."""

@@ -32,6 +32,8 @@ class GenerationInput:
     inputs: str
     parameters: GenerateParameters
     is_stream: bool
+    token_ids: list[int] | None = None
+    """The prompt as the client tokenised it; `inputs` is its text then."""
     add_special_tokens: bool = True
     num_choices: int = 1
     """Answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
@@ -150,13 +152,15 @@ class Validator:
 
     def _check_text(self, wanted: GenerationInput, max_input: int) -> None:
         truncate = wanted.parameters.truncate
-        refuse_if(wanted.inputs == "", "`inputs` cannot be empty")  # 16
+        refuse_if(not (wanted.token_ids or wanted.inputs), "`inputs` cannot be empty")  # 16
         refuse_if(
             truncate is not None and not 0 < truncate <= max_input,
             f"`truncate` must be strictly positive and less than {max_input}. Given: {truncate}",
         )  # 17
 
     async def _tokenize(self, wanted: GenerationInput) -> list[int]:
+        if wanted.token_ids is not None:
+            return wanted.token_ids
         try:
             token_ids = await self._tokenizer.encode(wanted.inputs, add_special_tokens=wanted.add_special_tokens)
         except Exception as error:  # the library raises plain Exception

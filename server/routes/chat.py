@@ -23,8 +23,8 @@ from server.generation import (
 )
 from server.headers import plain_headers, stream_headers
 from server.openai_answers import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.openai_parameters import native_parameters
 from server.openai_schemas import ChatRequest
-from server.schemas import GenerateParameters
 from server.sse import EventStream, event
 from server.tools import check_tools
 from server.validation import GenerationInput
@@ -75,8 +75,11 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
+    return await answer_chat(request, await read_body(request, ChatRequest, service_of(request).config))
+
+
+async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
-    body = await read_body(request, ChatRequest, service.config)
     check_tools(body)
     prompt = service.chat_template.render(body.messages)
     wanted = chat_input(body, prompt, is_strict=service.config.is_strict_tgi)
@@ -90,30 +93,9 @@ async def chat_completions(request: Request) -> Response:
 
 
 def chat_input(request: ChatRequest, prompt: str, *, is_strict: bool) -> GenerationInput:
-    """Native parameters of a chat (reference 3.5): sampling unless the temperature is exactly 0."""
-    is_greedy = request.temperature == 0
-    presence, repetition = request.presence_penalty, request.repetition_penalty
-    if is_strict and presence is not None:
-        repetition, presence = presence + 2, None  # quirk 5
-    parameters = GenerateParameters(
-        do_sample=not is_greedy,
-        temperature=None if is_greedy else request.temperature,
-        top_p=None if request.top_p == 1 and not is_strict else request.top_p,  # quirk 3
-        top_k=None if request.top_k in (-1, 0) else request.top_k,  # either is off to some server
-        min_p=request.min_p,
-        typical_p=request.typical_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=presence,
-        repetition_penalty=repetition,
-        logit_bias=request.logit_bias,
-        max_new_tokens=request.max_tokens,
-        stop=request.stop or [],
-        seed=request.seed,
-        top_n_tokens=request.top_logprobs,
-        grammar=request.response_format,
-        ignore_eos=request.ignore_eos,
-        details=True,
-    )
+    """What the engine is asked for (reference 3.5)."""
+    own = {"top_n_tokens": request.top_logprobs, "grammar": request.response_format}
+    parameters = native_parameters(request, is_strict=is_strict).model_copy(update=own)
     return GenerationInput(
         inputs=prompt,
         parameters=parameters,

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.types import FinishReason
 from server.admission import Permit
-from server.answers import Token, f32, json_answer, token_answer, token_answers
+from server.answers import JsonF32, Token, f32, json_answer, token_answer, token_answers
 from server.body import read_body
 from server.disconnect import cancel_if_gone
 from server.errors import error_body
@@ -25,7 +25,7 @@ router = APIRouter()
 class PrefillToken(msgspec.Struct, frozen=True):
     id: int
     text: str
-    logprob: msgspec.Raw
+    logprob: JsonF32
 
 
 class BestOfSequence(msgspec.Struct, frozen=True):
@@ -60,10 +60,10 @@ class StreamDetails(msgspec.Struct, frozen=True):
     input_length: int
 
 
-class StreamResponse(msgspec.Struct, frozen=True):
+class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     token: Token
-    top_tokens: list[Token] | msgspec.UnsetType
+    top_tokens: list[Token] | msgspec.UnsetType = msgspec.UNSET
     generated_text: str | None
     details: StreamDetails | None
 
@@ -85,8 +85,12 @@ async def generate_stream(request: Request) -> Response:
 @router.post("/")
 async def compat_generate(request: Request) -> Response:
     """What `text_generation.Client` and `InferenceClient.text_generation` call."""
+    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
+
+
+async def answer_compat(request: Request, body: CompatGenerateRequest) -> Response:
     service = service_of(request)
-    body = _echoing(await read_body(request, CompatGenerateRequest, service.config))
+    body = _echoing(body)
     if body.stream:
         return _stream(service, body)
     answer, headers = await cancel_if_gone(request, _generate(service, body))
@@ -166,8 +170,15 @@ async def _events(service: GenerationService, body: GenerateRequest, permit: Per
             if token.finish_reason is not None:
                 text = "".join(text_parts)
                 details = _stream_details(generation, token.finish_reason) if body.parameters.details else None
-            top_tokens = token_answers(token.top_tokens) or msgspec.UNSET
-            yield event(StreamResponse(generation.num_generated_tokens, token_answer(token), top_tokens, text, details))
+            yield event(
+                StreamResponse(
+                    index=generation.num_generated_tokens,
+                    token=token_answer(token),
+                    top_tokens=token_answers(token.top_tokens) or msgspec.UNSET,
+                    generated_text=text,
+                    details=details,
+                )
+            )
 
 
 def _stream_details(generation: Generation, reason: FinishReason) -> StreamDetails:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from server.answers import json_answer
+from server.errors import ModelNotFoundError
 from server.generation import service_of
 
 router = APIRouter()
 
 
+class _ModelIdConvertor(PathConvertor):
+    """Slashes and, unlike Starlette's `path`, line breaks: whatever is asked for gets OpenAI's error."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("model_id", _ModelIdConvertor())
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: str = "model"
-    created: int = 0
+    created: int
     owned_by: str
 
 
@@ -25,5 +36,18 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 @router.api_route("/v1/models", methods=["GET", "HEAD"])
 async def models(request: Request) -> Response:
-    model_id = service_of(request).config.model_id
-    return json_answer(ModelList(data=[Model(id=model_id, owned_by=model_id)]))
+    return json_answer(ModelList(data=[_served(request)]))
+
+
+@router.api_route("/v1/models/{model_id:model_id}", methods=["GET", "HEAD"])
+async def model(request: Request, model_id: str) -> Response:
+    served = _served(request)
+    if model_id != served.id:
+        raise ModelNotFoundError(model_id)
+    return json_answer(served)
+
+
+def _served(request: Request) -> Model:
+    service = service_of(request)
+    model_id = service.config.model_id
+    return Model(id=model_id, created=0 if service.config.is_strict_tgi else service.started_at, owned_by=model_id)

@@ -125,6 +125,29 @@ class FakeEngine(EngineClient):
             raise GenerationError(error)
 
 
+class ObligingEngine(FakeEngine):
+    """Plays `token_ids`, with what the request asks for: prompt logprobs, likeliest tokens, not more than so many."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        super().__init__()
+        self._token_ids = token_ids
+        self.error: str | None = None
+        """Raised in place of the last token."""
+
+    def generate(self, request: GenerationRequest) -> contextlib.AbstractContextManager[AsyncIterator[TokenEvent]]:
+        ids = self._token_ids[: request.max_new_tokens]
+        reason = FinishReason.EOS_TOKEN if len(ids) == len(self._token_ids) else FinishReason.LENGTH
+        events = one_by_one(ids, reason)
+        if request.has_prompt_logprobs:
+            events[0].prompt_logprobs = [-1.5] * (len(request.prompt_token_ids) - 1)
+        if num_top := request.sampling.num_top_tokens:
+            for event in events:
+                event.top_token_ids = [list(range(5, 5 + num_top))]
+                event.top_logprobs = [[-0.25] * num_top]
+        self.script = Script(events if self.error is None else events[:-1], error=self.error)
+        return super().generate(request)
+
+
 def one_by_one(
     ids: list[int], reason: FinishReason | None = FinishReason.EOS_TOKEN, logprob: float = -0.5
 ) -> list[TokenEvent]:

@@ -242,8 +242,8 @@ async def test_body_too_large_without_a_length_is_not_read_to_its_end(client: ht
     [
         ("GET", "/nope", 404, None),
         ("GET", "/info/", 404, None),
-        ("GET", "/docs", 404, None),
-        ("GET", "/v1/models/org", 404, None),
+        ("GET", "/doc", 404, None),
+        ("GET", "/v1/embeddings", 404, None),
         ("GET", "/generate", 405, "POST"),
         ("POST", "/info", 405, "GET,HEAD"),
         ("DELETE", "/v1/chat/completions", 405, "POST"),

@@ -64,6 +64,12 @@ async def test_logprobs(client: httpx.AsyncClient) -> None:
     assert content[0] == {"token": "Hello", "logprob": -0.5, "top_logprobs": []}
 
 
+async def test_logit_bias(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """It was an internal error: the map was read twice."""
+    assert (await chat(client, logit_bias={"5": -2})).status_code == 200
+    assert engine.requests[0].sampling.logit_bias == {5: -2.0}
+
+
 async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]) -> None:
     engine.script.events = one_by_one(ids_of("Hello<|im_end|>"))
     response = await chat(client, stream=True, stream_options={"include_usage": True})
@@ -113,13 +119,6 @@ async def test_template_error_comes_before_the_stream(engine: FakeEngine, tmp_pa
     error = response.json()["error"]
     assert error["message"] == "Template error: syntax error: no system role (in <string>:1)"
     assert error["code"] == "template_error"
-
-
-async def test_models(client: httpx.AsyncClient) -> None:
-    response = await client.get("/v1/models")
-    assert response.text == (
-        '{"object":"list","data":[{"id":"org/model","object":"model","created":0,"owned_by":"org/model"}]}'
-    )
 
 
 @pytest.fixture

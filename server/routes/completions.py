@@ -1,0 +1,289 @@
+"""POST /v1/completions (reference 1.11, 3.5), with OpenAI's parameters that TGI ignores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.answers import JsonF32, Usage, f32, json_answer
+from server.body import read_body
+from server.disconnect import cancel_if_gone
+from server.errors import BatchSizeError, SuffixError, ValidationError
+from server.generation import (
+    Answer,
+    GeneratedToken,
+    GenerationService,
+    Running,
+    ScoredToken,
+    collect,
+    interleave,
+    service_of,
+)
+from server.headers import plain_headers_of_prompts, stream_headers
+from server.openai_answers import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
+from server.openai_parameters import native_parameters
+from server.openai_schemas import CompletionRequest
+from server.sse import EventStream, event
+from server.validation import MAX_CHOICES, GenerationInput, refuse_if
+
+router = APIRouter()
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """OpenAI's own shape of this route: four lists, an entry per token in each."""
+
+    tokens: list[str]
+    token_logprobs: list[JsonF32]
+    top_logprobs: list[dict[str, JsonF32] | None] | None
+    """The likeliest tokens and the chosen one; none are known of the prompt's."""
+    text_offset: list[int]
+    """Where in the choice's text the token begins, in code points."""
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class CompletionFinal(msgspec.Struct, frozen=True, kw_only=True):
+    """A plain answer, and the last event of each sequence of a stream."""
+
+    object: str = "text_completion"
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "text_completion"
+    id: str
+    created: int
+    choices: list[CompletionChoice]
+    model: str
+    system_fingerprint: str
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    body = await read_body(request, CompletionRequest, service_of(request).config)
+    return await answer_completions(request, body)
+
+
+async def answer_completions(request: Request, body: CompletionRequest) -> Response:
+    service = service_of(request)
+    try:
+        completion = _Completion(service, body)
+    except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
+        service.metrics.refused(error)
+        raise
+    if not body.stream:
+        answer, headers = await cancel_if_gone(request, completion.complete())
+        return json_answer(answer, headers)
+    opening, permit = await service.open_for_stream(*completion.wanted)
+    headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
+    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, permit)
+
+
+class _Completion:
+    """One request and its answer: for each prompt `best_of` sequences, of which `n` are choices."""
+
+    def __init__(self, service: GenerationService, body: CompletionRequest) -> None:
+        """Raises SuffixError, BatchSizeError, ValidationError."""
+        config = service.config
+        self._service = service
+        self._body = body
+        self._is_strict = config.is_strict_tgi
+        self._num_choices = 1 if body.n is None else body.n
+        self._num_sequences = self._num_choices if body.best_of is None else body.best_of
+        if body.suffix is not None:
+            raise SuffixError
+        if len(body.prompt) > config.max_client_batch_size:
+            raise BatchSizeError(config.max_client_batch_size)
+        self._check(config.max_best_of)
+        self.wanted = [self._input(prompt) for prompt in body.prompt]
+        self._envelope = Envelope(config, "cmpl")
+        asked = None if self._is_strict else body.model
+        self._model = config.model_id if asked is None or asked == "tgi" else asked
+
+    @property
+    def text_of_prompts(self) -> str:
+        return "".join(wanted.inputs for wanted in self.wanted)
+
+    def _check(self, max_best_of: int) -> None:
+        n, best_of = self._num_choices, self._num_sequences
+        refuse_if(n == 0, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {n}")
+        refuse_if(best_of < n, f"`best_of` must be >= `n`. Given: {best_of} and {n}")
+        is_choosing = best_of > n
+        refuse_if(
+            is_choosing and best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}"
+        )
+        refuse_if(is_choosing and self._body.stream, "`best_of` > `n` is not supported when streaming tokens")
+        is_streaming_them = self._has_prompt_logprobs and self._body.stream
+        refuse_if(is_streaming_them, "`echo` with `logprobs` is not supported when streaming tokens")
+
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        return self._body.echo and self._body.logprobs is not None
+
+    def _input(self, prompt: str | list[int]) -> GenerationInput:
+        own = {"top_n_tokens": self._body.logprobs, "decoder_input_details": self._has_prompt_logprobs}
+        parameters = native_parameters(self._body, is_strict=self._is_strict).model_copy(update=own)
+        return GenerationInput(
+            inputs=prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt),
+            token_ids=None if isinstance(prompt, str) else prompt,
+            parameters=parameters,
+            is_stream=self._body.stream,
+            num_choices=self._num_sequences,
+            is_openai=not self._is_strict,
+        )
+
+    async def complete(self) -> tuple[CompletionFinal, dict[str, str]]:
+        async with self._service.open(*self.wanted) as running:
+            answers = await collect(running)
+        by_prompt = [
+            answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
+        ]
+        choices: list[CompletionChoice] = []
+        for prompt_index, candidates in enumerate(by_prompt):
+            for answer in self._chosen(candidates):
+                choices.append(self._choice(len(choices), prompt_index, answer))
+        headers = plain_headers_of_prompts(
+            self._service.config.compute_type,
+            self.text_of_prompts,
+            [[answer.generation for answer in candidates] for candidates in by_prompt],
+        )
+        return self._final(choices, self._usage(running)), headers
+
+    def _chosen(self, candidates: Sequence[Answer]) -> Sequence[Answer]:
+        if self._num_choices == self._num_sequences:
+            return candidates
+        best_first = sorted(candidates, key=lambda answer: answer.mean_logprob, reverse=True)
+        return best_first[: self._num_choices]
+
+    def _choice(self, index: int, prompt_index: int, answer: Answer) -> CompletionChoice:
+        echo = self._echo(prompt_index)
+        logprobs = None
+        if self._body.logprobs is not None:
+            table = _LogprobTable(self._body.logprobs)
+            for token in answer.generation.prefill if self._body.echo else ():
+                table.add_prompt_token(token)
+            table.num_characters = len(echo)  # the ends of characters may have been cut on the way here
+            for generated in answer.tokens:
+                table.add(generated)
+            logprobs = table.take()
+        return CompletionChoice(index, echo + answer.text, logprobs, self._finish_reason(answer.tokens[-1]))
+
+    def _echo(self, prompt_index: int) -> str:
+        return self.wanted[prompt_index].inputs if self._body.echo else ""
+
+    def _usage(self, running: Sequence[Running]) -> Usage:
+        generations = [one.generation for one in running]
+        num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[:: self._num_sequences])
+        return usage_of(generations, num_prompt_tokens)
+
+    async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+        """A chunk per token; with `echo` one more before them."""
+        async with opening as running:
+            tables = [_LogprobTable(self._body.logprobs or 0) for _ in running]
+            for index in range(len(running)):
+                if echo := self._echo(index // self._num_choices):
+                    tables[index].num_characters = len(echo)
+                    yield event(self._chunk(CompletionChoice(index, echo, None, self._no_finish_reason)))
+            async with contextlib.aclosing(interleave(running)) as tokens:
+                async for index, token in tokens:
+                    choice = self._chunk_choice(index, token, tables[index])
+                    yield event(self._chunk(choice, None if token.finish_reason is None else running[index]))
+            usage = self._usage(running)
+        if self._body.stream_options.include_usage:
+            yield event(self._final([], usage))
+
+    def _chunk_choice(self, index: int, token: GeneratedToken, table: _LogprobTable) -> CompletionChoice:
+        logprobs = None
+        if self._body.logprobs is not None:
+            table.add(token)
+            logprobs = table.take()
+        text = token.text if self._is_strict else token.visible  # quirk 7
+        return CompletionChoice(index, text, logprobs, self._finish_reason(token))
+
+    def _chunk(self, choice: CompletionChoice, finished: Running | None = None) -> CompletionFinal | CompletionChunk:
+        """TGI tells a sequence's usage with its last token, OpenAI that of all at the end, if asked for."""
+        if self._body.stream_options.include_usage:
+            return self._final([choice], None)
+        if finished is not None:
+            generation = finished.generation
+            return self._final([choice], usage_of([generation], generation.num_prompt_tokens))
+        return CompletionChunk(
+            id=self._envelope.id,
+            created=self._envelope.created,
+            choices=[choice],
+            model=self._model,
+            system_fingerprint=self._envelope.system_fingerprint,
+        )
+
+    def _final(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionFinal:
+        return CompletionFinal(
+            id=self._envelope.id,
+            created=self._envelope.created,
+            model=self._model,
+            system_fingerprint=self._envelope.system_fingerprint,
+            choices=choices,
+            usage=usage,
+        )
+
+    @property
+    def _no_finish_reason(self) -> str | None:
+        return "" if self._is_strict else None  # quirk 7
+
+    def _finish_reason(self, token: GeneratedToken) -> str | None:
+        if token.finish_reason is None:
+            return self._no_finish_reason
+        is_tgi_stream = self._is_strict and self._body.stream
+        spellings = FINISH_REASONS_TGI_STREAM if is_tgi_stream else self._envelope.finish_reasons
+        return spellings[token.finish_reason]
+
+
+class _LogprobTable:
+    """Collects tokens for `CompletionLogprobs`; `num_characters` is the length of the text before the next one."""
+
+    def __init__(self, num_top_tokens: int) -> None:
+        self.num_characters = 0
+        self._has_top_tokens = num_top_tokens > 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[str] = []
+        self._logprobs: list[msgspec.Raw] = []
+        self._top_logprobs: list[dict[str, msgspec.Raw] | None] = []
+        self._offsets: list[int] = []
+
+    def add(self, token: GeneratedToken) -> None:
+        top = {one.text: f32(one.logprob) for one in reversed(token.top_tokens)}  # of equal texts the likeliest
+        top.setdefault(token.text, f32(token.logprob))
+        self._append(token.text, token.logprob, top)
+        self.num_characters += len(token.visible)
+
+    def add_prompt_token(self, token: ScoredToken) -> None:
+        self._append(token.text, token.logprob, None)
+        self.num_characters += len(token.text)
+
+    def _append(self, text: str, logprob: float, top: dict[str, msgspec.Raw] | None) -> None:
+        self._tokens.append(text)
+        self._logprobs.append(f32(logprob))
+        self._top_logprobs.append(top)
+        self._offsets.append(self.num_characters)
+
+    def take(self) -> CompletionLogprobs:
+        """What was added since the last call."""
+        top_logprobs = self._top_logprobs if self._has_top_tokens else None
+        logprobs = CompletionLogprobs(self._tokens, self._logprobs, top_logprobs, self._offsets)
+        self._clear()
+        return logprobs

@@ -1,0 +1,58 @@
+"""Text to tokens and back: POST /tokenize and /chat_tokenize (reference 1.3), and ours /detokenize."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.answers import json_answer
+from server.body import read_body
+from server.errors import ValidationError
+from server.generation import GenerationService, service_of
+from server.openai_schemas import ChatRequest
+from server.schemas import DetokenizeRequest, GenerateRequest
+from server.tokenizer import SimpleToken
+from server.tools import check_tools
+
+router = APIRouter()
+
+
+class ChatTokenizeResponse(msgspec.Struct, frozen=True):
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """The prompt's tokens; of the parameters none is looked at (quirk 29)."""
+    service = service_of(request)
+    body = await read_body(request, GenerateRequest, service.config)
+    return json_answer(await _split(service, body.inputs, add_special_tokens=True))
+
+
+@router.post("/chat_tokenize")
+async def chat_tokenize(request: Request) -> Response:
+    service = service_of(request)
+    body = await read_body(request, ChatRequest, service.config)
+    check_tools(body)
+    prompt = service.chat_template.render(body.messages)
+    return json_answer(ChatTokenizeResponse(await _split(service, prompt, add_special_tokens=False), prompt))
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """In vLLM's shape. Special tokens are shown; what is not a whole character is U+FFFD."""
+    service = service_of(request)
+    body = await read_body(request, DetokenizeRequest, service.config)
+    return json_answer(DetokenizeResponse(service.tokenizer.decode(body.tokens)))
+
+
+async def _split(service: GenerationService, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
+    try:
+        return await service.tokenizer.split(text, add_special_tokens=add_special_tokens)
+    except Exception as error:  # the library raises plain Exception
+        raise ValidationError(f"tokenizer error {error}") from None
