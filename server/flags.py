@@ -318,7 +318,7 @@ REQUESTS = (
     ),
     Flag(
         name="max-client-batch-size",
-        help="Most prompts in one call of /v1/completions (shown by /info; the route isn't there yet)",
+        help="Most prompts in one call of /v1/completions; more are refused",
         value=POSITIVE,
         default=4,
     ),

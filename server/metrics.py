@@ -17,7 +17,14 @@ from decimal import Decimal
 
 from engine.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.types import EngineReady, EngineStats, StepOutput, StepReport
-from server.errors import IncompleteGenerationError, OverloadedError, TemplateError, ValidationError
+from server.errors import (
+    BatchSizeError,
+    IncompleteGenerationError,
+    OverloadedError,
+    SuffixError,
+    TemplateError,
+    ValidationError,
+)
 
 DURATION_BOUNDS = tuple(itertools.accumulate([1.5] * 35, operator.mul, initial=0.0001))[1:]
 """Seconds; multiplied one by one, as TGI does: the digits of the bounds are part of their names."""
@@ -26,6 +33,8 @@ QUANTILES = (0, 0.5, 0.9, 0.95, 0.99, 0.999, 1)
 
 ERROR_LABELS: dict[type[Exception], str] = {
     ValidationError: "validation",
+    SuffixError: "validation",
+    BatchSizeError: "validation",
     OverloadedError: "overloaded",
     TemplateError: "template",
     IncompleteGenerationError: "incomplete",

@@ -5,6 +5,7 @@ It tells how requests are read without `--strict-tgi`; with it, the fields that 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -228,8 +229,9 @@ def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
     }
 
 
+@functools.cache
 def build_openapi(config: ServerConfig) -> Schema:
-    """The document."""
+    """The document, to be read only: it takes 50 ms, and tests make many applications with the same configuration."""
     bodies = {operation.body for operation in OPERATIONS if operation.body is not None}
     components = _request_components(sorted(bodies, key=lambda body: body.__name__))
     for name, limits in _limits(config).items():

@@ -163,7 +163,7 @@ class FreeCallReader:
 
     def _cut_call(self, body: str) -> list[Piece]:
         match = _CUT_CALL.fullmatch(body)
-        name = next((name for name in self._names if match and json.dumps(name) == match[1]), None)
+        name = next((name for name in self._names if match and json.dumps(name, ensure_ascii=False) == match[1]), None)
         return self._call(name, match[2]) if match and name is not None else []
 
     def _call(self, name: str, arguments: str) -> list[Piece]:

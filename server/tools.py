@@ -119,7 +119,7 @@ def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_singl
     """One call or more, of these functions and by their schemas."""
     bodies = []
     for tool in tools:
-        header = f'{{"name": {json.dumps(tool.function.name)}, "arguments": '
+        header = f'{{"name": {_literal(tool.function.name)}, "arguments": '
         schema = _json(_arguments_schema(tool), is_lenient=not tool.function.strict)
         bodies.append(f"{_literal(header)} {schema} {_literal('}')}")
     newline = _literal("\n")

@@ -315,7 +315,7 @@ def _read_tgi_call(text: str) -> FunctionCall:
     except (msgspec.DecodeError, KeyError, RecursionError) as error:
         why = "missing field `_name`" if isinstance(error, KeyError) else str(error)
         raise ToolError(f"Failed to parse generated text: {why} {json.dumps(text, ensure_ascii=False)}") from None
-    return FunctionCall(description=None, name=str(name), arguments=json.dumps(function, separators=(",", ":")))
+    return FunctionCall(description=None, name=str(name), arguments=msgspec.json.encode(function).decode())
 
 
 class _TgiCall(msgspec.Struct):
@@ -329,6 +329,6 @@ def _next_call_id(messages: Sequence[Message]) -> str:
     """One more than the largest among the messages' calls; not a number, where one of those is none."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
     ids = [call.id for body in bodies for call in body.tool_calls]
-    if not all(id.isdecimal() and id.isascii() for id in ids):
+    if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
         return str(uuid.uuid4())
     return str(max(map(int, ids), default=-1) + 1)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from server.answers import JsonF32, Usage, f32, json_answer
 from server.body import read_body
 from server.disconnect import cancel_if_gone
-from server.errors import BatchSizeError, SuffixError
+from server.errors import BatchSizeError, SuffixError, ValidationError
 from server.generation import (
     Answer,
     GeneratedToken,
@@ -80,7 +80,11 @@ async def completions(request: Request) -> Response:
 
 async def answer_completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
-    completion = _Completion(service, body)
+    try:
+        completion = _Completion(service, body)
+    except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
+        service.metrics.refused(error)
+        raise
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
         return json_answer(answer, headers)
@@ -107,8 +111,8 @@ class _Completion:
         self._check(config.max_best_of)
         self.wanted = [self._input(prompt) for prompt in body.prompt]
         self._envelope = Envelope(config, "cmpl")
-        is_named = not self._is_strict and body.model not in (None, "tgi")
-        self._model = body.model if is_named and body.model is not None else config.model_id
+        asked = None if self._is_strict else body.model
+        self._model = config.model_id if asked is None or asked == "tgi" else asked
 
     @property
     def text_of_prompts(self) -> str:
@@ -123,14 +127,15 @@ class _Completion:
             is_choosing and best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}"
         )
         refuse_if(is_choosing and self._body.stream, "`best_of` > `n` is not supported when streaming tokens")
-        has_prompt_logprobs = self._body.echo and self._body.logprobs is not None
-        refuse_if(
-            has_prompt_logprobs and self._body.stream, "`echo` with `logprobs` is not supported when streaming tokens"
-        )
+        is_streaming_them = self._has_prompt_logprobs and self._body.stream
+        refuse_if(is_streaming_them, "`echo` with `logprobs` is not supported when streaming tokens")
+
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        return self._body.echo and self._body.logprobs is not None
 
     def _input(self, prompt: str | list[int]) -> GenerationInput:
-        has_prompt_logprobs = self._body.echo and self._body.logprobs is not None
-        own = {"top_n_tokens": self._body.logprobs, "decoder_input_details": has_prompt_logprobs}
+        own = {"top_n_tokens": self._body.logprobs, "decoder_input_details": self._has_prompt_logprobs}
         parameters = native_parameters(self._body, is_strict=self._is_strict).model_copy(update=own)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt),

@@ -11,6 +11,7 @@ import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CheckFunction, not_a_server_error
+from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -50,10 +51,13 @@ class Server:
             await send({"type": f"lifespan.{word}.complete"})
 
     def try_out(self, num_cases: int, *, is_random: bool = False) -> collections.Counter[int]:
-        """Send so many requests. How often which status came."""
+        """Send so many requests, about half of them against the description. How often which status came."""
         statuses: collections.Counter[int] = collections.Counter()
 
-        @given(case=self.schema.as_strategy())
+        as_described = self.schema.as_strategy(generation_mode=GenerationMode.POSITIVE)
+        wrong = self.schema.include(method="POST").as_strategy(generation_mode=GenerationMode.NEGATIVE)
+
+        @given(case=as_described | wrong)
         @settings(
             max_examples=num_cases,
             deadline=None,

@@ -27,7 +27,7 @@ NATIVE: dict[str, Any] = {
     "details": True,
     "do_sample": True,
     "frequency_penalty": 0.5,
-    "grammar": None,
+    "grammar": {"type": "json", "value": {"properties": {"name": {"type": "string"}}}},
     "max_new_tokens": 5,
     "repetition_penalty": 1.1,
     "return_full_text": False,
@@ -50,7 +50,6 @@ CHAT: dict[str, Any] = {
     "model": "tgi",
     "n": 1,
     "presence_penalty": 0.1,
-    "response_format": None,
     "seed": 42,
     "stop": ["END"],
     "stream": False,
@@ -62,6 +61,7 @@ CHAT: dict[str, Any] = {
     "top_logprobs": 2,
     "top_p": 0.9,
 }
+FORMATTED = CHAT | {"tools": None, "response_format": {"type": "regex", "value": "Hello.*"}}
 COMPLETION: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "max_tokens": 5,
@@ -82,8 +82,8 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "/generate": PLAIN,
     "/generate_stream": PLAIN[:1],
     "/tokenize": PLAIN,
-    "/v1/chat/completions": [CHAT, CHAT | {"stream": True}],
-    "/chat_tokenize": [CHAT],
+    "/v1/chat/completions": [CHAT, FORMATTED, CHAT | {"stream": True}],
+    "/chat_tokenize": [CHAT, FORMATTED],
     "/v1/completions": [COMPLETION, COMPLETION | {"stream": True}],
     "/invocations": [PLAIN[0], PLAIN[0] | {"stream": True}, CHAT, CHAT | {"stream": True}, COMPLETION],
 }

@@ -153,6 +153,7 @@ async def test_what_is_refused_before_a_stream(
     assert (error["message"], error["code"]) == (text, kind)
     response = await complete(strict_client, stream=is_stream, **body)
     assert (response.status_code, response.json()) == (422, {"error": text, "error_type": kind})
+    assert '\ntgi_request_failure{err="validation"} 1\n' in (await client.get("/metrics")).text
 
 
 async def test_the_first_failure_fails_the_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

@@ -64,6 +64,12 @@ async def test_logprobs(client: httpx.AsyncClient) -> None:
     assert content[0] == {"token": "Hello", "logprob": -0.5, "top_logprobs": []}
 
 
+async def test_logit_bias(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """It was an internal error: the map was read twice."""
+    assert (await chat(client, logit_bias={"5": -2})).status_code == 200
+    assert engine.requests[0].sampling.logit_bias == {5: -2.0}
+
+
 async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]) -> None:
     engine.script.events = one_by_one(ids_of("Hello<|im_end|>"))
     response = await chat(client, stream=True, stream_options={"include_usage": True})

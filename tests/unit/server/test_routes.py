@@ -124,6 +124,13 @@ def test_errors_of_openai_routes_are_described(changes: dict[str, Any], name: st
     assert responses["429"]["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
 
 
+def test_what_an_answer_may_lack_is_described_so(app: FastAPI) -> None:
+    """`top_tokens` of an event was said to be always there."""
+    schemas = app.state.openapi["components"]["schemas"]
+    assert set(schemas["StreamResponse"]["required"]) == {"index", "token", "generated_text", "details"}
+    assert schemas["GenerateResponse"]["required"] == ["generated_text"]
+
+
 def test_the_key_is_described() -> None:
     document = build_openapi(make_config(api_key="s3cret"))
     secured = {

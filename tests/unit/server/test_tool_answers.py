@@ -260,6 +260,14 @@ async def test_call_as_tgi_answers(
     assert engine.requests[0].grammar is not None
 
 
+async def test_arguments_as_tgi_writes_them(
+    strict_client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf
+) -> None:
+    says(engine, ids_of, '{"function": {"_name": "get_weather", "city": "Orl\\u00e9ans", "near": [1, 2.0]}}')
+    message = (await chat(strict_client)).json()["choices"][0]["message"]
+    assert names_and_arguments(message) == [("get_weather", '{"city":"Orléans","near":[1,2.0]}')]
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_no_tool_has_a_run_of_its_own(
     strict_client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, is_stream: bool
@@ -303,7 +311,9 @@ async def test_text_that_tgi_cannot_parse(
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"), [([], "0"), (["0", "7", "3"], "8"), (["0", "call_1"], None)], ids=["none", "numbers", "other"]
+    ("ids", "told"),
+    [([], "0"), (["0", "7", "3"], "8"), (["0", "call_1"], None), (["9" * 20], None)],
+    ids=["none", "numbers", "other", "too long"],
 )
 async def test_call_as_tgi_streams(
     strict_client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, ids: list[str], told: str | None
