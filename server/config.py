@@ -54,4 +54,5 @@ class ServerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ServerConfig:
-        return cls(**json.loads(text))
+        # what JSON has no word for: a tuple, without which a configuration could not be a key
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()})
