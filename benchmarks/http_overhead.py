@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -181,14 +182,16 @@ def run(
 @contextlib.contextmanager
 def http_on_its_own_core(model: Path) -> Iterator[HttpProcess]:
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder, http_process(model, Path(folder) / "log") as http:
+    with contextlib.ExitStack() as stack:
+        log_path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        http = stack.enter_context(http_process(model, log_path))
         if len(cores) > 1:
             http.process.cpu_affinity(cores[:1])
             os.sched_setaffinity(0, cores[1:])
         http.endpoint.send(ready(model, max_total_tokens=1 << 15))
-        while True:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", http.port)):
-                break
+        while "Connected" not in log_path.read_text():
+            if not http.process.is_running() or http.process.status() == psutil.STATUS_ZOMBIE:
+                raise RuntimeError(log_path.read_text())
             time.sleep(0.05)
         yield http
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,5 +55,8 @@ class ServerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ServerConfig:
-        # what JSON has no word for: a tuple, without which a configuration could not be a key
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()})
+        # JSON has no tuples; with a list the configuration could not be the key of a cache
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+        }
+        return cls(**fields)

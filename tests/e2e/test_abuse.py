@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 
 from tests.e2e.abuse import KINDS, MAX_BODY_BYTES, body, request
 from tests.e2e.http_process import HttpProcess, http_process, ready
@@ -57,6 +58,7 @@ class Abused:
     def until(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
+            assert self.http.process.status() != psutil.STATUS_ZOMBIE, self.log
             assert time.monotonic() < deadline
             time.sleep(0.05)
 

@@ -29,3 +29,11 @@ def test_dropped_streams_leave_no_block_and_no_memory() -> None:
 @pytest.mark.timeout(3600)
 def test_decoding_is_faster_than_transformers() -> None:
     assert run_benchmark("offline.py", "--compare", "transformers")["speedup"] >= 1.5
+
+
+@pytest.mark.timeout(600)
+def test_the_http_process_carries_5000_tokens_a_second_on_a_core() -> None:
+    result = run_benchmark("http_overhead.py")
+    for route in ("/generate_stream", "/v1/chat/completions"):
+        assert result[route]["sustained"]["events_per_cpu_s"] >= 5000
+        assert result[route]["half"]["delay_p99_ms"] < 20
