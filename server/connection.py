@@ -50,3 +50,4 @@ class Connection(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # after a reset uvicorn lets the timer run on, and all that hangs on it

@@ -97,7 +97,7 @@ def check_abuse(abused: Abused, num_requests: int) -> None:
     assert abused.engine.num_aborted > num_requests / 10
     assert "Traceback" not in abused.log
     assert has_all_permits(abused)
-    assert grown < 60e6
+    assert grown < 30e6
     assert beside_s < MAX_SLOWDOWN * alone_s + SLOWDOWN_GRACE_S
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -14,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from server.connection import Connection
 from server.sse import EventStream
 from tests.unit.server.harness import FakeEngine, events_of, one_by_one, running_server, url_of
 
@@ -138,6 +141,21 @@ async def test_a_connection_is_used_again(base_url: str) -> None:
             head, _ = await one_answer(client)
             assert head.startswith(b"HTTP/1.1 200 OK\r\n")
             assert b"connection:" not in head
+
+
+async def test_a_reset_connection_is_forgotten(base_url: str) -> None:
+    with connected(base_url) as client:
+        client.sendall(request("/generate"))
+        await one_answer(client)
+        assert num_connections() == 1
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await until(lambda: num_connections() == 0)
+
+
+def num_connections() -> int:
+    """How many this process keeps in memory."""
+    gc.collect()
+    return sum(type(thing) is Connection for thing in gc.get_objects())
 
 
 async def test_too_large_a_body_is_refused_before_it_comes(base_url: str, engine: FakeEngine) -> None:
