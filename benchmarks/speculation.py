@@ -64,7 +64,6 @@ EDITS = (
     ("engine/sampler.py", "Rename the function `uniform` to `uniform_numbers`"),
     ("engine/scheduler.py", "Rename the variable `budget` to `num_left`"),
     ("engine/block_manager.py", "Rename the class `BlockManager` to `BlockPool`"),
-    ("engine/loader.py", "Rename the variable `progress` to `meter`"),
 )
 QUESTIONS = (
     "Quote the sentences that say where somebody lives, word by word.",
@@ -94,11 +93,11 @@ def quote_tasks() -> list[str]:
 WORKLOADS: dict[str, tuple[Callable[[], list[str]], int, bool]] = {
     "edit": (edit_tasks, 600, False),
     "quote": (quote_tasks, 160, False),
-    "code": (lambda: [f"Write {what} in Python." for what in CODE], 160, False),
-    "chat": (lambda: list(OPEN), 160, False),
+    "code": (lambda: [f"Write {what} in Python." for what in CODE], 96, False),
+    "chat": (lambda: list(OPEN), 96, False),
     "batch": (
-        lambda: [*edit_tasks(), *quote_tasks(), *(f"Write {what} in Python." for what in CODE[:4]), *OPEN[:4]],
-        96,
+        lambda: [*edit_tasks(), *quote_tasks(), *(f"Write {what} in Python." for what in CODE[:5]), *OPEN[:4]],
+        64,
         True,
     ),
 }

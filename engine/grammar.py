@@ -94,7 +94,7 @@ class Grammars:
     ) -> None:
         """`vocab_size` is that of the logits, `num_threads` compute masks.
 
-        Nothing is read before the first grammar is there: llguidance takes about a second and 100 MB to read the
+        Nothing is read before the first grammar is there: llguidance takes about a second and 190 MB to read the
         vocabulary of Qwen2, and who sends no grammar shall not pay for it. Nor is `apply_masks` called before.
         """
         self.on_compiled: Callable[[], None] = lambda: None

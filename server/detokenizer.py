@@ -100,13 +100,13 @@ class StopCutter:
         starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
         if starts:
             return seen[: min(starts)], True
-        num_held = 0 if is_last else max((_overlap(seen, stop) for stop in self._stops), default=0)
+        num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
         num_out = len(seen) - num_held
         self._held = seen[num_out:]
         return seen[:num_out], False
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

@@ -311,7 +311,7 @@ class GenerationService:
         self.engine = engine
         self.config = config
         self.tokenizer = tokenizer
-        self.chat_template = ChatTemplate(tokenizer.chat_format)
+        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
         self.started_at = int(time.time())
         self._admission = Admission(config.max_concurrent_requests)
         self._validator = Validator(config, tokenizer)

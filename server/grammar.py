@@ -52,13 +52,21 @@ async def compile_grammar(grammar: Grammar, *, is_strict: bool) -> str:
             raise ValidationError(f"grammar is not valid: {checked.error}")
         return checked.grammar
     schema = _read_schema(grammar, is_strict=is_strict)
-    checked = await _check(Check(schema=_closed(schema), is_lenient=is_strict))
+    checked = await _check(Check(schema=closed(schema), is_lenient=is_strict))
     if checked.error is not None and _MALFORMED.match(checked.error):
         raise ValidationError(f"grammar is not valid: {checked.error}")  # 22
     if is_strict and "properties" not in schema:
         raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # 23
     if checked.error is not None:
         raise ValidationError(f"cannot compile regex from schema: {checked.error}")  # 24
+    return checked.grammar
+
+
+async def compile_tool_grammar(lark: str) -> str:
+    """The same for a grammar that `server.tools` has made of the schemas of functions."""
+    checked = await _check(Check(lark=lark))
+    if checked.error is not None:
+        raise ValidationError(f"cannot compile regex from schema: {checked.error}")
     return checked.grammar
 
 
@@ -85,7 +93,7 @@ def _read_schema(grammar: Grammar, *, is_strict: bool) -> dict[str, Any]:
     return schema
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema with no other keys than the declared ones wherever it says nothing of them, as in TGI.
 
     A model would otherwise be free to add any. Where objects are intersected, all would refuse each other's keys, so

@@ -31,9 +31,10 @@ TGI."""
 
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is to be compiled: a regular expression, or else a schema."""
+    """What is to be compiled: a regular expression, a grammar of llguidance's own, or else a schema."""
 
     regex: str | None = None
+    lark: str | None = None
     schema: dict[str, Any] | None = None
     is_lenient: bool = False
     """Keywords that llguidance does not know are ignored."""
@@ -51,6 +52,8 @@ def check(request: Check) -> Checked:
 
     if request.regex is not None:
         grammar = LLMatcher.grammar_from_regex(request.regex)
+    elif request.lark is not None:
+        grammar = LLMatcher.grammar_from_lark(request.lark)
     else:
         # x-guidance are options of llguidance's own, and not part of a schema.
         schema = {key: value for key, value in (request.schema or {}).items() if key != "x-guidance"}

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema
 
 from server.schemas import Grammar, LogitBias
@@ -44,9 +45,7 @@ class ImagePart(WireModel):
     image_url: ImageUrl
 
 
-class ToolFunction(WireModel):
-    """A function that is offered, or that was called."""
-
+class CalledFunction(WireModel):
     name: str
     description: str | None = None
     arguments: Any = Field(validation_alias=AliasChoices("arguments", "parameters"))
@@ -55,12 +54,39 @@ class ToolFunction(WireModel):
 class ToolCall(WireModel):
     id: str
     type: str
-    function: ToolFunction
+    function: CalledFunction
+
+
+class OfferedFunction(OpenAIModel):
+    name: str
+    description: str | None = None
+    arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
+    """Their JSON schema; left out, as OpenAI allows, the function takes nothing."""
+    strict: bool = False
+    """A schema that the model cannot be held to in full is refused where a call is required."""
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_arguments(cls, data: Any, info: ValidationInfo) -> Any:
+        if is_strict(info) and isinstance(data, dict) and data.keys().isdisjoint(("arguments", "parameters")):
+            raise wrong("missing field `arguments`")
+        return data
 
 
 class Tool(WireModel):
     type: str
-    function: ToolFunction
+    function: OfferedFunction
+    sent: SkipJsonSchema[dict[str, Any]]
+    """All of it as the client sent it: templates show that to the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data["sent"] = dict(data)
+        return data
 
 
 class FunctionName(WireModel):
@@ -84,12 +110,16 @@ _MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
 )
 
 
-class Message(WireModel):
-    """One message of a chat; `content` wins over `tool_calls` where both are usable."""
+class Message(OpenAIModel):
+    """One message of a chat. Read strictly, `content` wins over `tool_calls` where both are usable."""
 
     role: str
     name: str | None = None
     body: ContentBody | ToolCallBody
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"tool_calls", "tool_call_id"})
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

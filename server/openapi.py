@@ -323,6 +323,8 @@ def _as_read(model: type[WireModel], schema: Schema) -> Schema:
     """What pydantic does not know of a WireModel: other spellings of a field, and null as the default."""
     properties, required = schema["properties"], schema.get("required", [])
     for _, (first, *others) in spellings_of(model):
+        if first not in properties:  # made of other fields
+            continue
         if issubclass(model, OpenAIModel) and first not in required:
             properties[first] = _or_null(properties[first])
         for other in others:

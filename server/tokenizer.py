@@ -103,6 +103,10 @@ class TextTokenizer:
         """The text of `token_ids`, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the one token that `token` is, if there is one."""
+        return self._tokenizer.token_to_id(token)
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

@@ -14,7 +14,7 @@ import msgspec
 from engine.types import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import ValidationError
-from server.grammar import compile_grammar
+from server.grammar import compile_grammar, compile_tool_grammar
 from server.schemas import GenerateParameters
 from server.tokenizer import TextTokenizer
 
@@ -39,6 +39,8 @@ class GenerationInput:
     """Answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     is_openai: bool = False
     """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
+    tool_grammar: str | None = None
+    """What llguidance reads, where the model has to call a function; `parameters` have no grammar then."""
 
     @property
     def num_sequences(self) -> int:
@@ -90,10 +92,7 @@ class Validator:
         token_ids = await self._tokenize(wanted)
         _check_vocabulary(token_ids, parameters, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
-        grammar = None
-        if parameters.grammar is not None:
-            refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
-            grammar = await compile_grammar(parameters.grammar, is_strict=self._config.is_strict_tgi)  # 21 to 24
+        grammar = await self._grammar(wanted)
         request = GenerationRequest(
             request_id="",
             prompt_token_ids=token_ids,
@@ -108,6 +107,16 @@ class Validator:
             ValidatedRequest(generation=_numbered(request, index), stop=stop, is_stop_hidden=is_stop_hidden)
             for index in range(wanted.num_sequences)
         ]
+
+    async def _grammar(self, wanted: GenerationInput) -> str | None:
+        own, tool_grammar = wanted.parameters.grammar, wanted.tool_grammar
+        if own is None and tool_grammar is None:
+            return None
+        refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # 21
+        if tool_grammar is not None:
+            return await compile_tool_grammar(tool_grammar)
+        assert own is not None
+        return await compile_grammar(own, is_strict=self._config.is_strict_tgi)  # 21 to 24
 
     @property
     def _has_prompt_logprobs(self) -> bool:

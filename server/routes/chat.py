@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, UnsetType
 
+from engine.types import FinishReason
 from server.answers import Usage, json_answer
 from server.body import read_body
+from server.chat_messages import (
+    ChatDelta,
+    ChatMessage,
+    FunctionCall,
+    FunctionDelta,
+    ToolCallAnswer,
+    ToolCallDelta,
+    delta_of,
+    message_of,
+)
 from server.disconnect import cancel_if_gone
+from server.errors import ToolError
 from server.generation import (
     Answer,
     GeneratedToken,
@@ -24,19 +41,13 @@ from server.generation import (
 from server.headers import plain_headers, stream_headers
 from server.openai_answers import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
 from server.openai_parameters import native_parameters
-from server.openai_schemas import ChatRequest
+from server.openai_schemas import ChatRequest, Message, ToolCallBody
 from server.sse import EventStream, event
-from server.tools import check_tools
+from server.tool_calls import Arguments, CallReader, CallStart, ForcedCallReader, Piece
+from server.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.validation import GenerationInput
 
 router = APIRouter()
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """A whole message, or what a chunk adds to it."""
-
-    role: str
-    content: str
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -58,7 +69,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChunkChoice(msgspec.Struct, frozen=True):
     index: int
-    delta: ChatMessage
+    delta: ChatDelta
     logprobs: Logprobs | None
     finish_reason: str | None
 
@@ -80,39 +91,44 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
-    check_tools(body)
-    prompt = service.chat_template.render(body.messages)
-    wanted = chat_input(body, prompt, is_strict=service.config.is_strict_tgi)
-    chat = _Chat(service, body, wanted)
+    wanted, use = chat_input(service, body)
+    is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
+    chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, wanted, use)
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
         return json_answer(answer, headers)
     opening, permit = await service.open_for_stream(wanted)
     events = openai_stream(chat.chunks(opening), service.config)
-    return EventStream(events, stream_headers(service.config.compute_type, prompt), permit)
+    return EventStream(events, stream_headers(service.config.compute_type, wanted.inputs), permit)
 
 
-def chat_input(request: ChatRequest, prompt: str, *, is_strict: bool) -> GenerationInput:
-    """What the engine is asked for (reference 3.5)."""
+def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
+    """What the engine is asked for (reference 3.5). Raises TemplateError, ToolError, ValidationError."""
+    is_strict = service.config.is_strict_tgi
+    use = use_tools(request, service.tokenizer, is_strict=is_strict)
     own = {"top_n_tokens": request.top_logprobs, "grammar": request.response_format}
-    parameters = native_parameters(request, is_strict=is_strict).model_copy(update=own)
-    return GenerationInput(
-        inputs=prompt,
-        parameters=parameters,
+    wanted = GenerationInput(
+        inputs=service.chat_template.render(request.messages, use.offered, ending(request)),
+        parameters=native_parameters(request, is_strict=is_strict).model_copy(update=own),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         is_openai=not is_strict,
+        tool_grammar=use.grammar,
     )
+    return wanted, use
 
 
 class _Chat:
     """One request and its answer."""
 
-    def __init__(self, service: GenerationService, body: ChatRequest, wanted: GenerationInput) -> None:
+    def __init__(self, service: GenerationService, body: ChatRequest, wanted: GenerationInput, use: ToolUse) -> None:
         self._service = service
         self._body = body
         self._wanted = wanted
+        self._use = use
+        self._begun: set[int] = set()
+        """Choices of which a chunk was sent."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (quirk 26).
         self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
@@ -120,24 +136,41 @@ class _Chat:
     async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
         async with self._service.open(self._wanted) as running:
             answers = await collect(running)
-        completion = ChatCompletion(
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        return self._completion(choices, running), self._headers(answers)
+
+    def _completion(self, choices: list[ChatChoice], running: Sequence[Running]) -> ChatCompletion:
+        return ChatCompletion(
             id=self._envelope.id,
             created=self._envelope.now,
             model=self._model,
             system_fingerprint=self._envelope.system_fingerprint,
-            choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
+            choices=choices,
             usage=self._usage(running),
         )
-        headers = plain_headers(self._service.config.compute_type, self._wanted.inputs, answers[0].generation)
-        return completion, headers
+
+    def _headers(self, answers: Sequence[Answer]) -> dict[str, str]:
+        return plain_headers(self._service.config.compute_type, self._wanted.inputs, answers[0].generation)
 
     def _choice(self, index: int, answer: Answer) -> ChatChoice:
-        return ChatChoice(
-            index=index,
-            message=ChatMessage("assistant", answer.text),
-            logprobs=self._logprobs(answer.tokens),
-            finish_reason=self._envelope.finish_reasons[answer.finish_reason],
+        if not self._use.names:
+            message = ChatMessage("assistant", answer.text)
+            return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
+        reader = self._use.reader()
+        pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
+        return self._whole_choice(
+            index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
         )
+
+    def _whole_choice(self, index: int, answer: Answer, message: ChatMessage, finish_reason: str) -> ChatChoice:
+        logprobs = self._logprobs(answer.tokens)
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
+
+    def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
+        """A call that is cut off is not for the client to run."""
+        if num_calls and reason is not FinishReason.LENGTH:
+            return "tool_calls"
+        return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
         return chat_logprobs(tokens) if self._body.logprobs else None
@@ -148,11 +181,16 @@ class _Chat:
         return usage_of(generations, generations[0].num_prompt_tokens)
 
     async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
-        """An event for each token of each choice, and one with the usage if it is wanted."""
+        """Events for each token of each choice, and one with the usage if it is wanted."""
+        readers = [self._use.reader() for _ in range(self._wanted.num_choices)] if self._use.names else None
         async with opening as running:
             async with contextlib.aclosing(interleave(running)) as tokens:
                 async for index, token in tokens:
-                    yield event(self._chunk([self._chunk_choice(index, token)], None))
+                    if readers is None:
+                        yield event(self._chunk([self._chunk_choice(index, token)], None))
+                        continue
+                    for choice in self._call_choices(index, token, readers[index]):
+                        yield event(self._chunk([choice], None))
             usage = self._usage(running)
         if self._body.stream_options.include_usage:
             yield event(self._chunk([], usage))
@@ -171,7 +209,126 @@ class _Chat:
         reason = token.finish_reason
         return ChunkChoice(
             index=index,
-            delta=ChatMessage("assistant", token.visible),
+            delta=ChatDelta(self._role(index), token.visible),
             logprobs=self._logprobs([token]),
             finish_reason=None if reason is None else self._envelope.finish_reasons[reason],
         )
+
+    def _role(self, index: int) -> str | UnsetType:
+        """TGI tells it in every chunk; OpenAI's client joins what the chunks say to one text: there it comes once."""
+        if index in self._begun and not self._service.config.is_strict_tgi:
+            return UNSET
+        self._begun.add(index)
+        return "assistant"
+
+    def _call_choices(self, index: int, token: GeneratedToken, reader: CallReader) -> list[ChunkChoice]:
+        """Any number of chunks for a token; the first has its logprobs, the reason for the end one of its own."""
+        reason = token.finish_reason
+        pieces = reader.push(token.visible)
+        if reason is not None:
+            pieces += reader.finish(is_cut=reason is FinishReason.LENGTH)
+        deltas = [delta_of(piece, self._role(index)) for piece in pieces]
+        if reason is not None or (self._body.logprobs and not deltas):
+            deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
+        finish_reason = None if reason is None else self._finish_reason(reader.num_calls, reason)
+        logprobs = self._logprobs([token])
+        last = len(deltas) - 1
+        return [
+            ChunkChoice(
+                index=index,
+                delta=delta,
+                logprobs=logprobs if place == 0 else None,
+                finish_reason=finish_reason if place == last else None,
+            )
+            for place, delta in enumerate(deltas)
+        ]
+
+
+class _TgiToolChat(_Chat):
+    """Tools as TGI has them: one call in a JSON of its own, or, with `no_tool`, a second run in words."""
+
+    async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
+        async with self._service.open(self._wanted) as running:
+            answers = await collect(running)
+        call = _read_tgi_call(answers[0].text)
+        if call.name == NO_TOOL and self._use.has_no_tool:
+            return await self._in_words().complete()
+        message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])  # quirks 20, 21
+        reason = self._envelope.finish_reasons[answers[0].finish_reason]
+        choices = [self._whole_choice(0, answers[0], message, reason)]
+        return self._completion(choices, running), self._headers(answers)
+
+    async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+        reader = ForcedCallReader(TGI_HEADER, "{")
+        call_id = _next_call_id(self._body.messages)
+        is_in_words = False
+        async with opening as running:
+            async for token in running[0].tokens:
+                pieces = reader.push(token.visible)
+                is_in_words = self._use.has_no_tool and any(
+                    isinstance(p, CallStart) and p.name == NO_TOOL for p in pieces
+                )
+                if is_in_words:
+                    break
+                for choice in self._tgi_choices(token, pieces, call_id):
+                    yield event(self._chunk([choice], None))
+            usage = self._usage(running)
+        if is_in_words:
+            chat = self._in_words()
+            async with contextlib.aclosing(chat.chunks(self._service.open(chat._wanted))) as events:
+                async for item in events:
+                    yield item
+        elif self._body.stream_options.include_usage:
+            yield event(self._chunk([], usage))
+
+    def _in_words(self) -> _Chat:
+        """What the first run found has no part in its answer (quirk 18)."""
+        body = self._body.model_copy(update={"tools": None})
+        return _Chat(self._service, body, *chat_input(self._service, body))
+
+    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[Piece], call_id: str) -> list[ChunkChoice]:
+        """A chunk with the name and the opening brace, and one for each further part; at the end one that says so."""
+        choices = []
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                choices.append(self._tgi_choice(token, call_id, piece.name, "{"))
+            elif isinstance(piece, Arguments):
+                text = piece.text.removeprefix("{") if choices else piece.text
+                if text:
+                    choices.append(self._tgi_choice(token, call_id, None, text))
+        if token.finish_reason is not None:
+            choices.append(self._chunk_choice(0, dataclasses.replace(token, visible="")))  # quirk 19
+        return choices
+
+    def _tgi_choice(self, token: GeneratedToken, call_id: str, name: str | None, arguments: str) -> ChunkChoice:
+        function = FunctionDelta(name=name, arguments=arguments)
+        call = ToolCallDelta(index=0, id=call_id, type="function", function=function)
+        delta = ChatDelta("assistant", tool_calls=[call])
+        return ChunkChoice(index=0, delta=delta, logprobs=self._logprobs([token]), finish_reason=None)
+
+
+def _read_tgi_call(text: str) -> FunctionCall:
+    """Raises ToolError."""
+    try:
+        function = _decode_tgi(text).function
+        name = function.pop("_name")
+    except (msgspec.DecodeError, KeyError, RecursionError) as error:
+        why = "missing field `_name`" if isinstance(error, KeyError) else str(error)
+        raise ToolError(f"Failed to parse generated text: {why} {json.dumps(text, ensure_ascii=False)}") from None
+    return FunctionCall(description=None, name=str(name), arguments=msgspec.json.encode(function).decode())
+
+
+class _TgiCall(msgspec.Struct):
+    function: dict[str, Any]
+
+
+_decode_tgi = msgspec.json.Decoder(_TgiCall).decode
+
+
+def _next_call_id(messages: Sequence[Message]) -> str:
+    """One more than the largest among the messages' calls; not a number, where one of those is none."""
+    bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
+    ids = [call.id for body in bodies for call in body.tool_calls]
+    if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
+        return str(uuid.uuid4())
+    return str(max(map(int, ids), default=-1) + 1)

@@ -18,7 +18,6 @@ from server.routes.chat import answer_chat, chat_input
 from server.routes.completions import answer_completions
 from server.routes.generate import answer_compat
 from server.schemas import CompatGenerateRequest, GenerateParameters, VertexInstance
-from server.tools import check_tools
 from server.validation import GenerationInput
 
 router = APIRouter()
@@ -72,9 +71,8 @@ def _prediction(wanted: GenerationInput, answers: list[Answer]) -> str:
 def _input(service: GenerationService, instance: VertexInstance | ChatRequest) -> GenerationInput:
     is_strict = service.config.is_strict_tgi
     if isinstance(instance, ChatRequest):
-        check_tools(instance)
-        prompt = service.chat_template.render(instance.messages)
-        return dataclasses.replace(chat_input(instance, prompt, is_strict=is_strict), is_stream=False, num_choices=1)
+        wanted, _ = chat_input(service, instance)
+        return dataclasses.replace(wanted, is_stream=False, num_choices=1)
     parameters = _parameters(instance.parameters or GenerateParameters(), is_strict=is_strict)
     return GenerationInput(inputs=instance.inputs, parameters=parameters, is_stream=False)
 

@@ -10,9 +10,9 @@ from server.body import read_body
 from server.errors import ValidationError
 from server.generation import GenerationService, service_of
 from server.openai_schemas import ChatRequest
+from server.routes.chat import chat_input
 from server.schemas import DetokenizeRequest, GenerateRequest
 from server.tokenizer import SimpleToken
-from server.tools import check_tools
 
 router = APIRouter()
 
@@ -38,8 +38,7 @@ async def tokenize(request: Request) -> Response:
 async def chat_tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, ChatRequest, service.config)
-    check_tools(body)
-    prompt = service.chat_template.render(body.messages)
+    prompt = chat_input(service, body)[0].inputs
     return json_answer(ChatTokenizeResponse(await _split(service, prompt, add_special_tokens=False), prompt))
 
 

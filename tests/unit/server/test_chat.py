@@ -15,9 +15,10 @@ from tests.unit.server.harness import CHATML
 USER = [{"role": "user", "content": "hey"}]
 
 
-def render(template: str | None, messages: list[dict[str, Any]]) -> str:
-    request = ChatRequest.model_validate({"messages": messages})
-    return ChatTemplate(ChatFormat(template=template, bos_token=None, eos_token="</s>")).render(request.messages)
+def render(template: str | None, messages: list[dict[str, Any]], *, is_strict: bool = True) -> str:
+    request = ChatRequest.model_validate({"messages": messages}, context={"is_strict": is_strict})
+    chat_format = ChatFormat(template=template, bos_token=None, eos_token="</s>")
+    return ChatTemplate(chat_format, is_strict=is_strict).render(request.messages)
 
 
 def test_chatml() -> None:

@@ -14,11 +14,17 @@ import pytest
 from engine.types import EngineStats, FinishReason, StepOutput, StepReport
 from server.app import create_app
 from server.args import parse_args
+from server.chat import ChatTemplate
 from server.metrics import Metrics
-from server.tokenizer import TextTokenizer
+from server.tokenizer import ChatFormat, TextTokenizer
 from tests.unit.server.harness import LIMITS, FakeEngine, client_of, events_of, make_config, one_by_one
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
+REPOSITORY = Path(__file__).resolve().parents[3]
+DOCUMENT = REPOSITORY / "docs" / "compatibility.md"
+TESTED_ELSEWHERE = {
+    34: ("tests/contract/test_sampling_parameters.py", "test_company_and_preemption_change_nothing"),
+    37: ("tests/e2e/test_life_cycle.py", "test_port_is_closed_until_ready_and_busy_from_the_start"),
+}
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 USER = [{"role": "user", "content": "hey"}]
@@ -54,11 +60,13 @@ def message_of(response: httpx.Response, strict: bool) -> str:
 
 
 def test_each_row_is_documented_and_tested() -> None:
-    """The document has the reference's 38 rows in order, and each names a test here."""
+    """The document has the reference's 38 rows in order; each has a test, here or where there is an engine."""
     rows = re.findall(r"^\| (\d+) \|", DOCUMENT.read_text(), re.MULTILINE)
     assert [int(row) for row in rows] == list(range(1, 39))
     tested = {int(name.split("_")[2]) for name in globals() if name.startswith("test_row_")}
-    assert tested == set(range(1, 39))
+    assert tested | set(TESTED_ELSEWHERE) == set(range(1, 39))
+    for module, test in TESTED_ELSEWHERE.values():
+        assert f"def {test}(" in (REPOSITORY / module).read_text()
 
 
 async def test_row_1_no_parameters_means_sampling(http: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -203,6 +211,66 @@ async def test_row_16_no_tools_constrain_nothing(http: httpx.AsyncClient, strict
     assert message_of(response, strict) == "Tool error: Grammar and tools are mutually exclusive"
 
 
+SAYS_CALL = {
+    False: '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+    True: '{"function": {"_name": "get_weather", "city": "Paris"}}',
+}
+"""What the model writes to call, by mode."""
+
+
+def says_call(engine: FakeEngine, ids_of: IdsOf, strict: bool) -> None:
+    engine.script.events = one_by_one(ids_of(SAYS_CALL[strict] + "<|im_end|>"))
+
+
+async def test_row_17_tools_in_the_template(
+    http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf, tokenizer: TextTokenizer
+) -> None:
+    says_call(engine, ids_of, strict)
+    await chat(http, tools=[TOOL])
+    prompt = tokenizer.decode(engine.requests[0].prompt_token_ids)
+    assert ('"parameters": {"type": "object", "properties"' in prompt) != strict
+    assert ('"arguments":"{\\"type\\":\\"object\\",\\"properties\\"' in prompt) == strict
+
+
+async def test_row_18_the_model_wants_no_tool(
+    http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf
+) -> None:
+    first = one_by_one(ids_of('{"function": {"_name": "no_tool"}}'), FinishReason.LENGTH)
+    engine.script.scripts = [first] if strict else []
+    answer = (await chat(http, tools=[TOOL], logprobs=True)).json()
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello, world!", "stop")
+    assert (len(choice["logprobs"]["content"]), answer["usage"]["completion_tokens"]) == (5, 5)
+    assert [request.grammar is None for request in engine.requests] == ([False, True] if strict else [True])
+
+
+async def test_row_19_a_streamed_call_has_an_end(
+    http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf
+) -> None:
+    says_call(engine, ids_of, strict)
+    *calls, last = events_of((await chat(http, tools=[TOOL], stream=True)).content)
+    assert last["choices"][0]["finish_reason"] == ("stop" if strict else "tool_calls")
+    parts = [chunk["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] for chunk in calls]
+    assert "".join(parts) == '{"city": "Paris"}'
+
+
+async def test_row_20_ids_of_calls(http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf) -> None:
+    says_call(engine, ids_of, strict)
+    answers = [(await chat(http, tools=[TOOL])).json() for _ in range(2)]
+    ids = [answer["choices"][0]["message"]["tool_calls"][0]["id"] for answer in answers]
+    assert ids == ["0", "0"] if strict else len({id for id in ids if id.startswith("call_")}) == 2
+
+
+async def test_row_21_content_beside_calls(
+    http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf
+) -> None:
+    says_call(engine, ids_of, strict)
+    message = (await chat(http, tools=[TOOL])).json()["choices"][0]["message"]
+    assert list(message) == (["role", "tool_calls"] if strict else ["role", "content", "tool_calls"])
+    assert message.get("content") is None
+    assert list((await chat(http)).json()["choices"][0]["message"]) == ["role", "content"]
+
+
 async def test_row_22_ids_and_model_time(http: httpx.AsyncClient, strict: bool) -> None:
     ids = [(await chat(http)).json()["id"] for _ in range(2)]
     ids += [(await http.post(COMPLETIONS, json={"prompt": "x"})).json()["id"] for _ in range(2)]
@@ -265,6 +333,16 @@ async def test_row_29_tokenize_speaks_of_bytes(http: httpx.AsyncClient, ids_of: 
     tokens = (await http.post("/tokenize", json={"inputs": text, "parameters": {"truncate": 1}})).json()
     assert [token["id"] for token in tokens] == ids_of(text)
     assert (tokens[0]["start"], tokens[-1]["stop"]) == (0, len(text.encode()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_row_30_json_in_templates(strict: bool) -> None:
+    template = ChatTemplate(
+        ChatFormat(template="{{ {'b': '<&>', 'a': [1, 2]} | tojson }}", bos_token=None, eos_token=None),
+        is_strict=strict,
+    )
+    rendered = '{"a":[1,2],"b":"\\u003c\\u0026\\u003e"}' if strict else '{"b": "<&>", "a": [1, 2]}'
+    assert template.render([]) == rendered
 
 
 async def test_row_31_a_last_message_of_the_assistant_is_continued(

@@ -79,8 +79,7 @@ async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_o
     tails = [
         '"choices":[{"index":0,"delta":{"role":"assistant","content":"Hello"},"logprobs":null,"finish_reason":null}],'
         '"usage":null}',
-        '"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":"stop"}],'
-        '"usage":null}',
+        '"choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop"}],"usage":null}',
         f'"choices":[],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":2,"total_tokens":{num_total}}}}}',
     ]
     expected = "".join(

@@ -1,0 +1,190 @@
+"""Calls read out of a growing text, whatever its pieces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.tool_calls import Arguments, CallReader, CallStart, Content, ForcedCallReader, FreeCallReader, Piece
+from server.tools import HERMES_HEADER, TGI_HEADER
+
+NAMES = ("f", "get_weather")
+PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+NOTHING = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+Calls = list[tuple[str, str]]
+
+
+def read(reader: CallReader, parts: list[str], *, is_cut: bool = False) -> Iterator[Piece]:
+    for part in parts:
+        yield from reader.push(part)
+    yield from reader.finish(is_cut=is_cut)
+
+
+def summary(pieces: Iterator[Piece]) -> tuple[str, Calls]:
+    """The content and the calls that `pieces` add up to; checks their order."""
+    content, calls = "", []
+    for piece in pieces:
+        match piece:
+            case Content(text):
+                assert text
+                content += text
+            case CallStart(index, name):
+                assert index == len(calls)
+                calls.append([name, ""])
+            case Arguments(index, text):
+                assert index == len(calls) - 1
+                calls[-1][1] += text
+    return content, [(name, arguments) for name, arguments in calls]
+
+
+def free(text: str, *, is_cut: bool = False, max_calls: int | None = None) -> tuple[str, Calls]:
+    return summary(read(FreeCallReader(NAMES, max_calls), [text], is_cut=is_cut))
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("Hello", "Hello", []),
+        (PARIS, "", [("get_weather", '{"city": "Paris"}')]),
+        (f"Let me look.\n{PARIS}", "Let me look.", [("get_weather", '{"city": "Paris"}')]),
+        (f"{PARIS}\n{NOTHING}\n", "", [("get_weather", '{"city": "Paris"}'), ("f", "{}")]),
+        (f"a {NOTHING} b", "a b", [("f", "{}")]),
+        (NOTHING.removesuffix("\n</tool_call>"), "", [("f", "{}")]),  # ended without its closing mark
+        ('<tool_call>{"arguments": {"a": {"b": [1.0]}}, "name": "f"}</tool_call>', "", [("f", '{"a": {"b": [1.0]}}')]),
+        ('<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>\\"<tool_call>"}}</tool_call>',
+            "",
+            [("f", '{"a": "</tool_call>\\"<tool_call>"}')],
+        ),
+        (f'<tool_call>\n{{"name": {NOTHING}', '<tool_call>\n{"name":', [("f", "{}")]),
+    ],
+)
+def test_what_is_a_call(text: str, content: str, calls: Calls) -> None:
+    assert free(text) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": }}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": "b\n"}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": "\\ud800"}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": "{}"}\n</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": "unbalanced}}</tool_call>',
+        "<tool_call>\nf()\n</tool_call> and more",
+        '  <tool_call>{"name": "f", "arg',
+        '```json\n{"name": "f", "arguments": {}}\n```',
+        '<tools>\n{"name": "f", "arguments": {}}\n</tools>',
+        "<tool_call> <tool_call> <tool_ca",
+        " \n ",
+        '<tool_call>{"a":' + "[" * 3000,
+    ],
+)
+def test_what_is_no_call_is_content(text: str) -> None:
+    assert free(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "b', "", [("f", '{"a": "b')]),
+        ('Hm.\n<tool_call>\n{"name": "f", "arguments": {', "Hm.", [("f", "{")]),
+        (NOTHING.removesuffix("_call>"), "", [("f", "{}")]),
+        ('<tool_call>\n{"name": "f", "argu', '<tool_call>\n{"name": "f", "argu', []),
+        ('<tool_call>\n{"name": "unknown", "arguments": {"', '<tool_call>\n{"name": "unknown", "arguments": {"', []),
+    ],
+)
+def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(text: str, content: str, calls: Calls) -> None:
+    assert free(text, is_cut=True) == (content, calls)
+
+
+def test_no_more_calls_than_asked_for() -> None:
+    assert free(f"a\n{PARIS}\n{NOTHING} b", max_calls=1) == ("a", [("get_weather", '{"city": "Paris"}')])
+
+
+def test_content_is_not_held_back_for_long() -> None:
+    reader = FreeCallReader(NAMES)
+    assert [reader.push(part) for part in ("1 <", "2", " 3 <tool", "_x", " <tool_call>", "no")] == [
+        [Content("1")],
+        [Content(" <2")],
+        [Content(" 3")],
+        [Content(" <tool_x")],
+        [],
+        [Content(" <tool_call>"), Content("no")],
+    ]
+
+
+FRAGMENTS = [
+    *("<tool_call>", "</tool_call>", "<tool", "_call>", "\n", " ", "{", "}", '"', "\\", "text", PARIS, NOTHING),
+    *('{"name": "f", "arguments": ', '{"a": [1, {"b": "<tool_call>"}]}', '{"name": "unknown", "arguments": {}}', "é"),
+]
+
+
+@given(st.data())
+def test_the_cuts_make_no_difference(data: st.DataObject) -> None:
+    text = "".join(data.draw(st.lists(st.sampled_from(FRAGMENTS), max_size=12)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
+    is_cut, max_calls = data.draw(st.booleans()), data.draw(st.sampled_from([None, 1]))
+    parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    cut_up = summary(read(FreeCallReader(NAMES, max_calls), parts, is_cut=is_cut))
+    assert cut_up == free(text, is_cut=is_cut, max_calls=max_calls)
+    content, calls = cut_up
+    if not calls:
+        assert content == text
+    if not is_cut:
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls)
+
+
+HERMES = [
+    ('<tool_call>\n{"name": "f", "arguments": {"a": {"}": "\\"}"}, "b": [{}]}}\n</tool_call>', "f"),
+    ('<tool_call>\n{"name": "g\\"", "arguments": {}}\n</tool_call>', 'g"'),
+]
+
+
+@given(st.lists(st.sampled_from(HERMES), min_size=1, max_size=3), st.lists(st.integers(0, 200)))
+def test_forced_calls(written: list[tuple[str, str]], cuts: list[int]) -> None:
+    text = "\n".join(call for call, _ in written)
+    places = sorted(min(cut, len(text)) for cut in cuts)
+    parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
+    content, calls = summary(read(ForcedCallReader(HERMES_HEADER), parts))
+    assert content == ""
+    expected = [(name, json.loads(call[len("<tool_call>") : -len("</tool_call>")])) for call, name in written]
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [(n, c["arguments"]) for n, c in expected]
+
+
+def test_forced_arguments_come_as_they_are_written() -> None:
+    parts = ["<tool_call>", '\n{"name": "f", "argum', 'ents": {"a', '": 1', "}", "}\n", "</tool_call>"]
+    reader = ForcedCallReader(HERMES_HEADER)
+    assert [reader.push(part) for part in parts] == [
+        *([], []),
+        [CallStart(0, "f"), Arguments(0, '{"a')],
+        [Arguments(0, '": 1')],
+        [Arguments(0, "}")],
+        *([], []),
+    ]
+    assert reader.finish(is_cut=False) == []
+
+
+def test_forced_call_that_is_cut_off() -> None:
+    start = '<tool_call>\n{"name": "f", "arguments": '
+    assert summary(read(ForcedCallReader(HERMES_HEADER), [start + '{"a'], is_cut=True)) == ("", [("f", '{"a')])
+    assert summary(read(ForcedCallReader(HERMES_HEADER), [start[:-8]], is_cut=True)) == (start[:-8], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('{"function": {"_name": "f", "city": "Paris", "o": {"a": {}}}}', '{"city": "Paris", "o": {"a": {}}}'),
+        ('{"function": {"_name": "f"}}', "{}"),
+    ],
+)
+def test_calls_in_the_format_of_tgi(text: str, arguments: str) -> None:
+    assert summary(read(ForcedCallReader(TGI_HEADER, "{"), list(text))) == ("", [("f", arguments)])

@@ -1,0 +1,130 @@
+"""What llguidance lets a model write where it has to call a function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from llguidance import LLMatcher, LLTokenizer
+
+from server.errors import ToolError, ValidationError
+from server.grammar import compile_tool_grammar
+from server.openai_schemas import ChatRequest
+from server.tokenizer import ChatFormat, TextTokenizer
+from server.tools import use_tools
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "unit": {"$ref": "#/$defs/Unit"}, "near": {"properties": {}}},
+    "required": ["city"],
+    "$defs": {"Unit": {"enum": ["°C", "K"]}},
+}
+ODD = {"properties": {"a": {"type": "string", "format": "odd", "default": 1}}}
+
+
+@pytest.fixture(params=[True, False], ids=["marks are tokens", "marks are text"])
+def vocabulary(request: pytest.FixtureRequest, model_folder: Path) -> tokenizers.Tokenizer:
+    vocabulary = tokenizers.Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    if request.param:
+        tokens = ["<tool_call>", "</tool_call>"]
+        vocabulary.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in tokens])
+    return vocabulary
+
+
+def grammar_of(
+    vocabulary: tokenizers.Tokenizer, schemas: dict[str, Any], *, is_strict: bool = False, **body: Any
+) -> str:
+    tools = [{"type": "function", "function": {"name": name} | function} for name, function in schemas.items()]
+    body = {"messages": [], "tools": tools, "tool_choice": "required"} | body
+    request = ChatRequest.model_validate(body, context={"is_strict": is_strict})
+    tokenizer = TextTokenizer(vocabulary, frozenset(), ChatFormat(template=None, bos_token=None, eos_token=None), 1)
+    grammar = use_tools(request, tokenizer, is_strict=is_strict).grammar
+    assert grammar is not None
+    return grammar
+
+
+async def accepts(vocabulary: tokenizers.Tokenizer, grammar: str, text: str) -> bool:
+    """Whether a model held to `grammar` can write exactly `text`."""
+    compiled = await compile_tool_grammar(grammar)
+    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), compiled)
+    token_ids = vocabulary.encode(text, add_special_tokens=False).ids
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+def written(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+CITY = written("get_weather", '{"city": "Paris"}')
+UNIT = written("get_weather", '{"city": "é", "unit": "°C", "near": {}}')
+SCHEMAS = {"get_weather": {"parameters": WEATHER}, "bare": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_accepted"),
+    [
+        *(
+            (CITY, True),
+            (UNIT, True),
+            (written("bare", "{}"), True),
+            (f"{CITY}\n{written('bare', '{}')}\n{UNIT}", True),
+        ),
+        *(("", False), ("Hello", False), (f" {CITY}", False), (f"{CITY} ", False), (CITY[:-1], False)),
+        (written("other", "{}"), False),
+        (written("bare", '{"a": 1}'), False),
+        (written("get_weather", "{}"), False),
+        (written("get_weather", '{"city": "Paris", "unit": "F"}'), False),
+        (written("get_weather", '{"city": "Paris", "country": "France"}'), False),
+        (written("get_weather", '{"city":"Paris"}'), False),
+    ],
+)
+async def test_required_calls(vocabulary: tokenizers.Tokenizer, text: str, is_accepted: bool) -> None:
+    assert await accepts(vocabulary, grammar_of(vocabulary, SCHEMAS), text) == is_accepted
+
+
+async def test_choices(vocabulary: tokenizers.Tokenizer) -> None:
+    named = grammar_of(vocabulary, SCHEMAS, tool_choice="bare")
+    assert await accepts(vocabulary, named, written("bare", "{}"))
+    assert not await accepts(vocabulary, named, CITY)
+    single = grammar_of(vocabulary, SCHEMAS, parallel_tool_calls=False)
+    assert await accepts(vocabulary, single, CITY)
+    assert not await accepts(vocabulary, single, f"{CITY}\n{CITY}")
+
+
+async def test_a_schema_that_cannot_be_held_to(vocabulary: tokenizers.Tokenizer) -> None:
+    lenient = grammar_of(vocabulary, {"f": {"parameters": ODD}})
+    assert await accepts(vocabulary, lenient, written("f", '{"a": "b"}'))
+    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*odd"):
+        await compile_tool_grammar(grammar_of(vocabulary, {"f": {"parameters": ODD, "strict": True}}))
+    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*nothing"):
+        await compile_tool_grammar(grammar_of(vocabulary, {"f": {"parameters": {"type": "nothing"}}}))
+    with pytest.raises(ToolError, match="^The parameters of f are not a JSON schema$"):
+        grammar_of(vocabulary, {"f": {"parameters": "none"}})
+
+
+def tgi_written(name: str, **arguments: Any) -> str:
+    return json.dumps({"function": {"_name": name, **arguments}}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_accepted"),
+    [
+        (tgi_written("get_weather", city="Paris", unit="K"), True),
+        (tgi_written("bare"), True),
+        (tgi_written("no_tool"), True),
+        (tgi_written("no_tool", content="x"), False),
+        (tgi_written("get_weather"), False),
+        (tgi_written("other"), False),
+        ("{}", False),
+    ],
+)
+async def test_calls_of_tgi(vocabulary: tokenizers.Tokenizer, text: str, is_accepted: bool) -> None:
+    schemas = SCHEMAS | {"bare": {"parameters": None}}
+    grammar = grammar_of(vocabulary, schemas, is_strict=True, tool_choice="auto")
+    assert await accepts(vocabulary, grammar, text) == is_accepted
+    if "no_tool" in text:
+        required = grammar_of(vocabulary, schemas, is_strict=True)
+        assert not await accepts(vocabulary, required, text)
