@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.types import GenerationRequest, SamplingParams
-from tests.contract.harness import Outcome, make_core, make_runner, run_requests
+from tests.contract.harness import Outcome, make_core, make_runner, oracle_logits, run_requests
 
 MAX_NEW_TOKENS = 24
 EVERYTHING: dict[str, Any] = {
@@ -90,6 +90,20 @@ def test_company_and_preemption_change_nothing(
         assert outcome.num_preemptions > 0
     else:
         assert outcome.most_running == 16 or history
+
+
+def test_logprobs_are_those_of_transformers(tiny_model_dir: Path) -> None:
+    """Of the model's own distribution, whatever changes it before a token is chosen; the top tokens' likewise."""
+    request = make_request(0)
+    outcome = run_requests(make_core(tiny_model_dir), [request])
+    (token_ids,), (logprobs,), (top_tokens,) = outcome.token_ids, outcome.logprobs, outcome.top_tokens
+    rows = oracle_logits(tiny_model_dir, request.prompt_token_ids + token_ids)
+    expected = rows[len(request.prompt_token_ids) - 1 : -1].log_softmax(dim=1)
+    assert logprobs == pytest.approx(
+        [float(row[token]) for row, token in zip(expected, token_ids, strict=True)], abs=1e-4
+    )
+    for row, (_, top_logprobs) in zip(expected, top_tokens, strict=True):
+        assert top_logprobs == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERYTHING if name not in ("seed", "num_top_tokens")])
