@@ -149,7 +149,7 @@ async def test_a_reset_connection_is_forgotten(base_url: str) -> None:
         await one_answer(client)
         assert num_connections() == 1
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    await until(lambda: num_connections() == 0)
+    await until(lambda: num_connections() == 0, timeout_s=2)
 
 
 def num_connections() -> int:
