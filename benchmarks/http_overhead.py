@@ -97,14 +97,24 @@ class Client:
 
 
 def play_engine(
-    http: HttpProcess, count: mmap.mmap, num_streams: int, token_ids: Sequence[int], steps_per_s: float | None
+    http: HttpProcess,
+    client: subprocess.Popen[bytes],
+    count: mmap.mmap,
+    num_streams: int,
+    token_ids: Sequence[int],
+    steps_per_s: float | None,
 ) -> dict[str, Any]:
     """Send one token of every stream in each step; None: as soon as the client has all but the last steps.
 
     Returns the moment of each step, and the time and the processor time of the HTTP process after the warm-up.
     """
+
+    def check() -> None:
+        assert client.poll() is None and http.process.poll() is None, "the client or the server has ended"
+
     requests: dict[int, str] = {}
     while len(requests) < num_streams:
+        check()
         for message in http.endpoint.receive(1.0):
             if isinstance(message, GenerationRequest):
                 assert message.sampling.seed is not None
@@ -115,6 +125,7 @@ def play_engine(
     for step, token_id in enumerate(token_ids):
         if steps_per_s is None:
             while COUNT.unpack_from(count)[0] < (step - STEPS_UNDER_WAY) * num_streams:
+                check()
                 time.sleep(0.0002)
         else:
             time.sleep(max(0.0, next_step - time.monotonic()))
@@ -134,7 +145,7 @@ def play_engine(
         ]
         sent.append(time.monotonic())
         http.endpoint.send(StepOutput(events=events, stats=EngineStats()))
-    while COUNT.unpack_from(count)[0] < len(token_ids) * num_streams:
+    while COUNT.unpack_from(count)[0] < len(token_ids) * num_streams and client.poll() is None:
         http.endpoint.receive(0.001)
     return {
         "sent": sent,
@@ -168,7 +179,7 @@ def run(
         client = subprocess.Popen([sys.executable, __file__, "--client", *options], stdout=subprocess.PIPE)
         with mmap.mmap(file.fileno(), COUNT.size) as count:
             steps_per_s = None if rate is None else rate / args.streams
-            played = play_engine(http, count, args.streams, token_ids, steps_per_s)
+            played = play_engine(http, client, count, args.streams, token_ids, steps_per_s)
         output, _ = client.communicate(timeout=60)
     delays = delays_ms(played["sent"], json.loads(output))
     return {
@@ -190,7 +201,7 @@ def http_on_its_own_core(model: Path) -> Iterator[HttpProcess]:
             os.sched_setaffinity(0, cores[1:])
         http.endpoint.send(ready(model, max_total_tokens=1 << 15))
         while "Connected" not in log_path.read_text():
-            if not http.process.is_running() or http.process.status() == psutil.STATUS_ZOMBIE:
+            if not http.process.poll() is None or http.process.status() == psutil.STATUS_ZOMBIE:
                 raise RuntimeError(log_path.read_text())
             time.sleep(0.05)
         yield http

@@ -47,7 +47,7 @@ def http_process(
         listener.bind(("127.0.0.1", 0))
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        fds = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
+        fds: dict[str, Any] = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
         settings = ServerConfig(model_id="org/model", model_path=str(model), **fds, **config)
         process = psutil.Popen(
             [sys.executable, "-P", "-m", "server"],
