@@ -201,7 +201,7 @@ def http_on_its_own_core(model: Path) -> Iterator[HttpProcess]:
             os.sched_setaffinity(0, cores[1:])
         http.endpoint.send(ready(model, max_total_tokens=1 << 15))
         while "Connected" not in log_path.read_text():
-            if not http.process.poll() is None or http.process.status() == psutil.STATUS_ZOMBIE:
+            if http.process.poll() is not None or http.process.status() == psutil.STATUS_ZOMBIE:
                 raise RuntimeError(log_path.read_text())
             time.sleep(0.05)
         yield http

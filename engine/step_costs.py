@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping
+
+import numpy as np
 
 SMOOTHING = 0.01
 """Share of a new observation in a row count's seconds: slow beside the drift, which is to take up what is common."""
@@ -13,30 +14,42 @@ DRIFT_SMOOTHING = 0.2
 class StepCosts:
     """Seconds by rows, interpolated between the counts that were measured and carried on beyond the largest.
 
-    What changes for all counts alike (longer contexts, busier cores) is learnt as one factor, so that a count that is
-    seen often is not taken for slower than the others only because it was seen last.
+    Kernels take rows in tiles, so that one more row may cost nothing or as much as several: what was interpolated gives
+    way to what is seen. What changes for all counts alike (longer contexts, busier cores) is learnt as one factor, so
+    that a count that is seen often is not taken for slower than the others only because it was seen last.
     """
 
     def __init__(self, seconds_by_rows: Mapping[int, float]) -> None:
         if len(seconds_by_rows) < 2:
             raise ValueError("costs must be known for two row counts at least")
-        self._rows = sorted(seconds_by_rows)
-        self._seconds = [seconds_by_rows[rows] for rows in self._rows]
+        measured = sorted(seconds_by_rows)
+        rows = np.arange(measured[-1] + 1)
+        seconds = [seconds_by_rows[count] for count in measured]
+        self._seconds: list[float] = np.interp(rows, measured, seconds).tolist()
+        self._slope = (seconds[-1] - seconds[-2]) / (measured[-1] - measured[-2])
+        self._shares = [SMOOTHING if count in seconds_by_rows else 0.5 for count in rows]
+        """Of the next observation: what was interpolated counts as one observation."""
+        # No count is dearer than a larger one.
+        place = np.searchsorted(measured, rows)
+        self._least = [seconds[max(0, index - 1)] for index in place]
+        self._most = [seconds[index] for index in place]
         self._drift = 1.0
 
     def seconds(self, rows: int) -> float:
         """Relative to each other they hold at any time; absolutely, for contexts as long as when measured."""
-        upper = min(max(bisect.bisect_left(self._rows, rows), 1), len(self._rows) - 1)
-        low, high = self._rows[upper - 1], self._rows[upper]
-        share = (rows - low) / (high - low)
-        return self._seconds[upper - 1] + share * (self._seconds[upper] - self._seconds[upper - 1])
+        num_beyond = max(0, rows - len(self._seconds) + 1)
+        return self._seconds[rows - num_beyond] + num_beyond * self._slope
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows that took so long."""
         relative = seconds / self.seconds(rows)
         self._drift += DRIFT_SMOOTHING * (min(relative, 4 * self._drift) - self._drift)
-        index = bisect.bisect_left(self._rows, rows)
-        if index < len(self._rows) and self._rows[index] == rows:
-            expected = seconds / self._drift
-            bounded = min(max(expected, 0.5 * self._seconds[index]), 2 * self._seconds[index])  # a disturbed step
-            self._seconds[index] += SMOOTHING * (bounded - self._seconds[index])
+        if rows >= len(self._seconds):
+            return
+        share, known, expected = self._shares[rows], self._seconds[rows], seconds / self._drift
+        if share > SMOOTHING:
+            bounded = min(max(expected, self._least[rows]), self._most[rows])
+        else:
+            bounded = min(max(expected, 0.5 * known), 2 * known)  # a disturbed step
+        self._seconds[rows] += share * (bounded - known)
+        self._shares[rows] = max(SMOOTHING, share / (1 + share))

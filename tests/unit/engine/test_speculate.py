@@ -71,6 +71,18 @@ def test_costs_follow_what_is_seen() -> None:
     assert costs.seconds(4) / costs.seconds(1) == pytest.approx(2.4, abs=0.15)
 
 
+def test_tiles_of_rows_are_learnt_soon() -> None:
+    """As measured: rows are computed in pairs, so that 17 cost as much as 18, and no more than 24 whatever happens."""
+    costs = StepCosts({1: 36.0, 16: 114.0, 24: 149.0})
+    for _ in range(4):
+        costs.observe(16, 114.0)
+        costs.observe(17, 125.0)
+        costs.observe(18, 125.0)
+    assert costs.seconds(17) > 122.0
+    costs.observe(20, 900.0)  # disturbed
+    assert costs.seconds(20) <= 149.0
+
+
 def test_a_count_seen_alone_does_not_become_dearer_than_the_others() -> None:
     costs = StepCosts({1: 10.0, 4: 12.0})
     for _ in range(300):
