@@ -128,12 +128,14 @@ def make_requests(
 
 def take(core: EngineCore, request: GenerationRequest) -> None:
     """Hand over a request, and wait for its grammar."""
+    if request.grammar is None:
+        core.take(request)
+        return
     is_compiled = threading.Event()
     assert core.grammars is not None
     core.grammars.on_compiled = is_compiled.set
     core.take(request)
-    if request.grammar is not None:
-        assert is_compiled.wait(60)
+    assert is_compiled.wait(60)
     assert not core.take_compiled()
 
 
