@@ -306,13 +306,11 @@ REQUESTS = (
         help="Longest prompt and output together, in tokens (default: what model and memory allow)",
         value=POSITIVE,
     ),
-    Flag(
-        name="max-best-of", help="Largest best_of of a request; above 1 it is refused so far", value=POSITIVE, default=2
-    ),
+    Flag(name="max-best-of", help="Largest best_of of a request", value=POSITIVE, default=2),
     Flag(name="max-stop-sequences", help="Most stop strings of a request", value=COUNT, default=4),
     Flag(
         name="max-top-n-tokens",
-        help="Largest top_n_tokens and top_logprobs; above 0 they are refused so far",
+        help="Largest top_n_tokens, top_logprobs and, of a completion, logprobs",
         value=COUNT,
         default=5,
     ),
