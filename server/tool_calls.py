@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -43,18 +43,29 @@ class Arguments:
 Piece = Content | CallStart | Arguments
 
 
-class CallReader(Protocol):
+class CallReader(ABC):
     """Reads the calls out of one answer. The pieces are the same however the text is cut, apart from their own cuts."""
 
-    num_calls: int
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._held = ""
+        """What came and was not told yet."""
 
     def push(self, text: str) -> list[Piece]:
         """What the next part of the answer's text brings."""
-        ...
+        self._held += text
+        pieces: list[Piece] = []
+        while self._read(pieces):
+            pass
+        return pieces
 
+    @abstractmethod
     def finish(self, *, is_cut: bool) -> list[Piece]:
         """What was held back; `is_cut`: the answer has reached its length, the model had more to say."""
-        ...
+
+    @abstractmethod
+    def _read(self, pieces: list[Piece]) -> bool:
+        """Take what is certain out of `_held`; whether there may be more."""
 
 
 class _Call(msgspec.Struct):
@@ -68,7 +79,7 @@ _CUT_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"argumen
 """A call that lacks its end: the name as JSON, the arguments as far as they go."""
 
 
-class FreeCallReader:
+class FreeCallReader(CallReader):
     """For a model that may write what it likes.
 
     A call is told once all of it is there and it is right: valid JSON, the name of an offered function, an object of
@@ -78,21 +89,13 @@ class FreeCallReader:
 
     def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
         """Whatever follows call number `max_calls` is dropped."""
-        self.num_calls = 0
+        super().__init__()
         self._names = names
         self._max_calls = max_calls
-        self._held = ""
         self._gap = ""
         """White space before the mark, once one was found; `_held` is what comes after it."""
         self._body: _JsonText | None = None
         """Follows `_held` after a mark."""
-
-    def push(self, text: str) -> list[Piece]:
-        self._held += text
-        pieces: list[Piece] = []
-        while self._read(pieces):
-            pass
-        return pieces
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
         held, self._held = self._held, ""
@@ -111,7 +114,6 @@ class FreeCallReader:
         return self.num_calls == self._max_calls
 
     def _read(self, pieces: list[Piece]) -> bool:
-        """Take what is certain out of `_held`; whether there may be more."""
         if self._is_full:
             self._held = ""
             return False
@@ -174,7 +176,7 @@ class FreeCallReader:
         return [CallStart(index, name), Arguments(index, arguments)]
 
 
-class ForcedCallReader:
+class ForcedCallReader(CallReader):
     """For a model that is held to the format by a grammar, so that the arguments can be told as they come.
 
     `header` matches what is written before the arguments and has the function's name, as JSON, in its first group.
@@ -182,18 +184,10 @@ class ForcedCallReader:
 
     def __init__(self, header: re.Pattern[str], first: str = "") -> None:
         """`first`: what the arguments begin with that the header has swallowed."""
-        self.num_calls = 0
+        super().__init__()
         self._header = header
         self._first = first
-        self._held = ""
         self._arguments: _JsonText | None = None
-
-    def push(self, text: str) -> list[Piece]:
-        self._held += text
-        pieces: list[Piece] = []
-        while self._read(pieces):
-            pass
-        return pieces
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
         return [] if self.num_calls else _content(self._held)

@@ -127,10 +127,13 @@ async def test_row_8_stop_strings_in_the_text(http: httpx.AsyncClient, strict: b
     assert text == ("Hello, w" if strict else "Hell")
 
 
-async def test_row_9_length_wins(http: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
+async def test_row_9_length_wins(http: httpx.AsyncClient, strict: bool, engine: FakeEngine, ids_of: IdsOf) -> None:
     engine.script.events = one_by_one(ids_of("Hello, world!"), FinishReason.LENGTH)
     details = (await generate(http, stop=["!"], details=True)).json()["details"]
     assert details["finish_reason"] == "length"
+    choice = (await chat(http, stop=["!"])).json()["choices"][0]
+    expected = ("Hello, world!", "length") if strict else ("Hello, world", "stop")
+    assert (choice["message"]["content"], choice["finish_reason"]) == expected
 
 
 async def test_row_10_errors_of_streams(http: httpx.AsyncClient, strict: bool) -> None:
