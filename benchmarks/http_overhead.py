@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.offline import demo_model  # noqa: E402
-from engine.types import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenEvent  # noqa: E402
+from engine.link.messages import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenEvent  # noqa: E402
 from tests.e2e.http_process import HttpProcess, http_process, ready  # noqa: E402
 
 ROUTES = ("/generate_stream", "/v1/chat/completions")

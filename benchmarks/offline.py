@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from engine.config import EngineConfig, engine_environment  # noqa: E402
+from engine.link.config import EngineConfig  # noqa: E402
+from engine.link.environment import engine_environment  # noqa: E402
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -71,7 +72,7 @@ class Pytgi:
 
     def run(self, prompt_ids: list[int], num_sequences: int, num_tokens: int) -> list[float]:
         """Times at which each step ended, counted from the first step's start."""
-        from engine.types import FinishReason, GenerationRequest
+        from engine.link.messages import FinishReason, GenerationRequest
 
         for index in range(num_sequences):
             request = GenerationRequest(request_id=str(index), prompt_token_ids=prompt_ids, max_new_tokens=num_tokens)

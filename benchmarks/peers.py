@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.offline import demo_model, num_cores, read_bandwidth, restart_in_venv  # noqa: E402
 from benchmarks.perplexity import text_ids  # noqa: E402
 from benchmarks.sides import BENCHMARKS, Side  # noqa: E402
-from engine.config import engine_environment, user_cache_dir  # noqa: E402
+from engine.link.environment import engine_environment, user_cache_dir  # noqa: E402
 from tests.e2e.cached_environment import cached_environment  # noqa: E402
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
-from engine.config import EngineConfig  # noqa: E402
+from engine.link.config import EngineConfig  # noqa: E402
 
 TEXT = REPOSITORY / "benchmarks" / "texts" / "persuasion.txt"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens that are read at a time, starting afresh")
     args = parser.parse_args()
     restart_with_environment()
-    from engine.perplexity import perplexity
+    from engine.quantize.perplexity import perplexity
 
     folder = args.model or demo_model()
     ids = text_ids(folder)[: args.tokens]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
 from benchmarks.peers import NEW_TOKENS, PROMPT_TOKENS, pytgi_side  # noqa: E402
 from benchmarks.perplexity import TEXT, engine_config, text_ids  # noqa: E402
-from engine.config import user_cache_dir  # noqa: E402
+from engine.link.environment import user_cache_dir  # noqa: E402
 
 MADE = ("gptq", "awq")
 FORMS = ["bfloat16", "eetq", "int4", *MADE]
@@ -52,7 +52,7 @@ def made_folder(method: str, folder: str) -> str:
 
 def measure(form: str, folder: str, rounds: int, num_scored: int) -> dict[str, float]:
     """`COLUMNS` of one form; the speeds are medians after a round for warming up."""
-    from engine.perplexity import perplexity
+    from engine.quantize.perplexity import perplexity
 
     ids = text_ids(folder)
     with pytgi_side(form, folder, "native") as side:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
 from benchmarks.perplexity import text_ids  # noqa: E402
 from benchmarks.sides import Side  # noqa: E402
-from engine.config import engine_environment  # noqa: E402
+from engine.link.environment import engine_environment  # noqa: E402
 
 FORMS = ["bfloat16", "eetq", "int4"]
 COLLECTIVES = ("shared memory", "gloo")

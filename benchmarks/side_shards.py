@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks.offline import Pytgi, num_cores  # noqa: E402
 from benchmarks.perplexity import engine_config  # noqa: E402
-from engine.config import EngineConfig  # noqa: E402
+from engine.link.config import EngineConfig  # noqa: E402
 from engine.ranks import Ranks  # noqa: E402
 from parallel.state import Collectives  # noqa: E402
 from parallel.world import World, listen_at, meet  # noqa: E402

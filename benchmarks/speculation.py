@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
-from engine.config import EngineConfig  # noqa: E402
+from engine.link.config import EngineConfig  # noqa: E402
 
 KV_TOKENS = 32768
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -61,9 +61,9 @@ OPEN = (
     "Explain inflation to a child.",
 )
 EDITS = (
-    ("engine/sampler.py", "Rename the function `uniform` to `uniform_numbers`"),
-    ("engine/scheduler.py", "Rename the variable `budget` to `num_left`"),
-    ("engine/block_manager.py", "Rename the class `BlockManager` to `BlockPool`"),
+    ("engine/sampling/sampler.py", "Rename the function `uniform` to `uniform_numbers`"),
+    ("engine/scheduling/scheduler.py", "Rename the variable `budget` to `num_left`"),
+    ("engine/scheduling/block_manager.py", "Rename the class `BlockManager` to `BlockPool`"),
 )
 QUESTIONS = (
     "Quote the sentences that say where somebody lives, word by word.",
@@ -108,7 +108,7 @@ def propose_as_tgi(token_ids: Any, max_tokens: int) -> Any:
     """TGI's rule: what followed the first earlier occurrence of the last token; the beginning where there is none."""
     import numpy as np
 
-    from engine.ngram import Proposal
+    from engine.scheduling.ngram import Proposal
 
     found = np.flatnonzero(token_ids[:-1] == token_ids[-1])
     start = int(found[0]) + 1 if len(found) else 1
@@ -120,14 +120,14 @@ class Engines:
     """Several ways to decode with one runner: each has a scheduler and counts of its own."""
 
     def __init__(self, config: EngineConfig, lengths: Sequence[int], *, has_tgi: bool) -> None:
-        from engine.block_manager import BlockManager
         from engine.core import EngineCore
-        from engine.ngram import propose_ngram
         from engine.runner import BLOCK_SIZE
-        from engine.scheduler import Scheduler
-        from engine.speculate import Speculator
+        from engine.scheduling.block_manager import BlockManager
+        from engine.scheduling.ngram import propose_ngram
+        from engine.scheduling.scheduler import Scheduler
+        from engine.scheduling.speculate import Speculator
+        from engine.scheduling.step_costs import StepCosts
         from engine.start import start_engine
-        from engine.step_costs import StepCosts
 
         core: Any = start_engine(config)[0]
         free = StepCosts({1: 1.0, 2: 1.0})  # TGI drafts always
@@ -154,7 +154,7 @@ class Engines:
 
     def answer(self, name: str, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds, without those of the prompts alone; the answers."""
-        from engine.types import GenerationRequest
+        from engine.link.messages import GenerationRequest
 
         core = self.cores[name]
         answers: dict[str, list[int]] = {}
@@ -188,7 +188,7 @@ def bound(costs: Any, prompt: list[int], answer: list[int], max_draft_tokens: in
     """Seconds of the steps of one answer without drafts, and with the best part of each proposal that comes true."""
     import numpy as np
 
-    from engine.ngram import propose_ngram
+    from engine.scheduling.ngram import propose_ngram
 
     tokens = np.array(prompt + answer, np.int32)
     seconds = [costs.seconds(rows) for rows in range(1, max_draft_tokens + 2)]
@@ -249,7 +249,7 @@ def main() -> None:
 
     from tokenizers import Tokenizer
 
-    from engine.logs import configure_logging
+    from engine.link.logs import configure_logging
 
     configure_logging("info", "engine")
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))

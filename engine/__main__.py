@@ -9,10 +9,11 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.config import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE, EngineConfig
-from engine.errors import StartError
-from engine.ipc import EngineEndpoint, exit_when_closed
-from engine.logs import configure_logging
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.exit_codes import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE
+from engine.link.ipc import EngineEndpoint, exit_when_closed
+from engine.link.logs import configure_logging
 
 if TYPE_CHECKING:
     from engine.ranks import Ranks
@@ -46,14 +47,14 @@ def serve(config: EngineConfig) -> int:
     from engine.ranks import Ranks
     from engine.start import start_follower
     from parallel.state import RankLostError
-    from parallel.world import MeetingError, World, meet
+    from parallel.world import RendezvousError, World, meet
 
     world = World.from_environ(os.environ)
     if world.size == 1:
         lead(config, None)
     try:
         meeting = meet(world, config.listen_fd)
-    except (MeetingError, RankLostError) as error:
+    except (RendezvousError, RankLostError) as error:
         raise StartError(str(error)) from error
     ranks = Ranks(meeting, config.shard_timeout_s)
     try:

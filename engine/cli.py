@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from engine import quantise_options
-from engine.config import engine_environment
-from engine.errors import StartError
-from engine.ipc import exit_when_closed
-from engine.logs import configure_logging, parse_log_filter
+from engine.link.environment import engine_environment
+from engine.link.errors import StartError
+from engine.link.ipc import exit_when_closed
+from engine.link.logs import configure_logging, parse_log_filter
+from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Examples:
 
 def main() -> None:
     """Console script. A command prints the model's folder as the last line of standard output."""
-    settle_environment(os.environ)
+    prepare_environment(os.environ)
     args = build_parser(os.environ).parse_args()
     configure_logging(args.logger_level, args.process, is_json=args.json_output)
     # As Ctrl-C does it: the library then removes the file it was writing. As process 1 of a container we would not
@@ -67,7 +67,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def settle_environment(environ: MutableMapping[str, str]) -> None:
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Bring the variables that TGI's users set into the form that huggingface_hub reads."""
     for name in [name for name, value in environ.items() if not value]:
         del environ[name]  # the library would take an empty path or address for one
@@ -109,12 +109,12 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     quantize = add_command(
         "quantize",
         "quantize",
-        quantise_model,
+        quantize_model,
         help="quantise a dense model into a folder",
-        description=quantise_options.DESCRIPTION,
-        epilog=f"{quantise_options.EPILOG}\n{VARIABLES}",
+        description=quantize_options.DESCRIPTION,
+        epilog=f"{quantize_options.EPILOG}\n{VARIABLES}",
     )
-    quantise_options.add_arguments(quantize)
+    quantize_options.add_arguments(quantize)
     _add_log_arguments(quantize, environ)
     return parser
 
@@ -167,19 +167,21 @@ def download_weights(args: argparse.Namespace) -> Path:
         )
     if args.merge_lora:
         logger.warning("--merge-lora has no effect: adapters are not supported")
-    from engine.hub import download_model  # not before the environment is settled
+    from engine.checkpoint.hub import download_model  # not before the environment is settled
 
     return download_model(args.model_id, args.revision or None)
 
 
-def quantise_model(args: argparse.Namespace) -> Path:
+def quantize_model(args: argparse.Namespace) -> Path:
     """The folder that was written. Raises StartError."""
-    options = quantise_options.read_options(args)
+    options = quantize_options.read_options(args)
     # As the launcher does for an engine: with the same kernel cache nothing that is there is compiled again.
     os.environ.update(engine_environment(len(os.sched_getaffinity(0)), dict(os.environ)))
-    from engine.quantise import quantise  # not before the environment is settled, and not for --help: it loads torch
+    from engine.quantize.quantize import (
+        quantize,  # not before the environment is settled, and not for --help: it loads torch
+    )
 
-    return quantise(options)
+    return quantize(options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig, engine_environment
+from engine.link.config import EngineConfig
+from engine.link.environment import engine_environment
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def compile_masks() -> None:
     import numpy as np
     import torch
 
-    from engine.grammar_cpu import apply_masks
+    from engine.sampling.grammar_cpu import apply_masks
 
     apply_masks(torch.empty(0, 1), np.empty(0, np.int32), np.empty((0, 1), np.int32))
 

@@ -9,15 +9,16 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from engine.grammar import Grammars
-from engine.ipc import EngineEndpoint
-from engine.penalties import Penalties
+from engine.link.ipc import EngineEndpoint
+from engine.link.messages import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, StepReport, TokenEvent
 from engine.runner import StepResult
-from engine.sampler import RawRows
-from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
-from engine.step_costs import StepCosts
-from engine.step_limit import StepLimit
-from engine.types import AbortRequest, Down, Goodbye, SamplingParams, StepOutput, StepReport, TokenEvent
+from engine.sampling.grammar import Grammars
+from engine.sampling.penalties import Penalties
+from engine.sampling.sampler import RawRows
+from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_costs import StepCosts
+from engine.scheduling.step_limit import StepLimit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Runner(Protocol):
 
 
 class Sample(Protocol):
-    """Chooses a token per row of logits (`engine.sampler`)."""
+    """Chooses a token per row of logits (`engine.sampling.sampler`)."""
 
     def __call__(
         self,
@@ -76,7 +77,7 @@ class EngineCore:
         report = self.report = StepReport()
         num_admissions = self.scheduler.num_admissions
         started = time.monotonic()
-        batch = self.scheduler.schedule(self._limit.max_tokens(is_alone=self.scheduler.num_sequences == 1))
+        batch = self.scheduler.schedule(self._limit.max_tokens(is_only_sequence=self.scheduler.num_sequences == 1))
         scheduled = time.monotonic()
         is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
         report.num_sequences = len(batch.sequences)
@@ -100,9 +101,9 @@ class EngineCore:
 
     def _adjust(self, batch: ScheduledBatch, logits: torch.Tensor, params: Sequence[SamplingParams]) -> RawRows | None:
         """Change logits [rows, vocab] in place as the requests want it; what they were, where logprobs are of that."""
-        penalised, held = self._penalties.rows(batch), Grammars.rows(batch)
-        raw = RawRows.of(logits, {*penalised, *held}, params)
-        if penalised:
+        penalized, held = self._penalties.rows(batch), Grammars.rows(batch)
+        raw = RawRows.of(logits, {*penalized, *held}, params)
+        if penalized:
             self._penalties.apply(batch, logits)
         if held:
             assert self.grammars is not None

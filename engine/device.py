@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from engine.errors import StartError
+from engine.link.errors import StartError
 from engine.memory import host_free_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,8 +22,8 @@ class Device:
     ops: str
     """Key of `engine.layers.OPS`."""
     sampler: str
-    """Key of `engine.sampler.SAMPLERS`."""
-    is_widening: bool
+    """Key of `engine.sampling.sampler.SAMPLERS`."""
+    computes_in_float32: bool
     """Kernels multiply in float32 whatever the weights are stored in, so a bfloat16 weight is exact under float32."""
     step_limit_s: float | None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
@@ -31,11 +31,11 @@ class Device:
     """Longest step of a request that is alone."""
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.is_widening else dtype
+        return torch.float32 if self.computes_in_float32 else dtype
 
     def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """On a CPU float32 under `--dtype float32`, else bfloat16 (design section 3)."""
-        if not self.is_widening:
+        if not self.computes_in_float32:
             return dtype
         return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
@@ -61,7 +61,7 @@ def detect_device(local_rank: int = 0) -> Device:
             attention_backend="torch",
             ops="torch",
             sampler="torch",
-            is_widening=False,
+            computes_in_float32=False,
             step_limit_s=None,
             alone_step_limit_s=None,
         )
@@ -70,7 +70,7 @@ def detect_device(local_rank: int = 0) -> Device:
         attention_backend="cpu",
         ops="cpu",
         sampler="cpu",
-        is_widening=True,
+        computes_in_float32=True,
         step_limit_s=1.0,
         alone_step_limit_s=5.0,
     )
@@ -80,7 +80,7 @@ def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.
     """The dtype to run in: `auto` is the checkpoint's own, on GPUs 16 bits. Raises StartError for an unknown one."""
     if name == "auto":
         name = str(checkpoint_dtype or "float32").removeprefix("torch.")
-        if not device.is_widening:
+        if not device.computes_in_float32:
             name = "bfloat16"
     if name not in DTYPES:
         raise StartError(f"dtype {name!r} is not supported: give --dtype one of {', '.join(DTYPES)}")

@@ -12,8 +12,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from engine.config import EngineConfig
-from engine.errors import StartError
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,12 @@ def check_weights_fit(weight_bytes: int, free_bytes: int, memory_fraction: float
         )
 
 
-def settle_kv_blocks(config: EngineConfig, needs: MemoryNeeds, *, free_bytes: int, window: int, is_modest: bool) -> int:
+def plan_kv_blocks(
+    config: EngineConfig, needs: MemoryNeeds, *, free_bytes: int, window: int, has_default_cap: bool
+) -> int:
     """KV blocks that the flags ask for, or that fit. Raises StartError when they don't fit, with a value that would.
 
-    `free_bytes` is counted before the weights are there. `is_modest`: take no more than one window or
+    `free_bytes` is counted before the weights are there. `has_default_cap`: take no more than one window or
     `DEFAULT_KV_TOKENS` without being asked, as others use this memory too.
     """
     available = int((free_bytes - needs.weights) * config.kv_memory_share)
@@ -69,7 +71,7 @@ def settle_kv_blocks(config: EngineConfig, needs: MemoryNeeds, *, free_bytes: in
         raise StartError(_kv_refusal(config, needs, available, is_share_too_small=is_share_too_small))
     if config.max_batch_total_tokens is not None:
         return needs.blocks(asked)
-    if not is_modest:
+    if not has_default_cap:
         return most
     return min(most, needs.blocks(max(config.max_total_tokens or window, DEFAULT_KV_TOKENS)))
 
@@ -79,20 +81,20 @@ def _kv_refusal(config: EngineConfig, needs: MemoryNeeds, available: int, *, is_
     asked = config.max_batch_total_tokens or config.max_total_tokens
     suggested = _suggested(available // needs.per_block * needs.block_size, needs)
     if asked and suggested:
-        mend = f"lower --{name.replace('_', '-')} to {suggested}"
+        fix = f"lower --{name.replace('_', '-')} to {suggested}"
     elif is_share_too_small:
-        mend = f"raise TGI_WIGGLE_ROOM ({config.kv_memory_share:g})"
+        fix = f"raise TGI_WIGGLE_ROOM ({config.kv_memory_share:g})"
     else:
-        mend = _more_memory(config.memory_fraction)
+        fix = _more_memory(config.memory_fraction)
     what = f"to handle `{name}={asked}`" if asked else f"for the smallest KV cache, {needs.block_size} tokens"
     taken = needs.blocks(asked or needs.block_size) * needs.per_block
     return (
         f"Not enough memory {what}: the KV cache would take {_size(taken)} of {_size(available)} that are free for it: "
-        f"{mend}"
+        f"{fix}"
     )
 
 
-def settle_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_asked: bool) -> int:
+def plan_prefill_tokens(wanted: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_asked: bool) -> int:
     """Tokens per step whose activations fit beside weights and KV cache, `wanted` at most.
 
     Raises StartError when the user asked for more; otherwise fewer are taken, with a warning.

@@ -20,17 +20,18 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.config import RANK_LOST_EXIT_CODE, EngineConfig
-from engine.errors import StartError
-from engine.ipc import RECEIVE_BYTES, encode_frame, take_frames
+from engine.checkpoint.files import safetensors_files
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.exit_codes import RANK_LOST_EXIT_CODE
+from engine.link.ipc import RECEIVE_BYTES, encode_frame, take_frames
 from engine.memory import MemoryNeeds
-from engine.model_files import safetensors_files
 from engine.runner import ModelRunner, StepInputs, StepResult
-from engine.scheduler import ScheduledBatch
+from engine.scheduling.batch import ScheduledBatch
 from parallel.connect import make_collectives
-from parallel.pulse import Pulse
+from parallel.heartbeat import Heartbeat
 from parallel.state import ParallelState, RankLostError
-from parallel.world import Meeting, Peer
+from parallel.world import Peer, Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _decode: Callable[[bytes], Decision] = msgspec.msgpack.Decoder(Decision).decode
 class Ranks:
     """This process among the ranks: the state for the layers, the control sockets, the watch over the others."""
 
-    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+    def __init__(self, meeting: Rendezvous, timeout_s: float) -> None:
         self.world = meeting.world
         self._timeout_s = timeout_s
         self.meeting = meeting
@@ -68,7 +69,7 @@ class Ranks:
         self._is_lost = threading.Event()
         self._report_lock = threading.Lock()
         self._is_reported = False
-        self._pulse = Pulse(meeting.peers, timeout_s, self._on_lost)
+        self._pulse = Heartbeat(meeting.peers, timeout_s, self._on_lost)
 
     @property
     def peers(self) -> list[Peer]:

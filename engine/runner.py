@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -16,106 +14,15 @@ import torch
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.device import Device
-from engine.errors import StartError
-from engine.layers import OPS
-from engine.loader import find_tensors, load_weights
-from engine.model_files import read_quantization_config
-from engine.models import MODELS
-from engine.models.base import CausalLM, ModelContext
-from engine.scheduler import ScheduledBatch
-from parallel.partition import SplitError
-from parallel.state import ParallelState
-from quant.base import FormatError
-from quant.config import Quantization, resolve_quantization
-from quant.none import DenseMethod
+from engine.link.registry import import_entry
+from engine.models.base import CausalLM
+from engine.scheduling.batch import ScheduledBatch
 
 logger = logging.getLogger(__name__)
 
-ALONE = ParallelState()
 BLOCK_SIZE = 16
 SCORED_ROWS = 64
 """Rows of logits that exist at a time to score a prompt: 40 MB with a vocabulary of 152k, and as quick as more."""
-
-
-def import_entry(table: dict[str, str], key: str, what: str) -> Any:
-    """The class behind a lazy "module:Class" entry. Raises StartError naming the known keys."""
-    if key not in table:
-        raise StartError(f"{what} {key!r} is not supported; supported: {', '.join(sorted(table))}")
-    module, name = table[key].split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def settle_quantization(
-    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
-) -> Quantization:
-    """How each matrix of the folder's model is stored and runs. Raises StartError."""
-    dense = DenseMethod(dtype, is_widening=device.is_widening)
-    try:
-        stored = read_quantization_config(folder, config)
-        names = find_tensors(folder) if stored else {}  # a dense checkpoint's headers are read once, to load it
-        return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
-    except FormatError as error:
-        raise StartError(str(error)) from error
-
-
-def build_model(
-    config: dict[str, Any],
-    folder: Path,
-    dtype: torch.dtype,
-    device: Device,
-    quantization: Quantization | None = None,
-    parallel: ParallelState = ALONE,
-) -> CausalLM:
-    """The model of a folder, this rank's part of the weights on the device; by default as the checkpoint says."""
-    quantization = quantization or settle_quantization(config, folder, dtype, device, None, None)
-    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
-    load_weights(model, folder, device.torch_device, parallel.size)
-    return model
-
-
-def make_model(
-    config: dict[str, Any],
-    quantization: Quantization,
-    activation_dtype: torch.dtype,
-    device: Device,
-    parallel: ParallelState = ALONE,
-) -> CausalLM:
-    """The rank's part of the model that config.json describes, without weights.
-
-    Raises StartError for what isn't supported.
-    """
-    model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
-    context = ModelContext(
-        parallel=parallel,
-        quantization=quantization,
-        ops=import_entry(OPS, device.ops, "ops")(),
-        activation_dtype=activation_dtype,
-        device=device.torch_device,
-    )
-
-    def make(size: int) -> None:
-        for rank in range(size):
-            model_class(config, dataclasses.replace(context, parallel=ParallelState(rank, size)))
-
-    try:
-        model: CausalLM = model_class(config, context)
-    except SplitError as error:
-        fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(make, size)]
-        mend = f"start with --num-shard {' or '.join(fitting)}" if fitting else "correct config.json"
-        raise StartError(f"the model can't be cut for {parallel.size} shards: {error}: {mend}") from error
-    except FormatError as error:
-        raise StartError(str(error)) from error
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
-        raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
-    return model
-
-
-def _is_splittable(make: Callable[[int], None], size: int) -> bool:
-    try:
-        make(size)
-    except SplitError:
-        return False
-    return True
 
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

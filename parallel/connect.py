@@ -7,11 +7,11 @@ import os
 
 import torch
 
-from parallel.comm import TorchCollectives
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives
 from parallel.symmetric_memory import one_shot_sum, with_small_sums
-from parallel.world import Meeting, host_key, interface_of
+from parallel.torch_collectives import TorchCollectives
+from parallel.world import Rendezvous, host_key, interface_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ START_TIMEOUT_S = 1800.0
 
 
 def make_collectives(
-    meeting: Meeting, device: torch.device, num_threads: int, *, may_share_memory: bool = True
+    meeting: Rendezvous, device: torch.device, num_threads: int, *, may_share_memory: bool = True
 ) -> Collectives:
     """The fastest collectives that all ranks can have. Raises RankLostError."""
     is_one_host = len(set(meeting.exchange(host_key()))) == 1
@@ -37,7 +37,7 @@ def make_collectives(
     return with_small_sums(nccl, rank, device, lambda: one_shot_sum(nccl.group_name, device))
 
 
-def _share_memory(meeting: Meeting, num_threads: int) -> SharedMemoryCollectives | None:
+def _share_memory(meeting: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:
     """None: a rank can't open rank 0's memory, as where processes may not see each other's files."""
     rank, size = meeting.world.rank, meeting.world.size
     path, fd = "", -1
@@ -65,7 +65,7 @@ def _share_memory(meeting: Meeting, num_threads: int) -> SharedMemoryCollectives
     return collectives
 
 
-def _choose_interface(meeting: Meeting) -> None:
+def _choose_interface(meeting: Rendezvous) -> None:
     """Tell gloo and NCCL to use the network on which the ranks have met; what the user has set wins."""
     address = meeting.peers[0].control.getsockname()[0]
     interface = interface_of(address)

@@ -9,7 +9,7 @@ import torch
 from parallel.linear import Cut, check_shape
 from parallel.partition import length
 from parallel.state import ParallelState
-from quant.base import Kernels, LinearMethod, RunningWeight
+from quant.base import KernelChooser, LinearMethod, MatrixKernel
 
 
 class VocabTable:
@@ -25,7 +25,7 @@ class VocabTable:
         hidden_size: int,
         table_method: LinearMethod,
         head_method: LinearMethod | None,
-        kernels: Kernels,
+        kernels: KernelChooser,
         parallel: ParallelState,
     ) -> None:
         self._shape = (shares[-1].stop, hidden_size)
@@ -35,7 +35,7 @@ class VocabTable:
         self._kernels = kernels
         self._parallel = parallel
         self._weight: torch.Tensor | None = None
-        self._head: RunningWeight | None = None
+        self._head: MatrixKernel | None = None
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.

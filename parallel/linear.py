@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from parallel.partition import UNITS, SplitError, deal_features, length, lengths
+from parallel.partition import UNITS, SplitError, length, lengths, split_features
 from parallel.state import ParallelState
-from quant.base import Kernels, LinearMethod, MatrixShard, PackedWeight, ParamSpec, RunningWeight, merge
+from quant.base import KernelChooser, LinearMethod, MatrixKernel, MatrixShard, PackedWeight, ParamSpec, merge
 
 Cut = tuple[int, slice]
 """A dimension of a stored tensor, and what of it is read."""
 
 
-class _Matrices:
+class ParallelMatrices:
     """One or several checkpoint matrices with the same input, side by side along the output, cut for one rank.
 
     `outputs` has a share of each part's outputs (None: all), `inputs` is the share of the inputs (None: all). Every
@@ -31,7 +31,7 @@ class _Matrices:
         *,
         has_bias: bool,
         methods: Sequence[LinearMethod],
-        kernels: Kernels,
+        kernels: KernelChooser,
         parallel: ParallelState,
         outputs: Sequence[slice] | None = None,
         inputs: slice | None = None,
@@ -48,7 +48,7 @@ class _Matrices:
         self._params: list[dict[str, torch.Tensor]] = [{} for _ in self._methods]
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
-        self._running: list[RunningWeight] = []
+        self._running: list[MatrixKernel] = []
 
     def _set_shares(self, outputs: Sequence[slice], inputs: slice | None) -> None:
         """Raises SplitError for shares that stored tensors can't be cut at."""
@@ -142,7 +142,7 @@ class _Matrices:
         return torch.cat([running(x) for running in self._running], dim=1)
 
 
-class ColumnParallelLinear(_Matrices):
+class ColumnParallelLinear(ParallelMatrices):
     """Each rank computes its share of the outputs of each part from all inputs."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class ColumnParallelLinear(_Matrices):
         return self._product(x)
 
 
-class RowParallelLinear(_Matrices):
+class RowParallelLinear(ParallelMatrices):
     """A matrix whose inputs are dealt out to the ranks, `shares` of them in order; every rank gets all outputs.
 
     Each rank multiplies its inputs, and the results are summed. That adds in another order than one rank does, which
@@ -169,7 +169,7 @@ class RowParallelLinear(_Matrices):
         out_features: int,
         *,
         method: LinearMethod,
-        kernels: Kernels,
+        kernels: KernelChooser,
         parallel: ParallelState,
         is_gathered: bool = False,
     ) -> None:
@@ -188,7 +188,7 @@ class RowParallelLinear(_Matrices):
             self._gather()
 
     def _gather(self) -> None:
-        shares = deal_features(self._out_features[0], self._parallel.size)
+        shares = split_features(self._out_features[0], self._parallel.size)
         self._output_widths = lengths(shares)
         self._set_shares([shares[self._parallel.rank]], None)
 
@@ -198,7 +198,7 @@ class RowParallelLinear(_Matrices):
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
         """As in the base class; where tensors tell the order of the inputs, they must come first, and whole."""
-        if self._is_input_cut and name.endswith("g_idx") and self._methods[0].is_scattered(name, tensor):
+        if self._is_input_cut and name.endswith("g_idx") and self._methods[0].has_unordered_groups(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
             self._gather()
         super().load(name, part, tensor)

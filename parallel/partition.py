@@ -19,7 +19,7 @@ class SplitError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HeadShare:
+class HeadShard:
     """The query heads of one rank, and the KV heads they attend with; every KV head serves equally many of them."""
 
     heads: slice
@@ -61,7 +61,7 @@ def deal(total: int, size: int, unit: int = 1) -> list[slice]:
     return [slice(start, min(end, total)) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def deal_features(total: int, size: int, units: Sequence[int] = UNITS) -> list[slice]:
+def split_features(total: int, size: int, units: Sequence[int] = UNITS) -> list[slice]:
     """Deal features in the first of `units` that divides them and leaves every rank something. Raises SplitError.
 
     One rank gets all of them, whatever their number.
@@ -74,13 +74,13 @@ def deal_features(total: int, size: int, units: Sequence[int] = UNITS) -> list[s
     raise SplitError(f"{total} can't be split over {size} shards in units of {' or '.join(map(str, units))}")
 
 
-def deal_rows(total: int, size: int) -> list[slice]:
+def split_rows(total: int, size: int) -> list[slice]:
     """Deal the rows of a vocabulary, which need not divide: the last share may be short. Raises SplitError."""
     unit = next((unit for unit in UNITS if total // unit >= size), 1)
     return deal(total, size, unit)
 
 
-def deal_heads(num_heads: int, num_kv_heads: int, size: int) -> list[HeadShare]:
+def split_heads(num_heads: int, num_kv_heads: int, size: int) -> list[HeadShard]:
     """Deal query heads together with their KV heads.
 
     With as many KV heads as ranks or more, every rank gets whole groups. With fewer, each KV head goes to several ranks
@@ -91,7 +91,7 @@ def deal_heads(num_heads: int, num_kv_heads: int, size: int) -> list[HeadShare]:
         raise SplitError(f"{num_heads} heads don't divide into {num_kv_heads} groups")
     group = num_heads // num_kv_heads
     if num_kv_heads >= size:
-        return [HeadShare(scaled(share, group), share) for share in deal(num_kv_heads, size)]
+        return [HeadShard(scaled(share, group), share) for share in deal(num_kv_heads, size)]
     shares = []
     for kv_head, ranks in enumerate(deal(size, num_kv_heads)):
         if length(ranks) > group:
@@ -101,7 +101,7 @@ def deal_heads(num_heads: int, num_kv_heads: int, size: int) -> list[HeadShare]:
             )
         first = kv_head * group
         shares += [
-            HeadShare(slice(first + share.start, first + share.stop), slice(kv_head, kv_head + 1))
+            HeadShard(slice(first + share.start, first + share.stop), slice(kv_head, kv_head + 1))
             for share in deal(group, length(ranks))
         ]
     return shares

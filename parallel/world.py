@@ -27,9 +27,9 @@ from parallel.state import RankLostError
 
 logger = logging.getLogger(__name__)
 
-MEETING_TIMEOUT_S = 1800.0
+RENDEZVOUS_TIMEOUT_S = 1800.0
 """Another host may still be fetching the model."""
-MEETING_LOG_S = 10.0
+RENDEZVOUS_LOG_S = 10.0
 RETRY_S = 0.5
 UNACKNOWLEDGED_MS = 5000
 """After so long without an acknowledgement the kernel takes a connection for cut; a process that hangs still has its
@@ -37,7 +37,7 @@ data acknowledged."""
 CHANNELS = ("control", "pulse")
 
 
-class MeetingError(RuntimeError):
+class RendezvousError(RuntimeError):
     """The ranks don't come together; the text says why and what to do."""
 
 
@@ -80,7 +80,7 @@ class Peer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """All ranks are there: rank 0 has a peer for each other rank, the others have rank 0."""
 
     world: World
@@ -117,19 +117,19 @@ def read_line(sock: socket.socket) -> Any:
     return json.loads(line)
 
 
-def meet(world: World, listen_fd: int | None) -> Meeting:
+def meet(world: World, listen_fd: int | None) -> Rendezvous:
     """Bring all ranks together. `listen_fd`: a socket of rank 0 that listens at the address; None: one is made here.
 
     Raises MeetingError, also where ranks of one number come twice.
     """
-    deadline = time.monotonic() + MEETING_TIMEOUT_S
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     if world.rank == 0:
         return _meet_as_first(world, listen_fd, deadline)
     _wait_for_first(world, deadline)
     store = _store(world, is_master=False, listen_fd=None)
     port, token = store.get("pytgi/control").decode().split()
     connections = {channel: _connect(world, int(port), token, channel) for channel in CHANNELS}
-    return Meeting(world, store, [Peer(0, world.address, **connections)])
+    return Rendezvous(world, store, [Peer(0, world.address, **connections)])
 
 
 def _store(world: World, *, is_master: bool, listen_fd: int | None) -> TCPStore:
@@ -138,18 +138,18 @@ def _store(world: World, *, is_master: bool, listen_fd: int | None) -> TCPStore:
         world.port,
         world_size=None,
         is_master=is_master,
-        timeout=datetime.timedelta(seconds=MEETING_TIMEOUT_S),
+        timeout=datetime.timedelta(seconds=RENDEZVOUS_TIMEOUT_S),
         wait_for_workers=False,
         master_listen_fd=listen_fd,
     )
 
 
-def _meet_as_first(world: World, listen_fd: int | None, deadline: float) -> Meeting:
+def _meet_as_first(world: World, listen_fd: int | None, deadline: float) -> Rendezvous:
     if listen_fd is None and not world.has_agent_store:
         try:
             listen_fd = listen_at(world.address, world.port).detach()
         except OSError as error:
-            raise MeetingError(
+            raise RendezvousError(
                 f"Cannot listen on {world.address}:{world.port} ({error.strerror}): give another --master-port"
             ) from error
     store = _store(world, is_master=not world.has_agent_store, listen_fd=listen_fd)
@@ -158,7 +158,7 @@ def _meet_as_first(world: World, listen_fd: int | None, deadline: float) -> Meet
         store.set("pytgi/control", f"{listener.getsockname()[1]} {token}")
         found = _accept_all(listener, token, world.size, deadline)
     peers = [Peer(rank, *found[rank]) for rank in range(1, world.size)]
-    return Meeting(world, store, peers)
+    return Rendezvous(world, store, peers)
 
 
 def listen_at(address: str, port: int) -> socket.socket:
@@ -180,15 +180,17 @@ def _accept_all(
     """Rank -> its host, control and pulse."""
     found: dict[int, dict[str, socket.socket]] = {rank: {} for rank in range(1, size)}
     hosts: dict[int, str] = {}
-    next_log = time.monotonic() + MEETING_LOG_S
+    next_log = time.monotonic() + RENDEZVOUS_LOG_S
     listener.settimeout(RETRY_S)
     try:
         while missing := [rank for rank, channels in found.items() if len(channels) < len(CHANNELS)]:
             if time.monotonic() > deadline:
-                raise MeetingError(f"rank {missing[0]} has not come within {MEETING_TIMEOUT_S:g} s: see its host's log")
+                raise RendezvousError(
+                    f"rank {missing[0]} has not come within {RENDEZVOUS_TIMEOUT_S:g} s: see its host's log"
+                )
             if time.monotonic() > next_log:
                 logger.info("Waiting for rank %s", ", ".join(map(str, missing)))
-                next_log = time.monotonic() + MEETING_LOG_S
+                next_log = time.monotonic() + RENDEZVOUS_LOG_S
             with contextlib.suppress(TimeoutError):
                 sock, (host, *_) = listener.accept()
                 rank = _greet(sock, token, found)
@@ -207,7 +209,7 @@ def _accept_all(
 
 def _greet(sock: socket.socket, token: str, found: dict[int, dict[str, socket.socket]]) -> int | None:
     """Take a connection in, if it is one of ours: its rank. Raises MeetingError for a rank that is there already."""
-    sock.settimeout(MEETING_LOG_S)
+    sock.settimeout(RENDEZVOUS_LOG_S)
     try:
         hello = read_line(sock)
         rank, channel = int(hello["rank"]), str(hello["channel"])
@@ -217,7 +219,7 @@ def _greet(sock: socket.socket, token: str, found: dict[int, dict[str, socket.so
         return None
     if channel in found[rank]:
         sock.close()
-        raise MeetingError(f"rank {rank} is there twice: give each host another --node-rank")
+        raise RendezvousError(f"rank {rank} is there twice: give each host another --node-rank")
     found[rank][channel] = _settled(sock)
     return rank
 
@@ -230,28 +232,30 @@ def _settled(sock: socket.socket) -> socket.socket:
 
 
 def _wait_for_first(world: World, deadline: float) -> None:
-    next_log = time.monotonic() + MEETING_LOG_S
+    next_log = time.monotonic() + RENDEZVOUS_LOG_S
     while True:
         try:
-            socket.create_connection((world.address, world.port), timeout=MEETING_LOG_S).close()
+            socket.create_connection((world.address, world.port), timeout=RENDEZVOUS_LOG_S).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise MeetingError(
+                raise RendezvousError(
                     f"rank 0 can't be reached at {world.address}:{world.port} ({error}): start the first host, or give "
                     "its --master-addr and --master-port"
                 ) from error
             if time.monotonic() > next_log:
                 logger.info("Waiting for rank 0 at %s:%d (%s)", world.address, world.port, error)
-                next_log = time.monotonic() + MEETING_LOG_S
+                next_log = time.monotonic() + RENDEZVOUS_LOG_S
         time.sleep(RETRY_S)
 
 
 def _connect(world: World, port: int, token: str, channel: str) -> socket.socket:
     try:
-        sock = socket.create_connection((world.address, port), timeout=MEETING_LOG_S)
+        sock = socket.create_connection((world.address, port), timeout=RENDEZVOUS_LOG_S)
     except OSError as error:
-        raise MeetingError(f"rank 0 can't be reached at {world.address}:{port} ({error}): is a port closed?") from error
+        raise RendezvousError(
+            f"rank 0 can't be reached at {world.address}:{port} ({error}): is a port closed?"
+        ) from error
     send_line(sock, {"token": token, "rank": world.rank, "channel": channel})
     return _settled(sock)
 

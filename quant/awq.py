@@ -43,7 +43,7 @@ class AwqMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:

@@ -17,7 +17,7 @@ NUM_RATIOS = 20
 CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
 SCORED_PRODUCTS = 2**32
 """Multiplications that one candidate is worth: of matrices with many outputs some of them are scored, evenly spread."""
-FEWEST_SCORED = 128
+MIN_SCORED = 128
 SMALLEST = 1e-4
 BITS = 4
 
@@ -46,7 +46,7 @@ def search_scales(weights: Sequence[torch.Tensor], statistics: InputStatistics, 
 
 def _spread(num_outputs: int, num_inputs: int, device: torch.device) -> torch.Tensor:
     """Indices of the outputs that are scored."""
-    count = min(num_outputs, max(FEWEST_SCORED, SCORED_PRODUCTS // num_inputs**2))
+    count = min(num_outputs, max(MIN_SCORED, SCORED_PRODUCTS // num_inputs**2))
     return torch.linspace(0, num_outputs - 1, count, device=device).round().to(torch.int64)
 
 

@@ -76,7 +76,7 @@ class PackedWeight:
         return dataclasses.replace(self, **moved)
 
 
-class RunningWeight(Protocol):
+class MatrixKernel(Protocol):
     """A packed weight with its kernel."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class LinearMethod(Protocol):
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         """Whether `pack` makes something new of tensor `name`, rather than using its memory."""
 
-    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether stored tensor `name` puts the inputs out of order, so that they can't be cut between groups."""
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
@@ -102,10 +102,10 @@ class LinearMethod(Protocol):
         """
 
 
-class Kernels(Protocol):
+class KernelChooser(Protocol):
     """From a packed weight to its kernel, whatever method packed it."""
 
-    def __call__(self, packed: PackedWeight) -> RunningWeight:
+    def __call__(self, packed: PackedWeight) -> MatrixKernel:
         """Choose the kernel for the layout and for the device where the weight is."""
 
 

@@ -49,7 +49,7 @@ class CompressedTensorsMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         if name != "weight_g_idx" or int(tensor.min()) < 0:
             return False
         return not are_groups_in_order(tensor, self.group_size)

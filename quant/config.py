@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quant.awq import AwqMethod
-from quant.base import FormatError, LinearMethod, PackedWeight, RunningWeight
+from quant.base import FormatError, LinearMethod, MatrixKernel, PackedWeight
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.gptq import BITS, GptqMethod
-from quant.int8 import Int4Method, Int8Method
 from quant.kernels import rounding_instructions, running_weight
+from quant.on_load import Int4Method, Int8Method
 
 ModuleRule = Callable[[str], LinearMethod | None]
 """A module's name -> its method; None: it is stored dense."""
@@ -40,8 +40,8 @@ class Quantization:
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
 
-    def run(self, packed: PackedWeight) -> RunningWeight:
-        """`quant.base.Kernels` for this model."""
+    def run(self, packed: PackedWeight) -> MatrixKernel:
+        """`quant.base.KernelChooser` for this model."""
         return running_weight(packed, is_exact=self.is_exact)
 
     def is_rounding(self, device_type: str) -> bool:
@@ -97,7 +97,7 @@ def resolve_quantization(
     elif method is not None:
         assert stored is not None
         description, stored_rule = FORMATS[method](stored)
-        rule = _where_quantised(stored_rule, tensor_names)
+        rule = _where_quantized(stored_rule, tensor_names)
     else:
         description, rule = name, _linears(ON_LOAD[name]())
     head_description = "dense" if head_flag == "none" else head_flag
@@ -115,11 +115,11 @@ def _linears(method: LinearMethod) -> ModuleRule:
     return lambda module: None if module == "lm_head" else method
 
 
-def _where_quantised(rule: ModuleRule, tensor_names: Collection[str]) -> ModuleRule:
+def _where_quantized(rule: ModuleRule, tensor_names: Collection[str]) -> ModuleRule:
     """`rule` for the modules that have a quantised tensor."""
     endings = tuple(f".{marker}" for marker in MARKERS)
-    quantised = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
-    return lambda module: rule(module) if module in quantised else None
+    quantized = {name.rpartition(".")[0] for name in tensor_names if name.endswith(endings)}
+    return lambda module: rule(module) if module in quantized else None
 
 
 OLD_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}

@@ -50,7 +50,7 @@ class GptqMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
-    def is_scattered(self, name: str, tensor: torch.Tensor) -> bool:
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         return name == "g_idx" and not are_groups_in_order(tensor, self.group_size)
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:

@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-SMALLEST_SCALE = 2.0**-14
+MIN_SCALE = 2.0**-14
 """The least float16 that keeps all its bits; a group below it becomes zeros."""
-LARGEST_SCALE = 65504.0
+MAX_SCALE = 65504.0
 RANGE_RATIOS = tuple(1.0 - 0.04 * step for step in range(-2, 13))
 """Shares of a group's range that are tried: a narrower range clips the largest weights and is finer for all others."""
 ROWS_AT_A_TIME = 1024
@@ -128,4 +128,4 @@ def nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits:
 
 def _storable(scale: torch.Tensor) -> torch.Tensor:
     """Rounded to float16, as it is stored, so that the rounding of weights makes up for it."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
+    return scale.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16).to(torch.float32)

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.flags import SECTIONS, VARIABLES, Effect, Flag, Variable
+from server.launcher.flags import SECTIONS, VARIABLES, Effect, Flag, Variable
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-Written by `make configuration` from the table in `server/flags.py`; `make check` fails when it is out of date.
+Written by `make configuration` from the table in `server/launcher/flags.py`; `make check` fails when it is out of date.
 
 `text-generation-launcher` takes TGI's flags. A flag wins over its environment variable; an empty variable counts as
 not set; switches and booleans take `true`, `false`, `1` or `0` in the environment. A flag may be given once

@@ -1,1 +1,1 @@
-"""The wire: command line, process supervision, HTTP routes, text. Never imports torch."""
+"""The HTTP process and the launcher. May import `engine.link` and no other room of the engine; never torch or numba."""

@@ -11,15 +11,15 @@ import sys
 
 import uvicorn
 
-from engine.config import ENGINE_HUNG_EXIT_CODE, PEER_GONE_EXIT_CODE
-from engine.errors import EngineDeadError, EngineHungError, GenerationError, StartError
-from engine.ipc import exit_when_closed
-from engine.logs import configure_logging
+from engine.link.errors import EngineDeadError, EngineHungError, GenerationError, StartError
+from engine.link.exit_codes import ENGINE_HUNG_EXIT_CODE, PEER_GONE_EXIT_CODE
+from engine.link.ipc import exit_when_closed
+from engine.link.logs import configure_logging
 from server.app import create_app
 from server.client import EngineClient
 from server.config import ServerConfig
-from server.connection import Connection
-from server.tokenizer import TextTokenizer
+from server.edge.connection import Connection
+from server.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger("server.main")
 

@@ -9,15 +9,15 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette.sse import AppStatus
 
-from server.access import ApiKeyGuard, CorsHeaders
 from server.client import EngineClient
 from server.config import ServerConfig
-from server.errors import install_error_handlers
+from server.edge.access import ApiKeyGuard, CorsHeaders
+from server.error_handlers import install_error_handlers
 from server.generation import GenerationService
 from server.openapi import build_openapi
 from server.routes import chat, cloud, completions, docs, generate, info, models, tokenize
-from server.spans import SpansMiddleware, Tracer
-from server.tokenizer import TextTokenizer
+from server.telemetry.spans import SpansMiddleware, Tracer
+from server.text.tokenizer import TextTokenizer
 
 
 @contextlib.asynccontextmanager
@@ -50,6 +50,6 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
 def _tracer(config: ServerConfig) -> Tracer | None:
     if config.otlp_endpoint is None:
         return None
-    from server.otlp import OtlpTracer  # 15 MB that a server without traces does not need
+    from server.telemetry.otlp import OtlpTracer  # 15 MB that a server without traces does not need
 
     return OtlpTracer(config.otlp_endpoint, config.otlp_service_name)

@@ -10,9 +10,17 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from engine.errors import EngineDeadError, EngineHungError, GenerationError
-from engine.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
-from engine.types import AbortRequest, EngineReady, EngineStats, GenerationRequest, Goodbye, StepOutput, TokenEvent
+from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
+from engine.link.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
+from engine.link.messages import (
+    AbortRequest,
+    EngineReady,
+    EngineStats,
+    GenerationRequest,
+    Goodbye,
+    StepOutput,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +33,7 @@ READY_LOG_S = 10.0
 class Inbox:
     """What has come for one request and was not taken yet.
 
-    Tokens are added to those that wait, as in `engine.ipc`: what a slow reader holds here are numbers, at most
+    Tokens are added to those that wait, as in `engine.link.ipc`: what a slow reader holds here are numbers, at most
     `max_new_tokens` of each kind, and not an event for each.
     """
 

@@ -13,23 +13,16 @@ Exception
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ UnhealthyError             /health says no
  └─ BodyError                  the body is not what the route reads; plain text, before any handler
-engine.errors.GenerationError, EngineDeadError, EngineHungError
+engine.link.errors.GenerationError, EngineDeadError, EngineHungError
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from engine.errors import EngineDeadError, EngineHungError, GenerationError
-from server.spans import log_extra
-
-logger = logging.getLogger(__name__)
+from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 
 
 class ValidationError(Exception):
@@ -156,56 +149,3 @@ def openai_error_body(error: Exception) -> OpenAIErrorBody:
     status = 500 if kind is None else kind.status
     type_ = OPENAI_TYPES.get(status, "server_error")
     return OpenAIErrorBody(OpenAIError(body.error, type_, body.error_type))
-
-
-def log_failure(error: Exception) -> None:
-    """One line with the bare text; a traceback only for what nobody foresaw."""
-    if type(error) in ERROR_KINDS:
-        logger.error("%s", error, extra=log_extra())
-    else:
-        logger.error("unexpected error", exc_info=error, extra=log_extra())
-
-
-def _answer(request: Request, status: int, error: Exception) -> Response:
-    is_openai = request.url.path.startswith("/v1/") and not request.app.state.service.config.is_strict_tgi
-    body = openai_error_body(error) if is_openai else error_body(error)
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-async def _answer_known(request: Request, error: Exception) -> Response:
-    log_failure(error)
-    if isinstance(error, TemplateError):  # raised before a generation is opened, which counts its failures itself
-        request.app.state.service.metrics.refused(error)
-    return _answer(request, ERROR_KINDS[type(error)].status, error)
-
-
-async def _answer_unforeseen(request: Request, error: Exception) -> Response:
-    # Not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return _answer(request, 500, error)
-
-
-async def _answer_body_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BodyError)
-    return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})
-
-
-async def _answer_routing_error(request: Request, error: Exception) -> Response:
-    """404 and 405 have no body; `allow` is written as TGI writes it."""
-    assert isinstance(error, HTTPException)
-    allowed = (error.headers or {}).get("Allow", "")
-    methods = ",".join(sorted(method.strip() for method in allowed.split(",")))
-    return Response(status_code=error.status_code, headers={"allow": methods} if methods else None)
-
-
-async def _answer_nobody(request: Request, error: Exception) -> Response:
-    """The client left before its answer: nobody reads this."""
-    return Response(status_code=400)
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    for error_class in ERROR_KINDS:
-        app.add_exception_handler(error_class, _answer_known)
-    app.add_exception_handler(BodyError, _answer_body_error)
-    app.add_exception_handler(HTTPException, _answer_routing_error)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    app.add_exception_handler(Exception, _answer_unforeseen)

@@ -17,18 +17,18 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from engine.types import FinishReason, TokenEvent
-from server.admission import Admission, Permit
-from server.chat import ChatTemplate
+from engine.link.messages import FinishReason, TokenEvent
+from server.chat.template import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
-from server.detokenizer import Detokenizer, StopChecker, StopCutter
+from server.edge.admission import Admission, Permit
 from server.errors import IncompleteGenerationError, OverloadedError
-from server.metrics import Metrics, RequestMetrics
-from server.schemas import GenerateParameters
-from server.spans import begin_generation, log_extra, set_fields
-from server.tokenizer import TextTokenizer
-from server.validation import GenerationInput, ValidatedRequest, Validator
+from server.requests.native import GenerateParameters
+from server.requests.validation import GenerationInput, ValidatedRequest, Validator
+from server.telemetry.metrics import Metrics, RequestMetrics
+from server.telemetry.spans import begin_generation, log_extra, set_fields
+from server.text.detokenizer import Detokenizer, StopChecker, StopCutter
+from server.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def _duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """A finished generation."""
 
     generation: Generation
@@ -228,20 +228,20 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class Stream:
     """A sequence under way."""
 
     generation: Generation
     tokens: AsyncIterator[GeneratedToken]
 
-    async def collect(self) -> Answer:
+    async def collect(self) -> Completion:
         tokens = [token async for token in self.tokens]
         reason = tokens[-1].finish_reason
         assert reason is not None
-        return Answer(self.generation, tokens, "".join(token.visible for token in tokens), reason)
+        return Completion(self.generation, tokens, "".join(token.visible for token in tokens), reason)
 
 
-async def collect(running: Sequence[Running]) -> list[Answer]:
+async def collect(running: Sequence[Stream]) -> list[Completion]:
     """All answers. The first failure ends the others."""
     if len(running) == 1:
         return [await running[0].collect()]
@@ -262,7 +262,7 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.wait(tasks)
 
 
-async def interleave(running: Sequence[Running]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
+async def interleave(running: Sequence[Stream]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
     """The tokens of all, as they come, each with the place of its sequence."""
     if len(running) == 1:
         async for token in running[0].tokens:
@@ -271,7 +271,7 @@ async def interleave(running: Sequence[Running]) -> AsyncGenerator[tuple[int, Ge
     # As many as are asked for at a time: a slow reader keeps tokens in the engine client, which holds them anyway.
     queue: asyncio.Queue[tuple[int, GeneratedToken | Exception | None]] = asyncio.Queue(len(running))
 
-    async def pump(index: int, one: Running) -> None:
+    async def pump(index: int, one: Stream) -> None:
         try:
             async for token in one.tokens:
                 await queue.put((index, token))
@@ -295,7 +295,7 @@ async def interleave(running: Sequence[Running]) -> AsyncGenerator[tuple[int, Ge
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class AdmittedRequest:
     """Admitted and valid; to be run, or its permit to be given back."""
 
     requests: list[tuple[ValidatedRequest, GenerateParameters]]
@@ -331,7 +331,7 @@ class GenerationService:
             self.metrics.refused(error)
             raise
 
-    async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> Prepared:
+    async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> AdmittedRequest:
         """Admit, under `permit` or one of its own, and validate. Raises OverloadedError, ValidationError."""
         started = time.perf_counter()
         begin_generation(is_stream=inputs[0].is_stream)
@@ -352,10 +352,10 @@ class GenerationService:
                 raise
         for request, _ in requests:
             metrics.accepted(len(request.generation.prompt_token_ids), request.generation.max_new_tokens)
-        return Prepared(requests, permit, started, metrics)
+        return AdmittedRequest(requests, permit, started, metrics)
 
     @contextlib.asynccontextmanager
-    async def run(self, prepared: Prepared) -> AsyncIterator[list[Running]]:
+    async def run(self, prepared: AdmittedRequest) -> AsyncIterator[list[Stream]]:
         """Start generating: a sequence for each request; they live as long as the block."""
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(prepared.metrics.failing())
@@ -367,7 +367,7 @@ class GenerationService:
                 generation = Generation(request, parameters, self.tokenizer, timings, prepared.metrics)
                 events = stack.enter_context(self.engine.generate(request.generation))
                 tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
-                running.append(Running(generation, tokens))
+                running.append(Stream(generation, tokens))
             try:
                 yield running
             except (asyncio.CancelledError, GeneratorExit):
@@ -376,14 +376,14 @@ class GenerationService:
                 raise
 
     @contextlib.asynccontextmanager
-    async def open(self, *inputs: GenerationInput, permit: Permit | None = None) -> AsyncIterator[list[Running]]:
+    async def open(self, *inputs: GenerationInput, permit: Permit | None = None) -> AsyncIterator[list[Stream]]:
         """`prepare` and `run`."""
         async with self.run(await self.prepare(*inputs, permit=permit)) as running:
             yield running
 
     async def open_for_stream(
         self, *inputs: GenerationInput
-    ) -> tuple[contextlib.AbstractAsyncContextManager[list[Running]], Permit | None]:
+    ) -> tuple[contextlib.AbstractAsyncContextManager[list[Stream]], Permit | None]:
         """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised, and shows in the status.
 
         As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.

@@ -15,13 +15,16 @@ import msgspec
 import pydantic
 from pydantic.json_schema import models_json_schema
 
-from server.access import is_protected
-from server.answers import VERSION
-from server.cloud_schemas import SagemakerRequest, VertexRequest
+from server.answers.json import VERSION
+from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
+from server.edge.access import is_protected
 from server.errors import ErrorBody, OpenAIErrorBody
-from server.openai_answers import TgiStreamErrorBody
-from server.openai_schemas import ChatRequest, CompletionRequest, OpenAIModel
+from server.requests.cloud import SagemakerRequest, VertexRequest
+from server.requests.native import CompatGenerateRequest, DetokenizeRequest, GenerateRequest
+from server.requests.openai import ChatRequest, CompletionRequest, OpenAIModel
+from server.requests.serde import WireModel, spellings_of
+from server.requests.validation import MAX_CHOICES
 from server.routes.chat import ChatCompletion, ChatCompletionChunk
 from server.routes.cloud import VertexResponse
 from server.routes.completions import CompletionChunk, CompletionFinal
@@ -29,10 +32,7 @@ from server.routes.generate import GenerateResponse, StreamResponse
 from server.routes.info import Info
 from server.routes.models import Model, ModelList
 from server.routes.tokenize import ChatTokenizeResponse, DetokenizeResponse
-from server.schemas import CompatGenerateRequest, DetokenizeRequest, GenerateRequest
-from server.serde import WireModel, spellings_of
-from server.tokenizer import SimpleToken
-from server.validation import MAX_CHOICES
+from server.text.tokenizer import SimpleToken
 
 REF = "#/components/schemas/{}"
 TEXT = "text/plain; charset=utf-8"

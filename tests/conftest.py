@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from engine.config import engine_environment
+from engine.link.environment import engine_environment
 
 # Read by torch and Numba when they are first imported, so it is set before anything else is. Passive: the machine is
 # shared, and two pools of threads would spin against each other.

@@ -2,6 +2,6 @@
 
 ATTENTION_BACKENDS: dict[str, str] = {
     "cpu": "engine.attention.cpu:CpuAttention",
-    "torch": "engine.attention.reference:TorchAttention",
+    "torch": "engine.attention.torch:TorchAttention",
 }
 """Name -> lazy "module:Class" of an `engine.attention.base.AttentionBackend`."""

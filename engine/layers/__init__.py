@@ -2,6 +2,6 @@
 
 OPS: dict[str, str] = {
     "cpu": "engine.layers.cpu:CpuOps",
-    "torch": "engine.layers.reference:TorchOps",
+    "torch": "engine.layers.torch:TorchOps",
 }
 """Name -> lazy "module:Class" of an `engine.layers.base.Ops`."""

@@ -6,6 +6,6 @@ MODELS: dict[str, str] = {
 """`model_type` of config.json -> lazy "module:Class" of an `engine.models.base.CausalLM`."""
 
 STAGES: dict[str, str] = {
-    "qwen2": "engine.models.qwen2_stages:Qwen2Stages",
+    "qwen2": "engine.quantize.qwen2_stages:Qwen2Stages",
 }
-"""`model_type` -> lazy "module:Class" of an `engine.models.base.LayerStages`, for `text-generation-server quantize`."""
+"""`model_type` -> lazy "module:Class" of an `engine.quantize.stages.LayerStages`."""

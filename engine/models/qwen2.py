@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
-from engine.errors import StartError
 from engine.layers.base import Rotation
+from engine.layers.norm import RMSNorm
+from engine.layers.rope import make_rotary
+from engine.link.errors import StartError
 from engine.models.base import Loadable, ModelContext
-from engine.rope import make_rotary
 from parallel.embedding import VocabTable
-from parallel.linear import ColumnParallelLinear, Cut, RowParallelLinear, check_shape, input_units
-from parallel.partition import HeadShare, deal_features, deal_heads, deal_rows, lengths, scaled
+from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
+from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
 from quant.base import LinearMethod
 
 MOST_TOKENS = 2**31 - 1
@@ -32,34 +33,6 @@ SIZES = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class RMSNorm:
-    """A norm's weight; the arithmetic is in `engine.layers`."""
-
-    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
-        self.eps = eps
-        self.weight = torch.empty(hidden_size, dtype=dtype)
-        self._is_missing = True
-
-    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
-        if name != "weight":
-            raise KeyError(name)
-        check_shape(shape, self.weight.shape)
-        return None
-
-    def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
-        return True
-
-    def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        self.weight.copy_(tensor)
-        self._is_missing = False
-
-    def missing(self, part: int) -> list[str]:
-        return ["weight"] if self._is_missing else []
-
-    def finish(self, device: torch.device) -> None:
-        self.weight = self.weight.to(device)
-
-
 class Qwen2Layer:
     """One decoder layer; `residual` [num_tokens, hidden_size] is updated in place."""
 
@@ -67,7 +40,7 @@ class Qwen2Layer:
         self,
         name: str,
         config: Mapping[str, Any],
-        shares: Sequence[HeadShare],
+        shares: Sequence[HeadShard],
         shape: AttentionShape,
         window: int | None,
         context: ModelContext,
@@ -99,7 +72,7 @@ class Qwen2Layer:
         )
         self.o_proj = row_parallel(heads, "self_attn.o_proj")
         units = input_units(method("mlp.down_proj"), inner, hidden)
-        inners = deal_features(inner, context.parallel.size, units)
+        inners = split_features(inner, context.parallel.size, units)
         self.gate_up_proj = ColumnParallelLinear(
             hidden,
             (inner, inner),
@@ -156,8 +129,8 @@ class Qwen2ForCausalLM:
         num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
         parallel = context.parallel
-        head_shares = deal_heads(num_heads, num_kv_heads, parallel.size)
-        own = head_shares[parallel.rank]
+        head_shards = split_heads(num_heads, num_kv_heads, parallel.size)
+        own = head_shards[parallel.rank]
         self.attention_shape = AttentionShape(own.num_heads, own.num_kv_heads, head_dim)
         # residual, layer input and output, normed; qkv and attention's output; gate, up and their product
         per_inner = 3 * -(-config["intermediate_size"] // parallel.size)
@@ -167,7 +140,7 @@ class Qwen2ForCausalLM:
         self.rotary = make_rotary(config, head_dim, context.device)
         quantization, hidden = context.quantization, config["hidden_size"]
         self._is_tied = bool(config.get("tie_word_embeddings"))
-        rows = deal_rows(self.vocab_size, parallel.size)
+        rows = split_rows(self.vocab_size, parallel.size)
         self._logits_widths = lengths(rows)
         self.embed_tokens = VocabTable(
             rows,
@@ -178,7 +151,7 @@ class Qwen2ForCausalLM:
             parallel,
         )
         self.layers = [
-            Qwen2Layer(f"model.layers.{index}", config, head_shares, self.attention_shape, window, context)
+            Qwen2Layer(f"model.layers.{index}", config, head_shards, self.attention_shape, window, context)
             for index, window in enumerate(attention_windows(config))
         ]
         self.norm = RMSNorm(hidden, config["rms_norm_eps"], context.activation_dtype)

@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import Any
 
-from quant.base import PackedWeight, RunningWeight
+from quant.base import MatrixKernel, PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ TWINS: dict[str, str] = {
 }
 
 
-def running_weight(packed: PackedWeight, *, is_exact: bool = True) -> RunningWeight:
+def running_weight(packed: PackedWeight, *, is_exact: bool = True) -> MatrixKernel:
     """The kernel for a packed weight on the device where it is; `is_exact`: activations are not rounded."""
     key = packed.layout, packed.weight.device.type
     if not is_exact and key in ROUNDING_KERNELS:
@@ -57,6 +57,6 @@ def _entry(lazy: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _made(kernel: Any, packed: PackedWeight) -> RunningWeight:
-    made: RunningWeight = kernel(packed)
+def _made(kernel: Any, packed: PackedWeight) -> MatrixKernel:
+    made: MatrixKernel = kernel(packed)
     return made

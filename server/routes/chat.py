@@ -14,10 +14,12 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from engine.types import FinishReason
-from server.answers import Usage, json_answer
-from server.body import read_body
-from server.chat_messages import (
+from engine.link.messages import FinishReason
+from server.answers.headers import plain_headers, stream_headers
+from server.answers.json import Usage, json_answer
+from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.answers.sse import EventStream, event
+from server.chat.messages import (
     ChatDelta,
     ChatMessage,
     FunctionCall,
@@ -27,25 +29,15 @@ from server.chat_messages import (
     delta_of,
     message_of,
 )
-from server.disconnect import cancel_if_gone
+from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
+from server.edge.disconnect import cancel_if_gone
 from server.errors import ToolError
-from server.generation import (
-    Answer,
-    GeneratedToken,
-    GenerationService,
-    Running,
-    collect,
-    interleave,
-    service_of,
-)
-from server.headers import plain_headers, stream_headers
-from server.openai_answers import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
-from server.openai_parameters import native_parameters
-from server.openai_schemas import ChatRequest, Message, ToolCallBody
-from server.sse import EventStream, event
-from server.tool_calls import Arguments, CallReader, CallStart, ForcedCallReader, Piece
-from server.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
-from server.validation import GenerationInput
+from server.generation import Completion, GeneratedToken, GenerationService, Stream, collect, interleave, service_of
+from server.requests.body import read_body
+from server.requests.openai import ChatRequest, Message, ToolCallBody
+from server.requests.sampling import native_parameters
+from server.requests.validation import GenerationInput
 
 router = APIRouter()
 
@@ -139,7 +131,7 @@ class _Chat:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         return self._completion(choices, running), self._headers(answers)
 
-    def _completion(self, choices: list[ChatChoice], running: Sequence[Running]) -> ChatCompletion:
+    def _completion(self, choices: list[ChatChoice], running: Sequence[Stream]) -> ChatCompletion:
         return ChatCompletion(
             id=self._envelope.id,
             created=self._envelope.now,
@@ -149,10 +141,10 @@ class _Chat:
             usage=self._usage(running),
         )
 
-    def _headers(self, answers: Sequence[Answer]) -> dict[str, str]:
+    def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:
         return plain_headers(self._service.config.compute_type, self._wanted.inputs, answers[0].generation)
 
-    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+    def _choice(self, index: int, answer: Completion) -> ChatChoice:
         if not self._use.names:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
@@ -162,7 +154,7 @@ class _Chat:
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
         )
 
-    def _whole_choice(self, index: int, answer: Answer, message: ChatMessage, finish_reason: str) -> ChatChoice:
+    def _whole_choice(self, index: int, answer: Completion, message: ChatMessage, finish_reason: str) -> ChatChoice:
         logprobs = self._logprobs(answer.tokens)
         return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
 
@@ -176,11 +168,11 @@ class _Chat:
         return chat_logprobs(tokens) if self._body.logprobs else None
 
     @staticmethod
-    def _usage(running: Sequence[Running]) -> Usage:
+    def _usage(running: Sequence[Stream]) -> Usage:
         generations = [one.generation for one in running]
         return usage_of(generations, generations[0].num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
         """Events for each token of each choice, and one with the usage if it is wanted."""
         readers = [self._use.reader() for _ in range(self._wanted.num_choices)] if self._use.names else None
         async with opening as running:
@@ -258,7 +250,7 @@ class _TgiToolChat(_Chat):
         choices = [self._whole_choice(0, answers[0], message, reason)]
         return self._completion(choices, running), self._headers(answers)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")
         call_id = _next_call_id(self._body.messages)
         is_in_words = False
@@ -286,7 +278,7 @@ class _TgiToolChat(_Chat):
         body = self._body.model_copy(update={"tools": None})
         return _Chat(self._service, body, *chat_input(self._service, body))
 
-    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[Piece], call_id: str) -> list[ChunkChoice]:
+    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[ChatPiece], call_id: str) -> list[ChunkChoice]:
         """A chunk with the name and the opening brace, and one for each further part; at the end one that says so."""
         choices = []
         for piece in pieces:

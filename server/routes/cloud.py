@@ -7,18 +7,18 @@ import dataclasses
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.answers import json_answer
-from server.body import read_body
-from server.cloud_schemas import SagemakerRequest, VertexRequest
-from server.disconnect import cancel_if_gone
+from server.answers.json import json_answer
+from server.edge.disconnect import cancel_if_gone
 from server.errors import FailedInstanceError, NoInstanceError
-from server.generation import Answer, GenerationService, collect, service_of
-from server.openai_schemas import ChatRequest
+from server.generation import Completion, GenerationService, collect, service_of
+from server.requests.body import read_body
+from server.requests.cloud import SagemakerRequest, VertexRequest
+from server.requests.native import CompatGenerateRequest, GenerateParameters, VertexInstance
+from server.requests.openai import ChatRequest
+from server.requests.validation import GenerationInput
 from server.routes.chat import answer_chat, chat_input
 from server.routes.completions import answer_completions
 from server.routes.generate import answer_compat
-from server.schemas import CompatGenerateRequest, GenerateParameters, VertexInstance
-from server.validation import GenerationInput
 
 router = APIRouter()
 
@@ -63,7 +63,7 @@ async def _predictions(service: GenerationService, wanted: list[GenerationInput]
     return predictions
 
 
-def _prediction(wanted: GenerationInput, answers: list[Answer]) -> str:
+def _prediction(wanted: GenerationInput, answers: list[Completion]) -> str:
     best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
     return (wanted.inputs if wanted.parameters.return_full_text else "") + best.text
 

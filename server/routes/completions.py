@@ -9,26 +9,26 @@ from contextlib import AbstractAsyncContextManager
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.answers import JsonF32, Usage, f32, json_answer
-from server.body import read_body
-from server.disconnect import cancel_if_gone
+from server.answers.headers import plain_headers_of_prompts, stream_headers
+from server.answers.json import JsonF32, Usage, f32, json_answer
+from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
+from server.answers.sse import EventStream, event
+from server.edge.disconnect import cancel_if_gone
 from server.errors import BatchSizeError, SuffixError, ValidationError
 from server.generation import (
-    Answer,
+    Completion,
     GeneratedToken,
     GenerationService,
-    Running,
     ScoredToken,
+    Stream,
     collect,
     interleave,
     service_of,
 )
-from server.headers import plain_headers_of_prompts, stream_headers
-from server.openai_answers import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
-from server.openai_parameters import native_parameters
-from server.openai_schemas import CompletionRequest
-from server.sse import EventStream, event
-from server.validation import MAX_CHOICES, GenerationInput, refuse_if
+from server.requests.body import read_body
+from server.requests.openai import CompletionRequest
+from server.requests.sampling import native_parameters
+from server.requests.validation import MAX_CHOICES, GenerationInput, refuse_if
 
 router = APIRouter()
 
@@ -163,13 +163,13 @@ class _Completion:
         )
         return self._final(choices, self._usage(running)), headers
 
-    def _chosen(self, candidates: Sequence[Answer]) -> Sequence[Answer]:
+    def _chosen(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
         if self._num_choices == self._num_sequences:
             return candidates
         best_first = sorted(candidates, key=lambda answer: answer.mean_logprob, reverse=True)
         return best_first[: self._num_choices]
 
-    def _choice(self, index: int, prompt_index: int, answer: Answer) -> CompletionChoice:
+    def _choice(self, index: int, prompt_index: int, answer: Completion) -> CompletionChoice:
         echo = self._echo(prompt_index)
         logprobs = None
         if self._body.logprobs is not None:
@@ -185,12 +185,12 @@ class _Completion:
     def _echo(self, prompt_index: int) -> str:
         return self.wanted[prompt_index].inputs if self._body.echo else ""
 
-    def _usage(self, running: Sequence[Running]) -> Usage:
+    def _usage(self, running: Sequence[Stream]) -> Usage:
         generations = [one.generation for one in running]
         num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[:: self._num_sequences])
         return usage_of(generations, num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Running]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
         """A chunk per token; with `echo` one more before them."""
         async with opening as running:
             tables = [_LogprobTable(self._body.logprobs or 0) for _ in running]
@@ -214,7 +214,7 @@ class _Completion:
         text = token.text if self._is_strict else token.visible  # quirk 7
         return CompletionChoice(index, text, logprobs, self._finish_reason(token))
 
-    def _chunk(self, choice: CompletionChoice, finished: Running | None = None) -> CompletionFinal | CompletionChunk:
+    def _chunk(self, choice: CompletionChoice, finished: Stream | None = None) -> CompletionFinal | CompletionChunk:
         """TGI tells a sequence's usage with its last token, OpenAI that of all at the end, if asked for."""
         if self._body.stream_options.include_usage:
             return self._final([choice], None)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from server.answers import json_answer
+from server.answers.json import json_answer
 
 router = APIRouter()
 

@@ -7,17 +7,17 @@ from collections.abc import AsyncGenerator
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.types import FinishReason
-from server.admission import Permit
-from server.answers import JsonF32, Token, f32, json_answer, token_answer, token_answers
-from server.body import read_body
-from server.disconnect import cancel_if_gone
+from engine.link.messages import FinishReason
+from server.answers.headers import plain_headers, stream_headers
+from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, token_answers
+from server.answers.sse import EventStream, event, with_error_event
+from server.edge.admission import Permit
+from server.edge.disconnect import cancel_if_gone
 from server.errors import error_body
-from server.generation import Answer, Generation, GenerationService, collect, service_of
-from server.headers import plain_headers, stream_headers
-from server.schemas import CompatGenerateRequest, GenerateRequest
-from server.sse import EventStream, event, with_error_event
-from server.validation import GenerationInput
+from server.generation import Completion, Generation, GenerationService, collect, service_of
+from server.requests.body import read_body
+from server.requests.native import CompatGenerateRequest, GenerateRequest
+from server.requests.validation import GenerationInput
 
 router = APIRouter()
 
@@ -133,7 +133,7 @@ async def _generate(service: GenerationService, body: GenerateRequest) -> tuple[
     return GenerateResponse(prompt + best.text, details), headers
 
 
-def _other_sequence(prompt: str, answer: Answer) -> BestOfSequence:
+def _other_sequence(prompt: str, answer: Completion) -> BestOfSequence:
     return BestOfSequence(
         generated_text=prompt + answer.text,
         finish_reason=answer.finish_reason,
@@ -145,11 +145,11 @@ def _other_sequence(prompt: str, answer: Answer) -> BestOfSequence:
     )
 
 
-def _prefill(answer: Answer) -> list[PrefillToken]:
+def _prefill(answer: Completion) -> list[PrefillToken]:
     return [PrefillToken(token.id, token.text, f32(token.logprob)) for token in answer.generation.prefill]
 
 
-def _top_tokens(answer: Answer) -> list[list[Token]] | msgspec.UnsetType:
+def _top_tokens(answer: Completion) -> list[list[Token]] | msgspec.UnsetType:
     top_tokens = [token_answers(token.top_tokens) for token in answer.tokens]
     return top_tokens if any(top_tokens) else msgspec.UNSET
 

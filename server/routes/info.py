@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.answers import VERSION, json_answer
+from server.answers.json import VERSION, json_answer
 from server.errors import UnhealthyError
 from server.generation import service_of
 

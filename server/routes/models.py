@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.convertors import PathConvertor, register_url_convertor
 
-from server.answers import json_answer
+from server.answers.json import json_answer
 from server.errors import ModelNotFoundError
 from server.generation import service_of
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.answers import json_answer
-from server.body import read_body
+from server.answers.json import json_answer
 from server.errors import ValidationError
 from server.generation import GenerationService, service_of
-from server.openai_schemas import ChatRequest
+from server.requests.body import read_body
+from server.requests.native import DetokenizeRequest, GenerateRequest
+from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
-from server.schemas import DetokenizeRequest, GenerateRequest
-from server.tokenizer import SimpleToken
+from server.text.tokenizer import SimpleToken
 
 router = APIRouter()
 

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.types import Receive, Scope, Send
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import ObligingEngine, events_of, make_config, write_model_folder
 
 CHECKS: list[CheckFunction] = [

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 import transformers
 
-from engine.block_manager import BlockManager
+from engine.build import build_model
+from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
 from engine.device import Device
-from engine.grammar import Grammars
-from engine.grammar_cpu import apply_masks
-from engine.model_files import read_model_config
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model
-from engine.sampler_cpu import sample
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence
-from engine.speculate import Speculator
-from engine.step_limit import StepLimit
-from engine.types import GenerationRequest, SamplingParams, TokenEvent
+from engine.link.messages import GenerationRequest, SamplingParams, TokenEvent
+from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.grammar import Grammars
+from engine.sampling.grammar_cpu import apply_masks
+from engine.sampling.sampler_cpu import sample
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculate import Speculator
+from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 
 KERNELS = Device(
@@ -31,7 +33,7 @@ KERNELS = Device(
     attention_backend="cpu",
     ops="cpu",
     sampler="cpu",
-    is_widening=True,
+    computes_in_float32=True,
     step_limit_s=None,
     alone_step_limit_s=None,
 )

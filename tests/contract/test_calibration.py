@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointReader
-from engine.model_files import read_model_config
-from engine.models.qwen2_stages import Qwen2Stages
-from engine.runner import make_model
+from engine.build import make_model
+from engine.checkpoint.files import read_model_config
+from engine.quantize.checkpoint import CheckpointReader
+from engine.quantize.qwen2_stages import Qwen2Stages
 from quant.config import resolve_quantization
-from quant.none import DenseMethod
+from quant.dense import DenseMethod
 from tests.contract.harness import KERNELS, oracle, random_ids
 from tests.tiny_model import write_tiny_qwen2
 
@@ -29,10 +29,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.models.qwen2_stages.TOKENS_AT_A_TIME", 2 * NUM_TOKENS)  # three samples: two batches
+    monkeypatch.setattr("engine.quantize.qwen2_stages.TOKENS_AT_A_TIME", 2 * NUM_TOKENS)  # three samples: two batches
     write_tiny_qwen2(tmp_path, **CONFIGS[name])
     config = read_model_config(tmp_path)
-    dense = DenseMethod(torch.float32, is_widening=True)
+    dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, None, (), dense, is_exact=True)
     model = make_model(config, quantization, torch.float32, KERNELS)
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
@@ -56,13 +56,13 @@ def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkey
         prefix = f"model.layers.{index}."
         layer = {key.removeprefix(prefix): reader.read(key) for key in reader.names if key.startswith(prefix)}
 
-        def settle(modules: tuple[str, ...], batches: Iterator[torch.Tensor], prefix: str = prefix) -> None:
+        def on_inputs(modules: tuple[str, ...], batches: Iterator[torch.Tensor], prefix: str = prefix) -> None:
             x = torch.cat(list(batches))
             for module in modules:
                 torch.testing.assert_close(x, inputs[prefix + module], rtol=1e-4, atol=1e-4)
             seen.append(modules)
 
-        stages.run(index, layer, hidden, settle)
+        stages.run(index, layer, hidden, on_inputs)
         if index == 0:
             torch.testing.assert_close(hidden, expected[1], rtol=1e-4, atol=1e-4)
     assert tuple(seen) == 2 * Qwen2Stages.MATRICES
@@ -73,7 +73,7 @@ def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkey
 def test_a_matrix_that_is_changed_while_it_settles_is_run_as_changed(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path)
     config = read_model_config(tmp_path)
-    dense = DenseMethod(torch.float32, is_widening=True)
+    dense = DenseMethod(torch.float32, computes_in_float32=True)
     model = make_model(config, resolve_quantization(None, None, None, (), dense, is_exact=True), torch.float32, KERNELS)
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
     reader = CheckpointReader(tmp_path)
@@ -82,9 +82,9 @@ def test_a_matrix_that_is_changed_while_it_settles_is_run_as_changed(tmp_path: P
     before = reader.read("model.embed_tokens.weight")[torch.tensor([random_ids(NUM_TOKENS)])]
     hidden = before.clone()
 
-    def settle(modules: tuple[str, ...], batches: Iterator[torch.Tensor]) -> None:
+    def on_inputs(modules: tuple[str, ...], batches: Iterator[torch.Tensor]) -> None:
         if modules in (("self_attn.o_proj",), ("mlp.down_proj",)):
             layer[f"{modules[0]}.weight"] = torch.zeros_like(layer[f"{modules[0]}.weight"])
 
-    stages.run(0, layer, hidden, settle)
+    stages.run(0, layer, hidden, on_inputs)
     assert torch.equal(hidden, before)

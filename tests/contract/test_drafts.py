@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine.build import build_model, choose_quantization
+from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
-from engine.model_files import read_model_config
-from engine.ngram import IntArray, Proposal, propose_ngram
-from engine.runner import ModelRunner, build_model, settle_quantization
-from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
-from engine.speculate import Proposer, Speculator
+from engine.link.config import EngineConfig
+from engine.link.messages import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from engine.runner import ModelRunner
+from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.ngram import IntArray, Proposal, propose_ngram
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculate import Proposer, Speculator
+from engine.scheduling.step_costs import StepCosts
 from engine.start import start_engine
-from engine.step_costs import StepCosts
-from engine.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from tests.contract.harness import KERNELS, Outcome, make_core, make_requests, run_requests
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
@@ -140,7 +142,7 @@ LAYOUTS: dict[str, tuple[str | None, str | None]] = {
 def test_layouts(tiny_model_dir: Path, name: str | None, flag: str | None, dtype: torch.dtype) -> None:
     folder = tiny_model_dir if name is None else CHECKPOINTS / name
     config = read_model_config(folder)
-    quantization = settle_quantization(config, folder, dtype, KERNELS, flag, None)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None)
     runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization), KERNELS)
     runner.allocate(NUM_BLOCKS, KERNELS.kv_dtype(dtype), num_positions=256)
     speculator = eager()

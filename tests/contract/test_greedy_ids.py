@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.scheduler import NON_FINITE_ERROR
-from engine.types import FinishReason, SamplingParams
+from engine.link.messages import FinishReason, SamplingParams
+from engine.scheduling.scheduler import NON_FINITE_ERROR
 from tests.contract.harness import Outcome, make_core, make_requests, oracle_greedy, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE, write_tiny_qwen2
 

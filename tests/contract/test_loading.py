@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
-from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.device import Device
-from engine.errors import StartError
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.messages import EngineReady
 from engine.start import start_engine
-from engine.types import EngineReady
 from tests.contract.harness import KERNELS, make_requests, make_runner, oracle_greedy, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
 
@@ -304,7 +304,7 @@ def test_weights_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
     def refuse(path: Path, framework: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("engine.loader.safe_open", refuse)
+    monkeypatch.setattr("engine.checkpoint.loader.safe_open", refuse)
     assert refusal(folder) == (
         f"{folder / WEIGHTS} cannot be read (Permission denied): mend that, or fetch the model again"
     )

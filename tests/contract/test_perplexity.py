@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import EngineConfig
-from engine.perplexity import perplexity
+from engine.link.config import EngineConfig
+from engine.quantize.perplexity import perplexity
 from quant.config import ON_LOAD
 from tests.contract.harness import oracle_logits, random_ids
 from tests.contract.test_quantise_on_load import write_widened

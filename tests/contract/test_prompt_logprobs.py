@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.model_files import read_model_config
-from engine.runner import ModelRunner, StepResult, build_model, settle_quantization
-from engine.scheduler import NON_FINITE_ERROR, ScheduledBatch
-from engine.types import GenerationRequest, TokenEvent
+from engine.build import build_model, choose_quantization
+from engine.checkpoint.files import read_model_config
+from engine.link.messages import GenerationRequest, TokenEvent
+from engine.runner import ModelRunner, StepResult
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.scheduler import NON_FINITE_ERROR
 from parallel.state import ParallelState
 from tests.contract.harness import KERNELS, TWINS, make_core, make_runner, oracle_logits, random_ids
 from tests.unit.parallel.threads import run_ranks
@@ -133,7 +135,7 @@ def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> Non
 def test_on_shards(size: int, tiny_model_dir: Path) -> None:
     """The head is cut by rows of the vocabulary: every rank takes part in each piece, and rank 0 has the numbers."""
     config = read_model_config(tiny_model_dir)
-    quantization = settle_quantization(config, tiny_model_dir, torch.float32, KERNELS, None, None)
+    quantization = choose_quantization(config, tiny_model_dir, torch.float32, KERNELS, None, None)
 
     def work(parallel: ParallelState) -> list[float]:
         numba.set_num_threads(1)

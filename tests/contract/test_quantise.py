@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import engine.quantise
-from engine.checkpoint import CheckpointReader, CheckpointWriter
-from engine.config import EngineConfig
-from engine.errors import StartError
-from engine.loader import find_tensors
-from engine.model_files import read_model_config, read_quantization_config
-from engine.quantise import quantise
-from engine.quantise_options import QuantiseOptions
+import engine.quantize.quantize
+from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.checkpoint.loader import find_tensors
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.quantize.checkpoint import CheckpointReader, CheckpointWriter
+from engine.quantize.options import QuantizeOptions
+from engine.quantize.quantize import quantize
 from engine.start import start_engine
 from quant.config import resolve_quantization
-from quant.none import DenseMethod
+from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import make_requests, oracle_greedy, oracle_logits, random_ids, run_requests
 from tests.oracles.dequantise import dequantise
@@ -58,12 +58,12 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options, model = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_qwen2(folder / "model", **model)
-    quantise(options_for(folder / "model", folder / "out", request.param.split("-")[0], **options))
+    quantize(options_for(folder / "model", folder / "out", request.param.split("-")[0], **options))
     return request.param, folder / "model", folder / "out"
 
 
-def options_for(source: Path, output: Path, method: str, **options: Any) -> QuantiseOptions:
-    return QuantiseOptions(model_id=str(source), output_dir=str(output), method=method, **options)
+def options_for(source: Path, output: Path, method: str, **options: Any) -> QuantizeOptions:
+    return QuantizeOptions(model_id=str(source), output_dir=str(output), method=method, **options)
 
 
 def write_dense(source: Path, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_every_matrix_has_the_numbers_of_the_dequantisation(folders: tuple[str, 
     _, source, output = folders
     tensors = load_file(output / "model.safetensors")
     stored = read_quantization_config(output, read_model_config(output))
-    dense = DenseMethod(torch.float32, is_widening=True)
+    dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, is_exact=True)
     expected = dequantise(output)
     assert expected.keys() == find_tensors(source).keys()
@@ -153,7 +153,7 @@ def test_more_bits_and_data_lose_less(tmp_path: Path) -> None:
     runs |= {"awq-4": data, "int4-4": {**NO_DATA, "group_size": 32}}
     lost = {}
     for name, options in runs.items():
-        quantise(options_for(source, tmp_path / name, name.split("-")[0], **options))
+        quantize(options_for(source, tmp_path / name, name.split("-")[0], **options))
         lost[name] = distance(tmp_path / name, source, tmp_path / f"{name}-dense")
     assert lost["gptq-8"] < lost["gptq-4"] < lost["gptq-3"] < lost["gptq-2"], lost
     assert lost["awq-4"] < lost["int4-4"], lost
@@ -162,7 +162,7 @@ def test_more_bits_and_data_lose_less(tmp_path: Path) -> None:
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "model")
     for number in (1, 2):
-        quantise(options_for(tmp_path / "model", tmp_path / f"out-{number}", "gptq", **{**SMALL, "group_size": 32}))
+        quantize(options_for(tmp_path / "model", tmp_path / f"out-{number}", "gptq", **{**SMALL, "group_size": 32}))
     first, second = ((tmp_path / f"out-{number}" / "model.safetensors").read_bytes() for number in (1, 2))
     assert first == second
 
@@ -171,15 +171,15 @@ def test_scoring_takes_no_threads_from_calibration(tmp_path: Path, monkeypatch: 
     """The engine sets torch's threads to one and Numba's start sets them anew: what is left must not hang on that."""
     write_tiny_qwen2(tmp_path / "model")
     seen: list[int] = []
-    write = engine.quantise._write_tensors
+    write = engine.quantize.quantize._write_tensors
     monkeypatch.setattr(
-        "engine.quantise._write_tensors", lambda *args: seen.append(torch.get_num_threads()) or write(*args)
+        "engine.quantize.quantize._write_tensors", lambda *args: seen.append(torch.get_num_threads()) or write(*args)
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         options = {**SMALL, "group_size": 32, "perplexity_tokens": 500}
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "gptq", **options))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "gptq", **options))
         assert [*seen, torch.get_num_threads()] == [2, 2]
     finally:
         torch.set_num_threads(before)
@@ -189,7 +189,7 @@ def test_perplexity_before_and_after(tmp_path: Path, caplog: pytest.LogCaptureFi
     write_tiny_qwen2(tmp_path / "model")
     options = {**SMALL, "group_size": 32, "perplexity_tokens": 500}
     with caplog.at_level("INFO"):
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "awq", **options))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "awq", **options))
     (line,) = [line for line in caplog.messages if line.startswith("Perplexity")]
     assert line.startswith(f"Perplexity on the last 500 tokens of {TEXT}: ") and " before, " in line
 
@@ -201,7 +201,7 @@ def test_json_lines(tmp_path: Path) -> None:
         "\n".join(json.dumps({"text": line, "id": 1}) for line in TEXT.read_text().splitlines()) + "\n\n"
     )
     options = {**SMALL, "dataset": str(dataset), "group_size": 32}
-    assert quantise(options_for(tmp_path / "model", tmp_path / "out", "gptq", **options)) == tmp_path / "out"
+    assert quantize(options_for(tmp_path / "model", tmp_path / "out", "gptq", **options)) == tmp_path / "out"
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_refusals(change: Any, options: dict[str, Any], sentence: str, tmp_path:
     options["dataset"] = options["dataset"].replace("{}", str(tmp_path))
     for method in ("gptq", "awq"):
         with pytest.raises(StartError) as refusal:
-            quantise(options_for(source, tmp_path / "out", method, **options))
+            quantize(options_for(source, tmp_path / "out", method, **options))
         assert sentence in str(refusal.value)
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -319,14 +319,14 @@ def test_refusals(change: Any, options: dict[str, Any], sentence: str, tmp_path:
 def test_outputs_that_do_not_fill_words(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "model", hidden_size=48, num_attention_heads=4, num_key_value_heads=1)
     with pytest.raises(StartError, match=r"k_proj has 12 outputs and 48 inputs, which don't fill words of 32 bits"):
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "int4", **NO_DATA, group_size=16))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "int4", **NO_DATA, group_size=16))
 
 
 def test_memory_that_does_not_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_qwen2(tmp_path / "model")
-    monkeypatch.setattr("engine.quantise.host_free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("engine.quantize.quantize.host_free_bytes", lambda: 1_000_000)
     with pytest.raises(StartError, match=r"quantising needs about 0.0 GB of memory and 0.0 GB are free: give fewer"):
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "gptq", **SMALL, group_size=32))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "gptq", **SMALL, group_size=32))
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,9 +335,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.checkpoint.save_file", full)
+    monkeypatch.setattr("engine.quantize.checkpoint.save_file", full)
     with pytest.raises(StartError, match=r"cannot be written \(.*No space left on device.*\): free space, or give"):
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "int8", **NO_DATA, bits=8, group_size=-1))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "int8", **NO_DATA, bits=8, group_size=-1))
     assert not (tmp_path / "out").exists()
 
 
@@ -347,9 +347,9 @@ def test_a_whole_folder_stays_when_the_upload_fails(tmp_path: Path, monkeypatch:
     def fail(folder: Path, model_id: str) -> None:
         raise StartError("the Hub is gone")
 
-    monkeypatch.setattr("engine.quantise.check_may_upload", lambda model_id: None)
-    monkeypatch.setattr("engine.quantise.upload_model", fail)
+    monkeypatch.setattr("engine.quantize.quantize.check_may_upload", lambda model_id: None)
+    monkeypatch.setattr("engine.quantize.quantize.upload_model", fail)
     options = {**NO_DATA, "bits": 8, "group_size": -1, "upload_to": "me/mine"}
     with pytest.raises(StartError, match="the Hub is gone"):
-        quantise(options_for(tmp_path / "model", tmp_path / "out", "int8", **options))
+        quantize(options_for(tmp_path / "model", tmp_path / "out", "int8", **options))
     assert start_engine(EngineConfig(model_path=str(tmp_path / "out"), max_batch_total_tokens=512))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
-from engine.errors import StartError
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
 from engine.start import start_engine
 from quant.config import ON_LOAD
 from quant.packing import widen

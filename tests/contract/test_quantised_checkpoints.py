@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.block_manager import BlockManager
+from engine.build import build_model
+from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.core import EngineCore
-from engine.model_files import read_model_config, read_quantization_config
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model
-from engine.sampler_cpu import sample
-from engine.scheduler import Scheduler
-from engine.step_limit import StepLimit
+from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.sampler_cpu import sample
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_limit import StepLimit
 from quant.config import resolve_quantization
-from quant.none import DenseMethod
+from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import KERNELS, make_requests, run_requests
 from tests.oracles.dequantise import dequantise
@@ -37,7 +38,7 @@ def test_every_matrix_has_the_numbers_of_the_dequantisation(folder: Path) -> Non
     config = read_model_config(folder)
     stored = read_quantization_config(folder, config)
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    dense = DenseMethod(torch.float32, is_widening=True)
+    dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, is_exact=True)
     expected = dequantise(folder)
     modules = {name.rpartition(".")[0] for name in tensors if "layers" in name and "norm" not in name}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.build import make_model
 from engine.models.qwen2 import Qwen2ForCausalLM
-from engine.runner import make_model
 from parallel.state import ParallelState
 from quant.config import resolve_quantization
-from quant.none import DenseMethod
+from quant.dense import DenseMethod
 from tests.contract.harness import KERNELS
 
 SIZES = range(1, 9)
@@ -63,7 +63,7 @@ def make(shape: dict[str, int], layout: str, rank: int, size: int, *, is_exact: 
     marker = "weight_packed" if layout == "compressed-tensors" else "qweight"
     names = [f"model.layers.0.{module}.{marker}" for module in modules] if layout in STORED else []
     flag = layout if layout in ("eetq", "int4") else None
-    dense = DenseMethod(torch.float32, is_widening=True)
+    dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(flag, None, STORED.get(layout), names, dense, is_exact=is_exact)
     model = make_model(config, quantization, torch.float32, KERNELS, ParallelState(rank, size))
     assert isinstance(model, Qwen2ForCausalLM)

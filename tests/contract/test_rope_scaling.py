@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import engine.start
-from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.errors import StartError
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.messages import EngineReady
 from engine.start import start_engine
-from engine.types import EngineReady
 from tests.contract.harness import (
     KERNELS,
     TWINS,

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.block_manager import BlockManager
-from engine.config import EngineConfig
+from engine.build import build_model, choose_quantization
+from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
-from engine.model_files import read_model_config
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model, settle_quantization
-from engine.sampler_cpu import sample
-from engine.scheduler import Scheduler
+from engine.link.config import EngineConfig
+from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.sampler_cpu import sample
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_limit import StepLimit
 from engine.start import start_engine
-from engine.step_limit import StepLimit
 from quant.kernels.integer_cpu import FOUND
 from tests.contract.harness import KERNELS, all_logits, make_requests, random_ids, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason="the processor has none of
 
 def make_runner(folder: Path, dtype: torch.dtype, method: str) -> ModelRunner:
     config = read_model_config(folder)
-    quantization = settle_quantization(config, folder, dtype, KERNELS, method, None)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, method, None)
     runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization), KERNELS)
     runner.allocate(64, KERNELS.kv_dtype(dtype), num_positions=64 * BLOCK_SIZE)
     return runner

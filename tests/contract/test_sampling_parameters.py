@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.types import GenerationRequest, SamplingParams
+from engine.link.messages import GenerationRequest, SamplingParams
 from tests.contract.harness import Outcome, make_core, make_runner, oracle_logits, run_requests
 
 MAX_NEW_TOKENS = 24

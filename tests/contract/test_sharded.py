@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import StartError
-from engine.loader import load_weights
-from engine.model_files import read_model_config
-from engine.runner import BLOCK_SIZE, ModelRunner, build_model, make_model, settle_quantization
+from engine.build import build_model, choose_quantization, make_model
+from engine.checkpoint.files import read_model_config
+from engine.checkpoint.loader import load_weights
+from engine.link.errors import StartError
+from engine.runner import BLOCK_SIZE, ModelRunner
 from parallel.state import ParallelState
 from quant import awq, gptq
 from quant.config import resolve_quantization
+from quant.dense import DenseMethod
 from quant.kernels.integer_cpu import FOUND
-from quant.none import DenseMethod
 from quant.packing import pack_words
 from quant.rounding import RoundedMatrix
 from tests.contract.harness import KERNELS, make_sequence, run_step
@@ -73,7 +74,7 @@ class Layout:
     """Group size -> quantization_config."""
     dtype: torch.dtype = torch.float16
     quantize: str | None = None
-    is_scattered: bool = False
+    has_unordered_groups: bool = False
     """Whether the inputs of each group lie anywhere."""
 
 
@@ -93,7 +94,7 @@ def random_matrix(
     generator: torch.Generator,
     *,
     is_symmetric: bool = False,
-    is_scattered: bool = False,
+    has_unordered_groups: bool = False,
 ) -> RoundedMatrix:
     """Any numbers; the weights are as large as those of a dense model."""
     half, groups = 1 << (bits - 1), (num_outputs, num_inputs // group_size)
@@ -101,19 +102,21 @@ def random_matrix(
     zero_points = torch.randint(half - spread, half + spread + 1, groups, generator=generator)
     scales = torch.rand(groups, generator=generator).add_(0.5).div_(half * num_inputs**0.5 / 3**0.5)
     q = torch.randint(0, 2 * half, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
-    order = torch.randperm(num_inputs, generator=generator) if is_scattered else torch.arange(num_inputs)
+    order = torch.randperm(num_inputs, generator=generator) if has_unordered_groups else torch.arange(num_inputs)
     return RoundedMatrix(bits, q, scales.to(torch.float16), zero_points.to(torch.int32), order // group_size)
 
 
-def gptq_layout(bits: int, *, is_scattered: bool = False) -> Layout:
+def gptq_layout(bits: int, *, has_unordered_groups: bool = False) -> Layout:
     def stored(num_outputs: int, num_inputs: int, group_size: int, generator: torch.Generator) -> Tensors:
-        matrix = random_matrix(bits, num_outputs, num_inputs, group_size, generator, is_scattered=is_scattered)
+        matrix = random_matrix(
+            bits, num_outputs, num_inputs, group_size, generator, has_unordered_groups=has_unordered_groups
+        )
         return gptq.stored_tensors(matrix)
 
     def config(group_size: int) -> dict[str, Any]:
-        return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": is_scattered}
+        return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": has_unordered_groups}
 
-    return Layout(stored, config, is_scattered=is_scattered)
+    return Layout(stored, config, has_unordered_groups=has_unordered_groups)
 
 
 def awq_layout() -> Layout:
@@ -158,7 +161,7 @@ LAYOUTS = {
     "int8 on load": dense(torch.bfloat16, "int8"),
     "int4 on load": dense(torch.bfloat16, "int4"),
     "gptq 4 bits": gptq_layout(4),
-    "gptq 4 bits, scattered": gptq_layout(4, is_scattered=True),
+    "gptq 4 bits, scattered": gptq_layout(4, has_unordered_groups=True),
     "gptq 3 bits": gptq_layout(3),
     "gptq 8 bits": gptq_layout(8),
     "awq": awq_layout(),
@@ -233,7 +236,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 
 def make_runner(folder: Path, dtype: torch.dtype, quantize: str | None, parallel: ParallelState) -> ModelRunner:
     config = read_model_config(folder)
-    quantization = settle_quantization(config, folder, dtype, KERNELS, quantize, None)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, quantize, None)
     runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization, parallel), KERNELS)
     runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=16 * BLOCK_SIZE)
     return runner
@@ -284,7 +287,7 @@ def test_float32(shape: str, layout: str, folder_of: Callable[[str, str], Path])
     whole = logits_of(folder, torch.float32, quantize, 1)
     for size in SIZES:
         logits = logits_of(folder, torch.float32, quantize, size)
-        if LAYOUTS[layout].is_scattered:
+        if LAYOUTS[layout].has_unordered_groups:
             assert torch.equal(logits, whole), "all inputs are gathered, and each output is the sum of one rank"
         assert distance(logits, whole) < 3e-6
 
@@ -351,7 +354,7 @@ def test_heads_that_end_within_a_word_are_refused(folder: Path) -> None:
 
 def make_tiny(size: int, rank: int = 0, **changes: Any) -> None:
     config = {**CONFIG, "tie_word_embeddings": True, **changes}
-    dense_method = DenseMethod(torch.float32, is_widening=True)
+    dense_method = DenseMethod(torch.float32, computes_in_float32=True)
     names = [f"model.layers.{layer}.self_attn.{name}_proj.qweight" for layer in range(2) for name in "qkvo"]
     stored = config.get("quantization_config")
     quantization = resolve_quantization(None, None, stored, names if stored else (), dense_method, is_exact=True)
@@ -423,7 +426,7 @@ def bytes_read(folder: Path, size: int) -> list[dict[str, int]]:
 
     def run(parallel: ParallelState) -> dict[str, int]:
         config = read_model_config(folder)
-        quantization = settle_quantization(config, folder, torch.float32, KERNELS, None, None)
+        quantization = choose_quantization(config, folder, torch.float32, KERNELS, None, None)
         model = make_model(config, quantization, torch.float32, KERNELS, parallel)
         counts: dict[str, int] = {}
         layers = model.checkpoint_layers()
@@ -451,7 +454,7 @@ def test_each_rank_reads_its_share(layout: str, folder_of: Callable[[str, str], 
     assert all(rank.keys() == stored.keys() for rank in counts)
     for name, whole in stored.items():
         is_for_all = "norm" in name or name.endswith(("g_idx", "weight_shape"))
-        is_summed_bias = name.endswith(("o_proj.bias", "down_proj.bias")) and not LAYOUTS[layout].is_scattered
+        is_summed_bias = name.endswith(("o_proj.bias", "down_proj.bias")) and not LAYOUTS[layout].has_unordered_groups
         copies = size if is_for_all or is_summed_bias else 1
         assert sum(rank[name] for rank in counts) == copies * whole, name
     assert max(sum(rank.values()) for rank in counts) < 1.2 * sum(stored.values()) / size

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import StartError
+from engine.link.errors import StartError
 from engine.models.qwen2 import attention_windows
 from tests.contract.harness import (
     KERNELS,

@@ -14,11 +14,11 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-import engine.grammar
+import engine.sampling.grammar
 from engine.core import EngineCore
-from engine.types import AbortRequest, FinishReason, GenerationRequest, SamplingParams
-from server.grammar import compile_grammar
-from server.schemas import Grammar
+from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams
+from server.requests.grammar import compile_grammar
+from server.requests.native import Grammar
 from tests.contract.harness import Outcome, make_core, make_requests, make_runner, run_requests
 from tests.contract.test_drafts import eager
 from tests.random_schemas import random_schema
@@ -125,7 +125,7 @@ def test_the_length_ends_a_document_too(folder: Path) -> None:
 
 def test_what_fails_is_an_error_of_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grammar that compiles and then needs more states than it may have."""
-    monkeypatch.setattr(engine.grammar, "MAX_LEXER_STATES", 100)
+    monkeypatch.setattr(engine.sampling.grammar, "MAX_LEXER_STATES", 100)
     good, bad, plain = make_requests([[1, 2, 3]] * 3, max_new_tokens=120)
     good, bad = held(good, "regex", "[ab]{30}"), held(bad, "regex", "[ab]*a[ab]{60}c")
     outcome = run(make_core(folder), [good, bad, plain])
@@ -145,13 +145,13 @@ def test_an_abort_within_a_document_leaves_nothing(folder: Path) -> None:
 
 def test_logprobs_are_the_models_own_or_those_after_the_masks(folder: Path) -> None:
     """The only token that is allowed has probability 1 after the masks."""
-    penalised = SamplingParams(seed=3, repetition_penalty=1.3, logit_bias={65: 5.0})
-    filtered = msgspec.structs.replace(penalised, is_logprob_filtered=True)
+    penalized = SamplingParams(seed=3, repetition_penalty=1.3, logit_bias={65: 5.0})
+    filtered = msgspec.structs.replace(penalized, is_logprob_filtered=True)
     prompts = [[1, 2, 3], [4, 5, 6]]
     requests = [
         held(make_requests([prompt], max_new_tokens=100, sampling=sampling)[0], "json", {"const": "ABC"})
         for prompt in prompts
-        for sampling in (penalised, filtered)
+        for sampling in (penalized, filtered)
     ]
     outcome = run(make_core(folder), [msgspec.structs.replace(r, request_id=str(i)) for i, r in enumerate(requests)])
     assert texts(folder, outcome) == ['"ABC"'] * 4

@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import ObligingEngine, client_of, events_of, make_config, write_model_folder
 
 SURFACE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "tgi_surface.json").read_text())

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from engine.ipc import EngineEndpoint
-from engine.types import EngineReady
+from engine.link.ipc import EngineEndpoint
+from engine.link.messages import EngineReady
 from server.config import ServerConfig
 
 STOP_TIMEOUT_S = 20.0

@@ -8,8 +8,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from engine.ipc import EngineEndpoint
-from engine.types import AbortRequest, EngineStats, FinishReason, GenerationRequest, Goodbye, StepOutput, TokenEvent
+from engine.link.ipc import EngineEndpoint
+from engine.link.messages import (
+    AbortRequest,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    Goodbye,
+    StepOutput,
+    TokenEvent,
+)
 
 HEARTBEAT_S = 0.5
 

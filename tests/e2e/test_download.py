@@ -35,7 +35,7 @@ COMMAND = ("-m", "engine.cli")
 IMPATIENT = """
 import os
 from engine import cli
-cli.settle_environment(os.environ)
+cli.prepare_environment(os.environ)
 from engine import hub
 hub.FIRST_PAUSE_S = hub.PROGRESS_S = 0.01
 cli.main()
@@ -132,7 +132,7 @@ def test_server_errors_are_tried_again_and_json_lines_say_so(
         ("WARN", "The Hub answered HTTP 503: trying again in 0.02 s (try 3 of 5)"),
     ]
     assert (lines[-1]["level"], lines[-1]["message"]) == ("INFO", "Download: [2/2] -- ETA: 0:00:00")
-    assert lines[-1]["target"] == "engine.hub"
+    assert lines[-1]["target"] == "engine.checkpoint.hub"
 
 
 def test_a_revision_is_fetched_and_kept_apart(hub: HubStandIn, downloads: Downloads) -> None:

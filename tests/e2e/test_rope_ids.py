@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import engine.start
-from engine.config import EngineConfig
+from engine.link.config import EngineConfig
 from engine.start import start_engine
 from tests.conftest import NUM_THREADS
 from tests.contract.harness import KERNELS, make_requests, run_requests

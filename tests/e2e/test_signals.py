@@ -193,7 +193,16 @@ def test_a_late_body_is_served_while_every_process_drains(tiny_model_dir: Path, 
 
 def test_a_log_that_nobody_reads_stops_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "server.launcher",
+        "--model-id",
+        str(tiny_model_dir),
+        "--port",
+        str(port),
+    ]
     reader, writer = os.pipe()
     process = subprocess.Popen(command, stderr=writer)
     try:
@@ -230,7 +239,16 @@ def wait_for_port(port: int) -> None:
 @pytest.mark.parametrize("closed", ["0", "1", "2"])
 def test_closed_standard_streams_are_no_obstacle(closed: str, tiny_model_dir: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(tiny_model_dir), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "server.launcher",
+        "--model-id",
+        str(tiny_model_dir),
+        "--port",
+        str(port),
+    ]
     redirection = {"0": "<&-", "1": ">&-", "2": "2>&-"}[closed]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], stderr=subprocess.DEVNULL)
     try:

@@ -53,7 +53,7 @@ CASES = [
 ]
 
 
-def quantise(case: Case, source: Path, target: Path) -> dict[str, Any]:
+def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(source, torch_dtype=case.dtype, low_cpu_mem_usage=False)
     model.seqlen = model.config.max_position_embeddings
@@ -84,7 +84,7 @@ def check(model: Any, folder: Path) -> dict[str, Any]:
 def main() -> None:
     _base.CUDA_0 = _utils.CUDA_0 = torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
-    write_cases(CASES, sys.argv[1:], "auto-gptq", ("auto-gptq", "transformers", "torch"), quantise)
+    write_cases(CASES, sys.argv[1:], "auto-gptq", ("auto-gptq", "transformers", "torch"), quantize)
 
 
 if __name__ == "__main__":

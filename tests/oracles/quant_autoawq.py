@@ -58,7 +58,7 @@ class CpuQuantizer(AwqQuantizer):
             del module2inspect.state_dict
 
 
-def quantise(case: Case, source: Path, target: Path) -> dict[str, Any]:
+def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = AutoAWQForCausalLM.from_pretrained(str(source), torch_dtype=case.dtype, device_map="cpu")
     model.quantize(
@@ -86,7 +86,7 @@ def check(model: Any, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    write_cases(CASES, sys.argv[1:], "autoawq", ("autoawq", "transformers", "torch"), quantise)
+    write_cases(CASES, sys.argv[1:], "autoawq", ("autoawq", "transformers", "torch"), quantize)
 
 
 if __name__ == "__main__":

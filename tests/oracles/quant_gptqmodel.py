@@ -79,7 +79,7 @@ CASES = [
 ]
 
 
-def quantise(case: Case, source: Path, target: Path) -> dict[str, Any]:
+def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     options = dict(case.options)
     is_clipping = options.pop("apply_clip", True)
@@ -123,7 +123,7 @@ def own_weight(module: Any) -> torch.Tensor:
 
 def main() -> None:
     os.chdir(work_folder())  # it leaves a folder `logs` where it runs
-    write_cases(CASES, sys.argv[1:], "gptqmodel", ("gptqmodel", "transformers", "torch"), quantise)
+    write_cases(CASES, sys.argv[1:], "gptqmodel", ("gptqmodel", "transformers", "torch"), quantize)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ CASES = [
 ]
 
 
-def quantise(case: Case, source: Path, target: Path) -> dict[str, Any]:
+def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=case.dtype)
     options = case.options
@@ -117,7 +117,7 @@ def main() -> None:
         sys.argv[1:],
         "llmcompressor",
         ("llmcompressor", "compressed-tensors", "transformers", "torch"),
-        quantise,
+        quantize,
     )
 
 

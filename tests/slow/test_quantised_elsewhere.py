@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.quantise import quantise
-from engine.quantise_options import BITS, GROUP_SIZES, WITH_DATA, QuantiseOptions
+from engine.quantize.options import BITS, GROUP_SIZES, WITH_DATA, QuantizeOptions
+from engine.quantize.quantize import quantize
 from tests.contract.harness import all_logits, make_runner
 from tests.e2e.cached_environment import cached_environment
 from tests.tiny_model import write_tiny_qwen2
@@ -38,8 +38,8 @@ def write(source: Path, output: Path, method: str, changes: dict[str, Any]) -> N
     options: dict[str, Any] = {"bits": BITS[method][0], "group_size": GROUP_SIZES[method], **changes}
     if method in WITH_DATA:
         options |= {"dataset": str(ROOT / "LICENSE"), "sample_tokens": 64}
-    quantise(
-        QuantiseOptions(model_id=str(source), output_dir=str(output), method=method, perplexity_tokens=0, **options)
+    quantize(
+        QuantizeOptions(model_id=str(source), output_dir=str(output), method=method, perplexity_tokens=0, **options)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import user_cache_dir
+from engine.link.environment import user_cache_dir
 from tests.e2e.conftest import build_demo_model
 from tests.e2e.test_demo_shards import answers, ids
 

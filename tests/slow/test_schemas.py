@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
-from engine.config import EngineConfig
+from engine.link.config import EngineConfig
+from engine.link.messages import FinishReason, GenerationRequest, SamplingParams
 from engine.start import start_engine
-from engine.types import FinishReason, GenerationRequest, SamplingParams
-from server.grammar import compile_grammar
-from server.schemas import Grammar
+from server.requests.grammar import compile_grammar
+from server.requests.native import Grammar
 from tests.contract.harness import run_requests
 from tests.e2e.conftest import build_demo_model
 from tests.random_schemas import Schema, random_schema

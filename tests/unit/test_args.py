@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import server.args
+import server.launcher.args
 from quant.config import FORMATS, ON_LOAD
-from server.args import SETTLED, ArgumentError, LauncherArgs, Sharding, parse_args
-from server.flags import (
+from server.launcher.args import SETTLED, ArgumentError, LauncherArgs, Sharding, parse_args
+from server.launcher.flags import (
     BOOLEAN,
     COUNT,
     FACTOR,
@@ -316,7 +316,7 @@ def test_shards(line: str, environ: dict[str, str], sharding: Sharding) -> None:
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"])
 @pytest.mark.parametrize("text", ["all", "void"])
 def test_all_devices_are_counted(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.args, "_num_nvidia_devices", lambda: 4)
+    monkeypatch.setattr(server.launcher.args, "_num_nvidia_devices", lambda: 4)
     assert parse("", **{name: text}).sharding == on_one_host(4)
 
 

@@ -1,4 +1,7 @@
-"""Imports point one way: server -> engine -> {parallel, quant}. Imports inside functions count: those hide cycles."""
+"""Imports point one way: server -> engine -> {parallel, quant}, and within a package from room to room.
+
+Imports inside functions count: those hide cycles.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,80 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("server", "engine", "parallel", "quant")
-ENGINE_FOR_SERVER = {"types", "config", "errors", "ipc", "logs"}
-STDLIB_ONLY = {
-    "server.launcher": {
-        *("engine.config", "engine.errors", "engine.logs"),
-        *("server.args", "server.children", "server.config", "server.runtime"),
-    },
-    "server.children": {"engine.config"},
-    "server.args": {"server.flags"},
-    "server.flags": {"engine.logs"},
-    "server.runtime": set(),
-    "server.config": set(),
-    "engine.config": {"engine.errors"},
-    "engine.errors": set(),
-    "engine.logs": set(),
+
+ROOMS: dict[str, str] = {
+    # server
+    "server.config": "",
+    "server.launcher": "engine.link server.config",
+    "server.text": "engine.link",
+    "server.errors": "engine.link",
+    "server.telemetry": "engine.link server.errors",
+    "server.error_handlers": "server.errors server.telemetry",
+    "server.client": "engine.link",
+    "server.edge": "server.errors",
+    "server.requests": "engine.link server.config server.errors server.text",
+    "server.chat": "server.errors server.requests server.text",
+    "server.generation": "engine.link server.chat server.client server.config server.edge server.errors "
+    "server.requests server.telemetry server.text",
+    "server.answers": "engine.link server.config server.edge server.errors server.generation "
+    "server.requests server.telemetry",
+    "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
+    "server.requests server.text",
+    "server.openapi": "server.answers server.config server.edge server.errors server.requests server.routes "
+    "server.text",
+    "server.app": "server.client server.config server.edge server.error_handlers server.generation server.openapi "
+    "server.routes server.telemetry server.text",
+    "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
+    # engine
+    "engine.link": "",
+    "engine.limits": "engine.link",
+    "engine.memory": "engine.link",
+    "engine.device": "engine.link engine.memory",
+    "engine.scheduling": "engine.link",
+    "engine.sampling": "engine.link engine.scheduling quant",
+    "engine.attention": "quant",
+    "engine.layers": "engine.link parallel quant",
+    "engine.models": "engine.attention engine.layers engine.link parallel quant",
+    "engine.checkpoint": "engine.link engine.memory engine.models",
+    "engine.runner": "engine.attention engine.device engine.link engine.models engine.scheduling",
+    "engine.ranks": "engine.checkpoint engine.link engine.memory engine.runner engine.scheduling parallel",
+    "engine.build": "engine.checkpoint engine.device engine.layers engine.link engine.memory engine.models "
+    "engine.ranks parallel quant",
+    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
+    "engine.warm_up": "engine.core engine.link engine.runner engine.scheduling",
+    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.limits engine.link "
+    "engine.memory engine.ranks engine.runner engine.sampling engine.scheduling engine.warm_up quant",
+    "engine.__main__": "engine.link engine.ranks engine.start parallel",
+    "engine.compile": "engine.link engine.sampling engine.start parallel",
+    "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
+    "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
+    "engine.cli": "engine.checkpoint engine.link engine.quantize",
+    # the other two are flat
+    "parallel": "quant.base",
+    "quant": "",
+}
+"""A folder, or a file that stands beside the folders -> what of ours it may import beside its own files.
+
+The order is that of the floors: a room stands below the rooms that import it.
+"""
+
+FOREIGN: dict[str, set[str]] = {
+    "server": {"torch", "transformers", "numba", "numpy"},
+    "engine": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "engine.link": {"torch", "numba", "numpy"},
+    "engine.scheduling": {"torch"},
+}
+"""A package or room -> libraries that none of its files may import."""
+
+STANDARD_LIBRARY_ONLY = {
+    "server.launcher": "engine.link server.config server.launcher",
+    "server.config": "",
+    "engine.link.config": "",
+    "engine.link.environment": "engine.link.errors",
+    "engine.link.errors": "",
+    "engine.link.exit_codes": "",
+    "engine.link.logs": "",
+    "engine.link.registry": "engine.link.errors",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""
 
@@ -50,57 +113,91 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def complaint(package: str, imported: str) -> str | None:
-    """Why a file of `package` may not import `imported`."""
-    first, _, rest = imported.partition(".")
-    forbidden = {
-        "server": {"torch", "transformers", "numba", "parallel", "quant"},
-        "engine": {"server", "fastapi", "pydantic", "starlette", "uvicorn"},
-        "parallel": {"engine", "server"},
-        "quant": {"engine", "server", "parallel"},
-    }[package]
-    if first in forbidden | {"tests", "scripts", "benchmarks"}:
-        return f"{package} must not import {first}"
-    if (package, first) == ("server", "engine") and rest.split(".")[0] not in ENGINE_FOR_SERVER:
-        return f"server may import only engine.{{{', '.join(sorted(ENGINE_FOR_SERVER))}}}"
-    if (package, first) == ("parallel", "quant") and rest.split(".")[0] != "base":
-        return "parallel may import only quant.base"
+MODULES = {name_of(path): path for path in source_files()}
+
+
+def room_of(module: str) -> str:
+    """`engine.scheduling` for engine.scheduling.batch, `engine.core` for itself, `quant` for all files below it."""
+    parts = module.split(".")
+    if parts[0] in ("parallel", "quant") or len(parts) == 1:
+        return parts[0]
+    return ".".join(parts[:2])
+
+
+def is_within(imported: str, names: str) -> bool:
+    return any(imported == name or imported.startswith(f"{name}.") for name in names.split())
+
+
+def complaint(module: str, imported: str) -> str | None:
+    """Why `module` may not import `imported`."""
+    room, package, first = room_of(module), module.split(".")[0], imported.split(".")[0]
+    if first in {"tests", "scripts", "benchmarks"} | FOREIGN.get(package, set()) | FOREIGN.get(room, set()):
+        return f"{room} must not import {first}"
+    if first not in PACKAGES or room == package and first == package:
+        return None
+    if not is_within(imported, f"{room} {ROOMS[room]}"):
+        return f"{room} may import only: {ROOMS[room] or 'nothing of ours'}"
     return None
 
 
-@pytest.mark.parametrize("path", source_files(), ids=name_of)
-def test_direction(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    complaints = {f"{imported}: {why}" for imported in imports_of(path) if (why := complaint(package, imported))}
+@pytest.mark.parametrize("module", MODULES)
+def test_direction(module: str) -> None:
+    complaints = {f"{name}: {why}" for name in imports_of(MODULES[module]) if (why := complaint(module, name))}
     assert not complaints
 
 
+def test_every_room_has_a_rule_and_every_rule_a_room() -> None:
+    rooms = {room_of(module) for module in MODULES if module not in PACKAGES} | {"parallel", "quant"}
+    assert rooms == set(ROOMS)
+
+
+def test_every_room_says_what_it_owns() -> None:
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")):
+        assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 40, path
+
+
+def test_no_rule_points_up() -> None:
+    """A room may import only rooms that stand above it in the table, so there can be no circle."""
+    order = list(ROOMS)
+    pairs = [(room, other) for room, names in ROOMS.items() for other in names.split() if room_of(other) in ROOMS]
+    upward = {(room, other) for room, other in pairs if is_upward(order, room, other)}
+    assert not upward
+
+
+def is_upward(order: list[str], room: str, other: str) -> bool:
+    if room.split(".")[0] != room_of(other).split(".")[0]:
+        return False
+    return order.index(room_of(other)) >= order.index(room)
+
+
 @pytest.mark.parametrize(
-    ("package", "imported", "is_allowed"),
+    ("module", "imported", "is_allowed"),
     [
-        ("server", "engine.types.TokenEvent", True),
-        ("server", "engine.core.EngineCore", False),
-        ("server", "engine", False),
-        ("server", "torch", False),
-        ("engine", "parallel.state.ParallelState", True),
-        ("engine", "server.args", False),
-        ("parallel", "quant.base.LinearMethod", True),
-        ("parallel", "quant.none.DenseMethod", False),
-        ("quant", "parallel.state", False),
-        ("quant", "tests.tiny_model", False),
+        ("server.client", "engine.link.messages.TokenEvent", True),
+        ("server.client", "engine.core.EngineCore", False),
+        ("server.client", "engine", False),
+        ("server.client", "torch", False),
+        ("server.text.tokenizer", "server.errors.ValidationError", False),
+        ("engine.ranks", "parallel.state.ParallelState", True),
+        ("engine.start", "server.launcher.args", False),
+        ("engine.scheduling.scheduler", "torch", False),
+        ("engine.scheduling.scheduler", "engine.runner.ModelRunner", False),
+        ("parallel.linear", "quant.base.LinearMethod", True),
+        ("parallel.linear", "quant.dense.DenseMethod", False),
+        ("quant.config", "parallel.state", False),
+        ("quant.config", "tests.tiny_model", False),
     ],
 )
-def test_the_rules_themselves(package: str, imported: str, is_allowed: bool) -> None:
-    assert (complaint(package, imported) is None) == is_allowed
+def test_the_rules_themselves(module: str, imported: str, is_allowed: bool) -> None:
+    assert (complaint(module, imported) is None) == is_allowed
 
 
-@pytest.mark.parametrize("module", STDLIB_ONLY)
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, " ".join(STANDARD_LIBRARY_ONLY))])
 def test_standard_library_only(module: str) -> None:
-    path = ROOT / f"{module.replace('.', '/')}.py"
-    for imported in imports_of(path):
-        first = imported.split(".")[0]
-        is_ours = any(imported == name or imported.startswith(f"{name}.") for name in STDLIB_ONLY[module])
-        assert first in sys.stdlib_module_names or is_ours, f"{module} imports {imported}"
+    ours = next(names for name, names in STANDARD_LIBRARY_ONLY.items() if is_within(module, name))
+    for imported in imports_of(MODULES[module]):
+        is_standard = imported.split(".")[0] in sys.stdlib_module_names
+        assert is_standard or is_within(imported, ours), f"{module} imports {imported}"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -115,13 +212,13 @@ def test_the_http_process_never_loads_the_heavy_libraries() -> None:
     """Its memory stays under 300 MB and it is there in a second or two."""
     for statement in ("import server.app", "import server.__main__"):
         loaded = modules_after(statement)
-        assert {"server.app", "engine.types", "fastapi", "tokenizers"} <= loaded
+        assert {"server.app", "engine.link.messages", "fastapi", "tokenizers"} <= loaded
         assert not loaded & {"torch", "transformers", "numpy", "numba", "llvmlite", "safetensors", "triton"}
 
 
 def test_the_launcher_needs_the_standard_library_only() -> None:
     bare = modules_after("pass")  # what a site hook of this environment may load by itself
-    loaded = {name.split(".")[0] for name in modules_after("import server.launcher") - bare}
+    loaded = {name.split(".")[0] for name in modules_after("import server.launcher.main") - bare}
     assert loaded - set(sys.stdlib_module_names) == {"server", "engine"}
 
 

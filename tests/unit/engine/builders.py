@@ -6,13 +6,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
-from engine.block_manager import BlockManager
-from engine.ngram import IntArray, Proposal
-from engine.scheduler import SampledBatch, ScheduledBatch, Scheduler
-from engine.sequence import Sequence
-from engine.speculate import Proposer, Speculator
-from engine.step_costs import StepCosts
-from engine.types import GenerationRequest, TokenEvent
+from engine.link.messages import GenerationRequest, TokenEvent
+from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.ngram import IntArray, Proposal
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculate import Proposer, Speculator
+from engine.scheduling.step_costs import StepCosts
 
 EOS = 7
 PrefixKey = tuple[int, ...]

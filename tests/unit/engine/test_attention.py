@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.cpu import BLOCK_SIZE, CpuAttention
-from engine.attention.reference import TorchAttention
+from engine.attention.torch import TorchAttention
 
 # Two rows per KV head and token, Qwen2.5-0.5B's seven, one, and more than a tile has rows.
 SHAPES = [AttentionShape(4, 2, 16), AttentionShape(14, 2, 64), AttentionShape(3, 3, 32), AttentionShape(40, 1, 16)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.block_manager import BlockManager, hash_block
-from engine.sequence import Sequence
+from engine.scheduling.block_manager import BlockManager, hash_block
+from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import make_request
 
 BLOCK_SIZE = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.cli import settle_environment
+from engine.cli import prepare_environment
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from engine.cli import settle_environment
     ],
 )
 def test_variables(environ: dict[str, str], settled: dict[str, str]) -> None:
-    settle_environment(environ)
+    prepare_environment(environ)
     library = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_ENABLE_HF_TRANSFER")
     assert {name: value for name, value in environ.items() if name in library} == settled
     assert environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

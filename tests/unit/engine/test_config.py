@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 
-import engine.config
-from engine.config import (
-    KERNEL_SOURCES,
-    EngineConfig,
-    EngineLimits,
-    engine_environment,
-    resolve_limits,
-    user_cache_dir,
-)
-from engine.errors import StartError
+import engine.link.environment
+from engine.limits import EngineLimits, resolve_limits
+from engine.link.config import EngineConfig
+from engine.link.environment import KERNEL_SOURCES, engine_environment, user_cache_dir
+from engine.link.errors import StartError
 
 WINDOW, CAPACITY = 32_768, 65_536
 
@@ -129,7 +124,7 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
 
 def test_every_file_with_kernels_is_part_of_the_kernel_caches_name() -> None:
     """Numba looks only at the file of a kernel: what it inlines from another file would stay as it was."""
-    root = Path(engine.config.__file__).parents[1]
+    root = Path(engine.link.environment.__file__).parents[2]
     with_kernels = {
         path
         for package in ("engine", "parallel", "quant")

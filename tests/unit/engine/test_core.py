@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import engine.core
-from engine.block_manager import BlockManager
 from engine.core import EngineCore
-from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.link.messages import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
 from engine.runner import StepResult
-from engine.sampler import RawRows, sample
-from engine.scheduler import NON_FINITE_ERROR, SampledBatch, ScheduledBatch, Scheduler
-from engine.step_limit import StepLimit
-from engine.types import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
+from engine.sampling.sampler import RawRows, sample
+from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import NON_FINITE_ERROR, Scheduler
+from engine.scheduling.step_limit import StepLimit
 from tests.unit.engine.builders import EOS, make_request, scheduled_counts
 
 VOCAB_SIZE = 20

@@ -17,17 +17,18 @@ import torch
 from llguidance import LLMatcher
 
 import engine.core
-from engine import grammar, grammar_cpu
-from engine.block_manager import BlockManager
 from engine.core import EngineCore
-from engine.grammar import Grammars, MatchedGrammar, num_words
-from engine.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
+from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams, StepOutput, TokenEvent
 from engine.runner import StepResult
-from engine.sampler import sample
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence
-from engine.step_limit import StepLimit
-from engine.types import AbortRequest, FinishReason, GenerationRequest, SamplingParams, StepOutput, TokenEvent
+from engine.sampling import grammar, grammar_cpu
+from engine.sampling.grammar import Grammars, MatchedGrammar, num_words
+from engine.sampling.sampler import sample
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE, write_tokenizer
 from tests.unit.engine.builders import make_request
 

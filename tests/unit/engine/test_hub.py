@@ -14,8 +14,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
 
-from engine import hub
-from engine.errors import StartError
+from engine.checkpoint import hub
+from engine.link.errors import StartError
 from tests.tiny_model import write_tiny_qwen2
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

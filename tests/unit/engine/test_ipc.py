@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ipc import HEADER, EngineEndpoint, decode_down, decode_up, encode_frame, take_frames
-from engine.types import (
+from engine.link.ipc import HEADER, EngineEndpoint, decode_down, decode_up, encode_frame, take_frames
+from engine.link.messages import (
     AbortRequest,
     Down,
     EngineReady,
@@ -242,7 +242,9 @@ def test_what_the_peer_said_last_is_received_before_its_end(
 
 
 def test_a_process_ends_with_its_lifeline() -> None:
-    script = "import sys, time, engine.ipc as ipc; ipc.exit_when_closed(0, lambda text: print(text)); time.sleep(60)"
+    script = (
+        "import sys, time, engine.link.ipc as ipc; ipc.exit_when_closed(0, lambda text: print(text)); time.sleep(60)"
+    )
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True

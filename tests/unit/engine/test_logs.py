@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from engine.logs import HumanFormatter, JsonFormatter, parse_log_filter
+from engine.link.logs import HumanFormatter, JsonFormatter, parse_log_filter
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,10 @@ from engine.logs import HumanFormatter, JsonFormatter, parse_log_filter
             {"": logging.INFO, "launcher": logging.ERROR, "engine": logging.DEBUG},
         ),
         ("text_generation_router::server=debug", {"": logging.INFO, "server.server": logging.DEBUG}),
-        ("engine.scheduler=debug,tower=info", {"": logging.INFO, "engine.scheduler": 10, "tower": logging.INFO}),
+        (
+            "engine.scheduling.scheduler=debug,tower=info",
+            {"": logging.INFO, "engine.scheduling.scheduler": 10, "tower": logging.INFO},
+        ),
     ],
 )
 def test_filters(text: str, levels: dict[str, int]) -> None:
@@ -89,7 +92,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
     """A pipe takes 64 KB; then whoever writes to it would wait for ever."""
     program = (
         "import logging, time\n"
-        "from engine.logs import configure_logging\n"
+        "from engine.link.logs import configure_logging\n"
         "configure_logging('info', 'test')\n"
         "started = time.monotonic()\n"
         "for number in range(20_000): logging.info('%d %s', number, 'x' * 100)\n"
@@ -107,7 +110,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
 def test_every_line_is_there_at_the_end() -> None:
     program = (
         "import logging\n"
-        "from engine.logs import configure_logging\n"
+        "from engine.link.logs import configure_logging\n"
         "configure_logging('info', 'test', is_json=True)\n"
         "for number in range(5000): logging.info('%d', number)\n"
     )

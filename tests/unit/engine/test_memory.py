@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import EngineConfig
-from engine.errors import StartError
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
 from engine.memory import (
     DEFAULT_KV_TOKENS,
     MemoryNeeds,
     check_weights_fit,
     host_free_bytes,
+    plan_kv_blocks,
+    plan_prefill_tokens,
     release_freed_memory,
-    settle_kv_blocks,
-    settle_prefill_tokens,
 )
 
 MEGABYTE = 10**6
@@ -30,9 +30,9 @@ def config(**changes: Any) -> EngineConfig:
     return EngineConfig(model_path="m", **changes)
 
 
-def blocks(free_megabytes: int, *, window: int = 1024, is_modest: bool = True, **changes: Any) -> int:
-    return settle_kv_blocks(
-        config(**changes), NEEDS, free_bytes=free_megabytes * MEGABYTE, window=window, is_modest=is_modest
+def blocks(free_megabytes: int, *, window: int = 1024, has_default_cap: bool = True, **changes: Any) -> int:
+    return plan_kv_blocks(
+        config(**changes), NEEDS, free_bytes=free_megabytes * MEGABYTE, window=window, has_default_cap=has_default_cap
     )
 
 
@@ -43,12 +43,12 @@ def blocks(free_megabytes: int, *, window: int = 1024, is_modest: bool = True, *
         (9000, {"window": 64000}, 4000),
         (2000, {"window": 64000}, 800),  # what fits of 1000 MB by the default share
         (2000, {"kv_memory_share": 0.5}, 500),
-        (9000, {"is_modest": False}, 6400),
+        (9000, {"has_default_cap": False}, 6400),
         (9000, {"max_total_tokens": 64}, DEFAULT_KV_TOKENS // 16),
         (2000, {"max_total_tokens": 64}, 800),
         (9000, {"max_total_tokens": 64000, "window": 64000}, 4000),
         (9000, {"max_batch_total_tokens": 100}, 7),
-        (9000, {"max_batch_total_tokens": 100, "is_modest": False}, 7),
+        (9000, {"max_batch_total_tokens": 100, "has_default_cap": False}, 7),
         (2000, {"max_batch_total_tokens": 12800}, 800),
     ],
 )
@@ -56,16 +56,18 @@ def test_kv_blocks(free: int, options: dict[str, Any], expected: int) -> None:
     assert blocks(free, **options) == expected
 
 
-@pytest.mark.parametrize("is_modest", [True, False])
+@pytest.mark.parametrize("has_default_cap", [True, False])
 @pytest.mark.parametrize("name", ["max_total_tokens", "max_batch_total_tokens"])
-def test_what_does_not_fit_names_the_flag_and_a_value_that_does(name: str, is_modest: bool) -> None:
+def test_what_does_not_fit_names_the_flag_and_a_value_that_does(name: str, has_default_cap: bool) -> None:
     with pytest.raises(StartError) as caught:
-        blocks(2000, is_modest=is_modest, **{name: 12801})
+        blocks(2000, has_default_cap=has_default_cap, **{name: 12801})
     assert str(caught.value) == (
         f"Not enough memory to handle `{name}=12801`: the KV cache would take 0.8 GB of 0.8 GB that are free for it: "
         f"lower --{name.replace('_', '-')} to 12160"
     )
-    assert blocks(1951, is_modest=is_modest, **{name: 12160}) >= 760, "at the next start there may be a little less"
+    assert blocks(1951, has_default_cap=has_default_cap, **{name: 12160}) >= 760, (
+        "at the next start there may be a little less"
+    )
 
 
 SMALLEST = "Not enough memory for the smallest KV cache, 16 tokens: the KV cache would take"
@@ -110,7 +112,7 @@ def test_weights_that_do_not_fit() -> None:
 
 
 def prefill(wanted: int, free_megabytes: int, num_blocks: int, *, is_asked: bool) -> int:
-    return settle_prefill_tokens(
+    return plan_prefill_tokens(
         wanted, NEEDS, free_bytes=free_megabytes * MEGABYTE, num_blocks=num_blocks, is_asked=is_asked
     )
 
@@ -132,7 +134,7 @@ def test_a_step_that_was_asked_for_is_refused_with_a_value_that_fits() -> None:
 
 def test_no_suggested_step_is_empty() -> None:
     with pytest.raises(StartError, match="Not enough memory for a step beside"):
-        settle_prefill_tokens(4096, NEEDS, free_bytes=1_001_600_000, num_blocks=0, is_asked=True)
+        plan_prefill_tokens(4096, NEEDS, free_bytes=1_001_600_000, num_blocks=0, is_asked=True)
 
 
 def test_no_room_for_any_step() -> None:
@@ -146,14 +148,14 @@ def test_no_room_for_any_step() -> None:
     total=st.none() | st.integers(1, 100_000),
     capacity=st.none() | st.integers(1, 100_000),
     share=st.floats(0.01, 1.0),
-    is_modest=st.booleans(),
+    has_default_cap=st.booleans(),
 )
 def test_never_more_than_there_is(
-    free: int, window: int, total: int | None, capacity: int | None, share: float, is_modest: bool
+    free: int, window: int, total: int | None, capacity: int | None, share: float, has_default_cap: bool
 ) -> None:
     limits = {"max_total_tokens": total, "max_batch_total_tokens": capacity, "kv_memory_share": share}
     try:
-        count = blocks(free, window=window, is_modest=is_modest, **limits)
+        count = blocks(free, window=window, has_default_cap=has_default_cap, **limits)
     except StartError as error:
         assert str(error).startswith("Not enough memory")
         return

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from engine.layers.base import Rotation
 from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
-from engine.layers.reference import TorchOps
-from engine.rope import Rotary, make_rotary
+from engine.layers.rope import Rotary, make_rotary
+from engine.layers.torch import TorchOps
 
 CPU, TORCH = CpuOps(), TorchOps()
 EPS = 1e-6

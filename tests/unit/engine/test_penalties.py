@@ -11,15 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.block_manager import BlockManager
 from engine.core import EngineCore
-from engine.penalties import WATERMARK_KEY, Penalties, TokenCounts
+from engine.link.messages import AbortRequest, GenerationRequest, SamplingParams
 from engine.runner import StepResult
-from engine.sampler import RawRows, sample
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence
-from engine.step_limit import StepLimit
-from engine.types import AbortRequest, GenerationRequest, SamplingParams
+from engine.sampling.penalties import WATERMARK_KEY, Penalties, TokenCounts
+from engine.sampling.sampler import RawRows, sample
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_limit import StepLimit
 from tests.unit.engine.builders import make_speculator
 
 VOCAB_SIZE = 20

@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from engine.errors import StartError
-from engine.rope import Rotary, make_rotary, read_rope, replace_rope_scaling
+from engine.layers.rope import Rotary, make_rotary, read_rope, replace_rope_scaling
+from engine.link.errors import StartError
 
 WINDOW = 128
 BASE = {"max_position_embeddings": WINDOW, "rope_theta": 1e6}

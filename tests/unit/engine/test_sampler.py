@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TypicalLogitsWarper
 
-from engine import sampler, sampler_cpu
 from engine.core import Sample
-from engine.sampler import NUCLEUS_CANDIDATES, RawRows, filter_logits, uniform
-from engine.types import SamplingParams
+from engine.link.messages import SamplingParams
+from engine.sampling import sampler, sampler_cpu
+from engine.sampling.sampler import NUCLEUS_CANDIDATES, RawRows, filter_logits, uniform
 
 GREEDY = SamplingParams()
 

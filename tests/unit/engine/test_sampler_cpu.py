@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import sampler
-from engine.sampler import RawRows
-from engine.sampler_cpu import sample
-from engine.types import SamplingParams
+from engine.link.messages import SamplingParams
+from engine.sampling import sampler
+from engine.sampling.sampler import RawRows
+from engine.sampling.sampler_cpu import sample
 
 CASES = {
     "greedy": {},

@@ -7,8 +7,9 @@ import dataclasses
 import msgspec
 import pytest
 
-from engine.scheduler import NON_FINITE_ERROR, SampledBatch
-from engine.types import FinishReason, SamplingParams
+from engine.link.messages import FinishReason, SamplingParams
+from engine.scheduling.batch import SampledBatch
+from engine.scheduling.scheduler import NON_FINITE_ERROR
 from tests.unit.engine.builders import EOS, Simulation, check_integrity, ids_of, scheduled_counts
 
 

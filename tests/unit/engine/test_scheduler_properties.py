@@ -9,9 +9,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
-from engine.types import FinishReason
+from engine.link.messages import FinishReason
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import (
     EOS,
     Simulation,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ngram import MAX_MATCH, IntArray, Proposal, propose_ngram
-from engine.sequence import Sequence
-from engine.speculate import Acceptance, Speculator
-from engine.step_costs import StepCosts
+from engine.scheduling.ngram import MAX_MATCH, IntArray, Proposal, propose_ngram
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculate import Acceptance, Speculator
+from engine.scheduling.step_costs import StepCosts
 from tests.unit.engine.builders import make_request
 
 
@@ -147,7 +147,7 @@ def test_a_big_batch_drafts_nothing_where_one_sequence_does() -> None:
     assert not any(draft(speculator, make_sequences(32)))
 
 
-def settle(speculator: Speculator, sequence: Sequence, *, is_right: bool, steps: int) -> list[int]:
+def on_inputs(speculator: Speculator, sequence: Sequence, *, is_right: bool, steps: int) -> list[int]:
     """How long the drafts are over some steps in which all proposals are right, or all wrong."""
     lengths = []
     for _ in range(steps):
@@ -164,10 +164,10 @@ def settle(speculator: Speculator, sequence: Sequence, *, is_right: bool, steps:
 def test_a_request_whose_drafts_are_wrong_stops_drafting_and_one_whose_are_right_begins_again() -> None:
     speculator = Speculator(propose_ngram, StepCosts(BOUND_BY_MEMORY), 8)
     (sequence,) = make_sequences(1)
-    wrong = settle(speculator, sequence, is_right=False, steps=60)
+    wrong = on_inputs(speculator, sequence, is_right=False, steps=60)
     assert wrong[0] > 0
     assert wrong[-10:] == [0] * 10
-    right = settle(speculator, sequence, is_right=True, steps=60)
+    right = on_inputs(speculator, sequence, is_right=True, steps=60)
     assert right[-1] > 0, "proposals that were not used were seen to be right"
 
 

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from engine.runner import ModelRunner, StepResult
-from engine.sampler import sample
-from engine.scheduler import ScheduledBatch
-from engine.start import _warm_up
-from engine.step_limit import StepLimit
+from engine.sampling.sampler import sample
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.step_limit import StepLimit
+from engine.warm_up import warm_up
 
 SECONDS_PER_TOKEN = 0.001
 
@@ -30,8 +30,8 @@ class SleepingRunner:
 
 def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:
     limit = StepLimit(1.0, 5.0)
-    _warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64)
-    max_tokens = limit.max_tokens(is_alone=False)
+    warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64)
+    max_tokens = limit.max_tokens(is_only_sequence=False)
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
     assert max_tokens is not None
     assert 300 < max_tokens <= 1000

@@ -11,9 +11,9 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from parallel import shared_memory
-from parallel.comm import TorchCollectives
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives
+from parallel.torch_collectives import TorchCollectives
 
 SLOT_FLOATS = 64
 """In place of a million: so that a few numbers take several turns."""

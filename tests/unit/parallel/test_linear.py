@@ -14,16 +14,16 @@ from parallel.state import ParallelState
 from quant.awq import AwqMethod
 from quant.base import LinearMethod
 from quant.compressed_tensors import CompressedTensorsMethod
+from quant.dense import DenseMethod
 from quant.gptq import GptqMethod, stored_tensors
-from quant.int8 import Int4Method, Int8Method
 from quant.kernels import running_weight
-from quant.none import DenseMethod
+from quant.on_load import Int4Method, Int8Method
 from quant.packing import widen
 from quant.rounding import round_to_nearest
 from tests.unit.parallel.threads import run_ranks
 
 CPU = torch.device("cpu")
-DENSE = DenseMethod(torch.float32, is_widening=True)
+DENSE = DenseMethod(torch.float32, computes_in_float32=True)
 GPTQ = GptqMethod(bits=4, group_size=32, has_stored_minus_one=True)
 IN = 96
 ALONE = ParallelState()
@@ -93,11 +93,11 @@ def product(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     return x @ tensors["weight"].float().T + tensors.get("bias", torch.zeros(1)).float()
 
 
-def make_gptq(num_outputs: int, *, is_scattered: bool) -> Tensors:
+def make_gptq(num_outputs: int, *, has_unordered_groups: bool) -> Tensors:
     """A matrix of IN inputs with a bias, as stored."""
     matrix = round_to_nearest(random(num_outputs, IN), bits=4, group_size=32, is_symmetric=True)
     tensors = stored_tensors(matrix)
-    if is_scattered:
+    if has_unordered_groups:
         order = torch.randperm(IN, generator=torch.Generator().manual_seed(3))
         tensors["g_idx"] = tensors["g_idx"][order].contiguous()
     return {**tensors, "bias": random(num_outputs, seed=7)}
@@ -129,16 +129,16 @@ def dense_case() -> tuple[LinearMethod, Tensors, Expected]:
     return DENSE, tensors, lambda x: product(x, tensors)
 
 
-def gptq_case(is_scattered: bool) -> tuple[LinearMethod, Tensors, Expected]:
-    tensors = make_gptq(40, is_scattered=is_scattered)
+def gptq_case(has_unordered_groups: bool) -> tuple[LinearMethod, Tensors, Expected]:
+    tensors = make_gptq(40, has_unordered_groups=has_unordered_groups)
     weight = widen(GPTQ.pack(tensors))
     return GPTQ, tensors, lambda x: product(x, {"weight": weight, "bias": tensors["bias"]})
 
 
 ROW_CASES = {
     "dense": dense_case,
-    "groups": lambda: gptq_case(is_scattered=False),
-    "scattered groups": lambda: gptq_case(is_scattered=True),
+    "groups": lambda: gptq_case(has_unordered_groups=False),
+    "scattered groups": lambda: gptq_case(has_unordered_groups=True),
 }
 
 
@@ -214,7 +214,7 @@ def test_a_single_tensor_or_some_of_its_outputs_is_not_copied(parallel: Parallel
 )
 def test_a_tensor_that_is_merged_or_converted_is_copied(outs: tuple[int, ...], dtype: torch.dtype) -> None:
     parts = make_parts(outs, False)
-    layer = make_column(outs, has_bias=False, method=DenseMethod(dtype, is_widening=True))
+    layer = make_column(outs, has_bias=False, method=DenseMethod(dtype, computes_in_float32=True))
     assert layer.is_copied("weight", 0, torch.float32)
     load_parts(layer, parts)
     x = random(2, IN)

@@ -6,17 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.partition import (
-    UNITS,
-    SplitError,
-    deal,
-    deal_features,
-    deal_heads,
-    deal_rows,
-    length,
-    lengths,
-    scaled,
-)
+from parallel.partition import UNITS, SplitError, deal, length, lengths, scaled, split_features, split_heads, split_rows
 
 SIZES = st.integers(1, 16)
 GROUPS = st.integers(1, 12)
@@ -50,24 +40,24 @@ def test_features_are_dealt_in_the_largest_unit_that_fits(total: int, size: int)
     if size > 1 and not fitting:
         message = f"{total} can't be split over {size} shards in units of 64 or 32 or 16 or 8"
         with pytest.raises(SplitError, match=message):
-            deal_features(total, size)
+            split_features(total, size)
         return
-    shares = deal_features(total, size)
+    shares = split_features(total, size)
     assert_covers(shares, total, size)
     assert size == 1 or shares == deal(total, size, fitting[0])
 
 
 def test_one_rank_takes_any_number_of_features() -> None:
-    assert deal_features(20, 1) == [slice(0, 20)]
+    assert split_features(20, 1) == [slice(0, 20)]
 
 
 @given(st.integers(1, 10_000), SIZES)
 def test_rows_are_dealt_whatever_their_number(total: int, size: int) -> None:
     if total < size:
         with pytest.raises(SplitError, match="too few"):
-            deal_rows(total, size)
+            split_rows(total, size)
         return
-    shares = deal_rows(total, size)
+    shares = split_rows(total, size)
     assert_covers(shares, total, size)
     unit = next((unit for unit in UNITS if total >= unit * size), 1)
     assert not any(share.start % unit for share in shares)
@@ -79,9 +69,9 @@ def test_heads_sit_with_their_kv_heads(group: int, num_kv_heads: int, size: int)
     num_heads = group * num_kv_heads
     if -(-size // num_kv_heads) > group:  # ranks of the busiest KV head
         with pytest.raises(SplitError, match=f"too few for {size} shards: the largest count is {num_heads}"):
-            deal_heads(num_heads, num_kv_heads, size)
+            split_heads(num_heads, num_kv_heads, size)
         return
-    shares = deal_heads(num_heads, num_kv_heads, size)
+    shares = split_heads(num_heads, num_kv_heads, size)
     assert_covers([share.heads for share in shares], num_heads, size)
     kv_heads = [range(share.kv_heads.start, share.kv_heads.stop) for share in shares]
     assert [head for own in kv_heads for head in own] == sorted(head for own in kv_heads for head in own)
@@ -99,7 +89,7 @@ def test_heads_sit_with_their_kv_heads(group: int, num_kv_heads: int, size: int)
 def test_heads_are_dealt_evenly(group: int, num_kv_heads: int, size: int) -> None:
     """Whole groups where there are enough; else the ranks, and the heads of a group among its ranks."""
     try:
-        shares = deal_heads(group * num_kv_heads, num_kv_heads, size)
+        shares = split_heads(group * num_kv_heads, num_kv_heads, size)
     except SplitError:
         assert size > num_kv_heads
         return
@@ -117,12 +107,12 @@ def test_heads_are_dealt_evenly(group: int, num_kv_heads: int, size: int) -> Non
 
 def test_heads_that_make_no_groups() -> None:
     with pytest.raises(SplitError, match="14 heads don't divide into 4 groups"):
-        deal_heads(14, 4, 2)
+        split_heads(14, 4, 2)
 
 
 def test_more_ranks_than_heads() -> None:
     with pytest.raises(SplitError, match="4 heads in 2 groups of 2 are too few for 5 shards: the largest count is 4"):
-        deal_heads(4, 2, 5)
+        split_heads(4, 2, 5)
 
 
 HEADS = {
@@ -157,7 +147,7 @@ HEADS = {
     ],
 )
 def test_heads_of_qwen2(model: str, num_heads_by_rank: list[int], num_kv_heads_by_rank: list[int]) -> None:
-    shares = deal_heads(*HEADS[model], len(num_heads_by_rank))
+    shares = split_heads(*HEADS[model], len(num_heads_by_rank))
     assert [share.num_heads for share in shares] == num_heads_by_rank
     assert [share.num_kv_heads for share in shares] == num_kv_heads_by_rank
 
@@ -182,7 +172,7 @@ def test_heads_of_qwen2(model: str, num_heads_by_rank: list[int], num_kv_heads_b
     ],
 )
 def test_intermediate_features_of_qwen2_in_groups_of_128(intermediate_size: int, groups_by_rank: list[int]) -> None:
-    shares = deal_features(intermediate_size, len(groups_by_rank), (128, *UNITS))
+    shares = split_features(intermediate_size, len(groups_by_rank), (128, *UNITS))
     assert lengths(shares) == [128 * groups for groups in groups_by_rank]
 
 
@@ -198,12 +188,12 @@ def test_intermediate_features_of_qwen2_in_groups_of_128(intermediate_size: int,
 )
 def test_rows_of_qwen2s_vocabulary(size: int, expected: list[int]) -> None:
     assert sum(expected) == 151_936
-    assert lengths(deal_rows(151_936, size)) == expected
+    assert lengths(split_rows(151_936, size)) == expected
 
 
 def test_a_vocabulary_that_does_not_divide_has_a_short_last_share() -> None:
-    assert lengths(deal_rows(523, 3)) == [192, 192, 139]
-    assert lengths(deal_rows(523, 8)) == [128, 64, 64, 64, 64, 64, 64, 11]
+    assert lengths(split_rows(523, 3)) == [192, 192, 139]
+    assert lengths(split_rows(523, 8)) == [128, 64, 64, 64, 64, 64, 64, 11]
 
 
 def test_scaled() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from parallel import pulse
-from parallel.pulse import Pulse
+from parallel import heartbeat as pulse
+from parallel.heartbeat import Heartbeat
 from parallel.world import Peer
 
 BEAT_S = 0.05
@@ -21,7 +21,7 @@ SOON_S = 5.0
 """What is reported is reported long before."""
 
 Reports = queue.SimpleQueue[str]
-Start = Callable[..., tuple[Pulse, Reports]]
+Start = Callable[..., tuple[Heartbeat, Reports]]
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +49,12 @@ def connect() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
 @pytest.fixture
 def start(connect: object) -> Iterator[Start]:
     """Starts a rank's pulse over connections to others; they are closed after its thread has ended."""
-    pulses: list[Pulse] = []
+    pulses: list[Heartbeat] = []
 
-    def make(*connections: tuple[int, socket.socket]) -> tuple[Pulse, Reports]:
+    def make(*connections: tuple[int, socket.socket]) -> tuple[Heartbeat, Reports]:
         reports: Reports = queue.SimpleQueue()
         peers = [Peer(rank, f"10.0.0.{rank}", sock, sock) for rank, sock in connections]
-        pulses.append(Pulse(peers, TIMEOUT_S, reports.put))
+        pulses.append(Heartbeat(peers, TIMEOUT_S, reports.put))
         return pulses[-1], reports
 
     yield make

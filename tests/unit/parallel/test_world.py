@@ -17,7 +17,7 @@ from parallel import world
 from parallel.connect import make_collectives
 from parallel.shared_memory import SharedMemoryCollectives
 from parallel.state import RankLostError
-from parallel.world import Meeting, MeetingError, World, interface_of, listen_at, meet, read_line, send_line
+from parallel.world import Rendezvous, RendezvousError, World, interface_of, listen_at, meet, read_line, send_line
 
 ADDRESS = "127.0.0.1"
 ELSEWHERE = "127.0.0.2"
@@ -27,7 +27,7 @@ ELSEWHERE = "127.0.0.2"
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "RETRY_S", 0.02)
-    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(world, "RENDEZVOUS_TIMEOUT_S", 20.0)
 
 
 class Ranks:
@@ -38,19 +38,19 @@ class Ranks:
         self._listener = listen_at(ADDRESS, 0)
         self.port: int = self._listener.getsockname()[1]
         self._pool = ThreadPoolExecutor(2 * size)
-        self._futures: list[Future[Meeting]] = []
+        self._futures: list[Future[Rendezvous]] = []
 
-    def start(self, rank: int) -> Future[Meeting]:
+    def start(self, rank: int) -> Future[Rendezvous]:
         found = World(rank=rank, size=self._size, address=ADDRESS, port=self.port)
         future = self._pool.submit(meet, found, self._listener.detach() if rank == 0 else None)
         self._futures.append(future)
         return future
 
-    def meet(self) -> list[Meeting]:
+    def meet(self) -> list[Rendezvous]:
         futures = [self.start(rank) for rank in range(self._size)]
         return [future.result(30) for future in futures]
 
-    def exchange(self, meetings: list[Meeting], values: list[object]) -> list[list[object]]:
+    def exchange(self, meetings: list[Rendezvous], values: list[object]) -> list[list[object]]:
         return list(self._pool.map(lambda meeting, value: meeting.exchange(value), meetings, values))
 
     def __enter__(self) -> Ranks:
@@ -64,7 +64,7 @@ class Ranks:
                 close(future.result())
 
 
-def close(meeting: Meeting) -> None:
+def close(meeting: Rendezvous) -> None:
     for peer in meeting.peers:
         peer.control.close()
         peer.pulse.close()
@@ -223,34 +223,36 @@ def test_a_rank_that_comes_twice_is_refused(channel: str, three: Ranks) -> None:
     three.start(1).result(30)
     with socket.create_connection((ADDRESS, port)) as second:
         second.send(hello(token=token, channel=channel))
-        with pytest.raises(MeetingError, match="^rank 1 is there twice: give each host another --node-rank$"):
+        with pytest.raises(RendezvousError, match="^rank 1 is there twice: give each host another --node-rank$"):
             first.result(30)
         assert is_closed(second)
 
 
 def test_a_rank_that_does_not_come(three: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(world, "RENDEZVOUS_TIMEOUT_S", 1.0)
     first = three.start(0)
     three.start(1).result(30)
-    with pytest.raises(MeetingError, match="^rank 2 has not come within 1 s: see its host's log$"):
+    with pytest.raises(RendezvousError, match="^rank 2 has not come within 1 s: see its host's log$"):
         first.result(30)
 
 
 def test_without_rank_0_the_others_say_where_they_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "MEETING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(world, "RENDEZVOUS_TIMEOUT_S", 0.2)
     with listen_at(ADDRESS, 0) as listener:
         port = listener.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(MeetingError, match=f"^rank 0 can't be reached at 127.0.0.1:{port} .*start the first host, or"):
+    with pytest.raises(
+        RendezvousError, match=f"^rank 0 can't be reached at 127.0.0.1:{port} .*start the first host, or"
+    ):
         meet(World(rank=1, size=2, address=ADDRESS, port=port), None)
     assert 0.2 < time.monotonic() - started < 5
 
 
 def test_a_port_that_is_taken(two: Ranks) -> None:
-    with pytest.raises(MeetingError) as error:
+    with pytest.raises(RendezvousError) as error:
         meet(World(rank=0, size=2, address=ADDRESS, port=two.port), None)
-    mend = "give another --master-port"
-    assert str(error.value) == f"Cannot listen on 127.0.0.1:{two.port} (Address already in use): {mend}"
+    fix = "give another --master-port"
+    assert str(error.value) == f"Cannot listen on 127.0.0.1:{two.port} (Address already in use): {fix}"
 
 
 def test_rank_0_can_come_last_and_open_the_port_itself() -> None:
@@ -282,7 +284,7 @@ def test_interfaces() -> None:
 def test_ranks_of_one_host_share_memory(three: Ranks) -> None:
     meetings = three.meet()
 
-    def run(meeting: Meeting) -> tuple[SharedMemoryCollectives, list[float]]:
+    def run(meeting: Rendezvous) -> tuple[SharedMemoryCollectives, list[float]]:
         collectives = make_collectives(meeting, torch.device("cpu"), 1)
         assert isinstance(collectives, SharedMemoryCollectives)
         return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**meeting.world.rank])).tolist()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quant.base import PackedWeight
+from quant.dense import DenseMethod
 from quant.kernels import running_weight
 from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
 from quant.kernels.dense_torch import DenseTorch
-from quant.none import DenseMethod
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
@@ -98,7 +98,7 @@ def test_the_table_gives_the_cpu_its_kernel_and_others_the_twin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_widening", "checkpoint", "weight", "bias"),
+    ("dtype", "computes_in_float32", "checkpoint", "weight", "bias"),
     [
         (torch.float32, True, torch.bfloat16, torch.bfloat16, torch.float32),
         (torch.float32, True, torch.float16, torch.float16, torch.float32),
@@ -110,9 +110,9 @@ def test_the_table_gives_the_cpu_its_kernel_and_others_the_twin() -> None:
     ],
 )
 def test_what_weights_are_kept_in(
-    dtype: torch.dtype, is_widening: bool, checkpoint: torch.dtype, weight: torch.dtype, bias: torch.dtype
+    dtype: torch.dtype, computes_in_float32: bool, checkpoint: torch.dtype, weight: torch.dtype, bias: torch.dtype
 ) -> None:
-    method = DenseMethod(dtype, is_widening=is_widening)
+    method = DenseMethod(dtype, computes_in_float32=computes_in_float32)
     made = method.pack({"weight": torch.ones(2, 8, dtype=checkpoint), "bias": torch.ones(2, dtype=checkpoint)})
     assert made.bias is not None
     assert (made.weight.dtype, made.bias.dtype) == (weight, bias)

@@ -52,7 +52,7 @@ WEIGHTS = {
     "4 bits, groups of 32": random_weight(4, OUTPUTS, 192, 32, torch.bfloat16),
     "4 bits, groups of 96": random_weight(4, OUTPUTS, 192, 96),
     "4 bits, one group": random_weight(4, 3, 192, 192),
-    "4 bits, scattered": random_weight(4, OUTPUTS, 192, 64, is_scattered=True),
+    "4 bits, scattered": random_weight(4, OUTPUTS, 192, 64, has_unordered_groups=True),
     "8 bits, groups of 64": random_weight(8, OUTPUTS, 192, 64),
 }
 

@@ -18,7 +18,13 @@ ROWS = [1, 2, 3, 4, 5, 8, MIN_ROW_BLOCK + 1]
 
 
 def random_weight(
-    bits: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float16, *, is_scattered: bool = False
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float16,
+    *,
+    has_unordered_groups: bool = False,
 ) -> PackedWeight:
     generator = torch.Generator().manual_seed(n + k)
     num_groups = k // group_size
@@ -26,7 +32,7 @@ def random_weight(
     scales = (torch.rand(n, num_groups, generator=generator) * 0.01 + 0.001).to(dtype)
     zero_points = torch.randint(0, 2**bits + 1, (n, num_groups), generator=generator)
     groups = torch.arange(k) // group_size
-    if is_scattered:
+    if has_unordered_groups:
         groups = groups[torch.randperm(k, generator=generator)]
     bias = torch.randn(n, generator=generator)
     return pack_groups(q, scales, zero_points, bits=bits, group_of_input=groups, bias=bias)
@@ -52,7 +58,7 @@ def test_bits_are_those_of_the_dense_kernel(bits: int, group_size: int, n: int, 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scattered_groups_gather_the_inputs(bits: int) -> None:
-    packed = random_weight(bits, 24, 128, 32, is_scattered=True)
+    packed = random_weight(bits, 24, 128, 32, has_unordered_groups=True)
     assert packed.input_order is not None
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     expected = x @ widen(packed).T + packed.bias
@@ -60,9 +66,9 @@ def test_scattered_groups_gather_the_inputs(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("is_scattered", [True, False])
-def test_the_twin_agrees(bits: int, is_scattered: bool) -> None:
-    packed = random_weight(bits, 40, 128, 32, is_scattered=is_scattered)
+@pytest.mark.parametrize("has_unordered_groups", [True, False])
+def test_the_twin_agrees(bits: int, has_unordered_groups: bool) -> None:
+    packed = random_weight(bits, 40, 128, 32, has_unordered_groups=has_unordered_groups)
     x = torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(PackedCpu(packed)(x), PackedTorch(packed)(x), atol=1e-4, rtol=1e-4)
 

@@ -65,9 +65,9 @@ def test_a_packed_weight_is_what_its_numbers_say(
     given_groups = None if order == "none" else groups.to(torch.int32)
     packed = pack_groups(q, scales, zero_points, bits=bits, group_of_input=given_groups)
     assert torch.equal(widen(packed).double(), expected), "16-bit scales times small integers are exact"
-    is_scattered = order == "scattered" and num_groups > 1 and not torch.equal(groups, groups.sort().values)
+    has_unordered_groups = order == "scattered" and num_groups > 1 and not torch.equal(groups, groups.sort().values)
     if packed.layout != "dense":
-        assert (packed.input_order is not None) == is_scattered
+        assert (packed.input_order is not None) == has_unordered_groups
         assert packed.layout == ("nibbles" if bits <= 4 else "bytes")
     elif order in ("none", "plain"):
         assert group_size % (16 if bits <= 4 else 8)

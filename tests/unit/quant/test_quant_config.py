@@ -11,12 +11,12 @@ from quant.awq import AwqMethod
 from quant.base import FormatError
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.config import FORMATS, ON_LOAD, Quantization, resolve_quantization
+from quant.dense import DenseMethod
 from quant.gptq import GptqMethod
-from quant.int8 import Int4Method, Int8Method
-from quant.none import DenseMethod
+from quant.on_load import Int4Method, Int8Method
 from quant.packing import pack_words, widen
 
-DENSE = DenseMethod(torch.bfloat16, is_widening=True)
+DENSE = DenseMethod(torch.bfloat16, computes_in_float32=True)
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
 TENSORS = {f"{Q}.qweight", f"{Q}.scales", f"{K}.weight", "lm_head.weight"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}

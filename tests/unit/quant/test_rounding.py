@@ -16,7 +16,9 @@ from tests.oracles.dequantise import awq_weight, gptq_weight
 NUM_OUTPUTS, NUM_INPUTS = 32, 96
 
 
-def random_matrix(bits: int, group_size: int, seed: int, *, is_symmetric: bool, is_scattered: bool) -> RoundedMatrix:
+def random_matrix(
+    bits: int, group_size: int, seed: int, *, is_symmetric: bool, has_unordered_groups: bool
+) -> RoundedMatrix:
     generator = torch.Generator().manual_seed(seed)
     num_groups = 1 if group_size == -1 else NUM_INPUTS // group_size
     most = 2**bits
@@ -28,7 +30,7 @@ def random_matrix(bits: int, group_size: int, seed: int, *, is_symmetric: bool, 
         q=torch.randint(0, most, (NUM_OUTPUTS, NUM_INPUTS), generator=generator, dtype=torch.uint8),
         scales=(torch.rand(shape, generator=generator) + 0.1).to(torch.float16),
         zero_points=torch.full_like(zeros, most // 2) if is_symmetric else zeros,
-        group_of_input=groups[torch.randperm(NUM_INPUTS, generator=generator)] if is_scattered else groups,
+        group_of_input=groups[torch.randperm(NUM_INPUTS, generator=generator)] if has_unordered_groups else groups,
     )
 
 
@@ -39,8 +41,8 @@ def as_arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 16, 32, 48]), st.booleans(), st.integers(0, 2**31))
-def test_gptq_files_hold_the_numbers(bits: int, group_size: int, is_scattered: bool, seed: int) -> None:
-    matrix = random_matrix(bits, group_size, seed, is_symmetric=True, is_scattered=is_scattered)
+def test_gptq_files_hold_the_numbers(bits: int, group_size: int, has_unordered_groups: bool, seed: int) -> None:
+    matrix = random_matrix(bits, group_size, seed, is_symmetric=True, has_unordered_groups=has_unordered_groups)
     tensors = gptq.stored_tensors(matrix)
     expected = matrix.widen().numpy()
     arrays = as_arrays(tensors) | {"module.g_idx": tensors["g_idx"].numpy()}
@@ -55,7 +57,7 @@ def test_gptq_files_hold_the_numbers(bits: int, group_size: int, is_scattered: b
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([-1, 16, 32, 48]), st.integers(0, 2**31))
 def test_awq_files_hold_the_numbers(group_size: int, seed: int) -> None:
-    matrix = random_matrix(4, group_size, seed, is_symmetric=False, is_scattered=False)
+    matrix = random_matrix(4, group_size, seed, is_symmetric=False, has_unordered_groups=False)
     tensors = awq.stored_tensors(matrix)
     expected = matrix.widen().numpy()
     np.testing.assert_array_equal(awq_weight(as_arrays(tensors), "module"), expected)
@@ -67,7 +69,7 @@ def test_awq_files_hold_the_numbers(group_size: int, seed: int) -> None:
 
 
 def test_a_symmetric_gptq_file_has_autogptqs_words() -> None:
-    matrix = random_matrix(4, 32, 0, is_symmetric=True, is_scattered=False)
+    matrix = random_matrix(4, 32, 0, is_symmetric=True, has_unordered_groups=False)
     assert set(gptq.stored_tensors(matrix)["qzeros"].flatten().tolist()) == {0x77777777}
 
 

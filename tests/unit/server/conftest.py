@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import (
     FakeEngine,
     client_of,

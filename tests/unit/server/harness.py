@@ -21,11 +21,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from engine.errors import GenerationError
-from engine.types import EngineReady, EngineStats, FinishReason, GenerationRequest, TokenEvent
+from engine.link.errors import GenerationError
+from engine.link.messages import EngineReady, EngineStats, FinishReason, GenerationRequest, TokenEvent
 from server.client import EngineClient
 from server.config import ServerConfig
-from server.connection import Connection
+from server.edge.connection import Connection
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from server.access import PROTECTED_PATHS
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.edge.access import PROTECTED_PATHS
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 BODY = {"inputs": "x", "parameters": {"max_new_tokens": 2}}

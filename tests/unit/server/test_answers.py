@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.answers import f32
+from server.answers.json import f32
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.body import _parse
 from server.errors import BodyError
+from server.requests.body import _parse
 from tests.unit.server.harness import FakeEngine
 
 JSON = {"content-type": "application/json"}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from server.chat import ChatTemplate
+from server.chat.template import ChatTemplate
 from server.errors import TemplateError
-from server.openai_schemas import ChatRequest
-from server.tokenizer import ChatFormat
+from server.requests.openai import ChatRequest
+from server.text.tokenizer import ChatFormat
 from tests.unit.server.harness import CHATML
 
 USER = [{"role": "user", "content": "hey"}]

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.errors import EngineDeadError, EngineHungError, GenerationError
-from engine.ipc import EngineEndpoint
-from engine.types import (
+from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
+from engine.link.ipc import EngineEndpoint
+from engine.link.messages import (
     AbortRequest,
     Down,
     EngineStats,

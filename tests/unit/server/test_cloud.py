@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one
 
 MESSAGES = [{"role": "user", "content": "hey"}]

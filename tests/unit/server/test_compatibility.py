@@ -11,12 +11,12 @@ import httpx
 import msgspec
 import pytest
 
-from engine.types import EngineStats, FinishReason, StepOutput, StepReport
+from engine.link.messages import EngineStats, FinishReason, StepOutput, StepReport
 from server.app import create_app
-from server.args import parse_args
-from server.chat import ChatTemplate
-from server.metrics import Metrics
-from server.tokenizer import ChatFormat, TextTokenizer
+from server.chat.template import ChatTemplate
+from server.launcher.args import parse_args
+from server.telemetry.metrics import Metrics
+from server.text.tokenizer import ChatFormat, TextTokenizer
 from tests.unit.server.harness import LIMITS, FakeEngine, client_of, events_of, make_config, one_by_one
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from engine.types import FinishReason
-from server.tokenizer import TextTokenizer
+from engine.link.messages import FinishReason
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, events_of, one_by_one
 
 IdsOf = Callable[[str], list[int]]

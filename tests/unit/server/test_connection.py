@@ -16,8 +16,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from server.connection import Connection
-from server.sse import EventStream
+from server.answers.sse import EventStream
+from server.edge.connection import Connection
 from tests.unit.server.harness import FakeEngine, events_of, one_by_one, running_server, url_of
 
 REQUESTS = [

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.types import EngineStats, StepOutput, StepReport
+from engine.link.messages import EngineStats, StepOutput, StepReport
 from tests.unit.server.harness import FakeEngine
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.detokenizer import REPLACEMENT, Detokenizer, StopChecker, TokenText
-from server.tokenizer import TextTokenizer
+from server.text.detokenizer import REPLACEMENT, Detokenizer, StopChecker, TokenText
+from server.text.tokenizer import TextTokenizer
 
 TRICKY = st.sampled_from(
     ["👩‍👩‍👧‍👦", "🏳️‍🌈", "你好，世界", "é", "e\u0301", "𝔘", "한국어", " ", "\n", "<|im_end|>", "\ufffe", "𠀋"]

@@ -13,11 +13,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from engine.types import FinishReason, TokenEvent
-from server.admission import Admission
+from engine.link.messages import FinishReason, TokenEvent
+from server.answers.sse import EventStream
 from server.app import create_app
-from server.sse import EventStream
-from server.tokenizer import TextTokenizer
+from server.edge.admission import Admission
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one, running_server, url_of
 
 HEADERS = {

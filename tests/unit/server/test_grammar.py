@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-import server.grammar
+import server.requests.grammar
 from server.errors import ValidationError
-from server.grammar import MAX_GRAMMAR_CHARS, compile_grammar
-from server.schemas import Grammar
+from server.requests.grammar import MAX_GRAMMAR_CHARS, compile_grammar
+from server.requests.native import Grammar
 
 TOKENIZER = LLTokenizer("byte")
 POINT: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}}
@@ -190,21 +190,21 @@ async def test_other_objects_stay_open(schema: dict[str, Any], good: str) -> Non
 
 
 @pytest.fixture
-def fresh_checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[server.grammar._Checker]:
-    checker = server.grammar._Checker()
-    monkeypatch.setattr(server.grammar, "_checker", checker)
-    server.grammar._checked.cache_clear()
+def fresh_checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[server.requests.grammar._Checker]:
+    checker = server.requests.grammar._Checker()
+    monkeypatch.setattr(server.requests.grammar, "_checker", checker)
+    server.requests.grammar._checked.cache_clear()
     yield checker
     checker.close()
-    server.grammar._checked.cache_clear()
+    server.requests.grammar._checked.cache_clear()
 
 
 async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
-    fresh_checker: server.grammar._Checker, monkeypatch: pytest.MonkeyPatch
+    fresh_checker: server.requests.grammar._Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await compiled("json", POINT)
     process = fresh_checker._process
-    monkeypatch.setattr(server.grammar, "CHECK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server.requests.grammar, "CHECK_TIMEOUT_S", 0.3)
     ticks = 0
 
     async def tick() -> None:
@@ -220,11 +220,11 @@ async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
     assert 5 < ticks < 60, "the event loop goes on, and the second time the answer is known"
     assert process is not None and process.poll() is not None
     monkeypatch.undo()
-    monkeypatch.setattr(server.grammar, "_checker", fresh_checker)
+    monkeypatch.setattr(server.requests.grammar, "_checker", fresh_checker)
     await compiled("json", {"type": "string"})
 
 
-async def test_a_process_that_has_died_is_started_anew(fresh_checker: server.grammar._Checker) -> None:
+async def test_a_process_that_has_died_is_started_anew(fresh_checker: server.requests.grammar._Checker) -> None:
     await compiled("json", POINT)
     process = fresh_checker._process
     assert process is not None
@@ -245,7 +245,7 @@ async def test_long_and_deep_grammars_are_refused() -> None:
 
 
 def test_the_checking_process_ends_with_its_input_and_refuses_what_it_cannot_read() -> None:
-    command = [sys.executable, "-P", "-m", "server.grammar_check"]
+    command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
     done = subprocess.run(command, input=b'{"regex":"a"}\nrubbish\n', capture_output=True, check=True, timeout=60)
     first, second = (json.loads(line) for line in done.stdout.splitlines())
     assert list(first) == ["grammar"] and re.match("JSON is malformed", second["error"])

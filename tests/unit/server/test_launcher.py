@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from server.args import Sharding
-from server.launcher import LaunchError, bind, meeting_point, resolved, snapshot_commit
+from server.launcher.args import Sharding
+from server.launcher.main import LaunchError, bind, meeting_point, resolved, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 

@@ -16,10 +16,10 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from engine.types import EngineStats, StepOutput, StepReport, TokenEvent
+from engine.link.messages import EngineStats, StepOutput, StepReport, TokenEvent
 from server.app import create_app
-from server.metrics import Histogram
-from server.tokenizer import TextTokenizer
+from server.telemetry.metrics import Histogram
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import LIMITS, FakeEngine, client_of, make_config, one_by_one
 
 DURATIONS = "D"

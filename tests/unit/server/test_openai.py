@@ -10,9 +10,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from engine.types import FinishReason
+from engine.link.messages import FinishReason
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one, write_model_folder
 
 PATH = "/v1/chat/completions"

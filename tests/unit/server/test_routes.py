@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from server.access import PROTECTED_PATHS
+from server.edge.access import PROTECTED_PATHS
 from server.openapi import OPERATIONS, build_openapi
 from tests.unit.server.harness import make_config
 

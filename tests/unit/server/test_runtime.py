@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server import runtime
-from server.runtime import available_cores, describe_runtime, is_ip_address
+from server.launcher import host as runtime
+from server.launcher.host import available_cores, describe_runtime, is_ip_address
 
 
 @pytest.mark.parametrize(

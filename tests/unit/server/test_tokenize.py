@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, make_config, write_model_folder
 
 PROMPT = "<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import StartError
-from server.tokenizer import TextTokenizer
+from engine.link.errors import StartError
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import write_model_folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.types import FinishReason
+from engine.link.messages import FinishReason
 from tests.unit.server.harness import FakeEngine, events_of, one_by_one
 
 PATH = "/v1/chat/completions"

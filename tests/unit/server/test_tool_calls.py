@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tool_calls import Arguments, CallReader, CallStart, Content, ForcedCallReader, FreeCallReader, Piece
-from server.tools import HERMES_HEADER, TGI_HEADER
+from server.chat.tool_calls import (
+    Arguments,
+    CallReader,
+    CallStart,
+    ChatPiece,
+    Content,
+    ForcedCallReader,
+    FreeCallReader,
+)
+from server.chat.tools import HERMES_HEADER, TGI_HEADER
 
 NAMES = ("f", "get_weather")
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -19,13 +27,13 @@ NOTHING = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 Calls = list[tuple[str, str]]
 
 
-def read(reader: CallReader, parts: list[str], *, is_cut: bool = False) -> Iterator[Piece]:
+def read(reader: CallReader, parts: list[str], *, is_cut: bool = False) -> Iterator[ChatPiece]:
     for part in parts:
         yield from reader.push(part)
     yield from reader.finish(is_cut=is_cut)
 
 
-def summary(pieces: Iterator[Piece]) -> tuple[str, Calls]:
+def summary(pieces: Iterator[ChatPiece]) -> tuple[str, Calls]:
     """The content and the calls that `pieces` add up to; checks their order."""
     content, calls = "", []
     for piece in pieces:

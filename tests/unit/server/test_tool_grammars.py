@@ -10,11 +10,11 @@ import pytest
 import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 
+from server.chat.tools import use_tools
 from server.errors import ToolError, ValidationError
-from server.grammar import compile_tool_grammar
-from server.openai_schemas import ChatRequest
-from server.tokenizer import ChatFormat, TextTokenizer
-from server.tools import use_tools
+from server.requests.grammar import compile_tool_grammar
+from server.requests.openai import ChatRequest
+from server.text.tokenizer import ChatFormat, TextTokenizer
 
 WEATHER: dict[str, Any] = {
     "type": "object",

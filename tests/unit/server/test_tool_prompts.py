@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.chat import ChatTemplate, Ending
+from server.chat.template import ChatTemplate, Ending
+from server.chat.tools import TGI_PROMPT, ending, use_tools
 from server.errors import TemplateError, ToolError, ValidationError
-from server.openai_schemas import ChatRequest
-from server.tokenizer import ChatFormat, TextTokenizer
-from server.tools import TGI_PROMPT, ending, use_tools
+from server.requests.openai import ChatRequest
+from server.text.tokenizer import ChatFormat, TextTokenizer
 from tests.unit.server.harness import CHATML
 
 QWEN2_5 = Path(__file__).with_name("qwen2_5.jinja").read_text()

@@ -27,9 +27,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from engine.logs import JsonFormatter
+from engine.link.logs import JsonFormatter
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, make_config, running_server, url_of
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -191,7 +191,7 @@ def test_a_collector_that_does_not_take_anything(
             ending = time.monotonic()
         assert time.monotonic() - ending < 2.5
     deadline = time.monotonic() + 1
-    while not (lines := [record.getMessage() for record in caplog.records if record.name == "server.otlp"]):
+    while not (lines := [record.getMessage() for record in caplog.records if record.name == "server.telemetry.otlp"]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert lines == [f"Traces can't be sent to {endpoint}: spans are lost until they can"]

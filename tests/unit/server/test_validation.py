@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from server.app import create_app
-from server.tokenizer import TextTokenizer
+from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import LIMITS, FakeEngine, client_of, events_of, make_config
 
 CHAT = "/v1/chat/completions"

@@ -1,0 +1,145 @@
+"""A folder -> a model with its weights, this rank's part, on its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.files import read_model_config, read_quantization_config, safetensors_files
+from engine.checkpoint.loader import find_tensors, load_weights
+from engine.device import Device, resolve_dtype
+from engine.layers import OPS
+from engine.layers.rope import replace_rope_scaling
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.registry import import_entry
+from engine.memory import check_weights_fit
+from engine.models import MODELS
+from engine.models.base import CausalLM, ModelContext
+from engine.ranks import Ranks
+from parallel.partition import SplitError
+from parallel.state import ParallelState
+from quant.base import FormatError
+from quant.config import Quantization, resolve_quantization
+from quant.dense import DenseMethod
+
+logger = logging.getLogger(__name__)
+
+
+ALONE = ParallelState()
+
+
+def choose_quantization(
+    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
+) -> Quantization:
+    """How each matrix of the folder's model is stored and runs. Raises StartError."""
+    dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
+    try:
+        stored = read_quantization_config(folder, config)
+        names = find_tensors(folder) if stored else {}  # a dense checkpoint's headers are read once, to load it
+        return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
+    except FormatError as error:
+        raise StartError(str(error)) from error
+
+
+def build_model(
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: Device,
+    quantization: Quantization | None = None,
+    parallel: ParallelState = ALONE,
+) -> CausalLM:
+    """The model of a folder, this rank's part of the weights on the device; by default as the checkpoint says."""
+    quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
+    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
+    load_weights(model, folder, device.torch_device, parallel.size)
+    return model
+
+
+def make_model(
+    config: dict[str, Any],
+    quantization: Quantization,
+    activation_dtype: torch.dtype,
+    device: Device,
+    parallel: ParallelState = ALONE,
+) -> CausalLM:
+    """The rank's part of the model that config.json describes, without weights.
+
+    Raises StartError for what isn't supported.
+    """
+    model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
+    context = ModelContext(
+        parallel=parallel,
+        quantization=quantization,
+        ops=import_entry(OPS, device.ops, "ops")(),
+        activation_dtype=activation_dtype,
+        device=device.torch_device,
+    )
+
+    def make(size: int) -> None:
+        for rank in range(size):
+            model_class(config, dataclasses.replace(context, parallel=ParallelState(rank, size)))
+
+    try:
+        model: CausalLM = model_class(config, context)
+    except SplitError as error:
+        fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(make, size)]
+        fix = f"start with --num-shard {' or '.join(fitting)}" if fitting else "correct config.json"
+        raise StartError(f"the model can't be cut for {parallel.size} shards: {error}: {fix}") from error
+    except FormatError as error:
+        raise StartError(str(error)) from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
+        raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
+    return model
+
+
+def _is_splittable(make: Callable[[int], None], size: int) -> bool:
+    try:
+        make(size)
+    except SplitError:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A folder's model with its weights, and what was settled on the way."""
+
+    model: CausalLM
+    config: dict[str, Any]
+    """Of config.json, with the rope scaling that was asked for."""
+    dtype: torch.dtype
+    quantization: Quantization
+    weight_bytes: int
+    """Of memory, roughly."""
+    free_bytes: int
+    """What could be used before the weights were there."""
+
+
+def load_model(config: EngineConfig, device: Device, ranks: Ranks | None = None) -> LoadedModel:
+    """The rank's part of the model as `config` wants it run. Raises StartError in words."""
+    parallel, local_size = (ALONE, 1) if ranks is None else (ranks.state, ranks.world.local_size)
+    folder = Path(config.model_path)
+    model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
+    dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
+    # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
+    # On a CPU all ranks of the host share it, and none has taken anything before all have counted.
+    num_sharing = local_size if device.is_memory_shared else 1
+    free_bytes = int(device.free_memory_bytes() * config.memory_fraction) // num_sharing
+    if ranks is not None:
+        ranks.wait_for_all()
+    quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
+    check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
+    started = time.monotonic()
+    model = build_model(model_config, folder, dtype, device, quantization, parallel)
+    logger.info("Weights loaded in %.1f s", time.monotonic() - started)
+    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)

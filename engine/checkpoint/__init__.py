@@ -1,0 +1,1 @@
+"""A model's folder: finding and fetching it, config.json, reading weights into layers."""

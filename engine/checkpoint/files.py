@@ -1,0 +1,108 @@
+"""What a model folder says about itself: config.json, end-of-sequence ids, the safetensors files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.link.errors import StartError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
+    if not isinstance(content, dict):
+        raise StartError(f"{path} is not a JSON object: fetch the model again")
+    return content
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises StartError when it is missing."""
+    config = read_json(folder / "config.json")
+    if not config:
+        raise StartError(f"{folder} has no config.json: give --model-id a folder of a Hugging Face model")
+    return config
+
+
+def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the checkpoint says about its quantisation, wherever it says so; None for a dense one."""
+    for key in ("quantization_config", "compression_config"):
+        if isinstance(config.get(key), dict):
+            return dict(config[key])
+    return read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json") or None
+
+
+def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
+    """The ids that end a text (reference `tgi-http.md` 4.4).
+
+    A list in generation_config.json counts; a single number there gives way to the tokenizer's own eos token.
+    """
+    path = folder / "generation_config.json"
+    generation = read_json(path).get("eos_token_id")
+    if isinstance(generation, list):
+        return _ids(generation, path)
+    for candidate in (_tokenizer_eos_id(folder / "tokenizer_config.json"), generation):
+        if isinstance(candidate, int):
+            return [candidate]
+    own = config.get("eos_token_id")
+    return [] if own is None else _ids(own if isinstance(own, list) else [own], folder / "config.json")
+
+
+def _ids(values: list[Any], path: Path) -> list[int]:
+    if not all(isinstance(value, int) for value in values):
+        raise StartError(f"eos_token_id in {path} is {values!r}, not token ids: fetch the model again")
+    return values
+
+
+def _tokenizer_eos_id(path: Path) -> int | None:
+    tokenizer_config = read_json(path)
+    eos = tokenizer_config.get("eos_token")
+    content = eos.get("content") if isinstance(eos, dict) else eos
+    if content is None:
+        return None
+    try:
+        decoder = (tokenizer_config.get("added_tokens_decoder") or {}).items()
+        return next((int(token_id) for token_id, token in decoder if token.get("content") == content), None)
+    except (AttributeError, ValueError) as error:
+        raise StartError(f"added_tokens_decoder in {path} cannot be used ({error}): fetch the model again") from error
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files, in order. Raises StartError when there are none or one that the index names is missing."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if index:
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise StartError(
+                f"{folder}/model.safetensors.index.json has no weight_map of file names: fetch the model again"
+            )
+        paths = [folder / name for name in sorted(set(names.values()))]
+        for path in paths:
+            if not _is_file(path):
+                raise StartError(f"{path} is named by model.safetensors.index.json but missing: fetch the model again")
+        return paths
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    if not paths:
+        raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
+    for path in paths:
+        if not _is_file(path):
+            raise StartError(f"{path} is no file, or a link to a missing one: fetch the model again")
+    return paths
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise StartError.of_file(path, error) from error

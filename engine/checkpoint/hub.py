@@ -1,0 +1,363 @@
+"""A model -> a local folder: a folder as it is, a snapshot in the Hub's cache, or a download into that cache.
+
+Fetched are safetensors weights, configuration and tokenizer, never pickled weights or code. huggingface_hub reads its
+environment variables when it is imported: engine.cli puts them in order before it imports this module.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import io
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the base of its HTTP client's errors
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import tqdm
+from safetensors import SafetensorError, safe_open
+
+from engine.checkpoint.files import read_model_config, safetensors_files
+from engine.link.errors import StartError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth")
+OTHERS = (".json", ".txt", ".jinja")
+"""Configuration, tokenizer and chat templates."""
+NO_WEIGHTS = ("arguments", "args", "training")
+"""A weight file with one of these in its name holds no weights (TGI's rule)."""
+
+TRIES = 5
+FIRST_PAUSE_S = 1.0
+"""Before the second try; each further pause is twice as long."""
+API_TIMEOUT_S = 30.0
+PROGRESS_S = 5.0
+LEFTOVER_S = 3600.0
+"""A temporary file that nobody wrote to for so long is of a download that was killed."""
+
+T = TypeVar("T")
+
+
+def download_model(model_id: str, revision: str | None) -> Path:
+    """The model's folder; the Hub is asked only if the cache does not have it whole. Raises StartError in words."""
+    try:
+        if os.path.isdir(model_id):  # Path would take an empty text for the working directory
+            if revision is None:
+                return _local(Path(model_id))
+            if not _is_hub_id(model_id):
+                raise StartError("--revision is for models of the Hub: leave it out for a local folder")
+        return _cached(model_id, revision) or _fetched(model_id, revision)
+    except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
+        raise StartError(_sentence(_root(error), model_id, revision)) from error
+
+
+def check_may_upload(model_id: str) -> None:
+    """Raise StartError if an upload to `model_id` could not even begin."""
+    if not _is_hub_id(model_id):
+        raise StartError(
+            f"--upload-to-model-id {model_id} is not the id of a model on the Hub: give one like me/my-model"
+        )
+    if is_offline_mode():
+        raise StartError("--upload-to-model-id needs a network, and HF_HUB_OFFLINE is set: leave one of them out")
+    if not get_token():
+        raise StartError("--upload-to-model-id needs a token that may write: set HF_TOKEN")
+
+
+def upload_model(folder: Path, model_id: str) -> None:
+    """Put the folder's files into a model of the Hub, made private if it is new. Raises StartError in words."""
+    logger.info("Uploading %s to %s", folder, model_id)
+    try:
+        api = HfApi()
+        api.create_repo(model_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=model_id, folder_path=folder)
+    except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
+        raise StartError(f"{_sentence(_root(error), model_id, None)} ({folder} is complete)") from error
+
+
+def _is_hub_id(model_id: str) -> bool:
+    """Whether the Hub could have it; `./name` and `/name` are folders only."""
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _local(folder: Path) -> Path:
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    _check_names(names, str(folder))
+    _check_whole(folder)
+    logger.info("Files are already present on the host. Skipping download.")
+    return folder
+
+
+def _cached(model_id: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache if it is there and whole; makes no network call."""
+    config = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        _check_whole(folder)
+    except StartError as error:
+        logger.info("The cache does not have all of %s: %s", model_id, error)
+        return None
+    logger.info("Files are already present on the host. Skipping download.")
+    return folder
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise StartError if something is missing or cut off; of the weights only the headers are read."""
+    read_model_config(folder)
+    for path in safetensors_files(folder):
+        try:
+            with safe_open(path, framework="numpy"):  # compares the header's offsets with the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise StartError(f"{path} is cut off or damaged ({error}): fetch the model again") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise StartError(
+            f"{folder} has no tokenizer.json: write one with `transformers`, "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
+def _check_names(names: Collection[str], model_id: str) -> None:
+    """Raise StartError if files of these names can't make a model that we serve."""
+    weights = [name for name in names if _is_weight(name)]
+    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
+        raise StartError(
+            f"{model_id} is an adapter (LoRA), which is not supported: merge it into its base model first, with "
+            "`peft`, merge_and_unload() and save_pretrained(...), and give the folder that this writes"
+        )
+    if not weights and any(name.endswith(PICKLED) for name in names):
+        raise StartError(
+            f"{model_id} has only pickled weights (.bin, .pt), which can run code and are never loaded: give a "
+            "--revision with safetensors (the Hub's convert space opens such a refs/pr/N), or convert them on a "
+            "machine you trust, with `transformers`, save_pretrained(..., safe_serialization=True)"
+        )
+    if not weights:
+        raise StartError(f"{model_id} has no *.safetensors file: only safetensors weights are loaded")
+    if "config.json" not in names:
+        raise StartError(f"{model_id} has no config.json: give the id or the folder of a Hugging Face model")
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith(WEIGHTS) and not any(word in name for word in NO_WEIGHTS)
+
+
+def _fetched(model_id: str, revision: str | None) -> Path:
+    """Fetch what the cache lacks. The weights come last, so that a snapshot with all of them has the rest too."""
+    _check_may_fetch(model_id)
+    _relay_library_log()
+    _remove_leftovers(model_id)
+    commit, sizes = _persistently(lambda: _list_files(model_id, revision))
+    _check_names(sizes, model_id)
+    for name in sorted(name for name in sizes if name.endswith(OTHERS)):
+        folder = _fetch(model_id, commit, name, sizes[name]).parent
+    weights = sorted(name for name in sizes if _is_weight(name))
+    start = time.monotonic()
+    for num_done, name in enumerate(weights, start=1):
+        _fetch(model_id, commit, name, sizes[name])
+        eta_s = (time.monotonic() - start) / num_done * (len(weights) - num_done)
+        logger.info("Download: [%d/%d] -- ETA: %s", num_done, len(weights), datetime.timedelta(seconds=int(eta_s)))
+    _check_whole(folder)
+    _note_revision(model_id, revision or constants.DEFAULT_REVISION, commit)
+    return folder
+
+
+def _check_may_fetch(model_id: str) -> None:
+    if is_offline_mode():
+        raise StartError(
+            f"{model_id} is not in the cache {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set: "
+            "fetch it before, where there is a network, or give a local folder"
+        )
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise StartError("HF_ENDPOINT is not an address: it begins with http:// or https://")
+    # The HTTP client quotes a header that it can't send, token and all, in its error.
+    if not re.fullmatch(r"[!-~]*", get_token() or ""):
+        raise StartError("The Hub's token holds a character that no token has: set HF_TOKEN anew")
+
+
+def _list_files(model_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
+    """The commit of `revision`, and the size of every file at its top level."""
+    info = HfApi().model_info(model_id, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
+    if info.sha is None:
+        raise FileMetadataError(f"no commit in the description of {model_id}")
+    return info.sha, {file.rfilename: file.size for file in info.siblings or [] if "/" not in file.rfilename}
+
+
+def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:
+    """One file of a snapshot, from the cache if it is there in its full size."""
+    cached = try_to_load_from_cache(model_id, name, revision=commit)
+    if isinstance(cached, str):
+        if size in (None, Path(cached).stat().st_size):
+            return Path(cached)
+        Path(cached).resolve().unlink()  # the library takes any file for a whole one
+    logger.info("Download file: %s", name)
+    start = time.monotonic()
+    path = _persistently(lambda: hf_hub_download(model_id, name, revision=commit, tqdm_class=_Progress))
+    logger.info("Downloaded %s in %s.", path, datetime.timedelta(seconds=int(time.monotonic() - start)))
+    return Path(path)
+
+
+def _persistently(fetch: Callable[[], T]) -> T:
+    """`fetch()`, again after a pause while the network or the Hub fails. The library goes on with a cut file itself."""
+    pause_s = FIRST_PAUSE_S
+    for number in range(2, TRIES + 1):
+        try:
+            return fetch()
+        except Exception as error:
+            root = _root(error)
+            if not _is_transient(root):
+                raise
+            logger.warning("%s: trying again in %g s (try %d of %d)", _reason(root), pause_s, number, TRIES)
+        time.sleep(pause_s)
+        pause_s *= 2
+    return fetch()
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the library means by `not in the cache either`."""
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    if _is_disk_full(error) or isinstance(error, FileMetadataError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno is None  # the library's own: a file came in another size than announced
+    return isinstance(error, (HTTPError, RuntimeError))  # RuntimeError: hf_xet
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # hf_xet has the system's error only as text.
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_full or "No space left on device" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"The Hub answered HTTP {error.response.status_code}"
+    return f"The Hub can't be reached ({_one_line(str(error)) or type(error).__name__})"
+
+
+SENTENCES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (HFValidationError, "{model!r} is neither a folder nor the id of a model on the Hub: check the model id"),
+    (GatedRepoError, "{model} is gated: accept its terms on its page of {hub}, then set HF_TOKEN to your token"),
+    (RevisionNotFoundError, "{model} has no revision {revision!r}: check --revision"),
+    (RepositoryNotFoundError, "{model} is not on {hub}, or it is private: check the id, or set HF_TOKEN if it is"),
+    (DisabledRepoError, "{model} was disabled by the Hub: choose another model"),
+    ((FileMetadataError, json.JSONDecodeError), "{hub} does not answer as a Hub does: check HF_ENDPOINT and the proxy"),
+)
+"""The first that fits is said."""
+
+
+def _sentence(error: BaseException, model_id: str, revision: str | None) -> str:
+    """What went wrong, and the mend."""
+    hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
+    for kind, sentence in SENTENCES:
+        if isinstance(error, kind):
+            return sentence.format(model=model_id, revision=revision or "main", hub=hub)
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"{hub} refused {model_id} (HTTP {error.response.status_code}): check that HF_TOKEN is a valid token"
+    if isinstance(error, HfHubHTTPError):
+        fix = "try again later" if _is_transient(error) else "check the id and HF_ENDPOINT"
+        return f"{hub} did not hand out {model_id} (HTTP {error.response.status_code}): {fix}"
+    if _is_disk_full(error):
+        return f"The disk of {constants.HF_HUB_CACHE} is full: free space, or set HUGGINGFACE_HUB_CACHE to another one"
+    if isinstance(error, OSError) and error.errno is not None:
+        place = error.filename or constants.HF_HUB_CACHE
+        return f"{place} can't be used ({error.strerror}): mend that, or set HUGGINGFACE_HUB_CACHE to another folder"
+    return (
+        f"{model_id} is not in the cache and {hub} can't be reached ({_one_line(str(error))}): check the network, "
+        "HF_ENDPOINT and the proxy, or give a local folder"
+    )
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without what follows `?` in an address: that may be a signature."""
+    return re.sub(r"\?\S+", "", " ".join(text.split()))
+
+
+class _LogRelay(logging.Handler):
+    """What the library logs as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.log(record.levelno, "%s", _one_line(record.getMessage()))
+
+
+def _relay_library_log() -> None:
+    library = logging.getLogger("huggingface_hub")
+    library.handlers = [_LogRelay()]  # in place of its own, which writes plain text to stderr
+    library.propagate = False
+    library.setLevel(logging.INFO)  # there it says that it waits for another process that fetches the same file
+
+
+def _repository(model_id: str) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=model_id, repo_type="model"))
+
+
+def _note_revision(model_id: str, revision: str, commit: str) -> None:
+    """Let the cache know which snapshot a branch or tag means."""
+    if revision != commit:
+        note = _repository(model_id) / "refs" / revision
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
+
+
+def _remove_leftovers(model_id: str) -> None:
+    """Delete what a killed download left: the library never goes on with a file of another process."""
+    for path in (_repository(model_id) / "blobs").glob("*.incomplete"):
+        if time.time() - path.stat().st_mtime > LEFTOVER_S:
+            path.unlink(missing_ok=True)
+
+
+class _Progress(tqdm):
+    """In place of the library's progress bar: a log line every few seconds."""
+
+    monitor_interval = 0  # no thread
+
+    def __init__(self, **options: Any) -> None:
+        options |= {"disable": False, "file": io.StringIO(), "leave": False, "miniters": 1}
+        options |= {"mininterval": PROGRESS_S, "delay": PROGRESS_S}
+        options["desc"] = options["desc"].rpartition("/")[2]
+        options["bar_format"] = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, ETA: {remaining}"
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:
+            logger.info("Download: %s", str(self))  # now: it goes on changing
+
+    # Xet reports what came over the network beside what was written; with these there is one line for both.
+    def update_transfer(self, num_bytes: float) -> None:
+        pass
+
+    def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
+        pass

@@ -1,0 +1,81 @@
+"""What an engine process must find when it starts: variables that libraries read on import, and the cache folder."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from engine.link.errors import StartError
+
+logger = logging.getLogger(__name__)
+
+
+def user_cache_dir(environ: dict[str, str]) -> Path:
+    """`pytgi` under the user's cache folder; where that cannot be written, a new temporary folder and a warning.
+
+    The temporary one is removed when this process ends. Raises StartError when none can be made.
+
+    The temporary folder's name cannot be guessed: Numba's cache is pickled, whoever can write it can run code as us.
+    """
+    try:
+        base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=base):
+            return base
+    except (OSError, RuntimeError) as error:
+        logger.warning("No cache folder can be written (%s): compiled kernels are kept for this run only", error)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="pytgi-"))
+    except OSError as error:
+        raise StartError(
+            f"No folder can be written for compiled kernels ({error}): set XDG_CACHE_HOME or TMPDIR to one that can"
+        ) from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
+    """Variables an engine process must be started with: libraries read them when they are first imported.
+
+    What the user has set wins. Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and
+    dies of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks. libgomp's threads spin a
+    short while between two regions, then sleep: with its default of milliseconds, one busy neighbour on 2 cores makes
+    decoding ten times slower (43 ms per token became 500), with this about twice. torch is told to ask for huge pages:
+    weights are read up to 10 % faster through them than through 4 KB pages. Its store warns of hosts without a name.
+    """
+    defaults = {
+        "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
+        "NUMBA_THREADING_LAYER": "omp",
+        "NUMBA_NUM_THREADS": str(num_threads),
+        "OMP_NUM_THREADS": str(num_threads),
+        "GOMP_SPINCOUNT": "4000",
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return {name: value for name, value in defaults.items() if not environ.get(name)}
+
+
+KERNEL_SOURCES = (
+    "quant/kernels/*.py",
+    "engine/attention/cpu.py",
+    "engine/layers/cpu.py",
+    "engine/sampling/grammar_cpu.py",
+    "engine/sampling/sampler_cpu.py",
+    "engine/scheduling/ngram.py",
+    "parallel/atomics.py",
+    "parallel/shared_memory.py",
+)
+
+
+def _kernel_version() -> str:
+    """A hash of all kernel sources: Numba's own cache looks only at the file of the kernel, not at what it inlines."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.blake2b(digest_size=8)
+    for pattern in KERNEL_SOURCES:
+        for path in sorted(root.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

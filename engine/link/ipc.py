@@ -1,0 +1,161 @@
+"""Length-prefixed MessagePack frames over the inherited socket pair between the HTTP process and the engine.
+
+A frame is a 4-byte big-endian length and one encoded message of `engine.link.messages`. The engine's end never blocks:
+what the reader has not taken yet waits in one pending buffer, and later tokens of the same request are merged into it,
+so that the buffer is bounded by the tokens of the open requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from engine.link.messages import Down, EngineReady, EngineStats, StepOutput, StepReport, TokenEvent, Up
+
+HEADER = struct.Struct(">I")
+RECEIVE_BYTES = 1 << 16
+PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+decode_down: Callable[[bytes], Down] = msgspec.msgpack.Decoder(Down).decode
+decode_up: Callable[[bytes], Up] = msgspec.msgpack.Decoder(Up).decode
+
+
+def encode_frame(message: msgspec.Struct) -> bytes:
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def take_frames(buffer: bytearray, decode: Callable[[bytes], T]) -> list[T]:
+    """Decode every whole frame at the front of `buffer` and remove it; a part of a frame stays."""
+    messages = []
+    start = 0
+    while len(buffer) - start >= HEADER.size:
+        (size,) = HEADER.unpack_from(buffer, start)
+        end = start + HEADER.size + size
+        if len(buffer) < end:
+            break
+        messages.append(decode(bytes(buffer[start + HEADER.size : end])))
+        start = end
+    del buffer[:start]
+    return messages
+
+
+class EngineEndpoint:
+    """The engine's end of the pair."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._inbox = bytearray()
+        self._outbox = memoryview(b"")
+        self._lagging: dict[str, TokenEvent] = {}
+        self._lagging_stats: EngineStats | None = None
+        self._lagging_reports: list[StepReport] = []
+        self._is_closed = False
+        self._wake_fd = os.eventfd(0)
+
+    def __del__(self) -> None:
+        os.close(self._wake_fd)
+
+    def wake(self) -> None:
+        """From any thread: let `receive` return now, or at once when it is next called."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def receive(self, timeout_s: float) -> list[Down]:
+        """What has arrived, waiting at most `timeout_s` for the first message or for `wake`.
+
+        Raises EOFError without a peer, once everything has been received that it had sent before.
+        """
+        fd = self._sock.fileno()
+        readable, writable, _ = select.select([fd, self._wake_fd], [fd] if self._outbox else [], [], timeout_s)
+        if writable:
+            self._flush()
+        if self._wake_fd in readable:
+            os.eventfd_read(self._wake_fd)
+        if fd in readable:
+            self._read_available()
+        messages = take_frames(self._inbox, decode_down)
+        if self._is_closed and not messages:
+            raise EOFError("the HTTP process closed its socket")
+        return messages
+
+    def _read_available(self) -> None:
+        while True:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data = b""
+            if not data:
+                self._is_closed = True
+                return
+            self._inbox += data
+
+    def send(self, message: EngineReady | StepOutput) -> None:
+        """Queue one message and write what the socket takes now."""
+        if isinstance(message, EngineReady):
+            self._outbox = memoryview(encode_frame(message))
+        elif self._outbox:
+            self._hold(message)
+        else:
+            self._outbox = memoryview(encode_frame(message))
+        self._flush()
+
+    def _hold(self, output: StepOutput) -> None:
+        for event in output.events:
+            held = self._lagging.get(event.request_id)
+            if held is None:
+                self._lagging[event.request_id] = event
+            else:
+                held.extend(event)
+        self._lagging_stats = output.stats
+        self._lagging_reports += output.reports  # each computed a token of an open request, so they are bounded too
+
+    def _flush(self) -> None:
+        try:
+            while True:
+                while self._outbox:
+                    self._outbox = self._outbox[self._sock.send(self._outbox) :]
+                if self._lagging_stats is None:
+                    return
+                held = StepOutput(
+                    events=list(self._lagging.values()), stats=self._lagging_stats, reports=self._lagging_reports
+                )
+                self._lagging, self._lagging_stats, self._lagging_reports = {}, None, []
+                self._outbox = memoryview(encode_frame(held))
+        except BlockingIOError:
+            return
+        except ConnectionError:  # the reading side tells, after what is still to be read
+            self._outbox = memoryview(b"")
+
+
+def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:
+    """Watch the lifeline `fd` on a thread: at its end (the launcher is gone) end this process at once.
+
+    A thread and `os._exit`, because the main thread may be deep in a kernel or in a download. The kernel is told as
+    well: its signal also ends a process that is stopped.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(fd, 1024):
+            pass
+        log("the launcher is gone: exiting")
+        logging.shutdown()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()

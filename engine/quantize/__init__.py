@@ -1,0 +1,1 @@
+"""`text-generation-server quantize` and perplexity. Serving never imports this room."""

@@ -1,0 +1,289 @@
+"""text-generation-server quantize: a dense model, layer by layer, into a folder that says how it is quantised."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from engine.build import make_model
+from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.checkpoint.hub import check_may_upload, download_model, upload_model
+from engine.checkpoint.loader import load_weights
+from engine.device import Device, detect_device
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.registry import import_entry
+from engine.memory import host_free_bytes
+from engine.models import STAGES
+from engine.models.base import CausalLM
+from engine.quantize.calibration_text import CalibrationText, read_calibration_text
+from engine.quantize.checkpoint import CheckpointReader, CheckpointWriter
+from engine.quantize.methods import Quantizer, make_quantizer, quantization_config, stored_tensors
+from engine.quantize.options import WITH_DATA, QuantizeOptions
+from engine.quantize.perplexity import perplexity
+from engine.quantize.stages import LayerStages, LayerTensors
+from quant.base import FormatError
+from quant.config import resolve_quantization
+from quant.dense import DenseMethod
+from quant.packing import WORD_BITS
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 5.0
+OFFERED_GROUP_SIZES = (128, 64, 32, 16, -1)
+AWQ_OUTPUTS = 8
+"""AWQ packs so many outputs in a word."""
+
+
+def quantize(options: QuantizeOptions) -> Path:
+    """Write the quantised model; returns its folder. Raises StartError in words."""
+    if options.upload_to is not None:
+        check_may_upload(options.upload_to)
+    source, output = download_model(options.model_id, options.revision), Path(options.output_dir)
+    try:
+        with CheckpointWriter(output) as writer:
+            text, before = _quantize(options, source, writer)
+    except (OSError, SafetensorError) as error:
+        raise StartError(f"{output} cannot be written ({error}): free space, or give another OUTPUT_DIR") from error
+    except torch.OutOfMemoryError as error:
+        raise StartError(
+            "the device's memory is too small for a layer of this model: give smaller --sample-tokens, or hide the "
+            "device with CUDA_VISIBLE_DEVICES="
+        ) from error
+    # From here on the folder is whole, and stays whatever happens.
+    after = _perplexity(output, text, options)
+    if before is not None and after is not None:
+        logger.info(
+            "Perplexity on the last %d tokens of %s: %.3f before, %.3f after (%+.1f %%)",
+            *(len(text.held_out), options.dataset, before, after, 100 * (after / before - 1)),
+        )
+    if options.upload_to is not None:
+        upload_model(output, options.upload_to)
+    return output
+
+
+def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
+    """Check everything, then write the folder; returns the text, and the perplexity of the model as it was."""
+    config = read_model_config(source)
+    if read_quantization_config(source, config):
+        raise StartError(f"{source} is quantised already: give the model that it was made from")
+    reader, device = CheckpointReader(source), detect_device()
+    stages_class: type[LayerStages] = import_entry(STAGES, str(config.get("model_type", "")), "model_type")
+    model = _checked_model(config, source, device)
+    num_tokens, num_positions = options.sample_tokens, model.max_position_embeddings
+    if num_tokens > num_positions:
+        raise StartError(
+            f"--sample-tokens {num_tokens} is more than the {num_positions} positions of the model: give fewer"
+        )
+    _check_matrices(options, reader, stages_class)
+    text = _read_text(options, source)
+    if text.samples:
+        _check_memory(options, reader, config)
+
+    before = _perplexity(source, text, options)
+    start = time.monotonic()
+    stages = stages_class(config, model.attention_shape, model.rotary, num_tokens, device.torch_device)
+    stored = _write_tensors(options, reader, model, stages, text, writer, device)
+    files = {"quantize_config.json": stored} if stored["quant_method"] == "gptq" else {}  # as each format's tool does
+    writer.finish(source, files | {"config.json": _with_quantization(config, stored)})
+    logger.info("Quantised in %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
+    return text, before
+
+
+def _write_tensors(
+    options: QuantizeOptions,
+    reader: CheckpointReader,
+    model: CausalLM,
+    stages: LayerStages,
+    text: CalibrationText,
+    writer: CheckpointWriter,
+    device: Device,
+) -> dict[str, Any]:
+    """Every tensor of the quantised model; returns what its configuration says of it."""
+    quantizer = make_quantizer(options, stages)
+    names = [name for name in reader.names if not model.is_ignored(name)]
+    for name in names:
+        if not name.startswith("model.layers."):
+            writer.add(name, _half(name, reader.read(name)))
+    hidden = _embed(reader, text.samples)
+    progress = _Progress(model.num_layers * len(stages.MATRICES))
+    for index in range(model.num_layers):
+        prefix = f"model.layers.{index}."
+        own = [name for name in names if name.startswith(prefix)]
+        layer = {name.removeprefix(prefix): _wide(name, reader, device) for name in own}
+        _quantize_layer(index, layer, hidden, stages, quantizer, progress)
+        for name, tensor in _stored_layer(layer, quantizer).items():
+            writer.add(f"{prefix}{name}", tensor)
+    return quantization_config(options, is_gptq=quantizer.is_gptq)
+
+
+def _checked_model(config: dict[str, Any], source: Path, device: Device) -> CausalLM:
+    """The engine's model, all its weights looked through: whole, of the right shapes, finite. Raises StartError."""
+    dense = DenseMethod(torch.float32, computes_in_float32=True)  # maps the files and copies nothing
+    quantization = resolve_quantization(None, None, None, (), dense, is_exact=True)
+    model = make_model(config, quantization, torch.float32, device)
+    load_weights(model, source, torch.device("cpu"))
+    return model
+
+
+def _check_matrices(options: QuantizeOptions, reader: CheckpointReader, stages: type[LayerStages]) -> None:
+    """Raise StartError if a matrix can't have these groups or can't be packed."""
+    bits, group_size = options.bits, options.group_size
+    modules = [module for matrices in stages.MATRICES for module in matrices]
+    shapes = {module: reader.shape(f"model.layers.0.{module}.weight") for module in modules}
+    for module, (num_outputs, num_inputs) in shapes.items():
+        if group_size != -1 and num_inputs % group_size:
+            fitting = [
+                size
+                for size in OFFERED_GROUP_SIZES
+                if size == -1 or all(shape[1] % size == 0 for shape in shapes.values())
+            ]
+            raise StartError(
+                f"--groupsize {group_size} does not divide the {num_inputs} inputs of {module}: give "
+                f"{' or '.join(map(str, fitting))} (-1 is one group for all)"
+            )
+        is_packing = num_inputs * bits % WORD_BITS == 0 and num_outputs * bits % WORD_BITS == 0
+        if not is_packing or num_outputs % AWQ_OUTPUTS:
+            raise StartError(
+                f"{module} has {num_outputs} outputs and {num_inputs} inputs, which don't fill words of {WORD_BITS} "
+                f"bits with weights of {bits}: give other --bits, or serve the model with --quantize int4 as it is"
+            )
+
+
+def _check_memory(options: QuantizeOptions, reader: CheckpointReader, config: dict[str, Any]) -> None:
+    """Raise StartError if calibration would not fit."""
+    shapes = [reader.shape(name) for name in reader.names if name.startswith("model.layers.0.")]
+    widest = max(shape[-1] for shape in shapes)
+    layer = sum(shape[0] * shape[-1] for shape in shapes if len(shape) == 2)
+    rows = options.num_samples * options.sample_tokens
+    needed = 4 * (rows * (2 * config["hidden_size"] + widest) + 4 * widest**2 + 3 * layer)
+    free = host_free_bytes()
+    if needed > free:
+        raise StartError(
+            f"quantising needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: give fewer "
+            "--num-samples or --sample-tokens, or free memory"
+        )
+
+
+def _read_text(options: QuantizeOptions, source: Path) -> CalibrationText:
+    if options.dataset is None:
+        return CalibrationText([], [])
+    return read_calibration_text(
+        Path(options.dataset),
+        source / "tokenizer.json",
+        num_samples=options.num_samples if options.method in WITH_DATA else 0,
+        sample_tokens=options.sample_tokens,
+        num_held_out=options.perplexity_tokens,
+    )
+
+
+def _perplexity(folder: Path, text: CalibrationText, options: QuantizeOptions) -> float | None:
+    """Of the weights alone, with the engine's kernels: activations not rounded where that is possible, the head dense.
+
+    None where it isn't wanted or the model doesn't fit whole.
+    """
+    if not text.held_out:
+        return None
+    logger.info("Scoring %d tokens with %s", len(text.held_out), folder)
+    num_threads = torch.get_num_threads()
+    try:
+        dtype = "float32" if detect_device().computes_in_float32 else "auto"
+        engine_config = EngineConfig(model_path=str(folder), dtype=dtype, quantize_head="none", num_threads=num_threads)
+        return perplexity(engine_config, text.held_out, options.sample_tokens)
+    except StartError as error:
+        logger.warning("No perplexity: %s", error)
+        return None
+    finally:
+        torch.set_num_threads(num_threads)  # the engine wants one for torch, calibration all of them
+        gc.collect()  # a model refers to itself: its memory is wanted for the next
+
+
+@torch.inference_mode()
+def _embed(reader: CheckpointReader, samples: list[list[int]]) -> torch.Tensor:
+    """[samples, tokens, hidden_size] float32 on the CPU; empty without samples."""
+    table = reader.read("model.embed_tokens.weight")
+    ids = torch.tensor(samples, dtype=torch.int64)
+    if ids.numel() and int(ids.max()) >= len(table):
+        raise StartError("tokenizer.json has more tokens than config.json's vocab_size: fetch the model again")
+    return table[ids].to(torch.float32)
+
+
+@torch.inference_mode()
+def _quantize_layer(
+    index: int,
+    layer: LayerTensors,
+    hidden: torch.Tensor,
+    stages: LayerStages,
+    quantizer: Quantizer,
+    progress: _Progress,
+) -> None:
+    def on_inputs(modules: tuple[str, ...], inputs: Iterator[torch.Tensor]) -> None:
+        progress.step(f"layer {index}, {modules[0]}")
+        try:
+            quantizer.on_inputs(layer, modules, inputs)
+        except FormatError as error:
+            raise StartError(f"model.layers.{index}.{modules[0]} {error}") from error
+
+    if hidden.numel():
+        stages.run(index, layer, hidden, on_inputs)
+    else:
+        progress.step(f"layer {index}", len(stages.MATRICES))
+
+
+@torch.inference_mode()
+def _stored_layer(layer: LayerTensors, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """A layer's tensors as they are stored: matrices packed, all others in float16."""
+    stored: dict[str, torch.Tensor] = {}
+    rounded = quantizer.finish(layer)
+    for module, matrix in rounded.items():
+        tensors = stored_tensors(matrix.cpu(), is_gptq=quantizer.is_gptq)
+        stored |= {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+    packed = {f"{module}.weight" for module in rounded}
+    return stored | {name: _half(name, tensor) for name, tensor in layer.items() if name not in packed}
+
+
+def _wide(name: str, reader: CheckpointReader, device: Device) -> torch.Tensor:
+    tensor = reader.read(name)
+    _half(name, tensor)  # the scales of larger weights would not fit either
+    return tensor.to(device.torch_device, torch.float32)
+
+
+def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.to(torch.float16)
+    if not half.isfinite().all():
+        raise StartError(f"tensor {name} does not fit in float16, which both formats want: choose another model")
+    return half
+
+
+def _with_quantization(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, key: "float16", "quantization_config": stored}
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """Logs what is done, at most every few seconds."""
+
+    total: int
+    num_done: int = 0
+    start: float = dataclasses.field(default_factory=time.monotonic)
+    next_time: float = dataclasses.field(default_factory=lambda: time.monotonic() + PROGRESS_INTERVAL_S)
+
+    def step(self, what: str, count: int = 1) -> None:
+        """`what` begins now."""
+        now = time.monotonic()
+        if now >= self.next_time and self.num_done:
+            self.next_time = now + PROGRESS_INTERVAL_S
+            eta_s = (now - self.start) / self.num_done * (self.total - self.num_done)
+            share = 100 * self.num_done / self.total
+            logger.info("Quantising: %.0f %%, %s, ETA: %s", share, what, datetime.timedelta(seconds=int(eta_s)))
+        self.num_done += count

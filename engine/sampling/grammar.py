@@ -1,0 +1,240 @@
+"""Structured output: grammars are compiled beside the steps, and each step's logits are masked by them.
+
+llguidance (https://github.com/guidance-ai/llguidance) does the parsing; all of it is in rank 0, which samples. A
+request waits here until its grammar is compiled, then its sequence carries the place that its output has reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.link.config import MAX_LEXER_STATES
+from engine.link.errors import GenerationError
+from engine.link.messages import GenerationRequest
+from engine.scheduling.batch import ScheduledBatch
+
+IntArray = npt.NDArray[np.int32]
+ApplyMasks = Callable[[torch.Tensor, IntArray, IntArray], None]
+
+MASKS: dict[str, str] = {
+    "cpu": "engine.sampling.grammar_cpu:apply_masks",
+    "torch": "engine.sampling.grammar:apply_masks",
+}
+"""Name -> lazy "module:function" with the signature of `apply_masks` below, the plain twin of the other one. The names
+are those of `engine.sampling.sampler.SAMPLERS`."""
+
+MAX_COMPILED = 32
+"""Compiled grammars that are kept, as many as TGI keeps."""
+WORD_BITS = 32
+
+
+class MatchedGrammar:
+    """`engine.scheduling.sequence.OutputGrammar` by a matcher of its own."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.error: str | None = None
+
+    def advance(self, token_id: int) -> bool:
+        return self.matcher.consume_token(token_id) or not self.check()
+
+    def count_allowed(self, token_ids: Sequence[int]) -> int:
+        return self.matcher.validate_tokens(list(token_ids))
+
+    def forced(self) -> list[int]:
+        return self.matcher.compute_ff_tokens()
+
+    def check(self) -> bool:
+        """Whether the matcher has failed, as it does over its limits; sets `error`."""
+        if self.matcher.is_error():
+            self.error = f"the output cannot be held to the grammar: {_first_line(self.matcher.get_error())}"
+        return self.error is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request that has waited for its grammar; just one of `grammar` and `error` is there."""
+
+    request: GenerationRequest
+    arrival_time: float
+    """By `time.monotonic()`."""
+    grammar: MatchedGrammar | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Compilation:
+    request: GenerationRequest
+    arrival_time: float
+    matcher: Future[LLMatcher]
+
+
+class Grammars:
+    """Compiles the grammars of requests on a thread of its own, and masks logits by them."""
+
+    def __init__(
+        self,
+        tokenizer_file: Path,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        num_threads: int,
+        apply_masks: Callable[[], ApplyMasks],
+    ) -> None:
+        """`vocab_size` is that of the logits, `num_threads` compute masks.
+
+        Nothing is read before the first grammar is there: llguidance takes about a second and 190 MB to read the
+        vocabulary of Qwen2, and who sends no grammar shall not pay for it. Nor is `apply_masks` called before.
+        """
+        self.on_compiled: Callable[[], None] = lambda: None
+        """Called on that thread whenever a compilation has ended."""
+        self._tokenizer_file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._num_threads = num_threads
+        self._make_apply_masks = apply_masks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._compiling: dict[str, _Compilation] = {}
+        self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def compile(self, request: GenerationRequest) -> None:
+        """Begin; the request comes out of `take_compiled`, or is aborted here."""
+        assert request.grammar is not None
+        matcher = self._thread.submit(self._compile, request.grammar)
+        self._compiling[request.request_id] = _Compilation(request, time.monotonic(), matcher)
+        matcher.add_done_callback(lambda _: self.on_compiled())
+
+    def take_compiled(self) -> list[Compiled]:
+        """The requests whose grammars are ready, or have turned out to be none."""
+        ended = [name for name, compilation in self._compiling.items() if compilation.matcher.done()]
+        return [_outcome(self._compiling.pop(name)) for name in ended]
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request whose grammar is not ready; another one is ignored."""
+        compilation = self._compiling.pop(request_id, None)
+        if compilation is not None:
+            compilation.matcher.cancel()
+
+    def abort_all(self) -> list[str]:
+        """Forget them all; their ids."""
+        request_ids = list(self._compiling)
+        for request_id in request_ids:
+            self.abort(request_id)
+        return request_ids
+
+    @staticmethod
+    def rows(batch: ScheduledBatch) -> list[int]:
+        """Which rows of the step's logits `mask` changes."""
+        return [row for _, draft, first in _held(batch) for row in range(first, first + 1 + len(draft))]
+
+    def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
+        """Set to -inf what may not stand in the output, in place; logits [len(batch.sampled), vocab] float32.
+
+        The masks go along the drafts. After a token of a draft that may not stand there, any may.
+        """
+        rows = self.rows(batch)
+        masks = np.full((len(rows), num_words(self._vocab_size)), -1, np.int32)
+        plain: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        index = 0
+        for grammar, draft, _ in _held(batch):
+            if draft:
+                drafted.append((grammar.matcher, index, draft))
+            else:
+                plain.append((grammar.matcher, index))
+            index += 1 + len(draft)
+        address, row_bytes = masks.ctypes.data, masks.strides[0]
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, address, row_bytes, len(rows))
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, len(rows))
+        for grammar, _, _ in _held(batch):
+            grammar.check()
+        self._apply_masks(logits, np.array(rows, np.int32), masks)
+
+    def _compile(self, text: str) -> LLMatcher:
+        """On the thread. Raises GenerationError."""
+        matcher = self._cache.get(text)
+        if matcher is None:
+            limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
+            matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+            if matcher.is_error():
+                raise GenerationError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
+            self._cache[text] = matcher
+            if len(self._cache) > MAX_COMPILED:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(text)
+        return matcher.deep_copy()
+
+    @functools.cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Read on the thread, which also compiles what the first mask needs. Raises GenerationError."""
+        if not self._eos_token_ids:
+            raise GenerationError("the model has no end-of-sequence token, so no grammar could end")
+        try:
+            text = self._tokenizer_file.read_text(encoding="utf-8")
+            tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        except (OSError, ValueError) as error:
+            raise GenerationError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from error
+        no_rows, no_masks = np.empty(0, np.int32), np.empty((0, num_words(self._vocab_size)), np.int32)
+        self._apply_masks(torch.empty(0, self._vocab_size), no_rows, no_masks)
+        return tokenizer
+
+    @functools.cached_property
+    def _apply_masks(self) -> ApplyMasks:
+        return self._make_apply_masks()
+
+    @functools.cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor(self._num_threads)
+
+
+def _held(batch: ScheduledBatch) -> Iterator[tuple[MatchedGrammar, list[int], int]]:
+    """The grammars of the step's rows, each with its sequence's draft and first row."""
+    row = 0
+    for sequence, draft in itertools.compress(zip(batch.sequences, batch.drafts, strict=True), batch.is_completing):
+        if sequence.grammar is not None:
+            assert isinstance(sequence.grammar, MatchedGrammar)
+            yield sequence.grammar, draft, row
+        row += 1 + len(draft)
+
+
+def _outcome(compilation: _Compilation) -> Compiled:
+    request, arrival_time, matcher = compilation.request, compilation.arrival_time, compilation.matcher
+    error = matcher.exception()
+    if error is not None:
+        return Compiled(request, arrival_time, error=str(error))
+    return Compiled(request, arrival_time, MatchedGrammar(matcher.result()))
+
+
+def _first_line(text: str) -> str:
+    """Without the parser's state, which follows."""
+    return text.strip().split("\n", 1)[0]
+
+
+def num_words(vocab_size: int) -> int:
+    """Of a mask with a bit for each token."""
+    return -(-vocab_size // WORD_BITS)
+
+
+@torch.inference_mode()
+def apply_masks(logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
+    """Set logits [rows, vocab] float32 to -inf, in place, where the bits of their masks are 0.
+
+    rows [masked] int32: which rows the masks belong to; masks [masked, words] int32, the lowest bit first.
+    """
+    refused = np.unpackbits(~masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    where = torch.from_numpy(refused).to(logits.device).bool()
+    index = torch.from_numpy(rows).to(logits.device)
+    logits[index] = logits[index].masked_fill_(where, -torch.inf)

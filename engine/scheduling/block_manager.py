@@ -1,0 +1,144 @@
+"""Which KV block belongs to whom, and which can be reused for a known prefix. Pure Python over counts and hashes.
+
+A block is free, or held by one sequence or by several that share a prefix. A free block may still carry the hash of its
+content: it is found again by that hash until it is needed for something else, least recently used first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+
+from engine.scheduling.sequence import Sequence
+
+HASH_BYTES = 16
+
+
+def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
+    """BLAKE2b-128 over the parent's hash and the ids: equal only for equal prefixes, in every process."""
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
+
+
+class BlockManager:
+    """Hands out the `num_blocks` blocks of `block_size` tokens each."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, is_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._is_prefix_caching = is_prefix_caching
+        self._num_holders = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_cached_blocks = 0
+        """Free blocks whose content can still be reused."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks
+
+    def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks still to be allocated before `sequence` has room for its first `num_tokens` tokens."""
+        return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
+
+    def admit(self, sequence: Sequence, *, num_spare_blocks: int = 0) -> bool:
+        """Give a waiting sequence room for all its tokens, reusing cached blocks; False (and no change) if it can't.
+
+        `num_spare_blocks` must stay free. The last token is never taken from the cache: its logits are wanted. Nor is
+        any where those of the whole prompt are.
+        """
+        reused = self._find_prefix(sequence)
+        num_new = -(-sequence.num_tokens // self.block_size) - len(reused)
+        num_revived = sum(1 for block in reused if not self._num_holders[block])
+        if num_new + num_revived + num_spare_blocks > self.num_free_blocks:
+            return False
+        for block in reused:
+            self._hold(block)
+        sequence.block_table = reused
+        sequence.num_computed_tokens = sequence.num_cached_tokens = len(reused) * self.block_size
+        self._extend(sequence, num_new)
+        return True
+
+    def grow(self, sequence: Sequence, num_more: int = 0, *, num_spare_blocks: int = 0) -> bool:
+        """Make room for all known tokens and `num_more`; False (and no change) if too few blocks are free.
+
+        `num_spare_blocks` must stay free, unless no block is needed.
+        """
+        num_missing = self.num_missing_blocks(sequence, sequence.num_tokens + num_more)
+        if num_missing and num_missing + num_spare_blocks > self.num_free_blocks:
+            return False
+        self._extend(sequence, num_missing)
+        return True
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back the blocks that no known token of `sequence` needs."""
+        needed = -(-sequence.num_tokens // self.block_size)
+        self._release(sequence.block_table[needed:])
+        del sequence.block_table[needed:]
+
+    def free(self, sequence: Sequence) -> None:
+        """Give all blocks of `sequence` back. The end of a prefix is reused for other things before its beginning."""
+        self._release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
+            self._num_holders[block] -= 1
+            if not self._num_holders[block]:
+                self._free[block] = None
+                if self._hash_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+                else:
+                    self.num_cached_blocks += 1
+
+    def publish_full_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
+        """Make the blocks that were filled since `num_computed_before` findable by other sequences."""
+        if not self._is_prefix_caching:
+            return
+        first = num_computed_before // self.block_size
+        last = sequence.num_computed_tokens // self.block_size
+        for index, digest in enumerate(self._hashes(sequence, last)[first:last], start=first):
+            block = sequence.block_table[index]
+            if digest not in self._block_of:
+                self._hash_of[block] = digest
+                self._block_of[digest] = block
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        blocks: list[int] = []
+        if self._is_prefix_caching and not sequence.request.has_prompt_logprobs:
+            for digest in self._hashes(sequence, (sequence.num_tokens - 1) // self.block_size):
+                block = self._block_of.get(digest)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        hashes = sequence.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * self.block_size
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + self.block_size]))
+        return hashes[:num_blocks]
+
+    def _hold(self, block: int) -> None:
+        if not self._num_holders[block]:
+            del self._free[block]
+            self.num_cached_blocks -= 1
+        self._num_holders[block] += 1
+
+    def _extend(self, sequence: Sequence, num_blocks: int) -> None:
+        for _ in range(num_blocks):
+            block, _ = self._free.popitem(last=False)
+            if (stale := self._hash_of[block]) is not None:
+                self._hash_of[block] = None
+                del self._block_of[stale]
+                self.num_cached_blocks -= 1
+            self._num_holders[block] = 1
+            sequence.block_table.append(block)

@@ -1,0 +1,252 @@
+"""Who runs next, and how many tokens of each. Pure Python over token counts: no torch, no text.
+
+There is no prefill or decode phase: a sequence has tokens, some of which are computed; a step computes some more under
+a budget. One token for every sequence that only lacks its newest comes first, so decoding never starves; then prompts
+that are under way; then the waiting ones, first come first served.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
+
+from engine.link.messages import EngineStats, FinishReason, GenerationRequest, TokenEvent
+from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.block_manager import BlockManager
+from engine.scheduling.sequence import OutputGrammar, Sequence
+from engine.scheduling.speculate import Speculator
+
+NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
+
+
+class Scheduler:
+    """Owns the two queues and, through the block manager, the KV memory."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_batch_tokens: int,
+        eos_token_ids: Collection[int],
+        max_running: int | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
+        self._blocks = block_manager
+        self._speculator = speculator
+        self._max_batch_tokens = max_batch_tokens
+        self._max_running = max_running
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._num_preemptions = 0
+        self._num_prefix_hit_tokens = 0
+        self.num_admissions = 0
+        """Since the start: how often a sequence left the queue."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def add(
+        self, request: GenerationRequest, *, grammar: OutputGrammar | None = None, arrival_time: float | None = None
+    ) -> None:
+        """`arrival_time`: by `time.monotonic()`, of a request that had to wait for its `grammar`."""
+        sequence = Sequence(request, arrival_time=arrival_time or time.monotonic(), grammar=grammar)
+        self._sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its memory at once; an unknown id may just have ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
+        """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
+        batch = ScheduledBatch([], [])
+        self._schedule_decodes(batch)
+        num_decodes = len(batch.sequences)
+        budget = self._max_batch_tokens - batch.num_tokens
+        if max_tokens is not None:  # some progress is always made on a prompt
+            budget = min(budget, max(1, max_tokens - batch.num_tokens))
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1:
+                budget -= self._schedule_chunk(batch, sequence, budget)
+        while self.waiting and budget > 0 and self._admit_first():
+            budget -= self._schedule_chunk(batch, self.running[-1], budget)
+        if self._speculator is not None and num_decodes == len(batch.sequences):  # a prompt makes the step long anyway
+            batch.draft_token_ids.extend(self._draft(self._speculator, batch.sequences, budget))
+        return batch
+
+    def _draft(self, speculator: Speculator, sequences: list[Sequence], budget: int) -> list[list[int]]:
+        """Drafts within the requests' limits and the free blocks: nobody is preempted for one."""
+        rooms = [sequence.request.max_new_tokens - sequence.num_output_tokens - 1 for sequence in sequences]
+        drafts = speculator.draft(sequences, rooms, budget)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            if not self._blocks.grow(sequence, len(draft), num_spare_blocks=len(self.running)):
+                del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
+        return drafts
+
+    def update(
+        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
+    ) -> list[TokenEvent]:
+        """Take in what a step computed; the events are what the callers see.
+
+        `prompt_logprobs`: of the tokens that `batch.num_scored_tokens` counts, sequence after sequence.
+        """
+        events: list[TokenEvent] = []
+        if prompt_logprobs:
+            scores = iter(prompt_logprobs)
+            for sequence, count in zip(batch.sequences, batch.num_scored_tokens, strict=True):
+                sequence.prompt_logprobs += itertools.islice(scores, count)
+        row = 0
+        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
+        for sequence, count, draft, is_completing in rows:
+            before = sequence.num_computed_tokens
+            sequence.num_computed_tokens += count
+            of_sequence: list[TokenEvent] = []
+            if is_completing:
+                of_sequence = self._accept(sequence, draft, sampled, row)
+                row += 1 + len(draft)
+            self._blocks.publish_full_blocks(sequence, before)
+            if of_sequence and of_sequence[-1].is_terminal:
+                self._remove(sequence)
+            elif draft:
+                self._blocks.shrink(sequence)
+            events += of_sequence
+        return events
+
+    def fail_all(self, error: str) -> list[TokenEvent]:
+        """End every request with `error`."""
+        events = [TokenEvent(request_id=request_id, error=error) for request_id in self._sequences]
+        for sequence in list(self._sequences.values()):
+            self._remove(sequence)
+        return events
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_used_blocks=self._blocks.num_used_blocks,
+            num_cached_blocks=self._blocks.num_cached_blocks,
+            num_blocks=self._blocks.num_blocks,
+            block_size=self._blocks.block_size,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_preemptions=self._num_preemptions,
+            num_draft_steps=self._speculator.num_drafts if self._speculator else 0,
+            num_drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
+            num_accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
+        )
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+                batch.sequences.append(sequence)
+                batch.num_scheduled_tokens.append(1)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
+        while not self._blocks.grow(sequence):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        self.waiting.appendleft(sequence)
+        self._num_preemptions += 1
+
+    def _schedule_chunk(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
+        count = min(budget, sequence.num_uncomputed_tokens)
+        if count > 0:
+            batch.sequences.append(sequence)
+            batch.num_scheduled_tokens.append(count)
+        return max(count, 0)
+
+    def _admit_first(self) -> bool:
+        """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
+
+        A block for each running sequence stays free: they will want one soon, and would preempt the newcomer for it.
+        """
+        if len(self.running) == self._max_running:
+            return False
+        sequence = self.waiting[0]
+        if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
+            return False
+        self.running.append(self.waiting.popleft())
+        self.num_admissions += 1
+        if sequence.queue_time_s is None:
+            self._num_prefix_hit_tokens += sequence.num_computed_tokens
+            sequence.queue_time_s = time.monotonic() - sequence.arrival_time
+        return True
+
+    def _accept(self, sequence: Sequence, draft: list[int], sampled: SampledBatch, first_row: int) -> list[TokenEvent]:
+        """Take the next token, and one more for each token of the draft that was right; an error is an event alone."""
+        event = TokenEvent(request_id=sequence.request.request_id)
+        if not sequence.num_output_tokens:
+            event.queue_time_s = sequence.queue_time_s
+            event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        if not all(map(math.isfinite, event.prompt_logprobs)):
+            return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
+        error = None
+        for row, guess in enumerate([*draft, None], start=first_row):
+            token_id = sampled.token_ids[row]
+            cause = NON_FINITE_ERROR if not sampled.is_finite[row] else _grammar_error(sequence, token_id)
+            if cause is not None:
+                error = TokenEvent(request_id=event.request_id, error=cause)
+                break
+            event.token_ids.append(token_id)
+            event.logprobs.append(sampled.logprobs[row])
+            if sequence.request.sampling.num_top_tokens:
+                event.top_token_ids.append(sampled.top_token_ids[row])
+                event.top_logprobs.append(sampled.top_logprobs[row])
+            sequence.token_ids.append(token_id)
+            event.finish_reason = self._finish_reason(sequence)
+            if event.finish_reason is not None or token_id != guess:
+                break
+            sequence.num_computed_tokens += 1
+        if self._speculator is not None:
+            self._speculator.observe(sequence, draft, event.token_ids)
+        return [*([event] if event.token_ids else []), *([error] if error else [])]
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4).
+
+        A grammar allows that token only where the output is complete, and nothing may follow it.
+        """
+        if sequence.num_output_tokens >= sequence.request.max_new_tokens:
+            return FinishReason.LENGTH
+        is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None
+        if sequence.token_ids[-1] in self._eos_token_ids and not is_ignoring_eos:
+            return FinishReason.EOS_TOKEN
+        return None
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
+        if sequence.block_table:
+            self.running.remove(sequence)
+            self._blocks.free(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+
+def _grammar_error(sequence: Sequence, token_id: int) -> str | None:
+    """Why `token_id` cannot be the sequence's next one; its grammar has taken it in otherwise."""
+    grammar = sequence.grammar
+    if grammar is None or (grammar.error is None and grammar.advance(token_id)):
+        return None
+    return grammar.error

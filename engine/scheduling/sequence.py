@@ -1,0 +1,74 @@
+"""Sequence: the engine's mutable state of one request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+from engine.link.messages import GenerationRequest
+
+
+class OutputGrammar(Protocol):
+    """What a sequence's output is held to, at the place that the output has reached (`engine.sampling.grammar`)."""
+
+    error: str | None
+    """Why the grammar cannot be followed any longer; fit for the user."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take in the next token of the output; False, and `error` is set, if it may not stand there."""
+
+    def count_allowed(self, token_ids: SequenceOf[int]) -> int:
+        """How many of `token_ids` may follow here, one after the other; nothing is taken in."""
+
+    def forced(self) -> list[int]:
+        """The tokens of the only text that may follow here; empty where there is a choice."""
+
+
+@dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
+class Sequence:
+    """Tokens so far, how many of them have their KV computed, and where that KV lies."""
+
+    request: GenerationRequest
+    arrival_time: float
+    """`time.monotonic()` when the request reached the engine."""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    """Prompt and output."""
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of the computed ones, how many were found in the prefix cache at the last admission."""
+    block_table: list[int] = dataclasses.field(default_factory=list)
+    block_hashes: list[bytes] = dataclasses.field(default_factory=list)
+    """Chained hashes of the full blocks, as far as they were needed."""
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are computed; empty unless asked for."""
+    queue_time_s: float | None = None
+    """Set at the first admission, sent with the first token."""
+    grammar: OutputGrammar | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose logprobs the first event must have and that are not known yet."""
+        if not self.request.has_prompt_logprobs or self.num_output_tokens:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """At least 1 while the sequence lives: the newest token's KV is made when the next one is wanted."""
+        return self.num_tokens - self.num_computed_tokens

@@ -1,0 +1,77 @@
+"""The first steps of an engine: they compile kernels, and teach the scheduler what a step costs."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from engine.core import Runner, Sample
+from engine.link.errors import StartError
+from engine.link.messages import GenerationRequest, SamplingParams
+from engine.runner import BLOCK_SIZE
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_costs import StepCosts
+from engine.scheduling.step_limit import StepLimit
+
+logger = logging.getLogger(__name__)
+
+
+WARM_UP_TOKENS = 64
+MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
+MEASUREMENTS = 3
+
+
+def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -> bool:
+    """Run a prompt, its last token alone, the prompt again; whether that token's logits had the same bits each time.
+
+    Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
+    """
+    started = time.monotonic()
+    logger.info("Warming up model (the first start on a machine compiles the kernels)")
+    prompt = [index % 16 for index in range(num_tokens)]
+    request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
+    sequence = Sequence(request, arrival_time=started)
+    sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
+    results = []
+    for count in (num_tokens, 1, num_tokens):
+        sequence.num_computed_tokens = num_tokens - count
+        step_started = time.monotonic()
+        try:
+            logits = runner.execute(ScheduledBatch([sequence], [count])).logits
+        except torch.OutOfMemoryError as error:
+            raise StartError(
+                f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
+                "`--max-batch-prefill-tokens`, or --cuda-memory-fraction"
+            ) from error
+        results.append(logits.clone())
+        sample(logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)], [0])
+        seconds = time.monotonic() - step_started
+    limit.observe(num_tokens, seconds)
+    logger.info("Warm-up took %.1f s", time.monotonic() - started)
+    return all(torch.equal(results[0], other) for other in results[1:])
+
+
+def measure_steps(runner: Runner, sample: Sample, most: int) -> StepCosts:
+    """Seconds of steps of a few rows each, `most` at most: the quickest of some, as others only disturb."""
+    started = time.monotonic()
+    request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=most)
+    sequence = Sequence(request, arrival_time=started)
+    sequence.block_table = list(range(-(-most // BLOCK_SIZE)))
+    seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= most}
+    for _ in range(MEASUREMENTS):
+        for rows, measured in seconds.items():
+            batch = ScheduledBatch([sequence], [1], [[0] * (rows - 1)])
+            step_started = time.monotonic()
+            sample(runner.execute(batch).logits, [SamplingParams()] * rows, list(range(rows)))
+            measured.append(time.monotonic() - step_started)
+    # No count is dearer than a larger one: what looks so was disturbed each time.
+    quickest = {rows: min(min(seconds[more]) for more in seconds if more >= rows) for rows in seconds}
+    logger.info(
+        "Steps by rows: %s (measured in %.1f s)",
+        ", ".join(f"{rows}: {value * 1000:.1f} ms" for rows, value in quickest.items()),
+        time.monotonic() - started,
+    )
+    return StepCosts(quickest)

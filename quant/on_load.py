@@ -1,0 +1,87 @@
+"""Dense checkpoints quantised while they load: `eetq` and `int8` (8 bits, a scale per output), `int4` (groups of 64).
+
+Nothing is calibrated, so no data is needed. One matrix at a time is turned, so that memory peaks near the final size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from quant.base import MatrixShard, PackedWeight, ParamSpec
+from quant.dense import dense_specs
+from quant.packing import BYTE_CHUNK, pack_nibbles
+
+INT4_GROUP_SIZES = (64, 32, 16)
+"""The first that divides the inputs is taken; of a shard that ends within a group, the first that divides both."""
+ROWS_AT_A_TIME = 512
+"""Outputs that are widened to float32 together while a matrix is quantised."""
+
+
+class _OnLoad:
+    """The stored tensors of a dense matrix."""
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        return dense_specs(in_features, out_features, has_bias)
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
+        return False
+
+
+class Int8Method(_OnLoad):
+    """Symmetric: the largest weight of an output becomes 127."""
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
+        weight, bias = params["weight"], params.get("bias")
+        if weight.shape[1] % BYTE_CHUNK:
+            return PackedWeight("dense", weight.to(torch.float32), bias)
+        largest = torch.cat([rows.abs().amax(dim=1, keepdim=True) for rows in _widened(weight)])
+        if shard is not None:
+            largest = shard.maximum(largest)
+        scales = largest.clamp_min(1e-12) / 127
+        q = torch.empty(weight.shape, dtype=torch.int8)
+        for first, rows in enumerate(_widened(weight)):
+            own = slice(first * ROWS_AT_A_TIME, (first + 1) * ROWS_AT_A_TIME)
+            q[own] = (rows / scales[own]).round_().to(torch.int8)
+        zero_points = torch.zeros(scales.shape, dtype=torch.int32)
+        return PackedWeight("bytes", q, bias, scales, zero_points)
+
+
+class Int4Method(_OnLoad):
+    """Asymmetric: each group's range becomes 0 to 15; the scale is rounded to float16 first, so that it is exact."""
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
+        weight, bias = params["weight"], params.get("bias")
+        num_outputs, num_inputs = weight.shape
+        total_inputs = num_inputs if shard is None else shard.total_inputs
+        common = math.gcd(total_inputs, num_inputs)
+        group_size = next((size for size in INT4_GROUP_SIZES if common % size == 0), None)
+        if group_size is None:
+            return PackedWeight("dense", weight.to(torch.float32), bias)
+        packed = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
+        scales = torch.empty(num_outputs, num_inputs // group_size, dtype=torch.float16)
+        zero_points = torch.empty(scales.shape, dtype=torch.int8)
+        for first in range(0, num_outputs, ROWS_AT_A_TIME):
+            rows = slice(first, first + ROWS_AT_A_TIME)
+            wide = weight[rows].to(torch.float32)
+            groups = wide.reshape(wide.shape[0], -1, group_size)
+            low = groups.amin(dim=2).clamp_max(0)
+            high = groups.amax(dim=2).clamp_min(0)
+            scales[rows] = ((high - low) / 15).clamp(6.2e-5, 65504).to(torch.float16)
+            scale = scales[rows].to(torch.float32)
+            zero = (-low / scale).round_().clamp_(0, 15)
+            q = (groups / scale[:, :, None] + zero[:, :, None]).round_().clamp_(0, 15)
+            packed[rows] = pack_nibbles(q.flatten(1))
+            zero_points[rows] = zero.to(torch.int8)
+        return PackedWeight("nibbles", packed, bias, scales, zero_points)
+
+
+def _widened(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows after the other in float32."""
+    starts = range(0, weight.shape[0], ROWS_AT_A_TIME)
+    return (weight[start : start + ROWS_AT_A_TIME].to(torch.float32) for start in starts)

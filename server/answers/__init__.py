@@ -1,0 +1,1 @@
+"""From generated tokens to the bytes of an answer: JSON, events, headers."""

@@ -1,0 +1,77 @@
+"""Writing JSON as TGI does (reference 0.3): compact, UTF-8, floats as the shortest single-precision decimal.
+
+Holds what several routes share; each route's own shapes live beside it. Encoded by msgspec: pydantic is too slow for
+every token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Protocol
+
+import msgspec
+from fastapi import Response
+
+from server.requests.serde import round_to_f32
+
+VERSION = "3.3.6-dev0"
+"""The TGI whose wire this is: clients branch on it."""
+SYSTEM_FINGERPRINT = f"{VERSION}-native"
+
+encoder = msgspec.json.Encoder()
+
+
+def f32(value: float) -> msgspec.Raw:
+    """`value` as the shortest decimal that is the same single-precision number; NaN and infinities are null."""
+    if not math.isfinite(value):
+        return msgspec.Raw(b"null")
+    exact = round_to_f32(value)
+    # every single-precision number is determined by 9 digits, and 6 never say more than it holds
+    for digits in range(6, 10):
+        shortest = float(f"{exact:.{digits}g}")
+        if round_to_f32(shortest) == exact:
+            break
+    return msgspec.Raw(repr(shortest).encode())
+
+
+JsonF32 = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["number", "null"], "format": "float"})]
+"""What `f32` makes."""
+
+
+class Token(msgspec.Struct, frozen=True):
+    id: int
+    text: str
+    logprob: JsonF32
+    special: bool
+
+
+class Scored(Protocol):
+    """A token that the wire shows with its logprob."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def is_special(self) -> bool: ...
+
+
+def token_answer(token: Scored) -> Token:
+    return Token(token.id, token.text, f32(token.logprob), token.is_special)
+
+
+def token_answers(tokens: Iterable[Scored]) -> list[Token]:
+    return [token_answer(token) for token in tokens]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+def json_answer(value: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(encoder.encode(value), headers=headers, media_type="application/json")

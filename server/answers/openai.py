@@ -1,0 +1,99 @@
+"""What the OpenAI-shaped routes share in their answers (reference 1.5, 1.10, 1.11, 3.5)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable
+
+import msgspec
+
+from engine.link.messages import FinishReason
+from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, Usage, f32
+from server.answers.sse import DONE, with_error_event
+from server.config import ServerConfig
+from server.errors import error_body, openai_error_body
+from server.generation import GeneratedToken, Generation
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS_TOKEN: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+}
+TGI_FINISH_REASONS = FINISH_REASONS | {FinishReason.STOP_SEQUENCE: "stop_sequence"}
+"""Quirk 6."""
+FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
+"""In streams of /v1/completions (quirk 7)."""
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: JsonF32
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: JsonF32
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    content: list[TokenLogprob]
+
+
+class TgiStreamError(msgspec.Struct, frozen=True):
+    message: str
+    http_status_code: int = 422
+    """Whatever went wrong (quirk 10)."""
+
+
+class TgiStreamErrorBody(msgspec.Struct, frozen=True):
+    error: TgiStreamError
+
+
+class Envelope:
+    """What all parts of one answer have in common: id, time, fingerprint, and how reasons are spelled."""
+
+    def __init__(self, config: ServerConfig, prefix: str) -> None:
+        """`prefix`: what OpenAI's ids of this kind begin with."""
+        self._is_strict = config.is_strict_tgi
+        self.id = "" if self._is_strict else f"{prefix}-{uuid.uuid4().hex}"  # quirk 22
+        self.created = int(time.time())
+        self.system_fingerprint = SYSTEM_FINGERPRINT
+        self.finish_reasons = TGI_FINISH_REASONS if self._is_strict else FINISH_REASONS
+
+    @property
+    def now(self) -> int:
+        """When a part is made: TGI's chunks each have their own time, OpenAI's all the same."""
+        return int(time.time()) if self._is_strict else self.created
+
+
+def usage_of(generations: Iterable[Generation], num_prompt_tokens: int) -> Usage:
+    num_generated = sum(generation.num_generated_tokens for generation in generations)
+    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated)
+
+
+def chat_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:
+    return Logprobs(
+        [
+            TokenLogprob(
+                token.text, f32(token.logprob), [TopLogprob(top.text, f32(top.logprob)) for top in token.top_tokens]
+            )
+            for token in tokens
+        ]
+    )
+
+
+async def openai_stream(events: AsyncGenerator[bytes], config: ServerConfig) -> AsyncGenerator[bytes]:
+    """`events`, an error as one more, and OpenAI's end mark, also after an error."""
+
+    def error_data(error: Exception) -> msgspec.Struct:
+        if config.is_strict_tgi:
+            return TgiStreamErrorBody(TgiStreamError(error_body(error).error))
+        return openai_error_body(error)
+
+    async with contextlib.aclosing(with_error_event(events, error_data)) as items:
+        async for item in items:
+            yield item
+    yield DONE

@@ -1,0 +1,97 @@
+"""Server-sent events as TGI frames them (reference 3.1): encoded once, flushed one by one, kept alive while silent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+import msgspec
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from server.answers.json import encoder
+from server.edge.admission import Permit
+from server.telemetry.spans import log_failure
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b":\n\n"
+
+
+def event(data: msgspec.Struct) -> bytes:
+    return b"data: " + encoder.encode(data) + b"\n\n"
+
+
+async def with_error_event(
+    events: AsyncGenerator[bytes], error_data: Callable[[Exception], msgspec.Struct]
+) -> AsyncGenerator[bytes]:
+    """`events`; if they fail, one more event says so: the status line is out already."""
+    async with contextlib.aclosing(events):
+        try:
+            async for item in events:
+                yield item
+        except Exception as error:
+            log_failure(error)
+            yield event(error_data(error))
+
+
+class EventStream(EventSourceResponse):
+    """A stream of encoded events.
+
+    sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here. A client that
+    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. The permit is
+    given back here too, for a client that left before the first event was asked for.
+    """
+
+    keep_alive_s = 15.0
+    send_timeout_s = 120.0
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], permit: Permit | None) -> None:
+        own = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        super().__init__(events, headers=headers | own, ping=0, send_timeout=self.send_timeout_s)
+        self._permit = permit
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+
+        is_gone = False
+
+        async def watched_receive() -> Message:
+            nonlocal is_gone
+            message = await receive()
+            is_gone = message["type"] == "http.disconnect"
+            return message
+
+        async def timed_send(message: Message) -> None:
+            # anyio cancels a task only while what it waits for is not there yet, which is never where a busy loop finds
+            # the next token in each of its turns.
+            if is_gone:
+                raise ClientDisconnect
+            await send(message)
+            self._last_sent = loop.time()
+
+        self._last_sent = loop.time()
+        keep_alive = asyncio.create_task(self._keep_alive(timed_send))
+        try:
+            await super().__call__(scope, watched_receive, timed_send)
+        except ClientDisconnect:
+            pass
+        except SendTimeoutError:
+            logger.error("a client has not read its stream for %g s: giving it up", self.send_timeout_s)
+        finally:
+            keep_alive.cancel()
+            if self._permit is not None:
+                self._permit.release()
+
+    async def _keep_alive(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._last_sent + self.keep_alive_s - loop.time())
+            if loop.time() - self._last_sent >= self.keep_alive_s:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

@@ -1,0 +1,1 @@
+"""Chats: prompts by template, tools offered and called, what the assistant says. Text in, text out."""

@@ -1,0 +1,93 @@
+"""What the assistant says: words and calls of functions, as one message or in parts (reference 1.10, 3.5, 3.6)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
+
+
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    description: None | UnsetType = UNSET
+    """TGI tells of it."""
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCallAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | None | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    """What a chunk adds to the message."""
+
+    role: str | UnsetType
+    content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
+    """OpenAI's shape: with calls, no words are null."""
+    content = ""
+    calls: list[tuple[str, list[str]]] = []
+    for piece in pieces:
+        match piece:
+            case Content(text):
+                content += text
+            case CallStart(_, name):
+                calls.append((name, []))
+            case Arguments(index, text):
+                calls[index][1].append(text)
+    if not calls:
+        return ChatMessage("assistant", content)
+    return ChatMessage(
+        "assistant",
+        content or None,
+        [
+            ToolCallAnswer(id=_new_call_id(), function=FunctionCall(name=name, arguments="".join(arguments)))
+            for name, arguments in calls
+        ],
+    )
+
+
+def delta_of(piece: ChatPiece, role: str | UnsetType) -> ChatDelta:
+    """In OpenAI's order: a call's id and name come first, then its arguments, part by part."""
+    match piece:
+        case Content(text):
+            return ChatDelta(role, text)
+        case CallStart(index, name):
+            call = ToolCallDelta(
+                index=index, id=_new_call_id(), type="function", function=FunctionDelta(name=name, arguments="")
+            )
+        case Arguments(index, text):
+            call = ToolCallDelta(index=index, function=FunctionDelta(arguments=text))
+    return ChatDelta(role, tool_calls=[call])
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

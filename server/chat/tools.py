@@ -1,0 +1,195 @@
+"""Tools of a chat: which are offered, how the model is told of them, and what it may write (reference 3.6)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.chat.template import NO_TOOLS, Ending, OfferedTools
+from server.chat.tool_calls import CLOSE, OPEN, CallReader, ForcedCallReader, FreeCallReader
+from server.errors import ToolError, ValidationError
+from server.requests.grammar import closed
+from server.requests.grammar_check import JSON_OPTIONS
+from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.text.tokenizer import TextTokenizer
+
+NO_TOOL = "no_tool"
+"""TGI's function for an answer in words."""
+
+HERMES_PROMPT = (
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+"""Qwen2.5's own words, for models whose template does not say them."""
+
+TGI_PROMPT = (
+    "\nGiven the functions available, please respond with a JSON for a function call with its proper arguments that "
+    "best answers the given prompt. Respond in the format {name: function name, parameters: dictionary of argument "
+    "name and its value}.Do not use variables.\n"
+)
+
+HERMES_HEADER = re.compile(r'<tool_call>\n\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
+TGI_START = '{"function": '
+TGI_HEADER = re.compile(r'\{"function": \{"_name": ("(?:[^"\\]|\\.)*")(?:, |(?=\}))')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """How one chat uses its tools."""
+
+    names: tuple[str, ...] = ()
+    """Of the functions that may be called."""
+    offered: OfferedTools = NO_TOOLS
+    grammar: str | None = None
+    """What llguidance reads, where the model is not free."""
+    max_calls: int | None = None
+    has_no_tool: bool = False
+    """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
+
+    def reader(self) -> CallReader:
+        """For one answer in the model's own format."""
+        if self.grammar is not None:
+            return ForcedCallReader(HERMES_HEADER)
+        return FreeCallReader(self.names, self.max_calls)
+
+
+NO_TOOL_USE = ToolUse()
+
+
+def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool) -> ToolUse:
+    """Raises ToolError: refused before the prompt is rendered, and so before a stream begins."""
+    is_off = request.tool_choice == "none"
+    if request.tools is not None and request.response_format is not None and (is_strict or not is_off):
+        raise ToolError("Grammar and tools are mutually exclusive")
+    if not request.tools or is_off:
+        return NO_TOOL_USE
+    return _tgi_use(request) if is_strict else _own_use(request, tokenizer)
+
+
+def ending(request: ChatRequest) -> Ending:
+    """How the prompt ends. Raises ValidationError."""
+    if request.continue_final_message is None and request.add_generation_prompt is None:
+        return Ending.AUTOMATIC
+    if request.continue_final_message:
+        if request.add_generation_prompt:
+            raise ValidationError("`continue_final_message` and `add_generation_prompt` must not both be true")
+        return Ending.CONTINUED
+    return Ending.CLOSED if request.add_generation_prompt is False else Ending.NEW
+
+
+def _allowed(request: ChatRequest) -> list[Tool]:
+    """Those that may be called."""
+    tools, choice = request.tools or [], request.tool_choice
+    if choice in (None, "auto", "required"):
+        return tools
+    name = choice.function.name if isinstance(choice, NamedToolChoice) else choice
+    chosen = [tool for tool in tools if tool.function.name == name]
+    if not chosen:
+        raise ToolError(f"Tool with name {name} not found")
+    return chosen
+
+
+def _is_free(request: ChatRequest) -> bool:
+    return request.tool_choice in (None, "auto")
+
+
+def _own_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
+    """In the format of the model's template."""
+    tools = _allowed(request)
+    sent = [tool.sent for tool in tools]
+    own_prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
+    max_calls = None if request.parallel_tool_calls else 1
+    return ToolUse(
+        names=tuple(tool.function.name for tool in tools),
+        offered=OfferedTools(
+            tools=sent,
+            prompt=own_prompt,
+            listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
+        ),
+        grammar=None if _is_free(request) else _hermes_grammar(tools, tokenizer, is_single=max_calls == 1),
+        max_calls=max_calls,
+    )
+
+
+def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> str:
+    """One call or more, of these functions and by their schemas."""
+    bodies = []
+    for tool in tools:
+        header = f'{{"name": {_literal(tool.function.name)}, "arguments": '
+        schema = _json(_arguments_schema(tool), is_lenient=not tool.function.strict)
+        bodies.append(f"{_literal(header)} {schema} {_literal('}')}")
+    newline = _literal("\n")
+    call = f"{_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"
+    return _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
+
+
+def _mark(mark: str, tokenizer: TextTokenizer) -> str:
+    """By its id where it is one token: then llguidance does not take the token for its text."""
+    token_id = tokenizer.token_id(mark)
+    return _literal(mark) if token_id is None else f"<[{token_id}]>"
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
+    schema = tool.function.arguments
+    if schema is None:
+        schema = {"properties": {}}
+    if not isinstance(schema, dict):
+        raise ToolError(f"The parameters of {tool.function.name} are not a JSON schema")
+    return {"type": "object"} | schema
+
+
+def _tgi_use(request: ChatRequest) -> ToolUse:
+    """As TGI does it: JSON of its own, in which `no_tool` stands for an answer in words (quirk 17)."""
+    tools = _allowed(request)
+    if _is_free(request):
+        description = "Open ended response with no specific tool selected"
+        function = {"name": NO_TOOL, "description": description, "arguments": {"type": "object"}}
+        tools = [*tools, Tool.model_validate({"type": "function", "function": function})]
+    shown = [_as_tgi_shows(tool) for tool in tools]
+    listed = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+    prompt = request.tool_prompt or TGI_PROMPT
+    bodies = [_json(_tgi_schema(tool), is_lenient=True) for tool in tools]
+    return ToolUse(
+        offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
+        grammar=_lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies),
+        has_no_tool=_is_free(request),
+    )
+
+
+def _as_tgi_shows(tool: Tool) -> dict[str, Any]:
+    arguments = json.dumps(tool.function.arguments, ensure_ascii=False, separators=(",", ":"))
+    function = {"description": tool.function.description, "name": tool.function.name, "arguments": arguments}
+    return {"type": tool.type, "function": function}
+
+
+def _tgi_schema(tool: Tool) -> dict[str, Any]:
+    """The name and the arguments in one object."""
+    schema = tool.function.arguments if isinstance(tool.function.arguments, dict) else {}
+    properties, required = schema.get("properties"), schema.get("required")
+    return schema | {
+        "type": "object",
+        "properties": {"_name": {"const": tool.function.name}} | (properties if isinstance(properties, dict) else {}),
+        "required": ["_name", *(required if isinstance(required, list) else [])],
+        "additionalProperties": False,
+    }
+
+
+def _lark(start: str, bodies: Sequence[str], *rules: str) -> str:
+    """A grammar in which `body` is one of `bodies`."""
+    names = [f"body_{index}" for index in range(len(bodies))]
+    alternatives = [f"{name}: {body}" for name, body in zip(names, bodies, strict=True)]
+    return "\n".join([f"start: {start}", *rules, f"body: {' | '.join(names)}", *alternatives])
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _json(schema: dict[str, Any], *, is_lenient: bool) -> str:
+    """`is_lenient`: what llguidance cannot hold the model to is ignored, as the functions check what they are given."""
+    options = {"x-guidance": JSON_OPTIONS | {"lenient": is_lenient}}
+    return f"%json {json.dumps(closed(schema) | options, ensure_ascii=False)}"

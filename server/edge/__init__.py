@@ -1,0 +1,1 @@
+"""What stands between a client's connection and the routes: keys, origins, permits, clients that leave."""

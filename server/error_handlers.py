@@ -1,0 +1,56 @@
+"""Answers to what goes wrong: one handler for each family of errors."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from server.errors import ERROR_KINDS, BodyError, TemplateError, error_body, openai_error_body
+from server.telemetry.spans import log_failure
+
+
+def _answer(request: Request, status: int, error: Exception) -> Response:
+    is_openai = request.url.path.startswith("/v1/") and not request.app.state.service.config.is_strict_tgi
+    body = openai_error_body(error) if is_openai else error_body(error)
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def _answer_known(request: Request, error: Exception) -> Response:
+    log_failure(error)
+    if isinstance(error, TemplateError):  # raised before a generation is opened, which counts its failures itself
+        request.app.state.service.metrics.refused(error)
+    return _answer(request, ERROR_KINDS[type(error)].status, error)
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> Response:
+    # Not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
+    return _answer(request, 500, error)
+
+
+async def _answer_body_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BodyError)
+    return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})
+
+
+async def _answer_routing_error(request: Request, error: Exception) -> Response:
+    """404 and 405 have no body; `allow` is written as TGI writes it."""
+    assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow", "")
+    methods = ",".join(sorted(method.strip() for method in allowed.split(",")))
+    return Response(status_code=error.status_code, headers={"allow": methods} if methods else None)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left before its answer: nobody reads this."""
+    return Response(status_code=400)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    for error_class in ERROR_KINDS:
+        app.add_exception_handler(error_class, _answer_known)
+    app.add_exception_handler(BodyError, _answer_body_error)
+    app.add_exception_handler(HTTPException, _answer_routing_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_unforeseen)

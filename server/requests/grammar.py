@@ -1,0 +1,189 @@
+"""What a grammar on the wire becomes for the engine (reference `tgi-http.md` 2.2 rows 21 to 24, 3.7).
+
+The grammar is compiled here once to refuse it before anything is queued; the engine compiles it again for its own
+vocabulary. No limit of llguidance's bounds the time that a hostile schema takes (30 intersected patterns take days), so
+it is compiled in a process that can be killed, `server.requests.grammar_check`. That also keeps llguidance out of this
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import json
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from server.errors import ValidationError
+from server.requests.grammar_check import Check, Checked
+from server.requests.native import Grammar
+
+MAX_GRAMMAR_CHARS = 1 << 18
+MAX_CACHED = 32
+CHECK_TIMEOUT_S = 5.0
+"""Usual schemas take a millisecond, and the process itself a tenth of a second to start."""
+MAX_REASON_CHARS = 500
+
+_MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
+"""How llguidance begins where the text is no JSON Schema: row 22; everything else that it says is row 24."""
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMAS = ("items", "additionalProperties", "additionalItems")
+_INTERSECTING = ("allOf", "anyOf", "oneOf", "$ref")
+
+
+async def compile_grammar(grammar: Grammar, *, is_strict: bool) -> str:
+    """The text that llguidance reads. Raises ValidationError.
+
+    `is_strict`: as TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
+    """
+    if grammar.type == "regex":
+        if not isinstance(grammar.value, str):
+            raise ValidationError("grammar is not valid: a regex is a string")
+        checked = await _check(Check(regex=grammar.value))
+        if checked.error is not None:
+            raise ValidationError(f"grammar is not valid: {checked.error}")
+        return checked.grammar
+    schema = _read_schema(grammar, is_strict=is_strict)
+    checked = await _check(Check(schema=closed(schema), is_lenient=is_strict))
+    if checked.error is not None and _MALFORMED.match(checked.error):
+        raise ValidationError(f"grammar is not valid: {checked.error}")  # 22
+    if is_strict and "properties" not in schema:
+        raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # 23
+    if checked.error is not None:
+        raise ValidationError(f"cannot compile regex from schema: {checked.error}")  # 24
+    return checked.grammar
+
+
+async def compile_tool_grammar(lark: str) -> str:
+    """The same for a grammar that `server.chat.tools` has made of the schemas of functions."""
+    checked = await _check(Check(lark=lark))
+    if checked.error is not None:
+        raise ValidationError(f"cannot compile regex from schema: {checked.error}")
+    return checked.grammar
+
+
+def _read_schema(grammar: Grammar, *, is_strict: bool) -> dict[str, Any]:
+    value = grammar.value
+    if grammar.type == "json_schema":
+        if not isinstance(value, dict) or "schema" not in value:
+            raise ValidationError("grammar is not valid: missing field `schema`")
+        value = value["schema"]
+    if grammar.type == "json_object" and value is None and not is_strict:  # OpenAI's JSON mode
+        return {"type": "object"}
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise ValidationError("grammar is not supported")  # 21
+    try:
+        schema = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"grammar is not valid: {error}") from error  # 22
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise ValidationError("grammar is not valid: a schema that can be followed is an object or `true`")  # 22
+    return schema
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with no other keys than the declared ones wherever it says nothing of them, as in TGI.
+
+    A model would otherwise be free to add any. Where objects are intersected, all would refuse each other's keys, so
+    such a schema stays as it is.
+    """
+    try:
+        if not any(_is_intersecting(part) for part in _walk(schema)):
+            schema = json.loads(json.dumps(schema))
+            for part in _walk(schema):
+                if "properties" in part:
+                    part.setdefault("additionalProperties", False)
+    except RecursionError:
+        raise ValidationError("grammar is not valid: it is nested too deeply") from None
+    return schema
+
+
+def _is_intersecting(part: dict[str, Any]) -> bool:
+    members = part.get("allOf")
+    is_refined = "properties" in part and any(key in part for key in _INTERSECTING)
+    return is_refined or (isinstance(members, list) and len(members) > 1)
+
+
+def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+    """The schema and every schema in it; constants and examples are none."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for key, value in list(schema.items()):
+        if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+            parts = list(value.values())
+        elif key in _SCHEMA_LISTS and isinstance(value, list):
+            parts = value
+        else:
+            parts = [value] if key in _SCHEMAS else []
+        for part in parts:
+            yield from _walk(part)
+
+
+class _Checker:
+    """The checking process, started when it is first needed; used by one thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def check(self, request: bytes) -> Checked:
+        """Answer a line; a process that says nothing in time, or dies of it, ends and gives way to a new one."""
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            if select.select([process.stdout], [], [], CHECK_TIMEOUT_S)[0] and (line := process.stdout.readline()):
+                return msgspec.json.decode(line, type=Checked)
+        except BrokenPipeError:  # it has died between two requests, or of this one
+            pass
+        self.close()
+        return Checked(error="it is too complex")
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_checker = _Checker()
+_thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+atexit.register(_checker.close)
+
+
+@functools.lru_cache(MAX_CACHED)
+def _checked(request: bytes) -> Checked:
+    return _checker.check(request)
+
+
+async def _check(check: Check) -> Checked:
+    """Off the event loop; the last answers are remembered."""
+    try:
+        request = json.dumps(msgspec.to_builtins(check)).encode() + b"\n"
+    except RecursionError:
+        return Checked(error="it is nested too deeply")
+    if len(request) > MAX_GRAMMAR_CHARS:
+        return Checked(error=f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+    checked = await asyncio.get_running_loop().run_in_executor(_thread, _checked, request)
+    return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])

@@ -1,0 +1,81 @@
+"""`python -m server.requests.grammar_check`: compiles grammars to say what is wrong with them, a line of JSON for each.
+
+A process of its own, because a schema can be made for which llguidance takes days, or all memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import signal
+import sys
+from typing import Any
+
+import msgspec
+
+from engine.link.config import MAX_LEXER_STATES
+
+MAX_MEMORY = 1 << 30
+"""Of addresses, in bytes; beyond it the process ends."""
+PR_SET_PDEATHSIG = 1
+
+JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,
+}
+"""White space as `json.dumps` writes it, which Qwen2.5's tool calls have, too. TGI lets the model choose between one
+space and none at each place: this is among its choices, and speculation knows what comes. `oneOf` is `anyOf`, as in
+TGI."""
+
+
+class Check(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to be compiled: a regular expression, a grammar of llguidance's own, or else a schema."""
+
+    regex: str | None = None
+    lark: str | None = None
+    schema: dict[str, Any] | None = None
+    is_lenient: bool = False
+    """Keywords that llguidance does not know are ignored."""
+
+
+class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the engine reads, or what is wrong."""
+
+    grammar: str = ""
+    error: str | None = None
+
+
+def check(request: Check) -> Checked:
+    from llguidance import LLMatcher, LLParserLimits
+
+    if request.regex is not None:
+        grammar = LLMatcher.grammar_from_regex(request.regex)
+    elif request.lark is not None:
+        grammar = LLMatcher.grammar_from_lark(request.lark)
+    else:
+        # x-guidance are options of llguidance's own, and not part of a schema.
+        schema = {key: value for key, value in (request.schema or {}).items() if key != "x-guidance"}
+        overrides: Any = {**JSON_OPTIONS, "lenient": request.is_lenient}
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
+    error = LLMatcher.validate_grammar(grammar, limits=LLParserLimits(max_lexer_states=MAX_LEXER_STATES))
+    return Checked(error=error) if error else Checked(grammar)
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server; this ends with its input
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    for line in sys.stdin.buffer:
+        try:
+            checked = check(msgspec.json.decode(line, type=Check))
+        except (ValueError, RecursionError) as error:
+            checked = Checked(error=str(error))
+        sys.stdout.buffer.write(msgspec.json.encode(checked) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

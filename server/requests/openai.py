@@ -1,0 +1,285 @@
+"""Request bodies of the OpenAI-shaped routes, as TGI reads them and with what OpenAI's clients send besides
+(reference `tgi-http.md` 1.9, 1.11, 3.4, 3.6, 3.7).
+
+Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI's own shapes are understood.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import CoreSchema
+
+from server.requests.native import Grammar, LogitBias
+from server.requests.serde import F32, I32, U32, U64, WireModel, is_strict, untagged, wrong
+
+
+class OpenAIModel(WireModel):
+    is_null_absent: ClassVar[bool] = True
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(WireModel):
+    url: str
+
+
+class ImagePart(WireModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class CalledFunction(WireModel):
+    name: str
+    description: str | None = None
+    arguments: Any = Field(validation_alias=AliasChoices("arguments", "parameters"))
+
+
+class ToolCall(WireModel):
+    id: str
+    type: str
+    function: CalledFunction
+
+
+class OfferedFunction(OpenAIModel):
+    name: str
+    description: str | None = None
+    arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
+    """Their JSON schema; left out, as OpenAI allows, the function takes nothing."""
+    strict: bool = False
+    """A schema that the model cannot be held to in full is refused where a call is required."""
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_arguments(cls, data: Any, info: ValidationInfo) -> Any:
+        if is_strict(info) and isinstance(data, dict) and data.keys().isdisjoint(("arguments", "parameters")):
+            raise wrong("missing field `arguments`")
+        return data
+
+
+class Tool(WireModel):
+    type: str
+    function: OfferedFunction
+    sent: SkipJsonSchema[dict[str, Any]]
+    """All of it as the client sent it: templates show that to the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data["sent"] = dict(data)
+        return data
+
+
+class FunctionName(WireModel):
+    name: str
+
+
+class NamedToolChoice(WireModel):
+    function: FunctionName
+
+
+class ContentBody(WireModel):
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class ToolCallBody(WireModel):
+    tool_calls: list[ToolCall]
+
+
+_MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
+    Annotated[ContentBody | ToolCallBody, Field(union_mode="left_to_right")]
+)
+
+
+class Message(OpenAIModel):
+    """One message of a chat. Read strictly, `content` wins over `tool_calls` where both are usable."""
+
+    role: str
+    name: str | None = None
+    body: ContentBody | ToolCallBody
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"tool_calls", "tool_call_id"})
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The fields of `body` are the message's own."""
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["required"].remove("body")
+        schema["anyOf"] = schema["properties"].pop("body")["anyOf"]
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_body(cls, data: Any) -> Any:
+        # TGI flattens an untagged enum into the message: its error names the message, not the field
+        if not isinstance(data, dict):
+            return data
+        try:
+            data["body"] = _MESSAGE_BODY.validate_python(data)
+        except ValidationError:
+            raise wrong("data did not match any variant of untagged enum MessageBody") from None
+        return data
+
+
+class StreamOptions(OpenAIModel):
+    include_usage: bool = False
+
+
+def _read_stop(value: Any, info: ValidationInfo) -> Any:
+    return [value] if isinstance(value, str) and not is_strict(info) else value
+
+
+def _read_bias(value: Any, info: ValidationInfo) -> Any:
+    """TGI reads a list of numbers and does nothing with it."""
+    if not is_strict(info):
+        return value
+    _BIAS_LIST.validate_python(value)
+    return None
+
+
+_BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
+
+Stop = Annotated[list[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
+
+
+class OpenAIFormat(OpenAIModel):
+    """`response_format` in OpenAI's shape; read here only to be described."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Any = None
+
+
+def _read_response_format(value: Any, info: ValidationInfo) -> Any:
+    """OpenAI's shapes become TGI's (reference 3.7); `{"type": "text"}` asks for what happens anyway."""
+    if is_strict(info) or not isinstance(value, dict):
+        return value
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object" if "value" not in value:
+            return {"type": "json_object", "value": {"type": "object"}}
+        case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
+            return {"type": "json_schema", "value": value["json_schema"]}
+    return value
+
+
+class ChatRequest(OpenAIModel):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    model: str | None = None
+    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    frequency_penalty: F32 | None = None
+    presence_penalty: F32 | None = None
+    stop: Stop = None
+    seed: U64 | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    tool_prompt: str | None = None
+    response_format: Annotated[
+        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+    ] = None
+    n: U32 | None = None
+    logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    typical_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    ignore_eos: bool = False
+    parallel_tool_calls: bool = True
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    extensions: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "parallel_tool_calls"),
+            *("continue_final_message", "add_generation_prompt"),
+        }
+    )
+
+
+Prompts = list[str | list[int]]
+"""Each as text or as token ids."""
+
+_TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
+_PROMPT: TypeAdapter[str | list[str] | list[int] | list[list[int]]] = TypeAdapter(
+    str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True)
+)
+
+
+def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
+    """TGI takes a string or several. OpenAI also takes token ids, as one list or as several."""
+    if value == [] or (isinstance(value, list) and [] in value and not is_strict(info)):
+        raise wrong("Empty array detected. Do not use an empty array for the prompt.")
+    try:
+        prompt = (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
+    except ValidationError:
+        raise wrong("data did not match any variant of untagged enum PromptDeserializer") from None
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    return [token_ids] if token_ids else [item for item in prompt if not isinstance(item, int)]
+
+
+class CompletionRequest(OpenAIModel):
+    """Body of /v1/completions."""
+
+    prompt: Annotated[
+        Prompts, PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[U32] | list[list[U32]])
+    ]
+    model: str | None = None
+    max_tokens: U32 | None = None
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    frequency_penalty: F32 | None = None
+    seed: U64 | None = None
+    stop: Stop = None
+    stream: bool = False
+    suffix: str | None = None
+    stream_options: StreamOptions = StreamOptions()
+    n: U32 | None = None
+    best_of: U32 | None = None
+    echo: bool = False
+    logprobs: U32 | None = None
+    """How many of the likeliest tokens to tell beside each chosen one; 0 tells the chosen ones alone."""
+    presence_penalty: F32 | None = None
+    logit_bias: LogitBias | None = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    typical_p: F32 | None = None
+    ignore_eos: bool = False
+
+    extensions: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("stream_options", "n", "best_of", "echo", "logprobs", "presence_penalty", "logit_bias"),
+            *("top_k", "min_p", "typical_p", "ignore_eos"),
+        }
+    )

@@ -1,0 +1,198 @@
+"""Reading JSON the way TGI's serde does: strict types, Rust's number ranges, and its words for what is wrong.
+
+Knows nothing of the requests themselves: `server.requests.native` builds them from these pieces.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+_FLOAT32 = struct.Struct("<f")
+
+_EXPECTED = {
+    "string_type": "a string",
+    "bool_type": "a boolean",
+    "list_type": "a sequence",
+    "dict_type": "a map",
+}
+"""pydantic's error type -> what serde would say it expected."""
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object in which some keys came more than once; `repeated` names them, the last value is kept."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+def wrong(reason: str) -> PydanticCustomError:
+    """An error whose text is final: `describe` passes it on as it is."""
+    return PydanticCustomError("serde", "{reason}", {"reason": reason})
+
+
+def unexpected(value: object) -> str:
+    """How serde names a value it did not expect."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"boolean `{str(value).lower()}`"
+        case int():
+            return f"integer `{value}`"
+        case float():
+            return f"floating point `{value}`"
+        case str():
+            return f"string {json.dumps(value, ensure_ascii=False)}"
+        case list():
+            return "sequence"
+    return "map"
+
+
+def _integer(name: str, low: int, high: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if type(value) is not int:  # bool is an int to isinstance
+            raise wrong(f"invalid type: {unexpected(value)}, expected {name}")
+        if not low <= value <= high:
+            raise wrong(f"invalid value: {unexpected(value)}, expected {name}")
+        return value
+
+    return read
+
+
+def round_to_f32(value: float) -> float:
+    """The nearest single-precision number, as TGI holds every float."""
+    try:
+        (rounded,) = _FLOAT32.unpack(_FLOAT32.pack(value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return float(rounded)
+
+
+def read_f32(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(f"invalid type: {unexpected(value)}, expected f32")
+    return round_to_f32(value)
+
+
+def _in_untagged_enum(name: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
+    def read(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise wrong(f"data did not match any variant of untagged enum {name}") from None
+
+    return read
+
+
+def untagged(name: str) -> WrapValidator:
+    """Annotates a union: when no member fits, serde only says so."""
+    return WrapValidator(_in_untagged_enum(name))
+
+
+def _integer_type(name: str, low: int, high: int) -> PlainValidator:
+    in_schema = Annotated[int, Field(ge=low, le=high)]
+    return PlainValidator(_integer(name, low, high), json_schema_input_type=in_schema)
+
+
+U32 = Annotated[int, _integer_type("u32", 0, 2**32 - 1)]
+U64 = Annotated[int, _integer_type("u64", 0, 2**64 - 1)]
+Usize = Annotated[int, _integer_type("usize", 0, 2**64 - 1)]
+I32 = Annotated[int, _integer_type("i32", -(2**31), 2**31 - 1)]
+F32 = Annotated[float, PlainValidator(read_f32, json_schema_input_type=float)]
+
+
+def is_strict(info: ValidationInfo) -> bool:
+    """Whether the body is read just as TGI reads it (`--strict-tgi`)."""
+    return bool(info.context and info.context["is_strict"])
+
+
+class WireModel(BaseModel):
+    """Base of the request bodies: nothing is coerced, unknown keys are ignored, a known key comes once."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    extensions: ClassVar[frozenset[str]] = frozenset()
+    """Fields that TGI does not know: read strictly, they are ignored like any other key."""
+    is_null_absent: ClassVar[bool] = False
+    """Null stands for the default, as OpenAI's clients mean it; not where the body is read strictly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_object(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if is_strict(info) and cls.extensions:
+            data = _without(data, cls.extensions)
+        repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
+        for name, spellings in spellings_of(cls):
+            given = [spelling for spelling in spellings if spelling in data]
+            if len(given) > 1 or not repeated.isdisjoint(given):
+                raise wrong(f"duplicate field `{name}`")
+        if cls.is_null_absent and not is_strict(info):
+            data = {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+def _without(data: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    kept = RepeatedKeys({key: value for key, value in data.items() if key not in names})
+    if isinstance(data, RepeatedKeys):
+        kept.repeated = data.repeated - names
+    return kept
+
+
+@functools.cache
+def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
+    """Each field's name and the keys it may have in the body."""
+    spellings = []
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias
+        keys = [str(key) for key in alias.choices] if isinstance(alias, AliasChoices) else [name]
+        spellings.append((name, keys))
+    return spellings
+
+
+def describe(error: ValidationError) -> str:
+    """`<path>: <reason>` of the error serde would have stopped at: wrong values before missing fields."""
+    details = error.errors(include_url=False)
+    first = next((item for item in details if item["type"] != "missing"), details[0])
+    location = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
+    path = _path(location)
+    return f"{path}: {_reason(first)}" if path else _reason(first)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _reason(item: ErrorDetails) -> str:
+    kind = item["type"]
+    if kind == "missing":
+        return f"missing field `{item['loc'][-1]}`"
+    if kind == "literal_error":
+        variants = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        expected = ", ".join(f"`{variant}`" for variant in variants)
+        return f"unknown variant `{item['input']}`, expected one of {expected}"
+    if kind == "model_type":
+        return f"invalid type: {unexpected(item['input'])}, expected struct {item['ctx']['class_name']}"
+    if kind in _EXPECTED:
+        return f"invalid type: {unexpected(item['input'])}, expected {_EXPECTED[kind]}"
+    return item["msg"]

@@ -1,0 +1,127 @@
+"""A request's spans: what its log lines and its traces call it, and the fields they share (reference 7.3, 7.4)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ERROR_KINDS
+
+logger = logging.getLogger(__name__)
+
+
+HANDLERS = {
+    "/generate": "generate",
+    "/generate_stream": "generate_stream",
+    "/v1/chat/completions": "chat_completions",
+    "/v1/completions": "completions",
+    "/vertex": "vertex_compatibility",
+    "/invocations": "sagemaker_compatibility",
+    "/tokenize": "tokenize",
+    "/health": "health",
+    "/ping": "health",
+    "/info": "get_model_info",
+    "/v1/models": "openai_get_model_info",
+}
+"""TGI's names of its handlers, by path; `/` is two of them."""
+
+
+class RequestSpans:
+    """The handlers' spans of one HTTP request, the outermost first, and the fields of the innermost one."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.fields: dict[str, str] = {}
+
+
+_current: ContextVar[RequestSpans | None] = ContextVar("request_spans", default=None)
+
+
+class Tracer(Protocol):
+    """What sends spans (`server.telemetry.otlp`)."""
+
+    def report(self, scope: Scope, spans: RequestSpans, started_ns: int, status: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SpansMiddleware:
+    """Gives every request its spans and, once it has ended, tells the tracer about it."""
+
+    def __init__(self, app: ASGIApp, tracer: Tracer | None) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        spans = RequestSpans(_handlers(scope))
+        token = _current.set(spans)
+        try:
+            if self._tracer is None:
+                await self._app(scope, receive, send)
+            else:
+                await self._call_traced(self._tracer, spans, scope, receive, send)
+        finally:
+            _current.reset(token)
+
+    async def _call_traced(
+        self, tracer: Tracer, spans: RequestSpans, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        started_ns = time.time_ns()
+        status = 500  # what is answered outside of this middleware to an exception that nobody foresaw
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            tracer.report(scope, spans, started_ns, status)
+
+
+def _handlers(scope: Scope) -> list[str]:
+    path = scope["path"]
+    if path == "/":
+        return ["compat_generate"] if scope["method"] == "POST" else ["health"]
+    return [HANDLERS[path]] if path in HANDLERS else []
+
+
+def begin_generation(*, is_stream: bool) -> None:
+    """TGI's compatible route calls another handler, which has a span of its own."""
+    spans = _current.get()
+    if spans is not None and spans.names == ["compat_generate"]:
+        spans.names.append("generate_stream" if is_stream else "generate")
+
+
+def set_fields(fields: Mapping[str, str]) -> None:
+    """Fields of the innermost span, for the traces."""
+    spans = _current.get()
+    if spans is not None:
+        spans.fields.update(fields)
+
+
+def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The `extra` of a line about this request: `engine.link.logs` writes the spans and, with them, `fields`."""
+    spans = _current.get()
+    if spans is None or not spans.names:
+        return {"span": dict(fields)} if fields else {}
+    *outer, name = spans.names
+    return {"span": {"name": name, **(fields or {})}, "outer_spans": [{"name": name} for name in outer]}
+
+
+def log_failure(error: Exception) -> None:
+    """One line with the bare text; a traceback only for what nobody foresaw."""
+    if type(error) in ERROR_KINDS:
+        logger.error("%s", error, extra=log_extra())
+    else:
+        logger.error("unexpected error", exc_info=error, extra=log_extra())

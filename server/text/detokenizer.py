@@ -1,0 +1,112 @@
+"""Incremental text of one sequence, and stop strings on that text. Plain strings and ids; knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from server.text.tokenizer import TextTokenizer
+
+REPLACEMENT = "\ufffd"
+"""What a byte sequence that is not (yet) a character decodes to."""
+CONTEXT_TOKENS = 5
+"""Prompt tokens that are decoded along with the first new ones, as TGI does: a token's text can depend on them."""
+
+
+class TokenText(NamedTuple):
+    text: str
+    """As the wire shows the token: `<|im_end|>` for a special one, "" while a character is incomplete."""
+    visible: str
+    """Its part in `generated_text` and in a chat's content."""
+
+
+class Detokenizer:
+    """TGI's rule (reference 4.1): text comes out once it ends in whole characters, and never before.
+
+    `_window` holds the ids that still matter: the last ones whose text is out, then those whose text is held back.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        self._num_read = len(self._window)
+        self._read_text = tokenizer.decode(self._window)
+        self._held = ""
+
+    def push(self, token_id: int, *, is_last: bool) -> TokenText:
+        """Take the next token; with the last one, whole characters that were held back come out as well."""
+        held_before = self._held
+        text = visible = self._advance(token_id)
+        if text and self._tokenizer.is_special(token_id):
+            visible = held_before.rstrip(REPLACEMENT)
+        if is_last and self._held:
+            rest = self._held.rstrip(REPLACEMENT)
+            return TokenText(text + rest, visible + rest)
+        return TokenText(text, visible)
+
+    def _advance(self, token_id: int) -> str:
+        self._window.append(token_id)
+        self._held = self._tokenizer.decode(self._window)[len(self._read_text) :]
+        if not self._held or self._held.endswith(REPLACEMENT):
+            return ""
+        text, self._held = self._held, ""
+        self._window = self._window[self._num_read :]
+        self._num_read = len(self._window)
+        self._read_text = self._tokenizer.decode(self._window)
+        return text
+
+
+class StopChecker:
+    """Finds the first stop string to be completed, also in the middle of a token.
+
+    Of the text seen before, only what a stop string could still begin in is kept.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._tail_length = max((len(stop) for stop in stops), default=1) - 1
+        self._tail = ""
+
+    def check(self, text: str) -> int | None:
+        """How many characters of the newest token's `text` to keep if a stop string ends in it, else None."""
+        seen = self._tail + text
+        ends = [end for stop in self._stops if (end := self._end_of(stop, seen)) is not None]
+        if ends:
+            end = min(ends)
+            if seen[end:] in ("", "\n"):  # TGI lets a stop string end a token with or without a newline
+                end = len(seen)
+            return end - len(self._tail)
+        self._tail = seen[-self._tail_length :] if self._tail_length else ""
+        return None
+
+    def _end_of(self, stop: str, seen: str) -> int | None:
+        """Where `stop` ends in the part of `seen` that is new."""
+        if not stop:  # as TGI: an empty stop string stops at the first token, and keeps it
+            return len(seen)
+        start = seen.find(stop, max(0, len(self._tail) - len(stop) + 1))
+        return None if start < 0 else start + len(stop)
+
+
+class StopCutter:
+    """Ends a text before the first stop string in it, as OpenAI has it: what may still begin one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
+        """What comes out of the text so far, and whether a stop string ended it."""
+        seen = self._held + text
+        starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
+        if starts:
+            return seen[: min(starts)], True
+        num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
+        num_out = len(seen) - num_held
+        self._held = seen[num_out:]
+        return seen[:num_out], False
+
+
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

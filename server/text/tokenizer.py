@@ -1,0 +1,209 @@
+"""Text to token ids and back, and what tokenizer_config.json adds. `tokenizers` only: transformers would load torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from engine.link.errors import StartError
+
+SPECIAL_TOKEN_KEYS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """What a folder says about chats."""
+
+    template: str | None
+    bos_token: str | None
+    eos_token: str | None
+
+
+class SimpleToken(msgspec.Struct, frozen=True):
+    """A token and the bytes of the UTF-8 text that it stands for (reference 1.3); an added one has none: 0, 0."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class TextTokenizer:
+    """One model's tokenizer; encoding runs on a few threads of its own, so that long prompts don't hold up streams."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int], chat_format: ChatFormat, num_workers: int
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_ids = special_ids
+        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
+        self.chat_format = chat_format
+
+    @classmethod
+    def from_folder(cls, model_path: str, num_workers: int, config_path: str | None = None) -> TextTokenizer:
+        """Read tokenizer.json and what lies beside it. Raises StartError.
+
+        The file at `config_path` is read in place of tokenizer_config.json; its chat template wins.
+        """
+        folder = Path(model_path)
+        tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        _refuse_larger(tokenizer, folder)
+        path = Path(config_path) if config_path else folder / "tokenizer_config.json"
+        config = _read_json(path)
+        if config is None and config_path:
+            raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
+        config = config or {}
+        template = _default_template(config.get("chat_template")) if config_path else None
+        chat_format = ChatFormat(
+            template=template or _template_source(folder, config),
+            bos_token=_token_content(config.get("bos_token")),
+            eos_token=_token_content(config.get("eos_token")),
+        )
+        return cls(tokenizer, _special_ids(tokenizer, config, path), chat_format, num_workers)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    async def split(self, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
+        """The tokens of `text` with their places in it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._split, text, add_special_tokens)
+
+    def _split(self, text: str, add_special_tokens: bool) -> list[SimpleToken]:
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        num_bytes = [len(character.encode()) for character in text]
+        places = list(itertools.accumulate(num_bytes, initial=0))  # of each code point: the library counts those
+        # A token that is a part of a character has the span of the whole one: so does the library give it, to TGI too.
+        return [
+            SimpleToken(token_id, text[start:stop], places[start], places[stop])
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the one token that `token` is, if there is one."""
+        return self._tokenizer.token_to_id(token)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    content = _read(path)
+    if content is None:
+        raise StartError(f"{path} is missing: the model folder needs a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except ValueError as error:
+        raise StartError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Raises StartError when the model has no rows for some of the tokens; more rows than tokens are usual."""
+    vocab_size = (_read_json(folder / "config.json") or {}).get("vocab_size")
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    if isinstance(vocab_size, int) and num_tokens > vocab_size:
+        raise StartError(
+            f"{folder} has {num_tokens} tokens in tokenizer.json but a vocab_size of {vocab_size} in config.json: "
+            "they do not belong together, fetch the model again"
+        )
+
+
+def _read(path: Path) -> bytes | None:
+    """What is in `path`, or None where there is no such file. Raises StartError."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is no such file. Raises StartError."""
+    content = _read(path)
+    if content is None:
+        return None
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StartError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise StartError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> frozenset[int]:
+    """Tokens the config names as special, and added tokens that either file flags as special (reference 4.3)."""
+    ids = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    try:
+        named = {tokenizer.token_to_id(token) for token in _named_special_tokens(config)}
+        decoder = (config.get("added_tokens_decoder") or {}).items()
+        ids |= {int(token_id) for token_id, token in decoder if token.get("special")}
+    except (AttributeError, ValueError) as error:
+        raise StartError(f"The special tokens in {path} cannot be used ({error}): fetch the model again") from error
+    return frozenset(ids | {token_id for token_id in named if token_id is not None})
+
+
+def _named_special_tokens(config: dict[str, Any]) -> Iterator[str]:
+    for key in SPECIAL_TOKEN_KEYS:
+        value = config.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            content = _token_content(token)
+            if content is not None:
+                yield content
+
+
+def _token_content(token: Any) -> str | None:
+    """A token is written as a string or as an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    """TGI's order (reference 3.4), and after that chat_template.jinja, which newer checkpoints have alone."""
+    override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
+    source = _default_template(override.get("chat_template") or config.get("chat_template"))
+    jinja_file = folder / "chat_template.jinja"
+    content = _read(jinja_file) if source is None else None
+    if content is None:
+        return source
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise StartError(f"{jinja_file} is not UTF-8 ({error}): fetch the model again") from error
+
+
+def _default_template(value: Any) -> str | None:
+    """A template, or of a list of named ones that called `default`. Raises StartError."""
+    named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    if not all(isinstance(item, dict) for item in named):
+        raise StartError("chat_template is a list, but not of named templates: correct tokenizer_config.json")
+    template = next((item.get("template") for item in named if item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
