@@ -16,13 +16,12 @@ from engine.checkpoint.loader import find_tensors, load_weights
 from engine.device import Device, resolve_dtype
 from engine.layers import OPS
 from engine.layers.rope import replace_rope_scaling
+from engine.limits import check_weights_fit
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
-from engine.memory import check_weights_fit
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
-from engine.ranks import Ranks
 from parallel.partition import SplitError
 from parallel.state import ParallelState
 from quant.base import FormatError
@@ -110,31 +109,43 @@ def _is_splittable(make: Callable[[int], None], size: int) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A folder's model with its weights, and what was settled on the way."""
+    """A folder's model with its weights, and what was resolved on the way."""
 
     model: CausalLM
     config: dict[str, Any]
-    """Of config.json, with the rope scaling that was asked for."""
+    """config.json, with the rope scaling that the flags ask for."""
     dtype: torch.dtype
     quantization: Quantization
     weight_bytes: int
-    """Of memory, roughly."""
+    """Memory of this rank's weights, roughly."""
     free_bytes: int
-    """What could be used before the weights were there."""
+    """Memory that could be used before the weights were there."""
 
 
-def load_model(config: EngineConfig, device: Device, ranks: Ranks | None = None) -> LoadedModel:
-    """The rank's part of the model as `config` wants it run. Raises StartError in words."""
-    parallel, local_size = (ALONE, 1) if ranks is None else (ranks.state, ranks.world.local_size)
-    folder = Path(config.model_path)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Siblings:
+    """The ranks that start at the same time, as far as loading is concerned."""
+
+    parallel: ParallelState = ALONE
+    local_size: int = 1
+    """Ranks on this host, this one included."""
+    wait_for_all: Callable[[], object] = lambda: None
+    """Returns once every rank has called it."""
+
+
+NO_SIBLINGS = Siblings()
+
+
+def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIBLINGS) -> LoadedModel:
+    """The rank's part of the model as `config` describes it. Raises StartError in words."""
+    parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
     # On a CPU all ranks of the host share it, and none has taken anything before all have counted.
-    num_sharing = local_size if device.is_memory_shared else 1
+    num_sharing = siblings.local_size if device.is_memory_shared else 1
     free_bytes = int(device.free_memory_bytes() * config.memory_fraction) // num_sharing
-    if ranks is not None:
-        ranks.wait_for_all()
+    siblings.wait_for_all()
     quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
     file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size

@@ -21,11 +21,11 @@ import msgspec
 import torch
 
 from engine.checkpoint.files import safetensors_files
+from engine.limits import MemoryNeeds
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.exit_codes import RANK_LOST_EXIT_CODE
 from engine.link.ipc import RECEIVE_BYTES, encode_frame, take_frames
-from engine.memory import MemoryNeeds
 from engine.runner import ModelRunner, StepInputs, StepResult
 from engine.scheduling.batch import ScheduledBatch
 from parallel.connect import make_collectives

@@ -1,4 +1,4 @@
-"""From a configuration to an engine that can serve: device, weights, memory, limits, warm-up."""
+"""From a configuration to an engine that can serve: this module composes what the others make."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 
-from engine.build import LoadedModel, load_model
+from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore, Sample
+from engine.core import EngineCore, Runner, Sample
 from engine.device import Device, detect_device
-from engine.limits import EngineLimits, check_window, resolve_limits
+from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
-from engine.memory import MemoryNeeds, plan_kv_blocks, plan_prefill_tokens
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.grammar import MASKS, Grammars
@@ -28,20 +27,21 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Speculator
+from engine.scheduling.step_costs import StepCosts
 from engine.scheduling.step_limit import StepLimit
+from engine.summary import log_row_invariance, log_summary
 from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up
-from quant.kernels import rounding_instructions
 
 logger = logging.getLogger(__name__)
 
 
 def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[EngineCore, EngineReady]:
-    """Load the model and make everything ready for the first step; also what the other side must know.
+    """Load the model and make everything ready for the first step; also return what the HTTP process must know.
 
     With `ranks` this is rank 0, and the others call `start_follower` at the same time. Raises StartError in words.
     """
     prepared = _prepare(config, ranks)
-    limits, device, loaded = prepared.limits, prepared.device, prepared.loaded
+    device, limits = prepared.device, prepared.plan.limits
     runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
     step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
@@ -53,22 +53,11 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     if ranks is not None:
         ranks.start_serving()
-    is_prefix_caching = prepared.config.is_prefix_caching
-    folder, vocab_size = Path(config.model_path), loaded.model.vocab_size
-    eos_token_ids = read_eos_token_ids(folder, loaded.config)
-    scheduler = Scheduler(
-        BlockManager(prepared.num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
-        max_batch_tokens=limits.max_batch_prefill_tokens,
-        eos_token_ids=eos_token_ids,
-        max_running=config.max_batch_size,
-        speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
-    )
-    apply_masks = functools.partial(import_entry, MASKS, device.sampler, "mask")
-    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
-    _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
-    ready = EngineReady(**dataclasses.asdict(limits), vocab_size=vocab_size)
-    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars), ready
+    core = _make_core(prepared, runner, sample, step_limit, costs)
+    shards = None if ranks is None else ranks.describe()
+    log_summary(prepared.config, device, prepared.loaded, limits, shards=shards)
+    log_row_invariance(is_row_invariant)
+    return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
@@ -78,65 +67,79 @@ def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A runner with weights and memory, and what was settled on the way: the same on every rank."""
+    """A runner with weights and memory, and what was resolved on the way: the same on every rank."""
 
     config: EngineConfig
     device: Device
     loaded: LoadedModel
     runner: ModelRunner
-    limits: EngineLimits
-    num_blocks: int
-    kv_dtype: torch.dtype
+    plan: MemoryPlan
 
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
     device = detect_device(0 if ranks is None else ranks.world.local_rank)
-    if ranks is not None:
-        ranks.connect(device.torch_device, config)
-    loaded = load_model(config, device, ranks)
-    model, dtype = loaded.model, loaded.dtype
-    if config.is_prefix_caching and model.rotary.is_prompt_dependent:
+    loaded = _load(config, device, ranks)
+    if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
-    runner = ModelRunner(model, device)
-    kv_dtype = device.kv_dtype(dtype)
+    runner = ModelRunner(loaded.model, device)
+    plan = _plan(config, device, loaded, runner, ranks)
+    runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
+    return _Prepared(config, device, loaded, runner, plan)
+
+
+def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
+    if ranks is None:
+        return load_model(config, device)
+    ranks.connect(device.torch_device, config)
+    return load_model(config, device, Siblings(ranks.state, ranks.world.local_size, ranks.wait_for_all))
+
+
+def _plan(
+    config: EngineConfig, device: Device, loaded: LoadedModel, runner: ModelRunner, ranks: Ranks | None
+) -> MemoryPlan:
+    """The plan for the rank that needs most and the one that has least."""
+    model = loaded.model
     needs = MemoryNeeds(
         weights=loaded.weight_bytes,
-        per_block=runner.kv_bytes_per_block(kv_dtype),
-        per_step_token=model.activations_per_token * device.activation_dtype(dtype).itemsize,
+        per_block=runner.kv_bytes_per_block(device.kv_dtype(loaded.dtype)),
+        per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=BLOCK_SIZE,
     )
     free_bytes = loaded.free_bytes
     if ranks is not None:
         needs, free_bytes = ranks.tightest(needs, free_bytes)
-    window = {
-        "max_position_embeddings": model.max_position_embeddings,
-        "max_window": model.rotary.rope.max_window,
-    }
-    check_window(config, **window)
-    num_blocks = plan_kv_blocks(
-        config,
-        needs,
-        free_bytes=free_bytes,
-        window=model.max_position_embeddings,
-        has_default_cap=device.computes_in_float32,
+    window = ModelWindow(max_position_embeddings=model.max_position_embeddings, max_window=model.rotary.rope.max_window)
+    return plan_memory(config, window, needs, free_bytes=free_bytes, has_default_cap=device.computes_in_float32)
+
+
+def _make_core(
+    prepared: _Prepared, runner: Runner, sample: Sample, step_limit: StepLimit, costs: StepCosts | None
+) -> EngineCore:
+    config, device, plan = prepared.config, prepared.device, prepared.plan
+    folder = Path(config.model_path)
+    eos_token_ids = read_eos_token_ids(folder, prepared.loaded.config)
+    scheduler = Scheduler(
+        BlockManager(plan.num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
+        max_batch_tokens=plan.limits.max_batch_prefill_tokens,
+        eos_token_ids=eos_token_ids,
+        max_running=config.max_batch_size,
+        speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
     )
-    limits = resolve_limits(config, **window, kv_tokens=num_blocks * BLOCK_SIZE)
-    prefill = plan_prefill_tokens(
-        limits.max_batch_prefill_tokens,
-        needs,
-        free_bytes=free_bytes,
-        num_blocks=num_blocks,
-        is_asked=config.max_batch_prefill_tokens is not None,
-    )
-    limits = dataclasses.replace(limits, max_batch_prefill_tokens=prefill)
-    runner.allocate(num_blocks, kv_dtype, num_positions=limits.max_total_tokens)
-    return _Prepared(config, device, loaded, runner, limits, num_blocks, kv_dtype)
+    apply_masks = functools.partial(import_entry, MASKS, device.sampler, "mask")
+    vocab_size = prepared.loaded.model.vocab_size
+    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
+    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars)
 
 
 def set_threads(num_threads: int) -> None:
-    """All heavy work on a CPU is in Numba's pool: a second busy pool on the same cores would only spin against it."""
+    """Give Numba's pool `num_threads` threads and torch's one.
+
+    All heavy work on a CPU is in Numba's pool: a second busy pool on the same cores would only spin against it. Raises
+    StartError where Numba lacks its OpenMP layer.
+    """
     torch.set_num_threads(1)
     import numba
 
@@ -146,43 +149,3 @@ def set_threads(num_threads: int) -> None:
         raise StartError(
             f"Numba has no OpenMP threading layer ({error}): install libgomp (Debian: libgomp1)"
         ) from error
-
-
-def _log_summary(prepared: _Prepared, ranks: Ranks | None, *, is_row_invariant: bool) -> None:
-    config, limits, device, loaded = prepared.config, prepared.limits, prepared.device, prepared.loaded
-    kv_dtype = prepared.kv_dtype
-    logger.info(
-        "Model %s on %s: dtype %s, %s",
-        config.model_path,
-        device.torch_device,
-        _name(loaded.dtype),
-        loaded.quantization.description,
-    )
-    if ranks is not None:
-        logger.info("%s", ranks.describe())
-    logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
-    logger.info(
-        "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",
-        limits.max_batch_total_tokens,
-        _name(kv_dtype),
-        limits.max_batch_total_tokens / limits.max_total_tokens,
-        "on" if config.is_prefix_caching else "off",
-    )
-    logger.info(
-        "Limits: %d input tokens, %d total tokens, %d tokens per step",
-        limits.max_input_tokens,
-        limits.max_total_tokens,
-        limits.max_batch_prefill_tokens,
-    )
-    logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
-    rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
-    if rounding is not None:
-        logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
-    if is_row_invariant:
-        logger.info("Row-invariant: the bits of a token's logits do not depend on what else is computed in its step")
-    else:
-        logger.info("Not row-invariant: a token's logits may differ in their last bits with what else is in its step")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -52,13 +52,14 @@ ROOMS: dict[str, str] = {
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.runner": "engine.attention engine.device engine.link engine.models engine.scheduling",
-    "engine.ranks": "engine.checkpoint engine.link engine.memory engine.runner engine.scheduling parallel",
-    "engine.build": "engine.checkpoint engine.device engine.layers engine.link engine.memory engine.models "
-    "engine.ranks parallel quant",
+    "engine.ranks": "engine.checkpoint engine.limits engine.link engine.runner engine.scheduling parallel",
+    "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
+    "parallel quant",
+    "engine.summary": "engine.build engine.device engine.limits engine.link quant",
     "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.limits engine.link "
-    "engine.memory engine.ranks engine.runner engine.sampling engine.scheduling engine.warm_up quant",
+    "engine.ranks engine.runner engine.sampling engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "

@@ -11,18 +11,23 @@ from typing import Any
 import pytest
 
 import engine.link.environment
-from engine.limits import EngineLimits, resolve_limits
+from engine.limits import EngineLimits, MemoryNeeds, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.environment import KERNEL_SOURCES, engine_environment, user_cache_dir
 from engine.link.errors import StartError
 
 WINDOW, CAPACITY = 32_768, 65_536
+NEEDS = MemoryNeeds(weights=0, per_block=1, per_step_token=1, block_size=1)
+"""A token is a block and a byte, so that the capacity can be any number."""
 
 
 def resolve(*, window: int = WINDOW, capacity: int = CAPACITY, **flags: Any) -> EngineLimits:
     max_window = flags.pop("max_window", window)
-    config = EngineConfig(model_path="", **flags)
-    return resolve_limits(config, max_position_embeddings=window, max_window=max_window, kv_tokens=capacity)
+    config = EngineConfig(model_path="", max_batch_total_tokens=capacity, **flags)
+    model_window = ModelWindow(max_position_embeddings=window, max_window=max_window)
+    plan = plan_memory(config, model_window, NEEDS, free_bytes=10**9, has_default_cap=True)
+    assert plan.num_blocks == capacity
+    return plan.limits
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.link.config import EngineConfig
-from engine.link.errors import StartError
-from engine.memory import (
+from engine.limits import (
     DEFAULT_KV_TOKENS,
     MemoryNeeds,
     check_weights_fit,
-    host_free_bytes,
     plan_kv_blocks,
     plan_prefill_tokens,
-    release_freed_memory,
 )
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.memory import host_free_bytes, release_freed_memory
 
 MEGABYTE = 10**6
 NEEDS = MemoryNeeds(weights=1000 * MEGABYTE, per_block=MEGABYTE, per_step_token=MEGABYTE // 10, block_size=16)
