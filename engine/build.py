@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.files import read_model_config, read_quantization_config, safetensors_files
-from engine.checkpoint.loader import find_tensors, load_weights
+from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.checkpoint.loader import load_weights
+from engine.checkpoint.weights import open_weights
 from engine.device import Device, resolve_dtype
 from engine.layers import OPS
 from engine.layers.rope import replace_rope_scaling
@@ -41,7 +42,7 @@ def choose_quantization(
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
-        names = find_tensors(folder) if stored else {}  # a dense checkpoint's headers are read once, to load it
+        names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
     except FormatError as error:
         raise StartError(str(error)) from error
@@ -147,7 +148,7 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     free_bytes = int(device.free_memory_bytes() * config.memory_fraction) // num_sharing
     siblings.wait_for_all()
     quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
-    file_bytes = sum(path.stat().st_size for path in safetensors_files(folder))
+    file_bytes = sum(path.stat().st_size for path in open_weights(folder).files)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.checkpoint.files import safetensors_files
+from engine.checkpoint.weights import open_weights
 from engine.limits import MemoryNeeds
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -223,7 +223,7 @@ def _fingerprint(config: EngineConfig) -> dict[str, str]:
         del settings[name.replace("_", "-")]
     folder = Path(config.model_path)
     digest = hashlib.blake2b(digest_size=8)
-    for path in (folder / "config.json", *safetensors_files(folder)):
+    for path in (folder / "config.json", *open_weights(folder).files):
         try:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         except OSError as error:

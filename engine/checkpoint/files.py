@@ -1,4 +1,4 @@
-"""What a model folder says about itself: config.json, end-of-sequence ids, the safetensors files."""
+"""What a model folder says about itself in JSON: config.json, its quantisation, end-of-sequence ids."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the checkpoint says about its quantisation, wherever it says so; None for a dense one."""
+    """The checkpoint's description of its quantisation, from whichever file has it; None for a dense checkpoint."""
     for key in ("quantization_config", "compression_config"):
         if isinstance(config.get(key), dict):
             return dict(config[key])
@@ -41,9 +41,10 @@ def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, 
 
 
 def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """The ids that end a text (reference `tgi-http.md` 4.4).
+    """The ids that end a text.
 
-    A list in generation_config.json counts; a single number there gives way to the tokenizer's own eos token.
+    A list in generation_config.json counts; a single number there gives way to the tokenizer's eos token, and
+    config.json comes last.
     """
     path = folder / "generation_config.json"
     generation = read_json(path).get("eos_token_id")
@@ -52,8 +53,10 @@ def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     for candidate in (_tokenizer_eos_id(folder / "tokenizer_config.json"), generation):
         if isinstance(candidate, int):
             return [candidate]
-    own = config.get("eos_token_id")
-    return [] if own is None else _ids(own if isinstance(own, list) else [own], folder / "config.json")
+    model_ids = config.get("eos_token_id")
+    if model_ids is None:
+        return []
+    return _ids(model_ids if isinstance(model_ids, list) else [model_ids], folder / "config.json")
 
 
 def _ids(values: list[Any], path: Path) -> list[int]:
@@ -73,36 +76,3 @@ def _tokenizer_eos_id(path: Path) -> int | None:
         return next((int(token_id) for token_id, token in decoder if token.get("content") == content), None)
     except (AttributeError, ValueError) as error:
         raise StartError(f"added_tokens_decoder in {path} cannot be used ({error}): fetch the model again") from error
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files, in order. Raises StartError when there are none or one that the index names is missing."""
-    index = read_json(folder / "model.safetensors.index.json")
-    if index:
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise StartError(
-                f"{folder}/model.safetensors.index.json has no weight_map of file names: fetch the model again"
-            )
-        paths = [folder / name for name in sorted(set(names.values()))]
-        for path in paths:
-            if not _is_file(path):
-                raise StartError(f"{path} is named by model.safetensors.index.json but missing: fetch the model again")
-        return paths
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
-    if not paths:
-        raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
-    for path in paths:
-        if not _is_file(path):
-            raise StartError(f"{path} is no file, or a link to a missing one: fetch the model again")
-    return paths
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise StartError.of_file(path, error) from error

@@ -34,9 +34,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
-from safetensors import SafetensorError, safe_open
 
-from engine.checkpoint.files import read_model_config, safetensors_files
+from engine.checkpoint.files import read_model_config
+from engine.checkpoint.safetensors_weights import damage, safetensors_files
 from engine.link.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,8 @@ def _check_whole(folder: Path) -> None:
     """Raise StartError if something is missing or cut off; of the weights only the headers are read."""
     read_model_config(folder)
     for path in safetensors_files(folder):
-        try:
-            with safe_open(path, framework="numpy"):  # compares the header's offsets with the size of the file
-                pass
-        except (SafetensorError, OSError) as error:
-            raise StartError(f"{path} is cut off or damaged ({error}): fetch the model again") from error
+        if reason := damage(path):
+            raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
     if not (folder / "tokenizer.json").is_file():
         raise StartError(
             f"{folder} has no tokenizer.json: write one with `transformers`, "

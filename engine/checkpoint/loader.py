@@ -1,5 +1,5 @@
-"""safetensors -> the layers of a model. Files are memory-mapped; what a layer can use in place is not copied, and of
-what it needs a part of only that part is read.
+"""Weights -> the layers of a model. What a layer can use in place is not copied, and of what it needs a part of only
+that part is read.
 
 Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
 second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
@@ -7,20 +7,15 @@ second core is free it costs no time, as it brings in pages of the tensors used 
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from engine.checkpoint.files import safetensors_files
+from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.memory import release_freed_memory
 from engine.models.base import CausalLM, Loadable
@@ -37,23 +32,8 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }
 
-
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Names of all tensors in the folder's files, with the file of each. Raises StartError if one is not whole."""
-    found: dict[str, Path] = {}
-    for path in safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise _not_whole(path, error) from error
-        except OSError as error:
-            raise StartError.of_file(path, error) from error
-    return found
-
-
-def _not_whole(path: Path, error: SafetensorError) -> StartError:
-    return StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again")
+Layers = Mapping[str, tuple[Loadable, int]]
+"""Checkpoint prefix -> the layer that takes it, and which part of it."""
 
 
 def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
@@ -61,30 +41,58 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
 
     `num_shards`: the layers take about one of so many parts.
     """
-    layers = model.checkpoint_layers()
-    files = safetensors_files(folder)
-    progress = _Progress(sum(path.stat().st_size for path in files) // num_shards)
+    layers, weights = model.checkpoint_layers(), open_weights(folder)
+    names = [name for name in weights.names if not model.is_ignored(name)]
+    progress = _Progress(sum(path.stat().st_size for path in weights.files) // num_shards)
     checks: list[Future[None]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
-
-        def on_loaded(path: Path, name: str, tensor: torch.Tensor) -> None:
+        for name in sorted(names, key=lambda name: not _decides_cut(name, layers)):
+            tensor = _load_tensor(weights, name, layers)
             if tensor.is_floating_point():
-                checks.append(checker.submit(_refuse_non_finite, path, name, tensor))
+                checks.append(checker.submit(_refuse_non_finite, weights.file(name), name, tensor))
             progress.add(tensor.nbytes)
-
-        for order_tensors_first, path in itertools.product((True, False), files):
-            names = partial(_is_wanted, order_tensors_first=order_tensors_first, is_ignored=model.is_ignored)
-            try:
-                _load_file(path, layers, names, on_loaded)
-            except SafetensorError as error:
-                raise _not_whole(path, error) from error
-            except OSError as error:
-                raise StartError.of_file(path, error) from error
     for check in checks:
         check.result()
     for prefix, (layer, part) in layers.items():
         if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
+    _finish(layers, device)
+
+
+def _decides_cut(name: str, layers: Layers) -> bool:
+    """Whether the tensor must be read before the others, because their cut depends on it."""
+    prefix, _, leaf = name.rpartition(".")
+    if prefix not in layers:
+        return False
+    layer, part = layers[prefix]
+    return layer.decides_order(leaf, part)
+
+
+def _load_tensor(weights: WeightSource, name: str, layers: Layers) -> torch.Tensor:
+    """Hand a tensor to its layer; returns what of it the layer needs. Raises StartError."""
+    prefix, _, leaf = name.rpartition(".")
+    file_name = weights.file(name).name
+    if prefix not in layers:
+        raise StartError(f"{file_name} has a tensor {name} that the model does not know")
+    layer, part = layers[prefix]
+    stored_dtype = weights.dtype(name)
+    dtype = TORCH_DTYPES.get(stored_dtype)
+    if dtype is None:
+        raise StartError(f"tensor {name} is stored as {stored_dtype}: only {', '.join(TORCH_DTYPES)} are loaded")
+    try:
+        cut = layer.cut(leaf, part, weights.shape(name))
+        index = () if cut is None else (*[slice(None)] * cut[0], cut[1])
+        tensor = weights.read(name, index, is_kept=not layer.is_copied(leaf, part, dtype))
+        layer.load(leaf, part, tensor)
+    except KeyError:
+        raise StartError(f"{file_name} has a tensor {name} that the model does not know") from None
+    except ValueError as error:
+        raise StartError(f"tensor {name} {error}: config.json and the weights do not belong together") from error
+    return tensor
+
+
+def _finish(layers: Layers, device: torch.device) -> None:
+    """Let each layer choose its kernels, once for all of its parts. Raises StartError."""
     for prefix, layer in {id(layer): (prefix, layer) for prefix, (layer, _) in layers.items()}.values():
         try:
             layer.finish(device)
@@ -93,79 +101,10 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
             raise StartError(f"{prefix} cannot be run: {error}") from error
 
 
-def _is_wanted(name: str, *, order_tensors_first: bool, is_ignored: Callable[[str], bool]) -> bool:
-    """Tensors that tell the order of a matrix's inputs come first (`order_tensors_first`): the cut depends on them."""
-    return name.endswith("g_idx") is order_tensors_first and not is_ignored(name)
-
-
-def _load_file(
-    path: Path,
-    layers: dict[str, tuple[Loadable, int]],
-    is_wanted: Callable[[str], bool],
-    on_loaded: Callable[[Path, str, torch.Tensor], None],
-) -> None:
-    # Two mappings of the file: tensors used in place keep one of them alive; the pages touched by copying belong to
-    # the other, one layer at a time, so that they do not count as this process's memory afterwards.
-    with safe_open(path, framework="pt") as kept, _Reopened(path) as copied:
-        for name in kept.keys():  # safe_open is not a mapping
-            prefix, _, leaf = name.rpartition(".")
-            if not is_wanted(name):
-                continue
-            if prefix not in layers:
-                raise StartError(f"{path.name} has a tensor {name} that the model does not know")
-            layer, part = layers[prefix]
-            piece = kept.get_slice(name)
-            dtype = TORCH_DTYPES.get(piece.get_dtype())
-            if dtype is None:
-                raise StartError(
-                    f"tensor {name} is stored as {piece.get_dtype()}: only {', '.join(TORCH_DTYPES)} are loaded"
-                )
-            try:
-                cut = layer.cut(leaf, part, piece.get_shape())
-                index = (slice(None),) if cut is None else (*[slice(None)] * cut[0], cut[1])
-                tensor = copied.read(name, index) if layer.is_copied(leaf, part, dtype) else piece[index]
-                layer.load(leaf, part, tensor)
-            except KeyError:
-                raise StartError(f"{path.name} has a tensor {name} that the model does not know") from None
-            except ValueError as error:
-                raise StartError(
-                    f"tensor {name} {error}: config.json and the weights do not belong together"
-                ) from error
-            on_loaded(path, name, tensor)
-
-
 def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     # The sum takes one fast pass and is not finite if any value isn't; sums of finite values may overflow, though.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise StartError(f"{path} has a tensor {name} with NaN or infinite values: fetch the model again")
-
-
-class _Reopened:
-    """A mapping of the file that is given up and made anew after every `LIMIT_BYTES` read through it."""
-
-    LIMIT_BYTES = 64 << 20
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._num_bytes = 0
-
-    def __enter__(self) -> _Reopened:
-        handle: Any = safe_open(self._path, framework="pt")
-        self._file = handle.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.__exit__(None, None, None)
-
-    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        if self._num_bytes > self.LIMIT_BYTES:
-            self.__exit__()
-            self.__enter__()
-            self._num_bytes = 0
-        piece = self._file.get_slice(name)
-        tensor: torch.Tensor = piece[index]
-        self._num_bytes += math.prod(piece.get_shape()) * tensor.element_size()
-        return tensor
 
 
 class _Progress:

@@ -17,6 +17,9 @@ class RMSNorm:
         self.weight = torch.empty(hidden_size, dtype=dtype)
         self._is_missing = True
 
+    def decides_order(self, name: str, part: int) -> bool:
+        return False
+
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         if name != "weight":
             raise KeyError(name)

@@ -28,7 +28,10 @@ class ModelContext:
 
 
 class Loadable(Protocol):
-    """A layer that takes in checkpoint tensors (`parallel.linear` says how). Those named g_idx come first."""
+    """A layer that takes in checkpoint tensors (`parallel.linear` says how)."""
+
+    def decides_order(self, name: str, part: int) -> bool:
+        """Whether tensor `name` tells the order of the inputs. It is loaded first: the cut of others depends on it."""
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None: ...
     def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool: ...

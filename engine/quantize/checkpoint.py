@@ -1,4 +1,4 @@
-"""A model's folder tensor by tensor: reading a dense one, writing a quantised one. Neither is held in memory whole."""
+"""Writing a quantised model's folder tensor by tensor: it is never held in memory whole."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engine.checkpoint.loader import find_tensors
 from engine.link.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -27,27 +25,6 @@ COPIED = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
 )
 """Files that go with the weights, where there are any; the licence holds for quantised weights too."""
-
-
-class CheckpointReader:
-    """Tensors by name out of the folder's safetensors files. Raises StartError for a file that is not whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = find_tensors(folder)
-
-    @property
-    def names(self) -> list[str]:
-        return [*self._files]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in its own dtype."""
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
 
 
 class CheckpointWriter:

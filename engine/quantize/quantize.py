@@ -18,6 +18,7 @@ from engine.build import make_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.hub import check_may_upload, download_model, upload_model
 from engine.checkpoint.loader import load_weights
+from engine.checkpoint.weights import WeightSource, open_weights
 from engine.device import Device, detect_device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -26,7 +27,7 @@ from engine.memory import host_free_bytes
 from engine.models import STAGES
 from engine.models.base import CausalLM
 from engine.quantize.calibration_text import CalibrationText, read_calibration_text
-from engine.quantize.checkpoint import CheckpointReader, CheckpointWriter
+from engine.quantize.checkpoint import CheckpointWriter
 from engine.quantize.methods import Quantizer, make_quantizer, quantization_config, stored_tensors
 from engine.quantize.options import WITH_DATA, QuantizeOptions
 from engine.quantize.perplexity import perplexity
@@ -76,7 +77,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
     config = read_model_config(source)
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
-    reader, device = CheckpointReader(source), detect_device()
+    reader, device = open_weights(source), detect_device()
     stages_class: type[LayerStages] = import_entry(STAGES, str(config.get("model_type", "")), "model_type")
     model = _checked_model(config, source, device)
     num_tokens, num_positions = options.sample_tokens, model.max_position_embeddings
@@ -101,7 +102,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
 
 def _write_tensors(
     options: QuantizeOptions,
-    reader: CheckpointReader,
+    reader: WeightSource,
     model: CausalLM,
     stages: LayerStages,
     text: CalibrationText,
@@ -135,7 +136,7 @@ def _checked_model(config: dict[str, Any], source: Path, device: Device) -> Caus
     return model
 
 
-def _check_matrices(options: QuantizeOptions, reader: CheckpointReader, stages: type[LayerStages]) -> None:
+def _check_matrices(options: QuantizeOptions, reader: WeightSource, stages: type[LayerStages]) -> None:
     """Raise StartError if a matrix can't have these groups or can't be packed."""
     bits, group_size = options.bits, options.group_size
     modules = [module for matrices in stages.MATRICES for module in matrices]
@@ -159,7 +160,7 @@ def _check_matrices(options: QuantizeOptions, reader: CheckpointReader, stages: 
             )
 
 
-def _check_memory(options: QuantizeOptions, reader: CheckpointReader, config: dict[str, Any]) -> None:
+def _check_memory(options: QuantizeOptions, reader: WeightSource, config: dict[str, Any]) -> None:
     """Raise StartError if calibration would not fit."""
     shapes = [reader.shape(name) for name in reader.names if name.startswith("model.layers.0.")]
     widest = max(shape[-1] for shape in shapes)
@@ -208,7 +209,7 @@ def _perplexity(folder: Path, text: CalibrationText, options: QuantizeOptions) -
 
 
 @torch.inference_mode()
-def _embed(reader: CheckpointReader, samples: list[list[int]]) -> torch.Tensor:
+def _embed(reader: WeightSource, samples: list[list[int]]) -> torch.Tensor:
     """[samples, tokens, hidden_size] float32 on the CPU; empty without samples."""
     table = reader.read("model.embed_tokens.weight")
     ids = torch.tensor(samples, dtype=torch.int64)
@@ -251,7 +252,7 @@ def _stored_layer(layer: LayerTensors, quantizer: Quantizer) -> dict[str, torch.
     return stored | {name: _half(name, tensor) for name, tensor in layer.items() if name not in packed}
 
 
-def _wide(name: str, reader: CheckpointReader, device: Device) -> torch.Tensor:
+def _wide(name: str, reader: WeightSource, device: Device) -> torch.Tensor:
     tensor = reader.read(name)
     _half(name, tensor)  # the scales of larger weights would not fit either
     return tensor.to(device.torch_device, torch.float32)

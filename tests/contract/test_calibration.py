@@ -11,7 +11,7 @@ import torch
 
 from engine.build import make_model
 from engine.checkpoint.files import read_model_config
-from engine.quantize.checkpoint import CheckpointReader
+from engine.checkpoint.weights import open_weights
 from engine.quantize.qwen2_stages import Qwen2Stages
 from quant.config import resolve_quantization
 from quant.dense import DenseMethod
@@ -36,7 +36,7 @@ def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkey
     quantization = resolve_quantization(None, None, None, (), dense, is_exact=True)
     model = make_model(config, quantization, torch.float32, KERNELS)
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
-    reader = CheckpointReader(tmp_path)
+    reader = open_weights(tmp_path)
     ids = torch.tensor([random_ids(NUM_TOKENS, seed=seed) for seed in range(3)])
     hidden = reader.read("model.embed_tokens.weight")[ids]
 
@@ -76,7 +76,7 @@ def test_a_matrix_that_is_changed_while_it_settles_is_run_as_changed(tmp_path: P
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     model = make_model(config, resolve_quantization(None, None, None, (), dense, is_exact=True), torch.float32, KERNELS)
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
-    reader = CheckpointReader(tmp_path)
+    reader = open_weights(tmp_path)
     prefix = "model.layers.0."
     layer = {name.removeprefix(prefix): reader.read(name) for name in reader.names if name.startswith(prefix)}
     before = reader.read("model.embed_tokens.weight")[torch.tensor([random_ids(NUM_TOKENS)])]

@@ -304,7 +304,7 @@ def test_weights_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
     def refuse(path: Path, framework: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("engine.checkpoint.loader.safe_open", refuse)
+    monkeypatch.setattr("engine.checkpoint.safetensors_weights.safe_open", refuse)
     assert refusal(folder) == (
         f"{folder / WEIGHTS} cannot be read (Permission denied): mend that, or fetch the model again"
     )

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import engine.quantize.quantize
 from engine.checkpoint.files import read_model_config, read_quantization_config
-from engine.checkpoint.loader import find_tensors
+from engine.checkpoint.weights import open_weights
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
-from engine.quantize.checkpoint import CheckpointReader, CheckpointWriter
+from engine.quantize.checkpoint import CheckpointWriter
 from engine.quantize.options import QuantizeOptions
 from engine.quantize.quantize import quantize
 from engine.start import start_engine
@@ -81,7 +81,7 @@ def test_every_matrix_has_the_numbers_of_the_dequantisation(folders: tuple[str, 
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, is_exact=True)
     expected = dequantise(output)
-    assert expected.keys() == find_tensors(source).keys()
+    assert expected.keys() == set(open_weights(source).names)
     modules = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
     assert len(modules) == 14
     for module in modules:
@@ -104,7 +104,7 @@ def test_the_engine_serves_it_without_a_flag(folders: tuple[str, Path, Path], tm
 
 def test_what_is_not_quantised_stays(folders: tuple[str, Path, Path]) -> None:
     name, source, output = folders
-    reader, written = CheckpointReader(source), load_file(output / "model.safetensors")
+    reader, written = open_weights(source), load_file(output / "model.safetensors")
     is_awq = name.startswith("awq")
     for tensor_name, tensor in written.items():
         if tensor_name.endswith(("qweight", "qzeros", "g_idx")):
@@ -217,7 +217,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     ]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 7 * 200
-    reader = CheckpointReader(tmp_path / "out")
+    reader = open_weights(tmp_path / "out")
     assert sorted(reader.names) == sorted(index["weight_map"]) == sorted(tensors)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config, safetensors_files
+from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config
+from engine.checkpoint.safetensors_weights import safetensors_files
 from engine.link.errors import StartError
 
 TOKENIZER = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"5": {"content": "<|im_end|>"}, "6": {"content": "x"}}}

@@ -1,0 +1,48 @@
+"""The seam between a checkpoint's weights and those who read them: names, shapes, dtypes, slices.
+
+The loader, `quantize` and every list of names use this alone, so that another form of checkpoint (or one that is put
+together of two) is a file with a class and a line in `open_weights`. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from engine.checkpoint.safetensors_weights import SafetensorsWeights
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WeightSource(Protocol):
+    """The tensors of one checkpoint. Every method raises StartError for a file that is not whole or not readable."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """All files that hold weights, in order."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every tensor's name; tensors of one file follow each other."""
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype in the words of safetensors: `F32`, `BF16`, `I32`."""
+
+    def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
+        """What `index` cuts out of the tensor, in the stored dtype; all of it by default.
+
+        `is_kept`: the caller uses the tensor's memory from now on, which may be the file's. Otherwise the caller drops
+        it soon, and a source sees to it that what was read does not count as memory of this process for long.
+        """
+
+
+def open_weights(folder: Path) -> WeightSource:
+    """The weights of a model's folder. Raises StartError when there are none."""
+    return SafetensorsWeights(folder)
