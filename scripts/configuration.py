@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.launcher.flags import SECTIONS, VARIABLES, Effect, Flag, Variable
+from server.launcher.flag import Effect, Flag, Variable
+from server.launcher.flags import SECTIONS, VARIABLES
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -1,4 +1,4 @@
-"""The application: routers, error handlers, and what they share."""
+"""The application: areas of routes, error handlers, and what they share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,23 @@ from server.edge.access import ApiKeyGuard, CorsHeaders
 from server.error_handlers import install_error_handlers
 from server.generation import GenerationService
 from server.openapi import build_openapi
-from server.routes import chat, cloud, completions, docs, generate, info, models, tokenize
+from server.operation import OperationFinder, operations_of
+from server.routes import chat, cloud, completions, docs, generate, health, info, models, tokenize
 from server.telemetry.spans import SpansMiddleware, Tracer
 from server.text.tokenizer import TextTokenizer
+
+AREAS = (
+    generate.area,
+    chat.area,
+    completions.area,
+    cloud.area,
+    tokenize.area,
+    info.area,
+    models.area,
+    health.area,
+    docs.area,
+)
+"""Every route of the server, in the order of the description."""
 
 
 @contextlib.asynccontextmanager
@@ -34,16 +48,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
-    app.state.openapi = build_openapi(config)
+    operations = operations_of(AREAS)
+    app.state.openapi = build_openapi(operations, config)
     install_error_handlers(app)
-    for area in (generate, chat, completions, tokenize, cloud, models, info, docs):
-        app.include_router(area.router)
+    for area in AREAS:
+        app.include_router(area)
+    finder = OperationFinder(operations)
     if config.api_key is not None:
-        app.add_middleware(ApiKeyGuard, api_key=config.api_key)
+        app.add_middleware(ApiKeyGuard, api_key=config.api_key, finder=finder)
     # Outside of the guard: its answers need no key.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.state.tracer = _tracer(config)
-    app.add_middleware(SpansMiddleware, tracer=app.state.tracer)
+    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
     return app
 
 

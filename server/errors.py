@@ -140,6 +140,11 @@ class OpenAIErrorBody(msgspec.Struct, frozen=True):
     error: OpenAIError
 
 
+def is_openai_path(path: str) -> bool:
+    """Whether errors of this path are OpenAI's objects, without --strict-tgi."""
+    return path.startswith("/v1/")
+
+
 OPENAI_TYPES = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
 
 

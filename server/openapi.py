@@ -1,6 +1,7 @@
-"""The description of the API: OpenAPI 3.1, made once at start out of the types that bodies and answers are made of.
+"""The renderer of the API's description, OpenAPI 3.1: routes' operations in, a document out, made once at start.
 
-It tells how requests are read without `--strict-tgi`; with it, the fields that TGI does not know are ignored.
+It knows no route: types of bodies and answers come with the operations. The document tells how requests are read
+without `--strict-tgi`; with it, the fields that TGI does not know are ignored.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,21 +18,11 @@ from pydantic.json_schema import models_json_schema
 from server.answers.json import VERSION
 from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
-from server.edge.access import is_protected
-from server.errors import ErrorBody, OpenAIErrorBody
-from server.requests.cloud import SagemakerRequest, VertexRequest
-from server.requests.native import CompatGenerateRequest, DetokenizeRequest, GenerateRequest
-from server.requests.openai import ChatRequest, CompletionRequest, OpenAIModel
+from server.errors import ErrorBody, OpenAIErrorBody, is_openai_path
+from server.operation import Operation, described_path, path_parameters
+from server.requests.openai import OpenAIModel
 from server.requests.serde import WireModel, spellings_of
 from server.requests.validation import MAX_CHOICES
-from server.routes.chat import ChatCompletion, ChatCompletionChunk
-from server.routes.cloud import VertexResponse
-from server.routes.completions import CompletionChunk, CompletionFinal
-from server.routes.generate import GenerateResponse, StreamResponse
-from server.routes.info import Info
-from server.routes.models import Model, ModelList
-from server.routes.tokenize import ChatTokenizeResponse, DetokenizeResponse
-from server.text.tokenizer import SimpleToken
 
 REF = "#/components/schemas/{}"
 TEXT = "text/plain; charset=utf-8"
@@ -41,126 +31,6 @@ Schema = dict[str, Any]
 
 _FOR_DEVELOPERS = re.compile(r" \((reference|quirk)[^)]*\)")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Operation:
-    """One method of one path."""
-
-    method: str
-    path: str
-    summary: str
-    body: type[pydantic.BaseModel] | None = None
-    answers: tuple[Any, ...] = ()
-    """What a plain 200 may hold, as JSON; none: an empty body, or what `text` says."""
-    text: str | None = None
-    """The media type of an answer that is not JSON."""
-    events: tuple[type[msgspec.Struct], ...] = ()
-    """What the data of an event is, in a stream that goes well."""
-    is_generating: bool = False
-    """Runs the model: may be refused as overloaded and may fail, and tells x- headers unless it is /vertex."""
-    status: int = 200
-    errors: tuple[int, ...] = ()
-    """Further statuses with an error object."""
-
-
-OPERATIONS = (
-    Operation(
-        method="POST",
-        path="/",
-        summary="Text for a prompt, in an array of one or as events",
-        body=CompatGenerateRequest,
-        answers=(list[GenerateResponse],),
-        events=(StreamResponse,),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/generate",
-        summary="Text for a prompt",
-        body=GenerateRequest,
-        answers=(GenerateResponse,),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/generate_stream",
-        summary="Text for a prompt, an event per token",
-        body=GenerateRequest,
-        events=(StreamResponse,),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/v1/chat/completions",
-        summary="The next message of a chat",
-        body=ChatRequest,
-        answers=(ChatCompletion,),
-        events=(ChatCompletionChunk,),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/v1/completions",
-        summary="Texts for one or several prompts",
-        body=CompletionRequest,
-        answers=(CompletionFinal,),
-        events=(CompletionChunk, CompletionFinal),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/invocations",
-        summary="For SageMaker: what POST /, chat or completions answer, as the body's shape says",
-        body=SagemakerRequest,
-        answers=(list[GenerateResponse], ChatCompletion, CompletionFinal),
-        events=(StreamResponse, ChatCompletionChunk, CompletionChunk, CompletionFinal),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/vertex",
-        summary="For Vertex AI: texts for several prompts or chats",
-        body=VertexRequest,
-        answers=(VertexResponse,),
-        is_generating=True,
-    ),
-    Operation(
-        method="POST",
-        path="/tokenize",
-        summary="The tokens of a text",
-        body=GenerateRequest,
-        answers=(list[SimpleToken],),
-    ),
-    Operation(
-        method="POST",
-        path="/chat_tokenize",
-        summary="The prompt that a chat becomes, and its tokens",
-        body=ChatRequest,
-        answers=(ChatTokenizeResponse,),
-    ),
-    Operation(
-        method="POST",
-        path="/detokenize",
-        summary="The text of tokens",
-        body=DetokenizeRequest,
-        answers=(DetokenizeResponse,),
-    ),
-    Operation(method="GET", path="/info", summary="The model and the limits", answers=(Info,)),
-    Operation(method="GET", path="/v1/models", summary="The models: one", answers=(ModelList,)),
-    Operation(method="GET", path="/v1/models/{model_id}", summary="One model", answers=(Model,), errors=(404,)),
-    *(
-        Operation(method="GET", path=path, summary="Whether the server can answer", errors=(503,))
-        for path in ("/", "/health", "/ping", "/readyz")
-    ),
-    Operation(method="GET", path="/livez", summary="Whether the engine lives", errors=(503,)),
-    Operation(method="GET", path="/metrics", summary="Metrics for Prometheus", text=TEXT),
-    Operation(method="GET", path="/docs", summary="Leads to /docs/", status=303),
-    Operation(method="GET", path="/docs/", summary="This description, to be read", text="text/html; charset=utf-8"),
-    *(
-        Operation(method="GET", path=path, summary="This description", answers=(dict[str, Any],))
-        for path in ("/openapi.json", "/api-doc/openapi.json")
-    ),
-)
 
 _HEADERS = {
     "x-compute-type": ("string", "The hardware"),
@@ -175,7 +45,7 @@ _HEADERS = {
     "x-generated-tokens": ("integer", "Tokens of the answer"),
     "x-accel-buffering": ("string", "`no`: proxies pass events on at once"),
 }
-"""Reference 1.12. Which of them an answer has depends on the route and on whether it streams."""
+"""Name -> type and description. Which of them an answer has depends on the route and on whether it streams."""
 
 _WORDS = {
     200: "Success",
@@ -230,19 +100,15 @@ def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
 
 
 @functools.cache
-def build_openapi(config: ServerConfig) -> Schema:
+def build_openapi(operations: tuple[Operation, ...], config: ServerConfig) -> Schema:
     """The document, to be read only: it takes 50 ms, and tests make many applications with the same configuration."""
-    bodies = {operation.body for operation in OPERATIONS if operation.body is not None}
-    components = _request_components(sorted(bodies, key=lambda body: body.__name__))
-    for name, limits in _limits(config).items():
-        properties = components[name]["properties"]
-        for field in limits.keys() & properties.keys():
-            properties[field] = _limited(properties[field], limits[field])
-    answers = _Answers(config)
+    components = _request_components(operations, config)
+    answers = _Answers(operations, config)
     assert components.keys().isdisjoint(answers.components), "a body and an answer have the same name"
     paths: dict[str, Schema] = {}
-    for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, answers)
+    for operation in operations:
+        methods = paths.setdefault(described_path(operation.path), {})
+        methods[operation.method.lower()] = _operation(operation, answers)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -262,11 +128,11 @@ def build_openapi(config: ServerConfig) -> Schema:
 class _Answers:
     """The schemas of what the server writes."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, operations: Iterable[Operation], config: ServerConfig) -> None:
         self._is_strict = config.is_strict_tgi
         self.has_key = config.api_key is not None
         types: list[Any] = [ErrorBody, OpenAIErrorBody, TgiStreamErrorBody]
-        for operation in OPERATIONS:
+        for operation in operations:
             types += (*operation.answers, *operation.events)
         schemas, components = msgspec.json.schema_components(types, ref_template=REF.format("{name}"))
         self._schemas = dict(zip(map(str, types), schemas, strict=True))
@@ -277,19 +143,29 @@ class _Answers:
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if path.startswith("/v1/") and not self._is_strict else ErrorBody)
+        return self.of(OpenAIErrorBody if is_openai_path(path) and not self._is_strict else ErrorBody)
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
-        types: list[type[msgspec.Struct]] = [*operation.events]
-        if StreamResponse in operation.events:
-            types.append(ErrorBody)
-        if operation.events != (StreamResponse,):
-            types.append(TgiStreamErrorBody if self._is_strict else OpenAIErrorBody)
-        return self.of(*types)
+        late_errors = [self._late_error(error) for error in operation.late_errors]
+        return self.of(*operation.events, *late_errors)
+
+    def _late_error(self, error: type[msgspec.Struct]) -> type[msgspec.Struct]:
+        return TgiStreamErrorBody if error is OpenAIErrorBody and self._is_strict else error
 
 
-def _request_components(bodies: Iterable[type[pydantic.BaseModel]]) -> dict[str, Schema]:
+def _request_components(operations: Iterable[Operation], config: ServerConfig) -> dict[str, Schema]:
+    """The schemas of what the server reads, with the limits of single values."""
+    bodies = {operation.body for operation in operations if operation.body is not None}
+    components = _body_components(sorted(bodies, key=lambda body: body.__name__))
+    for name, limits in _limits(config).items():
+        properties = components[name]["properties"] if name in components else {}
+        for field in limits.keys() & properties.keys():
+            properties[field] = _limited(properties[field], limits[field])
+    return components
+
+
+def _body_components(bodies: Iterable[type[pydantic.BaseModel]]) -> dict[str, Schema]:
     pairs = [(body, "validation") for body in bodies]
     _, document = models_json_schema(pairs, ref_template=REF.format("{model}"))  # type: ignore[arg-type]
     models = {model.__name__: model for model in _subclasses(WireModel)}
@@ -354,21 +230,22 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
     responses = {operation.status: _success(operation, answers)}
     for status in operation.errors:
         responses[status] = _response(status, {"application/json": answers.error(operation.path)})
-    if "{model_id}" in operation.path:
-        parameter = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
-        described["parameters"] = [parameter]
+    if names := path_parameters(operation.path):
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if operation.body is not None:
         reference = {"$ref": REF.format(operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
         responses |= _refusals(operation, answers)
-    if is_protected(operation.path, operation.method):
+    if not operation.is_open:
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
         responses[401] = _response(401, {})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 
 def _operation_id(operation: Operation) -> str:
-    words = operation.path.replace("{", "").replace("}", "").replace("/", " ").replace(".", " ").split()
+    words = described_path(operation.path).replace("{", "").replace("}", "").replace("/", " ").replace(".", " ").split()
     slash = ["slash"] if operation.path.endswith("/") else []
     return "_".join([operation.method.lower(), *words, *slash])
 
@@ -382,7 +259,7 @@ def _success(operation: Operation, answers: _Answers) -> Schema:
     if operation.events:
         content["text/event-stream"] = answers.event(operation)
     response = _response(operation.status, content)
-    if operation.is_generating and operation.answers != (VertexResponse,):
+    if operation.has_headers:
         response["headers"] = {
             name: {"description": words, "schema": {"type": kind}}
             for name, (kind, words) in _HEADERS.items()

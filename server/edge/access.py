@@ -1,4 +1,4 @@
-"""Who may call: the API key, and which web pages (reference `tgi-http.md` 8). Checked before a body is read."""
+"""Who may call: the API key, and which web pages. Checked before a body is read."""
 
 from __future__ import annotations
 
@@ -9,39 +9,33 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-PROTECTED_PATHS = frozenset(
-    {
-        *("/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions"),
-        *("/vertex", "/invocations", "/tokenize", "/detokenize"),
-    }
-)
-"""And POST to `/`."""
+from server.operation import OperationFinder
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class ApiKeyGuard:
-    """Answers 401 with an empty body to whoever comes to a protected path without `Authorization: Bearer KEY`."""
+    """Answers 401 with an empty body to whoever asks for a protected operation without `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder) -> None:
         self._app = app
         self._api_key = api_key.encode()
+        self._finder = finder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_http = scope["type"] == "http"
-        if is_http and is_protected(scope["path"], scope["method"]) and not self._is_allowed(scope):
+        if scope["type"] == "http" and self._is_protected(scope) and not self._has_key(scope):
             await Response(status_code=401)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
+    def _is_protected(self, scope: Scope) -> bool:
+        operation = self._finder.find(scope["path"], scope["method"])
+        return operation is not None and not operation.is_open
+
+    def _has_key(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         # headers are latin-1 on the way in; compared in constant time
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
-
-
-def is_protected(path: str, method: str) -> bool:
-    return path in PROTECTED_PATHS or (path, method) == ("/", "POST")
 
 
 class CorsHeaders:

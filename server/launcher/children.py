@@ -23,6 +23,7 @@ from engine.link.exit_codes import (
     RANK_LOST_EXIT_CODE,
     START_FAILED_EXIT_CODE,
 )
+from server.launcher.errors import LaunchError, Stopped
 
 logger = logging.getLogger("launcher")
 
@@ -38,17 +39,6 @@ LOST_TIMEOUT_S = 2
 """How long a rank that doesn't hang takes to end once another one has ended: rank 0 tells its clients before."""
 CAUSE_TIMEOUT_S = 5
 """How long a child may take to end once its peer has noticed that it is ending."""
-
-
-class LaunchError(Exception):
-    """Ends the launcher with exit code 1; the text says what failed and what to do."""
-
-
-class Stopped(Exception):
-    """The end in good order; the text says why."""
-
-    def __init__(self, reason: str = "Stopped by a signal") -> None:
-        super().__init__(reason)
 
 
 class Signals:

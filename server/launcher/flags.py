@@ -1,212 +1,54 @@
-"""The table of the launcher's flags and variables: name, value, default, and honestly what each of them does here.
+"""The table of the launcher's flags and variables: name, value, default, the field it fills, and what it does here.
 
-Every flag of TGI's launcher is a row (reference `tgi-cli.md` 2 and 10). The parser, `--help`, docs/configuration.md and
+Every flag of TGI's launcher is a row. The parser, `--help`, docs/configuration.md, the processes' configurations and
 the tests are made from this table. Standard library only.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import math
-from collections.abc import Callable
-from typing import Any
-
-from engine.link.logs import parse_log_filter
-
-
-class Effect(enum.Enum):
-    """What giving a flag does."""
-
-    SERVED = "has its effect"
-    NONE = "accepted, without effect"
-    REFUSED = "refused"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Value:
-    """How a text becomes a value; `parse` raises ValueError. `name` is what messages and documents call it."""
-
-    name: str
-    parse: Callable[[str], Any]
-
-    @property
-    def metavar(self) -> str:
-        return self.name.upper().replace(" ", "_")
-
-
-LARGEST = 2**63 - 1
-"""As large as TGI's own parser takes, and as every library takes."""
-
-
-MAX_DRAFT_TOKENS = 32
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value <= LARGEST:
-            raise ValueError(text)
-        return value
-
-    return parse
-
-
-def _draft_length(text: str) -> int:
-    """More would make steps longer than any draft is right."""
-    value = int(text)
-    if not 0 <= value <= MAX_DRAFT_TOKENS:
-        raise ValueError(text)
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise ValueError(text)
-    return value
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise ValueError(text)
-    return value
-
-
-def _factor(text: str) -> float:
-    value = _number(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _boolean(text: str) -> bool:
-    values = {"1": True, "true": True, "0": False, "false": False}
-    if text.lower() not in values:
-        raise ValueError(text)
-    return values[text.lower()]
-
-
-def _header_text(text: str) -> str:
-    """Printable ASCII that a header can carry."""
-    if not text.isascii() or not text.isprintable() or text != text.strip():
-        raise ValueError(text)
-    return text
-
-
-def _secret(text: str) -> str:
-    if not text:
-        raise ValueError(text)
-    return _header_text(text)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(_at_least(0)(part) for part in text.split(","))
-
-
-def _log_filter(text: str) -> str:
-    parse_log_filter(text)
-    return text
-
-
-def _first_integer(text: str) -> int:
-    """OpenMP's list of threads per nesting level: the first is ours."""
-    return _at_least(1)(text.split(",")[0])
-
-
-TEXT = Value(name="text", parse=str)
-PATH = Value(name="path", parse=str)
-COUNT = Value(name="count", parse=_at_least(0))
-DRAFT = Value(name="draft length", parse=_draft_length)
-POSITIVE = Value(name="positive integer", parse=_at_least(1))
-PORT = Value(name="port", parse=_port)
-NUMBER = Value(name="number", parse=_number)
-FRACTION = Value(name="fraction", parse=_fraction)
-FACTOR = Value(name="factor", parse=_factor)
-BOOLEAN = Value(name="boolean", parse=_boolean)
-HEADER_TEXT = Value(name="header text", parse=_header_text)
-SECRET = Value(name="key", parse=_secret)
-INTEGERS = Value(name="list of integers", parse=_integers)
-THREADS = Value(name="thread count", parse=_first_integer)
-LOG_FILTER = Value(name="log filter", parse=_log_filter)
-SECONDS = Value(name="seconds", parse=_at_least(0))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Flag:
-    """`--name-like-this` and its environment twin `NAME_LIKE_THIS`; the flag wins."""
-
-    name: str
-    help: str
-    value: Value = TEXT
-    choices: tuple[str, ...] | None = None
-    default: Any = None
-    short: str | None = None
-    is_switch: bool = False
-    is_repeatable: bool = False
-    is_secret: bool = False
-    has_variable: bool = True
-    effect: Effect = Effect.SERVED
-    reason: str = ""
-    """Why there is no effect, or what to do instead of a refused flag."""
-    harmless: tuple[Any, ...] = ()
-    """Values that ask for what happens anyway: let through in silence although the flag is refused or does nothing."""
-    refused_choices: tuple[str, ...] = ()
-    """Choices of TGI that a served flag refuses."""
-
-    @property
-    def attribute(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return self.attribute.upper()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Variable:
-    """An environment variable without a flag. `parse`d by us if it has a value kind, else read by a library."""
-
-    name: str
-    help: str
-    value: Value | None = None
-    default: Any = None
-    effect: Effect = Effect.SERVED
-    harmless: tuple[Any, ...] = ()
-
-    @property
-    def attribute(self) -> str:
-        return self.name.lower()
-
-    @property
-    def is_ours(self) -> bool:
-        """Read by us and of effect."""
-        return self.value is not None and self.effect is Effect.SERVED
-
+from server.launcher.flag import (
+    BOOLEAN,
+    COUNT,
+    DRAFT,
+    FACTOR,
+    FRACTION,
+    HEADER_TEXT,
+    INTEGERS,
+    LOG_FILTER,
+    NUMBER,
+    PATH,
+    PORT,
+    POSITIVE,
+    SECONDS,
+    SECRET,
+    TEXT,
+    THREADS,
+    Effect,
+    Flag,
+    Variable,
+)
 
 QUANTIZE = ("awq", "compressed-tensors", "eetq", "gptq", "int4", "int8")
 QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "fp8", "marlin")
 """What we have instead is in the flag's reason."""
 
 MODEL = (
-    Flag(name="model-id", help="Folder of a Hugging Face model, or its id on the Hub"),
-    Flag(name="revision", help="Branch, tag or commit on the Hub (default: main)"),
+    Flag(
+        name="model-id",
+        fills="launcher.model_id server.model_id",
+        help="Folder of a Hugging Face model, or its id on the Hub",
+    ),
+    Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
         name="dtype",
+        fills="engine.dtype",
         help="What to compute in; auto is the checkpoint's own. float32 gives the ids of transformers in float32",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
     ),
     Flag(
         name="quantize",
+        fills="engine.quantize",
         help="awq, gptq and compressed-tensors load such a checkpoint (also without the flag); eetq and int8 (8 bits) "
         "and int4 quantise a dense one while it loads",
         choices=(*QUANTIZE, *QUANTIZE_OF_TGI),
@@ -215,46 +57,69 @@ MODEL = (
     ),
     Flag(
         name="quantize-head",
+        fills="engine.quantize_head",
         help="How a dense output head runs (ours; default: int8 where the rest is quantised, unless dtype is float32)",
         choices=("none", "int8", "int4"),
     ),
     Flag(
         name="rope-scaling",
+        fills="engine.rope_scaling",
         help="How rotary positions are stretched, in place of what config.json says; --rope-factor alone means linear",
         choices=("default", "linear", "dynamic", "llama3", "yarn"),
     ),
-    Flag(name="rope-factor", help="By how much rotary positions are stretched (default: 1)", value=FACTOR),
+    Flag(
+        name="rope-factor",
+        fills="engine.rope_factor",
+        help="By how much rotary positions are stretched (default: 1)",
+        value=FACTOR,
+    ),
     Flag(
         name="sharded",
+        fills="sharding",
         help="Whether the model is cut over several shards; true alone takes all visible devices",
         value=BOOLEAN,
     ),
     Flag(
         name="num-shard",
+        fills="sharding",
         help="How many shards the model is cut into, a process each, on all hosts together (default: the visible "
         "devices, on a CPU 1)",
         value=COUNT,
     ),
-    Flag(name="nnodes", help="Over how many hosts the shards are spread evenly (ours)", value=POSITIVE, default=1),
+    Flag(
+        name="nnodes",
+        fills="sharding",
+        help="Over how many hosts the shards are spread evenly (ours)",
+        value=POSITIVE,
+        default=1,
+    ),
     Flag(
         name="node-rank",
+        fills="sharding",
         help="Which of the hosts this one is, from 0; the first serves HTTP (ours)",
         value=COUNT,
         default=0,
     ),
     Flag(
         name="shard-timeout",
+        fills="engine.shard_timeout_s launcher.shard_timeout_s",
         help="Seconds after which a silent shard counts as hung and the server ends (ours)",
         value=POSITIVE,
         default=15,
     ),
     Flag(
         name="speculate",
+        fills="engine.max_draft_tokens",
         help="Longest draft of n-gram speculation: up to so many tokens are guessed and checked in one step when that "
         "pays; the output stays the same (default: 0, none)",
         value=DRAFT,
     ),
-    Flag(name="speculative-decoding", help="Other name of --speculate, in Qwen's documents", value=DRAFT),
+    Flag(
+        name="speculative-decoding",
+        fills="engine.max_draft_tokens",
+        help="Other name of --speculate, in Qwen's documents",
+        value=DRAFT,
+    ),
     Flag(
         name="kv-cache-dtype",
         help="Type of cached keys and values",
@@ -268,7 +133,12 @@ MODEL = (
         effect=Effect.REFUSED,
         reason="merge the adapter into the model and serve the result",
     ),
-    Flag(name="huggingface-hub-cache", help="Folder where models of the Hub are kept", value=PATH),
+    Flag(
+        name="huggingface-hub-cache",
+        fills="launcher.huggingface_hub_cache",
+        help="Folder where models of the Hub are kept",
+        value=PATH,
+    ),
     Flag(
         name="weights-cache-override",
         help="Folder with the weight files",
@@ -295,45 +165,79 @@ MODEL = (
 REQUESTS = (
     Flag(
         name="max-concurrent-requests",
+        fills="server.max_concurrent_requests",
         help="Requests waiting and running together; more get 429",
         value=POSITIVE,
         default=128,
     ),
-    Flag(name="max-input-tokens", help="Longest prompt in tokens (default: max-total-tokens - 1)", value=POSITIVE),
-    Flag(name="max-input-length", help="Old name of --max-input-tokens", value=POSITIVE),
+    Flag(
+        name="max-input-tokens",
+        fills="engine.max_input_tokens",
+        help="Longest prompt in tokens (default: max-total-tokens - 1)",
+        value=POSITIVE,
+    ),
+    Flag(
+        name="max-input-length", fills="engine.max_input_tokens", help="Old name of --max-input-tokens", value=POSITIVE
+    ),
     Flag(
         name="max-total-tokens",
+        fills="engine.max_total_tokens",
         help="Longest prompt and output together, in tokens (default: what model and memory allow)",
         value=POSITIVE,
     ),
-    Flag(name="max-best-of", help="Largest best_of of a request", value=POSITIVE, default=2),
-    Flag(name="max-stop-sequences", help="Most stop strings of a request", value=COUNT, default=4),
+    Flag(
+        name="max-best-of", fills="server.max_best_of", help="Largest best_of of a request", value=POSITIVE, default=2
+    ),
+    Flag(
+        name="max-stop-sequences",
+        fills="server.max_stop_sequences",
+        help="Most stop strings of a request",
+        value=COUNT,
+        default=4,
+    ),
     Flag(
         name="max-top-n-tokens",
+        fills="server.max_top_n_tokens",
         help="Largest top_n_tokens, top_logprobs and, of a completion, logprobs",
         value=COUNT,
         default=5,
     ),
     Flag(
         name="max-client-batch-size",
+        fills="server.max_client_batch_size",
         help="Most prompts in one call of /v1/completions; more are refused",
         value=POSITIVE,
         default=4,
     ),
-    Flag(name="payload-limit", help="Largest request body in bytes; more gets 413", value=POSITIVE, default=2_000_000),
-    Flag(name="validation-workers", help="Threads that tokenize prompts", value=COUNT, default=2),
+    Flag(
+        name="payload-limit",
+        fills="server.payload_limit",
+        help="Largest request body in bytes; more gets 413",
+        value=POSITIVE,
+        default=2_000_000,
+    ),
+    Flag(
+        name="validation-workers",
+        fills="server.validation_workers",
+        help="Threads that tokenize prompts",
+        value=COUNT,
+        default=2,
+    ),
     Flag(
         name="tokenizer-config-path",
+        fills="server.tokenizer_config_path",
         help="File read in place of the model's tokenizer_config.json, e.g. for another chat template",
         value=PATH,
     ),
     Flag(
         name="disable-grammar-support",
+        fills="server.is_grammar_disabled",
         help="Refuse grammars and response formats with TGI's text",
         is_switch=True,
     ),
     Flag(
         name="enable-prefill-logprobs",
+        fills="server.has_prompt_logprobs",
         help="Let requests ask for logprobs of their prompt (needed with --strict-tgi only)",
         is_switch=True,
     ),
@@ -342,17 +246,25 @@ REQUESTS = (
 BATCHING = (
     Flag(
         name="max-batch-prefill-tokens",
+        fills="engine.max_batch_prefill_tokens",
         help="Most tokens computed, and requests running, in one step (default: 4096)",
         value=POSITIVE,
     ),
     Flag(
         name="max-batch-total-tokens",
+        fills="engine.max_batch_total_tokens",
         help="Tokens that the KV cache holds (default: from the free memory)",
         value=POSITIVE,
     ),
-    Flag(name="max-batch-size", help="Most requests that run at a time (default: no limit of its own)", value=COUNT),
+    Flag(
+        name="max-batch-size",
+        fills="engine.max_batch_size",
+        help="Most requests that run at a time (default: no limit of its own)",
+        value=COUNT,
+    ),
     Flag(
         name="cuda-memory-fraction",
+        fills="engine.memory_fraction",
         help="Share of the device's free memory that may be used, on a CPU as well",
         value=FRACTION,
         default=1.0,
@@ -382,10 +294,18 @@ BATCHING = (
 )
 
 SERVING = (
-    Flag(name="hostname", help="IP address to listen on", default="0.0.0.0"),
-    Flag(name="port", short="p", help="Port to listen on; 0 takes a free one", value=PORT, default=3000),
+    Flag(name="hostname", fills="launcher.hostname", help="IP address to listen on", default="0.0.0.0"),
+    Flag(
+        name="port",
+        fills="launcher.port",
+        short="p",
+        help="Port to listen on; 0 takes a free one",
+        value=PORT,
+        default=3000,
+    ),
     Flag(
         name="api-key",
+        fills="server.api_key",
         help="Key that requests must carry as `Authorization: Bearer KEY`; better given as variable, "
         "a command line is seen by every user of the host",
         value=SECRET,
@@ -393,11 +313,13 @@ SERVING = (
     ),
     Flag(
         name="cors-allow-origin",
+        fills="server.cors_allow_origin",
         help="Origin of web pages that may call the server (default: any); can be given several times",
         is_repeatable=True,
     ),
     Flag(
         name="graceful-termination-timeout",
+        fills="launcher.graceful_termination_timeout_s server.graceful_termination_timeout_s",
         short="g",
         help="Seconds that running requests have to end after a signal",
         value=SECONDS,
@@ -405,6 +327,7 @@ SERVING = (
     ),
     Flag(
         name="strict-tgi",
+        fills="server.is_strict_tgi",
         help="Behave as TGI also where that breaks clients (ours; TGI doesn't have it)",
         is_switch=True,
     ),
@@ -417,10 +340,12 @@ SERVING = (
     ),
     Flag(
         name="master-addr",
+        fills="sharding",
         help="Address of the first host where the shards meet; they listen there and nowhere else (default: 127.0.0.1)",
     ),
     Flag(
         name="master-port",
+        fills="sharding",
         help="Port where the shards meet (default: 29500 with several hosts, else a free one)",
         value=PORT,
     ),
@@ -454,9 +379,15 @@ SERVING = (
 )
 
 LOGS = (
-    Flag(name="json-output", help="Write the log as JSON lines", is_switch=True),
+    Flag(
+        name="json-output",
+        fills="engine.is_json_output launcher.is_json_output server.is_json_output",
+        help="Write the log as JSON lines",
+        is_switch=True,
+    ),
     Flag(
         name="env",
+        fills="launcher.is_runtime_logged",
         short="e",
         help="Log versions and hardware first, for bug reports; the server starts all the same",
         is_switch=True,
@@ -464,10 +395,12 @@ LOGS = (
     ),
     Flag(
         name="otlp-endpoint",
+        fills="server.otlp_endpoint",
         help="OpenTelemetry collector that gets traces over gRPC, http://HOST:4317 (default: no traces)",
     ),
     Flag(
         name="otlp-service-name",
+        fills="server.otlp_service_name",
         help="Name of this server in traces",
         default="text-generation-inference.router",
     ),
@@ -481,12 +414,14 @@ LOGS = (
     ),
     Flag(
         name="watermark-gamma",
+        fills="engine.watermark_gamma",
         help="Share of the vocabulary on the watermark's green list",
         value=FRACTION,
         default=0.5,
     ),
     Flag(
         name="watermark-delta",
+        fills="engine.watermark_delta",
         help="How much the logits of the watermark's green list are raised",
         value=NUMBER,
         default=2.0,
@@ -505,24 +440,47 @@ FLAGS: tuple[Flag, ...] = tuple(flag for section in SECTIONS.values() for flag i
 
 VARIABLES: tuple[Variable, ...] = (
     Variable(
-        name="PREFIX_CACHING", value=BOOLEAN, default=True, help="0 computes every prompt anew instead of reusing KV"
+        name="PREFIX_CACHING",
+        fills="engine.is_prefix_caching",
+        value=BOOLEAN,
+        default=True,
+        help="0 computes every prompt anew instead of reusing KV",
     ),
     Variable(
         name="TGI_WIGGLE_ROOM",
+        fills="engine.kv_memory_share",
         value=FRACTION,
         default=0.8,
         help="Share of the memory free after loading that the KV cache may take",
     ),
-    Variable(name="OMP_NUM_THREADS", value=THREADS, help="Threads that compute (default: all cores we may use)"),
-    Variable(name="RANK", value=COUNT, help="Set by torchrun: the one shard that this launcher starts"),
-    Variable(name="WORLD_SIZE", value=POSITIVE, help="Set by torchrun: how many shards there are"),
-    Variable(name="LOCAL_RANK", value=COUNT, default=0, help="Set by torchrun: which device of the host"),
-    Variable(name="LOCAL_WORLD_SIZE", value=POSITIVE, help="Set by torchrun: how many shards share the host"),
     Variable(
-        name="COMPUTE_TYPE", value=HEADER_TEXT, help="Text of the x-compute-type header (default: cpu or the card)"
+        name="OMP_NUM_THREADS",
+        fills="launcher.omp_num_threads",
+        value=THREADS,
+        help="Threads that compute (default: all cores we may use)",
+    ),
+    Variable(
+        name="RANK", fills="sharding", value=COUNT, help="Set by torchrun: the one shard that this launcher starts"
+    ),
+    Variable(name="WORLD_SIZE", fills="sharding", value=POSITIVE, help="Set by torchrun: how many shards there are"),
+    Variable(
+        name="LOCAL_RANK", fills="sharding", value=COUNT, default=0, help="Set by torchrun: which device of the host"
+    ),
+    Variable(
+        name="LOCAL_WORLD_SIZE",
+        fills="sharding",
+        value=POSITIVE,
+        help="Set by torchrun: how many shards share the host",
+    ),
+    Variable(
+        name="COMPUTE_TYPE",
+        fills="server.compute_type",
+        value=HEADER_TEXT,
+        help="Text of the x-compute-type header (default: cpu or the card)",
     ),
     Variable(
         name="LOG_LEVEL",
+        fills="engine.log_level launcher.log_level server.log_level",
         value=LOG_FILTER,
         default="info",
         help="debug, info (default), warn, error, or a filter by module like warn,text_generation_router=debug",

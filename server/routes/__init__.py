@@ -1,1 +1,4 @@
-"""The routes: one router for each area of the wire. The only room that knows a whole request and its answer."""
+"""The routes: an area of the wire in each file, each handler below its `Operation`.
+
+The only room that knows a whole request and its answer. `server.app` lists the areas.
+"""

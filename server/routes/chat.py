@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from engine.link.messages import FinishReason
@@ -32,14 +32,15 @@ from server.chat.messages import (
 from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
-from server.errors import ToolError
+from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, GenerationService, Stream, collect, interleave, service_of
+from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.openai import ChatRequest, Message, ToolCallBody
 from server.requests.sampling import native_parameters
 from server.requests.validation import GenerationInput
 
-router = APIRouter()
+area = Area()
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -76,7 +77,20 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None
 
 
-@router.post("/v1/chat/completions")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/v1/chat/completions",
+        summary="The next message of a chat",
+        body=ChatRequest,
+        answers=(ChatCompletion,),
+        events=(ChatCompletionChunk,),
+        late_errors=(OpenAIErrorBody,),
+        is_generating=True,
+        has_headers=True,
+        span="chat_completions",
+    )
+)
 async def chat_completions(request: Request) -> Response:
     return await answer_chat(request, await read_body(request, ChatRequest, service_of(request).config))
 

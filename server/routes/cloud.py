@@ -5,29 +5,43 @@ from __future__ import annotations
 import dataclasses
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from server.answers.json import json_answer
 from server.edge.disconnect import cancel_if_gone
-from server.errors import FailedInstanceError, NoInstanceError
+from server.errors import ErrorBody, FailedInstanceError, NoInstanceError, OpenAIErrorBody
 from server.generation import Completion, GenerationService, collect, service_of
+from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.cloud import SagemakerRequest, VertexRequest
 from server.requests.native import CompatGenerateRequest, GenerateParameters, VertexInstance
 from server.requests.openai import ChatRequest
 from server.requests.validation import GenerationInput
-from server.routes.chat import answer_chat, chat_input
-from server.routes.completions import answer_completions
-from server.routes.generate import answer_compat
+from server.routes.chat import ChatCompletion, ChatCompletionChunk, answer_chat, chat_input
+from server.routes.completions import CompletionChunk, CompletionFinal, answer_completions
+from server.routes.generate import GenerateResponse, StreamResponse, answer_compat
 
-router = APIRouter()
+area = Area()
 
 
 class VertexResponse(msgspec.Struct, frozen=True):
     predictions: list[str]
 
 
-@router.post("/invocations")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/invocations",
+        summary="For SageMaker: what POST /, chat or completions answer, as the body's shape says",
+        body=SagemakerRequest,
+        answers=(list[GenerateResponse], ChatCompletion, CompletionFinal),
+        events=(StreamResponse, ChatCompletionChunk, CompletionChunk, CompletionFinal),
+        late_errors=(ErrorBody, OpenAIErrorBody),
+        is_generating=True,
+        has_headers=True,
+        span="sagemaker_compatibility",
+    )
+)
 async def invocations(request: Request) -> Response:
     body = (await read_body(request, SagemakerRequest, service_of(request).config)).root
     if isinstance(body, CompatGenerateRequest):
@@ -37,7 +51,17 @@ async def invocations(request: Request) -> Response:
     return await answer_completions(request, body)
 
 
-@router.post("/vertex")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/vertex",
+        summary="For Vertex AI: texts for several prompts or chats",
+        body=VertexRequest,
+        answers=(VertexResponse,),
+        is_generating=True,
+        span="vertex_compatibility",
+    )
+)
 async def vertex(request: Request) -> Response:
     """The texts of all instances, which run side by side; nothing is streamed."""
     service = service_of(request)

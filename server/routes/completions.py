@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
 from server.answers.json import JsonF32, Usage, f32, json_answer
 from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
 from server.answers.sse import EventStream, event
 from server.edge.disconnect import cancel_if_gone
-from server.errors import BatchSizeError, SuffixError, ValidationError
+from server.errors import BatchSizeError, OpenAIErrorBody, SuffixError, ValidationError
 from server.generation import (
     Completion,
     GeneratedToken,
@@ -25,12 +25,13 @@ from server.generation import (
     interleave,
     service_of,
 )
+from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.openai import CompletionRequest
 from server.requests.sampling import native_parameters
 from server.requests.validation import MAX_CHOICES, GenerationInput, refuse_if
 
-router = APIRouter()
+area = Area()
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -72,7 +73,20 @@ class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
 
 
-@router.post("/v1/completions")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/v1/completions",
+        summary="Texts for one or several prompts",
+        body=CompletionRequest,
+        answers=(CompletionFinal,),
+        events=(CompletionChunk, CompletionFinal),
+        late_errors=(OpenAIErrorBody,),
+        is_generating=True,
+        has_headers=True,
+        span="completions",
+    )
+)
 async def completions(request: Request) -> Response:
     body = await read_body(request, CompletionRequest, service_of(request).config)
     return await answer_completions(request, body)

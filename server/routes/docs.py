@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from server.answers.json import json_answer
+from server.operation import Area, Operation
 
-router = APIRouter()
+area = Area()
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -32,20 +33,31 @@ h3 {{ margin-bottom: 0 }} code {{ font-size: 0.95em }}
 """
 
 
-@router.api_route("/openapi.json", methods=["GET", "HEAD"])
-@router.api_route("/api-doc/openapi.json", methods=["GET", "HEAD"])
-async def openapi(request: Request) -> Response:
-    return json_answer(request.app.state.openapi)
-
-
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@area.serve(Operation(method="GET", path="/docs", summary="Leads to /docs/", status=303, is_open=True))
 async def docs(request: Request) -> Response:
     return RedirectResponse("/docs/", 303)
 
 
-@router.api_route("/docs/", methods=["GET", "HEAD"])
+@area.serve(
+    Operation(
+        method="GET",
+        path="/docs/",
+        summary="This description, to be read",
+        text="text/html; charset=utf-8",
+        is_open=True,
+    )
+)
 async def docs_page(request: Request) -> Response:
     return HTMLResponse(render(request.app.state.openapi))
+
+
+def _document(path: str) -> Operation:
+    return Operation(method="GET", path=path, summary="This description", answers=(dict[str, Any],), is_open=True)
+
+
+@area.serve(_document("/openapi.json"), _document("/api-doc/openapi.json"))
+async def openapi(request: Request) -> Response:
+    return json_answer(request.app.state.openapi)
 
 
 def render(document: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
@@ -13,13 +13,14 @@ from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, 
 from server.answers.sse import EventStream, event, with_error_event
 from server.edge.admission import Permit
 from server.edge.disconnect import cancel_if_gone
-from server.errors import error_body
+from server.errors import ErrorBody, error_body
 from server.generation import Completion, Generation, GenerationService, collect, service_of
+from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.native import CompatGenerateRequest, GenerateRequest
 from server.requests.validation import GenerationInput
 
-router = APIRouter()
+area = Area()
 
 
 class PrefillToken(msgspec.Struct, frozen=True):
@@ -68,7 +69,37 @@ class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
     details: StreamDetails | None
 
 
-@router.post("/generate")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/",
+        summary="Text for a prompt, in an array of one or as events",
+        body=CompatGenerateRequest,
+        answers=(list[GenerateResponse],),
+        events=(StreamResponse,),
+        late_errors=(ErrorBody,),
+        is_generating=True,
+        has_headers=True,
+        span="compat_generate",
+    )
+)
+async def compat_generate(request: Request) -> Response:
+    """What `text_generation.Client` and `InferenceClient.text_generation` call."""
+    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
+
+
+@area.serve(
+    Operation(
+        method="POST",
+        path="/generate",
+        summary="Text for a prompt",
+        body=GenerateRequest,
+        answers=(GenerateResponse,),
+        is_generating=True,
+        has_headers=True,
+        span="generate",
+    )
+)
 async def generate(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, GenerateRequest, service.config)
@@ -76,16 +107,22 @@ async def generate(request: Request) -> Response:
     return json_answer(answer, headers)
 
 
-@router.post("/generate_stream")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/generate_stream",
+        summary="Text for a prompt, an event per token",
+        body=GenerateRequest,
+        events=(StreamResponse,),
+        late_errors=(ErrorBody,),
+        is_generating=True,
+        has_headers=True,
+        span="generate_stream",
+    )
+)
 async def generate_stream(request: Request) -> Response:
     service = service_of(request)
     return _stream(service, await read_body(request, GenerateRequest, service.config))
-
-
-@router.post("/")
-async def compat_generate(request: Request) -> Response:
-    """What `text_generation.Client` and `InferenceClient.text_generation` call."""
-    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
 
 
 async def answer_compat(request: Request, body: CompatGenerateRequest) -> Response:

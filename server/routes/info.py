@@ -1,15 +1,15 @@
-"""What the server is and how it does: /info, /metrics and the probes (reference 1.4, 1.6, 6.6, 7.1)."""
+"""What the server is: /info."""
 
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from server.answers.json import VERSION, json_answer
-from server.errors import UnhealthyError
 from server.generation import service_of
+from server.operation import Area, Operation
 
-router = APIRouter()
+area = Area()
 
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,16 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     docker_label: str | None = None
 
 
-@router.api_route("/info", methods=["GET", "HEAD"])
+@area.serve(
+    Operation(
+        method="GET",
+        path="/info",
+        summary="The model and the limits",
+        answers=(Info,),
+        is_open=True,
+        span="get_model_info",
+    )
+)
 async def info(request: Request) -> Response:
     service = service_of(request)
     config, limits = service.config, service.engine.limits
@@ -47,28 +56,3 @@ async def info(request: Request) -> Response:
             max_client_batch_size=config.max_client_batch_size,
         )
     )
-
-
-@router.api_route("/readyz", methods=["GET", "HEAD"])
-@router.api_route("/", methods=["GET", "HEAD"])
-@router.api_route("/ping", methods=["GET", "HEAD"])
-@router.api_route("/health", methods=["GET", "HEAD"])
-async def health(request: Request) -> Response:
-    if not service_of(request).engine.is_healthy:
-        raise UnhealthyError
-    return Response()
-
-
-@router.api_route("/livez", methods=["GET", "HEAD"])
-async def livez(request: Request) -> Response:
-    """Ours, as Kubernetes names it, beside /readyz: a slow engine is not ready, only a dead one calls for a restart."""
-    if service_of(request).engine.dead.is_set():
-        raise UnhealthyError
-    return Response()
-
-
-@router.api_route("/metrics", methods=["GET", "HEAD"])
-async def metrics(request: Request) -> Response:
-    service = service_of(request)
-    text = service.metrics.render(service.engine.stats)
-    return Response(text, headers={"content-type": "text/plain; charset=utf-8"})

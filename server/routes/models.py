@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.convertors import PathConvertor, register_url_convertor
 
 from server.answers.json import json_answer
 from server.errors import ModelNotFoundError
 from server.generation import service_of
+from server.operation import Area, Operation
 
-router = APIRouter()
+area = Area()
 
 
 class _ModelIdConvertor(PathConvertor):
@@ -34,12 +35,30 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[Model]
 
 
-@router.api_route("/v1/models", methods=["GET", "HEAD"])
+@area.serve(
+    Operation(
+        method="GET",
+        path="/v1/models",
+        summary="The models: one",
+        answers=(ModelList,),
+        is_open=True,
+        span="openai_get_model_info",
+    )
+)
 async def models(request: Request) -> Response:
     return json_answer(ModelList(data=[_served(request)]))
 
 
-@router.api_route("/v1/models/{model_id:model_id}", methods=["GET", "HEAD"])
+@area.serve(
+    Operation(
+        method="GET",
+        path="/v1/models/{model_id:model_id}",
+        summary="One model",
+        answers=(Model,),
+        errors=(404,),
+        is_open=True,
+    )
+)
 async def model(request: Request, model_id: str) -> Response:
     served = _served(request)
     if model_id != served.id:

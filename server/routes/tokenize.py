@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from server.answers.json import json_answer
 from server.errors import ValidationError
 from server.generation import GenerationService, service_of
+from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.native import DetokenizeRequest, GenerateRequest
 from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
 from server.text.tokenizer import SimpleToken
 
-router = APIRouter()
+area = Area()
 
 
 class ChatTokenizeResponse(msgspec.Struct, frozen=True):
@@ -26,7 +27,16 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
     prompt: str
 
 
-@router.post("/tokenize")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/tokenize",
+        summary="The tokens of a text",
+        body=GenerateRequest,
+        answers=(list[SimpleToken],),
+        span="tokenize",
+    )
+)
 async def tokenize(request: Request) -> Response:
     """The prompt's tokens; of the parameters none is looked at (quirk 29)."""
     service = service_of(request)
@@ -34,7 +44,16 @@ async def tokenize(request: Request) -> Response:
     return json_answer(await _split(service, body.inputs, add_special_tokens=True))
 
 
-@router.post("/chat_tokenize")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/chat_tokenize",
+        summary="The prompt that a chat becomes, and its tokens",
+        body=ChatRequest,
+        answers=(ChatTokenizeResponse,),
+        is_open=True,
+    )
+)
 async def chat_tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, ChatRequest, service.config)
@@ -42,7 +61,15 @@ async def chat_tokenize(request: Request) -> Response:
     return json_answer(ChatTokenizeResponse(await _split(service, prompt, add_special_tokens=False), prompt))
 
 
-@router.post("/detokenize")
+@area.serve(
+    Operation(
+        method="POST",
+        path="/detokenize",
+        summary="The text of tokens",
+        body=DetokenizeRequest,
+        answers=(DetokenizeResponse,),
+    )
+)
 async def detokenize(request: Request) -> Response:
     """In vLLM's shape. Special tokens are shown; what is not a whole character is U+FFFD."""
     service = service_of(request)

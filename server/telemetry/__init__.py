@@ -1,1 +1,1 @@
-"""Metrics, spans and the lines of a request. Imports nothing else of the server but its errors."""
+"""Metrics, spans and the lines of a request. Imports nothing else of the server but errors and operations."""

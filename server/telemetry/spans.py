@@ -1,4 +1,4 @@
-"""A request's spans: what its log lines and its traces call it, and the fields they share (reference 7.3, 7.4)."""
+"""A request's spans: what its log lines and its traces call it, and the fields they share."""
 
 from __future__ import annotations
 
@@ -11,24 +11,9 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ERROR_KINDS
+from server.operation import OperationFinder
 
 logger = logging.getLogger(__name__)
-
-
-HANDLERS = {
-    "/generate": "generate",
-    "/generate_stream": "generate_stream",
-    "/v1/chat/completions": "chat_completions",
-    "/v1/completions": "completions",
-    "/vertex": "vertex_compatibility",
-    "/invocations": "sagemaker_compatibility",
-    "/tokenize": "tokenize",
-    "/health": "health",
-    "/ping": "health",
-    "/info": "get_model_info",
-    "/v1/models": "openai_get_model_info",
-}
-"""TGI's names of its handlers, by path; `/` is two of them."""
 
 
 class RequestSpans:
@@ -53,15 +38,17 @@ class Tracer(Protocol):
 class SpansMiddleware:
     """Gives every request its spans and, once it has ended, tells the tracer about it."""
 
-    def __init__(self, app: ASGIApp, tracer: Tracer | None) -> None:
+    def __init__(self, app: ASGIApp, tracer: Tracer | None, finder: OperationFinder) -> None:
         self._app = app
         self._tracer = tracer
+        self._finder = finder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        spans = RequestSpans(_handlers(scope))
+        operation = self._finder.find(scope["path"], scope["method"])
+        spans = RequestSpans([] if operation is None or operation.span is None else [operation.span])
         token = _current.set(spans)
         try:
             if self._tracer is None:
@@ -87,13 +74,6 @@ class SpansMiddleware:
             await self._app(scope, receive, send_and_note)
         finally:
             tracer.report(scope, spans, started_ns, status)
-
-
-def _handlers(scope: Scope) -> list[str]:
-    path = scope["path"]
-    if path == "/":
-        return ["compat_generate"] if scope["method"] == "POST" else ["health"]
-    return [HANDLERS[path]] if path in HANDLERS else []
 
 
 def begin_generation(*, is_stream: bool) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.launcher.flags import FLAGS, Effect
+from server.launcher.flag import Effect
+from server.launcher.flags import FLAGS
 from tests.e2e.documents import COMMAND_LANGUAGES, Block, read_blocks
 from tests.e2e.launched import LaunchedServer, free_port, launched
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2

@@ -8,77 +8,100 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import server.launcher.args
+import server.launcher.sharding
+from engine.link.config import EngineConfig
 from quant.config import FORMATS, ON_LOAD
-from server.launcher.args import SETTLED, ArgumentError, LauncherArgs, Sharding, parse_args
-from server.launcher.flags import (
-    BOOLEAN,
-    COUNT,
-    FACTOR,
-    FLAGS,
-    FRACTION,
-    NUMBER,
-    PORT,
-    POSITIVE,
-    QUANTIZE,
-    VARIABLES,
-    Effect,
-    Flag,
-)
+from server.config import ServerConfig
+from server.launcher.args import LauncherArgs, parse_args
+from server.launcher.errors import ArgumentError
+from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
+from server.launcher.flags import FLAGS, QUANTIZE, VARIABLES
+from server.launcher.sharding import Sharding
 
-DEFAULTS = LauncherArgs(
-    model_id="m",
-    revision=None,
+ENGINE_DEFAULTS = EngineConfig(
+    model_path="",
     dtype="auto",
-    quantize=None,
-    quantize_head=None,
-    rope_scaling=None,
-    rope_factor=None,
-    speculate=0,
-    sharding=Sharding(),
-    shard_timeout=15,
-    huggingface_hub_cache=None,
+    memory_fraction=1.0,
+    kv_memory_share=0.8,
+    is_prefix_caching=True,
+    max_draft_tokens=0,
+    watermark_gamma=0.5,
+    watermark_delta=2.0,
+    shard_timeout_s=15,
+    log_level="info",
+    is_json_output=False,
+)
+SERVER_DEFAULTS = ServerConfig(
+    model_id="m",
+    model_path="",
+    listen_fd=-1,
+    engine_fd=-1,
     max_concurrent_requests=128,
-    max_input_tokens=None,
-    max_total_tokens=None,
     max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,
     max_client_batch_size=4,
-    payload_limit=2_000_000,
     validation_workers=2,
-    tokenizer_config_path=None,
-    disable_grammar_support=False,
-    enable_prefill_logprobs=False,
-    max_batch_prefill_tokens=None,
-    max_batch_total_tokens=None,
-    max_batch_size=None,
-    cuda_memory_fraction=1.0,
-    hostname="0.0.0.0",
-    port=3000,
+    payload_limit=2_000_000,
+    has_prompt_logprobs=False,
+    is_grammar_disabled=False,
     api_key=None,
     cors_allow_origin=(),
-    graceful_termination_timeout=90,
-    strict_tgi=False,
-    json_output=False,
+    is_strict_tgi=False,
+    graceful_termination_timeout_s=90,
+    compute_type="cpu",
+    log_level="info",
+    is_json_output=False,
     otlp_endpoint=None,
     otlp_service_name="text-generation-inference.router",
-    watermark_gamma=0.5,
-    watermark_delta=2.0,
-    env=False,
-    prefix_caching=True,
-    tgi_wiggle_room=0.8,
+)
+DEFAULTS = LauncherArgs(
+    model_id="m",
+    revision=None,
+    huggingface_hub_cache=None,
+    hostname="0.0.0.0",
+    port=3000,
+    shard_timeout_s=15,
+    graceful_termination_timeout_s=90,
     omp_num_threads=None,
-    compute_type=None,
+    is_runtime_logged=False,
+    is_json_output=False,
     log_level="info",
-    echo="--model-id = 'm'",
+    sharding=Sharding(),
+    engine={},
+    server={},
+    echo="",
     warnings=(),
 )
+Configurations = tuple[LauncherArgs, EngineConfig, ServerConfig]
+PARTS: dict[str, type[Any]] = {"launcher": LauncherArgs, "engine": EngineConfig, "server": ServerConfig}
+FIELDS = {part: {field.name for field in dataclasses.fields(config)} for part, config in PARTS.items()}
+
+
+def configurations(args: LauncherArgs) -> Configurations:
+    """What the three processes get, less the echo and the warnings."""
+    engine = EngineConfig(**args.engine, model_path="")
+    server = ServerConfig(**args.server, model_path="", listen_fd=-1, engine_fd=-1)
+    return dataclasses.replace(args, engine={}, server={}, echo="", warnings=()), engine, server
+
+
+def defaults(changes: Mapping[str, Any]) -> Configurations:
+    """What they get by default, with each of `changes` wherever there is such a field."""
+    assert changes.keys() <= set().union(*FIELDS.values())
+    launcher, engine, server = (
+        {name: changes[name] for name in changes.keys() & FIELDS[part]} for part in ("launcher", "engine", "server")
+    )
+    return (
+        dataclasses.replace(DEFAULTS, **launcher),
+        dataclasses.replace(ENGINE_DEFAULTS, **engine),
+        dataclasses.replace(SERVER_DEFAULTS, **server),
+    )
 
 
 def parse(line: str, **environ: str) -> LauncherArgs:
@@ -146,9 +169,10 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"VALIDATION_WORKERS": "1"}, {"validation_workers": 1}),
         ("--tokenizer-config-path /t.json", {}, {"tokenizer_config_path": "/t.json"}),
         ("", {"TOKENIZER_CONFIG_PATH": "/t.json"}, {"tokenizer_config_path": "/t.json"}),
-        ("--disable-grammar-support", {}, {"disable_grammar_support": True}),
-        ("", {"DISABLE_GRAMMAR_SUPPORT": "1"}, {"disable_grammar_support": True}),
+        ("--disable-grammar-support", {}, {"is_grammar_disabled": True}),
+        ("", {"DISABLE_GRAMMAR_SUPPORT": "1"}, {"is_grammar_disabled": True}),
         ("", {"DISABLE_GRAMMAR_SUPPORT": "false"}, {}),
+        ("--enable-prefill-logprobs", {}, {"has_prompt_logprobs": True}),
         ("--max-batch-prefill-tokens 64", {}, {"max_batch_prefill_tokens": 64}),
         ("", {"MAX_BATCH_PREFILL_TOKENS": "64"}, {"max_batch_prefill_tokens": 64}),
         ("--max-batch-total-tokens 99", {}, {"max_batch_total_tokens": 99}),
@@ -160,8 +184,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ),
         ("--max-batch-size 3", {}, {"max_batch_size": 3}),
         ("", {"MAX_BATCH_SIZE": "3"}, {"max_batch_size": 3}),
-        ("--cuda-memory-fraction 0.5", {}, {"cuda_memory_fraction": 0.5}),
-        ("", {"CUDA_MEMORY_FRACTION": "0.5"}, {"cuda_memory_fraction": 0.5}),
+        ("--cuda-memory-fraction 0.5", {}, {"memory_fraction": 0.5}),
+        ("", {"CUDA_MEMORY_FRACTION": "0.5"}, {"memory_fraction": 0.5}),
         ("--huggingface-hub-cache /data", {}, {"huggingface_hub_cache": "/data"}),
         ("", {"HUGGINGFACE_HUB_CACHE": "/data"}, {"huggingface_hub_cache": "/data"}),
         ("--api-key k", {}, {"api_key": "k"}),
@@ -173,23 +197,23 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
             {"cors_allow_origin": ("http://a", "http://b")},
         ),
         ("", {"CORS_ALLOW_ORIGIN": "http://c"}, {"cors_allow_origin": ("http://c",)}),
-        ("--graceful-termination-timeout 0", {}, {"graceful_termination_timeout": 0}),
-        ("-g 5", {}, {"graceful_termination_timeout": 5}),
-        ("", {"GRACEFUL_TERMINATION_TIMEOUT": "5"}, {"graceful_termination_timeout": 5}),
-        ("--strict-tgi", {}, {"strict_tgi": True}),
-        ("", {"STRICT_TGI": "true"}, {"strict_tgi": True}),
-        ("--json-output", {}, {"json_output": True}),
-        ("", {"JSON_OUTPUT": "True"}, {"json_output": True}),
+        ("--graceful-termination-timeout 0", {}, {"graceful_termination_timeout_s": 0}),
+        ("-g 5", {}, {"graceful_termination_timeout_s": 5}),
+        ("", {"GRACEFUL_TERMINATION_TIMEOUT": "5"}, {"graceful_termination_timeout_s": 5}),
+        ("--strict-tgi", {}, {"is_strict_tgi": True}),
+        ("", {"STRICT_TGI": "true"}, {"is_strict_tgi": True}),
+        ("--json-output", {}, {"is_json_output": True}),
+        ("", {"JSON_OUTPUT": "True"}, {"is_json_output": True}),
         ("--otlp-endpoint http://c:4317", {}, {"otlp_endpoint": "http://c:4317"}),
         ("", {"OTLP_SERVICE_NAME": "tgi"}, {"otlp_service_name": "tgi"}),
-        ("--json-output", {"JSON_OUTPUT": "0"}, {"json_output": True}),
-        ("--env", {}, {"env": True}),
-        ("-e", {}, {"env": True}),
+        ("--json-output", {"JSON_OUTPUT": "0"}, {"is_json_output": True}),
+        ("--env", {}, {"is_runtime_logged": True}),
+        ("-e", {}, {"is_runtime_logged": True}),
         ("", {"ENV": "prod"}, {}),
-        ("", {"PREFIX_CACHING": "0"}, {"prefix_caching": False}),
-        ("", {"PREFIX_CACHING": "False"}, {"prefix_caching": False}),
+        ("", {"PREFIX_CACHING": "0"}, {"is_prefix_caching": False}),
+        ("", {"PREFIX_CACHING": "False"}, {"is_prefix_caching": False}),
         ("", {"PREFIX_CACHING": "1"}, {}),
-        ("", {"TGI_WIGGLE_ROOM": "0.5"}, {"tgi_wiggle_room": 0.5}),
+        ("", {"TGI_WIGGLE_ROOM": "0.5"}, {"kv_memory_share": 0.5}),
         ("", {"LOG_LEVEL": "WARN"}, {"log_level": "WARN"}),
         ("", {"LOG_LEVEL": "text_generation_router=debug,warn"}, {"log_level": "text_generation_router=debug,warn"}),
         ("", {"OMP_NUM_THREADS": "4"}, {"omp_num_threads": 4}),
@@ -198,19 +222,19 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--num-shard 1 --sharded false --speculate 0 --usage-stats off --cuda-graphs 0", {}, {}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
-        ("--speculate 2", {}, {"speculate": 2}),
-        ("--speculative-decoding 2", {}, {"speculate": 2}),
-        ("--speculative-decoding 2 --speculate 2", {}, {"speculate": 2}),
-        ("", {"SPECULATE": "3"}, {"speculate": 3}),
+        ("--speculate 2", {}, {"max_draft_tokens": 2}),
+        ("--speculative-decoding 2", {}, {"max_draft_tokens": 2}),
+        ("--speculative-decoding 2 --speculate 2", {}, {"max_draft_tokens": 2}),
+        ("", {"SPECULATE": "3"}, {"max_draft_tokens": 3}),
         ("--speculate 0", {"SPECULATE": "3"}, {}),
-        ("--shard-timeout 3", {}, {"shard_timeout": 3}),
-        ("", {"SHARD_TIMEOUT": "3"}, {"shard_timeout": 3}),
+        ("--shard-timeout 3", {}, {"shard_timeout_s": 3}),
+        ("", {"SHARD_TIMEOUT": "3"}, {"shard_timeout_s": 3}),
         ("", {"UNRELATED": "x", "PATH": "/bin"}, {}),
     ],
 )
 def test_values(line: str, environ: dict[str, str], changes: dict[str, Any]) -> None:
     args = parse(line, **environ)
-    assert dataclasses.replace(args, echo=DEFAULTS.echo) == dataclasses.replace(DEFAULTS, **changes)
+    assert configurations(args) == defaults(changes)
 
 
 def test_the_model_may_come_from_the_environment() -> None:
@@ -310,13 +334,13 @@ def on_one_host(size: int, **changes: Any) -> Sharding:
 )
 def test_shards(line: str, environ: dict[str, str], sharding: Sharding) -> None:
     args = parse(line, **environ)
-    assert dataclasses.replace(args, echo=DEFAULTS.echo) == dataclasses.replace(DEFAULTS, sharding=sharding)
+    assert configurations(args) == defaults({"sharding": sharding})
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"])
 @pytest.mark.parametrize("text", ["all", "void"])
 def test_all_devices_are_counted(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.launcher.args, "_num_nvidia_devices", lambda: 4)
+    monkeypatch.setattr(server.launcher.sharding, "_num_nvidia_devices", lambda: 4)
     assert parse("", **{name: text}).sharding == on_one_host(4)
 
 
@@ -555,7 +579,7 @@ def test_what_cannot_be_served(
 )
 def test_what_has_no_effect_is_accepted_and_told_once(line: str, environ: dict[str, str], warnings: list[str]) -> None:
     args = parse(line, **environ)
-    assert dataclasses.replace(args, echo=DEFAULTS.echo, warnings=()) == DEFAULTS
+    assert configurations(args) == defaults({})
     assert len(args.warnings) == len(warnings)
     for warning, start in zip(args.warnings, warnings, strict=True):
         assert warning.startswith(start)
@@ -585,7 +609,8 @@ def test_every_flag_and_its_twin_do_the_same(flag: Flag, capsys: pytest.CaptureF
     assert by_flag[0] == (1 if flag.effect is Effect.REFUSED or text in flag.refused_choices else 0)
     if flag.effect is Effect.SERVED and by_flag[0] == 0:
         values = [parse_args([*others, *line.split()], {}), parse_args(others, environ)]
-        assert len({dataclasses.replace(args, echo="") for args in values}) == 1
+        by_flag_args, by_variable_args = (dataclasses.replace(args, echo="") for args in values)
+        assert by_flag_args == by_variable_args
 
 
 def test_every_flag_of_tgi_is_known() -> None:
@@ -603,12 +628,26 @@ def test_every_flag_of_tgi_is_known() -> None:
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
+DERIVED = {
+    "launcher": "sharding engine server echo warnings".split(),
+    "engine": "model_path num_threads socket_fd listen_fd may_share_memory".split(),
+    "server": "model_path model_sha listen_fd engine_fd engine_silence_s".split(),
+}
+"""Fields that no single flag fills."""
+
+
+def test_every_field_is_filled_by_a_row_and_every_row_that_is_served_fills_one() -> None:
+    rows = (*FLAGS, *VARIABLES)
+    for part, fields in FIELDS.items():
+        filled = {field for row in rows for field in row.fields_of(part)}
+        assert filled | set(DERIVED[part]) == fields and filled.isdisjoint(DERIVED[part])
+    for row in rows:
+        is_served = row.is_ours if isinstance(row, Variable) else row.effect is Effect.SERVED
+        assert bool(row.fills) == is_served, row.name
+        assert {target.partition(".")[0] for target in row.fills.split()} <= {*FIELDS, "sharding"}
+
+
 def test_the_table_is_honest() -> None:
-    fields = {field.name for field in dataclasses.fields(LauncherArgs)} - {"warnings", "echo", "sharding"}
-    served = {flag.attribute for flag in FLAGS if flag.effect is Effect.SERVED}
-    served -= {"max_input_length", "speculative_decoding"}  # other names
-    ours = {row.attribute for row in VARIABLES if row.is_ours}
-    assert fields == (served | ours) - set(SETTLED) and (served | ours) >= set(SETTLED)
     for flag in FLAGS:
         assert bool(flag.reason) == (flag.effect is not Effect.SERVED or bool(flag.refused_choices)), flag.name
         assert not (flag.choices and flag.default) or flag.default in flag.choices

@@ -23,10 +23,11 @@ ROOMS: dict[str, str] = {
     "server.launcher": "engine.link server.config",
     "server.text": "engine.link",
     "server.errors": "engine.link",
-    "server.telemetry": "engine.link server.errors",
+    "server.operation": "",
+    "server.telemetry": "engine.link server.errors server.operation",
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
-    "server.edge": "server.errors",
+    "server.edge": "server.errors server.operation",
     "server.requests": "engine.link server.config server.errors server.text",
     "server.chat": "server.errors server.requests server.text",
     "server.generation": "engine.link server.chat server.client server.config server.edge server.errors "
@@ -34,11 +35,10 @@ ROOMS: dict[str, str] = {
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
     "server.requests server.telemetry",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
-    "server.requests server.text",
-    "server.openapi": "server.answers server.config server.edge server.errors server.requests server.routes "
-    "server.text",
+    "server.operation server.requests server.text",
+    "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.generation server.openapi "
-    "server.routes server.telemetry server.text",
+    "server.operation server.routes server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
     # engine
     "engine.link": "",

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from server.app import create_app
-from server.edge.access import PROTECTED_PATHS
+from server.app import AREAS, create_app
+from server.operation import operations_of
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 BODY = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+PROTECTED_PATHS = [operation.path for operation in operations_of(AREAS) if not operation.is_open]
 OPEN_PATHS = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/livez", "/readyz"]
 MakeApp = Callable[..., FastAPI]
 
@@ -40,7 +41,8 @@ async def test_the_right_key_is_let_in(make_app: MakeApp, key: str) -> None:
 async def test_any_other_key_is_401_with_an_empty_body(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     async with client_of(make_app(api_key="s3cret")) as client:
-        for path in [*PROTECTED_PATHS, "/"]:
+        assert len(PROTECTED_PATHS) == 9
+        for path in PROTECTED_PATHS:
             response = await client.post(path, json=BODY, headers=headers)
             assert (response.status_code, response.content) == (401, b"")
             assert "www-authenticate" not in response.headers

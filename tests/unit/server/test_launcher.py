@@ -7,8 +7,10 @@ import socket
 
 import pytest
 
-from server.launcher.args import Sharding
-from server.launcher.main import LaunchError, bind, meeting_point, resolved, snapshot_commit
+from server.launcher.errors import LaunchError
+from server.launcher.sharding import Sharding
+from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
+from server.launcher.start import snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -44,7 +46,7 @@ def test_a_busy_port_is_refused_with_the_mend() -> None:
     ("given", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "::1"), ("[::1]", "::1")]
 )
 def test_the_ranks_meet_at_the_address_given_and_nowhere_else(given: str, address: str) -> None:
-    with meeting_point(dataclasses.replace(TWO, address=given)) as listener:
+    with rendezvous_socket(dataclasses.replace(TWO, address=given)) as listener:
         assert listener is not None
         host, port = listener.getsockname()[:2]
         assert host == address
@@ -55,19 +57,19 @@ def test_the_ranks_meet_at_the_address_given_and_nowhere_else(given: str, addres
 
 
 def test_a_meeting_port_that_was_given_is_taken_and_the_mend_told_where_it_is_busy() -> None:
-    with meeting_point(TWO) as first:
+    with rendezvous_socket(TWO) as first:
         assert first is not None
         port = first.getsockname()[1]
         with pytest.raises(LaunchError, match=f"meet on 127.0.0.1:{port} .Address already in use.*another --master-p"):
-            with meeting_point(dataclasses.replace(TWO, port=port)):
+            with rendezvous_socket(dataclasses.replace(TWO, port=port)):
                 pytest.fail("one port for two servers")
-    with meeting_point(dataclasses.replace(TWO, port=port)) as second:
+    with rendezvous_socket(dataclasses.replace(TWO, port=port)) as second:
         assert second is not None and second.getsockname()[1] == port
 
 
 def test_an_address_of_another_host_is_no_meeting_point() -> None:
     with pytest.raises(LaunchError, match="meet on 192.0.2.1:0 .*give another --master-addr"):
-        with meeting_point(dataclasses.replace(TWO, address="192.0.2.1")):
+        with rendezvous_socket(dataclasses.replace(TWO, address="192.0.2.1")):
             pytest.fail("nobody has that address")
 
 
@@ -77,7 +79,7 @@ def test_a_name_that_means_no_address_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", find_nothing)
     with pytest.raises(LaunchError) as caught:
-        resolved("first-host")
+        ip_address_of("first-host")
     assert str(caught.value) == (
         "--master-addr first-host can't be resolved (Name or service not known): give an IP address"
     )
@@ -93,7 +95,7 @@ def test_a_name_that_means_no_address_is_refused(monkeypatch: pytest.MonkeyPatch
     ids=["one shard", "another host", "torchrun"],
 )
 def test_who_does_not_hold_the_meeting_binds_nothing(sharding: Sharding) -> None:
-    with meeting_point(sharding) as listener:
+    with rendezvous_socket(sharding) as listener:
         assert listener is None
 
 

@@ -12,12 +12,16 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from server.edge.access import PROTECTED_PATHS
-from server.openapi import OPERATIONS, build_openapi
+from server.app import AREAS
+from server.openapi import build_openapi
+from server.operation import described_path, operations_of
 from tests.unit.server.harness import make_config
 
-GET_PATHS = [operation.path for operation in OPERATIONS if operation.method == "GET"]
+OPERATIONS = operations_of(AREAS)
+GET_PATHS = [described_path(operation.path) for operation in OPERATIONS if operation.method == "GET"]
 POST_PATHS = [operation.path for operation in OPERATIONS if operation.method == "POST"]
+PROTECTED_PATHS = """/ /generate /generate_stream /v1/chat/completions /v1/completions /invocations /vertex /tokenize
+    /detokenize""".split()
 
 
 def routes_of(app: FastAPI) -> list[APIRoute]:
@@ -39,7 +43,7 @@ def test_every_route_is_described(app: FastAPI) -> None:
         for route in routes_of(app)
         for method in route.methods - {"HEAD"}
     }
-    described = [(operation.method, operation.path) for operation in OPERATIONS]
+    described = [(operation.method, described_path(operation.path)) for operation in OPERATIONS]
     assert served == set(described)
     assert len(described) == len(set(described))
 
@@ -70,7 +74,7 @@ async def test_another_path_has_an_empty_answer(client: httpx.AsyncClient, metho
 
 async def test_what_makes_the_model_work_needs_the_key(app: FastAPI) -> None:
     """All POST routes but /chat_tokenize, which is open with TGI (quirk 28)."""
-    assert {*PROTECTED_PATHS, "/", "/chat_tokenize"} == set(POST_PATHS)
+    assert {*PROTECTED_PATHS, "/chat_tokenize"} == set(POST_PATHS)
 
 
 async def test_models(client: httpx.AsyncClient, app: FastAPI) -> None:
@@ -106,7 +110,7 @@ async def test_another_model_is_not_found(client: httpx.AsyncClient, path: str, 
 
 @pytest.mark.parametrize("changes", [{}, {"is_strict_tgi": True}, {"api_key": "s3cret"}])
 def test_the_description_is_valid(changes: dict[str, Any]) -> None:
-    openapi_spec_validator.validate(build_openapi(make_config(**changes)))
+    openapi_spec_validator.validate(build_openapi(OPERATIONS, make_config(**changes)))
 
 
 async def test_the_description_is_served(client: httpx.AsyncClient, app: FastAPI) -> None:
@@ -120,7 +124,7 @@ async def test_the_description_is_served(client: httpx.AsyncClient, app: FastAPI
     ("changes", "name"), [({}, "OpenAIErrorBody"), ({"is_strict_tgi": True}, "ErrorBody")], ids=["default", "strict"]
 )
 def test_errors_of_openai_routes_are_described(changes: dict[str, Any], name: str) -> None:
-    responses = build_openapi(make_config(**changes))["paths"]["/v1/completions"]["post"]["responses"]
+    responses = build_openapi(OPERATIONS, make_config(**changes))["paths"]["/v1/completions"]["post"]["responses"]
     assert responses["429"]["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -132,18 +136,18 @@ def test_what_an_answer_may_lack_is_described_so(app: FastAPI) -> None:
 
 
 def test_the_key_is_described() -> None:
-    document = build_openapi(make_config(api_key="s3cret"))
+    document = build_openapi(OPERATIONS, make_config(api_key="s3cret"))
     secured = {
         (method, path)
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
         if operation.get("security") == [{"key": []}]
     }
-    assert secured == {("post", path) for path in [*PROTECTED_PATHS, "/"]}
+    assert secured == {("post", path) for path in PROTECTED_PATHS}
 
 
 def test_the_description_tells_no_secrets() -> None:
-    assert "s3cret" not in str(build_openapi(make_config(api_key="s3cret")))
+    assert "s3cret" not in str(build_openapi(OPERATIONS, make_config(api_key="s3cret")))
 
 
 def test_descriptions_are_for_users(app: FastAPI) -> None:
@@ -173,7 +177,7 @@ async def test_docs(client: httpx.AsyncClient) -> None:
     response = await client.get("/docs/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     for operation in OPERATIONS:
-        assert f"<code>{operation.method} {operation.path}</code>" in response.text
+        assert f"<code>{operation.method} {described_path(operation.path)}</code>" in response.text
     page = _Page()
     page.feed(response.text)
     assert page.links <= {f"#{name}" for name in page.ids} | {"../openapi.json"}

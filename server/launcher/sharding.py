@@ -1,0 +1,107 @@
+"""How many shards there are and where they run: flags, visible devices and torchrun's variables -> `Sharding`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.launcher.errors import ArgumentError
+
+LOCAL_ADDRESS = "127.0.0.1"
+DEFAULT_MASTER_PORT = 29500
+"""TGI's and torchrun's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How many shards there are, which of them this launcher starts, and where they meet."""
+
+    size: int = 1
+    num_hosts: int = 1
+    ranks: tuple[int, ...] = (0,)
+    """Started here. The launcher of rank 0 also serves HTTP."""
+    first_local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this host, whoever starts them."""
+    address: str = LOCAL_ADDRESS
+    port: int = 0
+    """0: a free one."""
+    is_torchrun: bool = False
+
+
+def resolve_sharding(values: Mapping[str, Any], environ: Mapping[str, str]) -> Sharding:
+    """TGI's rules for --sharded and --num-shard, several hosts, torchrun's variables (`docs/command-line.md`).
+
+    `values` holds what was given, by flag or variable. Raises ArgumentError.
+    """
+    if "rank" in values and "world_size" in values:
+        return _torchrun_sharding(values)
+    size = _num_shards(values, environ)
+    num_hosts, host = values.get("nnodes", 1), values.get("node_rank", 0)
+    if host >= num_hosts:
+        raise ArgumentError(f"--node-rank {host} must be < --nnodes {num_hosts}: hosts are counted from 0")
+    if size % num_hosts:
+        raise ArgumentError(f"--num-shard {size} can't be spread evenly over --nnodes {num_hosts}")
+    if num_hosts > 1 and "master_addr" not in values:
+        raise ArgumentError("--nnodes needs --master-addr: an address of the first host that the others can reach")
+    local_size = size // num_hosts
+    return Sharding(
+        size=size,
+        num_hosts=num_hosts,
+        ranks=tuple(range(host * local_size, (host + 1) * local_size)),
+        local_size=local_size,
+        address=values.get("master_addr", LOCAL_ADDRESS),
+        port=values.get("master_port") or (DEFAULT_MASTER_PORT if num_hosts > 1 else 0),
+    )
+
+
+def _torchrun_sharding(values: Mapping[str, Any]) -> Sharding:
+    """The one rank that torchrun starts this launcher for."""
+    rank, size, port = values["rank"], values["world_size"], values.get("master_port")
+    if values.get("num_shard", size) != size:
+        raise ArgumentError(f"--num-shard {values['num_shard']}, but torchrun starts {size}: leave --num-shard out")
+    for name in ("nnodes", "node_rank"):
+        if name in values:
+            raise ArgumentError(f"torchrun says which hosts there are: leave --{name.replace('_', '-')} out")
+    if rank >= size or port is None:
+        raise ArgumentError("RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that")
+    local_size = values.get("local_world_size", size)
+    return Sharding(
+        size=size,
+        num_hosts=-(-size // local_size),
+        ranks=(rank,),
+        first_local_rank=values.get("local_rank", 0),
+        local_size=local_size,
+        address=values.get("master_addr", LOCAL_ADDRESS),
+        port=port,
+        is_torchrun=True,
+    )
+
+
+def _num_shards(values: Mapping[str, Any], environ: Mapping[str, str]) -> int:
+    num_shard, is_sharded = values.get("num_shard"), values.get("sharded")
+    if num_shard is not None:
+        if num_shard < 1:
+            raise ArgumentError("`num_shard` cannot be < 1")
+        if is_sharded and num_shard == 1:
+            raise ArgumentError("`sharded` is true but `num_shard` <= 1")
+        return int(num_shard)
+    if is_sharded is False:
+        return 1
+    num_devices = _num_visible_devices(environ)
+    if is_sharded and num_devices <= 1:
+        raise ArgumentError(f"`sharded` is true but only found {num_devices} CUDA devices")
+    return max(1, num_devices)
+
+
+def _num_visible_devices(environ: Mapping[str, str]) -> int:
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        if (devices := environ.get(name)) is not None:
+            return len(devices.split(",")) if devices not in ("all", "void") else _num_nvidia_devices()
+    return 0
+
+
+def _num_nvidia_devices() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

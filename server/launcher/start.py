@@ -1,0 +1,134 @@
+"""Starting the processes: the model's folder found, the engine's ranks and the HTTP process on their way.
+
+Each child gets its configuration as one JSON line on standard input: what the user fills (`LauncherArgs.engine` and
+`.server`) and what only the launcher knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.link.config import EngineConfig
+from engine.link.environment import engine_environment
+from server.config import ServerConfig
+from server.launcher.args import LauncherArgs
+from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
+from server.launcher.errors import LaunchError, Stopped
+from server.launcher.host import available_cores
+from server.launcher.sockets import ip_address_of
+
+logger = logging.getLogger("launcher")
+
+PYTHON = (sys.executable, "-P", "-m")
+"""-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
+DOWNLOAD_STOP_TIMEOUT_S = 10
+ENGINE_SILENCE_S = 20.0
+"""How long the engine may say nothing: it speaks at least once a second while idle, on a CPU a step is cut to 5 s."""
+ENGINE_SILENCE_MARGIN_S = 10.0
+"""Rank 0 is silent while it waits for another one, and is to say itself that this one hangs."""
+
+
+def find_model(args: LauncherArgs, signals: Signals) -> str:
+    """The local folder of the model; what is not a folder is fetched from the Hub by a child process."""
+    if os.path.isdir(args.model_id) and args.revision is None:
+        return args.model_id
+    logger.info("Starting check and download process for %s", args.model_id)
+    command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
+    if args.revision is not None:
+        command.append(f"--revision={args.revision}")
+    if args.is_json_output:
+        command.append("--json-output")
+    command += ["--", args.model_id]
+    environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
+    child = Child("download", command, stdout=subprocess.PIPE, environ=environ)
+    while child.exit_code is None:
+        if signals.count:
+            child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
+            raise Stopped
+        time.sleep(POLL_S)
+    assert child.process.stdout is not None
+    lines = child.process.stdout.read().decode().splitlines()
+    if child.exit_code is not None and child.exit_code < 0:
+        raise LaunchError(f"DownloadError: {child.describe_end()}")
+    if child.exit_code != 0 or not lines:
+        raise LaunchError(f"DownloadError: {args.model_id} could not be fetched; the reason is above")
+    logger.info("Successfully downloaded weights for %s", args.model_id)
+    return lines[-1]
+
+
+def start_ranks(
+    args: LauncherArgs,
+    model_path: str,
+    engine_end: socket.socket | None = None,
+    rendezvous: socket.socket | None = None,
+) -> list[Child]:
+    """Start this host's engine ranks.
+
+    Rank 0 gets its end of the socket pair to the HTTP process, and the socket where the ranks meet.
+    """
+    sharding = args.sharding
+    if sharding.size > 1:
+        logger.info("Sharding model on %d processes", sharding.size)
+    port = sharding.port if rendezvous is None else rendezvous.getsockname()[1]
+    num_threads = max(1, min(args.omp_num_threads or available_cores(), os.cpu_count() or 1) // sharding.local_size)
+    environ = {
+        **engine_environment(num_threads, dict(os.environ)),
+        "WORLD_SIZE": str(sharding.size),
+        "LOCAL_WORLD_SIZE": str(sharding.local_size),
+        "MASTER_ADDR": ip_address_of(sharding.address),
+        "MASTER_PORT": str(port),
+    }
+    ranks = []
+    for local_rank, rank in enumerate(sharding.ranks, start=sharding.first_local_rank):
+        logger.info("Starting shard")
+        sockets = {"socket_fd": engine_end, "listen_fd": rendezvous} if rank == 0 else {}
+        fds = {name: sock.fileno() for name, sock in sockets.items() if sock is not None}
+        config = EngineConfig(**{**args.engine, **fds}, model_path=model_path, num_threads=num_threads)
+        ranks.append(
+            Child(
+                f"{ENGINE_NAME} {rank}",
+                [*PYTHON, "engine"],
+                config=config.to_json(),
+                fds=list(fds.values()),
+                environ={**environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+            )
+        )
+    return ranks
+
+
+def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket, http_end: socket.socket) -> Child:
+    """Start the HTTP process."""
+    config = ServerConfig(
+        **args.server,
+        model_path=model_path,
+        model_sha=snapshot_commit(model_path),
+        listen_fd=listener.fileno(),
+        engine_fd=http_end.fileno(),
+        engine_silence_s=engine_silence_s(args),
+    )
+    return Child(
+        "webserver",
+        [*PYTHON, "server"],
+        config=config.to_json(),
+        fds=[listener.fileno(), http_end.fileno()],
+        # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.
+        environ={"MALLOC_ARENA_MAX": "2"},
+    )
+
+
+def engine_silence_s(args: LauncherArgs) -> float:
+    if args.sharding.size == 1:
+        return ENGINE_SILENCE_S
+    return max(ENGINE_SILENCE_S, args.shard_timeout_s + ENGINE_SILENCE_MARGIN_S)
+
+
+def snapshot_commit(model_path: str) -> str | None:
+    """The commit of a snapshot in the Hub's cache (`.../snapshots/<commit>`), None for any other folder."""
+    path = Path(model_path)
+    return path.name if path.parent.name == "snapshots" else None
