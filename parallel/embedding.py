@@ -37,6 +37,9 @@ class VocabTable:
         self._weight: torch.Tensor | None = None
         self._head: MatrixKernel | None = None
 
+    def decides_order(self, name: str, part: int) -> bool:
+        return False
+
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
 

@@ -73,6 +73,10 @@ class ParallelMatrices:
             return spec.input_dim, slice(share.start // spec.group_size, -(-share.stop // spec.group_size))
         return spec.input_dim, _stored_range(share, self._in_features, spec.shape[spec.input_dim])
 
+    def decides_order(self, name: str, part: int) -> bool:
+        """Whether tensor `name` tells the order of the inputs, and so must be loaded first."""
+        return self._methods[part].decides_order(name)
+
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
 
@@ -103,7 +107,7 @@ class ParallelMatrices:
     def _pack(self, part: int) -> None:
         params, self._params[part] = self._params[part], {}
         if self._is_input_cut:  # these groups are in order: what says so counts them in the whole matrix
-            params = {name: tensor for name, tensor in params.items() if not name.endswith("g_idx")}
+            params = {name: tensor for name, tensor in params.items() if not self.decides_order(name, part)}
         shard = MatrixShard(
             num_outputs=length(self._outputs[part]),
             num_inputs=length(self._inputs),
@@ -194,11 +198,11 @@ class RowParallelLinear(ParallelMatrices):
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         cut = super().cut(name, part, shape)
-        return None if name.endswith("g_idx") else cut
+        return None if self.decides_order(name, part) else cut
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
         """As in the base class; where tensors tell the order of the inputs, they must come first, and whole."""
-        if self._is_input_cut and name.endswith("g_idx") and self._methods[0].has_unordered_groups(name, tensor):
+        if self._is_input_cut and self._methods[part].has_unordered_groups(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
             self._gather()
         super().load(name, part, tensor)

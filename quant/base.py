@@ -92,6 +92,9 @@ class LinearMethod(Protocol):
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         """Whether `pack` makes something new of tensor `name`, rather than using its memory."""
 
+    def decides_order(self, name: str) -> bool:
+        """Whether stored tensor `name` tells in which group each input is: a cut of the inputs depends on it."""
+
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether stored tensor `name` puts the inputs out of order, so that they can't be cut between groups."""
 

@@ -49,6 +49,9 @@ class CompressedTensorsMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
+    def decides_order(self, name: str) -> bool:
+        return name == "weight_g_idx"
+
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         if name != "weight_g_idx" or int(tensor.min()) < 0:
             return False

@@ -32,6 +32,9 @@ class DenseMethod:
             return torch.float32 if name == "bias" else checkpoint_dtype
         return self._dtype
 
+    def decides_order(self, name: str) -> bool:
+        return False
+
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         return False
 

@@ -50,6 +50,9 @@ class GptqMethod:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
+    def decides_order(self, name: str) -> bool:
+        return name == "g_idx"
+
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         return name == "g_idx" and not are_groups_in_order(tensor, self.group_size)
 

@@ -29,6 +29,9 @@ class _OnLoad:
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return True
 
+    def decides_order(self, name: str) -> bool:
+        return False
+
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         return False
 
