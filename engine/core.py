@@ -79,14 +79,19 @@ class EngineCore:
         started = time.monotonic()
         batch = self.scheduler.schedule(self._limit.max_tokens(is_only_sequence=self.scheduler.num_sequences == 1))
         scheduled = time.monotonic()
-        is_decoding = all(count == 1 for count in batch.num_scheduled_tokens)
-        report.num_sequences = len(batch.sequences)
+        is_decoding = all(scheduled.num_tokens == 1 for scheduled in batch.scheduled)
+        report.num_sequences = len(batch.scheduled)
         report.num_admitted = self.scheduler.num_admissions - num_admissions
         report.is_prefill = not is_decoding or report.num_admitted > 0
         result = self._runner.execute(batch)
-        sampling = [sequence.request.sampling for sequence in batch.sampled]
+        sampling: list[SamplingParams] = []
+        positions: list[int] = []
+        for part in batch.scheduled:
+            first = part.sequence.num_output_tokens
+            sampling += [part.sequence.request.sampling] * len(part.rows)
+            positions += range(first, first + len(part.rows))
         raw = self._adjust(batch, result.logits, sampling)
-        sampled = self._sample(result.logits, sampling, batch.sampled_positions, raw)
+        sampled = self._sample(result.logits, sampling, positions, raw)
         sampled_at = time.monotonic()
         events = self.scheduler.update(batch, sampled, result.prompt_logprobs)
         ended = time.monotonic()

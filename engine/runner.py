@@ -50,9 +50,9 @@ class StepResult:
     """What a step computes; nothing on other ranks than 0."""
 
     logits: torch.Tensor
-    """[len(batch.sampled), vocab_size] float32 of the tokens that get a successor"""
+    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor"""
     prompt_logprobs: list[float]
-    """Of the tokens that `ScheduledBatch.num_scored_tokens` counts, sequence after sequence."""
+    """Of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence."""
 
 
 class ModelRunner:
@@ -109,35 +109,34 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         counts: list[int] = []
+        seq_lens: list[int] = []
         logits_indices: list[int] = []
         scored_indices: list[int] = []
         scored_token_ids: list[int] = []
-        rows = zip(
-            *(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, batch.num_scored_tokens),
-            strict=True,
-        )
-        for sequence, num_known, draft, is_completing, num_scored in rows:
-            first, count = sequence.num_computed_tokens, num_known + len(draft)
+        for scheduled in batch.scheduled:
+            sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
+            first, count = sequence.num_computed_tokens, scheduled.num_tokens + len(draft)
             if num_scored:
                 next_scored = 1 + len(sequence.prompt_logprobs)
                 row = len(input_ids) + next_scored - 1 - first
                 scored_indices += range(row, row + num_scored)
                 scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
-            input_ids += sequence.token_ids[first : first + num_known] + draft
+            input_ids += sequence.token_ids[first : first + scheduled.num_tokens] + draft
             positions += range(first, first + count)
             slots += _slots(sequence.block_table, first, count)
             counts.append(count)
-            if is_completing:
+            seq_lens.append(first + count)
+            if scheduled.is_completing:
                 logits_indices += range(len(input_ids) - 1 - len(draft), len(input_ids))
         starts = [0, *itertools.accumulate(counts)]
         return StepInputs(
             input_ids=input_ids,
             positions=positions,
             query_start_loc=starts,
-            seq_lens=[s.num_computed_tokens + count for s, count in zip(batch.sequences, counts, strict=True)],
-            block_table=_padded(sequence.block_table for sequence in batch.sequences),
+            seq_lens=seq_lens,
+            block_table=_padded(scheduled.sequence.block_table for scheduled in batch.scheduled),
             slot_mapping=slots,
-            prompt_lens=[sequence.num_prompt_tokens for sequence in batch.sequences],
+            prompt_lens=[scheduled.sequence.num_prompt_tokens for scheduled in batch.scheduled],
             logits_indices=logits_indices,
             scored_indices=scored_indices,
             scored_token_ids=scored_token_ids,

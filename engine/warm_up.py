@@ -39,8 +39,10 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -
     for count in (num_tokens, 1, num_tokens):
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
+        batch = ScheduledBatch()
+        batch.add(sequence, count)
         try:
-            logits = runner.execute(ScheduledBatch([sequence], [count])).logits
+            logits = runner.execute(batch).logits
         except torch.OutOfMemoryError as error:
             raise StartError(
                 f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
@@ -63,7 +65,8 @@ def measure_steps(runner: Runner, sample: Sample, most: int) -> StepCosts:
     seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= most}
     for _ in range(MEASUREMENTS):
         for rows, measured in seconds.items():
-            batch = ScheduledBatch([sequence], [1], [[0] * (rows - 1)])
+            batch = ScheduledBatch()
+            batch.add(sequence, 1, [0] * (rows - 1))
             step_started = time.monotonic()
             sample(runner.execute(batch).logits, [SamplingParams()] * rows, list(range(rows)))
             measured.append(time.monotonic() - step_started)

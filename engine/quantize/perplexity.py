@@ -41,7 +41,9 @@ def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: i
         )
         sequence = Sequence(request, arrival_time=time.monotonic())
         sequence.block_table = list(range(-(-sequence.num_tokens // BLOCK_SIZE)))
-        logprobs = runner.execute(ScheduledBatch([sequence], [sequence.num_tokens])).prompt_logprobs
+        batch = ScheduledBatch()
+        batch.add(sequence, sequence.num_tokens)
+        logprobs = runner.execute(batch).prompt_logprobs
         total += math.fsum(logprobs)
         num_scored += len(logprobs)
     if not num_scored:

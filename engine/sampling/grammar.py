@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from engine.link.config import MAX_LEXER_STATES
 from engine.link.errors import GenerationError
 from engine.link.messages import GenerationRequest
-from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 
 IntArray = npt.NDArray[np.int32]
 ApplyMasks = Callable[[torch.Tensor, IntArray, IntArray], None]
@@ -136,10 +135,10 @@ class Grammars:
     @staticmethod
     def rows(batch: ScheduledBatch) -> list[int]:
         """Which rows of the step's logits `mask` changes."""
-        return [row for _, draft, first in _held(batch) for row in range(first, first + 1 + len(draft))]
+        return [row for scheduled, _ in _held(batch) for row in scheduled.rows]
 
     def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Set to -inf what may not stand in the output, in place; logits [len(batch.sampled), vocab] float32.
+        """Set to -inf what may not stand in the output, in place; logits [batch.num_rows, vocab] float32.
 
         The masks go along the drafts. After a token of a draft that may not stand there, any may.
         """
@@ -148,18 +147,18 @@ class Grammars:
         plain: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
         index = 0
-        for grammar, draft, _ in _held(batch):
-            if draft:
-                drafted.append((grammar.matcher, index, draft))
+        for scheduled, grammar in _held(batch):
+            if scheduled.draft:
+                drafted.append((grammar.matcher, index, scheduled.draft))
             else:
                 plain.append((grammar.matcher, index))
-            index += 1 + len(draft)
+            index += len(scheduled.rows)
         address, row_bytes = masks.ctypes.data, masks.strides[0]
         if plain:
             self._executor.unsafe_compute_mask_ptr(plain, address, row_bytes, len(rows))
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, len(rows))
-        for grammar, _, _ in _held(batch):
+        for _, grammar in _held(batch):
             grammar.check()
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
@@ -200,14 +199,13 @@ class Grammars:
         return LLExecutor(self._num_threads)
 
 
-def _held(batch: ScheduledBatch) -> Iterator[tuple[MatchedGrammar, list[int], int]]:
-    """The grammars of the step's rows, each with its sequence's draft and first row."""
-    row = 0
-    for sequence, draft in itertools.compress(zip(batch.sequences, batch.drafts, strict=True), batch.is_completing):
-        if sequence.grammar is not None:
-            assert isinstance(sequence.grammar, MatchedGrammar)
-            yield sequence.grammar, draft, row
-        row += 1 + len(draft)
+def _held(batch: ScheduledBatch) -> Iterator[tuple[ScheduledSequence, MatchedGrammar]]:
+    """The sequences that have rows and a grammar, with that grammar."""
+    for scheduled in batch.scheduled:
+        grammar = scheduled.sequence.grammar
+        if scheduled.is_completing and grammar is not None:
+            assert isinstance(grammar, MatchedGrammar)
+            yield scheduled, grammar
 
 
 def _outcome(compilation: _Compilation) -> Compiled:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from engine.link.messages import SamplingParams
-from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 from engine.scheduling.sequence import Sequence
 
 WATERMARK_KEY = 15485863
@@ -93,23 +93,24 @@ class Penalties:
     @staticmethod
     def rows(batch: ScheduledBatch) -> list[int]:
         """Which rows of the step's logits `apply` changes."""
-        return [row for sequence, draft, first in _adjusted(batch) for row in range(first, first + 1 + len(draft))]
+        return [row for scheduled in _adjusted(batch) for row in scheduled.rows]
 
     @torch.inference_mode()
     def apply(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Adjust logits [len(batch.sampled), vocab] float32 in place."""
+        """Adjust logits [batch.num_rows, vocab] float32 in place."""
         counted, biased = _Places(), _Places()
-        for sequence, draft, first in _adjusted(batch):
+        for scheduled in _adjusted(batch):
+            sequence = scheduled.sequence
             params = sequence.request.sampling
             if params.is_watermarked:
-                for row, previous in enumerate([sequence.token_ids[-1], *draft], start=first):
+                for row, previous in zip(scheduled.rows, [sequence.token_ids[-1], *scheduled.draft], strict=True):
                     logits[row, self._green_list(previous, logits.shape[1])] += self._watermark_delta
             if is_counting(params):
-                self._count(sequence, draft, first, counted)
+                self._count(scheduled, counted)
             if params.logit_bias:
                 token_ids = np.array([*params.logit_bias], np.int64)
                 biases = np.array([*params.logit_bias.values()], np.float32)
-                for row in range(first, first + 1 + len(draft)):
+                for row in scheduled.rows:
                     biased.add(row, token_ids, biases)
         if counted:
             places = counted.indices(logits.device)
@@ -125,15 +126,16 @@ class Penalties:
         generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
         return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * self._watermark_gamma)]
 
-    def _count(self, sequence: Sequence, draft: list[int], first_row: int, counted: _Places) -> None:
+    def _count(self, scheduled: ScheduledSequence, counted: _Places) -> None:
         """Add what the sequence's rows are penalised by."""
+        sequence = scheduled.sequence
         params = sequence.request.sampling
         counts = self._counts.get(sequence)
         if counts is None:
             counts = self._counts[sequence] = TokenCounts(sequence.request.prompt_token_ids)
         for token_id in sequence.token_ids[counts.num_tokens :]:
             counts.add(token_id)
-        for row, following in enumerate([*draft, None], start=first_row):
+        for row, following in zip(scheduled.rows, [*scheduled.draft, None], strict=True):
             token_ids, in_all, in_output = counts.columns()
             subtracted = (
                 params.relative_frequency_penalty / counts.num_tokens * in_all
@@ -143,7 +145,7 @@ class Penalties:
             counted.add(row, token_ids, np.full(len(token_ids), params.repetition_penalty), subtracted)
             if following is not None:
                 counts.add(following)
-        for token_id in reversed(draft):
+        for token_id in reversed(scheduled.draft):
             counts.remove(token_id)
 
 
@@ -175,11 +177,8 @@ class _Places:
         return [torch.from_numpy(np.concatenate(kind).astype(np.float32)).to(device) for kind in kinds]
 
 
-def _adjusted(batch: ScheduledBatch) -> Iterator[tuple[Sequence, list[int], int]]:
-    """The sequences whose rows are adjusted, with their draft and their first row."""
-    row = 0
-    for sequence, draft, is_completing in zip(batch.sequences, batch.drafts, batch.is_completing, strict=True):
-        if is_completing:
-            if is_adjusting(sequence.request.sampling):
-                yield sequence, draft, row
-            row += 1 + len(draft)
+def _adjusted(batch: ScheduledBatch) -> Iterator[ScheduledSequence]:
+    """The sequences that have rows and want them adjusted."""
+    for scheduled in batch.scheduled:
+        if scheduled.is_completing and is_adjusting(scheduled.sequence.request.sampling):
+            yield scheduled

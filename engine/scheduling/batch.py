@@ -3,72 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 from engine.scheduling.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step's decision: `num_scheduled_tokens[i]` more tokens of `sequences[i]`, and after them its draft.
+class ScheduledSequence:
+    """One sequence's part in a step, decided when the sequence stood as the scheduler saw it."""
 
-    A draft are tokens that may follow the last one known; they are computed with it and checked. `draft_token_ids` has
-    one for each sequence, or is empty where nobody has any.
+    sequence: Sequence
+    num_tokens: int
+    """Known tokens that the step computes."""
+    draft: list[int]
+    """Tokens that may follow the last known one; they are computed after it and checked."""
+    is_completing: bool
+    """The step computes the last known token, so that the sequence gets a next one."""
+    num_scored_tokens: int
+    """Tokens of the prompt that get their logprob by this step.
+
+    They go on from where `Sequence.prompt_logprobs` ends: a token that is computed again after a preemption is not
+    scored again.
+    """
+    rows: range
+    """Rows of the step's logits: one for the next token and one more for each drafted token; empty unless completing.
+
+    The row at index i chooses the output token at position `sequence.num_output_tokens + i`.
     """
 
-    sequences: list[Sequence]
-    num_scheduled_tokens: list[int]
-    draft_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens) + sum(map(len, self.draft_token_ids))
+@dataclasses.dataclass(slots=True)
+class ScheduledBatch:
+    """One step's decision."""
 
-    @property
-    def drafts(self) -> list[list[int]]:
-        """One for each sequence."""
-        return self.draft_token_ids or [[] for _ in self.sequences]
+    scheduled: list[ScheduledSequence] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
+    """Tokens that the step computes, drafts included."""
+    num_rows: int = 0
+    """Rows of logits that the step computes for next tokens; scored tokens of prompts have none."""
 
-    @property
-    def is_completing(self) -> list[bool]:
-        """For each sequence whether its last token is computed by this step, so that it gets a next one."""
-        scheduled = zip(self.sequences, self.num_scheduled_tokens, strict=True)
-        return [count == sequence.num_uncomputed_tokens for sequence, count in scheduled]
-
-    @property
-    def num_scored_tokens(self) -> list[int]:
-        """For each sequence how many tokens of its prompt get their logprob by this step.
-
-        They go on from where `Sequence.prompt_logprobs` ends: what is computed again after a preemption is not scored
-        again.
-        """
-        return [
-            max(
-                0,
-                min(
-                    sequence.num_unscored_tokens,
-                    sequence.num_computed_tokens + count - len(sequence.prompt_logprobs),
-                ),
+    def add(self, sequence: Sequence, num_tokens: int, draft: list[int] | None = None) -> None:
+        """Compute `num_tokens` more known tokens of `sequence`, and its draft if all of them are computed by that."""
+        draft = draft or []
+        is_completing = num_tokens == sequence.num_uncomputed_tokens
+        end = self.num_rows + (1 + len(draft) if is_completing else 0)
+        num_new_scores = sequence.num_computed_tokens + num_tokens - len(sequence.prompt_logprobs)
+        self.scheduled.append(
+            ScheduledSequence(
+                sequence,
+                num_tokens,
+                draft,
+                is_completing,
+                num_scored_tokens=max(0, min(sequence.num_unscored_tokens, num_new_scores)),
+                rows=range(self.num_rows, end),
             )
-            for sequence, count in zip(self.sequences, self.num_scheduled_tokens, strict=True)
-        ]
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """For each row of logits its sequence: one for the next token, one more for each token of a draft."""
-        completing = itertools.compress(zip(self.sequences, self.drafts, strict=True), self.is_completing)
-        return [sequence for sequence, draft in completing for _ in range(1 + len(draft))]
-
-    @property
-    def sampled_positions(self) -> list[int]:
-        """For each row of logits which of its sequence's output tokens is chosen there."""
-        completing = itertools.compress(zip(self.sequences, self.drafts, strict=True), self.is_completing)
-        return [sequence.num_output_tokens + index for sequence, draft in completing for index in range(1 + len(draft))]
+        )
+        self.num_tokens += num_tokens + len(draft)
+        self.num_rows = end
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampledBatch:
-    """What the sampler made of the rows of `ScheduledBatch.sampled`, in that order."""
+    """What the sampler made of the step's rows of logits, in their order."""
 
     token_ids: list[int]
     logprobs: list[float]

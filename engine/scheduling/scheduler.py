@@ -11,11 +11,11 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from engine.link.messages import EngineStats, FinishReason, GenerationRequest, TokenEvent
-from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.sequence import OutputGrammar, Sequence
 from engine.scheduling.speculate import Speculator
@@ -72,20 +72,33 @@ class Scheduler:
 
     def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
-        batch = ScheduledBatch([], [])
-        self._schedule_decodes(batch)
-        num_decodes = len(batch.sequences)
-        budget = self._max_batch_tokens - batch.num_tokens
+        decodes = [s for s in list(self.running) if s.num_uncomputed_tokens == 1 and self._make_room(s)]
+        budget = self._max_batch_tokens - len(decodes)
         if max_tokens is not None:  # some progress is always made on a prompt
-            budget = min(budget, max(1, max_tokens - batch.num_tokens))
-        for sequence in self.running:
-            if sequence.num_uncomputed_tokens > 1:
-                budget -= self._schedule_chunk(batch, sequence, budget)
-        while self.waiting and budget > 0 and self._admit_first():
-            budget -= self._schedule_chunk(batch, self.running[-1], budget)
-        if self._speculator is not None and num_decodes == len(batch.sequences):  # a prompt makes the step long anyway
-            batch.draft_token_ids.extend(self._draft(self._speculator, batch.sequences, budget))
+            budget = min(budget, max(1, max_tokens - len(decodes)))
+        chunks = list(self._chunks(budget))
+        drafts: list[list[int]] = [[] for _ in decodes]
+        if self._speculator is not None and not chunks:  # a prompt makes the step long anyway
+            drafts = self._draft(self._speculator, decodes, budget)
+        batch = ScheduledBatch()
+        for sequence, draft in zip(decodes, drafts, strict=True):
+            batch.add(sequence, 1, draft)
+        for sequence, count in chunks:
+            batch.add(sequence, count)
         return batch
+
+    def _chunks(self, budget: int) -> Iterator[tuple[Sequence, int]]:
+        """Prompts under way, then arrivals, as far as `budget` goes; arrivals are admitted on the way."""
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1 and budget > 0:
+                count = min(budget, sequence.num_uncomputed_tokens)
+                budget -= count
+                yield sequence, count
+        while self.waiting and budget > 0 and self._admit_first():
+            sequence = self.running[-1]
+            count = min(budget, sequence.num_uncomputed_tokens)
+            budget -= count
+            yield sequence, count
 
     def _draft(self, speculator: Speculator, sequences: list[Sequence], budget: int) -> list[list[int]]:
         """Drafts within the requests' limits and the free blocks: nobody is preempted for one."""
@@ -101,26 +114,20 @@ class Scheduler:
     ) -> list[TokenEvent]:
         """Take in what a step computed; the events are what the callers see.
 
-        `prompt_logprobs`: of the tokens that `batch.num_scored_tokens` counts, sequence after sequence.
+        `prompt_logprobs`: of the tokens that `num_scored_tokens` counts, sequence after sequence.
         """
         events: list[TokenEvent] = []
-        if prompt_logprobs:
-            scores = iter(prompt_logprobs)
-            for sequence, count in zip(batch.sequences, batch.num_scored_tokens, strict=True):
-                sequence.prompt_logprobs += itertools.islice(scores, count)
-        row = 0
-        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, batch.is_completing, strict=True)
-        for sequence, count, draft, is_completing in rows:
+        scores = iter(prompt_logprobs)
+        for scheduled in batch.scheduled:
+            sequence = scheduled.sequence
+            sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
             before = sequence.num_computed_tokens
-            sequence.num_computed_tokens += count
-            of_sequence: list[TokenEvent] = []
-            if is_completing:
-                of_sequence = self._accept(sequence, draft, sampled, row)
-                row += 1 + len(draft)
+            sequence.num_computed_tokens += scheduled.num_tokens
+            of_sequence = self._accept(scheduled, sampled) if scheduled.is_completing else []
             self._blocks.publish_full_blocks(sequence, before)
             if of_sequence and of_sequence[-1].is_terminal:
                 self._remove(sequence)
-            elif draft:
+            elif scheduled.draft:
                 self._blocks.shrink(sequence)
             events += of_sequence
         return events
@@ -147,12 +154,6 @@ class Scheduler:
             num_accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
         )
 
-    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
-        for sequence in list(self.running):
-            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
-                batch.sequences.append(sequence)
-                batch.num_scheduled_tokens.append(1)
-
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
         while not self._blocks.grow(sequence):
@@ -167,13 +168,6 @@ class Scheduler:
         self._blocks.free(sequence)
         self.waiting.appendleft(sequence)
         self._num_preemptions += 1
-
-    def _schedule_chunk(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
-        count = min(budget, sequence.num_uncomputed_tokens)
-        if count > 0:
-            batch.sequences.append(sequence)
-            batch.num_scheduled_tokens.append(count)
-        return max(count, 0)
 
     def _admit_first(self) -> bool:
         """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
@@ -192,8 +186,9 @@ class Scheduler:
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
         return True
 
-    def _accept(self, sequence: Sequence, draft: list[int], sampled: SampledBatch, first_row: int) -> list[TokenEvent]:
+    def _accept(self, scheduled: ScheduledSequence, sampled: SampledBatch) -> list[TokenEvent]:
         """Take the next token, and one more for each token of the draft that was right; an error is an event alone."""
+        sequence = scheduled.sequence
         event = TokenEvent(request_id=sequence.request.request_id)
         if not sequence.num_output_tokens:
             event.queue_time_s = sequence.queue_time_s
@@ -201,7 +196,7 @@ class Scheduler:
         if not all(map(math.isfinite, event.prompt_logprobs)):
             return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
         error = None
-        for row, guess in enumerate([*draft, None], start=first_row):
+        for row, guess in zip(scheduled.rows, [*scheduled.draft, None], strict=True):
             token_id = sampled.token_ids[row]
             cause = NON_FINITE_ERROR if not sampled.is_finite[row] else _grammar_error(sequence, token_id)
             if cause is not None:
@@ -218,7 +213,7 @@ class Scheduler:
                 break
             sequence.num_computed_tokens += 1
         if self._speculator is not None:
-            self._speculator.observe(sequence, draft, event.token_ids)
+            self._speculator.observe(sequence, scheduled.draft, event.token_ids)
         return [*([event] if event.token_ids else []), *([error] if error else [])]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -20,13 +20,13 @@ from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.grammar import Grammars
 from engine.sampling.grammar_cpu import apply_masks
 from engine.sampling.sampler_cpu import sample
-from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
+from tests.unit.engine.builders import make_batch
 
 KERNELS = Device(
     torch_device=torch.device("cpu"),
@@ -80,7 +80,7 @@ def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(ScheduledBatch(sequences, counts)).logits
+    logits = runner.execute(make_batch(sequences, counts)).logits
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed_tokens += count
     return logits

@@ -190,12 +190,10 @@ class BiasedScheduler(Scheduler):
     def update(
         self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
     ) -> list[TokenEvent]:
-        row = 0
-        for draft, is_completing in zip(batch.drafts, batch.is_completing, strict=True):
-            for offset, guess in enumerate(draft):
+        for scheduled in batch.scheduled:
+            for row, guess in zip(scheduled.rows, scheduled.draft, strict=False):
                 if self.chance.random() < 0.1:
-                    sampled.token_ids[row + offset] = guess
-            row += (1 + len(draft)) * is_completing
+                    sampled.token_ids[row] = guess
         return super().update(batch, sampled, prompt_logprobs)
 
 

@@ -146,7 +146,7 @@ def test_on_shards(size: int, tiny_model_dir: Path) -> None:
         core.take(make_request(3))
         first = core.scheduler.schedule()
         result = runner.execute(first).prompt_logprobs
-        sequence = first.sequences[0]
+        sequence = first.scheduled[0].sequence
         sequence.num_computed_tokens, sequence.prompt_logprobs = 100, result or [0.0] * 100
         second = core.scheduler.schedule()
         return result + runner.execute(second).prompt_logprobs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
 from engine.link.messages import GenerationRequest, TokenEvent
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
@@ -63,8 +64,8 @@ class SlotMemory:
         """As a layer does: write the step's KV of all sequences, then read everything each of them attends to."""
         size = self._blocks.block_size
         scheduled = [
-            (sequence, sequence.num_computed_tokens + count + len(draft), sequence.token_ids + draft)
-            for sequence, count, draft in zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, strict=True)
+            (s.sequence, s.sequence.num_computed_tokens + s.num_tokens + len(s.draft), s.sequence.token_ids + s.draft)
+            for s in batch.scheduled
         ]
         for sequence, end, token_ids in scheduled:
             for position in range(sequence.num_computed_tokens, end):
@@ -118,14 +119,16 @@ class Simulation:
     def finish(self, batch: ScheduledBatch) -> list[TokenEvent]:
         """Run and update what was scheduled."""
         self.memory.execute(batch)
-        rows = list(zip(batch.sequences, batch.drafts, batch.is_completing, strict=True))
         token_ids = [
-            self.model(sequence.token_ids + draft[:length])
-            for sequence, draft, is_completing in rows
-            if is_completing
-            for length in range(1 + len(draft))
+            self.model(scheduled.sequence.token_ids + scheduled.draft[:length])
+            for scheduled in batch.scheduled
+            for length in range(len(scheduled.rows))
         ]
-        is_finite = [sequence.request.request_id not in self.not_finite for sequence in batch.sampled]
+        is_finite = [
+            scheduled.sequence.request.request_id not in self.not_finite
+            for scheduled in batch.scheduled
+            for _ in scheduled.rows
+        ]
         events = self.scheduler.update(batch, SampledBatch(token_ids, [-1.0] * len(token_ids), is_finite))
         for event in events:
             self.events[event.request_id].append(event)
@@ -138,7 +141,7 @@ class Simulation:
         """Step until nothing is left; the number of steps."""
         num_steps = 0
         while self.scheduler.has_work:
-            assert self.step().sequences, "a step that does nothing: the engine would hang"
+            assert self.step().scheduled, "a step that does nothing: the engine would hang"
             num_steps += 1
         return num_steps
 
@@ -148,7 +151,21 @@ def ids_of(sequences: list[Sequence]) -> list[str]:
 
 
 def scheduled_counts(batch: ScheduledBatch) -> dict[str, int]:
-    return dict(zip(ids_of(batch.sequences), batch.num_scheduled_tokens, strict=True))
+    return {scheduled.sequence.request.request_id: scheduled.num_tokens for scheduled in batch.scheduled}
+
+
+def sequences_of(batch: ScheduledBatch) -> list[Sequence]:
+    return [scheduled.sequence for scheduled in batch.scheduled]
+
+
+def make_batch(
+    sequences: SequenceOf[Sequence], counts: SequenceOf[int], drafts: SequenceOf[list[int]] = ()
+) -> ScheduledBatch:
+    """`counts[i]` tokens of `sequences[i]`, and its draft where there are some."""
+    batch = ScheduledBatch()
+    for sequence, count, draft in zip(sequences, counts, drafts or [[]] * len(sequences), strict=True):
+        batch.add(sequence, count, draft)
+    return batch
 
 
 def check_integrity(scheduler: Scheduler, blocks: BlockManager) -> None:

@@ -34,11 +34,11 @@ class CountingRunner:
         self.batches.append(scheduled_counts(batch))
         if self.error is not None:
             raise self.error
-        logits = torch.zeros(len(batch.sampled), VOCAB_SIZE)
-        for row, sequence in enumerate(batch.sampled):
-            logits[row, sequence.num_tokens % VOCAB_SIZE] = 10.0
-            if 13 in sequence.token_ids:
-                logits[row] = torch.nan
+        logits = torch.zeros(batch.num_rows, VOCAB_SIZE)
+        for scheduled in batch.scheduled:
+            logits[scheduled.rows, scheduled.sequence.num_tokens % VOCAB_SIZE] = 10.0
+            if 13 in scheduled.sequence.token_ids:
+                logits[scheduled.rows] = torch.nan
         return StepResult(logits, [])
 
 

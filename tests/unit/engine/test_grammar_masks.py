@@ -30,7 +30,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE, write_tokenizer
-from tests.unit.engine.builders import make_request
+from tests.unit.engine.builders import make_batch, make_request
 
 A, B, C = (ord(letter) - ord("!") for letter in "abc")
 """Their tokens in the tiny tokenizer, whose alphabet begins with `!`."""
@@ -92,7 +92,7 @@ def test_rows_are_masked_along_drafts_and_others_are_left(tokenizer_file: Path) 
     first, second = compile_one(grammars, "ab*"), compile_one(grammars, "[bc]")
     sequences = [held_sequence(first), held_sequence(None), held_sequence(second), held_sequence(first)]
     # The last one computes a piece of its prompt, so it has no row.
-    batch = ScheduledBatch(sequences, [3, 3, 3, 1], [[A, B], [A], [], []])
+    batch = make_batch(sequences, [3, 3, 3, 1], [[A, B], [A], [], []])
     logits = torch.zeros(6, VOCAB_SIZE)
     grammars.mask(batch, logits)
     ends = sorted(EOS_TOKEN_IDS)
@@ -107,7 +107,7 @@ def test_all_ends_count_and_only_they_are_left_when_nothing_may_follow(tokenizer
         matched = compile_one(grammars, "a")
         assert matched.advance(A)
         logits = torch.zeros(1, VOCAB_SIZE)
-        grammars.mask(ScheduledBatch([held_sequence(matched)], [3]), logits)
+        grammars.mask(make_batch([held_sequence(matched)], [3]), logits)
         assert allowed(logits) == [sorted(EOS_TOKEN_IDS)]
         assert matched.advance(end) and matched.error is None
 
@@ -148,7 +148,7 @@ class Echo:
     def execute(self, batch: ScheduledBatch) -> StepResult:
         if self.error is not None:
             raise self.error
-        logits = torch.zeros(len(batch.sampled), VOCAB_SIZE)
+        logits = torch.zeros(batch.num_rows, VOCAB_SIZE)
         logits[:, self.token_id] = 10.0
         return StepResult(logits, [])
 

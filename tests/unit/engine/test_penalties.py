@@ -21,7 +21,7 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_limit import StepLimit
-from tests.unit.engine.builders import make_speculator
+from tests.unit.engine.builders import make_batch, make_speculator
 
 VOCAB_SIZE = 20
 GAMMA, DELTA = 0.3, 1.5
@@ -67,7 +67,7 @@ def expected_row(row: list[float], prompt: list[int], output: list[int], params:
 
 def apply(penalties: Penalties, batch: ScheduledBatch, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits before and after."""
-    logits = torch.randn(len(batch.sampled), VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = torch.randn(batch.num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
     before = logits.clone()
     penalties.apply(batch, logits)
     return before, logits
@@ -95,7 +95,7 @@ def test_rows_are_those_of_a_loop_that_counts_anew(histories: list[tuple[list[in
             sequence.token_ids += new_tokens
             sequence.num_computed_tokens = sequence.num_tokens - 1
             drafts.append(list(draft))
-        batch = ScheduledBatch(sequences, [1] * len(sequences), drafts)
+        batch = make_batch(sequences, [1] * len(sequences), drafts)
         before, after = apply(penalties, batch, seed=step)
         row = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
@@ -110,10 +110,10 @@ def test_rows_are_those_of_a_loop_that_counts_anew(histories: list[tuple[list[in
 @given(sequences=st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=9), PARAMS), min_size=2, max_size=5))
 def test_a_row_has_the_same_bits_alone_and_in_company(sequences: list[tuple[list[int], SamplingParams]]) -> None:
     made = [make_sequence(prompt[:1], prompt[1:], params) for prompt, params in sequences]
-    before, together = apply(Penalties(), ScheduledBatch(made, [1] * len(made)))
+    before, together = apply(Penalties(), make_batch(made, [1] * len(made)))
     for row, sequence in enumerate(made):
         alone = before[row : row + 1].clone()
-        Penalties().apply(ScheduledBatch([sequence], [1]), alone)
+        Penalties().apply(make_batch([sequence], [1]), alone)
         assert torch.equal(alone[0], together[row])
 
 
@@ -122,7 +122,7 @@ def test_only_sequences_that_get_a_token_have_rows() -> None:
     chunk.num_computed_tokens = 0
     plain = make_sequence([1], [2], SamplingParams())
     wanting = make_sequence([4], [4], SamplingParams(presence_penalty=1.0))
-    batch = ScheduledBatch([chunk, plain, wanting], [2, 1, 1], [[], [5], [6]])
+    batch = make_batch([chunk, plain, wanting], [2, 1, 1], [[], [5], [6]])
     assert Penalties.rows(batch) == [2, 3]
     before, after = apply(Penalties(), batch)
     assert torch.equal(before[:2], after[:2])
@@ -133,7 +133,7 @@ def test_only_sequences_that_get_a_token_have_rows() -> None:
 def test_the_watermark_is_seeded_by_the_token_before_the_row(previous: int) -> None:
     """TGI's rule, on ids that do not come from here: torch's generator is the same in both."""
     sequence = make_sequence([3], [previous], SamplingParams(is_watermarked=True))
-    before, after = apply(Penalties(0.5, 2.0), ScheduledBatch([sequence], [1], [[11]]))
+    before, after = apply(Penalties(0.5, 2.0), make_batch([sequence], [1], [[11]]))
     for row, token in enumerate((previous, 11)):
         permutation = torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(WATERMARK_KEY * token))
         is_green = torch.zeros(VOCAB_SIZE).index_fill(0, permutation[:10], 2.0)
@@ -173,7 +173,7 @@ class RepeatingRunner:
     def execute(self, batch: ScheduledBatch) -> StepResult:
         row = torch.full((VOCAB_SIZE,), -50.0)
         row[[5, 6, 8, 9, 10, 11]] = torch.tensor([20.0, 19.0, 18.0, 17.0, 16.0, 15.0])
-        return StepResult(row.repeat(len(batch.sampled), 1), [])
+        return StepResult(row.repeat(batch.num_rows, 1), [])
 
 
 def make_core(*, max_draft_tokens: int = 0, num_blocks: int = 16) -> EngineCore:
@@ -216,7 +216,7 @@ def test_counts_live_as_long_as_their_sequence(max_draft_tokens: int) -> None:
 def expected_repeats(size: int) -> list[int]:
     """What greedy choice makes of the runner's row under a presence penalty of 1.5."""
     output: list[int] = []
-    row = RepeatingRunner().execute(ScheduledBatch([make_sequence([1], [], SamplingParams())], [1])).logits[0].tolist()
+    row = RepeatingRunner().execute(make_batch([make_sequence([1], [], SamplingParams())], [1])).logits[0].tolist()
     for _ in range(size):
         adjusted = expected_row(row, [1, 2], output, SamplingParams(presence_penalty=1.5))
         output.append(adjusted.index(max(adjusted)))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgspec
 import pytest
 
 from engine.link.messages import FinishReason, SamplingParams
 from engine.scheduling.batch import SampledBatch
 from engine.scheduling.scheduler import NON_FINITE_ERROR
-from tests.unit.engine.builders import EOS, Simulation, check_integrity, ids_of, scheduled_counts
+from tests.unit.engine.builders import (
+    EOS,
+    Simulation,
+    check_integrity,
+    ids_of,
+    make_batch,
+    scheduled_counts,
+    sequences_of,
+)
 
 
 def never_eos(token_ids: list[int]) -> int:
@@ -98,7 +104,7 @@ def test_top_tokens_are_told_for_each_token_of_those_who_ask() -> None:
     simulation.add("b", prompt_of(5), max_new_tokens=3)
     sequence = simulation.scheduler.waiting[0]
     sequence.request = msgspec.structs.replace(sequence.request, sampling=SamplingParams(num_top_tokens=2))
-    batch = dataclasses.replace(simulation.scheduler.schedule(), draft_token_ids=[[5], []])
+    batch = make_batch(sequences_of(simulation.scheduler.schedule()), [5, 5], [[5], []])
     lists = [[5, 9], [6, 9], []], [[-0.5, -1.0], [-0.25, -2.0], []]
     first, second = simulation.scheduler.update(batch, SampledBatch([5, 6, 5], [-1.0] * 3, [True] * 3, *lists))
     assert (first.token_ids, first.top_token_ids) == ([5, 6], [[5, 9], [6, 9]])
@@ -180,9 +186,9 @@ def test_admission_leaves_a_block_for_each_running_sequence() -> None:
     assert ids_of(simulation.scheduler.running) == ["a"]
     simulation.scheduler.abort("b")
     simulation.add("c", prompt_of(8, 3))  # 2 blocks: one is left
-    assert ids_of(simulation.step().sequences) == ["a"]  # a takes its second block, so only 2 are free
+    assert ids_of(sequences_of(simulation.step())) == ["a"]  # a takes its second block, so only 2 are free
     simulation.scheduler.abort("a")
-    assert ids_of(simulation.step().sequences) == ["c"]
+    assert ids_of(sequences_of(simulation.step())) == ["c"]
 
 
 def test_a_large_request_at_the_front_is_not_overtaken() -> None:
@@ -206,7 +212,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
         simulation.step()
     assert ids_of(list(simulation.scheduler.waiting)) == ["d"]
     batch = simulation.step()  # a takes the last block; b needs one: c goes, and is in front of d
-    assert ids_of(batch.sequences) == ["a", "b"]
+    assert ids_of(sequences_of(batch)) == ["a", "b"]
     assert ids_of(list(simulation.scheduler.waiting)) == ["c", "d"]
     check_integrity(simulation.scheduler, simulation.blocks)
     simulation.drain()
@@ -220,8 +226,8 @@ def test_a_sequence_that_is_last_preempts_itself() -> None:
     simulation.add("a", prompt_of(4, 1), max_new_tokens=8)
     simulation.add("b", prompt_of(3, 2), max_new_tokens=8)
     simulation.step()
-    assert ids_of(simulation.step().sequences) == ["a", "b"]  # a takes the third block
-    assert ids_of(simulation.step().sequences) == ["a"]  # b has 5 tokens and no block for the fifth
+    assert ids_of(sequences_of(simulation.step())) == ["a", "b"]  # a takes the third block
+    assert ids_of(sequences_of(simulation.step())) == ["a"]  # b has 5 tokens and no block for the fifth
     assert ids_of(list(simulation.scheduler.waiting)) == ["b"]
     simulation.drain()
     assert len(simulation.output("b")) == 8

@@ -18,6 +18,7 @@ from tests.unit.engine.builders import (
     check_integrity,
     expected_output,
     ids_of,
+    sequences_of,
 )
 
 # Few tokens and few beginnings, so that prefixes are shared more often than not.
@@ -82,17 +83,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch = scheduler.schedule(max_tokens)
         if any(sequence not in scheduler.running for sequence in running):
             event("preempted")
-        if any(sequence.num_cached_tokens for sequence in batch.sequences):
+        if any(scheduled.sequence.num_cached_tokens for scheduled in batch.scheduled):
             event("reused a prefix")
-        assert oldest in batch.sequences, "the oldest request always gets on"
+        assert oldest in sequences_of(batch), "the oldest request always gets on"
         self.check_batch(batch, lacking, max_tokens)
         self.simulation.finish(batch)
 
     def check_batch(self, batch: ScheduledBatch, lacking: list[Sequence], max_tokens: int | None) -> None:
-        assert len(set(ids_of(batch.sequences))) == len(batch.sequences)
+        sequences = sequences_of(batch)
+        assert len(set(ids_of(sequences))) == len(sequences)
         assert batch.num_tokens <= self.max_batch_tokens
         assert len(self.simulation.scheduler.running) <= self.max_running
-        for sequence, count, draft in zip(batch.sequences, batch.num_scheduled_tokens, batch.drafts, strict=True):
+        for scheduled in batch.scheduled:
+            sequence, count, draft = scheduled.sequence, scheduled.num_tokens, scheduled.draft
             assert sequence in self.simulation.scheduler.running
             assert 1 <= count <= sequence.num_uncomputed_tokens
             last = sequence.num_computed_tokens + count + len(draft)
@@ -100,10 +103,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.num_output_tokens + len(draft) < sequence.request.max_new_tokens or not draft
             if draft:
                 event("drafted")
-        decodes = [sequence for sequence in lacking if sequence.block_table and sequence in batch.sequences]
-        assert batch.sequences[: len(decodes)] == decodes, "decodes first, in order"
+        decodes = [sequence for sequence in lacking if sequence.block_table and sequence in sequences]
+        assert sequences[: len(decodes)] == decodes, "decodes first, in order"
         kept = [s for s in lacking if s in self.simulation.scheduler.running and s.num_output_tokens]
-        assert set(ids_of(kept)) <= set(ids_of(batch.sequences)), "a running sequence gets a token in every step"
+        assert set(ids_of(kept)) <= set(ids_of(sequences)), "a running sequence gets a token in every step"
         if max_tokens is not None:
             assert batch.num_tokens <= max(max_tokens, len(decodes) + 1)
 
