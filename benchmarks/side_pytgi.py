@@ -49,7 +49,7 @@ def _parts(thing: object) -> Iterator[object]:
         yield from thing.values()
     elif isinstance(thing, list | tuple):
         yield from thing
-    elif type(thing).__module__.startswith(("engine.models", "parallel.", "quant.")):
+    elif type(thing).__module__.startswith(("engine.models", "engine.layers.norm", "parallel.", "quant.")):
         yield from getattr(thing, "__dict__", {}).values()
         yield from (getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name))
 

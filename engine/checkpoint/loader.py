@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.memory import release_freed_memory
-from engine.models.base import CausalLM, Loadable
+from engine.models.base import CausalLM, CheckpointLayers
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +30,6 @@ TORCH_DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-
-Layers = Mapping[str, tuple[Loadable, int]]
-"""Checkpoint prefix -> the layer that takes it, and which part of it."""
 
 
 def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
@@ -59,7 +55,7 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
     _finish(layers, device)
 
 
-def _decides_cut(name: str, layers: Layers) -> bool:
+def _decides_cut(name: str, layers: CheckpointLayers) -> bool:
     """Whether the tensor must be read before the others, because their cut depends on it."""
     prefix, _, leaf = name.rpartition(".")
     if prefix not in layers:
@@ -68,7 +64,7 @@ def _decides_cut(name: str, layers: Layers) -> bool:
     return layer.decides_order(leaf, part)
 
 
-def _load_tensor(weights: WeightSource, name: str, layers: Layers) -> torch.Tensor:
+def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers) -> torch.Tensor:
     """Hand a tensor to its layer; returns what of it the layer needs. Raises StartError."""
     prefix, _, leaf = name.rpartition(".")
     file_name = weights.file(name).name
@@ -91,7 +87,7 @@ def _load_tensor(weights: WeightSource, name: str, layers: Layers) -> torch.Tens
     return tensor
 
 
-def _finish(layers: Layers, device: torch.device) -> None:
+def _finish(layers: CheckpointLayers, device: torch.device) -> None:
     """Let each layer choose its kernels, once for all of its parts. Raises StartError."""
     for prefix, layer in {id(layer): (prefix, layer) for prefix, (layer, _) in layers.items()}.values():
         try:

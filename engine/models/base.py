@@ -40,6 +40,10 @@ class Loadable(Protocol):
     def finish(self, device: torch.device) -> None: ...
 
 
+CheckpointLayers = dict[str, tuple[Loadable, int]]
+"""Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes its tensors, and which part of it."""
+
+
 class CausalLM(Protocol):
     """A decoder that predicts the next token."""
 
@@ -58,8 +62,8 @@ class CausalLM(Protocol):
         Raises StartError for what isn't supported, `parallel.partition.SplitError` for what so many ranks can't share.
         """
 
-    def checkpoint_layers(self) -> dict[str, tuple[Loadable, int]]:
-        """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes it, and which part of it."""
+    def checkpoint_layers(self) -> CheckpointLayers:
+        """Every layer that takes in tensors of the checkpoint."""
 
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor is known and not needed."""

@@ -24,14 +24,13 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
-from engine.models import STAGES
 from engine.models.base import CausalLM
 from engine.quantize.calibration_text import CalibrationText, read_calibration_text
 from engine.quantize.checkpoint import CheckpointWriter
 from engine.quantize.methods import Quantizer, make_quantizer, quantization_config, stored_tensors
 from engine.quantize.options import WITH_DATA, QuantizeOptions
 from engine.quantize.perplexity import perplexity
-from engine.quantize.stages import LayerStages, LayerTensors
+from engine.quantize.stages import STAGES, LayerStages, LayerTensors
 from quant.base import FormatError
 from quant.config import resolve_quantization
 from quant.dense import DenseMethod

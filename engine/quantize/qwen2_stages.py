@@ -16,7 +16,7 @@ from engine.attention.base import AttentionShape
 from engine.layers.base import Rotation
 from engine.layers.rope import Rotary
 from engine.layers.torch import TorchOps
-from engine.models.qwen2 import attention_windows
+from engine.models.config import attention_windows
 from engine.quantize.stages import LayerTensors, OnInputs
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

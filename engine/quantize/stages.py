@@ -10,6 +10,11 @@ import torch
 from engine.attention.base import AttentionShape
 from engine.layers.rope import Rotary
 
+STAGES: dict[str, str] = {
+    "qwen2": "engine.quantize.qwen2_stages:Qwen2Stages",
+}
+"""`model_type` of config.json -> lazy "module:Class" of a `LayerStages`. A family without one can still be served."""
+
 LayerTensors = dict[str, torch.Tensor]
 """The tensors of one decoder layer in float32, by name below `model.layers.<index>`; `mlp.up_proj.weight` is [n, k]."""
 OnInputs = Callable[[tuple[str, ...], Iterator[torch.Tensor]], None]

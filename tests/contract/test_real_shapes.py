@@ -82,7 +82,7 @@ def test_1_to_8_shards(shape: dict[str, int], layout: str, is_exact: bool) -> No
             heads = model.attention_shape
             assert heads.head_dim == head_dim
             assert heads.num_heads % heads.num_kv_heads == 0
-            inputs = model.layers[0].down_proj._widths
+            inputs = model.layers[0].mlp.down_proj._widths
             assert sum(inputs) == shape["inner"]
             widths.append((heads.num_heads, heads.num_kv_heads, inputs[rank]))
         assert sum(num_heads for num_heads, _, _ in widths) == shape["heads"]

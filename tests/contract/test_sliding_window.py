@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.link.errors import StartError
-from engine.models.qwen2 import attention_windows
+from engine.models.config import attention_windows
 from tests.contract.harness import (
     KERNELS,
     TWINS,

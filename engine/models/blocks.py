@@ -1,0 +1,249 @@
+"""What decoders are built of: attention, gated MLP, the layer around them, and the whole with vocabulary and head.
+
+A family is its reading of config.json and its differences: it subclasses `DecoderForCausalLM`, and a block of which it
+has a kind of its own. Tensors are named here as the checkpoints name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
+from engine.layers.base import Rotation
+from engine.layers.norm import RMSNorm
+from engine.layers.rope import Rotary
+from engine.models.base import CheckpointLayers, ModelContext
+from engine.models.config import DecoderConfig
+from parallel.embedding import VocabTable
+from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
+from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
+
+
+class Attention:
+    """Queries, keys and values with rotary positions, attention over them, and the projection of its output."""
+
+    def __init__(
+        self, name: str, config: DecoderConfig, shards: Sequence[HeadShard], window: int | None, context: ModelContext
+    ) -> None:
+        """`name` is the block's prefix in the checkpoint, `shards` are the heads of each rank."""
+        rank = context.parallel.rank
+        heads = [scaled(shard.heads, config.head_dim) for shard in shards]
+        kv_heads = [scaled(shard.kv_heads, config.head_dim) for shard in shards]
+        self._ops = context.ops
+        self._window = window
+        self._num_rotated_heads = shards[rank].num_heads + shards[rank].num_kv_heads
+        self.qkv_proj = column_parallel(
+            [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"],
+            config.hidden_size,
+            [heads[-1].stop, kv_heads[-1].stop, kv_heads[-1].stop],
+            [heads[rank], kv_heads[rank], kv_heads[rank]],
+            context,
+            has_bias=config.has_qkv_bias,
+        )
+        self.o_proj = row_parallel(f"{name}.o_proj", heads, config.hidden_size, context)
+
+    def checkpoint_layers(self) -> CheckpointLayers:
+        return {
+            "q_proj": (self.qkv_proj, 0),
+            "k_proj": (self.qkv_proj, 1),
+            "v_proj": (self.qkv_proj, 2),
+            "o_proj": (self.o_proj, 0),
+        }
+
+    def position(self, qkv: torch.Tensor, rotation: Rotation) -> None:
+        """Make queries and keys ready for attention, in place: qkv [tokens, (heads + 2 * kv_heads) * head_dim].
+
+        A family that norms queries and keys does so here, before it calls this.
+        """
+        self._ops.rotate(qkv, rotation, self._num_rotated_heads)
+
+    def __call__(
+        self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, attn_metadata: Any
+    ) -> torch.Tensor:
+        """x [tokens, hidden_size] -> [tokens, hidden_size]"""
+        qkv = self.qkv_proj(x)
+        self.position(qkv, rotation)
+        return self.o_proj(backend.forward(qkv, cache, attn_metadata, self._window))
+
+
+class GatedMLP:
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, name: str, config: DecoderConfig, context: ModelContext) -> None:
+        """`name` is the block's prefix in the checkpoint."""
+        inner, hidden, parallel = config.intermediate_size, config.hidden_size, context.parallel
+        units = input_units(context.quantization.method_for(f"{name}.down_proj"), inner, hidden)
+        shards = split_features(inner, parallel.size, units)
+        self._ops = context.ops
+        self.gate_up_proj = column_parallel(
+            [f"{name}.gate_proj", f"{name}.up_proj"], hidden, [inner, inner], [shards[parallel.rank]] * 2, context
+        )
+        self.down_proj = row_parallel(f"{name}.down_proj", shards, hidden, context)
+
+    def checkpoint_layers(self) -> CheckpointLayers:
+        return {
+            "gate_proj": (self.gate_up_proj, 0),
+            "up_proj": (self.gate_up_proj, 1),
+            "down_proj": (self.down_proj, 0),
+        }
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden_size] -> [tokens, hidden_size]"""
+        return self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer:
+    """A norm before attention and one before the MLP; `residual` [tokens, hidden_size] is updated in place."""
+
+    def __init__(self, attention: Attention, mlp: GatedMLP, config: DecoderConfig, context: ModelContext) -> None:
+        self._ops = context.ops
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
+        self.mlp = mlp
+
+    def checkpoint_layers(self) -> CheckpointLayers:
+        return {
+            "input_layernorm": (self.input_layernorm, 0),
+            **prefixed("self_attn", self.self_attn.checkpoint_layers()),
+            "post_attention_layernorm": (self.post_attention_layernorm, 0),
+            **prefixed("mlp", self.mlp.checkpoint_layers()),
+        }
+
+    def __call__(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        rotation: Rotation,
+        backend: AttentionBackend,
+        cache: LayerCache,
+        attn_metadata: Any,
+    ) -> torch.Tensor:
+        """x is the previous layer's output, not yet added to the residual; nor is this layer's, which is returned."""
+        norm = self.input_layernorm
+        x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
+        x = self.self_attn(x, rotation, backend, cache, attn_metadata)
+        norm = self.post_attention_layernorm
+        return self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+
+
+class DecoderForCausalLM:
+    """A pre-norm decoder; implements `engine.models.base.CausalLM` but for reading config.json."""
+
+    attention_class: type[Attention] = Attention
+
+    def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
+        """Raises SplitError for what so many ranks can't share."""
+        self._context = context
+        self.vocab_size = config.vocab_size
+        self.num_layers = len(config.windows)
+        self.max_position_embeddings = config.max_position_embeddings
+        self.rotary = rotary
+        parallel = context.parallel
+        shards = split_heads(config.num_attention_heads, config.num_key_value_heads, parallel.size)
+        rank_heads = shards[parallel.rank]
+        self.attention_shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)
+        self.activations_per_token = _activations_per_token(config, self.attention_shape, parallel.size)
+        rows = split_rows(config.vocab_size, parallel.size)
+        self._logits_widths = lengths(rows)
+        self.embed_tokens = vocab_table(rows, config, context)
+        self.layers = [
+            self.make_layer(f"model.layers.{index}", config, shards, window, context)
+            for index, window in enumerate(config.windows)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
+        self._is_tied = config.is_tied
+        self.lm_head: VocabTable | ColumnParallelLinear = (
+            self.embed_tokens
+            if config.is_tied
+            else column_parallel(["lm_head"], config.hidden_size, [config.vocab_size], [rows[parallel.rank]], context)
+        )
+
+    def make_layer(
+        self, name: str, config: DecoderConfig, shards: Sequence[HeadShard], window: int | None, context: ModelContext
+    ) -> DecoderLayer:
+        attention = self.attention_class(f"{name}.self_attn", config, shards, window, context)
+        return DecoderLayer(attention, GatedMLP(f"{name}.mlp", config, context), config, context)
+
+    def checkpoint_layers(self) -> CheckpointLayers:
+        layers: CheckpointLayers = {"model.embed_tokens": (self.embed_tokens, 0), "model.norm": (self.norm, 0)}
+        if isinstance(self.lm_head, ColumnParallelLinear):
+            layers["lm_head"] = (self.lm_head, 0)
+        for index, layer in enumerate(self.layers):
+            layers |= prefixed(f"model.layers.{index}", layer.checkpoint_layers())
+        return layers
+
+    def is_ignored(self, name: str) -> bool:
+        """A copy of the tied table, and the rotary frequencies that old `transformers` versions stored."""
+        return (self._is_tied and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
+
+    def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
+        self._attention = backend
+        self._caches = caches
+
+    def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
+        residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
+        x = torch.zeros_like(residual)
+        for layer, cache in zip(self.layers, self._caches, strict=True):
+            x = layer(residual, x, rotation, self._attention, cache, attn_metadata)
+        return residual.add_(x)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
+        return self._context.parallel.gather(self.lm_head(normed).to(torch.float32), self._logits_widths)
+
+
+def _activations_per_token(config: DecoderConfig, shape: AttentionShape, num_shards: int) -> int:
+    """Numbers that one rank holds at the peak of a layer."""
+    residual_input_output_normed = 4 * config.hidden_size
+    qkv_and_attended = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    gate_up_and_product = 3 * -(-config.intermediate_size // num_shards)
+    return residual_input_output_normed + qkv_and_attended + gate_up_and_product
+
+
+def column_parallel(
+    names: Sequence[str],
+    in_features: int,
+    out_features: Sequence[int],
+    outputs: Sequence[slice],
+    context: ModelContext,
+    *,
+    has_bias: bool = False,
+) -> ColumnParallelLinear:
+    """The checkpoint's matrices `names` side by side, `outputs` of each; each in the form that the checkpoint has."""
+    return ColumnParallelLinear(
+        in_features,
+        out_features,
+        has_bias=has_bias,
+        methods=[context.quantization.method_for(name) for name in names],
+        outputs=outputs,
+        kernels=context.quantization.run,
+        parallel=context.parallel,
+    )
+
+
+def row_parallel(name: str, inputs: Sequence[slice], out_features: int, context: ModelContext) -> RowParallelLinear:
+    """The checkpoint's matrix `name`; `inputs` are those of each rank."""
+    quantization = context.quantization
+    return RowParallelLinear(
+        inputs,
+        out_features,
+        method=quantization.method_for(name),
+        is_gathered=quantization.is_rounding(context.device.type),
+        kernels=quantization.run,
+        parallel=context.parallel,
+    )
+
+
+def vocab_table(rows: Sequence[slice], config: DecoderConfig, context: ModelContext) -> VocabTable:
+    """The table of embeddings, which is the head as well in a tied model; `rows` are those of each rank."""
+    quantization = context.quantization
+    head = quantization.head if config.is_tied else None
+    return VocabTable(rows, config.hidden_size, quantization.dense, head, quantization.run, context.parallel)
+
+
+def prefixed(prefix: str, layers: CheckpointLayers) -> CheckpointLayers:
+    return {f"{prefix}.{name}": target for name, target in layers.items()}
