@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from server.launcher.sharding import Sharding, resolve_sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LauncherArgs:
-    """What the launcher itself needs to know, and the fields of its children's configurations that the user fills."""
+    """The launcher's own configuration, and the fields of its children's configurations that the user fills."""
 
     model_id: str
     revision: str | None = None
@@ -28,24 +27,24 @@ class LauncherArgs:
     shard_timeout_s: int
     graceful_termination_timeout_s: int
     omp_num_threads: int | None = None
-    """None: all cores this process may use."""
+    """Threads of all ranks of this host together. None: all cores this process may use."""
     is_runtime_logged: bool = False
     """Versions and hardware come first in the log."""
     is_json_output: bool = False
     log_level: str
-    """A filter, as `engine.link.logs.parse_log_filter` reads it."""
+    """A filter in the language of `engine.link.logs.parse_log_filter`."""
     sharding: Sharding
     engine: Mapping[str, Any]
     """Fields of EngineConfig."""
     server: Mapping[str, Any]
     """Fields of ServerConfig."""
     echo: str
-    """What was given, and whether by flag or variable; secrets are starred."""
+    """The values that the user gave, and whether by flag or variable. Secrets are starred."""
     warnings: tuple[str, ...]
-    """To be logged once: what was given and has no effect."""
+    """Sentences about values without effect, to be logged once."""
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LauncherArgs:
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
     """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination."""
     environ = {name: value for name, value in environ.items() if value}  # empty is as good as unset
     parser = build_parser()
@@ -69,10 +68,10 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
 
 
 def fields_of(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the rows of both tables fill of one configuration.
+    """The fields that the rows of both tables fill in one configuration.
 
-    `values` holds what was given, by the rows' attributes; else the row's default counts. A field that gets no value
-    is left out: its own default holds.
+    `values` holds what the user gave, by the rows' attributes; for other rows their default counts. A field that gets
+    no value is left out, so that its own default holds.
     """
     fields: dict[str, Any] = {}
     for row in (*FLAGS, *VARIABLES):
@@ -85,7 +84,7 @@ def fields_of(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _read_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was given by flag or by a flag's variable, and what to call it in messages; both by attribute."""
+    """The values that came by flag or by a flag's variable, and their names in messages; both by attribute."""
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     sources = {flag.attribute: f"--{flag.name}" for flag in FLAGS if flag.attribute in values}
     for flag in FLAGS:
@@ -120,7 +119,7 @@ def _echo(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
 
 
 def _refuse_and_warn(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
-    """Sentences about what was given and does nothing. Raises ArgumentError for what is refused."""
+    """Sentences about flags that do nothing. Raises ArgumentError for a flag that is refused."""
     warnings = []
     for flag in FLAGS:
         value = values.get(flag.attribute)
@@ -145,7 +144,7 @@ def _idle_variables(variables: Mapping[str, Any]) -> list[str]:
 
 
 def _check_limits(values: Mapping[str, Any]) -> None:
-    """TGI's sentences about limits, as far as they need no model."""
+    """Refuse limits that contradict each other, as far as that needs no model. Raises ArgumentError in TGI's words."""
     new, old, total = (values.get(name) for name in ("max_input_tokens", "max_input_length", "max_total_tokens"))
     if new is not None and old is not None:
         raise ArgumentError(

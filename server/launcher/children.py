@@ -1,6 +1,6 @@
-"""The launcher's children: started in sessions of their own, watched, stopped in order, and the cause of an end named.
+"""The launcher's children: started in sessions of their own, watched, stopped in order; the cause of an end is named.
 
-Standard library only. Exit codes of the children say who was the cause (`engine.link.config`).
+The children's exit codes say which of them was the cause (`engine.link.exit_codes`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ logger = logging.getLogger("launcher")
 
 POLL_S = 0.1
 SAME_MOMENT_S = 0.5
+"""Two signals, or two ends, within this time count as one."""
 STOPPED_S = 25.0
-"""More than the webserver takes to notice a silent engine, as it can still tell its clients."""
+"""A child that is stopped (SIGSTOP) for longer is killed. The webserver notices a silent engine sooner, and can then
+still tell its clients."""
 ENGINE_NAME = "engine rank"
 LAST_EVENTS_TIMEOUT_S = 5
-"""How long the webserver may take, once its drain is over, to end the streams that are left."""
+"""The webserver's time, once its drain is over, to end the streams that are left."""
 STOP_TIMEOUT_S = 5
+"""The time of a child between SIGTERM and SIGKILL."""
 LOST_TIMEOUT_S = 2
-"""How long a rank that doesn't hang takes to end once another one has ended: rank 0 tells its clients before."""
+"""A rank that still runs so long after another one has ended hangs. Rank 0 tells its clients before it ends."""
 CAUSE_TIMEOUT_S = 5
-"""How long a child may take to end once its peer has noticed that it is ending."""
+"""The time of a child to end once its peer has noticed that it is ending."""
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGHUP: counted, acted on in the main loop."""
+    """The number of SIGTERM, SIGINT and SIGHUP so far. The main loop acts on it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,7 +56,7 @@ class Signals:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A closing terminal or a service manager sends two kinds at once, which is no second thought.
+        # A closing terminal or a service manager sends two kinds at once, which is one wish to stop.
         now = time.monotonic()
         if now - self._last_time > SAME_MOMENT_S:
             self.count += 1
@@ -84,7 +87,7 @@ class Child:
             start_new_session=True,
         )
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: the main loop will see that
+        with contextlib.suppress(BrokenPipeError):  # the child died at once: the main loop will see that
             self.process.stdin.write(config.encode() + b"\n")
             self.process.stdin.flush()
 
@@ -102,6 +105,7 @@ class Child:
         return stat.rpartition(")")[2].split()[0] == "T"
 
     def describe_end(self) -> str:
+        """The sentence of the log about how this child ended."""
         code = self.exit_code
         if code == ENGINE_HUNG_EXIT_CODE:
             return f"{ENGINE_NAME} 0 hangs and was killed; what it did last is above"
@@ -115,8 +119,12 @@ class Child:
             return f"{self.name} was killed by {name}{hint}"
         return f"{self.name} ended with exit code {code}; its messages are above"
 
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def stop(self, timeout_s: float, is_cut_short: Callable[[], bool]) -> None:
-        """SIGTERM, wait, SIGKILL; no more waiting once `is_cut_short`."""
+        """Send SIGTERM, wait, send SIGKILL. The wait ends early once `is_cut_short`."""
         if self.exit_code is None:
             self.process.terminate()
         deadline = time.monotonic() + timeout_s
@@ -124,26 +132,17 @@ class Child:
             time.sleep(POLL_S)
         is_killed = self.exit_code is None
         if is_killed:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         logger.info("%s %s", self.name, "killed" if is_killed else "terminated")
 
 
 def supervise(http: Child | None, engines: Sequence[Child], signals: Signals, drain_s: float) -> NoReturn:
     """Watch until a child ends (raises LaunchError) or a signal comes (raises Stopped); then stop the rest.
 
-    `http` None: this is not the first host. Its ranks end in good order when the first host ends (raises Stopped).
+    `http` is None on every host but the first. Ranks there end in good order when the first host ends (raises Stopped).
     """
     children = [*engines, *([http] if http else [])]
-    stopped_s = dict.fromkeys(children, 0.0)
-    while not signals.count and all(child.exit_code is None for child in children):
-        time.sleep(POLL_S)
-        for child in children:
-            stopped_s[child] = stopped_s[child] + POLL_S if child.is_stopped else 0.0
-            if stopped_s[child] > STOPPED_S:
-                logger.error("%s has been stopped (SIGSTOP) for %g s: killing it", child.name, STOPPED_S)
-                child.process.kill()
-                child.process.wait()
+    wait_for_an_end(children, signals)
     if signals.count and http is not None:
         stop_serving(http, engines, signals, drain_s)
         raise Stopped
@@ -151,11 +150,10 @@ def supervise(http: Child | None, engines: Sequence[Child], signals: Signals, dr
         raise Stopped("Stopped by a signal" if signals.count else "The first host has ended the service")
     cause = find_cause(children)
     if cause.exit_code is None:
-        # before the webserver is asked to end: only without an engine does it tell its clients
+        # before the webserver is told to end: only without an engine does it tell its clients
         logger.error("%s hangs: killing it", cause.name)
         cause.is_hung = True
-        cause.process.kill()
-        cause.process.wait()
+        cause.kill()
     is_hung = cause.exit_code == ENGINE_HUNG_EXIT_CODE
     is_engine = cause is not http or is_hung
     rank = 0 if is_hung else cause.name.removeprefix(f"{ENGINE_NAME} ")
@@ -166,9 +164,21 @@ def supervise(http: Child | None, engines: Sequence[Child], signals: Signals, dr
     raise LaunchError(f"{failure_name(cause, is_engine=is_engine)}: {cause.describe_end()}")
 
 
+def wait_for_an_end(children: Sequence[Child], signals: Signals) -> None:
+    """Return when a child has ended or a signal has come. A child that stays stopped (SIGSTOP) is killed."""
+    stopped_s = dict.fromkeys(children, 0.0)
+    while not signals.count and all(child.exit_code is None for child in children):
+        time.sleep(POLL_S)
+        for child in children:
+            stopped_s[child] = stopped_s[child] + POLL_S if child.is_stopped else 0.0
+            if stopped_s[child] > STOPPED_S:
+                logger.error("%s has been stopped (SIGSTOP) for %g s: killing it", child.name, STOPPED_S)
+                child.kill()
+
+
 def stop_serving(http: Child, engines: Sequence[Child], signals: Signals, drain_s: float) -> None:
-    """In good order: no new requests, the running ones end, then the engine."""
-    http.process.terminate()  # before the log, which may be held up by whoever reads it
+    """Stop in good order: no new requests, the running ones end, then the engine."""
+    http.process.terminate()  # before the log line, which a slow reader of the log may hold up
     logger.info("Terminating webserver")
     logger.info("Waiting for webserver to gracefully shutdown: running requests may end within %g s", drain_s)
     http.stop(drain_s + LAST_EVENTS_TIMEOUT_S, lambda: signals.count > 1)
@@ -180,6 +190,7 @@ def stop_serving(http: Child, engines: Sequence[Child], signals: Signals, drain_
 
 
 def stop_all(engines: Sequence[Child], timeout_s: float, is_cut_short: Callable[[], bool]) -> None:
+    """Stop the ranks side by side, `timeout_s` for all of them together."""
     deadline = time.monotonic() + timeout_s
     for engine in engines:
         if engine.exit_code is None:
@@ -189,13 +200,13 @@ def stop_all(engines: Sequence[Child], timeout_s: float, is_cut_short: Callable[
 
 
 def follow_first_host(engines: Sequence[Child], signals: Signals, drain_s: float) -> bool:
-    """On another host than the first: whether all ranks have ended in good order, or a signal has ended them.
+    """Whether all ranks of a host that is not the first have ended in good order, or a signal has ended them.
 
-    After a signal the first host may still let its requests end, if it was stopped as well: it is waited for so long.
+    If the first host was stopped as well, it may still let its requests end: this host waits so long for it.
     """
     if signals.count:
         for engine in engines:
-            engine.process.terminate()  # heeded by those that don't serve yet
+            engine.process.terminate()  # ends the ranks that don't serve yet; the others ignore it
         logger.info("Waiting for the first host to end, at most %g s; a second signal ends this one at once", drain_s)
     deadline = time.monotonic() + (drain_s + LAST_EVENTS_TIMEOUT_S if signals.count else STOP_TIMEOUT_S)
     while time.monotonic() < deadline and signals.count < 2:
@@ -213,9 +224,9 @@ def follow_first_host(engines: Sequence[Child], signals: Signals, drain_s: float
 
 
 def find_cause(children: Sequence[Child]) -> Child:
-    """The child that ended for a reason of its own: not because another was gone, which may be noticed earlier.
+    """The child that ended for a reason of its own, and not because another one was gone.
 
-    One that still runs although the other ranks have lost one: it hangs.
+    Others may have ended before it. A rank that still runs although the others have lost one hangs: it is the cause.
     """
     started = time.monotonic()
     while (waited_s := time.monotonic() - started) < CAUSE_TIMEOUT_S:
@@ -235,7 +246,7 @@ def find_cause(children: Sequence[Child]) -> Child:
 
 
 def failure_name(cause: Child, *, is_engine: bool) -> str:
-    """What TGI's launcher calls it (reference `tgi-cli.md` 1.1)."""
+    """The name of the failure in TGI's log (`docs/command-line.md`, 1)."""
     if not is_engine:
         return "WebserverFailed"
     return "ShardCannotStart" if cause.exit_code == START_FAILED_EXIT_CODE else "ShardFailed"

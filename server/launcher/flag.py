@@ -26,10 +26,12 @@ class Effect(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """How a text becomes a value; `parse` raises ValueError. Messages and documents call it `name`."""
+    """A kind of value."""
 
     name: str
+    """Its name in messages and documents."""
     parse: Callable[[str], Any]
+    """The function from a text to a value. Raises ValueError."""
 
     @property
     def metavar(self) -> str:
@@ -97,7 +99,7 @@ def _log_filter(text: str) -> str:
 
 
 def _first_integer(text: str) -> int:
-    """OpenMP's list of threads per nesting level: the first is ours."""
+    """The outermost level of OpenMP's list of threads per nesting level."""
     return _integer(1)(text.split(",")[0])
 
 
@@ -121,14 +123,14 @@ SECONDS = Value(name="seconds", parse=_integer(0))
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What flags and variables have in common."""
+    """The part that flags and variables have in common."""
 
     name: str
     help: str
     default: Any = None
     effect: Effect = Effect.SERVED
     harmless: tuple[Any, ...] = ()
-    """Values that ask for what happens anyway: let through in silence although the row is refused or does nothing."""
+    """Values that ask for what happens anyway. They pass in silence although the row is refused or does nothing."""
     fills: str = ""
     """Fields that get the value, separated by spaces: `engine.max_input_tokens` is one of EngineConfig, `server.` one
     of ServerConfig, `launcher.` one of LauncherArgs. `sharding`: `server.launcher.sharding` reads the value."""
@@ -155,7 +157,7 @@ class Flag(Row):
     is_secret: bool = False
     has_variable: bool = True
     reason: str = ""
-    """Why there is no effect, or what to do instead of a refused flag."""
+    """The reason why there is no effect, or what to do instead of giving a refused flag."""
     refused_choices: tuple[str, ...] = ()
     """Choices of TGI that a served flag refuses."""
 
@@ -172,5 +174,5 @@ class Variable(Row):
 
     @property
     def is_ours(self) -> bool:
-        """Read by us and of effect."""
+        """Whether we, and no library, read the variable, and it has an effect."""
         return self.value is not None and self.effect is Effect.SERVED

@@ -30,7 +30,7 @@ from server.launcher.flag import (
 
 QUANTIZE = ("awq", "compressed-tensors", "eetq", "gptq", "int4", "int8")
 QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "fp8", "marlin")
-"""What we have instead is in the flag's reason."""
+"""TGI's methods that are refused. The flag's reason says what to do instead."""
 
 MODEL = (
     Flag(

@@ -1,4 +1,4 @@
-"""What this process runs on: cores, addresses, and the versions that a bug report needs. Standard library only."""
+"""The host of the launcher: cores, addresses, and the versions that a bug report needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def available_cores() -> int:
 
 
 def _quotas(root: Path) -> Iterator[int]:
-    """Cores that each control group allows, from this process's own to the root; version 2 or version 1."""
+    """Cores that each control group allows, from this process's group to the root, of version 2 or version 1."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -43,7 +43,7 @@ def _quotas(root: Path) -> Iterator[int]:
 
 
 def _quota(folder: Path, *, is_v2: bool) -> tuple[int, int]:
-    """Microseconds of processor time in a period of so many microseconds; ValueError: no limit."""
+    """Microseconds of processor time, and of the period that they count for. Raises ValueError if there is no limit."""
     if is_v2:
         quota, period = (folder / "cpu.max").read_text().split()
         return int(quota), int(period)

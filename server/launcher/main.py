@@ -27,7 +27,7 @@ def main() -> None:
     """Console script."""
     open_standard_streams()
     try:
-        args = parse_args(sys.argv[1:])
+        args = parse_args(sys.argv[1:], os.environ)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)
         run(args)
     except ArgumentError as error:
@@ -43,7 +43,10 @@ def main() -> None:
 
 
 def open_standard_streams() -> None:
-    """Some supervisors close them: no socket may take a number that means something in a child, or in a library."""
+    """Open the standard streams that a supervisor has closed.
+
+    Otherwise a socket could get a number that means something in a child, or in a library.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

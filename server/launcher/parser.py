@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Refuses a flag that is given twice, as TGI's parser does: it is a mistake that should be seen."""
+    """Refuses a flag that is given twice, as TGI's parser does: that is a mistake which should be seen."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None

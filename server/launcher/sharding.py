@@ -1,4 +1,4 @@
-"""How many shards there are and where they run: flags, visible devices and torchrun's variables -> `Sharding`."""
+"""Flags, visible devices and torchrun's variables -> `Sharding`: the number of shards and where they run."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ DEFAULT_MASTER_PORT = 29500
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sharding:
-    """How many shards there are, which of them this launcher starts, and where they meet."""
+    """The number of shards, the ranks that this launcher starts, and the place where all ranks meet."""
 
     size: int = 1
+    """Shards on all hosts."""
     num_hosts: int = 1
     ranks: tuple[int, ...] = (0,)
-    """Started here. The launcher of rank 0 also serves HTTP."""
+    """Ranks that this launcher starts. The launcher of rank 0 also serves HTTP."""
     first_local_rank: int = 0
     local_size: int = 1
     """Ranks on this host, whoever starts them."""
     address: str = LOCAL_ADDRESS
     port: int = 0
-    """0: a free one."""
+    """0 means any free port."""
     is_torchrun: bool = False
 
 
 def resolve_sharding(values: Mapping[str, Any], environ: Mapping[str, str]) -> Sharding:
-    """TGI's rules for --sharded and --num-shard, several hosts, torchrun's variables (`docs/command-line.md`).
+    """Apply TGI's rules for --sharded and --num-shard (`docs/command-line.md`, 4.1), and ours for several hosts.
 
-    `values` holds what was given, by flag or variable. Raises ArgumentError.
+    `values` holds what the user or torchrun gave, by the rows' attributes. Raises ArgumentError.
     """
     if "rank" in values and "world_size" in values:
         return _torchrun_sharding(values)

@@ -16,7 +16,7 @@ logger = logging.getLogger("launcher")
 
 
 def bind(hostname: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a busy port fails before the weights load."""
+    """The socket of HTTP, bound and not yet listening: a busy port fails before the weights load."""
     hostname = "127.0.0.1" if hostname == "localhost" else hostname.strip("[]")
     if not is_ip_address(hostname):
         logger.warning("Invalid hostname, defaulting to 0.0.0.0")

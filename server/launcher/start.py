@@ -1,7 +1,7 @@
-"""Starting the processes: the model's folder found, the engine's ranks and the HTTP process on their way.
+"""The start of the processes: find the model's folder, start the engine's ranks and the HTTP process.
 
-Each child gets its configuration as one JSON line on standard input: what the user fills (`LauncherArgs.engine` and
-`.server`) and what only the launcher knows.
+Each child gets its configuration as one JSON line on standard input. The user fills a part of it (`LauncherArgs.engine`
+and `.server`), the launcher the rest: paths, sockets, threads.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ PYTHON = (sys.executable, "-P", "-m")
 """-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
 DOWNLOAD_STOP_TIMEOUT_S = 10
 ENGINE_SILENCE_S = 20.0
-"""How long the engine may say nothing: it speaks at least once a second while idle, on a CPU a step is cut to 5 s."""
+"""An engine that says nothing for longer hangs. It speaks at least once a second while idle; on a CPU a step takes 5 s
+at most."""
 ENGINE_SILENCE_MARGIN_S = 10.0
-"""Rank 0 is silent while it waits for another one, and is to say itself that this one hangs."""
+"""Rank 0 is silent while it waits for another rank. It needs time to say itself that this rank hangs."""
 
 
 def find_model(args: LauncherArgs, signals: Signals) -> str:
-    """The local folder of the model; what is not a folder is fetched from the Hub by a child process."""
+    """The local folder of the model. A child process fetches it from the Hub if --model-id is no folder."""
     if os.path.isdir(args.model_id) and args.revision is None:
         return args.model_id
     logger.info("Starting check and download process for %s", args.model_id)
@@ -70,7 +71,7 @@ def start_ranks(
 ) -> list[Child]:
     """Start this host's engine ranks.
 
-    Rank 0 gets its end of the socket pair to the HTTP process, and the socket where the ranks meet.
+    Rank 0 gets `engine_end`, its end of the socket pair to the HTTP process, and the socket where the ranks meet.
     """
     sharding = args.sharding
     if sharding.size > 1:
@@ -123,6 +124,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
 
 
 def engine_silence_s(args: LauncherArgs) -> float:
+    """Seconds after which the webserver takes the engine for hung."""
     if args.sharding.size == 1:
         return ENGINE_SILENCE_S
     return max(ENGINE_SILENCE_S, args.shard_timeout_s + ENGINE_SILENCE_MARGIN_S)
