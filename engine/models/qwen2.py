@@ -162,7 +162,7 @@ class Qwen2ForCausalLM:
                 hidden,
                 (self.vocab_size,),
                 has_bias=False,
-                methods=[quantization.method_for("lm_head")],
+                methods=[quantization.head_method_for("lm_head")],
                 outputs=[rows[parallel.rank]],
                 kernels=quantization.run,
                 parallel=parallel,
