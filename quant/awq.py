@@ -11,11 +11,14 @@ import torch
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
+from quant.settings import describe, read_group_size, read_integer
 
 FIELDS = 8
 FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 """Output 8c + o is in this field of word c."""
 OUTPUT_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)
+OLD_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
+"""Keys in the quant_config.json of AutoAWQ before its settings went into config.json. That file names no format."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +67,28 @@ def _outputs(words: torch.Tensor) -> torch.Tensor:
     """[rows, n / 8] -> [rows, n] in the outputs' order."""
     fields = unpack_words(words, 4, dim=1).reshape(words.shape[0], -1, FIELDS)
     return fields[:, :, list(FIELD_OF_OUTPUT)].flatten(1)
+
+
+class AwqFormat:
+    """Implements `quant.base.CheckpointFormat`."""
+
+    MARKER = "qweight"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        settings = {OLD_KEYS.get(key, key): value for key, value in settings.items()}
+        version = str(settings.get("version") or settings.get("checkpoint_format") or "gemm").lower()
+        if version != "gemm":
+            raise FormatError(f"the checkpoint is AWQ in the form {version!r}; only gemm can be loaded")
+        bits = read_integer(settings, "bits", lambda value: value == 4)
+        self._method = AwqMethod(read_group_size(settings))
+        self.description = describe("awq", bits, self._method.group_size)
+
+    @staticmethod
+    def is_recognized(settings: Mapping[str, Any]) -> bool:
+        return "w_bit" in settings
+
+    def method_for(self, module: str) -> AwqMethod:
+        return self._method
 
 
 def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -103,6 +103,32 @@ class LinearMethod(Protocol):
 
         Of a shard of the inputs, tensors that only say in which group an input is are left out: groups are in order.
         """
+
+
+class OnLoadMethod(LinearMethod, Protocol):
+    """A method that quantizes a dense checkpoint while it loads. It is made without arguments."""
+
+    SIZE_FACTOR: float
+    """Memory over that of the 16-bit checkpoint, roughly, with scales and a table of embeddings that stays dense."""
+
+
+class CheckpointFormat(Protocol):
+    """A format of quantized checkpoints, as the settings of one checkpoint describe it."""
+
+    MARKER: str
+    """The name of a tensor that every quantized matrix has, and only those."""
+    description: str
+    """For the start-up summary: the format, bits and groups."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """`settings` is the checkpoint's `quantization_config`. Raises FormatError for what can't be loaded."""
+
+    @staticmethod
+    def is_recognized(settings: Mapping[str, Any]) -> bool:
+        """Whether settings that name no format, as tools of old wrote them, are of this one."""
+
+    def method_for(self, module: str) -> LinearMethod | None:
+        """The method of a quantized matrix, by the checkpoint's name for it; None: it is dense all the same."""
 
 
 class KernelChooser(Protocol):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
-from quant.packing import WORD_BITS, are_groups_in_order, pack_groups, unpack_words
+from quant.packing import BITS, WORD_BITS, are_groups_in_order, pack_groups, unpack_words
+from quant.settings import describe, read_group_size, read_integer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,3 +84,54 @@ class CompressedTensorsMethod:
             group_of_input=groups,
             bias=None if bias is None else bias.float(),
         )
+
+
+class CompressedTensorsFormat:
+    """Implements `quant.base.CheckpointFormat`. Each of `config_groups` names the modules that it is for."""
+
+    MARKER = "weight_packed"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        groups: Mapping[str, Any] = settings.get("config_groups") or {}
+        self._groups: list[tuple[Sequence[str], CompressedTensorsMethod]] = [
+            (group.get("targets") or ["Linear"], _group_method(settings, group)) for group in groups.values()
+        ]
+        if not self._groups:
+            raise FormatError("the compressed-tensors configuration has no config_groups: fetch the model again")
+        _, first = self._groups[0]
+        self.description = describe("compressed-tensors", first.bits, first.group_size)
+
+    @staticmethod
+    def is_recognized(settings: Mapping[str, Any]) -> bool:
+        return False
+
+    def method_for(self, module: str) -> CompressedTensorsMethod | None:
+        for targets, method in self._groups:
+            if any(_is_target(target, module) for target in targets):
+                return method
+        return None
+
+
+def _group_method(settings: Mapping[str, Any], group: Mapping[str, Any]) -> CompressedTensorsMethod:
+    weights: Mapping[str, Any] = group.get("weights") or {}
+    form = group.get("format") or settings.get("format")
+    strategy = weights.get("strategy")
+    if form != "pack-quantized" or weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
+        raise FormatError(
+            f"the checkpoint is compressed-tensors in the form {form!r} with strategy {strategy!r}; only integers in "
+            "pack-quantized form, by group or channel, can be loaded"
+        )
+    if group.get("input_activations"):
+        raise FormatError("the checkpoint wants quantised activations, which are not supported: give a W4A16 or W8A16")
+    return CompressedTensorsMethod(
+        bits=read_integer(weights, "num_bits", BITS.__contains__),
+        group_size=-1 if strategy == "channel" else read_group_size(weights),
+        is_symmetric=bool(weights.get("symmetric", True)),
+    )
+
+
+def _is_target(target: str, module: str) -> bool:
+    """Whether `target` names the module: by its class, by `re:` and an expression, or by its own name."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), module) is not None
+    return target in ("Linear", module) or module.endswith(f".{target}")

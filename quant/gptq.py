@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
-from quant.packing import WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
+from quant.packing import BITS, WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
-
-BITS = (2, 3, 4, 8)
+from quant.settings import describe, read_group_size, read_integer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +77,39 @@ class GptqMethod:
             restored = as_words((qzeros.to(torch.int64) + ones) & 0xFFFFFFFF)
             return unpack_words(restored, self.bits, dim=1).to(torch.int32)
         return (unpack_words(qzeros, self.bits, dim=1).to(torch.int32) + 1) & ((1 << self.bits) - 1)
+
+
+class GptqFormat:
+    """Implements `quant.base.CheckpointFormat`. `dynamic` has other settings for modules that match a pattern."""
+
+    MARKER = "qweight"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._version = settings.get("checkpoint_format") or settings.get("format")
+        if self._version not in (None, "gptq", "gptq_v2"):
+            raise FormatError(f"the checkpoint is GPTQ in the form {self._version!r}; gptq and gptq_v2 can be loaded")
+        self._dynamic: Mapping[str, Any] = settings.get("dynamic") or {}
+        self._default = self._method({})
+        self.description = describe("gptq", self._default.bits, self._default.group_size)
+
+    @staticmethod
+    def is_recognized(settings: Mapping[str, Any]) -> bool:
+        return "bits" in settings
+
+    def method_for(self, module: str) -> GptqMethod:
+        for pattern, changes in self._dynamic.items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+                return self._method(changes)
+        return self._default
+
+    def _method(self, changes: Mapping[str, Any]) -> GptqMethod:
+        settings = {"group_size": -1, **self._settings, **changes}
+        return GptqMethod(
+            bits=read_integer(settings, "bits", BITS.__contains__),
+            group_size=read_group_size(settings),
+            has_stored_minus_one=self._version != "gptq_v2",
+        )
 
 
 def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:

@@ -39,6 +39,8 @@ class _OnLoad:
 class Int8Method(_OnLoad):
     """Symmetric: the largest weight of an output becomes 127."""
 
+    SIZE_FACTOR = 0.6
+
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         weight, bias = params["weight"], params.get("bias")
         if weight.shape[1] % BYTE_CHUNK:
@@ -57,6 +59,8 @@ class Int8Method(_OnLoad):
 
 class Int4Method(_OnLoad):
     """Asymmetric: each group's range becomes 0 to 15; the scale is rounded to float16 first, so that it is exact."""
+
+    SIZE_FACTOR = 0.4
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         weight, bias = params["weight"], params.get("bias")

@@ -7,6 +7,8 @@ import torch
 from quant.base import PackedWeight
 
 WORD_BITS = 32
+BITS = (2, 3, 4, 8)
+"""Widths of the fields in stored words."""
 NIBBLE_CHUNK = 16
 """Inputs in eight bytes of the "nibbles" layout; a group must be a multiple of it."""
 BYTE_CHUNK = 8

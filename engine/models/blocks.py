@@ -157,9 +157,7 @@ class DecoderForCausalLM:
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
         self._is_tied = config.is_tied
         self.lm_head: VocabTable | ColumnParallelLinear = (
-            self.embed_tokens
-            if config.is_tied
-            else column_parallel(["lm_head"], config.hidden_size, [config.vocab_size], [rows[parallel.rank]], context)
+            self.embed_tokens if config.is_tied else untied_head("lm_head", rows, config, context)
         )
 
     def make_layer(
@@ -243,6 +241,19 @@ def vocab_table(rows: Sequence[slice], config: DecoderConfig, context: ModelCont
     quantization = context.quantization
     head = quantization.head if config.is_tied else None
     return VocabTable(rows, config.hidden_size, quantization.dense, head, quantization.run, context.parallel)
+
+
+def untied_head(name: str, rows: Sequence[slice], config: DecoderConfig, context: ModelContext) -> ColumnParallelLinear:
+    """The checkpoint's matrix `name` as output head; `rows` of the vocabulary are those of each rank."""
+    return ColumnParallelLinear(
+        config.hidden_size,
+        (config.vocab_size,),
+        has_bias=False,
+        methods=[context.quantization.head_method_for(name)],
+        outputs=[rows[context.parallel.rank]],
+        kernels=context.quantization.run,
+        parallel=context.parallel,
+    )
 
 
 def prefixed(prefix: str, layers: CheckpointLayers) -> CheckpointLayers:

@@ -37,7 +37,7 @@ def resolve(
 
 def test_a_dense_checkpoint_stays_dense() -> None:
     made = resolve()
-    assert {made.method_for(module) for module in (Q, K, HEAD)} == {DENSE}
+    assert {made.method_for(Q), made.method_for(K), made.head_method_for(HEAD)} == {DENSE}
     assert made.description == "not quantised, head dense"
 
 
@@ -45,7 +45,7 @@ def test_a_dense_checkpoint_stays_dense() -> None:
 def test_every_matrix_of_a_dense_checkpoint_is_quantised_on_load(flag: str, kind: type) -> None:
     made = resolve(flag)
     assert isinstance(made.method_for(Q), kind) and isinstance(made.method_for(K), kind)
-    assert isinstance(made.method_for(HEAD), Int8Method)
+    assert isinstance(made.head_method_for(HEAD), Int8Method)
     assert made.description == f"{flag}, head int8"
     assert made.size_factor < 1
 
@@ -61,7 +61,7 @@ def test_every_matrix_of_a_dense_checkpoint_is_quantised_on_load(flag: str, kind
     ],
 )
 def test_the_head(head: str | None, is_exact: bool, kind: type) -> None:
-    assert isinstance(resolve(None, GPTQ, head, is_exact=is_exact).method_for(HEAD), kind)
+    assert isinstance(resolve(None, GPTQ, head, is_exact=is_exact).head_method_for(HEAD), kind)
 
 
 def test_only_matrices_with_quantised_tensors_are_taken_for_quantised() -> None:
