@@ -18,7 +18,7 @@ from prometheus_client.samples import Sample
 
 from engine.link.messages import EngineStats, StepOutput, StepReport, TokenEvent
 from server.app import create_app
-from server.telemetry.metrics import Histogram
+from server.telemetry.families import Histogram
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import LIMITS, FakeEngine, client_of, make_config, one_by_one
 
