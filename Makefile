@@ -23,7 +23,7 @@ help:
 	@echo 'make test              every fast test                     (PYTEST_ARGS=)'
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
-	@echo 'make check             format, lint, types, import direction, generated documents'
+	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
 	@echo 'make install           only the environment                (TORCH_SPEC= another torch, PYTHON= another python)'
@@ -72,7 +72,7 @@ check: install
 	@$(PY) -m mypy benchmarks/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
-	@$(PY) -m pytest -q tests/unit/test_imports.py
+	@$(PY) -m pytest -q tests/unit/test_imports.py tests/unit/test_house.py
 
 configuration: install
 	@$(PY) scripts/configuration.py
