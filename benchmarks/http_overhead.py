@@ -160,7 +160,7 @@ def cpu_seconds(http: HttpProcess) -> float:
 
 
 def delays_ms(sent: Sequence[float], received: list[list[tuple[float, int]]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Of every event after the warm-up, in milliseconds."""
+    """Delays of all events after the warm-up, in milliseconds."""
     delays = []
     for stream in received:
         moments = [moment for moment, num_events in stream for _ in range(num_events)]

@@ -166,9 +166,11 @@ def main() -> None:
 def print_row(row: str, result: Mapping[str, Any]) -> None:
     for kind in KINDS:
         rates = dict(result[kind])
-        ratio, least = rates.pop("ratio"), rates.pop("demanded")
+        ratio, demanded = rates.pop("ratio"), rates.pop("demanded")
         figures = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
-        print(f"{row:7s}{kind:8s}{figures} tokens/s: ratio {ratio:.2f}" + (f", demanded {least}" if least else ""))
+        print(
+            f"{row:7s}{kind:8s}{figures} tokens/s: ratio {ratio:.2f}" + (f", demanded {demanded}" if demanded else "")
+        )
     shares = ", ".join(f"{name} {share:.2f}" for name, share in result["achieved_over_floor"].items())
     print(f"{row:7s}decode  achieved / memory floor: {shares}", flush=True)
 

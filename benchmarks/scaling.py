@@ -43,13 +43,13 @@ def shards_side(form: str, folder: str, size: int, collectives: str) -> Side:
 def measure(form: str, folder: str, sizes: list[int], rounds: int) -> dict[str, dict[str, float]]:
     """For each side tokens per second, share of communication and collectives of a token, by kind of work."""
     ids = text_ids(folder)
-    wanted = [(size, collectives) for size in sizes for collectives in (COLLECTIVES if size > 1 else COLLECTIVES[:1])]
+    variants = [(size, collectives) for size in sizes for collectives in (COLLECTIVES if size > 1 else COLLECTIVES[:1])]
     with contextlib.ExitStack() as stack:
         sides = {
             "1 shard" if size == 1 else f"{size} shards, {collectives}": stack.enter_context(
                 shards_side(form, folder, size, collectives)
             )
-            for size, collectives in wanted
+            for size, collectives in variants
         }
         answers: dict[tuple[str, str], list[dict[str, float]]] = {}
         for round_index in range(rounds + 1):

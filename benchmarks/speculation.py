@@ -173,7 +173,7 @@ class Engines:
 
 
 def speedup(pairs: Sequence[tuple[float, float]]) -> float:
-    """Of times without drafts and with."""
+    """Time without drafts over time with them."""
     return sum(without for without, _ in pairs) / sum(drafted for _, drafted in pairs)
 
 

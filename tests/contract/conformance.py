@@ -26,8 +26,12 @@ from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import ObligingEngine, events_of, make_config, write_model_folder
 
 CHECKS: list[CheckFunction] = [
-    *(not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance),
-    *(response_schema_conformance, negative_data_rejection),
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
 ]
 
 

@@ -108,7 +108,7 @@ class Outcome:
     logprobs: list[list[float]]
     last_events: list[TokenEvent]
     top_tokens: list[list[tuple[list[int], list[float]]]] = dataclasses.field(default_factory=list)
-    """Of each token of each request: ids and logprobs."""
+    """Ids and logprobs of the top tokens, by request and token."""
     num_preemptions: int = 0
     most_cached_tokens: int = 0
     most_running: int = 0

@@ -224,7 +224,7 @@ def sample_pairs(core: EngineCore, first_seed: int) -> Counts:
 
 
 def p_value(first: Counts, second: Counts) -> float:
-    """Of the chi-square test that two samples come from one distribution; rare pairs are counted together."""
+    """The p-value of the chi-square test that two samples have one distribution; rare pairs are counted together."""
     pairs = [*(first | second)]
     rows = np.array([[counts[pair] for pair in pairs] for counts in (first, second)], float)
     is_common = rows.sum(axis=0) >= 40

@@ -33,7 +33,7 @@ def make_request(number: int, *, has_prompt_logprobs: bool = True, max_new_token
 
 
 def expected_logprobs(folder: Path, token_ids: list[int]) -> list[float]:
-    """Of every token but the first."""
+    """The logprobs that `transformers` has for every token but the first."""
     rows = oracle_logits(folder, token_ids)[:-1].log_softmax(dim=1)
     expected: list[float] = rows.gather(1, torch.tensor(token_ids[1:], dtype=torch.int64).unsqueeze(1))[:, 0].tolist()
     return expected

@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"dataset": str(TEXT), "num_samples": 32, "sample_tokens
 NO_DATA: dict[str, Any] = {"perplexity_tokens": 0}
 NEAR_TIE = 1e-4
 NUM_LETTERS = 90
-"""Of the alphabet from "!", which is token 0."""
+"""Letters of the alphabet, which begins with "!", token 0."""
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq": ({**SMALL, "group_size": 32}, {}),

@@ -93,7 +93,7 @@ def test_company_and_preemption_change_nothing(
 
 
 def test_logprobs_are_those_of_transformers(tiny_model_dir: Path) -> None:
-    """Of the model's own distribution, whatever changes it before a token is chosen; the top tokens' likewise."""
+    """Logprobs of tokens and top tokens are the model's own, whatever changes the distribution that is drawn from."""
     request = make_request(0)
     outcome = run_requests(make_core(tiny_model_dir), [request])
     (token_ids,), (logprobs,), (top_tokens,) = outcome.token_ids, outcome.logprobs, outcome.top_tokens

@@ -46,7 +46,7 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     num_groups: int
-    """Of intermediate features."""
+    """Groups of intermediate features."""
     group_size: int = 64
     head_dim: int = 64
     is_tied: bool = False

@@ -1,6 +1,6 @@
 """TGI's own API description as a floor: every path, field and status of it is in ours and in what the server does.
 
-tgi_surface.json lists the facts of TGI's document, less what its code contradicts (reference `tgi-http.md` 10).
+tgi_surface.json lists the facts of TGI's document, less what its code contradicts (`docs/wire.md`, 9).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _described_fields(document: dict[str, Any], schema: dict[str, Any], name: st
 
 @pytest.mark.parametrize("path", [path for path in SURFACE if "request" in SURFACE[path]])
 def test_requests_are_complete(path: str) -> None:
-    """Of this file: that the next test sends every field."""
+    """The bodies of this file have every field, so that the next test sends it."""
     assert set(SURFACE[path]["request"]) <= {field for body in REQUESTS[path] for field in fields_of(body)}
 
 

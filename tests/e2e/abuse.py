@@ -55,7 +55,7 @@ class Abuser:
             await self._writer.drain()
 
     async def status(self) -> str:
-        """Of the next answer, which must be a plain one; it is read to its end."""
+        """The status of the next answer, which must be a plain one; it is read to its end."""
         try:
             head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         except (asyncio.IncompleteReadError, ConnectionError):

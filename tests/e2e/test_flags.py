@@ -18,11 +18,12 @@ PROMPT = "one two three four five six seven eight nine ten"
 def test_flags_and_variables_have_their_effects(tiny_model_dir: Path, tmp_path: Path) -> None:
     template = tmp_path / "tokenizer_config.json"
     template.write_text(json.dumps({"chat_template": "{{ raise_exception('the other template') }}"}))
-    flags = (
-        *("--max-total-tokens", "64", "--max-input-tokens", "20", "--max-batch-total-tokens", "128", "-g", "5"),
-        *("--max-stop-sequences", "1", "--disable-grammar-support", "--tokenizer-config-path", str(template)),
-        *("--cors-allow-origin", "http://page.example", "--max-batch-size", "1", "--env"),
-    )
+    flags = [
+        *"--max-total-tokens 64 --max-input-tokens 20 --max-batch-total-tokens 128 --max-batch-size 1 -g 5".split(),
+        *"--max-stop-sequences 1 --disable-grammar-support --cors-allow-origin http://page.example --env".split(),
+        "--tokenizer-config-path",
+        str(template),
+    ]
     environ = {
         "MAX_BEST_OF": "3",
         "MAX_CLIENT_BATCH_SIZE": "7",

@@ -24,7 +24,7 @@ from tests.oracles.quant_stored import CHECKPOINTS, PROVENANCE, describe, note
 NUM_NEW_TOKENS = 16
 PROMPT_SIZES = (5, 40)
 LEAST_GAP = 0.002
-"""Of the prompts tried, the first are taken whose every greedy choice is this clear, under every reading."""
+"""Gap between the best and the second logit. The first prompts are taken that have it in every step and reading."""
 README = CHECKPOINTS / "README.md"
 TABLE_BEGINS = "<!-- below: written by tests/oracles/quant_expected.py -->\n"
 

@@ -18,7 +18,7 @@ from tests.e2e.launched import LaunchedServer, launched
 
 NUM_KILLS = 30
 NUM_RANK_KILLS = 10
-"""Of each rank."""
+"""Kills of each rank."""
 NUM_CLIENTS = 6
 DEADLINE_S = 10.0
 SEED = 3

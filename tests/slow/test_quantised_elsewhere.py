@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int4": {},
 }
 TOLERANCE = 0.02
-"""Of the logits' standard deviation: there activations and sums are float16, ours float32."""
+"""In standard deviations of the logits: activations and sums are float16 there, float32 here."""
 
 
 def write(source: Path, output: Path, method: str, changes: dict[str, Any]) -> None:

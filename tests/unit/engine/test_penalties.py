@@ -48,7 +48,7 @@ def make_sequence(prompt: list[int], output: list[int], params: SamplingParams) 
 
 
 def expected_row(row: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:
-    """One row, token by token, in the order of the reference's section 5.1."""
+    """One row, token by token, in the order of `docs/wire.md`, 5.1."""
     row = list(row)
     if params.is_watermarked:
         generator = torch.Generator().manual_seed(15485863 * (prompt + output)[-1])

@@ -22,7 +22,7 @@ from tests.unit.parallel.processes import KINDS, SLOT_FLOATS, Processes
 Array = npt.NDArray[np.float32]
 
 WIDTHS = (5, 3, 7)
-"""Of ranks 0, 1 and 2."""
+"""Widths of the parts of ranks 0, 1 and 2."""
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -61,7 +61,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def strict_client(engine: FakeEngine, model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Of an application with --strict-tgi and the same engine."""
+    """A client of an application with --strict-tgi and the same engine."""
     tokenizer = TextTokenizer.from_folder(str(model_folder), 1)
     async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
         yield client

@@ -1,4 +1,4 @@
-"""The API key and cross-origin rules of reference `tgi-http.md` 8, on the whole application."""
+"""The API key and cross-origin rules of `docs/wire.md`, 8, on the whole application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /invocations for SageMaker (reference 1.7) and /vertex for Vertex AI (1.8)."""
+"""POST /invocations for SageMaker and /vertex for Vertex AI (`docs/wire.md`, 1.7 and 1.8)."""
 
 from __future__ import annotations
 

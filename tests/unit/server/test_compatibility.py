@@ -1,4 +1,4 @@
-"""A test for each row of docs/compatibility.md (reference `tgi-http.md` 11), by default and with --strict-tgi."""
+"""A test for each row of docs/compatibility.md, by default and with --strict-tgi."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def message_of(response: httpx.Response, strict: bool) -> str:
 
 
 def test_each_row_is_documented_and_tested() -> None:
-    """The document has the reference's 38 rows in order; each has a test, here or where there is an engine."""
+    """The document has its 38 rows in order; each has a test, here or where there is an engine."""
     rows = re.findall(r"^\| (\d+) \|", DOCUMENT.read_text(), re.MULTILINE)
     assert [int(row) for row in rows] == list(range(1, 39))
     tested = {int(name.split("_")[2]) for name in globals() if name.startswith("test_row_")}

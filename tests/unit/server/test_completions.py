@@ -1,4 +1,4 @@
-"""POST /v1/completions (reference 1.11, 3.5): as OpenAI has it, and with --strict-tgi as TGI."""
+"""POST /v1/completions (`docs/wire.md`, 1.11 and 3.5): as OpenAI has it, and with --strict-tgi as TGI."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ async def test_several_prompts(client: httpx.AsyncClient, engine: FakeEngine, id
     response = await complete(client, prompt=["What", "What is", "x"])
     answer = response.json()
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
-        *[(0, "one"), (1, "two words"), (2, "three")]
+        (0, "one"),
+        (1, "two words"),
+        (2, "three"),
     ]
     num_prompt = sum(len(ids_of(text)) for text in ("What", "What is", "x"))
     num_new = sum(len(ids_of(text + "<|im_end|>")) for text in ("one", "two words", "three"))

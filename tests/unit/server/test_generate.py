@@ -21,8 +21,16 @@ from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, one_by_one, running_server, url_of
 
 HEADERS = {
-    *("x-compute-type", "x-compute-time", "x-compute-characters", "x-total-time", "x-validation-time"),
-    *("x-queue-time", "x-inference-time", "x-time-per-token", "x-prompt-tokens", "x-generated-tokens"),
+    "x-compute-type",
+    "x-compute-time",
+    "x-compute-characters",
+    "x-total-time",
+    "x-validation-time",
+    "x-queue-time",
+    "x-inference-time",
+    "x-time-per-token",
+    "x-prompt-tokens",
+    "x-generated-tokens",
 }
 OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
 FAILED = {
@@ -75,7 +83,7 @@ async def test_prompt_logprobs(
     assert [set(item) for item in details["prefill"]] == [{"id", "text", "logprob"}] * len(ids)
     assert details["prefill"][-1]["text"] == "\ufffd"
     strict = (await strict_client.post("/generate", json=body)).json()["details"]
-    assert strict["prefill"] == []  # quirk 33
+    assert strict["prefill"] == []  # docs/compatibility.md, row 33
     assert [request.has_prompt_logprobs for request in engine.requests] == [True, False]
 
 
@@ -91,7 +99,13 @@ async def test_best_of(client: httpx.AsyncClient, engine: FakeEngine, ids_of: Ca
     assert answer["generated_text"] == " world"
     details = answer["details"]
     assert list(details) == [
-        *("finish_reason", "generated_tokens", "seed", "prefill", "tokens", "best_of_sequences", "top_tokens"),
+        "finish_reason",
+        "generated_tokens",
+        "seed",
+        "prefill",
+        "tokens",
+        "best_of_sequences",
+        "top_tokens",
     ]
     (other,) = details["best_of_sequences"]
     assert (other["generated_text"], other["generated_tokens"]) == ("Hello", len(worse))
@@ -115,7 +129,7 @@ async def test_a_failing_sequence_ends_the_others(client: httpx.AsyncClient, eng
     [
         ("/generate", {}, "Hello, world!"),
         ("/generate", {"return_full_text": True}, "Say: Hello, world!"),
-        ("/", {}, "Say: Hello, world!"),  # quirk 2
+        ("/", {}, "Say: Hello, world!"),  # docs/compatibility.md, row 2
         ("/", {"return_full_text": None}, "Say: Hello, world!"),
         ("/", {"return_full_text": False}, "Hello, world!"),
     ],
@@ -188,7 +202,8 @@ async def test_character_left_incomplete_is_dropped_and_not_the_text(
     client: httpx.AsyncClient, engine: FakeEngine, ids_of: Callable[[str], list[int]]
 ) -> None:
     engine.script.events = one_by_one(ids_of("ok") + ids_of("龘")[:2], FinishReason.LENGTH)
-    assert (await client.post("/generate", json={"inputs": "x"})).json() == {"generated_text": "ok"}  # quirk 13
+    answer = await client.post("/generate", json={"inputs": "x"})
+    assert answer.json() == {"generated_text": "ok"}  # docs/compatibility.md, row 13
 
 
 async def test_stop_string_ends_and_aborts(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -1,4 +1,4 @@
-"""What a grammar on the wire becomes: accepted in both modes, or refused with TGI's texts (reference 2.2, 3.7)."""
+"""Grammars on the wire: accepted in both modes, or refused with TGI's texts (`docs/wire.md`, 2.2 and 3.7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The x- headers (reference 1.12): which of them an answer has, and what they say."""
+"""The x- headers (`docs/wire.md`, 1.12): which of them an answer has, and what they say."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from tests.unit.server.harness import FakeEngine, one_by_one
 
 MESSAGES = [{"role": "user", "content": "hey"}]
 SUMMED = {
-    *("x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token"),
-    *("x-prompt-tokens", "x-generated-tokens", "x-compute-characters"),
+    "x-total-time",
+    "x-validation-time",
+    "x-queue-time",
+    "x-inference-time",
+    "x-time-per-token",
+    "x-prompt-tokens",
+    "x-generated-tokens",
+    "x-compute-characters",
 }
 PLAIN = SUMMED | {"x-compute-type", "x-compute-time"}
 STREAM = {"x-compute-type", "x-compute-characters", "x-accel-buffering"}

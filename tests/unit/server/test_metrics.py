@@ -1,4 +1,4 @@
-"""/metrics in the official parser, against the reference's table (7.1, 7.2): names, kinds, labels, bounds, values."""
+"""/metrics in the official parser, against TGI's families (`docs/metrics.md`): names, kinds, labels, bounds, values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TGI: dict[str, tuple[str, str, str]] = {
     "tgi_batch_concat": ("counter", "reason", ""),
     "tgi_batch_concat_duration": ("histogram", "method", DURATIONS),
 }
-"""The reference's table: kind, label, bounds."""
+"""A family of TGI -> kind, label, bounds."""
 COUNTERS = {name for name, (kind, _, _) in TGI.items() if kind == "counter"}
 READINGS = {"tgi_batch_current_size", "tgi_batch_current_max_tokens", "tgi_queue_size"}
 OURS = {

@@ -1,4 +1,4 @@
-"""The table of routes (reference 1): which there are, HEAD, what is refused, models, and the description's page."""
+"""The routes (`docs/wire.md`, 1): which there are, HEAD, refusals, models, and the page of the description."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_another_path_has_an_empty_answer(client: httpx.AsyncClient, metho
 
 
 async def test_what_makes_the_model_work_needs_the_key(app: FastAPI) -> None:
-    """All POST routes but /chat_tokenize, which is open with TGI (quirk 28)."""
+    """All POST routes but /chat_tokenize, which TGI leaves open, too (`docs/compatibility.md`, row 28)."""
     assert {*PROTECTED_PATHS, "/chat_tokenize"} == set(POST_PATHS)
 
 

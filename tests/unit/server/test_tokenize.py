@@ -1,4 +1,4 @@
-"""POST /tokenize, /chat_tokenize and /detokenize (reference 1.3)."""
+"""POST /tokenize, /chat_tokenize and /detokenize (`docs/wire.md`, 1.3)."""
 
 from __future__ import annotations
 

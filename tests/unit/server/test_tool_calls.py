@@ -131,8 +131,23 @@ def test_content_is_not_held_back_for_long() -> None:
 
 
 FRAGMENTS = [
-    *("<tool_call>", "</tool_call>", "<tool", "_call>", "\n", " ", "{", "}", '"', "\\", "text", PARIS, NOTHING),
-    *('{"name": "f", "arguments": ', '{"a": [1, {"b": "<tool_call>"}]}', '{"name": "unknown", "arguments": {}}', "é"),
+    "<tool_call>",
+    "</tool_call>",
+    "<tool",
+    "_call>",
+    "\n",
+    " ",
+    "{",
+    "}",
+    '"',
+    "\\",
+    "text",
+    PARIS,
+    NOTHING,
+    '{"name": "f", "arguments": ',
+    '{"a": [1, {"b": "<tool_call>"}]}',
+    '{"name": "unknown", "arguments": {}}',
+    "é",
 ]
 
 
@@ -172,11 +187,13 @@ def test_forced_arguments_come_as_they_are_written() -> None:
     parts = ["<tool_call>", '\n{"name": "f", "argum', 'ents": {"a', '": 1', "}", "}\n", "</tool_call>"]
     reader = ForcedCallReader(HERMES_HEADER)
     assert [reader.push(part) for part in parts] == [
-        *([], []),
+        [],
+        [],
         [CallStart(0, "f"), Arguments(0, '{"a')],
         [Arguments(0, '": 1')],
         [Arguments(0, "}")],
-        *([], []),
+        [],
+        [],
     ]
     assert reader.finish(is_cut=False) == []
 

@@ -66,13 +66,15 @@ SCHEMAS = {"get_weather": {"parameters": WEATHER}, "bare": {}}
 @pytest.mark.parametrize(
     ("text", "is_accepted"),
     [
-        *(
-            (CITY, True),
-            (UNIT, True),
-            (written("bare", "{}"), True),
-            (f"{CITY}\n{written('bare', '{}')}\n{UNIT}", True),
-        ),
-        *(("", False), ("Hello", False), (f" {CITY}", False), (f"{CITY} ", False), (CITY[:-1], False)),
+        (CITY, True),
+        (UNIT, True),
+        (written("bare", "{}"), True),
+        (f"{CITY}\n{written('bare', '{}')}\n{UNIT}", True),
+        ("", False),
+        ("Hello", False),
+        (f" {CITY}", False),
+        (f"{CITY} ", False),
+        (CITY[:-1], False),
         (written("other", "{}"), False),
         (written("bare", '{"a": 1}'), False),
         (written("get_weather", "{}"), False),

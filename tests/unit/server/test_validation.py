@@ -185,7 +185,7 @@ async def test_chat_values_without_effect_are_accepted(client: httpx.AsyncClient
 @pytest.mark.parametrize(
     ("parameters", "is_greedy"),
     [
-        (None, False),  # quirk 1
+        (None, False),  # docs/compatibility.md, row 1
         ({}, True),
         ({"temperature": 1.0}, True),
         ({"temperature": 0.99999999}, True),
