@@ -90,9 +90,9 @@ def text_files() -> list[Path]:
 
 
 def sentences_of(path: Path) -> str:
-    """What a file says; of a test only comments and docstrings, since its other texts are examples."""
+    """All of a document; the comments and docstrings of a program, whose other texts may be anything."""
     text = path.read_text()
-    if path.suffix != ".py" or path.relative_to(ROOT).parts[0] != "tests":
+    if path.suffix != ".py":
         return text
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
