@@ -56,7 +56,7 @@ ROOMS: dict[str, str] = {
     "engine.build": "engine.checkpoint engine.device engine.layers engine.link engine.memory engine.models "
     "engine.ranks parallel quant",
     "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
-    "engine.warm_up": "engine.core engine.link engine.runner engine.scheduling",
+    "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.limits engine.link "
     "engine.memory engine.ranks engine.runner engine.sampling engine.scheduling engine.warm_up quant",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
