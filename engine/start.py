@@ -21,6 +21,7 @@ from engine.link.registry import import_entry
 from engine.memory import MemoryNeeds, plan_kv_blocks, plan_prefill_tokens
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import SAMPLERS, Sample
@@ -28,6 +29,7 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Speculator
+from engine.scheduling.step_costs import UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up
 from quant.kernels import rounding_instructions
@@ -68,7 +70,8 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     _log_summary(prepared, ranks, is_row_invariant=is_row_invariant)
     ready = EngineReady(**dataclasses.asdict(limits), vocab_size=vocab_size)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars), ready
+    sampler = BatchSampler(sample, [penalties, grammars])
+    return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts()), ready
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
