@@ -11,7 +11,7 @@ import torch
 
 from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore, Runner, Sample
+from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
@@ -20,14 +20,15 @@ from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import SAMPLERS
+from engine.sampling.sampler import SAMPLERS, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Speculator
-from engine.scheduling.step_costs import StepCosts
+from engine.scheduling.step_costs import StepCosts, UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 from engine.summary import log_row_invariance, log_summary
 from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up
@@ -131,7 +132,8 @@ def _make_core(
     vocab_size = prepared.loaded.model.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars)
+    sampler = BatchSampler(sample, [penalties, grammars])
+    return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
 
 
 def set_threads(num_threads: int) -> None:

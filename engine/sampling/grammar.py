@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +26,29 @@ from engine.link.messages import GenerationRequest
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 
 IntArray = npt.NDArray[np.int32]
-ApplyMasks = Callable[[torch.Tensor, IntArray, IntArray], None]
 
 MASKS: dict[str, str] = {
     "cpu": "engine.sampling.grammar_cpu:apply_masks",
-    "torch": "engine.sampling.grammar:apply_masks",
+    "torch": "engine.sampling.grammar_torch:apply_masks",
 }
-"""Name -> lazy "module:function" with the signature of `apply_masks` below, the plain twin of the other one. The names
-are those of `engine.sampling.sampler.SAMPLERS`."""
+"""Backend name, as in `engine.sampling.sampler.SAMPLERS` -> lazy "module:function", an `ApplyMasks`.
+
+`torch` is the reference implementation, and runs anywhere.
+"""
 
 MAX_COMPILED = 32
 """Compiled grammars that are kept, as many as TGI keeps."""
 WORD_BITS = 32
+
+
+class ApplyMasks(Protocol):
+    """Lays the masks of some rows on a step's logits."""
+
+    def __call__(self, logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
+        """Set logits [all rows, vocab] float32 to -inf, in place, where the bits of their masks are 0.
+
+        rows [masked] int32: which rows the masks belong to; masks [masked, words] int32, the lowest bit first.
+        """
 
 
 class MatchedGrammar:
@@ -133,21 +145,22 @@ class Grammars:
         return request_ids
 
     @staticmethod
-    def rows(batch: ScheduledBatch) -> list[int]:
-        """Which rows of the step's logits `mask` changes."""
-        return [row for scheduled, _ in _held(batch) for row in scheduled.rows]
+    def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
+        """The sequences that have rows in this step and a grammar."""
+        return [s for s in batch.scheduled if s.is_completing and s.sequence.grammar is not None]
 
-    def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Set to -inf what may not stand in the output, in place; logits [batch.num_rows, vocab] float32.
+    def apply(self, selected: Sequence[ScheduledSequence], logits: torch.Tensor) -> None:
+        """Set to -inf, in place, what may not stand in the selected outputs; logits [all rows, vocab] float32.
 
         The masks go along the drafts. After a token of a draft that may not stand there, any may.
         """
-        rows = self.rows(batch)
+        rows = [row for scheduled in selected for row in scheduled.rows]
+        grammars = [_matched(scheduled) for scheduled in selected]
         masks = np.full((len(rows), num_words(self._vocab_size)), -1, np.int32)
         plain: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
         index = 0
-        for scheduled, grammar in _held(batch):
+        for scheduled, grammar in zip(selected, grammars, strict=True):
             if scheduled.draft:
                 drafted.append((grammar.matcher, index, scheduled.draft))
             else:
@@ -158,7 +171,7 @@ class Grammars:
             self._executor.unsafe_compute_mask_ptr(plain, address, row_bytes, len(rows))
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, len(rows))
-        for _, grammar in _held(batch):
+        for grammar in grammars:
             grammar.check()
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
@@ -199,13 +212,9 @@ class Grammars:
         return LLExecutor(self._num_threads)
 
 
-def _held(batch: ScheduledBatch) -> Iterator[tuple[ScheduledSequence, MatchedGrammar]]:
-    """The sequences that have rows and a grammar, with that grammar."""
-    for scheduled in batch.scheduled:
-        grammar = scheduled.sequence.grammar
-        if scheduled.is_completing and grammar is not None:
-            assert isinstance(grammar, MatchedGrammar)
-            yield scheduled, grammar
+def _matched(scheduled: ScheduledSequence) -> MatchedGrammar:
+    assert isinstance(scheduled.sequence.grammar, MatchedGrammar)
+    return scheduled.sequence.grammar
 
 
 def _outcome(compilation: _Compilation) -> Compiled:
@@ -224,15 +233,3 @@ def _first_line(text: str) -> str:
 def num_words(vocab_size: int) -> int:
     """Of a mask with a bit for each token."""
     return -(-vocab_size // WORD_BITS)
-
-
-@torch.inference_mode()
-def apply_masks(logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
-    """Set logits [rows, vocab] float32 to -inf, in place, where the bits of their masks are 0.
-
-    rows [masked] int32: which rows the masks belong to; masks [masked, words] int32, the lowest bit first.
-    """
-    refused = np.unpackbits(~masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    where = torch.from_numpy(refused).to(logits.device).bool()
-    index = torch.from_numpy(rows).to(logits.device)
-    logits[index] = logits[index].masked_fill_(where, -torch.inf)

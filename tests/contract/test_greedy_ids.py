@@ -135,7 +135,7 @@ def test_eos_ends_a_text(tiny_model_dir: Path) -> None:
     prompt = make_prompts()[3]
     (token_ids,) = run_requests(make_core(tiny_model_dir), make_requests([prompt], max_new_tokens=6)).token_ids
     core = make_core(tiny_model_dir)
-    core.scheduler._eos_token_ids = frozenset([token_ids[3], *EOS_TOKEN_IDS])
+    core.scheduler.eos_token_ids = frozenset([token_ids[3], *EOS_TOKEN_IDS])
     outcome = run_requests(core, make_requests([prompt], max_new_tokens=6))
     assert outcome.token_ids == [token_ids[: token_ids.index(token_ids[3]) + 1]]
     assert outcome.last_events[0].finish_reason is FinishReason.EOS_TOKEN
@@ -161,7 +161,7 @@ def test_a_broken_row_fails_its_request_and_leaves_nothing_behind(tmp_path: Path
     bad = good[:20] + [VOCAB_SIZE - 1] + good[20:]
     (expected,) = run_requests(make_core(tmp_path), make_requests([good], max_new_tokens=8)).token_ids
     core = make_core(tmp_path, num_blocks=7, is_prefix_caching=False)
-    table = core._runner._model.embed_tokens  # type: ignore[attr-defined]
+    table = core.runner._model.embed_tokens  # type: ignore[attr-defined]
     table._weight = table._weight.clone()  # as nothing would load it
     table._weight[VOCAB_SIZE - 1] = torch.nan
     outcome = run_requests(core, make_requests([bad, good], max_new_tokens=8))

@@ -83,7 +83,7 @@ def test_a_preemption_neither_loses_nor_repeats_any(num_steps: int, tiny_model_d
     core = make_core(tiny_model_dir, max_batch_tokens=64)
     core.take(make_request(3))
     events = [event for _ in range(num_steps) for event in core.step()]
-    core.scheduler._preempt(core.scheduler.running[0])
+    core.scheduler.preempt(core.scheduler.running[0])
     while core.scheduler.has_work:
         events += core.step()
     assert events[0].prompt_logprobs == expected.prompt_logprobs
@@ -125,7 +125,7 @@ def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> Non
             return StepResult(torch.zeros(1, 8), [-1.0, float("nan"), *[-1.0] * 62])
 
     core = make_core(tiny_model_dir)
-    core._runner = BadRunner()
+    core.runner = BadRunner()
     core.take(make_request(2))
     assert [(event.error, event.token_ids) for event in core.step()] == [(NON_FINITE_ERROR, [])]
     assert not core.scheduler.has_work
