@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import torch
 from numba import njit, prange
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
-from quant.kernels.dense_cpu import flat_view, new_output
+from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.simd import (
     LANES,
     add,
@@ -49,10 +48,8 @@ LOWEST = np.float32(-3.4e38)
 PARALLEL_SCORES = 256
 """Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
 
-_FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
-
-@njit(**_FAST)
+@njit(**FAST)
 def _write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
     value_start = key_start + num_kv_heads * head_dim
     for token in range(slots.shape[0]):
@@ -155,7 +152,7 @@ def _sum_values(scores, row, num_keys, head_dim, values, base, sums):  # type: i
         store(sums, o3 + LANES, s31)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _attend_item(  # type: ignore[no-untyped-def]
     item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out
 ):
@@ -198,13 +195,13 @@ def _attend_item(  # type: ignore[no-untyped-def]
             store(out, target + d, multiply(load(sums, row * head_dim + d), share))
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
     for item in prange(num_items):
         _attend_item(item, *args)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _attend_serial(num_items, args):  # type: ignore[no-untyped-def]
     for item in range(num_items):
         _attend_item(item, *args)

@@ -10,13 +10,11 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
-from quant.kernels.dense_cpu import flat_view, new_output
+from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
 PARALLEL_ELEMENTS = 1 << 15
 """Work below this many elements is not worth a parallel region."""
-
-_FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
 
 @njit(inline="always")
@@ -59,49 +57,49 @@ def _rotate_row(qkv, start, num_heads, half, cos, sin, angle):  # type: ignore[n
             qkv[first + half + i] = b * c + a * s
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _norm_serial(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _norm_row(x, row * size, size, weight, eps, out)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _norm_parallel(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         _norm_row(x, row * size, size, weight, eps, out)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _add_norm_serial(residual, x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _add_norm_row(residual, x, row * size, size, weight, eps, out)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _add_norm_parallel(residual, x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         _add_norm_row(residual, x, row * size, size, weight, eps, out)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _silu_serial(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _silu_row(gate_up, row, size, out)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _silu_parallel(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         _silu_row(gate_up, row, size, out)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _rotate_serial(qkv, num_rows, width, num_heads, half, cos, sin, positions):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _rotate_row(qkv, row * width, num_heads, half, cos, sin, positions[row] * half)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _rotate_parallel(qkv, num_rows, width, num_heads, half, cos, sin, positions):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         _rotate_row(qkv, row * width, num_heads, half, cos, sin, positions[row] * half)

@@ -7,10 +7,10 @@ import torch
 from numba import njit
 
 from engine.sampling.grammar import WORD_BITS, IntArray
-from quant.kernels.dense_cpu import flat_view
+from quant.kernels.arrays import FAST, flat_view
 
 
-@njit(nogil=True, boundscheck=False, error_model="numpy", cache=True)
+@njit(**FAST)
 def _apply(logits, size, rows, masks):  # type: ignore[no-untyped-def]
     for index in range(rows.shape[0]):
         start = np.int64(rows[index]) * size

@@ -9,7 +9,6 @@ model's own distribution take another look at the row, or at its copy, where it 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from numba import njit, prange
 from engine.link.messages import SamplingParams
 from engine.sampling.sampler import MIN_TEMPERATURE, RawRows, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
-from quant.kernels.dense_cpu import flat_view
+from quant.kernels.arrays import FAST, flat_view
 from quant.kernels.simd import LANES, add, exp, load, max_lanes, max_of, multiply, splat, subtract, sum_lanes, zeros
 
 CHUNK = 512
@@ -63,15 +62,13 @@ RESULT = np.dtype(
     align=True,
 )
 
-_FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
-
 
 @njit(inline="always")
 def _exp(value):  # type: ignore[no-untyped-def]
     return max_lanes(exp(splat(value)))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _largest(logits, start, size):  # type: ignore[no-untyped-def]
     best = splat(np.float32(-np.inf))
     whole = size - size % LANES
@@ -83,7 +80,7 @@ def _largest(logits, start, size):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _mass(logits, start, size, best, scale, least, most):  # type: ignore[no-untyped-def]
     """Sum of exp((logit - best) * scale) over the logits that are not below `least` and not above `most`."""
     total = np.float64(0.0)
@@ -100,7 +97,7 @@ def _mass(logits, start, size, best, scale, least, most):  # type: ignore[no-unt
     return total
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _total(logits, start, size, best, scale, least, most):  # type: ignore[no-untyped-def]
     """The mass of a whole row, chunk by chunk: a float32 sum of a whole vocabulary would be off by 1e-5."""
     total = np.float64(0.0)
@@ -109,7 +106,7 @@ def _total(logits, start, size, best, scale, least, most):  # type: ignore[no-un
     return total
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _keep_best(logits, start, size, count):  # type: ignore[no-untyped-def]
     """The `count` largest logits, descending: a heap with the smallest on top, while the row is read."""
     heap = np.sort(logits[start : start + count])
@@ -130,7 +127,7 @@ def _keep_best(logits, start, size, count):  # type: ignore[no-untyped-def]
     return np.sort(heap)[::-1]
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _threshold(logits, start, size, best, scale, top_k, top_p):  # type: ignore[no-untyped-def]
     """The smallest logit that may be chosen; ties with it may be, too."""
     least = np.float32(-np.inf)
@@ -154,7 +151,7 @@ def _threshold(logits, start, size, best, scale, top_k, top_p):  # type: ignore[
         count = min(8 * count, size)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _typical_bounds(logits, start, size, best, scale, least, typical_p):  # type: ignore[no-untyped-def]
     """The smallest and the largest logit of the tokens whose surprise is nearest to the entropy.
 
@@ -195,7 +192,7 @@ def _typical_bounds(logits, start, size, best, scale, least, typical_p):  # type
     return least, MOST
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _bounds(logits, start, masses, distances, furthest):  # type: ignore[no-untyped-def]
     """The smallest and the largest logit of the tokens that have a mass and are no further than `furthest`."""
     least, most = MOST, LEAST
@@ -205,7 +202,7 @@ def _bounds(logits, start, masses, distances, furthest):  # type: ignore[no-unty
     return least, most
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _draw(logits, start, size, best, scale, least, most, number):  # type: ignore[no-untyped-def]
     """The first token at which the cumulated mass exceeds `number` of the whole; and the whole."""
     num_chunks = (size + CHUNK - 1) // CHUNK
@@ -235,7 +232,7 @@ def _draw(logits, start, size, best, scale, least, most, number):  # type: ignor
     return chosen, total
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _nth_best(logits, start, size, count, least, most):  # type: ignore[no-untyped-def]
     """The smallest logit among the `count` best of those that are allowed; never -inf."""
     if most < MOST:
@@ -245,7 +242,7 @@ def _nth_best(logits, start, size, count, least, most):  # type: ignore[no-untyp
     return max(_keep_best(logits, start, size, count)[count - 1], least, LEAST_FINITE)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _sample_row(logits, raw, start, size, wanted, result):  # type: ignore[no-untyped-def]
     best = _largest(logits, start, size)
     result.is_finite = np.isfinite(best)
@@ -285,13 +282,13 @@ def _sample_row(logits, raw, start, size, wanted, result):  # type: ignore[no-un
             result.num_listed += result.least <= logits[i] <= most
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _sample_rows(logits, raw, size, wanted, results):  # type: ignore[no-untyped-def]
     for row in prange(len(wanted)):
         _sample_row(logits, raw, row * size, size, wanted[row], results[row])
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _list_rows(logits, raw, size, wanted, results, ends, token_ids, logprobs):  # type: ignore[no-untyped-def]
     """Write the top tokens of each row to the places before its end, the best first."""
     for row in prange(len(wanted)):

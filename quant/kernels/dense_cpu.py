@@ -8,12 +8,11 @@ the widened copy of the weights that MKL would need (docs/architecture.md has th
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
+from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.simd import LANES, fma, load, prefetch, sum_lanes, zeros
 
 TILE_OUTPUTS = 12
@@ -22,8 +21,6 @@ LONG_STREAM = 2048
 """From this many inputs on the processor's own prefetching is 10 % faster than ours, which evicts what is in use."""
 ROW_BLOCK_BYTES = 1 << 18
 """Activations that stay in the L2 cache while a thread walks over its weights."""
-
-FAST = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
 
 @njit(inline="always")
@@ -167,24 +164,6 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ign
         first_n = item % num_tiles * TILE_OUTPUTS
         last_n = min(n_size, first_n + TILE_OUTPUTS)
         multiply_tile(x, w, first_n * k_size, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
-
-
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-
-
-def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """The memory of a contiguous tensor as a flat array the kernels can load: 16-bit floats as their bits. No copy."""
-    bits = _BITS.get(tensor.dtype)
-    return (tensor if bits is None else tensor.view(bits)).numpy().reshape(-1)
-
-
-def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
-    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array.
-
-    NumPy makes it in half the time that torch takes, and asks for huge pages where it is large.
-    """
-    array = np.empty((num_rows, size), np.float32)
-    return torch.from_numpy(array), array.reshape(-1)
 
 
 class DenseCpu:

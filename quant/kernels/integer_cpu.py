@@ -15,7 +15,7 @@ import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.dense_cpu import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,

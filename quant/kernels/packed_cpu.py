@@ -17,7 +17,8 @@ import torch
 from numba import config, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.dense_cpu import FAST, ROW_BLOCK_BYTES, TILE_OUTPUTS, flat_view, multiply_tile, new_output
+from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, multiply_tile
 from quant.kernels.simd import (
     LANES,
     fma,

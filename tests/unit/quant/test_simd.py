@@ -12,7 +12,7 @@ import torch
 from numba import njit
 
 from quant.kernels import simd
-from quant.kernels.dense_cpu import flat_view
+from quant.kernels.arrays import flat_view
 
 Floats = npt.NDArray[np.float32]
 EDGES = [0.0, -0.0, 1.0, -1.5, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan]
