@@ -43,7 +43,10 @@ def main() -> None:
 
 
 def serve(config: EngineConfig) -> int:
-    """Serve as the rank that torchrun's variables say; the exit code of a follower, or of who has lost a rank."""
+    """Serve as the rank that torchrun's variables name.
+
+    Returns the exit code of a follower that ends in good order, or of any rank that has lost another one.
+    """
     from engine.ranks import Ranks
     from engine.start import start_follower
     from parallel.state import RankLostError
@@ -53,10 +56,10 @@ def serve(config: EngineConfig) -> int:
     if world.size == 1:
         lead(config, None)
     try:
-        meeting = meet(world, config.listen_fd)
+        rendezvous = meet(world, config.listen_fd)
     except (RendezvousError, RankLostError) as error:
         raise StartError(str(error)) from error
-    ranks = Ranks(meeting, config.shard_timeout_s)
+    ranks = Ranks(rendezvous, config.shard_timeout_s)
     try:
         if world.rank == 0:
             signal.signal(signal.SIGTERM, lambda number, frame: break_off(ranks))
@@ -74,7 +77,7 @@ def serve(config: EngineConfig) -> int:
         ranks.tell(str(error))
         if world.local_rank == 0:
             raise
-        return RANK_LOST_EXIT_CODE  # the first rank here finds the same, or is told
+        return RANK_LOST_EXIT_CODE  # the first rank of this host has the same error, or hears of it
     except Exception as error:
         ranks.tell(f"rank {world.rank} failed: {error!r}")
         raise
@@ -103,15 +106,18 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
 
 
 def break_off(ranks: Ranks) -> NoReturn:
-    """End while starting: a follower that is ready already would take it for a failure."""
+    """End while starting, in good order: a follower that is ready would take the end for a failure."""
     ranks.end()
     logging.shutdown()
     os._exit(0)
 
 
 def ignore_signals() -> None:
-    """Loading can be broken off at any point. From then on the end is the socket's: a service manager sends SIGTERM to
-    every process at once, and requests that are running or still arriving must reach their end."""
+    """Leave the end to the socket from now on; while it loads, a signal ends a rank at any point.
+
+    A service manager sends SIGTERM to every process at once, and requests that are running or still arriving must reach
+    their end.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -31,14 +31,13 @@ from quant.dense import DenseMethod
 
 logger = logging.getLogger(__name__)
 
-
 ALONE = ParallelState()
 
 
 def choose_quantization(
     config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
 ) -> Quantization:
-    """How each matrix of the folder's model is stored and runs. Raises StartError."""
+    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError."""
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
@@ -56,7 +55,10 @@ def build_model(
     quantization: Quantization | None = None,
     parallel: ParallelState = ALONE,
 ) -> CausalLM:
-    """The model of a folder, this rank's part of the weights on the device; by default as the checkpoint says."""
+    """The model of a folder with this rank's part of the weights on the device.
+
+    `quantization` None: as the checkpoint says. Raises StartError.
+    """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
     load_weights(model, folder, device.torch_device, parallel.size)
@@ -72,7 +74,7 @@ def make_model(
 ) -> CausalLM:
     """The rank's part of the model that config.json describes, without weights.
 
-    Raises StartError for what isn't supported.
+    Raises StartError for a config.json that isn't supported or can't be cut for so many ranks.
     """
     model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
     context = ModelContext(
@@ -82,27 +84,23 @@ def make_model(
         activation_dtype=activation_dtype,
         device=device.torch_device,
     )
-
-    def make(size: int) -> None:
-        for rank in range(size):
-            model_class(config, dataclasses.replace(context, parallel=ParallelState(rank, size)))
-
     try:
         model: CausalLM = model_class(config, context)
     except SplitError as error:
-        fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(make, size)]
+        fitting = [str(size) for size in range(1, parallel.size) if _is_splittable(model_class, config, context, size)]
         fix = f"start with --num-shard {' or '.join(fitting)}" if fitting else "correct config.json"
         raise StartError(f"the model can't be cut for {parallel.size} shards: {error}: {fix}") from error
     except FormatError as error:
         raise StartError(str(error)) from error
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # what no check foresaw
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # no check foresaw it
         raise StartError(f"config.json can't be used ({error!r}): fetch the model again") from error
     return model
 
 
-def _is_splittable(make: Callable[[int], None], size: int) -> bool:
+def _is_splittable(model_class: type[CausalLM], config: dict[str, Any], context: ModelContext, num_shards: int) -> bool:
     try:
-        make(size)
+        for rank in range(num_shards):
+            model_class(config, dataclasses.replace(context, parallel=ParallelState(rank, num_shards)))
     except SplitError:
         return False
     return True

@@ -47,8 +47,8 @@ def main() -> None:
     prepare_environment(os.environ)
     args = build_parser(os.environ).parse_args()
     configure_logging(args.logger_level, args.process, is_json=args.json_output)
-    # As Ctrl-C does it: the library then removes the file it was writing. As process 1 of a container we would not
-    # even get a signal without a handler.
+    # SIGTERM acts as Ctrl-C: the library then removes the file it was writing. Process 1 of a container would not even
+    # get the signal without a handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if getattr(args, "lifeline", False):
         exit_when_closed(sys.stdin.fileno(), logger.error)
@@ -75,9 +75,9 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
         environ["HF_HUB_CACHE"] = environ["HUGGINGFACE_HUB_CACHE"]
     if "HF_API_TOKEN" in environ:
         environ.setdefault("HF_TOKEN", environ["HF_API_TOKEN"])
-    # TGI's images set it. The library would only warn that it does nothing any more.
+    # TGI's images set this one. The library would only warn that it does nothing any more.
     environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
-    # It would ask the Hub for a list of coding agents first, in order to tell which one runs it.
+    # The library would ask the Hub for a list of coding agents first, in order to tell which one runs it.
     environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
@@ -131,7 +131,7 @@ def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     for name, (default, help_text) in switches.items():
         action = argparse.BooleanOptionalAction
         download.add_argument(f"--{name}", action=action, default=default, help=help_text)
-    # The launcher's: the end of standard input is the launcher's end. By hand it may be closed from the start.
+    # Only the launcher gives this: the end of standard input is its end. By hand it may be closed from the start.
     download.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -167,7 +167,7 @@ def download_weights(args: argparse.Namespace) -> Path:
         )
     if args.merge_lora:
         logger.warning("--merge-lora has no effect: adapters are not supported")
-    from engine.checkpoint.hub import download_model  # not before the environment is settled
+    from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
     return download_model(args.model_id, args.revision or None)
 
@@ -175,10 +175,10 @@ def download_weights(args: argparse.Namespace) -> Path:
 def quantize_model(args: argparse.Namespace) -> Path:
     """The folder that was written. Raises StartError."""
     options = quantize_options.read_options(args)
-    # As the launcher does for an engine: with the same kernel cache nothing that is there is compiled again.
+    # The launcher does the same for an engine: with its kernel cache nothing is compiled again.
     os.environ.update(engine_environment(len(os.sched_getaffinity(0)), dict(os.environ)))
     from engine.quantize.quantize import (
-        quantize,  # not before the environment is settled, and not for --help: it loads torch
+        quantize,  # it reads the environment when it is imported, and loads torch, which --help can do without
     )
 
     return quantize(options)

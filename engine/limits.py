@@ -22,7 +22,7 @@ SUGGESTED_SHARE = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryNeeds:
-    """What a model takes, in bytes."""
+    """Memory that a model takes, in bytes."""
 
     weights: int
     per_block: int
@@ -36,7 +36,7 @@ class MemoryNeeds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelWindow:
-    """How many tokens a sequence of the model may have."""
+    """Tokens that a sequence of the model may have at most."""
 
     max_position_embeddings: int
     max_window: int
@@ -55,7 +55,7 @@ class EngineLimits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What an engine allocates and allows."""
+    """The blocks that an engine allocates, and the limits within which it serves."""
 
     num_blocks: int
     limits: EngineLimits
@@ -116,8 +116,8 @@ def plan_kv_blocks(
 ) -> int:
     """KV blocks that the flags ask for, or that fit. Raises StartError when they don't fit, with a value that would.
 
-    `free_bytes` is counted before the weights are there. `has_default_cap`: take no more than one window or
-    `DEFAULT_KV_TOKENS` without being asked, as others use this memory too.
+    `free_bytes` is counted before the weights are there. With `has_default_cap` no more than one window or
+    `DEFAULT_KV_TOKENS` is taken unless a flag asks for more, as other programs use this memory too.
     """
     available = int((free_bytes - needs.weights) * config.kv_memory_share)
     max_blocks = available // needs.per_block
@@ -204,7 +204,7 @@ def _resolve_prefill_tokens(config: EngineConfig, max_position_embeddings: int, 
 def plan_prefill_tokens(
     num_tokens: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_asked: bool
 ) -> int:
-    """Tokens per step whose activations fit beside weights and KV cache, at most `num_tokens`.
+    """Tokens of a step whose activations fit beside weights and KV cache, at most `num_tokens`.
 
     Raises StartError when the user asked for more (`is_asked`); otherwise fewer are taken, with a warning.
     """

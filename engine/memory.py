@@ -1,4 +1,4 @@
-"""How much memory of the host this process can still use, and giving back what it no longer uses. No torch.
+"""The memory of the host that this process can still use, and giving back what it has freed. No torch.
 
 Free memory of a host is the kernel's MemAvailable, cut by what the control groups of this process (v2, or v1's memory
 controller; a container's `--memory`) leave. Page cache counts as free: the kernel gives it back.

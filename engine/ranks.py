@@ -36,15 +36,14 @@ from parallel.world import Peer, Rendezvous
 logger = logging.getLogger(__name__)
 
 LAST_EVENTS_S = 1.0
-"""What rank 0's main thread has to end the open requests, once a rank is lost, before the process ends anyway."""
+"""Time that rank 0's main thread gets to end the open requests, once a rank is lost, before the process ends."""
 SAME_REASON_S = 1.0
-"""How long a rank that is starting may take to find by itself what another one has ended for."""
+"""Time that a starting rank gets to find by itself the reason for which another rank has ended."""
 CAUSE_S = 2.0
-"""How long a rank whose collective failed waits for the pulse to say why."""
+"""Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
-
-OWN_SETTINGS = ("model_path", "num_threads", "socket_fd", "listen_fd", "log_level", "is_json_output")
-"""What each rank may have for itself."""
+SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd log_level is_json_output".split()
+"""Fields of `EngineConfig` in which ranks may differ."""
 
 
 class StopFollowing(msgspec.Struct, frozen=True, tag="stop"):
@@ -57,27 +56,27 @@ _decode: Callable[[bytes], Decision] = msgspec.msgpack.Decoder(Decision).decode
 
 
 class Ranks:
-    """This process among the ranks: the state for the layers, the control sockets, the watch over the others."""
+    """This process among the ranks: the state for the layers, the control sockets, the heartbeat of the others."""
 
-    def __init__(self, meeting: Rendezvous, timeout_s: float) -> None:
-        self.world = meeting.world
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        self.world = rendezvous.world
+        self.state = ParallelState(rendezvous.world.rank, rendezvous.world.size)
         self._timeout_s = timeout_s
-        self.meeting = meeting
-        self.state = ParallelState(meeting.world.rank, meeting.world.size)
+        self._rendezvous = rendezvous
         self._is_serving = False
         self._cause: str | None = None
         self._is_lost = threading.Event()
         self._report_lock = threading.Lock()
         self._is_reported = False
-        self._pulse = Heartbeat(meeting.peers, timeout_s, self._on_lost)
+        self._heartbeat = Heartbeat(rendezvous.peers, timeout_s, self._on_lost)
 
     @property
     def peers(self) -> list[Peer]:
-        return self.meeting.peers
+        return self._rendezvous.peers
 
     def connect(self, device: torch.device, config: EngineConfig) -> None:
         """Make the collectives. Raises StartError where another host was started with other flags or another model."""
-        fingerprints = self.meeting.exchange(_fingerprint(config))
+        fingerprints = self._rendezvous.exchange(_fingerprint(config))
         for rank, other in enumerate(fingerprints):
             differing = [name for name, value in fingerprints[0].items() if other.get(name) != value]
             if differing:
@@ -87,26 +86,28 @@ class Ranks:
                     "start every host with the same flags, model and version"
                 )
         collectives = make_collectives(
-            self.meeting, device, config.num_threads, may_share_memory=config.may_share_memory
+            self._rendezvous, device, config.num_threads, may_share_memory=config.may_share_memory
         )
         self.state = dataclasses.replace(self.state, collectives=collectives)
 
     def wait_for_all(self) -> None:
-        self.meeting.exchange(None)
+        """Return once every rank has called this."""
+        self._rendezvous.exchange(None)
 
     def tightest(self, needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
-        """The most that any rank needs, the least that any has."""
-        sent = self.meeting.exchange([dataclasses.asdict(needs), free_bytes])
-        most = {name: max(other[name] for other, _ in sent) for name in sent[0][0]}
-        return MemoryNeeds(**most), min(free for _, free in sent)
+        """The largest needs of any rank, and the smallest number of free bytes."""
+        all_ranks = self._rendezvous.exchange([dataclasses.asdict(needs), free_bytes])
+        max_needs = {name: max(other[name] for other, _ in all_ranks) for name in all_ranks[0][0]}
+        return MemoryNeeds(**max_needs), min(free for _, free in all_ranks)
 
     def start_serving(self) -> None:
-        """From now on nobody may be late by more than the timeout: no rank loads or compiles any more."""
+        """Hold every rank to the timeout from now on: none loads or compiles any more."""
         assert self.state.collectives is not None
         self.state.collectives.timeout_s = self._timeout_s
         self._is_serving = True
 
     def describe(self) -> str:
+        """A line for the summary of the start."""
         assert self.state.collectives is not None
         hosts = len({peer.host for peer in self.peers} | {self.world.address})
         return (
@@ -120,16 +121,16 @@ class Ranks:
             raise RankLostError(self._cause)
 
     def explain(self, error: RankLostError) -> RankLostError:
-        """The error with the cause that the pulse has noticed meanwhile, if it does so within `CAUSE_S`."""
+        """The error with the cause that the heartbeat has noticed, if it does so within `CAUSE_S`."""
         self._is_lost.wait(CAUSE_S)
         return error if self._cause is None else RankLostError(self._cause)
 
     def tell(self, sentence: str) -> None:
-        """Why this rank ends."""
-        self._pulse.tell(sentence)
+        """Tell the other ranks why this one ends."""
+        self._heartbeat.tell(sentence)
 
     def report(self, cause: str) -> None:
-        """Log why this rank ends: once, and on one rank of each host. Where rank 0 is lost, the next one speaks."""
+        """Log why this rank ends: once, and on one rank of each host. Where rank 0 is lost, rank 1 logs it, too."""
         is_speaker = self.world.local_rank == 0 or (self.world.rank == 1 and cause.startswith("rank 0 "))
         with self._report_lock:
             if is_speaker and not self._is_reported:
@@ -138,13 +139,13 @@ class Ranks:
 
     def end(self) -> None:
         """Let the followers end in good order."""
-        self._pulse.end()
+        self._heartbeat.end()
         for peer in self.peers:
             _send(peer.control, StopFollowing())
 
     def _on_lost(self, cause: str) -> None:
-        """On the pulse's thread: the main one may be anywhere, deep in a kernel or in a collective that never ends."""
-        if not self._is_serving:  # mostly for a reason that this rank is about to find, too
+        """End this process. Runs on the heartbeat's thread: the main one may be in a collective that never ends."""
+        if not self._is_serving:  # the other rank has mostly ended for a reason that this one is about to find, too
             time.sleep(SAME_REASON_S)
         self._cause = cause
         self._is_lost.set()
@@ -185,14 +186,14 @@ class Leader:
 
 
 class Follower:
-    """Any other rank."""
+    """The runner of any other rank."""
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
         self._runner = runner
         self._ranks = ranks
 
     def serve(self) -> None:
-        """Compute what rank 0 decides until it ends in good order. Raises RankLostError."""
+        """Run the steps that rank 0 decides until it ends in good order. Raises RankLostError."""
         try:
             for decision in _decisions(self._ranks.peers[0].control):
                 if isinstance(decision, StopFollowing):
@@ -217,9 +218,9 @@ def _decisions(control: socket.socket) -> Iterator[Decision]:
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, str]:
-    """What must be equal on every rank, by what a person calls it."""
+    """Everything that must be equal on every rank, by the name that a user knows it by."""
     settings = {name.replace("_", "-"): str(value) for name, value in dataclasses.asdict(config).items()}
-    for name in OWN_SETTINGS:
+    for name in SETTINGS_OF_EACH_RANK:
         del settings[name.replace("_", "-")]
     folder = Path(config.model_path)
     digest = hashlib.blake2b(digest_size=8)

@@ -1,4 +1,4 @@
-"""What a model folder says about itself in JSON: config.json, its quantisation, end-of-sequence ids."""
+"""The JSON files of a model's folder: config.json, the quantisation, the end-of-sequence ids."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A model -> a local folder: a folder as it is, a snapshot in the Hub's cache, or a download into that cache.
 
-Fetched are safetensors weights, configuration and tokenizer, never pickled weights or code. huggingface_hub reads its
+Safetensors weights, configuration and tokenizer are fetched, never pickled weights or code. huggingface_hub reads its
 environment variables when it is imported: engine.cli puts them in order before it imports this module.
 """
 
@@ -44,17 +44,17 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth")
 OTHERS = (".json", ".txt", ".jinja")
-"""Configuration, tokenizer and chat templates."""
+"""Endings of configuration, tokenizer and chat templates."""
 NO_WEIGHTS = ("arguments", "args", "training")
-"""A weight file with one of these in its name holds no weights (TGI's rule)."""
+"""A file with one of these words in its name holds no weights, as in TGI."""
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0
-"""Before the second try; each further pause is twice as long."""
+"""Pause before the second try; each further one is twice as long."""
 API_TIMEOUT_S = 30.0
 PROGRESS_S = 5.0
 LEFTOVER_S = 3600.0
-"""A temporary file that nobody wrote to for so long is of a download that was killed."""
+"""Age at which a temporary file is taken for the rest of a download that was killed."""
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def upload_model(folder: Path, model_id: str) -> None:
 
 
 def _is_hub_id(model_id: str) -> bool:
-    """Whether the Hub could have it; `./name` and `/name` are folders only."""
+    """Whether the Hub could have a model of that id; `./name` and `/name` are folders only."""
     try:
         validate_repo_id(model_id)
     except HFValidationError:
@@ -131,7 +131,7 @@ def _cached(model_id: str, revision: str | None) -> Path | None:
 
 
 def _check_whole(folder: Path) -> None:
-    """Raise StartError if something is missing or cut off; of the weights only the headers are read."""
+    """Raise StartError if a file is missing or cut off; only the headers of the weights are read."""
     read_model_config(folder)
     for path in safetensors_files(folder):
         if reason := damage(path):
@@ -168,7 +168,7 @@ def _is_weight(name: str) -> bool:
 
 
 def _fetched(model_id: str, revision: str | None) -> Path:
-    """Fetch what the cache lacks. The weights come last, so that a snapshot with all of them has the rest too."""
+    """Fetch the files that the cache lacks, the weights last: a snapshot with all of them has the rest too."""
     _check_may_fetch(model_id)
     _relay_library_log()
     _remove_leftovers(model_id)
@@ -239,7 +239,7 @@ def _persistently(fetch: Callable[[], T]) -> T:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the library means by `not in the cache either`."""
+    """The error behind the library's `not in the cache either`."""
     return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
 
 
@@ -273,11 +273,11 @@ SENTENCES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...]
     (DisabledRepoError, "{model} was disabled by the Hub: choose another model"),
     ((FileMetadataError, json.JSONDecodeError), "{hub} does not answer as a Hub does: check HF_ENDPOINT and the proxy"),
 )
-"""The first that fits is said."""
+"""Kind of error -> its sentence; the first kind that fits counts."""
 
 
 def _sentence(error: BaseException, model_id: str, revision: str | None) -> str:
-    """What went wrong, and the mend."""
+    """A sentence that says what went wrong and names the fix."""
     hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
     for kind, sentence in SENTENCES:
         if isinstance(error, kind):
@@ -299,12 +299,12 @@ def _sentence(error: BaseException, model_id: str, revision: str | None) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks, and without what follows `?` in an address: that may be a signature."""
+    """The text without line breaks, and addresses without the part after `?`, which may be a signature."""
     return re.sub(r"\?\S+", "", " ".join(text.split()))
 
 
 class _LogRelay(logging.Handler):
-    """What the library logs as lines of ours."""
+    """Logs the library's records as lines of ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger.log(record.levelno, "%s", _one_line(record.getMessage()))
@@ -312,9 +312,9 @@ class _LogRelay(logging.Handler):
 
 def _relay_library_log() -> None:
     library = logging.getLogger("huggingface_hub")
-    library.handlers = [_LogRelay()]  # in place of its own, which writes plain text to stderr
+    library.handlers = [_LogRelay()]  # in place of the library's, which writes plain text to stderr
     library.propagate = False
-    library.setLevel(logging.INFO)  # there it says that it waits for another process that fetches the same file
+    library.setLevel(logging.INFO)  # at this level it says that it waits for another process that fetches the file
 
 
 def _repository(model_id: str) -> Path:
@@ -337,7 +337,7 @@ def _remove_leftovers(model_id: str) -> None:
 
 
 class _Progress(tqdm):
-    """In place of the library's progress bar: a log line every few seconds."""
+    """A log line every few seconds in place of the library's progress bar."""
 
     monitor_interval = 0  # no thread
 

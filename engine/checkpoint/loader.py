@@ -1,5 +1,5 @@
-"""Weights -> the layers of a model. What a layer can use in place is not copied, and of what it needs a part of only
-that part is read.
+"""Weights -> the layers of a model. Tensors that a layer can use in place are not copied, and only the part of a tensor
+that a layer needs is read.
 
 Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
 second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
@@ -35,7 +35,7 @@ TORCH_DTYPES = {
 def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
     """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
 
-    `num_shards`: the layers take about one of so many parts.
+    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by.
     """
     layers, weights = model.checkpoint_layers(), open_weights(folder)
     names = [name for name in weights.names if not model.is_ignored(name)]
@@ -46,7 +46,7 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
             tensor = _load_tensor(weights, name, layers)
             if tensor.is_floating_point():
                 checks.append(checker.submit(_refuse_non_finite, weights.file(name), name, tensor))
-            progress.add(tensor.nbytes)
+            progress.add_bytes(tensor.nbytes)
     for check in checks:
         check.result()
     for prefix, (layer, part) in layers.items():
@@ -65,7 +65,7 @@ def _decides_cut(name: str, layers: CheckpointLayers) -> bool:
 
 
 def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers) -> torch.Tensor:
-    """Hand a tensor to its layer; returns what of it the layer needs. Raises StartError."""
+    """Hand a tensor to its layer; returns the part that the layer needs. Raises StartError."""
     prefix, _, leaf = name.rpartition(".")
     file_name = weights.file(name).name
     if prefix not in layers:
@@ -104,16 +104,16 @@ def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 class _Progress:
-    """Logs how much is loaded, at most once a second."""
+    """Logs how many bytes are loaded, at most once a second."""
 
     def __init__(self, total_bytes: int) -> None:
         self._total = max(total_bytes, 1)
         self._done = 0
         self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
 
-    def add(self, num_bytes: int) -> None:
+    def add_bytes(self, num_bytes: int) -> None:
         self._done += num_bytes
         if time.monotonic() >= self._next_time:
             self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
-            share = 100 * self._done / self._total
-            logger.info("Loading weights: %.0f %% of %.2f GB", share, self._total / 1e9)
+            percent = 100 * self._done / self._total
+            logger.info("Loading weights: %.0f %% of %.2f GB", percent, self._total / 1e9)

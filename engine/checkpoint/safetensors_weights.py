@@ -1,6 +1,6 @@
 """Weights in safetensors files; the only module that opens them. Importing it loads no torch.
 
-Files are memory-mapped, and of what is cut out of a tensor only that part is read.
+Files are memory-mapped, and only the part of a tensor that is asked for is read.
 """
 
 from __future__ import annotations

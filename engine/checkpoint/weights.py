@@ -36,10 +36,10 @@ class WeightSource(Protocol):
         """The stored dtype in the words of safetensors: `F32`, `BF16`, `I32`."""
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
-        """What `index` cuts out of the tensor, in the stored dtype; all of it by default.
+        """The part of the tensor that `index` cuts out, in the stored dtype; all of it by default.
 
-        `is_kept`: the caller uses the tensor's memory from now on, which may be the file's. Otherwise the caller drops
-        it soon, and a source sees to it that what was read does not count as memory of this process for long.
+        With `is_kept` the caller goes on to use the tensor's memory, which may be the file's. Otherwise it drops the
+        tensor soon, and the source sees to it that the pages read do not count as memory of this process for long.
         """
 
 

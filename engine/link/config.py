@@ -11,49 +11,56 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What one engine rank needs to know; made by the launcher, handed over as JSON."""
+    """Everything that one engine rank is told; the launcher makes it and hands it over as JSON."""
 
     model_path: str
     """Local folder with config.json and safetensors files."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
     quantize: str | None = None
-    """Key of `quant.config.FORMATS` or `ON_LOAD`; None: as the checkpoint says."""
+    """Key of `quant.config.FORMATS` or `ON_LOAD`; None: the format that the checkpoint names."""
     quantize_head: str | None = None
     """`none` or a key of `quant.config.ON_LOAD`; None: int8 where the rest is quantised, unless dtype is float32."""
     rope_scaling: str | None = None
-    """Key of `engine.layers.rope.ROPE_TYPES`, in place of what config.json says."""
+    """Key of `engine.layers.rope.ROPE_TYPES`, in place of config.json's; None: config.json's."""
     rope_factor: float | None = None
-    """Alone it means `linear`; `rope_scaling` without it has factor 1."""
+    """A factor alone means `linear`; `rope_scaling` without a factor has factor 1."""
     max_input_tokens: int | None = None
+    """Longest prompt; None: one token less than `max_total_tokens`."""
     max_total_tokens: int | None = None
+    """Longest sequence, prompt and output together; None: the model's window, or the KV capacity if that is less."""
     max_batch_prefill_tokens: int | None = None
+    """Tokens that one step computes at most; None: `engine.limits` has the default."""
     max_batch_total_tokens: int | None = None
-    """KV capacity in tokens; None: from the free memory."""
+    """KV capacity in tokens; None: it follows from the free memory."""
     max_batch_size: int | None = None
-    """Most sequences that run at a time."""
+    """Sequences that run at a time at most; None: as many as fit."""
     memory_fraction: float = 1.0
-    """Share of the device's free memory that may be used."""
+    """Part of the device's free memory that may be used."""
     kv_memory_share: float = 0.8
-    """Share of what is left once the weights are there that the KV cache may take."""
+    """Part of the memory left beside the weights that the KV cache may take."""
     is_prefix_caching: bool = True
+    """Whether a prompt reuses the KV blocks of an earlier one that begins alike."""
     max_draft_tokens: int = 0
-    """Longest draft of speculation; 0: none is made."""
+    """Longest draft of speculation; 0: there is no speculation."""
     watermark_gamma: float = 0.5
-    """Share of the vocabulary on the watermark's green list."""
+    """Part of the vocabulary on the watermark's green list."""
     watermark_delta: float = 2.0
-    """What the logits of that list get."""
+    """Number that is added to the logits of the green list."""
     shard_timeout_s: float = 15.0
-    """How long another rank may be silent, or late in a step."""
+    """Longest time that another rank may be silent, or late in a step."""
     may_share_memory: bool = True
     """Whether ranks of one host's CPU may use shared memory; False: gloo, for comparison."""
     listen_fd: int | None = None
-    """Rank 0's inherited socket that listens where the ranks meet; None: it makes one if there are others."""
+    """Rank 0's inherited socket that listens at the ranks' address; None: it makes one if there are other ranks."""
     num_threads: int = 1
+    """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None
-    """Inherited end of the socket pair to the HTTP process."""
+    """Inherited end of the socket pair to the HTTP process; None on other ranks than 0."""
     log_level: str = "info"
+    """A filter as `engine.link.logs.parse_log_filter` reads it."""
     is_json_output: bool = False
+    """Whether log lines are JSON objects."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -64,4 +71,4 @@ class EngineConfig:
 
 
 MAX_LEXER_STATES = 20_000
-"""Of each grammar, in both processes; a state takes 1 or 2 kB, and llguidance's own default is 250,000."""
+"""States of one grammar's lexer, in both processes; a state takes 1 or 2 kB, and llguidance's default is 250,000."""

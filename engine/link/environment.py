@@ -1,4 +1,4 @@
-"""What an engine process must find when it starts: variables that libraries read on import, and the cache folder."""
+"""Variables that an engine process must be started with, since libraries read them on import, and the cache folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ logger = logging.getLogger(__name__)
 def user_cache_dir(environ: dict[str, str]) -> Path:
     """`pytgi` under the user's cache folder; where that cannot be written, a new temporary folder and a warning.
 
-    The temporary one is removed when this process ends. Raises StartError when none can be made.
-
-    The temporary folder's name cannot be guessed: Numba's cache is pickled, whoever can write it can run code as us.
+    The temporary one is removed when this process ends. Its name cannot be guessed: Numba's cache is pickled, and a
+    user who can write it can run code as us. Raises StartError when no folder can be made.
     """
     try:
         base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
@@ -39,13 +38,13 @@ def user_cache_dir(environ: dict[str, str]) -> Path:
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
-    """Variables an engine process must be started with: libraries read them when they are first imported.
+    """Variables that the user has not set and an engine process needs before its libraries are first imported.
 
-    What the user has set wins. Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and
-    dies of concurrent calls (design section 5); it needs libgomp, which `engine.start` checks. libgomp's threads spin a
-    short while between two regions, then sleep: with its default of milliseconds, one busy neighbour on 2 cores makes
-    decoding ten times slower (43 ms per token became 500), with this about twice. torch is told to ask for huge pages:
-    weights are read up to 10 % faster through them than through 4 KB pages. Its store warns of hosts without a name.
+    Numba's `omp` layer starts a parallel region in 5 us where `workqueue` takes 60 and dies of concurrent calls; it
+    needs libgomp, which `engine.start` checks. libgomp's threads spin a short while between two regions, then sleep:
+    with its default of milliseconds, one busy neighbour on 2 cores makes decoding ten times slower (43 ms per token
+    became 500), with this about twice. torch asks for huge pages: weights are read up to 10 % faster through them than
+    through 4 KB pages. Its log level silences the store's warnings of hosts without a name.
     """
     defaults = {
         "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
@@ -72,7 +71,7 @@ KERNEL_SOURCES = (
 
 
 def _kernel_version() -> str:
-    """A hash of all kernel sources: Numba's own cache looks only at the file of the kernel, not at what it inlines."""
+    """A hash of all kernel sources: Numba's cache looks only at the file of a kernel, not at functions it inlines."""
     root = Path(__file__).parents[2]
     digest = hashlib.blake2b(digest_size=8)
     for pattern in KERNEL_SOURCES:

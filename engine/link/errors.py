@@ -1,7 +1,7 @@
-"""What can go wrong in the engine, for the engine and for those who talk to it.
+"""The errors of the engine, for the engine itself and for the HTTP process.
 
 EngineError
- ├─ StartError        the engine cannot start: one sentence that names the mend; exit code 1, no traceback
+ ├─ StartError        the engine cannot start: one sentence that names the fix; exit code 1, no traceback
  ├─ GenerationError   one request failed, the others go on
  ├─ EngineDeadError   the engine process is gone; every open request fails
  └─ EngineHungError   the engine process is there but says nothing; every open request fails

@@ -1,8 +1,8 @@
 """Length-prefixed MessagePack frames over the inherited socket pair between the HTTP process and the engine.
 
 A frame is a 4-byte big-endian length and one encoded message of `engine.link.messages`. The engine's end never blocks:
-what the reader has not taken yet waits in one pending buffer, and later tokens of the same request are merged into it,
-so that the buffer is bounded by the tokens of the open requests.
+frames that the reader has not taken yet wait in one pending buffer, and later tokens of the same request are merged
+into it, so that the buffer is bounded by the tokens of the open requests.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class EngineEndpoint:
         os.close(self._wake_fd)
 
     def wake(self) -> None:
-        """From any thread: let `receive` return now, or at once when it is next called."""
+        """Let `receive` return now, or at once when it is next called; any thread may call this."""
         os.eventfd_write(self._wake_fd, 1)
 
     def receive(self, timeout_s: float) -> list[Down]:
-        """What has arrived, waiting at most `timeout_s` for the first message or for `wake`.
+        """The messages that have arrived, after waiting at most `timeout_s` for the first one or for `wake`.
 
-        Raises EOFError without a peer, once everything has been received that it had sent before.
+        Raises EOFError without a peer, once everything has been received that the peer had sent before.
         """
         fd = self._sock.fileno()
         readable, writable, _ = select.select([fd, self._wake_fd], [fd] if self._outbox else [], [], timeout_s)
@@ -139,15 +139,15 @@ class EngineEndpoint:
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return
-        except ConnectionError:  # the reading side tells, after what is still to be read
+        except ConnectionError:  # `receive` raises EOFError, once it has read the rest
             self._outbox = memoryview(b"")
 
 
 def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:
     """Watch the lifeline `fd` on a thread: at its end (the launcher is gone) end this process at once.
 
-    A thread and `os._exit`, because the main thread may be deep in a kernel or in a download. The kernel is told as
-    well: its signal also ends a process that is stopped.
+    It takes a thread and `os._exit`, because the main thread may be deep in a kernel or in a download. Linux is asked
+    for a signal as well, which also ends a process that is stopped.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

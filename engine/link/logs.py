@@ -1,7 +1,7 @@
-"""Log lines of every process: for people, or one JSON object per line (reference `tgi-http.md` 7.4). Standard library.
+"""Log lines of every process: for people, or one JSON object per line as in TGI. Standard library only.
 
-A record may carry fields of its own, `logger.info("Success", extra={"span": {"name": "generate", ...}})`: JSON has
-them under `span`, and in `spans` after those of `outer_spans`; the human line ends in `key="value"` pairs.
+A record may carry more fields, `logger.info("Success", extra={"span": {"name": "generate", ...}})`: JSON has them under
+`span`, and in `spans` after those of `outer_spans`; the human line ends in `key="value"` pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TARGETS = {
     "text_generation_router": "server",
     "text_generation_server": "engine",
 }
-"""What TGI's modules are called in LOG_LEVEL, and our loggers."""
+"""Name of a TGI module in LOG_LEVEL -> our logger."""
 
 LEVELS = {
     "trace": logging.DEBUG,
@@ -38,16 +38,13 @@ LEVEL_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
 COLOURS = {logging.DEBUG: "\033[34m", logging.INFO: "\033[32m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
 STDERR = 2
 CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code != 10} | {10: "\n  "}
-"""A message may quote a request: it can neither colour the log nor begin a line of its own."""
-QUIET_LIBRARIES = (
-    *("numba", "asyncio", "uvicorn", "httpx", "httpcore", "httpx2", "httpcore2"),
-    *("huggingface_hub", "filelock", "urllib3"),
-)
-"""These would drown our own lines, and some of them log whole addresses."""
+"""A message may quote a request; with these replaced it can neither colour the log nor begin a line."""
+QUIET_LIBRARIES = "numba asyncio uvicorn httpx httpcore httpx2 httpcore2 huggingface_hub filelock urllib3".split()
+"""Libraries that would drown our lines; some of them log whole addresses."""
 
 
 def parse_log_filter(text: str) -> dict[str, int]:
-    """`info`, or `warn,text_generation_router=debug`: levels by logger name, "" for all others. Raises ValueError."""
+    """Levels by logger name, "" for all others, of `info` or `warn,text_generation_router=debug`. Raises ValueError."""
     levels = {"": logging.INFO}
     for part in text.lower().split(","):
         target, _, level = part.strip().rpartition("=")
@@ -59,7 +56,7 @@ def parse_log_filter(text: str) -> dict[str, int]:
 
 
 def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -> None:
-    """Write to stderr what `log_filter` (see parse_log_filter) lets through, under the name of this process."""
+    """Write to stderr the lines that `log_filter` (see parse_log_filter) lets through, with the name of the process."""
     handler = PatientHandler()
     handler.setFormatter(JsonFormatter() if is_json else HumanFormatter(process, has_colours=_has_colours()))
     logging.basicConfig(handlers=[handler], force=True)
@@ -71,7 +68,7 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -
 
 
 class PatientHandler(logging.Handler):
-    """Writes to stderr from a thread of its own: a log that nobody reads must not hold up serving or stopping.
+    """Writes to stderr on a thread: a log that nobody reads must not hold up serving or stopping.
 
     Lines beyond `MAX_LINES` unwritten ones are dropped; `flush` waits at most `FLUSH_S`.
     """

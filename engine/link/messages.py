@@ -1,7 +1,7 @@
-"""What crosses the socket between the HTTP process and the engine. No torch, no text: token ids only.
+"""The messages between the HTTP process and the engine. No torch, no text: token ids only.
 
-Every message is a `msgspec` struct, encoded as MessagePack by `engine.link.ipc`. `Down` goes to the engine, `Up` comes
-back.
+Every message is a `msgspec` struct, encoded as MessagePack by `engine.link.ipc`. Messages of `Down` go to the engine,
+those of `Up` come back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended, in the spelling of TGI's wire (reference `tgi-http.md` 3.5)."""
+    """Why a sequence ended, in the spelling of TGI's wire."""
 
     LENGTH = "length"
     EOS_TOKEN = "eos_token"
@@ -20,39 +20,39 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen; every value is validated before it gets here.
+    """The choice of the next token; every value is validated before it gets here.
 
     `seed` is None exactly when decoding is greedy: then nothing is drawn, and temperature and the filters (top-k,
-    top-p, min-p, typical-p) have no effect. The order is that of reference `tgi-http.md` 5.1.
+    top-p, min-p, typical-p) have no effect. Penalties and biases come first, then the temperature, then the filters.
     """
 
     seed: int | None = None
     """Unsigned 64-bit; the same seed gives the same tokens whatever else is in the batch."""
     is_watermarked: bool = False
-    """Reference 5.5."""
+    """Whether the logits of the watermark's green list are raised."""
     repetition_penalty: float = 1.0
-    """Over prompt and output; 1.0 is off."""
+    """Divides or multiplies the logits of tokens in prompt and output; 1.0 is off."""
     relative_frequency_penalty: float = 0.0
-    """TGI's: times the share of the token among prompt and output."""
+    """TGI's penalty: it is taken off times the token's part of prompt and output."""
     frequency_penalty: float = 0.0
-    """OpenAI's: times how often the token is in the output."""
+    """OpenAI's penalty: it is taken off times the number of the token's places in the output."""
     presence_penalty: float = 0.0
-    """OpenAI's: for each token that is in the output."""
+    """OpenAI's penalty: it is taken off once for each token that is in the output."""
     logit_bias: dict[int, float] = {}
-    """Added to the logits of these tokens."""
+    """Token id -> number that is added to its logit."""
     temperature: float = 1.0
     top_k: int = 0
     """0 is off."""
     top_p: float = 1.0
     """1.0 is off."""
     min_p: float = 0.0
-    """Tokens less likely than this share of the likeliest one are dropped; 0.0 is off."""
+    """Tokens less likely than this part of the likeliest one are dropped; 0.0 is off."""
     typical_p: float = 1.0
     """1.0 is off."""
     num_top_tokens: int = 0
-    """How many of the likeliest tokens to report beside the chosen one; ties with the last are reported, too."""
+    """Number of the likeliest tokens to report beside the chosen one; ties with the last are reported, too."""
     is_logprob_filtered: bool = False
-    """Logprobs are of the distribution after all of the above, as TGI has them (5.3); else of the model's own."""
+    """Whether logprobs are of the distribution after all of the above, as in TGI, or of the model's own."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -63,11 +63,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     is_ignoring_eos: bool = False
-    """Only the length or an abort ends it."""
+    """Whether only the length or an abort ends it."""
     has_prompt_logprobs: bool = False
-    """The first event tells the prompt's logprobs; the prefix cache is not read then."""
+    """Whether the first event has the prompt's logprobs; the prefix cache is not read then."""
     grammar: str | None = None
-    """What llguidance reads: the output is held to it."""
+    """The grammar that the output is held to, in llguidance's text; None: any output."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -88,22 +88,22 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: list[float] = []
     """One per token, as `SamplingParams.is_logprob_filtered` says."""
     top_token_ids: list[list[int]] = []
-    """For each token the likeliest ones at its place, the likeliest first; empty unless asked for."""
+    """For each token the likeliest ones at its place, the likeliest first; empty unless the request wants them."""
     top_logprobs: list[list[float]] = []
     prompt_logprobs: list[float] = []
-    """On the first event, if asked for: of each prompt token but the first, by the model's own distribution."""
+    """Logprob of each prompt token but the first, by the model's own distribution; only on the first event."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """Set when the engine could not go on with this request; the text is fit for the user."""
     queue_time_s: float | None = None
-    """On the first event: seconds between arrival and joining a batch."""
+    """Seconds between arrival and joining a batch; only on the first event."""
 
     @property
     def is_terminal(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
     def extend(self, later: TokenEvent) -> None:
-        """Take in a later event of the same request (used while the reader lags)."""
+        """Take in a later event of the same request, while the reader lags."""
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.top_token_ids += later.top_token_ids
@@ -113,30 +113,30 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot after a step."""
+    """A snapshot after a step. Counts of tokens, preemptions and drafts are since the start."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_used_blocks: int = 0
     """KV blocks that some sequence holds; blocks kept only for prefix reuse do not count."""
     num_cached_blocks: int = 0
-    """Blocks nobody holds whose content can still be reused."""
+    """KV blocks that no sequence holds and whose content can still be reused."""
     num_blocks: int = 0
     block_size: int = 0
     num_prefix_hit_tokens: int = 0
-    """Since the start: prompt tokens found in the prefix cache when their sequence first joined a batch."""
+    """Prompt tokens that were in the prefix cache when their sequence first joined a batch."""
     num_preemptions: int = 0
-    """Since the start: sequences that had to give their blocks back and wait again."""
+    """Times that a sequence had to give its blocks back and wait again."""
     num_draft_steps: int = 0
-    """Since the start: how often a sequence had a draft in a step."""
+    """Times that a sequence had a draft in a step."""
     num_drafted_tokens: int = 0
-    """Since the start: tokens that speculation guessed and steps checked."""
+    """Tokens that speculation guessed and steps checked."""
     num_accepted_tokens: int = 0
-    """Of those, the ones that were right."""
+    """Drafted tokens that were right."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine can serve; these are the limits it resolved from the model, the flags and the memory."""
+    """The engine can serve, within the limits that it resolved from the model, the flags and the memory."""
 
     max_input_tokens: int
     max_total_tokens: int
@@ -147,32 +147,32 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class StepReport(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one step computed and how long its parts took, in seconds of the engine's clock; filled while it runs."""
+    """The work of one step and the seconds that its parts took, by the engine's clock; filled while the step runs."""
 
     is_prefill: bool = False
-    """A part of some prompt was computed; otherwise every sequence only lacked its newest token."""
+    """Whether a part of some prompt was computed; otherwise every sequence only lacked its newest token."""
     is_failed: bool = False
-    """The step raised: its times are not known."""
+    """Whether the step raised: its times are not known then."""
     num_sequences: int = 0
     num_admitted: int = 0
-    """Of those, the ones that left the queue for this step."""
+    """Sequences that left the queue for this step."""
     num_draft_hits: list[int] = []
-    """For each sequence that got tokens how many came from its draft."""
+    """For each sequence that got tokens the number of them that came from its draft."""
     total_s: float = 0.0
     schedule_s: float = 0.0
     forward_s: float = 0.0
-    """The model and the sampling."""
+    """Time of the model and the sampling."""
     update_s: float = 0.0
-    """Taking the tokens in, looking for the ends of sequences."""
+    """Time for taking the tokens in and looking for the ends of sequences."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    """One frame per step; sent without events as a heartbeat while idle."""
+    """The outcome of one step; while idle it is sent without events, as a sign of life."""
 
     events: list[TokenEvent]
     stats: EngineStats
     reports: list[StepReport] = []
-    """Of the steps since the last frame: one, or none while idle, or several after the reader has lagged."""
+    """The steps since the last frame: one, or none while idle, or several after the reader has lagged."""
 
 
 Down = GenerationRequest | AbortRequest | Goodbye

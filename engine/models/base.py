@@ -1,4 +1,4 @@
-"""What the runner and the loader need from a model family."""
+"""The protocols between a model family and the runner and the loader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quant.config import Quantization
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What a model is built with: one argument, so that a new family needs no new plumbing."""
+    """Everything that a model is built with beside its config.json, in one argument."""
 
     parallel: ParallelState
     quantization: Quantization
@@ -51,15 +51,16 @@ class CausalLM(Protocol):
     num_layers: int
     max_position_embeddings: int
     activations_per_token: int
-    """Numbers that a forward pass holds at its peak for each token, roughly."""
+    """Numbers that a forward pass holds at its peak for each token of the step, roughly."""
     attention_shape: AttentionShape
-    """This rank's."""
+    """The heads of this rank."""
     rotary: Rotary
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
         """Build this rank's layers from config.json, without weights.
 
-        Raises StartError for what isn't supported, `parallel.partition.SplitError` for what so many ranks can't share.
+        Raises StartError for a model that isn't supported, `parallel.partition.SplitError` for one that can't be cut
+        for so many ranks.
         """
 
     def checkpoint_layers(self) -> CheckpointLayers:
@@ -72,7 +73,7 @@ class CausalLM(Protocol):
         """Set what `forward` attends with; one cache per layer."""
 
     def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size]; rotation: of `rotary.prepare`."""
+        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size]; `rotary.prepare` makes rotation."""
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> [rows, vocab_size] float32 on rank 0, no rows on the others."""

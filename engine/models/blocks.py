@@ -1,4 +1,4 @@
-"""What decoders are built of: attention, gated MLP, the layer around them, and the whole with vocabulary and head.
+"""The blocks of decoders: attention, gated MLP, the layer around them, and the whole with vocabulary and head.
 
 A family is its reading of config.json and its differences: it subclasses `DecoderForCausalLM`, and a block of which it
 has a kind of its own. Tensors are named here as the checkpoints name them.
@@ -134,9 +134,10 @@ class DecoderForCausalLM:
     """A pre-norm decoder; implements `engine.models.base.CausalLM` but for reading config.json."""
 
     attention_class: type[Attention] = Attention
+    """A family whose attention differs names its subclass here."""
 
     def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
-        """Raises SplitError for what so many ranks can't share."""
+        """Raises SplitError for a model that can't be cut for so many ranks."""
         self._context = context
         self.vocab_size = config.vocab_size
         self.num_layers = len(config.windows)

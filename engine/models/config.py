@@ -1,4 +1,4 @@
-"""What decoders say in config.json in the same words: checks and readings that families share."""
+"""Keys of config.json that decoders spell alike: the checks and readings that families share."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
 def attention_windows(config: Mapping[str, Any]) -> list[int | None]:
     """For each layer how many tokens a token sees, itself included; None: all up to itself.
 
-    By an explicit `layer_types`, or the layers from `max_window_layers` on, with the defaults of transformers'
-    Qwen2Config. Raises StartError.
+    An explicit `layer_types` decides; without it the layers from `max_window_layers` on have a window, with the
+    defaults of transformers' Qwen2Config. Raises StartError.
     """
     num_layers = config["num_hidden_layers"]
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
