@@ -1,4 +1,4 @@
-"""From a meeting of all ranks to what they compute together: which collectives, and over which memory or network."""
+"""From a rendezvous of all ranks to what they compute together: which collectives, and over which memory or network."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ START_TIMEOUT_S = 1800.0
 
 
 def make_collectives(
-    meeting: Rendezvous, device: torch.device, num_threads: int, *, may_share_memory: bool = True
+    rendezvous: Rendezvous, device: torch.device, num_threads: int, *, may_share_memory: bool = True
 ) -> Collectives:
     """The fastest collectives that all ranks can have. Raises RankLostError."""
-    is_one_host = len(set(meeting.exchange(host_key()))) == 1
+    is_one_host = len(set(rendezvous.exchange(host_key()))) == 1
     is_sharing = may_share_memory and is_one_host and device.type == "cpu"
-    if is_sharing and (shared := _share_memory(meeting, num_threads)) is not None:
+    if is_sharing and (shared := _share_memory(rendezvous, num_threads)) is not None:
         return shared
-    _choose_interface(meeting)
-    rank, size = meeting.world.rank, meeting.world.size
+    _choose_interface(rendezvous)
+    rank, size = rendezvous.world.rank, rendezvous.world.size
     if device.type == "cpu":
-        return TorchCollectives("gloo", meeting.store, rank, size, START_TIMEOUT_S)
-    nccl = TorchCollectives("nccl", meeting.store, rank, size, START_TIMEOUT_S)
+        return TorchCollectives("gloo", rendezvous.store, rank, size, START_TIMEOUT_S)
+    nccl = TorchCollectives("nccl", rendezvous.store, rank, size, START_TIMEOUT_S)
     if not is_one_host:
         return nccl
     return with_small_sums(nccl, rank, device, lambda: one_shot_sum(nccl.group_name, device))
 
 
-def _share_memory(meeting: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:
+def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:
     """None: a rank can't open rank 0's memory, as where processes may not see each other's files."""
-    rank, size = meeting.world.rank, meeting.world.size
+    rank, size = rendezvous.world.rank, rendezvous.world.size
     path, fd = "", -1
     if rank == 0:
         fd = os.memfd_create("pytgi-collectives")
         os.ftruncate(fd, memory_bytes(size))
         path = f"/proc/{os.getpid()}/fd/{fd}"
-    path = meeting.exchange(path)[0]
+    path = rendezvous.exchange(path)[0]
     try:
         if rank:
             fd = os.open(path, os.O_RDWR)
         problem = ""
     except OSError as error:
         problem = str(error)
-    problems = [text for text in meeting.exchange(problem) if text]
+    problems = [text for text in rendezvous.exchange(problem) if text]
     if problems:
         logger.info("The ranks can't share memory (%s): gloo is used, which is slower", problems[0])
         if fd >= 0:
@@ -60,14 +60,14 @@ def _share_memory(meeting: Rendezvous, num_threads: int) -> SharedMemoryCollecti
         return None
     is_crowded = size * num_threads > len(os.sched_getaffinity(0))
     collectives = SharedMemoryCollectives(fd, rank, size, START_TIMEOUT_S, is_crowded=is_crowded)
-    meeting.exchange("")  # nobody starts before all have mapped it
+    rendezvous.exchange("")  # nobody starts before all have mapped it
     os.close(fd)
     return collectives
 
 
-def _choose_interface(meeting: Rendezvous) -> None:
+def _choose_interface(rendezvous: Rendezvous) -> None:
     """Tell gloo and NCCL to use the network on which the ranks have met; what the user has set wins."""
-    address = meeting.peers[0].control.getsockname()[0]
+    address = rendezvous.peers[0].control.getsockname()[0]
     interface = interface_of(address)
     if interface is None:
         logger.warning("No network interface has the address %s: gloo and NCCL choose one by themselves", address)

@@ -1,4 +1,4 @@
-"""The vocabulary table: rows looked up at the bottom of the model, and multiplied with at the top where it is tied."""
+"""The vocabulary table: its rows are looked up at the bottom of the model, and are the output head if it is tied."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from quant.base import KernelChooser, LinearMethod, MatrixKernel
 class VocabTable:
     """A `[vocab_size, hidden_size]` matrix used as embedding and, with a `head_method`, as output head too.
 
-    Its rows are dealt out to the ranks, `shares` of them in order. They are looked up as they are stored; the head may
-    run in another form of its own.
+    Its rows are split over the ranks into `shards`. They are looked up as they are stored; the head may run in another
+    form.
     """
 
     def __init__(
         self,
-        shares: Sequence[slice],
+        shards: Sequence[slice],
         hidden_size: int,
         table_method: LinearMethod,
         head_method: LinearMethod | None,
         kernels: KernelChooser,
         parallel: ParallelState,
     ) -> None:
-        self._shape = (shares[-1].stop, hidden_size)
-        self._rows = shares[parallel.rank]
+        self._shape = (shards[-1].stop, hidden_size)
+        self._rows = shards[parallel.rank]
         self._table_method = table_method
         self._head_method = head_method
         self._kernels = kernels
@@ -41,7 +41,7 @@ class VocabTable:
         return False
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
-        """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
+        """The part of the tensor `name`, stored in `shape`, that this rank needs; None: all of it.
 
         Raises KeyError for an unknown name, ValueError for a wrong shape.
         """
@@ -63,6 +63,7 @@ class VocabTable:
         return ["weight"] if self._weight is None else []
 
     def finish(self, device: torch.device) -> None:
+        """Move to the device and choose the head's kernel. Raises ValueError."""
         assert self._weight is not None
         self._weight = self._weight.to(device)
         if self._head_method is not None:
@@ -75,8 +76,8 @@ class VocabTable:
             return self._weight[token_ids].to(dtype)
         rows = token_ids - self._rows.start
         is_elsewhere = (rows < 0) | (rows >= self._weight.shape[0])
-        found = self._weight[rows.masked_fill(is_elsewhere, 0)].to(dtype)
-        return self._parallel.all_reduce(found.masked_fill_(is_elsewhere[:, None], 0))
+        embedded = self._weight[rows.masked_fill(is_elsewhere, 0)].to(dtype)
+        return self._parallel.all_reduce(embedded.masked_fill_(is_elsewhere[:, None], 0))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> [rows, this rank's part of the vocabulary]."""

@@ -35,7 +35,7 @@ class Heartbeat:
         self._texts = {peer.rank: b"" for peer in peers}
         self._lock = threading.Lock()
         self._is_over = False
-        threading.Thread(target=self._watch, name="pulse", daemon=True).start()
+        threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def tell(self, sentence: str) -> None:
         """Why this rank ends, to every peer; then nobody's silence matters any more."""
@@ -55,7 +55,7 @@ class Heartbeat:
 
     def _send(self, peer: Peer, line: str) -> None:
         with contextlib.suppress(OSError):  # the reading side will notice
-            peer.pulse.send(line.encode() + b"\n", socket.MSG_DONTWAIT)
+            peer.heartbeat.send(line.encode() + b"\n", socket.MSG_DONTWAIT)
 
     def _watch(self) -> None:
         next_beat = time.monotonic()
@@ -66,9 +66,9 @@ class Heartbeat:
                     self._send(peer, "")
                     self._silence_s[peer.rank] += BEAT_S
             timeout = max(0.0, next_beat - time.monotonic())
-            readable, _, _ = select.select([peer.pulse for peer in self._peers], [], [], timeout)
+            readable, _, _ = select.select([peer.heartbeat for peer in self._peers], [], [], timeout)
             for peer in list(self._peers):
-                reason = self._read(peer) if peer.pulse in readable else self._check(peer)
+                reason = self._read(peer) if peer.heartbeat in readable else self._check(peer)
                 if reason is not None:
                     if not self._is_over:
                         self._on_lost(reason)
@@ -81,7 +81,7 @@ class Heartbeat:
 
     def _read(self, peer: Peer) -> str | None:
         try:
-            data = peer.pulse.recv(4096)
+            data = peer.heartbeat.recv(4096)
         except ConnectionResetError:  # it has left some of our beats unread
             data = b""
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Linear layers that know their shard. What the weights look like is the methods' business (`quant.base`)."""
+"""Linear layers that know their shard. The methods (`quant.base`) know what the weights look like."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from parallel.state import ParallelState
 from quant.base import KernelChooser, LinearMethod, MatrixKernel, MatrixShard, PackedWeight, ParamSpec, merge
 
 Cut = tuple[int, slice]
-"""A dimension of a stored tensor, and what of it is read."""
+"""A dimension of a stored tensor, and the part of it that is read."""
 
 
 class ParallelMatrices:
     """One or several checkpoint matrices with the same input, side by side along the output, cut for one rank.
 
-    `outputs` has a share of each part's outputs (None: all), `inputs` is the share of the inputs (None: all). Every
-    part has a method of its own, as checkpoints leave single matrices unquantised; a part is packed as soon as its
+    `outputs` has a shard of each part's outputs (None: all), `inputs` is the shard of the inputs (None: all). Every
+    part has its own method, because checkpoints leave single matrices unquantized. A part is packed as soon as its
     tensors are there. A single dense matrix whose rows need no conversion is used where it lies, so that a
     memory-mapped file is not copied.
     """
@@ -44,14 +44,14 @@ class ParallelMatrices:
             method.param_specs(in_features, size, has_bias)
             for method, size in zip(self._methods, out_features, strict=True)
         ]
-        self._set_shares([slice(0, size) for size in out_features] if outputs is None else outputs, inputs)
+        self._set_shards([slice(0, size) for size in out_features] if outputs is None else outputs, inputs)
         self._params: list[dict[str, torch.Tensor]] = [{} for _ in self._methods]
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
         self._running: list[MatrixKernel] = []
 
-    def _set_shares(self, outputs: Sequence[slice], inputs: slice | None) -> None:
-        """Raises SplitError for shares that stored tensors can't be cut at."""
+    def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
+        """Set what this rank holds. Raises SplitError for shards that stored tensors can't be cut at."""
         self._outputs = list(outputs)
         self._inputs = slice(0, self._in_features) if inputs is None else inputs
         self._cuts = [
@@ -63,22 +63,22 @@ class ParallelMatrices:
         return length(self._inputs) < self._in_features
 
     def _cut(self, spec: ParamSpec, part: int) -> Cut | None:
-        total, share = self._out_features[part], self._outputs[part]
-        if spec.output_dim is not None and length(share) < total:
-            return spec.output_dim, _stored_range(share, total, spec.shape[spec.output_dim])
+        total, shard = self._out_features[part], self._outputs[part]
+        if spec.output_dim is not None and length(shard) < total:
+            return spec.output_dim, _stored_range(shard, total, spec.shape[spec.output_dim])
         if spec.input_dim is None or not self._is_input_cut:
             return None
-        share = self._inputs
+        shard = self._inputs
         if spec.group_size is not None:
-            return spec.input_dim, slice(share.start // spec.group_size, -(-share.stop // spec.group_size))
-        return spec.input_dim, _stored_range(share, self._in_features, spec.shape[spec.input_dim])
+            return spec.input_dim, slice(shard.start // spec.group_size, -(-shard.stop // spec.group_size))
+        return spec.input_dim, _stored_range(shard, self._in_features, spec.shape[spec.input_dim])
 
     def decides_order(self, name: str, part: int) -> bool:
         """Whether tensor `name` tells the order of the inputs, and so must be loaded first."""
         return self._methods[part].decides_order(name)
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
-        """What this rank needs of the tensor `name`, stored in `shape`; None: all of it.
+        """The part of the tensor `name`, stored in `shape`, that this rank needs; None: all of it.
 
         Raises KeyError for an unknown name, ValueError for a wrong shape.
         """
@@ -147,7 +147,7 @@ class ParallelMatrices:
 
 
 class ColumnParallelLinear(ParallelMatrices):
-    """Each rank computes its share of the outputs of each part from all inputs."""
+    """Matrices of which each rank computes its shard of the outputs, part by part, from all inputs."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, this rank's outputs, part after part]"""
@@ -155,21 +155,21 @@ class ColumnParallelLinear(ParallelMatrices):
 
 
 class RowParallelLinear(ParallelMatrices):
-    """A matrix whose inputs are dealt out to the ranks, `shares` of them in order; every rank gets all outputs.
+    """A matrix whose inputs are split over the ranks into `shards`; every rank gets all outputs.
 
-    Each rank multiplies its inputs, and the results are summed. That adds in another order than one rank does, which
-    two kinds of matrices can't have: they gather all inputs, compute a share of the outputs and gather those
-    (`is_gathered`). It is the arithmetic of one rank, bit by bit, and reads no weight twice; it moves more activations.
+    Each rank multiplies its inputs, and the results are summed, which adds in another order than one rank does. Two
+    kinds of matrices can't have that. They gather all inputs, compute a shard of the outputs and gather those
+    (`is_gathered`): the arithmetic of one rank, bit by bit. No weight is read twice, but more activations move.
 
-    - Where the stored groups of inputs are scattered (GPTQ act-order) no share of the inputs has whole groups. This is
-      found out while loading.
-    - In a model whose kernels round activations a last bit decides now and then which way, and what follows differs by
+    - If the stored groups of inputs are unordered (GPTQ act-order), no shard of the inputs has whole groups. The
+      tensors say so while they load.
+    - If the model's kernels round activations, a last bit sometimes decides which way, and what follows differs by
       the size of a rounding, 10,000 times as much.
     """
 
     def __init__(
         self,
-        shares: Sequence[slice],
+        shards: Sequence[slice],
         out_features: int,
         *,
         method: LinearMethod,
@@ -177,31 +177,31 @@ class RowParallelLinear(ParallelMatrices):
         parallel: ParallelState,
         is_gathered: bool = False,
     ) -> None:
-        self._widths = lengths(shares)
+        self._widths = lengths(shards)
         self._output_widths: list[int] | None = None
         super().__init__(
-            shares[-1].stop,
+            shards[-1].stop,
             [out_features],
             has_bias=False,
             methods=[method],
             kernels=kernels,
             parallel=parallel,
-            inputs=shares[parallel.rank],
+            inputs=shards[parallel.rank],
         )
         if is_gathered and parallel.size > 1:
             self._gather()
 
     def _gather(self) -> None:
-        shares = split_features(self._out_features[0], self._parallel.size)
-        self._output_widths = lengths(shares)
-        self._set_shares([shares[self._parallel.rank]], None)
+        shards = split_features(self._out_features[0], self._parallel.size)
+        self._output_widths = lengths(shards)
+        self._set_shards([shards[self._parallel.rank]], None)
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         cut = super().cut(name, part, shape)
         return None if self.decides_order(name, part) else cut
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        """As in the base class; where tensors tell the order of the inputs, they must come first, and whole."""
+        """Take in a tensor as the base class does; those that decide the order of inputs must come first, and whole."""
         if self._is_input_cut and self._methods[part].has_unordered_groups(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
             self._gather()
@@ -215,23 +215,23 @@ class RowParallelLinear(ParallelMatrices):
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raises ValueError where a checkpoint's tensor has not the shape that the model needs."""
+    """Raise ValueError if a checkpoint's tensor does not have the shape that the model needs."""
     if list(shape) != list(expected):
         raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
 
 
-def _stored_range(share: slice, total: int, stored: int) -> slice:
-    """The share of a dimension that holds `total` features in `stored` numbers. Raises SplitError."""
-    start, stop = share.start * stored, share.stop * stored
+def _stored_range(shard: slice, total: int, stored: int) -> slice:
+    """The part of a dimension that holds `total` features in `stored` numbers. Raises SplitError."""
+    start, stop = shard.start * stored, shard.stop * stored
     if start % total or stop % total:
-        raise SplitError(f"{total} quantised features can't be cut at {share.start} and {share.stop}, within a word")
+        raise SplitError(f"{total} quantised features can't be cut at {shard.start} and {shard.stop}, within a word")
     return slice(start // total, stop // total)
 
 
 def _for_inputs(tensor: torch.Tensor, cut: Cut, group_size: int, inputs: slice) -> torch.Tensor:
-    """The groups of a share of the inputs, all of one size: where a share begins or ends within a group, smaller ones.
+    """The groups of a shard of the inputs, all of one size: smaller ones if the shard begins or ends within a group.
 
-    14 heads of 64 are 7 groups of 128: the first 7 heads end in the middle of the fourth, so they get 7 groups of 64.
+    14 heads of 64 are 7 groups of 128. The first 7 heads end in the middle of the fourth, so they get 7 groups of 64.
     """
     dim, stored = cut
     size = math.gcd(inputs.start, length(inputs), group_size)
@@ -242,7 +242,7 @@ def _for_inputs(tensor: torch.Tensor, cut: Cut, group_size: int, inputs: slice) 
 
 
 def input_units(method: LinearMethod, in_features: int, out_features: int) -> tuple[int, ...]:
-    """What inputs may be dealt in, best first: whole groups, else what kernels can take."""
+    """Units in which inputs may be split, the best first: whole groups, else what kernels can take."""
     specs = method.param_specs(in_features, out_features, False).values()
     sizes = {spec.group_size for spec in specs if spec.group_size is not None}
     return (*(math.lcm(size, UNITS[0]) for size in sizes), *UNITS)

@@ -1,7 +1,7 @@
 """Who takes part, by torchrun's variables, and the sockets over which the ranks find each other.
 
 Rank 0 listens at the address that all were given, and nowhere else; what it holds there is torch's store. Every other
-rank opens two connections to rank 0: `control` for what is decided step by step, `pulse` for signs of life.
+rank opens two connections to rank 0: `control` for what is decided step by step, `heartbeat` for signs of life.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RETRY_S = 0.5
 UNACKNOWLEDGED_MS = 5000
 """After so long without an acknowledgement the kernel takes a connection for cut; a process that hangs still has its
 data acknowledged."""
-CHANNELS = ("control", "pulse")
+CHANNELS = ("control", "heartbeat")
 
 
 class RendezvousError(RuntimeError):
@@ -76,7 +76,7 @@ class Peer:
     rank: int
     host: str
     control: socket.socket
-    pulse: socket.socket
+    heartbeat: socket.socket
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,9 +118,9 @@ def read_line(sock: socket.socket) -> Any:
 
 
 def meet(world: World, listen_fd: int | None) -> Rendezvous:
-    """Bring all ranks together. `listen_fd`: a socket of rank 0 that listens at the address; None: one is made here.
+    """Bring all ranks together. `listen_fd` is a socket of rank 0 that listens at the address; None: make one here.
 
-    Raises MeetingError, also where ranks of one number come twice.
+    Raises RendezvousError, also if two processes come with the same rank.
     """
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     if world.rank == 0:
@@ -156,8 +156,7 @@ def _meet_as_first(world: World, listen_fd: int | None, deadline: float) -> Rend
     token = secrets.token_hex(16)
     with listen_at(world.address, 0) as listener:
         store.set("pytgi/control", f"{listener.getsockname()[1]} {token}")
-        found = _accept_all(listener, token, world.size, deadline)
-    peers = [Peer(rank, *found[rank]) for rank in range(1, world.size)]
+        peers = _accept_all(listener, token, world.size, deadline)
     return Rendezvous(world, store, peers)
 
 
@@ -174,16 +173,14 @@ def listen_at(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _accept_all(
-    listener: socket.socket, token: str, size: int, deadline: float
-) -> dict[int, tuple[str, socket.socket, socket.socket]]:
-    """Rank -> its host, control and pulse."""
-    found: dict[int, dict[str, socket.socket]] = {rank: {} for rank in range(1, size)}
+def _accept_all(listener: socket.socket, token: str, size: int, deadline: float) -> list[Peer]:
+    """Wait for the connections of all other ranks. Raises RendezvousError."""
+    connections: dict[int, dict[str, socket.socket]] = {rank: {} for rank in range(1, size)}
     hosts: dict[int, str] = {}
     next_log = time.monotonic() + RENDEZVOUS_LOG_S
     listener.settimeout(RETRY_S)
     try:
-        while missing := [rank for rank, channels in found.items() if len(channels) < len(CHANNELS)]:
+        while missing := [rank for rank, channels in connections.items() if len(channels) < len(CHANNELS)]:
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"rank {missing[0]} has not come within {RENDEZVOUS_TIMEOUT_S:g} s: see its host's log"
@@ -193,38 +190,38 @@ def _accept_all(
                 next_log = time.monotonic() + RENDEZVOUS_LOG_S
             with contextlib.suppress(TimeoutError):
                 sock, (host, *_) = listener.accept()
-                rank = _greet(sock, token, found)
+                rank = _greet(sock, token, connections)
                 if rank is None:
                     logger.warning("Somebody who is no rank of ours connected: %s", host)
                     sock.close()
                 else:
                     hosts[rank] = host
     except BaseException:
-        for channels in found.values():
+        for channels in connections.values():
             for sock in channels.values():
                 sock.close()
         raise
-    return {rank: (hosts[rank], channels["control"], channels["pulse"]) for rank, channels in found.items()}
+    return [Peer(rank, hosts[rank], **channels) for rank, channels in connections.items()]
 
 
-def _greet(sock: socket.socket, token: str, found: dict[int, dict[str, socket.socket]]) -> int | None:
-    """Take a connection in, if it is one of ours: its rank. Raises MeetingError for a rank that is there already."""
+def _greet(sock: socket.socket, token: str, connections: dict[int, dict[str, socket.socket]]) -> int | None:
+    """Add a connection of another rank; returns the rank, None: it is no rank of ours. Raises RendezvousError."""
     sock.settimeout(RENDEZVOUS_LOG_S)
     try:
         hello = read_line(sock)
         rank, channel = int(hello["rank"]), str(hello["channel"])
-        if hello["token"] != token or channel not in CHANNELS or rank not in found:
+        if hello["token"] != token or channel not in CHANNELS or rank not in connections:
             return None
     except (RankLostError, ValueError, KeyError, TypeError):
         return None
-    if channel in found[rank]:
+    if channel in connections[rank]:
         sock.close()
         raise RendezvousError(f"rank {rank} is there twice: give each host another --node-rank")
-    found[rank][channel] = _settled(sock)
+    connections[rank][channel] = _configured(sock)
     return rank
 
 
-def _settled(sock: socket.socket) -> socket.socket:
+def _configured(sock: socket.socket) -> socket.socket:
     sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
@@ -257,15 +254,15 @@ def _connect(world: World, port: int, token: str, channel: str) -> socket.socket
             f"rank 0 can't be reached at {world.address}:{port} ({error}): is a port closed?"
         ) from error
     send_line(sock, {"token": token, "rank": world.rank, "channel": channel})
-    return _settled(sock)
+    return _configured(sock)
 
 
 def interface_of(address: str) -> str | None:
     """The network interface that has `address`; None: none has."""
     if ":" in address:
-        wanted = socket.inet_pton(socket.AF_INET6, address).hex()
+        digits = socket.inet_pton(socket.AF_INET6, address).hex()
         lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-        return next((fields[5] for fields in lines if fields[0] == wanted), None)
+        return next((fields[5] for fields in lines if fields[0] == digits), None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):

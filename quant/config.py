@@ -79,13 +79,7 @@ def resolve_quantization(
     Raises FormatError, in a sentence.
     """
     stored_name = _stored_name(settings or {})
-    if flag is not None and stored_name is None and flag not in ON_LOAD:
-        raise FormatError(
-            f"--quantize {flag} needs a checkpoint in that format, this one is dense: give a checkpoint quantised "
-            f"with {flag}, or --quantize one of {', '.join(ON_LOAD)}"
-        )
-    if flag is not None and stored_name is not None and flag != stored_name:
-        raise FormatError(f"--quantize {flag}, but the checkpoint is {stored_name}: leave --quantize out")
+    _check_flag(flag, stored_name)
     description, linear, size_factor = "not quantised", dense, 1.0
     quantized_method: Callable[[str], LinearMethod | None] = _no_method
     if stored_name is not None:
@@ -108,6 +102,19 @@ def resolve_quantization(
         is_exact=is_exact or (is_dense and head is dense),
         size_factor=size_factor,
     )
+
+
+def _check_flag(flag: str | None, stored_name: str | None) -> None:
+    """Raise FormatError where --quantize contradicts the checkpoint, or asks for what a dense one can't give."""
+    if flag is None or flag == stored_name:
+        return
+    if stored_name is not None:
+        raise FormatError(f"--quantize {flag}, but the checkpoint is {stored_name}: leave --quantize out")
+    if flag not in ON_LOAD:
+        raise FormatError(
+            f"--quantize {flag} needs a checkpoint in that format, this one is dense: give a checkpoint quantised "
+            f"with {flag}, or --quantize one of {', '.join(ON_LOAD)}"
+        )
 
 
 def _stored_name(settings: Mapping[str, Any]) -> str | None:

@@ -6,19 +6,18 @@ import argparse
 import dataclasses
 
 from engine.link.errors import StartError
+from engine.quantize.methods import METHODS
 
+METHOD_LINES = "\n".join(f"  {name:<4}  {method.help}" for name, method in METHODS.items())
 DESCRIPTION = """\
 Quantise a dense model and write it to a new folder, in a format that this and other engines load without a flag.
 gptq and awq look at what your own text makes the model compute, and lose the least; int8 and int4 need no text. The
 model is gone through layer by layer, so memory for a few layers is enough. The last line of standard output is the
 folder; the log, on standard error, tells how far it is and the perplexity before and after.
 """
-EPILOG = """\
+EPILOG = f"""\
 Methods:
-  gptq  AutoGPTQ's format, symmetric, --bits 2, 3, 4 or 8; TGI's method. For any engine.
-  awq   AutoAWQ's format (gemm), 4 bits. For any engine.
-  int8  GPTQ's format with 8 bits and a scale for each output: nearly nothing is lost.
-  int4  AWQ's format with groups of 64, each weight rounded by itself.
+{METHOD_LINES}
 
 Data:
   --dataset is a text file, or one in JSON lines with objects that have a "text": 100 to 500 kB of what the model will
@@ -31,13 +30,9 @@ Examples:
   text-generation-launcher --model-id ./my-gptq
 """
 
-BITS = {"gptq": (4, 2, 3, 8), "awq": (4,), "int8": (8,), "int4": (4,)}
-"""By method, the default first."""
-GROUP_SIZES = {"gptq": 128, "awq": 128, "int8": -1, "int4": 64}
-"""Default by method."""
-WITH_DATA = ("gptq", "awq")
 MIN_TOKENS = 16
-"""Of a sample: fewer say nothing about a text."""
+"""A sample of fewer tokens says nothing about a text."""
+MIN_GROUP_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,15 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = QuantizeOptions(model_id="", output_dir="")
     parser.add_argument("model_id", metavar="MODEL_ID", help="id on the Hub, or a local folder; a dense model")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder to write; it must be new or empty")
-    parser.add_argument("--method", choices=[*BITS], default=defaults.method, help="see below (default: gptq)")
+    parser.add_argument("--method", choices=[*METHODS], default=defaults.method, help="see below (default: gptq)")
     parser.add_argument("--dataset", metavar="FILE", help="text, or JSON lines; gptq and awq need it")
     parser.add_argument("--bits", type=int, help="bits of a weight (default: 4; int8: 8)")
-    parser.add_argument(
-        "--groupsize",
-        type=int,
-        metavar="N",
-        help="inputs that share a scale, -1 for all of them (default: 128; int4: 64, int8: -1)",
-    )
+    groups = "inputs that share a scale, -1 for all of them (default: 128; int4: 64, int8: -1)"
+    parser.add_argument("--groupsize", type=int, metavar="N", help=groups)
     parser.add_argument(
         "--percdamp",
         type=float,
@@ -104,45 +95,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> QuantizeOptions:
-    """Raises StartError for what contradicts."""
-    method: str = args.method
-    bits = BITS[method][0] if args.bits is None else args.bits
-    if bits not in BITS[method]:
-        offered = " or ".join(str(value) for value in sorted(BITS[method]))
-        raise StartError(f"--method {method} has {offered} bits, not {bits}: change --bits or leave it out")
-    group_size = GROUP_SIZES[method] if args.groupsize is None else args.groupsize
-    if group_size != -1 and group_size < 8:
-        raise StartError(f"--groupsize {group_size} is no size of a group: give -1 (one group), 32, 64 or 128")
-    if not 0 < args.percdamp < 1:
-        raise StartError(f"--percdamp {args.percdamp:g} is not a share: give a number above 0 and below 1, like 0.01")
-    if args.act_order and method != "gptq":
-        raise StartError(f"--act-order is for --method gptq, not {method}: leave it out")
-    if method in WITH_DATA and args.dataset is None:
-        raise StartError(
-            f"--method {method} needs text to calibrate with: give --dataset FILE (text, or JSON lines), or take "
-            "--method int8 or int4, which need none"
-        )
-    for name, value, least in (
-        ("num-samples", args.num_samples, 1),
-        ("sample-tokens", args.sample_tokens, MIN_TOKENS),
-        ("perplexity-tokens", args.perplexity_tokens, 0),
-    ):
-        if value < least:
-            raise StartError(f"--{name} {value} is too few: give {least} or more")
-    if args.perplexity_tokens == 1:
-        raise StartError("--perplexity-tokens 1 leaves nothing to predict: give 2 or more, or 0 for none")
-    return QuantizeOptions(
+    """Fill in the method's defaults. Raises StartError for options that contradict each other."""
+    method = METHODS[args.method]
+    options = QuantizeOptions(
         model_id=args.model_id,
         output_dir=args.output_dir,
-        method=method,
+        method=args.method,
         dataset=args.dataset,
-        bits=bits,
-        group_size=group_size,
+        bits=method.bits[0] if args.bits is None else args.bits,
+        group_size=method.group_size if args.groupsize is None else args.groupsize,
         percdamp=args.percdamp,
         is_act_order=args.act_order,
         num_samples=args.num_samples,
         sample_tokens=args.sample_tokens,
-        perplexity_tokens=args.perplexity_tokens if args.dataset is not None else 0,
+        perplexity_tokens=args.perplexity_tokens,
         revision=args.revision,
         upload_to=args.upload_to_model_id,
     )
+    _check_method(options)
+    _check_counts(options)
+    return options if options.dataset is not None else dataclasses.replace(options, perplexity_tokens=0)
+
+
+def _check_method(options: QuantizeOptions) -> None:
+    """Raise StartError for what the method can't have."""
+    name, method = options.method, METHODS[options.method]
+    if options.bits not in method.bits:
+        choices = " or ".join(str(bits) for bits in sorted(method.bits))
+        raise StartError(f"--method {name} has {choices} bits, not {options.bits}: change --bits or leave it out")
+    if options.group_size != -1 and options.group_size < MIN_GROUP_SIZE:
+        raise StartError(f"--groupsize {options.group_size} is no size of a group: give -1 (one group), 32, 64 or 128")
+    if not 0 < options.percdamp < 1:
+        raise StartError(
+            f"--percdamp {options.percdamp:g} is not a share: give a number above 0 and below 1, like 0.01"
+        )
+    if options.is_act_order and not method.has_act_order:
+        names = " or ".join(name for name, method in METHODS.items() if method.has_act_order)
+        raise StartError(f"--act-order is for --method {names}, not {name}: leave it out")
+    if method.needs_data and options.dataset is None:
+        names = " or ".join(name for name, method in METHODS.items() if not method.needs_data)
+        raise StartError(
+            f"--method {name} needs text to calibrate with: give --dataset FILE (text, or JSON lines), or take "
+            f"--method {names}, which need none"
+        )
+
+
+def _check_counts(options: QuantizeOptions) -> None:
+    """Raise StartError for counts that are too small."""
+    for name, value, min_value in (
+        ("num-samples", options.num_samples, 1),
+        ("sample-tokens", options.sample_tokens, MIN_TOKENS),
+        ("perplexity-tokens", options.perplexity_tokens, 0),
+    ):
+        if value < min_value:
+            raise StartError(f"--{name} {value} is too few: give {min_value} or more")
+    if options.perplexity_tokens == 1:
+        raise StartError("--perplexity-tokens 1 leaves nothing to predict: give 2 or more, or 0 for none")

@@ -27,9 +27,10 @@ from engine.memory import host_free_bytes
 from engine.models.base import CausalLM
 from engine.quantize.calibration_text import CalibrationText, read_calibration_text
 from engine.quantize.checkpoint import CheckpointWriter
-from engine.quantize.methods import Quantizer, make_quantizer, quantization_config, stored_tensors
-from engine.quantize.options import WITH_DATA, QuantizeOptions
+from engine.quantize.methods import METHODS
+from engine.quantize.options import QuantizeOptions
 from engine.quantize.perplexity import perplexity
+from engine.quantize.quantizer import Quantizer, make_quantizer
 from engine.quantize.stages import STAGES, LayerStages, LayerTensors
 from quant.base import FormatError
 from quant.config import resolve_quantization
@@ -92,24 +93,26 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
     before = _perplexity(source, text, options)
     start = time.monotonic()
     stages = stages_class(config, model.attention_shape, model.rotary, num_tokens, device.torch_device)
-    stored = _write_tensors(options, reader, model, stages, text, writer, device)
-    files = {"quantize_config.json": stored} if stored["quant_method"] == "gptq" else {}  # as each format's tool does
-    writer.finish(source, files | {"config.json": _with_quantization(config, stored)})
+    quantizer = make_quantizer(options, stages)
+    _write_tensors(quantizer, reader, model, stages, text, writer, device)
+    output = quantizer.output
+    settings = output.quantization_config(options)
+    files = {} if output.SETTINGS_FILE is None else {output.SETTINGS_FILE: settings}
+    writer.finish(source, files | {"config.json": _with_quantization(config, settings)})
     logger.info("Quantised in %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
     return text, before
 
 
 def _write_tensors(
-    options: QuantizeOptions,
+    quantizer: Quantizer,
     reader: WeightSource,
     model: CausalLM,
     stages: LayerStages,
     text: CalibrationText,
     writer: CheckpointWriter,
     device: Device,
-) -> dict[str, Any]:
-    """Every tensor of the quantised model; returns what its configuration says of it."""
-    quantizer = make_quantizer(options, stages)
+) -> None:
+    """Write every tensor of the quantized model."""
     names = [name for name in reader.names if not model.is_ignored(name)]
     for name in names:
         if not name.startswith("model.layers."):
@@ -118,12 +121,10 @@ def _write_tensors(
     progress = _Progress(model.num_layers * len(stages.MATRICES))
     for index in range(model.num_layers):
         prefix = f"model.layers.{index}."
-        own = [name for name in names if name.startswith(prefix)]
-        layer = {name.removeprefix(prefix): _wide(name, reader, device) for name in own}
+        layer = {name.removeprefix(prefix): _wide(name, reader, device) for name in names if name.startswith(prefix)}
         _quantize_layer(index, layer, hidden, stages, quantizer, progress)
         for name, tensor in _stored_layer(layer, quantizer).items():
             writer.add(f"{prefix}{name}", tensor)
-    return quantization_config(options, is_gptq=quantizer.is_gptq)
 
 
 def _checked_model(config: dict[str, Any], source: Path, device: Device) -> CausalLM:
@@ -180,7 +181,7 @@ def _read_text(options: QuantizeOptions, source: Path) -> CalibrationText:
     return read_calibration_text(
         Path(options.dataset),
         source / "tokenizer.json",
-        num_samples=options.num_samples if options.method in WITH_DATA else 0,
+        num_samples=options.num_samples if METHODS[options.method].needs_data else 0,
         sample_tokens=options.sample_tokens,
         num_held_out=options.perplexity_tokens,
     )
@@ -245,7 +246,7 @@ def _stored_layer(layer: LayerTensors, quantizer: Quantizer) -> dict[str, torch.
     stored: dict[str, torch.Tensor] = {}
     rounded = quantizer.finish(layer)
     for module, matrix in rounded.items():
-        tensors = stored_tensors(matrix.cpu(), is_gptq=quantizer.is_gptq)
+        tensors = quantizer.output.stored_tensors(matrix.cpu())
         stored |= {f"{module}.{name}": tensor for name, tensor in tensors.items()}
     packed = {f"{module}.weight" for module in rounded}
     return stored | {name: _half(name, tensor) for name, tensor in layer.items() if name not in packed}
@@ -264,9 +265,9 @@ def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return half
 
 
-def _with_quantization(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+def _with_quantization(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return {**config, key: "float16", "quantization_config": stored}
+    return {**config, key: "float16", "quantization_config": settings}
 
 
 @dataclasses.dataclass(slots=True)
@@ -284,6 +285,6 @@ class _Progress:
         if now >= self.next_time and self.num_done:
             self.next_time = now + PROGRESS_INTERVAL_S
             eta_s = (now - self.start) / self.num_done * (self.total - self.num_done)
-            share = 100 * self.num_done / self.total
-            logger.info("Quantising: %.0f %%, %s, ETA: %s", share, what, datetime.timedelta(seconds=int(eta_s)))
+            percent = 100 * self.num_done / self.total
+            logger.info("Quantising: %.0f %%, %s, ETA: %s", percent, what, datetime.timedelta(seconds=int(eta_s)))
         self.num_done += count

@@ -30,7 +30,12 @@ class Qwen2Stages:
     """Implements `engine.quantize.stages.LayerStages`."""
 
     MATRICES = (QKV, OUT, GATE_UP, DOWN)
-    MAKERS = {QKV: "input_layernorm", OUT: "self_attn.v_proj", GATE_UP: "post_attention_layernorm", DOWN: "mlp.up_proj"}
+    SOURCES = {
+        QKV: "input_layernorm",
+        OUT: "self_attn.v_proj",
+        GATE_UP: "post_attention_layernorm",
+        DOWN: "mlp.up_proj",
+    }
     UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
     def __init__(

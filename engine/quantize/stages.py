@@ -26,7 +26,7 @@ class LayerStages(Protocol):
 
     MATRICES: tuple[tuple[str, ...], ...]
     """All matrices of a layer, in the order they run; those together share their inputs."""
-    MAKERS: Mapping[tuple[str, ...], str]
+    SOURCES: Mapping[tuple[str, ...], str]
     """What makes the inputs of which matrices: a norm, or a matrix with an output for each (else nothing can)."""
     UNCLIPPED: tuple[str, ...]
     """Matrices whose outputs are multiplied with each other: the loss of their own outputs says too little."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.quantize.options import BITS, GROUP_SIZES, WITH_DATA, QuantizeOptions
+from engine.quantize.methods import METHODS
+from engine.quantize.options import QuantizeOptions
 from engine.quantize.quantize import quantize
 from tests.contract.harness import all_logits, make_runner
 from tests.e2e.cached_environment import cached_environment
@@ -35,8 +36,9 @@ TOLERANCE = 0.02
 
 
 def write(source: Path, output: Path, method: str, changes: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"bits": BITS[method][0], "group_size": GROUP_SIZES[method], **changes}
-    if method in WITH_DATA:
+    row = METHODS[method]
+    options: dict[str, Any] = {"bits": row.bits[0], "group_size": row.group_size, **changes}
+    if row.needs_data:
         options |= {"dataset": str(ROOT / "LICENSE"), "sample_tokens": 64}
     quantize(
         QuantizeOptions(model_id=str(source), output_dir=str(output), method=method, perplexity_tokens=0, **options)

@@ -9,7 +9,7 @@ import torch
 
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, Cut, RowParallelLinear, input_units
-from parallel.partition import SplitError, deal, lengths
+from parallel.partition import SplitError, lengths, split_units
 from parallel.state import ParallelState
 from quant.awq import AwqMethod
 from quant.base import LinearMethod
@@ -47,12 +47,12 @@ def make_column(
         methods=[method] * len(outs),
         kernels=running_weight,
         parallel=parallel,
-        outputs=[deal(out, parallel.size, 8)[parallel.rank] for out in outs],
+        outputs=[split_units(out, parallel.size, 8)[parallel.rank] for out in outs],
     )
 
 
 def make_row(
-    shares: Sequence[slice],
+    shards: Sequence[slice],
     num_outputs: int,
     *,
     parallel: ParallelState = ALONE,
@@ -61,7 +61,7 @@ def make_row(
 ) -> RowParallelLinear:
     """Not loaded yet."""
     return RowParallelLinear(
-        shares, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
+        shards, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
     )
 
 
@@ -112,7 +112,7 @@ def test_output_shards_side_by_side_are_the_whole(outs: tuple[int, ...], has_bia
 
     def run(parallel: ParallelState) -> list[torch.Tensor]:
         layer = load_parts(make_column(outs, has_bias=has_bias, parallel=parallel), parts)
-        own = [lengths(deal(out, size, 8))[parallel.rank] for out in outs]
+        own = [lengths(split_units(out, size, 8))[parallel.rank] for out in outs]
         return list(layer(x).split(own, dim=1))
 
     together = [torch.cat(shards, dim=1) for shards in zip(*run_ranks(size, run), strict=True)]
@@ -142,29 +142,31 @@ ROW_CASES = {
 }
 
 
-def run_row(shares: list[slice], case: str, *, is_gathered: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+def run_row(shards: list[slice], case: str, *, is_gathered: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Each rank's result, and that of one rank alone."""
     method, tensors, expected = ROW_CASES[case]()
     x = random(5, IN, seed=99)
 
     def run(parallel: ParallelState) -> torch.Tensor:
-        own = shares if parallel.size > 1 else [slice(0, IN)]
+        own = shards if parallel.size > 1 else [slice(0, IN)]
         layer = make_row(own, 40, parallel=parallel, method=method, is_gathered=is_gathered)
         load(layer, 0, tensors)
         assert layer.missing(0) == []
         layer.finish(CPU)
         return layer(x[:, own[parallel.rank]].contiguous())
 
-    results = run_ranks(len(shares), run)
+    results = run_ranks(len(shards), run)
     for result in results:
         torch.testing.assert_close(result, expected(x), atol=1e-4, rtol=1e-5)
     return results, run_ranks(1, run)[0]
 
 
-@pytest.mark.parametrize("shares", [[slice(0, 64), slice(64, 96)], deal(IN, 3, 32), deal(IN, 2, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shards", [[slice(0, 64), slice(64, 96)], split_units(IN, 3, 32), split_units(IN, 2, 16)], ids=str
+)
 @pytest.mark.parametrize("case", ROW_CASES)
-def test_input_shards_sum_to_the_whole_with_the_bias_once(case: str, shares: list[slice]) -> None:
-    results, _ = run_row(shares, case, is_gathered=False)
+def test_input_shards_sum_to_the_whole_with_the_bias_once(case: str, shards: list[slice]) -> None:
+    results, _ = run_row(shards, case, is_gathered=False)
     assert all(torch.equal(result, results[0]) for result in results), "every rank goes on with the same bits"
 
 
@@ -174,7 +176,7 @@ def test_input_shards_sum_to_the_whole_with_the_bias_once(case: str, shares: lis
 )
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_gathered_inputs_give_the_bits_of_one_rank(case: str, is_gathered: bool, size: int) -> None:
-    results, alone = run_row(deal(IN, size, 16), case, is_gathered=is_gathered)
+    results, alone = run_row(split_units(IN, size, 16), case, is_gathered=is_gathered)
     assert all(torch.equal(result, alone) for result in results)
 
 
@@ -226,8 +228,8 @@ def test_a_tensor_that_is_merged_or_converted_is_copied(outs: tuple[int, ...], d
 
 def test_some_of_the_inputs_are_copied() -> None:
     tensors = {"weight": random(16, IN)}
-    shares = deal(IN, 2)
-    layer = make_row(shares, 16, parallel=ParallelState(1, 2))
+    shards = split_units(IN, 2)
+    layer = make_row(shards, 16, parallel=ParallelState(1, 2))
     assert layer.is_copied("weight", 0, torch.float32)
     load(layer, 0, tensors)
     layer.finish(CPU)
@@ -260,8 +262,8 @@ def test_tensors_that_do_not_fit() -> None:
 
 
 def test_the_shape_that_is_checked_is_that_of_the_whole() -> None:
-    shares = deal(IN, 2)
-    layer = make_row(shares, 16, parallel=ParallelState(1, 2))
+    shards = split_units(IN, 2)
+    layer = make_row(shards, 16, parallel=ParallelState(1, 2))
     assert layer.cut("weight", 0, (16, IN)) == (1, slice(48, 96))
     with pytest.raises(ValueError, match=r"has shape \[16, 48\], the model needs \[16, 96\]"):
         layer.cut("weight", 0, (16, 48))
@@ -303,7 +305,7 @@ def test_inputs_are_dealt_in_whole_groups_where_they_can_be(method: LinearMethod
 
 def make_table(weight: torch.Tensor, parallel: ParallelState = ALONE) -> VocabTable:
     """24 rows, dealt in eights."""
-    table = VocabTable(deal(24, parallel.size, 8), IN, DENSE, DENSE, running_weight, parallel)
+    table = VocabTable(split_units(24, parallel.size, 8), IN, DENSE, DENSE, running_weight, parallel)
     assert table.missing(0) == ["weight"]
     load(table, 0, {"weight": weight})
     assert table.missing(0) == []
@@ -330,14 +332,14 @@ def test_the_vocabulary_table_is_looked_up_and_multiplied_with(dtype: torch.dtyp
 def test_rows_of_other_ranks_are_zeros() -> None:
     weight = random(24, IN)
     ids = torch.tensor([3, 23, 0, 15, 16])
-    shares = [make_table(weight, ParallelState(rank, 2)).embed(ids, torch.float32) for rank in range(2)]
+    shards = [make_table(weight, ParallelState(rank, 2)).embed(ids, torch.float32) for rank in range(2)]
     is_first = ids < 16
-    assert torch.equal(shares[0][is_first], weight[ids[is_first]]) and not shares[0][~is_first].any()
-    assert torch.equal(shares[1][~is_first], weight[ids[~is_first]]) and not shares[1][is_first].any()
+    assert torch.equal(shards[0][is_first], weight[ids[is_first]]) and not shards[0][~is_first].any()
+    assert torch.equal(shards[1][~is_first], weight[ids[~is_first]]) and not shards[1][is_first].any()
 
 
 def test_a_vocabulary_table_that_does_not_fit() -> None:
-    table = VocabTable(deal(24, 2, 8), IN, DENSE, DENSE, running_weight, ParallelState(1, 2))
+    table = VocabTable(split_units(24, 2, 8), IN, DENSE, DENSE, running_weight, ParallelState(1, 2))
     assert table.cut("weight", 0, (24, IN)) == (0, slice(16, 24))
     with pytest.raises(ValueError, match=r"has shape \[23, 96\], the model needs \[24, 96\]"):
         table.cut("weight", 0, (23, IN))

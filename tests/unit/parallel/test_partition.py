@@ -1,4 +1,4 @@
-"""Shares cover everything once and in order, are as even as the units allow, and are what a person would deal."""
+"""Shards cover everything once and in order, are as even as the units allow, and split as a person would."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.partition import UNITS, SplitError, deal, length, lengths, scaled, split_features, split_heads, split_rows
+from parallel.partition import (
+    UNITS,
+    SplitError,
+    length,
+    lengths,
+    scaled,
+    split_features,
+    split_heads,
+    split_rows,
+    split_units,
+)
 
 SIZES = st.integers(1, 16)
 GROUPS = st.integers(1, 12)
 """Query heads of a KV head."""
 
 
-def assert_covers(shares: list[slice], total: int, size: int) -> None:
-    assert len(shares) == size
-    assert [share.start for share in shares] == [0, *(share.stop for share in shares[:-1])]
-    assert shares[-1].stop == total
-    assert min(lengths(shares)) > 0
+def assert_covers(shards: list[slice], total: int, size: int) -> None:
+    assert len(shards) == size
+    assert [shard.start for shard in shards] == [0, *(shard.stop for shard in shards[:-1])]
+    assert shards[-1].stop == total
+    assert min(lengths(shards)) > 0
 
 
 @given(st.integers(1, 3000), SIZES, st.sampled_from([1, 2, 8, 30, 64, 128]))
@@ -25,12 +35,12 @@ def test_units_are_dealt_once_in_order_and_evenly(total: int, size: int, unit: i
     num_units = -(-total // unit)
     if num_units < size:
         with pytest.raises(SplitError, match=f"{total} in units of {unit} are too few for {size} shards"):
-            deal(total, size, unit)
+            split_units(total, size, unit)
         return
-    shares = deal(total, size, unit)
-    assert_covers(shares, total, size)
-    assert not any(share.start % unit for share in shares)
-    counts = [-(-count // unit) for count in lengths(shares)]
+    shards = split_units(total, size, unit)
+    assert_covers(shards, total, size)
+    assert not any(shard.start % unit for shard in shards)
+    counts = [-(-count // unit) for count in lengths(shards)]
     assert counts == sorted(counts, reverse=True) and counts[0] - counts[-1] <= 1
 
 
@@ -42,9 +52,9 @@ def test_features_are_dealt_in_the_largest_unit_that_fits(total: int, size: int)
         with pytest.raises(SplitError, match=message):
             split_features(total, size)
         return
-    shares = split_features(total, size)
-    assert_covers(shares, total, size)
-    assert size == 1 or shares == deal(total, size, fitting[0])
+    shards = split_features(total, size)
+    assert_covers(shards, total, size)
+    assert size == 1 or shards == split_units(total, size, fitting[0])
 
 
 def test_one_rank_takes_any_number_of_features() -> None:
@@ -57,11 +67,11 @@ def test_rows_are_dealt_whatever_their_number(total: int, size: int) -> None:
         with pytest.raises(SplitError, match="too few"):
             split_rows(total, size)
         return
-    shares = split_rows(total, size)
-    assert_covers(shares, total, size)
+    shards = split_rows(total, size)
+    assert_covers(shards, total, size)
     unit = next((unit for unit in UNITS if total >= unit * size), 1)
-    assert not any(share.start % unit for share in shares)
-    assert max(lengths(shares)) - min(lengths(shares)) < 2 * unit
+    assert not any(shard.start % unit for shard in shards)
+    assert max(lengths(shards)) - min(lengths(shards)) < 2 * unit
 
 
 @given(GROUPS, st.integers(1, 12), SIZES)
@@ -71,16 +81,16 @@ def test_heads_sit_with_their_kv_heads(group: int, num_kv_heads: int, size: int)
         with pytest.raises(SplitError, match=f"too few for {size} shards: the largest count is {num_heads}"):
             split_heads(num_heads, num_kv_heads, size)
         return
-    shares = split_heads(num_heads, num_kv_heads, size)
-    assert_covers([share.heads for share in shares], num_heads, size)
-    kv_heads = [range(share.kv_heads.start, share.kv_heads.stop) for share in shares]
+    shards = split_heads(num_heads, num_kv_heads, size)
+    assert_covers([shard.heads for shard in shards], num_heads, size)
+    kv_heads = [range(shard.kv_heads.start, shard.kv_heads.stop) for shard in shards]
     assert [head for own in kv_heads for head in own] == sorted(head for own in kv_heads for head in own)
     assert {head for own in kv_heads for head in own} == set(range(num_kv_heads))
-    for share, own in zip(shares, kv_heads, strict=True):
-        assert (share.num_heads, share.num_kv_heads) == (length(share.heads), len(own))
-        assert share.num_heads % share.num_kv_heads == 0
-        served = share.num_heads // share.num_kv_heads
-        for index, head in enumerate(range(share.heads.start, share.heads.stop)):
+    for shard, own in zip(shards, kv_heads, strict=True):
+        assert (shard.num_heads, shard.num_kv_heads) == (length(shard.heads), len(own))
+        assert shard.num_heads % shard.num_kv_heads == 0
+        served = shard.num_heads // shard.num_kv_heads
+        for index, head in enumerate(range(shard.heads.start, shard.heads.stop)):
             # the attention kernels take KV head `index // served` of the rank
             assert own[index // served] == head // group
 
@@ -89,16 +99,16 @@ def test_heads_sit_with_their_kv_heads(group: int, num_kv_heads: int, size: int)
 def test_heads_are_dealt_evenly(group: int, num_kv_heads: int, size: int) -> None:
     """Whole groups where there are enough; else the ranks, and the heads of a group among its ranks."""
     try:
-        shares = split_heads(group * num_kv_heads, num_kv_heads, size)
+        shards = split_heads(group * num_kv_heads, num_kv_heads, size)
     except SplitError:
         assert size > num_kv_heads
         return
     if size <= num_kv_heads:
-        counts = [share.num_kv_heads for share in shares]
+        counts = [shard.num_kv_heads for shard in shards]
         assert max(counts) - min(counts) <= 1
         return
     by_kv_head = [
-        [share.num_heads for share in shares if share.kv_heads.start == kv_head] for kv_head in range(num_kv_heads)
+        [shard.num_heads for shard in shards if shard.kv_heads.start == kv_head] for kv_head in range(num_kv_heads)
     ]
     assert all(max(counts) - min(counts) <= 1 for counts in by_kv_head)
     num_ranks = [len(counts) for counts in by_kv_head]
@@ -147,9 +157,9 @@ HEADS = {
     ],
 )
 def test_heads_of_qwen2(model: str, num_heads_by_rank: list[int], num_kv_heads_by_rank: list[int]) -> None:
-    shares = split_heads(*HEADS[model], len(num_heads_by_rank))
-    assert [share.num_heads for share in shares] == num_heads_by_rank
-    assert [share.num_kv_heads for share in shares] == num_kv_heads_by_rank
+    shards = split_heads(*HEADS[model], len(num_heads_by_rank))
+    assert [shard.num_heads for shard in shards] == num_heads_by_rank
+    assert [shard.num_kv_heads for shard in shards] == num_kv_heads_by_rank
 
 
 @pytest.mark.parametrize(
@@ -172,8 +182,8 @@ def test_heads_of_qwen2(model: str, num_heads_by_rank: list[int], num_kv_heads_b
     ],
 )
 def test_intermediate_features_of_qwen2_in_groups_of_128(intermediate_size: int, groups_by_rank: list[int]) -> None:
-    shares = split_features(intermediate_size, len(groups_by_rank), (128, *UNITS))
-    assert lengths(shares) == [128 * groups for groups in groups_by_rank]
+    shards = split_features(intermediate_size, len(groups_by_rank), (128, *UNITS))
+    assert lengths(shards) == [128 * groups for groups in groups_by_rank]
 
 
 @pytest.mark.parametrize(

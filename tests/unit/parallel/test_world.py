@@ -50,8 +50,8 @@ class Ranks:
         futures = [self.start(rank) for rank in range(self._size)]
         return [future.result(30) for future in futures]
 
-    def exchange(self, meetings: list[Rendezvous], values: list[object]) -> list[list[object]]:
-        return list(self._pool.map(lambda meeting, value: meeting.exchange(value), meetings, values))
+    def exchange(self, all_rendezvous: list[Rendezvous], values: list[object]) -> list[list[object]]:
+        return list(self._pool.map(lambda rendezvous, value: rendezvous.exchange(value), all_rendezvous, values))
 
     def __enter__(self) -> Ranks:
         return self
@@ -64,10 +64,10 @@ class Ranks:
                 close(future.result())
 
 
-def close(meeting: Rendezvous) -> None:
-    for peer in meeting.peers:
+def close(rendezvous: Rendezvous) -> None:
+    for peer in rendezvous.peers:
         peer.control.close()
-        peer.pulse.close()
+        peer.heartbeat.close()
 
 
 @pytest.fixture
@@ -96,24 +96,24 @@ def test_torchruns_variables() -> None:
 
 
 def test_everybody_is_connected_with_the_first(three: Ranks) -> None:
-    meetings = three.meet()
-    assert [[peer.rank for peer in meeting.peers] for meeting in meetings] == [[1, 2], [0], [0]]
-    assert {peer.host for meeting in meetings for peer in meeting.peers} == {ADDRESS}
-    for peer in meetings[0].peers:
-        theirs = meetings[peer.rank].peers[0]
+    all_rendezvous = three.meet()
+    assert [[peer.rank for peer in rendezvous.peers] for rendezvous in all_rendezvous] == [[1, 2], [0], [0]]
+    assert {peer.host for rendezvous in all_rendezvous for peer in rendezvous.peers} == {ADDRESS}
+    for peer in all_rendezvous[0].peers:
+        theirs = all_rendezvous[peer.rank].peers[0]
         theirs.control.send(f"control of {peer.rank}".encode())
-        theirs.pulse.send(f"pulse of {peer.rank}".encode())
+        theirs.heartbeat.send(f"heartbeat of {peer.rank}".encode())
         assert peer.control.recv(100) == f"control of {peer.rank}".encode()
-        assert peer.pulse.recv(100) == f"pulse of {peer.rank}".encode()
-    meetings[1].store.set("key", "value")
-    assert meetings[2].store.get("key") == b"value"
+        assert peer.heartbeat.recv(100) == f"heartbeat of {peer.rank}".encode()
+    all_rendezvous[1].store.set("key", "value")
+    assert all_rendezvous[2].store.get("key") == b"value"
 
 
 def test_what_is_exchanged_is_in_the_order_of_the_ranks(three: Ranks) -> None:
-    meetings = three.meet()
+    all_rendezvous = three.meet()
     values: list[object] = ["first", {"of": [2, None]}, 3.5]
-    assert three.exchange(meetings, values) == [values] * 3
-    assert three.exchange(meetings, [None, "ü\n", []]) == [[None, "ü\n", []]] * 3
+    assert three.exchange(all_rendezvous, values) == [values] * 3
+    assert three.exchange(all_rendezvous, [None, "ü\n", []]) == [[None, "ü\n", []]] * 3
 
 
 def test_a_rank_that_ends_before_it_has_exchanged(two: Ranks) -> None:
@@ -216,7 +216,7 @@ def test_ranks_that_there_are_none_of_are_ignored(changes: dict[str, object], tw
     assert first.result(30).peers[0].rank == 1
 
 
-@pytest.mark.parametrize("channel", ["control", "pulse"])
+@pytest.mark.parametrize("channel", ["control", "heartbeat"])
 def test_a_rank_that_comes_twice_is_refused(channel: str, three: Ranks) -> None:
     first = three.start(0)
     port, token = wait_for_first(three)
@@ -271,8 +271,8 @@ def test_the_store_may_be_torchruns() -> None:
     store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
     worlds = [World(rank=rank, size=2, address=ADDRESS, port=store.port, has_agent_store=True) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        for meeting in pool.map(meet, worlds, (None, None)):
-            close(meeting)
+        for rendezvous in pool.map(meet, worlds, (None, None)):
+            close(rendezvous)
     assert store.get("pytgi/control")
 
 
@@ -282,13 +282,13 @@ def test_interfaces() -> None:
 
 
 def test_ranks_of_one_host_share_memory(three: Ranks) -> None:
-    meetings = three.meet()
+    all_rendezvous = three.meet()
 
-    def run(meeting: Rendezvous) -> tuple[SharedMemoryCollectives, list[float]]:
-        collectives = make_collectives(meeting, torch.device("cpu"), 1)
+    def run(rendezvous: Rendezvous) -> tuple[SharedMemoryCollectives, list[float]]:
+        collectives = make_collectives(rendezvous, torch.device("cpu"), 1)
         assert isinstance(collectives, SharedMemoryCollectives)
-        return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**meeting.world.rank])).tolist()
+        return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**rendezvous.world.rank])).tolist()
 
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(run, meetings))
+        results = list(pool.map(run, all_rendezvous))
     assert [numbers for _, numbers in results] == [[3.0, 111.0]] * 3

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from parallel import heartbeat as pulse
+from parallel import heartbeat
 from parallel.heartbeat import Heartbeat
 from parallel.world import Peer
 
@@ -26,7 +26,7 @@ Start = Callable[..., tuple[Heartbeat, Reports]]
 
 @pytest.fixture(autouse=True)
 def beat_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(heartbeat, "BEAT_S", BEAT_S)
 
 
 @pytest.fixture
@@ -48,20 +48,20 @@ def connect() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
 
 @pytest.fixture
 def start(connect: object) -> Iterator[Start]:
-    """Starts a rank's pulse over connections to others; they are closed after its thread has ended."""
-    pulses: list[Heartbeat] = []
+    """Starts a heartbeat of a rank over connections to others; they are closed after its thread has ended."""
+    heartbeats: list[Heartbeat] = []
 
     def make(*connections: tuple[int, socket.socket]) -> tuple[Heartbeat, Reports]:
         reports: Reports = queue.SimpleQueue()
         peers = [Peer(rank, f"10.0.0.{rank}", sock, sock) for rank, sock in connections]
-        pulses.append(Heartbeat(peers, TIMEOUT_S, reports.put))
-        return pulses[-1], reports
+        heartbeats.append(Heartbeat(peers, TIMEOUT_S, reports.put))
+        return heartbeats[-1], reports
 
     yield make
-    for each in pulses:
+    for each in heartbeats:
         each.end()
     for thread in threading.enumerate():
-        if thread.name == "pulse":
+        if thread.name == "heartbeat":
             thread.join(SOON_S)
             assert not thread.is_alive()
 
