@@ -170,7 +170,7 @@ def _body_components(bodies: Iterable[type[pydantic.BaseModel]]) -> dict[str, Sc
     _, document = models_json_schema(pairs, ref_template=REF.format("{model}"))  # type: ignore[arg-type]
     models = {model.__name__: model for model in _subclasses(WireModel)}
     components = {}
-    for name, schema in document["$defs"].items():
+    for name, schema in document.get("$defs", {}).items():
         schema = _tidied(schema)
         components[name] = _as_read(models[name], schema) if name in models else schema
     return components
@@ -183,7 +183,7 @@ def _subclasses(model: type[WireModel]) -> Iterator[type[WireModel]]:
 
 
 def _tidied(schema: Schema) -> Schema:
-    """Without titles, which only say the names once more, and without what docstrings say to developers."""
+    """The schema without titles, which only repeat the names, and without notes for developers."""
     tidied = {key: value for key, value in schema.items() if key != "title"}
     if "description" in tidied:
         tidied["description"] = _FOR_DEVELOPERS.sub("", tidied["description"])
@@ -196,7 +196,7 @@ def _tidied(schema: Schema) -> Schema:
 
 
 def _as_read(model: type[WireModel], schema: Schema) -> Schema:
-    """What pydantic does not know of a WireModel: other spellings of a field, and null as the default."""
+    """Add what pydantic does not know of a WireModel: other spellings of a field, and null as the default."""
     properties, required = schema["properties"], schema.get("required", [])
     for _, (first, *others) in spellings_of(model):
         if first not in properties:  # made of other fields
