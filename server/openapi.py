@@ -31,7 +31,6 @@ Schema = dict[str, Any]
 
 _FOR_DEVELOPERS = re.compile(r" \((reference|quirk)[^)]*\)")
 
-
 _HEADERS = {
     "x-compute-type": ("string", "The hardware"),
     "x-compute-characters": ("integer", "Characters of the prompt"),
@@ -47,7 +46,7 @@ _HEADERS = {
 }
 """Name -> type and description. Which of them an answer has depends on the route and on whether it streams."""
 
-_WORDS = {
+_STATUS_TEXTS = {
     200: "Success",
     303: "See there",
     400: "Not JSON",
@@ -279,7 +278,7 @@ def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
 
 
 def _response(status: int, content: dict[str, Schema]) -> Schema:
-    response: Schema = {"description": _WORDS[status]}
+    response: Schema = {"description": _STATUS_TEXTS[status]}
     if content:
         response["content"] = {media: {"schema": schema} for media, schema in content.items()}
     return response
