@@ -63,7 +63,7 @@ _STATUS_TEXTS = {
 
 
 def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
-    """What reference 2.2 says of single values, by body and field."""
+    """The limits of single values, by body and field (`docs/wire.md`, 2.2)."""
     share = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
     both = {
         "frequency_penalty": {"minimum": -2, "maximum": 2},
