@@ -25,16 +25,16 @@ logger = logging.getLogger("server.main")
 
 LISTEN_BACKLOG = 2048
 IDLE_CONNECTION_S = 75
-"""TGI keeps idle connections for ever. Longer than clients and balancers do (60 s and less): whoever closes first must
-not be the server, as the next request may be on its way already."""
+"""Longer than clients and balancers keep idle connections (60 s and less; TGI keeps them for ever). The server must not
+be the first to close: the next request may be on its way already."""
 DEAD_ENGINE_DRAIN_S = 3
-"""When the engine is gone every stream ends with an error event; nobody is waited for longer than this."""
+"""The drain's time when the engine is gone: every stream ends with an error event."""
 LAST_EVENTS_S = 3.0
-"""How long clients may take to read the error event that ends their stream when the drain's time is over."""
+"""The time of clients to read the error event that ends their stream when the drain's time is over."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Logs the readiness line that scripts look for; ends what still runs when the drain takes too long."""
+    """Logs the readiness line that scripts look for, and ends the requests that outlast the drain."""
 
     def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float) -> None:
         super().__init__(config)
@@ -46,23 +46,25 @@ class DrainingServer(uvicorn.Server):
         logger.info("Connected")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let nobody in any more, wait until the running requests have ended or their time is over."""
+        """Let nobody in any more, and wait until the running requests have ended or their time is over."""
         timer = asyncio.get_running_loop().call_later(self._drain_s, self._end_requests)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
-        self._engine.say_goodbye()  # here: after a signal uvicorn ends the process as soon as it has shut down
+        self._engine.say_goodbye()  # not later: after a signal uvicorn ends the process as soon as it has shut down
 
     def _end_requests(self) -> None:
-        # What is still sending its body then is broken off by uvicorn, which would log a traceback for each.
+        # uvicorn breaks off requests that are still sending their bodies, and would log a traceback for each.
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)
         logger.warning("The running requests took longer than %g s to end: ending them", self._drain_s)
         self._engine.refuse(GenerationError("the server is stopping"))
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the launcher alone; uvicorn sets its own when it serves
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the launcher alone; uvicorn sets its own handler when it serves
     config = ServerConfig.from_json(sys.stdin.readline())
     configure_logging(config.log_level, "webserver", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
@@ -84,7 +86,10 @@ def main() -> None:
 
 
 async def serve(config: ServerConfig) -> None:
-    """Serve until a signal. Raises EngineDeadError or EngineHungError for the engine, StartError for the tokenizer."""
+    """Serve until a signal.
+
+    Raises EngineDeadError or EngineHungError if the engine ends, StartError if there is no tokenizer or no free port.
+    """
     tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers, config.tokenizer_config_path)
     engine = EngineClient(socket.socket(fileno=config.engine_fd), config.engine_silence_s)
     await engine.connect()
@@ -108,7 +113,7 @@ async def serve(config: ServerConfig) -> None:
 
 
 def _listening(fd: int) -> socket.socket:
-    """The bound socket, now listening. Raises StartError if somebody else came to listen on its port meanwhile."""
+    """The bound socket, now listening. Raises StartError if another process listens on its port by now."""
     listener = socket.socket(fileno=fd)
     try:
         listener.listen(LISTEN_BACKLOG)

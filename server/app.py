@@ -1,4 +1,4 @@
-"""The application: areas of routes, error handlers, and what they share."""
+"""The application: areas of routes, error handlers, and the state that they share."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     finder = OperationFinder(operations)
     if config.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=config.api_key, finder=finder)
-    # Outside of the guard: its answers need no key.
+    # These headers are outside of the guard: preflights need no key, and its refusals get them as well.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)

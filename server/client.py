@@ -1,4 +1,4 @@
-"""EngineClient: the HTTP process's end of the socket pair. One reader task; one inbox per open request."""
+"""EngineClient: the HTTP process's end of the socket pair, with one reader task and one inbox per open request."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from engine.link.messages import (
 logger = logging.getLogger(__name__)
 
 UNHEALTHY_SILENCE_S = 10.0
-"""The engine speaks at least once a second while idle and after every step; on a CPU a step is cut to 5 s."""
+"""The engine speaks at least once a second while idle and after every step; on a CPU a step takes 5 s at most."""
 WATCH_S = 1.0
+"""Silence is counted in steps of this length."""
 READY_LOG_S = 10.0
+"""The log says once in this time that the engine is still loading."""
 
 
 class Inbox:
-    """What has come for one request and was not taken yet.
+    """The events of one request that have come and were not taken yet.
 
-    Tokens are added to those that wait, as in `engine.link.ipc`: what a slow reader holds here are numbers, at most
-    `max_new_tokens` of each kind, and not an event for each.
+    Tokens join the last event that waits, as in `engine.link.ipc`. A slow reader holds up numbers here, at most
+    `max_new_tokens` of each kind, and not an event for each token.
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class EngineClient:
     """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
 
     def __init__(self, sock: socket.socket, hung_silence_s: float = 20.0) -> None:
-        """After `hung_silence_s` without a word the engine counts as hung."""
+        """An engine that is silent for `hung_silence_s` counts as hung."""
         sock.setblocking(False)
         self._sock = sock
         self._hung_silence_s = hung_silence_s
@@ -75,7 +77,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.dead = asyncio.Event()
         self.observe_output: Callable[[StepOutput, float], None] = lambda output, seconds: None
-        """Told of every frame and how long handing its events out took."""
+        """Called with every frame and the seconds that handing its events out took."""
 
     async def connect(self) -> EngineReady:
         """Start reading and wait until the engine is ready. Raises EngineDeadError if it ends before that."""
@@ -93,12 +95,15 @@ class EngineClient:
 
     @property
     def is_healthy(self) -> bool:
-        """The engine is there and was heard of lately."""
+        """Whether the engine is there and has spoken lately."""
         return not self.dead.is_set() and time.monotonic() - self._last_heard < UNHEALTHY_SILENCE_S
 
     @contextlib.contextmanager
     def generate(self, request: GenerationRequest) -> Iterator[AsyncIterator[TokenEvent]]:
-        """Submit `request`; the iterator ends after the terminal event. Leaving the block early aborts the request."""
+        """Submit `request`. The iterator ends after the terminal event; leaving the block early aborts the request.
+
+        The iterator raises GenerationError for a failed request, and whatever `refuse` was called with.
+        """
         if self._refusal is not None:
             raise self._refusal
         inbox = self._inboxes[request.request_id] = Inbox()
@@ -122,7 +127,7 @@ class EngineClient:
                 return
 
     def refuse(self, error: Exception) -> None:
-        """End every open request with `error`, and any that comes from now on."""
+        """End every open request with `error`, and refuse any that comes from now on."""
         self._refusal = error
         for inbox in self._inboxes.values():
             inbox.put(error)
@@ -130,7 +135,7 @@ class EngineClient:
     async def watch(self) -> None:
         """Return when the engine is dead, or has been silent for so long that it must hang.
 
-        Silence counts only while this process itself runs: after a pause of both, as a container's, nobody hangs.
+        Silence counts only while this process itself runs: a pause of both processes, as of a container, is no hang.
         """
         silence_s = 0.0
         while not self.dead.is_set() and silence_s < self._hung_silence_s:
@@ -148,7 +153,7 @@ class EngineClient:
             raise self._death
 
     def _send(self, frame: bytes) -> None:
-        # Not drained: requests are few and bounded by the admission limit, and a dead engine is noticed by the reader.
+        # The writer is not drained: admission bounds the number of requests, and the reader notices a dead engine.
         if self._writer is not None and not self.dead.is_set():
             self._writer.write(frame)
 

@@ -1,4 +1,4 @@
-"""The HTTP process's configuration, read once and frozen. Standard library only: the launcher makes it."""
+"""The HTTP process's configuration, read once and frozen. Standard library only, as the launcher makes it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """What the HTTP process needs to know; made by the launcher, handed over as JSON."""
+    """The configuration of the HTTP process. The launcher makes it and hands it over as JSON."""
 
     model_id: str
-    """As the user gave it: shown by /info and /v1/models."""
+    """The user's word for the model; /info and /v1/models show it."""
     model_path: str
     """Local folder with tokenizer.json and tokenizer_config.json."""
     model_sha: str | None = None
@@ -22,7 +22,7 @@ class ServerConfig:
     engine_fd: int
     """Inherited end of the socket pair to the engine."""
     engine_silence_s: float = 20.0
-    """After so long without a word the engine counts as hung."""
+    """An engine that is silent for longer counts as hung."""
     max_concurrent_requests: int = 128
     max_best_of: int = 2
     max_stop_sequences: int = 4
@@ -32,13 +32,13 @@ class ServerConfig:
     payload_limit: int = 2_000_000
     """Largest request body in bytes."""
     has_prompt_logprobs: bool = False
-    """`--enable-prefill-logprobs`; asked of it by --strict-tgi only, as they cost little here."""
+    """`--enable-prefill-logprobs`. Only --strict-tgi needs it: logprobs of a prompt cost little here."""
     is_grammar_disabled: bool = False
     tokenizer_config_path: str | None = None
     """Read in place of the folder's tokenizer_config.json."""
     api_key: str | None = dataclasses.field(default=None, repr=False)
     cors_allow_origin: tuple[str, ...] = ()
-    """Origins whose pages may call; empty: any."""
+    """Origins whose pages may call. Empty means any."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
     graceful_termination_timeout_s: int = 90
@@ -47,7 +47,7 @@ class ServerConfig:
     log_level: str = "info"
     is_json_output: bool = False
     otlp_endpoint: str | None = None
-    """Collector of traces; None: there are none."""
+    """Collector of traces. None means that there are no traces."""
     otlp_service_name: str = "text-generation-inference.router"
 
     def to_json(self) -> str:
@@ -55,7 +55,7 @@ class ServerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ServerConfig:
-        # JSON has no tuples; with a list the configuration could not be the key of a cache
+        # JSON has no tuples. With a list the configuration could not be the key of a cache.
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
         }

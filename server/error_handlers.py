@@ -1,4 +1,4 @@
-"""Answers to what goes wrong: one handler for each family of errors."""
+"""The answers to errors: one handler for each kind."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _answer(request: Request, status: int, error: Exception) -> Response:
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     log_failure(error)
-    if isinstance(error, TemplateError):  # raised before a generation is opened, which counts its failures itself
+    if isinstance(error, TemplateError):  # raised before a generation is opened; an open one counts its failures itself
         request.app.state.service.metrics.refused(error)
     return _answer(request, ERROR_KINDS[type(error)].status, error)
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:
-    # Not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
+    # The error is not logged here: Starlette raises it again after this answer, and uvicorn logs it with its traceback.
     return _answer(request, 500, error)
 
 
@@ -35,7 +35,7 @@ async def _answer_body_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_routing_error(request: Request, error: Exception) -> Response:
-    """404 and 405 have no body; `allow` is written as TGI writes it."""
+    """404 and 405 have no body. The methods in `allow` are sorted and have no spaces between them, as with TGI."""
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow", "")
     methods = ",".join(sorted(method.strip() for method in allowed.split(",")))
@@ -43,7 +43,7 @@ async def _answer_routing_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
-    """The client left before its answer: nobody reads this."""
+    """The client has left before its answer, so nobody reads this one."""
     return Response(status_code=400)
 
 

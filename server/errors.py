@@ -1,19 +1,25 @@
-"""What a request can end in, and the one table from exception to status and `error_type` (reference 0.4).
+"""The errors that a request can end in, and the one table from error to status and `error_type`.
 
 Exception
- ├─ ValidationError            a parameter or length is not acceptable
- ├─ OverloadedError            no permit is free
+ ├─ BodyError                  the route cannot read the body; plain text, before any handler
+ ├─ ValidationError            a parameter or a length is not acceptable
  ├─ TemplateError              the chat template failed
  ├─ ToolError                  tools cannot be used like this
- ├─ SuffixError                /v1/completions: `suffix` is given
- ├─ BatchSizeError             /v1/completions: too many prompts
- ├─ ModelNotFoundError         /v1/models/{id}: another model
- ├─ NoInstanceError            /vertex: nothing to do
- ├─ FailedInstanceError        /vertex under --strict-tgi: whatever went wrong with an instance
+ ├─ SuffixError                /v1/completions: there is a `suffix`
+ ├─ BatchSizeError             /v1/completions: there are too many prompts
+ ├─ NoInstanceError            /vertex: there is nothing to do
+ ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
+ ├─ OverloadedError            no permit is free
+ ├─ UnhealthyError             a probe fails
  ├─ IncompleteGenerationError  the engine ended without a final token
- ├─ UnhealthyError             /health says no
- └─ BodyError                  the body is not what the route reads; plain text, before any handler
-engine.link.errors.GenerationError, EngineDeadError, EngineHungError
+ ├─ FailedInstanceError        /vertex with --strict-tgi: an instance failed, for whatever reason
+ └─ of the engine (`engine.link.errors`)
+     ├─ GenerationError        a step failed, or the server is stopping
+     ├─ EngineDeadError        the engine is gone
+     └─ EngineHungError        the engine hangs
+
+`ERROR_KINDS` has every one but BodyError, which carries its own status. Any other exception is a 500 that keeps its
+text to itself.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 
 
 class ValidationError(Exception):
-    """The text is what reference 2.2 lists."""
+    """The text is TGI's (`docs/wire.md`, 2.2), or ours for parameters that TGI does not have."""
 
 
 class OverloadedError(Exception):
@@ -78,7 +84,7 @@ class UnhealthyError(Exception):
 
 
 class BodyError(Exception):
-    """A refusal in plain text, as TGI's web framework gives it before a handler runs."""
+    """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -87,9 +93,12 @@ class BodyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
+    """One row of the table."""
+
     status: int
     error_type: str
     prefix: str = ""
+    """What the client reads before the error's own text."""
 
 
 _GENERATION = ErrorKind(424, "generation", "Request failed during generation: Server error: ")
@@ -120,7 +129,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def error_body(error: Exception) -> ErrorBody:
-    """What the client reads; an exception nobody foresaw keeps its text to itself."""
+    """TGI's error object. An exception that nobody foresaw keeps its text to itself."""
     kind = ERROR_KINDS.get(type(error))
     if kind is None:
         return ErrorBody("Internal server error", "internal")
@@ -135,7 +144,7 @@ class OpenAIError(msgspec.Struct, frozen=True):
 
 
 class OpenAIErrorBody(msgspec.Struct, frozen=True):
-    """What OpenAI's clients read (quirk 11); `code` is TGI's error_type."""
+    """What OpenAI's clients read; `code` is TGI's error_type."""
 
     error: OpenAIError
 
@@ -145,7 +154,8 @@ def is_openai_path(path: str) -> bool:
     return path.startswith("/v1/")
 
 
-OPENAI_TYPES = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
+OPENAI_TYPES: dict[int, str] = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
+"""Status -> `type` of OpenAI's error object; any other status is a `server_error`."""
 
 
 def openai_error_body(error: Exception) -> OpenAIErrorBody:

@@ -31,7 +31,6 @@ Schema = dict[str, Any]
 
 _FOR_DEVELOPERS = re.compile(r" \((reference|quirk)[^)]*\)")
 
-
 _HEADERS = {
     "x-compute-type": ("string", "The hardware"),
     "x-compute-characters": ("integer", "Characters of the prompt"),
@@ -47,7 +46,7 @@ _HEADERS = {
 }
 """Name -> type and description. Which of them an answer has depends on the route and on whether it streams."""
 
-_WORDS = {
+_STATUS_TEXTS = {
     200: "Success",
     303: "See there",
     400: "Not JSON",
@@ -64,7 +63,7 @@ _WORDS = {
 
 
 def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
-    """What reference 2.2 says of single values, by body and field."""
+    """The limits of single values, by body and field (`docs/wire.md`, 2.2)."""
     share = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
     both = {
         "frequency_penalty": {"minimum": -2, "maximum": 2},
@@ -170,7 +169,7 @@ def _body_components(bodies: Iterable[type[pydantic.BaseModel]]) -> dict[str, Sc
     _, document = models_json_schema(pairs, ref_template=REF.format("{model}"))  # type: ignore[arg-type]
     models = {model.__name__: model for model in _subclasses(WireModel)}
     components = {}
-    for name, schema in document["$defs"].items():
+    for name, schema in document.get("$defs", {}).items():
         schema = _tidied(schema)
         components[name] = _as_read(models[name], schema) if name in models else schema
     return components
@@ -183,7 +182,7 @@ def _subclasses(model: type[WireModel]) -> Iterator[type[WireModel]]:
 
 
 def _tidied(schema: Schema) -> Schema:
-    """Without titles, which only say the names once more, and without what docstrings say to developers."""
+    """The schema without titles, which only repeat the names, and without notes for developers."""
     tidied = {key: value for key, value in schema.items() if key != "title"}
     if "description" in tidied:
         tidied["description"] = _FOR_DEVELOPERS.sub("", tidied["description"])
@@ -196,7 +195,7 @@ def _tidied(schema: Schema) -> Schema:
 
 
 def _as_read(model: type[WireModel], schema: Schema) -> Schema:
-    """What pydantic does not know of a WireModel: other spellings of a field, and null as the default."""
+    """Add what pydantic does not know of a WireModel: other spellings of a field, and null as the default."""
     properties, required = schema["properties"], schema.get("required", [])
     for _, (first, *others) in spellings_of(model):
         if first not in properties:  # made of other fields
@@ -279,7 +278,7 @@ def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
 
 
 def _response(status: int, content: dict[str, Schema]) -> Schema:
-    response: Schema = {"description": _WORDS[status]}
+    response: Schema = {"description": _STATUS_TEXTS[status]}
     if content:
         response["content"] = {media: {"schema": schema} for media, schema in content.items()}
     return response

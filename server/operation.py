@@ -29,17 +29,17 @@ class Operation:
     summary: str
     body: type[pydantic.BaseModel] | None = None
     answers: tuple[Any, ...] = ()
-    """Types that a plain 200 may hold, as JSON; none: an empty body, or what `text` says."""
+    """Types that a plain 200 may hold, as JSON. Without any the body is empty, or of the media type in `text`."""
     text: str | None = None
     """The media type of an answer that is not JSON."""
     events: tuple[type[msgspec.Struct], ...] = ()
     """Types of the data of an event, in a stream that goes well."""
     late_errors: tuple[type[msgspec.Struct], ...] = ()
-    """Types of the data of the event that ends a stream which fails; those without --strict-tgi."""
+    """Types of the data of the event that ends a stream which fails, without --strict-tgi."""
     is_generating: bool = False
     """Runs the model: may be refused as overloaded and may fail."""
     has_headers: bool = False
-    """Tells sizes and times in x- headers."""
+    """Says sizes and times in x- headers."""
     status: int = 200
     errors: tuple[int, ...] = ()
     """Further statuses with an error object."""
@@ -85,7 +85,10 @@ class OperationFinder:
         ]
 
     def find(self, path: str, method: str) -> Operation | None:
-        """None: no such path. A method that the path lacks counts as its GET, or else as any that it has."""
+        """The operation, or None if there is no such path.
+
+        A method that the path lacks counts as its GET, or else as its only one: the router refuses it later with 405.
+        """
         methods = self._by_path.get(path)
         if methods is None:
             methods = next((methods for pattern, methods in self._patterns if pattern.match(path)), None)

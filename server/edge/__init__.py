@@ -1,1 +1,4 @@
-"""What stands between a client's connection and the routes: keys, origins, permits, clients that leave."""
+"""The edge between a client's connection and the routes: keys, origins, permits, clients that leave.
+
+It may import errors and operations, and no other room of the server.
+"""

@@ -1,4 +1,4 @@
-"""Who may call: the API key, and which web pages. Checked before a body is read."""
+"""The API key, and the web pages that may call. Both are checked before a body is read."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ class ApiKeyGuard:
 
     def _has_key(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        # headers are latin-1 on the way in; compared in constant time
+        # Headers come in as latin-1. The comparison takes the same time for every wrong key.
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
 
 class CorsHeaders:
     """Lets pages of `origins` (empty: of any origin) read the answers, and answers every OPTIONS request itself.
 
-    A page may send the headers that it asks for, its key among them; to TGI (`is_strict`) a content type (quirk 38).
+    A page may send the headers that it asks for, its key among them. With `is_strict` it may send a content type only,
+    as to TGI.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str], *, is_strict: bool) -> None:
@@ -64,10 +65,10 @@ class CorsHeaders:
             await send(message)
 
         if scope["method"] == "OPTIONS":
-            wanted = None if self._is_strict else Headers(scope=scope).get("access-control-request-headers")
+            headers = None if self._is_strict else Headers(scope=scope).get("access-control-request-headers")
             preflight = {
                 "access-control-allow-methods": "GET,POST",
-                "access-control-allow-headers": wanted or "content-type",
+                "access-control-allow-headers": headers or "content-type",
             }
             await Response(headers=preflight)(scope, receive, send_with_headers)
         else:

@@ -1,4 +1,4 @@
-"""One client's TCP connection: uvicorn's, with what it leaves out against clients that send too much or leave."""
+"""One client's TCP connection: uvicorn's, and a defence against clients that send too much or leave."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request line and its headers, beside what comes with the first of them; uvicorn's other parser takes as much."""
+"""The limit of a request line and its headers, beside what comes with the first of them. uvicorn's other parser takes
+as much."""
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Connection(HttpToolsProtocol):
     """Refuses a head that does not end, and tells the running request when its client leaves.
 
-    uvicorn tells only the request that came last: if several came at once (HTTP pipelining), the one that runs would go
-    on for nobody.
+    uvicorn tells only the request that came last. If several came at once (HTTP pipelining), the request that runs
+    would go on for nobody.
     """
 
     _running: RequestResponseCycle | None = None
     _num_unused_bytes = 0
-    """Received since a head began or ended, or a piece of a body came: what the parser must keep."""
+    """Bytes since a head began or ended, or a piece of a body came: the parser must keep them."""
 
     def data_received(self, data: bytes) -> None:
         self._num_unused_bytes += len(data)
         super().data_received(data)
         if self._num_unused_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            if self._running is None or self._running.response_complete:  # else it would be within another answer
+            if self._running is None or self._running.response_complete:  # else the 431 would be within another answer
                 self.transport.write(TOO_LARGE)
             self.transport.close()
 
@@ -50,4 +51,4 @@ class Connection(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # after a reset uvicorn lets the timer run on, and all that hangs on it
+        self._unset_keepalive_if_required()  # after a reset uvicorn lets the timer run on, which holds this connection

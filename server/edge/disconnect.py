@@ -1,4 +1,4 @@
-"""Stops work for a client that has gone. Streams need none of this: sse-starlette cancels them."""
+"""The end of work for a client that has gone. Streams don't need this: sse-starlette cancels them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import Effect
-from server.launcher.flags import FLAGS, VARIABLES
+from server.launcher.flags import VARIABLES, every_flag
 from server.launcher.parser import build_parser, flag_type, parse_value
 from server.launcher.sharding import Sharding, resolve_sharding
 
@@ -74,7 +74,7 @@ def fields_of(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
     no value is left out, so that its own default holds.
     """
     fields: dict[str, Any] = {}
-    for row in (*FLAGS, *VARIABLES):
+    for row in (*every_flag(), *VARIABLES):
         value = values.get(row.attribute, row.default)
         if value is not None:
             fields |= dict.fromkeys(row.fields_of(part), tuple(value) if isinstance(value, list) else value)
@@ -86,8 +86,8 @@ def _read_flags(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values that came by flag or by a flag's variable, and their names in messages; both by attribute."""
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    sources = {flag.attribute: f"--{flag.name}" for flag in FLAGS if flag.attribute in values}
-    for flag in FLAGS:
+    sources = {flag.attribute: f"--{flag.name}" for flag in every_flag() if flag.attribute in values}
+    for flag in every_flag():
         if flag.attribute not in values and flag.has_variable and flag.variable in environ:
             value = _read_variable(parser, environ, flag.variable, flag_type(flag))
             values[flag.attribute] = [value] if flag.is_repeatable else value
@@ -114,14 +114,14 @@ def _read_variable(
 
 
 def _echo(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
-    shown = {flag.attribute: "***" if flag.is_secret else repr(values.get(flag.attribute)) for flag in FLAGS}
+    shown = {flag.attribute: "***" if flag.is_secret else repr(values.get(flag.attribute)) for flag in every_flag()}
     return ", ".join(f"{source} = {shown[attribute]}" for attribute, source in sources.items())
 
 
 def _refuse_and_warn(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
     """Sentences about flags that do nothing. Raises ArgumentError for a flag that is refused."""
     warnings = []
-    for flag in FLAGS:
+    for flag in every_flag():
         value = values.get(flag.attribute)
         if value is None or value in flag.harmless or (flag.is_switch and not value):
             continue

@@ -6,6 +6,8 @@ the tests are made from this table. Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from server.launcher.flag import (
     BOOLEAN,
     COUNT,
@@ -436,8 +438,6 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
     "Logs, telemetry, watermark": LOGS,
 }
 
-FLAGS: tuple[Flag, ...] = tuple(flag for section in SECTIONS.values() for flag in section)
-
 VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="PREFIX_CACHING",
@@ -517,3 +517,8 @@ VARIABLES: tuple[Variable, ...] = (
         help="the routes under /v1 are always there",
     ),
 )
+
+
+def every_flag() -> Iterator[Flag]:
+    for flags in SECTIONS.values():
+        yield from flags

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions (reference 1.9, 1.10, 3.5)."""
+"""POST /v1/chat/completions (`docs/wire.md`, 1.9, 1.10 and 3.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routes that cloud platforms call: POST /invocations for SageMaker, /vertex for Vertex AI (reference 1.7, 1.8)."""
+"""The routes of cloud platforms: POST /invocations for SageMaker, /vertex for Vertex AI (`docs/wire.md`, 1.7, 1.8)."""
 
 from __future__ import annotations
 

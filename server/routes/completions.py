@@ -1,4 +1,4 @@
-"""POST /v1/completions (reference 1.11, 3.5), with OpenAI's parameters that TGI ignores."""
+"""POST /v1/completions (`docs/wire.md`, 1.11 and 3.5), with OpenAI's parameters that TGI ignores."""
 
 from __future__ import annotations
 

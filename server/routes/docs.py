@@ -1,4 +1,4 @@
-"""The description of the API, for programs and for people: /openapi.json and /docs/ (reference 1). Needs no network."""
+"""The description of the API, for programs at /openapi.json and for people at /docs/, which needs no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TGI's native routes: POST /generate, /generate_stream and / (reference 1.1, 1.2, 3.3)."""
+"""TGI's native routes: POST /generate, /generate_stream and / (`docs/wire.md`, 1.1, 1.2 and 3.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the server does: the probes and /metrics."""
+"""The state of the server: the probes (`docs/wire.md`, 1.6) and /metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server is: /info."""
+"""GET /info: the model and the limits (`docs/wire.md`, 1.4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     model_sha: str | None
     model_pipeline_tag: str | None = None
-    """Never known: the Hub is not asked."""
+    """Always null: nobody asks the Hub for it."""
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int

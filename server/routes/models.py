@@ -1,4 +1,4 @@
-"""GET /v1/models and, ours, /v1/models/{id} (reference 1.5)."""
+"""GET /v1/models (`docs/wire.md`, 1.5), and /v1/models/{id}, which TGI does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ area = Area()
 
 
 class _ModelIdConvertor(PathConvertor):
-    """Slashes and, unlike Starlette's `path`, line breaks: whatever is asked for gets OpenAI's error."""
+    """Any text, also with slashes and, unlike Starlette's `path`, line breaks: every unknown id gets OpenAI's error."""
 
     regex = r"[\s\S]*"
 

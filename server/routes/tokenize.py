@@ -1,4 +1,4 @@
-"""Text to tokens and back: POST /tokenize and /chat_tokenize (reference 1.3), and ours /detokenize."""
+"""Text to tokens and back: POST /tokenize, /chat_tokenize (`docs/wire.md`, 1.3) and /detokenize, which is ours."""
 
 from __future__ import annotations
 

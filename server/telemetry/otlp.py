@@ -1,7 +1,7 @@
-"""Traces to an OpenTelemetry collector, over OTLP and gRPC (reference `tgi-http.md` 7.3).
+"""Traces to an OpenTelemetry collector, over OTLP and gRPC (`docs/wire.md`, 7.3).
 
-Imported only with --otlp-endpoint: the libraries cost memory. Spans are made when a request has ended, with
-its times: nothing has to be kept open meanwhile, and no trace header goes back to the client.
+This module is imported only with --otlp-endpoint: the libraries cost memory. Spans are made when a request has ended,
+with its times: nothing has to be kept open meanwhile, and no trace header goes back to the client.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from server.telemetry.spans import RequestSpans
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.5
-"""How long the end of the process may be held up for the last spans."""
+"""The longest that the last spans may hold up the end of the process."""
 
 
 class QuietExporter(SpanExporter):
-    """One line when the collector can't be reached and one when it can again, whatever happens in between."""
+    """Logs one line when the collector can't be reached and one when it can again, whatever happens in between."""
 
     def __init__(self, endpoint: str) -> None:
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a line for every attempt otherwise
@@ -65,10 +65,10 @@ class OtlpTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def report(self, scope: Scope, spans: RequestSpans, started_ns: int, status: int) -> None:
-        """One HTTP server span, and the handlers' spans.
+        """Send one HTTP server span, and the handlers' spans.
 
-        As TGI has it, the trace context of the request is the parent of the HTTP span and of the outermost handler
-        alike; without one the HTTP span is the handler's parent.
+        As with TGI, the trace context of the request is the parent of the HTTP span and of the outermost handler's span
+        alike. Without a context the HTTP span is the parent of the handler's span.
         """
         parent = self._parent(scope)
         route = getattr(scope.get("route"), "path", None)
@@ -98,7 +98,7 @@ class OtlpTracer:
         return self._propagator.extract({"traceparent": traceparent} if traceparent else {}, Context())
 
     def close(self) -> None:
-        """Send what is left, within `FLUSH_S`: what could not be sent by then is lost."""
+        """Send the last spans within `FLUSH_S`; spans that are left then are lost."""
         flush = threading.Thread(target=self._provider.shutdown, name="trace-flush", daemon=True)
         flush.start()
         flush.join(FLUSH_S)
@@ -110,7 +110,7 @@ def _inside(span: trace.Span) -> Context:
 
 
 def _http_attributes(scope: Scope, route: str | None, status: int) -> dict[str, str | int]:
-    """Those of reference 7.3; what a request does not have is left out."""
+    """The attributes of TGI's HTTP span. One that a request does not have is left out."""
     headers = Headers(scope=scope)
     attributes = {
         "http.request.method": scope["method"],

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestSpans:
-    """The handlers' spans of one HTTP request, the outermost first, and the fields of the innermost one."""
+    """The names of a request's handler spans, the outermost first, and the fields of the innermost one."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -28,7 +28,7 @@ _current: ContextVar[RequestSpans | None] = ContextVar("request_spans", default=
 
 
 class Tracer(Protocol):
-    """What sends spans (`server.telemetry.otlp`)."""
+    """A sender of spans; `server.telemetry.otlp` has ours."""
 
     def report(self, scope: Scope, spans: RequestSpans, started_ns: int, status: int) -> None: ...
 
@@ -62,7 +62,7 @@ class SpansMiddleware:
         self, tracer: Tracer, spans: RequestSpans, scope: Scope, receive: Receive, send: Send
     ) -> None:
         started_ns = time.time_ns()
-        status = 500  # what is answered outside of this middleware to an exception that nobody foresaw
+        status = 500  # an exception that nobody foresaw is answered outside of this middleware
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -77,21 +77,21 @@ class SpansMiddleware:
 
 
 def begin_generation(*, is_stream: bool) -> None:
-    """TGI's compatible route calls another handler, which has a span of its own."""
+    """Open the inner span of `POST /`: there TGI calls another handler, which has a span of its own."""
     spans = _current.get()
     if spans is not None and spans.names == ["compat_generate"]:
         spans.names.append("generate_stream" if is_stream else "generate")
 
 
 def set_fields(fields: Mapping[str, str]) -> None:
-    """Fields of the innermost span, for the traces."""
+    """Add fields to the innermost span, for the traces."""
     spans = _current.get()
     if spans is not None:
         spans.fields.update(fields)
 
 
 def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The `extra` of a line about this request: `engine.link.logs` writes the spans and, with them, `fields`."""
+    """The `extra` of a log line about this request, from which `engine.link.logs` writes the spans and `fields`."""
     spans = _current.get()
     if spans is None or not spans.names:
         return {"span": dict(fields)} if fields else {}
@@ -100,7 +100,7 @@ def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def log_failure(error: Exception) -> None:
-    """One line with the bare text; a traceback only for what nobody foresaw."""
+    """Log one line with the bare text. Only an exception that nobody foresaw gets a traceback."""
     if type(error) in ERROR_KINDS:
         logger.error("%s", error, extra=log_extra())
     else:

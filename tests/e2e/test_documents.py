@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from server.launcher.flag import Effect
-from server.launcher.flags import FLAGS
+from server.launcher.flags import every_flag
 from tests.e2e.documents import COMMAND_LANGUAGES, Block, read_blocks
 from tests.e2e.launched import LaunchedServer, free_port, launched
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
@@ -176,8 +176,10 @@ def test_the_flags_named_in_migrating_do_what_it_says() -> None:
     rows = (ROOT / "docs" / "migrating.md").read_text().splitlines()
     for start, effect in (("| refused, exit code 1 |", Effect.REFUSED), ("| no effect,", Effect.NONE)):
         (row,) = [row for row in rows if row.startswith(start)]
-        some = {flag.name for flag in FLAGS if flag.refused_choices and effect is Effect.REFUSED}
-        assert set(re.findall(r"`--([a-z-]+)", row)) == some | {flag.name for flag in FLAGS if flag.effect is effect}
+        some = {flag.name for flag in every_flag() if flag.refused_choices and effect is Effect.REFUSED}
+        assert set(re.findall(r"`--([a-z-]+)", row)) == some | {
+            flag.name for flag in every_flag() if flag.effect is effect
+        }
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -21,9 +21,10 @@ from server.config import ServerConfig
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
-from server.launcher.flags import FLAGS, QUANTIZE, VARIABLES
+from server.launcher.flags import QUANTIZE, SECTIONS, VARIABLES, every_flag
 from server.launcher.sharding import Sharding
 
+FLAGS = tuple(every_flag())
 ENGINE_DEFAULTS = EngineConfig(
     model_path="",
     dtype="auto",
@@ -626,6 +627,19 @@ def test_every_flag_of_tgi_is_known() -> None:
         graceful-termination-timeout"""
     ours = "strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding"
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
+
+
+def test_a_flag_is_a_row_and_the_field_it_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Flag(name="mood", fills="server.mood engine.mood", help="How the server feels", default="calm")
+    monkeypatch.setitem(SECTIONS, "Feelings", (row,))
+    assert parse("").server["mood"] == parse("").engine["mood"] == "calm"
+    for args in (parse("--mood merry"), parse("", MOOD="merry")):
+        assert args.server["mood"] == args.engine["mood"] == "merry"
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "How the server feels (default: calm) [env: MOOD]" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 DERIVED = {
