@@ -24,7 +24,8 @@ KERNEL_LIBRARIES = {"numba", "llvmlite"}
 
 ABSENT_DOCUMENTS = re.compile(
     r"\breference (?:\d|`?[\w-]+\.md)|\breference's (?:table|section|\d+ rows)|\bquirks? \d"
-    r"|\bthe design's\b|\bdesign section|\(design \d"
+    r"|\bthe design's\b|\bdesign section|\(design(?: \d|:)",
+    re.IGNORECASE,
 )
 BARE_ROW = re.compile(r"# \d+(?:(?: to |, | and )\d+)*\.?$")
 """A comment that is nothing but numbers: rows of a table that it does not name."""
@@ -114,6 +115,9 @@ def citation_complaints(text: str, folder: Path = ROOT) -> list[str]:
     ]
     bare = [f"{line.strip()!r} is a number of no table" for line in text.splitlines() if BARE_ROW.search(line)]
     flat = joined(text)
+    absent = [
+        f"{match.group(0)!r} names a document outside the repository" for match in ABSENT_DOCUMENTS.finditer(flat)
+    ]
     missing = [f"{name} does not exist" for name in DOCUMENT.findall(flat) if find_document(name, folder) is None]
     parts = [
         f"{match.group(1)} has no {kind} {number}"

@@ -39,7 +39,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def make_column(
     outs: Sequence[int], *, has_bias: bool, parallel: ParallelState = ALONE, method: LinearMethod = DENSE
 ) -> ColumnParallelLinear:
-    """Not loaded yet. The outputs are dealt in eights: 24 over 2 ranks are 16 and 8."""
+    """A layer that is not loaded yet. Its outputs are split in eights: 24 over 2 ranks are 16 and 8."""
     return ColumnParallelLinear(
         IN,
         outs,
@@ -59,7 +59,7 @@ def make_row(
     method: LinearMethod = DENSE,
     is_gathered: bool = False,
 ) -> RowParallelLinear:
-    """Not loaded yet."""
+    """A layer that is not loaded yet."""
     return RowParallelLinear(
         shares, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
     )
@@ -143,7 +143,7 @@ ROW_CASES = {
 
 
 def run_row(shares: list[slice], case: str, *, is_gathered: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Each rank's result, and that of one rank alone."""
+    """The results of each rank, and that of one rank alone."""
     method, tensors, expected = ROW_CASES[case]()
     x = random(5, IN, seed=99)
 
@@ -302,7 +302,7 @@ def test_inputs_are_dealt_in_whole_groups_where_they_can_be(method: LinearMethod
 
 
 def make_table(weight: torch.Tensor, parallel: ParallelState = ALONE) -> VocabTable:
-    """24 rows, dealt in eights."""
+    """A table of 24 rows, split in eights."""
     table = VocabTable(deal(24, parallel.size, 8), IN, DENSE, DENSE, running_weight, parallel)
     assert table.missing(0) == ["weight"]
     load(table, 0, {"weight": weight})

@@ -1,4 +1,4 @@
-"""The CPU matrix product against its torch twin, at the edges of tiles; and a row's bits whatever runs beside it."""
+"""The CPU matrix product against that in torch, at the edges of tiles; and a row's bits whatever runs beside it."""
 
 from __future__ import annotations
 

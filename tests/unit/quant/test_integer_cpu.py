@@ -1,4 +1,4 @@
-"""The kernels that round activations: equal to their twin, exact in integers, the same bits for any number of rows."""
+"""Kernels that round activations equal those in torch, are exact in integers, and ignore the number of rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_rows(rows: int, k: int, seed: int = 1) -> torch.Tensor:
 
 
 def symmetric_bytes(n: int, k: int) -> PackedWeight:
-    """As `--quantize eetq` makes them."""
+    """Weights as `--quantize eetq` makes them."""
     generator = torch.Generator().manual_seed(n)
     q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     bias = torch.randn(n, generator=generator)
