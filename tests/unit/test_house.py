@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.unit.house import (
     star_complaints,
     text_files,
 )
+from tests.unit.test_imports import ROOMS, room_of
 
 PROGRAMS = [*source_files(), *source_files("tests scripts benchmarks".split())]
 
@@ -35,6 +37,50 @@ def test_nothing_cites_a_document_outside_the_repository() -> None:
         for complaint in citation_complaints(sentences_of(path), path.parent)
     ]
     assert not complaints, "\n".join(complaints)
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_table_of_modules_names_files_that_exist() -> None:
+    """The first name of a row has its folder, the others may lack it."""
+    rows = section_of(ARCHITECTURE.read_text(), "Modules").splitlines()
+    missing = []
+    for first, *others in (re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows if row.startswith("| `")):
+        folder = ROOT / first if first.endswith("/") else (ROOT / first).parent
+        missing += [name for name in others if not (folder / name).exists() and not (ROOT / name).exists()]
+        missing += [] if (ROOT / first).exists() else [first]
+    assert not missing
+
+
+def test_the_drawing_of_the_rooms_is_true() -> None:
+    """Each room stands once, above all rooms of its package that it imports."""
+    floors = floors_of(section_of(ARCHITECTURE.read_text(), "Rooms"))
+    assert set(floors) == set(ROOMS)
+    wrong = [
+        (room, other)
+        for room, names in ROOMS.items()
+        for other in map(room_of, names.split())
+        if other.split(".")[0] == room.split(".")[0] and floors[other] >= floors[room]
+    ]
+    assert not wrong
+
+
+def section_of(document: str, heading: str) -> str:
+    return document.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def floors_of(section: str) -> dict[str, int]:
+    """Room -> floor, of the first block; a line that is not indented begins a package."""
+    floors: dict[str, int] = {}
+    lines = section.split("```text\n")[1].split("\n```")[0].splitlines()
+    package = ""
+    for number, line in enumerate(lines):
+        if not line.startswith(" "):
+            package = line
+        names = [f"{package}.{name.strip('/')}" for name in line.split()] if line.startswith(" ") else []
+        floors |= dict.fromkeys(names, len(lines) - number)
+    return floors | {package: 0 for package in lines if package in ("parallel", "quant")}
 
 
 def test_no_file_is_too_long() -> None:
