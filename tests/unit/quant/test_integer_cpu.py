@@ -63,10 +63,10 @@ def test_the_twin_agrees(name: str) -> None:
     packed = WEIGHTS[name]
     kernel = running_weight(packed, is_exact=False)
     assert isinstance(kernel, IntegerCpu)
-    twin = RoundedTorch(packed)
+    reference = RoundedTorch(packed)
     for rows in ROW_COUNTS:
         x = random_rows(rows, 192)
-        torch.testing.assert_close(kernel(x), twin(x), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(kernel(x), reference(x), atol=2e-5, rtol=2e-5)
 
 
 @needs_instructions
