@@ -19,6 +19,7 @@ from tests.unit.house import (
     docstring_complaints,
     file_size_complaints,
     function_size_complaints,
+    module_docstring_complaints,
     name_complaints,
     sentences_of,
     source_files,
@@ -100,9 +101,10 @@ def test_every_table_that_may_be_long_is_long() -> None:
         (source_files(), function_size_complaints),
         (PROGRAMS, star_complaints),
         (PROGRAMS, docstring_complaints),
+        (PROGRAMS, module_docstring_complaints),
         (source_files([*PACKAGES, "scripts", "benchmarks"]), name_complaints),
     ],
-    ids="functions lists docstrings names".split(),
+    ids="functions lists docstrings modules names".split(),
 )
 def test_the_tree_keeps_the_rule_on(paths: list[Path], check: Callable[[str], list[str]]) -> None:
     complaints = complaints_of(paths, check)
@@ -188,7 +190,9 @@ def test_a_long_function_is_found_unless_it_is_a_kernel() -> None:
         (name_complaints, "def f(is_widening): ...", "def f(computes_in_float32): ..."),
         (name_complaints, "MOST_ROWS = 3", "MAX_ROWS = 3"),
         (name_complaints, "self.twin = 1", "self.reference = 1"),
-        (name_complaints, "for wanted in requests: ...", "def test_wanted_rows_come_first(): ..."),
+        (name_complaints, "wanted: int", "def test_wanted_rows_come_first(): ..."),
+        (name_complaints, "def f(self): self.most = 1", "def f(self): most = 1"),
+        (module_docstring_complaints, '# three\nX = 3\n"""Three."""', '"""Numbers."""\nX = 3'),
     ],
 )
 def test_a_planted_fault_is_found(check: Callable[[str], list[str]], bad: str, good: str) -> None:
