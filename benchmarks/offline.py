@@ -123,7 +123,7 @@ class Transformers:
 
 
 def interleaved(rates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """One warm-up, then `rounds` rounds in which everyone has a turn."""
+    """One warm-up, then `rounds` rounds in which every side has a turn."""
     results: dict[str, list[float]] = {name: [] for name in rates}
     for round_index in range(rounds + 1):
         for name, rate in rates.items():

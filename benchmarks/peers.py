@@ -34,7 +34,7 @@ KINDS = ("prefill", "decode")
 ROWS = {"16-bit": ("bfloat16", "F16"), "int8": ("eetq", "Q8_0"), "int4": ("int4", "Q4_0")}
 """What is compared -> our form and llama.cpp's. With its defaults, a Q4_0 file's output head is Q8_0 or Q6_K."""
 AVX2_DECODE_RATIOS = {"int8": 1.5, "int4": 1.2}
-"""Least ratios to llama.cpp on machines without VNNI and AMX; everything else that is judged must be 1.0."""
+"""Smallest ratios to llama.cpp on machines without VNNI and AMX; everything else that is judged must be 1.0."""
 
 CMAKE_ARGS = {
     "native": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
@@ -103,7 +103,7 @@ def compare(sides: Mapping[str, Side], prompt_ids: list[int], rounds: int) -> di
 
 
 def demanded(row: str, kind: str, is_vnni: bool) -> float | None:
-    """The least ratio that passes; None: not judged."""
+    """The smallest ratio that passes; None if the row is not judged."""
     if row not in AVX2_DECODE_RATIOS:
         return None
     return 1.0 if is_vnni or kind == "prefill" else AVX2_DECODE_RATIOS[row]

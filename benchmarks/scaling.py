@@ -1,4 +1,4 @@
-"""What shards cost and gain on one host: speed and share of time in communication, by collectives.
+"""What shards cost and gain on one host: speed and fraction of time in communication, by collectives.
 
     python benchmarks/scaling.py [FORM ...] [--model FOLDER] [--sizes 1 2] [--rounds 5]
 
@@ -41,7 +41,7 @@ def shards_side(form: str, folder: str, size: int, collectives: str) -> Side:
 
 
 def measure(form: str, folder: str, sizes: list[int], rounds: int) -> dict[str, dict[str, float]]:
-    """For each side tokens per second, share of communication and collectives of a token, by kind of work."""
+    """Tokens per second, fraction of time in communication, collectives of a token; by side and kind of work."""
     ids = text_ids(folder)
     variants = [(size, collectives) for size in sizes for collectives in (COLLECTIVES if size > 1 else COLLECTIVES[:1])]
     with contextlib.ExitStack() as stack:

@@ -18,13 +18,13 @@ import llama_cpp
 import numpy as np
 
 PROMPT_TOKENS = 512
-"""Evaluated in one go: llama.cpp's largest batch and micro-batch."""
+"""Tokens that are evaluated in one go: llama.cpp's largest batch and micro-batch."""
 CONTEXT_TOKENS = 1024
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """Takes llama.cpp's log."""
+    """Take a line of llama.cpp's log and drop it."""
 
 
 class Llama:
@@ -66,7 +66,7 @@ class Llama:
 
 
 def quantize(source: str, target: str, kind: str) -> None:
-    """With the defaults of llama.cpp's own tool."""
+    """Quantize with the defaults of llama.cpp's own tool."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     status = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))

@@ -55,7 +55,7 @@ def _parts(thing: object) -> Iterator[object]:
 
 
 def weight_bytes(model: Any) -> dict[str, int]:
-    """What the weights take, and what of them a token reads: only a row of the table, unless it is the head."""
+    """Bytes of the weights, and bytes of them that a token reads: of the table only a row, unless it is the head."""
     head = memory_of(getattr(model.lm_head, "_head", model.lm_head))
     read = {**memory_of([model.layers, model.norm]), **head}
     return {"weight_bytes": sum({**read, **memory_of(model.embed_tokens)}.values()), "read_bytes": sum(read.values())}

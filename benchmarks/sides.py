@@ -46,5 +46,5 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """The end of its input ends it."""
+        """End the process, by closing its input."""
         self._process.communicate()

@@ -101,7 +101,7 @@ WORKLOADS: dict[str, tuple[Callable[[], list[str]], int, bool]] = {
         True,
     ),
 }
-"""Tasks, most tokens of an answer, and whether all run together."""
+"""Tasks, the limit of an answer's tokens, and whether all run together."""
 
 
 def propose_as_tgi(token_ids: Any, max_tokens: int) -> Any:
@@ -153,7 +153,7 @@ class Engines:
         self.cores |= {name: make(speculator) for name, speculator in self.speculators.items()}
 
     def answer(self, name: str, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds, without those of the prompts alone; the answers."""
+        """Seconds of decoding, without those of steps for prompts, and the answers."""
         from engine.link.messages import GenerationRequest
 
         core = self.cores[name]

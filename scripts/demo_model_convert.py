@@ -259,7 +259,7 @@ def convert(
     write_json(folder / "config.json", config)
     eos_ids = list(eos_token_ids) or [metadata["tokenizer.ggml.eos_token_id"]]
     pad_id = metadata["tokenizer.ggml.padding_token_id"]
-    # No sampling defaults: whoever compares greedy output would have to undo them.
+    # No sampling defaults: a comparison of greedy output would have to undo them.
     write_json(folder / "generation_config.json", {"eos_token_id": eos_ids, "pad_token_id": pad_id})
     added = added_tokens(metadata, plain_tokens)
     build_tokenizer(metadata, added).save(str(folder / "tokenizer.json"))

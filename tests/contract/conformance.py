@@ -36,7 +36,7 @@ CHECKS: list[CheckFunction] = [
 
 
 class Server:
-    """The application with an engine that gives what is asked for, and what it says of itself."""
+    """An application whose engine gives what is asked for, and the application's own description."""
 
     def __init__(self, folder: Path, **config: Any) -> None:
         write_model_folder(folder)
@@ -55,7 +55,7 @@ class Server:
             await send({"type": f"lifespan.{word}.complete"})
 
     def try_out(self, num_cases: int, *, is_random: bool = False) -> collections.Counter[int]:
-        """Send so many requests, about half of them against the description. How often which status came."""
+        """Send so many requests, about half of which break the description. Returns how often each status came."""
         statuses: collections.Counter[int] = collections.Counter()
 
         as_described = self.schema.as_strategy(generation_mode=GenerationMode.POSITIVE)
@@ -76,7 +76,7 @@ class Server:
         return statuses
 
     def check(self, case: schemathesis.Case) -> int:
-        """Call, and compare the answer with the description. The status."""
+        """Call, and compare the answer with the description. Returns the status."""
         response = case.call()
         excused: set[CheckFunction] = set()
         if self.app.state.service.config.is_strict_tgi:

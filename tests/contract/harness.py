@@ -102,7 +102,7 @@ def all_logits(runner: ModelRunner, token_ids: list[int], num_prompt_tokens: int
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run of some requests came to."""
+    """The results of a run of some requests."""
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
@@ -141,7 +141,7 @@ def take(core: EngineCore, request: GenerationRequest) -> None:
 
 
 def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_staggered: bool = False) -> Outcome:
-    """Run to the end; staggered: the next request comes two steps after the one before."""
+    """Run to the end. `is_staggered`: each request comes two steps after the one before."""
     arrivals = list(requests)
     events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
     outcome = Outcome([], [], [])

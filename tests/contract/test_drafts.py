@@ -32,7 +32,7 @@ NUM_BLOCKS = 64
 
 
 def eager(max_draft_tokens: int = 4, propose: Proposer = propose_ngram) -> Speculator:
-    """One that drafts whenever it can: more rows cost nothing."""
+    """A speculator that drafts whenever it can, because more rows cost nothing."""
     return Speculator(propose, StepCosts({1: 1.0, 64: 1.0}), max_draft_tokens)
 
 
@@ -118,7 +118,7 @@ def test_under_conditions(
 
 
 def test_with_a_warm_prefix_cache(tiny_model_dir: Path) -> None:
-    """What rejected drafts have left in the blocks is not found by the next request."""
+    """The next request does not find what rejected drafts have left in the blocks."""
     core = make_core(tiny_model_dir, speculator=eager(8))
     cold, warm = run(core), run(core)
     assert warm.most_cached_tokens > cold.most_cached_tokens
@@ -134,7 +134,7 @@ LAYOUTS: dict[str, tuple[str | None, str | None]] = {
     "int8": (None, "int8"),
     "int4": (None, "int4"),
 }
-"""A stored checkpoint, or what is made of the dense one."""
+"""The folder of a stored checkpoint, or the one that a method makes of the dense model."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounding"])
@@ -205,7 +205,7 @@ Counts = Counter[tuple[int, ...]]
 
 
 def sample_pairs(core: EngineCore, first_seed: int) -> Counts:
-    """How often the first two tokens of `NUM_SAMPLES` texts at temperature 1 are which."""
+    """Counts of the pairs of first two tokens in `NUM_SAMPLES` texts at temperature 1."""
     counts: Counts = Counter()
     for start in range(first_seed, first_seed + NUM_SAMPLES, TEXTS_AT_A_TIME):
         requests = [

@@ -25,7 +25,7 @@ def make_prompts(num_shared_tokens: int = 0) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_model_dir: Path) -> list[list[int]]:
-    """What transformers writes; the prompts are such that no near-tie decides."""
+    """The ids that `transformers` writes. The prompts are chosen so that no near-tie decides."""
     outputs = []
     for prompt in make_prompts():
         token_ids, smallest_gap = oracle_greedy(tiny_model_dir, prompt, MAX_NEW_TOKENS)
@@ -36,7 +36,7 @@ def expected(tiny_model_dir: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model_dir: Path) -> Outcome:
-    """Every request in an engine that nobody else uses."""
+    """The outcome of each request in an engine of its own."""
     merged = Outcome([], [], [])
     for request in make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS):
         outcome = run_requests(make_core(tiny_model_dir, is_prefix_caching=False), [request])

@@ -1,4 +1,4 @@
-"""Folders that cannot be served are refused with one sentence that names what is wrong; flags settle the limits."""
+"""Folders that cannot be served are refused with one sentence that names what is wrong; flags set the limits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """The sentence that the start ends with."""
+    """The sentence of the error that ends the start."""
     with pytest.raises(StartError) as caught:
         make_runner(folder)
     return str(caught.value)

@@ -40,7 +40,7 @@ def expected_logprobs(folder: Path, token_ids: list[int]) -> list[float]:
 
 
 def run(core: Any, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
-    """Events of every request; all are there from the start."""
+    """Events of each request. All requests are there from the start."""
     events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
     for request in requests:
         core.take(request)

@@ -46,7 +46,7 @@ SPELLINGS = ["type", "rope_type", "rope_parameters"]
 SIZES = [1, 20, 31, 32, 33, 40, 70]
 MAX_NEW_TOKENS = 20
 NEAR_TIE = 1e-4
-"""Design section 3."""
+"""No comparison goes beyond logits that are closer than this."""
 
 
 def spelled(spelling: str, kind: str, theta: float = 700.0) -> dict[str, Any]:

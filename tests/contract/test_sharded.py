@@ -32,7 +32,7 @@ from tests.unit.parallel.threads import run_ranks
 
 HIDDEN = 256
 VOCAB_SIZE = 523
-"""Divides by nothing."""
+"""A size that divides by none of the units."""
 SIZES = (2, 3, 4, 7, 8)
 PROMPT_LENGTHS = (5, 18, 11)
 
@@ -75,7 +75,7 @@ class Layout:
     dtype: torch.dtype = torch.float16
     quantize: str | None = None
     has_unordered_groups: bool = False
-    """Whether the inputs of each group lie anywhere."""
+    """Whether the inputs of a group are scattered over the matrix."""
 
 
 def dense(dtype: torch.dtype, quantize: str | None = None) -> Layout:
@@ -96,7 +96,7 @@ def random_matrix(
     is_symmetric: bool = False,
     has_unordered_groups: bool = False,
 ) -> RoundedMatrix:
-    """Any numbers; the weights are as large as those of a dense model."""
+    """Random stored tensors whose weights are as large as those of a dense model."""
     half, groups = 1 << (bits - 1), (num_outputs, num_inputs // group_size)
     spread = 0 if is_symmetric else half // 4
     zero_points = torch.randint(half - spread, half + spread + 1, groups, generator=generator)
@@ -263,7 +263,7 @@ def run_batches(runner: ModelRunner, vocab_size: int) -> torch.Tensor:
 def logits_of(
     folder: Path, dtype: torch.dtype, quantize: str | None, size: int, vocab_size: int = VOCAB_SIZE
 ) -> torch.Tensor:
-    """What rank 0 of `size` computes; the others have no rows."""
+    """The logits that rank 0 of `size` ranks computes. The others have no rows."""
 
     def run(parallel: ParallelState) -> torch.Tensor:
         numba.set_num_threads(1)

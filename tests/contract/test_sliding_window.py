@@ -26,7 +26,7 @@ from tests.tiny_model import write_tiny_qwen2
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NEAR_TIE = 1e-4
-"""Design section 3."""
+"""No comparison goes beyond logits that are closer than this."""
 
 
 def sliding(window: int, **changes: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ SCHEMAS = [random_schema(random.Random(seed)) for seed in range(NUM_SCHEMAS)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token is a byte there, so documents are long."""
+    """A model with a long window: a token is a byte there, so documents are long."""
     folder = tmp_path_factory.mktemp("long-qwen2")
     write_tiny_qwen2(folder, max_position_embeddings=2048)
     return folder
@@ -44,7 +44,7 @@ def compiled(kind: str, value: Any) -> str:
 
 
 def requests_with(sampling: SamplingParams) -> list[GenerationRequest]:
-    """One for each schema."""
+    """A request for each schema."""
     prompts = [[number * 7 + 1, 2, 3] for number in range(NUM_SCHEMAS)]
     requests = make_requests(prompts, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
     return [held(request, "json", schema) for request, schema in zip(requests, SCHEMAS, strict=True)]
@@ -108,7 +108,7 @@ def test_a_regex_holds_the_whole_output_and_its_end_ends_the_sequence(folder: Pa
 
 
 def test_a_forced_text_is_drafted(folder: Path) -> None:
-    """A step each for the first token and its draft of eight, and so on."""
+    """A step computes the first token and its draft of eight, the next step the ninth and its draft, and so on."""
     text = "The only answer is this."
     (request,) = make_requests([[1, 2, 3]], max_new_tokens=100)
     speculator = eager(8)

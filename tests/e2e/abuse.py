@@ -150,7 +150,7 @@ class Abuser:
         return await self.status()
 
     async def announces_too_little(self) -> str:
-        """What is too much is read as the next request, which it is not."""
+        """The server takes bytes beyond the stated length for the next request, which is broken."""
         whole = body("/generate", 5)
         await self.send(request("/generate", whole, length=str(len(whole) - 9)))
         return await self.status()
@@ -222,7 +222,7 @@ KINDS: dict[Abuse, set[str]] = {
     Abuser.sends_headers_without_end: {"431", "none"},
     Abuser.trickles_its_body: {"200"},
 }
-"""What may come of it."""
+"""The statuses that an abuse may end with."""
 
 
 def body(path: str, num_tokens: int) -> bytes:
@@ -234,14 +234,14 @@ def body(path: str, num_tokens: int) -> bytes:
 
 
 def request(path: str, data: bytes, *, length: str | None = "", content_type: str = "application/json") -> bytes:
-    """`length`: what the head says, "" for the truth, None for chunks."""
+    """`length` is the length that the head states: "" for the true one, None for chunks."""
     size = "transfer-encoding: chunked" if length is None else f"content-length: {length or len(data)}"
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\n{size}\r\n\r\n"
     return head.encode() + data
 
 
 async def read_slowly(abuser: Abuser, is_over: asyncio.Event) -> None:
-    """A stream of thousands of events, one byte per second of it, through as small a buffer as there is."""
+    """Read one byte per second of a stream of thousands of events, through the smallest buffer there is."""
     await abuser.open(receive_buffer=1)
     await abuser.send(abuser.whole(8000, is_stream=True))
     while not is_over.is_set():

@@ -17,11 +17,11 @@ PRINTED = "<!-- printed -->"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """How a block is run and what comes of it."""
+    """How a block is run and how it ends."""
 
     exit_code: int = 0
     stopped_at: str | None = None
-    """A server: it gets SIGTERM when this is in its log."""
+    """The block is a server, which gets SIGTERM when its log has this text."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,7 +32,7 @@ class Block:
     text: str
     run: Run | None
     printed: list[str] = dataclasses.field(default_factory=list)
-    """What its output must hold: the lines of the next block, if that is marked as printed."""
+    """Lines that its output must hold: those of the next block, if that is marked as printed."""
 
     @property
     def first_line(self) -> str:

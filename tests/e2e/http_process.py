@@ -76,7 +76,7 @@ def http_process(
 
 
 def ready(model: Path, *, max_total_tokens: int) -> EngineReady:
-    """What an engine with a window of so many tokens says when it is ready."""
+    """The message by which an engine with a window of so many tokens says that it is ready."""
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     return EngineReady(
         max_input_tokens=max_total_tokens - 1,

@@ -24,7 +24,7 @@ class Repository:
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main",)
     token: str | None = None
-    """Without it the repository does not exist, as with a private one."""
+    """The token without which the repository does not exist, like a private one."""
     is_gated: bool = False
 
     @property
@@ -34,12 +34,12 @@ class Repository:
 
 @dataclasses.dataclass
 class Failure:
-    """What happens to the next `times` requests whose path ends with `path`."""
+    """A failure of the next `times` requests whose path ends with `path`."""
 
     path: str
     times: int = 1
     status: int | None = None
-    """Answer with this; None sends half of the file,"""
+    """The status to answer with; None sends half of the file,"""
     hangs: bool = False
     """and then closes the connection, or leaves it open and sends nothing more."""
 

@@ -28,12 +28,12 @@ from tests.e2e.launched import STOP_TIMEOUT_S, LaunchedServer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deployment.md"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-"""The first is the document's."""
+"""Addresses of the hosts. The first one is that of docs/deployment.md."""
 CLONE_NEWNET = 0x40000000
 
 
 def why_not() -> str | None:
-    """Why there can be no hosts here; None: there can."""
+    """The reason why no hosts can be made here, or None."""
     if os.geteuid() != 0:
         return "only root may make network namespaces"
     missing = [program for program in ("ip", "ss", "unshare") if shutil.which(program) is None]
@@ -54,7 +54,7 @@ class Hosts:
 
     @contextlib.contextmanager
     def clients(self, count: int) -> Iterator[ThreadPoolExecutor]:
-        """Threads on the first host: what they connect to is looked for there."""
+        """Threads on the first host, from which their connections go out."""
         with ThreadPoolExecutor(count, initializer=_enter, initargs=(self.names[0],)) as pool:
             yield pool
 
@@ -65,11 +65,11 @@ class Hosts:
         return {line.split()[4].rpartition(":")[0] for line in lines}
 
     def take_down(self, host: int) -> None:
-        """The host's own interface goes: its kernel knows."""
+        """Take the host's own interface down, which its kernel notices."""
         ip("-n", self.names[host], "link", "set", "eth0", "down")
 
     def cut_in_silence(self) -> None:
-        """The switch forwards nothing any more: every interface stays up, and nobody is told."""
+        """Let the switch forward nothing any more. Every interface stays up, and no host notices."""
         ip("-n", self.switch, "link", "set", "port1", "nomaster")
 
 

@@ -10,7 +10,7 @@ from tests.e2e.cached_environment import PINS, cached_environment, cached_folder
 
 
 def node() -> str:
-    """The machine's, or one from PyPI."""
+    """The path of the machine's Node.js, or of one from PyPI."""
     installed = shutil.which("node")
     return installed if installed is not None else str(_packaged() / "bin" / "node")
 

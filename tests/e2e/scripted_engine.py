@@ -23,7 +23,7 @@ HEARTBEAT_S = 0.5
 
 
 class ScriptedEngine:
-    """One token for each open request in every step, the `token_ids` over and over."""
+    """An engine that gives each open request one token in every step, cycling through `token_ids`."""
 
     def __init__(self, endpoint: EngineEndpoint, token_ids: Sequence[int], step_s: float) -> None:
         self._endpoint = endpoint
@@ -36,7 +36,7 @@ class ScriptedEngine:
         self.num_aborted = 0
 
     def serve(self) -> None:
-        """Until `is_over`."""
+        """Serve until `is_over`."""
         token_ids = itertools.cycle(self._token_ids)
         while not self.is_over.is_set():
             for message in self._endpoint.receive(0.0 if self.num_left else HEARTBEAT_S):
@@ -62,7 +62,7 @@ class ScriptedEngine:
 
 @contextlib.contextmanager
 def scripted_engine(endpoint: EngineEndpoint, token_ids: Sequence[int], step_s: float) -> Iterator[ScriptedEngine]:
-    """Serving in a thread as long as the block."""
+    """An engine that serves in a thread for the length of the block."""
     engine = ScriptedEngine(endpoint, token_ids, step_s)
     thread = threading.Thread(target=engine.serve, name="scripted-engine")
     thread.start()

@@ -121,7 +121,7 @@ def test_a_thousand_abusive_requests_harm_nobody(tiny_model_dir: Path, tmp_path:
 
 
 def test_streams_that_are_hardly_read_cost_little_memory(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """At the worst moment: all their tokens are there."""
+    """Memory is measured at the worst moment, when the tokens of all streams are there."""
     num_readers, num_tokens = 32, 9_000
     with contextlib.ExitStack() as stack:
         abused = stack.enter_context(abused_server(tiny_model_dir, tmp_path, send_buffer=1))

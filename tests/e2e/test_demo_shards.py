@@ -14,7 +14,7 @@ Tokens = list[tuple[int, float]]
 
 
 def answers(model: Path, log_dir: Path, num_shards: int, *flags: str) -> list[Tokens]:
-    """Ids and logprobs of 32 tokens for each prompt, all at a time."""
+    """Ids and logprobs of 32 tokens for each prompt; all prompts run together."""
     with (
         launched(model, log_dir, "--num-shard", str(num_shards), *flags) as server,
         ThreadPoolExecutor(len(PROMPTS)) as pool,

@@ -143,7 +143,7 @@ def test_runnable_block(block: Block, folder: Path, environ: dict[str, str], ser
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Nothing is left of a block that went wrong."""
+    """Kill the process of a block and its children, so that nothing is left of one that went wrong."""
     if process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -153,7 +153,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def stop_at(text: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    """SIGTERM for the launcher once `text` is in the log."""
+    """Send SIGTERM to the launcher once `text` is in the log."""
     deadline = time.monotonic() + TIMEOUT_S
     while text not in (printed := log_path.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, printed
@@ -193,7 +193,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def anchors_of(path: Path) -> set[str]:
-    """What a heading is called in a link: lower case, dashes for spaces, no punctuation."""
+    """Headings as links name them: lower case, dashes for spaces, no punctuation."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

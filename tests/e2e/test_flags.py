@@ -70,7 +70,7 @@ def test_flags_and_variables_have_their_effects(tiny_model_dir: Path, tmp_path: 
 
 
 def test_rope_flags_reach_the_engine(tmp_path: Path) -> None:
-    """Equal to transformers with the same scaling in config.json, beyond the window that the model was trained on."""
+    """Ids equal those of `transformers` with the same scaling in config.json, beyond the window of the training."""
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     plain, scaled = tmp_path / "plain", tmp_path / "scaled"
     write_tiny_qwen2(plain, max_position_embeddings=32)

@@ -49,7 +49,7 @@ def server(small_demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def text(server: LaunchedServer) -> str:
-    """What greedy decoding of 8 tokens adds to the prompt."""
+    """The text that greedy decoding of 8 tokens adds to the prompt."""
     generated: str = server.generate(PROMPT, max_new_tokens=8)["generated_text"]
     return generated
 

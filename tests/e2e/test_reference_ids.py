@@ -1,7 +1,7 @@
 """Greedy ids of the real demo model equal those of `transformers` in float32, however they are computed.
 
-Ids are compared up to the first position where transformers' own two best logits are closer than 1e-4 (design
-section 3); how many comparisons were cut short is printed.
+Ids are compared up to the first position where transformers' own two best logits are closer than 1e-4; how
+many comparisons were cut short is printed.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ END_S = 10.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a window that a stream doesn't fill in a moment, and a head of its own, so that tokens differ."""
+    """A model whose window a stream doesn't fill in a moment, and whose head is its own, so that tokens differ."""
     folder = tmp_path_factory.mktemp("shards") / "model"
     write_tiny_qwen2(folder, is_tied=False, max_position_embeddings=32_768)
     return folder
@@ -41,7 +41,7 @@ def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, log_dir: Path) -> list[list[int]]:
-    """What one process makes of each prompt alone."""
+    """The answer of one process to each prompt alone."""
     with launched(model, log_dir, "--dtype", "float32") as server:
         ids = [plain_ids(server, prompt) for prompt in PROMPTS]
     assert all(len(set(of_prompt)) > 5 for of_prompt in ids), "a token that repeats proves little"
@@ -71,7 +71,7 @@ def shared_memory() -> set[Path]:
 
 @pytest.fixture
 def is_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever asks for it leaves no file where shared memory and sockets usually lie."""
+    """A test that uses this leaves no file where shared memory and sockets usually lie."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -190,7 +190,7 @@ def test_sigterm_lets_streams_end_on_all_shards(model: Path, tmp_path: Path) -> 
 
 
 def test_a_signal_to_every_process_lets_streams_end_on_all_shards(model: Path, tmp_path: Path) -> None:
-    """As a service manager does it."""
+    """The signal goes to every process of the group, as from a service manager."""
     with launched(model, tmp_path, *TWO) as server, ThreadPoolExecutor(1) as pool:
         (future,) = read_streams(server, 1, pool, 1000)
         for process in [*processes_of(server), server.process]:
@@ -247,7 +247,7 @@ def test_nobody_listens_but_on_the_hostname_and_where_the_ranks_meet(model: Path
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """Where a process or one of its children could be reached."""
+    """Addresses at which a process or one of its children could be reached."""
     root = psutil.Process(pid)
     return {
         (connection.laddr.ip, connection.laddr.port)

@@ -34,7 +34,7 @@ def test_8_running_streams_end_properly_after_a_signal(tiny_model_dir: Path, tmp
 
 
 def test_a_signal_to_every_process_drains_too(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """As a service manager does it."""
+    """Send a signal to every process of the group, as a service manager does."""
     with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(8) as pool:
         futures = read_streams(server, 8, pool, 400)
         for process in [server.child("engine"), server.child("server"), server.process]:

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """What one process makes of each prompt alone."""
+    """The answer of one process to each prompt alone."""
     with launched(model, tmp_path_factory.mktemp("logs"), "--dtype", "float32") as server:
         return [plain_ids(server, prompt) for prompt in PROMPTS]
 
@@ -167,7 +167,7 @@ def test_sigterm_of_the_first_host_drains_and_ends_both(hosts: Hosts, model: Pat
 
 
 def test_sigterm_of_both_hosts_drains(hosts: Hosts, model: Path, tmp_path: Path) -> None:
-    """As a scheduler ends a job; the second host lets the first one end its requests."""
+    """A scheduler signals both hosts when it ends a job. The second host lets the first one end its requests."""
     with served(hosts, model, tmp_path) as (first, second), hosts.clients(1) as pool:
         (future,) = read_streams(first, 1, pool, 400)
         second.terminate()

@@ -122,7 +122,7 @@ def write_readme_table() -> None:
 
 
 def describe_difference(entry: dict[str, Any]) -> str:
-    """Under which readings the tool's own dequantisation equals ours to the bit."""
+    """The readings under which the tool's own dequantisation equals ours to the bit."""
     difference = entry.get("tool_difference")
     if difference is None:
         return "not compared"

@@ -3,7 +3,7 @@
     python tests/oracles/reference_ids.py MODEL_FOLDER > tests/e2e/reference_ids.json
 
 Each entry stores the prompt's ids, the ids that follow, and the gap between the two largest logits at each of them, so
-that a test can tell a near-tie (design: gap below 1e-4) from a mistake. Takes a few minutes and 3 GB.
+that a test can tell a near-tie (a gap below 1e-4) from a mistake. Takes a few minutes and 3 GB.
 """
 
 from __future__ import annotations

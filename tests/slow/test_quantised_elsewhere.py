@@ -21,7 +21,7 @@ from tests.tiny_model import write_tiny_qwen2
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "oracles" / "load_quantised.py"
 TOKEN_IDS = [7 * number % 250 for number in range(48)]
-"""As in the script."""
+"""The prompt of tests/oracles/load_quantised.py."""
 CASES: dict[str, dict[str, Any]] = {
     "gptq": {},
     "gptq-act-order": {"is_act_order": True, "group_size": 32},

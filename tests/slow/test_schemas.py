@@ -27,7 +27,7 @@ PLAIN_PROMPT = "The capital of France is"
 
 
 def make_request(number: int, schema: Schema | None, tokenizer: Tokenizer) -> GenerationRequest:
-    """Every second one is greedy."""
+    """A request for a document, or a plain one without a schema. Every second one is greedy."""
     grammar, text = None, PLAIN_PROMPT
     if schema is not None:
         grammar = asyncio.run(compile_grammar(Grammar(type="json", value=schema), is_strict=False))

@@ -24,7 +24,8 @@ KERNEL_LIBRARIES = {"numba", "llvmlite"}
 
 ABSENT_DOCUMENTS = re.compile(
     r"\breference (?:\d|`?[\w-]+\.md)|\breference's (?:table|section|\d+ rows)|\bquirks? \d"
-    r"|\bthe design's\b|\bdesign section|\(design \d"
+    r"|\bthe design's\b|\bdesign section|\(design(?: \d|:)",
+    re.IGNORECASE,
 )
 BARE_ROW = re.compile(r"# \d+(?:(?: to |, | and )\d+)*\.?$")
 """A comment that is nothing but numbers: rows of a table that it does not name."""
@@ -62,7 +63,6 @@ NAMES: dict[str, str] = {
     "smallest": "min",
     "pulse": "heartbeat",
     "meeting": "rendezvous",
-    "nibbles": "int4",
     "widening": "float32: computes_in_float32",
     "modest": "has_default_cap",
     "scattered": "unordered: has_unordered_groups",
@@ -114,6 +114,9 @@ def citation_complaints(text: str, folder: Path = ROOT) -> list[str]:
     ]
     bare = [f"{line.strip()!r} is a number of no table" for line in text.splitlines() if BARE_ROW.search(line)]
     flat = joined(text)
+    absent = [
+        f"{match.group(0)!r} names a document outside the repository" for match in ABSENT_DOCUMENTS.finditer(flat)
+    ]
     missing = [f"{name} does not exist" for name in DOCUMENT.findall(flat) if find_document(name, folder) is None]
     parts = [
         f"{match.group(1)} has no {kind} {number}"
@@ -195,6 +198,10 @@ def docstring_complaints(text: str) -> list[str]:
     ]
 
 
+def module_docstring_complaints(text: str) -> list[str]:
+    return [] if ast.get_docstring(ast.parse(text)) else ["the module does not say what it is"]
+
+
 def docstrings_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Texts of modules, classes and functions, and those below a constant or a field, with their lines."""
     for node in ast.walk(tree):
@@ -213,16 +220,19 @@ def name_complaints(text: str) -> list[str]:
     return sorted(complaints, key=lambda complaint: int(complaint.split(":")[0].split()[1]))
 
 
-def names_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """What is defined or assigned, with its line; a test's own name is a sentence and stays."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if not node.name.startswith("test_"):
-                yield node.lineno, node.name
-        elif isinstance(node, ast.arg):
-            yield node.lineno, node.arg
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.lineno, node.id if isinstance(node, ast.Name) else node.attr
+def names_of(node: ast.AST, *, is_local: bool = False) -> Iterator[tuple[int, str]]:
+    """What is defined below `node`, with its line: not local variables, nor tests, whose names are sentences."""
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("test_"):
+        yield node.lineno, node.name
+    elif isinstance(node, ast.arg):
+        yield node.lineno, node.arg
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        yield node.lineno, node.attr
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and not is_local:
+        yield node.lineno, node.id
+    for child in ast.iter_child_nodes(node):
+        yield from names_of(child, is_local=is_local or is_function)
 
 
 def parts_of(identifier: str) -> list[str]:

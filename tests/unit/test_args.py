@@ -1,4 +1,4 @@
-"""The command line and its environment twins: values, refusals, exit codes and their exact words."""
+"""The command line and its variables: values, refusals, exit codes and their exact words."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ FIELDS = {part: {field.name for field in dataclasses.fields(config)} for part, c
 
 
 def configurations(args: LauncherArgs) -> Configurations:
-    """What the three processes get, less the echo and the warnings."""
+    """The fields of the three processes, less the echo and the warnings."""
     engine = EngineConfig(**args.engine, model_path="")
     server = ServerConfig(**args.server, model_path="", listen_fd=-1, engine_fd=-1)
     return dataclasses.replace(args, engine={}, server={}, echo="", warnings=()), engine, server
 
 
 def defaults(changes: Mapping[str, Any]) -> Configurations:
-    """What they get by default, with each of `changes` wherever there is such a field."""
+    """The fields that they get by default, with each of `changes` wherever there is such a field."""
     assert changes.keys() <= set().union(*FIELDS.values())
     launcher, engine, server = (
         {name: changes[name] for name in changes.keys() & FIELDS[part]} for part in ("launcher", "engine", "server")
@@ -591,7 +591,7 @@ NEEDED = {
     "nnodes": ["--num-shard", "7", "--master-addr", "h"],
     "node-rank": ["--num-shard", "8", "--nnodes", "8", "--master-addr", "h"],
 }
-"""What must be given beside a flag."""
+"""Flags that must be given beside another one."""
 SAMPLES = {POSITIVE: "7", COUNT: "7", PORT: "7", NUMBER: "0.7", FRACTION: "0.7", FACTOR: "7", BOOLEAN: "true"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from tests.unit.house import (
     docstring_complaints,
     file_size_complaints,
     function_size_complaints,
+    module_docstring_complaints,
     name_complaints,
     sentences_of,
     source_files,
     star_complaints,
     text_files,
 )
+from tests.unit.test_imports import ROOMS, room_of
 
 PROGRAMS = [*source_files(), *source_files("tests scripts benchmarks".split())]
 
@@ -35,6 +38,50 @@ def test_nothing_cites_a_document_outside_the_repository() -> None:
         for complaint in citation_complaints(sentences_of(path), path.parent)
     ]
     assert not complaints, "\n".join(complaints)
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_table_of_modules_names_files_that_exist() -> None:
+    """The first name of a row has its folder, the others may lack it."""
+    rows = section_of(ARCHITECTURE.read_text(), "Modules").splitlines()
+    missing = []
+    for first, *others in (re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows if row.startswith("| `")):
+        folder = ROOT / first if first.endswith("/") else (ROOT / first).parent
+        missing += [name for name in others if not (folder / name).exists() and not (ROOT / name).exists()]
+        missing += [] if (ROOT / first).exists() else [first]
+    assert not missing
+
+
+def test_the_drawing_of_the_rooms_is_true() -> None:
+    """Each room stands once, above all rooms of its package that it imports."""
+    floors = floors_of(section_of(ARCHITECTURE.read_text(), "Rooms"))
+    assert set(floors) == set(ROOMS)
+    wrong = [
+        (room, other)
+        for room, names in ROOMS.items()
+        for other in map(room_of, names.split())
+        if other.split(".")[0] == room.split(".")[0] and floors[other] >= floors[room]
+    ]
+    assert not wrong
+
+
+def section_of(document: str, heading: str) -> str:
+    return document.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def floors_of(section: str) -> dict[str, int]:
+    """Room -> floor, of the first block; a line that is not indented begins a package."""
+    floors: dict[str, int] = {}
+    lines = section.split("```text\n")[1].split("\n```")[0].splitlines()
+    package = ""
+    for number, line in enumerate(lines):
+        if not line.startswith(" "):
+            package = line
+        names = [f"{package}.{name.strip('/')}" for name in line.split()] if line.startswith(" ") else []
+        floors |= dict.fromkeys(names, len(lines) - number)
+    return floors | {package: 0 for package in lines if package in ("parallel", "quant")}
 
 
 def test_no_file_is_too_long() -> None:
@@ -54,9 +101,10 @@ def test_every_table_that_may_be_long_is_long() -> None:
         (source_files(), function_size_complaints),
         (PROGRAMS, star_complaints),
         (PROGRAMS, docstring_complaints),
+        (PROGRAMS, module_docstring_complaints),
         (source_files([*PACKAGES, "scripts", "benchmarks"]), name_complaints),
     ],
-    ids="functions lists docstrings names".split(),
+    ids="functions lists docstrings modules names".split(),
 )
 def test_the_tree_keeps_the_rule_on(paths: list[Path], check: Callable[[str], list[str]]) -> None:
     complaints = complaints_of(paths, check)
@@ -142,7 +190,9 @@ def test_a_long_function_is_found_unless_it_is_a_kernel() -> None:
         (name_complaints, "def f(is_widening): ...", "def f(computes_in_float32): ..."),
         (name_complaints, "MOST_ROWS = 3", "MAX_ROWS = 3"),
         (name_complaints, "self.twin = 1", "self.reference = 1"),
-        (name_complaints, "for wanted in requests: ...", "def test_wanted_rows_come_first(): ..."),
+        (name_complaints, "wanted: int", "def test_wanted_rows_come_first(): ..."),
+        (name_complaints, "def f(self): self.most = 1", "def f(self): most = 1"),
+        (module_docstring_complaints, '# three\nX = 3\n"""Three."""', '"""Numbers."""\nX = 3'),
     ],
 )
 def test_a_planted_fault_is_found(check: Callable[[str], list[str]], bad: str, good: str) -> None:

@@ -1,4 +1,4 @@
-"""Paged attention on a CPU against its torch twin and against whole, unpaged attention."""
+"""Paged attention on a CPU against the torch implementation and against whole, unpaged attention."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def make_metadata(parts: list[Part]) -> AttentionMetadata:
 
 
 def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
-    """Memory full of what other sequences may have left: here NaN."""
+    """KV memory that is full of NaN, as other sequences may have left it."""
     cache: LayerCache = backend.allocate(NUM_BLOCKS, dtype, torch.device("cpu"))
     assert not cache.keys.any() and not cache.values.any()
     cache.keys.fill_(torch.nan)
@@ -81,7 +81,7 @@ def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
 
 
 def run(backend: Any, cache: LayerCache, parts: list[Part], window: int | None = None) -> list[torch.Tensor]:
-    """One step; the output rows of each part."""
+    """Run one step. Returns the output rows of each part."""
     prepared = backend.prepare(make_metadata(parts))
     qkv = torch.cat([part.qkv[part.first : part.last] for part in parts])
     out = backend.forward(qkv, cache, prepared, window)
@@ -134,7 +134,7 @@ def test_decodes_chunks_and_prompts_in_one_step_equal_the_twin(shape: AttentionS
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.dtype) -> None:
-    """However a prompt is cut, wherever its blocks lie and whoever runs beside it."""
+    """The bits are the same however a prompt is cut, wherever its blocks lie and whatever runs beside it."""
     length = 70
     qkv = random_qkv(shape, length, 7)
     backend = CpuAttention(shape, BLOCK_SIZE)
@@ -204,7 +204,7 @@ def test_blocks_before_the_window_are_not_read(window: int, num_read: int) -> No
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
 def test_what_a_step_writes_is_what_the_slots_hold(length: int) -> None:
-    """In the layouts of `CpuAttention`: keys transposed within a block, values not."""
+    """Keys and values in the layouts of `CpuAttention`: keys transposed within a block, values not."""
     shape = SHAPES[0]
     backend = CpuAttention(shape, BLOCK_SIZE)
     cache = stale_cache(backend, torch.bfloat16)
@@ -233,7 +233,7 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("length", [1, 20])
 def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int) -> None:
-    """It must reach the logits, where the request is failed."""
+    """A NaN must reach the logits, where the request is failed."""
     shape = SHAPES[0]
     qkv = random_qkv(shape, length, 5)
     key_start = shape.num_heads * shape.head_dim

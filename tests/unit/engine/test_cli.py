@@ -8,7 +8,7 @@ from engine.cli import prepare_environment
 
 
 @pytest.mark.parametrize(
-    ("environ", "settled"),
+    ("environ", "expected"),
     [
         ({"HF_TOKEN": "", "HF_ENDPOINT": "", "HF_HUB_OFFLINE": ""}, {}),
         ({"HF_API_TOKEN": "a"}, {"HF_TOKEN": "a"}),
@@ -19,8 +19,8 @@ from engine.cli import prepare_environment
         ({"HF_HUB_ENABLE_HF_TRANSFER": "1"}, {}),
     ],
 )
-def test_variables(environ: dict[str, str], settled: dict[str, str]) -> None:
+def test_variables(environ: dict[str, str], expected: dict[str, str]) -> None:
     prepare_environment(environ)
     library = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_ENABLE_HF_TRANSFER")
-    assert {name: value for name, value in environ.items() if name in library} == settled
+    assert {name: value for name, value in environ.items() if name in library} == expected
     assert environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -18,7 +18,7 @@ from engine.link.errors import StartError
 
 WINDOW, CAPACITY = 32_768, 65_536
 NEEDS = MemoryNeeds(weights=0, per_block=1, per_step_token=1, block_size=1)
-"""A token is a block and a byte, so that the capacity can be any number."""
+"""A memory in which a token is a block and a byte, so that the capacity can be any number."""
 
 
 def resolve(*, window: int = WINDOW, capacity: int = CAPACITY, **flags: Any) -> EngineLimits:

@@ -108,7 +108,7 @@ def test_the_names_of_the_files_decide(names: str, sentence: str | None) -> None
 
 
 def wrapped(cause: Exception) -> Exception:
-    """As the library says that a file could not be had and is not in the cache either."""
+    """The library's error for a file that could not be fetched and is not in the cache either."""
     error = LocalEntryNotFoundError("not in the cache either")
     error.__cause__ = cause
     return error

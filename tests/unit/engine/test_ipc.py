@@ -59,14 +59,14 @@ def step_output(*events: TokenEvent, num_running: int = 0) -> StepOutput:
 
 
 def read_all(sock: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
-    """Whatever can be read without waiting."""
+    """The messages that can be read without waiting."""
     while select.select([sock], [], [], 0)[0]:
         buffer += sock.recv(1 << 16)
     return take_frames(buffer, decode_up)
 
 
 def drain(endpoint: EngineEndpoint, peer: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
-    """What comes while the reader catches up, the engine being idle."""
+    """The messages that come while the reader catches up and the engine is idle."""
     received = read_all(peer, buffer)
     for _ in range(10_000):
         if not endpoint._outbox:

@@ -89,7 +89,7 @@ def test_a_traceback_stays_in_its_line_or_below_it() -> None:
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
-    """A pipe takes 64 KB; then whoever writes to it would wait for ever."""
+    """A pipe takes 64 KB; a process that writes more would wait for ever."""
     program = (
         "import logging, time\n"
         "from engine.link.logs import configure_logging\n"

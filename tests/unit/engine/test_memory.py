@@ -1,4 +1,4 @@
-"""What fits: the host's free memory, the KV cache, a step's activations, and the sentences when something does not."""
+"""Free memory of the host, the KV cache, a step's activations, and the sentences when something does not fit."""
 
 from __future__ import annotations
 

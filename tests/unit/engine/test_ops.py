@@ -1,4 +1,4 @@
-"""The CPU operations against their torch twins; rows on their own and in a crowd."""
+"""The CPU operations against those in torch; rows on their own and beside others."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_rotation_tells_only_the_distance() -> None:
 
 @pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "silu_and_mul", "rotate"])
 def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
-    """Also across the border between one thread and many."""
+    """Rows have the same bits on both sides of the border between one thread and many."""
     x, weight = random(MANY, 64), random(64, seed=1)
     table = make_rotary_of(16, MANY).table
 

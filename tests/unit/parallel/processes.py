@@ -16,7 +16,7 @@ from parallel.state import Collectives
 from parallel.torch_collectives import TorchCollectives
 
 SLOT_FLOATS = 64
-"""In place of a million: so that a few numbers take several turns."""
+"""Numbers in one turn, in place of a million, so that a few numbers take several turns."""
 TIMEOUT_S = 30.0
 KINDS = ("shared memory", "shared memory, crowded", "gloo")
 

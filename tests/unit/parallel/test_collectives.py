@@ -64,7 +64,7 @@ def test_sums_are_in_the_order_of_the_ranks(kind: str, ranks: Processes) -> None
 
 
 def do_sum_rows(collectives: Collectives, rank: int, size: int, num_rows: int) -> int:
-    """How many rows have not the bits of the same row alone."""
+    """The number of rows whose bits differ from those of the same row alone."""
     x = part(rank, num_rows, 300)
     alone = torch.cat([collectives.all_reduce(row[None].clone()) for row in x])
     together = collectives.all_reduce(x.clone())
@@ -161,7 +161,7 @@ def test_many_operations_in_a_row_stay_in_step(kind: str, count: int, ranks: Pro
 
 
 def do_wait_in_vain(collectives: Collectives, rank: int, size: int) -> tuple[str, float]:
-    """Rank 0 alone: what it is told, and after how long."""
+    """The error that rank 0 gets when it is alone, and after how long."""
     collectives.timeout_s = 0.5
     started = time.monotonic()
     if rank:
@@ -181,7 +181,7 @@ def test_gloo_does_not_wait_longer_than_it_may() -> None:
 
 @pytest.fixture(params=[False, True], ids=["", "crowded"])
 def in_one_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[SharedMemoryCollectives]:
-    """Three ranks."""
+    """Collectives of three ranks."""
     monkeypatch.setattr(shared_memory, "SLOT_FLOATS", SLOT_FLOATS)
     fd = os.memfd_create("test")
     os.ftruncate(fd, memory_bytes(3))

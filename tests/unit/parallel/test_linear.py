@@ -39,7 +39,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def make_column(
     outs: Sequence[int], *, has_bias: bool, parallel: ParallelState = ALONE, method: LinearMethod = DENSE
 ) -> ColumnParallelLinear:
-    """Not loaded yet. The outputs are dealt in eights: 24 over 2 ranks are 16 and 8."""
+    """A layer that is not loaded yet. Its outputs are split in eights: 24 over 2 ranks are 16 and 8."""
     return ColumnParallelLinear(
         IN,
         outs,
@@ -59,7 +59,7 @@ def make_row(
     method: LinearMethod = DENSE,
     is_gathered: bool = False,
 ) -> RowParallelLinear:
-    """Not loaded yet."""
+    """A layer that is not loaded yet."""
     return RowParallelLinear(
         shards, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
     )

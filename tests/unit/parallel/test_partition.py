@@ -97,7 +97,7 @@ def test_heads_sit_with_their_kv_heads(group: int, num_kv_heads: int, size: int)
 
 @given(GROUPS, st.integers(1, 12), SIZES)
 def test_heads_are_dealt_evenly(group: int, num_kv_heads: int, size: int) -> None:
-    """Whole groups where there are enough; else the ranks, and the heads of a group among its ranks."""
+    """Ranks get whole groups where there are enough; else groups get ranks, which split the heads of their group."""
     try:
         shards = split_heads(group * num_kv_heads, num_kv_heads, size)
     except SplitError:

@@ -21,7 +21,7 @@ from parallel.world import Rendezvous, RendezvousError, World, interface_of, lis
 
 ADDRESS = "127.0.0.1"
 ELSEWHERE = "127.0.0.2"
-"""Another address of this host."""
+"""An address of this host other than 127.0.0.1."""
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_rank_0_listens_at_its_address_and_nowhere_else(two: Ranks) -> None:
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether the other end closes it without a word."""
+    """Whether the other end closes the connection without a word."""
     try:
         return sock.recv(100) == b""
     except ConnectionResetError:  # something was left unread

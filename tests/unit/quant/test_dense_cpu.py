@@ -1,4 +1,4 @@
-"""The CPU matrix product against its torch twin, at the edges of tiles; and a row's bits whatever runs beside it."""
+"""The CPU matrix product against that in torch, at the edges of tiles; and a row's bits whatever runs beside it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("n_size", [1, 3, 4, 11, 12, 13, 23, 24, 25, 47, 96])
 def test_against_the_twin(dtype: torch.dtype, k_size: int, n_size: int) -> None:
     weight, bias = random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)
-    kernel, twin = DenseCpu(packed(weight, bias)), DenseTorch(packed(weight, bias))
+    kernel, reference = DenseCpu(packed(weight, bias)), DenseTorch(packed(weight, bias))
     for rows in ROWS:
         x = random(rows, k_size)
-        torch.testing.assert_close(kernel(x), twin(x), atol=2e-6 * k_size, rtol=1e-6)
+        torch.testing.assert_close(kernel(x), reference(x), atol=2e-6 * k_size, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

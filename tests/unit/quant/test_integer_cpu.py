@@ -1,4 +1,4 @@
-"""The kernels that round activations: equal to their twin, exact in integers, the same bits for any number of rows."""
+"""Kernels that round activations equal those in torch, are exact in integers, and ignore the number of rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_rows(rows: int, k: int, seed: int = 1) -> torch.Tensor:
 
 
 def symmetric_bytes(n: int, k: int) -> PackedWeight:
-    """As `--quantize eetq` makes them."""
+    """Weights as `--quantize eetq` makes them."""
     generator = torch.Generator().manual_seed(n)
     q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     bias = torch.randn(n, generator=generator)
@@ -63,10 +63,10 @@ def test_the_twin_agrees(name: str) -> None:
     packed = WEIGHTS[name]
     kernel = running_weight(packed, is_exact=False)
     assert isinstance(kernel, IntegerCpu)
-    twin = RoundedTorch(packed)
+    reference = RoundedTorch(packed)
     for rows in ROW_COUNTS:
         x = random_rows(rows, 192)
-        torch.testing.assert_close(kernel(x), twin(x), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(kernel(x), reference(x), atol=2e-5, rtol=2e-5)
 
 
 @needs_instructions

@@ -36,7 +36,7 @@ def tokenizer(model_folder: Path) -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def ids_of(tokenizer: TextTokenizer) -> Callable[[str], list[int]]:
-    """Ids of a text, special tokens recognised."""
+    """A function from a text to its ids; it recognizes special tokens."""
     return lambda text: tokenizer._encode(text, False)
 
 

@@ -67,15 +67,15 @@ class Script:
 
     events: list[TokenEvent] = field(default_factory=list)
     pause_s: float = 0.0
-    """Before each event."""
+    """Seconds before each event."""
     stall_after: int | None = None
-    """After that many events nothing comes any more."""
+    """The number of events after which nothing comes any more."""
     error: str | None = None
-    """Raised after the events."""
+    """The error that is raised after the events."""
     scripts: list[list[TokenEvent]] = field(default_factory=list)
-    """In place of `events`, for the first, second, ... request from now on."""
+    """Events of the first, second, ... request from now on, in place of `events`."""
     errors: list[str | None] = field(default_factory=list)
-    """In place of `error`, likewise."""
+    """Errors of the first, second, ... request from now on, in place of `error`."""
 
     def take(self) -> tuple[list[TokenEvent], str | None]:
         events = self.scripts.pop(0) if self.scripts else self.events
@@ -133,7 +133,7 @@ class ObligingEngine(FakeEngine):
         super().__init__()
         self._token_ids = token_ids
         self.error: str | None = None
-        """Raised in place of the last token."""
+        """The error that is raised in place of the last token."""
 
     def generate(self, request: GenerationRequest) -> contextlib.AbstractContextManager[AsyncIterator[TokenEvent]]:
         ids = self._token_ids[: request.max_new_tokens]

@@ -29,7 +29,7 @@ REQUEST = GenerationRequest(request_id="a", prompt_token_ids=[1, 2], max_new_tok
 
 
 class Pair:
-    """Both ends."""
+    """The client and the engine's end of the socket pair."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()

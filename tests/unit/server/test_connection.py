@@ -69,7 +69,7 @@ def connected(base_url: str) -> socket.socket:
 
 
 def received(client: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """Read everything until the server closes."""
     client.settimeout(5)
     return b"".join(iter(lambda: client.recv(1 << 16), b""))
 
@@ -153,7 +153,7 @@ async def test_a_reset_connection_is_forgotten(base_url: str) -> None:
 
 
 def num_connections() -> int:
-    """How many this process keeps in memory."""
+    """The number of connections that this process keeps in memory."""
     gc.collect()
     return sum(type(thing) is Connection for thing in gc.get_objects())
 
@@ -182,7 +182,7 @@ async def test_permits_are_given_back_when_an_answer_is_read(app: FastAPI, engin
 
 
 async def test_a_client_that_leaves_is_noticed_by_a_busy_loop() -> None:
-    """The next token is there in every turn of the loop: whoever looks finds the stream's task about to run."""
+    """The next token is there in every turn of the loop, so that the stream's task is always about to run."""
     loop = asyncio.get_running_loop()
     waiting = loop.create_future()
     deadline = time.monotonic() + 5

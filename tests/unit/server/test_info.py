@@ -1,4 +1,4 @@
-"""What the server tells about itself."""
+"""/info and the probes."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ PROMPT = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, Metric]:
-    """By name, through the official parser, which holds samples of counters under `_total` whatever they were."""
+    """Samples by name, from the official parser, which names those of counters `_total` whatever they were."""
     response = await client.get("/metrics")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
     assert "_total " not in response.text.replace("pytgi_kv_blocks_total ", "")

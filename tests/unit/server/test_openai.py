@@ -65,7 +65,7 @@ async def test_logprobs(client: httpx.AsyncClient) -> None:
 
 
 async def test_logit_bias(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    """It was an internal error: the map was read twice."""
+    """A `logit_bias` was an internal error once, because the map was read twice."""
     assert (await chat(client, logit_bias={"5": -2})).status_code == 200
     assert engine.requests[0].sampling.logit_bias == {5: -2.0}
 

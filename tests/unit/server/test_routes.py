@@ -29,7 +29,7 @@ def routes_of(app: FastAPI) -> list[APIRoute]:
 
 
 def _flat(routes: Any) -> list[Any]:
-    """FastAPI may keep included routers as such."""
+    """Routes of an application; FastAPI may keep included routers as such."""
     found = []
     for route in routes:
         router = getattr(route, "original_router", None)
@@ -129,7 +129,7 @@ def test_errors_of_openai_routes_are_described(changes: dict[str, Any], name: st
 
 
 def test_what_an_answer_may_lack_is_described_so(app: FastAPI) -> None:
-    """`top_tokens` of an event was said to be always there."""
+    """`top_tokens` may be missing in an event; the description said once that it is always there."""
     schemas = app.state.openapi["components"]["schemas"]
     assert set(schemas["StreamResponse"]["required"]) == {"index", "token", "generated_text", "details"}
     assert schemas["GenerateResponse"]["required"] == ["generated_text"]

@@ -40,7 +40,7 @@ FIELDS = {"parameters", "total_time", "validation_time", "queue_time", "inferenc
 
 
 class Collector(TraceServiceServicer):
-    """Keeps what it is sent."""
+    """A collector that keeps the spans it is sent."""
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
@@ -51,7 +51,7 @@ class Collector(TraceServiceServicer):
 
     @property
     def spans(self) -> dict[str, Span]:
-        """By name, each of which is there once."""
+        """Spans by name; each name is there once."""
         spans = [
             span
             for request in self.requests
@@ -72,7 +72,7 @@ class Collector(TraceServiceServicer):
 
 @pytest.fixture
 def collector() -> Iterator[tuple[Collector, str]]:
-    """And its endpoint."""
+    """A collector and its endpoint."""
     servicer = Collector()
     server = grpc.server(futures.ThreadPoolExecutor(1))
     add_TraceServiceServicer_to_server(servicer, server)
