@@ -14,8 +14,8 @@ from engine.link.messages import AbortRequest, Down, Goodbye, SamplingParams, St
 from engine.runner import StepResult
 from engine.sampling.grammar import Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import RawRows
-from engine.scheduling.batch import SampledBatch, ScheduledBatch
+from engine.sampling.sampler import RawRows, Sample
+from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_costs import StepCosts
 from engine.scheduling.step_limit import StepLimit
@@ -29,18 +29,6 @@ class Runner(Protocol):
     """What the core needs of `engine.runner.ModelRunner`."""
 
     def execute(self, batch: ScheduledBatch) -> StepResult: ...
-
-
-class Sample(Protocol):
-    """Chooses a token per row of logits (`engine.sampling.sampler`)."""
-
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        params: Sequence[SamplingParams],
-        positions: Sequence[int],
-        raw: RawRows | None = None,
-    ) -> SampledBatch: ...
 
 
 class EngineCore:

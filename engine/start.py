@@ -11,7 +11,7 @@ import torch
 
 from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore, Runner, Sample
+from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
@@ -22,7 +22,7 @@ from engine.ranks import Follower, Leader, Ranks
 from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import SAMPLERS
+from engine.sampling.sampler import SAMPLERS, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler

@@ -7,10 +7,11 @@ import time
 
 import torch
 
-from engine.core import Runner, Sample
+from engine.core import Runner
 from engine.link.errors import StartError
 from engine.link.messages import GenerationRequest, SamplingParams
 from engine.runner import BLOCK_SIZE
+from engine.sampling.sampler import Sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_costs import StepCosts

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +26,29 @@ from engine.link.messages import GenerationRequest
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 
 IntArray = npt.NDArray[np.int32]
-ApplyMasks = Callable[[torch.Tensor, IntArray, IntArray], None]
 
 MASKS: dict[str, str] = {
     "cpu": "engine.sampling.grammar_cpu:apply_masks",
-    "torch": "engine.sampling.grammar:apply_masks",
+    "torch": "engine.sampling.grammar_torch:apply_masks",
 }
-"""Name -> lazy "module:function" with the signature of `apply_masks` below, the plain twin of the other one. The names
-are those of `engine.sampling.sampler.SAMPLERS`."""
+"""Backend name, as in `engine.sampling.sampler.SAMPLERS` -> lazy "module:function", an `ApplyMasks`.
+
+`torch` is the reference implementation, and runs anywhere.
+"""
 
 MAX_COMPILED = 32
 """Compiled grammars that are kept, as many as TGI keeps."""
 WORD_BITS = 32
+
+
+class ApplyMasks(Protocol):
+    """Lays the masks of some rows on a step's logits."""
+
+    def __call__(self, logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
+        """Set logits [all rows, vocab] float32 to -inf, in place, where the bits of their masks are 0.
+
+        rows [masked] int32: which rows the masks belong to; masks [masked, words] int32, the lowest bit first.
+        """
 
 
 class MatchedGrammar:
@@ -224,15 +236,3 @@ def _first_line(text: str) -> str:
 def num_words(vocab_size: int) -> int:
     """Of a mask with a bit for each token."""
     return -(-vocab_size // WORD_BITS)
-
-
-@torch.inference_mode()
-def apply_masks(logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
-    """Set logits [rows, vocab] float32 to -inf, in place, where the bits of their masks are 0.
-
-    rows [masked] int32: which rows the masks belong to; masks [masked, words] int32, the lowest bit first.
-    """
-    refused = np.unpackbits(~masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    where = torch.from_numpy(refused).to(logits.device).bool()
-    index = torch.from_numpy(rows).to(logits.device)
-    logits[index] = logits[index].masked_fill_(where, -torch.inf)

@@ -1,4 +1,4 @@
-"""Masks on a CPU: a Numba kernel that skips what is allowed, the fast path of `engine.sampling.grammar.apply_masks`."""
+"""Masks on a CPU: a Numba kernel that skips what is allowed, the fast path of `engine.sampling.grammar_torch`."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def _apply(logits, size, rows, masks):  # type: ignore[no-untyped-def]
 
 
 def apply_masks(logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
-    """As `engine.sampling.grammar.apply_masks`; logits on the CPU."""
+    """As `engine.sampling.grammar.ApplyMasks` says; logits on the CPU."""
     _apply(flat_view(logits), logits.shape[1], rows, masks)

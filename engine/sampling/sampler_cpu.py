@@ -1,4 +1,4 @@
-"""Sampling on a CPU: one Numba kernel over all rows, the fast path of `engine.sampling.sampler.sample`.
+"""Sampling on a CPU: one Numba kernel over all rows, the fast path of `engine.sampling.sampler_torch`.
 
 A plain sample reads the row twice: for its best logit, and for the masses of its chunks, of which then only one is
 looked at closely. Every filter leaves the tokens whose logits lie between two bounds: top-k, top-p and min-p set the
@@ -317,7 +317,7 @@ def _list_rows(logits, raw, size, wanted, results, ends, token_ids, logprobs):  
 def sample(
     logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int], raw: RawRows | None = None
 ) -> SampledBatch:
-    """As `engine.sampling.sampler.sample`; logits [rows, vocab] float32 on the CPU."""
+    """As `engine.sampling.sampler.Sample` says; logits [rows, vocab] float32 on the CPU."""
     num_rows, size = logits.shape
     raw_rows = [-1] * num_rows
     for index, row in enumerate(raw.rows if raw else ()):

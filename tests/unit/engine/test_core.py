@@ -13,7 +13,8 @@ from engine.core import EngineCore
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
 from engine.runner import StepResult
-from engine.sampling.sampler import RawRows, sample
+from engine.sampling.sampler import RawRows
+from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import NON_FINITE_ERROR, Scheduler

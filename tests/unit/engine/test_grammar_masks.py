@@ -21,9 +21,9 @@ from engine.core import EngineCore
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams, StepOutput, TokenEvent
 from engine.runner import StepResult
-from engine.sampling import grammar, grammar_cpu
+from engine.sampling import grammar, grammar_cpu, grammar_torch
 from engine.sampling.grammar import Grammars, MatchedGrammar, num_words
-from engine.sampling.sampler import sample
+from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -44,7 +44,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_grammars(tokenizer_file: Path, eos_token_ids: list[int] = EOS_TOKEN_IDS) -> Grammars:
-    return Grammars(tokenizer_file, VOCAB_SIZE, eos_token_ids, 1, lambda: grammar.apply_masks)
+    return Grammars(tokenizer_file, VOCAB_SIZE, eos_token_ids, 1, lambda: grammar_torch.apply_masks)
 
 
 def with_regex(name: str, regex: str, **changes: Any) -> GenerationRequest:
@@ -81,7 +81,7 @@ def test_both_ways_to_apply_masks_are_that_of_llguidance(vocab_size: int) -> Non
     masked = expected[rows]
     llguidance.numpy.apply_token_bitmask_inplace(masked, masks)
     expected[rows] = masked
-    for apply_masks in (grammar.apply_masks, grammar_cpu.apply_masks):
+    for apply_masks in (grammar_torch.apply_masks, grammar_cpu.apply_masks):
         result = logits.clone()
         apply_masks(result, rows, masks)
         np.testing.assert_array_equal(result.numpy(), expected)

@@ -15,7 +15,8 @@ from engine.core import EngineCore
 from engine.link.messages import AbortRequest, GenerationRequest, SamplingParams
 from engine.runner import StepResult
 from engine.sampling.penalties import WATERMARK_KEY, Penalties, TokenCounts
-from engine.sampling.sampler import RawRows, sample
+from engine.sampling.sampler import RawRows
+from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TypicalLogitsWarper
 
-from engine.core import Sample
 from engine.link.messages import SamplingParams
-from engine.sampling import sampler, sampler_cpu
-from engine.sampling.sampler import NUCLEUS_CANDIDATES, RawRows, filter_logits, uniform
+from engine.sampling import sampler_cpu, sampler_torch
+from engine.sampling.sampler import RawRows, Sample, uniform
+from engine.sampling.sampler_torch import NUCLEUS_CANDIDATES, filter_logits
 
 GREEDY = SamplingParams()
 
 
-@pytest.fixture(params=[sampler.sample, sampler_cpu.sample], ids=["torch", "cpu"])
+@pytest.fixture(params=[sampler_torch.sample, sampler_cpu.sample], ids=["torch", "cpu"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     chosen: Sample = request.param
     return chosen
@@ -313,7 +313,7 @@ def test_a_token_without_probability_is_never_drawn(sample: Sample) -> None:
 def test_a_number_on_an_edge_belongs_to_the_token_that_begins_there() -> None:
     scaled = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf, 0.0, 0.0]])
     for number, token in ((0.0, 1), (0.249, 1), (0.25, 2), (0.5, 4), (0.75, 5), (1 - 2**-53, 5)):
-        assert int(sampler._draw(scaled, torch.tensor([number], dtype=torch.float64))[0]) == token
+        assert int(sampler_torch._draw(scaled, torch.tensor([number], dtype=torch.float64))[0]) == token
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.link.messages import SamplingParams
-from engine.sampling import sampler
+from engine.sampling import sampler_torch
 from engine.sampling.sampler import RawRows
 from engine.sampling.sampler_cpu import sample
 
@@ -40,7 +40,7 @@ def test_kernel_draws_what_the_twin_draws(case: dict[str, Any], vocab_size: int)
     logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 4
     params = [SamplingParams(**{**case, **({"seed": row} if "seed" in case else {})}) for row in range(num_rows)]
     positions = list(range(num_rows))
-    kernel, twin = sample(logits, params, positions), sampler.sample(logits, params, positions)
+    kernel, twin = sample(logits, params, positions), sampler_torch.sample(logits, params, positions)
     # A number that falls within rounding of a token's boundary may go either way: at most one of forty.
     same = [row for row in range(num_rows) if kernel.token_ids[row] == twin.token_ids[row]]
     assert len(same) >= num_rows - 1
@@ -106,7 +106,7 @@ def test_kernel_does_what_the_twin_does_with_any_parameters(
         logits[::2] += torch.randn(vocab_size, generator=generator)
         logits[::2, 1::3] = -torch.inf
     positions = list(range(len(params)))
-    kernel, twin = sample(logits, params, positions, raw), sampler.sample(logits, params, positions, raw)
+    kernel, twin = sample(logits, params, positions, raw), sampler_torch.sample(logits, params, positions, raw)
     assert kernel.is_finite == twin.is_finite == [True] * len(params)
     assert kernel.token_ids == twin.token_ids
     assert kernel.logprobs == pytest.approx(twin.logprobs, abs=2e-5, rel=1e-5)

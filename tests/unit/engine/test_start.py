@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from engine.runner import ModelRunner, StepResult
-from engine.sampling.sampler import sample
+from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.step_limit import StepLimit
 from engine.warm_up import warm_up
