@@ -126,7 +126,7 @@ class Engines:
         from engine.scheduling.ngram import propose_ngram
         from engine.scheduling.scheduler import Scheduler
         from engine.scheduling.speculate import Speculator
-        from engine.scheduling.step_costs import StepCosts
+        from engine.scheduling.step_costs import StepCosts, UnusedCosts
         from engine.start import start_engine
 
         core: Any = start_engine(config)[0]
@@ -140,10 +140,10 @@ class Engines:
                 eos_token_ids=core.scheduler._eos_token_ids,
                 speculator=speculator,
             )
-            costs = self.costs if speculator is not None else None
-            return EngineCore(scheduler, core._runner, core._sample, core._limit, costs)
+            costs = self.costs if speculator is not None else UnusedCosts()
+            return EngineCore(scheduler, core.runner, core.sampler, core.grammars, core.limit, costs)
 
-        self.costs: StepCosts = core._costs
+        self.costs: StepCosts = core.costs
         self.speculators: dict[str, Speculator] = {}
         self.cores = {"0": make(None)}
         for length in lengths:

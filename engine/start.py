@@ -20,6 +20,7 @@ from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import SAMPLERS, Sample
@@ -27,7 +28,7 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Speculator
-from engine.scheduling.step_costs import StepCosts
+from engine.scheduling.step_costs import StepCosts, UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 from engine.summary import log_row_invariance, log_summary
 from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up
@@ -131,7 +132,8 @@ def _make_core(
     vocab_size = prepared.loaded.model.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    return EngineCore(scheduler, runner, sample, step_limit, costs, penalties, grammars)
+    sampler = BatchSampler(sample, [penalties, grammars])
+    return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
 
 
 def set_threads(num_threads: int) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -145,21 +145,22 @@ class Grammars:
         return request_ids
 
     @staticmethod
-    def rows(batch: ScheduledBatch) -> list[int]:
-        """Which rows of the step's logits `mask` changes."""
-        return [row for scheduled, _ in _held(batch) for row in scheduled.rows]
+    def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
+        """The sequences that have rows in this step and a grammar."""
+        return [s for s in batch.scheduled if s.is_completing and s.sequence.grammar is not None]
 
-    def mask(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Set to -inf what may not stand in the output, in place; logits [batch.num_rows, vocab] float32.
+    def apply(self, selected: Sequence[ScheduledSequence], logits: torch.Tensor) -> None:
+        """Set to -inf, in place, what may not stand in the selected outputs; logits [all rows, vocab] float32.
 
         The masks go along the drafts. After a token of a draft that may not stand there, any may.
         """
-        rows = self.rows(batch)
+        rows = [row for scheduled in selected for row in scheduled.rows]
+        grammars = [_matched(scheduled) for scheduled in selected]
         masks = np.full((len(rows), num_words(self._vocab_size)), -1, np.int32)
         plain: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
         index = 0
-        for scheduled, grammar in _held(batch):
+        for scheduled, grammar in zip(selected, grammars, strict=True):
             if scheduled.draft:
                 drafted.append((grammar.matcher, index, scheduled.draft))
             else:
@@ -170,7 +171,7 @@ class Grammars:
             self._executor.unsafe_compute_mask_ptr(plain, address, row_bytes, len(rows))
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, len(rows))
-        for _, grammar in _held(batch):
+        for grammar in grammars:
             grammar.check()
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
@@ -211,13 +212,9 @@ class Grammars:
         return LLExecutor(self._num_threads)
 
 
-def _held(batch: ScheduledBatch) -> Iterator[tuple[ScheduledSequence, MatchedGrammar]]:
-    """The sequences that have rows and a grammar, with that grammar."""
-    for scheduled in batch.scheduled:
-        grammar = scheduled.sequence.grammar
-        if scheduled.is_completing and grammar is not None:
-            assert isinstance(grammar, MatchedGrammar)
-            yield scheduled, grammar
+def _matched(scheduled: ScheduledSequence) -> MatchedGrammar:
+    assert isinstance(scheduled.sequence.grammar, MatchedGrammar)
+    return scheduled.sequence.grammar
 
 
 def _outcome(compilation: _Compilation) -> Compiled:

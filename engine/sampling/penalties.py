@@ -8,7 +8,7 @@ sequence alone, never on padding or on who else is in the step. A row of a draft
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -91,15 +91,15 @@ class Penalties:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
     @staticmethod
-    def rows(batch: ScheduledBatch) -> list[int]:
-        """Which rows of the step's logits `apply` changes."""
-        return [row for scheduled in _adjusted(batch) for row in scheduled.rows]
+    def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
+        """The sequences that have rows in this step and want them adjusted."""
+        return [s for s in batch.scheduled if s.is_completing and is_adjusting(s.sequence.request.sampling)]
 
     @torch.inference_mode()
-    def apply(self, batch: ScheduledBatch, logits: torch.Tensor) -> None:
-        """Adjust logits [batch.num_rows, vocab] float32 in place."""
+    def apply(self, selected: SequenceOf[ScheduledSequence], logits: torch.Tensor) -> None:
+        """Adjust the selected sequences' rows of logits [all rows, vocab] float32 in place."""
         counted, biased = _Places(), _Places()
-        for scheduled in _adjusted(batch):
+        for scheduled in selected:
             sequence = scheduled.sequence
             params = sequence.request.sampling
             if params.is_watermarked:
@@ -175,10 +175,3 @@ class _Places:
         """Each kind of number [all places] float32."""
         kinds = zip(*self._numbers, strict=True)
         return [torch.from_numpy(np.concatenate(kind).astype(np.float32)).to(device) for kind in kinds]
-
-
-def _adjusted(batch: ScheduledBatch) -> Iterator[ScheduledSequence]:
-    """The sequences that have rows and want them adjusted."""
-    for scheduled in batch.scheduled:
-        if scheduled.is_completing and is_adjusting(scheduled.sequence.request.sampling):
-            yield scheduled

@@ -40,6 +40,10 @@ class ScheduledBatch:
     """Tokens that the step computes, drafts included."""
     num_rows: int = 0
     """Rows of logits that the step computes for next tokens; scored tokens of prompts have none."""
+    num_admitted: int = 0
+    """Sequences that left the queue for this step."""
+    is_decoding: bool = True
+    """Every sequence computes one known token, and maybe a draft."""
 
     def add(self, sequence: Sequence, num_tokens: int, draft: list[int] | None = None) -> None:
         """Compute `num_tokens` more known tokens of `sequence`, and its draft if all of them are computed by that."""
@@ -59,6 +63,7 @@ class ScheduledBatch:
         )
         self.num_tokens += num_tokens + len(draft)
         self.num_rows = end
+        self.is_decoding = self.is_decoding and num_tokens == 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

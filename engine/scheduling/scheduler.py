@@ -18,7 +18,7 @@ from engine.link.messages import EngineStats, FinishReason, GenerationRequest, T
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.sequence import OutputGrammar, Sequence
-from engine.scheduling.speculate import Speculator
+from engine.scheduling.speculate import Drafter, NoDrafter
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
 
@@ -33,10 +33,10 @@ class Scheduler:
         max_batch_tokens: int,
         eos_token_ids: Collection[int],
         max_running: int | None = None,
-        speculator: Speculator | None = None,
+        speculator: Drafter | None = None,
     ) -> None:
         self._blocks = block_manager
-        self._speculator = speculator
+        self._drafter = speculator or NoDrafter()
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -72,15 +72,15 @@ class Scheduler:
 
     def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
+        num_admissions = self.num_admissions
         decodes = [s for s in list(self.running) if s.num_uncomputed_tokens == 1 and self._make_room(s)]
         budget = self._max_batch_tokens - len(decodes)
         if max_tokens is not None:  # some progress is always made on a prompt
             budget = min(budget, max(1, max_tokens - len(decodes)))
         chunks = list(self._chunks(budget))
-        drafts: list[list[int]] = [[] for _ in decodes]
-        if self._speculator is not None and not chunks:  # a prompt makes the step long anyway
-            drafts = self._draft(self._speculator, decodes, budget)
-        batch = ScheduledBatch()
+        # A prompt makes the step long anyway.
+        drafts = self._draft(decodes, budget) if not chunks else [[] for _ in decodes]
+        batch = ScheduledBatch(num_admitted=self.num_admissions - num_admissions)
         for sequence, draft in zip(decodes, drafts, strict=True):
             batch.add(sequence, 1, draft)
         for sequence, count in chunks:
@@ -100,10 +100,10 @@ class Scheduler:
             budget -= count
             yield sequence, count
 
-    def _draft(self, speculator: Speculator, sequences: list[Sequence], budget: int) -> list[list[int]]:
+    def _draft(self, sequences: list[Sequence], budget: int) -> list[list[int]]:
         """Drafts within the requests' limits and the free blocks: nobody is preempted for one."""
         rooms = [sequence.request.max_new_tokens - sequence.num_output_tokens - 1 for sequence in sequences]
-        drafts = speculator.draft(sequences, rooms, budget)
+        drafts = self._drafter.draft(sequences, rooms, budget)
         for sequence, draft in zip(sequences, drafts, strict=True):
             if not self._blocks.grow(sequence, len(draft), num_spare_blocks=len(self.running)):
                 del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
@@ -149,9 +149,9 @@ class Scheduler:
             block_size=self._blocks.block_size,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             num_preemptions=self._num_preemptions,
-            num_draft_steps=self._speculator.num_drafts if self._speculator else 0,
-            num_drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
-            num_accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
+            num_draft_steps=self._drafter.num_drafts,
+            num_drafted_tokens=self._drafter.num_drafted,
+            num_accepted_tokens=self._drafter.num_accepted,
         )
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -212,8 +212,7 @@ class Scheduler:
             if event.finish_reason is not None or token_id != guess:
                 break
             sequence.num_computed_tokens += 1
-        if self._speculator is not None:
-            self._speculator.observe(sequence, scheduled.draft, event.token_ids)
+        self._drafter.observe(sequence, scheduled.draft, event.token_ids)
         return [*([event] if event.token_ids else []), *([error] if error else [])]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -230,8 +229,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
-        if self._speculator is not None:
-            self._speculator.forget(sequence)
+        self._drafter.forget(sequence)
         if sequence.block_table:
             self.running.remove(sequence)
             self._blocks.free(sequence)

@@ -38,6 +38,41 @@ class Proposer(Protocol):
         """At most `max_tokens` tokens that may follow `token_ids` [n]; none where nothing speaks for any."""
 
 
+class Drafter(Protocol):
+    """Decides the drafts of each step, and learns from what became of them."""
+
+    num_drafts: int
+    """Since the start: how often a sequence had a draft in a step."""
+    num_drafted: int
+    """Since the start: tokens of drafts."""
+    num_accepted: int
+    """Since the start: tokens of drafts that were the model's own choice."""
+
+    def draft(self, sequences: SequenceOf[Sequence], rooms: SequenceOf[int], budget: int) -> list[list[int]]:
+        """A draft for each sequence, of `rooms[i]` tokens at most and `budget` together; it may be empty."""
+
+    def observe(self, sequence: Sequence, draft: SequenceOf[int], new_token_ids: SequenceOf[int]) -> None:
+        """The model has chosen `new_token_ids` where `draft` was checked."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended; it may never have been seen."""
+
+
+class NoDrafter:
+    """Drafts nothing."""
+
+    num_drafts = num_drafted = num_accepted = 0
+
+    def draft(self, sequences: SequenceOf[Sequence], rooms: SequenceOf[int], budget: int) -> list[list[int]]:
+        return [[] for _ in sequences]
+
+    def observe(self, sequence: Sequence, draft: SequenceOf[int], new_token_ids: SequenceOf[int]) -> None:
+        pass
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
 class Acceptance:
     """How often a drafted token is the model's own, by the length of the match before it: of all requests, of one."""
 
@@ -71,7 +106,7 @@ class _Drafting:
 
 
 class Speculator:
-    """Decides the drafts of each step, and learns from what became of them.
+    """Drafts what pays: the likeliest tokens of all proposals, as many as make the step worth more than its time.
 
     A proposal is made for every decoding sequence, whether or not it is used: its tokens are compared with those that
     the model chooses, so that a request which drafts nothing is noticed when that begins to pay.
@@ -88,7 +123,6 @@ class Speculator:
         self.num_accepted = 0
 
     def draft(self, sequences: SequenceOf[Sequence], rooms: SequenceOf[int], budget: int) -> list[list[int]]:
-        """A draft for each sequence, of `rooms[i]` tokens at most and `budget` together; mostly of none."""
         candidates: list[tuple[float, int]] = []
         for index, (sequence, room) in enumerate(zip(sequences, rooms, strict=True)):
             drafting = self._updated(sequence)
@@ -136,7 +170,6 @@ class Speculator:
         return drafting
 
     def observe(self, sequence: Sequence, draft: SequenceOf[int], new_token_ids: SequenceOf[int]) -> None:
-        """What the model chose where `draft` was checked."""
         if draft:
             self.num_drafts += 1
             self.num_drafted += len(draft)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 SMOOTHING = 0.01
 """Share of a new observation in a row count's seconds: slow beside the drift, which is to take up what is common."""
 DRIFT_SMOOTHING = 0.2
+
+
+class CostObserver(Protocol):
+    """What is told how long steps take, by their rows."""
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A step of `rows` rows took `seconds`."""
+
+
+class UnusedCosts:
+    """Takes the place of StepCosts where nothing is decided by them."""
+
+    def observe(self, rows: int, seconds: float) -> None:
+        pass
 
 
 class StepCosts:
@@ -41,7 +56,6 @@ class StepCosts:
         return self._seconds[rows - num_beyond] + num_beyond * self._slope
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows that took so long."""
         relative = seconds / self.seconds(rows)
         self._drift += DRIFT_SMOOTHING * (min(relative, 4 * self._drift) - self._drift)
         if rows >= len(self._seconds):

@@ -24,9 +24,9 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Speculator
-from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 from tests.unit.engine.builders import make_batch
+from tests.unit.engine.core_builders import assemble_core
 
 KERNELS = Device(
     torch_device=torch.device("cpu"),
@@ -65,7 +65,7 @@ def make_core(
     )
     runner = runner or make_runner(folder, num_blocks=num_blocks)
     grammars = Grammars(folder / "tokenizer.json", VOCAB_SIZE, EOS_TOKEN_IDS, 1, lambda: apply_masks)
-    return EngineCore(scheduler, runner, sample, StepLimit(None, None), grammars=grammars)
+    return assemble_core(scheduler, runner, sample=sample, grammars=grammars)
 
 
 def random_ids(size: int, seed: int = 0) -> list[int]:
@@ -134,7 +134,6 @@ def take(core: EngineCore, request: GenerationRequest) -> None:
         core.take(request)
         return
     is_compiled = threading.Event()
-    assert core.grammars is not None
     core.grammars.on_compiled = is_compiled.set
     core.take(request)
     assert is_compiled.wait(60)

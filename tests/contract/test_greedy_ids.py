@@ -161,7 +161,7 @@ def test_a_broken_row_fails_its_request_and_leaves_nothing_behind(tmp_path: Path
     bad = good[:20] + [VOCAB_SIZE - 1] + good[20:]
     (expected,) = run_requests(make_core(tmp_path), make_requests([good], max_new_tokens=8)).token_ids
     core = make_core(tmp_path, num_blocks=7, is_prefix_caching=False)
-    table = core._runner._model.embed_tokens  # type: ignore[attr-defined]
+    table = core.runner._model.embed_tokens  # type: ignore[attr-defined]
     table._weight = table._weight.clone()  # as nothing would load it
     table._weight[VOCAB_SIZE - 1] = torch.nan
     outcome = run_requests(core, make_requests([bad, good], max_new_tokens=8))

@@ -125,7 +125,7 @@ def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> Non
             return StepResult(torch.zeros(1, 8), [-1.0, float("nan"), *[-1.0] * 62])
 
     core = make_core(tiny_model_dir)
-    core._runner = BadRunner()
+    core.runner = BadRunner()
     core.take(make_request(2))
     assert [(event.error, event.token_ids) for event in core.step()] == [(NON_FINITE_ERROR, [])]
     assert not core.scheduler.has_work

@@ -16,17 +16,16 @@ from safetensors.torch import load_file
 
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
-from engine.core import EngineCore
 from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step_limit import StepLimit
 from quant.config import resolve_quantization
 from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import KERNELS, make_requests, run_requests
 from tests.oracles.dequantise import dequantise
+from tests.unit.engine.core_builders import assemble_core
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 FOLDERS = sorted(path for path in CHECKPOINTS.iterdir() if (path / "expected.npz").is_file())
@@ -55,7 +54,7 @@ def test_greedy_ids_equal_transformers_on_the_dequantised_weights(folder: Path) 
     runner = ModelRunner(build_model(config, folder, torch.float32, KERNELS), KERNELS)
     runner.allocate(16, torch.float32, num_positions=16 * BLOCK_SIZE)
     scheduler = Scheduler(BlockManager(16, BLOCK_SIZE), max_batch_tokens=64, eos_token_ids=[])
-    core = EngineCore(scheduler, runner, sample, StepLimit(None, None))
+    core = assemble_core(scheduler, runner, sample=sample)
     prompts = [expected[f"prompt_{number}"].tolist() for number in range(2)]
     outcome = run_requests(core, make_requests(prompts, max_new_tokens=16))
     for number, ids in enumerate(outcome.token_ids):

@@ -141,7 +141,7 @@ def test_a_stretched_window_is_served_to_who_asks_for_it(tmp_path: Path) -> None
     assert limits.max_total_tokens == TRAINED_WINDOW
     core, limits = start(tmp_path, max_total_tokens=4 * TRAINED_WINDOW)
     assert limits.max_total_tokens == 4 * TRAINED_WINDOW
-    assert len(core._runner._model.rotary.table.cos) == 4 * TRAINED_WINDOW  # type: ignore[attr-defined]
+    assert len(core.runner._model.rotary.table.cos) == 4 * TRAINED_WINDOW  # type: ignore[attr-defined]
     prompt = random_ids(100)
     expected, smallest_gap = oracle_greedy(tmp_path, prompt, 28)
     assert smallest_gap > NEAR_TIE

@@ -9,17 +9,16 @@ import torch
 
 from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
-from engine.core import EngineCore
 from engine.link.config import EngineConfig
 from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step_limit import StepLimit
 from engine.start import start_engine
 from quant.kernels.integer_cpu import FOUND
 from tests.contract.harness import KERNELS, all_logits, make_requests, random_ids, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
+from tests.unit.engine.core_builders import assemble_core
 
 pytestmark = pytest.mark.skipif(FOUND is None, reason="the processor has none of the instruction sets")
 
@@ -53,7 +52,7 @@ def test_ids_do_not_depend_on_company_chunks_cache_or_preemption(method: str, tm
     def run(num_blocks: int, max_batch_tokens: int, prompts: list[list[int]]):  # type: ignore[no-untyped-def]
         blocks = BlockManager(num_blocks, BLOCK_SIZE)
         scheduler = Scheduler(blocks, max_batch_tokens=max_batch_tokens, eos_token_ids=EOS_TOKEN_IDS)
-        core = EngineCore(scheduler, runner, sample, StepLimit(None, None))
+        core = assemble_core(scheduler, runner, sample=sample)
         return run_requests(core, make_requests(prompts, max_new_tokens=30), is_staggered=True)
 
     alone = [run(64, 512, [prompt]).token_ids[0] for prompt in prompts]

@@ -13,13 +13,14 @@ from engine.core import EngineCore
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
 from engine.runner import StepResult
-from engine.sampling.sampler import RawRows
+from engine.sampling.sampler import RawRows, Sample
 from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import NON_FINITE_ERROR, Scheduler
 from engine.scheduling.step_limit import StepLimit
 from tests.unit.engine.builders import EOS, make_request, scheduled_counts
+from tests.unit.engine.core_builders import assemble_core
 
 VOCAB_SIZE = 20
 
@@ -43,9 +44,9 @@ class CountingRunner:
         return StepResult(logits, [])
 
 
-def make_core(runner: CountingRunner) -> EngineCore:
+def make_core(runner: CountingRunner, sample: Sample = sample) -> EngineCore:
     scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=[EOS])
-    return EngineCore(scheduler, runner, sample, StepLimit(1.0, 5.0))
+    return assemble_core(scheduler, runner, sample=sample, limit=StepLimit(1.0, 5.0))
 
 
 @pytest.fixture
@@ -141,8 +142,8 @@ def test_an_abort_between_steps_frees_the_request() -> None:
 def test_prompts_are_cut_to_the_step_limit_unless_their_request_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CountingRunner()
     core = make_core(runner)
-    core._limit.observe(100, 5.0)  # 20 tokens a second: 20 fit the limit, 100 that of a request that is alone
-    monkeypatch.setattr(core._limit, "observe", lambda num_tokens, seconds: None)
+    core.limit.observe(100, 5.0)  # 20 tokens a second: 20 fit the limit, 100 that of a request that is alone
+    monkeypatch.setattr(core.limit, "observe", lambda num_tokens, seconds: None)
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
     core.take(make_request("b", [2] * 25, max_new_tokens=2))
@@ -153,7 +154,7 @@ def test_prompts_are_cut_to_the_step_limit_unless_their_request_is_alone(monkeyp
 def test_the_step_limit_learns_from_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core(CountingRunner())
     seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr(core._limit, "observe", lambda num_tokens, seconds: seen.append((num_tokens, seconds > 0)))
+    monkeypatch.setattr(core.limit, "observe", lambda num_tokens, seconds: seen.append((num_tokens, seconds > 0)))
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
     core.step()
@@ -170,8 +171,7 @@ def test_seeded_draws_depend_on_the_output_position() -> None:
         seen.append(list(positions))
         return sample(logits, params, positions, raw)
 
-    core = make_core(CountingRunner())
-    core._sample = spy
+    core = make_core(CountingRunner(), spy)
     core.take(make_request("a", [1, 2, 3], max_new_tokens=9))
     core.step()
     core.scheduler._preempt(core.scheduler.running[0])

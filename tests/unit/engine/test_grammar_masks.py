@@ -23,7 +23,6 @@ from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, 
 from engine.runner import StepResult
 from engine.sampling import grammar, grammar_cpu, grammar_torch
 from engine.sampling.grammar import Grammars, MatchedGrammar, num_words
-from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -31,6 +30,7 @@ from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_limit import StepLimit
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE, write_tokenizer
 from tests.unit.engine.builders import make_batch, make_request
+from tests.unit.engine.core_builders import assemble_core
 
 A, B, C = (ord(letter) - ord("!") for letter in "abc")
 """Their tokens in the tiny tokenizer, whose alphabet begins with `!`."""
@@ -94,7 +94,7 @@ def test_rows_are_masked_along_drafts_and_others_are_left(tokenizer_file: Path) 
     # The last one computes a piece of its prompt, so it has no row.
     batch = make_batch(sequences, [3, 3, 3, 1], [[A, B], [A], [], []])
     logits = torch.zeros(6, VOCAB_SIZE)
-    grammars.mask(batch, logits)
+    grammars.apply(grammars.select(batch), logits)
     ends = sorted(EOS_TOKEN_IDS)
     assert allowed(logits) == [[A], [B, *ends], [B, *ends], [*range(VOCAB_SIZE)], [*range(VOCAB_SIZE)], [B, C]]
     assert first.count_allowed([A, B, C]) == 2, "a draft is only tried"
@@ -107,7 +107,7 @@ def test_all_ends_count_and_only_they_are_left_when_nothing_may_follow(tokenizer
         matched = compile_one(grammars, "a")
         assert matched.advance(A)
         logits = torch.zeros(1, VOCAB_SIZE)
-        grammars.mask(make_batch([held_sequence(matched)], [3]), logits)
+        grammars.apply(grammars.select(make_batch([held_sequence(matched)], [3])), logits)
         assert allowed(logits) == [sorted(EOS_TOKEN_IDS)]
         assert matched.advance(end) and matched.error is None
 
@@ -155,7 +155,7 @@ class Echo:
 
 def make_core(grammars: Grammars) -> EngineCore:
     scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=EOS_TOKEN_IDS)
-    return EngineCore(scheduler, Echo(C), sample, StepLimit(1.0, 5.0), grammars=grammars)
+    return assemble_core(scheduler, Echo(C), limit=StepLimit(1.0, 5.0), grammars=grammars)
 
 
 class Peer:
@@ -231,7 +231,6 @@ def test_what_is_no_grammar_ends_its_request_with_one_error(served: tuple[Engine
 def slow_compilation(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Compilations now say that they have begun, and wait to be let go."""
     has_begun, may_end = threading.Event(), threading.Event()
-    assert core.grammars is not None
     compile_ = core.grammars._compile
 
     def wait(text: str) -> LLMatcher:
@@ -271,7 +270,7 @@ def test_a_failing_step_ends_requests_whose_grammars_are_not_ready(
     has_begun, may_end = slow_compilation(core, monkeypatch)
     peer.send(with_regex("slow", "c"))
     assert has_begun.wait(30)
-    monkeypatch.setattr(core._runner, "error", ZeroDivisionError("broken"))
+    monkeypatch.setattr(core.runner, "error", ZeroDivisionError("broken"))
     peer.send(make_request("plain", [1, 2], max_new_tokens=3))
     errors = {event.request_id: event.error for event in peer.events_until_end("plain", "slow")}
     may_end.set()

@@ -16,13 +16,12 @@ from engine.link.messages import AbortRequest, GenerationRequest, SamplingParams
 from engine.runner import StepResult
 from engine.sampling.penalties import WATERMARK_KEY, Penalties, TokenCounts
 from engine.sampling.sampler import RawRows
-from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.step_limit import StepLimit
 from tests.unit.engine.builders import make_batch, make_speculator
+from tests.unit.engine.core_builders import assemble_core
 
 VOCAB_SIZE = 20
 GAMMA, DELTA = 0.3, 1.5
@@ -70,7 +69,7 @@ def apply(penalties: Penalties, batch: ScheduledBatch, seed: int = 0) -> tuple[t
     """Logits before and after."""
     logits = torch.randn(batch.num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
     before = logits.clone()
-    penalties.apply(batch, logits)
+    penalties.apply(penalties.select(batch), logits)
     return before, logits
 
 
@@ -114,7 +113,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(sequences: list[tuple[list
     before, together = apply(Penalties(), make_batch(made, [1] * len(made)))
     for row, sequence in enumerate(made):
         alone = before[row : row + 1].clone()
-        Penalties().apply(make_batch([sequence], [1]), alone)
+        Penalties().apply(Penalties.select(make_batch([sequence], [1])), alone)
         assert torch.equal(alone[0], together[row])
 
 
@@ -124,7 +123,7 @@ def test_only_sequences_that_get_a_token_have_rows() -> None:
     plain = make_sequence([1], [2], SamplingParams())
     wanting = make_sequence([4], [4], SamplingParams(presence_penalty=1.0))
     batch = make_batch([chunk, plain, wanting], [2, 1, 1], [[], [5], [6]])
-    assert Penalties.rows(batch) == [2, 3]
+    assert [row for scheduled in Penalties.select(batch) for row in scheduled.rows] == [2, 3]
     before, after = apply(Penalties(), batch)
     assert torch.equal(before[:2], after[:2])
     assert (before != after).nonzero().tolist() == [[2, 4], [3, 4], [3, 6]]
@@ -177,14 +176,14 @@ class RepeatingRunner:
         return StepResult(row.repeat(batch.num_rows, 1), [])
 
 
-def make_core(*, max_draft_tokens: int = 0, num_blocks: int = 16) -> EngineCore:
+def make_core(penalties: Penalties | None = None, *, max_draft_tokens: int = 0, num_blocks: int = 16) -> EngineCore:
     scheduler = Scheduler(
         BlockManager(num_blocks, 2),
         max_batch_tokens=32,
         eos_token_ids=[7],
         speculator=make_speculator(max_draft_tokens) if max_draft_tokens else None,
     )
-    return EngineCore(scheduler, RepeatingRunner(), sample, StepLimit(None, None))
+    return assemble_core(scheduler, RepeatingRunner(), penalties=penalties)
 
 
 def request(name: str, max_new_tokens: int, **params: Any) -> GenerationRequest:
@@ -195,23 +194,24 @@ def request(name: str, max_new_tokens: int, **params: Any) -> GenerationRequest:
 @pytest.mark.parametrize("max_draft_tokens", [0, 3])
 def test_counts_live_as_long_as_their_sequence(max_draft_tokens: int) -> None:
     """Through preemption; and they are gone after an end, an abort and a failure."""
-    core = make_core(max_draft_tokens=max_draft_tokens)
+    penalties = Penalties()
+    core = make_core(penalties, max_draft_tokens=max_draft_tokens)
     core.take(request("ends", 6, presence_penalty=1.5))
     core.take(request("aborted", 9, repetition_penalty=1.2))
     core.take(request("fails", 9, frequency_penalty=1.0))
     core.take(request("plain", 9))
     token_ids = [token for event in core.step() if event.request_id == "ends" for token in event.token_ids]
-    assert len(core._penalties._counts) == 3
+    assert len(penalties._counts) == 3
     core.scheduler._preempt(next(s for s in core.scheduler.running if s.request.request_id == "ends"))
     gc.collect()
-    assert len(core._penalties._counts) == 3
+    assert len(penalties._counts) == 3
     core.take(AbortRequest("aborted"))
-    assert len(core._penalties._counts) == 2
+    assert len(penalties._counts) == 2
     while len(token_ids) < 6:
         token_ids += [token for event in core.step() if event.request_id == "ends" for token in event.token_ids]
     assert token_ids == expected_repeats(6)
     core.scheduler.fail_all("boom")
-    assert len(core._penalties._counts) == 0
+    assert len(penalties._counts) == 0
 
 
 def expected_repeats(size: int) -> list[int]:

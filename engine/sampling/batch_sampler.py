@@ -1,0 +1,46 @@
+"""From a step's logits to its tokens, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+
+from engine.link.messages import SamplingParams
+from engine.sampling.sampler import RawRows, Sample
+from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
+
+
+class LogitsProcessor(Protocol):
+    """Changes the logits of some sequences before a token is drawn: penalties, grammar masks."""
+
+    def select(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
+        """The sequences that have rows in this step and want them changed."""
+
+    def apply(self, selected: SequenceOf[ScheduledSequence], logits: torch.Tensor) -> None:
+        """Change the rows of the selected sequences in place; logits [batch.num_rows, vocab] float32."""
+
+
+class BatchSampler:
+    """Lets the processors change the logits, one after the other, and then draws."""
+
+    def __init__(self, sample: Sample, processors: SequenceOf[LogitsProcessor]) -> None:
+        self._sample = sample
+        self._processors = processors
+
+    def sample(self, batch: ScheduledBatch, logits: torch.Tensor) -> SampledBatch:
+        """Choose a token for each row of logits [batch.num_rows, vocab] float32, which change on the way."""
+        params: list[SamplingParams] = []
+        positions: list[int] = []
+        for scheduled in batch.scheduled:
+            first = scheduled.sequence.num_output_tokens
+            params += [scheduled.sequence.request.sampling] * len(scheduled.rows)
+            positions += range(first, first + len(scheduled.rows))
+        changes = [(processor, processor.select(batch)) for processor in self._processors]
+        changed_rows = {row for _, selected in changes for scheduled in selected for row in scheduled.rows}
+        raw = RawRows.of(logits, changed_rows, params)
+        for processor, selected in changes:
+            if selected:
+                processor.apply(selected, logits)
+        return self._sample(logits, params, positions, raw)
