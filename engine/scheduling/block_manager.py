@@ -15,9 +15,12 @@ from engine.scheduling.sequence import Sequence
 HASH_BYTES = 16
 
 
-def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """BLAKE2b-128 over the parent's hash and the ids: equal only for equal prefixes, in every process."""
-    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
+def hash_block(parent: bytes, token_ids: list[int], salt: bytes = b"") -> bytes:
+    """BLAKE2b-128 over the parent's hash and the ids, keyed by the salt of 64 bytes at most.
+
+    Digests are equal only for equal prefixes under equal salts, in every process. Raises ValueError for a longer salt.
+    """
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=HASH_BYTES, key=salt).digest()
 
 
 class BlockManager:
@@ -124,7 +127,7 @@ class BlockManager:
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
             parent = hashes[-1] if hashes else b""
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + self.block_size]))
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + self.block_size], sequence.cache_salt))
         return hashes[:num_blocks]
 
     def _hold(self, block: int) -> None:

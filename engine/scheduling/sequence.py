@@ -38,6 +38,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Of the computed ones, how many were found in the prefix cache at the last admission."""
     block_table: list[int] = dataclasses.field(default_factory=list)
+    cache_salt: bytes = b""
+    """Sequences share blocks only under equal salts: anything beside the tokens that their KV depends on."""
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
     """Chained hashes of the full blocks, as far as they were needed."""
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)

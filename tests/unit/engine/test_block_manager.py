@@ -11,13 +11,13 @@ from tests.unit.engine.builders import make_request
 BLOCK_SIZE = 4
 
 
-def make_sequence(prompt: list[int]) -> Sequence:
-    return Sequence(make_request("any", prompt), arrival_time=0.0)
+def make_sequence(prompt: list[int], cache_salt: bytes = b"") -> Sequence:
+    return Sequence(make_request("any", prompt), arrival_time=0.0, cache_salt=cache_salt)
 
 
-def computed(blocks: BlockManager, prompt: list[int]) -> Sequence:
+def computed(blocks: BlockManager, prompt: list[int], cache_salt: bytes = b"") -> Sequence:
     """A sequence whose whole prompt is computed."""
-    sequence = make_sequence(prompt)
+    sequence = make_sequence(prompt, cache_salt)
     assert blocks.admit(sequence)
     before = sequence.num_computed_tokens
     sequence.num_computed_tokens = sequence.num_tokens
@@ -29,6 +29,35 @@ def test_a_hash_tells_ids_order_and_parent_apart() -> None:
     digests = [hash_block(parent, ids) for parent in (b"", b"p" * 16) for ids in ([1, 2], [2, 1], [1, 3], [1, 258])]
     assert len(set(digests)) == 8
     assert hash_block(b"", [1, 258]) == hashlib.blake2b(bytes([1, 0, 0, 0, 2, 1, 0, 0]), digest_size=16).digest()
+
+
+def test_sequences_with_different_salts_never_share_a_block() -> None:
+    prompt = list(range(13))
+    plain = computed(BlockManager(8, BLOCK_SIZE), prompt)
+    # A salt that looks like another sequence's first hash, or like ids before the block, is no way in either.
+    salts = [b"", b"a", b"b", b"a\0", bytes(16), plain.block_hashes[0], b"a" * 64]
+    blocks = BlockManager(4 * len(salts), BLOCK_SIZE)
+    sequences = [computed(blocks, prompt, salt) for salt in salts]
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0] * len(salts)
+    assert len({block for sequence in sequences for block in sequence.block_table}) == 4 * len(salts)
+    assert len({digest for sequence in sequences for digest in sequence.block_hashes}) == 3 * len(salts)
+    assert sequences[0].block_hashes == plain.block_hashes
+    for sequence in sequences:
+        blocks.free(sequence)
+    for salt in salts:
+        again = make_sequence(prompt, salt)
+        assert blocks.admit(again)
+        assert again.num_cached_tokens == 12
+        blocks.free(again)
+
+
+def test_a_salted_suffix_is_not_a_salted_prefix() -> None:
+    """The chain of one salt does not go on into another's, even where the ids do."""
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first = computed(blocks, list(range(9)), b"a")
+    other = make_sequence(list(range(4, 13)), first.block_hashes[0])
+    assert blocks.admit(other)
+    assert other.num_cached_tokens == 0
 
 
 def test_sequences_share_the_full_blocks_of_a_common_prefix() -> None:
