@@ -68,7 +68,7 @@ class Pytgi:
 
     @property
     def model(self) -> Any:
-        return self._core._runner._model  # type: ignore[attr-defined]
+        return self._core.runner._model  # type: ignore[attr-defined]
 
     def run(self, prompt_ids: list[int], num_sequences: int, num_tokens: int) -> list[float]:
         """Times at which each step ended, counted from the first step's start."""

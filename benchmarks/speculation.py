@@ -137,7 +137,7 @@ class Engines:
             scheduler = Scheduler(
                 blocks,
                 max_batch_tokens=4096,
-                eos_token_ids=core.scheduler._eos_token_ids,
+                eos_token_ids=core.scheduler.eos_token_ids,
                 speculator=speculator,
             )
             costs = self.costs if speculator is not None else UnusedCosts()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Collection
 
 from engine.scheduling.sequence import Sequence
 
@@ -111,6 +112,38 @@ class BlockManager:
             if digest not in self._block_of:
                 self._hash_of[block] = digest
                 self._block_of[digest] = block
+
+    def num_holders(self, block: int) -> int:
+        """Sequences that have `block` in their table."""
+        return self._num_holders[block]
+
+    def check_integrity(self, sequences: Collection[Sequence]) -> None:
+        """Check what holds between any two operations, if `sequences` are all that have blocks. For tests.
+
+        Raises AssertionError.
+        """
+        held = Counter(block for sequence in sequences for block in sequence.block_table)
+        assert self._num_holders == [held[block] for block in range(self.num_blocks)], "holders are counted wrongly"
+        assert set(self._free) == {block for block in range(self.num_blocks) if not held[block]}
+        assert self.num_cached_blocks == sum(self._hash_of[block] is not None for block in self._free)
+        hashed = {digest: block for block, digest in enumerate(self._hash_of) if digest is not None}
+        assert self._block_of == hashed, "a hash finds another block than the one that carries it"
+        self._check_sharing(sequences)
+
+    def _check_sharing(self, sequences: Collection[Sequence]) -> None:
+        """A block is shared only if it is full, computed, and means the same to all; the rest has one holder."""
+        meaning: dict[int, tuple[bytes, list[int]]] = {}
+        for sequence in sequences:
+            assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
+            assert len(sequence.block_table) * self.block_size >= sequence.num_computed_tokens
+            num_full = sequence.num_computed_tokens // self.block_size
+            for index, block in enumerate(sequence.block_table):
+                if index < num_full:
+                    prefix = sequence.cache_salt, sequence.token_ids[: (index + 1) * self.block_size]
+                    assert meaning.setdefault(block, prefix) == prefix, "a block stands for two prefixes"
+                else:
+                    assert self._num_holders[block] == 1, "a block that is not full is shared"
+                    assert self._hash_of[block] is None, "a block that is not full has a hash"
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         blocks: list[int] = []

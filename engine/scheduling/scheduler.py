@@ -39,7 +39,7 @@ class Scheduler:
         self._drafter = speculator or NoDrafter()
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
@@ -69,6 +69,13 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks away; it waits again, before all others."""
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        self.waiting.appendleft(sequence)
+        self._num_preemptions += 1
 
     def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
@@ -154,20 +161,25 @@ class Scheduler:
             num_accepted_tokens=self._drafter.num_accepted,
         )
 
+    def check_integrity(self) -> None:
+        """Check what holds between any two operations, in the block manager, too. For tests. Raises AssertionError."""
+        everyone = [*self.running, *self.waiting]
+        assert len(everyone) == len(self._sequences), "a sequence is in both queues, or in none"
+        assert all(self._sequences.get(s.request.request_id) is s for s in everyone)
+        arrivals = [sequence.arrival_time for sequence in everyone]
+        assert arrivals == sorted(arrivals), "first come, first served"
+        for sequence in self.waiting:
+            assert not sequence.block_table and not sequence.num_computed_tokens, "a waiting sequence holds memory"
+        self._blocks.check_integrity(self.running)
+
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
         while not self._blocks.grow(sequence):
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._blocks.free(sequence)
-        self.waiting.appendleft(sequence)
-        self._num_preemptions += 1
 
     def _admit_first(self) -> bool:
         """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
@@ -223,7 +235,7 @@ class Scheduler:
         if sequence.num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
         is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None
-        if sequence.token_ids[-1] in self._eos_token_ids and not is_ignoring_eos:
+        if sequence.token_ids[-1] in self.eos_token_ids and not is_ignoring_eos:
             return FinishReason.EOS_TOKEN
         return None
 

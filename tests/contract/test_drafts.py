@@ -163,7 +163,7 @@ def test_an_end_within_a_draft_is_the_end(tiny_model_dir: Path) -> None:
     eos = text[8]
     first = text.index(eos)
     core = make_core(tiny_model_dir, speculator=eager(8, foresee))
-    core.scheduler._eos_token_ids = frozenset([eos])
+    core.scheduler.eos_token_ids = frozenset([eos])
     outcome = run_requests(core, make_requests([prompt], max_new_tokens=24))
     assert outcome.token_ids == [text[: first + 1]]
     assert outcome.last_events[0].finish_reason is FinishReason.EOS_TOKEN

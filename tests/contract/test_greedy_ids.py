@@ -135,7 +135,7 @@ def test_eos_ends_a_text(tiny_model_dir: Path) -> None:
     prompt = make_prompts()[3]
     (token_ids,) = run_requests(make_core(tiny_model_dir), make_requests([prompt], max_new_tokens=6)).token_ids
     core = make_core(tiny_model_dir)
-    core.scheduler._eos_token_ids = frozenset([token_ids[3], *EOS_TOKEN_IDS])
+    core.scheduler.eos_token_ids = frozenset([token_ids[3], *EOS_TOKEN_IDS])
     outcome = run_requests(core, make_requests([prompt], max_new_tokens=6))
     assert outcome.token_ids == [token_ids[: token_ids.index(token_ids[3]) + 1]]
     assert outcome.last_events[0].finish_reason is FinishReason.EOS_TOKEN

@@ -339,7 +339,7 @@ def test_start_gives_an_engine_that_answers_like_transformers(tiny_model_dir: Pa
         max_batch_total_tokens=512,
         vocab_size=264,
     )
-    assert core.scheduler._eos_token_ids == frozenset(EOS_TOKEN_IDS)
+    assert core.scheduler.eos_token_ids == frozenset(EOS_TOKEN_IDS)
     assert core.scheduler.stats().num_cached_blocks == 0, "the warm-up leaves nothing behind"
     prompt = list(range(30, 60))
     expected, smallest_gap = oracle_greedy(tiny_model_dir, prompt, 10)

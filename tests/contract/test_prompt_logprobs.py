@@ -83,7 +83,7 @@ def test_a_preemption_neither_loses_nor_repeats_any(num_steps: int, tiny_model_d
     core = make_core(tiny_model_dir, max_batch_tokens=64)
     core.take(make_request(3))
     events = [event for _ in range(num_steps) for event in core.step()]
-    core.scheduler._preempt(core.scheduler.running[0])
+    core.scheduler.preempt(core.scheduler.running[0])
     while core.scheduler.has_work:
         events += core.step()
     assert events[0].prompt_logprobs == expected.prompt_logprobs

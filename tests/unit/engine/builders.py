@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -70,7 +69,7 @@ class SlotMemory:
         for sequence, end, token_ids in scheduled:
             for position in range(sequence.num_computed_tokens, end):
                 block = sequence.block_table[position // size]
-                assert self._blocks._num_holders[block] == 1, "written while somebody else holds it"
+                assert self._blocks.num_holders(block) == 1, "written while somebody else holds it"
                 self._slots[block, position % size] = tuple(token_ids[: position + 1])
         for sequence, end, token_ids in scheduled:
             for position in range(end):
@@ -110,6 +109,10 @@ class Simulation:
         self.requests[request_id] = request
         self.events[request_id] = []
         self.scheduler.add(request)
+
+    @property
+    def live_sequences(self) -> list[Sequence]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
 
     def step(self, max_tokens: int | None = None) -> ScheduledBatch:
         batch = self.scheduler.schedule(max_tokens)
@@ -166,42 +169,3 @@ def make_batch(
     for sequence, count, draft in zip(sequences, counts, drafts or [[]] * len(sequences), strict=True):
         batch.add(sequence, count, draft)
     return batch
-
-
-def check_integrity(scheduler: Scheduler, blocks: BlockManager) -> None:
-    """What must hold between any two operations."""
-    check_queues(scheduler)
-    held = Counter(block for sequence in scheduler.running for block in sequence.block_table)
-    assert blocks._num_holders == [held[block] for block in range(blocks.num_blocks)]
-    assert set(blocks._free) == {block for block in range(blocks.num_blocks) if not held[block]}
-    assert blocks.num_used_blocks == len(held)
-    assert blocks.num_free_blocks + blocks.num_used_blocks == blocks.num_blocks
-    assert blocks.num_cached_blocks == sum(blocks._hash_of[block] is not None for block in blocks._free)
-    hashed = {digest: block for block, digest in enumerate(blocks._hash_of) if digest is not None}
-    assert blocks._block_of == hashed
-    check_sharing(scheduler, blocks)
-
-
-def check_queues(scheduler: Scheduler) -> None:
-    everyone = [*scheduler.running, *scheduler.waiting]
-    assert sorted(ids_of(everyone)) == sorted(scheduler._sequences)
-    arrivals = [sequence.arrival_time for sequence in everyone]
-    assert arrivals == sorted(arrivals), "first come, first served"
-    for sequence in scheduler.waiting:
-        assert not sequence.block_table and not sequence.num_computed_tokens
-
-
-def check_sharing(scheduler: Scheduler, blocks: BlockManager) -> None:
-    """A block is shared only if it is full, computed, and means the same prefix to all; the rest has one holder."""
-    meaning: dict[int, PrefixKey] = {}
-    for sequence in scheduler.running:
-        assert len(set(sequence.block_table)) == len(sequence.block_table)
-        assert len(sequence.block_table) * blocks.block_size >= sequence.num_computed_tokens
-        num_full = sequence.num_computed_tokens // blocks.block_size
-        for index, block in enumerate(sequence.block_table):
-            if index >= num_full:
-                assert blocks._num_holders[block] == 1
-                assert blocks._hash_of[block] is None
-            else:
-                prefix = tuple(sequence.token_ids[: (index + 1) * blocks.block_size])
-                assert meaning.setdefault(block, prefix) == prefix

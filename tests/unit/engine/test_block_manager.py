@@ -155,7 +155,7 @@ def test_admission_that_does_not_fit_changes_nothing() -> None:
     large = make_sequence([*range(8), *range(70, 77)])  # shares one... two full blocks, needs 2 more: 2 are free
     assert not blocks.admit(large, num_spare_blocks=1)
     assert (large.block_table, large.num_computed_tokens) == ([], 0)
-    assert (blocks.num_used_blocks, blocks._num_holders[first.block_table[0]]) == (2, 1)
+    assert (blocks.num_used_blocks, blocks.num_holders(first.block_table[0])) == (2, 1)
     assert blocks.admit(large)
     assert large.num_cached_tokens == 8
 

@@ -174,7 +174,7 @@ def test_seeded_draws_depend_on_the_output_position() -> None:
     core = make_core(CountingRunner(), spy)
     core.take(make_request("a", [1, 2, 3], max_new_tokens=9))
     core.step()
-    core.scheduler._preempt(core.scheduler.running[0])
+    core.scheduler.preempt(core.scheduler.running[0])
     core.step()
     core.take(make_request("b", [1], max_new_tokens=9))
     core.step()

@@ -202,7 +202,7 @@ def test_counts_live_as_long_as_their_sequence(max_draft_tokens: int) -> None:
     core.take(request("plain", 9))
     token_ids = [token for event in core.step() if event.request_id == "ends" for token in event.token_ids]
     assert len(penalties._counts) == 3
-    core.scheduler._preempt(next(s for s in core.scheduler.running if s.request.request_id == "ends"))
+    core.scheduler.preempt(next(s for s in core.scheduler.running if s.request.request_id == "ends"))
     gc.collect()
     assert len(penalties._counts) == 3
     core.take(AbortRequest("aborted"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
 from engine.link.messages import FinishReason, SamplingParams
 from engine.scheduling.batch import SampledBatch
 from engine.scheduling.scheduler import NON_FINITE_ERROR
+from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import (
     EOS,
     Simulation,
-    check_integrity,
     ids_of,
     make_batch,
     scheduled_counts,
@@ -65,7 +67,7 @@ def test_queue_time_is_of_the_first_admission_even_after_a_preemption() -> None:
     simulation.scheduler.schedule(2)
     sequence = simulation.scheduler.running[0]
     told = sequence.queue_time_s
-    simulation.scheduler._preempt(sequence)
+    simulation.scheduler.preempt(sequence)
     simulation.scheduler.schedule()
     assert sequence.queue_time_s == told
 
@@ -214,7 +216,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
     batch = simulation.step()  # a takes the last block; b needs one: c goes, and is in front of d
     assert ids_of(sequences_of(batch)) == ["a", "b"]
     assert ids_of(list(simulation.scheduler.waiting)) == ["c", "d"]
-    check_integrity(simulation.scheduler, simulation.blocks)
+    simulation.scheduler.check_integrity()
     simulation.drain()
     for name, request in simulation.requests.items():
         size = len(request.prompt_token_ids)
@@ -237,7 +239,7 @@ def test_a_preempted_sequence_finds_its_own_prefix_again() -> None:
     simulation = make_simulation(num_blocks=8)
     simulation.add("a", prompt_of(9), max_new_tokens=4)
     simulation.step()
-    simulation.scheduler._preempt(simulation.scheduler.running[0])
+    simulation.scheduler.preempt(simulation.scheduler.running[0])
     assert scheduled_counts(simulation.step()) == {"a": 2}  # 10 tokens, 8 of them in 2 full blocks
     simulation.drain()
     assert len(simulation.output("a")) == 4
@@ -296,7 +298,7 @@ def test_prefix_hits_are_counted_once_for_a_request() -> None:
     simulation.add("b", prompt_of(10))
     simulation.step()
     assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
-    simulation.scheduler._preempt(simulation.scheduler.running[-1])
+    simulation.scheduler.preempt(simulation.scheduler.running[-1])
     simulation.step()
     assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
     assert simulation.scheduler.num_admissions == 3
@@ -310,3 +312,43 @@ def test_stats() -> None:
     stats = simulation.scheduler.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (1, 1, 3)
     assert (stats.num_cached_blocks, stats.num_blocks, stats.block_size) == (0, 8, 4)
+
+
+def two_that_share_a_prefix() -> Simulation:
+    simulation = make_simulation(num_blocks=16)
+    simulation.add("a", prompt_of(10), max_new_tokens=9)
+    simulation.step()
+    simulation.add("b", prompt_of(10), max_new_tokens=9)
+    simulation.step()
+    simulation.scheduler.check_integrity()
+    return simulation
+
+
+def take_anothers_block(first: Sequence, second: Sequence) -> None:
+    second.block_table.append(first.block_table[-1])
+
+
+def change_a_shared_token(first: Sequence, second: Sequence) -> None:
+    second.token_ids[0] += 1
+
+
+def pretend_another_salt(first: Sequence, second: Sequence) -> None:
+    second.cache_salt = b"other"
+
+
+def lose_a_block(first: Sequence, second: Sequence) -> None:
+    del second.block_table[-1]
+
+
+def arrive_late(first: Sequence, second: Sequence) -> None:
+    first.arrival_time = second.arrival_time + 1.0
+
+
+@pytest.mark.parametrize(
+    "damage", [take_anothers_block, change_a_shared_token, pretend_another_salt, lose_a_block, arrive_late]
+)
+def test_the_check_of_integrity_sees_damage(damage: Callable[[Sequence, Sequence], None]) -> None:
+    scheduler = two_that_share_a_prefix().scheduler
+    damage(*scheduler.running)
+    with pytest.raises(AssertionError):
+        scheduler.check_integrity()

@@ -15,7 +15,6 @@ from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import (
     EOS,
     Simulation,
-    check_integrity,
     expected_output,
     ids_of,
     sequences_of,
@@ -63,7 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 40))
     def abort(self, number: int) -> None:
         request_id = f"r{number}"  # waiting, running, ended or never seen
-        if request_id in self.simulation.scheduler._sequences:
+        if request_id in ids_of(self.simulation.live_sequences):
             self.aborted.add(request_id)
         self.simulation.scheduler.abort(request_id)
 
@@ -73,11 +72,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for max_tokens in limits:
             if self.simulation.scheduler.has_work:
                 self.step_once(max_tokens)
-                check_integrity(self.simulation.scheduler, self.simulation.blocks)
+                self.simulation.scheduler.check_integrity()
 
     def step_once(self, max_tokens: int | None) -> None:
         scheduler = self.simulation.scheduler
-        oldest = min(scheduler._sequences.values(), key=lambda sequence: sequence.arrival_time)
+        oldest = min(self.simulation.live_sequences, key=lambda sequence: sequence.arrival_time)
         running = list(scheduler.running)
         lacking = [sequence for sequence in running if sequence.num_uncomputed_tokens == 1]
         batch = scheduler.schedule(max_tokens)
@@ -113,14 +112,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def is_whole(self) -> None:
         if hasattr(self, "simulation"):
-            check_integrity(self.simulation.scheduler, self.simulation.blocks)
+            self.simulation.scheduler.check_integrity()
 
     def teardown(self) -> None:
         if not hasattr(self, "simulation"):
             return
         num_live_tokens = sum(
             len(sequence.request.prompt_token_ids) + sequence.request.max_new_tokens
-            for sequence in self.simulation.scheduler._sequences.values()
+            for sequence in self.simulation.live_sequences
         )
         assert self.simulation.drain() <= num_live_tokens, "the oldest computes a token in every step"
         assert self.simulation.blocks.num_used_blocks == 0
@@ -152,7 +151,7 @@ class UncachedSchedulerMachine(SchedulerMachine):
     def nothing_is_shared(self) -> None:
         if hasattr(self, "simulation"):
             assert self.simulation.blocks.num_cached_blocks == 0
-            assert max(self.simulation.blocks._num_holders) <= 1
+            assert max(map(self.simulation.blocks.num_holders, range(self.simulation.blocks.num_blocks))) <= 1
 
 
 class SpeculatingSchedulerMachine(SchedulerMachine):
@@ -181,7 +180,7 @@ def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None
         prompt = data.draw(beginnings) + data.draw(REST)
         simulation.add(f"r{number}", prompt, data.draw(st.integers(1, 4)))
         simulation.step()
-        sequence = simulation.scheduler._sequences.get(f"r{number}")
+        sequence = next((s for s in simulation.live_sequences if s.request.request_id == f"r{number}"), None)
         reusable = max((common_blocks(text, prompt, block_size) for text in texts), default=0)
         if sequence is not None:
             assert sequence.num_cached_tokens == reusable * block_size
