@@ -42,7 +42,8 @@ def choose_quantization(
     try:
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
-        return resolve_quantization(flag, head_flag, stored, names, dense, is_exact=dtype == torch.float32)
+        is_exact = dtype == torch.float32
+        return resolve_quantization(flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact)
     except FormatError as error:
         raise StartError(str(error)) from error
 

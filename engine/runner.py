@@ -62,7 +62,7 @@ class ModelRunner:
         self._model = model
         self._device = device
         shape = model.attention_shape
-        backend = import_entry(ATTENTION_BACKENDS, device.attention_backend, "attention backend")
+        backend = import_entry(ATTENTION_BACKENDS, device.attention, "attention backend")
         if reasons := backend.why_not(shape):
             logger.info("Attention falls back to plain torch: %s", "; ".join(reasons))
             backend = import_entry(ATTENTION_BACKENDS, "torch", "attention backend")

@@ -128,7 +128,7 @@ def _make_core(
         max_running=config.max_batch_size,
         speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
     )
-    apply_masks = functools.partial(import_entry, MASKS, device.sampler, "mask")
+    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     vocab_size = prepared.loaded.model.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta)

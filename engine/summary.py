@@ -10,7 +10,6 @@ from engine.build import LoadedModel
 from engine.device import Device
 from engine.limits import EngineLimits
 from engine.link.config import EngineConfig
-from quant.kernels import rounding_instructions
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +41,8 @@ def log_summary(
         limits.max_total_tokens,
         limits.max_batch_prefill_tokens,
     )
-    logger.info("Kernels: %s, %d threads", device.attention_backend, config.num_threads)
-    rounding = None if loaded.quantization.is_exact else rounding_instructions(device.torch_device.type)
-    if rounding is not None:
+    logger.info("Kernels: %s, %d threads", device.attention, config.num_threads)
+    if (rounding := loaded.quantization.rounding) is not None:
         logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
 
 

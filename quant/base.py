@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -49,9 +49,9 @@ class MatrixShard:
 class PackedWeight:
     """A matrix in the form its kernel reads, whatever the checkpoint's format was (design section 4).
 
-    `layout` "dense": `weight` [n, k] floating. "bytes": int8 [n, k]. "nibbles": uint8 [n, k / 2], where each eight
+    `layout` "dense": `weight` [n, k] floating. "int8": int8 [n, k]. "int4": uint8 [n, k / 2], where each eight
     bytes hold sixteen inputs, the first eight in the lower halves. A quantised weight is `scales * (q - zero_points)`;
-    scales [n, groups] and zero_points [n, groups] (int32 for bytes, int8 for nibbles) are for k / groups inputs each.
+    scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are for k / groups inputs each.
     `input_order` [k] int64: column i of `weight` belongs to input `input_order[i]`; None: in order.
     """
 
@@ -64,7 +64,7 @@ class PackedWeight:
 
     @property
     def num_inputs(self) -> int:
-        return self.weight.shape[1] * (2 if self.layout == "nibbles" else 1)
+        return self.weight.shape[1] * (2 if self.layout == "int4" else 1)
 
     def without_bias(self) -> PackedWeight:
         return dataclasses.replace(self, bias=None)
@@ -78,6 +78,15 @@ class PackedWeight:
 
 class MatrixKernel(Protocol):
     """A packed weight with its kernel."""
+
+    rounding: ClassVar[str | None]
+    """The instructions with which it rounds activations to 8 bits; None: it takes them as they are."""
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        """Reasons why the kernel can't run the weight here; empty if it can."""
+
+    def __init__(self, packed: PackedWeight) -> None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, out_features], in the activations' dtype."""
@@ -135,7 +144,7 @@ class KernelChooser(Protocol):
     """From a packed weight to its kernel, whatever method packed it."""
 
     def __call__(self, packed: PackedWeight) -> MatrixKernel:
-        """Choose the kernel for the layout and for the device where the weight is."""
+        """Choose the kernel for the layout. Raises ValueError with the reasons if none takes the weight."""
 
 
 def merge(parts: Sequence[PackedWeight]) -> list[PackedWeight]:

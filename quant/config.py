@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
-from quant.kernels import rounding_instructions, running_weight
+from quant.kernels import choose_kernel, rounding_instructions
 from quant.registry import import_entry
 
 FORMATS: dict[str, str] = {
@@ -43,18 +43,21 @@ class Quantization:
     """How an output head that the checkpoint stores dense is loaded."""
     quantized_method: Callable[[str], LinearMethod | None]
     """The name of a matrix -> its method; None: the checkpoint stores it dense."""
+    matrices: str
+    """The backend of the matrix kernels, a key of `quant.kernels.MATRICES`."""
     is_exact: bool = True
     """Whether the activations that meet quantized weights stay float32; they are rounded to 8 bits otherwise."""
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
 
-    def run(self, packed: PackedWeight) -> MatrixKernel:
+    def kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """`quant.base.KernelChooser` for this model."""
-        return running_weight(packed, is_exact=self.is_exact)
+        return choose_kernel(self.matrices, packed, is_exact=self.is_exact)
 
-    def is_rounding(self, device_type: str) -> bool:
-        """Whether some kernels of the model round the activations that they meet."""
-        return not self.is_exact and rounding_instructions(device_type) is not None
+    @property
+    def rounding(self) -> str | None:
+        """The instructions with which kernels of the model round activations to 8 bits; None: none of them does."""
+        return None if self.is_exact else rounding_instructions(self.matrices)
 
     def method_for(self, module: str) -> LinearMethod:
         """The method of a matrix, by the checkpoint's name for it, `model.layers.0.mlp.up_proj`."""
@@ -72,6 +75,7 @@ def resolve_quantization(
     tensor_names: Collection[str],
     dense: LinearMethod,
     *,
+    matrices: str,
     is_exact: bool,
 ) -> Quantization:
     """`settings` is what the checkpoint says; `is_exact` (--dtype float32) leaves the head dense and activations alone.
@@ -99,6 +103,7 @@ def resolve_quantization(
         linear=linear,
         head=head,
         quantized_method=quantized_method,
+        matrices=matrices,
         is_exact=is_exact or (is_dense and head is dense),
         size_factor=size_factor,
     )

@@ -49,12 +49,12 @@ class Int8Method(_OnLoad):
         if shard is not None:
             largest = shard.maximum(largest)
         scales = largest.clamp_min(1e-12) / 127
-        q = torch.empty(weight.shape, dtype=torch.int8)
+        q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         for first, rows in enumerate(_widened(weight)):
             own = slice(first * ROWS_AT_A_TIME, (first + 1) * ROWS_AT_A_TIME)
             q[own] = (rows / scales[own]).round_().to(torch.int8)
-        zero_points = torch.zeros(scales.shape, dtype=torch.int32)
-        return PackedWeight("bytes", q, bias, scales, zero_points)
+        zero_points = torch.zeros(scales.shape, dtype=torch.int32, device=weight.device)
+        return PackedWeight("int8", q, bias, scales, zero_points)
 
 
 class Int4Method(_OnLoad):
@@ -70,9 +70,9 @@ class Int4Method(_OnLoad):
         group_size = next((size for size in INT4_GROUP_SIZES if common % size == 0), None)
         if group_size is None:
             return PackedWeight("dense", weight.to(torch.float32), bias)
-        packed = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
-        scales = torch.empty(num_outputs, num_inputs // group_size, dtype=torch.float16)
-        zero_points = torch.empty(scales.shape, dtype=torch.int8)
+        packed = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(num_outputs, num_inputs // group_size, dtype=torch.float16, device=weight.device)
+        zero_points = torch.empty(scales.shape, dtype=torch.int8, device=weight.device)
         for first in range(0, num_outputs, ROWS_AT_A_TIME):
             rows = slice(first, first + ROWS_AT_A_TIME)
             wide = weight[rows].to(torch.float32)
@@ -85,7 +85,7 @@ class Int4Method(_OnLoad):
             q = (groups / scale[:, :, None] + zero[:, :, None]).round_().clamp_(0, 15)
             packed[rows] = pack_nibbles(q.flatten(1))
             zero_points[rows] = zero.to(torch.int8)
-        return PackedWeight("nibbles", packed, bias, scales, zero_points)
+        return PackedWeight("int4", packed, bias, scales, zero_points)
 
 
 def _widened(weight: torch.Tensor) -> Iterator[torch.Tensor]:

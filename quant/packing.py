@@ -10,7 +10,7 @@ WORD_BITS = 32
 BITS = (2, 3, 4, 8)
 """Widths of the fields in stored words."""
 NIBBLE_CHUNK = 16
-"""Inputs in eight bytes of the "nibbles" layout; a group must be a multiple of it."""
+"""Inputs in eight bytes of the "int4" layout; a group must be a multiple of it."""
 BYTE_CHUNK = 8
 
 
@@ -100,9 +100,9 @@ def pack_groups(
         q = q[:, order]
     zero_points = zero_points.to(torch.int32)
     if bits <= 4:
-        return PackedWeight("nibbles", pack_nibbles(q), bias, scales, zero_points.to(torch.int8), order)
+        return PackedWeight("int4", pack_nibbles(q), bias, scales, zero_points.to(torch.int8), order)
     signed = (q.to(torch.int16) - 128).to(torch.int8)
-    return PackedWeight("bytes", signed, bias, scales, zero_points - 128, order)
+    return PackedWeight("int8", signed, bias, scales, zero_points - 128, order)
 
 
 def are_groups_in_order(group_of_input: torch.Tensor, group_size: int) -> bool:
@@ -141,7 +141,7 @@ def widen(packed: PackedWeight) -> torch.Tensor:
     if packed.layout == "dense":
         return packed.weight.to(torch.float32)
     assert packed.scales is not None and packed.zero_points is not None
-    q = unpack_nibbles(packed.weight) if packed.layout == "nibbles" else packed.weight
+    q = unpack_nibbles(packed.weight) if packed.layout == "int4" else packed.weight
     grouped = q.to(torch.float32).reshape(*packed.scales.shape, -1) - packed.zero_points.to(torch.float32)[:, :, None]
     weight = (grouped * packed.scales.to(torch.float32)[:, :, None]).flatten(1)
     if packed.input_order is None:

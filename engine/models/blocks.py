@@ -219,7 +219,7 @@ def column_parallel(
         has_bias=has_bias,
         methods=[context.quantization.method_for(name) for name in names],
         outputs=outputs,
-        kernels=context.quantization.run,
+        kernels=context.quantization.kernel_for,
         parallel=context.parallel,
     )
 
@@ -231,8 +231,8 @@ def row_parallel(name: str, inputs: Sequence[slice], out_features: int, context:
         inputs,
         out_features,
         method=quantization.method_for(name),
-        is_gathered=quantization.is_rounding(context.device.type),
-        kernels=quantization.run,
+        is_gathered=quantization.rounding is not None,
+        kernels=quantization.kernel_for,
         parallel=context.parallel,
     )
 
@@ -241,7 +241,7 @@ def vocab_table(rows: Sequence[slice], config: DecoderConfig, context: ModelCont
     """The table of embeddings, which is the head as well in a tied model; `rows` are those of each rank."""
     quantization = context.quantization
     head = quantization.head if config.is_tied else None
-    return VocabTable(rows, config.hidden_size, quantization.dense, head, quantization.run, context.parallel)
+    return VocabTable(rows, config.hidden_size, quantization.dense, head, quantization.kernel_for, context.parallel)
 
 
 def untied_head(name: str, rows: Sequence[slice], config: DecoderConfig, context: ModelContext) -> ColumnParallelLinear:
@@ -252,7 +252,7 @@ def untied_head(name: str, rows: Sequence[slice], config: DecoderConfig, context
         has_bias=False,
         methods=[context.quantization.head_method_for(name)],
         outputs=[rows[context.parallel.rank]],
-        kernels=context.quantization.run,
+        kernels=context.quantization.kernel_for,
         parallel=context.parallel,
     )
 

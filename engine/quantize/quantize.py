@@ -130,7 +130,7 @@ def _write_tensors(
 def _checked_model(config: dict[str, Any], source: Path, device: Device) -> CausalLM:
     """The engine's model, all its weights looked through: whole, of the right shapes, finite. Raises StartError."""
     dense = DenseMethod(torch.float32, computes_in_float32=True)  # maps the files and copies nothing
-    quantization = resolve_quantization(None, None, None, (), dense, is_exact=True)
+    quantization = resolve_quantization(None, None, None, (), dense, matrices=device.matrices, is_exact=True)
     model = make_model(config, quantization, torch.float32, device)
     load_weights(model, source, torch.device("cpu"))
     return model

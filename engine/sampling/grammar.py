@@ -31,7 +31,7 @@ MASKS: dict[str, str] = {
     "cpu": "engine.sampling.grammar_cpu:apply_masks",
     "torch": "engine.sampling.grammar_torch:apply_masks",
 }
-"""Backend name, as in `engine.sampling.sampler.SAMPLERS` -> lazy "module:function", an `ApplyMasks`.
+"""Backend name -> lazy "module:function", an `ApplyMasks`.
 
 `torch` is the reference implementation, and runs anywhere.
 """

@@ -1,62 +1,62 @@
-"""Matrix kernels, one per running layout and device, compiled on the machine that runs them."""
+"""Matrix kernels: one table, from a backend's name and a packed layout to the kernels that can run it.
+
+The device names its backend (`engine.device.DEVICES`). Where a weight's memory lies decides nothing: kernels of another
+kind may run on CPU tensors, and a CPU kernel never gets a tensor of a GPU because somebody forgot to move it.
+"""
 
 from __future__ import annotations
 
-import importlib
 import logging
-from typing import Any
+from collections.abc import Iterator
 
 from quant.base import MatrixKernel, PackedWeight
+from quant.registry import import_entry
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[tuple[str, str], str] = {
-    ("dense", "cpu"): "quant.kernels.dense_cpu:DenseCpu",
-    ("bytes", "cpu"): "quant.kernels.packed_cpu:PackedCpu",
-    ("nibbles", "cpu"): "quant.kernels.packed_cpu:PackedCpu",
+MATRICES: dict[str, dict[str, list[str]]] = {
+    "cpu": {
+        "dense": ["quant.kernels.dense_cpu:DenseCpu"],
+        "int8": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
+        "int4": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
+    },
+    "torch": {
+        "dense": ["quant.kernels.dense_torch:DenseTorch"],
+        "int8": ["quant.kernels.packed_torch:PackedTorch"],
+        "int4": ["quant.kernels.packed_torch:PackedTorch"],
+    },
 }
-"""(layout, device type) -> lazy "module:Class"; what is not here runs on the layout's plain torch twin."""
+"""Backend -> layout of `quant.base.PackedWeight` -> lazy "module:Class" of `MatrixKernel`s, the preferred one first.
 
-ROUNDING_KERNELS: dict[tuple[str, str], str] = {
-    ("bytes", "cpu"): "quant.kernels.integer_cpu:IntegerCpu",
-    ("nibbles", "cpu"): "quant.kernels.integer_cpu:IntegerCpu",
-}
-"""Kernels that round activations, taken first where that is allowed and `why_not` has no objection."""
-
-TWINS: dict[str, str] = {
-    "dense": "quant.kernels.dense_torch:DenseTorch",
-    "bytes": "quant.kernels.packed_torch:PackedTorch",
-    "nibbles": "quant.kernels.packed_torch:PackedTorch",
-}
+"torch" is the reference implementation, on which a layout runs that another backend does not list.
+"""
 
 
-def running_weight(packed: PackedWeight, *, is_exact: bool = True) -> MatrixKernel:
-    """The kernel for a packed weight on the device where it is; `is_exact`: activations are not rounded."""
-    key = packed.layout, packed.weight.device.type
-    if not is_exact and key in ROUNDING_KERNELS:
-        kernel = _entry(ROUNDING_KERNELS[key])
-        objection = kernel.why_not(packed)
-        if objection is None:
-            return _made(kernel, packed)
-        logger.debug("A matrix %s runs in float32: %s", list(packed.weight.shape), objection)
-    return _made(_entry(KERNELS.get(key, TWINS[packed.layout])), packed)
+def choose_kernel(backend: str, packed: PackedWeight, *, is_exact: bool = True) -> MatrixKernel:
+    """Make the first kernel that takes the weight; `is_exact`: none that rounds activations.
+
+    Raises ValueError with the reasons if no kernel takes it.
+    """
+    refusals: list[str] = []
+    for kernel in _kernels(backend, packed.layout):
+        if is_exact and kernel.rounding is not None:
+            continue
+        reasons = kernel.why_not(packed)
+        if not reasons:
+            return kernel(packed)
+        refusals += reasons
+        if kernel.rounding is not None:
+            logger.debug("A matrix %s runs in float32: %s", list(packed.weight.shape), "; ".join(reasons))
+    raise ValueError("; ".join(refusals))
 
 
-def rounding_instructions(device_type: str) -> str | None:
-    """What the kernels that round activations are made of on a device; None: it has no such kernels."""
-    if not any(device == device_type for _, device in ROUNDING_KERNELS):
-        return None
-    from quant.kernels.integer_ops import find_instructions
-
-    found = find_instructions()
-    return None if found is None else found.feature
+def rounding_instructions(backend: str) -> str | None:
+    """The instructions with which the backend's kernels round activations; None: none of them does."""
+    kernels = (kernel for layout in MATRICES[backend] for kernel in _kernels(backend, layout))
+    return next((kernel.rounding for kernel in kernels if kernel.rounding is not None), None)
 
 
-def _entry(lazy: str) -> Any:
-    module, name = lazy.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _made(kernel: Any, packed: PackedWeight) -> MatrixKernel:
-    made: MatrixKernel = kernel(packed)
-    return made
+def _kernels(backend: str, layout: str) -> Iterator[type[MatrixKernel]]:
+    """The kernels for a layout, each imported when its turn comes."""
+    entries = MATRICES[backend].get(layout) or MATRICES["torch"][layout]
+    return map(import_entry, entries)

@@ -167,16 +167,19 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ign
 
 
 class DenseCpu:
-    """`x @ weight.T + bias`: x [rows, k] float32, weight [n, k] as stored, bias [n] float32 -> [rows, n] float32.
+    """`x @ weight.T + bias`: x [rows, k] float32, weight [n, k] as stored, bias [n] float32 -> [rows, n] float32."""
 
-    Raises ValueError when `k` is not a multiple of 8.
-    """
+    rounding = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        if packed.num_inputs % LANES:
+            return [f"the CPU kernel needs input sizes that are a multiple of {LANES}, not {packed.num_inputs}"]
+        return []
 
     def __init__(self, packed: PackedWeight) -> None:
         weight, bias = packed.weight, packed.bias
         self._n_size, self._k_size = weight.shape
-        if self._k_size % LANES:
-            raise ValueError(f"the CPU kernel needs input sizes that are a multiple of {LANES}, not {self._k_size}")
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
         self._row_block = max(4, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)

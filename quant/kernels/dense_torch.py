@@ -1,4 +1,4 @@
-"""The dense layout in plain torch: the twin that the CPU kernel is tested against, and what other devices run."""
+"""The dense layout in plain torch: the reference implementation, which also runs on every device without a kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from quant.base import PackedWeight
 
 class DenseTorch:
     """`x @ weight.T + bias` in the dtype of x."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        return []
 
     def __init__(self, packed: PackedWeight) -> None:
         self._weight = packed.weight

@@ -1,8 +1,8 @@
 """Matrix products of 8- and 4-bit weights with activations rounded to 8 bits, on a CPU: integer sums, float32 scales.
 
-One rule for every number of rows (its twin is `rounded_torch`): each group of inputs of a row (64, or 32) is divided by
-its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are integers, so they are exact;
-groups are added in order. A row's bits therefore do not depend on what else is in the batch (design section 3).
+One rule for every number of rows (its reference implementation is `rounded_torch`): each group of inputs of a row (64,
+or 32) is divided by its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are
+integers, so they are exact; groups are added in order. A row's bits therefore do not depend on the rest of the batch.
 
 The instruction set is chosen once (`integer_ops`). Where the machine has none of them, and with `--dtype float32`,
 `packed_cpu` multiplies in float32 instead.
@@ -36,7 +36,7 @@ ISA = FOUND or INSTRUCTIONS[-1]
 OUTPUTS = ISA.units * ISA.lanes
 """Outputs per parallel item."""
 SHIFT = 0 if ISA.is_signed else 128
-"""What is added to weights of 8 bits, as the instruction takes them for unsigned, and to their zero points."""
+"""Added to weights of 8 bits, which the instruction takes for unsigned, and to their zero points."""
 ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
@@ -95,17 +95,19 @@ def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
 
 
 class IntegerCpu:
-    """`x @ weight.T + bias` for the layouts "bytes" and "nibbles", x [rows, k] float32 rounded first."""
+    """`x @ weight.T + bias` for the layouts "int8" and "int4", x [rows, k] float32 rounded first."""
+
+    rounding = None if FOUND is None else FOUND.feature
 
     @staticmethod
-    def why_not(packed: PackedWeight) -> str | None:
-        """Why this kernel can't run the weight; None: it can."""
+    def why_not(packed: PackedWeight) -> list[str]:
+        reasons = []
         if FOUND is None:
-            return "the processor has none of " + ", ".join(isa.feature for isa in INSTRUCTIONS)
+            reasons.append("the processor has none of " + ", ".join(isa.feature for isa in INSTRUCTIONS))
         assert packed.scales is not None
         if activation_group(packed.num_inputs // packed.scales.shape[1]) is None:
-            return f"groups of weights must be a multiple of {GROUPS[-1]} inputs"
-        return None
+            reasons.append(f"groups of weights must be a multiple of {GROUPS[-1]} inputs")
+        return reasons
 
     def __init__(self, packed: PackedWeight) -> None:
         assert packed.scales is not None and packed.zero_points is not None
@@ -120,7 +122,7 @@ class IntegerCpu:
             rows = slice(first, first + ROWS_AT_A_TIME)
             weight[rows] = self._reordered(packed.weight[rows]).view_as(weight[rows])
         zeros = packed.zero_points
-        if packed.layout == "bytes":
+        if packed.layout == "int8":
             zeros = zeros + SHIFT
         scales = flat_view(self._in_units(packed.scales))
         if num_groups > 1:
@@ -131,7 +133,7 @@ class IntegerCpu:
         self._after = self._padded_size, k_size, max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
 
     def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
-        """Some rows of a packed weight, whole tiles with those that are missing, in the order of the kernel."""
+        """Put some rows of a packed weight, filled up to whole tiles, in the order of the kernel."""
         missing = -weight.shape[0] % OUTPUTS
         if weight.dtype == torch.int8:
             return interleave(_extended(weight, missing) ^ -SHIFT, ISA, 8)
@@ -156,5 +158,5 @@ class IntegerCpu:
 
 
 def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:
-    """With `missing` rows of zeros at the end."""
+    """Put `missing` rows of zeros at the end."""
     return rows if not missing else torch.cat([rows, torch.zeros(missing, *rows.shape[1:], dtype=rows.dtype)])

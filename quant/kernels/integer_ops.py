@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from quant.kernels.rounded_torch import SMALLEST
+from quant.kernels.rounded_torch import MIN_ROUNDED
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -295,22 +295,22 @@ def round_group(
         )
         x0, size, s = args[1], args[2], args[6]
         steps = b.sdiv(size, ir.Constant(size.type, lanes))
-        largest, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
+        peaks, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
         total = cgutils.alloca_once(b, v.i32)
-        b.store(v.constant(v.f32, 0.0), largest)
+        b.store(v.constant(v.f32, 0.0), peaks)
         b.store(v.constant(v.f32, 0.0), poison)
         b.store(v.constant(v.i32, 0), total)
         with cgutils.for_range(b, steps) as loop:
             value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
             magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
-            b.store(v.call(f"llvm.maxnum.v{lanes}f32", v.f32, b.load(largest), magnitude), largest)
+            b.store(v.call(f"llvm.maxnum.v{lanes}f32", v.f32, b.load(peaks), magnitude), peaks)
             b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
-        most = v.call(f"llvm.vector.reduce.fmax.v{lanes}f32", F32, b.load(largest))
+        peak = v.call(f"llvm.vector.reduce.fmax.v{lanes}f32", F32, b.load(peaks))
         zero = ir.Constant(F32, 0.0)
         fault = b.fmul(v.call(f"llvm.vector.reduce.fadd.v{lanes}f32", F32, zero, b.load(poison)), zero)
-        b.store(b.fadd(b.fmul(most, ir.Constant(F32, float(np.float32(1 / 127)))), fault), b.gep(scale_data, [s]))
-        is_zero = b.fcmp_ordered("<", most, ir.Constant(F32, float(np.float32(SMALLEST))))
-        inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), most)))
+        b.store(b.fadd(b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127)))), fault), b.gep(scale_data, [s]))
+        is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
+        inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
         rounder = v.constant(v.f32, ROUNDER)
         with cgutils.for_range(b, steps) as loop:
             place = b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes)))

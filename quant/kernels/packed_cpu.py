@@ -23,9 +23,9 @@ from quant.kernels.simd import (
     LANES,
     fma,
     load,
-    load_bytes,
-    load_high_nibbles,
-    load_low_nibbles,
+    load_int4_high,
+    load_int4_low,
+    load_int8,
     load_one,
     prefetch,
     splat,
@@ -40,7 +40,7 @@ MIN_ROW_BLOCK = 48
 
 
 @njit(inline="always")
-def _bytes_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
@@ -54,10 +54,10 @@ def _bytes_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, 
         for k in range(g * group_size, (g + 1) * group_size, LANES):
             prefetch(w, w0 + 4 * (k_size + k))
             a = load(x, x0 + k)
-            s0 = fma(a, fma(load_bytes(w, w0 + k), b0, z0), s0)
-            s1 = fma(a, fma(load_bytes(w, w1 + k), b1, z1), s1)
-            s2 = fma(a, fma(load_bytes(w, w2 + k), b2, z2), s2)
-            s3 = fma(a, fma(load_bytes(w, w3 + k), b3, z3), s3)
+            s0 = fma(a, fma(load_int8(w, w0 + k), b0, z0), s0)
+            s1 = fma(a, fma(load_int8(w, w1 + k), b1, z1), s1)
+            s2 = fma(a, fma(load_int8(w, w2 + k), b2, z2), s2)
+            s3 = fma(a, fma(load_int8(w, w3 + k), b3, z3), s3)
     out[o0] = sum_lanes(s0) + bias[n]
     out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
     out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
@@ -65,7 +65,7 @@ def _bytes_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, 
 
 
 @njit(inline="always")
-def _nibbles_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     stride = k_size // 2
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
@@ -81,15 +81,15 @@ def _nibbles_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias
             byte = k // 2
             prefetch(w, w0 + 4 * (stride + byte))
             a = load(x, x0 + k)
-            s0 = fma(a, fma(load_low_nibbles(w, w0 + byte), b0, z0), s0)
-            s1 = fma(a, fma(load_low_nibbles(w, w1 + byte), b1, z1), s1)
-            s2 = fma(a, fma(load_low_nibbles(w, w2 + byte), b2, z2), s2)
-            s3 = fma(a, fma(load_low_nibbles(w, w3 + byte), b3, z3), s3)
+            s0 = fma(a, fma(load_int4_low(w, w0 + byte), b0, z0), s0)
+            s1 = fma(a, fma(load_int4_low(w, w1 + byte), b1, z1), s1)
+            s2 = fma(a, fma(load_int4_low(w, w2 + byte), b2, z2), s2)
+            s3 = fma(a, fma(load_int4_low(w, w3 + byte), b3, z3), s3)
             a = load(x, x0 + k + LANES)
-            s0 = fma(a, fma(load_high_nibbles(w, w0 + byte), b0, z0), s0)
-            s1 = fma(a, fma(load_high_nibbles(w, w1 + byte), b1, z1), s1)
-            s2 = fma(a, fma(load_high_nibbles(w, w2 + byte), b2, z2), s2)
-            s3 = fma(a, fma(load_high_nibbles(w, w3 + byte), b3, z3), s3)
+            s0 = fma(a, fma(load_int4_high(w, w0 + byte), b0, z0), s0)
+            s1 = fma(a, fma(load_int4_high(w, w1 + byte), b1, z1), s1)
+            s2 = fma(a, fma(load_int4_high(w, w2 + byte), b2, z2), s2)
+            s3 = fma(a, fma(load_int4_high(w, w3 + byte), b3, z3), s3)
     out[o0] = sum_lanes(s0) + bias[n]
     out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
     out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
@@ -97,28 +97,28 @@ def _nibbles_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias
 
 
 @njit(inline="always")
-def _widen_bytes(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
         b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
         for k in range(g * group_size, (g + 1) * group_size, LANES):
-            store(scratch, s0 + k, fma(load_bytes(w, w0 + k), b, z))
+            store(scratch, s0 + k, fma(load_int8(w, w0 + k), b, z))
 
 
 @njit(inline="always")
-def _widen_nibbles(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
         b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
-            store(scratch, s0 + k, fma(load_low_nibbles(w, w0 + k // 2), b, z))
-            store(scratch, s0 + k + LANES, fma(load_high_nibbles(w, w0 + k // 2), b, z))
+            store(scratch, s0 + k, fma(load_int4_low(w, w0 + k // 2), b, z))
+            store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))
 
 
 @njit(parallel=True, **FAST)
-def _product_bytes(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+def _product_int8(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     num_row_blocks = (num_rows + row_block - 1) // row_block
     for item in prange(num_row_blocks * num_tiles):
@@ -128,19 +128,17 @@ def _product_bytes(x, w, scales, zero_points, bias, out, scratch, num_rows, n_si
         last_n = min(n_size, first_n + TILE_OUTPUTS)
         if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
             for n in range(first_n, last_n, 4):
-                _bytes_1x4(
-                    x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n
-                )
+                _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
         else:
             s0 = get_thread_id() * TILE_OUTPUTS * k_size
             for n in range(first_n, last_n):
                 place = s0 + (n - first_n) * k_size
-                _widen_bytes(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+                _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
             multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)
-def _product_nibbles(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+def _product_int4(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     num_row_blocks = (num_rows + row_block - 1) // row_block
     stride = k_size // 2
@@ -151,14 +149,12 @@ def _product_nibbles(x, w, scales, zero_points, bias, out, scratch, num_rows, n_
         last_n = min(n_size, first_n + TILE_OUTPUTS)
         if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
             for n in range(first_n, last_n, 4):
-                _nibbles_1x4(
-                    x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n
-                )
+                _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
         else:
             s0 = get_thread_id() * TILE_OUTPUTS * k_size
             for n in range(first_n, last_n):
                 place = s0 + (n - first_n) * k_size
-                _widen_nibbles(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+                _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
             multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
@@ -166,7 +162,7 @@ _scratches: dict[int, npt.NDArray[np.float32]] = {}
 
 
 def _scratch(k_size: int) -> npt.NDArray[np.float32]:
-    """A tile of widened weights for every thread; layers run one after the other and share it."""
+    """Memory for a tile of widened weights for every thread; layers run one after the other and share it."""
     size = config.NUMBA_NUM_THREADS * TILE_OUTPUTS * k_size
     if k_size not in _scratches:
         _scratches[k_size] = np.empty(size, dtype=np.float32)
@@ -174,11 +170,17 @@ def _scratch(k_size: int) -> npt.NDArray[np.float32]:
 
 
 class PackedCpu:
-    """`x @ weight.T + bias` for the layouts "bytes" and "nibbles": x [rows, k] float32 -> [rows, n] float32."""
+    """`x @ weight.T + bias` for the layouts "int8" and "int4": x [rows, k] float32 -> [rows, n] float32."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        return []
 
     def __init__(self, packed: PackedWeight) -> None:
         assert packed.scales is not None and packed.zero_points is not None
-        self._product = {"bytes": _product_bytes, "nibbles": _product_nibbles}[packed.layout]
+        self._product = {"int8": _product_int8, "int4": _product_int4}[packed.layout]
         self._n_size, self._num_groups = packed.scales.shape
         self._k_size = packed.num_inputs
         self._weight = flat_view(packed.weight)

@@ -1,4 +1,4 @@
-"""The "bytes" and "nibbles" layouts in plain torch: the twin of the CPU kernels, and what other devices run."""
+"""The "int8" and "int4" layouts in plain torch: the reference implementation, for every device without a kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from quant.packing import widen
 
 class PackedTorch:
     """`x @ weight.T + bias` in the dtype of x, the weight widened at every call: memory stays small, speed does too."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        return []
 
     def __init__(self, packed: PackedWeight) -> None:
         self._packed = packed

@@ -1,4 +1,4 @@
-"""Products with activations rounded to 8 bits, in plain torch: the twin that `integer_cpu` is tested against."""
+"""Products with activations rounded to 8 bits, in plain torch: the reference implementation of `integer_cpu`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from quant.base import PackedWeight
 from quant.kernels.packed_torch import PackedTorch
 
 GROUPS = (64, 32)
-"""Inputs that share the scale of a rounded activation: the first of these that divides the weight's groups."""
-SMALLEST = 1e-30
-"""A group whose activations are all below it counts as zeros: 127 over its largest might not be a float32."""
+"""Numbers of inputs that share the scale of a rounded activation: the first that divides a weight's group is taken."""
+MIN_ROUNDED = 1e-30
+"""A group whose activations are all below it counts as zeros: 127 over its maximum might not be a float32."""
 
 
 def activation_group(group_size: int) -> int | None:
-    """How many inputs are rounded together where `group_size` share a weight's scale; None: not at all."""
+    """The number of inputs that are rounded together where `group_size` share a weight's scale; None: none can be."""
     return next((group for group in GROUPS if group_size % group == 0), None)
 
 
@@ -24,14 +24,14 @@ def round_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.
     A NaN or an infinity makes its group's scale NaN.
     """
     groups = x.reshape(x.shape[0], -1, group)
-    largest = groups.abs().amax(dim=2)
-    inverse = torch.where(largest < SMALLEST, 0.0, 127 / largest)
+    maxima = groups.abs().amax(dim=2)
+    inverse = torch.where(maxima < MIN_ROUNDED, 0.0, 127 / maxima)
     integers = (groups * inverse[:, :, None]).round()
-    return integers, torch.where(largest.isfinite(), largest * (1 / 127), torch.nan)
+    return integers, torch.where(maxima.isfinite(), maxima * (1 / 127), torch.nan)
 
 
 class RoundedTorch:
-    """`x @ weight.T + bias` for the layouts "bytes" and "nibbles" on the rounded x."""
+    """`x @ weight.T + bias` for the layouts "int8" and "int4" on the rounded x."""
 
     def __init__(self, packed: PackedWeight) -> None:
         assert packed.scales is not None

@@ -1,8 +1,8 @@
 """Eight float32 lanes as a Numba type, so that a CPU kernel states its registers and its order of additions.
 
 LLVM's own vectoriser may split a sum differently for every shape of loop; with explicit lanes every kernel adds in the
-order that is written, so a row's result is bitwise the same whatever else is in the batch (design section 3). LLVM
-lowers the eight lanes to what the machine has (one AVX register, two NEON ones).
+order that is written, so a row's result is bitwise the same whatever else is in the batch. LLVM lowers the eight lanes
+to what the machine has (one AVX register, two NEON ones).
 
 All functions work inside `numba.njit` only. Memory is addressed as a flat C-contiguous array and an element offset;
 nothing is bounds-checked. Stored types: float32, uint16 holding bfloat16 bits, int16 holding float16 bits (Numba has no
@@ -109,7 +109,7 @@ def _first_bytes(context: Any, builder: Any, array_type: Any, array: Any, offset
 
 
 @intrinsic
-def load_bytes(typing_context: Any, array: Any, offset: Any) -> Any:
+def load_int8(typing_context: Any, array: Any, offset: Any) -> Any:
     """Elements `offset .. offset + 8` of a flat int8 array as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -120,7 +120,7 @@ def load_bytes(typing_context: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def load_low_nibbles(typing_context: Any, array: Any, offset: Any) -> Any:
+def load_int4_low(typing_context: Any, array: Any, offset: Any) -> Any:
     """The lower halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -131,7 +131,7 @@ def load_low_nibbles(typing_context: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def load_high_nibbles(typing_context: Any, array: Any, offset: Any) -> Any:
+def load_int4_high(typing_context: Any, array: Any, offset: Any) -> Any:
     """The upper halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -14,7 +14,7 @@ import transformers
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
-from engine.device import Device
+from engine.device import Device, find_cpu
 from engine.link.messages import GenerationRequest, SamplingParams, TokenEvent
 from engine.runner import BLOCK_SIZE, ModelRunner
 from engine.sampling.grammar import Grammars
@@ -28,16 +28,8 @@ from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 from tests.unit.engine.builders import make_batch
 from tests.unit.engine.core_builders import assemble_core
 
-KERNELS = Device(
-    torch_device=torch.device("cpu"),
-    attention_backend="cpu",
-    ops="cpu",
-    sampler="cpu",
-    computes_in_float32=True,
-    step_limit_s=None,
-    alone_step_limit_s=None,
-)
-TWINS = dataclasses.replace(KERNELS, attention_backend="torch", ops="torch")
+KERNELS = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
+TWINS = dataclasses.replace(KERNELS, attention="torch", ops="torch")
 
 
 def make_runner(

@@ -33,7 +33,7 @@ def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkey
     write_tiny_qwen2(tmp_path, **CONFIGS[name])
     config = read_model_config(tmp_path)
     dense = DenseMethod(torch.float32, computes_in_float32=True)
-    quantization = resolve_quantization(None, None, None, (), dense, is_exact=True)
+    quantization = resolve_quantization(None, None, None, (), dense, matrices="cpu", is_exact=True)
     model = make_model(config, quantization, torch.float32, KERNELS)
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
     reader = open_weights(tmp_path)
@@ -74,7 +74,9 @@ def test_a_matrix_that_is_changed_while_it_settles_is_run_as_changed(tmp_path: P
     write_tiny_qwen2(tmp_path)
     config = read_model_config(tmp_path)
     dense = DenseMethod(torch.float32, computes_in_float32=True)
-    model = make_model(config, resolve_quantization(None, None, None, (), dense, is_exact=True), torch.float32, KERNELS)
+    model = make_model(
+        config, resolve_quantization(None, None, None, (), dense, matrices="cpu", is_exact=True), torch.float32, KERNELS
+    )
     stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
     reader = open_weights(tmp_path)
     prefix = "model.layers.0."

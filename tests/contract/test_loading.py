@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import engine.start
 from engine.core import EngineCore
-from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
@@ -386,7 +386,8 @@ def test_a_model_larger_than_the_memory(tiny_model_dir: Path) -> None:
 
 
 def test_a_step_larger_than_the_memory(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Device, "free_memory_bytes", lambda device: 100_000_000)
+    small = dataclasses.replace(KERNELS, free_memory_bytes=lambda: 100_000_000)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: small)
     with pytest.raises(StartError, match=r"Not enough memory to handle 100000 prefill tokens\. You need to decrease"):
         start(tiny_model_dir, max_batch_prefill_tokens=100_000, max_batch_total_tokens=100_000)
 

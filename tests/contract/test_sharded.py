@@ -357,7 +357,9 @@ def make_tiny(size: int, rank: int = 0, **changes: Any) -> None:
     dense_method = DenseMethod(torch.float32, computes_in_float32=True)
     names = [f"model.layers.{layer}.self_attn.{name}_proj.qweight" for layer in range(2) for name in "qkvo"]
     stored = config.get("quantization_config")
-    quantization = resolve_quantization(None, None, stored, names if stored else (), dense_method, is_exact=True)
+    quantization = resolve_quantization(
+        None, None, stored, names if stored else (), dense_method, matrices="cpu", is_exact=True
+    )
     make_model(config, quantization, torch.float32, KERNELS, ParallelState(rank, size))
 
 

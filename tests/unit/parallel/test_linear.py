@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -16,7 +17,7 @@ from quant.base import LinearMethod
 from quant.compressed_tensors import CompressedTensorsMethod
 from quant.dense import DenseMethod
 from quant.gptq import GptqMethod, stored_tensors
-from quant.kernels import running_weight
+from quant.kernels import choose_kernel
 from quant.on_load import Int4Method, Int8Method
 from quant.packing import widen
 from quant.rounding import round_to_nearest
@@ -27,6 +28,7 @@ DENSE = DenseMethod(torch.float32, computes_in_float32=True)
 GPTQ = GptqMethod(bits=4, group_size=32, has_stored_minus_one=True)
 IN = 96
 ALONE = ParallelState()
+CPU_KERNELS = functools.partial(choose_kernel, "cpu")
 
 Layer = ColumnParallelLinear | RowParallelLinear | VocabTable
 Tensors = dict[str, torch.Tensor]
@@ -45,7 +47,7 @@ def make_column(
         outs,
         has_bias=has_bias,
         methods=[method] * len(outs),
-        kernels=running_weight,
+        kernels=CPU_KERNELS,
         parallel=parallel,
         outputs=[split_units(out, parallel.size, 8)[parallel.rank] for out in outs],
     )
@@ -61,7 +63,7 @@ def make_row(
 ) -> RowParallelLinear:
     """A layer that is not loaded yet."""
     return RowParallelLinear(
-        shards, num_outputs, method=method, kernels=running_weight, parallel=parallel, is_gathered=is_gathered
+        shards, num_outputs, method=method, kernels=CPU_KERNELS, parallel=parallel, is_gathered=is_gathered
     )
 
 
@@ -305,7 +307,7 @@ def test_inputs_are_dealt_in_whole_groups_where_they_can_be(method: LinearMethod
 
 def make_table(weight: torch.Tensor, parallel: ParallelState = ALONE) -> VocabTable:
     """24 rows, dealt in eights."""
-    table = VocabTable(split_units(24, parallel.size, 8), IN, DENSE, DENSE, running_weight, parallel)
+    table = VocabTable(split_units(24, parallel.size, 8), IN, DENSE, DENSE, CPU_KERNELS, parallel)
     assert table.missing(0) == ["weight"]
     load(table, 0, {"weight": weight})
     assert table.missing(0) == []
@@ -339,7 +341,7 @@ def test_rows_of_other_ranks_are_zeros() -> None:
 
 
 def test_a_vocabulary_table_that_does_not_fit() -> None:
-    table = VocabTable(split_units(24, 2, 8), IN, DENSE, DENSE, running_weight, ParallelState(1, 2))
+    table = VocabTable(split_units(24, 2, 8), IN, DENSE, DENSE, CPU_KERNELS, ParallelState(1, 2))
     assert table.cut("weight", 0, (24, IN)) == (0, slice(16, 24))
     with pytest.raises(ValueError, match=r"has shape \[23, 96\], the model needs \[24, 96\]"):
         table.cut("weight", 0, (23, IN))

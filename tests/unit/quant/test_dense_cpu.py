@@ -7,7 +7,7 @@ import torch
 
 from quant.base import PackedWeight
 from quant.dense import DenseMethod
-from quant.kernels import running_weight
+from quant.kernels import choose_kernel
 from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
 from quant.kernels.dense_torch import DenseTorch
 
@@ -89,12 +89,12 @@ def test_not_a_number_stays_in_its_row() -> None:
 
 def test_input_sizes_that_are_no_multiple_of_eight_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 8, not 20"):
-        DenseCpu(packed(random(12, 20), None))
+        choose_kernel("cpu", packed(random(12, 20), None))
 
 
-def test_the_table_gives_the_cpu_its_kernel_and_others_the_twin() -> None:
-    assert isinstance(running_weight(packed(random(4, 8), None)), DenseCpu)
-    assert isinstance(running_weight(packed(random(4, 8).to("meta"), None)), DenseTorch)
+def test_the_table_gives_the_cpu_its_kernel_and_others_the_reference() -> None:
+    assert isinstance(choose_kernel("cpu", packed(random(4, 8), None)), DenseCpu)
+    assert isinstance(choose_kernel("torch", packed(random(4, 8), None)), DenseTorch)
 
 
 @pytest.mark.parametrize(

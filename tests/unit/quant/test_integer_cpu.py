@@ -12,7 +12,7 @@ import torch
 from numba import njit
 
 from quant.base import PackedWeight
-from quant.kernels import running_weight
+from quant.kernels import choose_kernel
 from quant.kernels.integer_cpu import FOUND, OUTPUTS, ROWS, IntegerCpu, interleave
 from quant.kernels.integer_ops import (
     CHUNK,
@@ -42,7 +42,7 @@ def symmetric_bytes(n: int, k: int) -> PackedWeight:
     q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     bias = torch.randn(n, generator=generator)
     scales = torch.rand(n, 1, generator=generator) * 0.01
-    return PackedWeight("bytes", q, bias, scales, torch.zeros(n, 1, dtype=torch.int32))
+    return PackedWeight("int8", q, bias, scales, torch.zeros(n, 1, dtype=torch.int32))
 
 
 WEIGHTS = {
@@ -61,7 +61,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_twin_agrees(name: str) -> None:
     packed = WEIGHTS[name]
-    kernel = running_weight(packed, is_exact=False)
+    kernel = choose_kernel("cpu", packed, is_exact=False)
     assert isinstance(kernel, IntegerCpu)
     reference = RoundedTorch(packed)
     for rows in ROW_COUNTS:
@@ -189,8 +189,8 @@ def test_what_is_no_number_is_not_rounded_away(bad: float) -> None:
 
 def test_groups_that_do_not_fit_run_in_float32() -> None:
     assert [activation_group(size) for size in (16, 32, 64, 96, 128, 896, 48)] == [None, 32, 64, 32, 64, 64, None]
-    assert isinstance(running_weight(random_weight(4, 24, 192, 16), is_exact=False), PackedCpu)
-    assert isinstance(running_weight(random_weight(4, 24, 192, 64), is_exact=True), PackedCpu)
+    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 192, 16), is_exact=False), PackedCpu)
+    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 192, 64), is_exact=True), PackedCpu)
 
 
 @needs_instructions

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.base import PackedWeight
-from quant.kernels import running_weight
+from quant.kernels import choose_kernel
 from quant.kernels.dense_cpu import TILE_OUTPUTS, DenseCpu
 from quant.kernels.packed_cpu import MIN_ROW_BLOCK, PackedCpu
 from quant.kernels.packed_torch import PackedTorch
@@ -43,7 +43,7 @@ def random_weight(
 @pytest.mark.parametrize("n", [TILE_OUTPUTS, 4 * TILE_OUTPUTS + 5, 3])
 def test_bits_are_those_of_the_dense_kernel(bits: int, group_size: int, n: int, dtype: torch.dtype) -> None:
     packed = random_weight(bits, n, 192, group_size, dtype)
-    kernel = running_weight(packed)
+    kernel = choose_kernel("cpu", packed)
     assert isinstance(kernel, PackedCpu)
     dense = DenseCpu(PackedWeight("dense", widen(packed), packed.bias))
     generator = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ def test_scattered_groups_gather_the_inputs(bits: int) -> None:
     assert packed.input_order is not None
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     expected = x @ widen(packed).T + packed.bias
-    torch.testing.assert_close(running_weight(packed)(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(choose_kernel("cpu", packed)(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -76,10 +76,10 @@ def test_the_twin_agrees(bits: int, has_unordered_groups: bool) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_no_rows_and_no_bias(bits: int) -> None:
     packed = dataclasses.replace(random_weight(bits, 24, 64, 32), bias=None)
-    assert running_weight(packed)(torch.empty(0, 64)).shape == (0, 24)
+    assert choose_kernel("cpu", packed)(torch.empty(0, 64)).shape == (0, 24)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(running_weight(packed)(x), x @ widen(packed).T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(choose_kernel("cpu", packed)(x), x @ widen(packed).T, atol=1e-4, rtol=1e-4)
 
 
 def test_other_devices_run_the_twin() -> None:
-    assert isinstance(running_weight(random_weight(4, 12, 64, 32).to(torch.device("meta"))), PackedTorch)
+    assert isinstance(choose_kernel("torch", random_weight(4, 12, 64, 32)), PackedTorch)

@@ -68,6 +68,6 @@ def test_a_packed_weight_is_what_its_numbers_say(
     has_unordered_groups = order == "scattered" and num_groups > 1 and not torch.equal(groups, groups.sort().values)
     if packed.layout != "dense":
         assert (packed.input_order is not None) == has_unordered_groups
-        assert packed.layout == ("nibbles" if bits <= 4 else "bytes")
+        assert packed.layout == ("int4" if bits <= 4 else "int8")
     elif order in ("none", "plain"):
         assert group_size % (16 if bits <= 4 else 8)

@@ -32,7 +32,7 @@ COMPRESSED = {
 def resolve(
     flag: str | None = None, stored: dict[str, Any] | None = None, head: str | None = None, *, is_exact: bool = False
 ) -> Quantization:
-    return resolve_quantization(flag, head, stored, TENSORS, DENSE, is_exact=is_exact)
+    return resolve_quantization(flag, head, stored, TENSORS, DENSE, matrices="cpu", is_exact=is_exact)
 
 
 def test_a_dense_checkpoint_stays_dense() -> None:
@@ -114,7 +114,7 @@ def test_act_order_of_compressed_tensors_gathers_the_inputs() -> None:
         "weight_g_idx": groups.to(torch.int32),
     }
     packed = method.pack(params)
-    assert packed.layout == "nibbles"
+    assert packed.layout == "int4"
     torch.testing.assert_close(widen(packed), (q - 8).float() * scales.float()[:, groups], atol=0, rtol=0)
     unset = torch.full((128,), -1, dtype=torch.int32)
     assert torch.equal(
@@ -127,7 +127,7 @@ def test_act_order_of_compressed_tensors_gathers_the_inputs() -> None:
 def test_a_channel_is_one_group() -> None:
     weights = {**WEIGHTS, "strategy": "channel", "group_size": None, "symmetric": False}
     stored = {**COMPRESSED, "config_groups": {"group_0": {"targets": ["re:.*q_proj$"], "weights": weights}}}
-    made = resolve_quantization(None, None, stored, {f"{Q}.weight_packed"}, DENSE, is_exact=False)
+    made = resolve_quantization(None, None, stored, {f"{Q}.weight_packed"}, DENSE, matrices="cpu", is_exact=False)
     assert made.method_for(Q) == CompressedTensorsMethod(4, -1, is_symmetric=False)
 
 

@@ -1,0 +1,61 @@
+"""The table of devices: each entry's backends exist, and a stranger's device is a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+
+from engine import device
+from engine.attention import ATTENTION_BACKENDS
+from engine.device import DEVICES, Device, detect_device, find_cpu
+from engine.layers import OPS
+from engine.link.errors import StartError
+from engine.link.registry import import_entry
+from engine.sampling.grammar import MASKS
+from engine.sampling.sampler import SAMPLERS
+from quant.kernels import MATRICES
+
+
+@pytest.fixture
+def pretended_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The GPUs that were chosen, on a machine that pretends to have some."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_names_keys_of_the_tables(name: str, pretended_gpus: list[int]) -> None:
+    found: Device = import_entry(DEVICES, name, "device")(0)
+    assert found.attention in ATTENTION_BACKENDS
+    assert found.ops in OPS
+    assert found.matrices in MATRICES
+    assert found.sampler in SAMPLERS
+    assert found.masks in MASKS
+
+
+def test_each_rank_has_a_gpu_of_its_own(pretended_gpus: list[int]) -> None:
+    assert detect_device(2).torch_device == torch.device("cuda", 2)
+    assert pretended_gpus == [2]
+
+
+def test_a_strangers_device_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("strange_device")
+    strange = dataclasses.replace(find_cpu(0), attention="torch")
+    vars(module)["find"] = lambda local_rank: strange if local_rank == 0 else None
+    monkeypatch.setitem(sys.modules, "strange_device", module)
+    monkeypatch.setattr(device, "DEVICES", {"strange": "strange_device:find", "cpu": DEVICES["cpu"]})
+    assert detect_device(0) is strange
+    assert detect_device(1).attention == "cpu"
+
+
+def test_a_machine_without_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "DEVICES", {"cuda": DEVICES["cuda"]})
+    with pytest.raises(StartError, match=r"none of the devices that are supported: cuda$"):
+        detect_device()

@@ -1,0 +1,83 @@
+"""Which kernel runs a matrix: the backend that the device names decides, the place of the weight does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+
+from parallel.embedding import VocabTable
+from parallel.state import ParallelState
+from quant.base import MatrixKernel, OnLoadMethod, PackedWeight
+from quant.dense import DenseMethod
+from quant.kernels import MATRICES, choose_kernel, rounding_instructions
+from quant.kernels.packed_torch import PackedTorch
+from quant.on_load import Int4Method, Int8Method
+from quant.packing import widen
+from tests.unit.quant.test_packed_cpu import random_weight
+
+STAND_IN = torch.device("meta")
+"""A device that is not the CPU; its tensors have shapes and no numbers."""
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_backend_gets_its_own_kernels_for_tensors_in_host_memory(bits: int) -> None:
+    packed = random_weight(bits, 24, 192, 64)
+    assert isinstance(choose_kernel("torch", packed), PackedTorch)
+    assert isinstance(choose_kernel("torch", packed, is_exact=False), PackedTorch)
+
+
+@pytest.mark.parametrize("method", [Int8Method(), Int4Method()], ids="int8 int4".split())
+def test_a_tied_table_is_packed_and_run_where_its_device_is(method: OnLoadMethod) -> None:
+    """The table moves first and the head is packed of it: nothing of the head may stay behind."""
+    heads: list[tuple[PackedWeight, MatrixKernel]] = []
+
+    def choose(packed: PackedWeight) -> MatrixKernel:
+        heads.append((packed, choose_kernel("torch", packed, is_exact=False)))
+        return heads[-1][1]
+
+    dense = DenseMethod(torch.bfloat16, computes_in_float32=False)
+    table = VocabTable([slice(0, 24)], 64, dense, method, choose, ParallelState())
+    table.load("weight", 0, torch.randn(24, 64))
+    table.finish(STAND_IN)
+    ((packed, kernel),) = heads
+    tensors = [getattr(packed, field.name) for field in dataclasses.fields(packed)]
+    assert {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)} == {STAND_IN}
+    assert isinstance(kernel, PackedTorch)
+    assert table(torch.empty(2, 64, dtype=torch.bfloat16, device=STAND_IN)).device == STAND_IN
+
+
+class Strict:
+    """A stranger's kernel for few outputs."""
+
+    rounding: ClassVar[str | None] = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        num_outputs = packed.weight.shape[0]
+        return [f"{num_outputs} outputs are more than 8", "and I am tired"] if num_outputs > 8 else []
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._weight = widen(packed)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._weight.T
+
+
+class Lenient(Strict):
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        return []
+
+
+def test_a_strangers_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{__name__}:Strict", f"{__name__}:Lenient"]
+    monkeypatch.setitem(MATRICES, "strange", {"int4": names, "dense": names[:1]})
+    assert type(choose_kernel("strange", random_weight(4, 8, 64, 32))) is Strict
+    assert type(choose_kernel("strange", random_weight(4, 9, 64, 32))) is Lenient
+    with pytest.raises(ValueError, match="^9 outputs are more than 8; and I am tired$"):
+        choose_kernel("strange", PackedWeight("dense", torch.zeros(9, 8)))
+    assert isinstance(choose_kernel("strange", random_weight(8, 8, 64, 32)), PackedTorch)  # a layout that it lacks
+    assert rounding_instructions("strange") is None
