@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
+from engine.checkpoint.weights import WeightSource
 from engine.core import EngineCore
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.start import start_engine
-from tests.contract.harness import KERNELS, make_requests, make_runner, oracle_greedy, run_requests
+from tests.contract.harness import KERNELS, make_core, make_requests, make_runner, oracle_greedy, run_requests
 from tests.tiny_model import EOS_TOKEN_IDS, write_tiny_qwen2
 
 Weights = dict[str, torch.Tensor]
@@ -308,6 +309,40 @@ def test_weights_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
     assert refusal(folder) == (
         f"{folder / WEIGHTS} cannot be read (Permission denied): mend that, or fetch the model again"
     )
+
+
+class MemoryWeights:
+    """A `WeightSource` whose tensors never were in a file."""
+
+    files: list[Path] = []
+
+    def __init__(self, tensors: Weights) -> None:
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._tensors]
+
+    def file(self, name: str) -> Path:
+        return Path("memory")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
+        return self._tensors[name][index]
+
+
+def test_weights_may_come_from_any_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = make_requests([list(range(30, 60))], max_new_tokens=10)
+    expected = run_requests(make_core(folder), requests).token_ids
+    source: WeightSource = MemoryWeights(load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setattr("engine.checkpoint.loader.open_weights", lambda folder: source)
+    assert run_requests(make_core(folder), requests).token_ids == expected
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])

@@ -36,7 +36,7 @@ IMPATIENT = """
 import os
 from engine import cli
 cli.prepare_environment(os.environ)
-from engine import hub
+from engine.checkpoint import hub
 hub.FIRST_PAUSE_S = hub.PROGRESS_S = 0.01
 cli.main()
 """
