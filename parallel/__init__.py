@@ -1,1 +1,1 @@
-"""Tensor parallelism: who holds which part of a layer. Knows no engine and no server."""
+"""Tensor parallelism: how layers are split over ranks, and how ranks meet. Knows no engine and no server."""

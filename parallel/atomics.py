@@ -1,7 +1,7 @@
 """Flags in memory that several processes share: release stores and acquire loads, for use inside `numba.njit`.
 
-What a process wrote before it stored a flag is seen by every process that has loaded the flag's new value (C11 memory
-model). Numba has no such operations of its own.
+A process that has loaded a flag's new value sees everything that another one wrote before it stored the flag (C11
+memory model). Numba has no such operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
 
 @intrinsic
 def load_flag(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Element `offset` of a flat int64 array."""
+    """Load element `offset` of a flat int64 array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load_atomic(_pointer(context, builder, sig.args[0], *args), "acquire", 8)
@@ -42,7 +42,7 @@ def store_flag(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
 
 @intrinsic
 def relax(typing_context: Any) -> Any:
-    """Tell the processor that this is a loop that waits."""
+    """Tell the processor that a loop is waiting."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         name = {"x86": "llvm.x86.sse2.pause"}.get(_family(builder.module.triple))

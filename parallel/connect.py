@@ -1,4 +1,4 @@
-"""From a rendezvous of all ranks to what they compute together: which collectives, and over which memory or network."""
+"""The choice of collectives once all ranks have met, and of the memory or network that they use."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from parallel.world import Rendezvous, host_key, interface_of
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
-"""For one rank to wait for another while weights load."""
+"""Longest wait of one rank for another while weights load."""
 
 
 def make_collectives(
     rendezvous: Rendezvous, device: torch.device, num_threads: int, *, may_share_memory: bool = True
 ) -> Collectives:
-    """The fastest collectives that all ranks can have. Raises RankLostError."""
+    """Make the fastest collectives that all ranks can have. Raises RankLostError."""
     is_one_host = len(set(rendezvous.exchange(host_key()))) == 1
     is_sharing = may_share_memory and is_one_host and device.type == "cpu"
     if is_sharing and (shared := _share_memory(rendezvous, num_threads)) is not None:
@@ -38,7 +38,7 @@ def make_collectives(
 
 
 def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:
-    """None: a rank can't open rank 0's memory, as where processes may not see each other's files."""
+    """Collectives through rank 0's memory; None: a rank can't open it, because it may not see rank 0's files."""
     rank, size = rendezvous.world.rank, rendezvous.world.size
     path, fd = "", -1
     if rank == 0:
@@ -60,13 +60,13 @@ def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryColle
         return None
     is_crowded = size * num_threads > len(os.sched_getaffinity(0))
     collectives = SharedMemoryCollectives(fd, rank, size, START_TIMEOUT_S, is_crowded=is_crowded)
-    rendezvous.exchange("")  # nobody starts before all have mapped it
+    rendezvous.exchange("")  # no rank starts before all have mapped it
     os.close(fd)
     return collectives
 
 
 def _choose_interface(rendezvous: Rendezvous) -> None:
-    """Tell gloo and NCCL to use the network on which the ranks have met; what the user has set wins."""
+    """Tell gloo and NCCL to use the network on which the ranks have met; variables that the user has set win."""
     address = rendezvous.peers[0].control.getsockname()[0]
     interface = interface_of(address)
     if interface is None:

@@ -1,6 +1,6 @@
-"""Signs of life between rank 0 and the others, on a thread of each process: who is gone, hangs or says why it ends.
+"""Signs of life between rank 0 and the others, on a thread of each process: a rank is gone, hangs or says why it ends.
 
-A line per sign: an empty one is a beat, `bye` an orderly end, anything else the sentence that a rank ends with.
+Each sign is a line. An empty one is a beat, `bye` is an orderly end, and anything else is the reason why a rank ends.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BYE = "bye"
 
 
 class Heartbeat:
-    """Beats once a second to every peer, and listens. The first rank that is lost is reported once, from the thread.
+    """Beats once a second to every peer, and listens. The first lost rank is reported, once, from the thread.
 
-    Silence is counted in beats of our own, so that ranks that are paused together don't take each other for hung.
+    Silence is counted in this rank's beats, so that ranks that are paused together don't take each other for hung.
     """
 
     def __init__(self, peers: Sequence[Peer], timeout_s: float, on_lost: Callable[[str], None]) -> None:
@@ -38,11 +38,11 @@ class Heartbeat:
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def tell(self, sentence: str) -> None:
-        """Why this rank ends, to every peer; then nobody's silence matters any more."""
+        """Tell every peer why this rank ends; from then on silence does not matter."""
         self._end(" ".join(sentence.split()))
 
     def end(self) -> None:
-        """An orderly end: the peers are not to take it for a failure."""
+        """Tell every peer that this rank ends in good order, which is no failure."""
         self._end(BYE)
 
     def _end(self, line: str) -> None:
@@ -54,7 +54,7 @@ class Heartbeat:
             self._send(peer, line)
 
     def _send(self, peer: Peer, line: str) -> None:
-        with contextlib.suppress(OSError):  # the reading side will notice
+        with contextlib.suppress(OSError):  # the reading side notices
             peer.heartbeat.send(line.encode() + b"\n", socket.MSG_DONTWAIT)
 
     def _watch(self) -> None:
@@ -82,7 +82,7 @@ class Heartbeat:
     def _read(self, peer: Peer) -> str | None:
         try:
             data = peer.heartbeat.recv(4096)
-        except ConnectionResetError:  # it has left some of our beats unread
+        except ConnectionResetError:  # the peer left some beats unread
             data = b""
         except OSError as error:
             return f"rank {peer.rank} on {peer.host} can't be reached any more ({error.strerror})"

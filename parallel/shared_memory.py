@@ -1,11 +1,12 @@
-"""Collectives of ranks on one host's CPU, through memory that they share: no system call while everybody is on time.
+"""Collectives of ranks on one host's CPU, through memory that they share: no system call while all ranks are on time.
 
-Each rank has two slots for what it contributes, used in turn, and a flag with the number of the last operation it has
-contributed to. An operation writes the rank's own slot, raises its flag, waits for the other flags and reads the other
-slots. Who has raised flag s has read everything of s - 1: so once all flags are at s - 1, the slot of s - 2 is free.
+Each rank has two slots for its contributions, used in turn, and a flag with the number of the last operation that it
+has contributed to. An operation writes the rank's slot, raises its flag, waits for the other flags and reads the other
+slots. A rank that has raised its flag to s has read everything of s - 1. So once all flags are at s - 1, the slot of
+s - 2 is free.
 
-The memory is a memfd of rank 0, opened by the others through /proc: nothing lies in the file system, nothing is left
-behind. Sums are in the order of the ranks, so a row's bits do not depend on what else is in the step.
+The memory is a memfd of rank 0, which the others open through /proc. Nothing lies in the file system, and nothing is
+left behind. Sums are in the order of the ranks, so a row's bits do not depend on what else is in the step.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from parallel.atomics import load_flag, relax, store_flag
 from parallel.state import RankLostError
 
 SLOT_FLOATS = 1 << 20
-"""A slot holds a row of logits of any vocabulary."""
+"""Numbers in a slot, enough for a row of logits of any vocabulary."""
 FLAG_STRIDE = 16
-"""int64 between two flags: lines of their own, and their neighbours, which processors fetch along."""
+"""int64 from one flag to the next: each has its cache line, and the neighbouring one, which processors fetch along."""
 SPINS = 20_000
 """Rounds of waiting before a rank gives its core away, about half a millisecond: the ranks are rarely further apart."""
 SLEEP_S = 50e-6
@@ -37,7 +38,7 @@ _FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "nu
 
 @njit(**_FAST)
 def _late_rank(flags, size, number, spins):  # type: ignore[no-untyped-def]
-    """A rank whose flag stays below `number` for that many rounds, -1: none."""
+    """A rank whose flag stays below `number` for `spins` rounds, -1: none."""
     for rank in range(size):
         rounds = 0
         while load_flag(flags, rank * FLAG_STRIDE) < number:
@@ -83,9 +84,10 @@ def memory_bytes(size: int) -> int:
 
 
 class SharedMemoryCollectives:
-    """`parallel.state.Collectives` on float32 tensors in the CPU's memory. `fd` is of `memory_bytes(size)`, zeroed.
+    """Implements `parallel.state.Collectives` for float32 tensors in the CPU's memory.
 
-    `is_crowded`: there are fewer cores than ranks, so who waits gives its core away at once.
+    `fd` has `memory_bytes(size)` zeros. `is_crowded`: there are fewer cores than threads, so a rank that waits gives
+    its core away at once.
     """
 
     name = "shared memory"
@@ -104,12 +106,12 @@ class SharedMemoryCollectives:
         self._lost_lock = threading.Lock()
 
     def give_up(self, cause: str) -> None:
-        """From another thread: whoever waits raises RankLostError(cause), now and from now on."""
+        """Let everyone who waits, now or later, raise RankLostError(cause). Called from another thread."""
         with self._lost_lock:
             self._lost = self._lost or cause
 
     def _wait(self, number: int) -> None:
-        """Until every rank has contributed to operation `number`."""
+        """Wait until every rank has contributed to operation `number`. Raises RankLostError."""
         late = _late_rank(self._flags, self._size, number, self._spins)
         deadline = time.monotonic() + self.timeout_s
         while late >= 0:
@@ -136,7 +138,7 @@ class SharedMemoryCollectives:
         return x
 
     def _reduce_late(self, flat: Any, start: int, count: int, first: int) -> None:
-        """The rest of `_reduce` after it has waited in vain."""
+        """Do the rest of `_reduce` after it has stopped to wait, sleeping where it spun."""
         stride = 2 * SLOT_FLOATS
         if self._flags[self._rank * FLAG_STRIDE] < self._number:
             self._wait(self._number - 1)
@@ -156,7 +158,7 @@ class SharedMemoryCollectives:
         return out
 
     def _exchange(self, x: torch.Tensor, widths: Sequence[int], out: torch.Tensor | None) -> None:
-        """Contribute x [rows, widths[rank]]; put everybody's side by side into `out`, if there is one."""
+        """Contribute x [rows, widths[rank]], and put those of all ranks side by side into `out`, if there is one."""
         rows_at_a_time = SLOT_FLOATS // max(widths)
         assert rows_at_a_time, "a row is longer than a slot"
         flat = x.contiguous().view(-1).numpy()

@@ -1,4 +1,4 @@
-"""Which rank this process is, and what the ranks compute together. Passed to layers as an argument, never a global."""
+"""The rank of this process, and the collectives. Layers get both as an argument, never as a global."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RankLostError(RuntimeError):
-    """Another rank is gone, hangs or can't be reached; the text says which and how that was noticed."""
+    """Another rank is gone, hangs or can't be reached; the text says which one, and how that was noticed."""
 
 
 class Collectives(Protocol):
@@ -23,7 +23,7 @@ class Collectives(Protocol):
     timeout_s: float
 
     def give_up(self, cause: str) -> None:
-        """From another thread: who waits in vain is to raise RankLostError(cause), where that can be had."""
+        """Let waiting collectives raise RankLostError(cause) if their library allows that. For another thread."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in x's memory; every rank gets the same bits."""
@@ -32,7 +32,7 @@ class Collectives(Protocol):
         """x [rows, widths[rank]] of every rank side by side -> [rows, sum(widths)]."""
 
     def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
-        """As `all_gather`, for rank 0 alone; the others get None and need not wait."""
+        """Gather as `all_gather` does, for rank 0 alone; the others get None and need not wait."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ParallelState:
         return x if self.collectives is None else self.collectives.all_gather(x, widths)
 
     def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-        """Side by side on rank 0; no rows on the others."""
+        """x of every rank side by side on rank 0; no rows on the others."""
         if self.collectives is None:
             return x
         gathered = self.collectives.gather(x, widths)

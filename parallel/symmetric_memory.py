@@ -1,7 +1,7 @@
 """Small sums between GPUs of one host through torch's symmetric memory: every GPU reads the others' buffers itself.
 
 NCCL takes about as long for a few kilobytes as for a hundred; one kernel that reads over NVLink does not. It is used
-only where a check at the start finds NCCL's sums, on every rank. Not run on hardware: there was no GPU.
+only if a check at the start gets NCCL's sums on every rank. Not run on hardware: there was no GPU.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from parallel.state import Collectives
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 256 << 10
+MAX_BYTES = 256 << 10
 """Larger sums are bound by bandwidth, where reading everything from everybody is the slower way."""
-CHECKED_SIZES = (8, 896, 8192, MOST_BYTES // 4)
+CHECKED_SIZES = (8, 896, 8192, MAX_BYTES // 4)
 CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 1e-2
-"""Relative, for 16-bit numbers that are added in another order."""
+"""Relative error that is allowed: 16-bit numbers are added in another order."""
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SmallSums:
-    """`parallel.state.Collectives` whose small sums are made by `fast`, and all else by `plain`."""
+    """Implements `parallel.state.Collectives`: `fast` makes the small sums, `plain` all else."""
 
     def __init__(self, plain: Collectives, fast: Sum) -> None:
         self._plain = plain
@@ -46,7 +46,7 @@ class SmallSums:
         self._plain.give_up(cause)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if x.nbytes > MOST_BYTES:
+        if x.nbytes > MAX_BYTES:
             return self._plain.all_reduce(x)
         return x.copy_(self._fast(x))
 
@@ -58,7 +58,7 @@ class SmallSums:
 
 
 def with_small_sums(plain: Collectives, rank: int, device: torch.device, make: Callable[[], Sum]) -> Collectives:
-    """`plain` with the small sums of `make`, if these are right on every rank; else `plain`, and the log says why."""
+    """`plain` with the small sums of `make()`, if these are right on every rank; else `plain`, and the log says why."""
     problem = "another rank's sums are wrong"
     try:
         fast: Sum | None = make()
@@ -68,7 +68,7 @@ def with_small_sums(plain: Collectives, rank: int, device: torch.device, make: C
     for size, dtype in itertools.product(CHECKED_SIZES, CHECKED_DTYPES):
         generator = torch.Generator().manual_seed(size * 100 + rank)
         x = torch.randn(size, generator=generator).to(device, dtype)
-        expected = plain.all_reduce(x.clone())  # on every rank, whatever it has found so far
+        expected = plain.all_reduce(x.clone())  # on every rank, also after a difference
         if fast is not None and not torch.allclose(fast(x), expected, rtol=TOLERANCE, atol=TOLERANCE):
             if not is_wrong:
                 problem = f"sums of {size} {dtype} differ from those of {plain.name}"
@@ -80,15 +80,15 @@ def with_small_sums(plain: Collectives, rank: int, device: torch.device, make: C
 
 
 def one_shot_sum(group_name: str, device: torch.device) -> Sum:
-    """torch's one-shot all-reduce, on a buffer of its own. Raises RuntimeError where GPUs can't reach each other."""
+    """torch's one-shot all-reduce, on a buffer made here. Raises RuntimeError if GPUs can't reach each other."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    buffer = symmetric_memory.empty(MOST_BYTES, dtype=torch.uint8, device=device)
+    buffer = symmetric_memory.empty(MAX_BYTES, dtype=torch.uint8, device=device)
     symmetric_memory.rendezvous(buffer, group_name)  # type: ignore[arg-type]
 
     def add(x: torch.Tensor) -> torch.Tensor:
-        own = buffer[: x.nbytes].view(x.dtype).copy_(x.reshape(-1))
-        summed: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(own, "sum", group_name)
+        operand = buffer[: x.nbytes].view(x.dtype).copy_(x.reshape(-1))
+        summed: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(operand, "sum", group_name)
         return summed.view_as(x)
 
     return add

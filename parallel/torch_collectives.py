@@ -1,4 +1,4 @@
-"""Collectives through torch.distributed: gloo on CPUs, NCCL on GPUs. The plain twin of `parallel.shared_memory`."""
+"""Collectives through torch.distributed: gloo on CPUs, NCCL on GPUs. The reference of `parallel.shared_memory`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from parallel.state import RankLostError
 
 FEW_NUMBERS = 1 << 16
-"""Up to so many gathered numbers a sum costs one message to each rank; more are first summed in parts."""
+"""Largest count of gathered numbers whose sum is one message to each rank; more are first summed in parts."""
 
 T = TypeVar("T")
 
 
 class TorchCollectives:
-    """`parallel.state.Collectives` on a process group of its own.
+    """Implements `parallel.state.Collectives` on torch's default process group, which it makes.
 
-    With gloo the ranks' parts are added in the order of the ranks, whatever the size: a row's bits do not depend on
+    With gloo the ranks' parts are added in the order of the ranks, whatever the size, so a row's bits do not depend on
     what else is in the step. Two ranks need no care, as a + b is b + a.
     """
 
@@ -50,12 +50,12 @@ class TorchCollectives:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
     def give_up(self, cause: str) -> None:
-        """Nothing can wake who waits in a backend."""
+        """Do nothing: a rank that waits in a backend can't be woken."""
 
     def _do(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except RuntimeError as error:  # what both backends raise for a peer that is gone and for a time that is over
+        except RuntimeError as error:  # of both backends, for a lost peer and for a timeout
             reason = str(error).splitlines()[0]
             raise RankLostError(f"{self.name} lost another rank, or waited {self._timeout_s:g} s: {reason}") from error
 
@@ -67,8 +67,8 @@ class TorchCollectives:
         if flat.numel() * self._size <= FEW_NUMBERS:
             flat.copy_(_sum_in_order(self._gathered(flat)))
             return x
-        share = -(-flat.numel() // self._size)
-        padded = flat.new_zeros(self._size, share)
+        part_size = -(-flat.numel() // self._size)
+        padded = flat.new_zeros(self._size, part_size)
         padded.view(-1)[: flat.numel()] = flat
         received = torch.empty_like(padded)
         self._do(lambda: dist.all_to_all_single(received, padded))
@@ -76,7 +76,7 @@ class TorchCollectives:
         return x
 
     def _gathered(self, flat: torch.Tensor) -> torch.Tensor:
-        """[n] of every rank -> [size, n]"""
+        """Gather [n] of every rank into [size, n]."""
         gathered = flat.new_empty(self._size, flat.numel())
         self._do(lambda: dist.all_gather(list(gathered.unbind()), flat))
         return gathered
@@ -93,7 +93,7 @@ class TorchCollectives:
 
 
 def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
-    """[size, n] -> [n]: the first part, plus the second, plus the third, ..."""
+    """Sum [size, n] to [n]: the first part, plus the second, plus the third, ..."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
@@ -101,10 +101,10 @@ def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
 
 
 def _side_by_side(parts: Iterable[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
-    """[rows, max(widths)] of every rank -> [rows, sum(widths)], without what was padded"""
+    """Join [rows, max(widths)] of every rank to [rows, sum(widths)], without the padding."""
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
 def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
-    """With columns of zeros up to `width`: the ranks' tensors must be of one shape."""
+    """x with columns of zeros up to `width`: the ranks' tensors must be of one shape."""
     return torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()

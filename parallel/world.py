@@ -1,7 +1,7 @@
-"""Who takes part, by torchrun's variables, and the sockets over which the ranks find each other.
+"""The ranks that take part, by torchrun's variables, and the sockets over which they find each other.
 
-Rank 0 listens at the address that all were given, and nowhere else; what it holds there is torch's store. Every other
-rank opens two connections to rank 0: `control` for what is decided step by step, `heartbeat` for signs of life.
+Rank 0 listens at the address that all ranks know, and nowhere else; torch's store answers there. Every other rank opens
+two connections to rank 0: `control` for the decisions of each step, `heartbeat` for signs of life.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from parallel.state import RankLostError
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_TIMEOUT_S = 1800.0
-"""Another host may still be fetching the model."""
+"""Longest wait for all ranks: another host may still be fetching the model."""
 RENDEZVOUS_LOG_S = 10.0
 RETRY_S = 0.5
 UNACKNOWLEDGED_MS = 5000
-"""After so long without an acknowledgement the kernel takes a connection for cut; a process that hangs still has its
-data acknowledged."""
+"""Time without an acknowledgement after which the kernel takes a connection for cut. Data for a process that hangs is
+still acknowledged."""
 CHANNELS = ("control", "heartbeat")
 
 
 class RendezvousError(RuntimeError):
-    """The ranks don't come together; the text says why and what to do."""
+    """The ranks don't come together; the text says why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """torchrun's variables."""
+    """What torchrun's variables say."""
 
     rank: int = 0
     size: int = 1
@@ -53,7 +53,7 @@ class World:
     address: str = "127.0.0.1"
     port: int = 0
     has_agent_store: bool = False
-    """torchrun itself holds the store."""
+    """Whether torchrun itself holds the store."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> World:
@@ -81,14 +81,14 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """All ranks are there: rank 0 has a peer for each other rank, the others have rank 0."""
+    """The connections of a rank once all are there: rank 0 has a peer for each other rank, the others have rank 0."""
 
     world: World
     store: TCPStore
     peers: list[Peer]
 
     def exchange(self, value: Any) -> list[Any]:
-        """What every rank passed, in their order: small things, in JSON, before the first step."""
+        """The values that all ranks pass, in their order: small ones, as JSON, before the first step."""
         if self.world.rank:
             send_line(self.peers[0].control, value)
             values: list[Any] = read_line(self.peers[0].control)
@@ -104,7 +104,7 @@ def send_line(sock: socket.socket, value: Any) -> None:
 
 
 def read_line(sock: socket.socket) -> Any:
-    """Byte by byte: what follows the line belongs to somebody else. Raises RankLostError."""
+    """Read byte by byte, as what follows the line is for another reader. Raises RankLostError."""
     line = b""
     try:
         while not line.endswith(b"\n"):
@@ -258,7 +258,7 @@ def _connect(world: World, port: int, token: str, channel: str) -> socket.socket
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has `address`; None: none has."""
+    """The network interface with the address; None: there is none."""
     if ":" in address:
         digits = socket.inet_pton(socket.AF_INET6, address).hex()
         lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
@@ -273,6 +273,6 @@ def interface_of(address: str) -> str | None:
 
 
 def host_key() -> str:
-    """Equal for processes that can open each other's files in /proc."""
+    """A text that is equal for processes that can open each other's files in /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,1 +1,1 @@
-"""Weights as they are stored and as they run: a file per format, the tables in `quant.config`. Knows no model."""
+"""Weights as they are stored and as they run: a file for each format, the tables in `quant.config`. Knows no model."""

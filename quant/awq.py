@@ -1,4 +1,4 @@
-"""AWQ checkpoints, "gemm" packing, 4 bits, as autoawq and gptqmodel write them (reference `quant-formats.md`)."""
+"""AWQ checkpoints, "gemm" packing, 4 bits, as autoawq and gptqmodel write them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from quant.settings import describe, read_group_size, read_integer
 
 FIELDS = 8
 FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Output 8c + o is in this field of word c."""
+"""Output 8c + o is in field `FIELD_OF_OUTPUT[o]` of word c."""
 OUTPUT_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The inverse of `FIELD_OF_OUTPUT`."""
 OLD_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 """Keys in the quant_config.json of AutoAWQ before its settings went into config.json. That file names no format."""
 
@@ -64,7 +65,7 @@ class AwqMethod:
 
 
 def _outputs(words: torch.Tensor) -> torch.Tensor:
-    """[rows, n / 8] -> [rows, n] in the outputs' order."""
+    """Unpack [rows, n / 8] words into [rows, n] fields, in the order of the outputs."""
     fields = unpack_words(words, 4, dim=1).reshape(words.shape[0], -1, FIELDS)
     return fields[:, :, list(FIELD_OF_OUTPUT)].flatten(1)
 
@@ -92,7 +93,7 @@ class AwqFormat:
 
 
 def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
-    """The tensors without a bias; 4 bits, groups in order."""
+    """The tensors of a matrix of 4 bits whose groups are in order, without a bias."""
     return {
         "qweight": _packed(matrix.q.T),
         "qzeros": _packed(matrix.zero_points.T),
@@ -101,6 +102,6 @@ def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
 
 
 def _packed(fields: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_outputs`."""
+    """Pack [rows, n] fields into [rows, n / 8] words; the inverse of `_outputs`."""
     interleaved = fields.reshape(fields.shape[0], -1, FIELDS)[:, :, list(OUTPUT_OF_FIELD)]
     return pack_words(interleaved.flatten(1), 4, dim=1)

@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023, arXiv 2306.00978): inputs that matter are scaled up before rounding, so that they lose less.
 
 The scales are folded into whatever makes those inputs, so the model stays the same and nothing of them is stored. The
-loss is the squared error of the matrices' own outputs, told by the Gram matrix of their inputs.
+loss is the squared error of the matrices' own outputs, which the Gram matrix of their inputs gives.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from quant.statistics import InputStatistics
 NUM_RATIOS = 20
 CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
 SCORED_PRODUCTS = 2**32
-"""Multiplications that one candidate is worth: of matrices with many outputs some of them are scored, evenly spread."""
+"""Multiplications for one candidate: of a matrix with many outputs only some are scored, evenly spread."""
 MIN_SCORED = 128
-SMALLEST = 1e-4
+EPSILON = 1e-4
 BITS = 4
 
 
 def search_scales(weights: Sequence[torch.Tensor], statistics: InputStatistics, group_size: int) -> torch.Tensor:
-    """The scale [k] of each input with which rounding `weights` [n, k] float32, which share them, loses least."""
+    """The scale [k] of each input with the smallest loss of `weights` [n, k] float32, which share the inputs."""
     size = weights[0].shape[1] if group_size == -1 else group_size
     gram, activity = statistics.gram, statistics.mean_abs
     weight = torch.cat(list(weights))
@@ -32,15 +32,15 @@ def search_scales(weights: Sequence[torch.Tensor], statistics: InputStatistics, 
     del groups
     scored = weight[_spread(weight.shape[0], weight.shape[1], weight.device)]
     best = torch.ones_like(activity)
-    least = _loss(scored, best, gram, group_size)
+    min_loss = _loss(scored, best, gram, group_size)
     for step in range(NUM_RATIOS):
         ratio = step / NUM_RATIOS
-        scales = activity.pow(ratio) / (magnitude.pow(1 - ratio) + SMALLEST)
-        scales = scales.clamp_min_(SMALLEST)
+        scales = activity.pow(ratio) / (magnitude.pow(1 - ratio) + EPSILON)
+        scales = scales.clamp_min_(EPSILON)
         scales = scales / (scales.max() * scales.min()).sqrt()
         loss = _loss(scored, scales, gram, group_size)
-        if loss < least:
-            best, least = scales, loss
+        if loss < min_loss:
+            best, min_loss = scales, loss
     return best
 
 
@@ -51,7 +51,7 @@ def _spread(num_outputs: int, num_inputs: int, device: torch.device) -> torch.Te
 
 
 def _loss(weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, group_size: int) -> float:
-    """Squared error of the outputs when weight * scales is rounded and meets inputs / scales."""
+    """The squared error of the outputs if weight * scales is rounded and meets inputs / scales."""
     scaled = weight * scales
     size = scaled.shape[1] if group_size == -1 else group_size
     groups = scaled.reshape(scaled.shape[0], -1, size)
@@ -64,9 +64,9 @@ def _loss(weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, group_
 def round_clipped(
     weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, *, group_size: int, is_clipping: bool
 ) -> RoundedMatrix:
-    """weight [n, k], scaled already -> 4 bits; each group's range is cut to what loses least of its outputs.
+    """Round weight [n, k], scaled already, to 4 bits; each group's range is cut to the smallest loss of its outputs.
 
-    A group's loss takes the Gram matrix of its own inputs, and so knows that errors of like inputs cancel.
+    A group's loss takes the Gram matrix of its own inputs, and so counts errors of like inputs as cancelling.
     """
     if not is_clipping:
         return round_to_nearest(weight, bits=BITS, group_size=group_size, is_symmetric=False)
@@ -81,16 +81,16 @@ def round_clipped(
 
 
 def _clip(groups: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """groups [rows, groups, size], blocks [groups, size, size] -> q, scales, zero points."""
+    """Round groups [rows, groups, size] by Gram blocks [groups, size, size]; returns q, scales and zero points."""
     low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
     scales, zeros = asymmetric_grid(low, high, 1.0, BITS)
-    least = torch.full_like(scales, torch.inf)
+    min_loss = torch.full_like(scales, torch.inf)
     for ratio in CLIP_RATIOS:
         scale, zero = asymmetric_grid(low, high, ratio, BITS)
         error = nearest(groups, scale, zero, BITS).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
         by_group = error.transpose(0, 1)  # [groups, rows, size]
         loss = (torch.bmm(by_group, blocks) * by_group).sum(dim=2).T
-        is_better = loss < least
+        is_better = loss < min_loss
         scales, zeros = torch.where(is_better, scale, scales), torch.where(is_better, zero, zeros)
-        least = torch.minimum(loss, least)
+        min_loss = torch.minimum(loss, min_loss)
     return nearest(groups, scales, zeros, BITS).to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int32)

@@ -35,7 +35,7 @@ class CompressedTensorsMethod:
             "weight_packed": ParamSpec(packed, output_dim=0, input_dim=1, is_integer=True),
             "weight_scale": ParamSpec((out_features, num_groups), output_dim=0, input_dim=1, group_size=group_size),
             "weight_shape": ParamSpec((2,), output_dim=None, input_dim=None, is_integer=True),
-            # written for act-order by group, by llm-compressor of some versions
+            # Some versions of llm-compressor write it for act-order by group.
             "weight_g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
@@ -71,7 +71,7 @@ class CompressedTensorsMethod:
         else:
             zero_points = unpack_words(params["weight_zero_point"], self.bits, dim=0)[:num_outputs]
         groups = params.get("weight_g_idx")
-        if groups is not None and int(groups.min()) < 0:  # as it is before a calibration has set it
+        if groups is not None and int(groups.min()) < 0:  # no calibration has set it
             groups = None
         if groups is not None and int(groups.max()) >= scales.shape[1]:
             raise FormatError(f"has a weight_g_idx outside of its {scales.shape[1]} groups: fetch the model again")

@@ -10,9 +10,9 @@ from quant.base import MatrixShard, PackedWeight, ParamSpec
 
 
 class DenseMethod:
-    """Keeps a 16- or 32-bit weight as it is stored wherever the kernel widens it exactly.
+    """Keeps a 16- or 32-bit weight as it is stored if the kernel widens it exactly.
 
-    `dtype` is what the model should run in. With float32 asked for, a bfloat16 weight stays bfloat16 on devices whose
+    `dtype` is what the model should run in. If that is float32, a bfloat16 weight stays bfloat16 on devices whose
     kernels multiply in float32 anyway (`computes_in_float32`): the same numbers in half the memory, straight from the
     file.
     """
@@ -44,7 +44,7 @@ class DenseMethod:
 
 
 def dense_specs(in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
-    """The tensors of a matrix that is stored dense."""
+    """The stored tensors of a dense matrix, by name."""
     specs = {"weight": ParamSpec((out_features, in_features), output_dim=0, input_dim=1)}
     if has_bias:
         specs["bias"] = ParamSpec((out_features,), output_dim=0, input_dim=None)

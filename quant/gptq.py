@@ -1,4 +1,4 @@
-"""GPTQ checkpoints as AutoGPTQ and gptqmodel write them: 2, 3, 4 and 8 bits (reference `quant-formats.md`)."""
+"""GPTQ checkpoints as AutoGPTQ and gptqmodel write them: 2, 3, 4 and 8 bits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from quant.settings import describe, read_group_size, read_integer
 class GptqMethod:
     """`qweight` packed along the inputs, `qzeros` along the outputs, `scales` [groups, n], `g_idx` [k].
 
-    `has_stored_minus_one`: version 1 stores zero points less one. gptqmodel subtracts from whole words, so that adding
-    to whole words restores a 0 as well. AutoGPTQ spoils the rest of the word where a zero point is 0: no reading gets
-    it back, this one comes closest (tests/oracles/checkpoints/README.md). Both read fields of 3 bits one by one.
+    `has_stored_minus_one` is true for version 1, which stores zero points less one. gptqmodel subtracts from whole
+    words, so adding to whole words restores a 0 as well. AutoGPTQ spoils the rest of the word if a zero point is 0. No
+    reading gets it back; this one comes closest (tests/oracles/checkpoints/README.md). Both tools read fields of 3 bits
+    one by one.
     """
 
     bits: int
@@ -43,7 +44,7 @@ class GptqMethod:
             "qzeros": ParamSpec((num_groups, packed_out), **by_group, is_integer=True),
             "scales": ParamSpec((num_groups, out_features), **by_group),
             "g_idx": ParamSpec((in_features,), output_dim=None, input_dim=0, is_integer=True, is_optional=True),
-            # AutoGPTQ writes one for every matrix, all zeros where the model has none
+            # AutoGPTQ writes one for every matrix, of zeros if the model has none.
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
 
@@ -69,7 +70,7 @@ class GptqMethod:
         )
 
     def _zero_points(self, qzeros: torch.Tensor) -> torch.Tensor:
-        """[groups, n]"""
+        """The zero points [groups, n] int32."""
         if not self.has_stored_minus_one:
             return unpack_words(qzeros, self.bits, dim=1).to(torch.int32)
         if WORD_BITS % self.bits == 0:
@@ -113,9 +114,9 @@ class GptqFormat:
 
 
 def stored_tensors(matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
-    """The tensors of version 1, without a bias. No zero point is 0: less one it would spoil its neighbours.
+    """The tensors of version 1, without a bias. No zero point may be 0: less one it would spoil its neighbours.
 
-    `scales` stay float16 also beside bfloat16 tensors, as gptqmodel writes them.
+    `scales` stay float16 beside bfloat16 tensors, too, as gptqmodel writes them.
     """
     assert int(matrix.zero_points.min()) > 0
     return {

@@ -1,8 +1,8 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds input after input and lets the later ones make up for the error.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds input after input and lets the later ones make up for the error.
 
-Two things go beyond the paper and cost nothing when the model runs. Scales are searched for the least loss instead of
-taken from the largest weight. And without act-order whole groups are rounded in the order of their importance, and the
-inputs within a group likewise: the order is then not seen in the file, whose groups stay plain.
+Two things go beyond the paper and cost nothing when the model runs. Scales are searched for the smallest loss instead
+of taken from the largest weight. Without act-order, whole groups are rounded in the order of their importance, and the
+inputs within a group too. That order is not seen in the file, whose groups stay plain.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from quant.rounding import RoundedMatrix, plain_groups, round_symmetric
 BLOCK = 128
 """Inputs whose errors are brought to all later inputs together (the paper's lazy batch update)."""
 DAMPING_TRIES = 5
-"""A Gram matrix that is singular even when damped is damped ten times as much, so often."""
+"""Tries to damp a Gram matrix that stays singular, each with ten times as much as the one before."""
 
 
 def solve(
     weight: torch.Tensor, gram: torch.Tensor, *, bits: int, group_size: int, percdamp: float, is_act_order: bool
 ) -> RoundedMatrix:
-    """weight [n, k] float32 and the Gram matrix [k, k] of its inputs -> symmetric groups with little loss of outputs.
+    """Round weight [n, k] float32 to symmetric groups with little loss of outputs, by the Gram matrix of its inputs.
 
-    `percdamp`: share of the mean diagonal that is added to the diagonal. Raises FormatError for inputs that are no
-    numbers.
+    `gram` is [k, k]; the part `percdamp` of its mean diagonal is added to the diagonal. Raises FormatError for inputs
+    that are no numbers.
     """
     num_inputs = weight.shape[1]
     size = num_inputs if group_size == -1 else group_size
@@ -51,7 +51,7 @@ def solve(
 
 
 def _order(diagonal: torch.Tensor, size: int, is_act_order: bool) -> torch.Tensor:
-    """In which order inputs are rounded, [k]: the largest first, while the later ones can still make up for them."""
+    """The order [k] in which inputs are rounded: the largest first, while the later ones can still make up for them."""
     if is_act_order:
         return torch.argsort(diagonal, descending=True, stable=True)
     groups = diagonal.reshape(-1, size)
@@ -64,7 +64,7 @@ def _order(diagonal: torch.Tensor, size: int, is_act_order: bool) -> torch.Tenso
 def _error_factor(gram: torch.Tensor, is_dead: torch.Tensor, percdamp: float) -> torch.Tensor:
     """The upper triangular U with U^T U = (gram + damping)^-1, [k, k].
 
-    By one factorisation of the reversed matrix: gram = R R^T with R upper triangular, and so U = R^-1.
+    One factorization of the reversed matrix gives gram = R R^T with R upper triangular, and so U = R^-1.
     """
     gram = gram.clone()
     diagonal = gram.diagonal()
@@ -84,10 +84,10 @@ def _error_factor(gram: torch.Tensor, is_dead: torch.Tensor, percdamp: float) ->
 def _round_in_order(
     columns: torch.Tensor, factor: torch.Tensor, bits: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """columns [k, n], changed on the way -> q [k, n] uint8, scales [groups, n] float16.
+    """Round columns [k, n], which change on the way, to q [k, n] uint8 and scales [groups, n] float16.
 
-    Rounding input i with error e changes each later input j by -e * U[i, j] / U[i, i]; what that loses is
-    (e / U[i, i])^2, which is therefore what a group's scale is searched by.
+    Rounding input i with error e changes each later input j by -e * U[i, j] / U[i, i]. The loss of that is
+    (e / U[i, i])^2, so a group's scale is searched by it.
     """
     num_inputs, num_outputs = columns.shape
     half = 2 ** (bits - 1)

@@ -1,4 +1,4 @@
-"""Rounding a matrix to a few bits, group by group of inputs, and what comes out of it. No data beyond importances."""
+"""Rounding a matrix to a few bits, group by group of inputs, without data, and the rounded matrix."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 import torch
 
 MIN_SCALE = 2.0**-14
-"""The least float16 that keeps all its bits; a group below it becomes zeros."""
+"""The smallest float16 that keeps all its bits; a group below it becomes zeros."""
 MAX_SCALE = 65504.0
 RANGE_RATIOS = tuple(1.0 - 0.04 * step for step in range(-2, 13))
-"""Shares of a group's range that are tried: a narrower range clips the largest weights and is finer for all others."""
+"""Parts of a group's range that are tried: a narrower range clips the largest weights and is finer for all others."""
 ROWS_AT_A_TIME = 1024
 """Outputs that are searched together."""
 
@@ -29,54 +29,54 @@ class RoundedMatrix:
     group_of_input: torch.Tensor
 
     def widen(self) -> torch.Tensor:
-        """The float32 weight [n, k] that a checkpoint with these numbers stands for."""
+        """The float32 weight [n, k] that these numbers stand for."""
         scales = self.scales.to(torch.float32)[:, self.group_of_input]
         return scales * (self.q.to(torch.float32) - self.zero_points.to(torch.float32)[:, self.group_of_input])
 
     def cpu(self) -> RoundedMatrix:
-        """The same in the CPU's memory, where it is packed."""
+        """A copy in the CPU's memory, where matrices are packed."""
         names = ("q", "scales", "zero_points", "group_of_input")
         return dataclasses.replace(self, **{name: getattr(self, name).cpu() for name in names})
 
     def rows(self, outputs: slice) -> RoundedMatrix:
-        """Some of the outputs."""
+        """The part with these outputs."""
         return dataclasses.replace(
             self, q=self.q[outputs], scales=self.scales[outputs], zero_points=self.zero_points[outputs]
         )
 
 
 def plain_groups(num_inputs: int, group_size: int) -> torch.Tensor:
-    """[k] int64: inputs in order, `group_size` to a group; -1: all in one."""
+    """The group of each input, [k] int64: inputs in order, `group_size` to a group; -1: all in one."""
     return torch.arange(num_inputs) // (num_inputs if group_size == -1 else group_size)
 
 
 def round_symmetric(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scales [...] float32 (exact in float16) with which `groups` [..., size] lose least, zero in the middle.
+    """The scales [...] float32 (exact in float16) with the smallest loss of `groups` [..., size], zero in the middle.
 
-    What is lost is the squared error of each weight times its `importance` [..., size] (broadcast).
+    The loss is the squared error of each weight times its `importance` [..., size] (broadcast).
     """
     half = 2.0 ** (bits - 1)
     widest = groups.abs().amax(dim=-1) / (half - 0.5)
-    best, least = _storable(widest), torch.full_like(widest, torch.inf)
+    best, min_loss = _storable(widest), torch.full_like(widest, torch.inf)
     for ratio in RANGE_RATIOS:
         scale = _storable(widest * ratio)
         q = (groups / scale[..., None]).round_().clamp_(-half, half - 1)
         loss = q.mul_(scale[..., None]).sub_(groups).square_().mul_(importance).sum(dim=-1)
-        best = torch.where(loss < least, scale, best)
-        least = torch.minimum(loss, least)
+        best = torch.where(loss < min_loss, scale, best)
+        min_loss = torch.minimum(loss, min_loss)
     return best
 
 
 def round_to_nearest(
     weight: torch.Tensor, *, bits: int, group_size: int, is_symmetric: bool, importance: torch.Tensor | None = None
 ) -> RoundedMatrix:
-    """weight [n, k] float32 -> each weight alone to its nearest number; `importance` [k] weighs the errors."""
+    """Round each of weight [n, k] float32 by itself, to its nearest number; `importance` [k] weighs the errors."""
     num_outputs, num_inputs = weight.shape
     size = num_inputs if group_size == -1 else group_size
     factors = torch.ones(num_inputs, device=weight.device) if importance is None else importance
-    of_group = factors.reshape(-1, size)
+    group_factors = factors.reshape(-1, size)
     parts = [
-        (_symmetric if is_symmetric else _asymmetric)(rows.reshape(rows.shape[0], -1, size), of_group, bits)
+        (_symmetric if is_symmetric else _asymmetric)(rows.reshape(rows.shape[0], -1, size), group_factors, bits)
         for rows in torch.split(weight, ROWS_AT_A_TIME)
     ]
     q, scales, zero_points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -96,18 +96,18 @@ def _symmetric(
 def _asymmetric(
     groups: torch.Tensor, importance: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each group's range, shrunk to what loses least, becomes 0 to 2**bits - 1; it always holds zero."""
+    """Map each group's range to 0 to 2**bits - 1; it holds zero, and is shrunk as far as that lessens the loss."""
     low = groups.amin(dim=-1).clamp_max_(0)
     high = groups.amax(dim=-1).clamp_min_(0)
     scales, zeros = asymmetric_grid(low, high, 1.0, bits)
-    least = torch.full_like(scales, torch.inf)
+    min_loss = torch.full_like(scales, torch.inf)
     for ratio in RANGE_RATIOS:
         scale, zero = asymmetric_grid(low, high, ratio, bits)
         difference = nearest(groups, scale, zero, bits).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
         loss = difference.square_().mul_(importance).sum(dim=-1)
-        is_better = loss < least
+        is_better = loss < min_loss
         scales, zeros = torch.where(is_better, scale, scales), torch.where(is_better, zero, zeros)
-        least = torch.minimum(loss, least)
+        min_loss = torch.minimum(loss, min_loss)
     q = nearest(groups, scales, zeros, bits)
     return q.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int32)
 
@@ -116,16 +116,16 @@ def asymmetric_grid(
     low: torch.Tensor, high: torch.Tensor, ratio: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (exact in float16) and zero point, both float32, of `ratio` of the range from low <= 0 to high >= 0."""
-    most = 2**bits - 1
-    scale = _storable((high - low) * (ratio / most))
-    return scale, (-low * ratio / scale).round_().clamp_(0, most)
+    max_q = 2**bits - 1
+    scale = _storable((high - low) * (ratio / max_q))
+    return scale, (-low * ratio / scale).round_().clamp_(0, max_q)
 
 
 def nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """groups [..., size] -> the nearest q, float32; scale and zero [...]."""
+    """The nearest q of groups [..., size], float32; scale and zero [...]."""
     return (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, 2**bits - 1)
 
 
 def _storable(scale: torch.Tensor) -> torch.Tensor:
-    """Rounded to float16, as it is stored, so that the rounding of weights makes up for it."""
+    """The scale rounded to float16, as it is stored, so that the rounding of weights makes up for it."""
     return scale.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16).to(torch.float32)

@@ -1,4 +1,4 @@
-"""What the quantisation methods want to know of a matrix's inputs, gathered batch by batch."""
+"""Statistics of a matrix's inputs, gathered batch by batch for the methods that quantize by data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ GRAM_BLOCK = 1024
 
 
 class InputStatistics:
-    """The inputs x of one or more matrices that share them, `num_inputs` wide.
+    """Sums over the inputs x of one or more matrices that share them, `num_inputs` wide.
 
-    `gram` [k, k] float32 is the sum of x x^T: up to a factor the Hessian of the squared error of a matrix's outputs in
-    each of its rows (Frantar et al. 2022). `mean_abs` [k] is how large each input is (Lin et al. 2023).
+    `gram` [k, k] float32 is the sum of x x^T. Up to a factor it is the Hessian of the squared error of a matrix's
+    outputs in each of its rows (Frantar et al. 2022). `mean_abs` [k] is the mean size of each input (Lin et al. 2023).
     """
 
     def __init__(self, num_inputs: int, device: torch.device) -> None:
@@ -21,7 +21,7 @@ class InputStatistics:
         self._num_rows = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """x [rows, k] float32."""
+        """Add a batch of inputs, x [rows, k] float32."""
         size = x.shape[1]
         for first in range(0, size, GRAM_BLOCK):
             rows = slice(first, min(first + GRAM_BLOCK, size))

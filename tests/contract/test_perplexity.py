@@ -12,7 +12,7 @@ from engine.link.config import EngineConfig
 from engine.quantize.perplexity import perplexity
 from quant.config import ON_LOAD
 from tests.contract.harness import oracle_logits, random_ids
-from tests.contract.test_quantise_on_load import write_widened
+from tests.contract.test_quantize_on_load import write_widened
 from tests.tiny_model import write_tiny_qwen2
 
 
@@ -37,7 +37,7 @@ def test_float32_equals_transformers(size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [*ON_LOAD])
-def test_quantised_weights_are_what_is_measured(method: str, tmp_path: Path) -> None:
+def test_quantized_weights_are_what_is_measured(method: str, tmp_path: Path) -> None:
     plain, widened = tmp_path / "plain", tmp_path / "widened"
     write_tiny_qwen2(plain, is_tied=False)
     write_widened(plain, widened, method)

@@ -26,7 +26,7 @@ from quant.kernels.integer_cpu import FOUND
 from quant.packing import pack_words
 from quant.rounding import RoundedMatrix
 from tests.contract.harness import KERNELS, make_sequence, run_step
-from tests.contract.test_quantised_checkpoints import FOLDERS
+from tests.contract.test_quantized_checkpoints import FOLDERS
 from tests.tiny_model import CONFIG
 from tests.unit.parallel.threads import run_ranks
 
@@ -168,7 +168,7 @@ LAYOUTS = {
     "compressed-tensors": compressed_tensors_layout(is_symmetric=False),
     "compressed-tensors, symmetric": compressed_tensors_layout(is_symmetric=True),
 }
-QUANTISED = [name for name in LAYOUTS if name not in ("float32", "bfloat16")]
+QUANTIZED = [name for name in LAYOUTS if name not in ("float32", "bfloat16")]
 
 
 def write_model(folder: Path, shape: Shape, layout: Layout) -> None:
@@ -292,7 +292,7 @@ def test_float32(shape: str, layout: str, folder_of: Callable[[str, str], Path])
         assert distance(logits, whole) < 3e-6
 
 
-@pytest.mark.parametrize("layout", ["bfloat16", *QUANTISED])
+@pytest.mark.parametrize("layout", ["bfloat16", *QUANTIZED])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_stored(shape: str, layout: str, folder_of: Callable[[str, str], Path]) -> None:
     folder, quantize, dtype = folder_of(shape, layout), LAYOUTS[layout].quantize, LAYOUTS[layout].dtype

@@ -41,7 +41,7 @@ def run(*args: object, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_quantises_and_the_launcher_serves_the_folder(model_dir: Path, tmp_path: Path) -> None:
+def test_it_quantizes_and_the_launcher_serves_the_folder(model_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out"
     result = run(model_dir, output, "--dataset", TEXT, *SMALL)
     assert result.returncode == 0, result.stderr

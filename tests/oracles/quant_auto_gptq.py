@@ -6,7 +6,7 @@
 
 Its `from_pretrained` and its loop want CUDA, so the class is built directly and its CUDA device is pointed at the CPU;
 arithmetic, packing and saving are its own. Beside each checkpoint it is noted how far AutoGPTQ's own CPU forward
-(torch path, float32) of every linear is from dequantise.py.
+(torch path, float32) of every linear is from dequantize.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from auto_gptq.modeling import _base, _utils
 from auto_gptq.modeling._base import BaseQuantizeConfig
 from auto_gptq.modeling.qwen2 import Qwen2GPTQForCausalLM
-from oracles.dequantise import Zeros, dequantise
+from oracles.dequantize import Zeros, dequantize
 from oracles.quant_source import Case, calibration_ids, write_cases
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +76,7 @@ def check(model: Any, folder: Path) -> dict[str, Any]:
     except RuntimeError as error:
         return {"tool_forward": f"{forward_of} fails: {error}"}
     for zeros in get_args(Zeros):
-        weights = dequantise(folder, zeros=zeros)
+        weights = dequantize(folder, zeros=zeros)
         differences[zeros] = max(float(abs(own[name].numpy() - weights[f"{name}.weight"]).max()) for name in own)
     return {"tool_forward": forward_of, "tool_difference": differences}
 

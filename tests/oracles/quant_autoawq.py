@@ -7,7 +7,7 @@
 
 (--no-deps: it declares triton, which a CPU doesn't need.) Its scale search keeps `v.cpu()` of every weight as the way
 back, which on a CPU is the weight itself; here the search is handed clones. On a GPU nothing would differ. Beside each
-checkpoint it is noted how far AutoAWQ's own dequantisation (float16) is from dequantise.py rounded to float16.
+checkpoint it is noted how far AutoAWQ's own dequantisation (float16) is from dequantize.py rounded to float16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from awq import AutoAWQForCausalLM
 from awq.modules.linear import WQLinear_GEMM
 from awq.quantize.quantizer import AwqQuantizer
 from awq.utils.packing_utils import dequantize_gemm
-from oracles.dequantise import dequantise
+from oracles.dequantize import dequantize
 from oracles.quant_source import Case, calibration_ids, write_cases
 
 GEMM = {"zero_point": True, "w_bit": 4, "version": "GEMM"}
@@ -75,7 +75,7 @@ def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def check(model: Any, folder: Path) -> dict[str, Any]:
-    weights = dequantise(folder)
+    weights = dequantize(folder)
     difference = 0.0
     for name, module in model.named_modules():
         if isinstance(module, WQLinear_GEMM):

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. .venv/bin/python tests/oracles/quant_expected.py [CHECKPOINT...]
 
-The weights are dequantised by dequantise.py, in float32, and run by `transformers` in float32. Per prompt: its ids, the
+The weights are dequantised by dequantize.py, in float32, and run by `transformers` in float32. Per prompt: its ids, the
 logits after its last token, 16 greedy ids, and at each of them the gap between the two largest logits, so that a test
 can tell a near-tie from a mistake. Where the readings of a stored zero point differ, each has its own arrays.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.oracles.dequantise import Array, Floats, Zeros, dequantise
+from tests.oracles.dequantize import Array, Floats, Zeros, dequantize
 from tests.oracles.quant_stored import CHECKPOINTS, PROVENANCE, describe, note
 
 NUM_NEW_TOKENS = 16
@@ -58,10 +58,10 @@ def greedy(model: Any, prompt: list[int]) -> tuple[Floats, list[int], list[float
 
 def distinct_models(folder: Path) -> dict[Zeros, Any]:
     """`word`, and every other reading that gives other weights."""
-    by_word = dequantise(folder, zeros="word")
+    by_word = dequantize(folder, zeros="word")
     models: dict[Zeros, Any] = {"word": dense_model(folder, by_word)}
     for zeros in get_args(Zeros)[1:]:
-        weights = dequantise(folder, zeros=zeros)
+        weights = dequantize(folder, zeros=zeros)
         if any(not np.array_equal(weights[name], by_word[name]) for name in weights):
             models[zeros] = dense_model(folder, weights)
     return models

@@ -8,7 +8,7 @@
     PYTHONPATH=tests OMP_NUM_THREADS=1 gptqmodel/bin/python tests/oracles/quant_gptqmodel.py [CASE...]
 
 (--no-deps: it declares torch>=2.14.1, and runs with 2.13.) Needs a C++ compiler: it builds its packer on first use.
-Beside each checkpoint it is noted how far gptqmodel's own dequantisation of the stored folder is from dequantise.py
+Beside each checkpoint it is noted how far gptqmodel's own dequantisation of the stored folder is from dequantize.py
 rounded to float16, under each reading of zero points. An error in its AWQ ends the process: run such cases one by one.
 """
 
@@ -26,7 +26,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
 from gptqmodel.looper.awq_processor import AWQProcessor  # noqa: E402
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear  # noqa: E402
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm  # noqa: E402
-from oracles.dequantise import Zeros, dequantise  # noqa: E402
+from oracles.dequantize import Zeros, dequantize  # noqa: E402
 from oracles.quant_source import Case, calibration_ids, write_cases  # noqa: E402
 from oracles.quant_stored import work_folder  # noqa: E402
 
@@ -104,7 +104,7 @@ def check(folder: Path) -> dict[str, Any]:
     }
     differences = {}
     for zeros in get_args(Zeros):
-        weights = dequantise(folder, zeros=zeros)
+        weights = dequantize(folder, zeros=zeros)
         differences[zeros] = max(
             float((torch.from_numpy(weights[f"{name}.weight"]).to(weight.dtype).float() - weight.float()).abs().max())
             for name, weight in own.items()

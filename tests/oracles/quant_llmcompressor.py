@@ -5,7 +5,7 @@
     PYTHONPATH=tests OMP_NUM_THREADS=1 llmcompressor/bin/python tests/oracles/quant_llmcompressor.py [CASE...]
 
 (That takes transformers 5.17.0 and compressed-tensors 0.19.0.) Beside each checkpoint it is noted how far the
-decompressor of compressed-tensors is from dequantise.py rounded to the dtype of the scales.
+decompressor of compressed-tensors is from dequantize.py rounded to the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from oracles.dequantise import dequantise, read_tensors
+from oracles.dequantize import dequantize, read_tensors
 from oracles.quant_source import Case, calibration_ids, write_cases
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
 
 
 def check(model: Any, folder: Path) -> dict[str, Any]:
-    weights, stored = dequantise(folder), read_tensors(folder)
+    weights, stored = dequantize(folder), read_tensors(folder)
     difference, num_linears = 0.0, 0
     for name, module in model.named_modules():
         scheme: QuantizationScheme | None = getattr(module, "quantization_scheme", None)

@@ -667,7 +667,7 @@ def test_the_table_is_honest() -> None:
         assert not (flag.choices and flag.default) or flag.default in flag.choices
 
 
-def test_quantisations_are_those_of_the_engine() -> None:
+def test_quantizations_are_those_of_the_engine() -> None:
     assert set(QUANTIZE) == {*FORMATS, *ON_LOAD}
 
 

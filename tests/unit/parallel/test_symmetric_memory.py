@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.state import Collectives, ParallelState
-from parallel.symmetric_memory import MOST_BYTES, SmallSums, Sum, with_small_sums
+from parallel.symmetric_memory import MAX_BYTES, SmallSums, Sum, with_small_sums
 from tests.unit.parallel.threads import run_ranks
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_right_sums_are_used_up_to_their_size() -> None:
         assert isinstance(made, SmallSums)
         calls.clear()
         small = made.all_reduce(torch.full((2, 3), 1.0 + parallel.rank))
-        large = made.all_reduce(torch.ones(MOST_BYTES // 4 + 1))
+        large = made.all_reduce(torch.ones(MAX_BYTES // 4 + 1))
         assert made.all_gather(torch.ones(1, 1), [1, 1]).tolist() == [[1.0, 1.0]]
         return [float(small.mean()), float(large.mean())], calls
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracles.dequantise import dequantise
+from tests.oracles.dequantize import dequantize
 from tests.oracles.quant_expected import dense_model
 from tests.oracles.quant_stored import CHECKPOINTS, PROVENANCE
 
@@ -31,8 +31,8 @@ def test_stored_files_stay_small() -> None:
 
 
 @pytest.mark.parametrize("name", ["auto-gptq-3bit-g32-act", "gptqmodel-awq-g32"])
-def test_dequantised_weights_give_the_stored_logits(name: str) -> None:
-    model = dense_model(CHECKPOINTS / name, dequantise(CHECKPOINTS / name))
+def test_dequantized_weights_give_the_stored_logits(name: str) -> None:
+    model = dense_model(CHECKPOINTS / name, dequantize(CHECKPOINTS / name))
     expected = np.load(CHECKPOINTS / name / "expected.npz")
     for number in range(2):
         with torch.inference_mode():

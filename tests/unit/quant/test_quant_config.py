@@ -42,7 +42,7 @@ def test_a_dense_checkpoint_stays_dense() -> None:
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("eetq", Int8Method), ("int8", Int8Method), ("int4", Int4Method)])
-def test_every_matrix_of_a_dense_checkpoint_is_quantised_on_load(flag: str, kind: type) -> None:
+def test_every_matrix_of_a_dense_checkpoint_is_quantized_on_load(flag: str, kind: type) -> None:
     made = resolve(flag)
     assert isinstance(made.method_for(Q), kind) and isinstance(made.method_for(K), kind)
     assert isinstance(made.head_method_for(HEAD), Int8Method)
@@ -64,7 +64,7 @@ def test_the_head(head: str | None, is_exact: bool, kind: type) -> None:
     assert isinstance(resolve(None, GPTQ, head, is_exact=is_exact).head_method_for(HEAD), kind)
 
 
-def test_only_matrices_with_quantised_tensors_are_taken_for_quantised() -> None:
+def test_only_matrices_with_quantized_tensors_are_taken_for_quantized() -> None:
     made = resolve(None, GPTQ)
     assert made.method_for(Q) == GptqMethod(4, 32, has_stored_minus_one=True)
     assert made.method_for(K) is DENSE

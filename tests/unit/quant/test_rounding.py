@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quant import awq, gptq
 from quant.packing import widen
 from quant.rounding import RoundedMatrix, plain_groups, round_to_nearest
-from tests.oracles.dequantise import awq_weight, gptq_weight
+from tests.oracles.dequantize import awq_weight, gptq_weight
 
 NUM_OUTPUTS, NUM_INPUTS = 32, 96
 

@@ -1,7 +1,7 @@
 """Checkpoints that the real tools wrote: weights and greedy ids equal the independent dequantisation.
 
 tests/oracles/checkpoints/README.md says where the files come from, tests/oracles/quant_expected.py how the expected
-ids and logits were made (`transformers` in float32 on the weights of tests/oracles/dequantise.py).
+ids and logits were made (`transformers` in float32 on the weights of tests/oracles/dequantize.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quant.config import resolve_quantization
 from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import KERNELS, make_requests, run_requests
-from tests.oracles.dequantise import dequantise
+from tests.oracles.dequantize import dequantize
 from tests.unit.engine.core_builders import assemble_core
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
@@ -33,13 +33,13 @@ NEAR_TIE = 1e-4
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_matrix_has_the_numbers_of_the_dequantisation(folder: Path) -> None:
+def test_every_matrix_has_the_numbers_of_the_dequantization(folder: Path) -> None:
     config = read_model_config(folder)
     stored = read_quantization_config(folder, config)
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, matrices="cpu", is_exact=True)
-    expected = dequantise(folder)
+    expected = dequantize(folder)
     modules = {name.rpartition(".")[0] for name in tensors if "layers" in name and "norm" not in name}
     for module in sorted(modules):
         params = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
@@ -48,7 +48,7 @@ def test_every_matrix_has_the_numbers_of_the_dequantisation(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_greedy_ids_equal_transformers_on_the_dequantised_weights(folder: Path) -> None:
+def test_greedy_ids_equal_transformers_on_the_dequantized_weights(folder: Path) -> None:
     expected = np.load(folder / "expected.npz")
     config = read_model_config(folder)
     runner = ModelRunner(build_model(config, folder, torch.float32, KERNELS), KERNELS)

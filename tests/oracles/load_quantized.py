@@ -1,6 +1,6 @@
-"""Logits of quantised folders as `transformers` with gptqmodel computes them; tests/slow/test_quantised_elsewhere.py.
+"""Logits of quantised folders as `transformers` with gptqmodel computes them; tests/slow/test_quantized_elsewhere.py.
 
-    python tests/oracles/load_quantised.py OUTPUT.npz FOLDER...    (environment: tests/e2e/environments/gptqmodel.txt)
+    python tests/oracles/load_quantized.py OUTPUT.npz FOLDER...    (environment: tests/e2e/environments/gptqmodel.txt)
 
 For every folder, under its name: float32 logits [tokens, vocab_size] of fixed token ids, computed in float16.
 """

@@ -19,9 +19,9 @@ from tests.e2e.cached_environment import cached_environment
 from tests.tiny_model import write_tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests" / "oracles" / "load_quantised.py"
+SCRIPT = ROOT / "tests" / "oracles" / "load_quantized.py"
 TOKEN_IDS = [7 * number % 250 for number in range(48)]
-"""The prompt of tests/oracles/load_quantised.py."""
+"""The prompt of tests/oracles/load_quantized.py."""
 CASES: dict[str, dict[str, Any]] = {
     "gptq": {},
     "gptq-act-order": {"is_act_order": True, "group_size": 32},

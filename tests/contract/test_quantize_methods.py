@@ -25,7 +25,7 @@ from quant.config import resolve_quantization
 from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import make_requests, oracle_greedy, oracle_logits, random_ids, run_requests
-from tests.oracles.dequantise import dequantise
+from tests.oracles.dequantize import dequantize
 from tests.tiny_model import write_tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
@@ -70,17 +70,17 @@ def write_dense(source: Path, folder: Path) -> None:
     """The quantised model's weights, dequantised independently, as a plain checkpoint."""
     config = read_model_config(source)
     write_tiny_qwen2(folder, is_tied=config["tie_word_embeddings"], num_key_value_heads=config["num_key_value_heads"])
-    weights = {name: torch.from_numpy(array.copy()) for name, array in dequantise(source).items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in dequantize(source).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_every_matrix_has_the_numbers_of_the_dequantisation(folders: tuple[str, Path, Path]) -> None:
+def test_every_matrix_has_the_numbers_of_the_dequantization(folders: tuple[str, Path, Path]) -> None:
     _, source, output = folders
     tensors = load_file(output / "model.safetensors")
     stored = read_quantization_config(output, read_model_config(output))
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, matrices="cpu", is_exact=True)
-    expected = dequantise(output)
+    expected = dequantize(output)
     assert expected.keys() == set(open_weights(source).names)
     modules = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
     assert len(modules) == 14
@@ -102,7 +102,7 @@ def test_the_engine_serves_it_without_a_flag(folders: tuple[str, Path, Path], tm
         assert ids == expected
 
 
-def test_what_is_not_quantised_stays(folders: tuple[str, Path, Path]) -> None:
+def test_what_is_not_quantized_stays(folders: tuple[str, Path, Path]) -> None:
     name, source, output = folders
     reader, written = open_weights(source), load_file(output / "model.safetensors")
     is_awq = name.startswith("awq")
@@ -242,7 +242,7 @@ def too_large_for_half(name: str) -> Callable[[Path], None]:
     return change
 
 
-def quantised_already(source: Path) -> None:
+def quantized_already(source: Path) -> None:
     damaged(source, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
 
 
@@ -288,7 +288,7 @@ def bad_dataset(name: str, content: bytes) -> Callable[[Path], None]:
         (bad_dataset("a.jsonl", b"[1]\n"), {"dataset": "{}/a.jsonl"}, 'is not an object with a "text"'),
         (a_file_in_the_way, {}, "out is not empty: give a new OUTPUT_DIR, or remove what is in it"),
         (an_output_that_is_a_file, {}, "out cannot be used as output (File exists): give another OUTPUT_DIR"),
-        (quantised_already, {}, "is quantised already: give the model that it was made from"),
+        (quantized_already, {}, "is quantised already: give the model that it was made from"),
         (with_nan, {}, "model.layers.1.mlp.up_proj.weight with NaN or infinite values"),
         (too_large_for_half("model.norm.weight"), {}, "tensor model.norm.weight does not fit in float16"),
         (too_large_for_half("model.layers.1.mlp.up_proj.weight"), {}, "mlp.up_proj.weight does not fit in float16"),

@@ -1,6 +1,6 @@
 """Stored quantised weights -> dense float32 arrays: slow, plain numpy, and nothing of the project's `quant` package.
 
-    PYTHONPATH=. python tests/oracles/dequantise.py FOLDER [word|field|unmasked]
+    PYTHONPATH=. python tests/oracles/dequantize.py FOLDER [word|field|unmasked]
 
 Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ and llmcompressor write (shapes and packing:
 tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2 checkpoint.
@@ -31,16 +31,16 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.uint3
 AWQ_FIELD_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def dequantise(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
+def dequantize(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
     """Every tensor of the model in float32; a tied model has no lm_head.weight."""
     config = json.loads((folder / "config.json").read_text())
-    quantisation = quantisation_config(folder, config)
+    quantization = quantization_config(folder, config)
     stored = read_tensors(folder)
     dense: dict[str, Floats] = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
-        if kind == "qweight" and quantisation["quant_method"] == "gptq":
-            dense[f"{module}.weight"] = gptq_weight(stored, module, is_v1(quantisation), zeros)
+        if kind == "qweight" and quantization["quant_method"] == "gptq":
+            dense[f"{module}.weight"] = gptq_weight(stored, module, is_v1(quantization), zeros)
         elif kind == "qweight":
             dense[f"{module}.weight"] = awq_weight(stored, module)
         elif kind == "weight_packed":
@@ -54,14 +54,14 @@ def dequantise(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
     return dense
 
 
-def quantisation_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     inside: dict[str, Any] | None = config.get("quantization_config")
     return inside or json.loads((folder / "quantize_config.json").read_text())
 
 
-def is_v1(quantisation: dict[str, Any]) -> bool:
+def is_v1(quantization: dict[str, Any]) -> bool:
     """Whether a GPTQ checkpoint stores z - 1: AutoGPTQ 0.7.1 doesn't name its format, and it is this one."""
-    return (quantisation.get("checkpoint_format") or quantisation.get("format") or "gptq") == "gptq"
+    return (quantization.get("checkpoint_format") or quantization.get("format") or "gptq") == "gptq"
 
 
 def read_tensors(folder: Path) -> dict[str, Array]:
@@ -154,7 +154,7 @@ def compressed_weight(stored: dict[str, Array], module: str) -> Floats:
 
 def main() -> None:
     zeros: Any = sys.argv[2] if len(sys.argv) > 2 else "word"
-    for name, tensor in sorted(dequantise(Path(sys.argv[1]), zeros=zeros).items()):
+    for name, tensor in sorted(dequantize(Path(sys.argv[1]), zeros=zeros).items()):
         print(f"{name:60} {list(tensor.shape)!s:14} mean {tensor.mean():+.6f} std {tensor.std():.6f}")
 
 
