@@ -615,7 +615,7 @@ def test_every_flag_and_its_twin_do_the_same(flag: Flag, capsys: pytest.CaptureF
 
 
 def test_every_flag_of_tgi_is_known() -> None:
-    """The names in TGI 3.3.6's `launcher/src/main.rs`; and ours."""
+    """The table has the flags of TGI 3.3.6's launcher, and ours."""
     tgi = """model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype
         trust-remote-code max-concurrent-requests max-best-of max-stop-sequences max-top-n-tokens max-input-tokens
         max-input-length max-total-tokens waiting-served-ratio max-batch-prefill-tokens max-batch-total-tokens
