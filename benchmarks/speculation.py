@@ -121,7 +121,6 @@ class Engines:
 
     def __init__(self, config: EngineConfig, lengths: Sequence[int], *, has_tgi: bool) -> None:
         from engine.core import EngineCore
-        from engine.runner import BLOCK_SIZE
         from engine.scheduling.block_manager import BlockManager
         from engine.scheduling.ngram import propose_ngram
         from engine.scheduling.scheduler import Scheduler
@@ -130,10 +129,11 @@ class Engines:
         from engine.start import start_engine
 
         core: Any = start_engine(config)[0]
+        block_size = core.runner.block_size
         free = StepCosts({1: 1.0, 2: 1.0})  # TGI drafts always
 
         def make(speculator: Speculator | None) -> EngineCore:
-            blocks = BlockManager(KV_TOKENS // BLOCK_SIZE, BLOCK_SIZE, is_prefix_caching=False)
+            blocks = BlockManager(KV_TOKENS // block_size, block_size, is_prefix_caching=False)
             scheduler = Scheduler(
                 blocks,
                 max_batch_tokens=4096,

@@ -65,7 +65,7 @@ class EngineCore:
             result = self.runner.execute(batch)
             sampled = self.sampler.sample(batch, result.logits)
         with clock.update():
-            events = self.scheduler.update(batch, sampled, result.prompt_logprobs)
+            events = self.scheduler.update(batch, sampled, result.prompt_logprobs())
         self._learn(batch, clock.finish(events))
         return events
 

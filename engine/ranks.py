@@ -26,8 +26,9 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.exit_codes import RANK_LOST_EXIT_CODE
 from engine.link.ipc import RECEIVE_BYTES, encode_frame, take_frames
-from engine.runner import ModelRunner, StepInputs, StepResult
+from engine.runner import ModelRunner, StepResult
 from engine.scheduling.batch import ScheduledBatch
+from engine.step_inputs import StepInputs
 from parallel.connect import make_collectives
 from parallel.heartbeat import Heartbeat
 from parallel.state import ParallelState, RankLostError

@@ -19,7 +19,7 @@ from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
 from engine.ranks import Follower, Leader, Ranks
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
@@ -46,10 +46,12 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
     step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
+    block_size = prepared.runner.block_size
     num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
-    is_row_invariant = warm_up(runner, sample, step_limit, num_tokens)
+    is_row_invariant = warm_up(runner, sample, step_limit, num_tokens, block_size=block_size)
     # A step of one token has no place for a draft.
-    costs = measure_steps(runner, sample, num_tokens) if config.max_draft_tokens and num_tokens > 1 else None
+    has_drafts = config.max_draft_tokens and num_tokens > 1
+    costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     if ranks is not None:
@@ -106,7 +108,7 @@ def _plan(
         weights=loaded.weight_bytes,
         per_block=runner.kv_bytes_per_block(device.kv_dtype(loaded.dtype)),
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
-        block_size=BLOCK_SIZE,
+        block_size=runner.block_size,
     )
     free_bytes = loaded.free_bytes
     if ranks is not None:
@@ -122,7 +124,7 @@ def _make_core(
     folder = Path(config.model_path)
     eos_token_ids = read_eos_token_ids(folder, prepared.loaded.config)
     scheduler = Scheduler(
-        BlockManager(plan.num_blocks, BLOCK_SIZE, is_prefix_caching=config.is_prefix_caching),
+        BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size,

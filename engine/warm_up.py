@@ -10,7 +10,6 @@ import torch
 from engine.core import Runner
 from engine.link.errors import StartError
 from engine.link.messages import GenerationRequest, SamplingParams
-from engine.runner import BLOCK_SIZE
 from engine.sampling.sampler import Sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
@@ -25,7 +24,7 @@ MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 MEASUREMENTS = 3
 
 
-def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -> bool:
+def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int) -> bool:
     """Run a prompt, its last token alone, the prompt again; whether that token's logits had the same bits each time.
 
     Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
@@ -35,7 +34,7 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -
     prompt = [index % 16 for index in range(num_tokens)]
     request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
-    sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
+    sequence.block_table = list(range(-(-num_tokens // block_size)))
     results = []
     for count in (num_tokens, 1, num_tokens):
         sequence.num_computed_tokens = num_tokens - count
@@ -57,12 +56,12 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int) -
     return all(torch.equal(results[0], other) for other in results[1:])
 
 
-def measure_steps(runner: Runner, sample: Sample, most: int) -> StepCosts:
+def measure_steps(runner: Runner, sample: Sample, most: int, *, block_size: int) -> StepCosts:
     """Seconds of steps of a few rows each, `most` at most: the quickest of some, as others only disturb."""
     started = time.monotonic()
     request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=most)
     sequence = Sequence(request, arrival_time=started)
-    sequence.block_table = list(range(-(-most // BLOCK_SIZE)))
+    sequence.block_table = list(range(-(-most // block_size)))
     seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= most}
     for _ in range(MEASUREMENTS):
         for rows, measured in seconds.items():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -19,7 +22,10 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """One step's tokens: `num_seqs` sequences, each with some query tokens at the end of its known tokens."""
+    """One step's tokens: `num_seqs` sequences, each with some query tokens at the end of its known tokens.
+
+    Tensors are on the device. Their addresses stay while their sizes do, so that a graph may read them.
+    """
 
     query_start_loc: torch.Tensor
     """[num_seqs + 1] int32: sequence i's query tokens are rows `query_start_loc[i] : query_start_loc[i + 1]`."""
@@ -29,11 +35,19 @@ class AttentionMetadata:
     """[num_seqs, max_blocks] int32: the sequence's blocks, padded with 0."""
     slot_mapping: torch.Tensor
     """[num_tokens] int64: where each query token's KV goes, `block_id * block_size + offset`."""
+    work_items: torch.Tensor
+    """[num_items, numbers] int64: what `AttentionBackend.work_items` made of the step."""
+    host_query_start_loc: Sequence[int]
+    """`query_start_loc` in host memory: nothing is read back from the device."""
+    host_seq_lens: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer, in a layout that only its backend knows."""
+    """Keys and values of one layer, in a layout that only its backend knows.
+
+    A backend that stores more with them, as the scales of rounded keys, returns a subclass.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -42,14 +56,31 @@ class LayerCache:
 class AttentionBackend(Protocol):
     """Writes the step's keys and values into the cache and attends causally over it."""
 
+    block_sizes: ClassVar[Sequence[int]]
+    """Numbers of tokens that a block may have, the best one first."""
+    block_size: int
+    """The one in use."""
+    is_capturable: ClassVar[bool]
+    """Whether a graph may capture `forward`: it does the same work for all steps of the same sizes."""
+
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
         """Reasons why this backend can't serve such a model; empty if it can."""
 
-    def __init__(self, shape: AttentionShape, block_size: int) -> None: ...
+    def __init__(self, shape: AttentionShape, block_size: int) -> None:
+        """`block_size` is one of `block_sizes`."""
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Memory that a block of one layer takes if keys and values are stored in `dtype`, scales included."""
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Zeroed memory for one layer. Zeroed also so that it is resident from the start."""
+
+    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The parts [num_items, numbers] into which the backend divides a step, worked out on the host.
+
+        They travel to the device with the step's other numbers, and `prepare` finds them in the metadata.
+        """
 
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Whatever can be worked out once per step; handed to `forward` of every layer."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +157,7 @@ def _sum_values(scores, row, num_keys, head_dim, values, base, sums):  # type: i
 def _attend_item(  # type: ignore[no-untyped-def]
     item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out
 ):
-    """tiles [num_tiles, 4] int64: first query row, number of query rows, position of the first, sequence."""
+    """tiles: as `CpuAttention.work_items` makes them."""
     group = num_heads // num_kv_heads
     num_tiles = tiles.shape[0]
     kv_head = item // num_tiles
@@ -218,6 +219,9 @@ class _PreparedStep:
 class CpuAttention:
     """`base.AttentionBackend` for float32 activations with a float32 or bfloat16 cache."""
 
+    block_sizes = (BLOCK_SIZE,)
+    is_capturable = False
+
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
         if shape.head_dim % BLOCK_SIZE:
@@ -227,28 +231,44 @@ class CpuAttention:
     def __init__(self, shape: AttentionShape, block_size: int) -> None:
         if block_size != BLOCK_SIZE:
             raise ValueError(f"the CPU attention kernel has blocks of {BLOCK_SIZE} tokens, not {block_size}")
+        self.block_size = block_size
         self._shape = shape
         self._tile_tokens = max(1, MAX_TILE_ROWS // (shape.num_heads // shape.num_kv_heads))
         self._scale = np.float32(1 / math.sqrt(shape.head_dim))
 
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * self._cache_size(1) * dtype.itemsize
+
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        size = num_blocks * self._shape.num_kv_heads * BLOCK_SIZE * self._shape.head_dim
+        size = self._cache_size(num_blocks)
         # Written, not calloc'ed: the memory must be there before the server says that it is ready.
         keys, values = torch.empty(size, dtype=dtype).fill_(0), torch.empty(size, dtype=dtype).fill_(0)
         return LayerCache(keys, values)
 
-    def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
-        starts = metadata.query_start_loc.tolist()
+    def _cache_size(self, num_blocks: int) -> int:
+        """The number of keys, or of values, in so many blocks."""
+        return num_blocks * self._shape.num_kv_heads * BLOCK_SIZE * self._shape.head_dim
+
+    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Tiles [num_tiles, 4]: first query row, number of query rows, position of the first, sequence."""
         tiles = []
-        num_scores = 0
-        for sequence, seq_len in enumerate(metadata.seq_lens.tolist()):
-            num_queries = starts[sequence + 1] - starts[sequence]
-            num_scores += num_queries * seq_len
+        for sequence, seq_len in enumerate(seq_lens):
+            start = query_start_loc[sequence]
+            num_queries = query_start_loc[sequence + 1] - start
             for first in range(0, num_queries, self._tile_tokens):
                 num_tokens = min(self._tile_tokens, num_queries - first)
-                tiles.append((starts[sequence] + first, num_tokens, seq_len - num_queries + first, sequence))
-        tables = metadata.block_table.numpy(), metadata.slot_mapping.numpy()
-        return _PreparedStep(np.array(tiles, np.int64), *tables, is_parallel=num_scores >= PARALLEL_SCORES)
+                tiles.append((start + first, num_tokens, seq_len - num_queries + first, sequence))
+        return np.array(tiles, np.int64)
+
+    def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
+        starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
+        num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
+        return _PreparedStep(
+            metadata.work_items.numpy(),
+            metadata.block_table.numpy(),
+            metadata.slot_mapping.numpy(),
+            is_parallel=num_scores >= PARALLEL_SCORES,
+        )
 
     def forward(
         self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep, window: int | None = None

@@ -1,7 +1,11 @@
-"""Attention in plain torch: the twin the kernels are tested against, and what devices without a kernel run."""
+"""Attention in plain torch: the reference implementation, which also runs on every device without a kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -11,17 +15,27 @@ from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 class TorchAttention:
     """Gathers each sequence's keys and values and calls scaled_dot_product_attention."""
 
+    block_sizes = (16, 32, 64, 128)
+    is_capturable = False
+
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
         return []
 
     def __init__(self, shape: AttentionShape, block_size: int) -> None:
         self._shape = shape
-        self._block_size = block_size
+        self.block_size = block_size
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * self.block_size * self._shape.num_kv_heads * self._shape.head_dim * dtype.itemsize
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        size = (num_blocks * self._block_size, self._shape.num_kv_heads, self._shape.head_dim)
+        size = (num_blocks * self.block_size, self._shape.num_kv_heads, self._shape.head_dim)
         return LayerCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+
+    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+        """None: `forward` walks over the sequences."""
+        return np.empty((0, 0), np.int64)
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return metadata
@@ -34,10 +48,9 @@ class TorchAttention:
         query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         cache.keys[prepared.slot_mapping] = key.to(cache.keys.dtype)
         cache.values[prepared.slot_mapping] = value.to(cache.values.dtype)
-        starts = prepared.query_start_loc.tolist()
-        lengths = prepared.seq_lens.tolist()
+        starts = prepared.host_query_start_loc
         out = torch.empty_like(query)
-        for index, seq_len in enumerate(lengths):
+        for index, seq_len in enumerate(prepared.host_seq_lens):
             rows = slice(starts[index], starts[index + 1])
             slots = self._slots(prepared.block_table[index], seq_len)
             out[rows] = self._attend(query[rows], cache.keys[slots], cache.values[slots], window)
@@ -45,16 +58,16 @@ class TorchAttention:
 
     def _slots(self, block_row: torch.Tensor, seq_len: int) -> torch.Tensor:
         positions = torch.arange(seq_len, device=block_row.device)
-        return block_row.long()[positions // self._block_size] * self._block_size + positions % self._block_size
+        return block_row.long()[positions // self.block_size] * self.block_size + positions % self.block_size
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
         """query [n, num_heads, head_dim] are the last n of the key's and value's [seq_len, num_kv_heads, head_dim]."""
         num_queries, seq_len = query.shape[0], key.shape[0]
         positions = torch.arange(seq_len, device=query.device)
-        own = positions[seq_len - num_queries :, None]
-        is_visible = positions <= own  # [n, seq_len]
+        query_positions = positions[seq_len - num_queries :, None]
+        is_visible = positions <= query_positions  # [n, seq_len]
         if window is not None:
-            is_visible &= positions > own - window
+            is_visible &= positions > query_positions - window
         attended = functional.scaled_dot_product_attention(
             query.transpose(0, 1),
             key.transpose(0, 1).to(query.dtype),

@@ -176,12 +176,15 @@ class Rotary:
         """Make the table for positions below `num_positions`."""
         self.table = self._table(self._angles(torch.arange(num_positions)))
 
-    def prepare(self, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]) -> Rotation:
+    def prepare(
+        self, rows: torch.Tensor, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]
+    ) -> Rotation:
         """What a step rotates with: tokens `starts[i] : starts[i + 1]` are of a request with `prompt_lens[i]` tokens.
 
-        starts [num_seqs + 1], prompt_lens [num_seqs].
+        rows [num_tokens] int64 on the device and `positions` on the host are the same numbers; starts [num_seqs + 1],
+        prompt_lens [num_seqs].
         """
-        return Rotation(self.table, torch.tensor(positions, dtype=torch.int64).to(self._device, non_blocking=True))
+        return Rotation(self.table, rows)
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """positions [n] int64 -> [n, head_dim / 2] float32."""
@@ -203,16 +206,17 @@ class DynamicRotary(Rotary):
 
     is_prompt_dependent = True
 
-    def prepare(self, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]) -> Rotation:
-        rotation = super().prepare(positions, starts, prompt_lens)
+    def prepare(
+        self, rows: torch.Tensor, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]
+    ) -> Rotation:
         long_prompts = [
             (start, min(end, start + prompt_len - positions[start]), prompt_len)
             for start, end, prompt_len in zip(starts, starts[1:], prompt_lens, strict=False)
             if prompt_len > self.rope.original_window and positions[start] < prompt_len
         ]
         if not long_prompts:
-            return rotation
-        cos, sin = self.table.cos[rotation.rows], self.table.sin[rotation.rows]
+            return Rotation(self.table, rows)
+        cos, sin = self.table.cos[rows], self.table.sin[rows]
         for start, end, prompt_len in long_prompts:
             frequencies = self._frequencies(torch.tensor([prompt_len]))[0]
             part = self._table(torch.outer(torch.tensor(positions[start:end], dtype=torch.float32), frequencies))

@@ -10,7 +10,7 @@ from engine.build import load_model
 from engine.device import detect_device
 from engine.link.config import EngineConfig
 from engine.link.messages import GenerationRequest
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from engine.start import set_threads
@@ -25,7 +25,7 @@ def perplexity(config: EngineConfig, token_ids: SequenceOf[int], window: int = 5
     device = detect_device()
     loaded = load_model(config, device)
     runner = ModelRunner(loaded.model, device)
-    runner.allocate(-(-window // BLOCK_SIZE), device.kv_dtype(loaded.dtype), num_positions=window)
+    runner.allocate(-(-window // runner.block_size), device.kv_dtype(loaded.dtype), num_positions=window)
     return runner_perplexity(runner, token_ids, window)
 
 
@@ -40,10 +40,10 @@ def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: i
             has_prompt_logprobs=True,
         )
         sequence = Sequence(request, arrival_time=time.monotonic())
-        sequence.block_table = list(range(-(-sequence.num_tokens // BLOCK_SIZE)))
+        sequence.block_table = list(range(-(-sequence.num_tokens // runner.block_size)))
         batch = ScheduledBatch()
         batch.add(sequence, sequence.num_tokens)
-        logprobs = runner.execute(batch).prompt_logprobs
+        logprobs = runner.execute(batch).prompt_logprobs()
         total += math.fsum(logprobs)
         num_scored += len(logprobs)
     if not num_scored:

@@ -102,7 +102,9 @@ class Qwen2Stages:
     def _rotation(self, num_samples: int) -> Rotation:
         num_tokens = self._num_tokens
         starts = range(0, (num_samples + 1) * num_tokens, num_tokens)
-        return self._rotary.prepare([*range(num_tokens)] * num_samples, starts, [num_tokens] * num_samples)
+        positions = [*range(num_tokens)] * num_samples
+        rows = torch.tensor(positions, device=self._device)
+        return self._rotary.prepare(rows, positions, starts, [num_tokens] * num_samples)
 
     def _mask(self, window: int | None) -> torch.Tensor | None:
         """[tokens, tokens], True where a token is seen; None: all up to itself."""

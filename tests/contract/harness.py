@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 
+from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
 from engine.device import Device, find_cpu
 from engine.link.messages import GenerationRequest, SamplingParams, TokenEvent
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from engine.sampling.grammar import Grammars
 from engine.sampling.grammar_cpu import apply_masks
 from engine.sampling.sampler_cpu import sample

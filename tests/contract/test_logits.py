@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention.cpu import BLOCK_SIZE
 from engine.device import Device
-from engine.runner import BLOCK_SIZE
 from tests.contract.harness import (
     KERNELS,
     TWINS,

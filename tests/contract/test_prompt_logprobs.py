@@ -122,7 +122,7 @@ def test_only_some_rows_of_logits_exist_at_a_time(tiny_model_dir: Path, monkeypa
 def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> None:
     class BadRunner:
         def execute(self, batch: ScheduledBatch) -> StepResult:
-            return StepResult(torch.zeros(1, 8), [-1.0, float("nan"), *[-1.0] * 62])
+            return StepResult(torch.zeros(1, 8), [torch.tensor([-1.0, torch.nan, *[-1.0] * 62])])
 
     core = make_core(tiny_model_dir)
     core.runner = BadRunner()
@@ -145,11 +145,11 @@ def test_on_shards(size: int, tiny_model_dir: Path) -> None:
         core = make_core(tiny_model_dir, runner=runner, max_batch_tokens=100)
         core.take(make_request(3))
         first = core.scheduler.schedule()
-        result = runner.execute(first).prompt_logprobs
+        result = runner.execute(first).prompt_logprobs()
         sequence = first.scheduled[0].sequence
         sequence.num_computed_tokens, sequence.prompt_logprobs = 100, result or [0.0] * 100
         second = core.scheduler.schedule()
-        return result + runner.execute(second).prompt_logprobs
+        return result + runner.execute(second).prompt_logprobs()
 
     rank0, *others = run_ranks(size, work)
     assert rank0 == pytest.approx(expected_logprobs(tiny_model_dir, PROMPTS[3]), abs=1e-4)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler

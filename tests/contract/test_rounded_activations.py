@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
 from engine.link.config import EngineConfig
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler

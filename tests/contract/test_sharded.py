@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model, choose_quantization, make_model
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.loader import load_weights
 from engine.link.errors import StartError
-from engine.runner import BLOCK_SIZE, ModelRunner
+from engine.runner import ModelRunner
 from parallel.state import ParallelState
 from quant import awq, gptq
 from quant.config import resolve_quantization

@@ -51,7 +51,7 @@ def deal_blocks(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return tables
 
 
-def make_metadata(parts: list[Part]) -> AttentionMetadata:
+def make_metadata(backend: Any, parts: list[Part]) -> AttentionMetadata:
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + part.last - part.first)
@@ -61,13 +61,17 @@ def make_metadata(parts: list[Part]) -> AttentionMetadata:
         for position in range(part.first, part.last)
     ]
     widest = max(len(part.blocks) for part in parts)
+    seq_lens = [part.last for part in parts]
     return AttentionMetadata(
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=torch.tensor([part.last for part in parts], dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         block_table=torch.tensor(
             [part.blocks + [0] * (widest - len(part.blocks)) for part in parts], dtype=torch.int32
         ),
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        work_items=torch.from_numpy(backend.work_items(starts, seq_lens)),
+        host_query_start_loc=starts,
+        host_seq_lens=seq_lens,
     )
 
 
@@ -82,7 +86,7 @@ def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
 
 def run(backend: Any, cache: LayerCache, parts: list[Part], window: int | None = None) -> list[torch.Tensor]:
     """Run one step. Returns the output rows of each part."""
-    prepared = backend.prepare(make_metadata(parts))
+    prepared = backend.prepare(make_metadata(backend, parts))
     qkv = torch.cat([part.qkv[part.first : part.last] for part in parts])
     out = backend.forward(qkv, cache, prepared, window)
     return list(out.split([part.last - part.first for part in parts]))
@@ -244,6 +248,16 @@ def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int) -> None:
     first_group = out.view(length, 4, 16)[:, :2]
     assert first_group.isnan().all()
     assert not out.view(length, 4, 16)[:, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("backend_class", [CpuAttention, TorchAttention])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+def test_a_cache_takes_what_the_backend_says(backend_class: Any, dtype: torch.dtype) -> None:
+    for block_size in backend_class.block_sizes:
+        backend = backend_class(SHAPES[0], block_size)
+        cache = backend.allocate(NUM_BLOCKS, dtype, torch.device("cpu"))
+        assert cache.keys.nbytes + cache.values.nbytes == NUM_BLOCKS * backend.block_bytes(dtype)
+        assert backend.block_size == block_size
 
 
 def test_what_the_backend_cannot_serve() -> None:

@@ -1,0 +1,127 @@
+"""A step's numbers where the kernels read them: one array, filled once a step, and one copy of it to the device.
+
+Every list has a section of the array, whose place stays while the section is large enough: sections grow by doubling
+and never shrink. The tensors of a step are views of their sections. On a CPU these are the host's own array, and
+nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.attention.base import AttentionMetadata
+from engine.step_inputs import StepInputs
+
+SECTIONS: dict[str, torch.dtype] = {
+    "query_start_loc": torch.int32,
+    "seq_lens": torch.int32,
+    "logits_indices": torch.int64,
+    "scored_indices": torch.int64,
+    "scored_token_ids": torch.int64,
+    "input_ids": torch.int64,
+    "positions": torch.int64,
+    "slot_mapping": torch.int64,
+    "work_items": torch.int64,
+    "block_table": torch.int32,
+}
+"""Name -> dtype, in the order in which the sections lie in the array."""
+MIN_SECTION_WORDS = 64
+"""Words of 8 bytes that a section has from the start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTensors:
+    """One step's numbers on the device, as `StepInputs` describes them. The next step overwrites them."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    logits_indices: torch.Tensor
+    scored_indices: torch.Tensor
+    scored_token_ids: torch.Tensor
+    attention: AttentionMetadata
+
+
+class StepBuffers:
+    """Memory for the numbers of one step at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._capacities = dict.fromkeys(SECTIONS, MIN_SECTION_WORDS)
+        self._shapes: list[tuple[int, ...]] = []
+        self._allocate()
+
+    def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> StepTensors:
+        """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it."""
+        values = {name: getattr(inputs, name) for name in SECTIONS if name != "work_items"}
+        values["work_items"] = work_items
+        shapes = [_shape(values[name]) for name in SECTIONS]
+        if shapes != self._shapes:
+            self._make_views(shapes)
+        for name, array in self._arrays.items():
+            array[...] = values[name]
+        if self._words is not self._host_words:
+            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        tensors = self._tensors
+        return StepTensors(
+            input_ids=tensors["input_ids"],
+            positions=tensors["positions"],
+            logits_indices=tensors["logits_indices"],
+            scored_indices=tensors["scored_indices"],
+            scored_token_ids=tensors["scored_token_ids"],
+            attention=AttentionMetadata(
+                query_start_loc=tensors["query_start_loc"],
+                seq_lens=tensors["seq_lens"],
+                block_table=tensors["block_table"],
+                slot_mapping=tensors["slot_mapping"],
+                work_items=tensors["work_items"],
+                host_query_start_loc=inputs.query_start_loc,
+                host_seq_lens=inputs.seq_lens,
+            ),
+        )
+
+    def _allocate(self) -> None:
+        num_words = sum(self._capacities.values())
+        is_host = self._device.type == "cpu"
+        is_pinned = not is_host and torch.accelerator.is_available()
+        self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
+
+    def _make_views(self, shapes: list[tuple[int, ...]]) -> None:
+        """Arrays to write to and tensors to read from, of these shapes; sections that are too small grow first."""
+        sizes = [_num_words(shape, dtype) for shape, dtype in zip(shapes, SECTIONS.values(), strict=True)]
+        if any(size > capacity for size, capacity in zip(sizes, self._capacities.values(), strict=True)):
+            for name, size in zip(SECTIONS, sizes, strict=True):
+                while self._capacities[name] < size:
+                    self._capacities[name] *= 2
+            self._allocate()
+        self._shapes = shapes
+        self._arrays: dict[str, npt.NDArray[np.generic]] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        first = 0
+        for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
+            self._arrays[name] = _view(self._host_words, first, shape, SECTIONS[name]).numpy()
+            self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
+            self._num_words = first + size
+            first += self._capacities[name]
+
+
+def _shape(values: list[int] | list[list[int]] | npt.NDArray[np.int64]) -> tuple[int, ...]:
+    if isinstance(values, np.ndarray):
+        return values.shape
+    if values and isinstance(values[0], list):
+        return len(values), len(values[0])
+    return (len(values),)
+
+
+def _num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // torch.int64.itemsize)
+
+
+def _view(words: torch.Tensor, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of `dtype` that begin at word `first`."""
+    return words[first:].view(dtype)[: math.prod(shape)].view(shape)

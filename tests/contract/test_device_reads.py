@@ -1,0 +1,155 @@
+"""Between the start of a step and its sampled ids nothing reads what the device has computed.
+
+On a GPU each such read waits for all that was launched. Here the tensors lie in host memory, where a read costs
+nothing, so it is forbidden: operations that give torch's callers a number, and methods that give one without an
+operation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.build import build_model
+from engine.checkpoint.files import read_model_config
+from engine.device import Device
+from engine.layers.torch import TorchOps
+from engine.link.messages import GenerationRequest
+from engine.runner import ModelRunner
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.sequence import Sequence
+from tests.contract.harness import KERNELS, random_ids
+
+REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch", matrices="torch")
+
+READING_OPERATIONS = "aten::_local_scalar_dense aten::nonzero aten::equal aten::is_nonzero aten::masked_select".split()
+READING_METHODS = "tolist item __bool__ __int__ __float__ __index__ __contains__".split()
+
+
+class ReadError(AssertionError):
+    """Something has read device data."""
+
+
+class NoReads(TorchDispatchMode):
+    """Raises ReadError for operations that wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0]
+        is_masked = name.startswith("aten::index") and _has_mask(args)
+        if name in READING_OPERATIONS or is_masked or _leaves_device(args, result):
+            raise ReadError(name)
+        return result
+
+
+def _has_mask(args: Any) -> bool:
+    indices = [index for arg in args if isinstance(arg, list | tuple) for index in arg]
+    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+
+
+def _leaves_device(args: Any, result: Any) -> bool:
+    """Whether a tensor of a device has become one in host memory; true of nothing on a CPU."""
+    sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    is_on_device = any(source.device.type != "cpu" for source in sources)
+    return is_on_device and isinstance(result, torch.Tensor) and result.device.type == "cpu"
+
+
+@pytest.fixture
+def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Forbids methods of tensors from now on; more of them by name."""
+
+    def forbid(*more: str) -> None:
+        def refuse(name: str) -> Callable[..., Any]:
+            def read(*args: Any, **kwargs: Any) -> Any:
+                raise ReadError(name)
+
+            return read
+
+        for name in (*READING_METHODS, *more):
+            monkeypatch.setattr(torch.Tensor, name, refuse(name))
+
+    yield forbid
+    monkeypatch.undo()
+
+
+def make_runner(folder: Path, device: Device) -> ModelRunner:
+    runner = ModelRunner(build_model(read_model_config(folder), folder, torch.float32, device), device)
+    runner.allocate(32, torch.float32, num_positions=256)
+    return runner
+
+
+def make_batch() -> ScheduledBatch:
+    """A whole prompt that is scored, a chunk of one, a token with a draft of two."""
+    batch = ScheduledBatch()
+    for number, (num_computed, num_tokens, draft) in enumerate([(0, 70, []), (16, 20, []), (69, 1, [3, 4])]):
+        request = GenerationRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=random_ids(70, seed=number),
+            max_new_tokens=1,
+            has_prompt_logprobs=number == 0,
+        )
+        sequence = Sequence(request, arrival_time=0.0)
+        sequence.block_table = list(range(5 * number, 5 * number + 5))
+        sequence.num_computed_tokens = num_computed
+        batch.add(sequence, num_tokens, draft)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("device", "more"),
+    [(KERNELS, []), (REFERENCES, ["numpy", "cpu"])],  # CPU kernels take their arrays of tensors
+    ids=["kernels", "references"],
+)
+def test_a_step_reads_nothing(
+    tiny_model_dir: Path,
+    device: Device,
+    more: list[str],
+    no_reads: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner, batch = make_runner(tiny_model_dir, device), make_batch()
+    expected = runner.execute(batch)
+    assert len(expected.scores) == 2, "69 scored tokens are two pieces"
+    no_reads(*more)
+    with NoReads():
+        result = runner.execute(batch)
+    monkeypatch.undo()
+    assert torch.equal(result.logits, expected.logits)
+    assert result.prompt_logprobs() == expected.prompt_logprobs()
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda x: x[0, 0].item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.isfinite().all()),
+    "branch": lambda x: 1 if x[0, 0] > 0 else 0,
+    "index": lambda x: [0, 1][x[0, 0].long() * 0],
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "equal": lambda x: torch.equal(x, x),
+    "numpy": lambda x: x.numpy(),
+    "host": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_read_is_found(
+    tiny_model_dir: Path, fault: str, no_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, batch = make_runner(tiny_model_dir, REFERENCES), make_batch()
+    silu_and_mul = TorchOps.silu_and_mul
+
+    def planted(ops: TorchOps, gate_up: torch.Tensor) -> torch.Tensor:
+        FAULTS[fault](gate_up)
+        return silu_and_mul(ops, gate_up)
+
+    monkeypatch.setattr(TorchOps, "silu_and_mul", planted)
+    no_reads("numpy", "cpu")
+    with NoReads(), pytest.raises(ReadError):
+        runner.execute(batch)
