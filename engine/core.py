@@ -23,9 +23,10 @@ HEARTBEAT_S = 1.0
 
 
 class Runner(Protocol):
-    """What the core needs of `engine.runner.ModelRunner`."""
+    """Computes a step: `engine.runner.ModelRunner`, or rank 0's, which lets the other ranks compute it, too."""
 
-    def execute(self, batch: ScheduledBatch) -> StepResult: ...
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """The logits of the batch's rows, and the logprobs of its scored tokens."""
 
 
 class EngineCore:
@@ -79,7 +80,7 @@ class EngineCore:
             self.costs.observe(batch.num_tokens, seconds)
 
     def take(self, message: Down) -> None:
-        """A request, an abort or a goodbye, between steps."""
+        """Take in a request, an abort or a goodbye, between steps."""
         if isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
             self.grammars.abort(message.request_id)
@@ -91,7 +92,7 @@ class EngineCore:
             self.scheduler.add(message)
 
     def take_compiled(self) -> list[TokenEvent]:
-        """Let the requests go on whose grammars are ready; the events are the ends of those that have none."""
+        """Schedule the requests whose grammars are ready; the events end those whose grammars cannot be compiled."""
         events = []
         for compiled in self.grammars.take_compiled():
             if compiled.error is not None:
@@ -101,7 +102,7 @@ class EngineCore:
         return events
 
     def fail_all(self, error: str) -> list[TokenEvent]:
-        """End every request with `error`, those whose grammars are not ready, too."""
+        """End every request with `error`, also those whose grammars are not ready."""
         compiling = self.grammars.abort_all()
         return self.scheduler.fail_all(error) + [TokenEvent(request_id=name, error=error) for name in compiling]
 

@@ -18,14 +18,13 @@ from engine.scheduling.step_limit import StepLimit
 
 logger = logging.getLogger(__name__)
 
-
 WARM_UP_TOKENS = 64
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 MEASUREMENTS = 3
 
 
 def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int) -> bool:
-    """Run a prompt, its last token alone, the prompt again; whether that token's logits had the same bits each time.
+    """Run a prompt, its last token alone, the prompt again; True if that token's logits had the same bits each time.
 
     Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
     """
@@ -56,13 +55,13 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
     return all(torch.equal(results[0], other) for other in results[1:])
 
 
-def measure_steps(runner: Runner, sample: Sample, most: int, *, block_size: int) -> StepCosts:
-    """Seconds of steps of a few rows each, `most` at most: the quickest of some, as others only disturb."""
+def measure_steps(runner: Runner, sample: Sample, max_rows: int, *, block_size: int) -> StepCosts:
+    """Measure steps of up to `max_rows` rows, the quickest of some each: other processes only make a step slower."""
     started = time.monotonic()
-    request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=most)
+    request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=max_rows)
     sequence = Sequence(request, arrival_time=started)
-    sequence.block_table = list(range(-(-most // block_size)))
-    seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= most}
+    sequence.block_table = list(range(-(-max_rows // block_size)))
+    seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= max_rows}
     for _ in range(MEASUREMENTS):
         for rows, measured in seconds.items():
             batch = ScheduledBatch()
@@ -70,7 +69,7 @@ def measure_steps(runner: Runner, sample: Sample, most: int, *, block_size: int)
             step_started = time.monotonic()
             sample(runner.execute(batch).logits, [SamplingParams()] * rows, list(range(rows)))
             measured.append(time.monotonic() - step_started)
-    # No count is dearer than a larger one: what looks so was disturbed each time.
+    # No count costs more than a larger one: a step that seems to was disturbed each time.
     quickest = {rows: min(min(seconds[more]) for more in seconds if more >= rows) for rows in seconds}
     logger.info(
         "Steps by rows: %s (measured in %.1f s)",

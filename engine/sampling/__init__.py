@@ -1,1 +1,4 @@
-"""From logits to tokens: penalties, grammar masks, the draw. May import `engine.link` and `engine.scheduling`."""
+"""The room between logits and tokens: penalties, grammar masks, the draw. It works on whole batches and keeps no text.
+
+Beside its own files it may import `engine.link`, `engine.scheduling` and `quant`.
+"""

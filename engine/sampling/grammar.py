@@ -1,7 +1,7 @@
 """Structured output: grammars are compiled beside the steps, and each step's logits are masked by them.
 
-llguidance (https://github.com/guidance-ai/llguidance) does the parsing; all of it is in rank 0, which samples. A
-request waits here until its grammar is compiled, then its sequence carries the place that its output has reached.
+llguidance (https://github.com/guidance-ai/llguidance) does the parsing, on rank 0 alone, which samples. A request waits
+here until its grammar is compiled; then its sequence carries the place that its output has reached.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MASKS: dict[str, str] = {
 """
 
 MAX_COMPILED = 32
-"""Compiled grammars that are kept, as many as TGI keeps."""
+"""Compiled grammars that are kept, as many as in TGI; the least recently used goes first."""
 WORD_BITS = 32
 
 
@@ -52,7 +52,7 @@ class ApplyMasks(Protocol):
 
 
 class MatchedGrammar:
-    """`engine.scheduling.sequence.OutputGrammar` by a matcher of its own."""
+    """A sequence's `OutputGrammar` (`engine.scheduling.sequence`), which has a matcher of its own."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
@@ -68,7 +68,7 @@ class MatchedGrammar:
         return self.matcher.compute_ff_tokens()
 
     def check(self) -> bool:
-        """Whether the matcher has failed, as it does over its limits; sets `error`."""
+        """True if the matcher has failed, as it does over its limits; sets `error` then."""
         if self.matcher.is_error():
             self.error = f"the output cannot be held to the grammar: {_first_line(self.matcher.get_error())}"
         return self.error is not None
@@ -76,11 +76,11 @@ class MatchedGrammar:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A request that has waited for its grammar; just one of `grammar` and `error` is there."""
+    """A request that has waited for its grammar; one of `grammar` and `error` is None."""
 
     request: GenerationRequest
     arrival_time: float
-    """By `time.monotonic()`."""
+    """`time.monotonic()` when the request came."""
     grammar: MatchedGrammar | None = None
     error: str | None = None
 
@@ -105,11 +105,11 @@ class Grammars:
     ) -> None:
         """`vocab_size` is that of the logits, `num_threads` compute masks.
 
-        Nothing is read before the first grammar is there: llguidance takes about a second and 190 MB to read the
-        vocabulary of Qwen2, and who sends no grammar shall not pay for it. Nor is `apply_masks` called before.
+        The tokenizer is read, and `apply_masks` called, when the first grammar comes: llguidance takes about a second
+        and 190 MB to read the vocabulary of Qwen2, which is not spent where nobody sends a grammar.
         """
         self.on_compiled: Callable[[], None] = lambda: None
-        """Called on that thread whenever a compilation has ended."""
+        """Called on the compiling thread whenever a compilation has ended."""
         self._tokenizer_file = tokenizer_file
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
@@ -120,25 +120,25 @@ class Grammars:
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def compile(self, request: GenerationRequest) -> None:
-        """Begin; the request comes out of `take_compiled`, or is aborted here."""
+        """Begin to compile a request's grammar; the request comes out of `take_compiled`, or is aborted here."""
         assert request.grammar is not None
         matcher = self._thread.submit(self._compile, request.grammar)
         self._compiling[request.request_id] = _Compilation(request, time.monotonic(), matcher)
         matcher.add_done_callback(lambda _: self.on_compiled())
 
     def take_compiled(self) -> list[Compiled]:
-        """The requests whose grammars are ready, or have turned out to be none."""
+        """Hand out the requests whose grammars are ready or cannot be compiled."""
         ended = [name for name, compilation in self._compiling.items() if compilation.matcher.done()]
         return [_outcome(self._compiling.pop(name)) for name in ended]
 
     def abort(self, request_id: str) -> None:
-        """Forget a request whose grammar is not ready; another one is ignored."""
+        """Forget a request whose grammar is not ready; any other id is ignored."""
         compilation = self._compiling.pop(request_id, None)
         if compilation is not None:
             compilation.matcher.cancel()
 
     def abort_all(self) -> list[str]:
-        """Forget them all; their ids."""
+        """Forget all requests whose grammars are not ready; their ids."""
         request_ids = list(self._compiling)
         for request_id in request_ids:
             self.abort(request_id)
@@ -176,7 +176,7 @@ class Grammars:
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
     def _compile(self, text: str) -> LLMatcher:
-        """On the thread. Raises GenerationError."""
+        """A matcher at the beginning of the grammar `text`, on the compiling thread. Raises GenerationError."""
         matcher = self._cache.get(text)
         if matcher is None:
             limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
@@ -191,7 +191,7 @@ class Grammars:
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """Read on the thread, which also compiles what the first mask needs. Raises GenerationError."""
+        """Read on the compiling thread, which also compiles the kernel of `apply_masks`. Raises GenerationError."""
         if not self._eos_token_ids:
             raise GenerationError("the model has no end-of-sequence token, so no grammar could end")
         try:
@@ -226,10 +226,10 @@ def _outcome(compilation: _Compilation) -> Compiled:
 
 
 def _first_line(text: str) -> str:
-    """Without the parser's state, which follows."""
+    """The message of an llguidance error, without the parser's state that follows it."""
     return text.strip().split("\n", 1)[0]
 
 
 def num_words(vocab_size: int) -> int:
-    """Of a mask with a bit for each token."""
+    """Words of a mask that has a bit for each token."""
     return -(-vocab_size // WORD_BITS)

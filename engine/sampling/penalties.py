@@ -1,8 +1,8 @@
-"""What changes a step's logits for the sake of the tokens that a sequence has already, and by the request's own wish.
+"""Penalties, biases and the watermark: they change a step's logits by the request's parameters and its tokens so far.
 
-In this order (reference `tgi-http.md` 5.1; logit_bias is OpenAI's): watermark, repetition penalty, TGI's relative
-frequency penalty, OpenAI's frequency and presence penalties, logit_bias. Each row depends on the tokens of its own
-sequence alone, never on padding or on who else is in the step. A row of a draft has the tokens of the draft before it.
+The order is TGI's, then OpenAI's: watermark, repetition penalty, TGI's relative frequency penalty, OpenAI's frequency
+and presence penalties, logit_bias. Each row depends on the tokens of its own sequence alone, never on padding or on who
+else is in the step. A row of a draft has the tokens of the draft before it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 from engine.scheduling.sequence import Sequence
 
 WATERMARK_KEY = 15485863
-"""TGI's hash key: with the previous token it seeds the choice of the green list (5.5)."""
+"""TGI's hash key: its product with the previous token seeds the choice of the green list."""
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
 def is_counting(params: SamplingParams) -> bool:
-    """Whether it matters how often which token is there."""
+    """True if a token's logit depends on how often it is there."""
     return (
         params.repetition_penalty != 1.0
         or params.relative_frequency_penalty != 0.0
@@ -38,14 +38,14 @@ def is_counting(params: SamplingParams) -> bool:
 
 
 def is_adjusting(params: SamplingParams) -> bool:
-    """Whether the request wants its logits changed at all."""
+    """True if the request wants its logits changed at all."""
     return is_counting(params) or params.is_watermarked or bool(params.logit_bias)
 
 
 class TokenCounts:
-    """How often each token is in a sequence and in its output; kept up as tokens come, and go again with a draft.
+    """How often each token is in a sequence and in its output; tokens are added as they come, a draft's removed again.
 
-    Three columns with a place for each distinct token, in the order in which tokens were first seen.
+    Three columns have a place for each distinct token, in the order in which tokens were first seen.
     """
 
     def __init__(self, prompt_token_ids: list[int]) -> None:
@@ -57,7 +57,7 @@ class TokenCounts:
         self.num_tokens = len(prompt_token_ids)
 
     def add(self, token_id: int) -> None:
-        """One more token of output."""
+        """Count one more token of output."""
         place = self._place_of.setdefault(token_id, len(self._token_ids))
         if place == len(self._token_ids):
             self._token_ids.append(token_id)
@@ -77,7 +77,7 @@ class TokenCounts:
             del self._place_of[token_id], self._token_ids[place], self._in_all[place], self._in_output[place]
 
     def columns(self) -> tuple[Integers, Integers, Integers]:
-        """Copies [distinct tokens]: token ids, how often each is in prompt and output, how often in the output."""
+        """Copies [distinct tokens]: token ids, their counts in prompt and output, their counts in the output."""
         return np.array(self._token_ids), np.array(self._in_all), np.array(self._in_output)
 
 
@@ -85,7 +85,7 @@ class Penalties:
     """Adjusts the logits of a step; keeps the counts of the sequences that want them for as long as they live."""
 
     def __init__(self, watermark_gamma: float = 0.5, watermark_delta: float = 2.0) -> None:
-        """`watermark_gamma`: share of the vocabulary on the green list, which gets `watermark_delta`."""
+        """`watermark_gamma` is the part of the vocabulary on the green list, which gains `watermark_delta`."""
         self._watermark_gamma = watermark_gamma
         self._watermark_delta = watermark_delta
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
@@ -122,12 +122,12 @@ class Penalties:
             logits[biased.indices(logits.device)] += biases_of_all
 
     def _green_list(self, previous: int, vocab_size: int) -> torch.Tensor:
-        """Token ids [int(vocab_size * gamma)]; on any device those that TGI finds on a CPU."""
+        """Token ids [int(vocab_size * gamma)], on any device those that TGI draws on a CPU."""
         generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
         return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * self._watermark_gamma)]
 
     def _count(self, scheduled: ScheduledSequence, counted: _Places) -> None:
-        """Add what the sequence's rows are penalised by."""
+        """Add the penalties of the sequence's rows to `counted`."""
         sequence = scheduled.sequence
         params = sequence.request.sampling
         counts = self._counts.get(sequence)
@@ -161,7 +161,7 @@ class _Places:
         return bool(self._rows)
 
     def add(self, row: int, token_ids: Integers, *numbers: npt.NDArray[Any]) -> None:
-        """Of one row: token_ids [n], and arrays [n]."""
+        """Add one row's places: token_ids [n], and for each kind of number an array [n]."""
         self._rows.append(np.full(len(token_ids), row))
         self._token_ids.append(token_ids)
         self._numbers.append(numbers)

@@ -8,6 +8,7 @@ model's own distribution take another look at the row, or at its copy, where it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -24,28 +25,33 @@ CHUNK = 512
 FIRST_CANDIDATES = 64
 """Top-p looks among this many best tokens first, then among 8 times as many, and so on."""
 NUM_BINS = 4096
-"""Of distances from the entropy, for typical-p."""
+"""Bins of distances from the entropy, for typical-p."""
 GREEDY = 0.0
 """The kernel's temperature for greedy rows."""
-LEAST, MOST = np.float32(-np.inf), np.float32(np.inf)
-"""The bounds of allowed logits where nothing is filtered."""
-LEAST_FINITE = np.finfo(np.float32).min
 
-WANTED = np.dtype(
+NO_MIN, NO_MAX = np.float32(-np.inf), np.float32(np.inf)
+"""The bounds of allowed logits where nothing is filtered."""
+MIN_FINITE = np.finfo(np.float32).min
+
+PARAMETERS: dict[str, tuple[type, Callable[[SamplingParams], float]]] = {
+    "temperature": (np.float32, lambda p: GREEDY if p.seed is None else max(p.temperature, MIN_TEMPERATURE)),
+    "top_k": (np.int64, lambda p: p.top_k),
+    "top_p": (np.float64, lambda p: p.top_p),
+    "log_min_p": (np.float32, log_min_p),
+    "typical_p": (np.float64, lambda p: p.typical_p),
+    "num_top": (np.int64, lambda p: p.num_top_tokens),
+    "is_filtered": (np.int64, lambda p: p.is_logprob_filtered),
+}
+"""Field of a row's specification -> its type, and its value by the request's parameters."""
+SPEC = np.dtype(
     [
-        ("temperature", np.float32),
-        ("top_k", np.int64),
-        ("top_p", np.float64),
-        ("log_min_p", np.float32),
-        ("typical_p", np.float64),
+        *((name, kind) for name, (kind, _) in PARAMETERS.items()),
         ("number", np.float64),  # in [0, 1): what is drawn
-        ("num_top", np.int64),
-        ("is_filtered", np.int64),  # logprobs are of the distribution drawn from
-        ("raw_row", np.int64),  # of the row among the copies, -1: it is not there
+        ("raw_row", np.int64),  # the row's place among the copies, -1: it is not there
     ],
     align=True,
 )
-"""What a row asks for."""
+"""What the kernel knows of a row beside its logits."""
 RESULT = np.dtype(
     [
         ("token", np.int64),
@@ -55,8 +61,8 @@ RESULT = np.dtype(
         ("best", np.float32),
         ("scale", np.float32),
         ("log_total", np.float64),
-        ("least", np.float32),
-        ("most", np.float32),
+        ("min_logit", np.float32),
+        ("max_logit", np.float32),
         ("num_listed", np.int64),
     ],
     align=True,
@@ -69,22 +75,22 @@ def _exp(value):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def _largest(logits, start, size):  # type: ignore[no-untyped-def]
+def _best(logits, start, size):  # type: ignore[no-untyped-def]
     best = splat(np.float32(-np.inf))
     whole = size - size % LANES
     for i in range(start, start + whole, LANES):
         best = max_of(best, load(logits, i))
-    largest = max_lanes(best)
+    max_logit = max_lanes(best)
     for i in range(start + whole, start + size):
-        largest = max(largest, logits[i])
-    return largest
+        max_logit = max(max_logit, logits[i])
+    return max_logit
 
 
 @njit(**FAST)
-def _mass(logits, start, size, best, scale, least, most):  # type: ignore[no-untyped-def]
-    """Sum of exp((logit - best) * scale) over the logits that are not below `least` and not above `most`."""
+def _mass(logits, start, size, best, scale, min_logit, max_logit):  # type: ignore[no-untyped-def]
+    """Sum of exp((logit - best) * scale) over the logits that are not below `min_logit` and not above `max_logit`."""
     total = np.float64(0.0)
-    if least == LEAST and most == MOST:
+    if min_logit == NO_MIN and max_logit == NO_MAX:
         whole = size - size % LANES
         lanes_sum, offset, factor = zeros(), splat(best), splat(scale)
         for i in range(start, start + whole, LANES):
@@ -92,17 +98,17 @@ def _mass(logits, start, size, best, scale, least, most):  # type: ignore[no-unt
         total += np.float64(sum_lanes(lanes_sum))
         start, size = start + whole, size - whole
     for i in range(start, start + size):
-        if not logits[i] < least and not logits[i] > most:  # so that a NaN counts, and shows in the total
+        if not logits[i] < min_logit and not logits[i] > max_logit:  # so that a NaN counts, and shows in the total
             total += np.float64(_exp((logits[i] - best) * scale))
     return total
 
 
 @njit(**FAST)
-def _total(logits, start, size, best, scale, least, most):  # type: ignore[no-untyped-def]
+def _total(logits, start, size, best, scale, min_logit, max_logit):  # type: ignore[no-untyped-def]
     """The mass of a whole row, chunk by chunk: a float32 sum of a whole vocabulary would be off by 1e-5."""
     total = np.float64(0.0)
     for first in range(0, size, CHUNK):
-        total += _mass(logits, start + first, min(CHUNK, size - first), best, scale, least, most)
+        total += _mass(logits, start + first, min(CHUNK, size - first), best, scale, min_logit, max_logit)
     return total
 
 
@@ -130,49 +136,49 @@ def _keep_best(logits, start, size, count):  # type: ignore[no-untyped-def]
 @njit(**FAST)
 def _threshold(logits, start, size, best, scale, top_k, top_p):  # type: ignore[no-untyped-def]
     """The smallest logit that may be chosen; ties with it may be, too."""
-    least = np.float32(-np.inf)
+    min_logit = np.float32(-np.inf)
     if 0 < top_k < size:
-        least = _keep_best(logits, start, size, top_k)[top_k - 1]
+        min_logit = _keep_best(logits, start, size, top_k)[top_k - 1]
     if top_p >= 1.0:
-        return least
-    wanted = top_p * _total(logits, start, size, best, scale, least, MOST)
+        return min_logit
+    mass = top_p * _total(logits, start, size, best, scale, min_logit, NO_MAX)
     count = min(FIRST_CANDIDATES, size)
     while True:
         candidates = _keep_best(logits, start, size, count)
         reached = np.float64(0.0)
         for value in candidates:
-            if value < least:
-                return least
+            if value < min_logit:
+                return min_logit
             reached += np.float64(_exp((value - best) * scale))
-            if reached >= wanted:
+            if reached >= mass:
                 return value
         if count == size:
-            return least
+            return min_logit
         count = min(8 * count, size)
 
 
 @njit(**FAST)
-def _typical_bounds(logits, start, size, best, scale, least, typical_p):  # type: ignore[no-untyped-def]
+def _typical_bounds(logits, start, size, best, scale, min_logit, typical_p):  # type: ignore[no-untyped-def]
     """The smallest and the largest logit of the tokens whose surprise is nearest to the entropy.
 
-    For scaled logits z with normaliser log t, a token's surprise is log t - z and the entropy log t - E[z]: they are
+    For scaled logits z with normalizer log t, a token's surprise is log t - z and the entropy log t - E[z]: they are
     |z - E[z]| apart, so that what is allowed lies between two logits. Masses are added up in bins of that distance, and
     only the bin in which they reach `typical_p` is sorted.
     """
     masses = np.zeros(size, np.float32)
     total = weighted = np.float64(0.0)
     for i in range(size):
-        if logits[start + i] >= least:
+        if logits[start + i] >= min_logit:
             z = (logits[start + i] - best) * scale
             masses[i] = _exp(z)
             if masses[i] > 0.0:
                 total += masses[i]
                 weighted += np.float64(masses[i]) * z
     if not total > 0.0:  # no number can be drawn, and the draw will say so
-        return least, MOST
+        return min_logit, NO_MAX
     centre = np.float32(weighted / total)
     distances = np.abs((logits[start : start + size] - best) * scale - centre)
-    distances[masses == 0.0] = np.float32(0.0)  # they have no part in anything
+    distances[masses == 0.0] = np.float32(0.0)  # without a mass they count nowhere
     per_unit = np.float32(NUM_BINS - 1) / max(distances.max(), np.float32(1e-30))
     bins = np.zeros(NUM_BINS, np.float64)
     for i in range(size):
@@ -182,35 +188,35 @@ def _typical_bounds(logits, start, size, best, scale, least, typical_p):  # type
         if reached + bins[bin] < typical_p * total:
             reached += bins[bin]
             continue
-        found = np.flatnonzero(masses > 0.0)
-        found = found[(distances[found] * per_unit).astype(np.int64) == bin]
-        found = found[np.argsort(distances[found])]
-        for i in found:
+        members = np.flatnonzero(masses > 0.0)
+        members = members[(distances[members] * per_unit).astype(np.int64) == bin]
+        members = members[np.argsort(distances[members])]
+        for i in members:
             reached += masses[i]
             if reached >= typical_p * total:
                 return _bounds(logits, start, masses, distances, distances[i])
-    return least, MOST
+    return min_logit, NO_MAX
 
 
 @njit(**FAST)
 def _bounds(logits, start, masses, distances, furthest):  # type: ignore[no-untyped-def]
     """The smallest and the largest logit of the tokens that have a mass and are no further than `furthest`."""
-    least, most = MOST, LEAST
+    min_logit, max_logit = NO_MAX, NO_MIN
     for i in range(len(distances)):
         if masses[i] > 0.0 and distances[i] <= furthest:
-            least, most = min(least, logits[start + i]), max(most, logits[start + i])
-    return least, most
+            min_logit, max_logit = min(min_logit, logits[start + i]), max(max_logit, logits[start + i])
+    return min_logit, max_logit
 
 
 @njit(**FAST)
-def _draw(logits, start, size, best, scale, least, most, number):  # type: ignore[no-untyped-def]
+def _draw(logits, start, size, best, scale, min_logit, max_logit, number):  # type: ignore[no-untyped-def]
     """The first token at which the cumulated mass exceeds `number` of the whole; and the whole."""
     num_chunks = (size + CHUNK - 1) // CHUNK
     masses = np.empty(num_chunks, np.float64)
     total = np.float64(0.0)
     for chunk in range(num_chunks):
         first = chunk * CHUNK
-        masses[chunk] = _mass(logits, start + first, min(CHUNK, size - first), best, scale, least, most)
+        masses[chunk] = _mass(logits, start + first, min(CHUNK, size - first), best, scale, min_logit, max_logit)
         total += masses[chunk]
     target = number * total
     passed = np.float64(0.0)
@@ -220,7 +226,7 @@ def _draw(logits, start, size, best, scale, least, most, number):  # type: ignor
             passed += masses[chunk]
             continue
         for i in range(chunk * CHUNK, min(size, chunk * CHUNK + CHUNK)):
-            if least <= logits[start + i] <= most:
+            if min_logit <= logits[start + i] <= max_logit:
                 mass = np.float64(_exp((logits[start + i] - best) * scale))
                 if mass > 0.0:
                     chosen = i  # rounding may leave the target a hair above the chunk's end: then its last token
@@ -233,74 +239,74 @@ def _draw(logits, start, size, best, scale, least, most, number):  # type: ignor
 
 
 @njit(**FAST)
-def _nth_best(logits, start, size, count, least, most):  # type: ignore[no-untyped-def]
+def _nth_best(logits, start, size, count, min_logit, max_logit):  # type: ignore[no-untyped-def]
     """The smallest logit among the `count` best of those that are allowed; never -inf."""
-    if most < MOST:
+    if max_logit < NO_MAX:
         allowed = logits[start : start + size].copy()
-        allowed[allowed > most] = LEAST
+        allowed[allowed > max_logit] = NO_MIN
         logits, start = allowed, 0
-    return max(_keep_best(logits, start, size, count)[count - 1], least, LEAST_FINITE)
+    return max(_keep_best(logits, start, size, count)[count - 1], min_logit, MIN_FINITE)
 
 
 @njit(**FAST)
-def _sample_row(logits, raw, start, size, wanted, result):  # type: ignore[no-untyped-def]
-    best = _largest(logits, start, size)
+def _sample_row(logits, raw, start, size, spec, result):  # type: ignore[no-untyped-def]
+    best = _best(logits, start, size)
     result.is_finite = np.isfinite(best)
-    scale, least, most, total = np.float32(1.0), LEAST, MOST, np.float64(-1.0)
-    if wanted.temperature == GREEDY:
+    scale, min_logit, max_logit, total = np.float32(1.0), NO_MIN, NO_MAX, np.float64(-1.0)
+    if spec.temperature == GREEDY:
         token = 0
         while logits[start + token] != best and token < size - 1:
             token += 1
     else:
-        scale = np.float32(1.0) / wanted.temperature
-        least = _threshold(logits, start, size, best, scale, wanted.top_k, wanted.top_p)
-        if wanted.log_min_p > LEAST:
-            least = max(least, best + wanted.log_min_p / scale)
-        if wanted.typical_p < 1.0:
-            least, most = _typical_bounds(logits, start, size, best, scale, least, wanted.typical_p)
-        chosen, total = _draw(logits, start, size, best, scale, least, most, wanted.number)
+        scale = np.float32(1.0) / spec.temperature
+        min_logit = _threshold(logits, start, size, best, scale, spec.top_k, spec.top_p)
+        if spec.log_min_p > NO_MIN:
+            min_logit = max(min_logit, best + spec.log_min_p / scale)
+        if spec.typical_p < 1.0:
+            min_logit, max_logit = _typical_bounds(logits, start, size, best, scale, min_logit, spec.typical_p)
+        chosen, total = _draw(logits, start, size, best, scale, min_logit, max_logit, spec.number)
         token = max(chosen, 0)
         if not np.isfinite(total):
             result.is_finite = 0
-        if wanted.is_filtered == 0 and (scale != np.float32(1.0) or least > LEAST or most < MOST):
-            scale, least, most, total = np.float32(1.0), LEAST, MOST, np.float64(-1.0)
-    if wanted.raw_row >= 0:
-        logits, start, total = raw, wanted.raw_row * size, np.float64(-1.0)
-        best = _largest(logits, start, size)
+        if spec.is_filtered == 0 and (scale != np.float32(1.0) or min_logit > NO_MIN or max_logit < NO_MAX):
+            scale, min_logit, max_logit, total = np.float32(1.0), NO_MIN, NO_MAX, np.float64(-1.0)
+    if spec.raw_row >= 0:
+        logits, start, total = raw, spec.raw_row * size, np.float64(-1.0)
+        best = _best(logits, start, size)
     if total == -1.0:
-        total = _total(logits, start, size, best, scale, least, most)
+        total = _total(logits, start, size, best, scale, min_logit, max_logit)
     result.token = token
     result.log_total = np.log(total)
     result.logprob = np.float64((logits[start + token] - best) * scale) - result.log_total
     if not np.isfinite(result.logprob):
         result.is_finite = 0
     result.num_listed = 0
-    if wanted.num_top > 0:
-        result.best, result.scale, result.most = best, scale, most
-        result.least = _nth_best(logits, start, size, min(wanted.num_top, size), least, most)
+    if spec.num_top > 0:
+        result.best, result.scale, result.max_logit = best, scale, max_logit
+        result.min_logit = _nth_best(logits, start, size, min(spec.num_top, size), min_logit, max_logit)
         for i in range(start, start + size):
-            result.num_listed += result.least <= logits[i] <= most
+            result.num_listed += result.min_logit <= logits[i] <= max_logit
 
 
 @njit(parallel=True, **FAST)
-def _sample_rows(logits, raw, size, wanted, results):  # type: ignore[no-untyped-def]
-    for row in prange(len(wanted)):
-        _sample_row(logits, raw, row * size, size, wanted[row], results[row])
+def _sample_rows(logits, raw, size, specs, results):  # type: ignore[no-untyped-def]
+    for row in prange(len(specs)):
+        _sample_row(logits, raw, row * size, size, specs[row], results[row])
 
 
 @njit(parallel=True, **FAST)
-def _list_rows(logits, raw, size, wanted, results, ends, token_ids, logprobs):  # type: ignore[no-untyped-def]
+def _list_rows(logits, raw, size, specs, results, ends, token_ids, logprobs):  # type: ignore[no-untyped-def]
     """Write the top tokens of each row to the places before its end, the best first."""
-    for row in prange(len(wanted)):
+    for row in prange(len(specs)):
         result = results[row]
         source, start = logits, row * size
-        if wanted[row].raw_row >= 0:
-            source, start = raw, wanted[row].raw_row * size
+        if specs[row].raw_row >= 0:
+            source, start = raw, specs[row].raw_row * size
         first = place = ends[row] - result.num_listed
         listed = np.empty(result.num_listed, np.int64)
         if result.num_listed:
             for i in range(size):
-                if result.least <= source[start + i] <= result.most:
+                if result.min_logit <= source[start + i] <= result.max_logit:
                     listed[place - first] = i
                     place += 1
         order = np.argsort(-source[start + listed], kind="mergesort")
@@ -320,23 +326,23 @@ def sample(
     for index, row in enumerate(raw.rows if raw else ()):
         raw_rows[row] = index
     numbers = uniform([p.seed or 0 for p in params], positions).tolist()
-    settings = [
-        (
-            GREEDY if p.seed is None else max(p.temperature, MIN_TEMPERATURE),
-            *(p.top_k, p.top_p, log_min_p(p), p.typical_p, number, p.num_top_tokens, p.is_logprob_filtered, raw_row),
-        )
-        for p, number, raw_row in zip(params, numbers, raw_rows, strict=True)
-    ]
-    wanted, results = np.array(settings, WANTED), np.empty(num_rows, RESULT)
-    own, copies = flat_view(logits), flat_view(raw.logits if raw else logits)
-    _sample_rows(own, copies, size, wanted, results)
+    specs = np.array(
+        [
+            (*(value(p) for _, value in PARAMETERS.values()), number, raw_row)
+            for p, number, raw_row in zip(params, numbers, raw_rows, strict=True)
+        ],
+        SPEC,
+    )
+    results = np.empty(num_rows, RESULT)
+    flat, copies = flat_view(logits), flat_view(raw.logits if raw else logits)
+    _sample_rows(flat, copies, size, specs, results)
     batch = SampledBatch(
         results["token"].tolist(), results["logprob"].tolist(), results["is_finite"].astype(bool).tolist()
     )
     ends = results["num_listed"].cumsum()
     if num_rows and ends[-1]:
         token_ids, logprobs = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.float64)
-        _list_rows(own, copies, size, wanted, results, ends, token_ids, logprobs)
+        _list_rows(flat, copies, size, specs, results, ends, token_ids, logprobs)
         batch.top_token_ids.extend(part.tolist() for part in np.split(token_ids, ends[:-1]))
         batch.top_logprobs.extend(part.tolist() for part in np.split(logprobs, ends[:-1]))
     return batch

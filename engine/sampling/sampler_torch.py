@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -35,8 +37,8 @@ def sample(
             reported = _with_rows(reported, [random_rows[index] for index in filtered], scaled[filtered])
     if raw is not None:
         reported = _with_rows(reported, raw.rows, raw.logits)
-    normalisers = reported.logsumexp(dim=-1)
-    logprobs = reported.gather(1, chosen.unsqueeze(1)).squeeze(1) - normalisers
+    normalizers = reported.logsumexp(dim=-1)
+    logprobs = reported.gather(1, chosen.unsqueeze(1)).squeeze(1) - normalizers
     is_finite &= logprobs.isfinite()
     # One device-to-host copy for what every step needs to know.
     columns = torch.stack([chosen.double(), logprobs.double(), is_finite.double()]).tolist()
@@ -44,7 +46,7 @@ def sample(
         [int(token) for token in columns[0]],
         columns[1],
         [bool(value) for value in columns[2]],
-        *_top_tokens(reported, normalisers, [param.num_top_tokens for param in params]),
+        *_top_tokens(reported, normalizers, [param.num_top_tokens for param in params]),
     )
 
 
@@ -71,82 +73,104 @@ def _draw(scaled: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _top_tokens(
-    logits: torch.Tensor, normalisers: torch.Tensor, counts: SequenceOf[int]
+    logits: torch.Tensor, normalizers: torch.Tensor, counts: SequenceOf[int]
 ) -> tuple[list[list[int]], list[list[float]]]:
     """For each row [rows, vocab] its `counts[row]` best tokens and their logprobs, the best first; empty for none.
 
-    Ties with the last one are listed, too, in the order of their ids; what is -inf never is (reference 4.7).
+    Ties with the last one are listed, too, in the order of their ids; what is -inf never is, as in TGI.
     """
-    wanting = [row for row, count in enumerate(counts) if count]
+    rows = [row for row, count in enumerate(counts) if count]
     token_ids: list[list[int]] = [[] for _ in counts]
     logprobs: list[list[float]] = [[] for _ in counts]
-    if not wanting:
+    if not rows:
         return token_ids, logprobs
-    lasts = torch.tensor([[min(counts[row], logits.shape[1]) - 1] for row in wanting], device=logits.device)
-    own = logits[wanting]
-    least = own.topk(int(max(lasts)) + 1, dim=-1).values.gather(1, lasts)
-    listed = ((own >= least) & (own > -torch.inf)).nonzero()
-    values = own[listed[:, 0], listed[:, 1]]
+    lasts = [min(counts[row], logits.shape[1]) - 1 for row in rows]
+    logits, normalizers = logits[rows], normalizers[rows]
+    bounds = logits.topk(max(lasts) + 1, dim=-1).values.gather(1, _column(lasts, logits.device))
+    places = ((logits >= bounds) & (logits > -torch.inf)).nonzero()
+    values = logits[places[:, 0], places[:, 1]]
     order = values.argsort(descending=True, stable=True)
-    found = zip(listed[order].tolist(), (values - normalisers[wanting][listed[:, 0]])[order].tolist(), strict=True)
-    for (index, token_id), logprob in found:
-        token_ids[wanting[index]].append(token_id)
-        logprobs[wanting[index]].append(logprob)
+    listed = zip(places[order].tolist(), (values - normalizers[places[:, 0]])[order].tolist(), strict=True)
+    for (index, token_id), logprob in listed:
+        token_ids[rows[index]].append(token_id)
+        logprobs[rows[index]].append(logprob)
     return token_ids, logprobs
 
 
-def filter_logits(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.Tensor:
-    """Temperature, then top-k, top-p, min-p, typical-p over rows [rows, vocab].
+@dataclasses.dataclass(frozen=True, slots=True)
+class Filter:
+    """A sampling parameter that drops tokens."""
 
-    In the result the best becomes 0, and what is not allowed -inf.
+    value: Callable[[SamplingParams], float | None]
+    """None where the parameter is off."""
+    keep: Callable[[torch.Tensor, SequenceOf[float]], torch.Tensor]
+    """Scaled logits [rows, vocab] and a value for each row -> the logits, with -inf for dropped tokens."""
+
+
+def filter_logits(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.Tensor:
+    """Temperature, then the filters in their order, over rows [rows, vocab].
+
+    In the result the best logit is 0, and a dropped token's -inf.
     """
-    device = logits.device
     # The best logit becomes 0 first: a tiny temperature then leaves only it, instead of overflowing.
-    temperatures = torch.tensor([[max(param.temperature, MIN_TEMPERATURE)] for param in params], device=device)
+    temperatures = _column([max(param.temperature, MIN_TEMPERATURE) for param in params], logits.device)
     logits = (logits - logits.max(dim=-1, keepdim=True).values).div_(temperatures)
-    vocab_size = logits.shape[1]
-    top_ks = [min(param.top_k, vocab_size) for param in params]
-    if any(top_ks):
-        rows = torch.tensor([row for row, top_k in enumerate(top_ks) if top_k], device=device)
-        limits = torch.tensor([[top_k - 1] for top_k in top_ks if top_k], device=device)
-        best = logits[rows].topk(max(top_ks), dim=-1).values
-        kept = logits[rows]
-        logits[rows] = kept.masked_fill(kept < best.gather(1, limits), -torch.inf)
-    if any(param.top_p < 1.0 for param in params):
-        rows = torch.tensor([row for row, param in enumerate(params) if param.top_p < 1.0], device=device)
-        top_ps = torch.tensor([[param.top_p] for param in params if param.top_p < 1.0], device=device)
-        logits[rows] = _keep_nucleus(logits[rows], top_ps)
-    if any(param.min_p > 0.0 for param in params):
-        least = torch.tensor([[log_min_p(param)] for param in params], device=device)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if any(param.typical_p < 1.0 for param in params):
-        rows = torch.tensor([row for row, param in enumerate(params) if param.typical_p < 1.0], device=device)
-        typical_ps = torch.tensor([[param.typical_p] for param in params if param.typical_p < 1.0], device=device)
-        logits[rows] = _keep_typical(logits[rows], typical_ps)
+    for each in FILTERS:
+        values = {row: value for row, param in enumerate(params) if (value := each.value(param)) is not None}
+        if values:
+            rows = torch.tensor([*values], device=logits.device)
+            logits[rows] = each.keep(logits[rows], [*values.values()])
     return logits
 
 
-def _keep_nucleus(logits: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
-    """Keep the smallest set of best tokens whose mass reaches top_p [rows, 1]; ties with the last one stay."""
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+def _column(values: SequenceOf[float], device: torch.device) -> torch.Tensor:
+    """[rows, 1] on `device`: int64 of integers, else float32."""
+    return torch.tensor(values, device=device).unsqueeze(1)
+
+
+def _keep_best(logits: torch.Tensor, counts: SequenceOf[float]) -> torch.Tensor:
+    """Keep the best tokens, so many for each row; ties with the last one stay."""
+    lasts = [min(int(count), logits.shape[1]) - 1 for count in counts]
+    best = logits.topk(max(lasts) + 1, dim=-1).values
+    return logits.masked_fill(logits < best.gather(1, _column(lasts, logits.device)), -torch.inf)
+
+
+def _keep_nucleus(logits: torch.Tensor, masses: SequenceOf[float]) -> torch.Tensor:
+    """Keep the smallest set of best tokens whose mass reaches the row's; ties with the last one stay."""
+    top_ps = _column(masses, logits.device)
+    normalizer = logits.logsumexp(dim=-1, keepdim=True)
     for num_candidates in (min(NUCLEUS_CANDIDATES, logits.shape[1]), logits.shape[1]):
         best = logits.topk(num_candidates, dim=-1).values
-        mass = (best - normaliser).exp().cumsum(dim=-1)
+        mass = (best - normalizer).exp().cumsum(dim=-1)
         if num_candidates == logits.shape[1] or bool((mass[:, -1:] >= top_ps).all()):
             break
     last = (mass < top_ps).sum(dim=-1, keepdim=True).clamp_(max=num_candidates - 1)
     return logits.masked_fill(logits < best.gather(1, last), -torch.inf)
 
 
-def _keep_typical(logits: torch.Tensor, typical_ps: torch.Tensor) -> torch.Tensor:
-    """Keep the tokens whose surprise -log p is nearest to the entropy, until their mass reaches typical_p [rows, 1].
+def _keep_likely(logits: torch.Tensor, bounds: SequenceOf[float]) -> torch.Tensor:
+    """Keep the tokens whose logits reach the row's bound."""
+    return logits.masked_fill(logits < _column(bounds, logits.device), -torch.inf)
+
+
+def _keep_typical(logits: torch.Tensor, masses: SequenceOf[float]) -> torch.Tensor:
+    """Keep the tokens whose surprise -log p is nearest to the entropy, until their mass reaches the row's.
 
     Locally typical sampling (Meister et al. 2022) as in transformers and TGI; ties with the last one stay.
     """
     logprobs = logits.log_softmax(dim=-1)
-    masses = logprobs.exp()
-    entropy = -(logprobs * masses).nansum(dim=-1, keepdim=True)
+    probabilities = logprobs.exp()
+    entropy = -(logprobs * probabilities).nansum(dim=-1, keepdim=True)
     distances, order = (-logprobs - entropy).abs().sort(dim=-1)
-    cumulated = masses.gather(1, order).cumsum(dim=-1)
-    last = (cumulated < typical_ps).sum(dim=-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
+    cumulated = probabilities.gather(1, order).cumsum(dim=-1)
+    last = (cumulated < _column(masses, logits.device)).sum(dim=-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
     return logits.masked_fill((-logprobs - entropy).abs() > distances.gather(1, last), -torch.inf)
+
+
+FILTERS: tuple[Filter, ...] = (
+    Filter(lambda param: param.top_k or None, _keep_best),
+    Filter(lambda param: param.top_p if param.top_p < 1.0 else None, _keep_nucleus),
+    Filter(lambda param: log_min_p(param) if param.min_p > 0.0 else None, _keep_likely),
+    Filter(lambda param: param.typical_p if param.typical_p < 1.0 else None, _keep_typical),
+)
+"""In the order in which they drop tokens: each sees what the ones before it left."""

@@ -1,3 +1,4 @@
-"""Who runs next, on which KV blocks, with which draft. Plain Python over token counts: no torch, no text.
+"""The room that decides who runs next, on which KV blocks, with which draft: plain Python over token counts.
 
-May import `engine.link` beside its own files."""
+It knows no torch, no HTTP and no text. Beside its own files it may import `engine.link`.
+"""

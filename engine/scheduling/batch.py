@@ -1,4 +1,4 @@
-"""The decision of one step, and what the sampler makes of it."""
+"""The decision of one step, and the tokens that come of it."""
 
 from __future__ import annotations
 
@@ -68,11 +68,12 @@ class ScheduledBatch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampledBatch:
-    """What the sampler made of the step's rows of logits, in their order."""
+    """The sampler's choice for each row of the step's logits."""
 
     token_ids: list[int]
     logprobs: list[float]
     is_finite: list[bool]
     top_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
-    """One list for each row, empty where none were asked for; likewise their logprobs."""
+    """For each row the likeliest tokens, none where the request has none; empty if that holds for all rows."""
     top_logprobs: list[list[float]] = dataclasses.field(default_factory=list)
+    """The logprobs of `top_token_ids`, in the same lists."""

@@ -1,4 +1,4 @@
-"""Which KV block belongs to whom, and which can be reused for a known prefix. Pure Python over counts and hashes.
+"""The KV blocks: which belong to whom, and which can be reused for a known prefix. Plain Python over counts and hashes.
 
 A block is free, or held by one sequence or by several that share a prefix. A free block may still carry the hash of its
 content: it is found again by that hash until it is needed for something else, least recently used first.
@@ -53,8 +53,8 @@ class BlockManager:
     def admit(self, sequence: Sequence, *, num_spare_blocks: int = 0) -> bool:
         """Give a waiting sequence room for all its tokens, reusing cached blocks; False (and no change) if it can't.
 
-        `num_spare_blocks` must stay free. The last token is never taken from the cache: its logits are wanted. Nor is
-        any where those of the whole prompt are.
+        `num_spare_blocks` must stay free. The last token is never taken from the cache, because the step needs its
+        logits. A request for prompt logprobs takes no token from it, because it needs the logits of all.
         """
         reused = self._find_prefix(sequence)
         num_new = -(-sequence.num_tokens // self.block_size) - len(reused)
@@ -81,12 +81,12 @@ class BlockManager:
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back the blocks that no known token of `sequence` needs."""
-        needed = -(-sequence.num_tokens // self.block_size)
-        self._release(sequence.block_table[needed:])
-        del sequence.block_table[needed:]
+        num_needed = -(-sequence.num_tokens // self.block_size)
+        self._release(sequence.block_table[num_needed:])
+        del sequence.block_table[num_needed:]
 
     def free(self, sequence: Sequence) -> None:
-        """Give all blocks of `sequence` back. The end of a prefix is reused for other things before its beginning."""
+        """Give all blocks of `sequence` back. The end of a prefix is given to other content before its beginning."""
         self._release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0

@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proposal:
-    """What may come next, and how many tokens of the sequence's end stood before it elsewhere."""
+    """Tokens that may come next, and how many tokens of the sequence's end stood before them elsewhere."""
 
     token_ids: list[int]
     match_length: int
@@ -28,7 +28,7 @@ class Proposal:
 
 @njit(nogil=True, boundscheck=False, cache=True)
 def _longest_match(token_ids, max_match):  # type: ignore[no-untyped-def]
-    """Where the continuation of the longest earlier occurrence of the end starts, the latest of them; its length."""
+    """Start of what followed the longest earlier occurrence of the end, the latest of several; length of that match."""
     last = len(token_ids) - 1
     best, start = 0, 0
     for end in range(last - 1, -1, -1):
@@ -45,12 +45,12 @@ def _longest_match(token_ids, max_match):  # type: ignore[no-untyped-def]
 
 
 def propose_ngram(token_ids: IntArray, max_tokens: int) -> Proposal:
-    """The longest end of `token_ids` that occurred before, the latest time; what followed it then (prompt look-up).
+    """Look up the longest end of `token_ids` that occurred before; draft what followed it the latest time.
 
     >>> propose_ngram(np.array([5, 6, 7, 8, 9, 6, 7], np.int32), 2)
     Proposal(token_ids=[8, 9], match_length=2)
 
-    What followed may run into the draft itself, as in a text that repeats:
+    The draft may run into itself, as in a text that repeats:
 
     >>> propose_ngram(np.array([1, 2, 1, 2], np.int32), 5)
     Proposal(token_ids=[1, 2, 1, 2, 1], match_length=2)
@@ -60,7 +60,7 @@ def propose_ngram(token_ids: IntArray, max_tokens: int) -> Proposal:
     start, length = _longest_match(token_ids, MAX_MATCH)
     if not length:
         return Proposal([], 0)
-    found: list[int] = token_ids[start : start + max_tokens].tolist()
-    period = len(found)
-    found += [found[index % period] for index in range(period, max_tokens)]
-    return Proposal(found, length)
+    draft: list[int] = token_ids[start : start + max_tokens].tolist()
+    period = len(draft)
+    draft += [draft[index % period] for index in range(period, max_tokens)]
+    return Proposal(draft, length)

@@ -1,4 +1,4 @@
-"""Who runs next, and how many tokens of each. Pure Python over token counts: no torch, no text.
+"""The scheduler: who runs next, and how many tokens of each. Plain Python over token counts: no torch, no text.
 
 There is no prefill or decode phase: a sequence has tokens, some of which are computed; a step computes some more under
 a budget. One token for every sequence that only lacks its newest comes first, so decoding never starves; then prompts
@@ -46,7 +46,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_hit_tokens = 0
         self.num_admissions = 0
-        """Since the start: how often a sequence left the queue."""
+        """Since the start: admissions of sequences that waited, those after a preemption included."""
 
     @property
     def has_work(self) -> bool:
@@ -59,7 +59,10 @@ class Scheduler:
     def add(
         self, request: GenerationRequest, *, grammar: OutputGrammar | None = None, arrival_time: float | None = None
     ) -> None:
-        """`arrival_time`: by `time.monotonic()`, of a request that had to wait for its `grammar`."""
+        """Let a request wait for its turn.
+
+        `arrival_time` by `time.monotonic()` is that of a request that had to wait for its `grammar`; None: now.
+        """
         sequence = Sequence(request, arrival_time=arrival_time or time.monotonic(), grammar=grammar)
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
@@ -80,11 +83,11 @@ class Scheduler:
     def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
         num_admissions = self.num_admissions
-        decodes = [s for s in list(self.running) if s.num_uncomputed_tokens == 1 and self._make_room(s)]
+        decodes = self._decodes()
         budget = self._max_batch_tokens - len(decodes)
         if max_tokens is not None:  # some progress is always made on a prompt
             budget = min(budget, max(1, max_tokens - len(decodes)))
-        chunks = list(self._chunks(budget))
+        chunks = self._chunks(budget)
         # A prompt makes the step long anyway.
         drafts = self._draft(decodes, budget) if not chunks else [[] for _ in decodes]
         batch = ScheduledBatch(num_admitted=self.num_admissions - num_admissions)
@@ -94,21 +97,32 @@ class Scheduler:
             batch.add(sequence, count)
         return batch
 
-    def _chunks(self, budget: int) -> Iterator[tuple[Sequence, int]]:
-        """Prompts under way, then arrivals, as far as `budget` goes; arrivals are admitted on the way."""
-        for sequence in self.running:
-            if sequence.num_uncomputed_tokens > 1 and budget > 0:
-                count = min(budget, sequence.num_uncomputed_tokens)
-                budget -= count
-                yield sequence, count
-        while self.waiting and budget > 0 and self._admit_first():
-            sequence = self.running[-1]
+    def _decodes(self) -> list[Sequence]:
+        """The running sequences that lack only their newest token, with a block for it."""
+        decodes: list[Sequence] = []
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+                decodes.append(sequence)
+        return decodes
+
+    def _chunks(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Sequences that compute more than their newest token, and how many tokens of each; `budget` together."""
+        chunks: list[tuple[Sequence, int]] = []
+        prompts = self._prompts()
+        while budget > 0 and (sequence := next(prompts, None)) is not None:
             count = min(budget, sequence.num_uncomputed_tokens)
+            chunks.append((sequence, count))
             budget -= count
-            yield sequence, count
+        return chunks
+
+    def _prompts(self) -> Iterator[Sequence]:
+        """Prompts under way, then waiting sequences; each of those is admitted when the caller takes it."""
+        yield from [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        while self.waiting and self._admit_first():
+            yield self.running[-1]
 
     def _draft(self, sequences: list[Sequence], budget: int) -> list[list[int]]:
-        """Drafts within the requests' limits and the free blocks: nobody is preempted for one."""
+        """A draft for each sequence, within its request's limit and the free blocks: nobody is preempted for one."""
         rooms = [sequence.request.max_new_tokens - sequence.num_output_tokens - 1 for sequence in sequences]
         drafts = self._drafter.draft(sequences, rooms, budget)
         for sequence, draft in zip(sequences, drafts, strict=True):
@@ -121,7 +135,7 @@ class Scheduler:
     ) -> list[TokenEvent]:
         """Take in what a step computed; the events are what the callers see.
 
-        `prompt_logprobs`: of the tokens that `num_scored_tokens` counts, sequence after sequence.
+        `prompt_logprobs` belong to the tokens that `num_scored_tokens` counts, sequence after sequence.
         """
         events: list[TokenEvent] = []
         scores = iter(prompt_logprobs)
@@ -130,13 +144,13 @@ class Scheduler:
             sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
             before = sequence.num_computed_tokens
             sequence.num_computed_tokens += scheduled.num_tokens
-            of_sequence = self._accept(scheduled, sampled) if scheduled.is_completing else []
+            new_events = self._accept(scheduled, sampled) if scheduled.is_completing else []
             self._blocks.publish_full_blocks(sequence, before)
-            if of_sequence and of_sequence[-1].is_terminal:
+            if new_events and new_events[-1].is_terminal:
                 self._remove(sequence)
             elif scheduled.draft:
                 self._blocks.shrink(sequence)
-            events += of_sequence
+            events += new_events
         return events
 
     def fail_all(self, error: str) -> list[TokenEvent]:
@@ -173,7 +187,7 @@ class Scheduler:
         self._blocks.check_integrity(self.running)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A block for the newest token, preempting the latest arrivals for it; False if `sequence` itself had to go."""
+        """Get a block for the newest token, preempting the latest arrivals; False if `sequence` itself had to go."""
         while not self._blocks.grow(sequence):
             victim = self.running[-1]
             self.preempt(victim)
@@ -228,7 +242,7 @@ class Scheduler:
         return [*([event] if event.token_ids else []), *([error] if error else [])]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """Length is looked at before the end-of-sequence token, as TGI does (reference `tgi-http.md` 4.4).
+        """The reason why the sequence ends here; None: it goes on. Length comes before the end token, as in TGI.
 
         A grammar allows that token only where the output is complete, and nothing may follow it.
         """
@@ -250,7 +264,7 @@ class Scheduler:
 
 
 def _grammar_error(sequence: Sequence, token_id: int) -> str | None:
-    """Why `token_id` cannot be the sequence's next one; its grammar has taken it in otherwise."""
+    """The reason why `token_id` cannot be the sequence's next one; None: it can, and its grammar has taken it in."""
     grammar = sequence.grammar
     if grammar is None or (grammar.error is None and grammar.advance(token_id)):
         return None

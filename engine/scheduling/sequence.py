@@ -10,19 +10,19 @@ from engine.link.messages import GenerationRequest
 
 
 class OutputGrammar(Protocol):
-    """What a sequence's output is held to, at the place that the output has reached (`engine.sampling.grammar`)."""
+    """The grammar of a sequence's output, at the place that the output has reached (`engine.sampling.grammar`)."""
 
     error: str | None
-    """Why the grammar cannot be followed any longer; fit for the user."""
+    """The reason why the grammar cannot be followed any longer, in words for the user; None while it can."""
 
     def advance(self, token_id: int) -> bool:
         """Take in the next token of the output; False, and `error` is set, if it may not stand there."""
 
     def count_allowed(self, token_ids: SequenceOf[int]) -> int:
-        """How many of `token_ids` may follow here, one after the other; nothing is taken in."""
+        """Count how many of `token_ids` may follow here, one after the other; nothing is taken in."""
 
     def forced(self) -> list[int]:
-        """The tokens of the only text that may follow here; empty where there is a choice."""
+        """Tokens of the only text that may follow here; empty where there is a choice."""
 
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
@@ -36,16 +36,19 @@ class Sequence:
     """Prompt and output."""
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    """Of the computed ones, how many were found in the prefix cache at the last admission."""
+    """Computed tokens that were found in the prefix cache at the last admission."""
     block_table: list[int] = dataclasses.field(default_factory=list)
     cache_salt: bytes = b""
     """Sequences share blocks only under equal salts: anything beside the tokens that their KV depends on."""
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
-    """Chained hashes of the full blocks, as far as they were needed."""
+    """Chained hashes of the first full blocks, as many as were needed so far."""
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
-    """Of the prompt's tokens from the second on, as far as they are computed; empty unless asked for."""
+    """Logprobs of the prompt's tokens from the second on, as many as are computed; empty unless the request has them.
+
+    The first event takes them away.
+    """
     queue_time_s: float | None = None
-    """Set at the first admission, sent with the first token."""
+    """Seconds from arrival to the first admission, None before it; the first event says it."""
     grammar: OutputGrammar | None = None
 
     def __post_init__(self) -> None:
@@ -72,5 +75,5 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """At least 1 while the sequence lives: the newest token's KV is made when the next one is wanted."""
+        """At least 1 while the sequence lives: the newest token's KV is made by the step that chooses the next one."""
         return self.num_tokens - self.num_computed_tokens

@@ -21,21 +21,22 @@ from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_costs import StepCosts
 
 MIN_GAIN = 1.02
-"""A draft must make a step so much more worth its time: predictions are not exact."""
+"""Factor by which a draft must raise a step's tokens per second: predictions are not exact."""
 PRIOR_ACCEPTANCE = 0.3, 0.9
-"""Of a token drafted after a match of 1 and of `MAX_MATCH` tokens, before anything was seen."""
+"""Acceptance of a token drafted after a match of 1 and of `MAX_MATCH` tokens, before anything was seen."""
 PRIOR_WEIGHT = 8.0
+"""Drafted tokens that the prior acceptance counts as."""
 FORGETTING = 0.95
-"""What is left of a request's counts at each new token."""
-OWN_WEIGHT = 4.0
-"""Drafted tokens of others that a request's own acceptance is mixed with."""
+"""Factor by which a request's counts shrink at each new token."""
+SHARED_WEIGHT = 4.0
+"""Drafted tokens that all requests' acceptance counts as beside a request's."""
 
 
 class Proposer(Protocol):
-    """Guesses from the tokens alone."""
+    """A guess from the tokens alone."""
 
     def __call__(self, token_ids: IntArray, max_tokens: int) -> Proposal:
-        """At most `max_tokens` tokens that may follow `token_ids` [n]; none where nothing speaks for any."""
+        """At most `max_tokens` tokens that may follow `token_ids` [n]; none where it has no guess."""
 
 
 class Drafter(Protocol):
@@ -74,7 +75,7 @@ class NoDrafter:
 
 
 class Acceptance:
-    """How often a drafted token is the model's own, by the length of the match before it: of all requests, of one."""
+    """How often a drafted token is the model's choice, over all requests, by the length of the match before it."""
 
     def __init__(self) -> None:
         low, high = PRIOR_ACCEPTANCE
@@ -94,7 +95,7 @@ class Acceptance:
 
 @dataclasses.dataclass(slots=True)
 class _Drafting:
-    """One sequence: its tokens as an array, what was proposed last, its own counts."""
+    """One sequence's tokens as an array, its last proposal, and its counts, which forget."""
 
     token_ids: array[int]
     proposal: Proposal = dataclasses.field(default_factory=lambda: Proposal([], 0))
@@ -102,7 +103,7 @@ class _Drafting:
     drafted: float = 0.0
 
     def rate(self, shared: float) -> float:
-        return (OWN_WEIGHT * shared + self.accepted) / (OWN_WEIGHT + self.drafted)
+        return (SHARED_WEIGHT * shared + self.accepted) / (SHARED_WEIGHT + self.drafted)
 
 
 class Speculator:
@@ -142,7 +143,7 @@ class Speculator:
         return [tokens[:length] for tokens, length in zip(drafts, lengths, strict=True)]
 
     def _proposal(self, sequence: Sequence, token_ids: IntArray, max_tokens: int) -> Proposal:
-        """What the sequence's grammar forces, as if it was found by the longest match, or what it allows of a guess."""
+        """The text that the sequence's grammar forces, rated as the longest match, or what it allows of a guess."""
         grammar = sequence.grammar
         if grammar is None:
             return self._propose(token_ids, max_tokens)
@@ -152,7 +153,7 @@ class Speculator:
         return Proposal(proposal.token_ids[: grammar.count_allowed(proposal.token_ids)], proposal.match_length)
 
     def _worthwhile(self, chances: SequenceOf[float], num_sequences: int) -> int:
-        """How many drafted tokens, the likeliest first, give the most tokens for the time."""
+        """Count of drafted tokens, the likeliest first, that gives the most tokens per second."""
         best, best_rate = 0, num_sequences / self._costs.seconds(num_sequences) * MIN_GAIN
         expected = float(num_sequences)
         for count, chance in enumerate(chances, start=1):

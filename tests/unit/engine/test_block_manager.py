@@ -184,14 +184,14 @@ def test_grow_takes_a_block_only_at_a_block_edge() -> None:
 
 def test_equal_blocks_computed_side_by_side_are_published_once() -> None:
     blocks = BlockManager(8, BLOCK_SIZE)
-    twins = [make_sequence(list(range(9))) for _ in range(2)]
-    assert all(blocks.admit(twin) for twin in twins)
-    for twin in twins:
-        twin.num_computed_tokens = 9
-        blocks.publish_full_blocks(twin, 0)
-    assert twins[0].block_table[0] != twins[1].block_table[0]
-    for twin in twins:
-        blocks.free(twin)
+    sequences = [make_sequence(list(range(9))) for _ in range(2)]
+    assert all(blocks.admit(sequence) for sequence in sequences)
+    for sequence in sequences:
+        sequence.num_computed_tokens = 9
+        blocks.publish_full_blocks(sequence, 0)
+    assert sequences[0].block_table[0] != sequences[1].block_table[0]
+    for sequence in sequences:
+        blocks.free(sequence)
     assert blocks.num_cached_blocks == 2
 
 

@@ -20,9 +20,10 @@ import engine.core
 from engine.core import EngineCore
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams, StepOutput, TokenEvent
+from engine.link.registry import import_entry
 from engine.runner import StepResult
-from engine.sampling import grammar, grammar_cpu, grammar_torch
-from engine.sampling.grammar import Grammars, MatchedGrammar, num_words
+from engine.sampling import grammar, grammar_torch
+from engine.sampling.grammar import MASKS, Grammars, MatchedGrammar, num_words
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -71,7 +72,7 @@ def allowed(logits: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 264, 1000])
-def test_both_ways_to_apply_masks_are_that_of_llguidance(vocab_size: int) -> None:
+def test_all_ways_to_apply_masks_are_that_of_llguidance(vocab_size: int) -> None:
     chance = np.random.default_rng(vocab_size)
     masks = chance.integers(-(2**31), 2**31, (4, num_words(vocab_size)), np.int32)
     masks[1], masks[2] = -1, 0
@@ -81,7 +82,8 @@ def test_both_ways_to_apply_masks_are_that_of_llguidance(vocab_size: int) -> Non
     masked = expected[rows]
     llguidance.numpy.apply_token_bitmask_inplace(masked, masks)
     expected[rows] = masked
-    for apply_masks in (grammar_torch.apply_masks, grammar_cpu.apply_masks):
+    for name in MASKS:
+        apply_masks = import_entry(MASKS, name, "mask")
         result = logits.clone()
         apply_masks(result, rows, masks)
         np.testing.assert_array_equal(result.numpy(), expected)

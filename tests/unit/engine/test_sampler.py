@@ -1,4 +1,4 @@
-"""Sampling, by the CPU kernel and by its torch twin, against plain oracles: sort, add up, cut."""
+"""All samplers against plain oracles: sort, add up, cut."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TypicalLogitsWarper
 
 from engine.link.messages import SamplingParams
-from engine.sampling import sampler_cpu, sampler_torch
-from engine.sampling.sampler import RawRows, Sample, uniform
+from engine.link.registry import import_entry
+from engine.sampling import sampler_torch
+from engine.sampling.sampler import SAMPLERS, RawRows, Sample, uniform
 from engine.sampling.sampler_torch import NUCLEUS_CANDIDATES, filter_logits
 
 GREEDY = SamplingParams()
 
 
-@pytest.fixture(params=[sampler_torch.sample, sampler_cpu.sample], ids=["torch", "cpu"])
+@pytest.fixture(params=[*SAMPLERS])
 def sample(request: pytest.FixtureRequest) -> Sample:
-    chosen: Sample = request.param
+    chosen: Sample = import_entry(SAMPLERS, request.param, "sampler")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernel against its torch twin, on the same draws."""
+"""The CPU kernel against the reference implementation, on the same draws."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("vocab_size", [3, 8, 511, 513, 5001])
-def test_kernel_draws_what_the_twin_draws(case: dict[str, Any], vocab_size: int) -> None:
+def test_kernel_draws_what_the_reference_draws(case: dict[str, Any], vocab_size: int) -> None:
     num_rows = 40
     logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 4
     params = [SamplingParams(**{**case, **({"seed": row} if "seed" in case else {})}) for row in range(num_rows)]
     positions = list(range(num_rows))
-    kernel, twin = sample(logits, params, positions), sampler_torch.sample(logits, params, positions)
+    kernel, reference = sample(logits, params, positions), sampler_torch.sample(logits, params, positions)
     # A number that falls within rounding of a token's boundary may go either way: at most one of forty.
-    same = [row for row in range(num_rows) if kernel.token_ids[row] == twin.token_ids[row]]
+    same = [row for row in range(num_rows) if kernel.token_ids[row] == reference.token_ids[row]]
     assert len(same) >= num_rows - 1
     torch.testing.assert_close(
         torch.tensor([kernel.logprobs[row] for row in same]),
-        torch.tensor([twin.logprobs[row] for row in same]),
+        torch.tensor([reference.logprobs[row] for row in same]),
         atol=2e-5,
         rtol=1e-5,
     )
@@ -93,7 +93,7 @@ PARAMS = st.builds(
     is_changed=st.booleans(),
 )
 @settings(max_examples=150)
-def test_kernel_does_what_the_twin_does_with_any_parameters(
+def test_kernel_does_what_the_reference_does_with_any_parameters(
     params: list[SamplingParams], vocab_size: int, seed: int, is_changed: bool
 ) -> None:
     """Also with rows that were changed, some tokens ruled out. Rounding moves an edge too rarely to be seen here."""
@@ -106,11 +106,11 @@ def test_kernel_does_what_the_twin_does_with_any_parameters(
         logits[::2] += torch.randn(vocab_size, generator=generator)
         logits[::2, 1::3] = -torch.inf
     positions = list(range(len(params)))
-    kernel, twin = sample(logits, params, positions, raw), sampler_torch.sample(logits, params, positions, raw)
-    assert kernel.is_finite == twin.is_finite == [True] * len(params)
-    assert kernel.token_ids == twin.token_ids
-    assert kernel.logprobs == pytest.approx(twin.logprobs, abs=2e-5, rel=1e-5)
+    kernel, reference = sample(logits, params, positions, raw), sampler_torch.sample(logits, params, positions, raw)
+    assert kernel.is_finite == reference.is_finite == [True] * len(params)
+    assert kernel.token_ids == reference.token_ids
+    assert kernel.logprobs == pytest.approx(reference.logprobs, abs=2e-5, rel=1e-5)
     for row, param in enumerate(params):
         if param.num_top_tokens:
-            assert kernel.top_token_ids[row] == twin.top_token_ids[row]
-            assert kernel.top_logprobs[row] == pytest.approx(twin.top_logprobs[row], abs=2e-5, rel=1e-5)
+            assert kernel.top_token_ids[row] == reference.top_token_ids[row]
+            assert kernel.top_logprobs[row] == pytest.approx(reference.top_logprobs[row], abs=2e-5, rel=1e-5)

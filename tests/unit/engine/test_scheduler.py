@@ -66,10 +66,10 @@ def test_queue_time_is_of_the_first_admission_even_after_a_preemption() -> None:
     simulation.add("a", prompt_of(5))
     simulation.scheduler.schedule(2)
     sequence = simulation.scheduler.running[0]
-    told = sequence.queue_time_s
+    queue_time_s = sequence.queue_time_s
     simulation.scheduler.preempt(sequence)
     simulation.scheduler.schedule()
-    assert sequence.queue_time_s == told
+    assert sequence.queue_time_s == queue_time_s
 
 
 def test_eos_ends_a_request_and_is_part_of_its_tokens() -> None:

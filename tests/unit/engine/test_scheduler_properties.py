@@ -137,8 +137,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert output == expected
         assert [event.is_terminal for event in events] == [False] * (len(events) - 1) + [True]
-        most = 1 + self.max_draft_tokens
-        assert all(1 <= len(event.token_ids) == len(event.logprobs) <= most for event in events)
+        max_tokens = 1 + self.max_draft_tokens
+        assert all(1 <= len(event.token_ids) == len(event.logprobs) <= max_tokens for event in events)
         is_full = len(output) == request.max_new_tokens
         assert events[-1].finish_reason is (FinishReason.LENGTH if is_full else FinishReason.EOS_TOKEN)
         assert is_full or output[-1] == EOS
@@ -190,5 +190,5 @@ def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None
 
 def common_blocks(text: list[int], prompt: list[int], block_size: int) -> int:
     """Leading full blocks of `text` that `prompt` begins with, the prompt's last token excluded."""
-    most = min(len(text), len(prompt) - 1) // block_size
-    return max(n for n in range(most + 1) if text[: n * block_size] == prompt[: n * block_size])
+    max_blocks = min(len(text), len(prompt) - 1) // block_size
+    return max(n for n in range(max_blocks + 1) if text[: n * block_size] == prompt[: n * block_size])
