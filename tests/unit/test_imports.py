@@ -52,7 +52,8 @@ ROOMS: dict[str, str] = {
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.runner": "engine.attention engine.device engine.link engine.models engine.scheduling",
-    "engine.ranks": "engine.checkpoint engine.limits engine.link engine.runner engine.scheduling parallel",
+    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
+    "parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
