@@ -32,6 +32,8 @@ class Device:
     """Key of `engine.sampling.sampler.SAMPLERS`."""
     masks: str
     """Key of `engine.sampling.grammar.MASKS`."""
+    collectives: str
+    """Backend of torch.distributed between ranks with this device."""
     computes_in_float32: bool
     """Kernels multiply in float32 whatever the weights are stored in, so a bfloat16 weight is exact under float32."""
     is_memory_shared: bool
@@ -66,6 +68,7 @@ def find_cuda(local_rank: int) -> Device | None:
         matrices="torch",
         sampler="torch",
         masks="torch",
+        collectives="nccl",
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
@@ -81,6 +84,7 @@ def find_cpu(local_rank: int) -> Device:
         matrices="cpu",
         sampler="cpu",
         masks="cpu",
+        collectives="gloo",
         computes_in_float32=True,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-import torch
 
 from engine.checkpoint.weights import open_weights
+from engine.device import Device
 from engine.limits import MemoryNeeds
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -75,7 +75,7 @@ class Ranks:
     def peers(self) -> list[Peer]:
         return self._rendezvous.peers
 
-    def connect(self, device: torch.device, config: EngineConfig) -> None:
+    def connect(self, device: Device, config: EngineConfig) -> None:
         """Make the collectives. Raises StartError where another host was started with other flags or another model."""
         fingerprints = self._rendezvous.exchange(_fingerprint(config))
         for rank, other in enumerate(fingerprints):
@@ -87,7 +87,12 @@ class Ranks:
                     "start every host with the same flags, model and version"
                 )
         collectives = make_collectives(
-            self._rendezvous, device, config.num_threads, may_share_memory=config.may_share_memory
+            self._rendezvous,
+            device.torch_device,
+            device.collectives,
+            config.num_threads,
+            is_memory_shared=device.is_memory_shared,
+            may_share_memory=config.may_share_memory,
         )
         self.state = dataclasses.replace(self.state, collectives=collectives)
 

@@ -95,7 +95,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
 def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
     if ranks is None:
         return load_model(config, device)
-    ranks.connect(device.torch_device, config)
+    ranks.connect(device, config)
     return load_model(config, device, Siblings(ranks.state, ranks.world.local_size, ranks.wait_for_all))
 
 

@@ -20,21 +20,29 @@ START_TIMEOUT_S = 1800.0
 
 
 def make_collectives(
-    rendezvous: Rendezvous, device: torch.device, num_threads: int, *, may_share_memory: bool = True
+    rendezvous: Rendezvous,
+    device: torch.device,
+    backend: str,
+    num_threads: int,
+    *,
+    is_memory_shared: bool,
+    may_share_memory: bool = True,
 ) -> Collectives:
-    """Make the fastest collectives that all ranks can have. Raises RankLostError."""
+    """Make the fastest collectives that all ranks can have. Raises RankLostError.
+
+    `backend` is the one of torch.distributed for the device. `is_memory_shared`: the device's memory is the host's, so
+    that ranks of one host can share it; they do unless `may_share_memory` is false.
+    """
     is_one_host = len(set(rendezvous.exchange(host_key()))) == 1
-    is_sharing = may_share_memory and is_one_host and device.type == "cpu"
+    is_sharing = may_share_memory and is_one_host and is_memory_shared
     if is_sharing and (shared := _share_memory(rendezvous, num_threads)) is not None:
         return shared
     _choose_interface(rendezvous)
     rank, size = rendezvous.world.rank, rendezvous.world.size
-    if device.type == "cpu":
-        return TorchCollectives("gloo", rendezvous.store, rank, size, START_TIMEOUT_S)
-    nccl = TorchCollectives("nccl", rendezvous.store, rank, size, START_TIMEOUT_S)
-    if not is_one_host:
-        return nccl
-    return with_small_sums(nccl, rank, device, lambda: one_shot_sum(nccl.group_name, device))
+    collectives = TorchCollectives(backend, rendezvous.store, rank, size, START_TIMEOUT_S)
+    if is_memory_shared or not is_one_host:
+        return collectives
+    return with_small_sums(collectives, rank, device, lambda: one_shot_sum(collectives.group_name, device))
 
 
 def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:

@@ -28,7 +28,7 @@ class TorchCollectives:
     def __init__(self, backend: str, store: TCPStore, rank: int, size: int, timeout_s: float) -> None:
         self.name = backend
         self._rank, self._size = rank, size
-        self._is_ordered = backend == "nccl" or size == 2
+        self._is_ordered = backend != "gloo" or size == 2
         self._timeout_s = timeout_s
         self._do(
             lambda: dist.init_process_group(

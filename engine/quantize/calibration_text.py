@@ -1,4 +1,4 @@
-"""A user's text -> token ids to calibrate with, and a part kept apart to score. Knows no model."""
+"""Reading a user's text as token ids: samples to calibrate with, and a part kept apart to score. Knows no model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine.link.errors import StartError
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 16 << 20
-"""Of the dataset; more would be tokenised for nothing."""
+MAX_BYTES = 16 << 20
+"""Bytes of the dataset that are read; more would be tokenized for nothing."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -29,13 +29,13 @@ class CalibrationText:
 def read_calibration_text(
     path: Path, tokenizer: Path, *, num_samples: int, sample_tokens: int, num_held_out: int
 ) -> CalibrationText:
-    """Raises StartError in words. `num_samples` 0: only the held-out part is wanted."""
+    """Read and split the text; `num_samples` 0: only the held-out part. Raises StartError."""
     token_ids = _encode(_read_text(path), tokenizer)
-    needed = num_samples * sample_tokens + num_held_out
-    if len(token_ids) < needed:
+    min_count = num_samples * sample_tokens + num_held_out
+    if len(token_ids) < min_count:
         sizes = f"{num_samples} samples of {sample_tokens}" if num_samples else "none to calibrate with"
         raise StartError(
-            f"{path} has {len(token_ids)} tokens, too few: {sizes} and {num_held_out} to score are {needed}; give a "
+            f"{path} has {len(token_ids)} tokens, too few: {sizes} and {num_held_out} to score are {min_count}; give a "
             "longer text, or smaller --num-samples, --sample-tokens or --perplexity-tokens"
         )
     num_before = len(token_ids) - num_held_out
@@ -49,22 +49,23 @@ def read_calibration_text(
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise StartError(f"--dataset {path} is not there: give the path of a text file") from None
     except OSError as error:
         raise StartError(f"--dataset {path} cannot be read ({error.strerror or error}): give a text file") from error
-    if len(data) > MOST_BYTES:
-        logger.info("Of %s only the first %d MiB are used", path, MOST_BYTES >> 20)
-        data = data[: data.rfind(b"\n", 0, MOST_BYTES) + 1] or data[:MOST_BYTES]
+    if len(data) > MAX_BYTES:
+        logger.info("Of %s only the first %d MiB are used", path, MAX_BYTES >> 20)
+        data = data[: data.rfind(b"\n", 0, MAX_BYTES) + 1] or data[:MAX_BYTES]
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise StartError(f"--dataset {path} is not UTF-8 text: give plain text or JSON lines, uncompressed") from None
-    return _of_json_lines(text, path) if path.suffix in JSON_LINES else text
+    return _join_documents(text, path) if path.suffix in JSON_LINES else text
 
 
-def _of_json_lines(text: str, path: Path) -> str:
+def _join_documents(text: str, path: Path) -> str:
+    """The documents of a text in JSON lines, one after the other. Raises StartError."""
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

@@ -18,19 +18,18 @@ from engine.link.errors import StartError
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
-"""A file is closed when it would grow beyond that; so much memory is needed to write it."""
+"""Largest size of a file; that much memory is needed to write it."""
 COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
-)
-"""Files that go with the weights, where there are any; the licence holds for quantised weights too."""
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json special_tokens_map.json "
+    "generation_config.json chat_template.jinja chat_template.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt"
+).split()
+"""Files of the dense model that go with the weights; the licence holds for quantized weights, too."""
 
 
 class CheckpointWriter:
-    """A context that fills a new folder. What it wrote is removed when it is left by an exception.
+    """A context that fills a new folder. An exception that leaves it removes what it wrote.
 
-    config.json comes last: a folder without it, as a killed process leaves one, is no model to anybody.
+    config.json comes last: a folder without it, which a killed process leaves, is a model to no program.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -43,7 +42,7 @@ class CheckpointWriter:
         self._written: set[Path] = set()
 
     def __enter__(self) -> CheckpointWriter:
-        """Raises StartError where the folder can't be made or holds something."""
+        """Make the folder. Raises StartError if that fails or the folder is not empty."""
         try:
             self._is_new = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ class CheckpointWriter:
         self._num_pending_bytes += tensor.nbytes
 
     def finish(self, source: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the rest: the last tensors, an index, `files` as JSON in their order, and what `source` has besides."""
+        """Write the last tensors, an index, what `source` has of `COPIED`, and `files` as JSON, in their order."""
         self._flush()
         count = len(self._shards)
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -96,7 +95,7 @@ class CheckpointWriter:
         path.touch()
         mode = path.stat().st_mode
         save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(mode)  # the library's is for the user alone, whatever the umask says
+        path.chmod(mode)  # the library lets only the user read it, whatever the umask says
         self._shards.append([*self._pending])
         self._num_bytes += self._num_pending_bytes
         self._pending, self._num_pending_bytes = {}, 0

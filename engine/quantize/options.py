@@ -1,4 +1,4 @@
-"""The options of `text-generation-server quantize`. Names and defaults of TGI's own are TGI's. No torch."""
+"""The options of `text-generation-server quantize`. Those that TGI has keep its names and defaults. No torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MIN_GROUP_SIZE = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeOptions:
-    """Checked and with the method's defaults filled in."""
+    """Options that are checked and have the method's defaults."""
 
     model_id: str
     output_dir: str
@@ -56,7 +56,7 @@ class QuantizeOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `read_options` reads."""
+    """Add the arguments that `read_options` reads."""
     defaults = QuantizeOptions(model_id="", output_dir="")
     parser.add_argument("model_id", metavar="MODEL_ID", help="id on the Hub, or a local folder; a dense model")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder to write; it must be new or empty")

@@ -1,4 +1,4 @@
-"""Perplexity of a folder's model as the engine runs it: its kernels, quantised ones included, are what is measured."""
+"""Perplexity of a folder's model as the engine runs it, with the same kernels, those for quantized weights included."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.start import set_threads
 
 
 def perplexity(config: EngineConfig, token_ids: SequenceOf[int], window: int = 512) -> float:
-    """The model of `config`, in its dtype and quantisation, on `token_ids`; limits and caching have no effect.
+    """The perplexity of the model of `config`, in its dtype and quantization, on `token_ids`; limits have no effect.
 
     Every window of tokens starts afresh, and every token but the first of its window is scored. Raises StartError.
     """
@@ -30,7 +30,7 @@ def perplexity(config: EngineConfig, token_ids: SequenceOf[int], window: int = 5
 
 
 def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: int) -> float:
-    """The same for a runner that has KV memory for one window."""
+    """The perplexity of a runner that has KV memory for one window."""
     total, num_scored = 0.0, 0
     for first in range(0, len(token_ids) - 1, window):
         request = GenerationRequest(

@@ -1,4 +1,4 @@
-"""text-generation-server quantize: a dense model, layer by layer, into a folder that says how it is quantised."""
+"""`text-generation-server quantize` writes a dense model, layer by layer, to a folder of quantized weights."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 5.0
 OFFERED_GROUP_SIZES = (128, 64, 32, 16, -1)
+"""Values of --groupsize that a refusal suggests, if they divide."""
 AWQ_OUTPUTS = 8
-"""AWQ packs so many outputs in a word."""
+"""Outputs in a word of AWQ's; all formats are held to it."""
 
 
 def quantize(options: QuantizeOptions) -> Path:
-    """Write the quantised model; returns its folder. Raises StartError in words."""
+    """Write the quantized model; returns its folder. Raises StartError, in a sentence."""
     if options.upload_to is not None:
         check_may_upload(options.upload_to)
     source, output = download_model(options.model_id, options.revision), Path(options.output_dir)
@@ -65,7 +66,11 @@ def quantize(options: QuantizeOptions) -> Path:
     if before is not None and after is not None:
         logger.info(
             "Perplexity on the last %d tokens of %s: %.3f before, %.3f after (%+.1f %%)",
-            *(len(text.held_out), options.dataset, before, after, 100 * (after / before - 1)),
+            len(text.held_out),
+            options.dataset,
+            before,
+            after,
+            100 * (after / before - 1),
         )
     if options.upload_to is not None:
         upload_model(output, options.upload_to)
@@ -73,7 +78,7 @@ def quantize(options: QuantizeOptions) -> Path:
 
 
 def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
-    """Check everything, then write the folder; returns the text, and the perplexity of the model as it was."""
+    """Check everything, then write the folder; returns the text, and the perplexity of the dense model."""
     config = read_model_config(source)
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
@@ -188,9 +193,9 @@ def _read_text(options: QuantizeOptions, source: Path) -> CalibrationText:
 
 
 def _perplexity(folder: Path, text: CalibrationText, options: QuantizeOptions) -> float | None:
-    """Of the weights alone, with the engine's kernels: activations not rounded where that is possible, the head dense.
+    """The perplexity of the weights with the engine's kernels; None: no tokens are kept apart, or no memory is left.
 
-    None where it isn't wanted or the model doesn't fit whole.
+    Activations are not rounded if the device allows that, and the head stays dense.
     """
     if not text.held_out:
         return None
@@ -205,12 +210,12 @@ def _perplexity(folder: Path, text: CalibrationText, options: QuantizeOptions) -
         return None
     finally:
         torch.set_num_threads(num_threads)  # the engine wants one for torch, calibration all of them
-        gc.collect()  # a model refers to itself: its memory is wanted for the next
+        gc.collect()  # a model refers to itself, and the next one needs its memory
 
 
 @torch.inference_mode()
 def _embed(reader: WeightSource, samples: list[list[int]]) -> torch.Tensor:
-    """[samples, tokens, hidden_size] float32 on the CPU; empty without samples."""
+    """Embed the samples, [samples, tokens, hidden_size] float32 on the CPU; empty without samples."""
     table = reader.read("model.embed_tokens.weight")
     ids = torch.tensor(samples, dtype=torch.int64)
     if ids.numel() and int(ids.max()) >= len(table):
@@ -227,6 +232,8 @@ def _quantize_layer(
     quantizer: Quantizer,
     progress: _Progress,
 ) -> None:
+    """Run a layer on `hidden`, in place, and let the quantizer see the inputs of its matrices."""
+
     def on_inputs(modules: tuple[str, ...], inputs: Iterator[torch.Tensor]) -> None:
         progress.step(f"layer {index}, {modules[0]}")
         try:
@@ -242,7 +249,7 @@ def _quantize_layer(
 
 @torch.inference_mode()
 def _stored_layer(layer: LayerTensors, quantizer: Quantizer) -> dict[str, torch.Tensor]:
-    """A layer's tensors as they are stored: matrices packed, all others in float16."""
+    """The layer's tensors as they are stored: matrices packed, all others in float16."""
     stored: dict[str, torch.Tensor] = {}
     rounded = quantizer.finish(layer)
     for module, matrix in rounded.items():
@@ -253,12 +260,14 @@ def _stored_layer(layer: LayerTensors, quantizer: Quantizer) -> dict[str, torch.
 
 
 def _wide(name: str, reader: WeightSource, device: Device) -> torch.Tensor:
+    """Read a tensor in float32, to the device. Raises StartError if it does not fit in float16."""
     tensor = reader.read(name)
     _half(name, tensor)  # the scales of larger weights would not fit either
     return tensor.to(device.torch_device, torch.float32)
 
 
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float16. Raises StartError if it does not fit."""
     half = tensor.to(torch.float16)
     if not half.isfinite().all():
         raise StartError(f"tensor {name} does not fit in float16, which both formats want: choose another model")
@@ -266,13 +275,14 @@ def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _with_quantization(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the quantized model."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     return {**config, key: "float16", "quantization_config": settings}
 
 
 @dataclasses.dataclass(slots=True)
 class _Progress:
-    """Logs what is done, at most every few seconds."""
+    """Logs how far the model is done, at most every few seconds."""
 
     total: int
     num_done: int = 0
@@ -280,7 +290,7 @@ class _Progress:
     next_time: float = dataclasses.field(default_factory=lambda: time.monotonic() + PROGRESS_INTERVAL_S)
 
     def step(self, what: str, count: int = 1) -> None:
-        """`what` begins now."""
+        """Log that `what` begins now, and count it as `count` of `total`."""
         now = time.monotonic()
         if now >= self.next_time and self.num_done:
             self.next_time = now + PROGRESS_INTERVAL_S

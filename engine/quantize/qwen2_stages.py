@@ -1,6 +1,6 @@
 """A Qwen2 layer cut where its matrices get their inputs, for calibration: plain torch in float32, whole samples.
 
-The engine's own layer fuses matrices and attends over a paged cache; here every matrix stands alone and may change
+The engine's layer fuses matrices and attends over a cache in blocks. Here every matrix stands alone and may change
 while the layer runs. `tests/contract/test_calibration.py` compares it with `transformers`.
 """
 
@@ -82,7 +82,7 @@ class Qwen2Stages:
             batch += _linear(layer, module, x).view_as(batch).to(batch.device)
 
     def _attend(self, layer: LayerTensors, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """x [samples * tokens, hidden_size] -> what o_proj gets, [samples * tokens, heads * head_dim]."""
+        """The inputs of o_proj, [samples * tokens, heads * head_dim], from x [samples * tokens, hidden_size]."""
         shape, num_tokens = self._shape, self._num_tokens
         num_samples = x.shape[0] // num_tokens
         qkv = torch.cat([_linear(layer, module, x) for module in QKV], dim=1)
@@ -107,7 +107,7 @@ class Qwen2Stages:
         return self._rotary.prepare(rows, positions, starts, [num_tokens] * num_samples)
 
     def _mask(self, window: int | None) -> torch.Tensor | None:
-        """[tokens, tokens], True where a token is seen; None: all up to itself."""
+        """[tokens, tokens], True if the token of the row sees that of the column; None: it sees all up to itself."""
         if window is None or window >= self._num_tokens:
             return None
         places = torch.arange(self._num_tokens, device=self._device)

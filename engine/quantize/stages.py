@@ -18,7 +18,7 @@ STAGES: dict[str, str] = {
 LayerTensors = dict[str, torch.Tensor]
 """The tensors of one decoder layer in float32, by name below `model.layers.<index>`; `mlp.up_proj.weight` is [n, k]."""
 OnInputs = Callable[[tuple[str, ...], Iterator[torch.Tensor]], None]
-"""Matrices and the inputs [rows, k] that they share, batch after batch. It may put other weights into the layer."""
+"""Takes matrices and the inputs [rows, k] that they share, batch by batch; may put other weights into the layer."""
 
 
 class LayerStages(Protocol):
@@ -27,17 +27,17 @@ class LayerStages(Protocol):
     MATRICES: tuple[tuple[str, ...], ...]
     """All matrices of a layer, in the order they run; those together share their inputs."""
     SOURCES: Mapping[tuple[str, ...], str]
-    """What makes the inputs of which matrices: a norm, or a matrix with an output for each (else nothing can)."""
+    """Matrices -> the norm or matrix that makes their inputs. A matrix needs an output for each to take scales."""
     UNCLIPPED: tuple[str, ...]
     """Matrices whose outputs are multiplied with each other: the loss of their own outputs says too little."""
 
     def __init__(
         self, config: Mapping[str, Any], shape: AttentionShape, rotary: Rotary, num_tokens: int, device: torch.device
     ) -> None:
-        """`num_tokens`: of each sample."""
+        """Prepare for samples of `num_tokens` each."""
 
     def run(self, index: int, layer: LayerTensors, hidden: torch.Tensor, on_inputs: OnInputs) -> None:
-        """Layer `index` on hidden [samples, num_tokens, hidden_size] float32 in the CPU's memory, in place.
+        """Run layer `index` on hidden [samples, num_tokens, hidden_size] float32 in the CPU's memory, in place.
 
         `on_inputs` is called for each of `MATRICES` before it runs.
         """

@@ -55,8 +55,8 @@ ROOMS: dict[str, str] = {
     "engine.step_buffers": "engine.attention engine.step_inputs",
     "engine.runner": "engine.attention engine.device engine.link engine.models engine.scheduling engine.step_buffers "
     "engine.step_inputs",
-    "engine.ranks": "engine.checkpoint engine.limits engine.link engine.runner engine.scheduling engine.step_inputs "
-    "parallel",
+    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
+    "engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",

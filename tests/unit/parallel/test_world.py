@@ -285,7 +285,7 @@ def test_ranks_of_one_host_share_memory(three: Ranks) -> None:
     all_rendezvous = three.meet()
 
     def run(rendezvous: Rendezvous) -> tuple[SharedMemoryCollectives, list[float]]:
-        collectives = make_collectives(rendezvous, torch.device("cpu"), 1)
+        collectives = make_collectives(rendezvous, torch.device("cpu"), "gloo", 1, is_memory_shared=True)
         assert isinstance(collectives, SharedMemoryCollectives)
         return collectives, collectives.all_reduce(torch.tensor([1.0, 10.0**rendezvous.world.rank])).tolist()
 
