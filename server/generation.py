@@ -23,7 +23,6 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
 from server.errors import IncompleteGenerationError, OverloadedError
-from server.requests.native import GenerateParameters
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation, log_extra, set_fields
@@ -88,7 +87,6 @@ class Generation:
     def __init__(
         self,
         request: ValidatedRequest,
-        parameters: GenerateParameters,
         tokenizer: TextTokenizer,
         timings: Timings,
         metrics: RequestMetrics,
@@ -98,14 +96,15 @@ class Generation:
         self.timings = timings
         self._metrics = metrics
         self._received: float | None = None
-        self._parameters = parameters
+        self._parameters = request.parameters
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
         self._prompt_logprobs: Sequence[float] = ()
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
-        self._stop_checker = StopChecker(() if request.is_stop_hidden else request.stop)
-        self._stop_cutter = StopCutter(request.stop) if request.is_stop_hidden and request.stop else None
+        stop = request.parameters.stop
+        self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
+        self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -195,7 +194,7 @@ class Generation:
     def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
         return {
-            "parameters": str(self._parameters.model_dump(exclude_defaults=True, exclude={"stop", "grammar"})),
+            "parameters": self._parameters.logged(),
             "total_time": _duration(self.timings.total_s),
             "validation_time": _duration(self.timings.validation_s),
             "queue_time": _duration(self.timings.queue_s),
@@ -298,7 +297,7 @@ async def interleave(running: Sequence[Stream]) -> AsyncGenerator[tuple[int, Gen
 class AdmittedRequest:
     """Admitted and valid; to be run, or its permit to be given back."""
 
-    requests: list[tuple[ValidatedRequest, GenerateParameters]]
+    requests: list[ValidatedRequest]
     permit: Permit
     started: float
     metrics: RequestMetrics
@@ -342,15 +341,11 @@ class GenerationService:
             permit = permit or self._admission.permit(sum(wanted.num_sequences for wanted in inputs))
             try:
                 limits = self.engine.limits
-                requests = [
-                    (request, wanted.parameters)
-                    for wanted in inputs
-                    for request in await self._validator.validate(wanted, limits)
-                ]
+                requests = [request for wanted in inputs for request in await self._validator.validate(wanted, limits)]
             except BaseException:
                 permit.release()
                 raise
-        for request, _ in requests:
+        for request in requests:
             metrics.accepted(len(request.generation.prompt_token_ids), request.generation.max_new_tokens)
         return AdmittedRequest(requests, permit, started, metrics)
 
@@ -362,9 +357,9 @@ class GenerationService:
             stack.enter_context(prepared.permit)
             submitted = time.perf_counter()
             running = []
-            for request, parameters in prepared.requests:
+            for request in prepared.requests:
                 timings = Timings(prepared.started, submitted)
-                generation = Generation(request, parameters, self.tokenizer, timings, prepared.metrics)
+                generation = Generation(request, self.tokenizer, timings, prepared.metrics)
                 events = stack.enter_context(self.engine.generate(request.generation))
                 tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
                 running.append(Stream(generation, tokens))

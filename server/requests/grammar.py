@@ -24,7 +24,7 @@ import msgspec
 
 from server.errors import ValidationError
 from server.requests.grammar_check import Check, Checked
-from server.requests.native import Grammar
+from server.requests.values import GrammarSpec
 
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CACHED = 32
@@ -40,7 +40,7 @@ _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _INTERSECTING = ("allOf", "anyOf", "oneOf", "$ref")
 
 
-async def compile_grammar(grammar: Grammar, *, is_strict: bool) -> str:
+async def compile_grammar(grammar: GrammarSpec, *, is_strict: bool) -> str:
     """The text that llguidance reads. Raises ValidationError.
 
     `is_strict`: as TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
@@ -71,7 +71,7 @@ async def compile_tool_grammar(lark: str) -> str:
     return checked.grammar
 
 
-def _read_schema(grammar: Grammar, *, is_strict: bool) -> dict[str, Any]:
+def _read_schema(grammar: GrammarSpec, *, is_strict: bool) -> dict[str, Any]:
     value = grammar.value
     if grammar.type == "json_schema":
         if not isinstance(value, dict) or "schema" not in value:

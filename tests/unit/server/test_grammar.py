@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 import server.requests.grammar
 from server.errors import ValidationError
 from server.requests.grammar import MAX_GRAMMAR_CHARS, compile_grammar
-from server.requests.native import Grammar
+from server.requests.values import GrammarSpec
 
 TOKENIZER = LLTokenizer("byte")
 POINT: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}}
@@ -28,7 +28,7 @@ ENDLESS: dict[str, Any] = {
 
 
 async def compiled(kind: str, value: Any, *, is_strict: bool = False) -> str:
-    return await compile_grammar(Grammar(type=kind, value=value), is_strict=is_strict)  # type: ignore[arg-type]
+    return await compile_grammar(GrammarSpec(kind, value), is_strict=is_strict)  # type: ignore[arg-type]
 
 
 async def refusal(kind: str, value: Any, *, is_strict: bool = False) -> str:
