@@ -40,7 +40,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     yield
     service: GenerationService = app.state.service
-    service.tokenizer.close()
+    service.close()
     if app.state.tracer is not None:
         await run_in_threadpool(app.state.tracer.close)
 

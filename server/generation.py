@@ -23,6 +23,7 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
 from server.errors import IncompleteGenerationError, OverloadedError
+from server.requests.grammar import GrammarCompiler
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation, log_extra, set_fields
@@ -313,9 +314,14 @@ class GenerationService:
         self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
         self.started_at = int(time.time())
         self._admission = Admission(config.max_concurrent_requests)
-        self._validator = Validator(config, tokenizer)
+        self.grammars = GrammarCompiler()
+        self._validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
         engine.observe_output = self.metrics.observe_output
+
+    def close(self) -> None:
+        self.tokenizer.close()
+        self.grammars.close()
 
     def permit_for_stream(self) -> Permit | None:
         """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.

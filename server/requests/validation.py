@@ -16,7 +16,7 @@ from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import ValidationError
 from server.requests.dialects import MAX_CHOICES
-from server.requests.grammar import compile_grammar, compile_tool_grammar
+from server.requests.grammar import GrammarCompiler
 from server.requests.rows import Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
@@ -71,9 +71,10 @@ def refuse_if(condition: bool, text: str) -> None:
 class Validator:
     """Checks requests against the limits of this server."""
 
-    def __init__(self, config: ServerConfig, tokenizer: TextTokenizer) -> None:
+    def __init__(self, config: ServerConfig, tokenizer: TextTokenizer, grammars: GrammarCompiler) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._grammars = grammars
 
     def check_before_admission(self, request: GenerationInput) -> None:
         """The checks that TGI makes before it asks for a permit. Raises ValidationError."""
@@ -122,9 +123,9 @@ class Validator:
             return None
         refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # text 21
         if tool_grammar is not None:
-            return await compile_tool_grammar(tool_grammar)
+            return await self._grammars.compile_tools(tool_grammar)
         assert spec is not None
-        return await compile_grammar(spec, is_strict=self._config.is_strict_tgi)
+        return await self._grammars.compile(spec, is_strict=self._config.is_strict_tgi)
 
     @property
     def _has_prompt_logprobs(self) -> bool:
