@@ -7,7 +7,6 @@ import dataclasses
 import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -33,11 +32,12 @@ from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, 
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
-from server.generation import Completion, GeneratedToken, GenerationService, Stream, collect, interleave, service_of
+from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
 from server.requests.validation import GenerationInput
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -102,10 +102,10 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
         return json_answer(answer, headers)
-    opening, permit = await service.open_for_stream(generation_input)
+    opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
     headers = stream_headers(service.config.compute_type, generation_input.inputs)
-    return EventStream(events, headers, permit)
+    return EventStream(events, headers, opening.permit)
 
 
 def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
@@ -187,7 +187,7 @@ class _Chat:
         generations = [stream.generation for stream in streams]
         return usage_of(generations, generations[0].num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """Events for each token of each choice, and one with the usage if it is wanted."""
         readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
         async with opening as streams:
@@ -265,7 +265,7 @@ class _TgiToolChat(_Chat):
         choices = [self._whole_choice(0, answers[0], message, reason)]
         return self._completion(choices, streams), self._headers(answers)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")
         call_id = _next_call_id(self._body.messages)
         is_in_words = False

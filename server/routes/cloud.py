@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from server.answers.json import json_answer
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, FailedInstanceError, NoInstanceError, OpenAIErrorBody
-from server.generation import Completion, GenerationService, collect, service_of
+from server.generation import Completion, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.cloud import SagemakerRequest, VertexRequest, vertex_parameters
@@ -20,6 +20,7 @@ from server.requests.validation import GenerationInput
 from server.routes.chat import ChatCompletion, ChatCompletionChunk, answer_chat, chat_input
 from server.routes.completions import CompletionChunk, CompletionFinal, answer_completions
 from server.routes.generate import GenerateResponse, StreamResponse, answer_compat
+from server.service import GenerationService, service_of
 
 area = Area()
 

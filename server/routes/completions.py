@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from fastapi import Request, Response
@@ -19,18 +18,17 @@ from server.errors import BatchSizeError, OpenAIErrorBody, SuffixError, Validati
 from server.generation import (
     Completion,
     GeneratedToken,
-    GenerationService,
     ScoredToken,
     Stream,
     collect,
     interleave,
-    service_of,
 )
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.dialects import MAX_CHOICES
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.validation import GenerationInput, refuse_if
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -103,9 +101,9 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
         return json_answer(answer, headers)
-    opening, permit = await service.open_for_stream(*completion.prompts)
+    opening = await service.open_validated(*completion.prompts)
     headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
-    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, permit)
+    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.permit)
 
 
 class _Completion:
@@ -204,7 +202,7 @@ class _Completion:
         num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[:: self._num_sequences])
         return usage_of(generations, num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """A chunk per token; with `echo` one more before them."""
         async with opening as streams:
             tables = [_LogprobTable(self._body.logprobs or 0) for _ in streams]

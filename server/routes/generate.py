@@ -12,14 +12,14 @@ from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, token_answers
 from server.answers.sse import EventStream, event, with_error_event
-from server.edge.admission import Permit
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, error_body
-from server.generation import Completion, Generation, GenerationService, collect, service_of
+from server.generation import Completion, Generation, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.native import CompatGenerateRequest, GenerateRequest, native_parameters
 from server.requests.validation import GenerationInput
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -196,13 +196,13 @@ def _top_tokens(answer: Completion) -> list[list[Token]] | msgspec.UnsetType:
 
 def _stream(service: GenerationService, request: GenerationInput) -> EventStream:
     headers = stream_headers(service.config.compute_type, request.inputs)
-    permit = service.permit_for_stream()
-    return EventStream(with_error_event(_events(service, request, permit), error_body), headers, permit)
+    opening = service.open_with_permit(request)
+    return EventStream(with_error_event(_events(opening, request), error_body), headers, opening.permit)
 
 
-async def _events(service: GenerationService, request: GenerationInput, permit: Permit | None) -> AsyncGenerator[bytes]:
+async def _events(opening: AdmittedRequest, request: GenerationInput) -> AsyncGenerator[bytes]:
     text_parts = [_prompt_echo(request)]
-    async with service.open(request, permit=permit) as [stream]:
+    async with opening as [stream]:
         generation = stream.generation
         async for token in stream.tokens:
             text_parts.append(token.visible)
