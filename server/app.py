@@ -13,10 +13,10 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.access import ApiKeyGuard, CorsHeaders
 from server.error_handlers import install_error_handlers
-from server.generation import GenerationService
 from server.openapi import build_openapi
 from server.operation import OperationFinder, operations_of
 from server.routes import chat, cloud, completions, docs, generate, health, info, models, tokenize
+from server.service import GenerationService
 from server.telemetry.spans import SpansMiddleware, Tracer
 from server.text.tokenizer import TextTokenizer
 
@@ -40,7 +40,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     yield
     service: GenerationService = app.state.service
-    service.tokenizer.close()
+    service.close()
     if app.state.tracer is not None:
         await run_in_threadpool(app.state.tracer.close)
 

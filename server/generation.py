@@ -1,13 +1,11 @@
-"""The one streaming path: admit, validate, submit, and turn the engine's events into tokens with text.
+"""One sequence on its way: the engine's events become tokens with text, and several sequences one stream or one answer.
 
-Every route goes through `GenerationService.open`; a plain answer is this stream collected. Leaving the block early, for
-whatever reason, aborts the sequences and gives the permit back.
+`server.service` admits requests and opens their streams; a plain answer is those streams collected.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -15,18 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import Request
-
 from engine.link.messages import FinishReason, TokenEvent
-from server.chat.template import ChatTemplate
-from server.client import EngineClient
-from server.config import ServerConfig
-from server.edge.admission import Admission, Permit
-from server.errors import IncompleteGenerationError, OverloadedError
-from server.requests.native import GenerateParameters
-from server.requests.validation import GenerationInput, ValidatedRequest, Validator
-from server.telemetry.metrics import Metrics, RequestMetrics
-from server.telemetry.spans import begin_generation, log_extra, set_fields
+from server.errors import IncompleteGenerationError
+from server.requests.validation import ValidatedRequest
+from server.telemetry.metrics import RequestMetrics
+from server.telemetry.spans import log_extra, set_fields
 from server.text.detokenizer import Detokenizer, StopChecker, StopCutter
 from server.text.tokenizer import TextTokenizer
 
@@ -83,12 +74,11 @@ class Timings:
 
 
 class Generation:
-    """One running sequence."""
+    """One sequence under way."""
 
     def __init__(
         self,
         request: ValidatedRequest,
-        parameters: GenerateParameters,
         tokenizer: TextTokenizer,
         timings: Timings,
         metrics: RequestMetrics,
@@ -98,14 +88,15 @@ class Generation:
         self.timings = timings
         self._metrics = metrics
         self._received: float | None = None
-        self._parameters = parameters
+        self._parameters = request.parameters
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
         self._prompt_logprobs: Sequence[float] = ()
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
-        self._stop_checker = StopChecker(() if request.is_stop_hidden else request.stop)
-        self._stop_cutter = StopCutter(request.stop) if request.is_stop_hidden and request.stop else None
+        stop = request.parameters.stop
+        self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
+        self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -195,7 +186,7 @@ class Generation:
     def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
         return {
-            "parameters": str(self._parameters.model_dump(exclude_defaults=True, exclude={"stop", "grammar"})),
+            "parameters": self._parameters.logged(),
             "total_time": _duration(self.timings.total_s),
             "validation_time": _duration(self.timings.validation_s),
             "queue_time": _duration(self.timings.queue_s),
@@ -241,11 +232,11 @@ class Stream:
         return Completion(self.generation, tokens, "".join(token.visible for token in tokens), reason)
 
 
-async def collect(running: Sequence[Stream]) -> list[Completion]:
+async def collect(streams: Sequence[Stream]) -> list[Completion]:
     """All answers. The first failure ends the others."""
-    if len(running) == 1:
-        return [await running[0].collect()]
-    return await _all_or_none([one.collect() for one in running])
+    if len(streams) == 1:
+        return [await streams[0].collect()]
+    return await _all_or_none([stream.collect() for stream in streams])
 
 
 async def _all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -262,25 +253,25 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.wait(tasks)
 
 
-async def interleave(running: Sequence[Stream]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
+async def interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
     """The tokens of all, as they come, each with the place of its sequence."""
-    if len(running) == 1:
-        async for token in running[0].tokens:
+    if len(streams) == 1:
+        async for token in streams[0].tokens:
             yield 0, token
         return
     # As many as are asked for at a time: a slow reader keeps tokens in the engine client, which holds them anyway.
-    queue: asyncio.Queue[tuple[int, GeneratedToken | Exception | None]] = asyncio.Queue(len(running))
+    queue: asyncio.Queue[tuple[int, GeneratedToken | Exception | None]] = asyncio.Queue(len(streams))
 
-    async def pump(index: int, one: Stream) -> None:
+    async def pump(index: int, stream: Stream) -> None:
         try:
-            async for token in one.tokens:
+            async for token in stream.tokens:
                 await queue.put((index, token))
             await queue.put((index, None))
         except Exception as error:
             await queue.put((index, error))
 
-    tasks = [asyncio.create_task(pump(index, one)) for index, one in enumerate(running)]
-    num_open = len(running)
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    num_open = len(streams)
     try:
         while num_open:
             index, item = await queue.get()
@@ -292,109 +283,3 @@ async def interleave(running: Sequence[Stream]) -> AsyncGenerator[tuple[int, Gen
                 yield index, item
     finally:
         await _cancel(tasks)
-
-
-@dataclass(frozen=True, slots=True)
-class AdmittedRequest:
-    """Admitted and valid; to be run, or its permit to be given back."""
-
-    requests: list[tuple[ValidatedRequest, GenerateParameters]]
-    permit: Permit
-    started: float
-    metrics: RequestMetrics
-
-
-class GenerationService:
-    """What the routes share: the engine, the tokenizer, the limits."""
-
-    def __init__(self, engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> None:
-        self.engine = engine
-        self.config = config
-        self.tokenizer = tokenizer
-        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
-        self.started_at = int(time.time())
-        self._admission = Admission(config.max_concurrent_requests)
-        self._validator = Validator(config, tokenizer)
-        self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
-        engine.observe_output = self.metrics.observe_output
-
-    def permit_for_stream(self) -> Permit | None:
-        """Taken before the status line leaves, so that overload is a plain 429 which clients and proxies understand.
-
-        As TGI has it (quirk 10), overload while streaming is an event under status 200: then None, and `open` finds it.
-        """
-        if self.config.is_strict_tgi:
-            return None
-        try:
-            return self._admission.permit(1)
-        except OverloadedError as error:
-            self.metrics.refused(error)
-            raise
-
-    async def prepare(self, *inputs: GenerationInput, permit: Permit | None = None) -> AdmittedRequest:
-        """Admit, under `permit` or one of its own, and validate. Raises OverloadedError, ValidationError."""
-        started = time.perf_counter()
-        begin_generation(is_stream=inputs[0].is_stream)
-        metrics = self.metrics.entered()
-        with metrics.failing():
-            for wanted in inputs:
-                self._validator.check_before_admission(wanted)
-            permit = permit or self._admission.permit(sum(wanted.num_sequences for wanted in inputs))
-            try:
-                limits = self.engine.limits
-                requests = [
-                    (request, wanted.parameters)
-                    for wanted in inputs
-                    for request in await self._validator.validate(wanted, limits)
-                ]
-            except BaseException:
-                permit.release()
-                raise
-        for request, _ in requests:
-            metrics.accepted(len(request.generation.prompt_token_ids), request.generation.max_new_tokens)
-        return AdmittedRequest(requests, permit, started, metrics)
-
-    @contextlib.asynccontextmanager
-    async def run(self, prepared: AdmittedRequest) -> AsyncIterator[list[Stream]]:
-        """Start generating: a sequence for each request; they live as long as the block."""
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(prepared.metrics.failing())
-            stack.enter_context(prepared.permit)
-            submitted = time.perf_counter()
-            running = []
-            for request, parameters in prepared.requests:
-                timings = Timings(prepared.started, submitted)
-                generation = Generation(request, parameters, self.tokenizer, timings, prepared.metrics)
-                events = stack.enter_context(self.engine.generate(request.generation))
-                tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
-                running.append(Stream(generation, tokens))
-            try:
-                yield running
-            except (asyncio.CancelledError, GeneratorExit):
-                for one in running:
-                    one.generation.log_cancelled()
-                raise
-
-    @contextlib.asynccontextmanager
-    async def open(self, *inputs: GenerationInput, permit: Permit | None = None) -> AsyncIterator[list[Stream]]:
-        """`prepare` and `run`."""
-        async with self.run(await self.prepare(*inputs, permit=permit)) as running:
-            yield running
-
-    async def open_for_stream(
-        self, *inputs: GenerationInput
-    ) -> tuple[contextlib.AbstractAsyncContextManager[list[Stream]], Permit | None]:
-        """`open` on the OpenAI routes, and the permit it has taken: what is wrong is raised, and shows in the status.
-
-        As TGI has it (quirk 10), it is an event of the stream, and nothing is done before that begins.
-        """
-        if self.config.is_strict_tgi:
-            return self.open(*inputs), None
-        prepared = await self.prepare(*inputs)
-        return self.run(prepared), prepared.permit
-
-
-def service_of(request: Request) -> GenerationService:
-    """The service that `create_app` put there."""
-    service: GenerationService = request.app.state.service
-    return service

@@ -20,9 +20,10 @@ from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
 from server.errors import ErrorBody, OpenAIErrorBody, is_openai_path
 from server.operation import Operation, described_path, path_parameters
+from server.requests.dialects import limits_of
 from server.requests.openai import OpenAIModel
+from server.requests.rows import Dialect
 from server.requests.serde import WireModel, spellings_of
-from server.requests.validation import MAX_CHOICES
 
 REF = "#/components/schemas/{}"
 TEXT = "text/plain; charset=utf-8"
@@ -60,42 +61,6 @@ _STATUS_TEXTS = {
     500: "The answer is incomplete, or the server has failed",
     503: "Unhealthy",
 }
-
-
-def _limits(config: ServerConfig) -> dict[str, dict[str, Schema]]:
-    """The limits of single values, by body and field (`docs/wire.md`, 2.2)."""
-    share = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
-    both = {
-        "frequency_penalty": {"minimum": -2, "maximum": 2},
-        "presence_penalty": {"minimum": -2, "maximum": 2},
-        "repetition_penalty": {"exclusiveMinimum": 0},
-        "typical_p": share,
-        "min_p": {"minimum": 0, "maximum": 1},
-    }
-    top_tokens = {"maximum": config.max_top_n_tokens}
-    openai = both | {
-        "temperature": {"minimum": 0},
-        "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-        "top_k": {"minimum": -1},
-        "max_tokens": {"minimum": 1},
-        "max_completion_tokens": {"minimum": 1},
-        "n": {"minimum": 1, "maximum": MAX_CHOICES},
-    }
-    return {
-        "GenerateParameters": both
-        | {
-            "best_of": {"maximum": config.max_best_of},
-            "temperature": {"exclusiveMinimum": 0},
-            "top_p": share,
-            "top_k": {"minimum": 1},
-            "max_new_tokens": {"minimum": 1},
-            "top_n_tokens": top_tokens,
-            "truncate": {"minimum": 1},
-            "stop": {"maxItems": config.max_stop_sequences},
-        },
-        "ChatRequest": openai | {"top_logprobs": top_tokens},
-        "CompletionRequest": openai | {"logprobs": top_tokens},
-    }
 
 
 @functools.cache
@@ -157,8 +122,8 @@ def _request_components(operations: Iterable[Operation], config: ServerConfig) -
     """The schemas of what the server reads, with the limits of single values."""
     bodies = {operation.body for operation in operations if operation.body is not None}
     components = _body_components(sorted(bodies, key=lambda body: body.__name__))
-    for name, limits in _limits(config).items():
-        properties = components[name]["properties"] if name in components else {}
+    for dialect in Dialect:
+        limits, properties = limits_of(dialect, config), components.get(dialect.value, {}).get("properties", {})
         for field in limits.keys() & properties.keys():
             properties[field] = _limited(properties[field], limits[field])
     return components

@@ -1,4 +1,4 @@
-"""What a grammar on the wire becomes for the engine (reference `tgi-http.md` 2.2 rows 21 to 24, 3.7).
+"""What a grammar on the wire becomes for the engine (docs/wire.md, 3.7, and texts 21 to 24 of the table in 2.2).
 
 The grammar is compiled here once to refuse it before anything is queued; the engine compiles it again for its own
 vocabulary. No limit of llguidance's bounds the time that a hostile schema takes (30 intersected patterns take days), so
@@ -9,8 +9,7 @@ process.
 from __future__ import annotations
 
 import asyncio
-import atexit
-import functools
+import collections
 import json
 import re
 import select
@@ -24,7 +23,7 @@ import msgspec
 
 from server.errors import ValidationError
 from server.requests.grammar_check import Check, Checked
-from server.requests.native import Grammar
+from server.requests.values import GrammarSpec
 
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CACHED = 32
@@ -33,45 +32,80 @@ CHECK_TIMEOUT_S = 5.0
 MAX_REASON_CHARS = 500
 
 _MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
-"""How llguidance begins where the text is no JSON Schema: row 22; everything else that it says is row 24."""
+"""How llguidance's error begins if the text is no JSON Schema: that is text 22; all its other errors are text 24."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _INTERSECTING = ("allOf", "anyOf", "oneOf", "$ref")
 
 
-async def compile_grammar(grammar: Grammar, *, is_strict: bool) -> str:
-    """The text that llguidance reads. Raises ValidationError.
+class GrammarCompiler:
+    """Compiles grammars in a process of its own, to find out whether the engine can hold to them.
 
-    `is_strict`: as TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
+    Owns that process and the thread that speaks with it. The last answers are remembered.
     """
-    if grammar.type == "regex":
-        if not isinstance(grammar.value, str):
-            raise ValidationError("grammar is not valid: a regex is a string")
-        checked = await _check(Check(regex=grammar.value))
+
+    def __init__(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+        self.process = CheckingProcess()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._answers: collections.OrderedDict[bytes, Checked] = collections.OrderedDict()
+
+    async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> str:
+        """The text that llguidance reads. Raises ValidationError.
+
+        `is_strict`: as in TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
+        """
+        if grammar.type == "regex":
+            if not isinstance(grammar.value, str):
+                raise ValidationError("grammar is not valid: a regex is a string")
+            checked = await self._check(Check(regex=grammar.value))
+            if checked.error is not None:
+                raise ValidationError(f"grammar is not valid: {checked.error}")
+            return checked.grammar
+        schema = _read_schema(grammar, is_strict=is_strict)
+        checked = await self._check(Check(schema=closed(schema), is_lenient=is_strict))
+        if checked.error is not None and _MALFORMED.match(checked.error):
+            raise ValidationError(f"grammar is not valid: {checked.error}")  # text 22
+        if is_strict and "properties" not in schema:
+            raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # text 23
         if checked.error is not None:
-            raise ValidationError(f"grammar is not valid: {checked.error}")
+            raise ValidationError(f"cannot compile regex from schema: {checked.error}")  # text 24
         return checked.grammar
-    schema = _read_schema(grammar, is_strict=is_strict)
-    checked = await _check(Check(schema=closed(schema), is_lenient=is_strict))
-    if checked.error is not None and _MALFORMED.match(checked.error):
-        raise ValidationError(f"grammar is not valid: {checked.error}")  # 22
-    if is_strict and "properties" not in schema:
-        raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # 23
-    if checked.error is not None:
-        raise ValidationError(f"cannot compile regex from schema: {checked.error}")  # 24
-    return checked.grammar
+
+    async def compile_tools(self, lark: str) -> str:
+        """The same for a grammar that `server.chat.tools` has made of the schemas of functions."""
+        checked = await self._check(Check(lark=lark))
+        if checked.error is not None:
+            raise ValidationError(f"cannot compile regex from schema: {checked.error}")
+        return checked.grammar
+
+    async def _check(self, check: Check) -> Checked:
+        try:
+            request = json.dumps(msgspec.to_builtins(check)).encode() + b"\n"
+        except RecursionError:
+            return Checked(error="it is nested too deeply")
+        if len(request) > MAX_GRAMMAR_CHARS:
+            return Checked(error=f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+        checked = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, request)
+        return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])
+
+    def _answer(self, request: bytes) -> Checked:
+        """Runs on the thread: the event loop goes on while the process compiles."""
+        if request not in self._answers:
+            self._answers[request] = self.process.check(request, self.timeout_s)
+        self._answers.move_to_end(request)
+        if len(self._answers) > MAX_CACHED:
+            self._answers.popitem(last=False)
+        return self._answers[request]
+
+    def close(self) -> None:
+        """End the process, after the grammar that it is compiling."""
+        self._thread.submit(self.process.close)
+        self._thread.shutdown()
 
 
-async def compile_tool_grammar(lark: str) -> str:
-    """The same for a grammar that `server.chat.tools` has made of the schemas of functions."""
-    checked = await _check(Check(lark=lark))
-    if checked.error is not None:
-        raise ValidationError(f"cannot compile regex from schema: {checked.error}")
-    return checked.grammar
-
-
-def _read_schema(grammar: Grammar, *, is_strict: bool) -> dict[str, Any]:
+def _read_schema(grammar: GrammarSpec, *, is_strict: bool) -> dict[str, Any]:
     value = grammar.value
     if grammar.type == "json_schema":
         if not isinstance(value, dict) or "schema" not in value:
@@ -82,20 +116,20 @@ def _read_schema(grammar: Grammar, *, is_strict: bool) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
-        raise ValidationError("grammar is not supported")  # 21
+        raise ValidationError("grammar is not supported")  # text 21
     try:
         schema = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValidationError(f"grammar is not valid: {error}") from error  # 22
+        raise ValidationError(f"grammar is not valid: {error}") from error  # text 22
     if schema is True:
         return {}
     if not isinstance(schema, dict):
-        raise ValidationError("grammar is not valid: a schema that can be followed is an object or `true`")  # 22
+        raise ValidationError("grammar is not valid: a schema that can be followed is an object or `true`")  # text 22
     return schema
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with no other keys than the declared ones wherever it says nothing of them, as in TGI.
+    """The schema with no other keys than the declared ones, wherever it says nothing of others, as in TGI.
 
     A model would otherwise be free to add any. Where objects are intersected, all would refuse each other's keys, so
     such a schema stays as it is.
@@ -118,7 +152,7 @@ def _is_intersecting(part: dict[str, Any]) -> bool:
 
 
 def _walk(schema: Any) -> Iterator[dict[str, Any]]:
-    """The schema and every schema in it; constants and examples are none."""
+    """The schema and every schema within it; constants and examples are not schemas."""
     if not isinstance(schema, dict):
         return
     yield schema
@@ -133,57 +167,35 @@ def _walk(schema: Any) -> Iterator[dict[str, Any]]:
             yield from _walk(part)
 
 
-class _Checker:
-    """The checking process, started when it is first needed; used by one thread."""
+class CheckingProcess:
+    """The process that compiles, started when it is first needed. To be used by one thread."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self.child: subprocess.Popen[bytes] | None = None
 
-    def check(self, request: bytes) -> Checked:
-        """Answer a line; a process that says nothing in time, or dies of it, ends and gives way to a new one."""
-        process = self._started()
-        assert process.stdin is not None and process.stdout is not None
+    def check(self, request: bytes, timeout_s: float) -> Checked:
+        """The answer to a line. A process that says nothing in time, or dies of the line, gives way to a new one."""
+        child = self._started()
+        assert child.stdin is not None and child.stdout is not None
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], CHECK_TIMEOUT_S)[0] and (line := process.stdout.readline()):
+            child.stdin.write(request)
+            child.stdin.flush()
+            if select.select([child.stdout], [], [], timeout_s)[0] and (line := child.stdout.readline()):
                 return msgspec.json.decode(line, type=Checked)
-        except BrokenPipeError:  # it has died between two requests, or of this one
+        except BrokenPipeError:  # the child has died between two requests, or of this one
             pass
         self.close()
         return Checked(error="it is too complex")
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self.child is None or self.child.poll() is not None:
             self.close()
             command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self._process
+            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self.child
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-_checker = _Checker()
-_thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-atexit.register(_checker.close)
-
-
-@functools.lru_cache(MAX_CACHED)
-def _checked(request: bytes) -> Checked:
-    return _checker.check(request)
-
-
-async def _check(check: Check) -> Checked:
-    """Off the event loop; the last answers are remembered."""
-    try:
-        request = json.dumps(msgspec.to_builtins(check)).encode() + b"\n"
-    except RecursionError:
-        return Checked(error="it is nested too deeply")
-    if len(request) > MAX_GRAMMAR_CHARS:
-        return Checked(error=f"it is longer than {MAX_GRAMMAR_CHARS} characters")
-    checked = await asyncio.get_running_loop().run_in_executor(_thread, _checked, request)
-    return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])
+        if self.child is not None:
+            self.child.kill()
+            self.child.communicate()
+            self.child = None

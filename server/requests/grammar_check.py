@@ -16,7 +16,7 @@ import msgspec
 from engine.link.config import MAX_LEXER_STATES
 
 MAX_MEMORY = 1 << 30
-"""Of addresses, in bytes; beyond it the process ends."""
+"""Address space of this process, in bytes. The process ends when it needs more."""
 PR_SET_PDEATHSIG = 1
 
 JSON_OPTIONS: dict[str, Any] = {
@@ -25,23 +25,23 @@ JSON_OPTIONS: dict[str, Any] = {
     "key_separator": ": ",
     "coerce_one_of": True,
 }
-"""White space as `json.dumps` writes it, which Qwen2.5's tool calls have, too. TGI lets the model choose between one
+"""White space is as `json.dumps` writes it, which Qwen2.5's tool calls have, too. TGI lets the model choose between one
 space and none at each place: this is among its choices, and speculation knows what comes. `oneOf` is `anyOf`, as in
 TGI."""
 
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is to be compiled: a regular expression, a grammar of llguidance's own, or else a schema."""
+    """A thing to compile: a regular expression, a grammar of llguidance's own, or else a schema."""
 
     regex: str | None = None
     lark: str | None = None
     schema: dict[str, Any] | None = None
     is_lenient: bool = False
-    """Keywords that llguidance does not know are ignored."""
+    """Ignore keywords that llguidance does not know."""
 
 
 class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the engine reads, or what is wrong."""
+    """The grammar that the engine reads, or the error."""
 
     grammar: str = ""
     error: str | None = None

@@ -1,11 +1,12 @@
-"""Request bodies of the OpenAI-shaped routes, as TGI reads them and with what OpenAI's clients send besides
-(reference `tgi-http.md` 1.9, 1.11, 3.4, 3.6, 3.7).
+"""Bodies of the OpenAI-shaped routes, as TGI reads them and with what OpenAI's clients send besides.
 
+docs/wire.md has TGI's side: 1.9, 1.11, 3.4, 3.6 and 3.7.
 Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI's own shapes are understood.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -23,8 +24,11 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema
 
-from server.requests.native import Grammar, LogitBias
-from server.requests.serde import F32, I32, U32, U64, WireModel, is_strict, untagged, wrong
+from server.requests.dialects import parameters_of, speaking
+from server.requests.rows import Dialect
+from server.requests.sampling import Parameters
+from server.requests.serde import F32, I32, U32, U64, WireModel, is_strict, round_to_f32, untagged, wrong
+from server.requests.values import Grammar, LogitBias
 
 
 class OpenAIModel(WireModel):
@@ -171,7 +175,7 @@ class OpenAIFormat(OpenAIModel):
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
-    """OpenAI's shapes become TGI's (reference 3.7); `{"type": "text"}` asks for what happens anyway."""
+    """OpenAI's shapes become TGI's (docs/wire.md, 3.7); `{"type": "text"}` asks for what happens anyway."""
     if is_strict(info) or not isinstance(value, dict):
         return value
     match value.get("type"):
@@ -184,6 +188,7 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+@speaking(Dialect.CHAT)
 class ChatRequest(OpenAIModel):
     """Body of /v1/chat/completions."""
 
@@ -218,10 +223,7 @@ class ChatRequest(OpenAIModel):
     add_generation_prompt: bool | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "parallel_tool_calls"),
-            *("continue_final_message", "add_generation_prompt"),
-        }
+        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt"}
     )
 
 
@@ -248,6 +250,7 @@ def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
     return [token_ids] if token_ids else [item for item in prompt if not isinstance(item, int)]
 
 
+@speaking(Dialect.COMPLETIONS)
 class CompletionRequest(OpenAIModel):
     """Body of /v1/completions."""
 
@@ -277,9 +280,24 @@ class CompletionRequest(OpenAIModel):
     typical_p: F32 | None = None
     ignore_eos: bool = False
 
-    extensions: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("stream_options", "n", "best_of", "echo", "logprobs", "presence_penalty", "logit_bias"),
-            *("top_k", "min_p", "typical_p", "ignore_eos"),
-        }
+    extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
+
+
+def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> Parameters:
+    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature is exactly 0."""
+    dialect = Dialect.CHAT if isinstance(request, ChatRequest) else Dialect.COMPLETIONS
+    parameters = parameters_of(dialect, request)
+    is_greedy = parameters.temperature == 0
+    presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
+    if is_strict and presence is not None:  # docs/compatibility.md, row 5
+        repetition, presence = round_to_f32(presence + 2), None
+    return dataclasses.replace(
+        parameters,
+        do_sample=not is_greedy,
+        temperature=None if is_greedy else parameters.temperature,
+        top_p=None if parameters.top_p == 1 and not is_strict else parameters.top_p,  # docs/compatibility.md, row 3
+        top_k=None if parameters.top_k in (-1, 0) else parameters.top_k,  # either is off to some server
+        presence_penalty=presence,
+        repetition_penalty=repetition,
+        details=True,
     )

@@ -1,31 +1,228 @@
-"""The sampling parameters of the OpenAI-shaped routes as native ones (reference `tgi-http.md` 1.9, 1.11, 3.5)."""
+"""The parameters of a generation, a row for each.
+
+Whatever a body is shaped like, it becomes `Parameters`. The wire models (`server.requests.dialects`), the checks, the
+sampler's parameters (`server.requests.validation`) and the description of the API are made of the rows.
+"""
 
 from __future__ import annotations
 
-from server.requests.native import GenerateParameters
-from server.requests.openai import ChatRequest, CompletionRequest
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from server.requests.rows import (
+    IN_ALL_OF_OURS,
+    IN_ALL_OF_TGI,
+    NATIVE_ONLY,
+    OURS,
+    TGI,
+    Bounds,
+    Dialect,
+    Refusal,
+    Row,
+    parameter,
+    rows_of,
+)
+from server.requests.serde import F32, I32, U32, U64, Usize
+from server.requests.values import Grammar, GrammarSpec, LogitBias
+
+_FRACTION = Bounds(above=0, below=1)
+_ADDED = Bounds(min=-2, max=2)
 
 
-def native_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> GenerateParameters:
-    """Sampling unless the temperature is exactly 0; what only one of the routes has is left to it."""
-    is_greedy = request.temperature == 0
-    presence, repetition = request.presence_penalty, request.repetition_penalty
-    if is_strict and presence is not None:
-        repetition, presence = presence + 2, None  # quirk 5
-    parameters = GenerateParameters(
-        do_sample=not is_greedy,
-        temperature=None if is_greedy else request.temperature,
-        top_p=None if request.top_p == 1 and not is_strict else request.top_p,  # quirk 3
-        top_k=None if request.top_k in (-1, 0) else request.top_k,  # either is off to some server
-        min_p=request.min_p,
-        typical_p=request.typical_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=presence,
-        repetition_penalty=repetition,
-        max_new_tokens=request.max_tokens,
-        stop=request.stop or [],
-        seed=request.seed,
-        ignore_eos=request.ignore_eos,
-        details=True,
+def _is_best_of_greedy(parameters: Parameters) -> bool:
+    return parameters.has_best_of and not parameters.may_draw
+
+
+def _is_best_of_seeded(parameters: Parameters) -> bool:
+    return parameters.has_best_of and parameters.seed is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """What a request asks of its generation; None where it says nothing.
+
+    Every field is the row of its parameter. The order is that of TGI's native body and of its log lines.
+    """
+
+    best_of: int | None = parameter(
+        Row(
+            Usize,
+            NATIVE_ONLY,
+            bounds=Bounds(max_setting="max_best_of"),
+            refusal=Refusal(5, "you must use sampling when `best_of` is > 1", _is_best_of_greedy),
+        )
     )
-    return parameters.model_copy(update={"logit_bias": request.logit_bias})  # not read a second time: its keys are ids
+    temperature: float | None = parameter(
+        Row(
+            F32,
+            IN_ALL_OF_TGI,
+            bounds=Bounds(above=0),
+            openai_bounds=Bounds(min=0),
+            refusal=Refusal(6, "`temperature` must be strictly positive"),
+            engine_field="temperature",
+            is_for_drawing=True,
+        )
+    )
+    repetition_penalty: float | None = parameter(
+        Row(
+            F32,
+            {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: TGI},
+            bounds=Bounds(above=0),
+            refusal=Refusal(7, "`repetition_penalty` must be strictly positive"),
+            engine_field="repetition_penalty",
+        )
+    )
+    frequency_penalty: float | None = parameter(
+        Row(
+            F32,
+            IN_ALL_OF_TGI,
+            bounds=_ADDED,
+            refusal=Refusal(8, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+            engine_field="relative_frequency_penalty",
+            openai_engine_field="frequency_penalty",
+        )
+    )
+    top_k: int | None = parameter(
+        Row(
+            I32,
+            {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS},
+            bounds=Bounds(min=1),
+            openai_bounds=Bounds(min=-1),
+            refusal=Refusal(11, "`top_k` must be strictly positive"),
+            engine_field="top_k",
+            is_for_drawing=True,
+            is_filter=True,
+        )
+    )
+    top_p: float | None = parameter(
+        Row(
+            F32,
+            IN_ALL_OF_TGI,
+            bounds=_FRACTION,
+            openai_bounds=Bounds(above=0, max=1),
+            refusal=Refusal(9, "`top_p` must be > 0.0 and < 1.0"),
+            engine_field="top_p",
+            is_for_drawing=True,
+            is_filter=True,
+        )
+    )
+    typical_p: float | None = parameter(
+        Row(
+            F32,
+            {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS},
+            bounds=_FRACTION,
+            refusal=Refusal(10, "`typical_p` must be > 0.0 and < 1.0"),
+            engine_field="typical_p",
+            is_for_drawing=True,
+            is_filter=True,
+        )
+    )
+    do_sample: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
+    max_new_tokens: int | None = parameter(
+        Row(
+            U32,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: TGI.named("max_tokens", "max_completion_tokens"),
+                Dialect.COMPLETIONS: TGI.named("max_tokens"),
+            },
+            bounds=Bounds(min=1),
+            refusal=Refusal(12, "`max_new_tokens` must be strictly positive"),
+        )
+    )
+    return_full_text: bool | None = parameter(Row(bool, NATIVE_ONLY))
+    stop: Sequence[str] = parameter(
+        Row(
+            list[str],
+            IN_ALL_OF_TGI,
+            default=(),
+            bounds=Bounds(max_setting="max_stop_sequences", measured="length"),
+            openai_bounds=Bounds(),  # OpenAI's may be one string, which has no items
+            refusal=Refusal(13, "`stop` supports up to {limit} stop sequences. Given: {given}"),
+        )
+    )
+    truncate: int | None = parameter(Row(Usize, NATIVE_ONLY, bounds=Bounds(min=1)))
+    watermark: bool = parameter(Row(bool, NATIVE_ONLY, default=False, engine_field="is_watermarked"))
+    details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
+    decoder_input_details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
+    seed: int | None = parameter(
+        Row(
+            U64,
+            IN_ALL_OF_TGI,
+            refusal=Refusal(14, "`seed` must not be set when `best_of` > 1", _is_best_of_seeded),
+            engine_field="seed",
+            is_for_drawing=True,
+        )
+    )
+    top_n_tokens: int | None = parameter(
+        Row(
+            U32,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: TGI.named("top_logprobs"),
+                Dialect.COMPLETIONS: OURS.named("logprobs"),
+            },
+            bounds=Bounds(max_setting="max_top_n_tokens"),
+            refusal=Refusal(15, "`top_n_tokens` must be >= 0 and <= {limit}. Given: {given}"),
+            engine_field="num_top_tokens",
+        )
+    )
+    grammar: GrammarSpec | None = parameter(
+        Row(Grammar, {Dialect.NATIVE: TGI, Dialect.CHAT: TGI.named("response_format")})
+    )
+    adapter_id: str | None = parameter(Row(str, NATIVE_ONLY))
+    presence_penalty: float | None = parameter(
+        Row(
+            F32,
+            {Dialect.NATIVE: OURS, Dialect.CHAT: TGI, Dialect.COMPLETIONS: OURS},
+            bounds=_ADDED,
+            refusal=Refusal(8, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+            engine_field="presence_penalty",
+        )
+    )
+    min_p: float | None = parameter(
+        Row(
+            F32,
+            IN_ALL_OF_OURS,
+            bounds=Bounds(min=0, max=1),
+            refusal=Refusal(10, "`min_p` must be >= 0.0 and <= 1.0"),
+            engine_field="min_p",
+            is_for_drawing=True,
+            is_filter=True,
+        )
+    )
+    logit_bias: Mapping[int, float] | None = parameter(
+        Row(
+            LogitBias,
+            {Dialect.NATIVE: OURS, Dialect.CHAT: TGI, Dialect.COMPLETIONS: OURS},
+            bounds=Bounds(min=-100, max=100, measured="members"),
+            refusal=Refusal(8, "`logit_bias` must be >= -100.0 and <= 100.0"),
+            engine_field="logit_bias",
+        )
+    )
+    ignore_eos: bool = parameter(Row(bool, IN_ALL_OF_OURS, default=False))
+
+    @property
+    def has_best_of(self) -> bool:
+        return (self.best_of or 1) > 1
+
+    @property
+    def may_draw(self) -> bool:
+        """What TGI looks at to allow `best_of`."""
+        choices = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        return self.do_sample or any(choice is not None for choice in choices)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Tokens are drawn, since something asks for chance; otherwise the likeliest one is taken."""
+        has_filter = any(row.is_filter and getattr(self, name) is not None for name, row in ROWS.items())
+        return self.do_sample or has_filter or self.temperature not in (None, 1)
+
+    def logged(self) -> str:
+        """The parameters that are not the default, as a log line shows them; no text of the client's is among them."""
+        values = {name: getattr(self, name) for name in ROWS if name not in ("stop", "grammar")}
+        return str({name: value for name, value in values.items() if value != ROWS[name].default})
+
+
+ROWS = rows_of(Parameters)
+"""Name -> row."""

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -33,12 +32,12 @@ from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, 
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
-from server.generation import Completion, GeneratedToken, GenerationService, Stream, collect, interleave, service_of
+from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
 from server.requests.body import read_body
-from server.requests.openai import ChatRequest, Message, ToolCallBody
-from server.requests.sampling import native_parameters
+from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
 from server.requests.validation import GenerationInput
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -97,41 +96,43 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
-    wanted, use = chat_input(service, body)
+    generation_input, use = chat_input(service, body)
     is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
-    chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, wanted, use)
+    chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
         return json_answer(answer, headers)
-    opening, permit = await service.open_for_stream(wanted)
+    opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
-    return EventStream(events, stream_headers(service.config.compute_type, wanted.inputs), permit)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs)
+    return EventStream(events, headers, opening.permit)
 
 
 def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
     """What the engine is asked for (reference 3.5). Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
-    own = {"top_n_tokens": request.top_logprobs, "grammar": request.response_format}
-    wanted = GenerationInput(
+    generation_input = GenerationInput(
         inputs=service.chat_template.render(request.messages, use.offered, ending(request)),
-        parameters=native_parameters(request, is_strict=is_strict).model_copy(update=own),
+        parameters=openai_parameters(request, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         is_openai=not is_strict,
         tool_grammar=use.grammar,
     )
-    return wanted, use
+    return generation_input, use
 
 
 class _Chat:
     """One request and its answer."""
 
-    def __init__(self, service: GenerationService, body: ChatRequest, wanted: GenerationInput, use: ToolUse) -> None:
+    def __init__(
+        self, service: GenerationService, body: ChatRequest, generation_input: GenerationInput, use: ToolUse
+    ) -> None:
         self._service = service
         self._body = body
-        self._wanted = wanted
+        self._input = generation_input
         self._use = use
         self._begun: set[int] = set()
         """Choices of which a chunk was sent."""
@@ -140,23 +141,23 @@ class _Chat:
         self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
 
     async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
-        async with self._service.open(self._wanted) as running:
-            answers = await collect(running)
+        async with self._service.open(self._input) as streams:
+            answers = await collect(streams)
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
-        return self._completion(choices, running), self._headers(answers)
+        return self._completion(choices, streams), self._headers(answers)
 
-    def _completion(self, choices: list[ChatChoice], running: Sequence[Stream]) -> ChatCompletion:
+    def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
         return ChatCompletion(
             id=self._envelope.id,
             created=self._envelope.now,
             model=self._model,
             system_fingerprint=self._envelope.system_fingerprint,
             choices=choices,
-            usage=self._usage(running),
+            usage=self._usage(streams),
         )
 
     def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:
-        return plain_headers(self._service.config.compute_type, self._wanted.inputs, answers[0].generation)
+        return plain_headers(self._service.config.compute_type, self._input.inputs, answers[0].generation)
 
     def _choice(self, index: int, answer: Completion) -> ChatChoice:
         if not self._use.names:
@@ -182,22 +183,22 @@ class _Chat:
         return chat_logprobs(tokens) if self._body.logprobs else None
 
     @staticmethod
-    def _usage(running: Sequence[Stream]) -> Usage:
-        generations = [one.generation for one in running]
+    def _usage(streams: Sequence[Stream]) -> Usage:
+        generations = [stream.generation for stream in streams]
         return usage_of(generations, generations[0].num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """Events for each token of each choice, and one with the usage if it is wanted."""
-        readers = [self._use.reader() for _ in range(self._wanted.num_choices)] if self._use.names else None
-        async with opening as running:
-            async with contextlib.aclosing(interleave(running)) as tokens:
+        readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
+        async with opening as streams:
+            async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
                     if readers is None:
                         yield event(self._chunk([self._chunk_choice(index, token)], None))
                         continue
                     for choice in self._call_choices(index, token, readers[index]):
                         yield event(self._chunk([choice], None))
-            usage = self._usage(running)
+            usage = self._usage(streams)
         if self._body.stream_options.include_usage:
             yield event(self._chunk([], usage))
 
@@ -254,22 +255,22 @@ class _TgiToolChat(_Chat):
     """Tools as TGI has them: one call in a JSON of its own, or, with `no_tool`, a second run in words."""
 
     async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
-        async with self._service.open(self._wanted) as running:
-            answers = await collect(running)
+        async with self._service.open(self._input) as streams:
+            answers = await collect(streams)
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
             return await self._in_words().complete()
         message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])  # quirks 20, 21
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
-        return self._completion(choices, running), self._headers(answers)
+        return self._completion(choices, streams), self._headers(answers)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")
         call_id = _next_call_id(self._body.messages)
         is_in_words = False
-        async with opening as running:
-            async for token in running[0].tokens:
+        async with opening as streams:
+            async for token in streams[0].tokens:
                 pieces = reader.push(token.visible)
                 is_in_words = self._use.has_no_tool and any(
                     isinstance(p, CallStart) and p.name == NO_TOOL for p in pieces
@@ -278,10 +279,10 @@ class _TgiToolChat(_Chat):
                     break
                 for choice in self._tgi_choices(token, pieces, call_id):
                     yield event(self._chunk([choice], None))
-            usage = self._usage(running)
+            usage = self._usage(streams)
         if is_in_words:
             chat = self._in_words()
-            async with contextlib.aclosing(chat.chunks(self._service.open(chat._wanted))) as events:
+            async with contextlib.aclosing(chat.chunks(self._service.open(chat._input))) as events:
                 async for item in events:
                     yield item
         elif self._body.stream_options.include_usage:

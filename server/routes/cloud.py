@@ -10,16 +10,17 @@ from fastapi import Request, Response
 from server.answers.json import json_answer
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, FailedInstanceError, NoInstanceError, OpenAIErrorBody
-from server.generation import Completion, GenerationService, collect, service_of
+from server.generation import Completion, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
-from server.requests.cloud import SagemakerRequest, VertexRequest
-from server.requests.native import CompatGenerateRequest, GenerateParameters, VertexInstance
+from server.requests.cloud import SagemakerRequest, VertexRequest, vertex_parameters
+from server.requests.native import CompatGenerateRequest, VertexInstance
 from server.requests.openai import ChatRequest
 from server.requests.validation import GenerationInput
 from server.routes.chat import ChatCompletion, ChatCompletionChunk, answer_chat, chat_input
 from server.routes.completions import CompletionChunk, CompletionFinal, answer_completions
 from server.routes.generate import GenerateResponse, StreamResponse, answer_compat
+from server.service import GenerationService, service_of
 
 area = Area()
 
@@ -68,41 +69,33 @@ async def vertex(request: Request) -> Response:
     body = await read_body(request, VertexRequest, service.config)
     if not body.instances:
         raise NoInstanceError
-    wanted = [_input(service, instance) for instance in body.instances]
-    return json_answer(VertexResponse(await cancel_if_gone(request, _predictions(service, wanted))))
+    inputs = [_input(service, instance) for instance in body.instances]
+    return json_answer(VertexResponse(await cancel_if_gone(request, _predictions(service, inputs))))
 
 
-async def _predictions(service: GenerationService, wanted: list[GenerationInput]) -> list[str]:
+async def _predictions(service: GenerationService, inputs: list[GenerationInput]) -> list[str]:
     try:
-        async with service.open(*wanted) as running:
-            answers = await collect(running)
+        async with service.open(*inputs) as streams:
+            answers = await collect(streams)
     except Exception as error:
         if service.config.is_strict_tgi:
             raise FailedInstanceError from error
         raise
     predictions, start = [], 0
-    for one in wanted:
-        predictions.append(_prediction(one, answers[start : start + one.num_sequences]))
-        start += one.num_sequences
+    for instance in inputs:
+        predictions.append(_prediction(instance, answers[start : start + instance.num_sequences]))
+        start += instance.num_sequences
     return predictions
 
 
-def _prediction(wanted: GenerationInput, answers: list[Completion]) -> str:
+def _prediction(instance: GenerationInput, answers: list[Completion]) -> str:
     best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
-    return (wanted.inputs if wanted.parameters.return_full_text else "") + best.text
+    return (instance.inputs if instance.parameters.return_full_text else "") + best.text
 
 
 def _input(service: GenerationService, instance: VertexInstance | ChatRequest) -> GenerationInput:
-    is_strict = service.config.is_strict_tgi
     if isinstance(instance, ChatRequest):
-        wanted, _ = chat_input(service, instance)
-        return dataclasses.replace(wanted, is_stream=False, num_choices=1)
-    parameters = _parameters(instance.parameters or GenerateParameters(), is_strict=is_strict)
+        chat, _ = chat_input(service, instance)
+        return dataclasses.replace(chat, is_stream=False, num_choices=1)
+    parameters = vertex_parameters(instance, is_strict=service.config.is_strict_tgi)
     return GenerationInput(inputs=instance.inputs, parameters=parameters, is_stream=False)
-
-
-def _parameters(given: GenerateParameters, *, is_strict: bool) -> GenerateParameters:
-    """TGI samples whatever is asked for, and looks at two parameters only; here all have their effect."""
-    if is_strict:
-        return GenerateParameters(do_sample=True, max_new_tokens=given.max_new_tokens, seed=given.seed)
-    return given if "do_sample" in given.model_fields_set else given.model_copy(update={"do_sample": True})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from fastapi import Request, Response
@@ -18,18 +18,17 @@ from server.errors import BatchSizeError, OpenAIErrorBody, SuffixError, Validati
 from server.generation import (
     Completion,
     GeneratedToken,
-    GenerationService,
     ScoredToken,
     Stream,
     collect,
     interleave,
-    service_of,
 )
 from server.operation import Area, Operation
 from server.requests.body import read_body
-from server.requests.openai import CompletionRequest
-from server.requests.sampling import native_parameters
-from server.requests.validation import MAX_CHOICES, GenerationInput, refuse_if
+from server.requests.dialects import MAX_CHOICES
+from server.requests.openai import CompletionRequest, openai_parameters
+from server.requests.validation import GenerationInput, refuse_if
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -102,9 +101,9 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
         return json_answer(answer, headers)
-    opening, permit = await service.open_for_stream(*completion.wanted)
+    opening = await service.open_validated(*completion.prompts)
     headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
-    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, permit)
+    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.permit)
 
 
 class _Completion:
@@ -123,14 +122,14 @@ class _Completion:
         if len(body.prompt) > config.max_client_batch_size:
             raise BatchSizeError(config.max_client_batch_size)
         self._check(config.max_best_of)
-        self.wanted = [self._input(prompt) for prompt in body.prompt]
+        self.prompts = [self._input(prompt) for prompt in body.prompt]
         self._envelope = Envelope(config, "cmpl")
-        asked = None if self._is_strict else body.model
-        self._model = config.model_id if asked is None or asked == "tgi" else asked
+        name = None if self._is_strict else body.model
+        self._model = config.model_id if name is None or name == "tgi" else name
 
     @property
     def text_of_prompts(self) -> str:
-        return "".join(wanted.inputs for wanted in self.wanted)
+        return "".join(prompt.inputs for prompt in self.prompts)
 
     def _check(self, max_best_of: int) -> None:
         n, best_of = self._num_choices, self._num_sequences
@@ -149,20 +148,19 @@ class _Completion:
         return self._body.echo and self._body.logprobs is not None
 
     def _input(self, prompt: str | list[int]) -> GenerationInput:
-        own = {"top_n_tokens": self._body.logprobs, "decoder_input_details": self._has_prompt_logprobs}
-        parameters = native_parameters(self._body, is_strict=self._is_strict).model_copy(update=own)
+        parameters = openai_parameters(self._body, is_strict=self._is_strict)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
-            parameters=parameters,
+            parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
             num_choices=self._num_sequences,
             is_openai=not self._is_strict,
         )
 
     async def complete(self) -> tuple[CompletionFinal, dict[str, str]]:
-        async with self._service.open(*self.wanted) as running:
-            answers = await collect(running)
+        async with self._service.open(*self.prompts) as streams:
+            answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
         ]
@@ -175,7 +173,7 @@ class _Completion:
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
         )
-        return self._final(choices, self._usage(running)), headers
+        return self._final(choices, self._usage(streams)), headers
 
     def _chosen(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
         if self._num_choices == self._num_sequences:
@@ -197,26 +195,26 @@ class _Completion:
         return CompletionChoice(index, echo + answer.text, logprobs, self._finish_reason(answer.tokens[-1]))
 
     def _echo(self, prompt_index: int) -> str:
-        return self.wanted[prompt_index].inputs if self._body.echo else ""
+        return self.prompts[prompt_index].inputs if self._body.echo else ""
 
-    def _usage(self, running: Sequence[Stream]) -> Usage:
-        generations = [one.generation for one in running]
+    def _usage(self, streams: Sequence[Stream]) -> Usage:
+        generations = [stream.generation for stream in streams]
         num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[:: self._num_sequences])
         return usage_of(generations, num_prompt_tokens)
 
-    async def chunks(self, opening: AbstractAsyncContextManager[list[Stream]]) -> AsyncGenerator[bytes]:
+    async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """A chunk per token; with `echo` one more before them."""
-        async with opening as running:
-            tables = [_LogprobTable(self._body.logprobs or 0) for _ in running]
-            for index in range(len(running)):
+        async with opening as streams:
+            tables = [_LogprobTable(self._body.logprobs or 0) for _ in streams]
+            for index in range(len(streams)):
                 if echo := self._echo(index // self._num_choices):
                     tables[index].num_characters = len(echo)
                     yield event(self._chunk(CompletionChoice(index, echo, None, self._no_finish_reason)))
-            async with contextlib.aclosing(interleave(running)) as tokens:
+            async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
                     choice = self._chunk_choice(index, token, tables[index])
-                    yield event(self._chunk(choice, None if token.finish_reason is None else running[index]))
-            usage = self._usage(running)
+                    yield event(self._chunk(choice, None if token.finish_reason is None else streams[index]))
+            usage = self._usage(streams)
         if self._body.stream_options.include_usage:
             yield event(self._final([], usage))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncGenerator
 
 import msgspec
@@ -11,14 +12,14 @@ from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, token_answers
 from server.answers.sse import EventStream, event, with_error_event
-from server.edge.admission import Permit
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, error_body
-from server.generation import Completion, Generation, GenerationService, collect, service_of
+from server.generation import Completion, Generation, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
-from server.requests.native import CompatGenerateRequest, GenerateRequest
+from server.requests.native import CompatGenerateRequest, GenerateRequest, native_parameters
 from server.requests.validation import GenerationInput
+from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
 
@@ -103,7 +104,7 @@ async def compat_generate(request: Request) -> Response:
 async def generate(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, GenerateRequest, service.config)
-    answer, headers = await cancel_if_gone(request, _generate(service, body))
+    answer, headers = await cancel_if_gone(request, _generate(service, _input(body, is_stream=False)))
     return json_answer(answer, headers)
 
 
@@ -122,40 +123,42 @@ async def generate(request: Request) -> Response:
 )
 async def generate_stream(request: Request) -> Response:
     service = service_of(request)
-    return _stream(service, await read_body(request, GenerateRequest, service.config))
+    body = await read_body(request, GenerateRequest, service.config)
+    return _stream(service, _input(body, is_stream=True))
 
 
 async def answer_compat(request: Request, body: CompatGenerateRequest) -> Response:
     service = service_of(request)
-    body = _echoing(body)
+    generation = _echoing(_input(body, is_stream=body.stream))
     if body.stream:
-        return _stream(service, body)
-    answer, headers = await cancel_if_gone(request, _generate(service, body))
+        return _stream(service, generation)
+    answer, headers = await cancel_if_gone(request, _generate(service, generation))
     return json_answer([answer], headers)
 
 
-def _echoing(body: CompatGenerateRequest) -> CompatGenerateRequest:
-    """This route echoes the prompt unless told otherwise, as TGI where no pipeline tag is known (quirk 2)."""
-    if body.parameters.return_full_text is not None:
-        return body
-    return body.model_copy(update={"parameters": body.parameters.model_copy(update={"return_full_text": True})})
-
-
 def _input(body: GenerateRequest, *, is_stream: bool) -> GenerationInput:
-    return GenerationInput(inputs=body.inputs, parameters=body.parameters, is_stream=is_stream)
+    return GenerationInput(inputs=body.inputs, parameters=native_parameters(body), is_stream=is_stream)
 
 
-def _prompt_echo(body: GenerateRequest) -> str:
-    return body.inputs if body.parameters.return_full_text else ""
+def _echoing(request: GenerationInput) -> GenerationInput:
+    """POST / echoes the prompt unless told otherwise, as TGI does where no pipeline tag is known."""
+    parameters = request.parameters
+    if parameters.return_full_text is not None:
+        return request
+    return dataclasses.replace(request, parameters=dataclasses.replace(parameters, return_full_text=True))
 
 
-async def _generate(service: GenerationService, body: GenerateRequest) -> tuple[GenerateResponse, dict[str, str]]:
-    async with service.open(_input(body, is_stream=False)) as running:
-        answers = await collect(running)
+def _prompt_echo(request: GenerationInput) -> str:
+    return request.inputs if request.parameters.return_full_text else ""
+
+
+async def _generate(service: GenerationService, request: GenerationInput) -> tuple[GenerateResponse, dict[str, str]]:
+    async with service.open(request) as streams:
+        answers = await collect(streams)
     best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
-    prompt = _prompt_echo(body)
+    prompt = _prompt_echo(request)
     details: Details | msgspec.UnsetType = msgspec.UNSET
-    if body.parameters.details or body.parameters.decoder_input_details:
+    if request.parameters.details or request.parameters.decoder_input_details:
         others = [_other_sequence(prompt, answer) for answer in answers if answer is not best]
         details = Details(
             finish_reason=best.finish_reason,
@@ -166,7 +169,7 @@ async def _generate(service: GenerationService, body: GenerateRequest) -> tuple[
             best_of_sequences=others or msgspec.UNSET,
             top_tokens=_top_tokens(best),
         )
-    headers = plain_headers(service.config.compute_type, body.inputs, best.generation)
+    headers = plain_headers(service.config.compute_type, request.inputs, best.generation)
     return GenerateResponse(prompt + best.text, details), headers
 
 
@@ -191,22 +194,22 @@ def _top_tokens(answer: Completion) -> list[list[Token]] | msgspec.UnsetType:
     return top_tokens if any(top_tokens) else msgspec.UNSET
 
 
-def _stream(service: GenerationService, body: GenerateRequest) -> EventStream:
-    headers = stream_headers(service.config.compute_type, body.inputs)
-    permit = service.permit_for_stream()
-    return EventStream(with_error_event(_events(service, body, permit), error_body), headers, permit)
+def _stream(service: GenerationService, request: GenerationInput) -> EventStream:
+    headers = stream_headers(service.config.compute_type, request.inputs)
+    opening = service.open_with_permit(request)
+    return EventStream(with_error_event(_events(opening, request), error_body), headers, opening.permit)
 
 
-async def _events(service: GenerationService, body: GenerateRequest, permit: Permit | None) -> AsyncGenerator[bytes]:
-    text_parts = [_prompt_echo(body)]
-    async with service.open(_input(body, is_stream=True), permit=permit) as [running]:
-        generation = running.generation
-        async for token in running.tokens:
+async def _events(opening: AdmittedRequest, request: GenerationInput) -> AsyncGenerator[bytes]:
+    text_parts = [_prompt_echo(request)]
+    async with opening as [stream]:
+        generation = stream.generation
+        async for token in stream.tokens:
             text_parts.append(token.visible)
             text, details = None, None
             if token.finish_reason is not None:
                 text = "".join(text_parts)
-                details = _stream_details(generation, token.finish_reason) if body.parameters.details else None
+                details = _stream_details(generation, token.finish_reason) if request.parameters.details else None
             yield event(
                 StreamResponse(
                     index=generation.num_generated_tokens,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from server.errors import UnhealthyError
-from server.generation import service_of
 from server.operation import Area, Operation
+from server.service import service_of
 
 area = Area()
 

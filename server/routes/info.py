@@ -6,8 +6,8 @@ import msgspec
 from fastapi import Request, Response
 
 from server.answers.json import VERSION, json_answer
-from server.generation import service_of
 from server.operation import Area, Operation
+from server.service import service_of
 
 area = Area()
 

@@ -8,8 +8,8 @@ from starlette.convertors import PathConvertor, register_url_convertor
 
 from server.answers.json import json_answer
 from server.errors import ModelNotFoundError
-from server.generation import service_of
 from server.operation import Area, Operation
+from server.service import service_of
 
 area = Area()
 

@@ -7,12 +7,12 @@ from fastapi import Request, Response
 
 from server.answers.json import json_answer
 from server.errors import ValidationError
-from server.generation import GenerationService, service_of
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.native import DetokenizeRequest, GenerateRequest
 from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
+from server.service import GenerationService, service_of
 from server.text.tokenizer import SimpleToken
 
 area = Area()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -17,8 +18,8 @@ from tokenizers import Tokenizer
 import engine.sampling.grammar
 from engine.core import EngineCore
 from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams
-from server.requests.grammar import compile_grammar
-from server.requests.native import Grammar
+from server.requests.grammar import GrammarCompiler
+from server.requests.values import GrammarSpec
 from tests.contract.harness import Outcome, make_core, make_requests, make_runner, run_requests
 from tests.contract.test_drafts import eager
 from tests.random_schemas import random_schema
@@ -40,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled(kind: str, value: Any) -> str:
-    return asyncio.run(compile_grammar(Grammar(type=kind, value=value), is_strict=False))  # type: ignore[arg-type]
+    with contextlib.closing(GrammarCompiler()) as compiler:
+        return asyncio.run(compiler.compile(GrammarSpec(kind, value), is_strict=False))  # type: ignore[arg-type]
 
 
 def requests_with(sampling: SamplingParams) -> list[GenerationRequest]:

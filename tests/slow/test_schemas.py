@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -14,8 +15,8 @@ from tokenizers import Tokenizer
 from engine.link.config import EngineConfig
 from engine.link.messages import FinishReason, GenerationRequest, SamplingParams
 from engine.start import start_engine
-from server.requests.grammar import compile_grammar
-from server.requests.native import Grammar
+from server.requests.grammar import GrammarCompiler
+from server.requests.values import GrammarSpec
 from tests.contract.harness import run_requests
 from tests.e2e.conftest import build_demo_model
 from tests.random_schemas import Schema, random_schema
@@ -30,7 +31,8 @@ def make_request(number: int, schema: Schema | None, tokenizer: Tokenizer) -> Ge
     """A request for a document, or a plain one without a schema. Every second one is greedy."""
     grammar, text = None, PLAIN_PROMPT
     if schema is not None:
-        grammar = asyncio.run(compile_grammar(Grammar(type="json", value=schema), is_strict=False))
+        with contextlib.closing(GrammarCompiler()) as compiler:
+            grammar = asyncio.run(compiler.compile(GrammarSpec("json", schema), is_strict=False))
         text = f"Write an example of this JSON schema:\n{json.dumps(schema)}\n\nExample: "
     return GenerationRequest(
         request_id=f"request {number}",

@@ -30,15 +30,16 @@ ROOMS: dict[str, str] = {
     "server.edge": "server.errors server.operation",
     "server.requests": "engine.link server.config server.errors server.text",
     "server.chat": "server.errors server.requests server.text",
-    "server.generation": "engine.link server.chat server.client server.config server.edge server.errors "
+    "server.generation": "engine.link server.errors server.requests server.telemetry server.text",
+    "server.service": "server.chat server.client server.config server.edge server.errors server.generation "
     "server.requests server.telemetry server.text",
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
     "server.requests server.telemetry",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
-    "server.operation server.requests server.text",
+    "server.operation server.requests server.service server.text",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
-    "server.app": "server.client server.config server.edge server.error_handlers server.generation server.openapi "
-    "server.operation server.routes server.telemetry server.text",
+    "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
+    "server.routes server.service server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
     # engine
     "engine.link": "",

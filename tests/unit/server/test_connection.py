@@ -45,7 +45,7 @@ async def test_client_gone_means_abort(
             await client.post(base_url + path, json=body)
     await until(lambda: engine.aborted)
     assert engine.aborted == [engine.requests[0].request_id]
-    assert app.state.service._admission.num_free == 128
+    assert app.state.service.admission.num_free == 128
 
 
 async def test_client_that_stops_reading_midway_means_abort(base_url: str, engine: FakeEngine) -> None:
@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_several_requests_behind_means_abort(
         await until(lambda: engine.requests)
     await until(lambda: engine.aborted)
     assert len(engine.requests) == 1, "what nobody waits for is not begun"
-    assert app.state.service._admission.num_free == 128
+    assert app.state.service.admission.num_free == 128
 
 
 async def test_several_requests_at_once_are_answered_in_order(base_url: str) -> None:
@@ -172,13 +172,13 @@ async def test_too_large_a_body_is_refused_before_it_comes(base_url: str, engine
 
 async def test_permits_are_given_back_when_an_answer_is_read(app: FastAPI, engine: FakeEngine) -> None:
     engine.script.pause_s = 0.1
-    app.state.service._admission.num_free = 2
+    app.state.service.admission.num_free = 2
     with running_server(app) as server:
         async with httpx.AsyncClient(base_url=url_of(server)) as client:
             for _ in range(2):
                 answers = await asyncio.gather(*(client.post(path, json=body) for path, body in REQUESTS[:3]))
                 assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
-    assert app.state.service._admission.num_free == 2
+    assert app.state.service.admission.num_free == 2
 
 
 async def test_a_client_that_leaves_is_noticed_by_a_busy_loop() -> None:
@@ -262,6 +262,6 @@ async def test_client_that_never_reads_is_given_up(
         client.connect(("127.0.0.1", int(url_of(server).rsplit(":", 1)[1])))
         client.sendall(request("/generate_stream"))
         await until(lambda: engine.aborted, timeout_s=30)
-        await until(lambda: app.state.service._admission.num_free == 128)
+        await until(lambda: app.state.service.admission.num_free == 128)
     assert "has not read" in caplog.text
     assert "Traceback" not in caplog.text

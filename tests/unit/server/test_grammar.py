@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-import server.requests.grammar
 from server.errors import ValidationError
-from server.requests.grammar import MAX_GRAMMAR_CHARS, compile_grammar
-from server.requests.native import Grammar
+from server.requests.grammar import CHECK_TIMEOUT_S, MAX_GRAMMAR_CHARS, GrammarCompiler
+from server.requests.values import GrammarSpec
 
 TOKENIZER = LLTokenizer("byte")
 POINT: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}}
@@ -27,8 +26,18 @@ ENDLESS: dict[str, Any] = {
 """llguidance takes twice as long for every further pattern."""
 
 
+COMPILER = GrammarCompiler()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> Iterator[GrammarCompiler]:
+    """The compiler of every test in this file."""
+    yield COMPILER
+    COMPILER.close()
+
+
 async def compiled(kind: str, value: Any, *, is_strict: bool = False) -> str:
-    return await compile_grammar(Grammar(type=kind, value=value), is_strict=is_strict)  # type: ignore[arg-type]
+    return await COMPILER.compile(GrammarSpec(kind, value), is_strict=is_strict)  # type: ignore[arg-type]
 
 
 async def refusal(kind: str, value: Any, *, is_strict: bool = False) -> str:
@@ -189,22 +198,18 @@ async def test_other_objects_stay_open(schema: dict[str, Any], good: str) -> Non
     assert is_accepted(await compiled("json", schema), good)
 
 
-@pytest.fixture
-def fresh_checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[server.requests.grammar._Checker]:
-    checker = server.requests.grammar._Checker()
-    monkeypatch.setattr(server.requests.grammar, "_checker", checker)
-    server.requests.grammar._checked.cache_clear()
-    yield checker
-    checker.close()
-    server.requests.grammar._checked.cache_clear()
+def running_child(compiler: GrammarCompiler) -> subprocess.Popen[bytes]:
+    child = compiler.process.child
+    assert child is not None and child.poll() is None
+    return child
 
 
 async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
-    fresh_checker: server.requests.grammar._Checker, monkeypatch: pytest.MonkeyPatch
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await compiled("json", POINT)
-    process = fresh_checker._process
-    monkeypatch.setattr(server.requests.grammar, "CHECK_TIMEOUT_S", 0.3)
+    await compiled("json", {"type": "integer"})
+    process = running_child(compiler)
+    monkeypatch.setattr(compiler, "timeout_s", 0.3)
     ticks = 0
 
     async def tick() -> None:
@@ -218,19 +223,17 @@ async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
         assert await refusal("json", ENDLESS) == "cannot compile regex from schema: it is too complex"
     ticking.cancel()
     assert 5 < ticks < 60, "the event loop goes on, and the second time the answer is known"
-    assert process is not None and process.poll() is not None
-    monkeypatch.undo()
-    monkeypatch.setattr(server.requests.grammar, "_checker", fresh_checker)
+    assert process.poll() is not None
+    monkeypatch.setattr(compiler, "timeout_s", CHECK_TIMEOUT_S)
     await compiled("json", {"type": "string"})
 
 
-async def test_a_process_that_has_died_is_started_anew(fresh_checker: server.requests.grammar._Checker) -> None:
-    await compiled("json", POINT)
-    process = fresh_checker._process
-    assert process is not None
+async def test_a_process_that_has_died_is_started_anew(compiler: GrammarCompiler) -> None:
+    await compiled("json", {"type": "boolean"})
+    process = running_child(compiler)
     process.kill()
     process.wait()
-    await compiled("json", {"type": "null"})
+    await compiled("json", {"type": "null", "title": "new"})
 
 
 async def test_long_and_deep_grammars_are_refused() -> None:

@@ -240,7 +240,7 @@ async def test_failures_by_their_reason(app: FastAPI, client: httpx.AsyncClient,
     assert await ask(client) == 424
     engine.script.error = None
     assert await ask(client) == 500
-    app.state.service._admission.num_free = 0
+    app.state.service.admission.num_free = 0
     assert await ask(client) == 429
     assert (await client.post("/generate_stream", json=PROMPT)).status_code == 429
     assert (await client.post("/generate", json={"inputs": 5})).status_code == 422, "counts nothing"

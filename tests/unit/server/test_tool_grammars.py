@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from server.chat.tools import use_tools
 from server.errors import ToolError, ValidationError
-from server.requests.grammar import compile_tool_grammar
+from server.requests.grammar import GrammarCompiler
 from server.requests.openai import ChatRequest
 from server.text.tokenizer import ChatFormat, TextTokenizer
 
@@ -46,9 +47,19 @@ def grammar_of(
     return grammar
 
 
+COMPILER = GrammarCompiler()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> Iterator[GrammarCompiler]:
+    """The compiler of every test in this file."""
+    yield COMPILER
+    COMPILER.close()
+
+
 async def accepts(vocabulary: tokenizers.Tokenizer, grammar: str, text: str) -> bool:
     """Whether a model held to `grammar` can write exactly `text`."""
-    compiled = await compile_tool_grammar(grammar)
+    compiled = await COMPILER.compile_tools(grammar)
     matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), compiled)
     token_ids = vocabulary.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
@@ -100,9 +111,9 @@ async def test_a_schema_that_cannot_be_held_to(vocabulary: tokenizers.Tokenizer)
     lenient = grammar_of(vocabulary, {"f": {"parameters": ODD}})
     assert await accepts(vocabulary, lenient, written("f", '{"a": "b"}'))
     with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*odd"):
-        await compile_tool_grammar(grammar_of(vocabulary, {"f": {"parameters": ODD, "strict": True}}))
+        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": ODD, "strict": True}}))
     with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*nothing"):
-        await compile_tool_grammar(grammar_of(vocabulary, {"f": {"parameters": {"type": "nothing"}}}))
+        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": {"type": "nothing"}}}))
     with pytest.raises(ToolError, match="^The parameters of f are not a JSON schema$"):
         grammar_of(vocabulary, {"f": {"parameters": "none"}})
 

@@ -1,0 +1,158 @@
+"""What the routes share, and the one way to the engine: admit, validate, submit.
+
+Every route opens its streams here; a plain answer is those streams collected. Leaving their block, for whatever reason,
+aborts the sequences and gives the permit back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+
+from fastapi import Request
+
+from server.chat.template import ChatTemplate
+from server.client import EngineClient
+from server.config import ServerConfig
+from server.edge.admission import Admission, Permit
+from server.errors import OverloadedError
+from server.generation import Generation, Stream, Timings
+from server.requests.grammar import GrammarCompiler
+from server.requests.validation import GenerationInput, ValidatedRequest, Validator
+from server.telemetry.metrics import Metrics, RequestMetrics
+from server.telemetry.spans import begin_generation
+from server.text.tokenizer import TextTokenizer
+
+
+class GenerationService:
+    """The engine, the tokenizer and the limits, for all routes."""
+
+    def __init__(self, engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> None:
+        self.engine = engine
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
+        self.started_at = int(time.time())
+        self.admission = Admission(config.max_concurrent_requests)
+        self.grammars = GrammarCompiler()
+        self.validator = Validator(config, tokenizer, self.grammars)
+        self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
+        engine.observe_output = self.metrics.observe_output
+
+    def open(self, *inputs: GenerationInput) -> AdmittedRequest:
+        """A request that is admitted and validated as its block begins."""
+        return AdmittedRequest(self, inputs)
+
+    def open_with_permit(self, request: GenerationInput) -> AdmittedRequest:
+        """The request of a native stream, which holds its permit before the status line leaves. Raises OverloadedError.
+
+        So overload is a plain 429, which clients and proxies understand; every other refusal is an event. Under
+        --strict-tgi overload is an event as well, as in TGI (docs/compatibility.md, row 10).
+        """
+        opening = self.open(request)
+        if not self.config.is_strict_tgi:
+            try:
+                opening.take_permit(1)
+            except OverloadedError as error:
+                self.metrics.refused(error)
+                raise
+        return opening
+
+    async def open_validated(self, *inputs: GenerationInput) -> AdmittedRequest:
+        """The request of an OpenAI-shaped stream, which is valid before the status line leaves: a refusal is a status.
+
+        Under --strict-tgi a refusal is an event of the stream, and nothing is done before that begins. Raises
+        OverloadedError, ValidationError.
+        """
+        opening = self.open(*inputs)
+        if not self.config.is_strict_tgi:
+            await opening.validate()
+        return opening
+
+    def close(self) -> None:
+        self.tokenizer.close()
+        self.grammars.close()
+
+
+class AdmittedRequest:
+    """One request from its permit to its end, and the owner of that permit.
+
+    Its block has a stream for each sequence. The request is admitted and validated as the block begins, unless that was
+    done before. If the client leaves before the block begins, whoever answers releases `permit`.
+    """
+
+    def __init__(self, service: GenerationService, inputs: Sequence[GenerationInput]) -> None:
+        self._service = service
+        self._inputs = inputs
+        self._block: AbstractAsyncContextManager[list[Stream]] | None = None
+        """The block of the streams, once the request is valid."""
+        self.permit: Permit | None = None
+
+    def take_permit(self, num_places: int) -> Permit:
+        """Raises OverloadedError."""
+        self.permit = self._service.admission.permit(num_places)
+        return self.permit
+
+    async def validate(self) -> AbstractAsyncContextManager[list[Stream]]:
+        """Take a permit, unless there is one, and make the block. Raises OverloadedError, ValidationError."""
+        started = time.perf_counter()
+        begin_generation(is_stream=self._inputs[0].is_stream)
+        validator, metrics = self._service.validator, self._service.metrics.entered()
+        with metrics.failing():
+            for request in self._inputs:
+                validator.check_before_admission(request)
+            permit = self.permit or self.take_permit(sum(request.num_sequences for request in self._inputs))
+            requests: list[ValidatedRequest] = []
+            try:
+                for request in self._inputs:
+                    requests += await validator.validate(request, self._service.engine.limits)
+            except BaseException:
+                permit.release()
+                raise
+        for validated in requests:
+            generation = validated.generation
+            metrics.accepted(len(generation.prompt_token_ids), generation.max_new_tokens)
+        self._block = self._generate(requests, permit, metrics, started)
+        return self._block
+
+    @contextlib.asynccontextmanager
+    async def _generate(
+        self, requests: Sequence[ValidatedRequest], permit: Permit, metrics: RequestMetrics, started: float
+    ) -> AsyncIterator[list[Stream]]:
+        """Submit all sequences; they live as long as the block."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(metrics.failing())
+            stack.enter_context(permit)
+            submitted = time.perf_counter()
+            streams = []
+            for request in requests:
+                generation = Generation(request, self._service.tokenizer, Timings(started, submitted), metrics)
+                events = stack.enter_context(self._service.engine.generate(request.generation))
+                tokens = await stack.enter_async_context(contextlib.aclosing(generation.read(events)))
+                streams.append(Stream(generation, tokens))
+            try:
+                yield streams
+            except (asyncio.CancelledError, GeneratorExit):
+                for stream in streams:
+                    stream.generation.log_cancelled()
+                raise
+
+    async def __aenter__(self) -> list[Stream]:
+        block = self._block or await self.validate()
+        return await block.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        assert self._block is not None
+        return await self._block.__aexit__(kind, error, traceback)
+
+
+def service_of(request: Request) -> GenerationService:
+    """The service that `create_app` made."""
+    service: GenerationService = request.app.state.service
+    return service
