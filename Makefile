@@ -68,7 +68,7 @@ check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py
+	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py
 	@$(PY) -m mypy benchmarks/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
