@@ -138,7 +138,7 @@ class Engines:
                 blocks,
                 max_batch_tokens=4096,
                 eos_token_ids=core.scheduler.eos_token_ids,
-                speculator=speculator,
+                drafter=speculator,
             )
             costs = self.costs if speculator is not None else UnusedCosts()
             return EngineCore(scheduler, core.runner, core.sampler, core.grammars, core.limit, costs)

@@ -128,7 +128,7 @@ def _make_core(
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size,
-        speculator=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
+        drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
     )
     apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     vocab_size = prepared.loaded.model.vocab_size

@@ -33,10 +33,11 @@ class Scheduler:
         max_batch_tokens: int,
         eos_token_ids: Collection[int],
         max_running: int | None = None,
-        speculator: Drafter | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        """`max_running` None: only memory limits the running sequences. `drafter` None: nothing is drafted."""
         self._blocks = block_manager
-        self._drafter = speculator or NoDrafter()
+        self._drafter = drafter or NoDrafter()
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self.eos_token_ids = frozenset(eos_token_ids)

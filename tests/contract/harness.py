@@ -54,7 +54,7 @@ def make_core(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=EOS_TOKEN_IDS,
-        speculator=speculator,
+        drafter=speculator,
     )
     runner = runner or make_runner(folder, num_blocks=num_blocks)
     grammars = Grammars(folder / "tokenizer.json", VOCAB_SIZE, EOS_TOKEN_IDS, 1, lambda: apply_masks)

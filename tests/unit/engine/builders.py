@@ -96,7 +96,7 @@ class Simulation:
             max_batch_tokens=max_batch_tokens,
             eos_token_ids=[EOS],
             max_running=max_running,
-            speculator=make_speculator(max_draft_tokens) if max_draft_tokens else None,
+            drafter=make_speculator(max_draft_tokens) if max_draft_tokens else None,
         )
         self.memory = SlotMemory(self.blocks)
         self.model: Callable[[list[int]], int] = next_token

@@ -181,7 +181,7 @@ def make_core(penalties: Penalties | None = None, *, max_draft_tokens: int = 0, 
         BlockManager(num_blocks, 2),
         max_batch_tokens=32,
         eos_token_ids=[7],
-        speculator=make_speculator(max_draft_tokens) if max_draft_tokens else None,
+        drafter=make_speculator(max_draft_tokens) if max_draft_tokens else None,
     )
     return assemble_core(scheduler, RepeatingRunner(), penalties=penalties)
 
