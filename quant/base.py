@@ -1,4 +1,4 @@
-"""What a quantisation method must offer. A linear layer holds a method and kernels and never asks which they are."""
+"""What a quantization method must offer. A linear layer holds a method and kernels and never asks which they are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 
 class FormatError(ValueError):
-    """A checkpoint or a setting that can't be run; the text is a whole sentence that names the mend."""
+    """A checkpoint or a setting that can't be run; the text is a whole sentence that names the fix."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParamSpec:
     """One stored tensor of a matrix, as the checkpoint has it.
 
-    `output_dim` and `input_dim` say which dimension is cut when outputs or inputs are sharded (None: not cut). A
-    dimension holds as many numbers as there are outputs or inputs, or packs several into one; with `group_size` the
-    input dimension holds one for every so many inputs.
+    `output_dim` and `input_dim` say which dimension is cut if outputs or inputs are sharded (None: not cut). A
+    dimension holds as many numbers as there are outputs or inputs, or packs several into one. With a `group_size` the
+    input dimension holds one number for each group of that many inputs.
     """
 
     shape: tuple[int, ...]
@@ -36,23 +36,23 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatrixShard:
-    """What of a matrix is packed here, and what must be known of the inputs that other ranks hold."""
+    """The part of a matrix that a rank packs, and what it must know of the inputs that other ranks hold."""
 
     num_outputs: int
     num_inputs: int
     total_inputs: int
     maximum: Callable[[torch.Tensor], torch.Tensor] = _same
-    """The largest over the ranks that hold the other inputs, element by element."""
+    """Takes the maximum over the ranks that hold the other inputs, element by element."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A matrix in the form its kernel reads, whatever the checkpoint's format was (design section 4).
+    """A matrix in the form that its kernel reads, whatever the checkpoint's format was.
 
-    `layout` "dense": `weight` [n, k] floating. "int8": int8 [n, k]. "int4": uint8 [n, k / 2], where each eight
-    bytes hold sixteen inputs, the first eight in the lower halves. A quantised weight is `scales * (q - zero_points)`;
-    scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are for k / groups inputs each.
-    `input_order` [k] int64: column i of `weight` belongs to input `input_order[i]`; None: in order.
+    In the `layout` "dense", `weight` is [n, k] floating; in "int8" it is int8 [n, k]; in "int4" it is uint8 [n, k / 2],
+    where each eight bytes hold sixteen inputs, the first eight in the lower halves. A quantized weight stands for
+    `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
+    for k / groups inputs each. Column i of `weight` belongs to input `input_order[i]`, [k] int64; None: in order.
     """
 
     layout: str
@@ -93,7 +93,7 @@ class MatrixKernel(Protocol):
 
 
 class LinearMethod(Protocol):
-    """From stored tensors to a packed weight, one matrix at a time."""
+    """Makes packed weights of stored tensors, one matrix at a time."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         """The stored tensors by name, without the layer's prefix. Raises FormatError for sizes that don't divide."""
@@ -110,7 +110,7 @@ class LinearMethod(Protocol):
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         """Make the packed weight once every tensor is there; `shard` None: it is whole. Raises FormatError.
 
-        Of a shard of the inputs, tensors that only say in which group an input is are left out: groups are in order.
+        With a shard of the inputs, tensors that decide the order of inputs are left out: groups are in order.
         """
 
 
@@ -141,14 +141,14 @@ class CheckpointFormat(Protocol):
 
 
 class KernelChooser(Protocol):
-    """From a packed weight to its kernel, whatever method packed it."""
+    """Makes the kernel of a packed weight, whatever method packed it."""
 
     def __call__(self, packed: PackedWeight) -> MatrixKernel:
         """Choose the kernel for the layout. Raises ValueError with the reasons if none takes the weight."""
 
 
 def merge(parts: Sequence[PackedWeight]) -> list[PackedWeight]:
-    """Put neighbours that one kernel call can serve side by side along their outputs; the order stays."""
+    """Join neighbours that one kernel call can serve along their outputs; the order stays."""
     merged: list[PackedWeight] = []
     for part in parts:
         if merged and _is_compatible(merged[-1], part):

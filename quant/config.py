@@ -1,7 +1,8 @@
-"""Which method loads which matrix: from --quantize and from what the checkpoint says about itself.
+"""The method of each matrix, by --quantize and by what the checkpoint says about itself.
 
-The checkpoint's word is `quantization_config` (or `compression_config`) in config.json, else quantize_config.json or
-quant_config.json. There are two tables: formats that are read, and methods that quantize while they load.
+The checkpoint's settings are `quantization_config` (or `compression_config`) in config.json, else those in
+quantize_config.json or quant_config.json. There are two tables: formats that are read, and methods that quantize while
+they load.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Quantization:
     description: str
     """For the start-up summary."""
     dense: LinearMethod
-    """How tables are stored that rows are looked up in."""
+    """The method of tables in which rows are looked up."""
     linear: LinearMethod
-    """How a matrix that the checkpoint stores dense is loaded, heads aside."""
+    """The method of every matrix that the checkpoint stores dense, heads aside."""
     head: LinearMethod
-    """How an output head that the checkpoint stores dense is loaded."""
+    """The method of an output head that the checkpoint stores dense."""
     quantized_method: Callable[[str], LinearMethod | None]
     """The name of a matrix -> its method; None: the checkpoint stores it dense."""
     matrices: str
@@ -51,7 +52,7 @@ class Quantization:
     """Memory of the weights over the size of the files, roughly."""
 
     def kernel_for(self, packed: PackedWeight) -> MatrixKernel:
-        """`quant.base.KernelChooser` for this model."""
+        """Choose the kernel for one of the model's matrices; implements `quant.base.KernelChooser`."""
         return choose_kernel(self.matrices, packed, is_exact=self.is_exact)
 
     @property
@@ -78,9 +79,9 @@ def resolve_quantization(
     matrices: str,
     is_exact: bool,
 ) -> Quantization:
-    """`settings` is what the checkpoint says; `is_exact` (--dtype float32) leaves the head dense and activations alone.
+    """Choose the methods of a model by the flags and by `settings`, the checkpoint's own configuration (None: dense).
 
-    Raises FormatError, in a sentence.
+    `is_exact` (--dtype float32) leaves the head dense and activations unrounded. Raises FormatError, in a sentence.
     """
     stored_name = _stored_name(settings or {})
     _check_flag(flag, stored_name)

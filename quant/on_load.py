@@ -1,6 +1,7 @@
-"""Dense checkpoints quantised while they load: `eetq` and `int8` (8 bits, a scale per output), `int4` (groups of 64).
+"""Dense checkpoints quantized while they load: `eetq` and `int8` (8 bits, a scale per output), `int4` (groups of 64).
 
-Nothing is calibrated, so no data is needed. One matrix at a time is turned, so that memory peaks near the final size.
+Nothing is calibrated, so no data is needed. One matrix is quantized at a time, so that memory peaks near the final
+size.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from quant.dense import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
 INT4_GROUP_SIZES = (64, 32, 16)
-"""The first that divides the inputs is taken; of a shard that ends within a group, the first that divides both."""
+"""Sizes in the order of preference: the first that divides the inputs, and the shard if that ends within a group."""
 ROWS_AT_A_TIME = 512
-"""Outputs that are widened to float32 together while a matrix is quantised."""
+"""Outputs that are widened to float32 together while a matrix is quantized."""
 
 
 class _OnLoad:
-    """The stored tensors of a dense matrix."""
+    """The part that both methods share: the stored tensors are those of a dense matrix."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         return dense_specs(in_features, out_features, has_bias)
@@ -37,7 +38,7 @@ class _OnLoad:
 
 
 class Int8Method(_OnLoad):
-    """Symmetric: the largest weight of an output becomes 127."""
+    """Quantizes symmetrically: the largest weight of an output becomes 127."""
 
     SIZE_FACTOR = 0.6
 
@@ -45,20 +46,20 @@ class Int8Method(_OnLoad):
         weight, bias = params["weight"], params.get("bias")
         if weight.shape[1] % BYTE_CHUNK:
             return PackedWeight("dense", weight.to(torch.float32), bias)
-        largest = torch.cat([rows.abs().amax(dim=1, keepdim=True) for rows in _widened(weight)])
+        max_abs = torch.cat([rows.abs().amax(dim=1, keepdim=True) for rows in _widened(weight)])
         if shard is not None:
-            largest = shard.maximum(largest)
-        scales = largest.clamp_min(1e-12) / 127
+            max_abs = shard.maximum(max_abs)
+        scales = max_abs.clamp_min(1e-12) / 127
         q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for first, rows in enumerate(_widened(weight)):
-            own = slice(first * ROWS_AT_A_TIME, (first + 1) * ROWS_AT_A_TIME)
-            q[own] = (rows / scales[own]).round_().to(torch.int8)
+        for index, rows in enumerate(_widened(weight)):
+            outputs = slice(index * ROWS_AT_A_TIME, (index + 1) * ROWS_AT_A_TIME)
+            q[outputs] = (rows / scales[outputs]).round_().to(torch.int8)
         zero_points = torch.zeros(scales.shape, dtype=torch.int32, device=weight.device)
         return PackedWeight("int8", q, bias, scales, zero_points)
 
 
 class Int4Method(_OnLoad):
-    """Asymmetric: each group's range becomes 0 to 15; the scale is rounded to float16 first, so that it is exact."""
+    """Quantizes asymmetrically: a group's range becomes 0 to 15. Scales are rounded to float16 first, hence exact."""
 
     SIZE_FACTOR = 0.4
 
@@ -89,6 +90,6 @@ class Int4Method(_OnLoad):
 
 
 def _widened(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows after the other in float32."""
+    """The rows in float32, some at a time."""
     starts = range(0, weight.shape[0], ROWS_AT_A_TIME)
     return (weight[start : start + ROWS_AT_A_TIME].to(torch.float32) for start in starts)

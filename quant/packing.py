@@ -15,7 +15,7 @@ BYTE_CHUNK = 8
 
 
 def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """int32 words -> the unsigned fields in them, uint8, `dim` longer by 32 / bits.
+    """Unpack int32 words to the unsigned fields in them, uint8; `dim` becomes 32 / bits times as long.
 
     Fields are counted from the least significant bits of a stream of words, so that 3-bit fields cross word borders
     as AutoGPTQ writes them.
@@ -38,7 +38,7 @@ def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 
 def pack_words(fields: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """The inverse of `unpack_words`; the number of fields along `dim` must fill whole words."""
+    """Pack fields to words, the inverse of `unpack_words`; the fields along `dim` must fill whole words."""
     fields = fields.movedim(dim, 0).to(torch.int64)
     num_words = fields.shape[0] * bits // WORD_BITS
     words = torch.zeros((num_words, *fields.shape[1:]), dtype=torch.int64)
@@ -54,18 +54,18 @@ def pack_words(fields: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 
 def as_words(numbers: torch.Tensor) -> torch.Tensor:
-    """Unsigned 32-bit numbers in int64 -> the int32 with the same bits."""
+    """The int32 with the same bits as unsigned 32-bit numbers in int64."""
     return torch.where(numbers >= 1 << 31, numbers - (1 << 32), numbers).to(torch.int32)
 
 
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
-    """q [n, k] of 0 to 15 -> uint8 [n, k / 2]; k is a multiple of 16."""
+    """Pack q [n, k] of 0 to 15 to uint8 [n, k / 2]; k is a multiple of 16."""
     chunks = q.to(torch.uint8).reshape(q.shape[0], -1, 2, 8)
     return (chunks[:, :, 0] | (chunks[:, :, 1] << 4)).flatten(1)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_nibbles`."""
+    """Unpack uint8 [n, k / 2] to q [n, k], the inverse of `pack_nibbles`."""
     chunks = packed.reshape(packed.shape[0], -1, 8)
     return torch.stack([chunks & 15, chunks >> 4], dim=2).flatten(1)
 
@@ -81,8 +81,8 @@ def pack_groups(
 ) -> PackedWeight:
     """Choose the layout for `scales * (q - zero_points)`: q [n, k] unsigned, scales and zero_points [n, groups].
 
-    `group_of_input` [k]: the group of each input; None: k / groups inputs each, in order. Groups whose inputs are
-    scattered are gathered by `input_order`. What no kernel can read (groups of unequal or odd size) becomes dense.
+    `group_of_input` [k] is the group of each input; None: k / groups inputs each, in order. Groups whose inputs are
+    unordered are gathered by `input_order`. Groups that no kernel can read, of unequal or odd size, become dense.
     """
     num_inputs, num_groups = q.shape[1], scales.shape[1]
     order = None

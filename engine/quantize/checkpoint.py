@@ -1,4 +1,4 @@
-"""Writing a quantised model's folder tensor by tensor: it is never held in memory whole."""
+"""Writing a quantized model's folder tensor by tensor: it is never held in memory whole."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
     _check_matrices(options, reader, stages_class)
     text = _read_text(options, source)
     if text.samples:
-        _check_memory(options, reader, config)
+        _check_memory(options, reader, config, stages_class)
 
     before = _perplexity(source, text, options)
     start = time.monotonic()
@@ -120,12 +120,12 @@ def _write_tensors(
     """Write every tensor of the quantized model."""
     names = [name for name in reader.names if not model.is_ignored(name)]
     for name in names:
-        if not name.startswith("model.layers."):
+        if not name.startswith(f"{stages.LAYERS}."):
             writer.add(name, _half(name, reader.read(name)))
-    hidden = _embed(reader, text.samples)
+    hidden = _embed(stages.EMBEDDING, reader, text.samples)
     progress = _Progress(model.num_layers * len(stages.MATRICES))
     for index in range(model.num_layers):
-        prefix = f"model.layers.{index}."
+        prefix = f"{stages.LAYERS}.{index}."
         layer = {name.removeprefix(prefix): _wide(name, reader, device) for name in names if name.startswith(prefix)}
         _quantize_layer(index, layer, hidden, stages, quantizer, progress)
         for name, tensor in _stored_layer(layer, quantizer).items():
@@ -145,7 +145,7 @@ def _check_matrices(options: QuantizeOptions, reader: WeightSource, stages: type
     """Raise StartError if a matrix can't have these groups or can't be packed."""
     bits, group_size = options.bits, options.group_size
     modules = [module for matrices in stages.MATRICES for module in matrices]
-    shapes = {module: reader.shape(f"model.layers.0.{module}.weight") for module in modules}
+    shapes = {module: reader.shape(f"{stages.LAYERS}.0.{module}.weight") for module in modules}
     for module, (num_outputs, num_inputs) in shapes.items():
         if group_size != -1 and num_inputs % group_size:
             fitting = [
@@ -165,9 +165,11 @@ def _check_matrices(options: QuantizeOptions, reader: WeightSource, stages: type
             )
 
 
-def _check_memory(options: QuantizeOptions, reader: WeightSource, config: dict[str, Any]) -> None:
+def _check_memory(
+    options: QuantizeOptions, reader: WeightSource, config: dict[str, Any], stages: type[LayerStages]
+) -> None:
     """Raise StartError if calibration would not fit."""
-    shapes = [reader.shape(name) for name in reader.names if name.startswith("model.layers.0.")]
+    shapes = [reader.shape(name) for name in reader.names if name.startswith(f"{stages.LAYERS}.0.")]
     widest = max(shape[-1] for shape in shapes)
     layer = sum(shape[0] * shape[-1] for shape in shapes if len(shape) == 2)
     rows = options.num_samples * options.sample_tokens
@@ -214,9 +216,9 @@ def _perplexity(folder: Path, text: CalibrationText, options: QuantizeOptions) -
 
 
 @torch.inference_mode()
-def _embed(reader: WeightSource, samples: list[list[int]]) -> torch.Tensor:
+def _embed(embedding: str, reader: WeightSource, samples: list[list[int]]) -> torch.Tensor:
     """Embed the samples, [samples, tokens, hidden_size] float32 on the CPU; empty without samples."""
-    table = reader.read("model.embed_tokens.weight")
+    table = reader.read(embedding)
     ids = torch.tensor(samples, dtype=torch.int64)
     if ids.numel() and int(ids.max()) >= len(table):
         raise StartError("tokenizer.json has more tokens than config.json's vocab_size: fetch the model again")
@@ -239,7 +241,7 @@ def _quantize_layer(
         try:
             quantizer.on_inputs(layer, modules, inputs)
         except FormatError as error:
-            raise StartError(f"model.layers.{index}.{modules[0]} {error}") from error
+            raise StartError(f"{stages.LAYERS}.{index}.{modules[0]} {error}") from error
 
     if hidden.numel():
         stages.run(index, layer, hidden, on_inputs)

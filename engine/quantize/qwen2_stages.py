@@ -29,6 +29,8 @@ TOKENS_AT_A_TIME = 2048
 class Qwen2Stages:
     """Implements `engine.quantize.stages.LayerStages`."""
 
+    EMBEDDING = "model.embed_tokens.weight"
+    LAYERS = "model.layers"
     MATRICES = (QKV, OUT, GATE_UP, DOWN)
     SOURCES = {
         QKV: "input_layernorm",

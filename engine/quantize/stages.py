@@ -16,7 +16,7 @@ STAGES: dict[str, str] = {
 """`model_type` of config.json -> lazy "module:Class" of a `LayerStages`. A family without one can still be served."""
 
 LayerTensors = dict[str, torch.Tensor]
-"""The tensors of one decoder layer in float32, by name below `model.layers.<index>`; `mlp.up_proj.weight` is [n, k]."""
+"""The tensors of one decoder layer in float32, by name below the layer's; `mlp.up_proj.weight` is [n, k]."""
 OnInputs = Callable[[tuple[str, ...], Iterator[torch.Tensor]], None]
 """Takes matrices and the inputs [rows, k] that they share, batch by batch; may put other weights into the layer."""
 
@@ -24,6 +24,10 @@ OnInputs = Callable[[tuple[str, ...], Iterator[torch.Tensor]], None]
 class LayerStages(Protocol):
     """A family's decoder layer as calibration runs it: matrix after matrix, whole samples, no cache."""
 
+    EMBEDDING: str
+    """The stored tensor that maps token ids to hidden states."""
+    LAYERS: str
+    """The stored name of the layers: the first one's tensors begin with it and `.0.`."""
     MATRICES: tuple[tuple[str, ...], ...]
     """All matrices of a layer, in the order they run; those together share their inputs."""
     SOURCES: Mapping[tuple[str, ...], str]
