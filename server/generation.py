@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token by itself: of the prompt, or one that might have been chosen."""
+    """A token by itself: one of the prompt, or one that might have been chosen."""
 
     id: int
     text: str
@@ -47,7 +47,7 @@ class GeneratedToken:
     is_special: bool
     finish_reason: FinishReason | None
     top_tokens: Sequence[ScoredToken] = ()
-    """The likeliest ones at this place, if asked for, the likeliest first."""
+    """The likeliest tokens at this place, the likeliest first; there are none unless the request has top_n_tokens."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Timings:
 
     @property
     def inference_s(self) -> float:
-        # the queue time is of the engine's clock
+        # the queue time is measured by the engine's clock
         return max(0.0, self.finished - self.submitted - self.queue_s)
 
 
@@ -108,7 +108,7 @@ class Generation:
 
     @property
     def prefill(self) -> list[ScoredToken]:
-        """The prompt's tokens, if their logprobs were asked for; the first has none (reference 4.6)."""
+        """The prompt's tokens, if the request has decoder_input_details. The first has no logprob."""
         if not self._has_prompt_logprobs:
             return []
         logprobs = [math.nan, *self._prompt_logprobs]
@@ -120,7 +120,7 @@ class Generation:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
                 self._prompt_logprobs = event.prompt_logprobs
-            self._observe(len(event.token_ids))
+            self._observe_tokens(len(event.token_ids))
             last = len(event.token_ids) - 1
             for index, token_id in enumerate(event.token_ids):
                 top_tokens = self._top_tokens(event, index) if event.top_token_ids else ()
@@ -134,7 +134,7 @@ class Generation:
     def _next_token(
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
-        """The engine's reason, which comes first, or a stop string ends the sequence (reference 4.4)."""
+        """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
         text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
         if self._stop_cutter is not None:
             visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
@@ -156,7 +156,7 @@ class Generation:
         tokenizer = self._tokenizer
         return ScoredToken(token_id, tokenizer.decode([token_id]), logprob, tokenizer.is_special(token_id))
 
-    def _observe(self, num_tokens: int) -> None:
+    def _observe_tokens(self, num_tokens: int) -> None:
         now = time.perf_counter()
         since = self.timings.started if self._received is None else self._received
         self._metrics.received(num_tokens, now - since, is_first=self._received is None)
@@ -177,14 +177,14 @@ class Generation:
         logger.info("Success", extra=log_extra(fields))
 
     def log_cancelled(self) -> None:
-        """The line of a request whose client left before the end; a failed one has its error's line instead."""
-        if self.timings.finished:  # of several sequences, one that had ended
+        """Write the line of a request whose client left before its end. A failed one has its error's line instead."""
+        if self.timings.finished:  # one of several sequences, which has ended
             return
         self.timings.finished = time.perf_counter()
         logger.info("Cancelled", extra=log_extra(self._fields()))
 
     def _fields(self) -> dict[str, str]:
-        """TGI's fields of a request's line (reference 7.4); nothing of the prompt or the answer."""
+        """TGI's fields of a request's line (`docs/wire.md`, 7.4); nothing of the prompt or the answer."""
         return {
             "parameters": self._parameters.logged(),
             "total_time": _duration(self.timings.total_s),
@@ -197,7 +197,7 @@ class Generation:
 
 
 def _duration(seconds: float) -> str:
-    """As Rust prints one in TGI's log: `482.34071ms`, `1.5s`."""
+    """A duration as Rust prints it in TGI's log: `482.34071ms`, `1.5s`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{round(seconds / size, 6):g}{unit}"
@@ -233,14 +233,14 @@ class Stream:
 
 
 async def collect(streams: Sequence[Stream]) -> list[Completion]:
-    """All answers. The first failure ends the others."""
+    """The answers of all streams. The first failure ends the others."""
     if len(streams) == 1:
         return [await streams[0].collect()]
     return await _all_or_none([stream.collect() for stream in streams])
 
 
 async def _all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    tasks = [asyncio.create_task(one) for one in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -254,12 +254,12 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 async def interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, GeneratedToken]]:
-    """The tokens of all, as they come, each with the place of its sequence."""
+    """The tokens of all streams as they come, each with the index of its stream."""
     if len(streams) == 1:
         async for token in streams[0].tokens:
             yield 0, token
         return
-    # As many as are asked for at a time: a slow reader keeps tokens in the engine client, which holds them anyway.
+    # No larger than needed: what a slow reader has not taken stays with the engine client, which holds it anyway.
     queue: asyncio.Queue[tuple[int, GeneratedToken | Exception | None]] = asyncio.Queue(len(streams))
 
     async def pump(index: int, stream: Stream) -> None:

@@ -7,7 +7,6 @@ without `--strict-tgi`; with it, the fields that TGI does not know are ignored.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,8 +28,6 @@ REF = "#/components/schemas/{}"
 TEXT = "text/plain; charset=utf-8"
 
 Schema = dict[str, Any]
-
-_FOR_DEVELOPERS = re.compile(r" \((reference|quirk)[^)]*\)")
 
 _HEADERS = {
     "x-compute-type": ("string", "The hardware"),
@@ -147,10 +144,8 @@ def _subclasses(model: type[WireModel]) -> Iterator[type[WireModel]]:
 
 
 def _tidied(schema: Schema) -> Schema:
-    """The schema without titles, which only repeat the names, and without notes for developers."""
+    """The schema without titles, which only repeat the names."""
     tidied = {key: value for key, value in schema.items() if key != "title"}
-    if "description" in tidied:
-        tidied["description"] = _FOR_DEVELOPERS.sub("", tidied["description"])
     if "properties" in tidied:
         tidied["properties"] = {
             name: {key: value for key, value in field.items() if key != "title"}

@@ -51,7 +51,7 @@ class GenerationService:
         """The request of a native stream, which holds its permit before the status line leaves. Raises OverloadedError.
 
         So overload is a plain 429, which clients and proxies understand; every other refusal is an event. Under
-        --strict-tgi overload is an event as well, as in TGI (docs/compatibility.md, row 10).
+        --strict-tgi overload is an event as well, as in TGI (`docs/compatibility.md`, row 10).
         """
         opening = self.open(request)
         if not self.config.is_strict_tgi:

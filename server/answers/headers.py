@@ -1,4 +1,4 @@
-"""The `x-` headers of a successful answer (reference 1.12)."""
+"""The `x-` headers of a successful answer (`docs/wire.md`, 1.12)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.generation import Generation
 
 
 def stream_headers(compute_type: str, prompt: str) -> dict[str, str]:
-    """What is known before the first token."""
+    """The headers that are known before the first token."""
     return {"x-compute-type": compute_type, "x-compute-characters": str(len(prompt))}
 
 
@@ -23,11 +23,11 @@ def plain_headers(compute_type: str, prompt: str, generation: Generation) -> dic
 def plain_headers_of_prompts(
     compute_type: str, prompts: str, generations: Sequence[Sequence[Generation]]
 ) -> dict[str, str]:
-    """The sums over the sequences of all prompts; a prompt counts once however many sequences it has."""
+    """Sums over the sequences of all prompts; the tokens of a prompt count once, however many sequences it has."""
     headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(prompts))}
-    everyone = [_counts(generation) for of_prompt in generations for generation in of_prompt]
-    sums = {name: sum(counts[name] for counts in everyone) for name in everyone[0]}
-    sums["x-prompt-tokens"] = sum(of_prompt[0].num_prompt_tokens for of_prompt in generations)
+    all_counts = [_counts(generation) for sequences in generations for generation in sequences]
+    sums = {name: sum(counts[name] for counts in all_counts) for name in all_counts[0]}
+    sums["x-prompt-tokens"] = sum(sequences[0].num_prompt_tokens for sequences in generations)
     return headers | {name: str(value) for name, value in sums.items()}
 
 

@@ -1,7 +1,7 @@
-"""Writing JSON as TGI does (reference 0.3): compact, UTF-8, floats as the shortest single-precision decimal.
+"""Writing JSON as TGI does (`docs/wire.md`, 0.3): compact, UTF-8, floats as the shortest single-precision decimal.
 
-Holds what several routes share; each route's own shapes live beside it. Encoded by msgspec: pydantic is too slow for
-every token.
+Shapes that several routes share stand here, and each route's own beside the route. msgspec encodes them: pydantic is
+too slow for every token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastapi import Response
 from server.requests.serde import round_to_f32
 
 VERSION = "3.3.6-dev0"
-"""The TGI whose wire this is: clients branch on it."""
+"""Version of the TGI whose wire this is. Clients branch on it."""
 SYSTEM_FINGERPRINT = f"{VERSION}-native"
 
 encoder = msgspec.json.Encoder()
@@ -36,7 +36,7 @@ def f32(value: float) -> msgspec.Raw:
 
 
 JsonF32 = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["number", "null"], "format": "float"})]
-"""What `f32` makes."""
+"""The type of `f32`'s results."""
 
 
 class Token(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""What the OpenAI-shaped routes share in their answers (reference 1.5, 1.10, 1.11, 3.5)."""
+"""Parts of answers that the OpenAI-shaped routes share (`docs/wire.md`, 1.10, 1.11 and 3.5)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FINISH_REASONS = {
     FinishReason.STOP_SEQUENCE: "stop",
 }
 TGI_FINISH_REASONS = FINISH_REASONS | {FinishReason.STOP_SEQUENCE: "stop_sequence"}
-"""Quirk 6."""
+"""The reasons of --strict-tgi (`docs/compatibility.md`, row 6)."""
 FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
-"""In streams of /v1/completions (quirk 7)."""
+"""The reasons of --strict-tgi in streams of /v1/completions (`docs/compatibility.md`, row 7)."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class Logprobs(msgspec.Struct, frozen=True):
 class TgiStreamError(msgspec.Struct, frozen=True):
     message: str
     http_status_code: int = 422
-    """Whatever went wrong (quirk 10)."""
+    """The same whatever went wrong (`docs/compatibility.md`, row 10)."""
 
 
 class TgiStreamErrorBody(msgspec.Struct, frozen=True):
@@ -53,19 +53,19 @@ class TgiStreamErrorBody(msgspec.Struct, frozen=True):
 
 
 class Envelope:
-    """What all parts of one answer have in common: id, time, fingerprint, and how reasons are spelled."""
+    """The fields that all parts of one answer have in common: id, time, fingerprint, spelling of reasons."""
 
     def __init__(self, config: ServerConfig, prefix: str) -> None:
-        """`prefix`: what OpenAI's ids of this kind begin with."""
+        """`prefix`: the beginning of OpenAI's ids of this kind."""
         self._is_strict = config.is_strict_tgi
-        self.id = "" if self._is_strict else f"{prefix}-{uuid.uuid4().hex}"  # quirk 22
+        self.id = "" if self._is_strict else f"{prefix}-{uuid.uuid4().hex}"  # `docs/compatibility.md`, row 22
         self.created = int(time.time())
         self.system_fingerprint = SYSTEM_FINGERPRINT
         self.finish_reasons = TGI_FINISH_REASONS if self._is_strict else FINISH_REASONS
 
     @property
     def now(self) -> int:
-        """When a part is made: TGI's chunks each have their own time, OpenAI's all the same."""
+        """The second in which a part is made. TGI's chunks each have their own time, OpenAI's all the same."""
         return int(time.time()) if self._is_strict else self.created
 
 
@@ -86,7 +86,7 @@ def chat_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:
 
 
 async def openai_stream(events: AsyncGenerator[bytes], config: ServerConfig) -> AsyncGenerator[bytes]:
-    """`events`, an error as one more, and OpenAI's end mark, also after an error."""
+    """`events` and OpenAI's end mark. An error is one more event before the mark."""
 
     def error_data(error: Exception) -> msgspec.Struct:
         if config.is_strict_tgi:

@@ -1,4 +1,4 @@
-"""Server-sent events as TGI frames them (reference 3.1): encoded once, flushed one by one, kept alive while silent."""
+"""Server-sent events as TGI frames them (`docs/wire.md`, 3.1): flushed one by one, kept alive while silent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def event(data: msgspec.Struct) -> bytes:
 async def with_error_event(
     events: AsyncGenerator[bytes], error_data: Callable[[Exception], msgspec.Struct]
 ) -> AsyncGenerator[bytes]:
-    """`events`; if they fail, one more event says so: the status line is out already."""
+    """`events`. If they fail, one more event says so, as the status line has left already."""
     async with contextlib.aclosing(events):
         try:
             async for item in events:
@@ -44,16 +44,16 @@ class EventStream(EventSourceResponse):
     """A stream of encoded events.
 
     sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here. A client that
-    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. The permit is
-    given back here too, for a client that left before the first event was asked for.
+    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. `permit`, if
+    there is one, is given back here, too: a client may have left before the events begin, whose block would do it.
     """
 
     keep_alive_s = 15.0
     send_timeout_s = 120.0
 
     def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], permit: Permit | None) -> None:
-        own = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        super().__init__(events, headers=headers | own, ping=0, send_timeout=self.send_timeout_s)
+        stream_headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+        super().__init__(events, headers=headers | stream_headers, ping=0, send_timeout=self.send_timeout_s)
         self._permit = permit
         self._last_sent = 0.0
 

@@ -1,4 +1,4 @@
-"""What the assistant says: words and calls of functions, as one message or in parts (reference 1.10, 3.5, 3.6)."""
+"""The assistant's messages: words and calls of functions, whole or in parts (`docs/wire.md`, 1.10, 3.5 and 3.6)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
     description: None | UnsetType = UNSET
-    """TGI tells of it."""
+    """TGI's messages have this key, with null."""
     name: str
     arguments: str
-    """JSON."""
+    """JSON text."""
 
 
 class ToolCallAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +52,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
 
 def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
-    """OpenAI's shape: with calls, no words are null."""
+    """The message in OpenAI's shape. If there are calls, content without words is null."""
     content = ""
     calls: list[tuple[str, list[str]]] = []
     for piece in pieces:
@@ -76,7 +76,7 @@ def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
 
 
 def delta_of(piece: ChatPiece, role: str | UnsetType) -> ChatDelta:
-    """In OpenAI's order: a call's id and name come first, then its arguments, part by part."""
+    """The delta of a piece. In OpenAI's order a call's id and name come first, then its arguments, part by part."""
     match piece:
         case Content(text):
             return ChatDelta(role, text)

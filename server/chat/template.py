@@ -1,7 +1,7 @@
-"""Chat messages to one prompt (reference 3.4).
+"""Chat messages to one prompt (`docs/wire.md`, 3.4).
 
-The template engine behaves as TGI's (minijinja). What concerns tools is shown to templates as `transformers` does it,
-which is what models were trained on; with `--strict-tgi` as TGI does it (quirks 17, 30).
+The template engine behaves as TGI's (minijinja). Templates see tools as `transformers` shows them, which is what models
+were trained on; with `--strict-tgi` they see what TGI shows (`docs/compatibility.md`, rows 17 and 30).
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ class _RaisedByTemplate(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfferedTools:
-    """What a prompt says about tools."""
+    """The part of a prompt that is about tools."""
 
     tools: Sequence[dict[str, Any]] = ()
-    """As the template gets them."""
+    """The tools as the template gets them."""
     prompt: str = ""
-    """Text for the end of the last message."""
+    """Text for the end of the last message, if the template shows tools."""
     listed_prompt: str = ""
-    """The same for a template that does not show tools."""
+    """Text for the end of the last message, if the template does not show tools."""
 
 
 class Ending(enum.Enum):
-    """How a prompt ends."""
+    """The end of a prompt."""
 
     AUTOMATIC = enum.auto()
-    """A last message of the assistant is continued, without the white space at its end (quirk 31), else NEW."""
+    """CONTINUED if the last message is the assistant's, but without the white space at its end; else NEW."""
     NEW = enum.auto()
-    """Where the assistant's next message begins."""
+    """The prompt ends where the assistant's next message begins."""
     CONTINUED = enum.auto()
-    """With the last message, for the model to go on with."""
+    """The prompt ends with the last message, for the model to go on with."""
     CLOSED = enum.auto()
-    """Where the template ends the last message."""
+    """The prompt ends where the template ends the last message."""
 
 
 NO_TOOLS = OfferedTools()
@@ -99,7 +99,7 @@ class ChatTemplate:
         return shown
 
     def _render_either(self, shown: list[dict[str, Any]], offered: OfferedTools, ending: Ending) -> str:
-        """Most templates want the arguments of a call as an object, some, such as DeepSeek's, as JSON text."""
+        """The prompt. Most templates need the arguments of a call as an object; some, as DeepSeek's, as JSON text."""
         try:
             return self._render(_parsed_arguments(shown), offered, ending)
         except TypeError:
@@ -180,7 +180,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """As minijinja prints an error: kind, detail, where."""
+    """An error as minijinja prints it: kind, detail, line."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"syntax error: {error.message} (in <string>:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
@@ -194,13 +194,13 @@ def _error_kind(error: Exception) -> str:
 
 
 def _continue_last(prompt: str, content: str) -> str:
-    """Cut what the template put after the assistant's last words, so that the model goes on with them."""
+    """The prompt without what the template put after the assistant's last words: the model goes on with them."""
     index = prompt.rfind(content)
     return prompt if index < 0 else prompt[: index + len(content)].rstrip()
 
 
 def _continue_exactly(prompt: str, content: str | None) -> str:
-    """As transformers does it: with the white space at the end, where the template keeps it."""
+    """The prompt as transformers cuts it: with the white space at the end, if the template keeps it."""
     words = (content or "").strip()
     index = prompt.rfind(words)
     if not words or index < 0:
@@ -210,7 +210,7 @@ def _continue_exactly(prompt: str, content: str | None) -> str:
 
 
 def _with_calls(message: Message) -> dict[str, Any]:
-    """A message as transformers passes it on: tool calls stay what they are."""
+    """A message as transformers passes it on: tool calls stay tool calls."""
     shown: dict[str, Any] = {"role": message.role, "content": _text(message)}
     if message.tool_calls:
         shown["tool_calls"] = [
@@ -232,7 +232,7 @@ def _called_function(call: ToolCall) -> dict[str, Any]:
 
 
 def _parsed_arguments(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages with the arguments of calls as objects; text that is no JSON stays as it is."""
+    """The messages with the arguments of calls as objects; text that is no JSON stays as it is."""
     return [
         message | {"tool_calls": [_with_parsed(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
@@ -250,7 +250,7 @@ def _with_parsed(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calls_as_text(message: Message) -> dict[str, Any]:
-    """For a template that knows no tool calls: as the model would have written them."""
+    """A message for a template that knows no tool calls: they become the text that the model would have written."""
     calls = (_called_function(call) for call in message.tool_calls)
     written = [
         f'{OPEN}\n{{"name": {_transformers_json(c["name"])}, "arguments": {c["arguments"]}}}\n{CLOSE}' for c in calls

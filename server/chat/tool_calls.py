@@ -49,10 +49,10 @@ class CallReader(ABC):
     def __init__(self) -> None:
         self.num_calls = 0
         self._held = ""
-        """What came and was not told yet."""
+        """Text that came and is in no piece yet."""
 
     def push(self, text: str) -> list[ChatPiece]:
-        """What the next part of the answer's text brings."""
+        """The pieces that the next part of the answer's text completes."""
         self._held += text
         pieces: list[ChatPiece] = []
         while self._read(pieces):
@@ -61,11 +61,11 @@ class CallReader(ABC):
 
     @abstractmethod
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        """What was held back; `is_cut`: the answer has reached its length, the model had more to say."""
+        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
 
     @abstractmethod
     def _read(self, pieces: list[ChatPiece]) -> bool:
-        """Take what is certain out of `_held`; whether there may be more."""
+        """Move what is certain from `_held` to `pieces`. Returns whether there may be more."""
 
 
 class _Call(msgspec.Struct):
@@ -76,26 +76,26 @@ class _Call(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Call).decode
 
 _CUT_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(\{.*)', re.DOTALL)
-"""A call that lacks its end: the name as JSON, the arguments as far as they go."""
+"""A call that lacks its end. Groups: the name as JSON, the arguments as far as they go."""
 
 
 class FreeCallReader(CallReader):
-    """For a model that may write what it likes.
+    """Reads a model that may write what it likes.
 
-    A call is told once all of it is there and it is right: valid JSON, the name of an offered function, an object of
-    arguments. Until then it is held back, for what is not right is content, to the last character. White space around
-    calls belongs to neither. A call that reaches the answer's length is told as far as it goes.
+    A call is reported once all of it is there and it is right: valid JSON, the name of an offered function, an object
+    of arguments. Until then it is held back, for what is not right is content, to the last character. White space
+    around calls belongs to neither. A call that reaches the answer's length is reported as far as it goes.
     """
 
     def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
-        """Whatever follows call number `max_calls` is dropped."""
+        """`max_calls`: everything after that many calls is dropped; None: there is no limit."""
         super().__init__()
         self._names = names
         self._max_calls = max_calls
         self._gap = ""
-        """White space before the mark, once one was found; `_held` is what comes after it."""
+        """White space before an opening mark, while `_held` is what comes after that mark."""
         self._body: _JsonText | None = None
-        """Follows `_held` after a mark."""
+        """Follows `_held` after an opening mark; None outside of a call."""
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
         held, self._held = self._held, ""
@@ -133,7 +133,7 @@ class FreeCallReader(CallReader):
         return True
 
     def _read_call(self, body: _JsonText, pieces: list[ChatPiece]) -> bool:
-        """Up to the closing mark; what cannot become a call any more is content."""
+        """Take a call up to its closing mark. Text that cannot become a call any more is content."""
         held = self._held
         start = held.lstrip()
         if start and not start.startswith("{"):
@@ -177,13 +177,13 @@ class FreeCallReader(CallReader):
 
 
 class ForcedCallReader(CallReader):
-    """For a model that is held to the format by a grammar, so that the arguments can be told as they come.
+    """Reads a model that a grammar holds to the format, so that the arguments can be reported as they come.
 
-    `header` matches what is written before the arguments and has the function's name, as JSON, in its first group.
+    `header` matches the text before the arguments and has the function's name, as JSON, in its first group.
     """
 
     def __init__(self, header: re.Pattern[str], first: str = "") -> None:
-        """`first`: what the arguments begin with that the header has swallowed."""
+        """`first`: the beginning of the arguments, if the header has swallowed it."""
         super().__init__()
         self._header = header
         self._first = first
@@ -223,11 +223,11 @@ class _JsonText:
         self._is_escaped = False
 
     def restart(self) -> None:
-        """What was followed so far is no longer part of the text."""
+        """The part that was followed is no longer in the text, which goes on at index 0."""
         self._position = 0
 
     def find(self, marks: tuple[str, ...], text: str) -> tuple[str | None, int]:
-        """The first of `marks`, which begin with "<", outside of strings, and where; None while there is none."""
+        """The first of `marks` outside of strings and its index; None if there is none yet. Marks begin with "<"."""
         while self._position < len(text):
             if text[self._position] == "<" and not self._is_in_string:
                 for mark in marks:
@@ -239,7 +239,7 @@ class _JsonText:
         return None, self._position
 
     def end(self, text: str) -> int | None:
-        """Where the object ends that `text` begins with; None while it has not."""
+        """The end of the object that `text` begins with; None while it is not complete."""
         while self._position < len(text):
             self._step(text[self._position])
             if self._depth == 0:

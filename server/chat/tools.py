@@ -1,4 +1,4 @@
-"""Tools of a chat: which are offered, how the model is told of them, and what it may write (reference 3.6)."""
+"""Tools of a chat: which are offered, how the prompt shows them, and what the model may write (`docs/wire.md`, 3.6)."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class ToolUse:
     """How one chat uses its tools."""
 
     names: tuple[str, ...] = ()
-    """Of the functions that may be called."""
+    """Names of the functions that may be called."""
     offered: OfferedTools = NO_TOOLS
     grammar: str | None = None
-    """What llguidance reads, where the model is not free."""
+    """A grammar as llguidance reads it, if the model is not free."""
     max_calls: int | None = None
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
 
     def reader(self) -> CallReader:
-        """For one answer in the model's own format."""
+        """A reader of one answer in the model's own format."""
         if self.grammar is not None:
             return ForcedCallReader(HERMES_HEADER)
         return FreeCallReader(self.names, self.max_calls)
@@ -60,13 +60,13 @@ NO_TOOL_USE = ToolUse()
 
 
 def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool) -> ToolUse:
-    """Raises ToolError: refused before the prompt is rendered, and so before a stream begins."""
+    """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
     is_off = request.tool_choice == "none"
     if request.tools is not None and request.response_format is not None and (is_strict or not is_off):
         raise ToolError("Grammar and tools are mutually exclusive")
     if not request.tools or is_off:
         return NO_TOOL_USE
-    return _tgi_use(request) if is_strict else _own_use(request, tokenizer)
+    return _tgi_use(request) if is_strict else _template_use(request, tokenizer)
 
 
 def ending(request: ChatRequest) -> Ending:
@@ -81,7 +81,7 @@ def ending(request: ChatRequest) -> Ending:
 
 
 def _allowed(request: ChatRequest) -> list[Tool]:
-    """Those that may be called."""
+    """The tools that may be called."""
     tools, choice = request.tools or [], request.tool_choice
     if choice in (None, "auto", "required"):
         return tools
@@ -96,18 +96,18 @@ def _is_free(request: ChatRequest) -> bool:
     return request.tool_choice in (None, "auto")
 
 
-def _own_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
-    """In the format of the model's template."""
+def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
+    """Tools in the format of the model's template."""
     tools = _allowed(request)
     sent = [tool.sent for tool in tools]
-    own_prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
+    prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
     max_calls = None if request.parallel_tool_calls else 1
     return ToolUse(
         names=tuple(tool.function.name for tool in tools),
         offered=OfferedTools(
             tools=sent,
-            prompt=own_prompt,
+            prompt=prompt,
             listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
         ),
         grammar=None if _is_free(request) else _hermes_grammar(tools, tokenizer, is_single=max_calls == 1),
@@ -128,7 +128,7 @@ def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_singl
 
 
 def _mark(mark: str, tokenizer: TextTokenizer) -> str:
-    """By its id where it is one token: then llguidance does not take the token for its text."""
+    """A mark in a grammar, by its id if it is one token: llguidance does not take the token for its text."""
     token_id = tokenizer.token_id(mark)
     return _literal(mark) if token_id is None else f"<[{token_id}]>"
 
@@ -143,7 +143,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _tgi_use(request: ChatRequest) -> ToolUse:
-    """As TGI does it: JSON of its own, in which `no_tool` stands for an answer in words (quirk 17)."""
+    """Tools as TGI has them: JSON of its own, in which `no_tool` stands for an answer in words."""
     tools = _allowed(request)
     if _is_free(request):
         description = "Open ended response with no specific tool selected"
@@ -167,7 +167,7 @@ def _as_tgi_shows(tool: Tool) -> dict[str, Any]:
 
 
 def _tgi_schema(tool: Tool) -> dict[str, Any]:
-    """The name and the arguments in one object."""
+    """A schema with the name and the arguments in one object."""
     schema = tool.function.arguments if isinstance(tool.function.arguments, dict) else {}
     properties, required = schema.get("properties"), schema.get("required")
     return schema | {
@@ -190,6 +190,9 @@ def _literal(text: str) -> str:
 
 
 def _json(schema: dict[str, Any], *, is_lenient: bool) -> str:
-    """`is_lenient`: what llguidance cannot hold the model to is ignored, as the functions check what they are given."""
+    """A schema within a grammar.
+
+    `is_lenient`: what llguidance cannot hold the model to is ignored, as functions check what they are given.
+    """
     options = {"x-guidance": JSON_OPTIONS | {"lenient": is_lenient}}
     return f"%json {json.dumps(closed(schema) | options, ensure_ascii=False)}"

@@ -1,4 +1,4 @@
-"""How many requests are let in at a time."""
+"""Permits: a limit to the requests that wait and run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from server.errors import OverloadedError
 
 
 class Admission:
-    """Permits for waiting and running requests together; nothing waits for a permit (reference 6.1)."""
+    """The permits of one server, for waiting and running requests together. Nothing waits for a permit."""
 
     def __init__(self, max_concurrent_requests: int) -> None:
         self.num_free = max_concurrent_requests
 
     def permit(self, num_places: int) -> Permit:
-        """To be held until the answer is complete or the client is gone. Raises OverloadedError at once."""
+        """A permit, to be held until the answer is complete or the client is gone. Raises OverloadedError at once."""
         if self.num_free < num_places:
             raise OverloadedError
         self.num_free -= num_places

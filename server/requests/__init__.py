@@ -1,3 +1,5 @@
-"""From the bytes of a body to a `GenerationRequest`: wire models, refusals, limits, grammars.
+"""From the bytes of a body to a `GenerationRequest`: wire models, parameters, refusals, limits, grammars.
 
-Wire models do not leave this room. May import `server.text` beside its own files."""
+A wire model does not leave this room, but for the route that reads it and, if it is a chat, `server.chat`. May import
+`server.text`, the configuration and the errors.
+"""

@@ -1,4 +1,4 @@
-"""From the bytes of a request body to a wire model, or to a plain-text refusal of TGI's framework (reference 0.2)."""
+"""From the bytes of a body to a wire model, or to a plain-text refusal of TGI's web framework (`docs/wire.md`, 0.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHITESPACE = " \t\n\r"
 MAX_DEPTH = 128
 """serde_json's recursion limit."""
 
-# What json's messages start with -> (serde's words, serde's words when the text ends there)
+# start of a message of json -> (serde's words, serde's words if the text ends there)
 _REASONS = {
     "Expecting value": ("expected value", "EOF while parsing a value"),
     "Expecting property name": ("key must be a string", "EOF while parsing an object"),
@@ -36,7 +36,7 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class _NumberError(ValueError):
-    """A number that JSON does not have; the text is serde's."""
+    """A number is none of JSON's. The text is serde's."""
 
 
 async def read_body(request: Request, model: type[M], config: ServerConfig) -> M:
@@ -62,7 +62,7 @@ def _require_json(content_type: str) -> None:
 
 
 async def _receive(request: Request, limit: int) -> bytes:
-    """The whole body; refused as soon as it is known to be too long, whatever its headers say."""
+    """The whole body. It is refused as soon as it is known to be too long, whatever its headers say."""
     announced = request.headers.get("content-length", "")
     body = bytearray()
     is_too_long = announced.isdecimal() and int(announced) > limit
@@ -78,7 +78,7 @@ async def _receive(request: Request, limit: int) -> bytes:
 
 
 def _parse(text: str) -> tuple[Any, int]:
-    """The first JSON value in `text` and where it ends; what follows is not looked at."""
+    """The first JSON value in `text` and its end. What follows is not read."""
     start = len(text) - len(text.lstrip(WHITESPACE))
     try:
         value, end = _decoder.raw_decode(text, start)
@@ -133,7 +133,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    """Beyond 64 bits serde reads a float; so do we, and Python's limit on digits is never met."""
+    """The number. Beyond 64 bits serde reads a float; so do we, and Python's limit on digits is never met."""
     return int(digits) if len(digits) <= 20 else _float(digits)
 
 

@@ -1,4 +1,4 @@
-"""Bodies of the cloud platforms' routes: one of several shapes each (docs/wire.md, 1.7 and 1.8)."""
+"""Bodies of the cloud platforms' routes: one of several shapes each (`docs/wire.md`, 1.7 and 1.8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a grammar on the wire becomes for the engine (docs/wire.md, 3.7, and texts 21 to 24 of the table in 2.2).
+"""Grammars on the wire become llguidance's, or are refused (`docs/wire.md`, 3.7, and texts 21 to 24 of its 2.2).
 
 The grammar is compiled here once to refuse it before anything is queued; the engine compiles it again for its own
 vocabulary. No limit of llguidance's bounds the time that a hostile schema takes (30 intersected patterns take days), so

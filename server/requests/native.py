@@ -1,4 +1,4 @@
-"""Bodies of the native routes, as TGI reads them (docs/wire.md, 1.1 to 1.3).
+"""Bodies of the native routes, as TGI reads them (`docs/wire.md`, 1.1 to 1.3).
 
 A field that may be null is `X | None`; the others refuse an explicit null even where they have a default.
 """
@@ -27,7 +27,7 @@ class GenerateRequest(WireModel):
 
     inputs: str
     parameters: GenerateParameters = Field(default_factory=_absent_parameters)
-    """Left out altogether it means sampling, while `{}` means greedy (docs/compatibility.md, row 1)."""
+    """Left out altogether it means sampling, while `{}` means greedy (`docs/compatibility.md`, row 1)."""
 
 
 class CompatGenerateRequest(GenerateRequest):

@@ -1,6 +1,6 @@
 """Bodies of the OpenAI-shaped routes, as TGI reads them and with what OpenAI's clients send besides.
 
-docs/wire.md has TGI's side: 1.9, 1.11, 3.4, 3.6 and 3.7.
+`docs/wire.md` has TGI's side: 1.9, 1.11, 3.4, 3.6 and 3.7.
 Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI's own shapes are understood.
 """
 
@@ -65,7 +65,7 @@ class OfferedFunction(OpenAIModel):
     name: str
     description: str | None = None
     arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
-    """Their JSON schema; left out, as OpenAI allows, the function takes nothing."""
+    """JSON schema of the arguments. If it is left out, as OpenAI allows, the function takes none."""
     strict: bool = False
     """A schema that the model cannot be held to in full is refused where a call is required."""
 
@@ -83,7 +83,7 @@ class Tool(WireModel):
     type: str
     function: OfferedFunction
     sent: SkipJsonSchema[dict[str, Any]]
-    """All of it as the client sent it: templates show that to the model."""
+    """The tool as the client sent it, which templates show to the model."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,7 +155,7 @@ def _read_stop(value: Any, info: ValidationInfo) -> Any:
 
 
 def _read_bias(value: Any, info: ValidationInfo) -> Any:
-    """TGI reads a list of numbers and does nothing with it."""
+    """The map. TGI reads a list of numbers and does nothing with it."""
     if not is_strict(info):
         return value
     _BIAS_LIST.validate_python(value)
@@ -175,7 +175,7 @@ class OpenAIFormat(OpenAIModel):
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
-    """OpenAI's shapes become TGI's (docs/wire.md, 3.7); `{"type": "text"}` asks for what happens anyway."""
+    """OpenAI's shapes become TGI's (`docs/wire.md`, 3.7); `{"type": "text"}` asks for what happens anyway."""
     if is_strict(info) or not isinstance(value, dict):
         return value
     match value.get("type"):
@@ -228,7 +228,7 @@ class ChatRequest(OpenAIModel):
 
 
 Prompts = list[str | list[int]]
-"""Each as text or as token ids."""
+"""Prompts of one request, each as text or as token ids."""
 
 _TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
 _PROMPT: TypeAdapter[str | list[str] | list[int] | list[list[int]]] = TypeAdapter(
@@ -272,7 +272,7 @@ class CompletionRequest(OpenAIModel):
     best_of: U32 | None = None
     echo: bool = False
     logprobs: U32 | None = None
-    """How many of the likeliest tokens to tell beside each chosen one; 0 tells the chosen ones alone."""
+    """Number of the likeliest tokens to report beside each chosen one; 0 reports the chosen ones alone."""
     presence_penalty: F32 | None = None
     logit_bias: LogitBias | None = None
     top_k: I32 | None = None
@@ -289,13 +289,13 @@ def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bo
     parameters = parameters_of(dialect, request)
     is_greedy = parameters.temperature == 0
     presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
-    if is_strict and presence is not None:  # docs/compatibility.md, row 5
+    if is_strict and presence is not None:  # `docs/compatibility.md`, row 5
         repetition, presence = round_to_f32(presence + 2), None
     return dataclasses.replace(
         parameters,
         do_sample=not is_greedy,
         temperature=None if is_greedy else parameters.temperature,
-        top_p=None if parameters.top_p == 1 and not is_strict else parameters.top_p,  # docs/compatibility.md, row 3
+        top_p=None if parameters.top_p == 1 and not is_strict else parameters.top_p,  # `docs/compatibility.md`, row 3
         top_k=None if parameters.top_k in (-1, 0) else parameters.top_k,  # either is off to some server
         presence_penalty=presence,
         repetition_penalty=repetition,

@@ -96,7 +96,7 @@ class Refusal:
     """A text for the client, and when it is due."""
 
     number: int
-    """Place in TGI's order: the text's number in docs/wire.md, 2.2; a text of ours has that of the one it follows."""
+    """Place in TGI's order: the text's number in `docs/wire.md`, 2.2; a text of ours has that of the one it follows."""
     text: str
     """`{limit}` stands for the maximum, `{given}` for the number that was measured."""
     applies: Callable[[Any], bool] | None = None

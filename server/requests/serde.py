@@ -50,7 +50,7 @@ def wrong(reason: str) -> PydanticCustomError:
 
 
 def unexpected(value: object) -> str:
-    """How serde names a value it did not expect."""
+    """serde's name of a value that it did not expect."""
     match value:
         case None:
             return "null"
@@ -104,7 +104,7 @@ def _in_untagged_enum(name: str) -> Callable[[Any, ValidatorFunctionWrapHandler]
 
 
 def untagged(name: str) -> WrapValidator:
-    """Annotates a union: when no member fits, serde only says so."""
+    """An annotation of a union: if no member fits, serde says only that."""
     return WrapValidator(_in_untagged_enum(name))
 
 
@@ -131,9 +131,9 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     extensions: ClassVar[frozenset[str]] = frozenset()
-    """Fields that TGI does not know: read strictly, they are ignored like any other key."""
+    """Fields that TGI does not know. If the body is read strictly, they are ignored like any unknown key."""
     is_null_absent: ClassVar[bool] = False
-    """Null stands for the default, as OpenAI's clients mean it; not where the body is read strictly."""
+    """Null stands for the default, as OpenAI's clients mean it, unless the body is read strictly."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,8 +144,8 @@ class WireModel(BaseModel):
             data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
         for name, spellings in spellings_of(cls):
-            given = [spelling for spelling in spellings if spelling in data]
-            if len(given) > 1 or not repeated.isdisjoint(given):
+            keys = [spelling for spelling in spellings if spelling in data]
+            if len(keys) > 1 or not repeated.isdisjoint(keys):
                 raise wrong(f"duplicate field `{name}`")
         if cls.is_null_absent and not is_strict(info):
             data = {key: value for key, value in data.items() if value is not None}
@@ -171,7 +171,7 @@ def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
 
 
 def describe(error: ValidationError) -> str:
-    """`<path>: <reason>` of the error serde would have stopped at: wrong values before missing fields."""
+    """`<path>: <reason>` of the error that serde would have stopped at: wrong values come before missing fields."""
     details = error.errors(include_url=False)
     first = next((item for item in details if item["type"] != "missing"), details[0])
     location = first["loc"][:-1] if first["type"] == "missing" else first["loc"]

@@ -1,4 +1,4 @@
-"""A request becomes engine requests, or is refused with TGI's texts in TGI's order (docs/wire.md, section 2).
+"""A request becomes engine requests, or is refused with TGI's texts in TGI's order (`docs/wire.md`, section 2).
 
 Comments `# text n` name texts of the table there, in 2.2; those of single parameters stand in their rows.
 """
@@ -23,7 +23,7 @@ from server.text.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
-docs/compatibility.md)."""
+`docs/compatibility.md`)."""
 
 _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
     ((name, row, row.refusal) for name, row in ROWS.items() if row.refusal is not None), key=lambda item: item[2].number
@@ -129,7 +129,7 @@ class Validator:
 
     @property
     def _has_prompt_logprobs(self) -> bool:
-        return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # docs/compatibility.md, row 33
+        return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # `docs/compatibility.md`, row 33
 
     async def _tokenize(self, request: GenerationInput) -> list[int]:
         if request.token_ids is not None:

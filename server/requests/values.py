@@ -30,7 +30,7 @@ GrammarType = Literal["json", "json_object", "json_schema", "regex"]
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """A constraint on the output, as it was asked for."""
+    """A constraint on the output, in the words of the request."""
 
     type: GrammarType
     value: Any

@@ -109,7 +109,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
 
 
 def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
-    """What the engine is asked for (reference 3.5). Raises TemplateError, ToolError, ValidationError."""
+    """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     generation_input = GenerationInput(
@@ -135,9 +135,9 @@ class _Chat:
         self._input = generation_input
         self._use = use
         self._begun: set[int] = set()
-        """Choices of which a chunk was sent."""
+        """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
-        # The request's own name for the model is echoed, whatever it is (quirk 26).
+        # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
         self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
 
     async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
@@ -174,7 +174,7 @@ class _Chat:
         return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
 
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
-        """A call that is cut off is not for the client to run."""
+        """OpenAI's reason. If a call is cut off it is `length`, for the client must not run such a call."""
         if num_calls and reason is not FinishReason.LENGTH:
             return "tool_calls"
         return self._envelope.finish_reasons[reason]
@@ -188,7 +188,7 @@ class _Chat:
         return usage_of(generations, generations[0].num_prompt_tokens)
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
-        """Events for each token of each choice, and one with the usage if it is wanted."""
+        """An event or more for each token of each choice, and one with the usage if the request includes it."""
         readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
@@ -222,14 +222,14 @@ class _Chat:
         )
 
     def _role(self, index: int) -> str | UnsetType:
-        """TGI tells it in every chunk; OpenAI's client joins what the chunks say to one text: there it comes once."""
+        """TGI has the role in every chunk. OpenAI's client would join the roles to one text: there it comes once."""
         if index in self._begun and not self._service.config.is_strict_tgi:
             return UNSET
         self._begun.add(index)
         return "assistant"
 
     def _call_choices(self, index: int, token: GeneratedToken, reader: CallReader) -> list[ChunkChoice]:
-        """Any number of chunks for a token; the first has its logprobs, the reason for the end one of its own."""
+        """Any number of chunks for a token. The first has the logprobs; the finish reason has a chunk of its own."""
         reason = token.finish_reason
         pieces = reader.push(token.visible)
         if reason is not None:
@@ -252,7 +252,7 @@ class _Chat:
 
 
 class _TgiToolChat(_Chat):
-    """Tools as TGI has them: one call in a JSON of its own, or, with `no_tool`, a second run in words."""
+    """Tools as TGI has them: one call in JSON of TGI's own or, with `no_tool`, a second run in words."""
 
     async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
         async with self._service.open(self._input) as streams:
@@ -260,7 +260,7 @@ class _TgiToolChat(_Chat):
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
             return await self._in_words().complete()
-        message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])  # quirks 20, 21
+        message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
         return self._completion(choices, streams), self._headers(answers)
@@ -289,12 +289,12 @@ class _TgiToolChat(_Chat):
             yield event(self._chunk([], usage))
 
     def _in_words(self) -> _Chat:
-        """What the first run found has no part in its answer (quirk 18)."""
+        """The second run. Nothing of the first has a part in its answer (`docs/compatibility.md`, row 18)."""
         body = self._body.model_copy(update={"tools": None})
         return _Chat(self._service, body, *chat_input(self._service, body))
 
     def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[ChatPiece], call_id: str) -> list[ChunkChoice]:
-        """A chunk with the name and the opening brace, and one for each further part; at the end one that says so."""
+        """A chunk with the name and the opening brace, one for each further part, one with the finish reason."""
         choices = []
         for piece in pieces:
             if isinstance(piece, CallStart):
@@ -304,7 +304,7 @@ class _TgiToolChat(_Chat):
                 if text:
                     choices.append(self._tgi_choice(token, call_id, None, text))
         if token.finish_reason is not None:
-            choices.append(self._chunk_choice(0, dataclasses.replace(token, visible="")))  # quirk 19
+            choices.append(self._chunk_choice(0, dataclasses.replace(token, visible="")))
         return choices
 
     def _tgi_choice(self, token: GeneratedToken, call_id: str, name: str | None, arguments: str) -> ChunkChoice:
@@ -315,13 +315,13 @@ class _TgiToolChat(_Chat):
 
 
 def _read_tgi_call(text: str) -> FunctionCall:
-    """Raises ToolError."""
+    """The call that the model has written. Raises ToolError."""
     try:
         function = _decode_tgi(text).function
         name = function.pop("_name")
     except (msgspec.DecodeError, KeyError, RecursionError) as error:
-        why = "missing field `_name`" if isinstance(error, KeyError) else str(error)
-        raise ToolError(f"Failed to parse generated text: {why} {json.dumps(text, ensure_ascii=False)}") from None
+        reason = "missing field `_name`" if isinstance(error, KeyError) else str(error)
+        raise ToolError(f"Failed to parse generated text: {reason} {json.dumps(text, ensure_ascii=False)}") from None
     return FunctionCall(description=None, name=str(name), arguments=msgspec.json.encode(function).decode())
 
 
@@ -333,7 +333,7 @@ _decode_tgi = msgspec.json.Decoder(_TgiCall).decode
 
 
 def _next_call_id(messages: Sequence[Message]) -> str:
-    """One more than the largest among the messages' calls; not a number, where one of those is none."""
+    """One more than the largest id among the messages' calls; if one of those is no number, neither is this."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
     ids = [call.id for body in bodies for call in body.tool_calls]
     if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):

@@ -39,9 +39,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
     token_logprobs: list[JsonF32]
     top_logprobs: list[dict[str, JsonF32] | None] | None
-    """The likeliest tokens and the chosen one; none are known of the prompt's."""
+    """For each token the likeliest ones and the chosen one; null for the prompt's tokens."""
     text_offset: list[int]
-    """Where in the choice's text the token begins, in code points."""
+    """Index, in code points, at which each token begins in the choice's text."""
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
@@ -188,7 +188,7 @@ class _Completion:
             table = _LogprobTable(self._body.logprobs)
             for token in answer.generation.prefill if self._body.echo else ():
                 table.add_prompt_token(token)
-            table.num_characters = len(echo)  # the ends of characters may have been cut on the way here
+            table.num_characters = len(echo)  # a character that two tokens of the prompt share has counted twice
             for generated in answer.tokens:
                 table.add(generated)
             logprobs = table.take()
@@ -203,7 +203,7 @@ class _Completion:
         return usage_of(generations, num_prompt_tokens)
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
-        """A chunk per token; with `echo` one more before them."""
+        """A chunk for each token; with `echo` one more before them."""
         async with opening as streams:
             tables = [_LogprobTable(self._body.logprobs or 0) for _ in streams]
             for index in range(len(streams)):
@@ -223,11 +223,11 @@ class _Completion:
         if self._body.logprobs is not None:
             table.add(token)
             logprobs = table.take()
-        text = token.text if self._is_strict else token.visible  # quirk 7
+        text = token.text if self._is_strict else token.visible  # `docs/compatibility.md`, row 7
         return CompletionChoice(index, text, logprobs, self._finish_reason(token))
 
     def _chunk(self, choice: CompletionChoice, finished: Stream | None = None) -> CompletionFinal | CompletionChunk:
-        """TGI tells a sequence's usage with its last token, OpenAI that of all at the end, if asked for."""
+        """A chunk. TGI's last one of a sequence has its usage; OpenAI has the usage of all at the end, on request."""
         if self._body.stream_options.include_usage:
             return self._final([choice], None)
         if finished is not None:
@@ -253,7 +253,7 @@ class _Completion:
 
     @property
     def _no_finish_reason(self) -> str | None:
-        return "" if self._is_strict else None  # quirk 7
+        return "" if self._is_strict else None  # `docs/compatibility.md`, row 7
 
     def _finish_reason(self, token: GeneratedToken) -> str | None:
         if token.finish_reason is None:
@@ -278,7 +278,9 @@ class _LogprobTable:
         self._offsets: list[int] = []
 
     def add(self, token: GeneratedToken) -> None:
-        top = {one.text: f32(one.logprob) for one in reversed(token.top_tokens)}  # of equal texts the likeliest
+        top = {
+            candidate.text: f32(candidate.logprob) for candidate in reversed(token.top_tokens)
+        }  # of equal texts the likeliest
         top.setdefault(token.text, f32(token.logprob))
         self._append(token.text, token.logprob, top)
         self.num_characters += len(token.visible)
@@ -294,7 +296,7 @@ class _LogprobTable:
         self._offsets.append(self.num_characters)
 
     def take(self) -> CompletionLogprobs:
-        """What was added since the last call."""
+        """The lists of the tokens since the last call."""
         top_logprobs = self._top_logprobs if self._has_top_tokens else None
         logprobs = CompletionLogprobs(self._tokens, self._logprobs, top_logprobs, self._offsets)
         self._clear()

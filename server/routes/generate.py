@@ -85,7 +85,7 @@ class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def compat_generate(request: Request) -> Response:
-    """What `text_generation.Client` and `InferenceClient.text_generation` call."""
+    """The route that `text_generation.Client` and `InferenceClient.text_generation` call."""
     return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
 
 

@@ -38,7 +38,7 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
     )
 )
 async def tokenize(request: Request) -> Response:
-    """The prompt's tokens; of the parameters none is looked at (quirk 29)."""
+    """The prompt's tokens. The parameters have no effect (`docs/compatibility.md`, row 29)."""
     service = service_of(request)
     body = await read_body(request, GenerateRequest, service.config)
     return json_answer(await _split(service, body.inputs, add_special_tokens=True))
@@ -71,7 +71,7 @@ async def chat_tokenize(request: Request) -> Response:
     )
 )
 async def detokenize(request: Request) -> Response:
-    """In vLLM's shape. Special tokens are shown; what is not a whole character is U+FFFD."""
+    """The text, in vLLM's shape. It has the special tokens, and U+FFFD for what is not a whole character."""
     service = service_of(request)
     body = await read_body(request, DetokenizeRequest, service.config)
     return json_answer(DetokenizeResponse(service.tokenizer.decode(body.tokens)))

@@ -8,20 +8,20 @@ from typing import NamedTuple
 from server.text.tokenizer import TextTokenizer
 
 REPLACEMENT = "\ufffd"
-"""What a byte sequence that is not (yet) a character decodes to."""
+"""The text of a byte sequence that is no character, or none yet."""
 CONTEXT_TOKENS = 5
-"""Prompt tokens that are decoded along with the first new ones, as TGI does: a token's text can depend on them."""
+"""Number of prompt tokens that are decoded along with the first new ones, as their text can depend on them."""
 
 
 class TokenText(NamedTuple):
     text: str
-    """As the wire shows the token: `<|im_end|>` for a special one, "" while a character is incomplete."""
+    """The token as the wire shows it: `<|im_end|>` for a special one, "" while a character is incomplete."""
     visible: str
-    """Its part in `generated_text` and in a chat's content."""
+    """The token's part in `generated_text` and in a chat's content."""
 
 
 class Detokenizer:
-    """TGI's rule (reference 4.1): text comes out once it ends in whole characters, and never before.
+    """TGI's rule (`docs/wire.md`, 4.1): text comes out once it ends in whole characters, and never before.
 
     `_window` holds the ids that still matter: the last ones whose text is out, then those whose text is held back.
     """
@@ -59,7 +59,7 @@ class Detokenizer:
 class StopChecker:
     """Finds the first stop string to be completed, also in the middle of a token.
 
-    Of the text seen before, only what a stop string could still begin in is kept.
+    It keeps no more of the text seen before than a stop string could still begin in.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class StopChecker:
         self._tail = ""
 
     def check(self, text: str) -> int | None:
-        """How many characters of the newest token's `text` to keep if a stop string ends in it, else None."""
+        """Number of characters of the newest token's `text` to keep if a stop string ends in it, else None."""
         seen = self._tail + text
         ends = [end for stop in self._stops if (end := self._end_of(stop, seen)) is not None]
         if ends:
@@ -80,22 +80,22 @@ class StopChecker:
         return None
 
     def _end_of(self, stop: str, seen: str) -> int | None:
-        """Where `stop` ends in the part of `seen` that is new."""
-        if not stop:  # as TGI: an empty stop string stops at the first token, and keeps it
+        """The index at which `stop` ends in the part of `seen` that is new; None if it does not."""
+        if not stop:  # as in TGI an empty stop string stops at the first token, and keeps it
             return len(seen)
         start = seen.find(stop, max(0, len(self._tail) - len(stop) + 1))
         return None if start < 0 else start + len(stop)
 
 
 class StopCutter:
-    """Ends a text before the first stop string in it, as OpenAI has it: what may still begin one is held back."""
+    """Ends a text before the first stop string in it, as OpenAI has it. Text that may begin one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
 
     def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
-        """What comes out of the text so far, and whether a stop string ended it."""
+        """The text that comes out now, and whether a stop string ended it."""
         seen = self._held + text
         starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
         if starts:
@@ -108,5 +108,5 @@ class StopCutter:
 
 def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that `stop` begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+    max_length = min(len(text), len(stop) - 1)
+    return next((length for length in range(max_length, 0, -1) if text.endswith(stop[:length])), 0)

@@ -17,14 +17,21 @@ import tokenizers
 from engine.link.errors import StartError
 
 SPECIAL_TOKEN_KEYS = (
-    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
-    *("additional_special_tokens", "extra_special_tokens"),
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatFormat:
-    """What a folder says about chats."""
+    """A model folder's words on chats."""
 
     template: str | None
     bos_token: str | None
@@ -32,7 +39,7 @@ class ChatFormat:
 
 
 class SimpleToken(msgspec.Struct, frozen=True):
-    """A token and the bytes of the UTF-8 text that it stands for (reference 1.3); an added one has none: 0, 0."""
+    """A token and the bytes of the UTF-8 text that it stands for; an added one has none: 0, 0."""
 
     id: int
     text: str
@@ -92,8 +99,8 @@ class TextTokenizer:
     def _split(self, text: str, add_special_tokens: bool) -> list[SimpleToken]:
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         num_bytes = [len(character.encode()) for character in text]
-        places = list(itertools.accumulate(num_bytes, initial=0))  # of each code point: the library counts those
-        # A token that is a part of a character has the span of the whole one: so does the library give it, to TGI too.
+        places = list(itertools.accumulate(num_bytes, initial=0))  # by code point: the library counts those
+        # A token that is a part of a character has the span of the whole character: the library says so, to TGI too.
         return [
             SimpleToken(token_id, text[start:stop], places[start], places[stop])
             for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -104,7 +111,7 @@ class TextTokenizer:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
-        """The id of the one token that `token` is, if there is one."""
+        """The id of the token whose text is `token`, if there is one."""
         return self._tokenizer.token_to_id(token)
 
     def is_special(self, token_id: int) -> bool:
@@ -136,7 +143,7 @@ def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """What is in `path`, or None where there is no such file. Raises StartError."""
+    """The content of `path`, or None if there is no such file. Raises StartError."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -146,7 +153,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None where there is no such file. Raises StartError."""
+    """The object in `path`, or None if there is no such file. Raises StartError."""
     content = _read(path)
     if content is None:
         return None
@@ -160,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> frozenset[int]:
-    """Tokens the config names as special, and added tokens that either file flags as special (reference 4.3)."""
+    """Ids of tokens that the config names as special, and of added tokens that either file flags as special."""
     ids = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     try:
         named = {tokenizer.token_to_id(token) for token in _named_special_tokens(config)}
@@ -187,7 +194,7 @@ def _token_content(token: Any) -> str | None:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """TGI's order (reference 3.4), and after that chat_template.jinja, which newer checkpoints have alone."""
+    """The template, looked for in TGI's order and then in chat_template.jinja, which newer checkpoints have alone."""
     override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
     source = _default_template(override.get("chat_template") or config.get("chat_template"))
     jinja_file = folder / "chat_template.jinja"
@@ -201,7 +208,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _default_template(value: Any) -> str | None:
-    """A template, or of a list of named ones that called `default`. Raises StartError."""
+    """A template; of a list of named templates, the one called `default`. Raises StartError."""
     named = value if isinstance(value, list) else [{"name": "default", "template": value}]
     if not all(isinstance(item, dict) for item in named):
         raise StartError("chat_template is a list, but not of named templates: correct tokenizer_config.json")
