@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks.offline import Pytgi, num_cores  # noqa: E402
 from benchmarks.perplexity import engine_config  # noqa: E402
+from engine.device import Device  # noqa: E402
 from engine.link.config import EngineConfig  # noqa: E402
 from engine.ranks import Ranks  # noqa: E402
 from parallel.state import Collectives  # noqa: E402
@@ -68,7 +69,7 @@ class TimedRanks(Ranks):
 
     timed: TimedCollectives
 
-    def connect(self, device: torch.device, config: EngineConfig) -> None:
+    def connect(self, device: Device, config: EngineConfig) -> None:
         super().connect(device, config)
         assert self.state.collectives is not None
         self.timed = TimedCollectives(self.state.collectives)

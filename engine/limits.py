@@ -83,7 +83,7 @@ def plan_memory(
         needs,
         free_bytes=free_bytes,
         num_blocks=num_blocks,
-        is_asked=config.max_batch_prefill_tokens is not None,
+        is_explicit=config.max_batch_prefill_tokens is not None,
     )
     return MemoryPlan(num_blocks, dataclasses.replace(limits, max_batch_prefill_tokens=num_prefill_tokens))
 
@@ -202,11 +202,11 @@ def _resolve_prefill_tokens(config: EngineConfig, max_position_embeddings: int, 
 
 
 def plan_prefill_tokens(
-    num_tokens: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_asked: bool
+    num_tokens: int, needs: MemoryNeeds, *, free_bytes: int, num_blocks: int, is_explicit: bool
 ) -> int:
     """Tokens of a step whose activations fit beside weights and KV cache, at most `num_tokens`.
 
-    Raises StartError when the user asked for more (`is_asked`); otherwise fewer are taken, with a warning.
+    Raises StartError when the user asked for more (`is_explicit`); otherwise fewer are taken, with a warning.
     """
     max_tokens = (free_bytes - needs.weights - num_blocks * needs.per_block) // needs.per_step_token
     if num_tokens <= max_tokens:
@@ -217,7 +217,7 @@ def plan_prefill_tokens(
             "Not enough memory for a step beside the weights and a KV cache of "
             f"{num_blocks * needs.block_size} tokens: lower --max-batch-total-tokens, or give the process more memory"
         )
-    if is_asked:
+    if is_explicit:
         raise StartError(
             f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
             f"`--max-batch-prefill-tokens` to {suggested}"

@@ -110,35 +110,35 @@ def test_weights_that_do_not_fit() -> None:
         check_weights_fit(15_200_000_000, 80_000_000, 0.01)
 
 
-def prefill(wanted: int, free_megabytes: int, num_blocks: int, *, is_asked: bool) -> int:
+def prefill(wanted: int, free_megabytes: int, num_blocks: int, *, is_explicit: bool) -> int:
     return plan_prefill_tokens(
-        wanted, NEEDS, free_bytes=free_megabytes * MEGABYTE, num_blocks=num_blocks, is_asked=is_asked
+        wanted, NEEDS, free_bytes=free_megabytes * MEGABYTE, num_blocks=num_blocks, is_explicit=is_explicit
     )
 
 
 def test_steps_are_cut_to_what_fits_beside_the_cache(caplog: pytest.LogCaptureFixture) -> None:
-    assert prefill(4096, 2000, 500, is_asked=False) == 4096
-    assert prefill(4096, 2000, 900, is_asked=False) == 1000
+    assert prefill(4096, 2000, 500, is_explicit=False) == 4096
+    assert prefill(4096, 2000, 900, is_explicit=False) == 1000
     assert "Reducing the max batch prefill from 4096 to 1000 because there is not enough memory" in caplog.text
 
 
 def test_a_step_that_was_asked_for_is_refused_with_a_value_that_fits() -> None:
     with pytest.raises(StartError) as caught:
-        prefill(4096, 2000, 900, is_asked=True)
+        prefill(4096, 2000, 900, is_explicit=True)
     assert str(caught.value) == (
         "Not enough memory to handle 4096 prefill tokens. You need to decrease `--max-batch-prefill-tokens` to 944"
     )
-    assert prefill(1000, 2000, 900, is_asked=True) == 1000
+    assert prefill(1000, 2000, 900, is_explicit=True) == 1000
 
 
 def test_no_suggested_step_is_empty() -> None:
     with pytest.raises(StartError, match="Not enough memory for a step beside"):
-        plan_prefill_tokens(4096, NEEDS, free_bytes=1_001_600_000, num_blocks=0, is_asked=True)
+        plan_prefill_tokens(4096, NEEDS, free_bytes=1_001_600_000, num_blocks=0, is_explicit=True)
 
 
 def test_no_room_for_any_step() -> None:
     with pytest.raises(StartError, match="beside the weights and a KV cache of 16000 tokens: lower --max-batch-total"):
-        prefill(4096, 2000, 1000, is_asked=False)
+        prefill(4096, 2000, 1000, is_explicit=False)
 
 
 @given(
