@@ -79,7 +79,7 @@ def compile_collectives() -> None:
 
 
 def compile_for(stored: torch.dtype, dtype: str, quantize: str | None) -> None:
-    """Start an engine on a checkpoint stored as `stored`, run as `dtype` and quantised as `quantize` says."""
+    """Start an engine on a checkpoint stored as `stored`, run as `dtype` and quantized as `quantize` says."""
     from engine.start import start_engine
 
     with tempfile.TemporaryDirectory() as folder:

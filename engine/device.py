@@ -35,7 +35,7 @@ class Device:
     collectives: str
     """Backend of torch.distributed between ranks with this device."""
     computes_in_float32: bool
-    """Kernels multiply in float32 whatever the weights are stored in, so a bfloat16 weight is exact under float32."""
+    """Kernels multiply in float32 whatever the weights are stored in: bfloat16 weights are exact under float32."""
     is_memory_shared: bool
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
@@ -113,7 +113,10 @@ def detect_device(local_rank: int = 0) -> Device:
 
 
 def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.dtype:
-    """The dtype to run in: `auto` is the checkpoint's own, on GPUs 16 bits. Raises StartError for an unknown one."""
+    """The dtype to run in: `auto` is the checkpoint's, but 16 bits where kernels compute in the dtype of the weights.
+
+    Raises StartError for an unknown dtype.
+    """
     if name == "auto":
         name = str(checkpoint_dtype or "float32").removeprefix("torch.")
         if not device.computes_in_float32:

@@ -34,7 +34,7 @@ class StepResult:
     pieces [tokens] float32."""
 
     def prompt_logprobs(self) -> list[float]:
-        """Read the scores, once: it waits for the device. They are wanted after the sampled ids, not before."""
+        """Read the scores, which waits for the device: call it once, after the ids are sampled."""
         if not self.scores:
             return []
         logprobs: list[float] = torch.cat(list(self.scores)).tolist()
@@ -102,8 +102,8 @@ def _attention_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     if reasons := backend.why_not(shape):
         logger.info("Attention falls back to plain torch: %s", "; ".join(reasons))
         backend = import_entry(ATTENTION_BACKENDS, "torch", "attention backend")
-    made: AttentionBackend = backend(shape, backend.block_sizes[0])
-    return made
+    chosen: type[AttentionBackend] = backend
+    return chosen(shape, chosen.block_sizes[0])
 
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Attention over the paged KV cache: one backend per file, one table (below)."""
+"""Attention over the paged KV cache: one backend per file, one table.
+
+Beside its own files the room may import `quant`.
+"""
 
 ATTENTION_BACKENDS: dict[str, str] = {
     "cpu": "engine.attention.cpu:CpuAttention",

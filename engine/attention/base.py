@@ -1,4 +1,4 @@
-"""What an attention backend must offer, and the one description of a step that it gets."""
+"""The protocol of attention backends, and the one description of a step that they get."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class AttentionBackend(Protocol):
         """Memory that a block of one layer takes if keys and values are stored in `dtype`, scales included."""
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Zeroed memory for one layer. Zeroed also so that it is resident from the start."""
+        """Zeroed memory for one layer. Writing the zeros also makes it resident from the start."""
 
     def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
         """The parts [num_items, numbers] into which the backend divides a step, worked out on the host.
@@ -83,7 +83,7 @@ class AttentionBackend(Protocol):
         """
 
     def prepare(self, metadata: AttentionMetadata) -> Any:
-        """Whatever can be worked out once per step; handed to `forward` of every layer."""
+        """Work out once a step what `forward` of every layer gets."""
 
     def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any, window: int | None = None) -> torch.Tensor:
         """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].

@@ -44,7 +44,7 @@ from quant.kernels.simd import (
 BLOCK_SIZE = 2 * LANES
 MAX_TILE_ROWS = 32
 NO_WINDOW = 1 << 40
-"""Tokens that no sequence has."""
+"""A number of tokens that no sequence has."""
 LOWEST = np.float32(-3.4e38)
 PARALLEL_SCORES = 256
 """Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
@@ -191,9 +191,9 @@ def _attend_item(  # type: ignore[no-untyped-def]
             _sum_values(scores, row, num_keys, head_dim, values, base, sums)
     for row in range(num_rows):
         target = (first_row + row // group) * num_heads * head_dim + (kv_head * group + row % group) * head_dim
-        share = splat(np.float32(1.0) / total[row])
+        inverse = splat(np.float32(1.0) / total[row])
         for d in range(0, head_dim, LANES):
-            store(out, target + d, multiply(load(sums, row * head_dim + d), share))
+            store(out, target + d, multiply(load(sums, row * head_dim + d), inverse))
 
 
 @njit(parallel=True, **FAST)

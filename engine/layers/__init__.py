@@ -1,4 +1,7 @@
-"""The small operations between matrix products, one implementation per device behind one protocol (`base.Ops`)."""
+"""The small operations between matrix products: one implementation per file, one table; norms and rotary positions.
+
+Beside its own files the room may import `engine.link`, `parallel` and `quant`.
+"""
 
 OPS: dict[str, str] = {
     "cpu": "engine.layers.cpu:CpuOps",

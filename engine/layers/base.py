@@ -1,4 +1,4 @@
-"""What a model needs between its matrix products."""
+"""The protocol of the operations between matrix products, and what rotary positions are given to them as."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RotaryTable:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rotation:
-    """What one step rotates with: token i takes row `rows[i]` of `table`; rows [num_tokens] int64."""
+    """The angles of one step: token i takes row `rows[i]` of `table`; rows [num_tokens] int64."""
 
     table: RotaryTable
     rows: torch.Tensor

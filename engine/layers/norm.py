@@ -10,7 +10,7 @@ from parallel.linear import Cut, check_shape
 
 
 class RMSNorm:
-    """A norm's weight; the arithmetic is in `engine.layers`."""
+    """The weight of a norm; its arithmetic is `base.Ops.rms_norm`."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
         self.eps = eps

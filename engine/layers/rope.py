@@ -20,12 +20,12 @@ from engine.link.errors import StartError
 DEFAULT_THETA = 10_000.0
 MAX_POSITIONS = 2**31 - 1
 KEPT_UNDER_FLAGS = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-"""What the flags take over from config.json's own scaling: facts about the training, which flags can't state."""
+"""Keys of config.json's scaling that the flags keep: facts about the training, which flags can't state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """One model's rotary embedding, settled and checked."""
+    """One model's rotary embedding, resolved and checked."""
 
     kind: str
     """Key of `ROPE_TYPES`."""
@@ -33,10 +33,10 @@ class Rope:
     original_window: int
     """Positions that the model was trained on before they were stretched."""
     max_window: int
-    """Positions that make sense: more than the model's max_position_embeddings if `factor` stretches beyond it."""
+    """Positions that make sense: more than the model's max_position_embeddings if `factor` stretches beyond them."""
     factor: float = 1.0
     attention_factor: float = 1.0
-    """Both queries and keys are multiplied by it."""
+    """Queries and keys are both multiplied by it."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     beta_fast: float = 32.0
@@ -46,12 +46,12 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any]) -> Rope:
-    """What config.json says, in any of its spellings. Raises StartError for an unknown type or a bad number.
+    """Read what config.json says, in any of its spellings. Raises StartError for an unknown type or a bad number.
 
     `rope_scaling` with `type` or `rope_type`, or transformers 5's `rope_parameters`, which also holds `rope_theta`;
     the former wins where both are there, as in transformers.
     """
-    scaling = _own_scaling(config)
+    scaling = _config_scaling(config)
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     if kind not in ROPE_TYPES:
         raise StartError(f"rope scaling {kind!r} is not supported; supported: {', '.join(sorted(ROPE_TYPES))}")
@@ -78,15 +78,15 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
 
 
 def replace_rope_scaling(config: Mapping[str, Any], kind: str | None, factor: float | None) -> dict[str, Any]:
-    """`config` with --rope-scaling and --rope-factor in place of its own scaling (reference `tgi-cli.md` 4.8)."""
+    """`config` with --rope-scaling and --rope-factor in place of its own scaling (`docs/command-line.md`, 4.3)."""
     if kind is None and factor is None:
         return dict(config)
     if kind == "default" and factor is not None:
         raise StartError("--rope-factor has no effect with --rope-scaling default: leave one of them out")
-    own = _own_scaling(config)
-    kept = {key: own[key] for key in KEPT_UNDER_FLAGS if key in own}
+    replaced = _config_scaling(config)
+    facts = {key: replaced[key] for key in KEPT_UNDER_FLAGS if key in replaced}
     scaling = {
-        **kept,
+        **facts,
         "rope_type": kind or "linear",
         "rope_theta": _theta(config),
         "factor": 1.0 if factor is None else factor,
@@ -94,7 +94,7 @@ def replace_rope_scaling(config: Mapping[str, Any], kind: str | None, factor: fl
     return {**config, "rope_scaling": scaling, "rope_parameters": None}
 
 
-def _own_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _config_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping):
         raise StartError(f"rope_scaling in config.json is {scaling!r}, not an object: correct it or remove it")
@@ -106,7 +106,7 @@ def _own_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _theta(config: Mapping[str, Any]) -> Any:
     """The rotary base. Where `rope_scaling` was added to a file that has it in `rope_parameters`, it is still found."""
     parameters = config.get("rope_parameters")
-    sources = (_own_scaling(config), config, parameters if isinstance(parameters, Mapping) else {})
+    sources = (_config_scaling(config), config, parameters if isinstance(parameters, Mapping) else {})
     return next((source["rope_theta"] for source in sources if source.get("rope_theta") is not None), DEFAULT_THETA)
 
 
@@ -139,10 +139,13 @@ def _details(kind: str, scaling: Mapping[str, Any], factor: float) -> dict[str, 
 
 
 def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
-    """Given, or 0.1 ln(factor) + 1 as yarn's authors found; `mscale` and `mscale_all_dim` bend the latter."""
-    given, mscale, mscale_all_dim = (scaling.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return _number("yarn", "attention_factor", given)
+    """The factor that config.json has, else 0.1 ln(factor) + 1 as yarn's authors found it.
+
+    `mscale` and `mscale_all_dim` bend the latter.
+    """
+    stored, mscale, mscale_all_dim = (scaling.get(key) for key in "attention_factor mscale mscale_all_dim".split())
+    if stored is not None:
+        return _number("yarn", "attention_factor", stored)
     growth = 0.1 * math.log(factor)
     if mscale and mscale_all_dim:
         above, below = _number("yarn", "mscale", mscale), _number("yarn", "mscale_all_dim", mscale_all_dim)
@@ -151,7 +154,7 @@ def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    # Compared, as neither NaN nor an integer too large for a float passes.
+    # The comparison refuses NaN, and integers too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -162,7 +165,7 @@ def _number(kind: str, key: str, value: Any) -> float:
 
 
 class Rotary:
-    """Turns a step's positions into what the layers rotate with. `allocate` comes before the first step."""
+    """Turns a step's positions into the angles that layers rotate by. `allocate` comes before the first step."""
 
     is_prompt_dependent = False
     """Whether a token's rotation depends on how long its prompt is, so that prompts can't share keys."""
@@ -179,7 +182,7 @@ class Rotary:
     def prepare(
         self, rows: torch.Tensor, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]
     ) -> Rotation:
-        """What a step rotates with: tokens `starts[i] : starts[i + 1]` are of a request with `prompt_lens[i]` tokens.
+        """The angles of a step: tokens `starts[i] : starts[i + 1]` are of a request whose prompt has `prompt_lens[i]`.
 
         rows [num_tokens] int64 on the device and `positions` on the host are the same numbers; starts [num_seqs + 1],
         prompt_lens [num_seqs].
@@ -266,17 +269,17 @@ def _llama3(rope: Rope, exponents: torch.Tensor) -> torch.Tensor:
     """High frequencies stay, low ones are divided by the factor, those between are blended."""
     plain = _plain(rope, exponents)
     turns = rope.original_window * plain / (2 * math.pi)  # full turns within the original window
-    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    share = share.clamp(0.0, 1.0)
-    return (1 - share) * plain / rope.factor + share * plain
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * plain / rope.factor + blend * plain
 
 
 def _yarn(rope: Rope, exponents: torch.Tensor) -> torch.Tensor:
-    """As llama3, but blended linearly over a range of dimensions."""
+    """The blend of llama3, but linear over a range of dimensions."""
     plain, num_dims = _plain(rope, exponents), 2 * len(exponents)
 
     def dimension(num_turns: float) -> float:
-        """Where a dimension makes `num_turns` full turns within the original window."""
+        """The dimension that makes `num_turns` full turns within the original window."""
         turns = math.log(rope.original_window / (num_turns * 2 * math.pi))
         return num_dims * turns / (2 * math.log(rope.theta))
 
@@ -286,8 +289,8 @@ def _yarn(rope: Rope, exponents: torch.Tensor) -> torch.Tensor:
     low, high = max(low, 0), min(high, num_dims - 1)
     if low == high:
         high += 0.001
-    share = 1 - ((torch.arange(len(exponents), dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - share) * plain / rope.factor + share * plain
+    blend = 1 - ((torch.arange(len(exponents), dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - blend) * plain / rope.factor + blend * plain
 
 
 ROPE_TYPES: dict[str, Callable[[Rope, torch.Tensor], torch.Tensor]] = {

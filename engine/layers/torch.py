@@ -1,4 +1,4 @@
-"""The operations in plain torch: the twins the CPU kernels are tested against, and what other devices run."""
+"""The operations in plain torch: the reference implementation, which also runs on every device without kernels."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def enabled_features() -> set[str]:
 def find_instructions() -> Instructions | None:
     """The best set that Numba compiles for on this machine; None: there is none that these kernels know."""
     enabled = enabled_features()
-    return next((found for found in INSTRUCTIONS if found.feature in enabled), None)
+    return next((instructions for instructions in INSTRUCTIONS if instructions.feature in enabled), None)
 
 
 class _Builder:

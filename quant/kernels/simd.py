@@ -1,6 +1,6 @@
 """Eight float32 lanes as a Numba type, so that a CPU kernel states its registers and its order of additions.
 
-LLVM's own vectoriser may split a sum differently for every shape of loop; with explicit lanes every kernel adds in the
+LLVM's own vectorizer may split a sum differently for every shape of loop; with explicit lanes every kernel adds in the
 order that is written, so a row's result is bitwise the same whatever else is in the batch. LLVM lowers the eight lanes
 to what the machine has (one AVX register, two NEON ones).
 
@@ -268,9 +268,9 @@ def exp(typing_context: Any, x: Any) -> Any:
     """e^x to about one unit in the last place; exactly 0 below -87, saturating above 88; NaN stays NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        (given,) = args
+        (argument,) = args
         bounded = _call(
-            builder, "minnum", _call(builder, "maxnum", given, _constant(_EXP_LOWEST)), _constant(_EXP_HIGHEST)
+            builder, "minnum", _call(builder, "maxnum", argument, _constant(_EXP_LOWEST)), _constant(_EXP_HIGHEST)
         )
         exponent = _call(builder, "rint", builder.fmul(bounded, _constant(_LOG2_E)))
         rest = _fma(builder, exponent, _constant(-_LN2_HIGH), bounded)
@@ -280,9 +280,9 @@ def exp(typing_context: Any, x: Any) -> Any:
             total = _fma(builder, total, rest, _constant(term))
         bits = builder.shl(builder.add(builder.fptosi(exponent, I32_LANES), _integers(127)), _integers(23))
         scaled = builder.fmul(total, builder.bitcast(bits, F32_LANES))
-        is_tiny = builder.fcmp_ordered("<", given, _constant(_EXP_LOWEST))
-        is_number = builder.fcmp_ordered("ord", given, given)
-        return builder.select(is_number, builder.select(is_tiny, _constant(0.0), scaled), given)
+        is_tiny = builder.fcmp_ordered("<", argument, _constant(_EXP_LOWEST))
+        is_number = builder.fcmp_ordered("ord", argument, argument)
+        return builder.select(is_number, builder.select(is_tiny, _constant(0.0), scaled), argument)
 
     return lanes(lanes), codegen
 
