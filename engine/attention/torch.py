@@ -34,7 +34,7 @@ class TorchAttention:
         return LayerCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
 
     def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
-        """None: `forward` walks over the sequences."""
+        """An empty array: `forward` walks over the sequences."""
         return np.empty((0, 0), np.int64)
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from engine.link.registry import import_entry
 from engine.sampling.grammar import MASKS
 from engine.sampling.sampler import SAMPLERS
 from quant.kernels import MATRICES
+from tests.unit.house import ROOT, source_files
 
 
 @pytest.fixture
@@ -59,3 +62,12 @@ def test_a_machine_without_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "DEVICES", {"cuda": DEVICES["cuda"]})
     with pytest.raises(StartError, match=r"none of the devices that are supported: cuda$"):
         detect_device()
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_table_of_devices_says_cuda(path: Path) -> None:
+    """Names of flags and fields are longer words."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    texts = {str(node.value).partition(":")[0] for node in nodes if isinstance(node, ast.Constant)}
+    assert ("cuda" in attributes | texts) == (path == ROOT / "engine" / "device.py")
