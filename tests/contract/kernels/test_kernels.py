@@ -16,7 +16,7 @@ from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.packed_torch import PackedTorch
 from quant.on_load import Int4Method, Int8Method
 from quant.packing import widen
-from tests.unit.quant.test_packed_cpu import random_weight
+from tests.contract.kernels.test_packed_cpu import random_weight
 
 STAND_IN = torch.device("meta")
 """A device that is not the CPU; its tensors have shapes and no numbers."""
