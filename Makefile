@@ -16,11 +16,12 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-slow peers check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-fast test-slow peers check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
-	@echo 'make test              every fast test                     (PYTEST_ARGS=)'
+	@echo 'make test-fast         the unit tests, in less than a minute on 2 cores'
+	@echo 'make test              unit, contract and end-to-end tests (PYTEST_ARGS=)'
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
@@ -54,6 +55,10 @@ demo-model: install
 
 demo-model-small: install
 	@$(PY) scripts/demo_model.py --small
+
+test-fast: install
+	@started=$$(date +%s); $(PY) -m pytest -q tests/unit $(PYTEST_ARGS); status=$$?; \
+	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
 test: install
 	@$(PY) -m pytest $(PYTEST_ARGS)

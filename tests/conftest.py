@@ -19,8 +19,6 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from tests.tiny_model import write_tiny_qwen2  # noqa: E402
-
 # The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500)
@@ -30,6 +28,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen2 in float32, tied, that can be loaded and served."""
+    from tests.tiny_model import write_tiny_qwen2  # loads torch, which the server's tests do without
+
     folder = tmp_path_factory.mktemp("tiny-qwen2")
     write_tiny_qwen2(folder)
     return folder

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
@@ -25,6 +24,7 @@ from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Speculator
+from tests.contract.oracles import FAMILIES
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 from tests.unit.engine.builders import make_batch
 from tests.unit.engine.core_builders import assemble_core
@@ -169,8 +169,8 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
 
 @functools.cache
 def load_oracle(folder: Path) -> Any:
-    model: Any = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    family = FAMILIES[read_model_config(folder)["model_type"]]
+    return family.oracle.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def oracle(folder: Path) -> Any:

@@ -25,6 +25,7 @@ from quant.config import resolve_quantization
 from quant.dense import DenseMethod
 from quant.packing import widen
 from tests.contract.harness import make_requests, oracle_greedy, oracle_logits, random_ids, run_requests
+from tests.contract.oracles import WRITTEN
 from tests.oracles.dequantize import dequantize
 from tests.tiny_model import write_tiny_qwen2
 
@@ -123,7 +124,7 @@ def test_files_and_configuration(folders: tuple[str, Path, Path]) -> None:
     config, before = read_model_config(output), read_model_config(source)
     stored = config.pop("quantization_config")
     assert config == {**before, "torch_dtype": "float16"}
-    assert stored["quant_method"] == ("gptq" if is_gptq else "awq")
+    assert stored["quant_method"] == WRITTEN[name.split("-")[0]]
     assert (stored["bits"], stored["group_size"]) == (options.get("bits", 4), options["group_size"])
     if is_gptq:
         assert (stored["sym"], stored["checkpoint_format"], stored["lm_head"]) == (True, "gptq", False)

@@ -256,8 +256,10 @@ async def test_client_that_never_reads_is_given_up(
     app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(EventStream, "send_timeout_s", 0.3)
-    engine.script.events = one_by_one([5] * 200_000)
+    engine.script.events = one_by_one([5] * 20_000)
     with running_server(app) as server, socket.socket() as client:
+        # A connection takes this over from its listener; by default the kernel keeps megabytes of events.
+        server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", int(url_of(server).rsplit(":", 1)[1])))
         client.sendall(request("/generate_stream"))

@@ -8,7 +8,7 @@ import torch
 from quant.awq_search import round_clipped, search_scales
 from quant.rounding import round_to_nearest
 from quant.statistics import InputStatistics
-from tests.unit.quant.test_gptq_solver import correlated_inputs
+from tests.contract.test_gptq_solver import correlated_inputs
 
 
 def problem(num_outputs: int, num_inputs: int, seed: int) -> tuple[torch.Tensor, InputStatistics, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The CPU operations against those in torch; rows on their own and beside others."""
+"""All ops against plain torch; rows on their own and beside others."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from engine.layers import OPS
 from engine.layers.base import Rotation
 from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
 from engine.layers.rope import Rotary, make_rotary
 from engine.layers.torch import TorchOps
+from engine.link.registry import import_entry
 
+ALL = [import_entry(OPS, name, "ops")() for name in OPS]
 CPU, TORCH = CpuOps(), TorchOps()
 EPS = 1e-6
 MANY = PARALLEL_ELEMENTS // 64 + 1
@@ -27,14 +30,16 @@ def random(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
 def test_rms_norm(rows: int, size: int) -> None:
     x, weight = random(rows, size), random(size, seed=1)
     before = x.clone()
-    torch.testing.assert_close(CPU.rms_norm(x, weight, EPS), TORCH.rms_norm(x, weight, EPS), atol=1e-5, rtol=1e-5)
-    assert torch.equal(x, before)
+    expected = functional.rms_norm(x, (size,), weight, EPS)
+    for ops in ALL:
+        torch.testing.assert_close(ops.rms_norm(x, weight, EPS), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(x, before)
 
 
 def test_rms_norm_of_almost_nothing_is_ruled_by_eps() -> None:
     x, weight = torch.full((1, 8), 1e-4), torch.ones(8)
     expected = 1e-4 / (1e-8 + 1e-2) ** 0.5
-    for ops in (CPU, TORCH):
+    for ops in ALL:
         torch.testing.assert_close(ops.rms_norm(x, weight, 1e-2), torch.full((1, 8), expected))
 
 
@@ -43,7 +48,7 @@ def test_add_rms_norm(rows: int) -> None:
     residual, x, weight = random(rows, 64), random(rows, 64, seed=1), random(64, seed=2)
     total, before = residual + x, x.clone()
     expected = functional.rms_norm(total, (64,), weight, EPS)
-    for ops in (CPU, TORCH):
+    for ops in ALL:
         updated = residual.clone()
         torch.testing.assert_close(ops.add_rms_norm(updated, x, weight, EPS), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(updated, total)
@@ -56,7 +61,7 @@ def test_silu_and_mul(rows: int, size: int) -> None:
     gate_up = random(rows, 2 * size)
     gate_up[0, :4] = torch.tensor([-200.0, -90.0, 0.0, 200.0])
     expected = functional.silu(gate_up[:, :size]) * gate_up[:, size:]
-    for ops in (CPU, TORCH):
+    for ops in ALL:
         torch.testing.assert_close(ops.silu_and_mul(gate_up), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -78,13 +83,15 @@ def make_rotary_of(head_dim: int, num_positions: int = 100) -> Rotary:
 def test_rotate(rows: int, head_dim: int) -> None:
     rotation = Rotation(make_rotary_of(head_dim).table, torch.arange(rows).flip(0) % 100)
     qkv = random(rows, 5 * head_dim)
-    first, second = qkv.clone(), qkv.clone()
-    CPU.rotate(first, rotation, 4)
-    TORCH.rotate(second, rotation, 4)
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
-    assert torch.equal(first[:, 4 * head_dim :], qkv[:, 4 * head_dim :]), "the values are not rotated"
-    lengths = [qkv.view(rows, 5, head_dim).norm(dim=2) for qkv in (qkv, first)]
-    torch.testing.assert_close(*lengths)
+    expected = qkv.clone()
+    TORCH.rotate(expected, rotation, 4)
+    for ops in ALL:
+        rotated = qkv.clone()
+        ops.rotate(rotated, rotation, 4)
+        torch.testing.assert_close(rotated, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(rotated[:, 4 * head_dim :], qkv[:, 4 * head_dim :]), "the values are not rotated"
+        lengths = [qkv.view(rows, 5, head_dim).norm(dim=2) for qkv in (qkv, rotated)]
+        torch.testing.assert_close(*lengths)
 
 
 def test_rotation_tells_only_the_distance() -> None:

@@ -17,7 +17,7 @@ from parallel import shared_memory
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives, ParallelState, RankLostError
 from parallel.torch_collectives import FEW_NUMBERS
-from tests.unit.parallel.processes import KINDS, SLOT_FLOATS, Processes
+from tests.contract.ranks.processes import KINDS, SLOT_FLOATS, Processes
 
 Array = npt.NDArray[np.float32]
 

@@ -16,10 +16,35 @@ from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.packed_torch import PackedTorch
 from quant.on_load import Int4Method, Int8Method
 from quant.packing import widen
-from tests.unit.quant.test_packed_cpu import random_weight
+from quant.registry import import_entry
+from tests.contract.kernels.test_packed_cpu import random_weight
+
+TABLE = [
+    (backend, layout, name)
+    for backend, layouts in MATRICES.items()
+    for layout, names in layouts.items()
+    for name in names
+]
 
 STAND_IN = torch.device("meta")
 """A device that is not the CPU; its tensors have shapes and no numbers."""
+
+
+@pytest.mark.parametrize(("backend", "layout", "name"), TABLE)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_every_kernel_of_the_table_multiplies(backend: str, layout: str, name: str, num_rows: int) -> None:
+    """The oracle is the product in float64."""
+    packed = random_weight(4 if layout == "int4" else 8, 48, 192, 64)
+    if layout == "dense":
+        packed = PackedWeight("dense", widen(packed), packed.bias)
+    assert packed.layout == layout and packed.bias is not None
+    kernel_class = import_entry(name)
+    if reasons := kernel_class.why_not(packed):
+        pytest.skip("; ".join(reasons))
+    x = torch.randn(num_rows, 192, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ widen(packed).double().T + packed.bias.double()
+    error = (kernel_class(packed)(x).double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if kernel_class.rounding is None else 2e-2)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -26,7 +26,7 @@ from quant.kernels.integer_ops import (
 from quant.kernels.packed_cpu import PackedCpu
 from quant.kernels.rounded_torch import RoundedTorch, activation_group, round_activations
 from quant.packing import widen
-from tests.unit.quant.test_packed_cpu import random_weight
+from tests.contract.kernels.test_packed_cpu import random_weight
 
 needs_instructions = pytest.mark.skipif(FOUND is None, reason="the processor has none of the instruction sets")
 ROW_COUNTS = [1, 2, 3, ROWS, 2 * ROWS + 3]

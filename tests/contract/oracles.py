@@ -1,0 +1,41 @@
+"""The oracles: for each row of a table the class or function of someone else that says what is right.
+
+Contract tests run over the tables of the packages and look here. A row without an oracle fails in `test_oracles.py`.
+Attention, ops, samplers and matrix kernels have one oracle for all rows, plain torch beside their tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tests.oracles import dequantize
+from tests.tiny_model import write_tiny_qwen2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Family:
+    """The proof of one row of `MODELS`."""
+
+    oracle: type[Any]
+    """The model in `transformers`."""
+    write: Callable[[Path], None]
+    """Writes a folder with a tiny random model of the family."""
+
+
+FAMILIES: dict[str, Family] = {"qwen2": Family(transformers.Qwen2ForCausalLM, write_tiny_qwen2)}
+"""Key of `MODELS` -> its proof."""
+
+DEQUANTIZERS: dict[str, Callable[..., Any]] = {
+    "gptq": dequantize.gptq_weight,
+    "awq": dequantize.awq_weight,
+    "compressed-tensors": dequantize.compressed_weight,
+}
+"""Key of `FORMATS` -> the independent reading of a matrix in NumPy, for checkpoints of the format's own tools."""
+
+WRITTEN: dict[str, str] = {"gptq": "gptq", "awq": "awq", "int8": "gptq", "int4": "awq"}
+"""Key of `METHODS` -> key of the format that it writes, whose oracle reads it."""
