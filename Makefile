@@ -57,6 +57,7 @@ demo-model-small: install
 
 test: install
 	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -q tests/interpreted
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
