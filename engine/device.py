@@ -83,7 +83,7 @@ def find_cuda(local_rank: int) -> Device | None:
     kernels = "triton" if has_triton else "torch"
     return Device(
         torch_device=torch_device,
-        attention="torch",
+        attention=kernels,
         ops=kernels,
         matrices=kernels,
         sampler="torch",
@@ -120,7 +120,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         return None
     return Device(
         torch_device=torch.device("cpu"),
-        attention="torch",
+        attention="triton",
         ops="triton",
         matrices="triton",
         sampler="torch",

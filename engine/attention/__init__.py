@@ -3,5 +3,6 @@
 ATTENTION_BACKENDS: dict[str, str] = {
     "cpu": "engine.attention.cpu:CpuAttention",
     "torch": "engine.attention.torch:TorchAttention",
+    "triton": "engine.attention.triton:TritonAttention",
 }
 """Name -> lazy "module:Class" of an `engine.attention.base.AttentionBackend`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 
 from quant.base import PackedWeight
@@ -20,7 +23,7 @@ class MatrixTriton:
         return []
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed = packed
+        self._packed = _contiguous(packed)
         num_inputs, scales = packed.num_inputs, packed.scales
         self._group_size = num_inputs if scales is None else num_inputs // scales.shape[1]
         self._tile = tile_for(
@@ -38,3 +41,10 @@ class MatrixTriton:
         elif x.shape[0]:
             skinny_product(packed, self._group_size, self._tile, x, out)
         return out
+
+
+def _contiguous(packed: PackedWeight) -> PackedWeight:
+    """The weight as kernels index it: formats that store scales by group leave them transposed."""
+    fields = ((field.name, getattr(packed, field.name)) for field in dataclasses.fields(packed))
+    tensors: dict[str, Any] = {name: value.contiguous() for name, value in fields if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(packed, **tensors)

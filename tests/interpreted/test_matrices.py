@@ -165,6 +165,15 @@ def test_a_head_gives_logits_that_were_not_rounded(num_rows: int) -> None:
         assert not torch.equal(logits.half().float(), logits)
 
 
+def test_scales_may_be_stored_by_group() -> None:
+    packed = Matrix("int4", 24, 32, 3).pack(torch.float16)
+    assert packed.scales is not None and packed.zero_points is not None
+    by_group = [tensor.T.contiguous().T for tensor in (packed.scales, packed.zero_points)]
+    x = random_x(2, 96, torch.float16)
+    transposed = dataclasses.replace(packed, scales=by_group[0], zero_points=by_group[1])
+    assert torch.equal(MatrixTriton(transposed)(x), MatrixTriton(packed)(x))
+
+
 def test_no_rows() -> None:
     packed = Matrix("int4", 24, 32, 2).pack(torch.float16)
     assert MatrixTriton(packed)(torch.empty(0, 64, dtype=torch.float16)).shape == (0, 24)

@@ -97,7 +97,7 @@ def test_a_gpu_runs_triton_kernels_where_it_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object() if is_installed else None)
     gpu = detect_device(0)
-    assert (gpu.matrices, gpu.ops) == (kernels, kernels)
+    assert (gpu.matrices, gpu.ops, gpu.attention) == (kernels, kernels, kernels)
 
 
 def test_the_interpreter_is_never_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
