@@ -31,7 +31,7 @@ from tests.unit.engine.builders import make_batch
 from tests.unit.engine.core_builders import assemble_core
 
 KERNELS = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
-TWINS = dataclasses.replace(KERNELS, attention="torch", ops="torch")
+REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch")
 
 
 def make_runner(

@@ -122,7 +122,7 @@ def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
-def test_decodes_chunks_and_prompts_in_one_step_equal_the_twin(shape: AttentionShape, dtype: torch.dtype) -> None:
+def test_decodes_chunks_and_prompts_in_one_step_equal_the_reference(shape: AttentionShape, dtype: torch.dtype) -> None:
     lengths = [33, 16, 17, 50, 1, 48]
     firsts = [32, 15, 16, 19, 0, 16]  # last tokens at block edges, a chunk across three blocks, a prompt, a chunk
     tables = deal_blocks(lengths, seed=1)
@@ -173,18 +173,18 @@ def test_prompts_within_a_window(backend_class: Any, shape: AttentionShape, wind
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_within_a_window_equal_the_twin_and_give_the_bits_of_the_whole(
+def test_chunks_within_a_window_equal_the_reference_and_give_the_bits_of_the_whole(
     shape: AttentionShape, window: int
 ) -> None:
     length = 70
     qkv = random_qkv(shape, length, 7)
     (blocks,) = deal_blocks([length])
-    kernel, twin = CpuAttention(shape, BLOCK_SIZE), TorchAttention(shape, BLOCK_SIZE)
+    kernel, reference = CpuAttention(shape, BLOCK_SIZE), TorchAttention(shape, BLOCK_SIZE)
     (whole,) = run(kernel, stale_cache(kernel, torch.bfloat16), [Part(qkv, 0, length, blocks)], window)
     for cuts in ([16], [15, 17, 33, 69], [40], list(range(1, length))):
         edges = [0, *cuts, length]
         outputs = []
-        for backend in (kernel, twin):
+        for backend in (kernel, reference):
             cache = stale_cache(backend, torch.bfloat16)
             parts = [Part(qkv, first, last, blocks) for first, last in zip(edges, edges[1:], strict=False)]
             outputs.append(torch.cat([run(backend, cache, [part], window)[0] for part in parts]))
