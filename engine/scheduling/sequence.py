@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -37,7 +38,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Computed tokens that were found in the prefix cache at the last admission."""
-    block_table: list[int] = dataclasses.field(default_factory=list)
+    block_table: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     cache_salt: bytes = b""
     """Sequences share blocks only under equal salts: anything beside the tokens that their KV depends on."""
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
