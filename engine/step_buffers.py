@@ -90,11 +90,10 @@ class StepBuffers:
         """The numbers of all sections, in their order."""
         starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
         block_table = np.frombuffer(inputs.block_table, np.int32).reshape(len(seq_lens), -1)
-        num_tokens = np.diff(starts)
-        rows = np.repeat(np.arange(len(seq_lens)), num_tokens)
+        rows = np.arange(len(seq_lens)).repeat(starts[1:] - starts[:-1])
         positions = np.arange(len(rows)) + (seq_lens - starts[1:])[rows]
-        blocks, offsets = np.divmod(positions, self._block_size)
-        slots = block_table[rows, blocks].astype(np.int64) * self._block_size + offsets
+        places = positions // self._block_size  # of their blocks in the table
+        slots = positions + (block_table[rows, places] - places) * self._block_size
         return [
             starts,
             seq_lens,
