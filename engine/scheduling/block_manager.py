@@ -74,7 +74,9 @@ class BlockManager:
         `num_spare_blocks` must stay free, unless no block is needed.
         """
         num_missing = self.num_missing_blocks(sequence, sequence.num_tokens + num_more)
-        if num_missing and num_missing + num_spare_blocks > self.num_free_blocks:
+        if not num_missing:
+            return True
+        if num_missing + num_spare_blocks > self.num_free_blocks:
             return False
         self._extend(sequence, num_missing)
         return True
