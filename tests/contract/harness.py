@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def random_ids(size: int, seed: int = 0) -> list[int]:
 def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
     request = GenerationRequest(request_id="any", prompt_token_ids=token_ids, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=0.0)
-    sequence.block_table = blocks
+    sequence.block_table = array("i", blocks)
     return sequence
 
 

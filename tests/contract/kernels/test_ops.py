@@ -100,8 +100,8 @@ def test_rotation_tells_only_the_distance() -> None:
     products = []
     for start in (0, 40):
         pair = torch.cat([query, key])
-        positions = [start + 7, start]
-        CPU.rotate(pair, rotary.prepare(torch.tensor(positions), positions, [0, 1, 2], [100, 100]), 1)
+        positions = torch.tensor([start + 7, start])
+        CPU.rotate(pair, rotary.prepare(positions, [0, 1, 2], [start + 8, start + 1], [100, 100]), 1)
         products.append(pair[0] @ pair[1])
     torch.testing.assert_close(products[0], products[1], atol=1e-3, rtol=1e-4)
 
