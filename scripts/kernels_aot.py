@@ -38,7 +38,7 @@ from quant.kernels.launch import ALIGNMENT, FP_FUSION, Launch, recorded_launches
 
 KB = 1024
 MAX_LAUNCHES_PER_LAYER = 13
-"""Of a decode step; fewer where no matrix splits its inputs."""
+"""Launches that a layer makes in a decode step; fewer where no matrix splits its inputs."""
 GROUP_SIZE = 128
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
