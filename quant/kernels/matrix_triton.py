@@ -32,6 +32,7 @@ class MatrixTriton:
             num_inputs,
             group_size=self._group_size,
             min_inputs=min_block_inputs(packed.layout),
+            is_dense=scales is None,
             is_gathered=packed.input_order is not None,
         )
 

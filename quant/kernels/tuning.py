@@ -27,7 +27,9 @@ class Tile:
     num_stages: int = 3
 
 
-def tile_for(num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: int, is_gathered: bool = False) -> Tile:
+def tile_for(
+    num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: int, is_dense: bool, is_gathered: bool = False
+) -> Tile:
     """The tile of a weight with a scale for every `group_size` inputs, or 0; `min_inputs` is a power of two.
 
     A block of inputs lies within a group, unless no block of `min_inputs` can. Weights whose inputs are gathered
@@ -39,5 +41,5 @@ def tile_for(num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: 
     programs = -(-num_outputs // block_outputs)
     blocks = -(-num_inputs // block_inputs)
     splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, blocks // MIN_BLOCKS_PER_SPLIT))
-    num_warps = 4 if block_outputs == 32 else 8  # as many as keep the compiler from spilling
+    num_warps = 8 if is_dense else 4  # with which the compiler spills least
     return Tile(block_outputs, block_inputs, splits, num_warps, num_stages=2 if is_gathered else 3)

@@ -109,7 +109,11 @@ def test_few_rows(
     packed = matrix.pack(dtype if matrix.layout == "dense" else scale_dtype)
     group_size = matrix.group_size if matrix.num_groups > 1 else 0
     tile = tile_for(
-        matrix.num_outputs, matrix.num_inputs, group_size=group_size, min_inputs=min_block_inputs(matrix.layout)
+        matrix.num_outputs,
+        matrix.num_inputs,
+        group_size=group_size,
+        min_inputs=min_block_inputs(matrix.layout),
+        is_dense=matrix.layout == "dense",
     )
     tile = Tile(block_outputs, tile.block_inputs, splits)
     x, out = random_x(num_rows, matrix.num_inputs, dtype), poisoned(num_rows, packed, dtype)
