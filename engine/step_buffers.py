@@ -64,10 +64,14 @@ class StepBuffers:
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self._make_views(shapes)
+        if self._copied is not None:
+            self._copied.synchronize()  # a step without rows reads nothing back: its copy may still be under way
         for array, value in zip(self._arrays, values, strict=True):
             array[...] = value
         if self._words is not self._host_words:
             self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -112,6 +116,7 @@ class StepBuffers:
         is_host = self._device.type == "cpu"
         is_pinned = not is_host and torch.accelerator.is_available()
         self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
     def _make_views(self, shapes: list[tuple[int, ...]]) -> None:
