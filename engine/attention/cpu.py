@@ -251,14 +251,14 @@ class CpuAttention:
 
     def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
         """Tiles [num_tiles, 4]: first query row, number of query rows, position of the first, sequence."""
-        tiles = []
+        tiles: list[int] = []
         for sequence, seq_len in enumerate(seq_lens):
             start = query_start_loc[sequence]
             num_queries = query_start_loc[sequence + 1] - start
             for first in range(0, num_queries, self._tile_tokens):
                 num_tokens = min(self._tile_tokens, num_queries - first)
-                tiles.append((start + first, num_tokens, seq_len - num_queries + first, sequence))
-        return np.array(tiles, np.int64)
+                tiles += (start + first, num_tokens, seq_len - num_queries + first, sequence)
+        return np.array(tiles, np.int64).reshape(-1, 4)
 
     def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens

@@ -142,7 +142,8 @@ class Scheduler:
         scores = iter(prompt_logprobs)
         for scheduled in batch.scheduled:
             sequence = scheduled.sequence
-            sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
+            if scheduled.num_scored_tokens:
+                sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
             before = sequence.num_computed_tokens
             sequence.num_computed_tokens += scheduled.num_tokens
             new_events = self._accept(scheduled, sampled) if scheduled.is_completing else []
@@ -240,7 +241,8 @@ class Scheduler:
                 break
             sequence.num_computed_tokens += 1
         self._drafter.observe(sequence, scheduled.draft, event.token_ids)
-        return [*([event] if event.token_ids else []), *([error] if error else [])]
+        events = [event] if event.token_ids else []
+        return events if error is None else [*events, error]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """The reason why the sequence ends here; None: it goes on. Length comes before the end token, as in TGI.
@@ -249,10 +251,10 @@ class Scheduler:
         """
         if sequence.num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
+        if sequence.token_ids[-1] not in self.eos_token_ids:
+            return None
         is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None
-        if sequence.token_ids[-1] in self.eos_token_ids and not is_ignoring_eos:
-            return FinishReason.EOS_TOKEN
-        return None
+        return None if is_ignoring_eos else FinishReason.EOS_TOKEN
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
