@@ -62,6 +62,7 @@ test-fast: install
 
 test: install
 	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -q tests/interpreted
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)

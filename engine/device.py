@@ -6,6 +6,7 @@ The only module that says `cuda`.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,13 @@ import torch
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
+from quant.kernels.launch import IS_INTERPRETED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
+TRITON_CAPABILITY = (7, 5)
+"""The oldest cards that Triton compiles for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,8 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    half_dtype: str = "bfloat16"
+    """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
@@ -56,22 +64,35 @@ class Device:
 
 
 def find_cuda(local_rank: int) -> Device | None:
-    """The rank's GPU, if this torch sees any."""
+    """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
+    capability = torch.cuda.get_device_capability(torch_device)
+    # Qwen2's sums leave the range of float16: they are float32 until they are complete.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    has_triton = importlib.util.find_spec("triton") is not None and capability >= TRITON_CAPABILITY
+    kernels = "triton" if has_triton else "torch"
     return Device(
         torch_device=torch_device,
-        attention="torch",
-        ops="torch",
-        matrices="torch",
+        attention=kernels,
+        ops=kernels,
+        matrices=kernels,
         sampler="torch",
         masks="torch",
         collectives="nccl",
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
 
@@ -93,13 +114,32 @@ def find_cpu(local_rank: int) -> Device:
     )
 
 
+def find_interpreted(local_rank: int) -> Device | None:
+    """A stand-in for a GPU: its kernels, run by Triton's interpreter on the processor where TRITON_INTERPRET=1."""
+    if not IS_INTERPRETED:
+        return None
+    return Device(
+        torch_device=torch.device("cpu"),
+        attention="triton",
+        ops="triton",
+        matrices="triton",
+        sampler="torch",
+        masks="torch",
+        collectives="gloo",
+        computes_in_float32=False,
+        is_memory_shared=True,
+        free_memory_bytes=host_free_bytes,
+    )
+
+
 DEVICES: dict[str, str] = {
     "cuda": "engine.device:find_cuda",
     "cpu": "engine.device:find_cpu",
+    "interpreted": "engine.device:find_interpreted",
 }
 """Name -> lazy "module:function" that makes the `Device` of a local rank, or returns None where there is none.
 
-The first device that is there is taken.
+The first device that is there is taken, so `interpreted` is only what a test asks for.
 """
 
 
@@ -120,7 +160,9 @@ def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.
     if name == "auto":
         name = str(checkpoint_dtype or "float32").removeprefix("torch.")
         if not device.computes_in_float32:
-            name = "bfloat16"
+            name = device.half_dtype
     if name not in DTYPES:
         raise StartError(f"dtype {name!r} is not supported: give --dtype one of {', '.join(DTYPES)}")
+    if name == "bfloat16" and device.half_dtype != name:
+        raise StartError("this GPU does not compute in bfloat16: give --dtype float16, or leave it out")
     return DTYPES[name]

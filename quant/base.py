@@ -53,6 +53,7 @@ class PackedWeight:
     where each eight bytes hold sixteen inputs, the first eight in the lower halves. A quantized weight stands for
     `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
     for k / groups inputs each. Column i of `weight` belongs to input `input_order[i]`, [k] int64; None: in order.
+    Kernels that can give the product in `out_dtype` without rounding it do so; None: the dtype of x.
     """
 
     layout: str
@@ -61,6 +62,7 @@ class PackedWeight:
     scales: torch.Tensor | None = None
     zero_points: torch.Tensor | None = None
     input_order: torch.Tensor | None = None
+    out_dtype: torch.dtype | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -89,7 +91,7 @@ class MatrixKernel(Protocol):
     def __init__(self, packed: PackedWeight) -> None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in_features] -> [rows, out_features], in the activations' dtype."""
+        """x [rows, in_features] -> [rows, out_features], in the dtype of x; `PackedWeight.out_dtype` if it can."""
 
 
 class LinearMethod(Protocol):

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
+
 from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
 from quant.kernels import choose_kernel, rounding_instructions
 from quant.registry import import_entry
@@ -54,6 +56,10 @@ class Quantization:
     def kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """Choose the kernel for one of the model's matrices; implements `quant.base.KernelChooser`."""
         return choose_kernel(self.matrices, packed, is_exact=self.is_exact)
+
+    def head_kernel_for(self, packed: PackedWeight) -> MatrixKernel:
+        """As `kernel_for`, for the output head: logits come in float32 from kernels that have them so."""
+        return self.kernel_for(dataclasses.replace(packed, out_dtype=torch.float32))
 
     @property
     def rounding(self) -> str | None:

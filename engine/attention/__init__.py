@@ -6,5 +6,6 @@ Beside its own files the room may import `quant`.
 ATTENTION_BACKENDS: dict[str, str] = {
     "cpu": "engine.attention.cpu:CpuAttention",
     "torch": "engine.attention.torch:TorchAttention",
+    "triton": "engine.attention.triton:TritonAttention",
 }
 """Name -> lazy "module:Class" of an `engine.attention.base.AttentionBackend`."""

@@ -241,7 +241,9 @@ def vocab_table(rows: Sequence[slice], config: DecoderConfig, context: ModelCont
     """The table of embeddings, which is the head as well in a tied model; `rows` are those of each rank."""
     quantization = context.quantization
     head = quantization.head if config.is_tied else None
-    return VocabTable(rows, config.hidden_size, quantization.dense, head, quantization.kernel_for, context.parallel)
+    return VocabTable(
+        rows, config.hidden_size, quantization.dense, head, quantization.head_kernel_for, context.parallel
+    )
 
 
 def untied_head(name: str, rows: Sequence[slice], config: DecoderConfig, context: ModelContext) -> ColumnParallelLinear:
@@ -252,7 +254,7 @@ def untied_head(name: str, rows: Sequence[slice], config: DecoderConfig, context
         has_bias=False,
         methods=[context.quantization.head_method_for(name)],
         outputs=[rows[context.parallel.rank]],
-        kernels=context.quantization.kernel_for,
+        kernels=context.quantization.head_kernel_for,
         parallel=context.parallel,
     )
 

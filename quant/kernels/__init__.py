@@ -25,6 +25,11 @@ MATRICES: dict[str, dict[str, list[str]]] = {
         "int8": ["quant.kernels.packed_torch:PackedTorch"],
         "int4": ["quant.kernels.packed_torch:PackedTorch"],
     },
+    "triton": {
+        "dense": ["quant.kernels.matrix_triton:MatrixTriton"],
+        "int8": ["quant.kernels.matrix_triton:MatrixTriton"],
+        "int4": ["quant.kernels.matrix_triton:MatrixTriton"],
+    },
 }
 """Backend -> layout of `quant.base.PackedWeight` -> lazy "module:Class" of `MatrixKernel`s, the preferred one first.
 

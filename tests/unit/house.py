@@ -19,7 +19,7 @@ TABLES = {
 }
 """Files of the packages that may be longer, because they are tables of data -> what they list."""
 
-KERNEL_LIBRARIES = {"numba", "llvmlite"}
+KERNEL_LIBRARIES = {"llvmlite", "numba", "triton"}
 """Functions of a module that imports one of these are kernels, which may be long."""
 
 ABSENT_DOCUMENTS = re.compile(

@@ -45,7 +45,7 @@ ROOMS: dict[str, str] = {
     "engine.link": "",
     "engine.limits": "engine.link",
     "engine.memory": "engine.link",
-    "engine.device": "engine.link engine.memory",
+    "engine.device": "engine.link engine.memory quant",
     "engine.scheduling": "engine.link",
     "engine.sampling": "engine.link engine.scheduling quant",
     "engine.attention": "quant",

@@ -13,7 +13,7 @@ import torch
 
 from engine import device
 from engine.attention import ATTENTION_BACKENDS
-from engine.device import DEVICES, Device, detect_device, find_cpu
+from engine.device import DEVICES, Device, detect_device, find_cpu, find_interpreted, resolve_dtype
 from engine.layers import OPS
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
@@ -22,18 +22,25 @@ from engine.sampling.sampler import SAMPLERS
 from quant.kernels import MATRICES
 from tests.unit.house import ROOT, source_files
 
+NUM_GPUS = 3
+
 
 @pytest.fixture
 def pretended_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The GPUs that were chosen, on a machine that pretends to have some."""
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: NUM_GPUS)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     return chosen
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_device_names_keys_of_the_tables(name: str, pretended_gpus: list[int]) -> None:
+def test_a_device_names_keys_of_the_tables(
+    name: str, pretended_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "IS_INTERPRETED", True)
     found: Device = import_entry(DEVICES, name, "device")(0)
     assert found.attention in ATTENTION_BACKENDS
     assert found.ops in OPS
@@ -45,6 +52,63 @@ def test_a_device_names_keys_of_the_tables(name: str, pretended_gpus: list[int])
 def test_each_rank_has_a_gpu_of_its_own(pretended_gpus: list[int]) -> None:
     assert detect_device(2).torch_device == torch.device("cuda", 2)
     assert pretended_gpus == [2]
+
+
+def test_too_few_gpus_are_told_in_a_sentence(pretended_gpus: list[int]) -> None:
+    with pytest.raises(StartError, match=r"shard 3 of this host has no GPU, torch sees 3: start at most 3 shards"):
+        detect_device(NUM_GPUS)
+    assert pretended_gpus == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
+)
+def test_old_gpus_run_in_float16(
+    capability: tuple[int, int], dtype: torch.dtype, pretended_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = detect_device(0)
+    assert resolve_dtype("auto", "bfloat16", gpu) == dtype
+    assert resolve_dtype("float16", "bfloat16", gpu) == torch.float16
+    if dtype == torch.float16:
+        with pytest.raises(StartError, match="give --dtype float16"):
+            resolve_dtype("bfloat16", "bfloat16", gpu)
+
+
+def test_sums_stay_float32_on_a_gpu(pretended_gpus: list[int]) -> None:
+    settings = torch.backends.cuda.matmul
+    names = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
+    before = {name: getattr(settings, name) for name in names}
+    detect_device(0)
+    after = [getattr(settings, name) for name in names]
+    for name, value in before.items():
+        setattr(settings, name, value)
+    assert after == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "kernels"),
+    [((8, 9), True, "triton"), ((8, 9), False, "torch"), ((7, 0), True, "torch")],
+)
+def test_a_gpu_runs_triton_kernels_where_it_can(
+    capability: tuple[int, int],
+    is_installed: bool,
+    kernels: str,
+    pretended_gpus: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    gpu = detect_device(0)
+    assert (gpu.matrices, gpu.ops, gpu.attention) == (kernels, kernels, kernels)
+
+
+def test_the_interpreter_is_never_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_interpreted(0) is None
+    monkeypatch.setattr(device, "IS_INTERPRETED", True)
+    assert find_interpreted(0) is not None
+    assert detect_device(0).attention == "cpu"
 
 
 def test_a_strangers_device_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,50 @@
+"""All layouts in Triton, on GPUs: few rows by `skinny_triton`, more by `widen_triton`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from quant.base import PackedWeight
+from quant.kernels.skinny_triton import MAX_ROWS, min_block_inputs, skinny_product
+from quant.kernels.tuning import tile_for
+from quant.kernels.widen_triton import widened_product
+
+
+class MatrixTriton:
+    """`x @ weight.T + bias`, summed in float32."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(packed: PackedWeight) -> list[str]:
+        return []
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._packed = _contiguous(packed)
+        num_inputs, scales = packed.num_inputs, packed.scales
+        self._group_size = num_inputs if scales is None else num_inputs // scales.shape[1]
+        self._tile = tile_for(
+            packed.weight.shape[0],
+            num_inputs,
+            group_size=self._group_size,
+            min_inputs=min_block_inputs(packed.layout),
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        packed, x = self._packed, x.contiguous()
+        out = x.new_empty(x.shape[0], packed.weight.shape[0], dtype=packed.out_dtype or x.dtype)
+        if x.shape[0] > MAX_ROWS:
+            widened_product(packed, self._group_size, x, out)
+        elif x.shape[0]:
+            skinny_product(packed, self._group_size, self._tile, x, out)
+        return out
+
+
+def _contiguous(packed: PackedWeight) -> PackedWeight:
+    """The weight as kernels index it: formats that store scales by group leave them transposed."""
+    fields = ((field.name, getattr(packed, field.name)) for field in dataclasses.fields(packed))
+    tensors: dict[str, Any] = {name: value.contiguous() for name, value in fields if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(packed, **tensors)

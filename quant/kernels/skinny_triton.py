@@ -1,0 +1,246 @@
+"""x @ weight.T for up to 64 rows of x, in Triton: one kernel over the layouts "dense", "int8" and "int4".
+
+The weight is the left operand of the dot product, so that its many outputs fill the tile and the few rows of x are
+padded to 16. Stored integers, less their zero point, are exact in 16 bits (at most 256 in absolute value); they are
+multiplied with x as they are, and a group's scale is applied to the float32 sum of the group. So weights cost the
+bytes that they are stored in and no rounding. Groups that are smaller than the smallest block of inputs are scaled
+before they are multiplied, and rounded to the dtype of x.
+
+A tile of outputs may split its inputs over several programs; a second kernel adds the partial sums in the order of the
+inputs. No program adds to what another one wrote, sums are float32, and tiles depend on the weight alone: a row is
+summed in the same order whatever rows are beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.base import PackedWeight
+from quant.kernels.launch import IS_INTERPRETED, launch
+from quant.kernels.tuning import Tile
+
+MAX_ROWS = 64
+MIN_BLOCK_ROWS = 16
+"""`tl.dot` wants at least 16 in each dimension."""
+SUM_BLOCK = 256
+
+
+@triton.jit
+def dot(a, b, acc, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a @ b in float32. The interpreter has no bfloat16 arithmetic: `WIDEN` multiplies in float32 there."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _convert(values, x_ptr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers in the dtype of x, or in float32 under the interpreter."""
+    if WIDEN:
+        return values.to(tl.float32)
+    return values.to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _load_x(x_rows, order_ptr, inputs, is_input, is_row, HAS_ORDER: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x transposed, [inputs, rows]; `order_ptr`: which input of the layer a column of the weight belongs to."""
+    columns = inputs.to(tl.int64)
+    if HAS_ORDER:
+        columns = tl.load(order_ptr + inputs, mask=is_input, other=0)
+    x = tl.load(x_rows + columns[:, None], mask=is_input[:, None] & is_row[None, :], other=0.0)
+    if WIDEN:
+        return x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_group(  # type: ignore[no-untyped-def]
+    scales_ptr,
+    zeros_ptr,
+    outputs,
+    inputs,
+    is_output,
+    is_input,
+    start,
+    num_inputs,
+    GROUP: tl.constexpr,
+    IS_FINE: tl.constexpr,
+):
+    """Scales in float32 and zero points in int16: of each weight if `IS_FINE`, else [outputs, 1] of the one group."""
+    if IS_FINE:
+        where = outputs[:, None].to(tl.int64) * (num_inputs // GROUP) + (inputs // GROUP)[None, :]
+        mask = is_output[:, None] & is_input[None, :]
+        scale = tl.load(scales_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(zeros_ptr + where, mask=mask, other=0).to(tl.int16)
+    else:
+        where = outputs.to(tl.int64) * (num_inputs // GROUP) + start // GROUP
+        scale = tl.load(scales_ptr + where, mask=is_output, other=0.0).to(tl.float32)[:, None]
+        zero = tl.load(zeros_ptr + where, mask=is_output, other=0).to(tl.int16)[:, None]
+    return scale, zero
+
+
+@triton.jit
+def _scaled(q, scale, zero, x_ptr, IS_FINE: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights to multiply with x: scaled if `IS_FINE`, else the integers, which no dtype of x rounds."""
+    number = (q.to(tl.int16) - zero).to(tl.float32)
+    if IS_FINE:
+        number = number * scale
+    return _convert(number, x_ptr, WIDEN)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def skinny_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [num_rows, num_inputs]
+    weight_ptr,  # [num_outputs, num_inputs], int4: half as many bytes
+    scales_ptr,  # [num_outputs, num_inputs / GROUP]
+    zeros_ptr,  # like scales
+    order_ptr,  # [num_inputs] int64
+    bias_ptr,  # [num_outputs]
+    out_ptr,  # [num_rows, num_outputs], or [SPLITS, num_rows, num_outputs] float32
+    num_rows,
+    num_outputs,
+    num_inputs,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_FINE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    rows = tl.arange(0, BLOCK_ROWS)
+    is_output = outputs < num_outputs
+    is_row = rows < num_rows
+    split = tl.program_id(1)
+    num_blocks = tl.cdiv(num_inputs, BLOCK_INPUTS)
+    blocks_per_split = tl.cdiv(num_blocks, SPLITS)
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, num_blocks)
+    x_rows = x_ptr + rows[None, :].to(tl.int64) * num_inputs
+    weight_rows = outputs[:, None].to(tl.int64)
+    acc = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
+    for block in range(first, last):
+        start = block * BLOCK_INPUTS
+        if LAYOUT == "int4":
+            # Eight bytes hold sixteen inputs: the first eight in the lower halves, the others in the upper ones.
+            place = tl.arange(0, BLOCK_INPUTS // 2)
+            low = start + place // 8 * 16 + place % 8
+            is_input = low + 8 < num_inputs
+            pointers = weight_ptr + weight_rows * (num_inputs // 2) + (start // 2 + place)[None, :]
+            pairs = tl.load(pointers, mask=is_output[:, None] & is_input[None, :], other=0).to(tl.int16)
+            scale, zero = load_group(
+                scales_ptr, zeros_ptr, outputs, low, is_output, is_input, start, num_inputs, GROUP, IS_FINE
+            )
+            low_x = _load_x(x_rows, order_ptr, low, is_input, is_row, HAS_ORDER, WIDEN)
+            high_x = _load_x(x_rows, order_ptr, low + 8, is_input, is_row, HAS_ORDER, WIDEN)
+            part = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
+            part = dot(_scaled(pairs & 15, scale, zero, x_ptr, IS_FINE, WIDEN), low_x, part, WIDEN)
+            part = dot(_scaled(pairs >> 4, scale, zero, x_ptr, IS_FINE, WIDEN), high_x, part, WIDEN)
+            acc += part if IS_FINE else part * scale
+        else:
+            inputs = start + tl.arange(0, BLOCK_INPUTS)
+            is_input = inputs < num_inputs
+            pointers = weight_ptr + weight_rows * num_inputs + inputs[None, :]
+            x = _load_x(x_rows, order_ptr, inputs, is_input, is_row, HAS_ORDER, WIDEN)
+            weight = tl.load(pointers, mask=is_output[:, None] & is_input[None, :], other=0)
+            if LAYOUT == "int8":
+                scale, zero = load_group(
+                    scales_ptr, zeros_ptr, outputs, inputs, is_output, is_input, start, num_inputs, GROUP, IS_FINE
+                )
+                part = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
+                part = dot(_scaled(weight, scale, zero, x_ptr, IS_FINE, WIDEN), x, part, WIDEN)
+                acc += part if IS_FINE else part * scale
+            else:
+                acc = dot(_convert(weight, x_ptr, WIDEN), x, acc, WIDEN)
+    if HAS_BIAS:
+        if SPLITS == 1:
+            acc += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    where = out_ptr + (split * num_rows + rows)[None, :].to(tl.int64) * num_outputs + outputs[:, None]
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr,  # [SPLITS, num_rows, num_outputs] float32
+    bias_ptr,  # [num_outputs]
+    out_ptr,  # [num_rows, num_outputs]
+    num_rows,
+    num_outputs,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The partial sums of `skinny_kernel`, added in the order of the inputs."""
+    outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    is_output = outputs < num_outputs
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        where = (split * num_rows + row).to(tl.int64) * num_outputs + outputs
+        acc += tl.load(partial_ptr + where, mask=is_output, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * num_outputs + outputs, acc.to(out_ptr.dtype.element_ty), mask=is_output)
+
+
+def min_block_inputs(layout: str) -> int:
+    """Inputs that a dot product needs at least; the two halves of nibbles are multiplied one after the other."""
+    return 32 if layout == "int4" else 16
+
+
+def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.Tensor, out: torch.Tensor) -> None:
+    """x [rows, num_inputs] @ weight.T + bias into `out` [rows, num_outputs], for at most `MAX_ROWS` rows."""
+    (num_rows, num_outputs), is_split = out.shape, tile.splits > 1
+    unused = packed.weight
+    bias = unused if packed.bias is None else packed.bias
+    target = x.new_empty(tile.splits, num_rows, num_outputs, dtype=torch.float32) if is_split else out
+    launch(
+        skinny_kernel,
+        (-(-num_outputs // tile.block_outputs), tile.splits),
+        x,
+        packed.weight,
+        unused if packed.scales is None else packed.scales,
+        unused if packed.zero_points is None else packed.zero_points,
+        unused if packed.input_order is None else packed.input_order,
+        bias,
+        target,
+        num_rows,
+        num_outputs,
+        packed.num_inputs,
+        LAYOUT=packed.layout,
+        GROUP=group_size,
+        IS_FINE=group_size % tile.block_inputs > 0 and group_size < packed.num_inputs,
+        HAS_ORDER=packed.input_order is not None,
+        HAS_BIAS=packed.bias is not None,
+        BLOCK_OUTPUTS=tile.block_outputs,
+        BLOCK_ROWS=max(MIN_BLOCK_ROWS, 1 << (num_rows - 1).bit_length()),
+        BLOCK_INPUTS=tile.block_inputs,
+        SPLITS=tile.splits,
+        WIDEN=IS_INTERPRETED,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if is_split:
+        _add_splits(target, bias, out, has_bias=packed.bias is not None)
+
+
+def _add_splits(partial: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, *, has_bias: bool) -> None:
+    num_rows, num_outputs = out.shape
+    launch(
+        sum_kernel,
+        (-(-num_outputs // SUM_BLOCK), num_rows),
+        partial,
+        bias,
+        out,
+        num_rows,
+        num_outputs,
+        HAS_BIAS=has_bias,
+        SPLITS=partial.shape[0],
+        BLOCK=SUM_BLOCK,
+    )

@@ -1,0 +1,135 @@
+"""Paged attention in Triton against the torch reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.attention.torch import TorchAttention
+from engine.attention.triton import CHUNK, FEW_TOKENS, TritonAttention
+from tests.interpreted.closeness import assert_close
+
+BLOCK_SIZE = 16
+SHAPES = [AttentionShape(7, 1, 64), AttentionShape(14, 2, 64), AttentionShape(4, 4, 80), AttentionShape(28, 4, 128)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+Part = tuple[int, int]
+"""A sequence: how many query tokens it has, and how many tokens with them."""
+
+
+@dataclasses.dataclass
+class Scene:
+    """Sequences whose cached tokens lie in scattered blocks, the rest of the cache being NaN."""
+
+    shape: AttentionShape
+    parts: list[Part]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(len(self.parts))
+        counts = [-(-seq_len // BLOCK_SIZE) for _, seq_len in self.parts]
+        self.num_blocks = sum(counts) + 1
+        blocks = torch.randperm(self.num_blocks, generator=generator, dtype=torch.int32).split([*counts, 1])[:-1]
+        self.table = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
+        self.slots = [
+            blocks[index][torch.arange(seq_len) // BLOCK_SIZE].long() * BLOCK_SIZE + torch.arange(seq_len) % BLOCK_SIZE
+            for index, (_, seq_len) in enumerate(self.parts)
+        ]
+        num_tokens = sum(num_queries for num_queries, _ in self.parts)
+        width = (self.shape.num_heads + 2 * self.shape.num_kv_heads) * self.shape.head_dim
+        self.qkv = torch.randn(num_tokens, width, generator=generator).to(self.dtype)
+        size = self.num_blocks * BLOCK_SIZE, self.shape.num_kv_heads, self.shape.head_dim
+        self.stored = [torch.randn(size, generator=generator).to(self.dtype) for _ in "kv"]
+
+    def cache(self, dtype: torch.dtype) -> LayerCache:
+        """What earlier steps wrote, and NaN everywhere else."""
+        cached = torch.cat([slots[:-count] for slots, (count, _) in zip(self.slots, self.parts, strict=True)])
+        tensors = [torch.full(stored.shape, torch.nan, dtype=dtype) for stored in self.stored]
+        for tensor, stored in zip(tensors, self.stored, strict=True):
+            tensor[cached] = stored[cached].to(dtype)
+        return LayerCache(*tensors)
+
+    def metadata(self, backend: Any) -> AttentionMetadata:
+        starts, seq_lens = [0], [seq_len for _, seq_len in self.parts]
+        for num_queries, _ in self.parts:
+            starts.append(starts[-1] + num_queries)
+        written = [slots[-count:] for slots, (count, _) in zip(self.slots, self.parts, strict=True)]
+        return AttentionMetadata(
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            block_table=self.table,
+            slot_mapping=torch.cat(written),
+            work_items=torch.from_numpy(backend.work_items(starts, seq_lens)),
+            host_query_start_loc=starts,
+            host_seq_lens=seq_lens,
+        )
+
+    def attend(self, backend: Any, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        out: torch.Tensor = backend.forward(
+            self.qkv.to(dtype), self.cache(dtype), backend.prepare(self.metadata(backend)), window
+        )
+        return out
+
+
+def check(shape: AttentionShape, parts: list[Part], dtype: torch.dtype, window: int | None = None) -> None:
+    scene = Scene(shape, parts, dtype)
+    expected = scene.attend(TorchAttention(shape, BLOCK_SIZE), torch.float64, window)
+    assert_close(scene.attend(TritonAttention(shape, BLOCK_SIZE), dtype, window), expected)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> Part:
+    seq_len = draw(st.sampled_from([1, 2, 15, 16, 17, 32, 33, 64, 65, 130]))
+    num_queries = draw(st.sampled_from([1, 2, 3, FEW_TOKENS, FEW_TOKENS + 1, 17, 40]))
+    return min(num_queries, seq_len), seq_len
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    shape=st.sampled_from(SHAPES),
+    parts=st.lists(sequences(), min_size=1, max_size=3),
+    window=st.sampled_from([None, None, 1, 16, 33]),
+)
+@settings(max_examples=10)
+def test_decodes_drafts_chunks_and_prompts(
+    dtype: torch.dtype, shape: AttentionShape, parts: list[Part], window: int | None
+) -> None:
+    check(shape, parts, dtype, window)
+
+
+@pytest.mark.parametrize("window", [None, 20, CHUNK + 3])
+def test_long_sequences_are_split_and_combined(window: int | None) -> None:
+    """Chunks that end where the sequence does, begin with its last token, and lie before the window."""
+    parts = [(1, CHUNK), (3, CHUNK + 1), (1, CHUNK + 1), (1, 2 * CHUNK + 40), (1, 5), (10, CHUNK + 4)]
+    check(AttentionShape(7, 1, 64), parts, torch.float32, window)
+
+
+def test_a_row_has_the_same_bits_beside_any_others() -> None:
+    shape = AttentionShape(14, 2, 64)
+    backend = TritonAttention(shape, BLOCK_SIZE)
+    parts = [(1, 70), (1, 2 * CHUNK + 1), (4, 20)]
+    scene = Scene(shape, parts, torch.float32)
+    together = scene.attend(backend, torch.float32, None)
+    first = 0
+    for index, (num_queries, seq_len) in enumerate(parts):
+        alone = Scene(shape, [(num_queries, seq_len)], torch.float32)
+        alone.qkv, alone.stored, alone.num_blocks = (
+            scene.qkv[first : first + num_queries],
+            scene.stored,
+            scene.num_blocks,
+        )
+        alone.table, alone.slots = scene.table[index : index + 1], [scene.slots[index]]
+        rows = slice(first, first + num_queries)
+        assert torch.equal(alone.attend(backend, torch.float32, None), together[rows])
+        first += num_queries
+
+
+def test_too_many_heads_for_a_tile_are_refused() -> None:
+    assert TritonAttention.why_not(AttentionShape(16, 1, 64)) == []
+    assert TritonAttention.why_not(AttentionShape(17, 1, 64)) == ["17 heads share a key, more than 16"]

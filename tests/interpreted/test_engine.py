@@ -1,0 +1,161 @@
+"""The whole engine with Triton's kernels, interpreted: greedy ids are those of the CPU path in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.build import build_model, choose_quantization
+from engine.checkpoint.files import read_model_config
+from engine.core import EngineCore
+from engine.device import Device, find_interpreted
+from engine.runner import ModelRunner
+from engine.scheduling.ngram import propose_ngram
+from engine.scheduling.speculate import Speculator
+from engine.scheduling.step_costs import StepCosts
+from tests.contract.harness import (
+    KERNELS,
+    Outcome,
+    make_core,
+    make_requests,
+    make_runner,
+    make_sequence,
+    random_ids,
+    run_requests,
+    run_step,
+)
+from tests.tiny_model import write_tiny_qwen2
+
+CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
+MAX_NEW_TOKENS = 4
+SIZES = [1, 17, 40]
+NUM_BLOCKS = 32
+
+
+def interpreted() -> Device:
+    device = find_interpreted(0)
+    assert device is not None
+    return device
+
+
+def make_quantized_runner(folder: Path, device: Device, flag: str, dtype: torch.dtype) -> ModelRunner:
+    config = read_model_config(folder)
+    quantization = choose_quantization(config, folder, dtype, device, flag, None)
+    runner = ModelRunner(build_model(config, folder, dtype, device, quantization), device)
+    runner.allocate(NUM_BLOCKS, device.kv_dtype(dtype), num_positions=512)
+    return runner
+
+
+def core_of(
+    folder: Path,
+    runner: ModelRunner | None = None,
+    *,
+    num_blocks: int = NUM_BLOCKS,
+    max_batch_tokens: int = 512,
+    speculator: Speculator | None = None,
+) -> EngineCore:
+    """An engine on the device `interpreted` unless the runner is on another one."""
+    return make_core(
+        folder,
+        num_blocks=num_blocks,
+        max_batch_tokens=max_batch_tokens,
+        speculator=speculator,
+        runner=runner or make_runner(folder, device=interpreted(), num_blocks=num_blocks),
+    )
+
+
+def make_prompts(num_shared_tokens: int = 0, sizes: Sequence[int] = SIZES) -> list[list[int]]:
+    return [random_ids(num_shared_tokens, 9) + random_ids(size, size) for size in sizes]
+
+
+def run(core: EngineCore, prompts: list[list[int]], *, is_staggered: bool = False) -> Outcome:
+    return run_requests(core, make_requests(prompts, max_new_tokens=MAX_NEW_TOKENS), is_staggered=is_staggered)
+
+
+def expected_ids(folder: Path, prompts: list[list[int]], runner: ModelRunner | None = None) -> list[list[int]]:
+    """The CPU path's."""
+    return run(core_of(folder, runner or make_runner(folder, device=KERNELS)), prompts).token_ids
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model_dir: Path) -> list[list[int]]:
+    return expected_ids(tiny_model_dir, make_prompts())
+
+
+def test_together(tiny_model_dir: Path, expected: list[list[int]]) -> None:
+    assert run(core_of(tiny_model_dir), make_prompts()).token_ids == expected
+
+
+def test_in_chunks_beside_others(tiny_model_dir: Path, expected: list[list[int]]) -> None:
+    outcome = run(core_of(tiny_model_dir, max_batch_tokens=24), make_prompts(), is_staggered=True)
+    assert outcome.most_running > 1
+    assert outcome.token_ids == expected
+
+
+def test_with_preemption(tiny_model_dir: Path) -> None:
+    prompts = make_prompts(sizes=[31, 30])
+    outcome = run(core_of(tiny_model_dir, num_blocks=5), prompts)
+    assert outcome.num_preemptions > 0
+    assert outcome.token_ids == expected_ids(tiny_model_dir, prompts)
+
+
+def test_prefix_hits(tiny_model_dir: Path) -> None:
+    prompts, core = make_prompts(num_shared_tokens=32, sizes=[3, 9]), core_of(tiny_model_dir)
+    outcomes = [run(core, [prompt]) for prompt in prompts]
+    assert outcomes[1].most_cached_tokens == 32
+    assert [outcome.token_ids[0] for outcome in outcomes] == expected_ids(tiny_model_dir, prompts)
+
+
+def test_drafts(tiny_model_dir: Path) -> None:
+    part = random_ids(9, 3)
+    prompts = [part * 3]
+    speculator = Speculator(propose_ngram, StepCosts({1: 1.0, 64: 1.0}), 4)
+    outcome = run(core_of(tiny_model_dir, speculator=speculator), prompts)
+    assert outcome.token_ids == expected_ids(tiny_model_dir, prompts)
+
+
+def test_a_sliding_window(tmp_path: Path) -> None:
+    """The second layer sees 20 tokens."""
+    window = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    write_tiny_qwen2(tmp_path, **window)
+    prompts = make_prompts(sizes=[60])
+    assert run(core_of(tmp_path), prompts).token_ids == expected_ids(tmp_path, prompts)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["auto-gptq-4bit-g32-act", "auto-gptq-8bit-g64-asym-act", "gptqmodel-v1-lm-head-4bit", "autoawq-g32-zeros"],
+)
+def test_quantized_checkpoints(name: str) -> None:
+    """The ids of `transformers` on the dequantized weights."""
+    folder = CHECKPOINTS / name
+    stored = np.load(folder / "expected.npz")
+    prompt = stored["prompt_0"].tolist()
+    assert run(core_of(folder), [prompt]).token_ids == [stored["ids_0"][:MAX_NEW_TOKENS].tolist()]
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantized_while_loading(method: str, tiny_model_dir: Path) -> None:
+    prompts = make_prompts(sizes=[20])
+    runners = [
+        make_quantized_runner(tiny_model_dir, device, method, torch.float32) for device in (interpreted(), KERNELS)
+    ]
+    ids = run(core_of(tiny_model_dir, runners[0]), prompts).token_ids
+    assert ids == expected_ids(tiny_model_dir, prompts, runners[1])
+
+
+@pytest.mark.parametrize("flag", ["eetq", "int4"])
+def test_a_tied_head_is_quantized_in_16_bits(flag: str, tiny_model_dir: Path) -> None:
+    """Table, head and sums where the kernels expect them; the logits are close to those of plain torch."""
+    plain = dataclasses.replace(interpreted(), matrices="torch", ops="torch", attention="torch")
+    logits = []
+    for device in (interpreted(), plain):
+        runner = make_quantized_runner(tiny_model_dir, device, flag, torch.float16)
+        logits.append(run_step(runner, [make_sequence(random_ids(12), [3])], [12]))
+    assert logits[0].dtype == torch.float32
+    assert (logits[0] - logits[1]).abs().max() < 0.01 * logits[1].abs().max()
