@@ -46,6 +46,12 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 
 install: $(VENV)/installed
 
+# 290 MB that only the tests of the GPU's kernels need: `make serve` does without.
+$(VENV)/interpreted: $(VENV)/installed
+	@echo 'Installing Triton, whose interpreter runs the kernels of GPUs on the CPU' >&2
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[interpreted]' >&2
+	@touch $@
+
 serve: install
 	@model="$(MODEL)"; test -n "$$model" || model=$$($(PY) scripts/demo_model.py | tail -n 1) && test -n "$$model" && \
 	exec $(VENV)/bin/text-generation-launcher --model-id "$$model" --port $(PORT) $(ARGS)
@@ -60,7 +66,7 @@ test-fast: install
 	@started=$$(date +%s); $(PY) -m pytest -q tests/unit $(PYTEST_ARGS); status=$$?; \
 	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
-test: install
+test: install $(VENV)/interpreted
 	@$(PY) -m pytest $(PYTEST_ARGS)
 	@$(PY) -m pytest -q tests/interpreted
 

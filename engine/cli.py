@@ -177,9 +177,8 @@ def quantize_model(args: argparse.Namespace) -> Path:
     options = quantize_options.read_options(args)
     # The launcher does the same for an engine: with its kernel cache nothing is compiled again.
     os.environ.update(engine_environment(len(os.sched_getaffinity(0)), dict(os.environ)))
-    from engine.quantize.quantize import (
-        quantize,  # it reads the environment when it is imported, and loads torch, which --help can do without
-    )
+    # Imported late: it reads the environment when it is imported, and loads torch, which --help can do without.
+    from engine.quantize.quantize import quantize
 
     return quantize(options)
 

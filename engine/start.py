@@ -114,7 +114,7 @@ def _plan(
     if ranks is not None:
         needs, free_bytes = ranks.tightest(needs, free_bytes)
     window = ModelWindow(max_position_embeddings=model.max_position_embeddings, max_window=model.rotary.rope.max_window)
-    return plan_memory(config, window, needs, free_bytes=free_bytes, has_default_cap=device.computes_in_float32)
+    return plan_memory(config, window, needs, free_bytes=free_bytes, has_default_cap=device.is_memory_shared)
 
 
 def _make_core(

@@ -138,7 +138,7 @@ class SharedMemoryCollectives:
         return x
 
     def _reduce_late(self, flat: Any, start: int, count: int, first: int) -> None:
-        """Do the rest of `_reduce` after it has stopped to wait, sleeping where it spun."""
+        """Do the rest of `_reduce` once a rank is late; waits asleep."""
         stride = 2 * SLOT_FLOATS
         if self._flags[self._rank * FLAG_STRIDE] < self._number:
             self._wait(self._number - 1)

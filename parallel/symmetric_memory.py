@@ -17,7 +17,7 @@ from parallel.state import Collectives
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 256 << 10
-"""Larger sums are bound by bandwidth, where reading everything from everybody is the slower way."""
+"""Size of the largest small sum. Larger ones are bound by bandwidth, so that reading every buffer is slower."""
 CHECKED_SIZES = (8, 896, 8192, MAX_BYTES // 4)
 CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 1e-2

@@ -223,8 +223,8 @@ METHODS = {
 MASKED_HEADERS = (
     "date x-compute-time x-total-time x-validation-time x-queue-time x-inference-time x-time-per-token".split()
 )
-RARE_METRIC = "tgi_batch_concat_duration"
-"""There only once a request has joined another one, which is a matter of time."""
+RARE_METRIC = "tgi_batch_concat"
+"""The beginning of names that are there once a request has joined another one, which is a matter of time."""
 BODY_MASKS = (
     (r'"id":"(chatcmpl|cmpl|call)[-_][0-9a-zA-Z]+"', r'"id":"\1-ID"'),
     (r'"created":\d+', '"created":TIME'),

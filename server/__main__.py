@@ -62,9 +62,8 @@ class DrainingServer(uvicorn.Server):
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the launcher alone; uvicorn sets its own handler when it serves
+    # Ctrl-C is for the launcher alone. uvicorn sets its own handler when it serves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = ServerConfig.from_json(sys.stdin.readline())
     configure_logging(config.log_level, "webserver", is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)

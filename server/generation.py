@@ -239,6 +239,11 @@ async def collect(streams: Sequence[Stream]) -> list[Completion]:
     return await _all_or_none([stream.collect() for stream in streams])
 
 
+def best_of(completions: Sequence[Completion]) -> Completion:
+    """The likeliest of a request's answers by the mean logprob of its tokens; of equals the first."""
+    return max(completions, key=lambda completion: completion.mean_logprob)
+
+
 async def _all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:

@@ -1,4 +1,7 @@
-"""Model families: one file each, one table. `blocks.py` and `config.py` have what decoders share."""
+"""Model families: one file each, one table. `blocks.py` and `config.py` have what decoders share.
+
+Beside its own files the room may import `engine.attention`, `engine.layers`, `engine.link`, `parallel` and `quant`.
+"""
 
 MODELS: dict[str, str] = {
     "qwen2": "engine.models.qwen2:Qwen2ForCausalLM",

@@ -28,16 +28,31 @@ class ModelContext:
 
 
 class Loadable(Protocol):
-    """A layer that takes in checkpoint tensors (`parallel.linear` says how)."""
+    """A layer that takes in checkpoint tensors. `name` is a tensor's own, without the prefix, `part` says whose it is.
+
+    For every tensor `cut`, `is_copied` and `load` are called in this order, and `finish` once at the end.
+    """
 
     def decides_order(self, name: str, part: int) -> bool:
         """Whether tensor `name` tells the order of the inputs. It is loaded first: the cut of others depends on it."""
 
-    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None: ...
-    def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool: ...
-    def load(self, name: str, part: int, tensor: torch.Tensor) -> None: ...
-    def missing(self, part: int) -> list[str]: ...
-    def finish(self, device: torch.device) -> None: ...
+    def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
+        """The part of the tensor, stored in `shape`, that this rank needs; None: all of it.
+
+        Raises KeyError for an unknown name, ValueError for a wrong shape.
+        """
+
+    def is_copied(self, name: str, part: int, checkpoint_dtype: torch.dtype) -> bool:
+        """Whether `load` makes a copy, rather than using the file's memory."""
+
+    def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        """Take in the `cut` of a tensor. Raises ValueError for one that can't be used."""
+
+    def missing(self, part: int) -> list[str]:
+        """Names of the tensors that are needed and not loaded yet."""
+
+    def finish(self, device: torch.device) -> None:
+        """Move to the device and choose the kernels. Raises ValueError if no kernel takes the weights."""
 
 
 CheckpointLayers = dict[str, tuple[Loadable, int]]
@@ -72,8 +87,11 @@ class CausalLM(Protocol):
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         """Set what `forward` attends with; one cache per layer."""
 
-    def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size]; `rotary.prepare` makes rotation."""
+    def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
+        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size].
+
+        `rotary.prepare` makes rotation, and the attention backend's `prepare` makes prepared.
+        """
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden_size] -> [rows, vocab_size] float32 on rank 0, no rows on the others."""

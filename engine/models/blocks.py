@@ -61,12 +61,12 @@ class Attention:
         self._ops.rotate(qkv, rotation, self._num_rotated_heads)
 
     def __call__(
-        self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, attn_metadata: Any
+        self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, prepared: Any
     ) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
         qkv = self.qkv_proj(x)
         self.position(qkv, rotation)
-        return self.o_proj(backend.forward(qkv, cache, attn_metadata, self._window))
+        return self.o_proj(backend.forward(qkv, cache, prepared, self._window))
 
 
 class GatedMLP:
@@ -120,12 +120,12 @@ class DecoderLayer:
         rotation: Rotation,
         backend: AttentionBackend,
         cache: LayerCache,
-        attn_metadata: Any,
+        prepared: Any,
     ) -> torch.Tensor:
         """x is the previous layer's output, not yet added to the residual; nor is this layer's, which is returned."""
         norm = self.input_layernorm
         x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
-        x = self.self_attn(x, rotation, backend, cache, attn_metadata)
+        x = self.self_attn(x, rotation, backend, cache, prepared)
         norm = self.post_attention_layernorm
         return self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
 
@@ -183,11 +183,11 @@ class DecoderForCausalLM:
         self._attention = backend
         self._caches = caches
 
-    def forward(self, input_ids: torch.Tensor, rotation: Rotation, attn_metadata: Any) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
         residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
         x = torch.zeros_like(residual)
         for layer, cache in zip(self.layers, self._caches, strict=True):
-            x = layer(residual, x, rotation, self._attention, cache, attn_metadata)
+            x = layer(residual, x, rotation, self._attention, cache, prepared)
         return residual.add_(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

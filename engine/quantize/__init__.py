@@ -1,1 +1,4 @@
-"""`text-generation-server quantize` and perplexity. Serving never imports this room."""
+"""`text-generation-server quantize` and perplexity. It may import the engine up to `engine.start`, and `quant`.
+
+Serving never imports this room.
+"""

@@ -24,7 +24,6 @@ WATERMARK_KEY = 15485863
 """TGI's hash key: its product with the previous token seeds the choice of the green list."""
 
 Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 def is_counting(params: SamplingParams) -> bool:

@@ -52,6 +52,11 @@ class GenerationInput:
     def num_sequences(self) -> int:
         return self.num_choices * max(1, self.parameters.best_of or 1)
 
+    @property
+    def echo(self) -> str:
+        """The text before the generated one in an answer of the native routes: the prompt, or nothing."""
+        return self.inputs if self.parameters.return_full_text else ""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidatedRequest:

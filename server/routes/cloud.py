@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from server.answers.json import json_answer
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, FailedInstanceError, NoInstanceError, OpenAIErrorBody
-from server.generation import Completion, collect
+from server.generation import best_of, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.cloud import SagemakerRequest, VertexRequest, vertex_parameters
@@ -83,14 +83,10 @@ async def _predictions(service: GenerationService, inputs: list[GenerationInput]
         raise
     predictions, start = [], 0
     for instance in inputs:
-        predictions.append(_prediction(instance, answers[start : start + instance.num_sequences]))
+        best = best_of(answers[start : start + instance.num_sequences])
+        predictions.append(instance.echo + best.text)
         start += instance.num_sequences
     return predictions
-
-
-def _prediction(instance: GenerationInput, answers: list[Completion]) -> str:
-    best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
-    return (instance.inputs if instance.parameters.return_full_text else "") + best.text
 
 
 def _input(service: GenerationService, instance: VertexInstance | ChatRequest) -> GenerationInput:

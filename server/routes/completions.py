@@ -278,9 +278,8 @@ class _LogprobTable:
         self._offsets: list[int] = []
 
     def add(self, token: GeneratedToken) -> None:
-        top = {
-            candidate.text: f32(candidate.logprob) for candidate in reversed(token.top_tokens)
-        }  # of equal texts the likeliest
+        # Reversed: of equal texts the likeliest stays.
+        top = {candidate.text: f32(candidate.logprob) for candidate in reversed(token.top_tokens)}
         top.setdefault(token.text, f32(token.logprob))
         self._append(token.text, token.logprob, top)
         self.num_characters += len(token.visible)

@@ -14,7 +14,7 @@ from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, 
 from server.answers.sse import EventStream, event, with_error_event
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, error_body
-from server.generation import Completion, Generation, collect
+from server.generation import Completion, Generation, best_of, collect
 from server.operation import Area, Operation
 from server.requests.body import read_body
 from server.requests.native import CompatGenerateRequest, GenerateRequest, native_parameters
@@ -148,15 +148,11 @@ def _echoing(request: GenerationInput) -> GenerationInput:
     return dataclasses.replace(request, parameters=dataclasses.replace(parameters, return_full_text=True))
 
 
-def _prompt_echo(request: GenerationInput) -> str:
-    return request.inputs if request.parameters.return_full_text else ""
-
-
 async def _generate(service: GenerationService, request: GenerationInput) -> tuple[GenerateResponse, dict[str, str]]:
     async with service.open(request) as streams:
         answers = await collect(streams)
-    best = max(answers, key=lambda answer: answer.mean_logprob)  # of equals the first
-    prompt = _prompt_echo(request)
+    best = best_of(answers)
+    prompt = request.echo
     details: Details | msgspec.UnsetType = msgspec.UNSET
     if request.parameters.details or request.parameters.decoder_input_details:
         others = [_other_sequence(prompt, answer) for answer in answers if answer is not best]
@@ -201,7 +197,7 @@ def _stream(service: GenerationService, request: GenerationInput) -> EventStream
 
 
 async def _events(opening: AdmittedRequest, request: GenerationInput) -> AsyncGenerator[bytes]:
-    text_parts = [_prompt_echo(request)]
+    text_parts = [request.echo]
     async with opening as [stream]:
         generation = stream.generation
         async for token in stream.tokens:

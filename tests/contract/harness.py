@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
@@ -170,7 +171,8 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
 @functools.cache
 def load_oracle(folder: Path) -> Any:
     family = FAMILIES[read_model_config(folder)["model_type"]]
-    return family.oracle.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    oracle_class: Any = getattr(transformers, family.oracle)
+    return oracle_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def oracle(folder: Path) -> Any:

@@ -109,9 +109,6 @@ def joined(text: str) -> str:
 
 def citation_complaints(text: str, folder: Path = ROOT) -> list[str]:
     """Documents, sections and rows that `text` names and the tree does not have."""
-    absent = [
-        f"{match.group(0)!r} names a document outside the repository" for match in ABSENT_DOCUMENTS.finditer(text)
-    ]
     bare = [f"{line.strip()!r} is a number of no table" for line in text.splitlines() if BARE_ROW.search(line)]
     flat = joined(text)
     absent = [

@@ -299,7 +299,7 @@ def test_a_word_is_not_cut() -> None:
         (AwqMethod(group_size=128), (128, 64, 32, 16, 8)),
         (CompressedTensorsMethod(bits=4, group_size=96, is_symmetric=True), (192, 64, 32, 16, 8)),
     ],
-    ids=str,
+    ids="dense int8 int4 gptq gptq-channel awq compressed-tensors".split(),
 )
 def test_inputs_are_dealt_in_whole_groups_where_they_can_be(method: LinearMethod, expected: tuple[int, ...]) -> None:
     assert input_units(method, 768, 64) == expected
