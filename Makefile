@@ -16,7 +16,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow peers check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-fast test-slow peers kernels-aot check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test              unit, contract and end-to-end tests (PYTEST_ARGS=)'
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
+	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
@@ -46,7 +47,7 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 
 install: $(VENV)/installed
 
-# 290 MB that only the tests of the GPU's kernels need: `make serve` does without.
+# 290 MB that only the proofs of the GPU's kernels need: `make serve` does without.
 $(VENV)/interpreted: $(VENV)/installed
 	@echo 'Installing Triton, whose interpreter runs the kernels of GPUs on the CPU' >&2
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[interpreted]' >&2
@@ -76,11 +77,14 @@ test-slow: install
 peers: install
 	@$(PY) benchmarks/peers.py $(ARGS)
 
+kernels-aot: install $(VENV)/interpreted
+	@PYTHONPATH=. $(PY) scripts/kernels_aot.py $(ARGS)
+
 check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py
+	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py scripts/kernels_aot.py
 	@$(PY) -m mypy benchmarks/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check

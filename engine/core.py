@@ -60,12 +60,12 @@ class EngineCore:
         """Compute one step; the events are new tokens and ends of requests."""
         clock = StepClock()
         self.report = clock.report
-        with clock.schedule():
+        with clock.scheduling():
             batch = self.scheduler.schedule(self._max_tokens())
-        with clock.forward(batch):
+        with clock.computing(batch):
             result = self.runner.execute(batch)
             sampled = self.sampler.sample(batch, result.logits)
-        with clock.update():
+        with clock.updating():
             events = self.scheduler.update(batch, sampled, result.prompt_logprobs())
         self._learn(batch, clock.finish(events))
         return events

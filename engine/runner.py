@@ -48,7 +48,7 @@ class ModelRunner:
         self._model = model
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
-        self._buffers = StepBuffers(device.torch_device)
+        self._buffers = StepBuffers(device.torch_device, self.block_size)
 
     @property
     def block_size(self) -> int:
@@ -72,7 +72,7 @@ class ModelRunner:
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """What `run` needs to know of a scheduled batch."""
-        return step_inputs(batch, self.block_size)
+        return step_inputs(batch)
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs) -> StepResult:
@@ -80,7 +80,7 @@ class ModelRunner:
         work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens)
         tensors = self._buffers.fill(inputs, work_items)
         rotation = self._model.rotary.prepare(
-            tensors.positions, inputs.positions, inputs.query_start_loc, inputs.prompt_lens
+            tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         return StepResult(self._model.compute_logits(hidden[tensors.logits_indices]), self._score(hidden, tensors))

@@ -40,6 +40,7 @@ class StepTensors:
 
     input_ids: torch.Tensor
     positions: torch.Tensor
+    """The place of each token in its sequence."""
     logits_indices: torch.Tensor
     scored_indices: torch.Tensor
     scored_token_ids: torch.Tensor
@@ -49,23 +50,28 @@ class StepTensors:
 class StepBuffers:
     """Memory for the numbers of one step at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, block_size: int) -> None:
+        """Blocks of KV memory have `block_size` tokens."""
         self._device = device
+        self._block_size = block_size
         self._capacities = dict.fromkeys(SECTIONS, MIN_SECTION_WORDS)
         self._shapes: list[tuple[int, ...]] = []
         self._allocate()
 
     def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> StepTensors:
         """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it."""
-        values = {name: getattr(inputs, name) for name in SECTIONS if name != "work_items"}
-        values["work_items"] = work_items
-        shapes = [_shape(values[name]) for name in SECTIONS]
+        values = self._values(inputs, work_items)
+        shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self._make_views(shapes)
-        for name, array in self._arrays.items():
-            array[...] = values[name]
+        if self._copied is not None:
+            self._copied.synchronize()  # a step without rows reads nothing back: its copy may still be under way
+        for array, value in zip(self._arrays, values, strict=True):
+            array[...] = value
         if self._words is not self._host_words:
             self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -84,11 +90,33 @@ class StepBuffers:
             ),
         )
 
+    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> list[npt.NDArray[np.integer]]:
+        """The numbers of all sections, in their order."""
+        starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
+        block_table = np.frombuffer(inputs.block_table, np.int32).reshape(len(seq_lens), -1)
+        rows = np.arange(len(seq_lens)).repeat(starts[1:] - starts[:-1])
+        positions = np.arange(len(rows)) + (seq_lens - starts[1:])[rows]
+        places = positions // self._block_size  # of their blocks in the table
+        slots = positions + (block_table[rows, places] - places) * self._block_size
+        return [
+            starts,
+            seq_lens,
+            np.array(inputs.logits_indices, np.int64),
+            np.array(inputs.scored_indices, np.int64),
+            np.array(inputs.scored_token_ids, np.int64),
+            np.array(inputs.input_ids, np.int64),
+            positions,
+            slots,
+            work_items,
+            block_table,
+        ]
+
     def _allocate(self) -> None:
         num_words = sum(self._capacities.values())
         is_host = self._device.type == "cpu"
         is_pinned = not is_host and torch.accelerator.is_available()
         self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
     def _make_views(self, shapes: list[tuple[int, ...]]) -> None:
@@ -100,22 +128,14 @@ class StepBuffers:
                     self._capacities[name] *= 2
             self._allocate()
         self._shapes = shapes
-        self._arrays: dict[str, npt.NDArray[np.generic]] = {}
+        self._arrays: list[npt.NDArray[np.generic]] = []
         self._tensors: dict[str, torch.Tensor] = {}
         first = 0
         for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
-            self._arrays[name] = _view(self._host_words, first, shape, SECTIONS[name]).numpy()
+            self._arrays.append(_view(self._host_words, first, shape, SECTIONS[name]).numpy())
             self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
             self._num_words = first + size
             first += self._capacities[name]
-
-
-def _shape(values: list[int] | list[list[int]] | npt.NDArray[np.int64]) -> tuple[int, ...]:
-    if isinstance(values, np.ndarray):
-        return values.shape
-    if values and isinstance(values[0], list):
-        return len(values), len(values[0])
-    return (len(values),)
 
 
 def _num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:

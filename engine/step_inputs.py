@@ -1,8 +1,9 @@
-"""A step in numbers: what the forward pass must know of a scheduled batch, as plain lists that travel to every rank."""
+"""A step in numbers: what the forward pass must know of a scheduled batch, in a form that travels to every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Collection
 
 import msgspec
 
@@ -10,15 +11,16 @@ from engine.scheduling.batch import ScheduledBatch
 
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    """One step in numbers, the same for every rank. `engine.step_buffers` puts them where the kernels read them."""
+    """One step in numbers, the same for every rank. `engine.step_buffers` puts them where the kernels read them.
+
+    Positions and slots follow from these, and are worked out there.
+    """
 
     input_ids: list[int]
-    positions: list[int]
-    """The place of each token in its sequence."""
     query_start_loc: list[int]
     seq_lens: list[int]
-    block_table: list[list[int]]
-    slot_mapping: list[int]
+    block_table: bytes
+    """[num_seqs, max_blocks] int32: each sequence's blocks, padded with 0."""
     prompt_lens: list[int]
     """The length of each sequence's prompt."""
     logits_indices: list[int]
@@ -29,11 +31,9 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """The prompt tokens that follow the rows of `scored_indices`."""
 
 
-def step_inputs(batch: ScheduledBatch, block_size: int) -> StepInputs:
-    """The numbers of a scheduled batch whose blocks have `block_size` tokens."""
+def step_inputs(batch: ScheduledBatch) -> StepInputs:
+    """The numbers of a scheduled batch."""
     input_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     starts = [0]
     seq_lens: list[int] = []
     logits_indices: list[int] = []
@@ -42,26 +42,22 @@ def step_inputs(batch: ScheduledBatch, block_size: int) -> StepInputs:
     for scheduled in batch.scheduled:
         sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
         first = sequence.num_computed_tokens
-        seq_len = first + scheduled.num_tokens + len(draft)
         if num_scored:
             next_scored = 1 + len(sequence.prompt_logprobs)
             row = len(input_ids) + next_scored - 1 - first
             scored_indices += range(row, row + num_scored)
             scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
-        input_ids += sequence.token_ids[first : first + scheduled.num_tokens] + draft
-        positions += range(first, seq_len)
-        slots += _slots(sequence.block_table, first, seq_len, block_size)
+        input_ids += sequence.token_ids[first : first + scheduled.num_tokens]
+        input_ids += draft
         starts.append(len(input_ids))
-        seq_lens.append(seq_len)
+        seq_lens.append(first + scheduled.num_tokens + len(draft))
         if scheduled.is_completing:
             logits_indices += range(len(input_ids) - 1 - len(draft), len(input_ids))
     return StepInputs(
         input_ids=input_ids,
-        positions=positions,
         query_start_loc=starts,
         seq_lens=seq_lens,
         block_table=_padded([scheduled.sequence.block_table for scheduled in batch.scheduled]),
-        slot_mapping=slots,
         prompt_lens=[scheduled.sequence.num_prompt_tokens for scheduled in batch.scheduled],
         logits_indices=logits_indices,
         scored_indices=scored_indices,
@@ -69,12 +65,7 @@ def step_inputs(batch: ScheduledBatch, block_size: int) -> StepInputs:
     )
 
 
-def _slots(block_table: list[int], first: int, end: int, block_size: int) -> Iterable[int]:
-    """Where the KV of the positions `first` to `end` goes."""
-    return (block_table[position // block_size] * block_size + position % block_size for position in range(first, end))
-
-
-def _padded(tables: list[list[int]]) -> list[list[int]]:
-    """Lists of the same length, filled up with 0."""
-    width = max(map(len, tables))
-    return [table + [0] * (width - len(table)) for table in tables]
+def _padded(tables: Collection[array[int]]) -> bytes:
+    """The numbers of arrays one after the other, each filled up with 0 to the length of the longest."""
+    num_bytes = max(len(table) * table.itemsize for table in tables)
+    return b"".join([table.tobytes().ljust(num_bytes, b"\0") for table in tables])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 
 import torch
 
@@ -33,7 +34,7 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
     prompt = [index % 16 for index in range(num_tokens)]
     request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
-    sequence.block_table = list(range(-(-num_tokens // block_size)))
+    sequence.block_table = array("i", range(-(-num_tokens // block_size)))
     results = []
     for count in (num_tokens, 1, num_tokens):
         sequence.num_computed_tokens = num_tokens - count
@@ -60,7 +61,7 @@ def measure_steps(runner: Runner, sample: Sample, max_rows: int, *, block_size: 
     started = time.monotonic()
     request = GenerationRequest(request_id="costs", prompt_token_ids=[0], max_new_tokens=max_rows)
     sequence = Sequence(request, arrival_time=started)
-    sequence.block_table = list(range(-(-max_rows // block_size)))
+    sequence.block_table = array("i", range(-(-max_rows // block_size)))
     seconds: dict[int, list[float]] = {rows: [] for rows in MEASURED_ROWS if rows <= max_rows}
     for _ in range(MEASUREMENTS):
         for rows, measured in seconds.items():

@@ -48,7 +48,7 @@ class ParallelMatrices:
         self._params: list[dict[str, torch.Tensor]] = [{} for _ in self._methods]
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
-        self._running: list[MatrixKernel] = []
+        self._matrix_kernels: list[MatrixKernel] = []
 
     def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
         """Set what this rank holds. Raises SplitError for shards that stored tensors can't be cut at."""
@@ -137,15 +137,15 @@ class ParallelMatrices:
             on_device = packed.to(device)
             if self._is_input_cut and self._parallel.rank > 0:
                 on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
-            self._running.append(self._kernels(on_device))
+            self._matrix_kernels.append(self._kernels(on_device))
         self._merged = []
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
-        assert self._running, "called before finish"
-        if len(self._running) == 1:
-            return self._running[0](x)
-        return torch.cat([running(x) for running in self._running], dim=1)
+        assert self._matrix_kernels, "called before finish"
+        if len(self._matrix_kernels) == 1:
+            return self._matrix_kernels[0](x)
+        return torch.cat([kernel(x) for kernel in self._matrix_kernels], dim=1)
 
 
 class ColumnParallelLinear(ParallelMatrices):

@@ -165,8 +165,9 @@ def _is_compatible(a: PackedWeight, b: PackedWeight) -> bool:
         return False
     if (a.input_order is None) != (b.input_order is None):
         return False
-    if a.input_order is not None and b.input_order is not None and not torch.equal(a.input_order, b.input_order):
-        return False
+    if a.input_order is not None and b.input_order is not None and a.input_order is not b.input_order:
+        if not torch.equal(a.input_order, b.input_order):
+            return False
     if a.scales is None or b.scales is None:
         return True
     return (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)

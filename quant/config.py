@@ -15,7 +15,7 @@ import torch
 
 from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
 from quant.kernels import choose_kernel, rounding_instructions
-from quant.registry import import_entry
+from quant.registry import load_entry
 
 FORMATS: dict[str, str] = {
     "gptq": "quant.gptq:GptqFormat",
@@ -94,7 +94,7 @@ def resolve_quantization(
     description, linear, size_factor = "not quantised", dense, 1.0
     quantized_method: Callable[[str], LinearMethod | None] = _no_method
     if stored_name is not None:
-        stored_format: CheckpointFormat = import_entry(FORMATS[stored_name])(settings)
+        stored_format: CheckpointFormat = load_entry(FORMATS[stored_name])(settings)
         description = stored_format.description
         quantized_method = _where_marked(stored_format, tensor_names)
     elif flag is not None:
@@ -144,11 +144,11 @@ def _stored_name(settings: Mapping[str, Any]) -> str | None:
 
 def _recognize(settings: Mapping[str, Any]) -> str | None:
     """The format of settings that do not name theirs."""
-    return next((name for name, entry in FORMATS.items() if import_entry(entry).is_recognized(settings)), None)
+    return next((name for name, entry in FORMATS.items() if load_entry(entry).is_recognized(settings)), None)
 
 
 def _on_load_method(name: str) -> OnLoadMethod:
-    method: OnLoadMethod = import_entry(ON_LOAD[name])()
+    method: OnLoadMethod = load_entry(ON_LOAD[name])()
     return method
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def import_entry(entry: str) -> Any:
+def load_entry(entry: str) -> Any:
     """The class behind "module:Class"."""
     module, name = entry.split(":")
     return getattr(importlib.import_module(module), name)

@@ -82,7 +82,7 @@ class AdmittedRequest:
     """One request from its permit to its end, and the owner of that permit.
 
     Its block has a stream for each sequence. The request is admitted and validated as the block begins, unless that was
-    done before. If the client leaves before the block begins, whoever answers releases `permit`.
+    done before. The block ends with `close`; whoever answers closes a request whose client left before the block began.
     """
 
     def __init__(self, service: GenerationService, inputs: Sequence[GenerationInput]) -> None:
@@ -90,12 +90,16 @@ class AdmittedRequest:
         self._inputs = inputs
         self._block: AbstractAsyncContextManager[list[Stream]] | None = None
         """The block of the streams, once the request is valid."""
-        self.permit: Permit | None = None
+        self._permit: Permit | None = None
 
-    def take_permit(self, num_places: int) -> Permit:
+    def take_permit(self, num_places: int) -> None:
         """Raises OverloadedError."""
-        self.permit = self._service.admission.permit(num_places)
-        return self.permit
+        self._permit = self._service.admission.permit(num_places)
+
+    def close(self) -> None:
+        """Give the permit back, once."""
+        if self._permit is not None:
+            self._permit.release()
 
     async def validate(self) -> AbstractAsyncContextManager[list[Stream]]:
         """Take a permit, unless there is one, and make the block. Raises OverloadedError, ValidationError."""
@@ -105,28 +109,29 @@ class AdmittedRequest:
         with metrics.failing():
             for request in self._inputs:
                 validator.check_before_admission(request)
-            permit = self.permit or self.take_permit(sum(request.num_sequences for request in self._inputs))
+            if self._permit is None:
+                self.take_permit(sum(request.num_sequences for request in self._inputs))
             requests: list[ValidatedRequest] = []
             try:
                 for request in self._inputs:
                     requests += await validator.validate(request, self._service.engine.limits)
             except BaseException:
-                permit.release()
+                self.close()
                 raise
         for validated in requests:
             generation = validated.generation
             metrics.accepted(len(generation.prompt_token_ids), generation.max_new_tokens)
-        self._block = self._generate(requests, permit, metrics, started)
+        self._block = self._generate(requests, metrics, started)
         return self._block
 
     @contextlib.asynccontextmanager
     async def _generate(
-        self, requests: Sequence[ValidatedRequest], permit: Permit, metrics: RequestMetrics, started: float
+        self, requests: Sequence[ValidatedRequest], metrics: RequestMetrics, started: float
     ) -> AsyncIterator[list[Stream]]:
         """Submit all sequences; they live as long as the block."""
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(metrics.failing())
-            stack.enter_context(permit)
+            stack.callback(self.close)
             submitted = time.perf_counter()
             streams = []
             for request in requests:

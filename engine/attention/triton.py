@@ -23,8 +23,8 @@ FEW_TOKENS = 8
 """Query tokens up to which a sequence has small tiles: decode and drafts."""
 SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
-TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
-"""Cached tokens that a tile is multiplied with at a time."""
+TILE_KEYS = 64
+"""Cached tokens that a tile is multiplied with at a time; small tiles of long heads would spill with so many."""
 WRITE_BLOCK = 512
 NO_WINDOW = 2**31 - 1
 NUM_FIELDS = 6
@@ -65,7 +65,7 @@ class TritonAttention:
         self._shape = shape
         self.block_size = block_size
         group = shape.num_heads // shape.num_kv_heads
-        self._tile_tokens = {rows: rows // group for rows in TILE_KEYS}
+        self._tile_tokens = {rows: rows // group for rows in (SMALL_TILE, LARGE_TILE)}
 
     def block_bytes(self, dtype: torch.dtype) -> int:
         return 2 * self.block_size * self._shape.num_kv_heads * self._shape.head_dim * dtype.itemsize
@@ -166,7 +166,7 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS[tile_rows],
+            TILE_KEYS=TILE_KEYS // 2 if tile_rows == SMALL_TILE and shape.head_dim > 64 else TILE_KEYS,
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
         )

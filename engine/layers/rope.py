@@ -180,12 +180,12 @@ class Rotary:
         self.table = self._table(self._angles(torch.arange(num_positions)))
 
     def prepare(
-        self, rows: torch.Tensor, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]
+        self, rows: torch.Tensor, starts: Sequence[int], seq_lens: Sequence[int], prompt_lens: Sequence[int]
     ) -> Rotation:
-        """The angles of a step: tokens `starts[i] : starts[i + 1]` are of a request whose prompt has `prompt_lens[i]`.
+        """The angles of a step, whose tokens stand at the positions `rows` [num_tokens] int64.
 
-        rows [num_tokens] int64 on the device and `positions` on the host are the same numbers; starts [num_seqs + 1],
-        prompt_lens [num_seqs].
+        Tokens `starts[i] : starts[i + 1]` are the last of the first `seq_lens[i]` of a request whose prompt has
+        `prompt_lens[i]`; starts [num_seqs + 1], seq_lens and prompt_lens [num_seqs].
         """
         return Rotation(self.table, rows)
 
@@ -210,21 +210,22 @@ class DynamicRotary(Rotary):
     is_prompt_dependent = True
 
     def prepare(
-        self, rows: torch.Tensor, positions: Sequence[int], starts: Sequence[int], prompt_lens: Sequence[int]
+        self, rows: torch.Tensor, starts: Sequence[int], seq_lens: Sequence[int], prompt_lens: Sequence[int]
     ) -> Rotation:
         long_prompts = [
-            (start, min(end, start + prompt_len - positions[start]), prompt_len)
-            for start, end, prompt_len in zip(starts, starts[1:], prompt_lens, strict=False)
-            if prompt_len > self.rope.original_window and positions[start] < prompt_len
+            (start, min(end, start + prompt_len - first), first, prompt_len)
+            for start, end, seq_len, prompt_len in zip(starts, starts[1:], seq_lens, prompt_lens, strict=False)
+            if prompt_len > self.rope.original_window and (first := seq_len - (end - start)) < prompt_len
         ]
         if not long_prompts:
             return Rotation(self.table, rows)
         cos, sin = self.table.cos[rows], self.table.sin[rows]
-        for start, end, prompt_len in long_prompts:
+        for start, end, first, prompt_len in long_prompts:
             frequencies = self._frequencies(torch.tensor([prompt_len]))[0]
-            part = self._table(torch.outer(torch.tensor(positions[start:end], dtype=torch.float32), frequencies))
+            positions = torch.arange(first, first + end - start, dtype=torch.float32)
+            part = self._table(torch.outer(positions, frequencies))
             cos[start:end], sin[start:end] = part.cos, part.sin
-        return Rotation(RotaryTable(cos, sin), torch.arange(len(positions), device=self._device))
+        return Rotation(RotaryTable(cos, sin), torch.arange(len(rows), device=self._device))
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         angles = super()._angles(positions)

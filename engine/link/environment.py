@@ -60,10 +60,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
 
 KERNEL_SOURCES = (
     "quant/kernels/*.py",
-    "engine/attention/cpu.py",
-    "engine/layers/cpu.py",
-    "engine/sampling/grammar_cpu.py",
-    "engine/sampling/sampler_cpu.py",
+    "engine/*/*cpu.py",
     "engine/scheduling/ngram.py",
     "parallel/atomics.py",
     "parallel/shared_memory.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Sequence as SequenceOf
 
 from engine.build import load_model
@@ -40,7 +41,7 @@ def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: i
             has_prompt_logprobs=True,
         )
         sequence = Sequence(request, arrival_time=time.monotonic())
-        sequence.block_table = list(range(-(-sequence.num_tokens // runner.block_size)))
+        sequence.block_table = array("i", range(-(-sequence.num_tokens // runner.block_size)))
         batch = ScheduledBatch()
         batch.add(sequence, sequence.num_tokens)
         logprobs = runner.execute(batch).prompt_logprobs()

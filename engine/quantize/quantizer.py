@@ -10,7 +10,7 @@ import torch
 from engine.quantize.methods import METHODS
 from engine.quantize.options import QuantizeOptions
 from engine.quantize.stages import LayerStages, LayerTensors
-from quant.registry import import_entry
+from quant.registry import load_entry
 from quant.rounding import RoundedMatrix
 from quant.statistics import InputStatistics
 
@@ -46,7 +46,7 @@ class Quantizer(Protocol):
 
 def make_quantizer(options: QuantizeOptions, stages: LayerStages) -> Quantizer:
     """The quantizer of the method that the options name."""
-    quantizer: Quantizer = import_entry(METHODS[options.method].quantizer)(options, stages)
+    quantizer: Quantizer = load_entry(METHODS[options.method].quantizer)(options, stages)
     return quantizer
 
 

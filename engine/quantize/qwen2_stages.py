@@ -104,9 +104,8 @@ class Qwen2Stages:
     def _rotation(self, num_samples: int) -> Rotation:
         num_tokens = self._num_tokens
         starts = range(0, (num_samples + 1) * num_tokens, num_tokens)
-        positions = [*range(num_tokens)] * num_samples
-        rows = torch.tensor(positions, device=self._device)
-        return self._rotary.prepare(rows, positions, starts, [num_tokens] * num_samples)
+        rows = torch.arange(num_tokens, device=self._device).repeat(num_samples)
+        return self._rotary.prepare(rows, starts, [num_tokens] * num_samples, [num_tokens] * num_samples)
 
     def _mask(self, window: int | None) -> torch.Tensor | None:
         """[tokens, tokens], True if the token of the row sees that of the column; None: it sees all up to itself."""

@@ -12,9 +12,6 @@ from engine.link.messages import SamplingParams
 from engine.sampling.sampler import MIN_TEMPERATURE, RawRows, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
 
-NUCLEUS_CANDIDATES = 1024
-"""Top-p first looks among this many best tokens, and sorts the vocabulary only if they don't hold the mass."""
-
 
 def sample(
     logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int], raw: RawRows | None = None
@@ -137,14 +134,9 @@ def _keep_best(logits: torch.Tensor, counts: SequenceOf[float]) -> torch.Tensor:
 
 def _keep_nucleus(logits: torch.Tensor, masses: SequenceOf[float]) -> torch.Tensor:
     """Keep the smallest set of best tokens whose mass reaches the row's; ties with the last one stay."""
-    top_ps = _column(masses, logits.device)
-    normalizer = logits.logsumexp(dim=-1, keepdim=True)
-    for num_candidates in (min(NUCLEUS_CANDIDATES, logits.shape[1]), logits.shape[1]):
-        best = logits.topk(num_candidates, dim=-1).values
-        mass = (best - normalizer).exp().cumsum(dim=-1)
-        if num_candidates == logits.shape[1] or bool((mass[:, -1:] >= top_ps).all()):
-            break
-    last = (mass < top_ps).sum(dim=-1, keepdim=True).clamp_(max=num_candidates - 1)
+    best = logits.sort(dim=-1, descending=True).values
+    mass = (best - logits.logsumexp(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    last = (mass < _column(masses, logits.device)).sum(dim=-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
     return logits.masked_fill(logits < best.gather(1, last), -torch.inf)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from engine.scheduling.sequence import Sequence
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's part in a step, decided when the sequence stood as the scheduler saw it."""
 
     sequence: Sequence
@@ -50,14 +50,17 @@ class ScheduledBatch:
         draft = draft or []
         is_completing = num_tokens == sequence.num_uncomputed_tokens
         end = self.num_rows + (1 + len(draft) if is_completing else 0)
-        num_new_scores = sequence.num_computed_tokens + num_tokens - len(sequence.prompt_logprobs)
+        num_scored = sequence.num_unscored_tokens
+        if num_scored:
+            num_new_scores = sequence.num_computed_tokens + num_tokens - len(sequence.prompt_logprobs)
+            num_scored = max(0, min(num_scored, num_new_scores))
         self.scheduled.append(
             ScheduledSequence(
                 sequence,
                 num_tokens,
                 draft,
                 is_completing,
-                num_scored_tokens=max(0, min(sequence.num_unscored_tokens, num_new_scores)),
+                num_scored_tokens=num_scored,
                 rows=range(self.num_rows, end),
             )
         )

@@ -63,7 +63,7 @@ class BlockManager:
             return False
         for block in reused:
             self._hold(block)
-        sequence.block_table = reused
+        sequence.block_table = array("i", reused)
         sequence.num_computed_tokens = sequence.num_cached_tokens = len(reused) * self.block_size
         self._extend(sequence, num_new)
         return True
@@ -74,7 +74,9 @@ class BlockManager:
         `num_spare_blocks` must stay free, unless no block is needed.
         """
         num_missing = self.num_missing_blocks(sequence, sequence.num_tokens + num_more)
-        if num_missing and num_missing + num_spare_blocks > self.num_free_blocks:
+        if not num_missing:
+            return True
+        if num_missing + num_spare_blocks > self.num_free_blocks:
             return False
         self._extend(sequence, num_missing)
         return True
@@ -88,10 +90,10 @@ class BlockManager:
     def free(self, sequence: Sequence) -> None:
         """Give all blocks of `sequence` back. The end of a prefix is given to other content before its beginning."""
         self._release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.num_computed_tokens = 0
 
-    def _release(self, blocks: list[int]) -> None:
+    def _release(self, blocks: array[int]) -> None:
         for block in reversed(blocks):
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
@@ -107,8 +109,9 @@ class BlockManager:
             return
         first = num_computed_before // self.block_size
         last = sequence.num_computed_tokens // self.block_size
-        for index, digest in enumerate(self._hashes(sequence, last)[first:last], start=first):
-            block = sequence.block_table[index]
+        if first == last:
+            return
+        for digest, block in zip(self._hashes(sequence, last)[first:], sequence.block_table[first:last], strict=True):
             if digest not in self._block_of:
                 self._hash_of[block] = digest
                 self._block_of[digest] = block

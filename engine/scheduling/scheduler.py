@@ -127,7 +127,7 @@ class Scheduler:
         rooms = [sequence.request.max_new_tokens - sequence.num_output_tokens - 1 for sequence in sequences]
         drafts = self._drafter.draft(sequences, rooms, budget)
         for sequence, draft in zip(sequences, drafts, strict=True):
-            if not self._blocks.grow(sequence, len(draft), num_spare_blocks=len(self.running)):
+            if draft and not self._blocks.grow(sequence, len(draft), num_spare_blocks=len(self.running)):
                 del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
         return drafts
 
@@ -220,8 +220,8 @@ class Scheduler:
         if not sequence.num_output_tokens:
             event.queue_time_s = sequence.queue_time_s
             event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
-        if not all(map(math.isfinite, event.prompt_logprobs)):
-            return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
+            if not all(map(math.isfinite, event.prompt_logprobs)):
+                return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
         error = None
         for row, guess in zip(scheduled.rows, [*scheduled.draft, None], strict=True):
             token_id = sampled.token_ids[row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -34,10 +35,11 @@ class Sequence:
     """`time.monotonic()` when the request reached the engine."""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     """Prompt and output."""
+    num_prompt_tokens: int = dataclasses.field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Computed tokens that were found in the prefix cache at the last admission."""
-    block_table: list[int] = dataclasses.field(default_factory=list)
+    block_table: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     cache_salt: bytes = b""
     """Sequences share blocks only under equal salts: anything beside the tokens that their KV depends on."""
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
@@ -53,14 +55,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_unscored_tokens(self) -> int:
@@ -71,9 +70,9 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """At least 1 while the sequence lives: the newest token's KV is made by the step that chooses the next one."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) - self.num_computed_tokens

@@ -22,13 +22,13 @@ class StepClock:
         self._times = [time.monotonic()]
 
     @contextlib.contextmanager
-    def schedule(self) -> Iterator[None]:
+    def scheduling(self) -> Iterator[None]:
         yield
         self._times.append(time.monotonic())
 
     @contextlib.contextmanager
-    def forward(self, batch: ScheduledBatch) -> Iterator[None]:
-        """The model and the sampling."""
+    def computing(self, batch: ScheduledBatch) -> Iterator[None]:
+        """Time the model and the sampling."""
         self.report.num_sequences = len(batch.scheduled)
         self.report.num_admitted = batch.num_admitted
         self.report.is_prefill = not batch.is_decoding or batch.num_admitted > 0
@@ -36,7 +36,7 @@ class StepClock:
         self._times.append(time.monotonic())
 
     @contextlib.contextmanager
-    def update(self) -> Iterator[None]:
+    def updating(self) -> Iterator[None]:
         yield
         self._times.append(time.monotonic())
 

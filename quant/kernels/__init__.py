@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 
 from quant.base import MatrixKernel, PackedWeight
-from quant.registry import import_entry
+from quant.registry import load_entry
 
 logger = logging.getLogger(__name__)
 
@@ -64,4 +64,4 @@ def rounding_instructions(backend: str) -> str | None:
 def _kernels(backend: str, layout: str) -> Iterator[type[MatrixKernel]]:
     """The kernels for a layout, each imported when its turn comes."""
     entries = MATRICES[backend].get(layout) or MATRICES["torch"][layout]
-    return map(import_entry, entries)
+    return map(load_entry, entries)

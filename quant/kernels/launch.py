@@ -31,6 +31,8 @@ POINTERS = {
 }
 ALIGNMENT = 16
 """Triton compiles a kernel of its own for addresses, and for integers, that are multiples of it."""
+FP_FUSION = True
+"""Whether compilers may fuse products and sums. Said at each launch, as Triton would take it from the environment."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ def launch(
         return
     # Infinities are part of the arithmetic: NumPy, which interprets, would warn of them.
     with np.errstate(all="ignore") if IS_INTERPRETED else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
+        kernel[grid](*arguments, **constants, **options)
 
 
 def _check(name: str, tensors: list[torch.Tensor]) -> None:

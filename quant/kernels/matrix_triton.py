@@ -25,12 +25,15 @@ class MatrixTriton:
     def __init__(self, packed: PackedWeight) -> None:
         self._packed = _contiguous(packed)
         num_inputs, scales = packed.num_inputs, packed.scales
-        self._group_size = num_inputs if scales is None else num_inputs // scales.shape[1]
+        num_groups = 1 if scales is None else scales.shape[1]
+        self._group_size = num_inputs // num_groups if num_groups > 1 else 0
         self._tile = tile_for(
             packed.weight.shape[0],
             num_inputs,
             group_size=self._group_size,
             min_inputs=min_block_inputs(packed.layout),
+            is_dense=scales is None,
+            is_gathered=packed.input_order is not None,
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

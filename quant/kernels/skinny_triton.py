@@ -68,14 +68,19 @@ def load_group(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     IS_FINE: tl.constexpr,
 ):
-    """Scales in float32 and zero points in int16: of each weight if `IS_FINE`, else [outputs, 1] of the one group."""
+    """Scales in float32 and zero points in int16: of each weight if `IS_FINE`, else [outputs, 1] of the one group.
+
+    `GROUP` inputs have a scale; 0: all of them have the same.
+    """
     if IS_FINE:
         where = outputs[:, None].to(tl.int64) * (num_inputs // GROUP) + (inputs // GROUP)[None, :]
         mask = is_output[:, None] & is_input[None, :]
         scale = tl.load(scales_ptr + where, mask=mask, other=0.0).to(tl.float32)
         zero = tl.load(zeros_ptr + where, mask=mask, other=0).to(tl.int16)
     else:
-        where = outputs.to(tl.int64) * (num_inputs // GROUP) + start // GROUP
+        where = outputs.to(tl.int64)
+        if GROUP:
+            where = where * (num_inputs // GROUP) + start // GROUP
         scale = tl.load(scales_ptr + where, mask=is_output, other=0.0).to(tl.float32)[:, None]
         zero = tl.load(zeros_ptr + where, mask=is_output, other=0).to(tl.int16)[:, None]
     return scale, zero
@@ -94,7 +99,7 @@ def _scaled(q, scale, zero, x_ptr, IS_FINE: tl.constexpr, WIDEN: tl.constexpr): 
 def skinny_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [num_rows, num_inputs]
     weight_ptr,  # [num_outputs, num_inputs], int4: half as many bytes
-    scales_ptr,  # [num_outputs, num_inputs / GROUP]
+    scales_ptr,  # [num_outputs, num_inputs / GROUP], GROUP 0: [num_outputs, 1]
     zeros_ptr,  # like scales
     order_ptr,  # [num_inputs] int64
     bias_ptr,  # [num_outputs]
@@ -195,7 +200,10 @@ def min_block_inputs(layout: str) -> int:
 
 
 def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.Tensor, out: torch.Tensor) -> None:
-    """x [rows, num_inputs] @ weight.T + bias into `out` [rows, num_outputs], for at most `MAX_ROWS` rows."""
+    """x [rows, num_inputs] @ weight.T + bias into `out` [rows, num_outputs], for at most `MAX_ROWS` rows.
+
+    `group_size` inputs have a scale; 0: all of them have the same, or there is none.
+    """
     (num_rows, num_outputs), is_split = out.shape, tile.splits > 1
     unused = packed.weight
     bias = unused if packed.bias is None else packed.bias
@@ -215,7 +223,7 @@ def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.T
         packed.num_inputs,
         LAYOUT=packed.layout,
         GROUP=group_size,
-        IS_FINE=group_size % tile.block_inputs > 0 and group_size < packed.num_inputs,
+        IS_FINE=group_size % tile.block_inputs > 0,
         HAS_ORDER=packed.input_order is not None,
         HAS_BIAS=packed.bias is not None,
         BLOCK_OUTPUTS=tile.block_outputs,

@@ -27,16 +27,19 @@ class Tile:
     num_stages: int = 3
 
 
-def tile_for(num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: int) -> Tile:
-    """The tile of a weight with a scale for every `group_size` inputs; `min_inputs` is a power of two.
+def tile_for(
+    num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: int, is_dense: bool, is_gathered: bool = False
+) -> Tile:
+    """The tile of a weight with a scale for every `group_size` inputs, or 0; `min_inputs` is a power of two.
 
-    A block of inputs lies within a group, unless no block of `min_inputs` can.
+    A block of inputs lies within a group, unless no block of `min_inputs` can. Weights whose inputs are gathered
+    (`is_gathered`) need more registers, so fewer loads are under way at a time.
     """
-    is_one_group = group_size == num_inputs
-    block_inputs = MAX_BLOCK_INPUTS if is_one_group else min(group_size & -group_size, MAX_BLOCK_INPUTS)
-    block_inputs = max(block_inputs, min_inputs)
+    power_of_two = group_size & -group_size  # the largest that divides it
+    block_inputs = max(min(power_of_two or MAX_BLOCK_INPUTS, MAX_BLOCK_INPUTS), min_inputs)
     block_outputs = 32 if num_outputs < FEW_OUTPUTS else 64
     programs = -(-num_outputs // block_outputs)
     blocks = -(-num_inputs // block_inputs)
     splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, blocks // MIN_BLOCKS_PER_SPLIT))
-    return Tile(block_outputs, block_inputs, splits)
+    num_warps = 8 if is_dense else 4  # with which the compiler spills least
+    return Tile(block_outputs, block_inputs, splits, num_warps, num_stages=2 if is_gathered else 3)

@@ -22,7 +22,7 @@ BLOCK_OUTPUTS, BLOCK_INPUTS = 16, 256
 @triton.jit(do_not_specialize=["first_output", "num_outputs"])
 def widen_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,  # [all outputs, num_inputs], int4: half as many bytes
-    scales_ptr,  # [all outputs, num_inputs / GROUP]
+    scales_ptr,  # [all outputs, num_inputs / GROUP], GROUP 0: [all outputs, 1]
     zeros_ptr,  # like scales
     out_ptr,  # [num_outputs, num_inputs]
     first_output,
@@ -40,7 +40,9 @@ def widen_kernel(  # type: ignore[no-untyped-def]
     is_output = rows < num_outputs
     is_input = inputs < num_inputs
     mask = is_output[:, None] & is_input[None, :]
-    scale, zero = load_group(scales_ptr, zeros_ptr, outputs, inputs, is_output, is_input, 0, num_inputs, GROUP, True)
+    scale, zero = load_group(
+        scales_ptr, zeros_ptr, outputs, inputs, is_output, is_input, 0, num_inputs, GROUP, GROUP > 0
+    )
     weight_rows = outputs[:, None].to(tl.int64)
     if LAYOUT == "int4":
         byte = inputs // 16 * 8 + inputs % 8

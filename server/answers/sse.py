@@ -14,7 +14,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from server.answers.json import encoder
-from server.edge.admission import Permit
 from server.telemetry.spans import log_failure
 
 logger = logging.getLogger(__name__)
@@ -44,17 +43,17 @@ class EventStream(EventSourceResponse):
     """A stream of encoded events.
 
     sse-starlette pings at a fixed interval; TGI's timer restarts with every event, hence the timer here. A client that
-    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. `permit`, if
-    there is one, is given back here, too: a client may have left before the events begin, whose block would do it.
+    takes nothing for `send_timeout_s` is given up: its permit and its KV memory go to somebody who reads. `close` is
+    called at the end: a client may have left before the events begin, whose block would give the permit back.
     """
 
     keep_alive_s = 15.0
     send_timeout_s = 120.0
 
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], permit: Permit | None) -> None:
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]) -> None:
         stream_headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
         super().__init__(events, headers=headers | stream_headers, ping=0, send_timeout=self.send_timeout_s)
-        self._permit = permit
+        self._close = close
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,8 +85,7 @@ class EventStream(EventSourceResponse):
             logger.error("a client has not read its stream for %g s: giving it up", self.send_timeout_s)
         finally:
             keep_alive.cancel()
-            if self._permit is not None:
-                self._permit.release()
+            self._close()
 
     async def _keep_alive(self, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from server.errors import OverloadedError
 
 
@@ -31,11 +29,3 @@ class Permit:
     def release(self) -> None:
         self._admission.num_free += self._num_held
         self._num_held = 0
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()

@@ -105,7 +105,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
     headers = stream_headers(service.config.compute_type, generation_input.inputs)
-    return EventStream(events, headers, opening.permit)
+    return EventStream(events, headers, opening.close)
 
 
 def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:

@@ -103,7 +103,7 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
         return json_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
     headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
-    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.permit)
+    return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
 
 
 class _Completion:

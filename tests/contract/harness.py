@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.unit.engine.builders import make_batch
 from tests.unit.engine.core_builders import assemble_core
 
 KERNELS = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
-TWINS = dataclasses.replace(KERNELS, attention="torch", ops="torch")
+REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch")
 
 
 def make_runner(
@@ -72,7 +73,7 @@ def random_ids(size: int, seed: int = 0) -> list[int]:
 def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
     request = GenerationRequest(request_id="any", prompt_token_ids=token_ids, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=0.0)
-    sequence.block_table = blocks
+    sequence.block_table = array("i", blocks)
     return sequence
 
 

@@ -7,7 +7,7 @@ Attention, ops, samplers and matrix kernels have one oracle for all rows, plain 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +37,11 @@ DEQUANTIZERS: dict[str, Callable[..., Any]] = {
 
 WRITTEN: dict[str, str] = {"gptq": "gptq", "awq": "awq", "int8": "gptq", "int4": "awq"}
 """Key of `METHODS` -> key of the format that it writes, whose oracle reads it."""
+
+INTERPRETED = "triton"
+"""The backend that a CPU runs in Triton's interpreter alone; tests/interpreted compares it with the same oracles."""
+
+
+def backends_here(table: Iterable[str]) -> list[str]:
+    """The backends of a table that contract tests run, in this process and on the CPU."""
+    return [name for name in table if name != INTERPRETED]

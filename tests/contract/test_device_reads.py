@@ -8,6 +8,7 @@ operation.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def make_batch() -> ScheduledBatch:
             has_prompt_logprobs=number == 0,
         )
         sequence = Sequence(request, arrival_time=0.0)
-        sequence.block_table = list(range(5 * number, 5 * number + 5))
+        sequence.block_table = array("i", range(5 * number, 5 * number + 5))
         sequence.num_computed_tokens = num_computed
         batch.add(sequence, num_tokens, draft)
     return batch

@@ -13,7 +13,7 @@ from engine.attention.cpu import BLOCK_SIZE
 from engine.device import Device
 from tests.contract.harness import (
     KERNELS,
-    TWINS,
+    REFERENCES,
     all_logits,
     make_runner,
     make_sequence,
@@ -38,7 +38,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("device", [KERNELS, TWINS], ids=["kernels", "twins"])
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_logits_equal_transformers(checkpoint: str, device: Device, tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path, **CHECKPOINTS[checkpoint])

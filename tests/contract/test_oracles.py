@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from engine.attention import ATTENTION_BACKENDS
 from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.layers import OPS
 from engine.models import MODELS
 from engine.quantize.methods import METHODS
 from engine.quantize.stages import STAGES
 from quant.config import FORMATS
-from tests.contract.oracles import DEQUANTIZERS, FAMILIES, WRITTEN
+from quant.kernels import MATRICES
+from tests.contract.oracles import DEQUANTIZERS, FAMILIES, INTERPRETED, WRITTEN
 from tests.contract.test_quantize_methods import CASES
 from tests.contract.test_quantized_checkpoints import FOLDERS
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_family_has_its_model_in_transformers() -> None:
@@ -28,3 +38,13 @@ def test_every_method_writes_a_format_that_is_read_and_has_its_cases() -> None:
     assert WRITTEN.keys() == METHODS.keys()
     assert set(WRITTEN.values()) <= FORMATS.keys()
     assert {case.split("-")[0] for case in CASES} == METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("table", "module"),
+    [(ATTENTION_BACKENDS, "attention"), (OPS, "ops"), (MATRICES, "matrices")],
+    ids="attention ops matrices".split(),
+)
+def test_a_backend_that_is_left_out_here_is_proven_in_the_interpreter(table: Collection[str], module: str) -> None:
+    has_proof = (ROOT / "tests" / "interpreted" / f"test_{module}.py").exists()
+    assert has_proof == (INTERPRETED in table)

@@ -17,7 +17,7 @@ from engine.runner import ModelRunner, StepResult
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import NON_FINITE_ERROR
 from parallel.state import ParallelState
-from tests.contract.harness import KERNELS, TWINS, make_core, make_runner, oracle_logits, random_ids
+from tests.contract.harness import KERNELS, REFERENCES, make_core, make_runner, oracle_logits, random_ids
 from tests.unit.parallel.threads import run_ranks
 
 PROMPTS = [random_ids(size, seed=size) for size in (1, 2, 65, 150)]
@@ -50,7 +50,7 @@ def run(core: Any, requests: list[GenerationRequest]) -> dict[str, list[TokenEve
     return events
 
 
-@pytest.mark.parametrize("device", [KERNELS, TWINS], ids=["kernels", "twins"])
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
 def test_float32_equals_transformers(device: Any, tiny_model_dir: Path) -> None:
     core = make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=device))
     events = run(core, [make_request(number) for number in range(4)])

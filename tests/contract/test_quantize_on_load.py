@@ -13,7 +13,7 @@ from engine.link.errors import StartError
 from engine.start import start_engine
 from quant.config import ON_LOAD
 from quant.packing import widen
-from quant.registry import import_entry
+from quant.registry import load_entry
 from tests.contract.harness import make_requests, oracle_greedy, random_ids, run_requests
 from tests.tiny_model import write_tiny_qwen2
 
@@ -30,7 +30,7 @@ def write_widened(source: Path, folder: Path, method: str) -> None:
     weights = load_file(source / "model.safetensors")
     for name, tensor in weights.items():
         if "_proj.weight" in name:
-            weights[name] = widen(import_entry(ON_LOAD[method])().pack({"weight": tensor})).contiguous()
+            weights[name] = widen(load_entry(ON_LOAD[method])().pack({"weight": tensor})).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -90,7 +90,7 @@ def test_dynamic_rotates_as_generate_does(num_prompt_tokens: int, chunk: int) ->
         other = list(range(5))  # a short neighbour in the same step
         rows_of_step = torch.tensor(other + positions)
         starts = [0, 5, 5 + len(positions)]
-        rotation = rotary.prepare(rows_of_step, other + positions, starts, [40, num_prompt_tokens])
+        rotation = rotary.prepare(rows_of_step, starts, [5, positions[-1] + 1], [40, num_prompt_tokens])
         cos = rotation.table.cos[rotation.rows]
         assert torch.equal(cos[:5], rotary.table.cos[:5])
         rows.append(cos[5:])
@@ -100,7 +100,7 @@ def test_dynamic_rotates_as_generate_does(num_prompt_tokens: int, chunk: int) ->
 def test_a_step_without_long_prompts_uses_the_table_as_it_is() -> None:
     for kind in ("linear", "dynamic"):
         rotary = make(scaled(type=kind, factor=2.0))
-        rotation = rotary.prepare(torch.tensor([3, 4, 300]), [3, 4, 300], [0, 2, 3], [WINDOW, 299])
+        rotation = rotary.prepare(torch.tensor([3, 4, 300]), [0, 2, 3], [5, 301], [WINDOW, 299])
         assert rotation.table is rotary.table
         assert rotation.rows.tolist() == [3, 4, 300]
         assert rotary.is_prompt_dependent is (kind == "dynamic")

@@ -17,7 +17,7 @@ from engine.link.messages import EngineReady
 from engine.start import start_engine
 from tests.contract.harness import (
     KERNELS,
-    TWINS,
+    REFERENCES,
     all_logits,
     make_core,
     make_requests,
@@ -64,7 +64,7 @@ def test_logits_equal_transformers(kind: str, spelling: str, tmp_path: Path) -> 
     """A prompt that grows beyond the original window, and one that is longer from the start."""
     write_tiny_qwen2(tmp_path, **spelled(spelling, kind))
     token_ids = random_ids(48)
-    runners = [make_runner(tmp_path, device=device) for device in (KERNELS, TWINS)]
+    runners = [make_runner(tmp_path, device=device) for device in (KERNELS, REFERENCES)]
     for num_prompt_tokens, cuts in ((27, [7]), (42, [7, 16, 35])):
         expected = oracle_steps(tmp_path, token_ids, num_prompt_tokens)
         for runner in runners:

@@ -12,7 +12,7 @@ from engine.link.errors import StartError
 from engine.models.config import attention_windows
 from tests.contract.harness import (
     KERNELS,
-    TWINS,
+    REFERENCES,
     all_logits,
     make_core,
     make_requests,
@@ -57,7 +57,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path, **CONFIGS[name])
     token_ids = random_ids(60)
     expected = oracle_logits(tmp_path, token_ids)[39:]
-    for device in (KERNELS, TWINS):
+    for device in (KERNELS, REFERENCES):
         logits = all_logits(make_runner(tmp_path, device=device), token_ids, 40, [7, 16, 33])
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 

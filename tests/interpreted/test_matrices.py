@@ -102,20 +102,22 @@ def poisoned(num_rows: int, packed: PackedWeight, dtype: torch.dtype) -> torch.T
     block_outputs=st.sampled_from([16, 32]),
     scale_dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_few_rows(
     dtype: torch.dtype, matrix: Matrix, num_rows: int, splits: int, block_outputs: int, scale_dtype: torch.dtype
 ) -> None:
     packed = matrix.pack(dtype if matrix.layout == "dense" else scale_dtype)
+    group_size = matrix.group_size if matrix.num_groups > 1 else 0
     tile = tile_for(
         matrix.num_outputs,
         matrix.num_inputs,
-        group_size=matrix.group_size,
+        group_size=group_size,
         min_inputs=min_block_inputs(matrix.layout),
+        is_dense=matrix.layout == "dense",
     )
     tile = Tile(block_outputs, tile.block_inputs, splits)
     x, out = random_x(num_rows, matrix.num_inputs, dtype), poisoned(num_rows, packed, dtype)
-    skinny_product(packed, matrix.group_size, tile, x, out)
+    skinny_product(packed, group_size, tile, x, out)
     assert_close(out, product(packed, x))
 
 

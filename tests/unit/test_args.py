@@ -668,7 +668,8 @@ def test_the_table_is_honest() -> None:
 
 
 def test_quantizations_are_those_of_the_engine() -> None:
-    assert set(QUANTIZE) == {*FORMATS, *ON_LOAD}
+    """A checkpoint in one of FORMATS loads without the flag, which may repeat its name; ON_LOAD needs the flag."""
+    assert set(ON_LOAD) <= set(QUANTIZE) <= {*FORMATS, *ON_LOAD}
 
 
 def test_the_echo_says_what_was_given_and_how_but_no_secret() -> None:

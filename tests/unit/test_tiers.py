@@ -11,9 +11,9 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_every_test_is_in_a_tier() -> None:
-    """`make test` runs the folders of pyproject.toml, `make test-fast` one of them, `make test-slow` the rest."""
+    """`make test` runs the folders of pyproject.toml, of which tests/unit is the fast tier, then tests/interpreted."""
     settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    tiers = {*settings["testpaths"], "tests/slow"}
+    tiers = {*settings["testpaths"], "tests/interpreted", "tests/slow"}
     folders = {f"tests/{path.relative_to(TESTS).parts[0]}" for path in TESTS.rglob("test_*.py")}
     assert tiers == folders
 

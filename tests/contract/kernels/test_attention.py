@@ -14,10 +14,11 @@ from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.cpu import BLOCK_SIZE, CpuAttention
 from engine.attention.torch import TorchAttention
 from engine.link.registry import import_entry
+from tests.contract.oracles import backends_here
 
 # Two rows per KV head and token, Qwen2.5-0.5B's seven, one, and more than a tile has rows.
 SHAPES = [AttentionShape(4, 2, 16), AttentionShape(14, 2, 64), AttentionShape(3, 3, 32), AttentionShape(40, 1, 16)]
-BACKENDS = [import_entry(ATTENTION_BACKENDS, name, "attention backend") for name in ATTENTION_BACKENDS]
+BACKENDS = [import_entry(ATTENTION_BACKENDS, name, "attention backend") for name in backends_here(ATTENTION_BACKENDS)]
 CACHE_DTYPES = [torch.float32, torch.bfloat16]
 NUM_BLOCKS = 40
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 65]
@@ -109,7 +110,7 @@ def whole_attention(
     return out.transpose(0, 1).reshape(len(qkv), -1)
 
 
-@pytest.mark.parametrize("backend_class", BACKENDS, ids=[*ATTENTION_BACKENDS])
+@pytest.mark.parametrize("backend_class", BACKENDS, ids=backends_here(ATTENTION_BACKENDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: torch.dtype) -> None:
@@ -122,7 +123,7 @@ def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
-def test_decodes_chunks_and_prompts_in_one_step_equal_the_twin(shape: AttentionShape, dtype: torch.dtype) -> None:
+def test_decodes_chunks_and_prompts_in_one_step_equal_the_reference(shape: AttentionShape, dtype: torch.dtype) -> None:
     lengths = [33, 16, 17, 50, 1, 48]
     firsts = [32, 15, 16, 19, 0, 16]  # last tokens at block edges, a chunk across three blocks, a prompt, a chunk
     tables = deal_blocks(lengths, seed=1)
@@ -159,7 +160,7 @@ def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.d
         assert torch.equal(torch.cat(rows), whole)
 
 
-@pytest.mark.parametrize("backend_class", BACKENDS, ids=[*ATTENTION_BACKENDS])
+@pytest.mark.parametrize("backend_class", BACKENDS, ids=backends_here(ATTENTION_BACKENDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompts_within_a_window(backend_class: Any, shape: AttentionShape, window: int) -> None:
@@ -173,18 +174,18 @@ def test_prompts_within_a_window(backend_class: Any, shape: AttentionShape, wind
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_within_a_window_equal_the_twin_and_give_the_bits_of_the_whole(
+def test_chunks_within_a_window_equal_the_reference_and_give_the_bits_of_the_whole(
     shape: AttentionShape, window: int
 ) -> None:
     length = 70
     qkv = random_qkv(shape, length, 7)
     (blocks,) = deal_blocks([length])
-    kernel, twin = CpuAttention(shape, BLOCK_SIZE), TorchAttention(shape, BLOCK_SIZE)
+    kernel, reference = CpuAttention(shape, BLOCK_SIZE), TorchAttention(shape, BLOCK_SIZE)
     (whole,) = run(kernel, stale_cache(kernel, torch.bfloat16), [Part(qkv, 0, length, blocks)], window)
     for cuts in ([16], [15, 17, 33, 69], [40], list(range(1, length))):
         edges = [0, *cuts, length]
         outputs = []
-        for backend in (kernel, twin):
+        for backend in (kernel, reference):
             cache = stale_cache(backend, torch.bfloat16)
             parts = [Part(qkv, first, last, blocks) for first, last in zip(edges, edges[1:], strict=False)]
             outputs.append(torch.cat([run(backend, cache, [part], window)[0] for part in parts]))
@@ -253,7 +254,7 @@ def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int) -> None:
     assert not out.view(length, 4, 16)[:, 2:].isnan().any()
 
 
-@pytest.mark.parametrize("backend_class", BACKENDS, ids=[*ATTENTION_BACKENDS])
+@pytest.mark.parametrize("backend_class", BACKENDS, ids=backends_here(ATTENTION_BACKENDS))
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_a_cache_takes_what_the_backend_says(backend_class: Any, dtype: torch.dtype) -> None:
     for block_size in backend_class.block_sizes:

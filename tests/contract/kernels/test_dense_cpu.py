@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k_size", [8, 64, 136])
 @pytest.mark.parametrize("n_size", [1, 3, 4, 11, 12, 13, 23, 24, 25, 47, 96])
-def test_against_the_twin(dtype: torch.dtype, k_size: int, n_size: int) -> None:
+def test_against_the_reference(dtype: torch.dtype, k_size: int, n_size: int) -> None:
     weight, bias = random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)
     kernel, reference = DenseCpu(packed(weight, bias)), DenseTorch(packed(weight, bias))
     for rows in ROWS:

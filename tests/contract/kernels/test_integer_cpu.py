@@ -59,7 +59,7 @@ WEIGHTS = {
 
 @needs_instructions
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_the_twin_agrees(name: str) -> None:
+def test_the_reference_agrees(name: str) -> None:
     packed = WEIGHTS[name]
     kernel = choose_kernel("cpu", packed, is_exact=False)
     assert isinstance(kernel, IntegerCpu)
@@ -168,7 +168,7 @@ HALVES = torch.cat([torch.arange(-31, 32) + 0.5, torch.tensor([127.0])])
     ],
     ids=["random", "halves", "zeros", "tiny", "huge"],
 )
-def test_activations_are_rounded_as_the_twin_does(x: torch.Tensor) -> None:
+def test_activations_are_rounded_as_the_reference_does(x: torch.Tensor) -> None:
     integers, scales, sums = rounded(x)
     expected, expected_scales = round_activations(x[None], 64)
     assert torch.equal(integers, expected.flatten().to(torch.int8))

@@ -67,7 +67,7 @@ def test_scattered_groups_gather_the_inputs(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_unordered_groups", [True, False])
-def test_the_twin_agrees(bits: int, has_unordered_groups: bool) -> None:
+def test_the_reference_agrees(bits: int, has_unordered_groups: bool) -> None:
     packed = random_weight(bits, 40, 128, 32, has_unordered_groups=has_unordered_groups)
     x = torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(PackedCpu(packed)(x), PackedTorch(packed)(x), atol=1e-4, rtol=1e-4)
@@ -81,5 +81,5 @@ def test_no_rows_and_no_bias(bits: int) -> None:
     torch.testing.assert_close(choose_kernel("cpu", packed)(x), x @ widen(packed).T, atol=1e-4, rtol=1e-4)
 
 
-def test_other_devices_run_the_twin() -> None:
+def test_other_devices_run_the_reference() -> None:
     assert isinstance(choose_kernel("torch", random_weight(4, 12, 64, 32)), PackedTorch)

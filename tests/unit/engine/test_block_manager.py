@@ -118,7 +118,7 @@ def test_freed_blocks_are_found_again_and_counted() -> None:
     table = first.block_table
     blocks.free(first)
     assert (blocks.num_used_blocks, blocks.num_cached_blocks) == (0, 2)
-    assert (first.block_table, first.num_computed_tokens) == ([], 0)
+    assert (list(first.block_table), first.num_computed_tokens) == ([], 0)
     again = make_sequence(list(range(10)))
     assert blocks.admit(again)
     assert again.block_table[:2] == table[:2]
@@ -135,7 +135,7 @@ def test_blocks_without_a_hash_are_taken_first_then_the_least_recently_used() ->
     assert blocks.admit(taker)
     # The two partial blocks, then the end of the old prefix before its beginning, then the new one.
     assert set(taker.block_table[:2]) == {old_table[2], new_table[2]}
-    assert taker.block_table[2:] == [old_table[1], old_table[0], new_table[1], new_table[0]]
+    assert list(taker.block_table[2:]) == [old_table[1], old_table[0], new_table[1], new_table[0]]
     assert blocks.num_cached_blocks == 0
 
 
@@ -154,7 +154,7 @@ def test_admission_that_does_not_fit_changes_nothing() -> None:
     first = computed(blocks, list(range(8)))
     large = make_sequence([*range(8), *range(70, 77)])  # shares one... two full blocks, needs 2 more: 2 are free
     assert not blocks.admit(large, num_spare_blocks=1)
-    assert (large.block_table, large.num_computed_tokens) == ([], 0)
+    assert (list(large.block_table), large.num_computed_tokens) == ([], 0)
     assert (blocks.num_used_blocks, blocks.num_holders(first.block_table[0])) == (2, 1)
     assert blocks.admit(large)
     assert large.num_cached_tokens == 8

@@ -208,7 +208,7 @@ async def test_a_client_that_leaves_is_noticed_by_a_busy_loop() -> None:
         assert time.monotonic() < deadline
 
     loop.call_soon(turn)
-    await EventStream(tokens(), {}, None)({"type": "http", "method": "POST"}, leave, send)
+    await EventStream(tokens(), {}, lambda: None)({"type": "http", "method": "POST"}, leave, send)
     deadline = 0.0
 
 

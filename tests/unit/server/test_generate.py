@@ -264,7 +264,7 @@ async def test_strict_overload_of_a_stream_is_an_event(engine: FakeEngine, token
 async def test_a_stream_nobody_reads_gives_its_permit_back(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
     """The client has left before the first event is asked for: the generator that would release it never starts."""
     admission = Admission(1)
-    stream = EventStream(_never(), {}, admission.permit(1))
+    stream = EventStream(_never(), {}, admission.permit(1).release)
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}

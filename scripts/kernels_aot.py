@@ -1,0 +1,336 @@
+"""Compile the GPU kernels as a model would launch them, for cards that are not there, and hold them to their limits.
+
+A layer and the head of each model run on tensors without numbers, which records the launches; Triton compiles them for
+every architecture. Prints registers, spills and shared memory. Exit code 1 for a kernel that a card can't run, one of
+decoding that spills, or a layer with more launches than are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.attention.base import AttentionMetadata
+from engine.attention.triton import TritonAttention
+from engine.build import make_model
+from engine.device import find_cpu
+from engine.layers.base import RotaryTable, Rotation
+from engine.models.base import CausalLM, Loadable
+from quant.base import MatrixShard, PackedWeight
+from quant.config import Quantization
+from quant.dense import DenseMethod
+from quant.kernels.launch import ALIGNMENT, FP_FUSION, Launch, recorded_launches
+
+KB = 1024
+MAX_LAUNCHES_PER_LAYER = 13
+"""Launches that a layer makes in a decode step; fewer where no matrix splits its inputs."""
+GROUP_SIZE = 128
+ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """An architecture and what it has for one program."""
+
+    target: GPUTarget
+    shared_bytes: int
+    dtype: torch.dtype = torch.bfloat16
+    may_spill: bool = False
+
+
+def cuda(capability: int, shared_kb: int, **changes: Any) -> Card:
+    return Card(GPUTarget("cuda", capability, 32), shared_kb * KB, **changes)
+
+
+CARDS: dict[str, Card] = {
+    "sm_75": cuda(75, 64, dtype=torch.float16, may_spill=True),
+    "sm_80": cuda(80, 163),
+    "sm_86": cuda(86, 99),
+    "sm_89": cuda(89, 99),
+    "sm_90": cuda(90, 227),
+    "sm_100": cuda(100, 227),
+    "sm_120": cuda(120, 99),
+    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * KB, may_spill=True),
+    "gfx1100": Card(GPUTarget("hip", "gfx1100", 32), 64 * KB, may_spill=True),
+}
+
+MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "0.5B": (896, 4864, 14, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 4, 152_064, False),
+    "72B": (8192, 29_568, 64, 8, 152_064, False),
+}
+"""Qwen2's sizes: hidden, inner, heads, key and value heads, vocabulary, whether the head is tied."""
+
+FORMS = "dense int8 int4 act-order".split()
+"""How the weights are stored; int4 in groups of `GROUP_SIZE`, with act-order the groups are scattered."""
+
+STEPS: dict[str, list[tuple[int, int]]] = {
+    "decode 1": [(1, 2000)],
+    "decode 20": [(1, 300)] * 20,
+    "decode 64": [(1, 300)] * 64,
+    "prompt": [(512, 512)],
+}
+"""Query tokens and all tokens of each sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FormMethod:
+    """A `LinearMethod` whose weights have a form, and no numbers."""
+
+    form: str
+    orders: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """By number of inputs; matrices with the same order are merged, as they are in checkpoints."""
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> Mapping[str, Any]:
+        return DenseMethod(torch.float32, computes_in_float32=False).param_specs(in_features, out_features, has_bias)
+
+    def decides_order(self, name: str) -> bool:
+        return False
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
+        weight, bias = params["weight"], params.get("bias")
+        num_outputs, num_inputs = weight.shape
+        if self.form == "dense":
+            return PackedWeight("dense", weight, bias)
+        if self.form == "int8":
+            zeros = torch.empty(num_outputs, 1, dtype=torch.int32)
+            return PackedWeight("int8", weight.to(torch.int8), bias, torch.empty(num_outputs, 1), zeros)
+        scales = torch.empty(num_outputs, num_inputs // GROUP_SIZE, dtype=torch.float16)
+        order = self._order(num_inputs) if self.form == "act-order" else None
+        pairs = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
+        return PackedWeight("int4", pairs, bias, scales, scales.to(torch.int8), order)
+
+    def _order(self, num_inputs: int) -> torch.Tensor:
+        if num_inputs not in self.orders:
+            self.orders[num_inputs] = torch.empty(num_inputs, dtype=torch.int64)
+        return self.orders[num_inputs]
+
+
+def record_launches(model_name: str, form: str, dtype: torch.dtype, step: str, num_layers: int = 1) -> list[Launch]:
+    """Every launch of one step of a model with that many layers."""
+    hidden, inner, heads, kv_heads, vocabulary, is_tied = MODELS[model_name]
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": num_layers,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": is_tied,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+    }
+    method: Any = FormMethod(form)
+    head: Any = FormMethod("dense" if form == "dense" else "int8")
+    dense = DenseMethod(dtype, computes_in_float32=False)
+    quantization = Quantization(form, dense, method, head, lambda module: None, "triton")
+    device = dataclasses.replace(find_cpu(0), matrices="triton", ops="triton", computes_in_float32=False)
+    model = make_model(config, quantization, dtype, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
+        load_shapes(model, config, dtype)
+        run_step(model, STEPS[step], dtype)
+    return launches
+
+
+def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Give every layer tensors of the stored shapes."""
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (kv_size, hidden),
+        "v_proj": (kv_size, hidden),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+        "embed_tokens": (vocabulary, hidden),
+        "lm_head": (vocabulary, hidden),
+    }
+    layers: dict[int, Loadable] = {}
+    for prefix, (layer, part) in model.checkpoint_layers().items():
+        shape = shapes.get(prefix.rpartition(".")[2], (hidden,))
+        for name in layer.missing(part):
+            layer.load(name, part, torch.empty(shape if name == "weight" else shape[:1], dtype=dtype))
+        layers[id(layer)] = layer
+    for layer in layers.values():
+        layer.finish(torch.device("cpu"))
+
+
+def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """A forward pass and the logits of each sequence's last token."""
+    backend: Any = TritonAttention(model.attention_shape, TritonAttention.block_sizes[0])
+    caches = [backend.allocate(256, dtype, torch.device("cpu")) for _ in range(model.num_layers)]
+    model.use_attention(backend, caches)
+    starts, seq_lens = [0], [seq_len for _, seq_len in sequences]
+    for num_queries, _ in sequences:
+        starts.append(starts[-1] + num_queries)
+    num_tokens, num_seqs = starts[-1], len(sequences)
+    metadata = AttentionMetadata(
+        query_start_loc=torch.empty(num_seqs + 1, dtype=torch.int32),
+        seq_lens=torch.empty(num_seqs, dtype=torch.int32),
+        block_table=torch.empty(num_seqs, 128, dtype=torch.int32),
+        slot_mapping=torch.empty(num_tokens, dtype=torch.int64),
+        work_items=torch.empty(backend.work_items(starts, seq_lens).shape, dtype=torch.int64),
+        host_query_start_loc=starts,
+        host_seq_lens=seq_lens,
+    )
+    half = model.attention_shape.head_dim // 2
+    table = RotaryTable(torch.empty(4096, half), torch.empty(4096, half))
+    rows = torch.empty(num_tokens, dtype=torch.int64)
+    hidden = model.forward(torch.empty_like(rows), Rotation(table, rows), backend.prepare(metadata))
+    model.compute_logits(hidden[:num_seqs].clone())
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def compile_launch(launch: Launch, card: Card) -> Resources:
+    """Compile for the card as Triton would at run time. Raises what the compiler raises."""
+    names = [parameter.name for parameter in launch.kernel.params]
+    constants, types = dict(launch.constants), dict(launch.signature)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in launch.aligned},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": FP_FUSION}
+    compiled = triton.compile(source, target=card.target, options=options)
+    shared_bytes = compiled.metadata.shared
+    if card.target.backend == "cuda":
+        return Resources(*_cuda_resources(compiled.asm["ptx"], card.target.arch), shared_bytes)
+    text = compiled.asm["amdgcn"]
+    spilled = 4 * (_number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text))
+    return Resources(_number(r"\.vgpr_count:\s*(\d+)", text), spilled, shared_bytes)
+
+
+def _cuda_resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of a thread and the bytes that it spills, as the assembler tells them."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target, ptx[:200]
+    assembler = ASSEMBLERS / ("ptxas-blackwell" if capability >= 90 else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        options = ["-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={target[1]}"]  # as Triton gives them
+        command = [str(assembler), *options, file.name, "-o", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return _number(r"Used (\d+) registers", text), _number(r"(\d+) bytes spill stores", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match, f"no {pattern} in {text[:200]}"
+    return int(match[1])
+
+
+def complaints_of(resources: Resources, card: Card, *, is_decoding: bool) -> list[str]:
+    """Why a launch must not stay as it is."""
+    complaints = []
+    if resources.shared_bytes > card.shared_bytes:
+        complaints.append(f"{resources.shared_bytes} bytes of shared memory, the card has {card.shared_bytes}")
+    if resources.spilled_bytes and is_decoding and not card.may_spill:
+        complaints.append(f"spills {resources.spilled_bytes} bytes")
+    return complaints
+
+
+def launch_complaints(num_launches: int) -> list[str]:
+    """Why a layer of a decode step must not have so many launches."""
+    if num_launches > MAX_LAUNCHES_PER_LAYER:
+        return [f"{num_launches} launches a layer, at most {MAX_LAUNCHES_PER_LAYER} are known"]
+    return []
+
+
+def launches_per_layer(model_name: str, form: str, dtype: torch.dtype) -> int:
+    one, two = (len(record_launches(model_name, form, dtype, "decode 1", num_layers)) for num_layers in (1, 2))
+    return two - one
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A distinct launch on one card."""
+
+    card_name: str
+    launch: Launch
+    is_decoding: bool
+
+
+def distinct_jobs(model_names: list[str], card_names: list[str]) -> Iterator[Job]:
+    """Every distinct launch of the models in all forms and steps, for each card."""
+    for dtype in sorted({CARDS[name].dtype for name in card_names}, key=str):
+        decoding: dict[Launch, bool] = {}
+        for model_name in model_names:
+            for form in FORMS:
+                for step in STEPS:
+                    for launch in record_launches(model_name, form, dtype, step):
+                        decoding[launch] = decoding.get(launch, False) or step.startswith("decode")
+        for name in card_names:
+            if CARDS[name].dtype == dtype:
+                yield from (Job(name, launch, is_decoding) for launch, is_decoding in decoding.items())
+
+
+_jobs: list[Job] = []
+
+
+def _run_job(index: int) -> tuple[str, list[str]]:
+    """The line to print and the complaints; jobs are inherited by forked workers, since kernels can't be sent."""
+    job = _jobs[index]
+    card, launch = CARDS[job.card_name], job.launch
+    sizes = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
+    label = f"{job.card_name} {launch.name} warps={launch.num_warps} stages={launch.num_stages} {sizes}"
+    try:
+        resources = compile_launch(launch, card)
+    except Exception as error:  # whatever the compiler says, the other kernels are still of interest
+        return label, [f"does not compile: {error}"]
+    numbers = f"{resources.registers:4} registers {resources.spilled_bytes:5} spilled {resources.shared_bytes:7} shared"
+    return f"{numbers}  {label}", complaints_of(resources, card, is_decoding=job.is_decoding)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--cards", default=",".join(CARDS), help="separated by commas")
+    arguments = parser.parse_args()
+    model_names, card_names = arguments.models.split(","), arguments.cards.split(",")
+    num_failures = 0
+    for model_name in model_names:
+        for form in FORMS:
+            num_launches = launches_per_layer(model_name, form, torch.bfloat16)
+            print(f"{num_launches} launches a layer: {model_name} {form}")
+            num_failures += len(launch_complaints(num_launches))
+    _jobs.extend(distinct_jobs(model_names, card_names))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for line, complaints in pool.map(_run_job, range(len(_jobs))):
+            print(line, *(f"\n  FAILED: {complaint}" for complaint in complaints), flush=True)
+            num_failures += len(complaints)
+    print(f"{len(_jobs)} kernels on {len(card_names)} architectures, {num_failures} failures")
+    return min(num_failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

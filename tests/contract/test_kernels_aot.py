@@ -1,0 +1,74 @@
+"""`make kernels-aot` compiles what a model launches, and finds what a card can't run; faults are planted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from quant.kernels.launch import Launch
+from scripts.kernels_aot import (
+    CARDS,
+    FORMS,
+    MAX_LAUNCHES_PER_LAYER,
+    MODELS,
+    Resources,
+    compile_launch,
+    complaints_of,
+    launch_complaints,
+    launches_per_layer,
+    record_launches,
+)
+
+SMALL = "0.5B"
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def recorded(name: str, form: str = "dense", step: str = "decode 1") -> Launch:
+    return next(launch for launch in record_launches(SMALL, form, torch.bfloat16, step) if launch.name == name)
+
+
+def changed(launch: Launch, **constants: Any) -> Launch:
+    return dataclasses.replace(launch, constants=tuple(sorted({**dict(launch.constants), **constants}.items())))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_layer_has_as_many_launches_as_are_known(model_name: str, form: str) -> None:
+    assert launch_complaints(launches_per_layer(model_name, form, torch.bfloat16)) == []
+    assert launch_complaints(MAX_LAUNCHES_PER_LAYER + 1)
+
+
+@pytest.mark.parametrize("card_name", ["sm_80", "sm_120", "gfx942"])
+def test_attention_of_a_decode_step_compiles(card_name: str) -> None:
+    resources = compile_launch(recorded("attend_kernel"), CARDS[card_name])
+    assert resources.registers > 0 and resources.shared_bytes > 0
+    assert complaints_of(resources, CARDS[card_name], is_decoding=True) == []
+
+
+def test_an_oversize_tile_is_caught() -> None:
+    launch = dataclasses.replace(changed(recorded("skinny_kernel"), BLOCK_OUTPUTS=128, BLOCK_INPUTS=256), num_stages=4)
+    (complaint,) = complaints_of(compile_launch(launch, CARDS["sm_89"]), CARDS["sm_89"], is_decoding=False)
+    assert "the card has 101376" in complaint
+
+
+def test_a_spill_is_caught_where_it_matters() -> None:
+    launch = changed(recorded("attend_kernel", step="prompt"), TILE_ROWS=128, TILE_KEYS=128)
+    resources = compile_launch(launch, CARDS["sm_80"])
+    assert resources.spilled_bytes > 0
+    spilling = dataclasses.replace(resources, shared_bytes=0)
+    assert complaints_of(spilling, CARDS["sm_80"], is_decoding=True) == [f"spills {resources.spilled_bytes} bytes"]
+    assert complaints_of(spilling, CARDS["sm_80"], is_decoding=False) == []
+    assert complaints_of(Resources(255, 8, 0), CARDS["sm_75"], is_decoding=True) == []
+
+
+def test_head_logits_are_float32_from_the_kernel() -> None:
+    launches = record_launches(SMALL, "int8", torch.bfloat16, "decode 1")
+    head = [launch for launch in launches if launch.name in ("skinny_kernel", "sum_kernel")][-1]
+    assert dict(head.signature)["out_ptr"] == "*fp32"
