@@ -30,6 +30,7 @@ IntArray = npt.NDArray[np.int32]
 MASKS: dict[str, str] = {
     "cpu": "engine.sampling.grammar_cpu:apply_masks",
     "torch": "engine.sampling.grammar_torch:apply_masks",
+    "triton": "engine.sampling.grammar_triton:apply_masks",
 }
 """Backend name -> lazy "module:function", an `ApplyMasks`.
 

@@ -22,6 +22,7 @@ from engine.scheduling.batch import SampledBatch
 SAMPLERS: dict[str, str] = {
     "cpu": "engine.sampling.sampler_cpu:sample",
     "torch": "engine.sampling.sampler_torch:sample",
+    "triton": "engine.sampling.sampler_triton:sample",
 }
 """Backend name -> lazy "module:function", a `Sample`. `torch` is the reference implementation, and runs anywhere."""
 

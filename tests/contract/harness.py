@@ -19,8 +19,9 @@ from engine.core import EngineCore
 from engine.device import Device, find_cpu
 from engine.link.messages import GenerationRequest, SamplingParams, TokenEvent
 from engine.runner import ModelRunner
-from engine.sampling.grammar import Grammars
+from engine.sampling.grammar import ApplyMasks, Grammars
 from engine.sampling.grammar_cpu import apply_masks
+from engine.sampling.sampler import Sample
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -51,6 +52,8 @@ def make_core(
     is_prefix_caching: bool = True,
     speculator: Speculator | None = None,
     runner: ModelRunner | None = None,
+    sample: Sample = sample,
+    apply_masks: ApplyMasks = apply_masks,
 ) -> EngineCore:
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),

@@ -13,6 +13,8 @@ from engine.layers import OPS
 from engine.models import MODELS
 from engine.quantize.methods import METHODS
 from engine.quantize.stages import STAGES
+from engine.sampling.grammar import MASKS
+from engine.sampling.sampler import SAMPLERS
 from quant.config import FORMATS
 from quant.kernels import MATRICES
 from tests.contract.oracles import DEQUANTIZERS, FAMILIES, INTERPRETED, WRITTEN
@@ -42,8 +44,14 @@ def test_every_method_writes_a_format_that_is_read_and_has_its_cases() -> None:
 
 @pytest.mark.parametrize(
     ("table", "module"),
-    [(ATTENTION_BACKENDS, "attention"), (OPS, "ops"), (MATRICES, "matrices")],
-    ids="attention ops matrices".split(),
+    [
+        (ATTENTION_BACKENDS, "attention"),
+        (OPS, "ops"),
+        (MATRICES, "matrices"),
+        (SAMPLERS, "sampler"),
+        (MASKS, "sampler"),
+    ],
+    ids="attention ops matrices samplers masks".split(),
 )
 def test_a_backend_that_is_left_out_here_is_proven_in_the_interpreter(table: Collection[str], module: str) -> None:
     has_proof = (ROOT / "tests" / "interpreted" / f"test_{module}.py").exists()

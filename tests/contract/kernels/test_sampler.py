@@ -17,12 +17,13 @@ from engine.link.registry import import_entry
 from engine.sampling import sampler_torch
 from engine.sampling.sampler import SAMPLERS, RawRows, Sample, uniform
 from engine.sampling.sampler_torch import filter_logits
+from tests.contract.oracles import backends_here
 
 GREEDY = SamplingParams()
 MANY_TOKENS = 1024
 
 
-@pytest.fixture(params=[*SAMPLERS])
+@pytest.fixture(params=backends_here(SAMPLERS))
 def sample(request: pytest.FixtureRequest) -> Sample:
     chosen: Sample = import_entry(SAMPLERS, request.param, "sampler")
     return chosen

@@ -82,7 +82,7 @@ def test_all_ways_to_apply_masks_are_that_of_llguidance(vocab_size: int) -> None
     masked = expected[rows]
     llguidance.numpy.apply_token_bitmask_inplace(masked, masks)
     expected[rows] = masked
-    for name in MASKS:
+    for name in MASKS.keys() - {"triton"}:  # tests/interpreted has it
         apply_masks = import_entry(MASKS, name, "mask")
         result = logits.clone()
         apply_masks(result, rows, masks)
