@@ -21,8 +21,9 @@ from engine.build import build_model
 from engine.checkpoint.files import read_model_config
 from engine.device import Device
 from engine.layers.torch import TorchOps
-from engine.link.messages import GenerationRequest
+from engine.link.messages import GenerationRequest, SamplingParams
 from engine.runner import ModelRunner
+from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from tests.contract.harness import KERNELS, random_ids
@@ -123,6 +124,29 @@ def test_a_step_reads_nothing(
     monkeypatch.undo()
     assert torch.equal(result.logits, expected.logits)
     assert result.prompt_logprobs() == expected.prompt_logprobs()
+
+
+def test_the_reference_sampler_reads_its_result_once(
+    no_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy brings tokens, logprobs and whether they are finite; filters and draws read nothing before it."""
+    filters = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.5}, {"temperature": 0.3}]
+    params = [SamplingParams(), *(SamplingParams(seed=7, **chosen) for chosen in filters)]
+    logits = torch.randn(len(params), 3000, generator=torch.Generator().manual_seed(0))
+    expected = sample(logits.clone(), params, range(len(params)))
+    shapes: list[torch.Size] = []
+    read = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        shapes.append(tensor.shape)
+        return read(tensor)
+
+    no_reads("numpy", "cpu")
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    with NoReads():
+        result = sample(logits, params, range(len(params)))
+    assert shapes == [(3, len(params))]
+    assert result == expected
 
 
 FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
