@@ -64,7 +64,9 @@ def make(shape: dict[str, int], layout: str, rank: int, size: int, *, is_exact: 
     names = [f"model.layers.0.{module}.{marker}" for module in modules] if layout in STORED else []
     flag = layout if layout in ("eetq", "int4") else None
     dense = DenseMethod(torch.float32, computes_in_float32=True)
-    quantization = resolve_quantization(flag, None, STORED.get(layout), names, dense, is_exact=is_exact)
+    quantization = resolve_quantization(
+        flag, None, STORED.get(layout), names, dense, matrices=KERNELS.matrices, is_exact=is_exact
+    )
     model = make_model(config, quantization, torch.float32, KERNELS, ParallelState(rank, size))
     assert isinstance(model, Qwen2ForCausalLM)
     return model
