@@ -64,14 +64,10 @@ class StepBuffers:
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self._make_views(shapes)
-        if self._copied is not None:
-            self._copied.synchronize()  # a step without rows reads nothing back: its copy may still be under way
+        self._wait()
         for array, value in zip(self._arrays, values, strict=True):
             array[...] = value
-        if self._words is not self._host_words:
-            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._send()
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -89,6 +85,18 @@ class StepBuffers:
                 host_seq_lens=inputs.seq_lens,
             ),
         )
+
+    def _wait(self) -> None:
+        """Return once the last step's numbers are copied: a step without rows reads nothing back."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _send(self) -> None:
+        """Copy the numbers to the device, if that has memory of its own."""
+        if self._words is not self._host_words:
+            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> list[npt.NDArray[np.integer]]:
         """The numbers of all sections, in their order."""
