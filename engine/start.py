@@ -84,7 +84,7 @@ class _Prepared:
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
-    device = detect_device(0 if ranks is None else ranks.world.local_rank)
+    device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
     loaded = _load(config, device, ranks)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
@@ -149,7 +149,7 @@ def _make_core(
     apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     vocab_size = prepared.loaded.model.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
-    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
     sampler = BatchSampler(sample, [penalties, grammars])
     return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
 

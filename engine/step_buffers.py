@@ -30,6 +30,7 @@ SECTIONS: dict[str, torch.dtype] = {
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array."""
+ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""
 
@@ -123,7 +124,12 @@ class StepBuffers:
         num_words = sum(self._capacities.values())
         is_host = self._device.type == "cpu"
         is_pinned = not is_host and torch.accelerator.is_available()
-        self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        if is_pinned:
+            self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
+            self._host_array = self._host_words.numpy()
+        else:
+            self._host_array = np.zeros(num_words, np.int64)
+            self._host_words = torch.from_numpy(self._host_array)
         self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
@@ -140,7 +146,8 @@ class StepBuffers:
         self._tensors: dict[str, torch.Tensor] = {}
         first = 0
         for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
-            self._arrays.append(_view(self._host_words, first, shape, SECTIONS[name]).numpy())
+            numbers = self._host_array[first:].view(ARRAY_DTYPES[SECTIONS[name]])
+            self._arrays.append(numbers[: math.prod(shape)].reshape(shape))
             self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
             self._num_words = first + size
             first += self._capacities[name]
