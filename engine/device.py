@@ -41,6 +41,8 @@ class Device:
     """Key of `engine.sampling.sampler.SAMPLERS`."""
     masks: str
     """Key of `engine.sampling.grammar.MASKS`."""
+    penalties: str
+    """Key of `engine.sampling.penalties.PENALTIES`."""
     collectives: str
     """Backend of torch.distributed between ranks with this device."""
     computes_in_float32: bool
@@ -91,6 +93,7 @@ def find_cuda(local_rank: int) -> Device | None:
         matrices=kernels,
         sampler=kernels,
         masks=kernels,
+        penalties=kernels,
         collectives="nccl",
         computes_in_float32=False,
         is_memory_shared=False,
@@ -108,6 +111,7 @@ def find_cpu(local_rank: int) -> Device:
         matrices="cpu",
         sampler="cpu",
         masks="cpu",
+        penalties="torch",
         collectives="gloo",
         computes_in_float32=True,
         is_memory_shared=True,
@@ -128,6 +132,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         matrices="triton",
         sampler="triton",
         masks="triton",
+        penalties="triton",
         collectives="gloo",
         computes_in_float32=False,
         is_memory_shared=True,

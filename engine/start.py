@@ -133,7 +133,7 @@ def _make_core(
     apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     vocab_size = prepared.loaded.model.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
-    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
     sampler = BatchSampler(sample, [penalties, grammars])
     return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
 

@@ -18,6 +18,7 @@ from engine.layers import OPS
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.sampling.grammar import MASKS
+from engine.sampling.penalties import PENALTIES
 from engine.sampling.sampler import SAMPLERS
 from quant.kernels import MATRICES
 from tests.unit.house import ROOT, source_files
@@ -47,6 +48,7 @@ def test_a_device_names_keys_of_the_tables(
     assert found.matrices in MATRICES
     assert found.sampler in SAMPLERS
     assert found.masks in MASKS
+    assert found.penalties in PENALTIES
 
 
 def test_each_rank_has_a_gpu_of_its_own(pretended_gpus: list[int]) -> None:
