@@ -66,6 +66,8 @@ class AttentionBackend(Protocol):
     is_capturable: ClassVar[bool]
     """Whether a graph may capture `forward` of a step without prompts: the launches depend on the number of rows and
     the sizes of the metadata alone, and rows that belong to no sequence may hold anything."""
+    max_captured_tokens: ClassVar[int]
+    """Query tokens of a sequence up to which that is so; with more it is a prompt. 0 where no graph may capture."""
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:

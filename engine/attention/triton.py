@@ -66,6 +66,7 @@ class TritonAttention:
 
     block_sizes = (16, 32, 64, 128)
     is_capturable = True
+    max_captured_tokens = FEW_TOKENS
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
