@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
 from quant.kernels.launch import IS_INTERPRETED
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
@@ -147,14 +150,42 @@ DEVICES: dict[str, str] = {
 The first device that is there is taken, so `interpreted` is only what a test asks for.
 """
 
+ABSENCES: dict[str, str] = {
+    "cuda": "torch {version} sees no GPU: install a build of torch for GPUs, let the process see one (docker's "
+    "--gpus), or leave --device out",
+    "interpreted": "it is for tests, under TRITON_INTERPRET=1: leave --device out",
+}
+"""The reason why a device that was asked for can't be had, with the version of torch filled in."""
 
-def detect_device(local_rank: int = 0) -> Device:
-    """The rank's device. Raises StartError if there is none of the table."""
-    for name in DEVICES:
-        device: Device | None = import_entry(DEVICES, name, "device")(local_rank)
+
+def detect_device(local_rank: int = 0, name: str = "auto") -> Device:
+    """The rank's device: the one of that name, or the first of the table that is there.
+
+    Raises StartError in words where there is none.
+    """
+    if name != "auto":
+        named: Device | None = import_entry(DEVICES, name, "device")(local_rank)
+        if named is None:
+            reason = ABSENCES.get(name, "this machine has none: leave --device out")
+            raise StartError(f"--device {name}: {reason.format(version=torch.__version__)}")
+        return named
+    for candidate in DEVICES:
+        device: Device | None = import_entry(DEVICES, candidate, "device")(local_rank)
         if device is not None:
+            _log_unused_accelerator(device)
             return device
     raise StartError(f"this machine has none of the devices that are supported: {', '.join(DEVICES)}")
+
+
+def _log_unused_accelerator(device: Device) -> None:
+    """Say that torch sees an accelerator which no row of the table is for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != device.torch_device.type:
+        logger.warning(
+            "torch sees an accelerator of type %s, which is not supported: %s computes instead",
+            accelerator.type,
+            device.torch_device.type,
+        )
 
 
 def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.dtype:

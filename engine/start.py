@@ -81,7 +81,7 @@ class _Prepared:
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
-    device = detect_device(0 if ranks is None else ranks.world.local_rank)
+    device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
     loaded = _load(config, device, ranks)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")

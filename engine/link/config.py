@@ -15,6 +15,8 @@ class EngineConfig:
 
     model_path: str
     """Local folder with config.json and safetensors files."""
+    device: str = "auto"
+    """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
     quantize: str | None = None

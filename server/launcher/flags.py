@@ -42,9 +42,18 @@ MODEL = (
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
+        name="device",
+        fills="engine.device sharding",
+        help="What to compute on; auto is a GPU if torch sees one, else the CPU. interpreted is for tests: the GPU's "
+        "kernels run in Python (ours)",
+        choices=tuple("auto cuda cpu interpreted".split()),
+        default="auto",
+    ),
+    Flag(
         name="dtype",
         fills="engine.dtype",
-        help="What to compute in; auto is the checkpoint's own. float32 gives the ids of transformers in float32",
+        help="What to compute in; auto is the checkpoint's own on a CPU, on a GPU bfloat16, or float16 on cards "
+        "without it. float32 gives the ids of transformers in float32",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
     ),

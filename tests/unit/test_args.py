@@ -22,6 +22,7 @@ from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
 from server.launcher.flags import QUANTIZE, SECTIONS, VARIABLES, every_flag
+from server.launcher.host import can_use_gpus
 from server.launcher.sharding import Sharding
 
 FLAGS = tuple(every_flag())
@@ -128,6 +129,9 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"REVISION": "v1"}, {"revision": "v1"}),
         ("--dtype float32", {}, {"dtype": "float32"}),
         ("--dtype float16", {"DTYPE": "bfloat16"}, {"dtype": "float16"}),
+        ("--device cpu", {}, {"device": "cpu"}),
+        ("--device auto", {"DEVICE": "cuda"}, {}),
+        ("", {"DEVICE": "cuda"}, {"device": "cuda"}),
         ("", {"DTYPE": "bfloat16"}, {"dtype": "bfloat16"}),
         ("--rope-scaling yarn --rope-factor 4", {}, {"rope_scaling": "yarn", "rope_factor": 4.0}),
         ("--rope-factor 2.5", {}, {"rope_factor": 2.5}),
@@ -255,6 +259,12 @@ BROKEN_TORCHRUN = "RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun do
 DEVICES = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
 
 
+@pytest.fixture(autouse=True)
+def torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visible devices count, whatever torch the tests run with."""
+    monkeypatch.setattr(server.launcher.sharding, "can_use_gpus", lambda: True)
+
+
 def on_one_host(size: int, **changes: Any) -> Sharding:
     return Sharding(size=size, ranks=tuple(range(size)), local_size=size, **changes)
 
@@ -336,6 +346,47 @@ def on_one_host(size: int, **changes: Any) -> Sharding:
 def test_shards(line: str, environ: dict[str, str], sharding: Sharding) -> None:
     args = parse(line, **environ)
     assert configurations(args) == defaults({"sharding": sharding})
+
+
+@pytest.mark.parametrize("line", ["", "--device cuda"])
+def test_a_build_of_torch_for_gpus_counts_them(line: str) -> None:
+    assert parse(line, **DEVICES).sharding == on_one_host(3)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_gpu_build"), [("", False), ("--device cuda", False), ("--device cpu", True), ("--device cpu", False)]
+)
+def test_gpus_that_nothing_would_use_do_not_count(
+    line: str, is_gpu_build: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image for the processor on a host with GPUs has one shard."""
+    monkeypatch.setattr(server.launcher.sharding, "can_use_gpus", lambda: is_gpu_build)
+    assert parse(line, **DEVICES).sharding == Sharding()
+    assert parse(f"{line} --num-shard 2", **DEVICES).sharding == on_one_host(2)
+
+
+@pytest.mark.parametrize(
+    ("versions", "is_gpu_build"),
+    [
+        ("cuda: Optional[str] = None\nhip = None", False),
+        ("cuda: Optional[str] = '12.8'\nhip = None", True),
+        ("cuda = None\nhip = '6.4'", True),
+    ],
+)
+def test_the_build_of_torch_is_read_without_loading_it(
+    versions: str, is_gpu_build: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('loaded')")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not can_use_gpus(), "there is no version.py"
+    (folder / "version.py").write_text(f"from typing import Optional\n{versions}")
+    assert can_use_gpus() == is_gpu_build
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not can_use_gpus()
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"])
@@ -625,7 +676,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = "strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding"
+    ours = "device strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding"
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
