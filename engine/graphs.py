@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
-from engine.step_buffers import SECTIONS, StepBuffers, StepTensors
+from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors
 from engine.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class StaticStepBuffers(StepBuffers):
         super().__init__(device, block_size)
         self._max_sizes = max_sizes
         words = {name: -(-max_sizes[name] * SECTIONS[name].itemsize // 8) for name in SECTIONS}
-        self._capacities = {name: max(size, 1) for name, size in words.items()}
+        # Whole multiples, so that every section begins at an address that kernels load from well.
+        self._capacities = {name: -(-size // MIN_SECTION_WORDS) * MIN_SECTION_WORDS for name, size in words.items()}
         self._allocate()
         self._make_views([(max_sizes[name],) for name in SECTIONS])
         self._sections = dict(zip(SECTIONS, self._arrays, strict=True))
@@ -113,9 +115,12 @@ class StaticStepBuffers(StepBuffers):
 class StepGraphs:
     """The captured steps, by bucket."""
 
-    def __init__(self, buffers: StaticStepBuffers, replays: dict[int, Work], seconds: float) -> None:
-        """`seconds` is the time that capturing took."""
+    def __init__(
+        self, buffers: StaticStepBuffers, replays: dict[int, Work], max_query_tokens: int, seconds: float
+    ) -> None:
+        """A sequence may have `max_query_tokens` in a step; `seconds` is the time that capturing took."""
         self._buffers = buffers
+        self._max_query_tokens = max_query_tokens
         self._replays = dict(sorted(replays.items()))
         self._seconds = seconds
 
@@ -128,11 +133,17 @@ class StepGraphs:
         """Logits [len(inputs.input_ids), vocab_size], which the next step overwrites; None: not a step for graphs."""
         num_rows = len(inputs.input_ids)
         bucket = next((rows for rows in self._replays if rows >= num_rows), None)
-        is_decoding = len(inputs.logits_indices) == num_rows and not inputs.scored_indices
-        if bucket is None or not is_decoding or not self._buffers.fits(inputs, work_items):
+        if bucket is None or not self._is_decoding(inputs) or not self._buffers.fits(inputs, work_items):
             return None
         self._buffers.fill_rows(inputs, work_items, bucket)
         return self._replays[bucket]()[:num_rows]
+
+    def _is_decoding(self, inputs: StepInputs) -> bool:
+        """Whether every token has logits, none is scored, and no draft is longer than attention captures."""
+        if len(inputs.logits_indices) != len(inputs.input_ids) or inputs.scored_indices:
+            return False
+        starts = inputs.query_start_loc
+        return all(end - start <= self._max_query_tokens for start, end in itertools.pairwise(starts))
 
 
 def capture_graphs(
@@ -162,7 +173,7 @@ def capture_graphs(
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))
-    return StepGraphs(buffers, replays, time.monotonic() - started)
+    return StepGraphs(buffers, replays, attention.max_captured_tokens, time.monotonic() - started)
 
 
 def max_work_items(attention: AttentionBackend, limits: GraphLimits) -> Integers:

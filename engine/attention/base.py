@@ -62,6 +62,8 @@ class AttentionBackend(Protocol):
     """The one in use."""
     is_capturable: ClassVar[bool]
     """Whether a graph may capture `forward`: it does the same work for all steps of the same sizes."""
+    max_captured_tokens: ClassVar[int]
+    """Query tokens that a sequence may have in a captured step."""
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:

@@ -221,6 +221,7 @@ class CpuAttention:
 
     block_sizes = (BLOCK_SIZE,)
     is_capturable = False
+    max_captured_tokens = 1
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:

@@ -17,6 +17,7 @@ class TorchAttention:
 
     block_sizes = (16, 32, 64, 128)
     is_capturable = False
+    max_captured_tokens = 1
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:

@@ -55,6 +55,7 @@ class TritonAttention:
 
     block_sizes = (16, 32, 64, 128)
     is_capturable = False
+    max_captured_tokens = FEW_TOKENS
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:

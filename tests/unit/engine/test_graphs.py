@@ -25,6 +25,7 @@ class Attention:
     """The part of a backend that plans: an item [sequence, first token] for every 32 tokens of a sequence."""
 
     block_size = BLOCK_SIZE
+    max_captured_tokens = 5
 
     def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
         items = [(number, first) for number, seq_len in enumerate(seq_lens) for first in range(0, seq_len, ITEM_TOKENS)]
@@ -115,9 +116,10 @@ def test_places_are_those_of_the_capture() -> None:
         decode([5] * 9),
         decode([5, 9], logits_indices=[1]),
         decode([5, 9], scored_indices=[0], scored_token_ids=[7]),
-        decode([5, 9], block_table=np.zeros(2 * 20, np.int32).tobytes()),
+        decode([5, 9], block_table=np.zeros(8 * 20, np.int32).tobytes()),
+        decode([5, 9], drafts=[0, 5]),
     ],
-    ids=["more rows than any bucket", "a prompt under way", "a prompt is scored", "a table too wide"],
+    ids=["more rows than any bucket", "a prompt under way", "a prompt is scored", "a table too wide", "a long draft"],
 )
 def test_other_steps_are_not_for_graphs(inputs: StepInputs) -> None:
     assert Scene().run(inputs) is None
