@@ -133,7 +133,7 @@ def plan_measured(
     num_tokens = max_tokens
     while num_tokens >= min(max_tokens, needs.block_size):
         try:
-            if num_tokens * needs.per_step_token <= free_bytes - needs.weights:
+            if num_tokens * needs.per_step_token <= free_bytes - needs.fixed:
                 result = plan(num_tokens, measure(num_tokens))
                 break
         except NotEnoughMemoryError as error:

@@ -35,6 +35,8 @@ class MemoryNeeds:
     block_size: int
     measured_step: int = 0
     """All that the largest step takes beside weights and KV cache; 0: it was not measured, the estimate counts."""
+    graphs: int = 0
+    """Captured graphs, as estimated."""
 
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -42,7 +44,7 @@ class MemoryNeeds:
     @property
     def fixed(self) -> int:
         """What is there whatever the size of the KV cache."""
-        return self.weights + self.measured_step
+        return self.weights + self.measured_step + self.graphs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

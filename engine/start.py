@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
 from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
+from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -59,7 +61,9 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         ranks.start_serving()
     core = _make_core(prepared, runner, sample, step_limit, costs)
     shards = None if ranks is None else ranks.describe()
-    log_summary(prepared.config, device, prepared.loaded, limits, shards=shards)
+    log_summary(
+        prepared.config, device, prepared.loaded, limits, shards=shards, graphs=prepared.runner.describe_graphs()
+    )
     log_row_invariance(is_row_invariant)
     return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
 
@@ -95,7 +99,24 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
         runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
+    _capture_graphs(config, runner, plan)
     return _Prepared(config, device, loaded, runner, plan)
+
+
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan) -> None:
+    """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
+    limits = GraphLimits(
+        sizes=_graph_sizes(config),
+        max_seq_len=plan.limits.max_total_tokens,
+        num_kv_tokens=plan.limits.max_batch_total_tokens,
+    )
+    runner.capture(limits)
+    if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
+        logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
+
+
+def _graph_sizes(config: EngineConfig) -> Sequence[int]:
+    return DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes
 
 
 def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
@@ -117,6 +138,9 @@ def _plan(
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=runner.block_size,
     )
+    if device.own_memory is not None and not runner.why_no_graphs():
+        graphs = graph_bytes(filter(None, _graph_sizes(config)), needs.per_step_token, model.vocab_size)
+        needs = dataclasses.replace(needs, graphs=graphs)
     tightest = _alone if ranks is None else ranks.tightest
     needs, free_bytes = tightest(needs, loaded.free_bytes)
     plan = functools.partial(plan_memory, config, window, has_default_cap=device.is_memory_shared)

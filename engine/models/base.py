@@ -70,6 +70,8 @@ class CausalLM(Protocol):
     attention_shape: AttentionShape
     """The heads of this rank."""
     rotary: Rotary
+    num_ranks: int
+    """Ranks that compute a forward pass together."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
         """Build this rank's layers from config.json, without weights.

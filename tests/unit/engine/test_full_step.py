@@ -14,6 +14,7 @@ import engine.start
 from engine.core import EngineCore
 from engine.device import Device, OwnMemory
 from engine.full_step import full_step, plan_measured
+from engine.graphs import graph_bytes
 from engine.limits import EngineLimits, MemoryNeeds, MemoryPlan, NotEnoughMemoryError
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -127,6 +128,17 @@ def test_the_largest_steps_fit_beside_it(start: Start) -> None:
         core.take(GenerationRequest(request_id=str(index), prompt_token_ids=[5] * 500, max_new_tokens=9))
     while core.scheduler.has_work:
         assert not any(event.error for event in core.step())
+
+
+def test_graphs_have_their_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelRunner, "why_no_graphs", lambda self: [])
+    sizes = 4, 0, 2
+    graphs = graph_bytes([4, 2], 4 * (4 * 64 + 12 * 16 + 3 * 96), 264)
+    memory = CountedMemory(WEIGHTS + STEP + 100 * BLOCK_BYTES + graphs)
+    core, _ = start(memory, graph_sizes=sizes)
+    assert core.scheduler.stats().num_blocks == 95
+    core, _ = start(CountedMemory(memory.total), graph_sizes=(0,))
+    assert core.scheduler.stats().num_blocks > 95
 
 
 def test_a_share_of_the_device_is_all_that_is_used(start: Start) -> None:
