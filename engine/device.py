@@ -60,7 +60,7 @@ class Device:
     penalties: str
     """Key of `engine.sampling.penalties.PENALTIES`."""
     collectives: str
-    """Backend of torch.distributed between ranks with this device."""
+    """Backends of torch.distributed between ranks: also the host's tensors are gathered, while weights load."""
     computes_in_float32: bool
     """Kernels multiply in float32 whatever the weights are stored in: bfloat16 weights are exact under float32."""
     is_memory_shared: bool
@@ -150,7 +150,7 @@ def find_cuda(local_rank: int) -> Device | None:
         sampler=kernels,
         masks=kernels,
         penalties=kernels,
-        collectives="nccl",
+        collectives="cpu:gloo,cuda:nccl",
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
