@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.graph_capture import Recorder, Tape, Work
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
@@ -51,6 +52,10 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    make_recorder: Callable[[], Recorder] | None = None
+    """What captures the work of a step as a graph; None: there is nothing like it."""
+    has_graph_collectives: bool = False
+    """Whether what the ranks send each other is captured, too."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -66,6 +71,30 @@ class Device:
         if not self.computes_in_float32:
             return dtype
         return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+class CudaRecorder:
+    """Implements `Recorder` with graphs that share a pool of memory: one graph at a time is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(self, work: Work) -> Work:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()  # libraries take their memory and kernels compile: neither may happen while it is captured
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL watches its work from another thread, which a global capture would not bear.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 def find_cuda(local_rank: int) -> Device | None:
@@ -98,6 +127,8 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        make_recorder=lambda: CudaRecorder(torch_device),
+        has_graph_collectives=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -137,6 +168,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
+        make_recorder=Tape,
     )
 
 

@@ -13,6 +13,7 @@ from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
+from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -58,7 +59,9 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         ranks.start_serving()
     core = _make_core(prepared, runner, sample, step_limit, costs)
     shards = None if ranks is None else ranks.describe()
-    log_summary(prepared.config, device, prepared.loaded, limits, shards=shards)
+    log_summary(
+        prepared.config, device, prepared.loaded, limits, shards=shards, graphs=prepared.runner.describe_graphs()
+    )
     log_row_invariance(is_row_invariant)
     return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
 
@@ -89,7 +92,20 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     runner = ModelRunner(loaded.model, device)
     plan = _plan(config, device, loaded, runner, ranks)
     runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
+    _capture_graphs(config, runner, plan)
     return _Prepared(config, device, loaded, runner, plan)
+
+
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan) -> None:
+    """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
+    limits = GraphLimits(
+        sizes=DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes,
+        max_seq_len=plan.limits.max_total_tokens,
+        num_kv_tokens=plan.limits.max_batch_total_tokens,
+    )
+    runner.capture(limits)
+    if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
+        logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
 
 
 def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:

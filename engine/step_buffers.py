@@ -30,6 +30,7 @@ SECTIONS: dict[str, torch.dtype] = {
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array."""
+ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""
 
@@ -64,14 +65,10 @@ class StepBuffers:
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self._make_views(shapes)
-        if self._copied is not None:
-            self._copied.synchronize()  # a step without rows reads nothing back: its copy may still be under way
+        self._wait()
         for array, value in zip(self._arrays, values, strict=True):
             array[...] = value
-        if self._words is not self._host_words:
-            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._send()
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -89,6 +86,18 @@ class StepBuffers:
                 host_seq_lens=inputs.seq_lens,
             ),
         )
+
+    def _wait(self) -> None:
+        """Return once the last step's numbers are copied: a step without rows reads nothing back."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _send(self) -> None:
+        """Copy the numbers to the device, if that has memory of its own."""
+        if self._words is not self._host_words:
+            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> list[npt.NDArray[np.integer]]:
         """The numbers of all sections, in their order."""
@@ -115,7 +124,12 @@ class StepBuffers:
         num_words = sum(self._capacities.values())
         is_host = self._device.type == "cpu"
         is_pinned = not is_host and torch.accelerator.is_available()
-        self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        if is_pinned:
+            self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
+            self._host_array = self._host_words.numpy()
+        else:
+            self._host_array = np.zeros(num_words, np.int64)
+            self._host_words = torch.from_numpy(self._host_array)
         self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
@@ -132,7 +146,8 @@ class StepBuffers:
         self._tensors: dict[str, torch.Tensor] = {}
         first = 0
         for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
-            self._arrays.append(_view(self._host_words, first, shape, SECTIONS[name]).numpy())
+            numbers = self._host_array[first:].view(ARRAY_DTYPES[SECTIONS[name]])
+            self._arrays.append(numbers[: math.prod(shape)].reshape(shape))
             self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
             self._num_words = first + size
             first += self._capacities[name]

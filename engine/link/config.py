@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class EngineConfig:
     """KV capacity in tokens; None: it follows from the free memory."""
     max_batch_size: int | None = None
     """Sequences that run at a time at most; None: as many as fit."""
+    graph_sizes: Sequence[int] | None = None
+    """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
     memory_fraction: float = 1.0
     """Part of the device's free memory that may be used."""
     kv_memory_share: float = 0.8

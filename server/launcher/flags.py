@@ -282,11 +282,10 @@ BATCHING = (
     ),
     Flag(
         name="cuda-graphs",
-        help="Batch sizes captured as CUDA graphs",
+        fills="engine.graph_sizes",
+        help="Rows of decoding steps that a GPU runs as CUDA graphs, the tokens of drafts included; 0 captures none "
+        "(default: 1,2,4,8,16,32; no effect on a CPU)",
         value=INTEGERS,
-        effect=Effect.NONE,
-        harmless=((0,),),
-        reason="no graphs are captured, every step is launched as it comes",
     ),
     Flag(
         name="waiting-served-ratio",
