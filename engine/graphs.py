@@ -20,7 +20,7 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
-from engine.step_buffers import SECTIONS, StepBuffers, StepTensors
+from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors
 from engine.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class StaticStepBuffers(StepBuffers):
         super().__init__(device, block_size)
         self._max_sizes = max_sizes
         words = {name: -(-max_sizes[name] * SECTIONS[name].itemsize // 8) for name in SECTIONS}
-        self._capacities = {name: max(size, 1) for name, size in words.items()}
+        # Whole multiples, so that every section begins at an address that kernels load from well.
+        self._capacities = {name: -(-size // MIN_SECTION_WORDS) * MIN_SECTION_WORDS for name, size in words.items()}
         self._allocate()
         self._make_views([(max_sizes[name],) for name in SECTIONS])
         self._sections = dict(zip(SECTIONS, self._arrays, strict=True))

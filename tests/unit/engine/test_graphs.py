@@ -119,7 +119,7 @@ def test_places_are_those_of_the_capture() -> None:
         decode([9], [5]),
         decode([5, 9], logits_indices=[1]),
         decode([5, 9], scored_indices=[0], scored_token_ids=[7]),
-        decode([5, 9], block_table=np.zeros(2 * 20, np.int32).tobytes()),
+        decode([5, 9], block_table=np.zeros(8 * 20, np.int32).tobytes()),
     ],
     ids=[
         "more rows than any bucket",
