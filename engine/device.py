@@ -46,6 +46,8 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -92,6 +94,7 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -129,6 +132,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
+        is_asynchronous=True,
     )
 
 

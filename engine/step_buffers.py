@@ -23,6 +23,8 @@ SECTIONS: dict[str, torch.dtype] = {
     "logits_indices": torch.int64,
     "scored_indices": torch.int64,
     "scored_token_ids": torch.int64,
+    "unknown_places": torch.int64,
+    "unknown_rows": torch.int64,
     "input_ids": torch.int64,
     "positions": torch.int64,
     "slot_mapping": torch.int64,
@@ -44,7 +46,15 @@ class StepTensors:
     logits_indices: torch.Tensor
     scored_indices: torch.Tensor
     scored_token_ids: torch.Tensor
+    unknown_places: torch.Tensor
+    unknown_rows: torch.Tensor
     attention: AttentionMetadata
+
+    def take_unknown(self, last_token_ids: torch.Tensor) -> None:
+        """Put the tokens that the step before chose, `last_token_ids` [its rows], where the host didn't know them."""
+        if len(self.unknown_places):
+            token_ids = last_token_ids.index_select(0, self.unknown_rows)
+            self.input_ids.index_copy_(0, self.unknown_places, token_ids.to(self.input_ids.dtype))
 
 
 class StepBuffers:
@@ -79,6 +89,8 @@ class StepBuffers:
             logits_indices=tensors["logits_indices"],
             scored_indices=tensors["scored_indices"],
             scored_token_ids=tensors["scored_token_ids"],
+            unknown_places=tensors["unknown_places"],
+            unknown_rows=tensors["unknown_rows"],
             attention=AttentionMetadata(
                 query_start_loc=tensors["query_start_loc"],
                 seq_lens=tensors["seq_lens"],
@@ -104,6 +116,8 @@ class StepBuffers:
             np.array(inputs.logits_indices, np.int64),
             np.array(inputs.scored_indices, np.int64),
             np.array(inputs.scored_token_ids, np.int64),
+            np.array(inputs.unknown_places, np.int64),
+            np.array(inputs.unknown_rows, np.int64),
             np.array(inputs.input_ids, np.int64),
             positions,
             slots,
