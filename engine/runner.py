@@ -11,6 +11,7 @@ import torch
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionShape
 from engine.device import Device
+from engine.graphs import GraphLimits, StepGraphs, capture_graphs
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
@@ -49,6 +50,7 @@ class ModelRunner:
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
+        self._graphs: StepGraphs | None = None
 
     @property
     def block_size(self) -> int:
@@ -66,6 +68,34 @@ class ModelRunner:
         self._model.use_attention(self._attention, caches)
         self._model.rotary.allocate(num_positions)
 
+    def why_no_graphs(self) -> list[str]:
+        """Reasons why this model's steps can't run as graphs here; empty if they can."""
+        reasons = [] if self._device.make_recorder else ["the device has none"]
+        if not self._attention.is_capturable:
+            reasons.append("attention does other launches for other sequences")
+        if self._model.rotary.is_prompt_dependent:
+            reasons.append("dynamic rope scaling makes tables while a step runs")
+        if self._model.num_ranks > 1 and not self._device.has_graph_collectives:
+            reasons.append("what the shards send each other can't be captured")
+        return reasons
+
+    @torch.inference_mode()
+    def capture(self, limits: GraphLimits) -> None:
+        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together."""
+        recorder = self._device.make_recorder
+        if recorder is not None and limits.buckets and not self.why_no_graphs():
+            self._graphs = capture_graphs(
+                recorder(), self._compute_all, self._attention, limits, self._device.torch_device
+            )
+
+    def describe_graphs(self) -> str | None:
+        """A line for the summary of the start; None on a device that has no graphs anyway."""
+        if self._graphs is not None:
+            return self._graphs.describe()
+        if self._device.make_recorder is None:
+            return None
+        return f"No graphs: {'; '.join(self.why_no_graphs()) or '--cuda-graphs 0'}"
+
     def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """Compute a step. Nothing is read back from the device.
 
@@ -80,15 +110,21 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
-        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens)
-        tensors = self._buffers.fill(inputs, work_items)
-        if last_token_ids is not None:
-            tensors.take_unknown(last_token_ids)
+        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
+            return StepResult(logits)
+        tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         rotation = self._model.rotary.prepare(
             tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         return StepResult(self._model.compute_logits(hidden[tensors.logits_indices]), self._score(hidden, tensors))
+
+    def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
+        """Logits of all tokens of a step, by the device alone."""
+        rotation = self._model.rotary.prepare(tensors.positions, (), (), ())
+        hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
+        return self._model.compute_logits(hidden)
 
     def _score(self, hidden: torch.Tensor, tensors: StepTensors) -> list[torch.Tensor]:
         """Log-probabilities of the scored tokens after their rows of hidden [num_tokens, hidden_size]."""

@@ -9,6 +9,9 @@ import msgspec
 
 from engine.scheduling.batch import ScheduledBatch
 
+BLOCK_BYTES = 4
+"""Bytes of a number in a block table."""
+
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One step in numbers, the same for every rank. `engine.step_buffers` puts them where the kernels read them.
@@ -33,6 +36,11 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Places in `input_ids` of tokens that the step before has chosen and the host doesn't know yet."""
     unknown_rows: list[int] = []
     """The rows of that step which chose them."""
+
+    @property
+    def table_width(self) -> int:
+        """Numbers that the block table has for each sequence."""
+        return len(self.block_table) // BLOCK_BYTES // len(self.seq_lens)
 
 
 def step_inputs(batch: ScheduledBatch) -> StepInputs:

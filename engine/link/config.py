@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +16,8 @@ class EngineConfig:
 
     model_path: str
     """Local folder with config.json and safetensors files."""
+    device: str = "auto"
+    """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
     quantize: str | None = None
@@ -35,10 +38,12 @@ class EngineConfig:
     """KV capacity in tokens; None: it follows from the free memory."""
     max_batch_size: int | None = None
     """Sequences that run at a time at most; None: as many as fit."""
+    graph_sizes: Sequence[int] | None = None
+    """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
     memory_fraction: float = 1.0
-    """Part of the device's free memory that may be used."""
-    kv_memory_share: float = 0.8
-    """Part of the memory left beside the weights that the KV cache may take."""
+    """Part of the device's memory that may be used; where it is the host's, of what is free of it."""
+    kv_memory_share: float | None = None
+    """Part of the memory left beside the weights that the KV cache may take; None: `engine.limits` has the default."""
     is_prefix_caching: bool = True
     """Whether a prompt reuses the KV blocks of an earlier one that begins alike."""
     max_draft_tokens: int = 0

@@ -144,6 +144,7 @@ class DecoderForCausalLM:
         self.max_position_embeddings = config.max_position_embeddings
         self.rotary = rotary
         parallel = context.parallel
+        self.num_ranks = parallel.size
         shards = split_heads(config.num_attention_heads, config.num_key_value_heads, parallel.size)
         rank_heads = shards[parallel.rank]
         self.attention_shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)

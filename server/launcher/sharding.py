@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from server.launcher.errors import ArgumentError
+from server.launcher.host import can_use_gpus
 
 LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_MASTER_PORT = 29500
 """TGI's and torchrun's."""
+HOST_DEVICES = frozenset({"cpu", "interpreted"})
+"""Values of --device with which visible GPUs don't count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +94,8 @@ def _num_shards(values: Mapping[str, Any], environ: Mapping[str, str]) -> int:
         return int(num_shard)
     if is_sharded is False:
         return 1
-    num_devices = _num_visible_devices(environ)
+    is_gpu_possible = values.get("device", "auto") not in HOST_DEVICES and can_use_gpus()
+    num_devices = _num_visible_devices(environ) if is_gpu_possible else 0
     if is_sharded and num_devices <= 1:
         raise ArgumentError(f"`sharded` is true but only found {num_devices} CUDA devices")
     return max(1, num_devices)

@@ -14,10 +14,12 @@ from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
 from engine.device import Device, find_interpreted
+from engine.link.config import EngineConfig
 from engine.runner import ModelRunner
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_costs import StepCosts
+from engine.start import start_engine
 from tests.contract.harness import (
     KERNELS,
     Outcome,
@@ -159,3 +161,13 @@ def test_a_tied_head_is_quantized_in_16_bits(flag: str, tiny_model_dir: Path) ->
         logits.append(run_step(runner, [make_sequence(random_ids(12), [3])], [12]))
     assert logits[0].dtype == torch.float32
     assert (logits[0] - logits[1]).abs().max() < 0.01 * logits[1].abs().max()
+
+
+def test_a_server_can_start_on_it(tiny_model_dir: Path) -> None:
+    """By `--device interpreted`, as a proof without a GPU starts one: the ids are the CPU's."""
+    prompts = make_prompts(sizes=[9])
+    limits = {"max_total_tokens": 64, "max_batch_prefill_tokens": 16}
+    config = EngineConfig(model_path=str(tiny_model_dir), device="interpreted", dtype="float32", **limits)
+    core, ready = start_engine(config)
+    assert ready.max_total_tokens == 64
+    assert run(core, prompts).token_ids == expected_ids(tiny_model_dir, prompts)

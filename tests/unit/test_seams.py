@@ -411,6 +411,7 @@ def test_a_device(plug: Plug, dense: tuple[Path, list[int]]) -> None:
                 matrices="torch",
                 sampler="torch",
                 masks="torch",
+                penalties="torch",
                 collectives="gloo",
                 computes_in_float32=False,
                 is_memory_shared=False,
