@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 
-
 MAX_SCORES = 1 << 26
 """Scores that exist at a time, of all heads together; torch holds them up to three times, in float32."""
 
