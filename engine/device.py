@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
+TRITON_ROW_VARIANTS = (1, 17, 33, 65)
+"""Tiles have 16, 32 or 64 rows (`quant.kernels.skinny_triton`); torch's library multiplies more."""
 TRITON_CAPABILITY = (7, 5)
 """The oldest cards that Triton compiles for."""
 
@@ -73,6 +75,8 @@ class Device:
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
+    row_variants: Sequence[int] = ()
+    """Row counts of which each has kernels of its own, which are compiled when they are first used."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -161,6 +165,7 @@ def find_cuda(local_rank: int) -> Device | None:
         ),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
+        row_variants=TRITON_ROW_VARIANTS if has_triton else (),
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -201,6 +206,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
+        row_variants=TRITON_ROW_VARIANTS,
     )
 
 

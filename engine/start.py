@@ -16,6 +16,7 @@ from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
 from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
+from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -57,9 +58,10 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
+    core = _make_core(prepared, runner, sample, step_limit, costs)
+    _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
-    core = _make_core(prepared, runner, sample, step_limit, costs)
     shards = None if ranks is None else ranks.describe()
     log_summary(
         prepared.config, device, prepared.loaded, limits, shards=shards, graphs=prepared.runner.describe_graphs()
@@ -190,6 +192,16 @@ def _make_core(
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
     sampler = BatchSampler(sample, [penalties, grammars])
     return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
+
+
+def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:
+    """Compile the kernels that the warm-up has not met, where kernels are compiled at first use."""
+    device, limits = prepared.device, prepared.plan.limits
+    max_rows = min(limits.max_batch_prefill_tokens, limits.max_total_tokens)
+    if row_counts := [rows for rows in device.row_variants if rows <= max_rows]:
+        apply_masks = import_entry(MASKS, device.masks, "mask")
+        block_size = prepared.runner.block_size
+        compile_variants(core.runner, core.sampler, apply_masks, row_counts, block_size=block_size)
 
 
 def set_threads(num_threads: int) -> None:
