@@ -56,6 +56,10 @@ class EngineCore:
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
 
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events are new tokens and ends of requests."""
         clock = StepClock()
@@ -113,12 +117,12 @@ class EngineCore:
         """
         self.grammars.on_compiled = endpoint.wake
         while True:
-            for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
+            for message in endpoint.receive(0.0 if self.has_work else HEARTBEAT_S):
                 self.take(message)
             events = self.take_compiled()
             reports: list[StepReport] = []
             check()
-            if self.scheduler.has_work:
+            if self.has_work:
                 try:
                     events += self.step()
                     reports = [self.report] if self.report.num_sequences else []
@@ -127,4 +131,5 @@ class EngineCore:
                     self.report.is_failed = True
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise
-            endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))
+            if events or reports or not self.has_work:
+                endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))

@@ -30,6 +30,21 @@ TRITON_CAPABILITY = (7, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnMemory:
+    """The memory of a device that has its own.
+
+    What a step takes of it can be measured: torch keeps what tensors have freed, so the device's free memory only falls
+    until `release_cached`.
+    """
+
+    total_bytes: Callable[[], int]
+    release_cached: Callable[[], None]
+    """Give back what torch keeps of freed tensors."""
+    set_limit: Callable[[float], None]
+    """Let this process have no more than such a share of all memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """One rank's device and the choices that follow from it."""
 
@@ -47,25 +62,39 @@ class Device:
     penalties: str
     """Key of `engine.sampling.penalties.PENALTIES`."""
     collectives: str
-    """Backend of torch.distributed between ranks with this device."""
+    """Backends of torch.distributed between ranks: also the host's tensors are gathered, while weights load."""
     computes_in_float32: bool
     """Kernels multiply in float32 whatever the weights are stored in: bfloat16 weights are exact under float32."""
     is_memory_shared: bool
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    own_memory: OwnMemory | None = None
+    """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
+
+    def usable_bytes(self, share: float) -> int:
+        """Free memory of which this process may use `share`.
+
+        On a device with its own memory that is a share of all of it, as in TGI; on a host, of what is free.
+        """
+        free_bytes = self.free_memory_bytes()
+        if self.own_memory is None:
+            return int(free_bytes * share)
+        return min(free_bytes, int(self.own_memory.total_bytes() * share))
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.computes_in_float32 else dtype
@@ -127,13 +156,19 @@ def find_cuda(local_rank: int) -> Device | None:
         sampler=kernels,
         masks=kernels,
         penalties=kernels,
-        collectives="nccl",
+        collectives="cpu:gloo,cuda:nccl",
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        own_memory=OwnMemory(
+            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+            release_cached=torch.cuda.empty_cache,
+            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
+        ),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -175,6 +210,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
         row_variants=TRITON_ROW_VARIANTS,
+        is_asynchronous=True,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.layers.base import Rotation
 
 
 class TorchAttention:
@@ -18,6 +19,7 @@ class TorchAttention:
     block_sizes = (16, 32, 64, 128)
     is_capturable = False
     max_captured_tokens = 0
+    has_rotation = False
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -44,7 +46,12 @@ class TorchAttention:
         return metadata
 
     def forward(
-        self, qkv: torch.Tensor, cache: LayerCache, prepared: AttentionMetadata, window: int | None = None
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: AttentionMetadata,
+        window: int | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         shape = self._shape
         heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
