@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,8 +23,25 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
+TRITON_ROW_VARIANTS = (1, 17, 33, 65)
+"""Tiles have 16, 32 or 64 rows (`quant.kernels.skinny_triton`); torch's library multiplies more."""
 TRITON_CAPABILITY = (7, 5)
 """The oldest cards that Triton compiles for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnMemory:
+    """The memory of a device that has its own.
+
+    What a step takes of it can be measured: torch keeps what tensors have freed, so the device's free memory only falls
+    until `release_cached`.
+    """
+
+    total_bytes: Callable[[], int]
+    release_cached: Callable[[], None]
+    """Give back what torch keeps of freed tensors."""
+    set_limit: Callable[[float], None]
+    """Let this process have no more than such a share of all memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,16 +69,30 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    own_memory: OwnMemory | None = None
+    """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
+    row_variants: Sequence[int] = ()
+    """Row counts of which each has kernels of its own, which are compiled when they are first used."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
+
+    def usable_bytes(self, share: float) -> int:
+        """Free memory of which this process may use `share`.
+
+        On a device with its own memory that is a share of all of it, as in TGI; on a host, of what is free.
+        """
+        free_bytes = self.free_memory_bytes()
+        if self.own_memory is None:
+            return int(free_bytes * share)
+        return min(free_bytes, int(self.own_memory.total_bytes() * share))
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.computes_in_float32 else dtype
@@ -127,8 +158,14 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        own_memory=OwnMemory(
+            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+            release_cached=torch.cuda.empty_cache,
+            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
+        ),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
+        row_variants=TRITON_ROW_VARIANTS if has_triton else (),
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -169,6 +206,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
+        row_variants=TRITON_ROW_VARIANTS,
     )
 
 

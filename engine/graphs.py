@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,7 +20,7 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
-from engine.step_buffers import SECTIONS, StepBuffers, StepTensors
+from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors
 from engine.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ PROGRESS_S = 1.0
 PADDING = {"input_ids": 0, "positions": 0, "slot_mapping": -1}
 """The sections with a number for each token, and that of a row of padding."""
 
-Integers = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,8 @@ class StaticStepBuffers(StepBuffers):
         super().__init__(device, block_size)
         self._max_sizes = max_sizes
         words = {name: -(-max_sizes[name] * SECTIONS[name].itemsize // 8) for name in SECTIONS}
-        self._capacities = {name: max(size, 1) for name, size in words.items()}
+        # Whole multiples, so that every section begins at an address that kernels load from well.
+        self._capacities = {name: -(-size // MIN_SECTION_WORDS) * MIN_SECTION_WORDS for name, size in words.items()}
         self._allocate()
         self._make_views([(max_sizes[name],) for name in SECTIONS])
         self._sections = dict(zip(SECTIONS, self._arrays, strict=True))
@@ -113,9 +115,10 @@ class StaticStepBuffers(StepBuffers):
 class StepGraphs:
     """The captured steps, by bucket."""
 
-    def __init__(self, buffers: StaticStepBuffers, replays: dict[int, Work], seconds: float) -> None:
-        """`seconds` is the time that capturing took."""
+    def __init__(self, buffers: StaticStepBuffers, replays: dict[int, Work], max_tokens: int, seconds: float) -> None:
+        """A sequence of a step may have up to `max_tokens`; `seconds` is the time that capturing took."""
         self._buffers = buffers
+        self._max_tokens = max_tokens
         self._replays = dict(sorted(replays.items()))
         self._seconds = seconds
 
@@ -128,7 +131,9 @@ class StepGraphs:
         """Logits [len(inputs.input_ids), vocab_size], which the next step overwrites; None: not a step for graphs."""
         num_rows = len(inputs.input_ids)
         bucket = next((rows for rows in self._replays if rows >= num_rows), None)
+        starts = inputs.query_start_loc
         is_decoding = len(inputs.logits_indices) == num_rows and not inputs.scored_indices
+        is_decoding = is_decoding and max(map(operator.sub, starts[1:], starts)) <= self._max_tokens
         if bucket is None or not is_decoding or not self._buffers.fits(inputs, work_items):
             return None
         self._buffers.fill_rows(inputs, work_items, bucket)
@@ -162,14 +167,14 @@ def capture_graphs(
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))
-    return StepGraphs(buffers, replays, time.monotonic() - started)
+    return StepGraphs(buffers, replays, attention.max_captured_tokens, time.monotonic() - started)
 
 
 def max_work_items(attention: AttentionBackend, limits: GraphLimits) -> Integers:
     """The work items of a step with as many rows as the largest bucket, whose sequences fill the KV cache."""
     num_seqs = limits.buckets[0]
     seq_len = max(1, min(limits.max_seq_len, -(-limits.num_kv_tokens // num_seqs)))
-    return attention.work_items(range(num_seqs + 1), [seq_len] * num_seqs)
+    return attention.work_items(range(num_seqs + 1), [seq_len] * num_seqs, -(-seq_len // attention.block_size))
 
 
 def section_sizes(block_size: int, limits: GraphLimits, items: Integers) -> dict[str, int]:
@@ -193,4 +198,4 @@ def fill_first(buffers: StaticStepBuffers, attention: AttentionBackend, rows: in
         scored_indices=[],
         scored_token_ids=[],
     )
-    buffers.fill_rows(inputs, attention.work_items(starts, inputs.seq_lens), rows)
+    buffers.fill_rows(inputs, attention.work_items(starts, inputs.seq_lens, inputs.table_width), rows)

@@ -67,6 +67,7 @@ class Ranks:
         self._is_serving = False
         self._cause: str | None = None
         self._is_lost = threading.Event()
+        self._is_explained = False
         self._report_lock = threading.Lock()
         self._is_reported = False
         self._heartbeat = Heartbeat(rendezvous.peers, timeout_s, self._on_lost)
@@ -127,13 +128,21 @@ class Ranks:
             raise RankLostError(self._cause)
 
     def explain(self, error: RankLostError) -> RankLostError:
-        """The error with the cause that the heartbeat has noticed, if it does so within `CAUSE_S`."""
-        self._is_lost.wait(CAUSE_S)
+        """The error with the cause that the heartbeat has noticed, if it does so within `CAUSE_S` of the first call."""
+        if not self._is_explained:
+            self._is_lost.wait(CAUSE_S)
+            self._is_explained = True
         return error if self._cause is None else RankLostError(self._cause)
 
     def tell(self, sentence: str) -> None:
         """Tell the other ranks why this one ends."""
         self._heartbeat.tell(sentence)
+
+    def end_lost(self, error: RankLostError) -> None:
+        """Tell the other ranks and the log why this one ends."""
+        cause = str(self.explain(error))
+        self.tell(cause)
+        self.report(cause)
 
     def report(self, cause: str) -> None:
         """Log why this rank ends: once, and on one rank of each host. Where rank 0 is lost, rank 1 logs it, too."""

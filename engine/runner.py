@@ -107,7 +107,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
-        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens)
+        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
         if self._graphs is not None and (logits := self._graphs.run(inputs, work_items)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items)

@@ -26,7 +26,7 @@ SECTIONS: dict[str, torch.dtype] = {
     "input_ids": torch.int64,
     "positions": torch.int64,
     "slot_mapping": torch.int64,
-    "work_items": torch.int64,
+    "work_items": torch.int32,
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array."""
@@ -59,7 +59,7 @@ class StepBuffers:
         self._shapes: list[tuple[int, ...]] = []
         self._allocate()
 
-    def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> StepTensors:
+    def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> StepTensors:
         """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it."""
         values = self._values(inputs, work_items)
         shapes = [value.shape for value in values]
@@ -99,7 +99,7 @@ class StepBuffers:
         if self._copied is not None:
             self._copied.record()
 
-    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> list[npt.NDArray[np.integer]]:
+    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> list[npt.NDArray[np.integer]]:
         """The numbers of all sections, in their order."""
         starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
         block_table = np.frombuffer(inputs.block_table, np.int32).reshape(len(seq_lens), -1)

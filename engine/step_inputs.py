@@ -9,6 +9,9 @@ import msgspec
 
 from engine.scheduling.batch import ScheduledBatch
 
+BLOCK_BYTES = 4
+"""Bytes of a number in a block table."""
+
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One step in numbers, the same for every rank. `engine.step_buffers` puts them where the kernels read them.
@@ -29,6 +32,11 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Rows of prompt tokens whose successor in the prompt is scored."""
     scored_token_ids: list[int]
     """The prompt tokens that follow the rows of `scored_indices`."""
+
+    @property
+    def table_width(self) -> int:
+        """Numbers that the block table has for each sequence."""
+        return len(self.block_table) // BLOCK_BYTES // len(self.seq_lens)
 
 
 def step_inputs(batch: ScheduledBatch) -> StepInputs:

@@ -189,7 +189,7 @@ def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dty
         seq_lens=torch.empty(num_seqs, dtype=torch.int32),
         block_table=torch.empty(num_seqs, 128, dtype=torch.int32),
         slot_mapping=torch.empty(num_tokens, dtype=torch.int64),
-        work_items=torch.empty(backend.work_items(starts, seq_lens).shape, dtype=torch.int64),
+        work_items=torch.empty(backend.work_items(starts, seq_lens, 128).shape, dtype=torch.int32),
         host_query_start_loc=starts,
         host_seq_lens=seq_lens,
     )

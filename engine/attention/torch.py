@@ -17,6 +17,7 @@ class TorchAttention:
 
     block_sizes = (16, 32, 64, 128)
     is_capturable = False
+    max_captured_tokens = 0
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -33,9 +34,11 @@ class TorchAttention:
         size = (num_blocks * self.block_size, self._shape.num_kv_heads, self._shape.head_dim)
         return LayerCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
 
-    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+    def work_items(
+        self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
+    ) -> npt.NDArray[np.int32]:
         """An empty array: `forward` walks over the sequences."""
-        return np.empty((0, 0), np.int64)
+        return np.empty((0, 0), np.int32)
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return metadata

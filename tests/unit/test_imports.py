@@ -62,11 +62,14 @@ ROOMS: dict[str, str] = {
     "engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
+    "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
     "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
+    "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
-    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.graphs engine.limits engine.link "
-    "engine.ranks engine.runner engine.sampling engine.scheduling engine.summary engine.warm_up",
+    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
+    "engine.kernel_variants engine.limits engine.link engine.ranks engine.runner engine.sampling engine.scheduling "
+    "engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "

@@ -73,7 +73,7 @@ def make_metadata(backend: Any, parts: list[Part]) -> AttentionMetadata:
             [part.blocks + [0] * (widest - len(part.blocks)) for part in parts], dtype=torch.int32
         ),
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
-        work_items=torch.from_numpy(backend.work_items(starts, seq_lens)),
+        work_items=torch.from_numpy(backend.work_items(starts, seq_lens, widest)),
         host_query_start_loc=starts,
         host_seq_lens=seq_lens,
     )

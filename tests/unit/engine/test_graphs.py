@@ -25,10 +25,13 @@ class Attention:
     """The part of a backend that plans: an item [sequence, first token] for every 32 tokens of a sequence."""
 
     block_size = BLOCK_SIZE
+    max_captured_tokens = 5
 
-    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+    def work_items(
+        self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
+    ) -> npt.NDArray[np.int32]:
         items = [(number, first) for number, seq_len in enumerate(seq_lens) for first in range(0, seq_len, ITEM_TOKENS)]
-        return np.array(items, np.int64)
+        return np.array(items, np.int32)
 
 
 ATTENTION: Any = Attention()
@@ -65,7 +68,7 @@ class Scene:
         return torch.stack([tensors.input_ids, tensors.positions, tensors.attention.slot_mapping], dim=1)
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
-        items = ATTENTION.work_items(inputs.query_start_loc, inputs.seq_lens)
+        items = ATTENTION.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
         with torch.inference_mode():
             return self.graphs.run(inputs, items)
 
@@ -113,11 +116,18 @@ def test_places_are_those_of_the_capture() -> None:
     "inputs",
     [
         decode([5] * 9),
+        decode([9], [5]),
         decode([5, 9], logits_indices=[1]),
         decode([5, 9], scored_indices=[0], scored_token_ids=[7]),
-        decode([5, 9], block_table=np.zeros(2 * 20, np.int32).tobytes()),
+        decode([5, 9], block_table=np.zeros(8 * 20, np.int32).tobytes()),
     ],
-    ids=["more rows than any bucket", "a prompt under way", "a prompt is scored", "a table too wide"],
+    ids=[
+        "more rows than any bucket",
+        "more tokens than attention has in graphs",
+        "a prompt under way",
+        "a prompt is scored",
+        "a table too wide",
+    ],
 )
 def test_other_steps_are_not_for_graphs(inputs: StepInputs) -> None:
     assert Scene().run(inputs) is None

@@ -39,8 +39,8 @@ def make_inputs(num_seqs: int, width: int = 3, num_scored: int = 0) -> StepInput
     )
 
 
-def make_items(num_items: int) -> npt.NDArray[np.int64]:
-    return np.arange(4 * num_items, dtype=np.int64).reshape(num_items, 4)
+def make_items(num_items: int) -> npt.NDArray[np.int32]:
+    return np.arange(4 * num_items, dtype=np.int32).reshape(num_items, 4)
 
 
 def tensors_of(step: StepTensors) -> dict[str, torch.Tensor]:
