@@ -83,6 +83,8 @@ class MatrixKernel(Protocol):
 
     rounding: ClassVar[str | None]
     """The instructions with which it rounds activations to 8 bits; None: it takes them as they are."""
+    row_counts: ClassVar[Sequence[int]]
+    """A number of rows for each program that is compiled when it is first needed; none where rows decide nothing."""
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

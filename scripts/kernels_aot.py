@@ -37,7 +37,7 @@ from quant.dense import DenseMethod
 from quant.kernels.launch import ALIGNMENT, FP_FUSION, Launch, recorded_launches
 
 KB = 1024
-MAX_LAUNCHES_PER_LAYER = 12
+MAX_LAUNCHES_PER_LAYER = 10
 """Launches that a layer makes in a decode step."""
 GROUP_SIZE = 128
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -79,13 +79,16 @@ MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
 FORMS = "dense int8 int4 act-order".split()
 """How the weights are stored; int4 in groups of `GROUP_SIZE`, with act-order the groups are scattered."""
 
-STEPS: dict[str, list[tuple[int, int]]] = {
+Step = list[tuple[int, int]]
+"""Query tokens and all tokens of each sequence."""
+
+STEPS: dict[str, Step] = {
     "decode 1": [(1, 2000)],
     "decode 20": [(1, 300)] * 20,
     "decode 64": [(1, 300)] * 64,
+    "drafts 8 x 5": [(5, 300)] * 8,
     "prompt": [(512, 512)],
 }
-"""Query tokens and all tokens of each sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ class FormMethod:
         return self.orders[num_inputs]
 
 
-def record_launches(model_name: str, form: str, dtype: torch.dtype, step: str, num_layers: int = 1) -> list[Launch]:
+def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, num_layers: int = 1) -> list[Launch]:
     """Every launch of one step of a model with that many layers."""
     hidden, inner, heads, kv_heads, vocabulary, is_tied = MODELS[model_name]
     config = {
@@ -146,7 +149,7 @@ def record_launches(model_name: str, form: str, dtype: torch.dtype, step: str, n
     model = make_model(config, quantization, dtype, device)
     with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
         load_shapes(model, config, dtype)
-        run_step(model, STEPS[step], dtype)
+        run_step(model, step, dtype)
     return launches
 
 
@@ -175,7 +178,7 @@ def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) 
         layer.finish(torch.device("cpu"))
 
 
-def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+def run_step(model: CausalLM, sequences: Step, dtype: torch.dtype) -> None:
     """A forward pass and the logits of each sequence's last token."""
     backend: Any = TritonAttention(model.attention_shape, TritonAttention.block_sizes[0])
     caches = [backend.allocate(256, dtype, torch.device("cpu")) for _ in range(model.num_layers)]
@@ -267,7 +270,7 @@ def launch_complaints(num_launches: int) -> list[str]:
 
 
 def launches_per_layer(model_name: str, form: str, dtype: torch.dtype) -> int:
-    one, two = (len(record_launches(model_name, form, dtype, "decode 1", num_layers)) for num_layers in (1, 2))
+    one, two = (len(record_launches(model_name, form, dtype, STEPS["decode 1"], num_layers)) for num_layers in (1, 2))
     return two - one
 
 
@@ -287,8 +290,8 @@ def distinct_jobs(model_names: list[str], card_names: list[str]) -> Iterator[Job
         for model_name in model_names:
             for form in FORMS:
                 for step in STEPS:
-                    for launch in record_launches(model_name, form, dtype, step):
-                        decoding[launch] = decoding.get(launch, False) or step.startswith("decode")
+                    for launch in record_launches(model_name, form, dtype, STEPS[step]):
+                        decoding[launch] = decoding.get(launch, False) or step != "prompt"
         for name in card_names:
             if CARDS[name].dtype == dtype:
                 yield from (Job(name, launch, is_decoding) for launch, is_decoding in decoding.items())

@@ -13,6 +13,7 @@ class PackedTorch:
     """`x @ weight.T + bias` in the dtype of x, the weight widened at every call: memory stays small, speed does too."""
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-FEW_OUTPUTS = 8192
 MAX_BLOCK_INPUTS = 128
-MAX_SPLITS = 8
-MIN_BLOCKS_PER_SPLIT = 4
 ENOUGH_PROGRAMS = 256
-"""Programs that occupy a large card: about two for each of its 108 to 144 multiprocessors."""
+"""Programs that occupy a large card: about two for each of its 108 to 144 multiprocessors. With fewer outputs tiles are
+as small as they can be: splits of the inputs would take a launch of their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +20,7 @@ class Tile:
 
     block_outputs: int
     block_inputs: int
-    splits: int
+    splits: int = 1
     num_warps: int = 4
     num_stages: int = 3
 
@@ -33,13 +31,11 @@ def tile_for(
     """The tile of a weight with a scale for every `group_size` inputs, or 0; `min_inputs` is a power of two.
 
     A block of inputs lies within a group, unless no block of `min_inputs` can. Weights whose inputs are gathered
-    (`is_gathered`) need more registers, so fewer loads are under way at a time.
+    (`is_gathered`) need more registers, so fewer loads are under way at a time. With these warps compilers spill least.
     """
+    block_outputs = max(size for size in (16, 32, 64) if num_outputs >= size * ENOUGH_PROGRAMS or size == 16)
+    if is_dense:
+        return Tile(block_outputs, 2 * MAX_BLOCK_INPUTS if block_outputs == 16 else MAX_BLOCK_INPUTS, num_warps=8)
     power_of_two = group_size & -group_size  # the largest that divides it
     block_inputs = max(min(power_of_two or MAX_BLOCK_INPUTS, MAX_BLOCK_INPUTS), min_inputs)
-    block_outputs = 32 if num_outputs < FEW_OUTPUTS else 64
-    programs = -(-num_outputs // block_outputs)
-    blocks = -(-num_inputs // block_inputs)
-    splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, blocks // MIN_BLOCKS_PER_SPLIT))
-    num_warps = 8 if is_dense else 4  # with which the compiler spills least
-    return Tile(block_outputs, block_inputs, splits, num_warps, num_stages=2 if is_gathered else 3)
+    return Tile(block_outputs, block_inputs, num_stages=2 if is_gathered else 3)
