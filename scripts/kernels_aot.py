@@ -1,8 +1,8 @@
 """Compile the GPU kernels as a model would launch them, for cards that are not there, and hold them to their limits.
 
-A layer and the head of each model run on tensors without numbers, which records the launches; Triton compiles them for
-every architecture. Prints registers, spills and shared memory. Exit code 1 for a kernel that a card can't run, one of
-decoding that spills, or a layer with more launches than are known.
+A layer, the head and the choice of tokens of each model run on tensors without numbers, which records the launches;
+Triton compiles them for every architecture. Prints registers, spills and shared memory. Exit code 1 for a kernel that a
+card can't run, one of decoding that spills, or a layer with more launches than are known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +31,13 @@ from engine.attention.triton import TritonAttention
 from engine.build import make_model
 from engine.device import find_cpu
 from engine.layers.base import RotaryTable, Rotation
+from engine.link.messages import SamplingParams
 from engine.models.base import CausalLM, Loadable
+from engine.sampling.grammar import WORD_BITS
+from engine.sampling.grammar_triton import apply_masks
+from engine.sampling.penalties import Adjustments, GreenList, Places
+from engine.sampling.penalties_triton import adjust_logits
+from engine.sampling.sampler_triton import SPARE_PLACES, ChosenRows, make_specs
 from quant.base import MatrixShard, PackedWeight
 from quant.config import Quantization
 from quant.dense import DenseMethod
@@ -178,8 +185,18 @@ def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) 
         layer.finish(torch.device("cpu"))
 
 
+def choose_tokens(logits: torch.Tensor) -> None:
+    """Launch what comes between logits and ids: a repetition penalty, a watermark, a grammar, top tokens."""
+    rows: Any = np.arange(len(logits))
+    places = Places(rows, rows, penalties=np.ones(len(rows), np.float32))
+    adjust_logits(logits, Adjustments([GreenList(0, rows)], 1.0, places))
+    apply_masks(logits, rows, np.zeros((len(rows), -(-logits.shape[1] // WORD_BITS)), np.int32))
+    params = [SamplingParams(seed=1, top_p=0.9, num_top_tokens=1)] * len(rows)
+    ChosenRows.launch(logits, make_specs(params, rows.tolist(), None), None, 1 + SPARE_PLACES)
+
+
 def run_step(model: CausalLM, sequences: Step, dtype: torch.dtype) -> None:
-    """A forward pass and the logits of each sequence's last token."""
+    """A forward pass, and a token after each sequence's last one."""
     backend: Any = TritonAttention(model.attention_shape, TritonAttention.block_sizes[0])
     caches = [backend.allocate(256, dtype, torch.device("cpu")) for _ in range(model.num_layers)]
     model.use_attention(backend, caches)
@@ -200,7 +217,7 @@ def run_step(model: CausalLM, sequences: Step, dtype: torch.dtype) -> None:
     table = RotaryTable(torch.empty(4096, half), torch.empty(4096, half))
     rows = torch.empty(num_tokens, dtype=torch.int64)
     hidden = model.forward(torch.empty_like(rows), Rotation(table, rows), backend.prepare(metadata))
-    model.compute_logits(hidden[:num_seqs].clone())
+    choose_tokens(model.compute_logits(hidden[:num_seqs].clone()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,16 @@ def test_a_spill_is_caught_where_it_matters() -> None:
     assert complaints_of(Resources(255, 8, 0), CARDS["sm_75"], is_decoding=True) == []
 
 
-def test_head_logits_are_float32_from_the_kernel() -> None:
-    launches = record_launches(SMALL, "int8", torch.bfloat16, STEPS["decode 1"])
-    head = [launch for launch in launches if launch.name in ("skinny_kernel", "sum_kernel")][-1]
+@pytest.mark.parametrize("form", ["dense", "int8"])
+@pytest.mark.parametrize("model_name", ["0.5B", "7B"], ids=["tied", "untied"])
+def test_head_logits_are_float32_from_the_kernel(model_name: str, form: str) -> None:
+    launches = record_launches(model_name, form, torch.bfloat16, STEPS["decode 1"])
+    head = [launch for launch in launches if launch.name == "skinny_kernel"][-1]
     assert dict(head.signature)["out_ptr"] == "*fp32"
+
+
+def test_the_choice_of_tokens_is_compiled_too() -> None:
+    launches = record_launches(SMALL, "dense", torch.bfloat16, STEPS["drafts 8 x 5"])
+    chosen = [launch.name for launch in launches[-6:]]
+    assert chosen == "green_kernel adjust_kernel mask_kernel part_kernel choose_kernel list_kernel".split()
+    assert "widen_kernel" in [launch.name for launch in record_launches(SMALL, "int4", torch.float16, STEPS["prompt"])]
