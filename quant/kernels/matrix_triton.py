@@ -9,7 +9,7 @@ import torch
 
 from quant.base import PackedWeight
 from quant.kernels.skinny_triton import BLOCK_ROWS, MAX_ROWS, min_block_inputs, skinny_product
-from quant.kernels.tuning import tile_for
+from quant.kernels.tuning import WeightShape, tile_for
 from quant.kernels.widen_triton import widened_product
 
 
@@ -28,14 +28,10 @@ class MatrixTriton:
         num_inputs, scales = packed.num_inputs, packed.scales
         num_groups = 1 if scales is None else scales.shape[1]
         self._group_size = num_inputs // num_groups if num_groups > 1 else 0
-        self._tile = tile_for(
-            packed.weight.shape[0],
-            num_inputs,
-            group_size=self._group_size,
-            min_inputs=min_block_inputs(packed.layout),
-            is_dense=scales is None,
-            is_gathered=packed.input_order is not None,
+        weight = WeightShape(
+            packed.layout, packed.weight.shape[0], num_inputs, self._group_size, packed.input_order is not None
         )
+        self._tile = tile_for(weight, packed.architecture, min_inputs=min_block_inputs(packed.layout))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed, x = self._packed, x.contiguous()
