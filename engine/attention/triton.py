@@ -26,8 +26,8 @@ FEW_TOKENS = 8
 """Query tokens up to which a sequence has small tiles: decode and drafts."""
 SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
-TILE_KEYS = 64
-"""Cached tokens that a tile is multiplied with at a time; small tiles of long heads would spill with so many."""
+TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
+"""Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
 NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
@@ -170,7 +170,6 @@ class TritonAttention:
         window: int | None,
     ) -> None:
         shape = self._shape
-        is_small = tile_rows == SMALL_TILE
         launch(
             attend_kernel,
             (num_programs, shape.num_kv_heads),
@@ -182,7 +181,7 @@ class TritonAttention:
             metadata.block_table,
             NO_WINDOW if window is None else window,
             shape.head_dim**-0.5,
-            HEADER=SMALL_HEADER if is_small else LARGE_HEADER,
+            HEADER=SMALL_HEADER if tile_rows == SMALL_TILE else LARGE_HEADER,
             NUM_FIELDS=NUM_FIELDS,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
@@ -190,7 +189,7 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS // 2 if is_small and shape.head_dim > 64 else TILE_KEYS,
+            TILE_KEYS=TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
         )
