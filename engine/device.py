@@ -134,12 +134,7 @@ def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
@@ -171,6 +166,15 @@ def find_cuda(local_rank: int) -> Device | None:
         is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
 
 
 def find_cpu(local_rank: int) -> Device:

@@ -11,7 +11,7 @@ import msgspec
 from engine.link.messages import GenerationRequest, TokenEvent
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
-from engine.scheduling.ngram import IntArray, Proposal
+from engine.scheduling.proposal import IntArray, Proposal
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import UNKNOWN_TOKEN, Sequence
 from engine.scheduling.speculate import Proposer, Speculator
