@@ -21,6 +21,7 @@ import msgspec
 
 from engine.checkpoint.weights import open_weights
 from engine.device import Device
+from engine.graphs import GraphLimits
 from engine.limits import MemoryNeeds
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -106,6 +107,20 @@ class Ranks:
         all_ranks = self._rendezvous.exchange([dataclasses.asdict(needs), free_bytes])
         max_needs = {name: max(other[name] for other, _ in all_ranks) for name in all_ranks[0][0]}
         return MemoryNeeds(**max_needs), min(free for _, free in all_ranks)
+
+    def capture(self, runner: ModelRunner, limits: GraphLimits) -> None:
+        """Let all ranks have the same graphs, or none, so that they run each step alike. Raises StartError."""
+        reasons = self._rendezvous.exchange(runner.why_no_graphs())
+        runner.refuse_graphs(list(dict.fromkeys(reason for of_rank in reasons for reason in of_rank)))
+        try:
+            runner.capture(limits)
+        except RankLostError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise StartError(
+                f"rank {self.world.rank} can't capture a graph ({reason}): give smaller --cuda-graphs, or 0"
+            ) from error
 
     def start_serving(self) -> None:
         """Hold every rank to the timeout from now on: none loads or compiles any more."""
