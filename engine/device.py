@@ -77,6 +77,8 @@ class Device:
     """Whether what the ranks send each other is captured, too."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -132,12 +134,7 @@ def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
@@ -166,8 +163,18 @@ def find_cuda(local_rank: int) -> Device | None:
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
 
 
 def find_cpu(local_rank: int) -> Device:
@@ -207,6 +214,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
         row_variants=TRITON_ROW_VARIANTS,
+        is_asynchronous=True,
     )
 
 
