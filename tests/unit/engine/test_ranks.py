@@ -1,4 +1,4 @@
-"""What ranks agree on while they start: all of them have the same graphs, or none."""
+"""What ranks agree on: all of them have the same graphs, or none; and the tokens that only rank 0's device knows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from engine.graphs import GraphLimits
 from engine.link.errors import StartError
 from engine.ranks import Ranks
-from parallel.state import RankLostError
+from engine.step_inputs import StepInputs
+from parallel.state import ParallelState, RankLostError
 from parallel.world import World
+from tests.unit.parallel.threads import run_ranks
 
 LIMITS = GraphLimits(sizes=(1, 2), max_seq_len=64, num_kv_tokens=64)
 
@@ -62,3 +64,35 @@ def test_a_rank_that_is_lost_meanwhile_is_no_failed_capture() -> None:
     runner: Any = Runner([], RankLostError("rank 0 is gone"))
     with pytest.raises(RankLostError, match="^rank 0 is gone$"):
         make_ranks([]).capture(runner, LIMITS)
+
+
+def make_inputs(unknown_rows: list[int]) -> StepInputs:
+    return StepInputs(
+        input_ids=[0] * len(unknown_rows),
+        query_start_loc=[0],
+        seq_lens=[],
+        block_table=b"",
+        prompt_lens=[],
+        logits_indices=[],
+        scored_indices=[],
+        scored_token_ids=[],
+        unknown_places=list(range(len(unknown_rows))),
+        unknown_rows=unknown_rows,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_tokens_that_the_host_does_not_know_reach_every_rank(size: int) -> None:
+    """By their rows of the step before; large ids are exact."""
+    chosen = torch.tensor([5, 151_935, 0, 7])
+
+    def work(parallel: ParallelState) -> tuple[list[int], object]:
+        ranks = make_ranks([])
+        ranks.state = parallel
+        last_token_ids = None if parallel.rank else chosen
+        shared = ranks.share_token_ids(make_inputs([2, 1]), last_token_ids)
+        assert shared is not None
+        return shared.to(torch.int64)[[2, 1]].tolist(), ranks.share_token_ids(make_inputs([]), last_token_ids)
+
+    assert run_ranks(size, work) == [([0, 151_935], None)] * size
+    assert chosen.tolist() == [5, 151_935, 0, 7]
