@@ -77,6 +77,8 @@ class Device:
     """Whether what the ranks send each other is captured, too."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -166,6 +168,7 @@ def find_cuda(local_rank: int) -> Device | None:
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -207,6 +210,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
         row_variants=TRITON_ROW_VARIANTS,
+        is_asynchronous=True,
     )
 
 

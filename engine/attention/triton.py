@@ -1,4 +1,4 @@
-"""Attention in Triton: a plan of work items that is made on the host, and up to four launches a layer.
+"""Attention in Triton: a plan of work items that is made on the host, and three launches a layer, four with prompts.
 
 A sequence with few query tokens, as in decode or with a draft, is cut along its cached tokens: each chunk of a tile is
 a work item, and a kernel of its own combines them. Prompts have larger tiles, whose items have all of their chunks.
@@ -17,6 +17,7 @@ import torch
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.triton_kernels import attend_kernel, combine_kernel, write_kernel
+from engine.layers.base import Rotation
 from quant.kernels.launch import IS_INTERPRETED, launch
 
 CHUNK = 256
@@ -31,7 +32,8 @@ NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
 """Chunks of a token that are combined in one go."""
-WRITE_BLOCK = 512
+WRITTEN_HEADS = 4
+"""Heads of a token that one program rotates and writes."""
 NO_WINDOW = 2**31 - 1
 NUM_FIELDS = 8
 """Numbers in a line of the plan, int32.
@@ -67,6 +69,7 @@ class TritonAttention:
     block_sizes = (16, 32, 64, 128)
     is_capturable = True
     max_captured_tokens = FEW_TOKENS
+    has_rotation = True
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -114,9 +117,16 @@ class TritonAttention:
         num_lines = metadata.work_items.shape[0] - 1
         return _Step(metadata, num_large, num_partials=num_lines - starts[-1] if num_large else num_lines)
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: _Step, window: int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: _Step,
+        window: int | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         metadata = prepared.metadata
-        self._write(qkv, cache, metadata.slot_mapping)
+        self._write(qkv, cache, metadata.slot_mapping, rotation)
         shape = self._shape
         out = qkv.new_empty(qkv.shape[0], shape.num_heads * shape.head_dim)
         partial = qkv.new_empty(prepared.num_partials, shape.num_heads, shape.head_dim, dtype=torch.float32)
@@ -128,19 +138,25 @@ class TritonAttention:
         self._combine(results, metadata)
         return out
 
-    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor, rotation: Rotation | None) -> None:
         shape = self._shape
+        num_heads, half = shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim // 2
+        angles = (qkv, qkv, slots) if rotation is None else (rotation.table.cos, rotation.table.sin, rotation.rows)
         launch(
             write_kernel,
-            (qkv.shape[0], -(-shape.num_kv_heads * shape.head_dim // WRITE_BLOCK)),
+            (qkv.shape[0], -(-num_heads // WRITTEN_HEADS)),
             qkv,
             slots,
             cache.keys,
             cache.values,
+            *angles,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
-            HEAD_DIM=shape.head_dim,
-            BLOCK=WRITE_BLOCK,
+            HALF=half,
+            BLOCK=_power_of_two(half),
+            HEADS=WRITTEN_HEADS,
+            HAS_ROTATION=rotation is not None,
+            num_warps=1,
         )
 
     def _attend(
