@@ -74,8 +74,10 @@ def check_engine(inputs: Inputs, report: Report) -> None:
         "in chunks": {"max_batch_tokens": 24},
         "with drafts": {"drafter": KnownDrafts(known)},
     }
-    ways["with graphs"] = {"graph_sizes": (1, 4, 8)}
+    ways["with graphs, steps overlapping"] = {"graph_sizes": (1, 4, 8), "is_overlapped": True}
     if not inputs.is_toy:
+        ways["with graphs"] = {"graph_sizes": (1, 4, 8)}
+        ways["steps overlapping"] = {"is_overlapped": True}
         ways["with preemption"] = {"num_blocks": 23}
         ways["with graphs and drafts"] = {"graph_sizes": (1, 4, 16), "drafter": KnownDrafts(known)}
     for way, options in ways.items():
@@ -103,6 +105,7 @@ def _ids(
     max_batch_tokens: int = 512,
     drafter: Any = None,
     graph_sizes: SequenceOf[int] = (),
+    is_overlapped: bool = False,
 ) -> list[list[int]]:
     """The ids that the engine makes in float32; the weights are the same on every device."""
     generator = torch.Generator().manual_seed(inputs.generator.initial_seed() % 2**31)
@@ -110,7 +113,13 @@ def _ids(
     runner = make_runner(model, device, torch.float32, num_blocks=num_blocks, num_positions=1024)
     runner.capture(GraphLimits(sizes=graph_sizes, max_seq_len=512, num_kv_tokens=num_blocks * runner.block_size))
     core = make_core(
-        runner, device, config["vocab_size"], num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, drafter=drafter
+        runner,
+        device,
+        config["vocab_size"],
+        num_blocks=num_blocks,
+        max_batch_tokens=max_batch_tokens,
+        drafter=drafter,
+        is_overlapped=is_overlapped,
     )
     return run_requests(core, [greedy_request(str(number), prompt, num_new) for number, prompt in enumerate(prompts)])
 
