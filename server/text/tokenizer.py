@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import tokenizers
 
-from engine.link.errors import StartError
+from engine.link.errors import GenerationError, StartError
 
 SPECIAL_TOKEN_KEYS = (
     "bos_token",
@@ -88,7 +88,11 @@ class TextTokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
         return encoding.ids
 
     async def split(self, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
@@ -97,7 +101,11 @@ class TextTokenizer:
         return await loop.run_in_executor(self._executor, self._split, text, add_special_tokens)
 
     def _split(self, text: str, add_special_tokens: bool) -> list[SimpleToken]:
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
         num_bytes = [len(character.encode()) for character in text]
         places = list(itertools.accumulate(num_bytes, initial=0))  # by code point: the library counts those
         # A token that is a part of a character has the span of the whole character: the library says so, to TGI too.
@@ -107,8 +115,12 @@ class TextTokenizer:
         ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens included."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        """The text of `token_ids`, special tokens included. Raises GenerationError where the library panics."""
+        try:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
 
     def token_id(self, token: str) -> int | None:
         """The id of the token whose text is `token`, if there is one."""
@@ -119,6 +131,12 @@ class TextTokenizer:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
+
+
+def _raise_if_panic(error: BaseException) -> None:
+    """Raise GenerationError for a panic of the library: it is no Exception, and would end more than its request."""
+    if type(error).__name__ == "PanicException":  # pyo3 makes the class when a panic first comes
+        raise GenerationError("the tokenizer failed with this text") from None
 
 
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:

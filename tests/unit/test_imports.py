@@ -98,7 +98,8 @@ STANDARD_LIBRARY_ONLY = {
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "",
+    "engine.link.logs": "engine.link.repeats",
+    "engine.link.repeats": "",
     "engine.link.registry": "engine.link.errors",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""
