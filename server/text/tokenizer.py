@@ -15,6 +15,7 @@ import msgspec
 import tokenizers
 
 from engine.link.errors import GenerationError, StartError
+from engine.link.model_files import read_file
 
 SPECIAL_TOKEN_KEYS = (
     "bos_token",
@@ -140,7 +141,7 @@ def _raise_if_panic(error: BaseException) -> None:
 
 
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         raise StartError(f"{path} is missing: the model folder needs a tokenizer.json")
     try:
@@ -160,19 +161,9 @@ def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         )
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of `path`, or None if there is no such file. Raises StartError."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StartError.of_file(path, error) from error
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, or None if there is no such file. Raises StartError."""
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         return None
     try:
@@ -216,7 +207,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
     source = _default_template(override.get("chat_template") or config.get("chat_template"))
     jinja_file = folder / "chat_template.jinja"
-    content = _read(jinja_file) if source is None else None
+    content = read_file(jinja_file) if source is None else None
     if content is None:
         return source
     try:
