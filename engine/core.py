@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
+import torch
+
 from engine.link.ipc import EngineEndpoint
 from engine.link.messages import AbortRequest, Down, Goodbye, StepOutput, StepReport, TokenEvent
 from engine.runner import StepResult
@@ -16,6 +18,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
 from engine.scheduling.step_costs import CostObserver
 from engine.scheduling.step_limit import StepLimit
+from engine.shedding import Shedder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class EngineCore:
         self.grammars = grammars
         self.limit = limit
         self.costs = costs
+        self.shedder = Shedder(scheduler)
         self.report = StepReport()
         """The report of the last step."""
         self.is_dismissed = False
@@ -67,8 +71,13 @@ class EngineCore:
         with clock.scheduling():
             batch = self.scheduler.schedule(self._max_tokens())
         with clock.computing(batch):
-            result = self.runner.execute(batch)
-            sampled = self.sampler.sample(batch, result.logits)
+            try:
+                result = self.runner.execute(batch)
+                sampled = self.sampler.sample(batch, result.logits)
+            except torch.OutOfMemoryError as error:
+                self.report.is_failed = True
+                return self.shedder.shed(batch, error)
+        self.shedder.note_success()
         with clock.updating():
             events = self.scheduler.update(batch, sampled, result.prompt_logprobs())
         self._learn(batch, clock.finish(events))

@@ -160,16 +160,20 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
-        own_memory=OwnMemory(
-            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
-            release_cached=torch.cuda.empty_cache,
-            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
-        ),
+        own_memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
         is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
+    )
+
+
+def _cuda_memory(torch_device: torch.device) -> OwnMemory:
+    return OwnMemory(
+        total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+        release_cached=torch.cuda.empty_cache,
+        set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
     )
 
 

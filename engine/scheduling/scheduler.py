@@ -183,6 +183,14 @@ class Scheduler:
             events += new_events
         return events
 
+    def take_back(self, batch: ScheduledBatch, victim: Sequence, error: str) -> list[TokenEvent]:
+        """Forget a step that was scheduled and not computed, and end one of its sequences with `error`."""
+        for scheduled in batch.scheduled:
+            if scheduled.draft:
+                self._blocks.shrink(scheduled.sequence)
+        self._remove(victim)
+        return [TokenEvent(request_id=victim.request.request_id, error=error)]
+
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with `error`."""
         events = [TokenEvent(request_id=request_id, error=error) for request_id in self._sequences]
