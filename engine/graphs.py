@@ -154,7 +154,7 @@ def capture_graphs(
 ) -> StepGraphs:
     """Capture `compute`, from a step's tensors to the logits of all of its rows, for every bucket.
 
-    Where the device gives out, the buckets that are captured serve.
+    What can't be captured, as where memory is out, is launched as it comes or has place in a larger bucket.
     """
     started = reported = time.monotonic()
     buckets = limits.buckets
@@ -168,7 +168,6 @@ def capture_graphs(
             replays[rows] = recorder.capture(functools.partial(compute, tensors))
         except RuntimeError as error:
             logger.warning("No graph for %d rows: %s", rows, str(error).partition("\n")[0])
-            break
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))
