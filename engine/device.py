@@ -69,6 +69,8 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    architecture: str | None = None
+    """What matrix kernels are tuned for, as `sm_90` or `gfx942`; None: nothing."""
     own_memory: OwnMemory | None = None
     """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
@@ -138,9 +140,7 @@ def find_cuda(local_rank: int) -> Device | None:
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
-    # Qwen2's sums leave the range of float16: they are float32 until they are complete.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    _add_in_float32()
     has_triton = importlib.util.find_spec("triton") is not None and capability >= TRITON_CAPABILITY
     kernels = "triton" if has_triton else "torch"
     return Device(
@@ -155,6 +155,7 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        architecture=_architecture(torch_device),
         own_memory=OwnMemory(
             total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
             release_cached=torch.cuda.empty_cache,
@@ -175,6 +176,19 @@ def _check_num_gpus(local_rank: int) -> None:
             f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
             "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
         )
+
+
+def _add_in_float32() -> None:
+    """Qwen2's sums leave the range of float16: they are float32 until they are complete."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def find_cpu(local_rank: int) -> Device:

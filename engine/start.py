@@ -101,18 +101,21 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
         runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
-    _capture_graphs(config, runner, plan)
+    _capture_graphs(config, runner, plan, ranks)
     return _Prepared(config, device, loaded, runner, plan)
 
 
-def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan) -> None:
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
     """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
     limits = GraphLimits(
         sizes=_graph_sizes(config),
         max_seq_len=plan.limits.max_total_tokens,
         num_kv_tokens=plan.limits.max_batch_total_tokens,
     )
-    runner.capture(limits)
+    if ranks is None:
+        runner.capture(limits)
+    else:
+        ranks.capture(runner, limits)
     if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
         logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
 

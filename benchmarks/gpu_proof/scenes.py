@@ -82,5 +82,5 @@ class Scene:
         """What the backend gets of the step, in buffers of its own."""
         inputs = attention_inputs(self.parts, self.tables)
         buffers = StepBuffers(self.qkv.device, self.block_size)
-        work_items = backend.work_items(inputs.query_start_loc, inputs.seq_lens)
+        work_items = backend.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
         return buffers.fill(inputs, work_items).attention

@@ -58,8 +58,8 @@ ROOMS: dict[str, str] = {
     "engine.graphs": "engine.attention engine.graph_capture engine.step_buffers engine.step_inputs",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
     "engine.step_buffers engine.step_inputs",
-    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
-    "engine.step_inputs parallel",
+    "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
+    "engine.scheduling engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
     "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
@@ -100,7 +100,9 @@ STANDARD_LIBRARY_ONLY = {
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "",
+    "engine.link.logs": "engine.link.repeats",
+    "engine.link.repeats": "",
+    "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""
