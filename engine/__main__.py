@@ -68,8 +68,7 @@ def serve(config: EngineConfig) -> int:
         ignore_signals()
         follower.serve()
     except RankLostError as error:
-        ranks.tell(str(error))
-        ranks.report(str(error))
+        ranks.end_lost(error)
         return RANK_LOST_EXIT_CODE
     except EOFError:
         raise

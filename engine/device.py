@@ -30,6 +30,21 @@ TRITON_CAPABILITY = (7, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnMemory:
+    """The memory of a device that has its own.
+
+    What a step takes of it can be measured: torch keeps what tensors have freed, so the device's free memory only falls
+    until `release_cached`.
+    """
+
+    total_bytes: Callable[[], int]
+    release_cached: Callable[[], None]
+    """Give back what torch keeps of freed tensors."""
+    set_limit: Callable[[float], None]
+    """Let this process have no more than such a share of all memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """One rank's device and the choices that follow from it."""
 
@@ -54,18 +69,34 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    architecture: str | None = None
+    """What matrix kernels are tuned for, as `sm_90` or `gfx942`; None: nothing."""
+    own_memory: OwnMemory | None = None
+    """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
+
+    def usable_bytes(self, share: float) -> int:
+        """Free memory of which this process may use `share`.
+
+        On a device with its own memory that is a share of all of it, as in TGI; on a host, of what is free.
+        """
+        free_bytes = self.free_memory_bytes()
+        if self.own_memory is None:
+            return int(free_bytes * share)
+        return min(free_bytes, int(self.own_memory.total_bytes() * share))
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.computes_in_float32 else dtype
@@ -105,18 +136,11 @@ def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
-    # Qwen2's sums leave the range of float16: they are float32 until they are complete.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    _add_in_float32()
     has_triton = importlib.util.find_spec("triton") is not None and capability >= TRITON_CAPABILITY
     kernels = "triton" if has_triton else "torch"
     return Device(
@@ -131,11 +155,40 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        architecture=_architecture(torch_device),
+        own_memory=OwnMemory(
+            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+            release_cached=torch.cuda.empty_cache,
+            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
+        ),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
+
+
+def _add_in_float32() -> None:
+    """Qwen2's sums leave the range of float16: they are float32 until they are complete."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def find_cpu(local_rank: int) -> Device:
@@ -175,6 +228,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
         row_variants=TRITON_ROW_VARIANTS,
+        is_asynchronous=True,
     )
 
 

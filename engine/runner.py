@@ -51,6 +51,7 @@ class ModelRunner:
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
         self._graphs: StepGraphs | None = None
+        self._refusals: list[str] = []
 
     @property
     def block_size(self) -> int:
@@ -77,15 +78,27 @@ class ModelRunner:
             reasons.append("dynamic rope scaling makes tables while a step runs")
         if self._model.num_ranks > 1 and not self._device.has_graph_collectives:
             reasons.append("what the shards send each other can't be captured")
-        return reasons
+        return reasons + [refusal for refusal in self._refusals if refusal not in reasons]
+
+    def refuse_graphs(self, reasons: Sequence[str]) -> None:
+        """Have no graphs where there are reasons against them on any rank: all ranks must run a step alike."""
+        self._refusals = list(reasons)
 
     @torch.inference_mode()
     def capture(self, limits: GraphLimits) -> None:
-        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together."""
+        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together.
+
+        Raises RuntimeError where only some ranks could have a graph.
+        """
         recorder = self._device.make_recorder
         if recorder is not None and limits.buckets and not self.why_no_graphs():
             self._graphs = capture_graphs(
-                recorder(), self._compute_all, self._attention, limits, self._device.torch_device
+                recorder(),
+                self._compute_all,
+                self._attention,
+                limits,
+                self._device.torch_device,
+                num_ranks=self._model.num_ranks,
             )
 
     def describe_graphs(self) -> str | None:
@@ -96,21 +109,24 @@ class ModelRunner:
             return None
         return f"No graphs: {'; '.join(self.why_no_graphs()) or '--cuda-graphs 0'}"
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute a step. Nothing is read back from the device."""
-        return self.run(self.inputs(batch))
+    def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
+        """Compute a step. Nothing is read back from the device.
+
+        `last_token_ids` [rows], on the device, are what the step before chose, if the batch has unknown tokens.
+        """
+        return self.run(self.inputs(batch), last_token_ids)
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """What `run` needs to know of a scheduled batch."""
         return step_inputs(batch)
 
     @torch.inference_mode()
-    def run(self, inputs: StepInputs) -> StepResult:
+    def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
         work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
-        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items)) is not None:
+        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
-        tensors = self._buffers.fill(inputs, work_items)
+        tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         rotation = self._model.rotary.prepare(
             tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.layers.base import Rotation
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -68,6 +70,8 @@ class AttentionBackend(Protocol):
     the sizes of the metadata alone, and rows that belong to no sequence may hold anything."""
     max_captured_tokens: ClassVar[int]
     """Query tokens of a sequence up to which that is so; with more it is a prompt. 0 where no graph may capture."""
+    has_rotation: ClassVar[bool]
+    """Whether `forward` rotates queries and keys, as it touches them anyway. Otherwise the model does so before."""
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -94,9 +98,18 @@ class AttentionBackend(Protocol):
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Work out once a step what `forward` of every layer gets."""
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any, window: int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: Any,
+        window: int | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].
 
         `window`: a token attends to itself and the `window - 1` tokens before it; None: to all before it. What has
         left every window stays in the cache: blocks belong to all layers, and some of them see everything.
+
+        `rotation`: what queries and keys are still to be rotated by, in qkv itself or not; None unless `has_rotation`.
         """

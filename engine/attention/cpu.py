@@ -22,6 +22,7 @@ import torch
 from numba import njit, prange
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.layers.base import Rotation
 from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.simd import (
     LANES,
@@ -222,6 +223,7 @@ class CpuAttention:
     block_sizes = (BLOCK_SIZE,)
     is_capturable = False
     max_captured_tokens = 0
+    has_rotation = False
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -274,7 +276,12 @@ class CpuAttention:
         )
 
     def forward(
-        self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep, window: int | None = None
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: _PreparedStep,
+        window: int | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         shape = self._shape
         num_tokens, width = qkv.shape

@@ -1,4 +1,4 @@
-"""Attention in Triton: a plan of work items that is made on the host, and up to four launches a layer.
+"""Attention in Triton: a plan of work items that is made on the host, and three launches a layer, four with prompts.
 
 A sequence with few query tokens, as in decode or with a draft, is cut along its cached tokens: each chunk of a tile is
 a work item, and a kernel of its own combines them. Prompts have larger tiles, whose items have all of their chunks.
@@ -17,6 +17,7 @@ import torch
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.triton_kernels import attend_kernel, combine_kernel, write_kernel
+from engine.layers.base import Rotation
 from quant.kernels.launch import IS_INTERPRETED, launch
 
 CHUNK = 256
@@ -25,13 +26,14 @@ FEW_TOKENS = 8
 """Query tokens up to which a sequence has small tiles: decode and drafts."""
 SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
-TILE_KEYS = 64
-"""Cached tokens that a tile is multiplied with at a time; small tiles of long heads would spill with so many."""
+TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
+"""Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
 NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
 """Chunks of a token that are combined in one go."""
-WRITE_BLOCK = 512
+WRITTEN_HEADS = 4
+"""Heads of a token that one program rotates and writes."""
 NO_WINDOW = 2**31 - 1
 NUM_FIELDS = 8
 """Numbers in a line of the plan, int32.
@@ -42,7 +44,9 @@ NUM_FIELDS = 8
 - A line for each item: the row of its first query token, their number, the position of the first, where its sequence's
   blocks begin in the block table, its first chunk, the end of its chunks, and its first partial result, which those of
   its other tokens follow; -1: its result is complete.
-- Lines without meaning, so that there are at least as many after the rows' as there are partial results.
+- Lines without meaning, so that there are at least as many after the rows' as there are partial results. Without large
+  tiles their number depends on the sequences alone, not on how many heads share a key: ranks with other heads have
+  plans of the same size, so that all or none find place for them in a graph.
 """
 SMALL_HEADER, LARGE_HEADER, ROWS_HEADER = 0, 2, 4
 
@@ -67,6 +71,7 @@ class TritonAttention:
     block_sizes = (16, 32, 64, 128)
     is_capturable = True
     max_captured_tokens = FEW_TOKENS
+    has_rotation = True
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -95,7 +100,7 @@ class TritonAttention:
         num_small, num_large = int(small.num_chunks.sum()), len(large.num_chunks)
         is_split = small.num_chunks > 1
         num_partials = np.where(is_split, small.num_chunks * small.num_tokens, 0)
-        num_lines = 1 + num_rows + max(num_small + num_large, int(num_partials.sum()))
+        num_lines = 1 + num_rows + max(num_small + num_large, _max_partials(*step[:2]))
         plan = np.zeros((num_lines, NUM_FIELDS), np.int32)
         first_small = 1 + num_rows
         first_large = first_small + num_small
@@ -114,9 +119,16 @@ class TritonAttention:
         num_lines = metadata.work_items.shape[0] - 1
         return _Step(metadata, num_large, num_partials=num_lines - starts[-1] if num_large else num_lines)
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: _Step, window: int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: _Step,
+        window: int | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         metadata = prepared.metadata
-        self._write(qkv, cache, metadata.slot_mapping)
+        self._write(qkv, cache, metadata.slot_mapping, rotation)
         shape = self._shape
         out = qkv.new_empty(qkv.shape[0], shape.num_heads * shape.head_dim)
         partial = qkv.new_empty(prepared.num_partials, shape.num_heads, shape.head_dim, dtype=torch.float32)
@@ -128,19 +140,25 @@ class TritonAttention:
         self._combine(results, metadata)
         return out
 
-    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor, rotation: Rotation | None) -> None:
         shape = self._shape
+        num_heads, half = shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim // 2
+        angles = (qkv, qkv, slots) if rotation is None else (rotation.table.cos, rotation.table.sin, rotation.rows)
         launch(
             write_kernel,
-            (qkv.shape[0], -(-shape.num_kv_heads * shape.head_dim // WRITE_BLOCK)),
+            (qkv.shape[0], -(-num_heads // WRITTEN_HEADS)),
             qkv,
             slots,
             cache.keys,
             cache.values,
+            *angles,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
-            HEAD_DIM=shape.head_dim,
-            BLOCK=WRITE_BLOCK,
+            HALF=half,
+            BLOCK=_power_of_two(half),
+            HEADS=WRITTEN_HEADS,
+            HAS_ROTATION=rotation is not None,
+            num_warps=1,
         )
 
     def _attend(
@@ -154,7 +172,6 @@ class TritonAttention:
         window: int | None,
     ) -> None:
         shape = self._shape
-        is_small = tile_rows == SMALL_TILE
         launch(
             attend_kernel,
             (num_programs, shape.num_kv_heads),
@@ -166,7 +183,7 @@ class TritonAttention:
             metadata.block_table,
             NO_WINDOW if window is None else window,
             shape.head_dim**-0.5,
-            HEADER=SMALL_HEADER if is_small else LARGE_HEADER,
+            HEADER=SMALL_HEADER if tile_rows == SMALL_TILE else LARGE_HEADER,
             NUM_FIELDS=NUM_FIELDS,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
@@ -174,7 +191,7 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS // 2 if is_small and shape.head_dim > 64 else TILE_KEYS,
+            TILE_KEYS=TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
         )
@@ -208,6 +225,13 @@ class _Tiles:
     first_block: Integers
     """Where the sequence's blocks begin in the block table."""
     num_chunks: Integers
+
+
+def _max_partials(starts: Integers, lens: Integers) -> int:
+    """Partial results and items of the small tiles together at most, whatever the tiles: all chunks for each token."""
+    num_queries = starts[1:] - starts[:-1]
+    chunks = (lens - 1) // CHUNK + 1
+    return int((num_queries * chunks)[num_queries <= FEW_TOKENS].sum())
 
 
 def _tiles(starts: Integers, lens: Integers, table_width: int, tile_tokens: int, *, is_few: bool) -> _Tiles:

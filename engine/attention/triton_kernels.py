@@ -1,4 +1,4 @@
-"""Triton kernels of paged attention: write, attend, combine.
+"""Triton kernels of paged attention: rotate and write, attend, combine.
 
 A work item is a tile of query tokens of one sequence and some chunks of its cached tokens; a program of `attend_kernel`
 computes items one after the other, for the query heads that share one key and value head. Within a chunk the softmax is
@@ -20,29 +20,50 @@ from quant.kernels.skinny_triton import dot
 
 @triton.jit
 def write_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]
-    slots_ptr,  # [num_tokens] int64: where keys and values go, -1: nowhere
-    keys_ptr,  # [slots, NUM_KV_HEADS, HEAD_DIM]
+    qkv_ptr,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF], whose queries are rotated in place
+    slots_ptr,  # [num_tokens] int64: where keys and values go, -1: a row of padding
+    keys_ptr,  # [slots, NUM_KV_HEADS, 2 * HALF]
     values_ptr,
+    cos_ptr,  # [positions, HALF] float32, unless HAS_ROTATION is false
+    sin_ptr,
+    angles_ptr,  # [num_tokens] int64: the row of cos and sin
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_ROTATION: tl.constexpr,
 ):
-    """The keys and values of a token; they lie side by side in qkv as in the cache."""
-    SIZE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    """Some heads of a token: queries and keys are rotated, keys and values written to the cache."""
+    NUM_ALL: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     if slot < 0:
         return
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_inside = place < SIZE
-    source = qkv_ptr + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + NUM_HEADS * HEAD_DIM + place
-    target = slot * SIZE + place
-    keys = tl.load(source, mask=is_inside, other=0.0)
-    values = tl.load(source + SIZE, mask=is_inside, other=0.0)
-    tl.store(keys_ptr + target, keys.to(keys_ptr.dtype.element_ty), mask=is_inside)
-    tl.store(values_ptr + target, values.to(values_ptr.dtype.element_ty), mask=is_inside)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    place = tl.arange(0, BLOCK)[None, :]
+    is_query = (head < NUM_HEADS) & (place < HALF)
+    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS) & (place < HALF)
+    is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_ALL) & (place < HALF)
+    first = qkv_ptr + (token * NUM_ALL + head) * (2 * HALF) + place
+    low = tl.load(first, mask=is_query | is_key | is_value, other=0.0)
+    high = tl.load(first + HALF, mask=is_query | is_key | is_value, other=0.0)
+    if HAS_ROTATION:
+        angle = tl.load(angles_ptr + token) * HALF + place
+        cos = tl.load(cos_ptr + angle, mask=place < HALF, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=place < HALF, other=0.0)
+        wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+        dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+        low = tl.where(is_value, low, (wide_low * cos - wide_high * sin).to(dtype))
+        high = tl.where(is_value, high, (wide_high * cos + wide_low * sin).to(dtype))
+        tl.store(first, low, mask=is_query)
+        tl.store(first + HALF, high, mask=is_query)
+    key = keys_ptr + (slot * NUM_KV_HEADS + head - NUM_HEADS) * (2 * HALF) + place
+    tl.store(key, low.to(keys_ptr.dtype.element_ty), mask=is_key)
+    tl.store(key + HALF, high.to(keys_ptr.dtype.element_ty), mask=is_key)
+    value = values_ptr + (slot * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * (2 * HALF) + place
+    tl.store(value, low.to(values_ptr.dtype.element_ty), mask=is_value)
+    tl.store(value + HALF, high.to(values_ptr.dtype.element_ty), mask=is_value)
 
 
 @triton.jit

@@ -41,9 +41,9 @@ class EngineConfig:
     graph_sizes: Sequence[int] | None = None
     """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
     memory_fraction: float = 1.0
-    """Part of the device's free memory that may be used."""
-    kv_memory_share: float = 0.8
-    """Part of the memory left beside the weights that the KV cache may take."""
+    """Part of the device's memory that may be used; where it is the host's, of what is free of it."""
+    kv_memory_share: float | None = None
+    """Part of the memory left beside the weights that the KV cache may take; None: `engine.limits` has the default."""
     is_prefix_caching: bool = True
     """Whether a prompt reuses the KV blocks of an earlier one that begins alike."""
     max_draft_tokens: int = 0

@@ -284,7 +284,7 @@ BATCHING = (
     Flag(
         name="cuda-memory-fraction",
         fills="engine.memory_fraction",
-        help="Share of the device's free memory that may be used, on a CPU as well",
+        help="Share of each GPU's memory that may be used; on a CPU, of the memory that is free",
         value=FRACTION,
         default=1.0,
     ),
@@ -466,8 +466,8 @@ VARIABLES: tuple[Variable, ...] = (
         name="TGI_WIGGLE_ROOM",
         fills="engine.kv_memory_share",
         value=FRACTION,
-        default=0.8,
-        help="Share of the memory free after loading that the KV cache may take",
+        help="Share of the memory free after loading that the KV cache may take (default: 0.8; on a GPU 0.95 of what "
+        "the largest step leaves)",
     ),
     Variable(
         name="OMP_NUM_THREADS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -79,6 +80,13 @@ def is_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield
     assert not list(temporary.iterdir())
     assert shared_memory() <= before
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts see one GPU."""
+    paths = [str(Path(__file__).parent / "one_gpu"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 def test_two_shards_give_the_ids_of_one_process(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
@@ -163,6 +171,35 @@ def test_a_model_that_cannot_be_cut_is_one_sentence(model: Path, tmp_path: Path)
         assert "Traceback" not in server.log
         assert told[0] == server.log.splitlines()[-1]
         assert "Starting shard" not in server.log, "no process starts for it"
+
+
+def told_of_too_few_gpus(log: str) -> list[str]:
+    return [line for line in errors(log) if "shard 1 of this host has no GPU, torch sees 1" in line]
+
+
+@pytest.mark.usefixtures("one_gpu", "is_nothing_left")
+def test_too_few_gpus_are_one_sentence(model: Path, tmp_path: Path) -> None:
+    with launched(model, tmp_path, "--num-shard", "2", is_awaited=False) as server:
+        processes = processes_of(server)
+        assert server.wait_for_end(END_S) == 1
+        assert not psutil.wait_procs(processes, timeout=1)[1]
+        assert len(told_of_too_few_gpus(server.log)) == 1, server.log
+        assert "another rank ended" not in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_too_few_gpus_are_one_sentence_under_torchrun(model: Path, tmp_path: Path) -> None:
+    process, server = under_torchrun(model, tmp_path / "log")
+    processes: list[psutil.Process] = []
+    try:
+        server.wait_for_log("no GPU")
+        processes = processes_of(server)
+        assert server.wait_for_end(3 * END_S) == 1
+        assert len(told_of_too_few_gpus(server.log)) == 1, server.log
+        assert "another rank ended" not in server.log
+    finally:
+        end(process, processes)
 
 
 def test_a_rank_killed_while_it_starts_is_named(model: Path, tmp_path: Path) -> None:

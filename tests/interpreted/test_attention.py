@@ -14,6 +14,8 @@ from engine.attention import triton as triton_attention
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.torch import TorchAttention
 from engine.attention.triton import CHUNK, FEW_TOKENS, NUM_PROGRAMS, TritonAttention
+from engine.layers.base import RotaryTable, Rotation
+from engine.layers.triton import TritonOps
 from tests.interpreted.closeness import assert_close
 
 BLOCK_SIZE = 16
@@ -129,6 +131,23 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
         rows = slice(first, first + num_queries)
         assert torch.equal(alone.attend(backend, torch.float32, None), together[rows])
         first += num_queries
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_and_keys_are_rotated_on_their_way(dtype: torch.dtype, shape: AttentionShape) -> None:
+    """The same bits as if they were rotated before, here and in the cache."""
+    scene = Scene(shape, [(1, 20), (9, 12)], dtype)
+    angles = torch.rand(21, shape.head_dim // 2, generator=torch.Generator().manual_seed(1))
+    rotation = Rotation(RotaryTable(angles.cos(), angles.sin()), torch.tensor([19, *range(3, 12)]))
+    backend = TritonAttention(shape, BLOCK_SIZE)
+    prepared = backend.prepare(scene.metadata(backend))
+    caches = scene.cache(dtype), scene.cache(dtype)
+    out = backend.forward(scene.qkv.clone(), caches[0], prepared, None, rotation)
+    TritonOps().rotate(scene.qkv, rotation, shape.num_heads + shape.num_kv_heads)
+    assert torch.equal(out, backend.forward(scene.qkv, caches[1], prepared))
+    for name in ("keys", "values"):
+        assert torch.equal(*(getattr(cache, name).nan_to_num(-9.0) for cache in caches))
 
 
 Noted = tuple[str, tuple[int, ...], list[Any], dict[str, Any]]

@@ -30,7 +30,6 @@ ENGINE_DEFAULTS = EngineConfig(
     model_path="",
     dtype="auto",
     memory_fraction=1.0,
-    kv_memory_share=0.8,
     is_prefix_caching=True,
     max_draft_tokens=0,
     watermark_gamma=0.5,

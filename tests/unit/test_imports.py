@@ -49,8 +49,8 @@ ROOMS: dict[str, str] = {
     "engine.device": "engine.graph_capture engine.link engine.memory quant",
     "engine.scheduling": "engine.link",
     "engine.sampling": "engine.link engine.scheduling quant",
-    "engine.attention": "quant",
     "engine.layers": "engine.link parallel quant",
+    "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.step_inputs": "engine.scheduling",
@@ -58,17 +58,19 @@ ROOMS: dict[str, str] = {
     "engine.graphs": "engine.attention engine.graph_capture engine.step_buffers engine.step_inputs",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
     "engine.step_buffers engine.step_inputs",
-    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
-    "engine.step_inputs parallel",
+    "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
+    "engine.scheduling engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
+    "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
-    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
+    "engine.shedding": "engine.link engine.scheduling",
+    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling engine.shedding",
     "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
-    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.graphs engine.kernel_variants "
-    "engine.limits engine.link "
-    "engine.ranks engine.runner engine.sampling engine.scheduling engine.summary engine.warm_up",
+    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
+    "engine.kernel_variants engine.limits engine.link engine.ranks engine.runner engine.sampling engine.scheduling "
+    "engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "

@@ -58,10 +58,10 @@ def decode(seq_lens: Sequence[int], drafts: Sequence[int] = (), **changes: Any) 
 class Scene:
     """Captured work that gives each row's id, position and slot, and remembers what it was captured with."""
 
-    def __init__(self, recorder: Recorder | None = None, limits: GraphLimits = LIMITS) -> None:
+    def __init__(self, recorder: Recorder | None = None, limits: GraphLimits = LIMITS, num_ranks: int = 1) -> None:
         self.captured: list[StepTensors] = []
         with torch.inference_mode():
-            self.graphs = capture_graphs(recorder or Tape(), self._compute, ATTENTION, limits, CPU)
+            self.graphs = capture_graphs(recorder or Tape(), self._compute, ATTENTION, limits, CPU, num_ranks=num_ranks)
 
     def _compute(self, tensors: StepTensors) -> torch.Tensor:
         self.captured.append(tensors)
@@ -160,6 +160,12 @@ def test_where_the_device_gives_out_the_others_serve(caplog: pytest.LogCaptureFi
     rows = scene.run(decode([3]))
     assert rows is not None
     assert rows[:, 0].tolist() == [100]
+
+
+def test_several_ranks_have_all_graphs_or_do_not_start() -> None:
+    """A step that is a graph's on one rank alone has padding there, and the ranks' sums would have other shapes."""
+    with pytest.raises(torch.OutOfMemoryError):
+        Scene(Failing(12), num_ranks=2)
 
 
 def test_without_any_graph_every_step_is_launched_as_it_comes() -> None:
