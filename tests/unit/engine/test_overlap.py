@@ -282,20 +282,18 @@ ASYNCHRONOUS = dataclasses.replace(find_cpu(0), is_asynchronous=True, sampler="t
 
 
 @pytest.mark.parametrize(
-    ("device", "config", "num_ranks", "line"),
+    ("device", "config", "line"),
     [
-        (ASYNCHRONOUS, {}, 1, "Steps overlap: each is launched before the tokens of the last one are read"),
-        (ASYNCHRONOUS, {"is_overlap_disabled": True}, 1, "Steps don't overlap: --disable-overlap"),
-        (ASYNCHRONOUS, {"max_draft_tokens": 2}, 1, "Steps don't overlap: speculation drafts on the host"),
-        (ASYNCHRONOUS, {}, 2, "Steps don't overlap: shards get the tokens from the host"),
+        (ASYNCHRONOUS, {}, "Steps overlap: each is launched before the tokens of the last one are read"),
+        (ASYNCHRONOUS, {"is_overlap_disabled": True}, "Steps don't overlap: --disable-overlap"),
+        (ASYNCHRONOUS, {"max_draft_tokens": 2}, "Steps don't overlap: speculation drafts on the host"),
         (
             find_cpu(0),
             {},
-            1,
             "Steps don't overlap: the device computes while it is called; its sampler reads the tokens at once",
         ),
     ],
 )
-def test_when_steps_overlap(device: Device, config: dict[str, object], num_ranks: int, line: str) -> None:
-    reasons = why_not_overlap(EngineConfig(model_path="any", **cast(Any, config)), device, num_ranks)
+def test_when_steps_overlap(device: Device, config: dict[str, object], line: str) -> None:
+    reasons = why_not_overlap(EngineConfig(model_path="any", **cast(Any, config)), device)
     assert describe_overlap(reasons) == line
