@@ -16,6 +16,7 @@ from engine.graph_capture import Recorder, Tape, Work
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
+from quant.kernels import compiled_row_counts
 from quant.kernels.launch import IS_INTERPRETED
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
-TRITON_ROW_VARIANTS = (1, 17, 33, 65)
-"""Tiles have 16, 32 or 64 rows (`quant.kernels.skinny_triton`); torch's library multiplies more."""
 TRITON_CAPABILITY = (7, 5)
 """The oldest cards that Triton compiles for."""
 
@@ -79,6 +78,8 @@ class Device:
     """Whether what the ranks send each other is captured, too."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
@@ -134,12 +135,7 @@ def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
@@ -166,7 +162,8 @@ def find_cuda(local_rank: int) -> Device | None:
         ),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
-        row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        row_variants=compiled_row_counts(kernels),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
 
@@ -182,6 +179,15 @@ def _architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
 
 
 def find_cpu(local_rank: int) -> Device:
@@ -220,7 +226,8 @@ def find_interpreted(local_rank: int) -> Device | None:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
-        row_variants=TRITON_ROW_VARIANTS,
+        row_variants=compiled_row_counts("triton"),
+        is_asynchronous=True,
     )
 
 

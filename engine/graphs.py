@@ -81,8 +81,10 @@ class StaticStepBuffers(StepBuffers):
         num_table_entries = len(inputs.block_table) // SECTIONS["block_table"].itemsize
         return num_table_entries <= self._max_sizes["block_table"] and work_items.size <= self._max_sizes["work_items"]
 
-    def fill_rows(self, inputs: StepInputs, work_items: Integers, num_rows: int) -> None:
-        """Take in the numbers of a step, padded to `num_rows` tokens."""
+    def fill_rows(
+        self, inputs: StepInputs, work_items: Integers, num_rows: int, last_token_ids: torch.Tensor | None = None
+    ) -> None:
+        """Take in the numbers of a step, padded to `num_rows` tokens, as `fill` does."""
         values = self._values(inputs, work_items)
         self._wait()
         for (name, section), value in zip(self._sections.items(), values, strict=True):
@@ -90,6 +92,7 @@ class StaticStepBuffers(StepBuffers):
             if name in PADDING:
                 section[value.size : num_rows] = PADDING[name]
         self._send()
+        self._take_unknown(len(inputs.unknown_places), last_token_ids)
 
     def tensors(self, num_rows: int, num_fields: int) -> StepTensors:
         """The places of a step with `num_rows` tokens, of as many sequences or fewer; work items have `num_fields`."""
@@ -127,7 +130,9 @@ class StepGraphs:
         buckets = ", ".join(map(str, self._replays)) or "no"
         return f"Graphs for steps of up to {buckets} rows, captured in {self._seconds:.1f} s"
 
-    def run(self, inputs: StepInputs, work_items: Integers) -> torch.Tensor | None:
+    def run(
+        self, inputs: StepInputs, work_items: Integers, last_token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Logits [len(inputs.input_ids), vocab_size], which the next step overwrites; None: not a step for graphs."""
         num_rows = len(inputs.input_ids)
         bucket = next((rows for rows in self._replays if rows >= num_rows), None)
@@ -136,7 +141,7 @@ class StepGraphs:
         is_decoding = is_decoding and max(map(operator.sub, starts[1:], starts)) <= self._max_tokens
         if bucket is None or not is_decoding or not self._buffers.fits(inputs, work_items):
             return None
-        self._buffers.fill_rows(inputs, work_items, bucket)
+        self._buffers.fill_rows(inputs, work_items, bucket, last_token_ids)
         return self._replays[bucket]()[:num_rows]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import torch
 
 from engine.checkpoint.weights import open_weights
 from engine.device import Device
@@ -198,6 +199,8 @@ class Leader:
             return self._runner.run(inputs)
         except RankLostError as error:
             raise self._ranks.explain(error) from error
+        except torch.OutOfMemoryError as error:  # the others wait in this step: it can't be taken back
+            raise RankLostError(out_of_memory_cause(0)) from error
 
 
 class Follower:
@@ -216,7 +219,17 @@ class Follower:
                 self._runner.run(decision)
         except RankLostError as error:
             raise self._ranks.explain(error) from error
+        except torch.OutOfMemoryError as error:
+            raise RankLostError(out_of_memory_cause(self._ranks.world.rank)) from error
         self._ranks.end()
+
+
+def out_of_memory_cause(rank: int) -> str:
+    """The reason for which all ranks end."""
+    return (
+        f"rank {rank} ran out of memory in a step: lower --max-batch-prefill-tokens, --max-batch-total-tokens or "
+        "--cuda-memory-fraction"
+    )
 
 
 def _decisions(control: socket.socket) -> Iterator[Decision]:

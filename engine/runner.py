@@ -96,21 +96,24 @@ class ModelRunner:
             return None
         return f"No graphs: {'; '.join(self.why_no_graphs()) or '--cuda-graphs 0'}"
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute a step. Nothing is read back from the device."""
-        return self.run(self.inputs(batch))
+    def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
+        """Compute a step. Nothing is read back from the device.
+
+        `last_token_ids` [rows], on the device, are what the step before chose, if the batch has unknown tokens.
+        """
+        return self.run(self.inputs(batch), last_token_ids)
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """What `run` needs to know of a scheduled batch."""
         return step_inputs(batch)
 
     @torch.inference_mode()
-    def run(self, inputs: StepInputs) -> StepResult:
+    def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
         work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
-        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items)) is not None:
+        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
-        tensors = self._buffers.fill(inputs, work_items)
+        tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         rotation = self._model.rotary.prepare(
             tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )

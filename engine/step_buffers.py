@@ -23,6 +23,8 @@ SECTIONS: dict[str, torch.dtype] = {
     "logits_indices": torch.int64,
     "scored_indices": torch.int64,
     "scored_token_ids": torch.int64,
+    "unknown_places": torch.int64,
+    "unknown_rows": torch.int64,
     "input_ids": torch.int64,
     "positions": torch.int64,
     "slot_mapping": torch.int64,
@@ -59,8 +61,13 @@ class StepBuffers:
         self._shapes: list[tuple[int, ...]] = []
         self._allocate()
 
-    def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> StepTensors:
-        """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it."""
+    def fill(
+        self, inputs: StepInputs, work_items: npt.NDArray[np.int32], last_token_ids: torch.Tensor | None = None
+    ) -> StepTensors:
+        """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it.
+
+        `last_token_ids` [rows] are what the step before chose, if the host doesn't know all of `input_ids`.
+        """
         values = self._values(inputs, work_items)
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
@@ -69,6 +76,7 @@ class StepBuffers:
         for array, value in zip(self._arrays, values, strict=True):
             array[...] = value
         self._send()
+        self._take_unknown(len(inputs.unknown_places), last_token_ids)
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -99,6 +107,14 @@ class StepBuffers:
         if self._copied is not None:
             self._copied.record()
 
+    def _take_unknown(self, num_unknown: int, last_token_ids: torch.Tensor | None) -> None:
+        """Put the tokens that the host doesn't know among the input, on the device."""
+        if last_token_ids is None or not num_unknown:
+            return
+        input_ids, places, rows = (self._tensors[name] for name in ("input_ids", "unknown_places", "unknown_rows"))
+        token_ids = last_token_ids.index_select(0, rows[:num_unknown]).to(input_ids.dtype)
+        input_ids.index_copy_(0, places[:num_unknown], token_ids)
+
     def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> list[npt.NDArray[np.integer]]:
         """The numbers of all sections, in their order."""
         starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
@@ -113,6 +129,8 @@ class StepBuffers:
             np.array(inputs.logits_indices, np.int64),
             np.array(inputs.scored_indices, np.int64),
             np.array(inputs.scored_token_ids, np.int64),
+            np.array(inputs.unknown_places, np.int64),
+            np.array(inputs.unknown_rows, np.int64),
             np.array(inputs.input_ids, np.int64),
             positions,
             slots,

@@ -32,6 +32,10 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Rows of prompt tokens whose successor in the prompt is scored."""
     scored_token_ids: list[int]
     """The prompt tokens that follow the rows of `scored_indices`."""
+    unknown_places: list[int] = []
+    """Places in `input_ids` of tokens that the step before has chosen and the host doesn't know yet."""
+    unknown_rows: list[int] = []
+    """The rows of that step which chose them."""
 
     @property
     def table_width(self) -> int:
@@ -47,15 +51,20 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
     logits_indices: list[int] = []
     scored_indices: list[int] = []
     scored_token_ids: list[int] = []
+    unknown_places: list[int] = []
+    unknown_rows: list[int] = []
     for scheduled in batch.scheduled:
         sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
-        first = sequence.num_computed_tokens
+        first = scheduled.num_computed_tokens
         if num_scored:
             next_scored = 1 + len(sequence.prompt_logprobs)
             row = len(input_ids) + next_scored - 1 - first
             scored_indices += range(row, row + num_scored)
             scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
         input_ids += sequence.token_ids[first : first + scheduled.num_tokens]
+        if scheduled.is_completing and sequence.has_unknown_token:
+            unknown_places.append(len(input_ids) - 1)
+            unknown_rows.append(sequence.unknown_row)
         input_ids += draft
         starts.append(len(input_ids))
         seq_lens.append(first + scheduled.num_tokens + len(draft))
@@ -70,6 +79,8 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         logits_indices=logits_indices,
         scored_indices=scored_indices,
         scored_token_ids=scored_token_ids,
+        unknown_places=unknown_places,
+        unknown_rows=unknown_rows,
     )
 
 

@@ -70,6 +70,13 @@ class PackedWeight:
     def num_inputs(self) -> int:
         return self.weight.shape[1] * (2 if self.layout == "int4" else 1)
 
+    def outputs(self, part: slice) -> PackedWeight:
+        """Some of the outputs, in the same memory."""
+        names = ("weight", "bias", "scales", "zero_points")
+        tensors = {name: getattr(self, name) for name in names}
+        cut = {name: tensor[part] for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **cut)
+
     def without_bias(self) -> PackedWeight:
         return dataclasses.replace(self, bias=None)
 

@@ -178,6 +178,12 @@ class Penalties:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
     @staticmethod
+    def needs_tokens(sequence: Sequence) -> bool:
+        """True for penalties that count, and for a watermark, which depends on the last token."""
+        params = sequence.request.sampling
+        return is_counting(params) or params.is_watermarked
+
+    @staticmethod
     def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
         """The sequences that have rows in this step and want them adjusted."""
         return [s for s in batch.scheduled if s.is_completing and is_adjusting(s.sequence.request.sampling)]

@@ -64,7 +64,8 @@ ROOMS: dict[str, str] = {
     "parallel quant",
     "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
-    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
+    "engine.shedding": "engine.link engine.scheduling",
+    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling engine.shedding",
     "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "

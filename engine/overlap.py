@@ -1,0 +1,105 @@
+"""Steps that overlap: the next one is launched before the last one's tokens are read, so that the device never waits.
+
+A sequence's new token is on the device then, and the host doesn't know it yet: the next step takes it there. Who needs
+it on the host first, such as a grammar, leaves out a step; others go on. That a sequence has ended is seen one step
+late: what was computed for it in vain is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from engine.core import EngineCore
+from engine.link.messages import StepReport, TokenEvent
+from engine.runner import StepResult
+from engine.sampling.batch_sampler import LaunchingBatchSampler
+from engine.sampling.grammar import Grammars
+from engine.sampling.sampler import PendingTokens
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_clock import StepClock
+from engine.scheduling.step_costs import CostObserver
+from engine.scheduling.step_limit import StepLimit
+from quant.kernels.transfer import HostCopy
+
+
+class OverlappedRunner(Protocol):
+    """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`."""
+
+    def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
+        """As `engine.core.Runner`; `last_token_ids` [rows] are those of the step before."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the device may still be computing."""
+
+    batch: ScheduledBatch
+    clock: StepClock
+    tokens: PendingTokens
+    scores: HostCopy | None
+    """The logprobs of scored tokens; None: there are none."""
+
+    def prompt_logprobs(self) -> list[float]:
+        """Wait for the scores."""
+        logprobs: list[float] = [] if self.scores is None else self.scores.read().tolist()
+        return logprobs
+
+
+class OverlappedCore(EngineCore):
+    """An `EngineCore` whose steps overlap: each launches one step and finishes the one before."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: OverlappedRunner,
+        sampler: LaunchingBatchSampler,
+        grammars: Grammars,
+        limit: StepLimit,
+        costs: CostObserver,
+    ) -> None:
+        """As `EngineCore`; the scheduler drafts nothing and knows from the sampler who needs tokens."""
+        super().__init__(scheduler, runner, sampler, grammars, limit, costs)
+        self._runner = runner
+        self._sampler = sampler
+        self._launched: LaunchedStep | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._launched is not None
+
+    def step(self) -> list[TokenEvent]:
+        """Launch a step, if anyone can go on, and finish the one before, if there is one: the events are its."""
+        last, self._launched = self._launched, self._launch(self._launched)
+        if last is None:
+            self.report = StepReport()
+            return []
+        return self._finish(last)
+
+    def _launch(self, last: LaunchedStep | None) -> LaunchedStep | None:
+        """Launch the next step; None: everyone waits for the results of the last one."""
+        clock = StepClock(None if last is None else last.clock)
+        self.report = clock.report
+        with clock.scheduling():
+            batch = self.scheduler.schedule(self._max_tokens())
+        if not batch.scheduled:
+            return None
+        clock.begin_computing(batch)
+        result = self._runner.execute(batch, None if last is None else last.tokens.token_ids)
+        tokens = self._sampler.launch(batch, result.logits)
+        scores = HostCopy(torch.cat(list(result.scores))) if result.scores else None
+        self.scheduler.advance(batch)
+        return LaunchedStep(batch, clock, tokens, scores)
+
+    def _finish(self, step: LaunchedStep) -> list[TokenEvent]:
+        """Wait for a step's tokens, and take them in."""
+        self.report = step.clock.report
+        sampled = step.tokens.read()
+        step.clock.end_computing()
+        with step.clock.updating():
+            events = self.scheduler.update(step.batch, sampled, step.prompt_logprobs())
+        self._learn(step.batch, step.clock.finish(events))
+        return events
