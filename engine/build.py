@@ -44,7 +44,10 @@ def choose_quantization(
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
-        return resolve_quantization(flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact)
+        quantization = resolve_quantization(
+            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact
+        )
+        return quantization.tuned_for(device.architecture)
     except FormatError as error:
         raise StartError(str(error)) from error
 

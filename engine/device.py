@@ -69,6 +69,8 @@ class Device:
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    architecture: str | None = None
+    """What matrix kernels are tuned for, as `sm_90` or `gfx942`; None: nothing."""
     own_memory: OwnMemory | None = None
     """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
@@ -134,18 +136,11 @@ def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
-    # Qwen2's sums leave the range of float16: they are float32 until they are complete.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    _add_in_float32()
     has_triton = importlib.util.find_spec("triton") is not None and capability >= TRITON_CAPABILITY
     kernels = "triton" if has_triton else "torch"
     return Device(
@@ -160,16 +155,43 @@ def find_cuda(local_rank: int) -> Device | None:
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
-        own_memory=OwnMemory(
-            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
-            release_cached=torch.cuda.empty_cache,
-            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
-        ),
+        architecture=_architecture(torch_device),
+        own_memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
         is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
+    )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
+
+
+def _add_in_float32() -> None:
+    """Qwen2's sums leave the range of float16: they are float32 until they are complete."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _cuda_memory(torch_device: torch.device) -> OwnMemory:
+    return OwnMemory(
+        total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+        release_cached=torch.cuda.empty_cache,
+        set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
     )
 
 

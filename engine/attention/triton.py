@@ -26,8 +26,8 @@ FEW_TOKENS = 8
 """Query tokens up to which a sequence has small tiles: decode and drafts."""
 SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
-TILE_KEYS = 64
-"""Cached tokens that a tile is multiplied with at a time; small tiles of long heads would spill with so many."""
+TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
+"""Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
 NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
@@ -44,7 +44,9 @@ NUM_FIELDS = 8
 - A line for each item: the row of its first query token, their number, the position of the first, where its sequence's
   blocks begin in the block table, its first chunk, the end of its chunks, and its first partial result, which those of
   its other tokens follow; -1: its result is complete.
-- Lines without meaning, so that there are at least as many after the rows' as there are partial results.
+- Lines without meaning, so that there are at least as many after the rows' as there are partial results. Without large
+  tiles their number depends on the sequences alone, not on how many heads share a key: ranks with other heads have
+  plans of the same size, so that all or none find place for them in a graph.
 """
 SMALL_HEADER, LARGE_HEADER, ROWS_HEADER = 0, 2, 4
 
@@ -98,7 +100,7 @@ class TritonAttention:
         num_small, num_large = int(small.num_chunks.sum()), len(large.num_chunks)
         is_split = small.num_chunks > 1
         num_partials = np.where(is_split, small.num_chunks * small.num_tokens, 0)
-        num_lines = 1 + num_rows + max(num_small + num_large, int(num_partials.sum()))
+        num_lines = 1 + num_rows + max(num_small + num_large, _max_partials(*step[:2]))
         plan = np.zeros((num_lines, NUM_FIELDS), np.int32)
         first_small = 1 + num_rows
         first_large = first_small + num_small
@@ -170,7 +172,6 @@ class TritonAttention:
         window: int | None,
     ) -> None:
         shape = self._shape
-        is_small = tile_rows == SMALL_TILE
         launch(
             attend_kernel,
             (num_programs, shape.num_kv_heads),
@@ -182,7 +183,7 @@ class TritonAttention:
             metadata.block_table,
             NO_WINDOW if window is None else window,
             shape.head_dim**-0.5,
-            HEADER=SMALL_HEADER if is_small else LARGE_HEADER,
+            HEADER=SMALL_HEADER if tile_rows == SMALL_TILE else LARGE_HEADER,
             NUM_FIELDS=NUM_FIELDS,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
@@ -190,7 +191,7 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS // 2 if is_small and shape.head_dim > 64 else TILE_KEYS,
+            TILE_KEYS=TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
         )
@@ -224,6 +225,13 @@ class _Tiles:
     first_block: Integers
     """Where the sequence's blocks begin in the block table."""
     num_chunks: Integers
+
+
+def _max_partials(starts: Integers, lens: Integers) -> int:
+    """Partial results and items of the small tiles together at most, whatever the tiles: all chunks for each token."""
+    num_queries = starts[1:] - starts[:-1]
+    chunks = (lens - 1) // CHUNK + 1
+    return int((num_queries * chunks)[num_queries <= FEW_TOKENS].sum())
 
 
 def _tiles(starts: Integers, lens: Integers, table_width: int, tile_tokens: int, *, is_few: bool) -> _Tiles:

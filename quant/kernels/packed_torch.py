@@ -19,6 +19,7 @@ class PackedTorch:
     """
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

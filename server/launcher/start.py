@@ -27,6 +27,10 @@ logger = logging.getLogger("launcher")
 
 PYTHON = (sys.executable, "-P", "-m")
 """-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
+HUB_SECRETS = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_")
+"""Beginnings of the names of the variables with which the Hub is asked."""
+COLLECTOR_SECRETS = ("OTEL_",)
+"""Beginnings of the names of the variables with which traces are sent."""
 DOWNLOAD_STOP_TIMEOUT_S = 10
 ENGINE_SILENCE_S = 20.0
 """An engine that says nothing for longer hangs. It speaks at least once a second while idle; on a CPU a step takes 5 s
@@ -47,7 +51,7 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
         command.append("--json-output")
     command += ["--", args.model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
-    child = Child("download", command, stdout=subprocess.PIPE, environ=environ)
+    child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
     while child.exit_code is None:
         if signals.count:
             child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
@@ -120,6 +124,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         fds=[listener.fileno(), http_end.fileno()],
         # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.
         environ={"MALLOC_ARENA_MAX": "2"},
+        kept_secrets=COLLECTOR_SECRETS if args.server.get("otlp_endpoint") else (),
     )
 
 

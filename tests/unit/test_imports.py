@@ -58,19 +58,20 @@ ROOMS: dict[str, str] = {
     "engine.graphs": "engine.attention engine.graph_capture engine.step_buffers engine.step_inputs",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
     "engine.step_buffers engine.step_inputs",
-    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
-    "engine.step_inputs parallel",
+    "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
+    "engine.scheduling engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
     "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
     "engine.shedding": "engine.link engine.scheduling",
     "engine.core": "engine.link engine.runner engine.sampling engine.scheduling engine.shedding",
+    "engine.overlap": "engine.core engine.device engine.link engine.runner engine.sampling engine.scheduling quant",
     "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
-    "engine.kernel_variants engine.limits engine.link engine.ranks engine.runner engine.sampling engine.scheduling "
-    "engine.summary engine.warm_up",
+    "engine.kernel_variants engine.limits engine.link engine.overlap engine.ranks engine.runner engine.sampling "
+    "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
@@ -100,7 +101,9 @@ STANDARD_LIBRARY_ONLY = {
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "",
+    "engine.link.logs": "engine.link.repeats",
+    "engine.link.repeats": "",
+    "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""

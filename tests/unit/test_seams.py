@@ -354,6 +354,7 @@ def test_a_matrix_backend(plug: Plug, dense: tuple[Path, list[int]]) -> None:
 
         class StrangerDense:
             rounding = None
+            row_counts = ()
 
             @staticmethod
             def why_not(packed):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import subprocess
+from collections.abc import Sequence
 
 import pytest
 
+from server.launcher.children import Child
 from server.launcher.errors import LaunchError
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import snapshot_commit
+from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -102,3 +105,20 @@ def test_who_does_not_hold_the_meeting_binds_nothing(sharding: Sharding) -> None
 def test_only_a_folder_of_the_hub_has_a_commit() -> None:
     assert snapshot_commit("/data/hub/models--Qwen--Q/snapshots/abc123") == "abc123"
     assert snapshot_commit("/models/mine") is None
+
+
+def test_children_get_no_secrets_but_those_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = "API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN NGROK_AUTHTOKEN AWS_SECRET_ACCESS_KEY SHARD_SECRET".split()
+    for name in (*secrets, "OTEL_EXPORTER_OTLP_HEADERS", "TOKENIZERS_PARALLELISM", "HF_HOME"):
+        monkeypatch.setenv(name, "a value")
+
+    def variables(kept: Sequence[str]) -> set[str]:
+        child = Child("env", ["env"], stdout=subprocess.PIPE, environ={"RANK": "0"}, kept_secrets=kept)
+        written, _ = child.process.communicate()
+        return {line.partition("=")[0] for line in written.decode().splitlines()}
+
+    bare = variables(())
+    assert bare.isdisjoint([*secrets, "OTEL_EXPORTER_OTLP_HEADERS"])
+    assert {"TOKENIZERS_PARALLELISM", "HF_HOME", "RANK", "PATH"} <= bare
+    assert variables(HUB_SECRETS) - bare == {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+    assert variables(COLLECTOR_SECRETS) - bare == {"OTEL_EXPORTER_OTLP_HEADERS"}
