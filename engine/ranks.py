@@ -45,7 +45,7 @@ SAME_REASON_S = 1.0
 CAUSE_S = 2.0
 """Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
-SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd log_level is_json_output".split()
+SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd shard_secret log_level is_json_output".split()
 """Fields of `EngineConfig` in which ranks may differ."""
 
 

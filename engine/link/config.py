@@ -60,6 +60,8 @@ class EngineConfig:
     """Whether ranks of one host's CPU may use shared memory; False: gloo, for comparison."""
     listen_fd: int | None = None
     """Rank 0's inherited socket that listens at the ranks' address; None: it makes one if there are other ranks."""
+    shard_secret: str = dataclasses.field(default="", repr=False)
+    """The ranks' proof to each other that they belong together; empty: they believe anybody who reaches their port."""
     num_threads: int = 1
     """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None

@@ -112,6 +112,14 @@ MODEL = (
         default=0,
     ),
     Flag(
+        name="shard-secret",
+        fills="engine.shard_secret",
+        help="Text by which the shards of several hosts know each other; better given as variable, a command line is "
+        "seen by every user of the host (ours; default: on one host a new one for each start)",
+        value=SECRET,
+        is_secret=True,
+    ),
+    Flag(
         name="shard-timeout",
         fills="engine.shard_timeout_s launcher.shard_timeout_s",
         help="Seconds after which a silent shard counts as hung and the server ends (ours)",

@@ -20,7 +20,7 @@ PACKAGES = ("server", "engine", "parallel", "quant")
 ROOMS: dict[str, str] = {
     # server
     "server.config": "",
-    "server.launcher": "engine.link server.config",
+    "server.launcher": "engine.link parallel.partition server.config",
     "server.text": "engine.link",
     "server.errors": "engine.link",
     "server.operation": "",
@@ -95,7 +95,7 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "server.launcher": "engine.link server.config server.launcher",
+    "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "engine.link.config": "",
     "engine.link.environment": "engine.link.errors",
@@ -105,6 +105,7 @@ STANDARD_LIBRARY_ONLY = {
     "engine.link.repeats": "",
     "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",
+    "parallel.partition": "",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""
 
@@ -234,7 +235,7 @@ def test_the_http_process_never_loads_the_heavy_libraries() -> None:
 def test_the_launcher_needs_the_standard_library_only() -> None:
     bare = modules_after("pass")  # what a site hook of this environment may load by itself
     loaded = {name.split(".")[0] for name in modules_after("import server.launcher.main") - bare}
-    assert loaded - set(sys.stdlib_module_names) == {"server", "engine"}
+    assert loaded - set(sys.stdlib_module_names) == {"server", "engine", "parallel"}
 
 
 def test_the_command_line_tool_answers_without_loading_the_hub_or_torch() -> None:

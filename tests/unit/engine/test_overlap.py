@@ -229,16 +229,16 @@ def test_times_of_steps_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step lasts from the end of the last one; the device begins with it when it has computed that one."""
     now = iter([0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 20.0, 22.0])
     monkeypatch.setattr(step_clock.time, "monotonic", lambda: next(now))
-    first = step_clock.StepClock()  # 0
-    with first.scheduling():  # 1
+    first = step_clock.StepClock()  # reads 0
+    with first.scheduling():  # reads 1
         pass
-    second = step_clock.StepClock(first)  # 2
-    with second.scheduling():  # 3
+    second = step_clock.StepClock(first)  # reads 2
+    with second.scheduling():  # reads 3
         pass
     for clock in (first, second):
         clock.begin_computing(ScheduledBatch())
-        clock.end_computing()  # 10, 20
-        with clock.updating():  # 11, 22
+        clock.end_computing()  # reads 10, 20
+        with clock.updating():  # reads 11, 22
             pass
         clock.finish([])
     reports = [first.report, second.report]
