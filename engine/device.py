@@ -156,11 +156,7 @@ def find_cuda(local_rank: int) -> Device | None:
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
         architecture=_architecture(torch_device),
-        own_memory=OwnMemory(
-            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
-            release_cached=torch.cuda.empty_cache,
-            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
-        ),
+        own_memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=TRITON_ROW_VARIANTS if has_triton else (),
@@ -189,6 +185,14 @@ def _architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def _cuda_memory(torch_device: torch.device) -> OwnMemory:
+    return OwnMemory(
+        total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+        release_cached=torch.cuda.empty_cache,
+        set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
+    )
 
 
 def find_cpu(local_rank: int) -> Device:

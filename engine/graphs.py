@@ -156,8 +156,9 @@ def capture_graphs(
 ) -> StepGraphs:
     """Capture `compute`, from a step's tensors to the logits of all of its rows, for every bucket.
 
-    Where the device gives out, the buckets that are captured serve. Several ranks must all have the same ones, and
-    capture them in turn together: there the RuntimeError is raised, as the others wait for what this one can't do.
+    What can't be captured, as where memory is out, is launched as it comes or has place in a larger bucket. Several
+    ranks must all have the same graphs, and capture them in turn together: there the RuntimeError is raised, as the
+    others wait for what this one can't do.
     """
     started = reported = time.monotonic()
     buckets = limits.buckets
@@ -173,7 +174,6 @@ def capture_graphs(
             if num_ranks > 1:
                 raise
             logger.warning("No graph for %d rows: %s", rows, str(error).partition("\n")[0])
-            break
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))

@@ -29,7 +29,7 @@ class StepResult:
     """What a step computes, still on the device; nothing on other ranks than 0."""
 
     logits: torch.Tensor
-    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor"""
+    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor. The next step may write over them."""
     scores: Sequence[torch.Tensor] = ()
     """Log-probabilities of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence, in
     pieces [tokens] float32."""

@@ -296,6 +296,13 @@ BATCHING = (
         value=INTEGERS,
     ),
     Flag(
+        name="disable-overlap",
+        fills="engine.is_overlap_disabled",
+        help="Read the tokens of each step on a GPU before the next one is launched (no effect on a CPU, with several "
+        "shards or speculation, where steps don't overlap)",
+        is_switch=True,
+    ),
+    Flag(
         name="waiting-served-ratio",
         help="When waiting prompts interrupt decoding",
         value=NUMBER,

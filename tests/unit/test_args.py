@@ -227,6 +227,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--cuda-graphs 0", {}, {"graph_sizes": (0,)}),
         ("--cuda-graphs 1,2,4", {"CUDA_GRAPHS": "8"}, {"graph_sizes": (1, 2, 4)}),
         ("", {"CUDA_GRAPHS": "8,1"}, {"graph_sizes": (8, 1)}),
+        ("--disable-overlap", {}, {"is_overlap_disabled": True}),
+        ("", {"DISABLE_OVERLAP": "true"}, {"is_overlap_disabled": True}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
         ("--speculate 2", {}, {"max_draft_tokens": 2}),
@@ -682,7 +684,8 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = "device strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout speculative-decoding"
+    ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
+        speculative-decoding"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

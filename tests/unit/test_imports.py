@@ -66,11 +66,12 @@ ROOMS: dict[str, str] = {
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
     "engine.shedding": "engine.link engine.scheduling",
     "engine.core": "engine.link engine.runner engine.sampling engine.scheduling engine.shedding",
+    "engine.overlap": "engine.core engine.device engine.link engine.runner engine.sampling engine.scheduling quant",
     "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
-    "engine.kernel_variants engine.limits engine.link engine.ranks engine.runner engine.sampling engine.scheduling "
-    "engine.summary engine.warm_up",
+    "engine.kernel_variants engine.limits engine.link engine.overlap engine.ranks engine.runner engine.sampling "
+    "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
