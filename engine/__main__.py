@@ -56,7 +56,7 @@ def serve(config: EngineConfig) -> int:
     if world.size == 1:
         lead(config, None)
     try:
-        rendezvous = meet(world, config.listen_fd)
+        rendezvous = meet(world, config.listen_fd, config.shard_secret)
     except (RendezvousError, RankLostError) as error:
         raise StartError(str(error)) from error
     ranks = Ranks(rendezvous, config.shard_timeout_s)

@@ -155,17 +155,22 @@ def find_cuda(local_rank: int) -> Device | None:
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
         architecture=_architecture(torch_device),
-        own_memory=OwnMemory(
-            total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
-            release_cached=torch.cuda.empty_cache,
-            set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
-        ),
+        own_memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=compiled_row_counts(kernels),
         is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
 
 
 def _add_in_float32() -> None:
@@ -181,13 +186,12 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _check_num_gpus(local_rank: int) -> None:
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+def _cuda_memory(torch_device: torch.device) -> OwnMemory:
+    return OwnMemory(
+        total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+        release_cached=torch.cuda.empty_cache,
+        set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
+    )
 
 
 def find_cpu(local_rank: int) -> Device:

@@ -151,10 +151,14 @@ def capture_graphs(
     attention: AttentionBackend,
     limits: GraphLimits,
     device: torch.device,
+    *,
+    num_ranks: int = 1,
 ) -> StepGraphs:
     """Capture `compute`, from a step's tensors to the logits of all of its rows, for every bucket.
 
-    Where the device gives out, the buckets that are captured serve.
+    What can't be captured, as where memory is out, is launched as it comes or has place in a larger bucket. Several
+    ranks must all have the same graphs, and capture them in turn together: there the RuntimeError is raised, as the
+    others wait for what this one can't do.
     """
     started = reported = time.monotonic()
     buckets = limits.buckets
@@ -167,8 +171,9 @@ def capture_graphs(
         try:
             replays[rows] = recorder.capture(functools.partial(compute, tensors))
         except RuntimeError as error:
+            if num_ranks > 1:
+                raise
             logger.warning("No graph for %d rows: %s", rows, str(error).partition("\n")[0])
-            break
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))

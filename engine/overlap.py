@@ -8,16 +8,18 @@ late: what was computed for it in vain is dropped.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from engine.core import EngineCore
+from engine.device import Device
+from engine.link.config import EngineConfig
 from engine.link.messages import StepReport, TokenEvent
 from engine.runner import StepResult
 from engine.sampling.batch_sampler import LaunchingBatchSampler
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import PendingTokens
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, PendingTokens
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
@@ -26,6 +28,30 @@ from engine.scheduling.step_limit import StepLimit
 from quant.kernels.transfer import HostCopy
 
 
+def why_not_overlap(config: EngineConfig, device: Device, num_ranks: int) -> list[str]:
+    """Reasons why steps don't overlap; empty if they do."""
+    reasons = []
+    if config.is_overlap_disabled:
+        reasons.append("--disable-overlap")
+    if not device.is_asynchronous:
+        reasons.append("the device computes while it is called")
+    if device.sampler not in LAUNCHED_SAMPLERS:
+        reasons.append("its sampler reads the tokens at once")
+    if num_ranks > 1:
+        reasons.append("shards get the tokens from the host")
+    if config.max_draft_tokens:
+        reasons.append("speculation drafts on the host")
+    return reasons
+
+
+def describe_overlap(reasons: list[str]) -> str:
+    """A line for the summary of the start."""
+    if reasons:
+        return f"Steps don't overlap: {'; '.join(reasons)}"
+    return "Steps overlap: each is launched before the tokens of the last one are read"
+
+
+@runtime_checkable
 class OverlappedRunner(Protocol):
     """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`."""
 
@@ -73,20 +99,24 @@ class OverlappedCore(EngineCore):
 
     def step(self) -> list[TokenEvent]:
         """Launch a step, if anyone can go on, and finish the one before, if there is one: the events are its."""
-        last, self._launched = self._launched, self._launch(self._launched)
+        last = self._launched
+        clock = StepClock(None if last is None else last.clock)
+        self.report = clock.report
+        with clock.scheduling():
+            batch = self.scheduler.schedule(self._max_tokens())
+        try:
+            self._launched = self._launch(batch, clock, last) if batch.scheduled else None
+        except torch.OutOfMemoryError as error:
+            if last is None:
+                self.report.is_failed = True
+                return self.shedder.shed(batch, error)
+            self._launched = None  # it is scheduled again once the last step has given its memory back
         if last is None:
             self.report = StepReport()
             return []
         return self._finish(last)
 
-    def _launch(self, last: LaunchedStep | None) -> LaunchedStep | None:
-        """Launch the next step; None: everyone waits for the results of the last one."""
-        clock = StepClock(None if last is None else last.clock)
-        self.report = clock.report
-        with clock.scheduling():
-            batch = self.scheduler.schedule(self._max_tokens())
-        if not batch.scheduled:
-            return None
+    def _launch(self, batch: ScheduledBatch, clock: StepClock, last: LaunchedStep | None) -> LaunchedStep:
         clock.begin_computing(batch)
         result = self._runner.execute(batch, None if last is None else last.tokens.token_ids)
         tokens = self._sampler.launch(batch, result.logits)
@@ -99,6 +129,7 @@ class OverlappedCore(EngineCore):
         self.report = step.clock.report
         sampled = step.tokens.read()
         step.clock.end_computing()
+        self.shedder.note_success()
         with step.clock.updating():
             events = self.scheduler.update(step.batch, sampled, step.prompt_logprobs())
         self._learn(step.batch, step.clock.finish(events))

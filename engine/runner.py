@@ -29,7 +29,7 @@ class StepResult:
     """What a step computes, still on the device; nothing on other ranks than 0."""
 
     logits: torch.Tensor
-    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor"""
+    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor. The next step may write over them."""
     scores: Sequence[torch.Tensor] = ()
     """Log-probabilities of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence, in
     pieces [tokens] float32."""
@@ -51,6 +51,7 @@ class ModelRunner:
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
         self._graphs: StepGraphs | None = None
+        self._refusals: list[str] = []
 
     @property
     def block_size(self) -> int:
@@ -77,15 +78,27 @@ class ModelRunner:
             reasons.append("dynamic rope scaling makes tables while a step runs")
         if self._model.num_ranks > 1 and not self._device.has_graph_collectives:
             reasons.append("what the shards send each other can't be captured")
-        return reasons
+        return reasons + [refusal for refusal in self._refusals if refusal not in reasons]
+
+    def refuse_graphs(self, reasons: Sequence[str]) -> None:
+        """Have no graphs where there are reasons against them on any rank: all ranks must run a step alike."""
+        self._refusals = list(reasons)
 
     @torch.inference_mode()
     def capture(self, limits: GraphLimits) -> None:
-        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together."""
+        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together.
+
+        Raises RuntimeError where only some ranks could have a graph.
+        """
         recorder = self._device.make_recorder
         if recorder is not None and limits.buckets and not self.why_no_graphs():
             self._graphs = capture_graphs(
-                recorder(), self._compute_all, self._attention, limits, self._device.torch_device
+                recorder(),
+                self._compute_all,
+                self._attention,
+                limits,
+                self._device.torch_device,
+                num_ranks=self._model.num_ranks,
             )
 
     def describe_graphs(self) -> str | None:

@@ -22,12 +22,13 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
+from engine.overlap import OverlappedCore, describe_overlap, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import SAMPLERS, Sample
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS, LaunchSample, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
@@ -62,9 +63,14 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
-    shards = None if ranks is None else ranks.describe()
     log_summary(
-        prepared.config, device, prepared.loaded, limits, shards=shards, graphs=prepared.runner.describe_graphs()
+        prepared.config,
+        device,
+        prepared.loaded,
+        limits,
+        shards=None if ranks is None else ranks.describe(),
+        graphs=prepared.runner.describe_graphs(),
+        overlap=describe_overlap(prepared.why_not_overlap) if device.is_asynchronous else None,
     )
     log_row_invariance(is_row_invariant)
     return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
@@ -84,6 +90,8 @@ class _Prepared:
     loaded: LoadedModel
     runner: ModelRunner
     plan: MemoryPlan
+    why_not_overlap: list[str]
+    """Reasons why steps don't overlap."""
 
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
@@ -101,18 +109,22 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
         runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
-    _capture_graphs(config, runner, plan)
-    return _Prepared(config, device, loaded, runner, plan)
+    _capture_graphs(config, runner, plan, ranks)
+    reasons = why_not_overlap(config, device, 1 if ranks is None else ranks.world.size)
+    return _Prepared(config, device, loaded, runner, plan, reasons)
 
 
-def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan) -> None:
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
     """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
     limits = GraphLimits(
         sizes=_graph_sizes(config),
         max_seq_len=plan.limits.max_total_tokens,
         num_kv_tokens=plan.limits.max_batch_total_tokens,
     )
-    runner.capture(limits)
+    if ranks is None:
+        runner.capture(limits)
+    else:
+        ranks.capture(runner, limits)
     if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
         logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
 
@@ -179,19 +191,26 @@ def _make_core(
     config, device, plan = prepared.config, prepared.device, prepared.plan
     folder = Path(config.model_path)
     eos_token_ids = read_eos_token_ids(folder, prepared.loaded.config)
+    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
+    vocab_size = prepared.loaded.model.vocab_size
+    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
+    processors: list[LogitsProcessor] = [penalties, grammars]
+    sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
         BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size,
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
+        needs_tokens=sampler.needs_tokens,
     )
-    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
-    vocab_size = prepared.loaded.model.vocab_size
-    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
-    penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
-    sampler = BatchSampler(sample, [penalties, grammars])
-    return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
+    observer = costs or UnusedCosts()
+    if prepared.why_not_overlap:
+        return EngineCore(scheduler, runner, sampler, grammars, step_limit, observer)
+    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
+    launching = LaunchingBatchSampler(sample, processors, launch_sample)
+    return OverlappedCore(scheduler, prepared.runner, launching, grammars, step_limit, observer)
 
 
 def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:

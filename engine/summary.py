@@ -22,8 +22,9 @@ def log_summary(
     *,
     shards: str | None,
     graphs: str | None,
+    overlap: str | None,
 ) -> None:
-    """Log model, shards (a sentence; None: one rank), memory, limits, kernels and graphs (None: nothing to say)."""
+    """Log model, shards, memory, limits, kernels, graphs and overlap, those that are sentences unless None."""
     logger.info(
         "Model %s on %s: dtype %s, %s",
         config.model_path,
@@ -48,8 +49,8 @@ def log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention, config.num_threads)
-    if graphs is not None:
-        logger.info("%s", graphs)
+    for line in filter(None, (graphs, overlap)):
+        logger.info("%s", line)
     if (rounding := loaded.quantization.rounding) is not None:
         logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
 

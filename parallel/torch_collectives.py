@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from parallel.state import RankLostError
 
@@ -34,7 +34,7 @@ class TorchCollectives:
     The calls are fixed by the tensors' shapes, and nothing is read, so a graph can capture them.
     """
 
-    def __init__(self, backend: str, store: TCPStore, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, backend: str, store: Store, rank: int, size: int, timeout_s: float) -> None:
         """`backend` as torch takes it: `gloo` for tensors on any device, or `cpu:gloo,gpu:nccl`, the host's first."""
         self._backends = dict(pair.split(":") for pair in backend.split(",")) if ":" in backend else {}
         self.name = [backend, *self._backends.values()][-1]

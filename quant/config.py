@@ -143,12 +143,12 @@ def _stored_name(settings: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
     name = settings.get("quant_method") or settings.get("method") or _recognize(settings)
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise FormatError(
             f"the checkpoint is quantised with {name!r}, which can't be loaded; {', '.join(FORMATS)} can, and dense "
             f"checkpoints with --quantize {', '.join(ON_LOAD)}"
         )
-    return str(name)
+    return name
 
 
 def _recognize(settings: Mapping[str, Any]) -> str | None:

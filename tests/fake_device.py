@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from engine.build import make_model
-from engine.device import find_cpu
+from engine.device import Device, find_cpu
 from engine.layers.rope import Rotary
 from engine.link.messages import GenerationRequest
 from engine.models.base import Loadable
@@ -90,7 +90,7 @@ def make_config(name: str, num_layers: int = 1) -> dict[str, Any]:
     }
 
 
-def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16) -> ModelRunner:
+def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16, device: Device = DEVICE) -> ModelRunner:
     """A model of the form as it stands after its weights are loaded, with KV memory. Call it under `no_numbers`."""
     config = make_config(name)
     method: Any = FormMethod(form)
@@ -99,7 +99,7 @@ def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16) 
     quantization = Quantization(form, dense, method, head, lambda module: None, "triton")
     with unset_fake_temporarily():
         # Its rotary embedding is checked as it is made: that happens with numbers, on the CPU.
-        model = make_model(config, quantization, dtype, dataclasses.replace(DEVICE, torch_device=torch.device("cpu")))
+        model = make_model(config, quantization, dtype, dataclasses.replace(device, torch_device=torch.device("cpu")))
         model.rotary = Rotary(model.rotary.rope, model.attention_shape.head_dim, GPU)
     layers: dict[int, Loadable] = {}
     for prefix, (layer, part) in model.checkpoint_layers().items():
@@ -109,7 +109,7 @@ def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16) 
         layers[id(layer)] = layer
     for layer in layers.values():
         layer.finish(GPU)
-    runner = ModelRunner(model, DEVICE)
+    runner = ModelRunner(model, device)
     runner.allocate(NUM_BLOCKS, dtype, num_positions=NUM_POSITIONS)
     return runner
 

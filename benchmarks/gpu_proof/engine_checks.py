@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu_proof.inputs import Inputs
 from benchmarks.gpu_proof.models import (
+    SINGLE_LAYER,
     TINY,
     greedy_request,
     make_core,
@@ -21,6 +22,7 @@ from benchmarks.gpu_proof.models import (
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.weights import FORMS, Form
 from engine.device import Device
+from engine.graphs import GraphLimits
 from engine.scheduling.sequence import Sequence
 
 NUM_BLOCKS = 64
@@ -57,24 +59,29 @@ class KnownDrafts:
 
 
 def check_engine(inputs: Inputs, report: Report) -> None:
+    config = SINGLE_LAYER if inputs.is_toy else TINY
     sizes, num_new = ([1, 20], 3) if inputs.is_toy else ([1, 17, 40, 300], 12)
     prompts = [inputs.integers(TINY["vocab_size"], size).tolist() for size in sizes]
     for form_name, head_name in list(MODELS.items())[:: 3 if inputs.is_toy else 1]:
         form, head = FORMS[form_name], FORMS[head_name]
-        expected = _ids(inputs, reference_device(), TINY, form, head, prompts, num_new)
-        ids = _ids(inputs, inputs.device, TINY, form, head, prompts, num_new)
+        expected = _ids(inputs, reference_device(), config, form, head, prompts, num_new)
+        ids = _ids(inputs, inputs.device, config, form, head, prompts, num_new)
         report.check(f"ids of a tiny model, {form_name}", _difference(ids, expected))
     dense = FORMS["dense"]
-    expected = _ids(inputs, reference_device(), TINY, dense, dense, prompts, num_new)
+    expected = _ids(inputs, reference_device(), config, dense, dense, prompts, num_new)
     known = [prompt + ids for prompt, ids in zip(prompts, expected, strict=True)]
     ways: dict[str, dict[str, Any]] = {
         "in chunks": {"max_batch_tokens": 24},
         "with drafts": {"drafter": KnownDrafts(known)},
     }
+    ways["with graphs, steps overlapping"] = {"graph_sizes": (1, 4, 8), "is_overlapped": True}
     if not inputs.is_toy:
+        ways["with graphs"] = {"graph_sizes": (1, 4, 8)}
+        ways["steps overlapping"] = {"is_overlapped": True}
         ways["with preemption"] = {"num_blocks": 23}
+        ways["with graphs and drafts"] = {"graph_sizes": (1, 4, 16), "drafter": KnownDrafts(known)}
     for way, options in ways.items():
-        ids = _ids(inputs, inputs.device, TINY, dense, dense, prompts, num_new, **options)
+        ids = _ids(inputs, inputs.device, config, dense, dense, prompts, num_new, **options)
         report.check(f"ids of a tiny model, {way}", _difference(ids, expected))
     if not inputs.is_toy:
         windows = TINY | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
@@ -97,13 +104,22 @@ def _ids(
     num_blocks: int = NUM_BLOCKS,
     max_batch_tokens: int = 512,
     drafter: Any = None,
+    graph_sizes: SequenceOf[int] = (),
+    is_overlapped: bool = False,
 ) -> list[list[int]]:
     """The ids that the engine makes in float32; the weights are the same on every device."""
     generator = torch.Generator().manual_seed(inputs.generator.initial_seed() % 2**31)
     model = random_model(config, form, head, torch.float32, device, generator)
     runner = make_runner(model, device, torch.float32, num_blocks=num_blocks, num_positions=1024)
+    runner.capture(GraphLimits(sizes=graph_sizes, max_seq_len=512, num_kv_tokens=num_blocks * runner.block_size))
     core = make_core(
-        runner, device, config["vocab_size"], num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, drafter=drafter
+        runner,
+        device,
+        config["vocab_size"],
+        num_blocks=num_blocks,
+        max_batch_tokens=max_batch_tokens,
+        drafter=drafter,
+        is_overlapped=is_overlapped,
     )
     return run_requests(core, [greedy_request(str(number), prompt, num_new) for number, prompt in enumerate(prompts)])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
+import time
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +17,12 @@ from benchmarks.gpu_proof.card import Ceilings, read_ceilings
 from benchmarks.gpu_proof.clock import host_seconds
 from benchmarks.gpu_proof.inputs import Inputs
 from benchmarks.gpu_proof.loop import time_loop
-from benchmarks.gpu_proof.models import QWEN2_7B, TINY, make_runner, random_model
+from benchmarks.gpu_proof.models import QWEN2_7B, SINGLE_LAYER, make_runner, random_model
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
 from benchmarks.gpu_proof.weights import FORMS
 from engine.device import DTYPES
+from engine.graphs import GraphLimits
 from engine.link.messages import GenerationRequest
 from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
@@ -38,6 +41,7 @@ CONTEXT, TOY_CONTEXT = 1024, 20
 BATCHES, TOY_BATCHES = (1, 8, 32, 64, 128), (2,)
 DRAFT_ROWS, TOY_DRAFT_ROWS = range(1, 10), range(2, 3)
 PROMPTS, TOY_PROMPTS = (512, 4096), (20,)
+GRAPHS, TOY_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128), (2,)
 SPARE_BLOCKS = 40
 REPEATS, WARM_UPS = 10, 3
 
@@ -53,13 +57,23 @@ def run(settings: Settings, report: Report) -> None:
             torch.cuda.empty_cache()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decode:
+    """A step of decode and what came out."""
+
+    seconds: float
+    logits: torch.Tensor
+    is_repeated: bool
+    """Whether a second run gave the same bits."""
+
+
 class Bench:
     """One form of the model and what is measured of it."""
 
     def __init__(self, inputs: Inputs, ceilings: Ceilings, report: Report, name: str) -> None:
         self._inputs, self._ceilings, self._report, self._name = inputs, ceilings, report, name
         self._device = inputs.device
-        self._config = TINY if inputs.is_toy else QWEN2_7B
+        self._config = SINGLE_LAYER if inputs.is_toy else QWEN2_7B
         form, head, self._form, self._head = MODELS[name]
         dtype = DTYPES[self._device.half_dtype]
         self._model = random_model(self._config, FORMS[form], FORMS[head], dtype, self._device, inputs.generator)
@@ -76,19 +90,42 @@ class Bench:
 
     def measure(self) -> None:
         is_toy = self._inputs.is_toy
-        seconds = {rows: self._decode(rows) for rows in (TOY_BATCHES if is_toy else BATCHES)}
+        batches = TOY_BATCHES if is_toy else BATCHES
+        plain = {batch: self._decode(batch) for batch in batches}
+        self._capture()
+        graphs = {batch: self._decode(batch) for batch in batches}
+        for batch in batches:
+            self._report_decode(batch, plain[batch], graphs[batch])
         self._drafts(TOY_DRAFT_ROWS if is_toy else DRAFT_ROWS)
-        for size in self._prompts:
+        for size in self._prompts:  # writes where the sequences above read
             self._prompt(size)
+        seconds = {batch: step.seconds for batch, step in graphs.items()}
         time_loop(
             self._report, self._name, self._runner, self._device, self._config, self._num_blocks, seconds, is_toy=is_toy
         )
-        self._check_logits()
 
-    def _decode(self, batch: int) -> float:
-        """A step of so many sequences; returns its seconds."""
+    def _capture(self) -> None:
+        """Graphs for all that is measured from here on."""
+        sizes = TOY_GRAPHS if self._inputs.is_toy else GRAPHS
+        tokens = self._num_blocks * self._runner.block_size
+        started = time.monotonic()
+        self._runner.capture(GraphLimits(sizes=sizes, max_seq_len=2 * self._context, num_kv_tokens=tokens))
+        description = self._runner.describe_graphs() or "this device has no graphs"
+        print(f"{description} ({time.monotonic() - started:.1f} s)", flush=True)
+        has_all = ", ".join(map(str, sizes)) in description
+        self._report.check(f"graphs, {self._name}", [] if has_all else [description])
+
+    def _decode(self, batch: int) -> Decode:
+        """A step of so many sequences, which must give the same logits twice."""
         scheduled = decode_batch(batch, self._context, self._runner.block_size)
-        seconds = self._seconds(lambda: self._runner.execute(scheduled))
+        first, second = (self._runner.execute(scheduled).logits.clone() for _ in range(2))
+        return Decode(self._seconds(lambda: self._runner.execute(scheduled)), first, torch.equal(first, second))
+
+    def _report_decode(self, batch: int, plain: Decode, graph: Decode) -> None:
+        complaints = [] if bool(plain.logits.isfinite().all()) else ["logits are not finite"]
+        complaints += [] if plain.is_repeated and graph.is_repeated else ["two runs differ: a race"]
+        complaints += [] if torch.equal(plain.logits, graph.logits) else ["a graph gives other logits"]
+        self._report.check(f"logits of {batch} sequences, {self._name}", complaints)
         shape = floors.ModelShape.of(self._config)
         num_bytes = floors.step_bytes(shape, self._form, self._head, context=self._context, batch=batch).total
         flops = floors.step_flops(shape, context=self._context, queries=1, num_rows=1) * batch
@@ -96,10 +133,10 @@ class Bench:
             f"Decode, {self._context} tokens known",
             model=self._name,
             sequences=batch,
-            ms=round(seconds * 1000, 3),
-            **{"tokens/s": round(batch / seconds, 1), "floor/time": self._part(num_bytes, flops, seconds)},
+            **{"ms without graphs": round(plain.seconds * 1000, 3)},
+            ms=round(graph.seconds * 1000, 3),
+            **{"tokens/s": round(batch / graph.seconds, 1), "floor/time": self._part(num_bytes, flops, graph.seconds)},
         )
-        return seconds
 
     def _drafts(self, rows: range) -> None:
         """Steps of one sequence with a draft: what a drafted token costs."""
@@ -132,14 +169,6 @@ class Bench:
         repeats, warm_ups = (1, 0) if self._inputs.is_toy else (REPEATS, WARM_UPS)
         return host_seconds(self._device, call, repeats=repeats, warm_ups=warm_ups)
 
-    def _check_logits(self) -> None:
-        """Random weights give numbers, and the same ones twice."""
-        scheduled = decode_batch(2, self._context, self._runner.block_size)
-        first, second = (self._runner.execute(scheduled).logits.clone() for _ in range(2))
-        complaints = [] if bool(first.isfinite().all()) else ["logits are not finite"]
-        complaints += [] if torch.equal(first, second) else ["two runs differ: a race"]
-        self._report.check(f"logits, {self._name}", complaints)
-
 
 def fill_caches(model: CausalLM) -> None:
     """Random keys and values in all layers, where a new cache has zeros; the protocol has no word for that."""
@@ -150,11 +179,14 @@ def fill_caches(model: CausalLM) -> None:
 
 
 def decode_batch(num_sequences: int, context: int, block_size: int, draft: list[int] | None = None) -> ScheduledBatch:
-    """Sequences that know `context` tokens, of which the last one is computed."""
+    """Sequences that know `context` tokens, of which the last one is computed.
+
+    Block 0 is none of theirs: capturing a graph writes there.
+    """
     batch = ScheduledBatch()
     num_blocks = -(-(context + len(draft or [])) // block_size)
     for index in range(num_sequences):
-        first = index * num_blocks
+        first = 1 + index * num_blocks
         sequence = make_sequence([number % 97 for number in range(context)], range(first, first + num_blocks))
         sequence.num_computed_tokens = context - 1
         batch.add(sequence, 1, draft)

@@ -17,11 +17,12 @@ from engine.layers.norm import RMSNorm
 from engine.link.messages import GenerationRequest
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM, Loadable
+from engine.overlap import OverlappedCore
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import SAMPLERS
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Drafter
@@ -56,6 +57,8 @@ TINY: Config = _SHARED | {
     "num_hidden_layers": 2,
     "vocab_size": 500,
 }
+SINGLE_LAYER: Config = TINY | {"num_hidden_layers": 1}
+"""For the interpreter, which takes a tenth of a second for a product."""
 
 
 def reference_device() -> Device:
@@ -138,19 +141,29 @@ def make_core(
     num_blocks: int,
     max_batch_tokens: int,
     drafter: Drafter | None = None,
+    is_overlapped: bool = False,
 ) -> EngineCore:
-    """An engine without a tokenizer, end tokens or step limits."""
+    """An engine without a tokenizer, end tokens or step limits.
+
+    `is_overlapped`: each step is launched before the last one is read.
+    """
+    grammars = Grammars(Path("none"), vocab_size, [], 1, lambda: import_entry(MASKS, device.masks, "mask"))
+    processors: list[LogitsProcessor] = [Penalties(backend=device.penalties), grammars]
+    sample = import_entry(SAMPLERS, device.sampler, "sampler")
+    sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
         BlockManager(num_blocks, runner.block_size),
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=[],
         drafter=drafter,
+        needs_tokens=sampler.needs_tokens,
     )
-    grammars = Grammars(Path("none"), vocab_size, [], 1, lambda: import_entry(MASKS, device.masks, "mask"))
-    sampler = BatchSampler(
-        import_entry(SAMPLERS, device.sampler, "sampler"), [Penalties(backend=device.penalties), grammars]
+    if not is_overlapped:
+        return EngineCore(scheduler, runner, sampler, grammars, StepLimit(None, None), UnusedCosts())
+    launching = LaunchingBatchSampler(
+        sample, processors, import_entry(LAUNCHED_SAMPLERS, device.sampler, "launched sampler")
     )
-    return EngineCore(scheduler, runner, sampler, grammars, StepLimit(None, None), UnusedCosts())
+    return OverlappedCore(scheduler, runner, launching, grammars, StepLimit(None, None), UnusedCosts())
 
 
 def greedy_request(name: str, prompt: list[int], max_new_tokens: int) -> GenerationRequest:
@@ -164,7 +177,7 @@ def run_requests(core: EngineCore, requests: Sequence[GenerationRequest]) -> lis
     for request in requests:
         core.take(request)
     token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    while core.scheduler.has_work:
+    while core.has_work:
         for event in core.step():
             if event.error is not None:
                 raise RuntimeError(event.error)

@@ -46,7 +46,9 @@ NUM_FIELDS = 8
 - A line for each item: the row of its first query token, their number, the position of the first, where its sequence's
   blocks begin in the block table, its first chunk, the end of its chunks, and its first partial result, which those of
   its other tokens follow; -1: its result is complete.
-- Lines without meaning, so that there are at least as many after the rows' as there are partial results.
+- Lines without meaning, so that there are at least as many after the rows' as there are partial results. Without large
+  tiles their number depends on the sequences alone, not on how many heads share a key: ranks with other heads have
+  plans of the same size, so that all or none find place for them in a graph.
 """
 SMALL_HEADER, LARGE_HEADER, ROWS_HEADER = 0, 2, 4
 
@@ -100,7 +102,7 @@ class TritonAttention:
         num_small, num_large = int(small.num_chunks.sum()), len(large.num_chunks)
         is_split = small.num_chunks > 1
         num_partials = np.where(is_split, small.num_chunks * small.num_tokens, 0)
-        num_lines = 1 + num_rows + max(num_small + num_large, int(num_partials.sum()))
+        num_lines = 1 + num_rows + max(num_small + num_large, _max_partials(*step[:2]))
         plan = np.zeros((num_lines, NUM_FIELDS), np.int32)
         first_small = 1 + num_rows
         first_large = first_small + num_small
@@ -226,6 +228,13 @@ class _Tiles:
     first_block: Integers
     """Where the sequence's blocks begin in the block table."""
     num_chunks: Integers
+
+
+def _max_partials(starts: Integers, lens: Integers) -> int:
+    """Partial results and items of the small tiles together at most, whatever the tiles: all chunks for each token."""
+    num_queries = starts[1:] - starts[:-1]
+    chunks = (lens - 1) // CHUNK + 1
+    return int((num_queries * chunks)[num_queries <= FEW_TOKENS].sum())
 
 
 def _tiles(starts: Integers, lens: Integers, table_width: int, tile_tokens: int, *, is_few: bool) -> _Tiles:

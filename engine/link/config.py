@@ -40,6 +40,8 @@ class EngineConfig:
     """Sequences that run at a time at most; None: as many as fit."""
     graph_sizes: Sequence[int] | None = None
     """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
+    is_overlap_disabled: bool = False
+    """Whether a GPU's next step waits until the last one's tokens are taken in."""
     memory_fraction: float = 1.0
     """Part of the device's memory that may be used; where it is the host's, of what is free of it."""
     kv_memory_share: float | None = None
@@ -58,6 +60,8 @@ class EngineConfig:
     """Whether ranks of one host's CPU may use shared memory; False: gloo, for comparison."""
     listen_fd: int | None = None
     """Rank 0's inherited socket that listens at the ranks' address; None: it makes one if there are other ranks."""
+    shard_secret: str = dataclasses.field(default="", repr=False)
+    """The ranks' proof to each other that they belong together; empty: they believe anybody who reaches their port."""
     num_threads: int = 1
     """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None

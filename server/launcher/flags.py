@@ -112,6 +112,14 @@ MODEL = (
         default=0,
     ),
     Flag(
+        name="shard-secret",
+        fills="engine.shard_secret",
+        help="Text by which the shards of several hosts know each other; better given as variable, a command line is "
+        "seen by every user of the host (ours; default: on one host a new one for each start)",
+        value=SECRET,
+        is_secret=True,
+    ),
+    Flag(
         name="shard-timeout",
         fills="engine.shard_timeout_s launcher.shard_timeout_s",
         help="Seconds after which a silent shard counts as hung and the server ends (ours)",
@@ -286,6 +294,13 @@ BATCHING = (
         help="Rows of decoding steps that a GPU runs as CUDA graphs, the tokens of drafts included; 0 captures none "
         "(default: 1,2,4,8,16,32; no effect on a CPU)",
         value=INTEGERS,
+    ),
+    Flag(
+        name="disable-overlap",
+        fills="engine.is_overlap_disabled",
+        help="Read the tokens of each step on a GPU before the next one is launched (no effect on a CPU, with several "
+        "shards or speculation, where steps don't overlap)",
+        is_switch=True,
     ),
     Flag(
         name="waiting-served-ratio",

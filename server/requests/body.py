@@ -17,6 +17,8 @@ from server.requests import serde
 from server.requests.serde import RepeatedKeys
 
 WHITESPACE = " \t\n\r"
+MAX_LENGTH_DIGITS = 20
+"""Digits of a length that is a number at all; Python would refuse to read more than 4,300."""
 MAX_DEPTH = 128
 """serde_json's recursion limit."""
 
@@ -65,7 +67,8 @@ async def _receive(request: Request, limit: int) -> bytes:
     """The whole body. It is refused as soon as it is known to be too long, whatever its headers say."""
     announced = request.headers.get("content-length", "")
     body = bytearray()
-    is_too_long = announced.isdecimal() and int(announced) > limit
+    is_number = announced.isdecimal() and announced.isascii()
+    is_too_long = is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit)
     if not is_too_long:
         async for chunk in request.stream():
             body += chunk

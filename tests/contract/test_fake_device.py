@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.graph_capture import Work
+from engine.graphs import GraphLimits
 from engine.layers.base import RotaryTable
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
@@ -20,7 +22,7 @@ from engine.scheduling.batch import ScheduledBatch
 from quant.base import PackedWeight
 from quant.kernels.launch import recorded_launches
 from scripts.kernels_aot import FORMS, MODELS
-from tests.fake_device import GPU, make_fake_batch, make_fake_runner, no_numbers
+from tests.fake_device import DEVICE, GPU, NUM_POSITIONS, make_fake_batch, make_fake_runner, no_numbers
 from tests.no_reads import READS, NoReads, ReadError, no_reads
 
 __all__ = ["no_reads"]
@@ -55,6 +57,29 @@ def test_steps_stay_on_the_device(name: str, form: str, no_reads: Callable[..., 
             assert logits.dtype == torch.float32
             assert logits.shape == (batch.num_rows, MODELS[name][4])
     assert {"skinny_kernel", "norm_kernel", "choose_kernel"} <= {launch.name for launch in launches}
+
+
+class Recorder:
+    """Runs the work once, and gives its result from then on."""
+
+    def capture(self, work: Work) -> Work:
+        with NoReads():
+            result = work()
+        return lambda: result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_work_of_a_graph_stays_on_the_device(form: str, no_reads: Callable[..., None]) -> None:
+    device = dataclasses.replace(DEVICE, make_recorder=Recorder)
+    with no_numbers():
+        runner = make_fake_runner("7B", form, device=device)
+        no_reads("numpy", "cpu")
+        runner.capture(GraphLimits(sizes=(32, 1), max_seq_len=NUM_POSITIONS, num_kv_tokens=NUM_POSITIONS))
+        with recorded_launches() as launches:
+            logits = run_step(runner, make_fake_batch([(40, 1, [3, 4]), (700, 1, [])] * 5))
+    assert logits.device == GPU
+    assert logits.shape[0] == 20
+    assert "norm_kernel" not in {launch.name for launch in launches}, "a replay has the forward pass"
 
 
 @pytest.mark.parametrize("fault", READS)

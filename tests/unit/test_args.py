@@ -227,6 +227,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--cuda-graphs 0", {}, {"graph_sizes": (0,)}),
         ("--cuda-graphs 1,2,4", {"CUDA_GRAPHS": "8"}, {"graph_sizes": (1, 2, 4)}),
         ("", {"CUDA_GRAPHS": "8,1"}, {"graph_sizes": (8, 1)}),
+        ("--disable-overlap", {}, {"is_overlap_disabled": True}),
+        ("", {"DISABLE_OVERLAP": "true"}, {"is_overlap_disabled": True}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
         ("--speculate 2", {}, {"max_draft_tokens": 2}),
@@ -522,6 +524,12 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
             "Only 1 can be set between dtype and quantize, as they both decide how goes the final model.",
         ),
         ("--num-shard 0", {}, "`num_shard` cannot be < 1"),
+        (
+            "--num-shard 64",
+            {},
+            "--num-shard means 64 shards on this host, more than the 8 that a processor serves here",
+        ),
+        ("--num-shard 4", DEVICES, "--num-shard means 4 shards on this host, more than the 3 GPUs that can be seen"),
         ("--sharded true --num-shard 1", {}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {"NUM_SHARD": "1"}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {}, "`sharded` is true but only found 0 CUDA devices"),
@@ -676,7 +684,8 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = "device strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding"
+    ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
+        speculative-decoding"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

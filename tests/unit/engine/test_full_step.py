@@ -95,10 +95,10 @@ def start(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
                 memory.take(self.cache_bytes)
                 super().allocate(num_blocks, dtype, num_positions=num_positions)
 
-            def run(self, inputs: StepInputs) -> StepResult:
+            def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
                 num_bytes = len(inputs.input_ids) * PER_TOKEN + len(inputs.logits_indices) * PER_ROW
                 memory.take(num_bytes)
-                result = super().run(inputs)
+                result = super().run(inputs, last_token_ids)
                 memory.drop(num_bytes)
                 return result
 
