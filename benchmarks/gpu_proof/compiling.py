@@ -61,8 +61,8 @@ def recorded(dtype: torch.dtype, *, is_toy: bool) -> list[tuple[Launch, bool]]:
     launches: dict[Launch, bool] = {}
     for form in forms:
         for step in steps:
-            for launch in record_launches(model, form, dtype, step):
-                launches[launch] = launches.get(launch, False) or step.startswith("decode")
+            for launch in record_launches(model, form, dtype, STEPS[step]):
+                launches[launch] = launches.get(launch, False) or step != "prompt"
     return list(launches.items())[:TOY_LAUNCHES] if is_toy else list(launches.items())
 
 
