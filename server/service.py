@@ -15,7 +15,7 @@ from types import TracebackType
 
 from fastapi import Request
 
-from server.chat.template import ChatTemplate
+from server.chat.renderer import ChatRenderer
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
@@ -35,7 +35,9 @@ class GenerationService:
         self.engine = engine
         self.config = config
         self.tokenizer = tokenizer
-        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
+        self.chats = ChatRenderer(
+            tokenizer.chat_format, is_strict=config.is_strict_tgi, is_apart=not config.is_rendering_here
+        )
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
         self.grammars = GrammarCompiler()
@@ -76,6 +78,7 @@ class GenerationService:
     def close(self) -> None:
         self.tokenizer.close()
         self.grammars.close()
+        self.chats.close()
 
 
 class AdmittedRequest:

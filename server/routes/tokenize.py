@@ -57,7 +57,8 @@ async def tokenize(request: Request) -> Response:
 async def chat_tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, ChatRequest, service.config)
-    prompt = chat_input(service, body)[0].inputs
+    chat, _ = await chat_input(service, body)
+    prompt = chat.inputs
     return json_answer(ChatTokenizeResponse(await _split(service, prompt, add_special_tokens=False), prompt))
 
 
