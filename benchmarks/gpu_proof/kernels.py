@@ -74,7 +74,10 @@ def _compile_candidates(settings: Settings) -> None:
                 form = FORMS[form_name]
                 packed = _weight(matrix, form, card.dtype, generator)
                 for tile in candidates(form, matrix.num_outputs, matrix.num_inputs, is_toy=settings.is_toy):
-                    product_with(packed, form, tile)(torch.empty(1, matrix.num_inputs, dtype=card.dtype))
+                    product = product_with(packed, form, tile)
+                    for rows in ROWS:
+                        if rows <= MAX_ROWS:
+                            product(torch.empty(rows, matrix.num_inputs, dtype=card.dtype))
     distinct = list(dict.fromkeys(launches))
     num_failed = sum(result.resources is None for result in compile_all(distinct, card))
     print(f"{len(distinct)} kernels compiled, {num_failed} could not be", flush=True)
@@ -137,7 +140,7 @@ def _time_form(inputs: Inputs, matrix: Matrix, form_name: str, ceilings: Ceiling
         for rows in (TOY_ROWS if inputs.is_toy else ROWS)
     }
     _report_row(report, matrix, form_name, weights[0], seconds, ceilings, tile=_tile_text(best))
-    return tuning_entry(inputs.device.architecture, form, matrix.num_outputs, size, best)
+    return tuning_entry(form, matrix.num_outputs, size, best, inputs.device.architecture)
 
 
 def _tile_text(tile: Any) -> str:
