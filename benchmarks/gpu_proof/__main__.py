@@ -5,7 +5,8 @@ and nothing of ours installed. Two wheels must come along where the host lacks t
 llguidance. The part `generate` measures transformers where it is installed. docs/gpu-results/README.md says how to
 fetch the wheels.
 
-Leaves in the folder: result.json, table.txt, log.txt, and tuning.json with the tiles that were best on this card.
+Leaves in the folder: result.json, table.txt, log.txt, and tuning.json with the tiles that were best on this card,
+for `quant/kernels/tuned_tiles.json`.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu_proof.checks import Case
+from benchmarks.gpu_proof.checks import Case, Check
 from benchmarks.gpu_proof.inputs import Inputs
 from benchmarks.gpu_proof.scenes import Part, Scene
 from engine.attention.base import AttentionShape
@@ -37,17 +38,17 @@ TOY_SCENES: dict[str, tuple[list[Part], int | None]] = {
 }
 
 
-def attention_cases(inputs: Inputs) -> Iterator[Case]:
-    shapes, scenes = (TOY_SHAPES, TOY_SCENES) if inputs.is_toy else (SHAPES, SCENES)
+def attention_checks(*, is_toy: bool) -> Iterator[Check]:
+    shapes, scenes = (TOY_SHAPES, TOY_SCENES) if is_toy else (SHAPES, SCENES)
     for shape_name, shape in shapes.items():
         for scene_name, (parts, window) in scenes.items():
             for dtype in (torch.bfloat16, torch.float16):
-                scene = Scene.random(inputs, shape, BLOCK_SIZE, parts, dtype)
                 name = f"attention, {scene_name}, {shape_name}, {str(dtype).removeprefix('torch.')}"
-                yield attention_case(name, scene, window)
+                yield Check.of(name, functools.partial(_case, shape=shape, parts=parts, window=window, dtype=dtype))
 
 
-def attention_case(name: str, scene: Scene, window: int | None) -> Case:
+def _case(inputs: Inputs, shape: AttentionShape, parts: list[Part], window: int | None, dtype: torch.dtype) -> Case:
+    scene = Scene.random(inputs, shape, BLOCK_SIZE, parts, dtype)
     backend, reference = TritonAttention(scene.shape, BLOCK_SIZE), TorchAttention(scene.shape, BLOCK_SIZE)
 
     def run() -> torch.Tensor:
@@ -57,4 +58,4 @@ def attention_case(name: str, scene: Scene, window: int | None) -> Case:
         prepared = reference.prepare(scene.metadata(reference))
         return reference.forward(scene.qkv.double(), scene.cache(torch.float64), prepared, window)
 
-    return Case(name, run, expected)
+    return Case(run, expected)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu_proof.weights import Form
 from quant.base import PackedWeight
 from quant.kernels.skinny_triton import min_block_inputs, skinny_product
-from quant.kernels.tuning import Tile, tile_for
+from quant.kernels.tuning import Tile, WeightShape, tile_for
 
 TUNED_ROWS = (1, 2, 4, 8, 16)
 
@@ -23,14 +23,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 def default_tile(form: Form, num_outputs: int, num_inputs: int) -> Tile:
     """The tile that the product takes."""
-    return tile_for(
-        num_outputs,
-        num_inputs,
-        group_size=form.group_size,
-        min_inputs=min_block_inputs(form.layout),
-        is_dense=form.layout == "dense",
-        is_gathered=form.has_order,
-    )
+    weight = WeightShape(form.layout, num_outputs, num_inputs, form.group_size, form.has_order)
+    return tile_for(weight, min_inputs=min_block_inputs(form.layout))
 
 
 def candidates(form: Form, num_outputs: int, num_inputs: int, *, is_toy: bool) -> list[Tile]:
@@ -79,12 +73,14 @@ def _mean_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return sum(time / other for time, other in zip(times, others, strict=True)) / len(times)
 
 
-def tuning_entry(form: Form, num_outputs: int, num_inputs: int, tile: Tile) -> dict[str, Any]:
-    """What the tuning data says of one weight."""
+def tuning_entry(architecture: str | None, form: Form, num_outputs: int, num_inputs: int, tile: Tile) -> dict[str, Any]:
+    """What `quant/kernels/tuned_tiles.json` says of one weight."""
     return {
+        "architecture": architecture,
         "layout": form.layout,
-        "group_size": form.group_size,
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
+        "group_size": form.group_size,
+        "is_gathered": form.has_order,
         "tile": dataclasses.asdict(tile),
     }

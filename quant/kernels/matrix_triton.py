@@ -17,7 +17,7 @@ class MatrixTriton:
     """`x @ weight.T + bias`, summed in float32."""
 
     rounding = None
-    row_counts = (*BLOCK_ROWS, MAX_ROWS + 1)
+    row_counts = (1, *(count + 1 for count in BLOCK_ROWS))
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
