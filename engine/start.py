@@ -16,6 +16,7 @@ from engine.core import EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
+from engine.kernel_cache import outlive_full_disk
 from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
@@ -96,6 +97,7 @@ class _Prepared:
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
+    outlive_full_disk()
     device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
     if device.own_memory is not None and config.memory_fraction < 1:
         device.own_memory.set_limit(config.memory_fraction)
