@@ -103,18 +103,24 @@ class BlockManager:
                 else:
                     self.num_cached_blocks += 1
 
-    def publish_full_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
-        """Make the blocks that were filled since `num_computed_before` findable by other sequences."""
+    def publish_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make the blocks that were filled by computing the tokens from `start` to `end` findable by others."""
         if not self._is_prefix_caching:
             return
-        first = num_computed_before // self.block_size
-        last = sequence.num_computed_tokens // self.block_size
-        if first == last:
+        first, last = start // self.block_size, end // self.block_size
+        if first >= last:
             return
         for digest, block in zip(self._hashes(sequence, last)[first:], sequence.block_table[first:last], strict=True):
             if digest not in self._block_of:
                 self._hash_of[block] = digest
                 self._block_of[digest] = block
+
+    def withdraw_blocks(self, sequence: Sequence) -> None:
+        """Let nobody find the blocks of `sequence` any more, its prefix included: whoever filled them, it failed."""
+        for block in sequence.block_table:
+            if (digest := self._hash_of[block]) is not None:
+                self._hash_of[block] = None
+                del self._block_of[digest]
 
     def num_holders(self, block: int) -> int:
         """Sequences that have `block` in their table."""

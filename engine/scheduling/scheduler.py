@@ -174,8 +174,7 @@ class Scheduler:
             else:
                 sequence.num_computed_tokens += scheduled.num_tokens
             new_events = self._accept(scheduled, sampled) if scheduled.is_completing else []
-            # A launched step that has gone further is computed before any other that could find its blocks.
-            self._blocks.publish_full_blocks(sequence, scheduled.num_computed_tokens)
+            self._share_blocks(scheduled, new_events, is_launched=batch.is_launched)
             if new_events and new_events[-1].is_terminal:
                 self._remove(sequence)
             elif scheduled.draft:
@@ -282,6 +281,21 @@ class Scheduler:
         self._drafter.observe(sequence, scheduled.draft, event.token_ids)
         events = [event] if event.token_ids else []
         return events if error is None else [*events, error]
+
+    def _share_blocks(self, scheduled: ScheduledSequence, events: list[TokenEvent], *, is_launched: bool) -> None:
+        """Let others find the blocks that a step has filled, and nothing of a sequence that is not finite.
+
+        What a launched step goes on to compute may still turn out not to be finite, and its tokens are unknown.
+        """
+        sequence = scheduled.sequence
+        error = events[-1].error if events else None
+        if error is None:
+            end = sequence.num_computed_tokens
+            if is_launched:
+                end = min(end, scheduled.num_computed_tokens + scheduled.num_tokens)
+            self._blocks.publish_full_blocks(sequence, scheduled.num_computed_tokens, end)
+        elif error == NON_FINITE_ERROR:
+            self._blocks.withdraw_blocks(sequence)
 
     def _finish_reason(self, sequence: Sequence, num_output_tokens: int, token_id: int) -> FinishReason | None:
         """The reason why the sequence ends with this token; None: it goes on. Length comes first, as in TGI.

@@ -21,7 +21,7 @@ def computed(blocks: BlockManager, prompt: list[int], cache_salt: bytes = b"") -
     assert blocks.admit(sequence)
     before = sequence.num_computed_tokens
     sequence.num_computed_tokens = sequence.num_tokens
-    blocks.publish_full_blocks(sequence, before)
+    blocks.publish_full_blocks(sequence, before, sequence.num_computed_tokens)
     return sequence
 
 
@@ -93,7 +93,7 @@ def test_a_block_that_is_not_full_yet_is_not_shared() -> None:
     first = make_sequence(list(range(9)))
     assert blocks.admit(first)
     first.num_computed_tokens = 7
-    blocks.publish_full_blocks(first, 0)
+    blocks.publish_full_blocks(first, 0, first.num_computed_tokens)
     second = make_sequence(list(range(9)))
     assert blocks.admit(second)
     assert second.num_cached_tokens == 4
@@ -105,7 +105,7 @@ def test_a_block_that_is_filled_in_several_steps_is_shared() -> None:
     assert blocks.admit(first)
     for before, after in ((0, 3), (3, 6), (6, 7), (7, 8)):
         first.num_computed_tokens = after
-        blocks.publish_full_blocks(first, before)
+        blocks.publish_full_blocks(first, before, first.num_computed_tokens)
     second = make_sequence(list(range(9)))
     assert blocks.admit(second)
     assert second.block_table[:2] == first.block_table[:2]
@@ -182,13 +182,28 @@ def test_grow_takes_a_block_only_at_a_block_edge() -> None:
     assert len(sequence.block_table) == 2
 
 
+def test_blocks_that_are_withdrawn_are_found_no_more() -> None:
+    """Whoever else holds them goes on, and what it fills is not found without them."""
+    blocks = BlockManager(8, BLOCK_SIZE)
+    first, second = (computed(blocks, list(range(9))) for _ in range(2))
+    blocks.withdraw_blocks(second)
+    blocks.check_integrity([first, second])
+    third = make_sequence(list(range(9)))
+    assert blocks.admit(third)
+    assert third.num_cached_tokens == 0
+    for sequence in (first, second, third):
+        blocks.free(sequence)
+    assert blocks.num_cached_blocks == 0
+    blocks.check_integrity([])
+
+
 def test_equal_blocks_computed_side_by_side_are_published_once() -> None:
     blocks = BlockManager(8, BLOCK_SIZE)
     sequences = [make_sequence(list(range(9))) for _ in range(2)]
     assert all(blocks.admit(sequence) for sequence in sequences)
     for sequence in sequences:
         sequence.num_computed_tokens = 9
-        blocks.publish_full_blocks(sequence, 0)
+        blocks.publish_full_blocks(sequence, 0, sequence.num_computed_tokens)
     assert sequences[0].block_table[0] != sequences[1].block_table[0]
     for sequence in sequences:
         blocks.free(sequence)

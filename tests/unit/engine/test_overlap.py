@@ -82,11 +82,13 @@ class JournalledTokens(FinishedTokens):
         return self.batch
 
 
-def make_core(runner: JournalledRunner, *, num_blocks: int = 64) -> EngineCore:
+def make_core(
+    runner: JournalledRunner, *, num_blocks: int = 64, max_batch_tokens: int = 64, is_overlapped: bool = True
+) -> EngineCore:
     scheduler = Scheduler(
-        BlockManager(num_blocks, 4), max_batch_tokens=64, eos_token_ids=[EOS], needs_tokens=needs_tokens
+        BlockManager(num_blocks, 4), max_batch_tokens=max_batch_tokens, eos_token_ids=[EOS], needs_tokens=needs_tokens
     )
-    return assemble_core(scheduler, runner, launch_sample=runner.launch_sample)
+    return assemble_core(scheduler, runner, launch_sample=runner.launch_sample if is_overlapped else None)
 
 
 def drain(core: EngineCore) -> dict[str, list[TokenEvent]]:
@@ -153,6 +155,34 @@ def test_a_request_that_is_not_finite_ends_once_and_alone() -> None:
     events = drain(core)
     assert [(event.error, event.token_ids) for event in events["bad"]] == [(NON_FINITE_ERROR, [])]
     assert tokens_of(events["good"]) == expected_output(make_request("good", [1, 2], max_new_tokens=5))
+
+
+@pytest.mark.parametrize("is_overlapped", [True, False])
+@pytest.mark.parametrize("max_batch_tokens", [64, 8])
+@pytest.mark.parametrize("num_tokens", range(1, 34))
+def test_nobody_finds_the_blocks_of_a_prompt_that_is_not_finite(
+    num_tokens: int, max_batch_tokens: int, is_overlapped: bool
+) -> None:
+    """Its last block may have a token that nobody knows, and the others what makes every later answer fail, too."""
+    core = make_core(JournalledRunner(), max_batch_tokens=max_batch_tokens, is_overlapped=is_overlapped)
+    for request_id in ("first", "second"):
+        core.take(make_request(request_id, [13] * num_tokens, max_new_tokens=5))
+        assert [event.error for event in drain(core)[request_id]] == [NON_FINITE_ERROR]
+    stats = core.scheduler.stats()
+    assert (stats.num_prefix_hit_tokens, stats.num_cached_blocks, stats.num_used_blocks) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 10))
+def test_what_a_launched_step_goes_on_to_fill_is_not_found_before_its_results(num_tokens: int) -> None:
+    simulation = OverlappedSimulation(num_blocks=16)
+    simulation.model = lambda token_ids: 9
+    simulation.add("a", [1] * num_tokens, max_new_tokens=9)
+    for _ in range(3):
+        simulation.step()
+    simulation.not_finite.add("a")  # from the next step on
+    simulation.drain()
+    assert simulation.output("a") == [9] * 3
+    assert simulation.scheduler.stats().num_cached_blocks == 0
 
 
 def test_an_abort_while_a_step_is_launched() -> None:
