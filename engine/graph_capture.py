@@ -32,7 +32,8 @@ class Recorder(Protocol):
     def capture(self, work: Work) -> Work:
         """Run `work` and return its replay, which gives the result in the same tensor each time.
 
-        Raises RuntimeError for work that can't be captured.
+        Raises RuntimeError for work that can't be captured. Nothing more can be captured or computed after that: the
+        device may be left in the middle of it.
         """
 
 

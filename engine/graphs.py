@@ -20,8 +20,10 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
+from engine.link.errors import StartError
 from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors
 from engine.step_inputs import StepInputs
+from parallel.state import RankLostError
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ class StepGraphs:
 
     def describe(self) -> str:
         """A line for the summary of the start."""
-        buckets = ", ".join(map(str, self._replays)) or "no"
+        buckets = ", ".join(map(str, self._replays))
         return f"Graphs for steps of up to {buckets} rows, captured in {self._seconds:.1f} s"
 
     def run(
@@ -151,14 +153,12 @@ def capture_graphs(
     attention: AttentionBackend,
     limits: GraphLimits,
     device: torch.device,
-    *,
-    num_ranks: int = 1,
 ) -> StepGraphs:
     """Capture `compute`, from a step's tensors to the logits of all of its rows, for every bucket.
 
-    What can't be captured, as where memory is out, is launched as it comes or has place in a larger bucket. Several
-    ranks must all have the same graphs, and capture them in turn together: there the RuntimeError is raised, as the
-    others wait for what this one can't do.
+    Raises StartError for a graph that can't be captured, whatever the cause. A capture that breaks off may leave torch
+    on the captured stream and its pool of memory open, where no later step would be safe; and other ranks may wait in
+    the collectives of that graph.
     """
     started = reported = time.monotonic()
     buckets = limits.buckets
@@ -170,10 +170,14 @@ def capture_graphs(
         tensors = buffers.tensors(rows, items.shape[1])
         try:
             replays[rows] = recorder.capture(functools.partial(compute, tensors))
+        except RankLostError:
+            raise
         except RuntimeError as error:
-            if num_ranks > 1:
-                raise
-            logger.warning("No graph for %d rows: %s", rows, str(error).partition("\n")[0])
+            reason = str(error).partition("\n")[0]
+            raise StartError(
+                f"No graph can be captured for steps of {rows} rows ({reason}): give --cuda-graphs 0, or fewer or "
+                "smaller sizes"
+            ) from error
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             logger.info("Captured %d of %d graphs", len(replays), len(buckets))

@@ -88,17 +88,12 @@ class ModelRunner:
     def capture(self, limits: GraphLimits) -> None:
         """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together.
 
-        Raises RuntimeError where only some ranks could have a graph.
+        Raises StartError for a graph that can't be captured.
         """
         recorder = self._device.make_recorder
         if recorder is not None and limits.buckets and not self.why_no_graphs():
             self._graphs = capture_graphs(
-                recorder(),
-                self._compute_all,
-                self._attention,
-                limits,
-                self._device.torch_device,
-                num_ranks=self._model.num_ranks,
+                recorder(), self._compute_all, self._attention, limits, self._device.torch_device
             )
 
     def describe_graphs(self) -> str | None:

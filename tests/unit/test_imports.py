@@ -56,7 +56,8 @@ ROOMS: dict[str, str] = {
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs",
-    "engine.graphs": "engine.attention engine.graph_capture engine.step_buffers engine.step_inputs",
+    "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
+    "parallel",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
     "engine.step_buffers engine.step_inputs",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "

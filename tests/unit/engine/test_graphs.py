@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from engine.graph_capture import Recorder, Tape, Work
-from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
+from engine.graph_capture import CaptureError, Recorder, Tape, Work
+from engine.graphs import GraphLimits, capture_graphs, graph_bytes
+from engine.link.errors import StartError
 from engine.step_buffers import StepTensors
 from engine.step_inputs import StepInputs
+from parallel.state import RankLostError
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, ITEM_TOKENS = 16, 32
@@ -58,10 +60,10 @@ def decode(seq_lens: Sequence[int], drafts: Sequence[int] = (), **changes: Any) 
 class Scene:
     """Captured work that gives each row's id, position and slot, and remembers what it was captured with."""
 
-    def __init__(self, recorder: Recorder | None = None, limits: GraphLimits = LIMITS, num_ranks: int = 1) -> None:
+    def __init__(self, recorder: Recorder | None = None, limits: GraphLimits = LIMITS) -> None:
         self.captured: list[StepTensors] = []
         with torch.inference_mode():
-            self.graphs = capture_graphs(recorder or Tape(), self._compute, ATTENTION, limits, CPU, num_ranks=num_ranks)
+            self.graphs = capture_graphs(recorder or Tape(), self._compute, ATTENTION, limits, CPU)
 
     def _compute(self, tensors: StepTensors) -> torch.Tensor:
         self.captured.append(tensors)
@@ -140,38 +142,38 @@ def test_more_work_items_than_planned_are_not_for_graphs() -> None:
 
 
 class Failing:
-    """Has place for graphs of at most so many rows."""
+    """Captures the first graph, fails at the second, and must not be asked for more."""
 
-    def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+        self.num_captures = 0
 
     def capture(self, work: Work) -> Work:
-        replay = Tape().capture(work)
-        if len(replay()) > self._max_rows:
-            raise torch.OutOfMemoryError("no memory\nmore of it")
-        return replay
+        self.num_captures += 1
+        if self.num_captures == 2:
+            raise self._error
+        return Tape().capture(work)
 
 
-def test_where_memory_is_out_smaller_graphs_serve(caplog: pytest.LogCaptureFixture) -> None:
-    scene = Scene(Failing(4))
-    assert "No graph for 8 rows: no memory" in caplog.text
-    assert scene.graphs.describe().startswith("Graphs for steps of up to 2, 4 rows, captured in ")
-    assert scene.run(decode([3] * 5)) is None
-    rows = scene.run(decode([3] * 4))
-    assert rows is not None
-    assert rows[:, 0].tolist() == [100, 101, 102, 103]
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, CaptureError])
+def test_a_graph_that_cannot_be_captured_ends_the_start(kind: type[RuntimeError]) -> None:
+    """Nothing more is captured, as on a GPU torch may be left in the middle of it."""
+    recorder = Failing(kind("no memory\nmore of it"))
+    expected = (
+        r"^No graph can be captured for steps of 4 rows \(no memory\): give --cuda-graphs 0, or fewer or smaller "
+    )
+    with pytest.raises(StartError, match=expected):
+        Scene(recorder)
+    assert recorder.num_captures == 2
 
 
-def test_several_ranks_have_all_graphs_or_do_not_start() -> None:
-    """A step that is a graph's on one rank alone has padding there, and the ranks' sums would have other shapes."""
-    with pytest.raises(torch.OutOfMemoryError):
-        Scene(Failing(4), num_ranks=2)
+def test_a_rank_that_is_lost_meanwhile_is_no_failed_capture() -> None:
+    with pytest.raises(RankLostError, match="^rank 0 is gone$"):
+        Scene(Failing(RankLostError("rank 0 is gone")))
 
 
-def test_without_any_graph_every_step_is_launched_as_it_comes() -> None:
-    scene = Scene(Failing(0))
-    assert isinstance(scene.graphs, StepGraphs)
-    assert scene.run(decode([3])) is None
+def test_the_summary_of_the_start_names_the_graphs() -> None:
+    assert Scene().graphs.describe().startswith("Graphs for steps of up to 2, 4, 8 rows, captured in ")
 
 
 def test_memory_of_graphs_grows_with_rows_and_buckets() -> None:

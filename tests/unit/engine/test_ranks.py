@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from engine.graphs import GraphLimits
-from engine.link.errors import StartError
 from engine.ranks import Ranks
 from engine.step_inputs import StepInputs
-from parallel.state import ParallelState, RankLostError
+from parallel.state import ParallelState
 from parallel.world import World
 from tests.unit.parallel.threads import run_ranks
 
@@ -28,11 +27,11 @@ def make_ranks(reasons_of_the_other: list[str]) -> Ranks:
 
 
 class Runner:
-    """Captures nothing, or raises."""
+    """Captures nothing."""
 
-    def __init__(self, reasons: list[str], error: RuntimeError | None = None) -> None:
+    def __init__(self, reasons: list[str]) -> None:
         self.refusals: list[str] = []
-        self._reasons, self._error = reasons, error
+        self._reasons = reasons
 
     def why_no_graphs(self) -> list[str]:
         return self._reasons
@@ -42,28 +41,12 @@ class Runner:
 
     def capture(self, limits: GraphLimits) -> None:
         assert limits is LIMITS
-        if self._error is not None:
-            raise self._error
 
 
 def test_reasons_of_one_rank_are_reasons_for_all() -> None:
     runner: Any = Runner(["why", "and why"])
     make_ranks(["elsewhere", "why"]).capture(runner, LIMITS)
     assert runner.refusals == ["elsewhere", "why", "and why"]
-
-
-def test_a_rank_that_cannot_capture_ends_the_start() -> None:
-    """The others have the graph already, or wait in it."""
-    runner: Any = Runner([], torch.OutOfMemoryError("no memory\nmore of it"))
-    expected = r"^rank 1 can't capture a graph \(no memory\): give smaller --cuda-graphs, or 0$"
-    with pytest.raises(StartError, match=expected):
-        make_ranks([]).capture(runner, LIMITS)
-
-
-def test_a_rank_that_is_lost_meanwhile_is_no_failed_capture() -> None:
-    runner: Any = Runner([], RankLostError("rank 0 is gone"))
-    with pytest.raises(RankLostError, match="^rank 0 is gone$"):
-        make_ranks([]).capture(runner, LIMITS)
 
 
 def make_inputs(unknown_rows: list[int]) -> StepInputs:
