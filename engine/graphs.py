@@ -12,7 +12,7 @@ import functools
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class GraphLimits:
     """Rows of each bucket, in any order; 0 stands for none."""
     max_seq_len: int
     num_kv_tokens: int
+    max_draft_tokens: int = 0
 
     @property
     def buckets(self) -> list[int]:
@@ -53,15 +54,24 @@ class GraphLimits:
         return sorted({size for size in self.sizes if size > 0}, reverse=True)
 
 
-def graph_bytes(buckets: Iterable[int], activation_bytes_per_row: int, vocab_size: int) -> int:
-    """Memory that graphs of these buckets take, beside what a step takes anyway.
+def graph_bytes(
+    limits: GraphLimits, attention: AttentionBackend, *, activation_bytes_per_row: int, vocab_size: int
+) -> int:
+    """Memory that graphs take, beside what a step takes anyway.
 
-    The activations of the largest bucket, whose memory the others use as well, the logits of each in float32, and
-    what the driver keeps.
+    The activations of the largest bucket and attention's own results, whose memory the others use as well, the numbers
+    of a step, the logits of each bucket in float32, and what the driver keeps.
     """
-    rows = list(buckets)
-    logits = sum(rows) * vocab_size * torch.float32.itemsize
-    return max(rows, default=0) * activation_bytes_per_row + logits + len(rows) * GRAPH_BYTES
+    buckets = limits.buckets
+    if not buckets:
+        return 0
+    items = max_work_items(attention, limits)
+    numbers = sum(
+        size * SECTIONS[name].itemsize for name, size in section_sizes(attention.block_size, limits, items).items()
+    )
+    shared = buckets[0] * activation_bytes_per_row + attention.work_bytes(len(items))
+    logits = sum(buckets) * vocab_size * torch.float32.itemsize
+    return shared + numbers + logits + len(buckets) * GRAPH_BYTES
 
 
 class StaticStepBuffers(StepBuffers):
@@ -185,10 +195,18 @@ def capture_graphs(
 
 
 def max_work_items(attention: AttentionBackend, limits: GraphLimits) -> Integers:
-    """The work items of a step with as many rows as the largest bucket, whose sequences fill the KV cache."""
-    num_seqs = limits.buckets[0]
-    seq_len = max(1, min(limits.max_seq_len, -(-limits.num_kv_tokens // num_seqs)))
-    return attention.work_items(range(num_seqs + 1), [seq_len] * num_seqs, -(-seq_len // attention.block_size))
+    """The work items of the largest step that graphs have place for.
+
+    Each row of the largest bucket is a sequence of full length, or as many rows are as fill the KV cache twice, each
+    token of a draft counted as a sequence. Sequences that share no blocks always fit, however their lengths differ: a
+    part that is not full is counted for each row. Beyond that only shared prefixes go: with long windows and many
+    rows the partial results of attention would take memory that no other step needs.
+    """
+    num_rows, max_len = limits.buckets[0], max(1, limits.max_seq_len)
+    max_tokens = min(1 + limits.max_draft_tokens, attention.max_captured_tokens)
+    num_long = min(num_rows, -(-2 * max_tokens * limits.num_kv_tokens // max_len))
+    seq_lens = [max_len] * num_long + [1] * (num_rows - num_long)
+    return attention.work_items(range(num_rows + 1), seq_lens, -(-max_len // attention.block_size))
 
 
 def section_sizes(block_size: int, limits: GraphLimits, items: Integers) -> dict[str, int]:

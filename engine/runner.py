@@ -11,7 +11,7 @@ import torch
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionShape
 from engine.device import Device
-from engine.graphs import GraphLimits, StepGraphs, capture_graphs
+from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
@@ -61,6 +61,17 @@ class ModelRunner:
     def kv_bytes_per_block(self, dtype: torch.dtype) -> int:
         """Memory of one block in all layers."""
         return self._model.num_layers * self._attention.block_bytes(dtype)
+
+    def graph_bytes(self, limits: GraphLimits, activation_bytes_per_row: int) -> int:
+        """Memory that graphs take, beside what a step takes anyway; 0 where there are none."""
+        if self.why_no_graphs():
+            return 0
+        return graph_bytes(
+            limits,
+            self._attention,
+            activation_bytes_per_row=activation_bytes_per_row,
+            vocab_size=self._model.vocab_size,
+        )
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, *, num_positions: int) -> None:
         """Memory for `num_blocks` blocks of KV in `dtype`, and for rotating positions below `num_positions`."""

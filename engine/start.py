@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
-from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
+from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits
 from engine.kernel_cache import outlive_full_disk
 from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
@@ -117,11 +116,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
 
 def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
     """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
-    limits = GraphLimits(
-        sizes=_graph_sizes(config),
-        max_seq_len=plan.limits.max_total_tokens,
-        num_kv_tokens=plan.limits.max_batch_total_tokens,
-    )
+    limits = _graph_limits(config, plan.limits.max_total_tokens, plan.limits.max_batch_total_tokens)
     if ranks is None:
         runner.capture(limits)
     else:
@@ -130,8 +125,14 @@ def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan,
         logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
 
 
-def _graph_sizes(config: EngineConfig) -> Sequence[int]:
-    return DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes
+def _graph_limits(config: EngineConfig, max_seq_len: int, num_kv_tokens: int) -> GraphLimits:
+    sizes = DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes
+    return GraphLimits(
+        sizes=sizes,
+        max_seq_len=min(max_seq_len, num_kv_tokens),
+        num_kv_tokens=num_kv_tokens,
+        max_draft_tokens=config.max_draft_tokens,
+    )
 
 
 def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
@@ -153,8 +154,12 @@ def _plan(
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=runner.block_size,
     )
-    if device.own_memory is not None and not runner.why_no_graphs():
-        graphs = graph_bytes(filter(None, _graph_sizes(config)), needs.per_step_token, model.vocab_size)
+    num_positions = config.max_total_tokens or window.max_position_embeddings
+    if device.own_memory is not None:
+        # The plan is yet to be made: no cache is larger than what the weights leave.
+        max_blocks = max(1, (loaded.free_bytes - needs.weights) // needs.per_block)
+        max_kv_tokens = config.max_batch_total_tokens or max_blocks * needs.block_size
+        graphs = runner.graph_bytes(_graph_limits(config, num_positions, max_kv_tokens), needs.per_step_token)
         needs = dataclasses.replace(needs, graphs=graphs)
     tightest = _alone if ranks is None else ranks.tightest
     needs, free_bytes = tightest(needs, loaded.free_bytes)
@@ -167,7 +172,7 @@ def _plan(
         device,
         kv_dtype,
         import_entry(SAMPLERS, device.sampler, "sampler"),
-        num_positions=config.max_total_tokens or window.max_position_embeddings,
+        num_positions=num_positions,
         max_rows=config.max_batch_size or MAX_MEASURED_ROWS,
     )
 

@@ -95,6 +95,9 @@ class AttentionBackend(Protocol):
         They travel to the device with the step's other numbers, and `prepare` finds them in the metadata.
         """
 
+    def work_bytes(self, num_items: int) -> int:
+        """Memory that `forward` takes for so many work items, beside its result; for backends that graphs capture."""
+
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Work out once a step what `forward` of every layer gets."""
 

@@ -265,6 +265,9 @@ class CpuAttention:
                 tiles += (start + first, num_tokens, seq_len - num_queries + first, sequence)
         return np.array(tiles, np.int32).reshape(-1, 4)
 
+    def work_bytes(self, num_items: int) -> int:
+        return 0
+
     def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
         num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))

@@ -45,6 +45,9 @@ class TorchAttention:
         """An empty array: `forward` walks over the sequences."""
         return np.empty((0, 0), np.int32)
 
+    def work_bytes(self, num_items: int) -> int:
+        return 0
+
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return metadata
 

@@ -113,6 +113,10 @@ class TritonAttention:
         _write_tiles(plan[first_large : first_large + num_large], large)
         return plan
 
+    def work_bytes(self, num_items: int) -> int:
+        """The partial results, and their maxima and sums: one for each line of the plan."""
+        return num_items * self._shape.num_heads * (self._shape.head_dim + 2) * torch.float32.itemsize
+
     def prepare(self, metadata: AttentionMetadata) -> _Step:
         starts = metadata.host_query_start_loc
         num_queries = np.diff(np.asarray(starts))

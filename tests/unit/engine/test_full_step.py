@@ -11,10 +11,12 @@ import torch
 
 import engine.build
 import engine.start
+from engine.attention.base import AttentionShape
+from engine.attention.torch import TorchAttention
 from engine.core import EngineCore
 from engine.device import Device, OwnMemory
 from engine.full_step import full_step, plan_measured
-from engine.graphs import graph_bytes
+from engine.graphs import GraphLimits, graph_bytes
 from engine.limits import EngineLimits, MemoryNeeds, MemoryPlan, NotEnoughMemoryError
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -133,7 +135,10 @@ def test_the_largest_steps_fit_beside_it(start: Start) -> None:
 def test_graphs_have_their_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "why_no_graphs", lambda self: [])
     sizes = 4, 0, 2
-    graphs = graph_bytes([4, 2], 4 * (4 * 64 + 12 * 16 + 3 * 96), 264)
+    per_row = 4 * (4 * 64 + 12 * 16 + 3 * 96)
+    limits = GraphLimits(sizes=sizes, max_seq_len=TOKENS, num_kv_tokens=95 * BLOCK_SIZE)
+    attention = TorchAttention(AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16), BLOCK_SIZE)
+    graphs = graph_bytes(limits, attention, activation_bytes_per_row=per_row, vocab_size=264)
     memory = CountedMemory(WEIGHTS + STEP + 100 * BLOCK_BYTES + graphs)
     core, _ = start(memory, graph_sizes=sizes)
     assert core.scheduler.stats().num_blocks == 95

@@ -10,16 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from engine.attention.base import AttentionShape
+from engine.attention.triton import TritonAttention
 from engine.graph_capture import CaptureError, Recorder, Tape, Work
-from engine.graphs import GraphLimits, capture_graphs, graph_bytes
+from engine.graphs import GRAPH_BYTES, GraphLimits, capture_graphs, graph_bytes, max_work_items
 from engine.link.errors import StartError
 from engine.step_buffers import StepTensors
 from engine.step_inputs import StepInputs
 from parallel.state import RankLostError
 
 CPU = torch.device("cpu")
-BLOCK_SIZE, ITEM_TOKENS = 16, 32
+BLOCK_SIZE, ITEM_TOKENS, WORK_BYTES = 16, 32, 1000
 LIMITS = GraphLimits(sizes=(2, 0, 8, 4, 2), max_seq_len=64, num_kv_tokens=256)
 
 
@@ -28,6 +32,9 @@ class Attention:
 
     block_size = BLOCK_SIZE
     max_captured_tokens = 5
+
+    def work_bytes(self, num_items: int) -> int:
+        return num_items * WORK_BYTES
 
     def work_items(
         self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
@@ -135,10 +142,48 @@ def test_other_steps_are_not_for_graphs(inputs: StepInputs) -> None:
     assert Scene().run(inputs) is None
 
 
-def test_more_work_items_than_planned_are_not_for_graphs() -> None:
-    limits = dataclasses.replace(LIMITS, num_kv_tokens=8 * ITEM_TOKENS)
-    assert Scene(limits=limits).run(decode([ITEM_TOKENS] * 8)) is not None
-    assert Scene(limits=limits).run(decode([2 * ITEM_TOKENS] * 8)) is None
+def test_shared_prefixes_fit_until_they_fill_the_cache_twice() -> None:
+    scene = Scene(limits=dataclasses.replace(LIMITS, num_kv_tokens=128))
+    assert scene.run(decode([64] * 4 + [32] * 4)) is not None
+    assert scene.run(decode([64] * 5 + [32] * 3)) is None
+
+
+WINDOW, KV_TOKENS, NUM_ROWS = 2048, 8192, 32
+
+
+@st.composite
+def full_caches(draw: st.DrawFn) -> tuple[list[int], int]:
+    """Lengths of sequences that share no block of a cache, and the tokens of the draft of each."""
+    num_drafted = draw(st.sampled_from([0, 0, 2, 4]))
+    lens: list[int] = []
+    num_free = KV_TOKENS
+    while len(lens) < NUM_ROWS // (1 + num_drafted) and num_free >= BLOCK_SIZE:
+        longest = min(WINDOW, num_free)
+        lens.append(draw(st.integers(1 + num_drafted, longest) | st.sampled_from([longest, min(longest, 257)])))
+        num_free -= -(-lens[-1] // BLOCK_SIZE) * BLOCK_SIZE
+    return lens, num_drafted
+
+
+@given(cache=full_caches())
+@settings(deadline=None)
+def test_decoding_sequences_that_share_nothing_always_have_their_graph(cache: tuple[list[int], int]) -> None:
+    """However uneven their lengths are: the server's busiest hours are no time to go without."""
+    seq_lens, num_drafted = cache
+    attention = TritonAttention(AttentionShape(num_heads=28, num_kv_heads=4, head_dim=128), BLOCK_SIZE)
+    limits = GraphLimits(sizes=(NUM_ROWS,), max_seq_len=WINDOW, num_kv_tokens=KV_TOKENS, max_draft_tokens=num_drafted)
+    inputs = decode(seq_lens, [num_drafted] * len(seq_lens))
+    items = attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+    assert items.size <= max_work_items(attention, limits).size
+
+
+@pytest.mark.parametrize(
+    ("window", "kv_tokens", "num_chunks"),
+    [(32768, 1 << 20, 32 * 128), (131072, 1 << 20, 16 * 512 + 16), (131072, 131072, 2 * 512 + 30)],
+)
+def test_long_windows_take_no_more_place_than_the_cache_can_use(window: int, kv_tokens: int, num_chunks: int) -> None:
+    attention = TritonAttention(AttentionShape(num_heads=28, num_kv_heads=4, head_dim=128), BLOCK_SIZE)
+    limits = GraphLimits(sizes=(32, 1), max_seq_len=window, num_kv_tokens=kv_tokens)
+    assert len(max_work_items(attention, limits)) == 1 + 32 + num_chunks
 
 
 class Failing:
@@ -177,6 +222,13 @@ def test_the_summary_of_the_start_names_the_graphs() -> None:
 
 
 def test_memory_of_graphs_grows_with_rows_and_buckets() -> None:
-    per_graph = graph_bytes([1], 0, 0)
-    assert graph_bytes([], 1000, 50) == 0
-    assert graph_bytes([8, 4], 1000, 50) == 8 * 1000 + 12 * 50 * 4 + 2 * per_graph
+    def num_bytes(*sizes: int, per_row: int = 0, vocab_size: int = 0) -> int:
+        limits = dataclasses.replace(LIMITS, sizes=sizes)
+        return graph_bytes(limits, ATTENTION, activation_bytes_per_row=per_row, vocab_size=vocab_size)
+
+    assert num_bytes(0, per_row=1000, vocab_size=50) == 0
+    assert num_bytes(8, 4, per_row=1000, vocab_size=50) - num_bytes(8, 4) == 8 * 1000 + 12 * 50 * 4
+    assert num_bytes(8, 4) - num_bytes(8) == GRAPH_BYTES
+    items, table = 8 * 2, 8 * 4
+    num_numbers = num_bytes(8) - GRAPH_BYTES - items * WORK_BYTES
+    assert num_numbers == 4 * (2 * items + table) + 8 * 8 * 8 + 4 * (2 * 8 + 1)
