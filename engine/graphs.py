@@ -103,6 +103,9 @@ class StaticStepBuffers(StepBuffers):
             section[: value.size] = value.reshape(-1)
             if name in PADDING:
                 section[value.size : num_rows] = PADDING[name]
+        # The block table comes last, and is far from full in most steps.
+        first_of_table = sum(self._capacities.values()) - self._capacities["block_table"]
+        self._num_words = first_of_table + -(-len(inputs.block_table) // torch.int64.itemsize)
         self._send()
         self._take_unknown(len(inputs.unknown_places), last_token_ids)
 

@@ -31,7 +31,7 @@ SECTIONS: dict[str, torch.dtype] = {
     "work_items": torch.int32,
     "block_table": torch.int32,
 }
-"""Name -> dtype, in the order in which the sections lie in the array."""
+"""Name -> dtype, in the order in which the sections lie in the array: the one that differs most in size is the last."""
 ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""

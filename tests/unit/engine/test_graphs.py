@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from engine.attention.base import AttentionShape
 from engine.attention.triton import TritonAttention
 from engine.graph_capture import CaptureError, Recorder, Tape, Work
-from engine.graphs import GRAPH_BYTES, GraphLimits, capture_graphs, graph_bytes, max_work_items
+from engine.graphs import (
+    GRAPH_BYTES,
+    GraphLimits,
+    StaticStepBuffers,
+    capture_graphs,
+    graph_bytes,
+    max_work_items,
+    section_sizes,
+)
 from engine.link.errors import StartError
 from engine.step_buffers import StepTensors
 from engine.step_inputs import StepInputs
@@ -119,6 +127,23 @@ def test_places_are_those_of_the_capture() -> None:
     ]
     assert len(set(places)) == 1
     assert len(places) == 3
+
+
+@pytest.mark.parametrize("seq_lens", [[3], [60], [64] * 8])
+def test_no_more_is_copied_than_the_block_table_has(seq_lens: list[int]) -> None:
+    """A window of 32,768 tokens has 2,048 blocks in each row, of which most steps use few."""
+    inputs = decode(seq_lens)
+    items = ATTENTION.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+    most_items = max_work_items(ATTENTION, LIMITS)
+    num_words = []
+    for table in (inputs.block_table, bytes(8 * 4 * 4)):
+        buffers = StaticStepBuffers(torch.device("meta"), BLOCK_SIZE, section_sizes(BLOCK_SIZE, LIMITS, most_items))
+        step = StepInputs(**{name: getattr(inputs, name) for name in inputs.__struct_fields__} | {"block_table": table})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", lambda to, source, **options: num_words.append(source.numel()))
+            buffers.fill_rows(step, items, 8)
+    used, whole = num_words
+    assert whole - used == (8 * 4 * 4 - len(inputs.block_table)) // 8
 
 
 @pytest.mark.parametrize(
