@@ -31,8 +31,13 @@ from engine.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 
-MAX_MEASURED_ROWS = 256
-"""Rows of logits in a measured step without --max-batch-size: TGI's 128 requests, two sequences each."""
+DEFAULT_MAX_RUNNING = 256
+"""Sequences that run at a time without --max-batch-size, where steps are measured: TGI's 128 requests, two each."""
+
+
+def max_measured_running(config: EngineConfig) -> int:
+    """Sequences that may run at a time where steps are measured: no step has more rows of logits than the measured."""
+    return config.max_batch_size or DEFAULT_MAX_RUNNING
 
 
 def full_step(num_tokens: int, *, num_positions: int, max_rows: int, block_size: int) -> StepInputs:

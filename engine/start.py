@@ -13,7 +13,7 @@ from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore
 from engine.device import Device, detect_device
-from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
+from engine.full_step import StepMeter, max_measured_running, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits
 from engine.kernel_cache import outlive_full_disk
 from engine.kernel_variants import compile_variants
@@ -173,7 +173,7 @@ def _plan(
         kv_dtype,
         import_entry(SAMPLERS, device.sampler, "sampler"),
         num_positions=num_positions,
-        max_rows=config.max_batch_size or MAX_MEASURED_ROWS,
+        max_rows=max_measured_running(config) * (1 + config.max_draft_tokens),
     )
 
     def plan_for(num_tokens: int, step_bytes: int) -> MemoryPlan:
@@ -207,7 +207,7 @@ def _make_core(
         BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
-        max_running=config.max_batch_size,
+        max_running=config.max_batch_size if device.own_memory is None else max_measured_running(config),
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
         needs_tokens=sampler.needs_tokens,
     )

@@ -278,7 +278,7 @@ BATCHING = (
     Flag(
         name="max-batch-size",
         fills="engine.max_batch_size",
-        help="Most requests that run at a time (default: no limit of its own)",
+        help="Most requests that run at a time (default: 256 on a GPU, no limit of its own on a CPU)",
         value=COUNT,
     ),
     Flag(

@@ -132,6 +132,27 @@ def test_the_largest_steps_fit_beside_it(start: Start) -> None:
         assert not any(event.error for event in core.step())
 
 
+def test_no_step_has_more_rows_than_the_measured_one(start: Start) -> None:
+    """Without a limit every request that finds a block would run, with a row of logits each."""
+    core, _ = start(CountedMemory(WEIGHTS + STEP + 700 * BLOCK_BYTES))
+    for index in range(300):
+        core.take(GenerationRequest(request_id=str(index), prompt_token_ids=[5], max_new_tokens=3))
+    core.step()
+    assert core.scheduler.stats().num_running == 256
+    while core.scheduler.has_work:
+        assert not any(event.error for event in core.step())
+
+
+def test_drafts_have_rows_in_the_measured_step(start: Start) -> None:
+    step = TOKENS * PER_TOKEN + 40 * (1 + 3) * PER_ROW + BLOCK_BYTES
+    memory = CountedMemory(WEIGHTS + step + 100 * BLOCK_BYTES)
+    core, _ = start(memory, max_draft_tokens=3, max_batch_size=40)
+    assert core.scheduler.stats().num_blocks == 95
+    whole = TOKENS * PER_TOKEN + TOKENS * PER_ROW + BLOCK_BYTES  # no more than the tokens of the step
+    core, _ = start(CountedMemory(WEIGHTS + whole + 100 * BLOCK_BYTES), max_draft_tokens=3)
+    assert core.scheduler.stats().num_blocks == 95
+
+
 def test_graphs_have_their_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "why_no_graphs", lambda self: [])
     sizes = 4, 0, 2
