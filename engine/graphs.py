@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 GRAPH_BYTES = 16 << 20
 """Memory set aside for what a driver keeps of each graph. Not measured: a graph of Qwen2-7B has some 400 launches."""
+MAX_PACKED_ROWS, WIDENED_OUTPUTS, WIDENED_BYTES = 64, 8192, 2
+"""Rows up to which kernels multiply with packed weights. Beyond, so many outputs at a time are widened to 16 bits."""
 PROGRESS_S = 1.0
 """Time between lines of the log while graphs are captured."""
 PADDING = {"input_ids": 0, "positions": 0, "slot_mapping": -1}
@@ -55,12 +57,17 @@ class GraphLimits:
 
 
 def graph_bytes(
-    limits: GraphLimits, attention: AttentionBackend, *, activation_bytes_per_row: int, vocab_size: int
+    limits: GraphLimits,
+    attention: AttentionBackend,
+    *,
+    activation_bytes_per_row: int,
+    max_inputs: int,
+    vocab_size: int,
 ) -> int:
     """Memory that graphs take, beside what a step takes anyway.
 
-    The activations of the largest bucket and attention's own results, whose memory the others use as well, the numbers
-    of a step, the logits of each bucket in float32, and what the driver keeps.
+    The activations of the largest bucket, attention's own results and a part of a weight that is widened, whose memory
+    the others use as well, the numbers of a step, the logits of each bucket in float32, and what the driver keeps.
     """
     buckets = limits.buckets
     if not buckets:
@@ -70,6 +77,8 @@ def graph_bytes(
         size * SECTIONS[name].itemsize for name, size in section_sizes(attention.block_size, limits, items).items()
     )
     shared = buckets[0] * activation_bytes_per_row + attention.work_bytes(len(items))
+    if buckets[0] > MAX_PACKED_ROWS:
+        shared += WIDENED_OUTPUTS * max_inputs * WIDENED_BYTES
     logits = sum(buckets) * vocab_size * torch.float32.itemsize
     return shared + numbers + logits + len(buckets) * GRAPH_BYTES
 

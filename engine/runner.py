@@ -70,6 +70,7 @@ class ModelRunner:
             limits,
             self._attention,
             activation_bytes_per_row=activation_bytes_per_row,
+            max_inputs=self._model.max_inputs,
             vocab_size=self._model.vocab_size,
         )
 

@@ -67,6 +67,8 @@ class CausalLM(Protocol):
     max_position_embeddings: int
     activations_per_token: int
     """Numbers that a forward pass holds at its peak for each token of the step, roughly."""
+    max_inputs: int
+    """Inputs of the widest matrix of this rank."""
     attention_shape: AttentionShape
     """The heads of this rank."""
     rotary: Rotary

@@ -153,6 +153,11 @@ class DecoderForCausalLM:
         rank_heads = shards[parallel.rank]
         self.attention_shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)
         self.activations_per_token = _activations_per_token(config, self.attention_shape, parallel.size)
+        self.max_inputs = max(
+            config.hidden_size,
+            -(-config.intermediate_size // parallel.size),
+            self.attention_shape.num_heads * config.head_dim,
+        )
         rows = split_rows(config.vocab_size, parallel.size)
         self._logits_widths = lengths(rows)
         self.embed_tokens = vocab_table(rows, config, context)

@@ -155,11 +155,11 @@ def test_drafts_have_rows_in_the_measured_step(start: Start) -> None:
 
 def test_graphs_have_their_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "why_no_graphs", lambda self: [])
-    sizes = 4, 0, 2
+    sizes = 128, 0, 2
     per_row = 4 * (4 * 64 + 12 * 16 + 3 * 96)
     limits = GraphLimits(sizes=sizes, max_seq_len=TOKENS, num_kv_tokens=95 * BLOCK_SIZE)
     attention = TorchAttention(AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16), BLOCK_SIZE)
-    graphs = graph_bytes(limits, attention, activation_bytes_per_row=per_row, vocab_size=264)
+    graphs = graph_bytes(limits, attention, activation_bytes_per_row=per_row, max_inputs=96, vocab_size=264)
     memory = CountedMemory(WEIGHTS + STEP + 100 * BLOCK_BYTES + graphs)
     core, _ = start(memory, graph_sizes=sizes)
     assert core.scheduler.stats().num_blocks == 95

@@ -18,6 +18,8 @@ from engine.attention.triton import TritonAttention
 from engine.graph_capture import CaptureError, Recorder, Tape, Work
 from engine.graphs import (
     GRAPH_BYTES,
+    MAX_PACKED_ROWS,
+    WIDENED_OUTPUTS,
     GraphLimits,
     StaticStepBuffers,
     capture_graphs,
@@ -29,6 +31,8 @@ from engine.link.errors import StartError
 from engine.step_buffers import StepTensors
 from engine.step_inputs import StepInputs
 from parallel.state import RankLostError
+from quant.kernels.skinny_triton import MAX_ROWS
+from quant.kernels.widen_triton import OUTPUTS_AT_A_TIME
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, ITEM_TOKENS, WORK_BYTES = 16, 32, 1000
@@ -247,9 +251,11 @@ def test_the_summary_of_the_start_names_the_graphs() -> None:
 
 
 def test_memory_of_graphs_grows_with_rows_and_buckets() -> None:
-    def num_bytes(*sizes: int, per_row: int = 0, vocab_size: int = 0) -> int:
+    def num_bytes(*sizes: int, per_row: int = 0, max_inputs: int = 0, vocab_size: int = 0) -> int:
         limits = dataclasses.replace(LIMITS, sizes=sizes)
-        return graph_bytes(limits, ATTENTION, activation_bytes_per_row=per_row, vocab_size=vocab_size)
+        return graph_bytes(
+            limits, ATTENTION, activation_bytes_per_row=per_row, max_inputs=max_inputs, vocab_size=vocab_size
+        )
 
     assert num_bytes(0, per_row=1000, vocab_size=50) == 0
     assert num_bytes(8, 4, per_row=1000, vocab_size=50) - num_bytes(8, 4) == 8 * 1000 + 12 * 50 * 4
@@ -257,3 +263,6 @@ def test_memory_of_graphs_grows_with_rows_and_buckets() -> None:
     items, table = 8 * 2, 8 * 4
     num_numbers = num_bytes(8) - GRAPH_BYTES - items * WORK_BYTES
     assert num_numbers == 4 * (2 * items + table) + 8 * 8 * 8 + 4 * (2 * 8 + 1)
+    assert num_bytes(64, max_inputs=100) == num_bytes(64)
+    assert num_bytes(65, 8, max_inputs=100) - num_bytes(65, 8) == OUTPUTS_AT_A_TIME * 100 * 2
+    assert (MAX_PACKED_ROWS, WIDENED_OUTPUTS) == (MAX_ROWS, OUTPUTS_AT_A_TIME), "as in the kernels"
