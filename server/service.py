@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import TypeVar
 
+import pydantic
 from fastapi import Request
 
 from server.chat.template import ChatTemplate
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
+from server.edge.intake import Intake, IntakeLimits
 from server.errors import OverloadedError
 from server.generation import Generation, Stream, Timings
+from server.requests.body import BodyReader, require_json
 from server.requests.grammar import GrammarCompiler
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation
 from server.text.tokenizer import TextTokenizer
+
+M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class GenerationService:
@@ -38,10 +44,28 @@ class GenerationService:
         self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
+        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
+        self.bodies = BodyReader(is_strict=config.is_strict_tgi)
         self.grammars = GrammarCompiler()
         self.validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
         engine.observe_output = self.metrics.observe_output
+
+    async def read_body(self, request: Request, model: type[M]) -> M:
+        """The body as `model`. Raises BodyError, OverloadedError."""
+        require_json(request.headers.get("content-type", ""))
+        body = await self.bodies.measure(await self.intake.receive(request))
+        self.intake.hold(request, body.memory - len(body.data))
+        return await self.bodies.read(body, model)
+
+    @contextlib.contextmanager
+    def permit_beside_tgi(self) -> Iterator[None]:
+        """A permit for the block of a request that does not generate; TGI asks for none. Raises OverloadedError."""
+        permit = self.admission.permit(0 if self.config.is_strict_tgi else 1)
+        try:
+            yield
+        finally:
+            permit.release()
 
     def open(self, *inputs: GenerationInput) -> AdmittedRequest:
         """A request that is admitted and validated as its block begins."""
@@ -75,6 +99,7 @@ class GenerationService:
 
     def close(self) -> None:
         self.tokenizer.close()
+        self.bodies.close()
         self.grammars.close()
 
 

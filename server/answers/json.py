@@ -74,4 +74,9 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 def json_answer(value: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(encoder.encode(value), headers=headers, media_type="application/json")
+    return encoded_answer(encoder.encode(value), headers)
+
+
+def encoded_answer(content: bytes, headers: dict[str, str] | None = None) -> Response:
+    """An answer of JSON that is encoded already."""
+    return Response(content, headers=headers, media_type="application/json")

@@ -34,7 +34,6 @@ from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -91,7 +90,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def chat_completions(request: Request) -> Response:
-    return await answer_chat(request, await read_body(request, ChatRequest, service_of(request).config))
+    return await answer_chat(request, await service_of(request).read_body(request, ChatRequest))
 
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:

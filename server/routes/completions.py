@@ -24,7 +24,6 @@ from server.generation import (
     interleave,
 )
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.dialects import MAX_CHOICES
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.validation import GenerationInput, refuse_if
@@ -87,14 +86,14 @@ class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def completions(request: Request) -> Response:
-    body = await read_body(request, CompletionRequest, service_of(request).config)
+    body = await service_of(request).read_body(request, CompletionRequest)
     return await answer_completions(request, body)
 
 
 async def answer_completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
     try:
-        completion = _Completion(service, body)
+        completion = await _Completion.of(service, body)
     except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
         service.metrics.refused(error)
         raise
@@ -110,7 +109,7 @@ class _Completion:
     """One request and its answer: for each prompt `best_of` sequences, of which `n` are choices."""
 
     def __init__(self, service: GenerationService, body: CompletionRequest) -> None:
-        """Raises SuffixError, BatchSizeError, ValidationError."""
+        """The prompts are still to come. Raises SuffixError, BatchSizeError, ValidationError."""
         config = service.config
         self._service = service
         self._body = body
@@ -122,10 +121,17 @@ class _Completion:
         if len(body.prompt) > config.max_client_batch_size:
             raise BatchSizeError(config.max_client_batch_size)
         self._check(config.max_best_of)
-        self.prompts = [self._input(prompt) for prompt in body.prompt]
+        self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
         name = None if self._is_strict else body.model
         self._model = config.model_id if name is None or name == "tgi" else name
+
+    @classmethod
+    async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:
+        """Raises SuffixError, BatchSizeError, ValidationError."""
+        completion = cls(service, body)
+        completion.prompts = [await completion._input(prompt) for prompt in body.prompt]
+        return completion
 
     @property
     def text_of_prompts(self) -> str:
@@ -147,10 +153,10 @@ class _Completion:
     def _has_prompt_logprobs(self) -> bool:
         return self._body.echo and self._body.logprobs is not None
 
-    def _input(self, prompt: str | list[int]) -> GenerationInput:
+    async def _input(self, prompt: str | list[int]) -> GenerationInput:
         parameters = openai_parameters(self._body, is_strict=self._is_strict)
         return GenerationInput(
-            inputs=prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt),
+            inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
             parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,

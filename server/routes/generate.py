@@ -16,7 +16,6 @@ from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, error_body
 from server.generation import Completion, Generation, best_of, collect
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.native import CompatGenerateRequest, GenerateRequest, native_parameters
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -86,7 +85,7 @@ class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
 )
 async def compat_generate(request: Request) -> Response:
     """The route that `text_generation.Client` and `InferenceClient.text_generation` call."""
-    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
+    return await answer_compat(request, await service_of(request).read_body(request, CompatGenerateRequest))
 
 
 @area.serve(
@@ -103,7 +102,7 @@ async def compat_generate(request: Request) -> Response:
 )
 async def generate(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config)
+    body = await service.read_body(request, GenerateRequest)
     answer, headers = await cancel_if_gone(request, _generate(service, _input(body, is_stream=False)))
     return json_answer(answer, headers)
 
@@ -123,7 +122,7 @@ async def generate(request: Request) -> Response:
 )
 async def generate_stream(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config)
+    body = await service.read_body(request, GenerateRequest)
     return _stream(service, _input(body, is_stream=True))
 
 
