@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TypeVar
@@ -23,13 +24,16 @@ from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
 from server.edge.intake import Intake, IntakeLimits
 from server.errors import OverloadedError
-from server.generation import Generation, Stream, Timings
+from server.generation import Completion, Generation, Stream, Timings
 from server.requests.body import BodyReader, require_json
 from server.requests.grammar import GrammarCompiler
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation
 from server.text.tokenizer import TextTokenizer
+
+MAX_INLINE_TOKENS = 256
+"""Tokens of an answer that the event loop writes itself, in a few milliseconds."""
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -46,6 +50,7 @@ class GenerationService:
         self.admission = Admission(config.max_concurrent_requests)
         self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
         self.bodies = BodyReader(is_strict=config.is_strict_tgi)
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self.grammars = GrammarCompiler()
         self.validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
@@ -57,6 +62,12 @@ class GenerationService:
         body = await self.bodies.measure(await self.intake.receive(request))
         self.intake.hold(request, body.memory - len(body.data))
         return await self.bodies.read(body, model)
+
+    async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
+        """What `write` makes of `answers`; the tokens of 128 choices are a second's work, which a thread does."""
+        if sum(len(answer.tokens) for answer in answers) <= MAX_INLINE_TOKENS:
+            return write()
+        return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
     @contextlib.contextmanager
     def permit_beside_tgi(self) -> Iterator[None]:
@@ -100,6 +111,7 @@ class GenerationService:
     def close(self) -> None:
         self.tokenizer.close()
         self.bodies.close()
+        self._writers.shutdown(wait=False)
         self.grammars.close()
 
 

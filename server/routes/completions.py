@@ -10,7 +10,7 @@ import msgspec
 from fastapi import Request, Response
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
-from server.answers.json import JsonF32, Usage, f32, json_answer
+from server.answers.json import JsonF32, Usage, encoded_answer, encoded_items, encoder, f32
 from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
 from server.answers.sse import EventStream, event
 from server.edge.disconnect import cancel_if_gone
@@ -99,7 +99,7 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
         raise
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
-        return json_answer(answer, headers)
+        return encoded_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
     headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
     return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
@@ -164,22 +164,23 @@ class _Completion:
             is_openai=not self._is_strict,
         )
 
-    async def complete(self) -> tuple[CompletionFinal, dict[str, str]]:
+    async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(*self.prompts) as streams:
             answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
         ]
-        choices: list[CompletionChoice] = []
-        for prompt_index, candidates in enumerate(by_prompt):
-            for answer in self._chosen(candidates):
-                choices.append(self._choice(len(choices), prompt_index, answer))
         headers = plain_headers_of_prompts(
             self._service.config.compute_type,
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
         )
-        return self._final(choices, self._usage(streams)), headers
+        return await self._service.written(answers, lambda: self._written(by_prompt, streams)), headers
+
+    def _written(self, by_prompt: Sequence[Sequence[Completion]], streams: Sequence[Stream]) -> bytes:
+        chosen = [(index, answer) for index, answers in enumerate(by_prompt) for answer in self._chosen(answers)]
+        choices = (self._choice(number, index, answer) for number, (index, answer) in enumerate(chosen))
+        return encoder.encode(self._final(encoded_items(choices), self._usage(streams)))
 
     def _chosen(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
         if self._num_choices == self._num_sequences:

@@ -169,7 +169,9 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
-    app.state.service.close()  # this transport has no lifespan, at whose end the application does that
+    # this transport has no lifespan, at whose end the application does that
+    app.state.service.grammars.close()
+    app.state.service.tokenizer._long_texts.close()
 
 
 @contextlib.contextmanager
