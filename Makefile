@@ -16,7 +16,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow peers kernels-aot check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-fast test-slow peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
+	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
@@ -73,6 +74,7 @@ test-fast: install
 test: install $(VENV)/interpreted
 	@$(PY) -m pytest $(PYTEST_ARGS)
 	@$(PY) -m pytest -q tests/interpreted
+	@$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
@@ -83,14 +85,19 @@ peers: install
 kernels-aot: install $(VENV)/interpreted
 	@PYTHONPATH=. $(PY) scripts/kernels_aot.py $(ARGS)
 
+# A host whose own python has CUDA builds of torch and Triton needs no .venv: `PYTHONPATH=. python3 -m benchmarks.gpu_proof`.
+gpu-proof: install $(VENV)/interpreted
+	@$(PY) -m benchmarks.gpu_proof $(ARGS)
+
 check: install
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py scripts/kernels_aot.py
-	@$(PY) -m mypy benchmarks/*.py
+	@$(PY) -m mypy benchmarks/*.py benchmarks/gpu_proof/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
+	@$(PY) benchmarks/gpu_results.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py tests/unit/test_house.py
 
 configuration: install

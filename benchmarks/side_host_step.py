@@ -73,6 +73,28 @@ def idle_sample(
     return SampledBatch([TOKEN_ID] * num_rows, [-1.0] * num_rows, [True] * num_rows)
 
 
+def make_core(
+    scheduler: Scheduler, runner: ModelRunner, grammars: Grammars, *, is_overlapped: bool
+) -> tuple[EngineCore, str]:
+    """A core, and the name of its sampler's method."""
+    processors = [Penalties(), grammars]
+    rest = grammars, StepLimit(None, None), UnusedCosts()
+    if not is_overlapped:
+        return EngineCore(scheduler, runner, BatchSampler(idle_sample, processors), *rest), "sample"
+    # A checkout from before steps could overlap lacks these.
+    from engine.overlap import OverlappedCore
+    from engine.sampling.batch_sampler import LaunchingBatchSampler
+    from engine.sampling.sampler import FinishedTokens
+
+    def idle_launch(*args: Any) -> FinishedTokens:
+        batch = idle_sample(*args)
+        return FinishedTokens(torch.full((len(batch.token_ids),), TOKEN_ID, dtype=torch.int32), batch)
+
+    return OverlappedCore(
+        scheduler, runner, LaunchingBatchSampler(idle_sample, processors, idle_launch), *rest
+    ), "launch"
+
+
 class Timer:
     """The processor's time in calls, by the name of the part."""
 
@@ -99,15 +121,14 @@ class Timer:
 class Engine:
     """An engine in which `num_sequences` sequences of about `context` tokens decode, and a reader of its events."""
 
-    def __init__(self, num_sequences: int, context: int) -> None:
+    def __init__(self, num_sequences: int, context: int, *, is_overlapped: bool) -> None:
         runner = ModelRunner(IdleModel(), find_cpu(0))  # type: ignore[arg-type]
         num_blocks = num_sequences * (-(-(context + MAX_STEPS) // runner.block_size) + 2)
         scheduler = Scheduler(
             BlockManager(num_blocks, runner.block_size), max_batch_tokens=num_sequences * context, eos_token_ids=[]
         )
         grammars = Grammars(Path("none"), VOCAB_SIZE, [], 1, lambda: lambda *args: None)
-        sampler = BatchSampler(idle_sample, [Penalties(), grammars])
-        self._core = EngineCore(scheduler, runner, sampler, grammars, StepLimit(None, None), UnusedCosts())
+        self._core, sampling = make_core(scheduler, runner, grammars, is_overlapped=is_overlapped)
         self._reader, engine_end = socket.socketpair()
         self._reader.setblocking(False)
         self._endpoint = EngineEndpoint(engine_end)
@@ -120,15 +141,15 @@ class Engine:
         batch = scheduler.schedule()
         scheduler.update(batch, idle_sample(torch.empty(0), [SamplingParams()] * batch.num_rows, []))
         self._timer = Timer()
-        self._time(scheduler, runner, sampler)
+        self._time(scheduler, runner, sampling)
 
-    def _time(self, scheduler: Scheduler, runner: ModelRunner, sampler: BatchSampler) -> None:
+    def _time(self, scheduler: Scheduler, runner: ModelRunner, sampling: str) -> None:
         timed = self._timer.timed
         for part, owner, name in [
             ("schedule", scheduler, "schedule"),
             ("inputs", runner, "inputs"),
             ("buffers", runner, "run"),
-            ("sampling", sampler, "sample"),
+            ("sampling", self._core.sampler, sampling),
             ("update", scheduler, "update"),
             ("publish", self._endpoint, "send"),
             ("step", self, "_step"),
@@ -162,9 +183,10 @@ def main() -> None:
     sizes, engine = None, None
     for line in sys.stdin:
         message = json.loads(line)
-        if engine is None or sizes != (message["num_sequences"], message["context"]):
-            sizes, engine = (message["num_sequences"], message["context"]), None
-            engine = Engine(*sizes)
+        wanted = message["num_sequences"], message["context"], message["is_overlapped"]
+        if engine is None or sizes != wanted:
+            sizes, engine = wanted, None
+            engine = Engine(*wanted[:2], is_overlapped=wanted[2])
             engine.milliseconds(message["num_steps"])  # warms up
         print(json.dumps(engine.milliseconds(message["num_steps"])), flush=True)
 

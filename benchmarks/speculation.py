@@ -108,7 +108,7 @@ def propose_as_tgi(token_ids: Any, max_tokens: int) -> Any:
     """TGI's rule: what followed the first earlier occurrence of the last token; the beginning where there is none."""
     import numpy as np
 
-    from engine.scheduling.ngram import Proposal
+    from engine.scheduling.proposal import Proposal
 
     found = np.flatnonzero(token_ids[:-1] == token_ids[-1])
     start = int(found[0]) + 1 if len(found) else 1

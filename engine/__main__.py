@@ -56,7 +56,7 @@ def serve(config: EngineConfig) -> int:
     if world.size == 1:
         lead(config, None)
     try:
-        rendezvous = meet(world, config.listen_fd)
+        rendezvous = meet(world, config.listen_fd, config.shard_secret)
     except (RendezvousError, RankLostError) as error:
         raise StartError(str(error)) from error
     ranks = Ranks(rendezvous, config.shard_timeout_s)
@@ -68,8 +68,7 @@ def serve(config: EngineConfig) -> int:
         ignore_signals()
         follower.serve()
     except RankLostError as error:
-        ranks.tell(str(error))
-        ranks.report(str(error))
+        ranks.end_lost(error)
         return RANK_LOST_EXIT_CODE
     except EOFError:
         raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.checkpoint.weights import open_weights
 from engine.device import Device, resolve_dtype
 from engine.layers import OPS
 from engine.layers.rope import replace_rope_scaling
-from engine.limits import check_weights_fit
+from engine.limits import check_weights_fit, weights_refusal
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
@@ -43,7 +44,10 @@ def choose_quantization(
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
-        return resolve_quantization(flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact)
+        quantization = resolve_quantization(
+            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact
+        )
+        return quantization.tuned_for(device.architecture)
     except FormatError as error:
         raise StartError(str(error)) from error
 
@@ -117,7 +121,7 @@ class LoadedModel:
     dtype: torch.dtype
     quantization: Quantization
     weight_bytes: int
-    """Memory of this rank's weights, roughly."""
+    """Memory of this rank's weights: measured on a device with its own memory, elsewhere a rough estimate."""
     free_bytes: int
     """Memory that could be used before the weights were there."""
 
@@ -144,13 +148,36 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
     # On a CPU all ranks of the host share it, and none has taken anything before all have counted.
     num_sharing = siblings.local_size if device.is_memory_shared else 1
-    free_bytes = int(device.free_memory_bytes() * config.memory_fraction) // num_sharing
+    free_bytes = device.usable_bytes(config.memory_fraction) // num_sharing
     siblings.wait_for_all()
     quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
     file_bytes = sum(path.stat().st_size for path in open_weights(folder).files)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
-    model = build_model(model_config, folder, dtype, device, quantization, parallel)
+    device_bytes = device.free_memory_bytes()
+    try:
+        with _packing_threads(config.num_threads, device):
+            model = build_model(model_config, folder, dtype, device, quantization, parallel)
+    except torch.OutOfMemoryError as error:
+        raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
+    if device.own_memory is not None:
+        device.own_memory.release_cached()
+        weight_bytes = device_bytes - device.free_memory_bytes()
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
+
+
+@contextlib.contextmanager
+def _packing_threads(num_threads: int, device: Device) -> Iterator[None]:
+    """Let torch pack matrices for a device with its own memory on `num_threads` of the host's threads.
+
+    Elsewhere they are Numba's (`engine.start.set_threads`).
+    """
+    before = torch.get_num_threads()
+    if device.own_memory is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
+import torch
+
 from engine.link.ipc import EngineEndpoint
 from engine.link.messages import AbortRequest, Down, Goodbye, StepOutput, StepReport, TokenEvent
 from engine.runner import StepResult
@@ -16,6 +18,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
 from engine.scheduling.step_costs import CostObserver
 from engine.scheduling.step_limit import StepLimit
+from engine.shedding import Shedder
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +54,15 @@ class EngineCore:
         self.grammars = grammars
         self.limit = limit
         self.costs = costs
+        self.shedder = Shedder(scheduler)
         self.report = StepReport()
         """The report of the last step."""
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events are new tokens and ends of requests."""
@@ -63,8 +71,13 @@ class EngineCore:
         with clock.scheduling():
             batch = self.scheduler.schedule(self._max_tokens())
         with clock.computing(batch):
-            result = self.runner.execute(batch)
-            sampled = self.sampler.sample(batch, result.logits)
+            try:
+                result = self.runner.execute(batch)
+                sampled = self.sampler.sample(batch, result.logits)
+            except torch.OutOfMemoryError as error:
+                self.report.is_failed = True
+                return self.shedder.shed(batch, error)
+        self.shedder.note_success()
         with clock.updating():
             events = self.scheduler.update(batch, sampled, result.prompt_logprobs())
         self._learn(batch, clock.finish(events))
@@ -113,12 +126,12 @@ class EngineCore:
         """
         self.grammars.on_compiled = endpoint.wake
         while True:
-            for message in endpoint.receive(0.0 if self.scheduler.has_work else HEARTBEAT_S):
+            for message in endpoint.receive(0.0 if self.has_work else HEARTBEAT_S):
                 self.take(message)
             events = self.take_compiled()
             reports: list[StepReport] = []
             check()
-            if self.scheduler.has_work:
+            if self.has_work:
                 try:
                     events += self.step()
                     reports = [self.report] if self.report.num_sequences else []
@@ -127,4 +140,5 @@ class EngineCore:
                     self.report.is_failed = True
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise
-            endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))
+            if events or reports or not self.has_work:
+                endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))

@@ -7,20 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.graph_capture import Recorder, Tape, Work
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
 from quant.kernels.launch import IS_INTERPRETED
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
+TRITON_ROW_VARIANTS = (1, 17, 33, 65)
+"""Tiles have 16, 32 or 64 rows (`quant.kernels.skinny_triton`); torch's library multiplies more."""
 TRITON_CAPABILITY = (7, 5)
 """The oldest cards that Triton compiles for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnMemory:
+    """The memory of a device that has its own.
+
+    What a step takes of it can be measured: torch keeps what tensors have freed, so the device's free memory only falls
+    until `release_cached`.
+    """
+
+    total_bytes: Callable[[], int]
+    release_cached: Callable[[], None]
+    """Give back what torch keeps of freed tensors."""
+    set_limit: Callable[[float], None]
+    """Let this process have no more than such a share of all memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +59,44 @@ class Device:
     """Key of `engine.sampling.sampler.SAMPLERS`."""
     masks: str
     """Key of `engine.sampling.grammar.MASKS`."""
+    penalties: str
+    """Key of `engine.sampling.penalties.PENALTIES`."""
     collectives: str
-    """Backend of torch.distributed between ranks with this device."""
+    """Backends of torch.distributed between ranks: also the host's tensors are gathered, while weights load."""
     computes_in_float32: bool
     """Kernels multiply in float32 whatever the weights are stored in: bfloat16 weights are exact under float32."""
     is_memory_shared: bool
     """Whether all ranks of a host take from the same memory."""
     free_memory_bytes: Callable[[], int]
     """Memory that can still be used."""
+    architecture: str | None = None
+    """What matrix kernels are tuned for, as `sm_90` or `gfx942`; None: nothing."""
+    own_memory: OwnMemory | None = None
+    """None: the memory is the host's, and a step's share of it is estimated."""
+    make_recorder: Callable[[], Recorder] | None = None
+    """What captures the work of a step as a graph; None: there is nothing like it."""
+    has_graph_collectives: bool = False
+    """Whether what the ranks send each other is captured, too."""
+    row_variants: Sequence[int] = ()
+    """Row counts of which each has kernels of its own, which are compiled when they are first used."""
+    is_asynchronous: bool = False
+    """Whether a launch returns before the device has done the work, so that the host gains time for the next step."""
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
+
+    def usable_bytes(self, share: float) -> int:
+        """Free memory of which this process may use `share`.
+
+        On a device with its own memory that is a share of all of it, as in TGI; on a host, of what is free.
+        """
+        free_bytes = self.free_memory_bytes()
+        if self.own_memory is None:
+            return int(free_bytes * share)
+        return min(free_bytes, int(self.own_memory.total_bytes() * share))
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.computes_in_float32 else dtype
@@ -63,22 +108,39 @@ class Device:
         return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
+class CudaRecorder:
+    """Implements `Recorder` with graphs that share a pool of memory: one graph at a time is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(self, work: Work) -> Work:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()  # libraries take their memory and kernels compile: neither may happen while it is captured
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL watches its work from another thread, which a global capture would not bear.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
 def find_cuda(local_rank: int) -> Device | None:
     """The rank's GPU, if this torch sees any. Raises StartError where it sees fewer GPUs than there are ranks."""
     if not torch.cuda.is_available():
         return None
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise StartError(
-            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
-            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
-        )
+    _check_num_gpus(local_rank)
     torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank)
     capability = torch.cuda.get_device_capability(torch_device)
-    # Qwen2's sums leave the range of float16: they are float32 until they are complete.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    _add_in_float32()
     has_triton = importlib.util.find_spec("triton") is not None and capability >= TRITON_CAPABILITY
     kernels = "triton" if has_triton else "torch"
     return Device(
@@ -88,11 +150,48 @@ def find_cuda(local_rank: int) -> Device | None:
         matrices=kernels,
         sampler=kernels,
         masks=kernels,
-        collectives="nccl",
+        penalties=kernels,
+        collectives="cpu:gloo,cuda:nccl",
         computes_in_float32=False,
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
+        architecture=_architecture(torch_device),
+        own_memory=_cuda_memory(torch_device),
+        make_recorder=lambda: CudaRecorder(torch_device),
+        has_graph_collectives=True,
+        row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
+    )
+
+
+def _check_num_gpus(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise StartError(
+            f"shard {local_rank} of this host has no GPU, torch sees {num_gpus}: start at most {num_gpus} shards here "
+            "by --num-shard, or let more GPUs be seen (CUDA_VISIBLE_DEVICES, docker's --gpus)"
+        )
+
+
+def _add_in_float32() -> None:
+    """Qwen2's sums leave the range of float16: they are float32 until they are complete."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _cuda_memory(torch_device: torch.device) -> OwnMemory:
+    return OwnMemory(
+        total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
+        release_cached=torch.cuda.empty_cache,
+        set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),
     )
 
 
@@ -105,6 +204,7 @@ def find_cpu(local_rank: int) -> Device:
         matrices="cpu",
         sampler="cpu",
         masks="cpu",
+        penalties="torch",
         collectives="gloo",
         computes_in_float32=True,
         is_memory_shared=True,
@@ -125,10 +225,14 @@ def find_interpreted(local_rank: int) -> Device | None:
         matrices="triton",
         sampler="triton",
         masks="triton",
+        penalties="triton",
         collectives="gloo",
         computes_in_float32=False,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
+        make_recorder=Tape,
+        row_variants=TRITON_ROW_VARIANTS,
+        is_asynchronous=True,
     )
 
 
@@ -142,14 +246,42 @@ DEVICES: dict[str, str] = {
 The first device that is there is taken, so `interpreted` is only what a test asks for.
 """
 
+ABSENCES: dict[str, str] = {
+    "cuda": "torch {version} sees no GPU: install a build of torch for GPUs, let the process see one (docker's "
+    "--gpus), or leave --device out",
+    "interpreted": "it is for tests, under TRITON_INTERPRET=1: leave --device out",
+}
+"""The reason why a device that was asked for can't be had, with the version of torch filled in."""
 
-def detect_device(local_rank: int = 0) -> Device:
-    """The rank's device. Raises StartError if there is none of the table."""
-    for name in DEVICES:
-        device: Device | None = import_entry(DEVICES, name, "device")(local_rank)
+
+def detect_device(local_rank: int = 0, name: str = "auto") -> Device:
+    """The rank's device: the one of that name, or the first of the table that is there.
+
+    Raises StartError in words where there is none.
+    """
+    if name != "auto":
+        named: Device | None = import_entry(DEVICES, name, "device")(local_rank)
+        if named is None:
+            reason = ABSENCES.get(name, "this machine has none: leave --device out")
+            raise StartError(f"--device {name}: {reason.format(version=torch.__version__)}")
+        return named
+    for candidate in DEVICES:
+        device: Device | None = import_entry(DEVICES, candidate, "device")(local_rank)
         if device is not None:
+            _log_unused_accelerator(device)
             return device
     raise StartError(f"this machine has none of the devices that are supported: {', '.join(DEVICES)}")
+
+
+def _log_unused_accelerator(device: Device) -> None:
+    """Say that torch sees an accelerator which no row of the table is for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != device.torch_device.type:
+        logger.warning(
+            "torch sees an accelerator of type %s, which is not supported: %s computes instead",
+            accelerator.type,
+            device.torch_device.type,
+        )
 
 
 def resolve_dtype(name: str, checkpoint_dtype: object, device: Device) -> torch.dtype:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import torch
 
 from engine.checkpoint.weights import open_weights
 from engine.device import Device
+from engine.graphs import GraphLimits
 from engine.limits import MemoryNeeds
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
@@ -43,7 +45,7 @@ SAME_REASON_S = 1.0
 CAUSE_S = 2.0
 """Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
-SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd log_level is_json_output".split()
+SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd shard_secret log_level is_json_output".split()
 """Fields of `EngineConfig` in which ranks may differ."""
 
 
@@ -67,6 +69,8 @@ class Ranks:
         self._is_serving = False
         self._cause: str | None = None
         self._is_lost = threading.Event()
+        self._is_explained = False
+        self._device = torch.device("cpu")
         self._report_lock = threading.Lock()
         self._is_reported = False
         self._heartbeat = Heartbeat(rendezvous.peers, timeout_s, self._on_lost)
@@ -86,6 +90,7 @@ class Ranks:
                     f"rank {rank} was started with {name} {other.get(name)!r}, rank 0 with {fingerprints[0][name]!r}: "
                     "start every host with the same flags, model and version"
                 )
+        self._device = device.torch_device
         collectives = make_collectives(
             self._rendezvous,
             device.torch_device,
@@ -105,6 +110,36 @@ class Ranks:
         all_ranks = self._rendezvous.exchange([dataclasses.asdict(needs), free_bytes])
         max_needs = {name: max(other[name] for other, _ in all_ranks) for name in all_ranks[0][0]}
         return MemoryNeeds(**max_needs), min(free for _, free in all_ranks)
+
+    def capture(self, runner: ModelRunner, limits: GraphLimits) -> None:
+        """Let all ranks have the same graphs, or none, so that they run each step alike. Raises StartError."""
+        reasons = self._rendezvous.exchange(runner.why_no_graphs())
+        runner.refuse_graphs(list(dict.fromkeys(reason for of_rank in reasons for reason in of_rank)))
+        try:
+            runner.capture(limits)
+        except RankLostError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise StartError(
+                f"rank {self.world.rank} can't capture a graph ({reason}): give smaller --cuda-graphs, or 0"
+            ) from error
+
+    @torch.inference_mode()
+    def share_token_ids(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """What the step before chose, on the device of every rank; None: the host knows all tokens of this step.
+
+        Rank 0 alone passes `last_token_ids` [rows]. The others add zeros to it, in one sum that nobody waits for on the
+        host. Ids are exact in float32, which all collectives take.
+        """
+        if not inputs.unknown_rows:
+            return None
+        count = 1 + max(inputs.unknown_rows)
+        if last_token_ids is None:
+            token_ids = torch.zeros(count, device=self._device)
+        else:
+            token_ids = last_token_ids[:count].to(torch.float32)
+        return self.state.all_reduce(token_ids)
 
     def start_serving(self) -> None:
         """Hold every rank to the timeout from now on: none loads or compiles any more."""
@@ -127,13 +162,21 @@ class Ranks:
             raise RankLostError(self._cause)
 
     def explain(self, error: RankLostError) -> RankLostError:
-        """The error with the cause that the heartbeat has noticed, if it does so within `CAUSE_S`."""
-        self._is_lost.wait(CAUSE_S)
+        """The error with the cause that the heartbeat has noticed, if it does so within `CAUSE_S` of the first call."""
+        if not self._is_explained:
+            self._is_lost.wait(CAUSE_S)
+            self._is_explained = True
         return error if self._cause is None else RankLostError(self._cause)
 
     def tell(self, sentence: str) -> None:
         """Tell the other ranks why this one ends."""
         self._heartbeat.tell(sentence)
+
+    def end_lost(self, error: RankLostError) -> None:
+        """Tell the other ranks and the log why this one ends."""
+        cause = str(self.explain(error))
+        self.tell(cause)
+        self.report(cause)
 
     def report(self, cause: str) -> None:
         """Log why this rank ends: once, and on one rank of each host. Where rank 0 is lost, rank 1 logs it, too."""
@@ -179,16 +222,18 @@ class Leader:
         self._runner = runner
         self._ranks = ranks
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """As `ModelRunner.execute`. Raises RankLostError."""
         self._ranks.check()
         inputs = self._runner.inputs(batch)
         for peer in self._ranks.peers:
             _send(peer.control, inputs)
         try:
-            return self._runner.run(inputs)
+            return self._runner.run(inputs, self._ranks.share_token_ids(inputs, last_token_ids))
         except RankLostError as error:
             raise self._ranks.explain(error) from error
+        except torch.OutOfMemoryError as error:  # the others wait in this step: it can't be taken back
+            raise RankLostError(out_of_memory_cause(0)) from error
 
 
 class Follower:
@@ -204,10 +249,20 @@ class Follower:
             for decision in _decisions(self._ranks.peers[0].control):
                 if isinstance(decision, StopFollowing):
                     break
-                self._runner.run(decision)
+                self._runner.run(decision, self._ranks.share_token_ids(decision, None))
         except RankLostError as error:
             raise self._ranks.explain(error) from error
+        except torch.OutOfMemoryError as error:
+            raise RankLostError(out_of_memory_cause(self._ranks.world.rank)) from error
         self._ranks.end()
+
+
+def out_of_memory_cause(rank: int) -> str:
+    """The reason for which all ranks end."""
+    return (
+        f"rank {rank} ran out of memory in a step: lower --max-batch-prefill-tokens, --max-batch-total-tokens or "
+        "--cuda-memory-fraction"
+    )
 
 
 def _decisions(control: socket.socket) -> Iterator[Decision]:

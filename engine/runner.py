@@ -11,6 +11,7 @@ import torch
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionShape
 from engine.device import Device
+from engine.graphs import GraphLimits, StepGraphs, capture_graphs
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
@@ -28,7 +29,7 @@ class StepResult:
     """What a step computes, still on the device; nothing on other ranks than 0."""
 
     logits: torch.Tensor
-    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor"""
+    """[batch.num_rows, vocab_size] float32 of the tokens that get a successor. The next step may write over them."""
     scores: Sequence[torch.Tensor] = ()
     """Log-probabilities of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence, in
     pieces [tokens] float32."""
@@ -49,6 +50,8 @@ class ModelRunner:
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
+        self._graphs: StepGraphs | None = None
+        self._refusals: list[str] = []
 
     @property
     def block_size(self) -> int:
@@ -66,24 +69,75 @@ class ModelRunner:
         self._model.use_attention(self._attention, caches)
         self._model.rotary.allocate(num_positions)
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute a step. Nothing is read back from the device."""
-        return self.run(self.inputs(batch))
+    def why_no_graphs(self) -> list[str]:
+        """Reasons why this model's steps can't run as graphs here; empty if they can."""
+        reasons = [] if self._device.make_recorder else ["the device has none"]
+        if not self._attention.is_capturable:
+            reasons.append("attention does other launches for other sequences")
+        if self._model.rotary.is_prompt_dependent:
+            reasons.append("dynamic rope scaling makes tables while a step runs")
+        if self._model.num_ranks > 1 and not self._device.has_graph_collectives:
+            reasons.append("what the shards send each other can't be captured")
+        return reasons + [refusal for refusal in self._refusals if refusal not in reasons]
+
+    def refuse_graphs(self, reasons: Sequence[str]) -> None:
+        """Have no graphs where there are reasons against them on any rank: all ranks must run a step alike."""
+        self._refusals = list(reasons)
+
+    @torch.inference_mode()
+    def capture(self, limits: GraphLimits) -> None:
+        """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together.
+
+        Raises RuntimeError where only some ranks could have a graph.
+        """
+        recorder = self._device.make_recorder
+        if recorder is not None and limits.buckets and not self.why_no_graphs():
+            self._graphs = capture_graphs(
+                recorder(),
+                self._compute_all,
+                self._attention,
+                limits,
+                self._device.torch_device,
+                num_ranks=self._model.num_ranks,
+            )
+
+    def describe_graphs(self) -> str | None:
+        """A line for the summary of the start; None on a device that has no graphs anyway."""
+        if self._graphs is not None:
+            return self._graphs.describe()
+        if self._device.make_recorder is None:
+            return None
+        return f"No graphs: {'; '.join(self.why_no_graphs()) or '--cuda-graphs 0'}"
+
+    def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
+        """Compute a step. Nothing is read back from the device.
+
+        `last_token_ids` [rows], on the device, are what the step before chose, if the batch has unknown tokens.
+        """
+        return self.run(self.inputs(batch), last_token_ids)
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """What `run` needs to know of a scheduled batch."""
         return step_inputs(batch)
 
     @torch.inference_mode()
-    def run(self, inputs: StepInputs) -> StepResult:
+    def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
-        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens)
-        tensors = self._buffers.fill(inputs, work_items)
+        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
+            return StepResult(logits)
+        tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         rotation = self._model.rotary.prepare(
             tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         return StepResult(self._model.compute_logits(hidden[tensors.logits_indices]), self._score(hidden, tensors))
+
+    def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
+        """Logits of all tokens of a step, by the device alone."""
+        rotation = self._model.rotary.prepare(tensors.positions, (), (), ())
+        hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
+        return self._model.compute_logits(hidden)
 
     def _score(self, hidden: torch.Tensor, tensors: StepTensors) -> list[torch.Tensor]:
         """Log-probabilities of the scored tokens after their rows of hidden [num_tokens, hidden_size]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +14,21 @@ from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore, Runner
 from engine.device import Device, detect_device
-from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, plan_memory
+from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
+from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
+from engine.kernel_variants import compile_variants
+from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
+from engine.overlap import OverlappedCore, describe_overlap, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import SAMPLERS, Sample
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS, LaunchSample, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
@@ -54,11 +59,19 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
+    core = _make_core(prepared, runner, sample, step_limit, costs)
+    _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
-    core = _make_core(prepared, runner, sample, step_limit, costs)
-    shards = None if ranks is None else ranks.describe()
-    log_summary(prepared.config, device, prepared.loaded, limits, shards=shards)
+    log_summary(
+        prepared.config,
+        device,
+        prepared.loaded,
+        limits,
+        shards=None if ranks is None else ranks.describe(),
+        graphs=prepared.runner.describe_graphs(),
+        overlap=describe_overlap(prepared.why_not_overlap) if device.is_asynchronous else None,
+    )
     log_row_invariance(is_row_invariant)
     return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
 
@@ -77,19 +90,47 @@ class _Prepared:
     loaded: LoadedModel
     runner: ModelRunner
     plan: MemoryPlan
+    why_not_overlap: list[str]
+    """Reasons why steps don't overlap."""
 
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
-    device = detect_device(0 if ranks is None else ranks.world.local_rank)
+    device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
+    if device.own_memory is not None and config.memory_fraction < 1:
+        device.own_memory.set_limit(config.memory_fraction)
     loaded = _load(config, device, ranks)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
     runner = ModelRunner(loaded.model, device)
     plan = _plan(config, device, loaded, runner, ranks)
-    runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
-    return _Prepared(config, device, loaded, runner, plan)
+    try:
+        runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
+    except torch.OutOfMemoryError as error:
+        raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
+    _capture_graphs(config, runner, plan, ranks)
+    reasons = why_not_overlap(config, device, 1 if ranks is None else ranks.world.size)
+    return _Prepared(config, device, loaded, runner, plan, reasons)
+
+
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
+    """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
+    limits = GraphLimits(
+        sizes=_graph_sizes(config),
+        max_seq_len=plan.limits.max_total_tokens,
+        num_kv_tokens=plan.limits.max_batch_total_tokens,
+    )
+    if ranks is None:
+        runner.capture(limits)
+    else:
+        ranks.capture(runner, limits)
+    if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
+        logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
+
+
+def _graph_sizes(config: EngineConfig) -> Sequence[int]:
+    return DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes
 
 
 def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
@@ -103,18 +144,45 @@ def _plan(
     config: EngineConfig, device: Device, loaded: LoadedModel, runner: ModelRunner, ranks: Ranks | None
 ) -> MemoryPlan:
     """The plan for the rank that needs most and the one that has least."""
-    model = loaded.model
+    model, kv_dtype = loaded.model, device.kv_dtype(loaded.dtype)
+    window = ModelWindow(max_position_embeddings=model.max_position_embeddings, max_window=model.rotary.rope.max_window)
     needs = MemoryNeeds(
         weights=loaded.weight_bytes,
-        per_block=runner.kv_bytes_per_block(device.kv_dtype(loaded.dtype)),
+        per_block=runner.kv_bytes_per_block(kv_dtype),
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=runner.block_size,
     )
-    free_bytes = loaded.free_bytes
-    if ranks is not None:
-        needs, free_bytes = ranks.tightest(needs, free_bytes)
-    window = ModelWindow(max_position_embeddings=model.max_position_embeddings, max_window=model.rotary.rope.max_window)
-    return plan_memory(config, window, needs, free_bytes=free_bytes, has_default_cap=device.is_memory_shared)
+    if device.own_memory is not None and not runner.why_no_graphs():
+        graphs = graph_bytes(filter(None, _graph_sizes(config)), needs.per_step_token, model.vocab_size)
+        needs = dataclasses.replace(needs, graphs=graphs)
+    tightest = _alone if ranks is None else ranks.tightest
+    needs, free_bytes = tightest(needs, loaded.free_bytes)
+    plan = functools.partial(plan_memory, config, window, has_default_cap=device.is_memory_shared)
+    if device.own_memory is None:
+        return plan(needs, free_bytes=free_bytes)
+    check_window(config, window)
+    meter = StepMeter(
+        runner,
+        device,
+        kv_dtype,
+        import_entry(SAMPLERS, device.sampler, "sampler"),
+        num_positions=config.max_total_tokens or window.max_position_embeddings,
+        max_rows=config.max_batch_size or MAX_MEASURED_ROWS,
+    )
+
+    def plan_for(num_tokens: int, step_bytes: int) -> MemoryPlan:
+        measured, _ = tightest(dataclasses.replace(needs, measured_step=step_bytes), free_bytes)
+        return plan(measured, free_bytes=free_bytes, default_prefill_tokens=num_tokens)
+
+    max_tokens = window.max_position_embeddings
+    return plan_measured(
+        config, max_tokens, needs, free_bytes, measure=meter.measure, plan=plan_for, is_alone=ranks is None
+    )
+
+
+def _alone(needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
+    """`Ranks.tightest` without other ranks."""
+    return needs, free_bytes
 
 
 def _make_core(
@@ -123,19 +191,36 @@ def _make_core(
     config, device, plan = prepared.config, prepared.device, prepared.plan
     folder = Path(config.model_path)
     eos_token_ids = read_eos_token_ids(folder, prepared.loaded.config)
+    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
+    vocab_size = prepared.loaded.model.vocab_size
+    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
+    penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
+    processors: list[LogitsProcessor] = [penalties, grammars]
+    sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
         BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size,
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
+        needs_tokens=sampler.needs_tokens,
     )
-    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
-    vocab_size = prepared.loaded.model.vocab_size
-    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
-    penalties = Penalties(config.watermark_gamma, config.watermark_delta)
-    sampler = BatchSampler(sample, [penalties, grammars])
-    return EngineCore(scheduler, runner, sampler, grammars, step_limit, costs or UnusedCosts())
+    observer = costs or UnusedCosts()
+    if prepared.why_not_overlap:
+        return EngineCore(scheduler, runner, sampler, grammars, step_limit, observer)
+    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
+    launching = LaunchingBatchSampler(sample, processors, launch_sample)
+    return OverlappedCore(scheduler, prepared.runner, launching, grammars, step_limit, observer)
+
+
+def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:
+    """Compile the kernels that the warm-up has not met, where kernels are compiled at first use."""
+    device, limits = prepared.device, prepared.plan.limits
+    max_rows = min(limits.max_batch_prefill_tokens, limits.max_total_tokens)
+    if row_counts := [rows for rows in device.row_variants if rows <= max_rows]:
+        apply_masks = import_entry(MASKS, device.masks, "mask")
+        block_size = prepared.runner.block_size
+        compile_variants(core.runner, core.sampler, apply_masks, row_counts, block_size=block_size)
 
 
 def set_threads(num_threads: int) -> None:

@@ -23,13 +23,16 @@ SECTIONS: dict[str, torch.dtype] = {
     "logits_indices": torch.int64,
     "scored_indices": torch.int64,
     "scored_token_ids": torch.int64,
+    "unknown_places": torch.int64,
+    "unknown_rows": torch.int64,
     "input_ids": torch.int64,
     "positions": torch.int64,
     "slot_mapping": torch.int64,
-    "work_items": torch.int64,
+    "work_items": torch.int32,
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array."""
+ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""
 
@@ -58,20 +61,22 @@ class StepBuffers:
         self._shapes: list[tuple[int, ...]] = []
         self._allocate()
 
-    def fill(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> StepTensors:
-        """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it."""
+    def fill(
+        self, inputs: StepInputs, work_items: npt.NDArray[np.int32], last_token_ids: torch.Tensor | None = None
+    ) -> StepTensors:
+        """Take in the numbers of a step, and those [num_items, numbers] that the attention backend made of it.
+
+        `last_token_ids` [rows] are what the step before chose, if the host doesn't know all of `input_ids`.
+        """
         values = self._values(inputs, work_items)
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self._make_views(shapes)
-        if self._copied is not None:
-            self._copied.synchronize()  # a step without rows reads nothing back: its copy may still be under way
+        self._wait()
         for array, value in zip(self._arrays, values, strict=True):
             array[...] = value
-        if self._words is not self._host_words:
-            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._send()
+        self._take_unknown(len(inputs.unknown_places), last_token_ids)
         tensors = self._tensors
         return StepTensors(
             input_ids=tensors["input_ids"],
@@ -90,7 +95,27 @@ class StepBuffers:
             ),
         )
 
-    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int64]) -> list[npt.NDArray[np.integer]]:
+    def _wait(self) -> None:
+        """Return once the last step's numbers are copied: a step without rows reads nothing back."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _send(self) -> None:
+        """Copy the numbers to the device, if that has memory of its own."""
+        if self._words is not self._host_words:
+            self._words[: self._num_words].copy_(self._host_words[: self._num_words], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _take_unknown(self, num_unknown: int, last_token_ids: torch.Tensor | None) -> None:
+        """Put the tokens that the host doesn't know among the input, on the device."""
+        if last_token_ids is None or not num_unknown:
+            return
+        input_ids, places, rows = (self._tensors[name] for name in ("input_ids", "unknown_places", "unknown_rows"))
+        token_ids = last_token_ids.index_select(0, rows[:num_unknown]).to(input_ids.dtype)
+        input_ids.index_copy_(0, places[:num_unknown], token_ids)
+
+    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> list[npt.NDArray[np.integer]]:
         """The numbers of all sections, in their order."""
         starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
         block_table = np.frombuffer(inputs.block_table, np.int32).reshape(len(seq_lens), -1)
@@ -104,6 +129,8 @@ class StepBuffers:
             np.array(inputs.logits_indices, np.int64),
             np.array(inputs.scored_indices, np.int64),
             np.array(inputs.scored_token_ids, np.int64),
+            np.array(inputs.unknown_places, np.int64),
+            np.array(inputs.unknown_rows, np.int64),
             np.array(inputs.input_ids, np.int64),
             positions,
             slots,
@@ -115,7 +142,12 @@ class StepBuffers:
         num_words = sum(self._capacities.values())
         is_host = self._device.type == "cpu"
         is_pinned = not is_host and torch.accelerator.is_available()
-        self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+        if is_pinned:
+            self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
+            self._host_array = self._host_words.numpy()
+        else:
+            self._host_array = np.zeros(num_words, np.int64)
+            self._host_words = torch.from_numpy(self._host_array)
         self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
@@ -132,7 +164,8 @@ class StepBuffers:
         self._tensors: dict[str, torch.Tensor] = {}
         first = 0
         for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
-            self._arrays.append(_view(self._host_words, first, shape, SECTIONS[name]).numpy())
+            numbers = self._host_array[first:].view(ARRAY_DTYPES[SECTIONS[name]])
+            self._arrays.append(numbers[: math.prod(shape)].reshape(shape))
             self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
             self._num_words = first + size
             first += self._capacities[name]

@@ -9,6 +9,9 @@ import msgspec
 
 from engine.scheduling.batch import ScheduledBatch
 
+BLOCK_BYTES = 4
+"""Bytes of a number in a block table."""
+
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One step in numbers, the same for every rank. `engine.step_buffers` puts them where the kernels read them.
@@ -29,6 +32,15 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Rows of prompt tokens whose successor in the prompt is scored."""
     scored_token_ids: list[int]
     """The prompt tokens that follow the rows of `scored_indices`."""
+    unknown_places: list[int] = []
+    """Places in `input_ids` of tokens that the step before has chosen and the host doesn't know yet."""
+    unknown_rows: list[int] = []
+    """The rows of that step which chose them."""
+
+    @property
+    def table_width(self) -> int:
+        """Numbers that the block table has for each sequence."""
+        return len(self.block_table) // BLOCK_BYTES // len(self.seq_lens)
 
 
 def step_inputs(batch: ScheduledBatch) -> StepInputs:
@@ -39,15 +51,20 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
     logits_indices: list[int] = []
     scored_indices: list[int] = []
     scored_token_ids: list[int] = []
+    unknown_places: list[int] = []
+    unknown_rows: list[int] = []
     for scheduled in batch.scheduled:
         sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
-        first = sequence.num_computed_tokens
+        first = scheduled.num_computed_tokens
         if num_scored:
             next_scored = 1 + len(sequence.prompt_logprobs)
             row = len(input_ids) + next_scored - 1 - first
             scored_indices += range(row, row + num_scored)
             scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
         input_ids += sequence.token_ids[first : first + scheduled.num_tokens]
+        if scheduled.is_completing and sequence.has_unknown_token:
+            unknown_places.append(len(input_ids) - 1)
+            unknown_rows.append(sequence.unknown_row)
         input_ids += draft
         starts.append(len(input_ids))
         seq_lens.append(first + scheduled.num_tokens + len(draft))
@@ -62,6 +79,8 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         logits_indices=logits_indices,
         scored_indices=scored_indices,
         scored_token_ids=scored_token_ids,
+        unknown_places=unknown_places,
+        unknown_rows=unknown_rows,
     )
 
 

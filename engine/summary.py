@@ -15,9 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 def log_summary(
-    config: EngineConfig, device: Device, loaded: LoadedModel, limits: EngineLimits, *, shards: str | None
+    config: EngineConfig,
+    device: Device,
+    loaded: LoadedModel,
+    limits: EngineLimits,
+    *,
+    shards: str | None,
+    graphs: str | None,
+    overlap: str | None,
 ) -> None:
-    """Log model, shards (a sentence; None: one rank), memory, limits and kernels."""
+    """Log model, shards, memory, limits, kernels, graphs and overlap, those that are sentences unless None."""
     logger.info(
         "Model %s on %s: dtype %s, %s",
         config.model_path,
@@ -42,6 +49,8 @@ def log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention, config.num_threads)
+    for line in filter(None, (graphs, overlap)):
+        logger.info("%s", line)
     if (rounding := loaded.quantization.rounding) is not None:
         logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
 

@@ -39,7 +39,7 @@ def make_collectives(
         return shared
     _choose_interface(rendezvous)
     rank, size = rendezvous.world.rank, rendezvous.world.size
-    collectives = TorchCollectives(backend, rendezvous.store, rank, size, START_TIMEOUT_S)
+    collectives = TorchCollectives(backend, rendezvous.open_store(), rank, size, START_TIMEOUT_S)
     if is_memory_shared or not is_one_host:
         return collectives
     return with_small_sums(collectives, rank, device, lambda: one_shot_sum(collectives.group_name, device))

@@ -123,7 +123,7 @@ class ParallelMatrices:
 
     def missing(self, part: int) -> list[str]:
         """Names of tensors of `part` not loaded yet."""
-        if self._merged or self._packed[part] is not None:
+        if self._merged or self._matrix_kernels or self._packed[part] is not None:
             return []
         specs = self._specs[part].items()
         return sorted(name for name, spec in specs if name not in self._params[part] and not spec.is_optional)

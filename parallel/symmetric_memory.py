@@ -1,14 +1,15 @@
 """Small sums between GPUs of one host through torch's symmetric memory: every GPU reads the others' buffers itself.
 
 NCCL takes about as long for a few kilobytes as for a hundred; one kernel that reads over NVLink does not. It is used
-only if a check at the start gets NCCL's sums on every rank. Not run on hardware: there was no GPU.
+only for dtypes for which a check at the start gets NCCL's sums on every rank: torch's kernel has no float16. Not run on
+hardware: there was no GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -27,11 +28,12 @@ Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SmallSums:
-    """Implements `parallel.state.Collectives`: `fast` makes the small sums, `plain` all else."""
+    """Implements `parallel.state.Collectives`: `fast` makes the small sums of some dtypes, `plain` all else."""
 
-    def __init__(self, plain: Collectives, fast: Sum) -> None:
+    def __init__(self, plain: Collectives, fast: Sum, dtypes: Collection[torch.dtype]) -> None:
         self._plain = plain
         self._fast = fast
+        self._dtypes = dtypes
         self.name = f"{plain.name}, small sums through symmetric memory"
 
     @property
@@ -46,7 +48,7 @@ class SmallSums:
         self._plain.give_up(cause)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if x.nbytes > MAX_BYTES:
+        if x.nbytes > MAX_BYTES or x.dtype not in self._dtypes:
             return self._plain.all_reduce(x)
         return x.copy_(self._fast(x))
 
@@ -58,25 +60,50 @@ class SmallSums:
 
 
 def with_small_sums(plain: Collectives, rank: int, device: torch.device, make: Callable[[], Sum]) -> Collectives:
-    """`plain` with the small sums of `make()`, if these are right on every rank; else `plain`, and the log says why."""
-    problem = "another rank's sums are wrong"
+    """`plain` with the small sums of `make()` in the dtypes in which these are right on every rank.
+
+    Where there are none, it is `plain`, and the log says why.
+    """
+    fast, problem = None, "another rank has none, or gets other sums"
     try:
-        fast: Sum | None = make()
+        fast = make()
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # no peer access, another torch
-        fast, problem = None, str(error).splitlines()[0]
-    is_wrong = torch.full((1,), float(fast is None), device=device)
-    for size, dtype in itertools.product(CHECKED_SIZES, CHECKED_DTYPES):
-        generator = torch.Generator().manual_seed(size * 100 + rank)
-        x = torch.randn(size, generator=generator).to(device, dtype)
-        expected = plain.all_reduce(x.clone())  # on every rank, also after a difference
-        if fast is not None and not torch.allclose(fast(x), expected, rtol=TOLERANCE, atol=TOLERANCE):
-            if not is_wrong:
-                problem = f"sums of {size} {dtype} differ from those of {plain.name}"
-            is_wrong.fill_(1)
-    if plain.all_reduce(is_wrong).item() > 0 or fast is None:
+        problem = str(error).splitlines()[0]
+    dtypes: list[torch.dtype] = []
+    is_missing = torch.full((1,), float(fast is None), device=device)
+    if not plain.all_reduce(is_missing).item() and fast is not None:  # else the others would wait for this rank's part
+        dtypes, problem = _checked_dtypes(plain, rank, device, fast, problem)
+    if fast is None or not dtypes:
         logger.warning("Small sums don't go through symmetric memory: %s", problem)
         return plain
-    return SmallSums(plain, fast)
+    return SmallSums(plain, fast, dtypes)
+
+
+def _checked_dtypes(
+    plain: Collectives, rank: int, device: torch.device, fast: Sum, problem: str
+) -> tuple[list[torch.dtype], str]:
+    """The dtypes whose sums are those of `plain` on all ranks; what was wrong first on this one, else `problem`."""
+    problems = []
+    is_wrong = torch.zeros(len(CHECKED_DTYPES), device=device)
+    for (index, dtype), size in itertools.product(enumerate(CHECKED_DTYPES), CHECKED_SIZES):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(size * 100 + rank)).to(device, dtype)
+        expected = plain.all_reduce(x.clone())  # on every rank, also after a difference
+        if (difference := _difference(fast, x, expected, plain.name)) is not None:
+            problems.append(difference)
+            is_wrong[index] = 1
+    counts = plain.all_reduce(is_wrong).tolist()
+    return [dtype for dtype, count in zip(CHECKED_DTYPES, counts, strict=True) if not count], [*problems, problem][0]
+
+
+def _difference(fast: Sum, x: torch.Tensor, expected: torch.Tensor, name: str) -> str | None:
+    """What is wrong with a small sum; None: nothing."""
+    try:
+        summed = fast(x)
+    except RuntimeError as error:  # a dtype that it does not take, on any rank
+        return f"no sums of {x.dtype}: {str(error).splitlines()[0]}"
+    if not torch.allclose(summed, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        return f"sums of {x.numel()} {x.dtype} differ from those of {name}"
+    return None
 
 
 def one_shot_sum(group_name: str, device: torch.device) -> Sum:

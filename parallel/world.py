@@ -1,7 +1,8 @@
 """The ranks that take part, by torchrun's variables, and the sockets over which they find each other.
 
-Rank 0 listens at the address that all ranks know, and nowhere else; torch's store answers there. Every other rank opens
-two connections to rank 0: `control` for the decisions of each step, `heartbeat` for signs of life.
+Rank 0 listens at the address that all ranks know, and nowhere else. Every other rank opens two connections to it and
+proves itself on each (`parallel.greeting`): `control` for the decisions of each step, `heartbeat` for signs of life.
+torch's store opens only for collectives that need it, once all ranks are there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from parallel.greeting import Greeter, StrangerError, WrongSecretError, greet
 from parallel.state import RankLostError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ UNACKNOWLEDGED_MS = 5000
 """Time without an acknowledgement after which the kernel takes a connection for cut. Data for a process that hangs is
 still acknowledged."""
 CHANNELS = ("control", "heartbeat")
+PORT_KEY = "pytgi/control"
+"""Key of torchrun's store at which rank 0 notes its port."""
+MAX_PORT_DIGITS = 5
 
 
 class RendezvousError(RuntimeError):
@@ -84,7 +89,6 @@ class Rendezvous:
     """The connections of a rank once all are there: rank 0 has a peer for each other rank, the others have rank 0."""
 
     world: World
-    store: TCPStore
     peers: list[Peer]
 
     def exchange(self, value: Any) -> list[Any]:
@@ -97,6 +101,24 @@ class Rendezvous:
         for peer in self.peers:
             send_line(peer.control, values)
         return values
+
+    def open_store(self) -> Store:
+        """torch's store, at an address of the ranks' network. All ranks call this together.
+
+        Its keys begin with a word that the ranks alone know; the store itself asks nobody who they are.
+        """
+        world, address = self.world, self.peers[0].control.getsockname()[0]
+        place: list[Any] = []
+        if world.rank == 0:
+            listener = None if world.has_agent_store else listen_at(address, 0)
+            port = world.port if listener is None else listener.getsockname()[1]
+            fd = None if listener is None else listener.detach()
+            store = _store(world.address if fd is None else address, port, listen_fd=fd)
+            place = [port, secrets.token_hex(16)]
+        port, prefix = self.exchange(place)[0]
+        if world.rank:
+            store = _store(world.address, port)
+        return PrefixStore(prefix, store)
 
 
 def send_line(sock: socket.socket, value: Any) -> None:
@@ -117,47 +139,65 @@ def read_line(sock: socket.socket) -> Any:
     return json.loads(line)
 
 
-def meet(world: World, listen_fd: int | None) -> Rendezvous:
+def meet(world: World, listen_fd: int | None, secret: str = "") -> Rendezvous:
     """Bring all ranks together. `listen_fd` is a socket of rank 0 that listens at the address; None: make one here.
 
-    Raises RendezvousError, also if two processes come with the same rank.
+    Every rank has the same `secret`; without one anybody who reaches the address can pass for a rank. Raises
+    RendezvousError, also if two processes come with the same rank.
     """
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
-    if world.rank == 0:
-        return _meet_as_first(world, listen_fd, deadline)
-    _wait_for_first(world, deadline)
-    store = _store(world, is_master=False, listen_fd=None)
-    port, token = store.get("pytgi/control").decode().split()
-    connections = {channel: _connect(world, int(port), token, channel) for channel in CHANNELS}
-    return Rendezvous(world, store, [Peer(0, world.address, **connections)])
+    port = world.port
+    if world.has_agent_store:  # torchrun holds the port: rank 0 says through its store where it listens
+        agent_store = _agent_store(world)
+        if world.rank:
+            port = _noted_port(agent_store)
+    if world.rank:
+        connections = {channel: _connect(world, port, secret, channel, deadline) for channel in CHANNELS}
+        return Rendezvous(world, [Peer(0, world.address, **connections)])
+    with _listener(world, listen_fd) as listener:
+        if world.has_agent_store:
+            agent_store.set(PORT_KEY, str(listener.getsockname()[1]))
+        return Rendezvous(world, _accept_all(listener, secret, world.size, deadline))
 
 
-def _store(world: World, *, is_master: bool, listen_fd: int | None) -> TCPStore:
+def _agent_store(world: World) -> TCPStore:
+    try:
+        return _store(world.address, world.port)
+    except RuntimeError as error:
+        raise RendezvousError(f"torchrun's store can't be reached at {world.address}:{world.port} ({error})") from error
+
+
+def _noted_port(agent_store: TCPStore) -> int:
+    value = agent_store.get(PORT_KEY)
+    try:
+        return int(value[:MAX_PORT_DIGITS])
+    except ValueError as error:
+        raise RendezvousError(f"torchrun's store has no port at {PORT_KEY}: who else uses that store?") from error
+
+
+def _store(address: str, port: int, *, listen_fd: int | None = None) -> TCPStore:
+    """The store at an address; with `listen_fd` it is this process that answers there."""
     return TCPStore(
-        world.address,
-        world.port,
+        address,
+        port,
         world_size=None,
-        is_master=is_master,
+        is_master=listen_fd is not None,
         timeout=datetime.timedelta(seconds=RENDEZVOUS_TIMEOUT_S),
         wait_for_workers=False,
         master_listen_fd=listen_fd,
     )
 
 
-def _meet_as_first(world: World, listen_fd: int | None, deadline: float) -> Rendezvous:
-    if listen_fd is None and not world.has_agent_store:
-        try:
-            listen_fd = listen_at(world.address, world.port).detach()
-        except OSError as error:
-            raise RendezvousError(
-                f"Cannot listen on {world.address}:{world.port} ({error.strerror}): give another --master-port"
-            ) from error
-    store = _store(world, is_master=not world.has_agent_store, listen_fd=listen_fd)
-    token = secrets.token_hex(16)
-    with listen_at(world.address, 0) as listener:
-        store.set("pytgi/control", f"{listener.getsockname()[1]} {token}")
-        peers = _accept_all(listener, token, world.size, deadline)
-    return Rendezvous(world, store, peers)
+def _listener(world: World, listen_fd: int | None) -> socket.socket:
+    if listen_fd is not None:
+        return socket.socket(fileno=listen_fd)
+    port = 0 if world.has_agent_store else world.port
+    try:
+        return listen_at(world.address, port)
+    except OSError as error:
+        raise RendezvousError(
+            f"Cannot listen on {world.address}:{port} ({error.strerror}): give another --master-port"
+        ) from error
 
 
 def listen_at(address: str, port: int) -> socket.socket:
@@ -173,12 +213,24 @@ def listen_at(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _accept_all(listener: socket.socket, token: str, size: int, deadline: float) -> list[Peer]:
+def _accept_all(listener: socket.socket, secret: str, size: int, deadline: float) -> list[Peer]:
     """Wait for the connections of all other ranks. Raises RendezvousError."""
     connections: dict[int, dict[str, socket.socket]] = {rank: {} for rank in range(1, size)}
     hosts: dict[int, str] = {}
+
+    def add(sock: socket.socket, host: str, rank: int, channel: str) -> None:
+        if rank not in connections or channel not in CHANNELS:
+            logger.warning("A rank %d with the channel %.20s is none of ours: %s", rank, channel, host)
+            sock.close()
+        elif channel in connections[rank]:
+            sock.close()
+            raise RendezvousError(f"rank {rank} is there twice: give each host another --node-rank")
+        else:
+            connections[rank][channel] = _configured(sock)
+            hosts[rank] = host
+
+    greeter = Greeter(listener, secret, add)
     next_log = time.monotonic() + RENDEZVOUS_LOG_S
-    listener.settimeout(RETRY_S)
     try:
         while missing := [rank for rank, channels in connections.items() if len(channels) < len(CHANNELS)]:
             if time.monotonic() > deadline:
@@ -188,37 +240,16 @@ def _accept_all(listener: socket.socket, token: str, size: int, deadline: float)
             if time.monotonic() > next_log:
                 logger.info("Waiting for rank %s", ", ".join(map(str, missing)))
                 next_log = time.monotonic() + RENDEZVOUS_LOG_S
-            with contextlib.suppress(TimeoutError):
-                sock, (host, *_) = listener.accept()
-                rank = _greet(sock, token, connections)
-                if rank is None:
-                    logger.warning("Somebody who is no rank of ours connected: %s", host)
-                    sock.close()
-                else:
-                    hosts[rank] = host
+            for host in greeter.wait(RETRY_S):
+                logger.warning("Somebody who is no rank of ours connected: %s", host)
     except BaseException:
         for channels in connections.values():
             for sock in channels.values():
                 sock.close()
         raise
+    finally:
+        greeter.close()
     return [Peer(rank, hosts[rank], **channels) for rank, channels in connections.items()]
-
-
-def _greet(sock: socket.socket, token: str, connections: dict[int, dict[str, socket.socket]]) -> int | None:
-    """Add a connection of another rank; returns the rank, None: it is no rank of ours. Raises RendezvousError."""
-    sock.settimeout(RENDEZVOUS_LOG_S)
-    try:
-        hello = read_line(sock)
-        rank, channel = int(hello["rank"]), str(hello["channel"])
-        if hello["token"] != token or channel not in CHANNELS or rank not in connections:
-            return None
-    except (RankLostError, ValueError, KeyError, TypeError):
-        return None
-    if channel in connections[rank]:
-        sock.close()
-        raise RendezvousError(f"rank {rank} is there twice: give each host another --node-rank")
-    connections[rank][channel] = _configured(sock)
-    return rank
 
 
 def _configured(sock: socket.socket) -> socket.socket:
@@ -228,32 +259,42 @@ def _configured(sock: socket.socket) -> socket.socket:
     return sock
 
 
-def _wait_for_first(world: World, deadline: float) -> None:
+def _connect(world: World, port: int, secret: str, channel: str, deadline: float) -> socket.socket:
+    """A proved connection to rank 0, for which this waits until `deadline`. Raises RendezvousError."""
     next_log = time.monotonic() + RENDEZVOUS_LOG_S
     while True:
         try:
-            socket.create_connection((world.address, world.port), timeout=RENDEZVOUS_LOG_S).close()
-            return
+            return _connect_once(world, port, secret, channel, deadline)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"rank 0 can't be reached at {world.address}:{world.port} ({error}): start the first host, or give "
+                    f"rank 0 can't be reached at {world.address}:{port} ({error}): start the first host, or give "
                     "its --master-addr and --master-port"
                 ) from error
             if time.monotonic() > next_log:
-                logger.info("Waiting for rank 0 at %s:%d (%s)", world.address, world.port, error)
+                logger.info("Waiting for rank 0 at %s:%d (%s)", world.address, port, error)
                 next_log = time.monotonic() + RENDEZVOUS_LOG_S
         time.sleep(RETRY_S)
 
 
-def _connect(world: World, port: int, token: str, channel: str) -> socket.socket:
+def _connect_once(world: World, port: int, secret: str, channel: str, deadline: float) -> socket.socket:
+    sock = socket.create_connection((world.address, port), timeout=RENDEZVOUS_LOG_S)
     try:
-        sock = socket.create_connection((world.address, port), timeout=RENDEZVOUS_LOG_S)
-    except OSError as error:
-        raise RendezvousError(
-            f"rank 0 can't be reached at {world.address}:{port} ({error}): is a port closed?"
-        ) from error
-    send_line(sock, {"token": token, "rank": world.rank, "channel": channel})
+        # Rank 0's launcher listens before rank 0 is there to answer.
+        sock.settimeout(max(RETRY_S, deadline - time.monotonic()))
+        greet(sock, secret, world.rank, channel)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, WrongSecretError):
+            raise RendezvousError(
+                f"rank 0 at {world.address}:{port} has another secret: give all hosts the same SHARD_SECRET"
+            ) from error
+        if isinstance(error, StrangerError):
+            raise RendezvousError(
+                f"What answers at {world.address}:{port} is no rank 0: give the first host's --master-addr and "
+                "--master-port"
+            ) from error
+        raise
     return _configured(sock)
 
 

@@ -53,7 +53,8 @@ class PackedWeight:
     where each eight bytes hold sixteen inputs, the first eight in the lower halves. A quantized weight stands for
     `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
     for k / groups inputs each. Column i of `weight` belongs to input `input_order[i]`, [k] int64; None: in order.
-    Kernels that can give the product in `out_dtype` without rounding it do so; None: the dtype of x.
+    Kernels that can give the product in `out_dtype` without rounding it do so; None: the dtype of x. `architecture` is
+    that of the device, as `sm_90`, for which kernels may have been tuned; None: not known.
     """
 
     layout: str
@@ -63,10 +64,18 @@ class PackedWeight:
     zero_points: torch.Tensor | None = None
     input_order: torch.Tensor | None = None
     out_dtype: torch.dtype | None = None
+    architecture: str | None = None
 
     @property
     def num_inputs(self) -> int:
         return self.weight.shape[1] * (2 if self.layout == "int4" else 1)
+
+    def outputs(self, part: slice) -> PackedWeight:
+        """Some of the outputs, in the same memory."""
+        names = ("weight", "bias", "scales", "zero_points")
+        tensors = {name: getattr(self, name) for name in names}
+        cut = {name: tensor[part] for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **cut)
 
     def without_bias(self) -> PackedWeight:
         return dataclasses.replace(self, bias=None)
@@ -83,6 +92,8 @@ class MatrixKernel(Protocol):
 
     rounding: ClassVar[str | None]
     """The instructions with which it rounds activations to 8 bits; None: it takes them as they are."""
+    row_counts: ClassVar[Sequence[int]]
+    """A number of rows for each program that is compiled when it is first needed; none where rows decide nothing."""
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, pack_groups, unpack_words
-from quant.settings import describe, read_group_size, read_integer
+from quant.settings import compile_pattern, describe, read_group_size, read_integer, read_map, read_maps
+
+Target = str | re.Pattern[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,9 +94,8 @@ class CompressedTensorsFormat:
     MARKER = "weight_packed"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        groups: Mapping[str, Any] = settings.get("config_groups") or {}
-        self._groups: list[tuple[Sequence[str], CompressedTensorsMethod]] = [
-            (group.get("targets") or ["Linear"], _group_method(settings, group)) for group in groups.values()
+        self._groups: list[tuple[list[Target], CompressedTensorsMethod]] = [
+            (_targets(group), _group_method(settings, group)) for group in read_maps(settings, "config_groups").values()
         ]
         if not self._groups:
             raise FormatError("the compressed-tensors configuration has no config_groups: fetch the model again")
@@ -113,7 +114,7 @@ class CompressedTensorsFormat:
 
 
 def _group_method(settings: Mapping[str, Any], group: Mapping[str, Any]) -> CompressedTensorsMethod:
-    weights: Mapping[str, Any] = group.get("weights") or {}
+    weights = read_map(group, "weights")
     form = group.get("format") or settings.get("format")
     strategy = weights.get("strategy")
     if form != "pack-quantized" or weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
@@ -130,8 +131,16 @@ def _group_method(settings: Mapping[str, Any], group: Mapping[str, Any]) -> Comp
     )
 
 
-def _is_target(target: str, module: str) -> bool:
-    """Whether `target` names the module: by its class, by `re:` and an expression, or by its own name."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
+def _targets(group: Mapping[str, Any]) -> list[Target]:
+    """The modules that a group is for; expressions are compiled. Raises FormatError."""
+    targets = group.get("targets") or ["Linear"]
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise FormatError("a config_group's targets are not a list of names: fetch the model again")
+    return [compile_pattern(target.removeprefix("re:")) if target.startswith("re:") else target for target in targets]
+
+
+def _is_target(target: Target, module: str) -> bool:
+    """Whether `target` names the module: by its class, by an expression, or by its own name."""
+    if isinstance(target, re.Pattern):
+        return target.match(module) is not None
     return target in ("Linear", module) or module.endswith(f".{target}")

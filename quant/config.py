@@ -15,6 +15,7 @@ import torch
 
 from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
 from quant.kernels import choose_kernel, rounding_instructions
+from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
 from quant.registry import load_entry
 
 FORMATS: dict[str, str] = {
@@ -52,9 +53,17 @@ class Quantization:
     """Whether the activations that meet quantized weights stay float32; they are rounded to 8 bits otherwise."""
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
+    architecture: str | None = None
+    """The device's, as `engine.device.Device` gives it."""
+
+    def tuned_for(self, architecture: str | None) -> Quantization:
+        """The same on a device of that architecture. Raises FormatError if what was measured can't be read."""
+        read_tuned_tiles(TUNED_TILES)
+        return dataclasses.replace(self, architecture=architecture)
 
     def kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """Choose the kernel for one of the model's matrices; implements `quant.base.KernelChooser`."""
+        packed = dataclasses.replace(packed, architecture=self.architecture)
         return choose_kernel(self.matrices, packed, is_exact=self.is_exact)
 
     def head_kernel_for(self, packed: PackedWeight) -> MatrixKernel:
@@ -134,12 +143,12 @@ def _stored_name(settings: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
     name = settings.get("quant_method") or settings.get("method") or _recognize(settings)
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise FormatError(
             f"the checkpoint is quantised with {name!r}, which can't be loaded; {', '.join(FORMATS)} can, and dense "
             f"checkpoints with --quantize {', '.join(ON_LOAD)}"
         )
-    return str(name)
+    return name
 
 
 def _recognize(settings: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
-from quant.settings import describe, read_group_size, read_integer
+from quant.settings import compile_pattern, describe, read_group_size, read_integer, read_maps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +89,11 @@ class GptqFormat:
         self._version = settings.get("checkpoint_format") or settings.get("format")
         if self._version not in (None, "gptq", "gptq_v2"):
             raise FormatError(f"the checkpoint is GPTQ in the form {self._version!r}; gptq and gptq_v2 can be loaded")
-        self._dynamic: Mapping[str, Any] = settings.get("dynamic") or {}
+        self._dynamic = [
+            (compile_pattern(pattern.removeprefix("+:")), changes)
+            for pattern, changes in read_maps(settings, "dynamic").items()
+            if not pattern.startswith("-:")
+        ]
         self._default = self._method({})
         self.description = describe("gptq", self._default.bits, self._default.group_size)
 
@@ -99,8 +102,8 @@ class GptqFormat:
         return "bits" in settings
 
     def method_for(self, module: str) -> GptqMethod:
-        for pattern, changes in self._dynamic.items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+        for pattern, changes in self._dynamic:
+            if pattern.match(module):
                 return self._method(changes)
         return self._default
 

@@ -43,9 +43,15 @@ TAIL = """
 | only `--max-input-tokens` | total as above; the start fails if it is not more than the input |
 
 `--max-batch-prefill-tokens` is 4096 unless given, or less where the window or the KV cache is smaller. The KV cache
-holds `--max-batch-total-tokens`; by default on a CPU one full window or 32768 tokens, whichever is more, on a GPU what
-fits `TGI_WIGGLE_ROOM` of the memory that is free once the weights are there. "Free" on a CPU is the smaller of the
+holds `--max-batch-total-tokens`; by default on a CPU one full window or 32768 tokens, whichever is more, as far as they
+fit `TGI_WIGGLE_ROOM` of the memory that is free once the weights are there. "Free" on a CPU is the smaller of the
 kernel's MemAvailable and what the cgroup (a container's `--memory`) leaves, times `--cuda-memory-fraction`.
+
+On a GPU a step of `--max-batch-prefill-tokens` is run first, at the end of a sequence of full length, with 256 rows of
+logits (`--max-batch-size` if given). The KV cache takes `TGI_WIGGLE_ROOM` of what weights and this step leave. If the
+step does not fit, or leaves too little for what the flags ask of the cache, one of half as many tokens is tried; a
+`--max-batch-prefill-tokens` that was given is then refused, with a value that fits. `--cuda-memory-fraction` is a share
+of all memory of the card, as in TGI: 0.5 leaves half of it to other programs, and torch is held to that.
 
 ## Signals
 

@@ -1,8 +1,8 @@
 """Compile the GPU kernels as a model would launch them, for cards that are not there, and hold them to their limits.
 
-A layer and the head of each model run on tensors without numbers, which records the launches; Triton compiles them for
-every architecture. Prints registers, spills and shared memory. Exit code 1 for a kernel that a card can't run, one of
-decoding that spills, or a layer with more launches than are known.
+A layer, the head and the choice of tokens of each model run on tensors without numbers, which records the launches;
+Triton compiles them for every architecture. Prints registers, spills and shared memory. Exit code 1 for a kernel that a
+card can't run, one of decoding that spills, or a layer with more launches than are known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,15 +31,21 @@ from engine.attention.triton import TritonAttention
 from engine.build import make_model
 from engine.device import find_cpu
 from engine.layers.base import RotaryTable, Rotation
+from engine.link.messages import SamplingParams
 from engine.models.base import CausalLM, Loadable
+from engine.sampling.grammar import WORD_BITS
+from engine.sampling.grammar_triton import apply_masks
+from engine.sampling.penalties import Adjustments, GreenList, Places
+from engine.sampling.penalties_triton import adjust_logits
+from engine.sampling.sampler_triton import SPARE_PLACES, ChosenRows, make_specs
 from quant.base import MatrixShard, PackedWeight
 from quant.config import Quantization
 from quant.dense import DenseMethod
 from quant.kernels.launch import ALIGNMENT, FP_FUSION, Launch, recorded_launches
 
 KB = 1024
-MAX_LAUNCHES_PER_LAYER = 13
-"""Launches that a layer makes in a decode step; fewer where no matrix splits its inputs."""
+MAX_LAUNCHES_PER_LAYER = 10
+"""Launches that a layer makes in a decode step."""
 GROUP_SIZE = 128
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -79,13 +86,16 @@ MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
 FORMS = "dense int8 int4 act-order".split()
 """How the weights are stored; int4 in groups of `GROUP_SIZE`, with act-order the groups are scattered."""
 
-STEPS: dict[str, list[tuple[int, int]]] = {
+Step = list[tuple[int, int]]
+"""Query tokens and all tokens of each sequence."""
+
+STEPS: dict[str, Step] = {
     "decode 1": [(1, 2000)],
     "decode 20": [(1, 300)] * 20,
     "decode 64": [(1, 300)] * 64,
+    "drafts 8 x 5": [(5, 300)] * 8,
     "prompt": [(512, 512)],
 }
-"""Query tokens and all tokens of each sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +131,7 @@ class FormMethod:
         return self.orders[num_inputs]
 
 
-def record_launches(model_name: str, form: str, dtype: torch.dtype, step: str, num_layers: int = 1) -> list[Launch]:
+def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, num_layers: int = 1) -> list[Launch]:
     """Every launch of one step of a model with that many layers."""
     hidden, inner, heads, kv_heads, vocabulary, is_tied = MODELS[model_name]
     config = {
@@ -146,7 +156,7 @@ def record_launches(model_name: str, form: str, dtype: torch.dtype, step: str, n
     model = make_model(config, quantization, dtype, device)
     with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
         load_shapes(model, config, dtype)
-        run_step(model, STEPS[step], dtype)
+        run_step(model, step, dtype)
     return launches
 
 
@@ -175,8 +185,18 @@ def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) 
         layer.finish(torch.device("cpu"))
 
 
-def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    """A forward pass and the logits of each sequence's last token."""
+def choose_tokens(logits: torch.Tensor) -> None:
+    """Launch what comes between logits and ids: a repetition penalty, a watermark, a grammar, top tokens."""
+    rows: Any = np.arange(len(logits))
+    places = Places(rows, rows, penalties=np.ones(len(rows), np.float32))
+    adjust_logits(logits, Adjustments([GreenList(0, rows)], 1.0, places))
+    apply_masks(logits, rows, np.zeros((len(rows), -(-logits.shape[1] // WORD_BITS)), np.int32))
+    params = [SamplingParams(seed=1, top_p=0.9, num_top_tokens=1)] * len(rows)
+    ChosenRows.launch(logits, make_specs(params, rows.tolist(), None), None, 1 + SPARE_PLACES)
+
+
+def run_step(model: CausalLM, sequences: Step, dtype: torch.dtype) -> None:
+    """A forward pass, and a token after each sequence's last one."""
     backend: Any = TritonAttention(model.attention_shape, TritonAttention.block_sizes[0])
     caches = [backend.allocate(256, dtype, torch.device("cpu")) for _ in range(model.num_layers)]
     model.use_attention(backend, caches)
@@ -189,7 +209,7 @@ def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dty
         seq_lens=torch.empty(num_seqs, dtype=torch.int32),
         block_table=torch.empty(num_seqs, 128, dtype=torch.int32),
         slot_mapping=torch.empty(num_tokens, dtype=torch.int64),
-        work_items=torch.empty(backend.work_items(starts, seq_lens).shape, dtype=torch.int64),
+        work_items=torch.empty(backend.work_items(starts, seq_lens, 128).shape, dtype=torch.int32),
         host_query_start_loc=starts,
         host_seq_lens=seq_lens,
     )
@@ -197,7 +217,7 @@ def run_step(model: CausalLM, sequences: list[tuple[int, int]], dtype: torch.dty
     table = RotaryTable(torch.empty(4096, half), torch.empty(4096, half))
     rows = torch.empty(num_tokens, dtype=torch.int64)
     hidden = model.forward(torch.empty_like(rows), Rotation(table, rows), backend.prepare(metadata))
-    model.compute_logits(hidden[:num_seqs].clone())
+    choose_tokens(model.compute_logits(hidden[:num_seqs].clone()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +287,7 @@ def launch_complaints(num_launches: int) -> list[str]:
 
 
 def launches_per_layer(model_name: str, form: str, dtype: torch.dtype) -> int:
-    one, two = (len(record_launches(model_name, form, dtype, "decode 1", num_layers)) for num_layers in (1, 2))
+    one, two = (len(record_launches(model_name, form, dtype, STEPS["decode 1"], num_layers)) for num_layers in (1, 2))
     return two - one
 
 
@@ -287,8 +307,8 @@ def distinct_jobs(model_names: list[str], card_names: list[str]) -> Iterator[Job
         for model_name in model_names:
             for form in FORMS:
                 for step in STEPS:
-                    for launch in record_launches(model_name, form, dtype, step):
-                        decoding[launch] = decoding.get(launch, False) or step.startswith("decode")
+                    for launch in record_launches(model_name, form, dtype, STEPS[step]):
+                        decoding[launch] = decoding.get(launch, False) or step != "prompt"
         for name in card_names:
             if CARDS[name].dtype == dtype:
                 yield from (Job(name, launch, is_decoding) for launch, is_decoding in decoding.items())

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -67,7 +68,7 @@ def main() -> None:
     # Ctrl-C is for the launcher alone. uvicorn sets its own handler when it serves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = ServerConfig.from_json(sys.stdin.readline())
-    configure_logging(config.log_level, "webserver", is_json=config.is_json_output)
+    configure_logging(config.log_level, "webserver", is_json=config.is_json_output, has_user_text=True)
     exit_when_closed(sys.stdin.fileno(), logger.error)
     try:
         with asyncio.Runner(loop_factory=uvicorn.Config(app="", log_config=None).get_loop_factory()) as runner:
@@ -81,8 +82,8 @@ def main() -> None:
     except EngineHungError as error:
         logger.error("%s", error)
         sys.exit(ENGINE_HUNG_EXIT_CODE)
-    except Exception:
-        logger.exception("The webserver failed")
+    except Exception as error:
+        logger.exception("The webserver failed: %s", error)
         sys.exit(1)
 
 
@@ -96,8 +97,11 @@ async def serve(config: ServerConfig) -> None:
     await engine.connect()
     max_connections = raise_descriptor_limit()
     drain_s = config.graceful_termination_timeout_s
+    app = create_app(engine, config, tokenizer)
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:  # read by now; children don't need them
+        del os.environ[name]
     uvicorn_config = uvicorn.Config(
-        create_app(engine, config, tokenizer),
+        app,
         http=Connection.listed_in(ConnectionTable(ConnectionLimits(max_connections=max_connections))),
         ws="none",
         timeout_keep_alive=IDLE_CONNECTION_S,

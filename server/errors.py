@@ -20,6 +20,8 @@ Exception
 
 `ERROR_KINDS` has every one but BodyError, which carries its own status. Any other exception is a 500 that keeps its
 text to itself.
+
+The client reads an error's whole text. The log has `logged_text`, without words that may be the client's.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 class ValidationError(Exception):
     """The text is TGI's (`docs/wire.md`, 2.2), or ours for parameters that TGI does not have."""
 
+    def __init__(self, text: str, *, logged: str | None = None) -> None:
+        """`logged` is what the log has in place of `text`; None: the text has no words of the client's."""
+        super().__init__(text)
+        self.logged_text = text if logged is None else logged
+
 
 class OverloadedError(Exception):
     def __init__(self) -> None:
@@ -41,11 +48,15 @@ class OverloadedError(Exception):
 
 
 class TemplateError(Exception):
-    """The text is the template engine's."""
+    """The text is the template engine's, which may quote a message."""
+
+    logged_text = "the chat template refuses the messages"
 
 
 class ToolError(Exception):
-    """The text says what cannot be done with the tools."""
+    """The text says what cannot be done with the tools, and names them."""
+
+    logged_text = "the tools cannot be used like this"
 
 
 class SuffixError(Exception):
@@ -61,6 +72,7 @@ class BatchSizeError(Exception):
 class ModelNotFoundError(Exception):
     def __init__(self, model_id: str) -> None:
         super().__init__(f"The model `{model_id}` does not exist")
+        self.logged_text = "the model does not exist"
 
 
 class NoInstanceError(Exception):
@@ -119,6 +131,13 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     EngineDeadError: _GENERATION,
     EngineHungError: _GENERATION,
 }
+
+
+def logged_text(error: Exception) -> str:
+    """The words of a known error for the log. The engine's may quote a grammar after the first colon."""
+    if isinstance(error, GenerationError):
+        return str(error).partition(":")[0]
+    return str(getattr(error, "logged_text", error))
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

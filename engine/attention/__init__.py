@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: one backend per file, one table.
 
-Beside its own files the room may import `quant`.
+Beside its own files the room may import `engine.layers` and `quant`.
 """
 
 ATTENTION_BACKENDS: dict[str, str] = {

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.layers.base import Rotation
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -32,11 +34,14 @@ class AttentionMetadata:
     seq_lens: torch.Tensor
     """[num_seqs] int32: tokens known after this step, the query tokens included."""
     block_table: torch.Tensor
-    """[num_seqs, max_blocks] int32: the sequence's blocks, padded with 0."""
+    """[num_seqs, max_blocks] int32: the sequence's blocks, padded with 0. Backends that a graph may capture know from
+    their work items where a sequence's blocks begin, and may get larger memory in which the table begins."""
     slot_mapping: torch.Tensor
-    """[num_tokens] int64: where each query token's KV goes, `block_id * block_size + offset`."""
+    """[num_tokens] int64: where each query token's KV goes, `block_id * block_size + offset`; -1: nowhere, in rows of
+    padding, which only backends get that a graph may capture."""
     work_items: torch.Tensor
-    """[num_items, numbers] int64: what `AttentionBackend.work_items` made of the step."""
+    """[num_items, numbers] int32: what `AttentionBackend.work_items` made of the step. More memory after it does no
+    harm to backends that a graph may capture."""
     host_query_start_loc: Sequence[int]
     """`query_start_loc` in host memory: nothing is read back from the device."""
     host_seq_lens: Sequence[int]
@@ -61,7 +66,12 @@ class AttentionBackend(Protocol):
     block_size: int
     """The one in use."""
     is_capturable: ClassVar[bool]
-    """Whether a graph may capture `forward`: it does the same work for all steps of the same sizes."""
+    """Whether a graph may capture `forward` of a step without prompts: the launches depend on the number of rows and
+    the sizes of the metadata alone, and rows that belong to no sequence may hold anything."""
+    max_captured_tokens: ClassVar[int]
+    """Query tokens of a sequence up to which that is so; with more it is a prompt. 0 where no graph may capture."""
+    has_rotation: ClassVar[bool]
+    """Whether `forward` rotates queries and keys, as it touches them anyway. Otherwise the model does so before."""
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -76,18 +86,30 @@ class AttentionBackend(Protocol):
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Zeroed memory for one layer. Writing the zeros also makes it resident from the start."""
 
-    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+    def work_items(
+        self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
+    ) -> npt.NDArray[np.int32]:
         """The parts [num_items, numbers] into which the backend divides a step, worked out on the host.
 
+        `table_width`: numbers that the block table has for each sequence.
         They travel to the device with the step's other numbers, and `prepare` finds them in the metadata.
         """
 
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Work out once a step what `forward` of every layer gets."""
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: Any, window: int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: Any,
+        window: int | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].
 
         `window`: a token attends to itself and the `window - 1` tokens before it; None: to all before it. What has
         left every window stays in the cache: blocks belong to all layers, and some of them see everything.
+
+        `rotation`: what queries and keys are still to be rotated by, in qkv itself or not; None unless `has_rotation`.
         """

@@ -22,6 +22,7 @@ import torch
 from numba import njit, prange
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.layers.base import Rotation
 from quant.kernels.arrays import FAST, flat_view, new_output
 from quant.kernels.simd import (
     LANES,
@@ -210,7 +211,7 @@ def _attend_serial(num_items, args):  # type: ignore[no-untyped-def]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _PreparedStep:
-    tiles: npt.NDArray[np.int64]
+    tiles: npt.NDArray[np.int32]
     block_table: npt.NDArray[np.int32]
     slots: npt.NDArray[np.int64]
     is_parallel: bool
@@ -221,6 +222,8 @@ class CpuAttention:
 
     block_sizes = (BLOCK_SIZE,)
     is_capturable = False
+    max_captured_tokens = 0
+    has_rotation = False
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -249,7 +252,9 @@ class CpuAttention:
         """The number of keys, or of values, in so many blocks."""
         return num_blocks * self._shape.num_kv_heads * BLOCK_SIZE * self._shape.head_dim
 
-    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> npt.NDArray[np.int64]:
+    def work_items(
+        self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
+    ) -> npt.NDArray[np.int32]:
         """Tiles [num_tiles, 4]: first query row, number of query rows, position of the first, sequence."""
         tiles: list[int] = []
         for sequence, seq_len in enumerate(seq_lens):
@@ -258,7 +263,7 @@ class CpuAttention:
             for first in range(0, num_queries, self._tile_tokens):
                 num_tokens = min(self._tile_tokens, num_queries - first)
                 tiles += (start + first, num_tokens, seq_len - num_queries + first, sequence)
-        return np.array(tiles, np.int64).reshape(-1, 4)
+        return np.array(tiles, np.int32).reshape(-1, 4)
 
     def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
@@ -271,7 +276,12 @@ class CpuAttention:
         )
 
     def forward(
-        self, qkv: torch.Tensor, cache: LayerCache, prepared: _PreparedStep, window: int | None = None
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: _PreparedStep,
+        window: int | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         shape = self._shape
         num_tokens, width = qkv.shape

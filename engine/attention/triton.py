@@ -1,7 +1,9 @@
-"""Attention in Triton: work items that are planned on the host, and up to four launches a layer.
+"""Attention in Triton: a plan of work items that is made on the host, and three launches a layer, four with prompts.
 
 A sequence with few query tokens, as in decode or with a draft, is cut along its cached tokens: each chunk of a tile is
 a work item, and a kernel of its own combines them. Prompts have larger tiles, whose items have all of their chunks.
+
+The plan is data on the device. Without large tiles, launches and their arguments depend on the number of rows alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.triton_kernels import attend_kernel, combine_kernel, write_kernel
+from engine.layers.base import Rotation
 from quant.kernels.launch import IS_INTERPRETED, launch
 
 CHUNK = 256
@@ -23,38 +26,52 @@ FEW_TOKENS = 8
 """Query tokens up to which a sequence has small tiles: decode and drafts."""
 SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
-TILE_KEYS = 64
-"""Cached tokens that a tile is multiplied with at a time; small tiles of long heads would spill with so many."""
-WRITE_BLOCK = 512
+TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
+"""Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
+NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
+"""Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
+CHUNKS_AT_A_TIME = 16
+"""Chunks of a token that are combined in one go."""
+WRITTEN_HEADS = 4
+"""Heads of a token that one program rotates and writes."""
 NO_WINDOW = 2**31 - 1
-NUM_FIELDS = 6
-"""A work item: its sequence, the first of its query tokens, its first chunk, the end of its chunks, partial, chunks.
+NUM_FIELDS = 8
+"""Numbers in a line of the plan, int32.
 
-The result goes to row `partial` of the partial results, where those of a tile's chunks lie one after the other, as many
-as `chunks` says; -1: it is complete.
+- The first line: how many items have small tiles and the line of the first, the same of large tiles, how many rows.
+- A line for each query token: its first partial result, the step from one to the next, their number; 0 where its tile
+  is not split.
+- A line for each item: the row of its first query token, their number, the position of the first, where its sequence's
+  blocks begin in the block table, its first chunk, the end of its chunks, and its first partial result, which those of
+  its other tokens follow; -1: its result is complete.
+- Lines without meaning, so that there are at least as many after the rows' as there are partial results. Without large
+  tiles their number depends on the sequences alone, not on how many heads share a key: ranks with other heads have
+  plans of the same size, so that all or none find place for them in a graph.
 """
+SMALL_HEADER, LARGE_HEADER, ROWS_HEADER = 0, 2, 4
 
-Integers = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int32]
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """The attended heads, the partial results, and their maxima and sums."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
-    """One step as `forward` needs it: its items are split tiles, other small tiles and large tiles, in this order."""
+    """One step as `forward` needs it."""
 
     metadata: AttentionMetadata
-    num_split_tiles: int
-    num_small_items: int
-    """Items with small tiles, of which a split tile has one for each chunk."""
+    num_large_items: int
     num_partials: int
+    """Partial results that there is place for, at least as many as the plan has."""
 
 
 class TritonAttention:
     """`base.AttentionBackend` on GPUs."""
 
     block_sizes = (16, 32, 64, 128)
-    is_capturable = False
+    is_capturable = True
+    max_captured_tokens = FEW_TOKENS
+    has_rotation = True
 
     @staticmethod
     def why_not(shape: AttentionShape) -> list[str]:
@@ -74,63 +91,74 @@ class TritonAttention:
         size = (num_blocks * self.block_size, self._shape.num_kv_heads, self._shape.head_dim)
         return LayerCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
 
-    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> Integers:
-        """Items [num_items, fields]: the first chunks of split tiles, their others, small tiles, large tiles."""
-        split, small = self._small_tiles(query_start_loc, seq_lens)
-        return np.concatenate(
-            [self._chunks(split), small.items(), self._large_tiles(query_start_loc, seq_lens).items()]
-        )
-
-    def _small_tiles(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> tuple[_Tiles, _Tiles]:
-        """The tiles of sequences with few query tokens: those with several chunks, and the others."""
-        tiles = _tiles(query_start_loc, seq_lens, self._tile_tokens[SMALL_TILE], is_few=True)
-        return tiles.where(tiles.num_chunks > 1), tiles.where(tiles.num_chunks <= 1)
-
-    def _large_tiles(self, query_start_loc: Sequence[int], seq_lens: Sequence[int]) -> _Tiles:
-        return _tiles(query_start_loc, seq_lens, self._tile_tokens[LARGE_TILE], is_few=False)
-
-    def _chunks(self, tiles: _Tiles) -> Integers:
-        """An item for each chunk of the tiles, the first chunks before all others."""
-        chunk = _count_up(tiles.num_chunks)
-        items = np.repeat(tiles.items(), tiles.num_chunks, axis=0)
-        num_tokens = np.repeat(tiles.num_tokens, tiles.num_chunks)
-        items[:, 2], items[:, 3], items[:, 4] = chunk, chunk + 1, np.cumsum(num_tokens) - num_tokens
-        return np.concatenate([items[chunk == 0], items[chunk > 0]])
+    def work_items(self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int) -> Integers:
+        """The plan [lines, NUM_FIELDS]."""
+        step = np.asarray(query_start_loc, np.int32), np.asarray(seq_lens, np.int32), table_width
+        small = _tiles(*step, self._tile_tokens[SMALL_TILE], is_few=True)
+        large = _tiles(*step, self._tile_tokens[LARGE_TILE], is_few=False)
+        num_rows = query_start_loc[-1]
+        num_small, num_large = int(small.num_chunks.sum()), len(large.num_chunks)
+        is_split = small.num_chunks > 1
+        num_partials = np.where(is_split, small.num_chunks * small.num_tokens, 0)
+        num_lines = 1 + num_rows + max(num_small + num_large, _max_partials(*step[:2]))
+        plan = np.zeros((num_lines, NUM_FIELDS), np.int32)
+        first_small = 1 + num_rows
+        first_large = first_small + num_small
+        plan[0, :5] = num_small, first_small, num_large, first_large, num_rows
+        first_partial = num_partials.cumsum() - num_partials
+        _write_rows(plan[1:first_small], small, first_partial, is_split)
+        _write_chunks(plan[first_small:first_large], small, first_partial, is_split)
+        _write_tiles(plan[first_large : first_large + num_large], large)
+        return plan
 
     def prepare(self, metadata: AttentionMetadata) -> _Step:
-        split, small = self._small_tiles(metadata.host_query_start_loc, metadata.host_seq_lens)
-        return _Step(
-            metadata,
-            num_split_tiles=len(split.sequence),
-            num_small_items=int(split.num_chunks.sum()) + len(small.sequence),
-            num_partials=int((split.num_chunks * split.num_tokens).sum()),
-        )
+        starts = metadata.host_query_start_loc
+        num_queries = np.diff(np.asarray(starts))
+        num_large = int((-(-num_queries[num_queries > FEW_TOKENS] // self._tile_tokens[LARGE_TILE])).sum())
+        # Without large tiles, as in a graph, the size of the plan is all that counts.
+        num_lines = metadata.work_items.shape[0] - 1
+        return _Step(metadata, num_large, num_partials=num_lines - starts[-1] if num_large else num_lines)
 
-    def forward(self, qkv: torch.Tensor, cache: LayerCache, prepared: _Step, window: int | None = None) -> torch.Tensor:
-        self._write(qkv, cache, prepared.metadata.slot_mapping)
-        shape, num_partials = self._shape, max(prepared.num_partials, 1)
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        cache: LayerCache,
+        prepared: _Step,
+        window: int | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        metadata = prepared.metadata
+        self._write(qkv, cache, metadata.slot_mapping, rotation)
+        shape = self._shape
         out = qkv.new_empty(qkv.shape[0], shape.num_heads * shape.head_dim)
-        partial = qkv.new_empty(num_partials, shape.num_heads, shape.head_dim, dtype=torch.float32)
-        stats = qkv.new_empty(num_partials, shape.num_heads, 2, dtype=torch.float32)
-        num_small, num_items = prepared.num_small_items, prepared.metadata.work_items.shape[0]
-        for rows, first, last in ((SMALL_TILE, 0, num_small), (LARGE_TILE, num_small, num_items)):
-            self._attend(qkv, cache, (out, partial, stats), prepared.metadata, rows, range(first, last), window)
-        self._combine((out, partial, stats), prepared)
+        partial = qkv.new_empty(prepared.num_partials, shape.num_heads, shape.head_dim, dtype=torch.float32)
+        stats = qkv.new_empty(prepared.num_partials, shape.num_heads, 2, dtype=torch.float32)
+        results = out, partial, stats
+        num_programs = max(1, NUM_PROGRAMS // shape.num_kv_heads)
+        self._attend(qkv, cache, results, metadata, SMALL_TILE, num_programs, window)
+        self._attend(qkv, cache, results, metadata, LARGE_TILE, prepared.num_large_items, window)
+        self._combine(results, metadata)
         return out
 
-    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+    def _write(self, qkv: torch.Tensor, cache: LayerCache, slots: torch.Tensor, rotation: Rotation | None) -> None:
         shape = self._shape
+        num_heads, half = shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim // 2
+        angles = (qkv, qkv, slots) if rotation is None else (rotation.table.cos, rotation.table.sin, rotation.rows)
         launch(
             write_kernel,
-            (qkv.shape[0], -(-shape.num_kv_heads * shape.head_dim // WRITE_BLOCK)),
+            (qkv.shape[0], -(-num_heads // WRITTEN_HEADS)),
             qkv,
             slots,
             cache.keys,
             cache.values,
+            *angles,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
-            HEAD_DIM=shape.head_dim,
-            BLOCK=WRITE_BLOCK,
+            HALF=half,
+            BLOCK=_power_of_two(half),
+            HEADS=WRITTEN_HEADS,
+            HAS_ROTATION=rotation is not None,
+            num_warps=1,
         )
 
     def _attend(
@@ -140,25 +168,22 @@ class TritonAttention:
         results: Results,
         metadata: AttentionMetadata,
         tile_rows: int,
-        items: range,
+        num_programs: int,
         window: int | None,
     ) -> None:
         shape = self._shape
         launch(
             attend_kernel,
-            (len(items), shape.num_kv_heads),
+            (num_programs, shape.num_kv_heads),
             qkv,
             cache.keys,
             cache.values,
             *results,
             metadata.work_items,
-            metadata.query_start_loc,
-            metadata.seq_lens,
             metadata.block_table,
-            items.start,
-            metadata.block_table.shape[1],
             NO_WINDOW if window is None else window,
             shape.head_dim**-0.5,
+            HEADER=SMALL_HEADER if tile_rows == SMALL_TILE else LARGE_HEADER,
             NUM_FIELDS=NUM_FIELDS,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
@@ -166,28 +191,27 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS // 2 if tile_rows == SMALL_TILE and shape.head_dim > 64 else TILE_KEYS,
+            TILE_KEYS=TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
         )
 
-    def _combine(self, results: Results, prepared: _Step) -> None:
-        shape, metadata = self._shape, prepared.metadata
+    def _combine(self, results: Results, metadata: AttentionMetadata) -> None:
+        shape = self._shape
         out, partial, stats = results
-        tokens = self._tile_tokens[SMALL_TILE]
         launch(
             combine_kernel,
-            (prepared.num_split_tiles * tokens, shape.num_heads),
+            (out.shape[0], shape.num_heads),
             partial,
             stats,
             out,
             metadata.work_items,
-            metadata.query_start_loc,
+            HEADER=ROWS_HEADER,
             NUM_FIELDS=NUM_FIELDS,
-            TOKENS=tokens,
             NUM_HEADS=shape.num_heads,
             HEAD_DIM=shape.head_dim,
             BLOCK_DIM=_power_of_two(shape.head_dim),
+            CHUNKS=CHUNKS_AT_A_TIME,
         )
 
 
@@ -195,37 +219,69 @@ class TritonAttention:
 class _Tiles:
     """Tiles of query tokens; each number is an array [num_tiles]."""
 
-    sequence: Integers
-    first_token: Integers
+    first_row: Integers
     num_tokens: Integers
+    first_position: Integers
+    first_block: Integers
+    """Where the sequence's blocks begin in the block table."""
     num_chunks: Integers
 
-    def where(self, condition: npt.NDArray[np.bool_]) -> _Tiles:
-        """The tiles for which the condition holds."""
-        return _Tiles(*(getattr(self, field.name)[condition] for field in dataclasses.fields(self)))
 
-    def items(self) -> Integers:
-        """An item for each tile, with all of its chunks."""
-        zeros = np.zeros_like(self.sequence)
-        fields = self.sequence, self.first_token, zeros, self.num_chunks, zeros - 1, self.num_chunks
-        return np.stack(fields, axis=1)
+def _max_partials(starts: Integers, lens: Integers) -> int:
+    """Partial results and items of the small tiles together at most, whatever the tiles: all chunks for each token."""
+    num_queries = starts[1:] - starts[:-1]
+    chunks = (lens - 1) // CHUNK + 1
+    return int((num_queries * chunks)[num_queries <= FEW_TOKENS].sum())
 
 
-def _tiles(query_start_loc: Sequence[int], seq_lens: Sequence[int], tile_tokens: int, *, is_few: bool) -> _Tiles:
+def _tiles(starts: Integers, lens: Integers, table_width: int, tile_tokens: int, *, is_few: bool) -> _Tiles:
     """The tiles of the sequences that have few query tokens, or of those that have more."""
-    starts, lens = np.asarray(query_start_loc, np.int64), np.asarray(seq_lens, np.int64)
-    num_queries: Integers = starts[1:] - starts[:-1]
-    sequences = np.flatnonzero((num_queries <= FEW_TOKENS) == is_few)
+    num_queries = starts[1:] - starts[:-1]
+    sequences = np.flatnonzero((num_queries <= FEW_TOKENS) == is_few).astype(np.int32)
     counts = -(-num_queries[sequences] // tile_tokens)
-    sequence, first = np.repeat(sequences, counts), _count_up(counts) * tile_tokens
+    sequence, first = sequences.repeat(counts), _count_up(counts) * tile_tokens
     num_tokens = np.minimum(num_queries[sequence] - first, tile_tokens)
-    last_position = lens[sequence] - num_queries[sequence] + first + num_tokens - 1
-    return _Tiles(sequence, first, num_tokens, last_position // CHUNK + 1)
+    position = lens[sequence] - num_queries[sequence] + first
+    return _Tiles(
+        starts[sequence] + first, num_tokens, position, sequence * table_width, (position + num_tokens - 1) // CHUNK + 1
+    )
+
+
+def _write_rows(lines: Integers, tiles: _Tiles, first_partial: Integers, is_split: npt.NDArray[np.bool_]) -> None:
+    """The lines of query tokens, of which those in split tiles have partial results."""
+    counts = tiles.num_tokens[is_split]
+    place = _count_up(counts)
+    rows = tiles.first_row[is_split].repeat(counts) + place
+    lines[rows, 0] = first_partial[is_split].repeat(counts) + place
+    lines[rows, 1] = counts.repeat(counts)
+    lines[rows, 2] = tiles.num_chunks[is_split].repeat(counts)
+
+
+def _write_chunks(lines: Integers, tiles: _Tiles, first_partial: Integers, is_split: npt.NDArray[np.bool_]) -> None:
+    """An item for each chunk of each tile."""
+    whole = np.zeros((len(tiles.num_chunks), NUM_FIELDS), np.int32)
+    _write_tiles(whole, tiles)
+    whole[:, 6] = np.where(is_split, first_partial, -1)
+    chunk = _count_up(tiles.num_chunks)
+    lines[...] = whole.repeat(tiles.num_chunks, axis=0)
+    lines[:, 4] = chunk
+    lines[:, 5] = chunk + 1
+    lines[:, 6] += chunk * np.where(is_split, tiles.num_tokens, 0).repeat(tiles.num_chunks)
+
+
+def _write_tiles(lines: Integers, tiles: _Tiles) -> None:
+    """An item for each tile, with all of its chunks."""
+    lines[:, 0] = tiles.first_row
+    lines[:, 1] = tiles.num_tokens
+    lines[:, 2] = tiles.first_position
+    lines[:, 3] = tiles.first_block
+    lines[:, 5] = tiles.num_chunks
+    lines[:, 6] = -1
 
 
 def _count_up(counts: Integers) -> Integers:
     """0 to count - 1 for each of the counts, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
 
 
 def _power_of_two(size: int) -> int:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
+from engine.link.model_files import read_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    text = read_file(path)
+    if text is None:
         return {}
-    except OSError as error:
-        raise StartError.of_file(path, error) from error
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
     if not isinstance(content, dict):
@@ -33,10 +33,15 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint's description of its quantisation, from whichever file has it; None for a dense checkpoint."""
+    """The checkpoint's description of its quantisation, from whichever file has it; None for a dense checkpoint.
+
+    Raises StartError where it is no JSON object.
+    """
     for key in ("quantization_config", "compression_config"):
         if isinstance(config.get(key), dict):
             return dict(config[key])
+        if config.get(key) is not None:
+            raise StartError(f"{key} in {folder / 'config.json'} is not a JSON object: fetch the model again")
     return read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json") or None
 
 

@@ -1,6 +1,9 @@
 """Weights -> the layers of a model. Tensors that a layer can use in place are not copied, and only the part of a tensor
 that a layer needs is read.
 
+Tensors come layer by layer, and a layer goes to its device as soon as its last tensor is there: the host holds the
+matrices of one layer at a time, however large the model is.
+
 Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
 second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
 """
@@ -9,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +22,13 @@ import torch
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.memory import release_freed_memory
-from engine.models.base import CausalLM, CheckpointLayers
+from engine.models.base import CausalLM, CheckpointLayers, Loadable
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
+MAX_UNCHECKED = 8
+"""Tensors on their way to another device that may wait to be looked through: the host keeps them so long."""
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -38,21 +45,43 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
     The layers take about one of `num_shards` parts of the bytes, which only the progress goes by.
     """
     layers, weights = model.checkpoint_layers(), open_weights(folder)
-    names = [name for name in weights.names if not model.is_ignored(name)]
+    names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
+    num_missing = Counter(id(_layer_of(name, layers)) for name in names)
+    is_host = device.type == "cpu"
     progress = _Progress(sum(path.stat().st_size for path in weights.files) // num_shards)
-    checks: list[Future[None]] = []
+    checks: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
-        for name in sorted(names, key=lambda name: not _decides_cut(name, layers)):
-            tensor = _load_tensor(weights, name, layers)
+        for name in names:
+            tensor = _load_tensor(weights, name, layers, is_host=is_host)
+            progress.add_bytes(tensor.nbytes)
             if tensor.is_floating_point():
                 checks.append(checker.submit(_refuse_non_finite, weights.file(name), name, tensor))
-            progress.add_bytes(tensor.nbytes)
+            del tensor
+            if not is_host and len(checks) > MAX_UNCHECKED:
+                checks.popleft().result()
+            layer = _layer_of(name, layers)
+            num_missing[id(layer)] -= 1
+            if layer is not None and not num_missing[id(layer)]:
+                _finish(layer, layers, device)
     for check in checks:
         check.result()
     for prefix, (layer, part) in layers.items():
         if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
-    _finish(layers, device)
+
+
+def _loading_order(names: Sequence[str], layers: CheckpointLayers) -> list[str]:
+    """Tensors that decide how others are cut, then layer after layer, in the order in which the files have them."""
+    places: dict[int, int] = {}
+    for name in names:
+        places.setdefault(id(_layer_of(name, layers)), len(places))
+    return sorted(names, key=lambda name: (not _decides_cut(name, layers), places[id(_layer_of(name, layers))]))
+
+
+def _layer_of(name: str, layers: CheckpointLayers) -> Loadable | None:
+    """The layer that takes the tensor; None: the model does not know it."""
+    layer, _ = layers.get(name.rpartition(".")[0], (None, 0))
+    return layer
 
 
 def _decides_cut(name: str, layers: CheckpointLayers) -> bool:
@@ -64,8 +93,11 @@ def _decides_cut(name: str, layers: CheckpointLayers) -> bool:
     return layer.decides_order(leaf, part)
 
 
-def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers) -> torch.Tensor:
-    """Hand a tensor to its layer; returns the part that the layer needs. Raises StartError."""
+def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, is_host: bool) -> torch.Tensor:
+    """Hand a tensor to its layer; returns the part that the layer needs. Raises StartError.
+
+    Unless the layers stay in the host's memory (`is_host`), none goes on to use that of a tensor.
+    """
     prefix, _, leaf = name.rpartition(".")
     file_name = weights.file(name).name
     if prefix not in layers:
@@ -78,7 +110,7 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers) -> 
     try:
         cut = layer.cut(leaf, part, weights.shape(name))
         index = () if cut is None else (*[slice(None)] * cut[0], cut[1])
-        tensor = weights.read(name, index, is_kept=not layer.is_copied(leaf, part, dtype))
+        tensor = weights.read(name, index, is_kept=is_host and not layer.is_copied(leaf, part, dtype))
         layer.load(leaf, part, tensor)
     except KeyError:
         raise StartError(f"{file_name} has a tensor {name} that the model does not know") from None
@@ -87,14 +119,16 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers) -> 
     return tensor
 
 
-def _finish(layers: CheckpointLayers, device: torch.device) -> None:
-    """Let each layer choose its kernels, once for all of its parts. Raises StartError."""
-    for prefix, layer in {id(layer): (prefix, layer) for prefix, (layer, _) in layers.items()}.values():
-        try:
-            layer.finish(device)
-            release_freed_memory()
-        except ValueError as error:
-            raise StartError(f"{prefix} cannot be run: {error}") from error
+def _finish(layer: Loadable, layers: CheckpointLayers, device: torch.device) -> None:
+    """Let a layer choose its kernels, all of whose tensors are loaded, unless one is missing. Raises StartError."""
+    parts = {prefix: part for prefix, (other, part) in layers.items() if other is layer}
+    if any(layer.missing(part) for part in parts.values()):
+        return
+    try:
+        layer.finish(device)
+        release_freed_memory()
+    except ValueError as error:
+        raise StartError(f"{[*parts][-1]} cannot be run: {error}") from error
 
 
 def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:

@@ -125,6 +125,12 @@ def safetensors_files(folder: Path) -> list[Path]:
             raise StartError(
                 f"{folder}/model.safetensors.index.json has no weight_map of file names: fetch the model again"
             )
+        for name in names.values():
+            if name in ("", "..") or name != Path(name).name or "\0" in name:  # others would lead out of the folder
+                raise StartError(
+                    f"{folder}/model.safetensors.index.json names {name!r}, which is no file of this folder: fetch the "
+                    "model from a place that you trust"
+                )
         paths = [folder / name for name in sorted(set(names.values()))]
         for path in paths:
             if not _is_file(path):

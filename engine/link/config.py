@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +16,8 @@ class EngineConfig:
 
     model_path: str
     """Local folder with config.json and safetensors files."""
+    device: str = "auto"
+    """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
     quantize: str | None = None
@@ -35,10 +38,14 @@ class EngineConfig:
     """KV capacity in tokens; None: it follows from the free memory."""
     max_batch_size: int | None = None
     """Sequences that run at a time at most; None: as many as fit."""
+    graph_sizes: Sequence[int] | None = None
+    """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
+    is_overlap_disabled: bool = False
+    """Whether a GPU's next step waits until the last one's tokens are taken in."""
     memory_fraction: float = 1.0
-    """Part of the device's free memory that may be used."""
-    kv_memory_share: float = 0.8
-    """Part of the memory left beside the weights that the KV cache may take."""
+    """Part of the device's memory that may be used; where it is the host's, of what is free of it."""
+    kv_memory_share: float | None = None
+    """Part of the memory left beside the weights that the KV cache may take; None: `engine.limits` has the default."""
     is_prefix_caching: bool = True
     """Whether a prompt reuses the KV blocks of an earlier one that begins alike."""
     max_draft_tokens: int = 0
@@ -53,6 +60,8 @@ class EngineConfig:
     """Whether ranks of one host's CPU may use shared memory; False: gloo, for comparison."""
     listen_fd: int | None = None
     """Rank 0's inherited socket that listens at the ranks' address; None: it makes one if there are other ranks."""
+    shard_secret: str = dataclasses.field(default="", repr=False)
+    """The ranks' proof to each other that they belong together; empty: they believe anybody who reaches their port."""
     num_threads: int = 1
     """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None

@@ -10,13 +10,17 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from engine.link.repeats import RepeatCounter
 
 TARGETS = {
     "text_generation_launcher": "launcher",
@@ -37,8 +41,15 @@ LEVELS = {
 LEVEL_NAMES = {logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}
 COLOURS = {logging.DEBUG: "\033[34m", logging.INFO: "\033[32m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
 STDERR = 2
-CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code != 10} | {10: "\n  "}
-"""A message may quote a request; with these replaced it can neither colour the log nor begin a line."""
+CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+BREAKS_AND_DIRECTIONS = {
+    code: f"\\u{code:04x}"
+    for code in (0x61C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+ESCAPES = CONTROL_CHARACTERS | BREAKS_AND_DIRECTIONS | {10: "\n  "}
+"""A message may quote names; with these replaced it can't colour the log, begin a line or turn its direction."""
+MAX_CHARS = 16_384
+"""Characters of a message with its fields; what is longer is cut."""
 QUIET_LIBRARIES = "numba asyncio uvicorn httpx httpcore httpx2 httpcore2 huggingface_hub filelock urllib3".split()
 """Libraries that would drown our lines; some of them log whole addresses."""
 
@@ -55,10 +66,19 @@ def parse_log_filter(text: str) -> dict[str, int]:
     return levels
 
 
-def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -> None:
-    """Write to stderr the lines that `log_filter` (see parse_log_filter) lets through, with the name of the process."""
+def configure_logging(log_filter: str, process: str, *, is_json: bool = False, has_user_text: bool = False) -> None:
+    """Write to stderr the lines that `log_filter` (see parse_log_filter) lets through, with the name of the process.
+
+    `has_user_text`: the process reads what clients write, so a traceback does without the exceptions' own words, which
+    may quote it, unless the filter asks for debug lines.
+    """
+    is_hiding = has_user_text and logging.DEBUG not in parse_log_filter(log_filter).values()
     handler = PatientHandler()
-    handler.setFormatter(JsonFormatter() if is_json else HumanFormatter(process, has_colours=_has_colours()))
+    handler.setFormatter(
+        JsonFormatter(is_hiding_words=is_hiding)
+        if is_json
+        else HumanFormatter(process, has_colours=_has_colours(), is_hiding_words=is_hiding)
+    )
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in QUIET_LIBRARIES:
@@ -70,24 +90,45 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False) -
 class PatientHandler(logging.Handler):
     """Writes to stderr on a thread: a log that nobody reads must not hold up serving or stopping.
 
-    Lines beyond `MAX_LINES` unwritten ones are dropped; `flush` waits at most `FLUSH_S`.
+    Lines beyond `MAX_LINES` unwritten ones are dropped; `flush` waits at most `FLUSH_S`. Warnings that repeat are
+    counted (`engine.link.repeats`); their counts are looked for every `COUNTS_S`.
     """
 
     MAX_LINES = 10_000
     FLUSH_S = 1.0
+    COUNTS_S = 1.0
 
     def __init__(self) -> None:
         super().__init__()
         self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        self._repeats = RepeatCounter()
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        self._write_counts(now)
+        if self._repeats.admits(record, now):
+            self._put(record)
+
+    def _put(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(self.format(record))
 
+    def _write_counts(self, now: float) -> None:
+        for line in self._repeats.take_counts(now):
+            self._put(line)
+
+    def _next_line(self) -> str:
+        while True:
+            try:
+                return self._lines.get(timeout=self.COUNTS_S)
+            except queue.Empty:
+                with self.lock or contextlib.nullcontext():  # logging's type allows a handler without a lock
+                    self._write_counts(time.monotonic())
+
     def _write_all(self) -> None:
         while True:
-            data = (self._lines.get() + "\n").encode(errors="backslashreplace")
+            data = (self._next_line() + "\n").encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # the reader is gone, or stderr is closed
                 # Not through sys.stderr: its lock, held by a write without end, would hold up the interpreter's end.
                 while data:
@@ -95,6 +136,8 @@ class PatientHandler(logging.Handler):
             self._lines.task_done()
 
     def flush(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            self._write_counts(math.inf)
         deadline = time.monotonic() + self.FLUSH_S
         while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -111,11 +154,44 @@ def _level_name(record: logging.LogRecord) -> str:
     return LEVEL_NAMES.get(record.levelno, record.levelname)
 
 
-class HumanFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """The parts that both forms share."""
+
+    def __init__(self, *, is_hiding_words: bool = False) -> None:
+        super().__init__()
+        self._is_hiding_words = is_hiding_words
+
+    def traceback_of(self, record: logging.LogRecord) -> str:
+        """The record's traceback; empty: it has none."""
+        if not record.exc_info or record.exc_info[1] is None:
+            return ""
+        if self._is_hiding_words:
+            return "\n".join(_frames(record.exc_info[1]))
+        return self.formatException(record.exc_info)
+
+
+def _frames(error: BaseException) -> Iterator[str]:
+    """The traceback of an exception and of those behind it, with their classes and without their words."""
+    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if behind is not None:
+        yield from _frames(behind)
+        yield "which led to:"
+    yield from traceback.format_tb(error.__traceback__)
+    yield type(error).__qualname__
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _frames(part)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}... ({len(text)} characters)"
+
+
+class HumanFormatter(_Formatter):
     """`2026-11-23T10:00:00.123Z  INFO webserver: Connected`, in UTC."""
 
-    def __init__(self, process: str, *, has_colours: bool) -> None:
-        super().__init__()
+    def __init__(self, process: str, *, has_colours: bool, is_hiding_words: bool = False) -> None:
+        super().__init__(is_hiding_words=is_hiding_words)
         self._process = process
         self._has_colours = has_colours
 
@@ -124,27 +200,26 @@ class HumanFormatter(logging.Formatter):
         if self._has_colours:
             level = f"{COLOURS.get(record.levelno, '')}{level}\033[0m"
         pairs = "".join(f' {key}="{value}"' for key, value in _span(record).items() if key != "name")
-        text = (record.getMessage() + pairs).translate(CONTROL_CHARACTERS)
-        line = f"{_timestamp(record, 'milliseconds')} {level} {self._process}: {text}"
-        return "\n".join([line, self.formatException(record.exc_info)] if record.exc_info else [line])
+        text = "\n".join(filter(None, [_shortened(record.getMessage() + pairs), self.traceback_of(record)]))
+        return f"{_timestamp(record, 'milliseconds')} {level} {self._process}: {text.translate(ESCAPES)}"
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """TGI's JSON form, one object per line; a traceback is in `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "timestamp": _timestamp(record, "microseconds"),
             "level": _level_name(record),
-            "message": record.getMessage(),
+            "message": _shortened(record.getMessage()),
             "target": record.name,
             "filename": record.filename,
             "line_number": record.lineno,
         }
         if span := _span(record):
             line |= {"span": span, "spans": [*getattr(record, "outer_spans", []), span]}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if exception := self.traceback_of(record):
+            line["exception"] = exception
         return json.dumps(line)  # ASCII, whatever the encoding of stderr is
 
 

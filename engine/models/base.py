@@ -30,7 +30,7 @@ class ModelContext:
 class Loadable(Protocol):
     """A layer that takes in checkpoint tensors. `name` is a tensor's own, without the prefix, `part` says whose it is.
 
-    For every tensor `cut`, `is_copied` and `load` are called in this order, and `finish` once at the end.
+    For every tensor `cut`, `is_copied` and `load` are called in this order, and `finish` once after its last tensor.
     """
 
     def decides_order(self, name: str, part: int) -> bool:
@@ -70,6 +70,8 @@ class CausalLM(Protocol):
     attention_shape: AttentionShape
     """The heads of this rank."""
     rotary: Rotary
+    num_ranks: int
+    """Ranks that compute a forward pass together."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
         """Build this rank's layers from config.json, without weights.

@@ -53,20 +53,24 @@ class Attention:
             "o_proj": (self.o_proj, 0),
         }
 
-    def position(self, qkv: torch.Tensor, rotation: Rotation) -> None:
+    def position(self, qkv: torch.Tensor, rotation: Rotation, backend: AttentionBackend) -> Rotation | None:
         """Make queries and keys ready for attention, in place: qkv [tokens, (heads + 2 * kv_heads) * head_dim].
 
-        A family that norms queries and keys does so here, before it calls this.
+        Returns the rotation if that is left to the backend. A family that norms queries and keys does so here, before
+        it calls this.
         """
+        if backend.has_rotation:
+            return rotation
         self._ops.rotate(qkv, rotation, self._num_rotated_heads)
+        return None
 
     def __call__(
         self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, prepared: Any
     ) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
         qkv = self.qkv_proj(x)
-        self.position(qkv, rotation)
-        return self.o_proj(backend.forward(qkv, cache, prepared, self._window))
+        rotation_left = self.position(qkv, rotation, backend)
+        return self.o_proj(backend.forward(qkv, cache, prepared, self._window, rotation_left))
 
 
 class GatedMLP:
@@ -144,6 +148,7 @@ class DecoderForCausalLM:
         self.max_position_embeddings = config.max_position_embeddings
         self.rotary = rotary
         parallel = context.parallel
+        self.num_ranks = parallel.size
         shards = split_heads(config.num_attention_heads, config.num_key_value_heads, parallel.size)
         rank_heads = shards[parallel.rank]
         self.attention_shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)

@@ -8,12 +8,16 @@ from typing import Protocol
 import torch
 
 from engine.link.messages import SamplingParams
-from engine.sampling.sampler import RawRows, Sample
+from engine.sampling.sampler import LaunchSample, PendingTokens, RawRows, Sample
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
+from engine.scheduling.sequence import Sequence
 
 
 class LogitsProcessor(Protocol):
     """Changes the logits of some sequences before a token is drawn: penalties, grammar masks."""
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        """Whether the change of the sequence's next logits takes its tokens so far on the host."""
 
     def select(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
         """The sequences that have rows in this step and want them changed."""
@@ -31,6 +35,16 @@ class BatchSampler:
 
     def sample(self, batch: ScheduledBatch, logits: torch.Tensor) -> SampledBatch:
         """Choose a token for each row of logits [batch.num_rows, vocab] float32, which change on the way."""
+        return self._sample(logits, *self._adjust(batch, logits))
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        """Whether the choice of the sequence's next token takes its tokens so far on the host."""
+        return any(processor.needs_tokens(sequence) for processor in self._processors)
+
+    def _adjust(
+        self, batch: ScheduledBatch, logits: torch.Tensor
+    ) -> tuple[list[SamplingParams], list[int], RawRows | None]:
+        """Let the processors change the logits; for each row parameters and position, and copies of changed rows."""
         params: list[SamplingParams] = []
         positions: list[int] = []
         for scheduled in batch.scheduled:
@@ -43,4 +57,16 @@ class BatchSampler:
         for processor, selected in changes:
             if selected:
                 processor.apply(selected, logits)
-        return self._sample(logits, params, positions, raw)
+        return params, positions, raw
+
+
+class LaunchingBatchSampler(BatchSampler):
+    """A `BatchSampler` that can also leave the tokens on the device."""
+
+    def __init__(self, sample: Sample, processors: SequenceOf[LogitsProcessor], launch_sample: LaunchSample) -> None:
+        super().__init__(sample, processors)
+        self._launch_sample = launch_sample
+
+    def launch(self, batch: ScheduledBatch, logits: torch.Tensor) -> PendingTokens:
+        """As `sample`, but the tokens are read later. The batch's sequences are as they were when it was scheduled."""
+        return self._launch_sample(logits, *self._adjust(batch, logits))

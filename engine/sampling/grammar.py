@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from engine.link.config import MAX_LEXER_STATES
 from engine.link.errors import GenerationError
 from engine.link.messages import GenerationRequest
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
+from engine.scheduling.sequence import Sequence
 
 IntArray = npt.NDArray[np.int32]
 
@@ -62,7 +64,7 @@ class MatchedGrammar:
     def advance(self, token_id: int) -> bool:
         return self.matcher.consume_token(token_id) or not self.check()
 
-    def count_allowed(self, token_ids: Sequence[int]) -> int:
+    def count_allowed(self, token_ids: SequenceOf[int]) -> int:
         return self.matcher.validate_tokens(list(token_ids))
 
     def forced(self) -> list[int]:
@@ -100,7 +102,7 @@ class Grammars:
         self,
         tokenizer_file: Path,
         vocab_size: int,
-        eos_token_ids: Sequence[int],
+        eos_token_ids: SequenceOf[int],
         num_threads: int,
         apply_masks: Callable[[], ApplyMasks],
     ) -> None:
@@ -146,11 +148,16 @@ class Grammars:
         return request_ids
 
     @staticmethod
+    def needs_tokens(sequence: Sequence) -> bool:
+        """True where a grammar says what may follow."""
+        return sequence.grammar is not None
+
+    @staticmethod
     def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
         """The sequences that have rows in this step and a grammar."""
         return [s for s in batch.scheduled if s.is_completing and s.sequence.grammar is not None]
 
-    def apply(self, selected: Sequence[ScheduledSequence], logits: torch.Tensor) -> None:
+    def apply(self, selected: SequenceOf[ScheduledSequence], logits: torch.Tensor) -> None:
         """Set to -inf, in place, what may not stand in the selected outputs; logits [all rows, vocab] float32.
 
         The masks go along the drafts. After a token of a draft that may not stand there, any may.

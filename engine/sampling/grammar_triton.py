@@ -9,6 +9,7 @@ import triton.language as tl
 
 from engine.sampling.grammar import WORD_BITS, IntArray
 from quant.kernels.launch import launch
+from quant.kernels.transfer import to_device
 
 PART = 1024
 WORD = tl.constexpr(WORD_BITS)
@@ -34,6 +35,6 @@ def mask_kernel(  # type: ignore[no-untyped-def]
 
 def apply_masks(logits: torch.Tensor, rows: IntArray, masks: IntArray) -> None:
     """As `engine.sampling.grammar.ApplyMasks` says."""
-    table = torch.from_numpy(np.column_stack([rows, masks])).to(logits.device)
+    table = to_device(np.column_stack([rows, masks]), logits.device)
     size = logits.shape[1]
     launch(mask_kernel, (len(table), -(-size // PART)), logits, table, table.shape[1], SIZE=size, PART=PART)

@@ -2,14 +2,17 @@
 
 The order is TGI's, then OpenAI's: watermark, repetition penalty, TGI's relative frequency penalty, OpenAI's frequency
 and presence penalties, logit_bias. Each row depends on the tokens of its own sequence alone, never on padding or on who
-else is in the step. A row of a draft has the tokens of the draft before it.
+else is in the step. A row of a draft has the tokens of the draft before it. What to change is found out here; a backend
+(`PENALTIES`) changes it, where the logits are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,13 +20,90 @@ import numpy.typing as npt
 import torch
 
 from engine.link.messages import SamplingParams
+from engine.link.registry import import_entry
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 from engine.scheduling.sequence import Sequence
+
+PENALTIES: dict[str, str] = {
+    "torch": "engine.sampling.penalties_torch:adjust_logits",
+    "triton": "engine.sampling.penalties_triton:adjust_logits",
+}
+"""Backend name -> lazy "module:function", an `AdjustLogits`.
+
+`torch` is the reference implementation, runs anywhere, and is what a CPU takes: few places change in a step.
+"""
 
 WATERMARK_KEY = 15485863
 """TGI's hash key: its product with the previous token seeds the choice of the green list."""
 
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Places:
+    """Places in a step's logits, each at most once, and what makes their new values: arrays [places].
+
+    A value below 0 is multiplied by the penalty, another one divided by it; less what is subtracted, plus the bias.
+    """
+
+    rows: Integers
+    token_ids: Integers
+    penalties: Floats | None = None
+    """None: 1 everywhere."""
+    subtracted: Floats | None = None
+    """None where there are no penalties."""
+    biases: Floats | None = None
+    """None: 0 everywhere."""
+
+    @classmethod
+    def join(cls, parts: SequenceOf[Places]) -> Places:
+        """All places of at least one part."""
+        return cls(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.token_ids for part in parts]),
+            _join(parts, [part.penalties for part in parts], neutral=1.0),
+            _join(parts, [part.subtracted for part in parts], neutral=0.0),
+            _join(parts, [part.biases for part in parts], neutral=0.0),
+        )
+
+
+def _join(parts: SequenceOf[Places], arrays: list[Floats | None], *, neutral: float) -> Floats | None:
+    """One kind of number of all parts; None where no part has any."""
+    if all(array is None for array in arrays):
+        return None
+    filled = (
+        np.full(len(part.rows), neutral, np.float32) if array is None else array
+        for part, array in zip(parts, arrays, strict=True)
+    )
+    return np.concatenate([*filled])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GreenList:
+    """The tokens that a watermark favours in one row."""
+
+    row: int
+    token_ids: Integers
+    """[part of the vocabulary]"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adjustments:
+    """What changes in a step's logits: first the green lists, then the places, each at most once."""
+
+    green_lists: list[GreenList]
+    green_gain: float
+    """What is added to the logits of the green lists."""
+    places: Places | None
+    """None: there are none."""
+
+
+class AdjustLogits(Protocol):
+    """Changes a step's logits."""
+
+    def __call__(self, logits: torch.Tensor, adjustments: Adjustments) -> None:
+        """Change logits [all rows, vocab] float32 in place. Nothing is read back from the device."""
 
 
 def is_counting(params: SamplingParams) -> bool:
@@ -75,6 +155,10 @@ class TokenCounts:
         if not self._in_all[place]:  # then it was new, and its place is the last one
             del self._place_of[token_id], self._token_ids[place], self._in_all[place], self._in_output[place]
 
+    def find(self, token_ids: Iterable[int]) -> list[int | None]:
+        """The place of each token in the columns; None: it is in neither prompt nor output."""
+        return [self._place_of.get(token_id) for token_id in token_ids]
+
     def columns(self) -> tuple[Integers, Integers, Integers]:
         """Copies [distinct tokens]: token ids, their counts in prompt and output, their counts in the output."""
         return np.array(self._token_ids), np.array(self._in_all), np.array(self._in_output)
@@ -83,11 +167,21 @@ class TokenCounts:
 class Penalties:
     """Adjusts the logits of a step; keeps the counts of the sequences that want them for as long as they live."""
 
-    def __init__(self, watermark_gamma: float = 0.5, watermark_delta: float = 2.0) -> None:
-        """`watermark_gamma` is the part of the vocabulary on the green list, which gains `watermark_delta`."""
+    def __init__(self, watermark_gamma: float = 0.5, watermark_delta: float = 2.0, backend: str = "torch") -> None:
+        """`watermark_gamma` is the part of the vocabulary on the green list, which gains `watermark_delta`.
+
+        `backend` is a key of `PENALTIES`.
+        """
+        self._adjust_logits: AdjustLogits = import_entry(PENALTIES, backend, "penalty")
         self._watermark_gamma = watermark_gamma
         self._watermark_delta = watermark_delta
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
+
+    @staticmethod
+    def needs_tokens(sequence: Sequence) -> bool:
+        """True for penalties that count, and for a watermark, which depends on the last token."""
+        params = sequence.request.sampling
+        return is_counting(params) or params.is_watermarked
 
     @staticmethod
     def select(batch: ScheduledBatch) -> list[ScheduledSequence]:
@@ -97,80 +191,65 @@ class Penalties:
     @torch.inference_mode()
     def apply(self, selected: SequenceOf[ScheduledSequence], logits: torch.Tensor) -> None:
         """Adjust the selected sequences' rows of logits [all rows, vocab] float32 in place."""
-        counted, biased = _Places(), _Places()
+        green_lists: list[GreenList] = []
+        places: list[Places] = []
         for scheduled in selected:
             sequence = scheduled.sequence
             params = sequence.request.sampling
             if params.is_watermarked:
                 for row, previous in zip(scheduled.rows, [sequence.token_ids[-1], *scheduled.draft], strict=True):
-                    logits[row, self._green_list(previous, logits.shape[1])] += self._watermark_delta
+                    green_lists.append(GreenList(row, self._green_token_ids(previous, logits.shape[1])))
             if is_counting(params):
-                self._count(scheduled, counted)
-            if params.logit_bias:
-                token_ids = np.array([*params.logit_bias], np.int64)
-                biases = np.array([*params.logit_bias.values()], np.float32)
-                for row in scheduled.rows:
-                    biased.add(row, token_ids, biases)
-        if counted:
-            places = counted.indices(logits.device)
-            penalties, subtracted = counted.numbers(logits.device)
-            values = logits[places]
-            logits[places] = torch.where(values < 0, values * penalties, values / penalties) - subtracted
-        if biased:
-            (biases_of_all,) = biased.numbers(logits.device)
-            logits[biased.indices(logits.device)] += biases_of_all
+                places += self._counted(scheduled)
+            elif params.logit_bias:
+                places += [_biased(row, params.logit_bias) for row in scheduled.rows]
+        joined = Places.join(places) if places else None
+        self._adjust_logits(logits, Adjustments(green_lists, self._watermark_delta, joined))
 
-    def _green_list(self, previous: int, vocab_size: int) -> torch.Tensor:
+    def _green_token_ids(self, previous: int, vocab_size: int) -> Integers:
         """Token ids [int(vocab_size * gamma)], on any device those that TGI draws on a CPU."""
         generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
-        return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * self._watermark_gamma)]
+        token_ids: Integers = torch.randperm(vocab_size, generator=generator).numpy()
+        return token_ids[: int(vocab_size * self._watermark_gamma)]
 
-    def _count(self, scheduled: ScheduledSequence, counted: _Places) -> None:
-        """Add the penalties of the sequence's rows to `counted`."""
+    def _counted(self, scheduled: ScheduledSequence) -> Iterator[Places]:
+        """The places of each row of a sequence whose tokens count."""
         sequence = scheduled.sequence
-        params = sequence.request.sampling
         counts = self._counts.get(sequence)
         if counts is None:
             counts = self._counts[sequence] = TokenCounts(sequence.request.prompt_token_ids)
         for token_id in sequence.token_ids[counts.num_tokens :]:
             counts.add(token_id)
         for row, following in zip(scheduled.rows, [*scheduled.draft, None], strict=True):
-            token_ids, in_all, in_output = counts.columns()
-            subtracted = (
-                params.relative_frequency_penalty / counts.num_tokens * in_all
-                + params.frequency_penalty * in_output
-                + params.presence_penalty * (in_output > 0)
-            )
-            counted.add(row, token_ids, np.full(len(token_ids), params.repetition_penalty), subtracted)
+            yield _penalized(row, counts, sequence.request.sampling)
             if following is not None:
                 counts.add(following)
         for token_id in reversed(scheduled.draft):
             counts.remove(token_id)
 
 
-class _Places:
-    """Places in a step's logits, each at most once, with numbers for each; gathered row by row, used all at once."""
+def _penalized(row: int, counts: TokenCounts, params: SamplingParams) -> Places:
+    """The places of a row: those of the tokens that are counted, and of the others that have a bias."""
+    token_ids, in_all, in_output = counts.columns()
+    subtracted = (
+        params.relative_frequency_penalty / counts.num_tokens * in_all
+        + params.frequency_penalty * in_output
+        + params.presence_penalty * (in_output > 0)
+    ).astype(np.float32)
+    penalties = np.full(len(token_ids), params.repetition_penalty, np.float32)
+    if not params.logit_bias:
+        return Places(np.full(len(token_ids), row), token_ids, penalties, subtracted)
+    biases = np.zeros(len(token_ids), np.float32)
+    others: dict[int, float] = {}
+    for (token_id, bias), place in zip(params.logit_bias.items(), counts.find(params.logit_bias), strict=True):
+        if place is None:
+            others[token_id] = bias
+        else:
+            biases[place] = bias
+    counted = Places(np.full(len(token_ids), row), token_ids, penalties, subtracted, biases)
+    return Places.join([counted, _biased(row, others)])
 
-    def __init__(self) -> None:
-        self._rows: list[Integers] = []
-        self._token_ids: list[Integers] = []
-        self._numbers: list[tuple[npt.NDArray[Any], ...]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
-    def add(self, row: int, token_ids: Integers, *numbers: npt.NDArray[Any]) -> None:
-        """Add one row's places: token_ids [n], and for each kind of number an array [n]."""
-        self._rows.append(np.full(len(token_ids), row))
-        self._token_ids.append(token_ids)
-        self._numbers.append(numbers)
-
-    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns [all places] int64."""
-        rows, columns = np.concatenate(self._rows), np.concatenate(self._token_ids)
-        return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
-
-    def numbers(self, device: torch.device) -> list[torch.Tensor]:
-        """Each kind of number [all places] float32."""
-        kinds = zip(*self._numbers, strict=True)
-        return [torch.from_numpy(np.concatenate(kind).astype(np.float32)).to(device) for kind in kinds]
+def _biased(row: int, logit_bias: dict[int, float]) -> Places:
+    token_ids, biases = np.array([*logit_bias], np.int64), np.array([*logit_bias.values()], np.float32)
+    return Places(np.full(len(token_ids), row), token_ids, biases=biases)

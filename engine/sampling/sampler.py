@@ -18,6 +18,7 @@ import torch
 
 from engine.link.messages import SamplingParams
 from engine.scheduling.batch import SampledBatch
+from quant.kernels.transfer import to_device
 
 SAMPLERS: dict[str, str] = {
     "cpu": "engine.sampling.sampler_cpu:sample",
@@ -25,6 +26,8 @@ SAMPLERS: dict[str, str] = {
     "triton": "engine.sampling.sampler_triton:sample",
 }
 """Backend name -> lazy "module:function", a `Sample`. `torch` is the reference implementation, and runs anywhere."""
+LAUNCHED_SAMPLERS: dict[str, str] = {"triton": "engine.sampling.sampler_triton:launch_sample"}
+"""Backend name -> lazy "module:function", a `LaunchSample`, for those samplers whose choice is made later."""
 
 MIN_TEMPERATURE = 1e-30
 """A smaller temperature would be 0 in float32."""
@@ -49,6 +52,41 @@ class Sample(Protocol):
         """
 
 
+class PendingTokens(Protocol):
+    """A step's tokens, which are on the device until they are read."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[rows] integers, on the device, valid ids in any case; a later launch there may read them."""
+
+    def read(self) -> SampledBatch:
+        """Wait for them; nothing that was launched since is waited for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FinishedTokens:
+    """Implements `PendingTokens` where nothing is waited for."""
+
+    token_ids: torch.Tensor
+    batch: SampledBatch
+
+    def read(self) -> SampledBatch:
+        return self.batch
+
+
+class LaunchSample(Protocol):
+    """Chooses as a `Sample` does, and returns before the device has begun."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        params: SequenceOf[SamplingParams],
+        positions: SequenceOf[int],
+        raw: RawRows | None = None,
+    ) -> PendingTokens:
+        """As `Sample`; other steps may change the logits before the tokens are read."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RawRows:
     """The model's own logits of some rows of a step, kept before penalties and masks change them."""
@@ -65,7 +103,12 @@ class RawRows:
         logits [all rows, vocab]; `params` is for all rows.
         """
         kept = sorted(row for row in rows if not params[row].is_logprob_filtered)
-        return cls(kept, logits[kept]) if kept else None
+        return cls(kept, take_rows(logits, kept)) if kept else None
+
+
+def take_rows(logits: torch.Tensor, rows: SequenceOf[int]) -> torch.Tensor:
+    """Copies of rows of logits [all rows, vocab], for which the host does not wait."""
+    return logits.index_select(0, to_device(np.array(rows, np.int64), logits.device))
 
 
 def log_min_p(param: SamplingParams) -> float:

@@ -1,5 +1,7 @@
 """Sampling in Triton: two launches for all rows of a step, one more for top tokens, and one copy back to the host.
 
+Nobody waits for them: parameters go through pinned memory, and the results are waited for when they are read.
+
 The first launch reads every logit once, a program for each part of a row: its best logit, and its mass relative to
 that. The second has a program for each row, which joins the parts in their order and, unless the row is greedy, draws.
 Every filter leaves the tokens whose scores reach a bound: top-k, top-p and min-p one of the scaled logits, typical-p
@@ -18,10 +20,19 @@ import numpy.typing as npt
 import torch
 
 from engine.link.messages import SamplingParams
-from engine.sampling.sampler import MIN_TEMPERATURE, RawRows, log_min_p, uniform
+from engine.sampling.sampler import (
+    MIN_TEMPERATURE,
+    FinishedTokens,
+    PendingTokens,
+    RawRows,
+    log_min_p,
+    take_rows,
+    uniform,
+)
 from engine.sampling.sampler_triton_kernels import RESULT, SPEC, choose_kernel, list_kernel, part_kernel
 from engine.scheduling.batch import SampledBatch
 from quant.kernels.launch import launch
+from quant.kernels.transfer import HostCopy, to_device
 
 PART, PART_WARPS = 4096, 8
 """Logits that a program of the first launch reads, by so many warps."""
@@ -34,30 +45,25 @@ SPARE_PLACES = 12
 
 Records = npt.NDArray[Any]
 """An array of `SPEC` or `RESULT`."""
+Integers = npt.NDArray[np.int32]
+RESULT_WORDS = RESULT.itemsize // 4
+TOKEN_WORD = list(RESULT.fields or ()).index("token")
 
 
 def sample(
     logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int], raw: RawRows | None = None
 ) -> SampledBatch:
     """As `engine.sampling.sampler.Sample` says."""
+    return launch_sample(logits, params, positions, raw).read()
+
+
+def launch_sample(
+    logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int], raw: RawRows | None = None
+) -> PendingTokens:
+    """As `engine.sampling.sampler.LaunchSample` says."""
     if not params:
-        return SampledBatch([], [], [])
-    max_top = min(max(param.num_top_tokens for param in params), logits.shape[1])
-    chosen = ChosenRows.launch(
-        logits, make_specs(params, positions, raw), raw, max_top + SPARE_PLACES if max_top else 0
-    )
-    rows, lists = chosen.read()
-    max_listed = int(rows["num_listed"].max())
-    if max_listed > chosen.capacity:
-        rows, lists = chosen.list_again(max_listed).read()
-    batch = SampledBatch(rows["token"].tolist(), rows["logprob"].tolist(), rows["is_finite"].astype(bool).tolist())
-    if max_top:
-        for num_listed, (token_ids, keys, logprobs) in zip(rows["num_listed"], lists, strict=True):
-            # The best first, and equals in the order of their ids, as they were listed.
-            order = np.argsort(-keys[:num_listed].astype(np.int64), kind="stable")
-            batch.top_token_ids.append(token_ids[order].tolist())
-            batch.top_logprobs.append(logprobs.view(np.float32)[order].tolist())
-    return batch
+        return FinishedTokens(torch.empty(0, dtype=torch.int32, device=logits.device), SampledBatch([], [], []))
+    return LaunchedTokens(logits, make_specs(params, positions, raw), raw)
 
 
 def make_specs(params: SequenceOf[SamplingParams], positions: SequenceOf[int], raw: RawRows | None) -> Records:
@@ -83,11 +89,46 @@ def make_specs(params: SequenceOf[SamplingParams], positions: SequenceOf[int], r
     )
 
 
+class LaunchedTokens:
+    """Implements `PendingTokens`."""
+
+    def __init__(self, logits: torch.Tensor, specs: Records, raw: RawRows | None) -> None:
+        self._listed_rows = np.flatnonzero(specs["num_top"]).tolist()
+        max_top = min(int(specs["num_top"].max()), logits.shape[1])
+        self._chosen = ChosenRows.launch(logits, specs, raw, max_top + SPARE_PLACES if max_top else 0)
+        self._copy = HostCopy(self._chosen.results)
+        # More tokens may have to be listed once the logits are another step's.
+        self._listed_logits = take_rows(logits, self._listed_rows) if self._listed_rows else logits
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self._chosen.results[:, TOKEN_WORD]
+
+    def read(self) -> SampledBatch:
+        rows, lists = split_results(self._copy.read(), self._chosen.capacity)
+        batch = SampledBatch(rows["token"].tolist(), rows["logprob"].tolist(), rows["is_finite"].astype(bool).tolist())
+        if self._listed_rows:
+            self._add_top_tokens(batch, rows["num_listed"], lists[self._listed_rows])
+        return batch
+
+    def _add_top_tokens(self, batch: SampledBatch, num_listed: Integers, lists: Integers) -> None:
+        """num_listed [rows], and lists [listed rows, 3, places] with ids, keys and logprobs of the top tokens."""
+        if num_listed.max() > self._chosen.capacity:
+            again = self._chosen.list_again(self._listed_rows, self._listed_logits, int(num_listed.max()))
+            _, lists = split_results(HostCopy(again.results).read(), again.capacity)
+        batch.top_token_ids.extend([] for _ in num_listed)
+        batch.top_logprobs.extend([] for _ in num_listed)
+        for row, (token_ids, keys, logprobs) in zip(self._listed_rows, lists, strict=True):
+            # The best first, and equals in the order of their ids, as they were listed.
+            order = np.argsort(-keys[: num_listed[row]].astype(np.int64), kind="stable")
+            batch.top_token_ids[row] = token_ids[order].tolist()
+            batch.top_logprobs[row] = logprobs.view(np.float32)[order].tolist()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChosenRows:
-    """The rows of a step and their results, which are on the device until they are read."""
+    """Rows of logits and what is chosen of them, on the device."""
 
-    logits: torch.Tensor
     raw_logits: torch.Tensor
     specs: torch.Tensor
     """[rows, words of `SPEC`] int32"""
@@ -100,9 +141,8 @@ class ChosenRows:
     def launch(cls, logits: torch.Tensor, specs: Records, raw: RawRows | None, capacity: int) -> ChosenRows:
         size = logits.shape[1]
         raw_logits = logits if raw is None else raw.logits
-        on_device = torch.from_numpy(specs.view(np.int32).reshape(len(specs), -1)).to(logits.device)
-        width = RESULT.itemsize // 4 + 3 * capacity
-        results = torch.empty(len(specs), width, dtype=torch.int32, device=logits.device)
+        on_device = to_device(specs.view(np.int32).reshape(len(specs), -1), logits.device)
+        results = torch.empty(len(specs), RESULT_WORDS + 3 * capacity, dtype=torch.int32, device=logits.device)
         parts = _reduce_parts(logits)
         raw_parts = parts if raw is None else _reduce_parts(raw_logits)
         num_parts = parts[0].shape[1]
@@ -115,38 +155,37 @@ class ChosenRows:
             *raw_parts,
             on_device,
             results,
-            width,
+            results.shape[1],
             num_warps=TILE_WARPS,
             SIZE=size,
             NUM_PARTS=num_parts,
             MAX_PARTS=1 << (num_parts - 1).bit_length(),
             TILE=TILE,
         )
-        chosen = cls(logits, raw_logits, on_device, results, capacity)
-        chosen._list()
+        chosen = cls(raw_logits, on_device, results, capacity)
+        if capacity:
+            chosen._list(logits)
         return chosen
 
-    def list_again(self, capacity: int) -> ChosenRows:
-        """The same results with more places for top tokens."""
-        width = RESULT.itemsize // 4 + 3 * capacity
-        results = torch.empty(len(self.results), width, dtype=torch.int32, device=self.results.device)
-        results[:, : RESULT.itemsize // 4] = self.results[:, : RESULT.itemsize // 4]
-        chosen = dataclasses.replace(self, results=results, capacity=capacity)
-        chosen._list()
+    def list_again(self, rows: list[int], logits: torch.Tensor, capacity: int) -> ChosenRows:
+        """The results of some rows with more places for top tokens; `logits` [len(rows), vocab] are theirs."""
+        index = to_device(np.array(rows, np.int64), logits.device)
+        results = torch.empty(len(rows), RESULT_WORDS + 3 * capacity, dtype=torch.int32, device=logits.device)
+        results[:, :RESULT_WORDS] = self.results.index_select(0, index)[:, :RESULT_WORDS]
+        chosen = ChosenRows(self.raw_logits, self.specs.index_select(0, index), results, capacity)
+        chosen._list(logits)
         return chosen
 
-    def _list(self) -> None:
-        if self.capacity:
-            rows, width = self.results.shape
-            arguments = self.logits, self.raw_logits, self.specs, self.results, width, self.capacity
-            launch(list_kernel, (rows,), *arguments, num_warps=TILE_WARPS, SIZE=self.logits.shape[1], TILE=LIST_TILE)
+    def _list(self, logits: torch.Tensor) -> None:
+        rows, width = self.results.shape
+        arguments = logits, self.raw_logits, self.specs, self.results, width, self.capacity
+        launch(list_kernel, (rows,), *arguments, num_warps=TILE_WARPS, SIZE=logits.shape[1], TILE=LIST_TILE)
 
-    def read(self) -> tuple[Records, npt.NDArray[np.int32]]:
-        """The rows' results, and [rows, 3, capacity] ids, keys and logprobs of the top tokens: one copy to the host."""
-        words = self.results.cpu().numpy()
-        num_words = RESULT.itemsize // 4
-        rows = np.ascontiguousarray(words[:, :num_words]).view(RESULT)[:, 0]
-        return rows, words[:, num_words:].reshape(len(words), 3, self.capacity)
+
+def split_results(words: Integers, capacity: int) -> tuple[Records, Integers]:
+    """The results [rows], and ids, keys and logprobs of the top tokens [rows, 3, capacity]."""
+    rows = np.ascontiguousarray(words[:, :RESULT_WORDS]).view(RESULT)[:, 0]
+    return rows, words[:, RESULT_WORDS:].reshape(len(words), 3, capacity)
 
 
 def _reduce_parts(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

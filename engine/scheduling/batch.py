@@ -12,8 +12,10 @@ class ScheduledSequence(NamedTuple):
     """One sequence's part in a step, decided when the sequence stood as the scheduler saw it."""
 
     sequence: Sequence
+    num_computed_tokens: int
+    """Tokens whose KV was there before the step."""
     num_tokens: int
-    """Known tokens that the step computes."""
+    """Tokens that the step computes, beside those of the draft."""
     draft: list[int]
     """Tokens that may follow the last known one; they are computed after it and checked."""
     is_completing: bool
@@ -44,6 +46,8 @@ class ScheduledBatch:
     """Sequences that left the queue for this step."""
     is_decoding: bool = True
     """Every sequence computes one known token, and maybe a draft."""
+    is_launched: bool = False
+    """Its sequences stand as they will after the step, but for the tokens that it chooses (`Scheduler.advance`)."""
 
     def add(self, sequence: Sequence, num_tokens: int, draft: list[int] | None = None) -> None:
         """Compute `num_tokens` more known tokens of `sequence`, and its draft if all of them are computed by that."""
@@ -57,6 +61,7 @@ class ScheduledBatch:
         self.scheduled.append(
             ScheduledSequence(
                 sequence,
+                sequence.num_computed_tokens,
                 num_tokens,
                 draft,
                 is_completing,

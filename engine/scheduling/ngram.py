@@ -6,24 +6,9 @@ for 32,000, beside steps of milliseconds.
 
 from __future__ import annotations
 
-import dataclasses
-
-import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-MAX_MATCH = 16
-"""A longer match says no more about what follows."""
-
-IntArray = npt.NDArray[np.int32]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Proposal:
-    """Tokens that may come next, and how many tokens of the sequence's end stood before them elsewhere."""
-
-    token_ids: list[int]
-    match_length: int
+from engine.scheduling.proposal import MAX_MATCH, IntArray, Proposal
 
 
 @njit(nogil=True, boundscheck=False, cache=True)

@@ -11,13 +11,13 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from engine.link.messages import EngineStats, FinishReason, GenerationRequest, TokenEvent
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
-from engine.scheduling.sequence import OutputGrammar, Sequence
+from engine.scheduling.sequence import UNKNOWN_TOKEN, OutputGrammar, Sequence
 from engine.scheduling.speculate import Drafter, NoDrafter
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
@@ -34,12 +34,17 @@ class Scheduler:
         eos_token_ids: Collection[int],
         max_running: int | None = None,
         drafter: Drafter | None = None,
+        needs_tokens: Callable[[Sequence], bool] = lambda sequence: False,
     ) -> None:
-        """`max_running` None: only memory limits the running sequences. `drafter` None: nothing is drafted."""
+        """`max_running` None: only memory limits the running sequences. `drafter` None: nothing is drafted.
+
+        `needs_tokens` tells a sequence whose next token can't be chosen before the host knows all others.
+        """
         self._blocks = block_manager
         self._drafter = drafter or NoDrafter()
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
+        self._needs_tokens = needs_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -65,6 +70,7 @@ class Scheduler:
         `arrival_time` by `time.monotonic()` is that of a request that had to wait for its `grammar`; None: now.
         """
         sequence = Sequence(request, arrival_time=arrival_time or time.monotonic(), grammar=grammar)
+        sequence.needs_tokens = self._needs_tokens(sequence)
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
 
@@ -102,7 +108,9 @@ class Scheduler:
         """The running sequences that lack only their newest token, with a block for it."""
         decodes: list[Sequence] = []
         for sequence in list(self.running):
-            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+            if sequence.num_uncomputed_tokens != 1 or sequence.is_waiting_for_results:
+                continue
+            if self._make_room(sequence):
                 decodes.append(sequence)
         return decodes
 
@@ -118,7 +126,7 @@ class Scheduler:
 
     def _prompts(self) -> Iterator[Sequence]:
         """Prompts under way, then waiting sequences; each of those is admitted when the caller takes it."""
-        yield from [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        yield from [s for s in self.running if s.num_uncomputed_tokens > 1 and not s.is_waiting_for_results]
         while self.waiting and self._admit_first():
             yield self.running[-1]
 
@@ -131,12 +139,27 @@ class Scheduler:
                 del draft[len(sequence.block_table) * self._blocks.block_size - sequence.num_tokens :]
         return drafts
 
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Count a step as computed once it is launched, so that the next one can be scheduled before its results.
+
+        The tokens that it chooses are unknown until `update`. It has no drafts.
+        """
+        batch.is_launched = True
+        for scheduled in batch.scheduled:
+            sequence = scheduled.sequence
+            sequence.num_computed_tokens += scheduled.num_tokens
+            sequence.num_launched += 1
+            if scheduled.is_completing:
+                sequence.token_ids.append(UNKNOWN_TOKEN)
+                sequence.unknown_row = scheduled.rows.start
+
     def update(
         self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
     ) -> list[TokenEvent]:
         """Take in what a step computed; the events are what the callers see.
 
-        `prompt_logprobs` belong to the tokens that `num_scored_tokens` counts, sequence after sequence.
+        `prompt_logprobs` belong to the tokens that `num_scored_tokens` counts, sequence after sequence. What was
+        computed for a sequence that has ended meanwhile is dropped.
         """
         events: list[TokenEvent] = []
         scores = iter(prompt_logprobs)
@@ -144,16 +167,29 @@ class Scheduler:
             sequence = scheduled.sequence
             if scheduled.num_scored_tokens:
                 sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
-            before = sequence.num_computed_tokens
-            sequence.num_computed_tokens += scheduled.num_tokens
+            if batch.is_launched:
+                sequence.num_launched -= 1
+                if self._sequences.get(sequence.request.request_id) is not sequence:
+                    continue
+            else:
+                sequence.num_computed_tokens += scheduled.num_tokens
             new_events = self._accept(scheduled, sampled) if scheduled.is_completing else []
-            self._blocks.publish_full_blocks(sequence, before)
+            # A launched step that has gone further is computed before any other that could find its blocks.
+            self._blocks.publish_full_blocks(sequence, scheduled.num_computed_tokens)
             if new_events and new_events[-1].is_terminal:
                 self._remove(sequence)
             elif scheduled.draft:
                 self._blocks.shrink(sequence)
             events += new_events
         return events
+
+    def take_back(self, batch: ScheduledBatch, victim: Sequence, error: str) -> list[TokenEvent]:
+        """Forget a step that was scheduled and not computed, and end one of its sequences with `error`."""
+        for scheduled in batch.scheduled:
+            if scheduled.draft:
+                self._blocks.shrink(scheduled.sequence)
+        self._remove(victim)
+        return [TokenEvent(request_id=victim.request.request_id, error=error)]
 
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with `error`."""
@@ -201,10 +237,11 @@ class Scheduler:
         """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
 
         A block for each running sequence stays free: they will want one soon, and would preempt the newcomer for it.
+        A sequence that was preempted while a step was launched with it waits for that step's results.
         """
-        if len(self.running) == self._max_running:
-            return False
         sequence = self.waiting[0]
+        if len(self.running) == self._max_running or sequence.num_launched:
+            return False
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
             return False
         self.running.append(self.waiting.popleft())
@@ -217,8 +254,9 @@ class Scheduler:
     def _accept(self, scheduled: ScheduledSequence, sampled: SampledBatch) -> list[TokenEvent]:
         """Take the next token, and one more for each token of the draft that was right; an error is an event alone."""
         sequence = scheduled.sequence
+        place = scheduled.num_computed_tokens + scheduled.num_tokens
         event = TokenEvent(request_id=sequence.request.request_id)
-        if not sequence.num_output_tokens:
+        if place == sequence.num_prompt_tokens:
             event.queue_time_s = sequence.queue_time_s
             event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
             if not all(map(math.isfinite, event.prompt_logprobs)):
@@ -235,8 +273,9 @@ class Scheduler:
             if sequence.request.sampling.num_top_tokens:
                 event.top_token_ids.append(sampled.top_token_ids[row])
                 event.top_logprobs.append(sampled.top_logprobs[row])
-            sequence.token_ids.append(token_id)
-            event.finish_reason = self._finish_reason(sequence)
+            sequence.token_ids[place : place + 1] = [token_id]  # appends it, or replaces the unknown one
+            place += 1
+            event.finish_reason = self._finish_reason(sequence, place - sequence.num_prompt_tokens, token_id)
             if event.finish_reason is not None or token_id != guess:
                 break
             sequence.num_computed_tokens += 1
@@ -244,14 +283,14 @@ class Scheduler:
         events = [event] if event.token_ids else []
         return events if error is None else [*events, error]
 
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """The reason why the sequence ends here; None: it goes on. Length comes before the end token, as in TGI.
+    def _finish_reason(self, sequence: Sequence, num_output_tokens: int, token_id: int) -> FinishReason | None:
+        """The reason why the sequence ends with this token; None: it goes on. Length comes first, as in TGI.
 
         A grammar allows that token only where the output is complete, and nothing may follow it.
         """
-        if sequence.num_output_tokens >= sequence.request.max_new_tokens:
+        if num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
-        if sequence.token_ids[-1] not in self.eos_token_ids:
+        if token_id not in self.eos_token_ids:
             return None
         is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None
         return None if is_ignoring_eos else FinishReason.EOS_TOKEN

@@ -9,6 +9,9 @@ from typing import Protocol
 
 from engine.link.messages import GenerationRequest
 
+UNKNOWN_TOKEN = -1
+"""Stands in `Sequence.token_ids` for the token that a launched step chooses, until the host knows it."""
+
 
 class OutputGrammar(Protocol):
     """The grammar of a sequence's output, at the place that the output has reached (`engine.sampling.grammar`)."""
@@ -52,6 +55,12 @@ class Sequence:
     queue_time_s: float | None = None
     """Seconds from arrival to the first admission, None before it; the first event says it."""
     grammar: OutputGrammar | None = None
+    needs_tokens: bool = False
+    """Whether the choice of a token takes the tokens before it on the host."""
+    num_launched: int = 0
+    """Steps that compute something of it and whose results are not taken in yet."""
+    unknown_row: int = 0
+    """Row of the launched step whose choice is the unknown last token."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -67,6 +76,19 @@ class Sequence:
         if not self.request.has_prompt_logprobs or self.num_output_tokens:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def has_unknown_token(self) -> bool:
+        """Whether the last token is one that a launched step chooses."""
+        return self.token_ids[-1] == UNKNOWN_TOKEN
+
+    @property
+    def is_waiting_for_results(self) -> bool:
+        """Whether a launched step must be taken in before another one can go on with the sequence."""
+        if not self.num_launched:
+            return False
+        is_full = self.num_output_tokens >= self.request.max_new_tokens
+        return bool(self.num_unscored_tokens) or (self.has_unknown_token and (self.needs_tokens or is_full))
 
     @property
     def num_output_tokens(self) -> int:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.scheduling.ngram import MAX_MATCH, IntArray, Proposal
+from engine.scheduling.proposal import MAX_MATCH, IntArray, Proposal
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_costs import StepCosts
 

@@ -17,33 +17,48 @@ class StepClock:
     The report of a step that raises says what was scheduled and has no times.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: StepClock | None = None) -> None:
+        """`last` times the step that the device computes before this one, if that isn't finished yet.
+
+        The step begins when that one ends, and the device begins with it when it has computed that one.
+        """
         self.report = StepReport()
-        self._times = [time.monotonic()]
+        self._last = last
+        self._started = time.monotonic()
+        self._scheduled = self._sampled = self._ended = 0.0
 
     @contextlib.contextmanager
     def scheduling(self) -> Iterator[None]:
         yield
-        self._times.append(time.monotonic())
+        self._scheduled = time.monotonic()
 
     @contextlib.contextmanager
     def computing(self, batch: ScheduledBatch) -> Iterator[None]:
         """Time the model and the sampling."""
+        self.begin_computing(batch)
+        yield
+        self.end_computing()
+
+    def begin_computing(self, batch: ScheduledBatch) -> None:
         self.report.num_sequences = len(batch.scheduled)
         self.report.num_admitted = batch.num_admitted
         self.report.is_prefill = not batch.is_decoding or batch.num_admitted > 0
-        yield
-        self._times.append(time.monotonic())
+
+    def end_computing(self) -> None:
+        self._sampled = time.monotonic()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
         yield
-        self._times.append(time.monotonic())
+        self._ended = time.monotonic()
 
     def finish(self, events: SequenceOf[TokenEvent]) -> float:
         """Complete the report; the step's seconds."""
-        started, scheduled, sampled, ended = self._times
-        self.report.total_s, self.report.schedule_s = ended - started, scheduled - started
-        self.report.forward_s, self.report.update_s = sampled - scheduled, ended - sampled
+        begun, computing = self._started, self._scheduled
+        if self._last is not None:
+            begun, computing = max(begun, self._last._ended), max(computing, self._last._sampled)
+            self._last = None
+        self.report.total_s, self.report.schedule_s = self._ended - begun, self._scheduled - self._started
+        self.report.forward_s, self.report.update_s = self._sampled - computing, self._ended - self._sampled
         self.report.num_draft_hits = [len(event.token_ids) - 1 for event in events if event.token_ids]
         return self.report.total_s

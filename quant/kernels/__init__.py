@@ -61,6 +61,15 @@ def rounding_instructions(backend: str) -> str | None:
     return next((kernel.rounding for kernel in kernels if kernel.rounding is not None), None)
 
 
+def compiled_row_counts(backend: str) -> list[int]:
+    """Numbers of rows that between them need every program of the backend's kernels: a warm-up has steps of these.
+
+    Programs are compiled when they are first needed, which would be while requests wait. Empty: rows decide nothing.
+    """
+    kernels = (kernel for layout in MATRICES[backend] for kernel in _kernels(backend, layout))
+    return sorted({count for kernel in kernels for count in kernel.row_counts})
+
+
 def _kernels(backend: str, layout: str) -> Iterator[type[MatrixKernel]]:
     """The kernels for a layout, each imported when its turn comes."""
     entries = MATRICES[backend].get(layout) or MATRICES["torch"][layout]

@@ -170,6 +170,7 @@ class DenseCpu:
     """`x @ weight.T + bias`: x [rows, k] float32, weight [n, k] as stored, bias [n] float32 -> [rows, n] float32."""
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

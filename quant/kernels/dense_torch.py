@@ -12,6 +12,7 @@ class DenseTorch:
     """`x @ weight.T + bias` in the dtype of x."""
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

@@ -98,6 +98,7 @@ class IntegerCpu:
     """`x @ weight.T + bias` for the layouts "int8" and "int4", x [rows, k] float32 rounded first."""
 
     rounding = None if FOUND is None else FOUND.feature
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,41 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call of `launch`, which may be made again: on what the same tensors hold then, with the same numbers."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def describe(self) -> Launch:
+        return describe_launch(self.kernel, self.arguments, self.constants, self.num_warps, self.num_stages)
+
+    def __call__(self) -> None:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
+        # Infinities are part of the arithmetic: NumPy, which interprets, would warn of them.
+        with np.errstate(all="ignore") if IS_INTERPRETED else contextlib.nullcontext():
+            self.kernel[self.grid](*self.arguments, **self.constants, **options)
+
+
 _recording: list[Launch] | None = None
+_observer: Callable[[Call], None] | None = None
+
+
+@contextlib.contextmanager
+def observed_launches(observer: Callable[[Call], None]) -> Iterator[None]:
+    """Hand the launches of real tensors to `observer` within this block; it makes them."""
+    global _observer
+    assert _observer is None, "observers do not nest"
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
 
 
 @contextlib.contextmanager
@@ -84,10 +118,11 @@ def launch(
         if _recording is not None:
             _recording.append(describe_launch(kernel, arguments, constants, num_warps, num_stages))
         return
-    # Infinities are part of the arithmetic: NumPy, which interprets, would warn of them.
-    with np.errstate(all="ignore") if IS_INTERPRETED else contextlib.nullcontext():
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
-        kernel[grid](*arguments, **constants, **options)
+    call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
+    if _observer is None:
+        call()
+    else:
+        _observer(call)
 
 
 def _check(name: str, tensors: list[torch.Tensor]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from quant.base import PackedWeight
-from quant.kernels.skinny_triton import MAX_ROWS, min_block_inputs, skinny_product
-from quant.kernels.tuning import tile_for
+from quant.kernels.skinny_triton import BLOCK_ROWS, MAX_ROWS, min_block_inputs, skinny_product
+from quant.kernels.tuning import WeightShape, tile_for
 from quant.kernels.widen_triton import widened_product
 
 
@@ -17,24 +17,21 @@ class MatrixTriton:
     """`x @ weight.T + bias`, summed in float32."""
 
     rounding = None
+    row_counts = (*BLOCK_ROWS, MAX_ROWS + 1)
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
         return []
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed = _contiguous(packed)
+        self._packed = _as_indexed(packed)
         num_inputs, scales = packed.num_inputs, packed.scales
         num_groups = 1 if scales is None else scales.shape[1]
         self._group_size = num_inputs // num_groups if num_groups > 1 else 0
-        self._tile = tile_for(
-            packed.weight.shape[0],
-            num_inputs,
-            group_size=self._group_size,
-            min_inputs=min_block_inputs(packed.layout),
-            is_dense=scales is None,
-            is_gathered=packed.input_order is not None,
+        weight = WeightShape(
+            packed.layout, packed.weight.shape[0], num_inputs, self._group_size, packed.input_order is not None
         )
+        self._tile = tile_for(weight, packed.architecture, min_inputs=min_block_inputs(packed.layout))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed, x = self._packed, x.contiguous()
@@ -46,8 +43,13 @@ class MatrixTriton:
         return out
 
 
-def _contiguous(packed: PackedWeight) -> PackedWeight:
-    """The weight as kernels index it: formats that store scales by group leave them transposed."""
+def _as_indexed(packed: PackedWeight) -> PackedWeight:
+    """The weight as kernels index it: formats that store scales by group leave them transposed.
+
+    Kernels gather inputs by numbers of 32 bits, which take half as many registers.
+    """
     fields = ((field.name, getattr(packed, field.name)) for field in dataclasses.fields(packed))
     tensors: dict[str, Any] = {name: value.contiguous() for name, value in fields if isinstance(value, torch.Tensor)}
+    if packed.input_order is not None:
+        tensors["input_order"] = packed.input_order.to(torch.int32)
     return dataclasses.replace(packed, **tensors)

@@ -173,6 +173,7 @@ class PackedCpu:
     """`x @ weight.T + bias` for the layouts "int8" and "int4": x [rows, k] float32 -> [rows, n] float32."""
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

@@ -8,19 +8,32 @@ from torch.nn import functional
 from quant.base import PackedWeight
 from quant.packing import widen
 
+OUTPUTS_AT_A_TIME = 8192
+"""Outputs that are widened together: more would need several times the memory of the packed head."""
+
 
 class PackedTorch:
-    """`x @ weight.T + bias` in the dtype of x, the weight widened at every call: memory stays small, speed does too."""
+    """`x @ weight.T + bias` in the dtype of x, the weight widened at every call: memory stays small, speed does too.
+
+    Some outputs are widened at a time.
+    """
 
     rounding = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
         return []
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed = packed
+        starts = range(0, packed.weight.shape[0], OUTPUTS_AT_A_TIME)
+        self._parts = [packed.outputs(slice(first, first + OUTPUTS_AT_A_TIME)) for first in starts]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self._packed.bias is None else self._packed.bias.to(x.dtype)
-        return functional.linear(x, widen(self._packed).to(x.dtype), bias)
+        products = [_product(x, part) for part in self._parts]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+def _product(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    bias = None if packed.bias is None else packed.bias.to(x.dtype)
+    return functional.linear(x, widen(packed).to(x.dtype), bias)

@@ -21,10 +21,14 @@ from quant.base import PackedWeight
 from quant.kernels.launch import IS_INTERPRETED, launch
 from quant.kernels.tuning import Tile
 
-MAX_ROWS = 64
-MIN_BLOCK_ROWS = 16
-"""`tl.dot` wants at least 16 in each dimension."""
+BLOCK_ROWS = (16, 32, 64)
+"""Rows to which those of x are padded; `tl.dot` wants at least 16. Each is a program of its own."""
+MAX_ROWS = BLOCK_ROWS[-1]
 SUM_BLOCK = 256
+STAGED_BYTES = 60 * 1024
+"""Shared memory that a program may fill with weights and rows on their way: a little less than any card has."""
+MAX_X_BYTES = 2
+"""Bytes of a number of x on GPUs."""
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def _convert(values, x_ptr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def
 @triton.jit
 def _load_x(x_rows, order_ptr, inputs, is_input, is_row, HAS_ORDER: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """x transposed, [inputs, rows]; `order_ptr`: which input of the layer a column of the weight belongs to."""
-    columns = inputs.to(tl.int64)
+    columns = inputs
     if HAS_ORDER:
         columns = tl.load(order_ptr + inputs, mask=is_input, other=0)
     x = tl.load(x_rows + columns[:, None], mask=is_input[:, None] & is_row[None, :], other=0.0)
@@ -95,26 +99,117 @@ def _scaled(q, scale, zero, x_ptr, IS_FINE: tl.constexpr, WIDEN: tl.constexpr): 
     return _convert(number, x_ptr, WIDEN)
 
 
+@triton.jit
+def _multiply_int4(  # type: ignore[no-untyped-def]
+    x_rows,
+    x_ptr,
+    weights,  # pointers to the first byte of each output, [BLOCK_OUTPUTS, 1]
+    scales_ptr,
+    zeros_ptr,
+    order_ptr,
+    outputs,
+    is_output,
+    is_row,
+    start,
+    end,
+    num_inputs,
+    acc,
+    GROUP: tl.constexpr,
+    IS_FINE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """acc + the product of BLOCK_INPUTS inputs from `start` on, nothing if they begin at `end`."""
+    # Eight bytes hold sixteen inputs: the first eight in the lower halves, the others in the upper ones.
+    place = tl.arange(0, BLOCK_INPUTS // 2)
+    low = start + place // 8 * 16 + place % 8
+    is_input = tl.full(place.shape, start, tl.int32) < end
+    is_output = is_output & (tl.full(outputs.shape, start, tl.int32) < end)
+    if not IS_EVEN:
+        is_input = is_input & (low + 8 < num_inputs)
+    mask = is_output[:, None] & is_input[None, :]
+    pairs = tl.load(weights + (start // 2 + place)[None, :], mask=mask, other=0).to(tl.int16)
+    scale, zero = load_group(
+        scales_ptr, zeros_ptr, outputs, low, is_output, is_input, start, num_inputs, GROUP, IS_FINE
+    )
+    low_x = _load_x(x_rows, order_ptr, low, is_input, is_row, HAS_ORDER, WIDEN)
+    high_x = _load_x(x_rows, order_ptr, low + 8, is_input, is_row, HAS_ORDER, WIDEN)
+    part = tl.zeros_like(acc)
+    part = dot(_scaled(pairs & 15, scale, zero, x_ptr, IS_FINE, WIDEN), low_x, part, WIDEN)
+    part = dot(_scaled(pairs >> 4, scale, zero, x_ptr, IS_FINE, WIDEN), high_x, part, WIDEN)
+    if not IS_FINE:
+        part = part * scale
+    return acc + part
+
+
+@triton.jit
+def _multiply(  # type: ignore[no-untyped-def]
+    x_rows,
+    x_ptr,
+    weights,  # pointers to the first number of each output, [BLOCK_OUTPUTS, 1]
+    scales_ptr,
+    zeros_ptr,
+    order_ptr,
+    outputs,
+    is_output,
+    is_row,
+    start,
+    end,
+    num_inputs,
+    acc,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_FINE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """acc + the product of BLOCK_INPUTS inputs from `start` on, nothing if they begin at `end`."""
+    place = tl.arange(0, BLOCK_INPUTS)
+    inputs = start + place
+    is_input = tl.full(place.shape, start, tl.int32) < end
+    is_output = is_output & (tl.full(outputs.shape, start, tl.int32) < end)
+    if not IS_EVEN:
+        is_input = is_input & (inputs < num_inputs)
+    x = _load_x(x_rows, order_ptr, inputs, is_input, is_row, HAS_ORDER, WIDEN)
+    weight = tl.load(weights + inputs[None, :], mask=is_output[:, None] & is_input[None, :], other=0)
+    if LAYOUT == "dense":
+        return dot(_convert(weight, x_ptr, WIDEN), x, acc, WIDEN)
+    scale, zero = load_group(
+        scales_ptr, zeros_ptr, outputs, inputs, is_output, is_input, start, num_inputs, GROUP, IS_FINE
+    )
+    part = dot(_scaled(weight, scale, zero, x_ptr, IS_FINE, WIDEN), x, tl.zeros_like(acc), WIDEN)
+    if not IS_FINE:
+        part = part * scale
+    return acc + part
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [num_rows, num_inputs]
-    weight_ptr,  # [num_outputs, num_inputs], int4: half as many bytes
+    weight_ptr,  # [num_outputs, width]
     scales_ptr,  # [num_outputs, num_inputs / GROUP], GROUP 0: [num_outputs, 1]
     zeros_ptr,  # like scales
-    order_ptr,  # [num_inputs] int64
+    order_ptr,  # [num_inputs] int32
     bias_ptr,  # [num_outputs]
     out_ptr,  # [num_rows, num_outputs], or [SPLITS, num_rows, num_outputs] float32
     num_rows,
     num_outputs,
     num_inputs,
+    width,  # num_inputs, int4: half as many bytes
     LAYOUT: tl.constexpr,
     GROUP: tl.constexpr,
     IS_FINE: tl.constexpr,
+    IS_EVEN: tl.constexpr,  # whether blocks fill the inputs: then no mask is in the way of loads of 16 bytes
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of inputs whose loads are started together
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -127,42 +222,58 @@ def skinny_kernel(  # type: ignore[no-untyped-def]
     blocks_per_split = tl.cdiv(num_blocks, SPLITS)
     first = split * blocks_per_split
     last = tl.minimum(first + blocks_per_split, num_blocks)
+    end = last * BLOCK_INPUTS
     x_rows = x_ptr + rows[None, :].to(tl.int64) * num_inputs
-    weight_rows = outputs[:, None].to(tl.int64)
+    weights = weight_ptr + outputs[:, None].to(tl.int64) * width
     acc = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
-    for block in range(first, last):
-        start = block * BLOCK_INPUTS
-        if LAYOUT == "int4":
-            # Eight bytes hold sixteen inputs: the first eight in the lower halves, the others in the upper ones.
-            place = tl.arange(0, BLOCK_INPUTS // 2)
-            low = start + place // 8 * 16 + place % 8
-            is_input = low + 8 < num_inputs
-            pointers = weight_ptr + weight_rows * (num_inputs // 2) + (start // 2 + place)[None, :]
-            pairs = tl.load(pointers, mask=is_output[:, None] & is_input[None, :], other=0).to(tl.int16)
-            scale, zero = load_group(
-                scales_ptr, zeros_ptr, outputs, low, is_output, is_input, start, num_inputs, GROUP, IS_FINE
-            )
-            low_x = _load_x(x_rows, order_ptr, low, is_input, is_row, HAS_ORDER, WIDEN)
-            high_x = _load_x(x_rows, order_ptr, low + 8, is_input, is_row, HAS_ORDER, WIDEN)
-            part = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
-            part = dot(_scaled(pairs & 15, scale, zero, x_ptr, IS_FINE, WIDEN), low_x, part, WIDEN)
-            part = dot(_scaled(pairs >> 4, scale, zero, x_ptr, IS_FINE, WIDEN), high_x, part, WIDEN)
-            acc += part if IS_FINE else part * scale
-        else:
-            inputs = start + tl.arange(0, BLOCK_INPUTS)
-            is_input = inputs < num_inputs
-            pointers = weight_ptr + weight_rows * num_inputs + inputs[None, :]
-            x = _load_x(x_rows, order_ptr, inputs, is_input, is_row, HAS_ORDER, WIDEN)
-            weight = tl.load(pointers, mask=is_output[:, None] & is_input[None, :], other=0)
-            if LAYOUT == "int8":
-                scale, zero = load_group(
-                    scales_ptr, zeros_ptr, outputs, inputs, is_output, is_input, start, num_inputs, GROUP, IS_FINE
+    for first_block in range(first, last, BLOCKS):
+        for number in tl.static_range(BLOCKS):
+            start = (first_block + number) * BLOCK_INPUTS
+            if LAYOUT == "int4":
+                acc = _multiply_int4(
+                    x_rows,
+                    x_ptr,
+                    weights,
+                    scales_ptr,
+                    zeros_ptr,
+                    order_ptr,
+                    outputs,
+                    is_output,
+                    is_row,
+                    start,
+                    end,
+                    num_inputs,
+                    acc,
+                    GROUP,
+                    IS_FINE,
+                    IS_EVEN,
+                    HAS_ORDER,
+                    BLOCK_INPUTS,
+                    WIDEN,
                 )
-                part = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
-                part = dot(_scaled(weight, scale, zero, x_ptr, IS_FINE, WIDEN), x, part, WIDEN)
-                acc += part if IS_FINE else part * scale
             else:
-                acc = dot(_convert(weight, x_ptr, WIDEN), x, acc, WIDEN)
+                acc = _multiply(
+                    x_rows,
+                    x_ptr,
+                    weights,
+                    scales_ptr,
+                    zeros_ptr,
+                    order_ptr,
+                    outputs,
+                    is_output,
+                    is_row,
+                    start,
+                    end,
+                    num_inputs,
+                    acc,
+                    LAYOUT,
+                    GROUP,
+                    IS_FINE,
+                    IS_EVEN,
+                    HAS_ORDER,
+                    BLOCK_INPUTS,
+                    WIDEN,
+                )
     if HAS_BIAS:
         if SPLITS == 1:
             acc += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[:, None]
@@ -199,12 +310,25 @@ def min_block_inputs(layout: str) -> int:
     return 32 if layout == "int4" else 16
 
 
+def num_blocks_at_a_time(packed: PackedWeight, tile: Tile, block_rows: int) -> int:
+    """Blocks of inputs whose loads are started together: few programs reach a card's bandwidth with many on the way.
+
+    It changes nothing about the order of sums, so it may depend on the rows.
+    """
+    if packed.input_order is not None:
+        return 1
+    weight_bytes = tile.block_outputs * tile.block_inputs * packed.weight.shape[1] // packed.num_inputs
+    stage_bytes = weight_bytes * packed.weight.itemsize + block_rows * tile.block_inputs * MAX_X_BYTES
+    return max(count for count in (1, 2, 4) if count * stage_bytes * tile.num_stages <= STAGED_BYTES or count == 1)
+
+
 def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.Tensor, out: torch.Tensor) -> None:
     """x [rows, num_inputs] @ weight.T + bias into `out` [rows, num_outputs], for at most `MAX_ROWS` rows.
 
     `group_size` inputs have a scale; 0: all of them have the same, or there is none.
     """
     (num_rows, num_outputs), is_split = out.shape, tile.splits > 1
+    block_rows = next(count for count in BLOCK_ROWS if count >= num_rows)
     unused = packed.weight
     bias = unused if packed.bias is None else packed.bias
     target = x.new_empty(tile.splits, num_rows, num_outputs, dtype=torch.float32) if is_split else out
@@ -221,14 +345,17 @@ def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.T
         num_rows,
         num_outputs,
         packed.num_inputs,
+        packed.weight.shape[1],
         LAYOUT=packed.layout,
         GROUP=group_size,
         IS_FINE=group_size % tile.block_inputs > 0,
+        IS_EVEN=packed.num_inputs % tile.block_inputs == 0,
         HAS_ORDER=packed.input_order is not None,
         HAS_BIAS=packed.bias is not None,
         BLOCK_OUTPUTS=tile.block_outputs,
-        BLOCK_ROWS=max(MIN_BLOCK_ROWS, 1 << (num_rows - 1).bit_length()),
+        BLOCK_ROWS=block_rows,
         BLOCK_INPUTS=tile.block_inputs,
+        BLOCKS=num_blocks_at_a_time(packed, tile, block_rows),
         SPLITS=tile.splits,
         WIDEN=IS_INTERPRETED,
         num_warps=tile.num_warps,

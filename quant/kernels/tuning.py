@@ -1,19 +1,32 @@
-"""How a weight is cut into programs: tiles of outputs and inputs, by layout and shape. Not tuned on hardware.
+"""How a weight is cut into programs: tiles of outputs and inputs, measured ones or defaults.
 
-A tile depends on the weight alone, never on the rows of activations that it meets, so that the order in which a row is
-summed does not depend on the rows beside it.
+`tuned_tiles.json` has what was measured on cards; it is empty as long as nothing was. A tile depends on the card and
+the weight alone, never on the rows of activations that it meets, so that the order in which a row is summed does not
+depend on the rows beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-FEW_OUTPUTS = 8192
+from quant.base import FormatError
+
+TUNED_TILES = Path(__file__).with_name("tuned_tiles.json")
+"""A list of objects with the fields of `WeightShape`, the `architecture` and the `tile`, whose fields are `Tile`'s."""
+MAX_DISTANCE = 1.0
+"""A measured tile serves weights of at most twice or half the size; a weight as near as that has the nearest one's."""
+
 MAX_BLOCK_INPUTS = 128
-MAX_SPLITS = 8
-MIN_BLOCKS_PER_SPLIT = 4
+MIN_BLOCK = 16
 ENOUGH_PROGRAMS = 256
-"""Programs that occupy a large card: about two for each of its 108 to 144 multiprocessors."""
+"""Programs that occupy a large card: about two for each of its 108 to 144 multiprocessors. With fewer outputs tiles are
+as small as they can be: splits of the inputs would take a launch of their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,24 +35,79 @@ class Tile:
 
     block_outputs: int
     block_inputs: int
-    splits: int
+    splits: int = 1
     num_warps: int = 4
     num_stages: int = 3
 
 
-def tile_for(
-    num_outputs: int, num_inputs: int, *, group_size: int, min_inputs: int, is_dense: bool, is_gathered: bool = False
-) -> Tile:
-    """The tile of a weight with a scale for every `group_size` inputs, or 0; `min_inputs` is a power of two.
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightShape:
+    """What of a weight decides its tile."""
 
-    A block of inputs lies within a group, unless no block of `min_inputs` can. Weights whose inputs are gathered
-    (`is_gathered`) need more registers, so fewer loads are under way at a time.
+    layout: str
+    num_outputs: int
+    num_inputs: int
+    group_size: int = 0
+    """Inputs that have a scale; 0: all have the same, or there is none."""
+    is_gathered: bool = False
+    """Whether the inputs are out of order, as with act-order."""
+
+    def distance(self, other: WeightShape) -> float:
+        """Powers of two between the sizes of weights of the same kind, infinite if the kinds differ."""
+        if (self.layout, self.group_size, self.is_gathered) != (other.layout, other.group_size, other.is_gathered):
+            return math.inf
+        ratios = self.num_outputs / other.num_outputs, self.num_inputs / other.num_inputs
+        return sum(abs(math.log2(ratio)) for ratio in ratios)
+
+
+Tuned = Sequence[tuple[str, WeightShape, Tile]]
+"""Measured tiles with the architecture and the weight that they were measured with."""
+
+
+def tile_for(weight: WeightShape, architecture: str | None = None, *, min_inputs: int) -> Tile:
+    """The tile of a weight, whose blocks have at least `min_inputs` inputs, a power of two."""
+    return tuned_tile(read_tuned_tiles(TUNED_TILES), weight, architecture) or default_tile(weight, min_inputs)
+
+
+def tuned_tile(tuned: Tuned, weight: WeightShape, architecture: str | None) -> Tile | None:
+    """The measured tile of the nearest weight on that architecture; None: none is near."""
+    distances = [(weight.distance(other), tile) for name, other, tile in tuned if name == architecture]
+    nearest = min(distances, key=lambda pair: pair[0], default=None)
+    return nearest[1] if nearest is not None and nearest[0] <= MAX_DISTANCE else None
+
+
+def default_tile(weight: WeightShape, min_inputs: int) -> Tile:
+    """A tile that was not measured.
+
+    A block of inputs lies within a group, unless no block of `min_inputs` can. Weights whose inputs are gathered need
+    more registers, so fewer loads are under way at a time. With these warps compilers spill least.
     """
-    power_of_two = group_size & -group_size  # the largest that divides it
+    block_outputs = max(size for size in (16, 32, 64) if weight.num_outputs >= size * ENOUGH_PROGRAMS or size == 16)
+    if weight.layout == "dense":
+        return Tile(block_outputs, 2 * MAX_BLOCK_INPUTS if block_outputs == 16 else MAX_BLOCK_INPUTS, num_warps=8)
+    power_of_two = weight.group_size & -weight.group_size  # the largest that divides it
     block_inputs = max(min(power_of_two or MAX_BLOCK_INPUTS, MAX_BLOCK_INPUTS), min_inputs)
-    block_outputs = 32 if num_outputs < FEW_OUTPUTS else 64
-    programs = -(-num_outputs // block_outputs)
-    blocks = -(-num_inputs // block_inputs)
-    splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, blocks // MIN_BLOCKS_PER_SPLIT))
-    num_warps = 8 if is_dense else 4  # with which the compiler spills least
-    return Tile(block_outputs, block_inputs, splits, num_warps, num_stages=2 if is_gathered else 3)
+    return Tile(block_outputs, block_inputs, num_stages=2 if weight.is_gathered else 3)
+
+
+@functools.cache
+def read_tuned_tiles(path: Path) -> Tuned:
+    """The measured tiles of a file. Raises FormatError, in a sentence."""
+    try:
+        entries = json.loads(path.read_bytes())
+        return [_read_entry(entry) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{path} is not a list of measured tiles: {error}") from error
+
+
+def _read_entry(entry: Mapping[str, Any]) -> tuple[str, WeightShape, Tile]:
+    fields = dict(entry)
+    architecture, numbers = str(fields.pop("architecture")), dict(fields.pop("tile"))
+    weight, tile = WeightShape(**fields), Tile(**numbers)
+    for name, number in numbers.items():
+        is_power_of_two = isinstance(number, int) and number > 0 and number & (number - 1) == 0
+        if not is_power_of_two and not (name in ("splits", "num_stages") and isinstance(number, int) and number > 0):
+            raise ValueError(f"{name} of a tile is {number!r}")
+    if tile.block_outputs < MIN_BLOCK or tile.block_inputs < MIN_BLOCK:
+        raise ValueError(f"a tile of {tile.block_outputs} x {tile.block_inputs} is too small")
+    return architecture, weight, tile

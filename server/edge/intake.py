@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import BodyError, OverloadedError
 
+MAX_LENGTH_DIGITS = 20
+"""Digits of a length that is a number at all; Python would refuse to read more than 4,300."""
 SCOPE_KEY = "pytgi.arrival"
 
 
@@ -62,7 +64,8 @@ class Intake:
         """
         announced = request.headers.get("content-length", "")
         limit = self._limits.max_body_bytes
-        if len(announced) > 19 or (announced.isdecimal() and int(announced) > limit):
+        is_number = announced.isdecimal() and announced.isascii()
+        if is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
             raise BodyError(413, "Failed to buffer the request body: length limit exceeded")
         loop = asyncio.get_running_loop()
         started = loop.time()

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -44,6 +45,18 @@ CAUSE_TIMEOUT_S = 5
 """The time of a child to end once its peer has noticed that it is ending."""
 
 
+SECRET = re.compile(r"(_|^)(TOKEN|AUTHTOKEN|KEY|SECRET|PASSWORD)$|^OTEL_EXPORTER_OTLP_.*HEADERS$")
+"""Names of variables with secrets."""
+
+
+def without_secrets(environ: Mapping[str, str], kept: Sequence[str] = ()) -> dict[str, str]:
+    """`environ` without the variables that hold secrets, but for those that begin with one of `kept`.
+
+    A child that needs the API key reads it off its standard input; a core dump or a child of its own shows the rest.
+    """
+    return {name: value for name, value in environ.items() if not SECRET.search(name) or name.startswith(tuple(kept))}
+
+
 class Signals:
     """The number of SIGTERM, SIGINT and SIGHUP so far. The main loop acts on it."""
 
@@ -74,8 +87,10 @@ class Child:
         config: str = "",
         fds: Sequence[int] = (),
         environ: Mapping[str, str] | None = None,
+        kept_secrets: Sequence[str] = (),
         stdout: int | None = None,
     ) -> None:
+        """`kept_secrets` are the beginnings of the variables with secrets that this child needs."""
         self.name = name
         self.is_hung = False
         self.process = subprocess.Popen(
@@ -83,7 +98,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=stdout,
             pass_fds=fds,
-            env={**os.environ, **(environ or {})},
+            env={**without_secrets(os.environ, kept_secrets), **(environ or {})},
             start_new_session=True,
         )
         assert self.process.stdin is not None

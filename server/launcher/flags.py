@@ -42,9 +42,18 @@ MODEL = (
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
+        name="device",
+        fills="engine.device sharding",
+        help="What to compute on; auto is a GPU if torch sees one, else the CPU. interpreted is for tests: the GPU's "
+        "kernels run in Python (ours)",
+        choices=tuple("auto cuda cpu interpreted".split()),
+        default="auto",
+    ),
+    Flag(
         name="dtype",
         fills="engine.dtype",
-        help="What to compute in; auto is the checkpoint's own. float32 gives the ids of transformers in float32",
+        help="What to compute in; auto is the checkpoint's own on a CPU, on a GPU bfloat16, or float16 on cards "
+        "without it. float32 gives the ids of transformers in float32",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
     ),
@@ -101,6 +110,14 @@ MODEL = (
         help="Which of the hosts this one is, from 0; the first serves HTTP (ours)",
         value=COUNT,
         default=0,
+    ),
+    Flag(
+        name="shard-secret",
+        fills="engine.shard_secret",
+        help="Text by which the shards of several hosts know each other; better given as variable, a command line is "
+        "seen by every user of the host (ours; default: on one host a new one for each start)",
+        value=SECRET,
+        is_secret=True,
     ),
     Flag(
         name="shard-timeout",
@@ -274,17 +291,23 @@ BATCHING = (
     Flag(
         name="cuda-memory-fraction",
         fills="engine.memory_fraction",
-        help="Share of the device's free memory that may be used, on a CPU as well",
+        help="Share of each GPU's memory that may be used; on a CPU, of the memory that is free",
         value=FRACTION,
         default=1.0,
     ),
     Flag(
         name="cuda-graphs",
-        help="Batch sizes captured as CUDA graphs",
+        fills="engine.graph_sizes",
+        help="Rows of decoding steps that a GPU runs as CUDA graphs, the tokens of drafts included; 0 captures none "
+        "(default: 1,2,4,8,16,32; no effect on a CPU)",
         value=INTEGERS,
-        effect=Effect.NONE,
-        harmless=((0,),),
-        reason="no graphs are captured, every step is launched as it comes",
+    ),
+    Flag(
+        name="disable-overlap",
+        fills="engine.is_overlap_disabled",
+        help="Read the tokens of each step on a GPU before the next one is launched (no effect on a CPU, with several "
+        "shards or speculation, where steps don't overlap)",
+        is_switch=True,
     ),
     Flag(
         name="waiting-served-ratio",
@@ -457,8 +480,8 @@ VARIABLES: tuple[Variable, ...] = (
         name="TGI_WIGGLE_ROOM",
         fills="engine.kv_memory_share",
         value=FRACTION,
-        default=0.8,
-        help="Share of the memory free after loading that the KV cache may take",
+        help="Share of the memory free after loading that the KV cache may take (default: 0.8; on a GPU 0.95 of what "
+        "the largest step leaves)",
     ),
     Variable(
         name="OMP_NUM_THREADS",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import ipaddress
 import math
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+GPU_BUILDS = "cuda hip".split()
+"""Names in torch's version.py of which a build for GPUs says the version, and others None."""
 REPORTED_PACKAGES = ("pytgi", "torch", "numba", "safetensors", "tokenizers", "fastapi", "uvicorn", "huggingface_hub")
 NVIDIA_SMI_TIMEOUT_S = 10
 
@@ -48,6 +52,18 @@ def _quota(folder: Path, *, is_v2: bool) -> tuple[int, int]:
         quota, period = (folder / "cpu.max").read_text().split()
         return int(quota), int(period)
     return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
+
+
+def can_use_gpus() -> bool:
+    """Whether the installed torch is a build for GPUs. Only its small file of versions is read: torch loads slowly."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    try:
+        versions = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
+    except OSError:
+        return False
+    return any(versions.get(name) for name in GPU_BUILDS)
 
 
 def is_ip_address(hostname: str) -> bool:

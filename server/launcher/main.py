@@ -17,6 +17,7 @@ from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.children import Signals, supervise
 from server.launcher.errors import ArgumentError, LaunchError, Stopped
 from server.launcher.host import describe_runtime
+from server.launcher.shard_check import check_model
 from server.launcher.sockets import bind, rendezvous_socket
 from server.launcher.start import find_model, start_ranks, start_webserver
 
@@ -64,9 +65,11 @@ def run(args: LauncherArgs) -> None:
         logger.warning("%s", warning)
     if 0 not in args.sharding.ranks:
         model_path = find_model(args, signals)
+        check_model(model_path, args.sharding)
         supervise(None, start_ranks(args, model_path), signals, args.graceful_termination_timeout_s)
     with bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
         model_path = find_model(args, signals)
+        check_model(model_path, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:
             engines = start_ranks(args, model_path, engine_end, rendezvous)

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from server.launcher.errors import ArgumentError
+from server.launcher.host import available_cores, can_use_gpus
 
 LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_MASTER_PORT = 29500
 """TGI's and torchrun's."""
+MAX_HOST_SHARDS = 8
+"""Shards that a processor serves whatever its cores; more need as many cores."""
+HOST_DEVICES = frozenset({"cpu", "interpreted"})
+"""Values of --device with which visible GPUs don't count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +53,7 @@ def resolve_sharding(values: Mapping[str, Any], environ: Mapping[str, str]) -> S
     if num_hosts > 1 and "master_addr" not in values:
         raise ArgumentError("--nnodes needs --master-addr: an address of the first host that the others can reach")
     local_size = size // num_hosts
+    _check_devices(local_size, values, environ)
     return Sharding(
         size=size,
         num_hosts=num_hosts,
@@ -91,10 +97,23 @@ def _num_shards(values: Mapping[str, Any], environ: Mapping[str, str]) -> int:
         return int(num_shard)
     if is_sharded is False:
         return 1
-    num_devices = _num_visible_devices(environ)
+    num_devices = _num_visible_devices(environ) if _is_gpu_possible(values) else 0
     if is_sharded and num_devices <= 1:
         raise ArgumentError(f"`sharded` is true but only found {num_devices} CUDA devices")
     return max(1, num_devices)
+
+
+def _is_gpu_possible(values: Mapping[str, Any]) -> bool:
+    return values.get("device", "auto") not in HOST_DEVICES and can_use_gpus()
+
+
+def _check_devices(local_size: int, values: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Raise ArgumentError for more shards on this host than GPUs or, without any, than its processor could serve."""
+    num_gpus = (_num_visible_devices(environ) or _num_nvidia_devices()) if _is_gpu_possible(values) else 0
+    num_devices = num_gpus or max(MAX_HOST_SHARDS, available_cores())
+    if local_size > max(1, num_devices):
+        devices = f"{num_gpus} GPUs that can be seen" if num_gpus else f"{num_devices} that a processor serves here"
+        raise ArgumentError(f"--num-shard means {local_size} shards on this host, more than the {devices}")
 
 
 def _num_visible_devices(environ: Mapping[str, str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -27,6 +28,10 @@ logger = logging.getLogger("launcher")
 
 PYTHON = (sys.executable, "-P", "-m")
 """-P: a folder `server` or `engine` where the launcher was started is somebody else's code."""
+HUB_SECRETS = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_")
+"""Beginnings of the names of the variables with which the Hub is asked."""
+COLLECTOR_SECRETS = ("OTEL_",)
+"""Beginnings of the names of the variables with which traces are sent."""
 DOWNLOAD_STOP_TIMEOUT_S = 10
 ENGINE_SILENCE_S = 20.0
 """An engine that says nothing for longer hangs. It speaks at least once a second while idle; on a CPU a step takes 5 s
@@ -47,7 +52,7 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
         command.append("--json-output")
     command += ["--", args.model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
-    child = Child("download", command, stdout=subprocess.PIPE, environ=environ)
+    child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
     while child.exit_code is None:
         if signals.count:
             child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
@@ -85,12 +90,14 @@ def start_ranks(
         "MASTER_ADDR": ip_address_of(sharding.address),
         "MASTER_PORT": str(port),
     }
+    secret = shard_secret(args)
     ranks = []
     for local_rank, rank in enumerate(sharding.ranks, start=sharding.first_local_rank):
         logger.info("Starting shard")
         sockets = {"socket_fd": engine_end, "listen_fd": rendezvous} if rank == 0 else {}
         fds = {name: sock.fileno() for name, sock in sockets.items() if sock is not None}
-        config = EngineConfig(**{**args.engine, **fds}, model_path=model_path, num_threads=num_threads)
+        given = {**args.engine, **fds, "shard_secret": secret}
+        config = EngineConfig(**given, model_path=model_path, num_threads=num_threads)
         ranks.append(
             Child(
                 f"{ENGINE_NAME} {rank}",
@@ -106,6 +113,25 @@ def start_ranks(
 WEBSERVER_ENVIRON = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 """How glibc keeps the webserver's memory. It gives every thread an arena; after a few huge prompts on the tokenizer's
 threads they stay large. With a fixed threshold a large block goes back to the system as soon as it is freed."""
+
+
+def shard_secret(args: LauncherArgs) -> str:
+    """The secret by which the ranks know each other: the user's, or on one host one that they inherit.
+
+    Launchers of several hosts, and those that torchrun starts, have none in common unless the user gives one.
+    """
+    secret: str = args.engine.get("shard_secret", "")
+    sharding = args.sharding
+    if secret or sharding.size == 1:
+        return secret
+    if sharding.num_hosts == 1 and not sharding.is_torchrun:
+        return secrets.token_hex(32)
+    logger.warning(
+        "The shards believe anybody who reaches %s: set SHARD_SECRET to one text on all hosts, or close the network "
+        "to others",
+        sharding.address,
+    )
+    return ""
 
 
 def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket, http_end: socket.socket) -> Child:
@@ -124,6 +150,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         config=config.to_json(),
         fds=[listener.fileno(), http_end.fileno()],
         environ=WEBSERVER_ENVIRON,
+        kept_secrets=COLLECTOR_SECRETS if args.server.get("otlp_endpoint") else (),
     )
 
 

@@ -61,23 +61,27 @@ class GrammarCompiler:
                 raise ValidationError("grammar is not valid: a regex is a string")
             checked = await self._check(Check(regex=grammar.value))
             if checked.error is not None:
-                raise ValidationError(f"grammar is not valid: {checked.error}")
+                raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")
             return checked.grammar
         schema = _read_schema(grammar, is_strict=is_strict)
         checked = await self._check(Check(schema=closed(schema), is_lenient=is_strict))
         if checked.error is not None and _MALFORMED.match(checked.error):
-            raise ValidationError(f"grammar is not valid: {checked.error}")  # text 22
+            raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")  # text 22
         if is_strict and "properties" not in schema:
             raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # text 23
         if checked.error is not None:
-            raise ValidationError(f"cannot compile regex from schema: {checked.error}")  # text 24
+            raise ValidationError(
+                f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
+            )  # text 24
         return checked.grammar
 
     async def compile_tools(self, lark: str) -> str:
         """The same for a grammar that `server.chat.tools` has made of the schemas of functions."""
         checked = await self._check(Check(lark=lark))
         if checked.error is not None:
-            raise ValidationError(f"cannot compile regex from schema: {checked.error}")
+            raise ValidationError(
+                f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
+            )
         return checked.grammar
 
     async def _check(self, check: Check) -> Checked:
@@ -120,7 +124,7 @@ def _read_schema(grammar: GrammarSpec, *, is_strict: bool) -> dict[str, Any]:
     try:
         schema = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValidationError(f"grammar is not valid: {error}") from error  # text 22
+        raise ValidationError(f"grammar is not valid: {error}", logged="grammar is not valid") from error  # text 22
     if schema is True:
         return {}
     if not isinstance(schema, dict):

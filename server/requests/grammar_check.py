@@ -6,6 +6,7 @@ A process of its own, because a schema can be made for which llguidance takes da
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import signal
 import sys
@@ -68,6 +69,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server; this ends with its input
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a panic of llguidance would write the grammar into the log
     for line in sys.stdin.buffer:
         try:
             checked = check(msgspec.json.decode(line, type=Check))

@@ -27,6 +27,8 @@ from server.requests.values import Grammar, GrammarSpec, LogitBias
 
 _FRACTION = Bounds(above=0, below=1)
 _ADDED = Bounds(min=-2, max=2)
+MAX_LOGGED_ENTRIES = 8
+"""Entries of a map that a log line shows; of a longer one it has the number."""
 
 
 def _is_best_of_greedy(parameters: Parameters) -> bool:
@@ -220,8 +222,16 @@ class Parameters:
 
     def logged(self) -> str:
         """The parameters that are not the default, as a log line shows them; no text of the client's is among them."""
-        values = {name: getattr(self, name) for name in ROWS if name not in ("stop", "grammar")}
-        return str({name: value for name, value in values.items() if value != ROWS[name].default})
+        values = {name: getattr(self, name) for name in ROWS if name not in ("stop", "grammar", "adapter_id")}
+        shown = [f"{name!r}: {_shown(value)}" for name, value in values.items() if value != ROWS[name].default]
+        return "{" + ", ".join(shown) + "}"
+
+
+def _shown(value: object) -> str:
+    """A value as a log line shows it; of a long map only the number of its entries."""
+    if isinstance(value, Mapping) and len(value) > MAX_LOGGED_ENTRIES:
+        return f"<{len(value)} entries>"
+    return repr(value)
 
 
 ROWS = rows_of(Parameters)

@@ -144,7 +144,7 @@ class Validator:
         try:
             token_ids = await self._tokenizer.encode(request.inputs, add_special_tokens=request.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
-            raise ValidationError(f"tokenizer error {error}") from None  # text 18
+            raise ValidationError(f"tokenizer error {error}", logged="tokenizer error") from None  # text 18
         truncate = request.parameters.truncate
         return token_ids if truncate is None else token_ids[-truncate:]
 

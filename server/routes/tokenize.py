@@ -85,4 +85,4 @@ async def _split(service: GenerationService, text: str, *, add_special_tokens: b
     try:
         return await service.tokenizer.split(text, add_special_tokens=add_special_tokens)
     except Exception as error:  # the library raises plain Exception
-        raise ValidationError(f"tokenizer error {error}") from None
+        raise ValidationError(f"tokenizer error {error}", logged="tokenizer error") from None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ERROR_KINDS
+from server.errors import ERROR_KINDS, logged_text
 from server.operation import OperationFinder
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,10 @@ def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def log_failure(error: Exception) -> None:
-    """Log one line with the bare text. Only an exception that nobody foresaw gets a traceback."""
-    if type(error) in ERROR_KINDS:
-        logger.error("%s", error, extra=log_extra())
+    """Log one line. Only an exception that nobody foresaw gets a traceback, and only debug lines quote the client."""
+    kind = ERROR_KINDS.get(type(error))
+    if kind is not None:
+        logger.error("%s", logged_text(error), extra={**log_extra(), "kind": kind.error_type})
+        logger.debug("%s", error, extra=log_extra())
     else:
         logger.error("unexpected error", exc_info=error, extra=log_extra())

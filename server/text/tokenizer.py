@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from engine.link.errors import StartError
+from engine.link.errors import GenerationError, StartError
+from engine.link.model_files import read_file
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
 
@@ -96,7 +97,11 @@ class TextTokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
         return encoding.ids
 
     async def split(self, text: str, *, add_special_tokens: bool) -> bytes:
@@ -106,7 +111,11 @@ class TextTokenizer:
         return await self._run(self._split, text, add_special_tokens)
 
     def _split(self, text: str, add_special_tokens: bool) -> bytes:
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
         return spans_json(text, encoding)
 
     async def decode_all(self, token_ids: Sequence[int]) -> str:
@@ -115,12 +124,20 @@ class TextTokenizer:
 
     def _decode_all(self, token_ids: Sequence[int]) -> str:
         # A batch of one, for the sake of the GIL.
-        (text,) = self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)
+        try:
+            (text,) = self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
         return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens included."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        """The text of `token_ids`, special tokens included. Raises GenerationError where the library panics."""
+        try:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
@@ -143,8 +160,14 @@ class TextTokenizer:
         self._long_texts.close()
 
 
+def _raise_if_panic(error: BaseException) -> None:
+    """Raise GenerationError for a panic of the library: it is no Exception, and would end more than its request."""
+    if type(error).__name__ == "PanicException":  # pyo3 makes the class when a panic first comes
+        raise GenerationError("the tokenizer failed with this text") from None
+
+
 def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         raise StartError(f"{path} is missing: the model folder needs a tokenizer.json")
     try:
@@ -164,19 +187,9 @@ def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         )
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of `path`, or None if there is no such file. Raises StartError."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StartError.of_file(path, error) from error
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, or None if there is no such file. Raises StartError."""
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         return None
     try:
@@ -220,7 +233,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
     source = _default_template(override.get("chat_template") or config.get("chat_template"))
     jinja_file = folder / "chat_template.jinja"
-    content = _read(jinja_file) if source is None else None
+    content = read_file(jinja_file) if source is None else None
     if content is None:
         return source
     try:

@@ -21,7 +21,7 @@ from engine.link.messages import GenerationRequest, SamplingParams, TokenEvent
 from engine.runner import ModelRunner
 from engine.sampling.grammar import ApplyMasks, Grammars
 from engine.sampling.grammar_cpu import apply_masks
-from engine.sampling.sampler import Sample
+from engine.sampling.sampler import LaunchSample, Sample
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -30,7 +30,7 @@ from engine.scheduling.speculate import Speculator
 from tests.contract.oracles import FAMILIES
 from tests.tiny_model import EOS_TOKEN_IDS, VOCAB_SIZE
 from tests.unit.engine.builders import make_batch
-from tests.unit.engine.core_builders import assemble_core
+from tests.unit.engine.core_builders import assemble_core, needs_tokens
 
 KERNELS = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
 REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch")
@@ -54,16 +54,18 @@ def make_core(
     runner: ModelRunner | None = None,
     sample: Sample = sample,
     apply_masks: ApplyMasks = apply_masks,
+    launch_sample: LaunchSample | None = None,
 ) -> EngineCore:
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=EOS_TOKEN_IDS,
         drafter=speculator,
+        needs_tokens=needs_tokens,
     )
     runner = runner or make_runner(folder, num_blocks=num_blocks)
     grammars = Grammars(folder / "tokenizer.json", VOCAB_SIZE, EOS_TOKEN_IDS, 1, lambda: apply_masks)
-    return assemble_core(scheduler, runner, sample=sample, grammars=grammars)
+    return assemble_core(scheduler, runner, sample=sample, grammars=grammars, launch_sample=launch_sample)
 
 
 def random_ids(size: int, seed: int = 0) -> list[int]:
@@ -144,7 +146,7 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest], *, is_stag
     events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
     outcome = Outcome([], [], [])
     num_steps = 0
-    while arrivals or core.scheduler.has_work:
+    while arrivals or core.has_work:
         while arrivals and (not is_staggered or num_steps % 2 == 0 or not core.scheduler.has_work):
             take(core, arrivals.pop(0))
             if is_staggered:

@@ -1,21 +1,19 @@
 """Between the start of a step and its sampled ids nothing reads what the device has computed.
 
-On a GPU each such read waits for all that was launched. Here the tensors lie in host memory, where a read costs
-nothing, so it is forbidden: operations that give torch's callers a number, and methods that give one without an
-operation.
+On a GPU each such read waits for all that was launched. `tests.no_reads` forbids it where the tensors lie in host
+memory, or have no numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config
@@ -27,57 +25,11 @@ from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from tests.contract.harness import KERNELS, random_ids
+from tests.no_reads import READS, NoReads, ReadError, no_reads
+
+__all__ = ["no_reads"]
 
 REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch", matrices="torch")
-
-READING_OPERATIONS = "aten::_local_scalar_dense aten::nonzero aten::equal aten::is_nonzero aten::masked_select".split()
-READING_METHODS = "tolist item __bool__ __int__ __float__ __index__ __contains__".split()
-
-
-class ReadError(AssertionError):
-    """Something has read device data."""
-
-
-class NoReads(TorchDispatchMode):
-    """Raises ReadError for operations that wait for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.name().split(".")[0]
-        is_masked = name.startswith("aten::index") and _has_mask(args)
-        if name in READING_OPERATIONS or is_masked or _leaves_device(args, result):
-            raise ReadError(name)
-        return result
-
-
-def _has_mask(args: Any) -> bool:
-    indices = [index for arg in args if isinstance(arg, list | tuple) for index in arg]
-    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
-
-
-def _leaves_device(args: Any, result: Any) -> bool:
-    """Whether a tensor of a device has become one in host memory; true of nothing on a CPU."""
-    sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    is_on_device = any(source.device.type != "cpu" for source in sources)
-    return is_on_device and isinstance(result, torch.Tensor) and result.device.type == "cpu"
-
-
-@pytest.fixture
-def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Forbids methods of tensors from now on; more of them by name."""
-
-    def forbid(*more: str) -> None:
-        def refuse(name: str) -> Callable[..., Any]:
-            def read(*args: Any, **kwargs: Any) -> Any:
-                raise ReadError(name)
-
-            return read
-
-        for name in (*READING_METHODS, *more):
-            monkeypatch.setattr(torch.Tensor, name, refuse(name))
-
-    yield forbid
-    monkeypatch.undo()
 
 
 def make_runner(folder: Path, device: Device) -> ModelRunner:
@@ -149,21 +101,7 @@ def test_the_reference_sampler_reads_its_result_once(
     assert result == expected
 
 
-FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
-    "item": lambda x: x[0, 0].item(),
-    "tolist": lambda x: x.tolist(),
-    "bool": lambda x: bool(x.isfinite().all()),
-    "branch": lambda x: 1 if x[0, 0] > 0 else 0,
-    "index": lambda x: [0, 1][x[0, 0].long() * 0],
-    "nonzero": lambda x: x.nonzero(),
-    "mask": lambda x: x[x > 0],
-    "equal": lambda x: torch.equal(x, x),
-    "numpy": lambda x: x.numpy(),
-    "host": lambda x: x.cpu(),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", READS)
 def test_a_planted_read_is_found(
     tiny_model_dir: Path, fault: str, no_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +109,7 @@ def test_a_planted_read_is_found(
     silu_and_mul = TorchOps.silu_and_mul
 
     def planted(ops: TorchOps, gate_up: torch.Tensor) -> torch.Tensor:
-        FAULTS[fault](gate_up)
+        READS[fault](gate_up)
         return silu_and_mul(ops, gate_up)
 
     monkeypatch.setattr(TorchOps, "silu_and_mul", planted)

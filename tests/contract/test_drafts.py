@@ -19,7 +19,8 @@ from engine.link.config import EngineConfig
 from engine.link.messages import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from engine.runner import ModelRunner
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
-from engine.scheduling.ngram import IntArray, Proposal, propose_ngram
+from engine.scheduling.ngram import propose_ngram
+from engine.scheduling.proposal import IntArray, Proposal
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Proposer, Speculator
 from engine.scheduling.step_costs import StepCosts

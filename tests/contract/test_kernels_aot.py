@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from engine.layers.triton import TritonOps
+from quant.kernels import compiled_row_counts
 from quant.kernels.launch import Launch
 from scripts.kernels_aot import (
     CARDS,
     FORMS,
     MAX_LAUNCHES_PER_LAYER,
     MODELS,
+    STEPS,
     Resources,
     compile_launch,
     complaints_of,
@@ -31,7 +34,7 @@ def compiled_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(name: str, form: str = "dense", step: str = "decode 1") -> Launch:
-    return next(launch for launch in record_launches(SMALL, form, torch.bfloat16, step) if launch.name == name)
+    return next(launch for launch in record_launches(SMALL, form, torch.bfloat16, STEPS[step]) if launch.name == name)
 
 
 def changed(launch: Launch, **constants: Any) -> Launch:
@@ -42,7 +45,32 @@ def changed(launch: Launch, **constants: Any) -> Launch:
 @pytest.mark.parametrize("model_name", MODELS)
 def test_a_layer_has_as_many_launches_as_are_known(model_name: str, form: str) -> None:
     assert launch_complaints(launches_per_layer(model_name, form, torch.bfloat16)) == []
-    assert launch_complaints(MAX_LAUNCHES_PER_LAYER + 1)
+
+
+def test_an_eleventh_launch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    silu_and_mul = TritonOps.silu_and_mul
+
+    def planted(ops: TritonOps, gate_up: torch.Tensor) -> torch.Tensor:
+        ops.rms_norm(gate_up, gate_up[0].clone(), 1e-6)
+        return silu_and_mul(ops, gate_up)
+
+    assert launches_per_layer(SMALL, "dense", torch.bfloat16) == MAX_LAUNCHES_PER_LAYER == 10
+    monkeypatch.setattr(TritonOps, "silu_and_mul", planted)
+    (complaint,) = launch_complaints(launches_per_layer(SMALL, "dense", torch.bfloat16))
+    assert complaint.startswith("11 launches")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_row_counts_than_those_of_warm_up_need_no_other_program(form: str) -> None:
+    def programs(num_rows: int) -> set[Launch]:
+        launches = record_launches(SMALL, form, torch.bfloat16, [(1, 300)] * num_rows)
+        return {launch for launch in launches if launch.name in ("skinny_kernel", "sum_kernel", "widen_kernel")}
+
+    counts = compiled_row_counts("triton")
+    assert counts == [16, 32, 64, 65]
+    compiled = set[Launch]().union(*map(programs, counts))
+    for num_rows in (1, 2, 9, 17, 33, 48, 100, 128):
+        assert programs(num_rows) <= compiled
 
 
 @pytest.mark.parametrize("card_name", ["sm_80", "sm_120", "gfx942"])
@@ -68,7 +96,16 @@ def test_a_spill_is_caught_where_it_matters() -> None:
     assert complaints_of(Resources(255, 8, 0), CARDS["sm_75"], is_decoding=True) == []
 
 
-def test_head_logits_are_float32_from_the_kernel() -> None:
-    launches = record_launches(SMALL, "int8", torch.bfloat16, "decode 1")
-    head = [launch for launch in launches if launch.name in ("skinny_kernel", "sum_kernel")][-1]
+@pytest.mark.parametrize("form", ["dense", "int8"])
+@pytest.mark.parametrize("model_name", ["0.5B", "7B"], ids=["tied", "untied"])
+def test_head_logits_are_float32_from_the_kernel(model_name: str, form: str) -> None:
+    launches = record_launches(model_name, form, torch.bfloat16, STEPS["decode 1"])
+    head = [launch for launch in launches if launch.name == "skinny_kernel"][-1]
     assert dict(head.signature)["out_ptr"] == "*fp32"
+
+
+def test_the_choice_of_tokens_is_compiled_too() -> None:
+    launches = record_launches(SMALL, "dense", torch.bfloat16, STEPS["drafts 8 x 5"])
+    chosen = [launch.name for launch in launches[-6:]]
+    assert chosen == "green_kernel adjust_kernel mask_kernel part_kernel choose_kernel list_kernel".split()
+    assert "widen_kernel" in [launch.name for launch in record_launches(SMALL, "int4", torch.float16, STEPS["prompt"])]

@@ -30,7 +30,7 @@ LAYER = "model.layers.1"
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: KERNELS)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_a_model_larger_than_the_memory(tiny_model_dir: Path) -> None:
 
 def test_a_step_larger_than_the_memory(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(KERNELS, free_memory_bytes=lambda: 100_000_000)
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: small)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: small)
     with pytest.raises(StartError, match=r"Not enough memory to handle 100000 prefill tokens\. You need to decrease"):
         start(tiny_model_dir, max_batch_prefill_tokens=100_000, max_batch_total_tokens=100_000)
 

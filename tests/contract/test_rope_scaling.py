@@ -103,7 +103,7 @@ def test_greedy_ids_equal_transformers_in_mixed_batches(kind: str, tmp_path: Pat
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: KERNELS)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
 
 
 def start(folder: Path, **flags: Any) -> tuple[EngineCore, EngineReady]:

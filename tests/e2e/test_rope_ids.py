@@ -36,7 +36,7 @@ def with_config(model: Path, folder: Path, changes: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_ids_equal_transformers(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompts run together, in chunks."""
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank: KERNELS)
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
     folder = with_config(demo_model, tmp_path, CASES[case]["changes"])
     limits = {"max_total_tokens": 128, "max_batch_total_tokens": 512, "max_batch_prefill_tokens": 70}
     core, _ = start_engine(EngineConfig(model_path=str(folder), dtype="float32", num_threads=NUM_THREADS, **limits))

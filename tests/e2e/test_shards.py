@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -79,6 +80,13 @@ def is_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield
     assert not list(temporary.iterdir())
     assert shared_memory() <= before
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts see one GPU."""
+    paths = [str(Path(__file__).parent / "one_gpu"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 def test_two_shards_give_the_ids_of_one_process(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
@@ -161,7 +169,37 @@ def test_a_model_that_cannot_be_cut_is_one_sentence(model: Path, tmp_path: Path)
         told = [line for line in errors(server.log) if "--num-shard" in line]
         assert len(told) == 1 and "5" in told[0], server.log
         assert "Traceback" not in server.log
-        assert "ShardCannotStart" in server.log.splitlines()[-1]
+        assert told[0] == server.log.splitlines()[-1]
+        assert "Starting shard" not in server.log, "no process starts for it"
+
+
+def told_of_too_few_gpus(log: str) -> list[str]:
+    return [line for line in errors(log) if "shard 1 of this host has no GPU, torch sees 1" in line]
+
+
+@pytest.mark.usefixtures("one_gpu", "is_nothing_left")
+def test_too_few_gpus_are_one_sentence(model: Path, tmp_path: Path) -> None:
+    with launched(model, tmp_path, "--num-shard", "2", is_awaited=False) as server:
+        processes = processes_of(server)
+        assert server.wait_for_end(END_S) == 1
+        assert not psutil.wait_procs(processes, timeout=1)[1]
+        assert len(told_of_too_few_gpus(server.log)) == 1, server.log
+        assert "another rank ended" not in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_too_few_gpus_are_one_sentence_under_torchrun(model: Path, tmp_path: Path) -> None:
+    process, server = under_torchrun(model, tmp_path / "log")
+    processes: list[psutil.Process] = []
+    try:
+        server.wait_for_log("no GPU")
+        processes = processes_of(server)
+        assert server.wait_for_end(3 * END_S) == 1
+        assert len(told_of_too_few_gpus(server.log)) == 1, server.log
+        assert "another rank ended" not in server.log
+    finally:
+        end(process, processes)
 
 
 def test_a_rank_killed_while_it_starts_is_named(model: Path, tmp_path: Path) -> None:
@@ -238,12 +276,11 @@ def test_two_servers_do_not_get_in_each_others_way(model: Path, tmp_path: Path, 
         assert plain_ids(first, PROMPTS[1]) == expected[1]
 
 
-def test_nobody_listens_but_on_the_hostname_and_where_the_ranks_meet(model: Path, tmp_path: Path) -> None:
+def test_nobody_listens_but_on_the_hostname_once_the_ranks_have_met(model: Path, tmp_path: Path) -> None:
     with launched(model, tmp_path, *TWO, "--master-addr", "127.0.0.3", hostname="127.0.0.2") as server:
         assert server.generate("hello", max_new_tokens=2)
         addresses = listening(server.process.pid)
-        assert ("127.0.0.2", server.port) in addresses
-        assert {host for host, _ in addresses} == {"127.0.0.2", "127.0.0.3"}
+        assert addresses == {("127.0.0.2", server.port)}
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

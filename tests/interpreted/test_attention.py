@@ -10,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention import triton as triton_attention
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.torch import TorchAttention
-from engine.attention.triton import CHUNK, FEW_TOKENS, TritonAttention
+from engine.attention.triton import CHUNK, FEW_TOKENS, NUM_PROGRAMS, TritonAttention
+from engine.layers.base import RotaryTable, Rotation
+from engine.layers.triton import TritonOps
 from tests.interpreted.closeness import assert_close
 
 BLOCK_SIZE = 16
@@ -65,7 +68,7 @@ class Scene:
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
             block_table=self.table,
             slot_mapping=torch.cat(written),
-            work_items=torch.from_numpy(backend.work_items(starts, seq_lens)),
+            work_items=torch.from_numpy(backend.work_items(starts, seq_lens, self.table.shape[1])),
             host_query_start_loc=starts,
             host_seq_lens=seq_lens,
         )
@@ -128,6 +131,133 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
         rows = slice(first, first + num_queries)
         assert torch.equal(alone.attend(backend, torch.float32, None), together[rows])
         first += num_queries
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_and_keys_are_rotated_on_their_way(dtype: torch.dtype, shape: AttentionShape) -> None:
+    """The same bits as if they were rotated before, here and in the cache."""
+    scene = Scene(shape, [(1, 20), (9, 12)], dtype)
+    angles = torch.rand(21, shape.head_dim // 2, generator=torch.Generator().manual_seed(1))
+    rotation = Rotation(RotaryTable(angles.cos(), angles.sin()), torch.tensor([19, *range(3, 12)]))
+    backend = TritonAttention(shape, BLOCK_SIZE)
+    prepared = backend.prepare(scene.metadata(backend))
+    caches = scene.cache(dtype), scene.cache(dtype)
+    out = backend.forward(scene.qkv.clone(), caches[0], prepared, None, rotation)
+    TritonOps().rotate(scene.qkv, rotation, shape.num_heads + shape.num_kv_heads)
+    assert torch.equal(out, backend.forward(scene.qkv, caches[1], prepared))
+    for name in ("keys", "values"):
+        assert torch.equal(*(getattr(cache, name).nan_to_num(-9.0) for cache in caches))
+
+
+Noted = tuple[str, tuple[int, ...], list[Any], dict[str, Any]]
+"""A launch: kernel, grid, the arguments with shapes and strides in place of tensors, constants."""
+
+
+def make_padded(scene: Scene, backend: TritonAttention, num_rows: int, num_lines: int) -> AttentionMetadata:
+    """The step of `scene` as a graph gets it: in memory for `num_rows` rows, a plan of `num_lines` lines and more."""
+    step = scene.metadata(backend)
+    slots = torch.full((num_rows,), -1)
+    slots[: len(step.slot_mapping)] = step.slot_mapping
+    plan = torch.full((num_lines, step.work_items.shape[1]), 10**6, dtype=torch.int32)
+    plan[: len(step.work_items)] = step.work_items
+    table = torch.full((400,), 10**6, dtype=torch.int32)
+    table[: step.block_table.numel()] = step.block_table.flatten()
+    return dataclasses.replace(
+        step,
+        slot_mapping=slots,
+        work_items=plan,
+        block_table=table,
+        host_query_start_loc=range(num_rows + 1),
+        host_seq_lens=[1] * num_rows,
+    )
+
+
+def attend_padded(
+    scene: Scene, backend: TritonAttention, cache: LayerCache, num_rows: int, window: int | None = None
+) -> torch.Tensor:
+    """All rows of a padded step; those of padding have NaN in qkv."""
+    qkv = torch.full((num_rows, scene.qkv.shape[1]), torch.nan, dtype=scene.dtype)
+    qkv[: len(scene.qkv)] = scene.qkv
+    prepared = backend.prepare(make_padded(scene, backend, num_rows, num_lines=64))
+    return backend.forward(qkv, cache, prepared, window)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written to holds NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*sizes: Any, **options: Any) -> torch.Tensor:
+        memory = new_empty(*sizes, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+DECODES = [
+    [(1, 2 * CHUNK + 7), (3, CHUNK + 1), (1, 5)],
+    [(1, 16)],
+    [(2, 3 * CHUNK), (1, CHUNK), (1, CHUNK + 1), (1, 33)],
+]
+"""Steps of up to 5 rows, with drafts; some have more items than programs."""
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("window", [None, CHUNK + 3])
+def test_rows_of_padding_change_nothing(window: int | None) -> None:
+    backend = TritonAttention(AttentionShape(14, 2, 64), BLOCK_SIZE)
+    for parts in DECODES:
+        scene = Scene(AttentionShape(14, 2, 64), parts, torch.float32)
+        has_more_items_than_programs = scene.metadata(backend).work_items[0, 0] > NUM_PROGRAMS // 2
+        assert has_more_items_than_programs == (len(parts) > 1)
+        alone = scene.attend(backend, torch.float32, window)
+        assert not alone.isnan().any()
+        assert torch.equal(attend_padded(scene, backend, scene.cache(torch.float32), 8, window)[: len(alone)], alone)
+
+
+def test_a_row_of_padding_writes_no_keys_and_values() -> None:
+    scene = Scene(AttentionShape(14, 2, 64), [(1, 20)], torch.float32)
+    backend = TritonAttention(scene.shape, BLOCK_SIZE)
+    whole, padded = scene.cache(torch.float32), scene.cache(torch.float32)
+    backend.forward(scene.qkv, whole, backend.prepare(scene.metadata(backend)))
+    qkv = torch.cat([scene.qkv, scene.qkv + 1])
+    backend.forward(qkv, padded, backend.prepare(make_padded(scene, backend, 2, num_lines=64)))
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(padded, name).nan_to_num(-9.0), getattr(whole, name).nan_to_num(-9.0))
+
+
+def noted_launches(monkeypatch: pytest.MonkeyPatch, backend: TritonAttention, parts: list[Part]) -> list[Noted]:
+    """The launches of a step that is padded to 8 rows."""
+    noted: list[Noted] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        numbers = [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in arguments]
+        if 0 not in grid:
+            noted.append((kernel.fn.__name__, grid, numbers, constants))
+
+    scene = Scene(AttentionShape(14, 2, 64), parts, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_attention, "launch", note)
+        attend_padded(scene, backend, backend.allocate(100, torch.float32, torch.device("cpu")), 8)
+    return noted
+
+
+def test_steps_of_as_many_rows_make_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TritonAttention(AttentionShape(14, 2, 64), BLOCK_SIZE)
+    first, *others = [noted_launches(monkeypatch, backend, parts) for parts in DECODES]
+    assert [name for name, *_ in first] == ["write_kernel", "attend_kernel", "combine_kernel"]
+    assert all(launches == first for launches in others)
+
+
+def test_an_argument_that_depends_on_lengths_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planted(TritonAttention):
+        def _attend(self, qkv: Any, cache: Any, results: Any, step: Any, rows: int, programs: int, window: Any) -> None:
+            super()._attend(qkv, cache, results, step, rows, programs, int(step.seq_lens.max()))
+
+    backend = Planted(AttentionShape(14, 2, 64), BLOCK_SIZE)
+    first, second, _ = [noted_launches(monkeypatch, backend, parts) for parts in DECODES]
+    assert first != second
 
 
 def test_too_many_heads_for_a_tile_are_refused() -> None:

@@ -14,10 +14,13 @@ from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
 from engine.device import Device, find_interpreted
+from engine.link.config import EngineConfig
 from engine.runner import ModelRunner
 from engine.scheduling.ngram import propose_ngram
+from engine.scheduling.scheduler import NON_FINITE_ERROR
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_costs import StepCosts
+from engine.start import start_engine
 from tests.contract.harness import (
     KERNELS,
     Outcome,
@@ -29,7 +32,7 @@ from tests.contract.harness import (
     run_requests,
     run_step,
 )
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 MAX_NEW_TOKENS = 4
@@ -43,7 +46,7 @@ def interpreted() -> Device:
     return device
 
 
-def make_quantized_runner(folder: Path, device: Device, flag: str, dtype: torch.dtype) -> ModelRunner:
+def make_quantized_runner(folder: Path, device: Device, flag: str | None, dtype: torch.dtype) -> ModelRunner:
     config = read_model_config(folder)
     quantization = choose_quantization(config, folder, dtype, device, flag, None)
     runner = ModelRunner(build_model(config, folder, dtype, device, quantization), device)
@@ -149,13 +152,50 @@ def test_quantized_while_loading(method: str, tiny_model_dir: Path) -> None:
     assert ids == expected_ids(tiny_model_dir, prompts, runners[1])
 
 
-@pytest.mark.parametrize("flag", ["eetq", "int4"])
-def test_a_tied_head_is_quantized_in_16_bits(flag: str, tiny_model_dir: Path) -> None:
-    """Table, head and sums where the kernels expect them; the logits are close to those of plain torch."""
+@pytest.mark.parametrize("flag", ["eetq", "int4", None])
+def test_a_tied_head_is_quantized_in_16_bits(flag: str | None, tmp_path: Path) -> None:
+    """Table, head and sums where the kernels expect them; the logits are close to those of plain torch.
+
+    Without a flag the checkpoint is GPTQ's, whose head is quantized on load.
+    """
+    (write_tiny_qwen2 if flag else write_tiny_gptq)(tmp_path)
     plain = dataclasses.replace(interpreted(), matrices="torch", ops="torch", attention="torch")
     logits = []
     for device in (interpreted(), plain):
-        runner = make_quantized_runner(tiny_model_dir, device, flag, torch.float16)
+        runner = make_quantized_runner(tmp_path, device, flag, torch.float16)
         logits.append(run_step(runner, [make_sequence(random_ids(12), [3])], [12]))
     assert logits[0].dtype == torch.float32
+    assert not torch.equal(logits[0], logits[0].to(torch.float16).float()), "they are not rounded on the way"
     assert (logits[0] - logits[1]).abs().max() < 0.01 * logits[1].abs().max()
+
+
+def test_a_request_that_is_not_finite_ends_alone(tmp_path: Path) -> None:
+    """Also those that get its blocks afterwards, with its NaN in them, are not touched."""
+    write_tiny_qwen2(tmp_path, is_tied=False)
+    good, bad = random_ids(9, 1), [*random_ids(20, 2), 7]
+    good = [token_id for token_id in good if token_id != 7]
+    folder_runner = make_runner(tmp_path, device=interpreted(), num_blocks=4)
+    expected = expected_ids(tmp_path, [good])
+    table = folder_runner._model.embed_tokens  # type: ignore[attr-defined]
+    table._weight[7] = torch.nan
+    core = core_of(tmp_path, folder_runner, num_blocks=4)
+    for request in make_requests([good, bad], max_new_tokens=MAX_NEW_TOKENS):
+        core.take(request)
+    events = []
+    while core.scheduler.has_work:
+        events += core.step()
+    names = [request.request_id for request in make_requests([good, bad], max_new_tokens=1)]
+    ids = {name: [i for event in events if event.request_id == name for i in event.token_ids] for name in names}
+    assert [event.error for event in events if event.error] == [NON_FINITE_ERROR]
+    assert ids == {names[0]: expected[0], names[1]: []}
+    assert run(core, [good]).token_ids == expected
+
+
+def test_a_server_can_start_on_it(tiny_model_dir: Path) -> None:
+    """By `--device interpreted`, as a proof without a GPU starts one: the ids are the CPU's."""
+    prompts = make_prompts(sizes=[9])
+    limits = {"max_total_tokens": 64, "max_batch_prefill_tokens": 16}
+    config = EngineConfig(model_path=str(tiny_model_dir), device="interpreted", dtype="float32", **limits)
+    core, ready = start_engine(config)
+    assert ready.max_total_tokens == 64
+    assert run(core, prompts).token_ids == expected_ids(tiny_model_dir, prompts)

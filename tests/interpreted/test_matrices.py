@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
 from quant.kernels.matrix_triton import MatrixTriton
-from quant.kernels.skinny_triton import MAX_ROWS, MIN_BLOCK_ROWS, min_block_inputs, skinny_product
-from quant.kernels.tuning import Tile, tile_for
+from quant.kernels.skinny_triton import BLOCK_ROWS, MAX_ROWS, min_block_inputs, skinny_product
+from quant.kernels.tuning import Tile, WeightShape, tile_for
 from quant.kernels.widen_triton import OUTPUTS_AT_A_TIME
 from quant.packing import pack_groups, widen
 from tests.interpreted.closeness import assert_close
@@ -108,13 +108,8 @@ def test_few_rows(
 ) -> None:
     packed = matrix.pack(dtype if matrix.layout == "dense" else scale_dtype)
     group_size = matrix.group_size if matrix.num_groups > 1 else 0
-    tile = tile_for(
-        matrix.num_outputs,
-        matrix.num_inputs,
-        group_size=group_size,
-        min_inputs=min_block_inputs(matrix.layout),
-        is_dense=matrix.layout == "dense",
-    )
+    shape = WeightShape(matrix.layout, matrix.num_outputs, matrix.num_inputs, group_size)
+    tile = tile_for(shape, min_inputs=min_block_inputs(matrix.layout))
     tile = Tile(block_outputs, tile.block_inputs, splits)
     x, out = random_x(num_rows, matrix.num_inputs, dtype), poisoned(num_rows, packed, dtype)
     skinny_product(packed, group_size, tile, x, out)
@@ -149,7 +144,7 @@ def test_a_row_has_the_same_bits_beside_any_others(layout: str) -> None:
     """As many rows as are padded alike: NumPy, which multiplies here, adds in an order of its own for each shape."""
     packed = Matrix(layout, 40, 64, 8, has_order=layout == "int4").pack(torch.float16)
     kernel = MatrixTriton(packed)
-    x = random_x(MIN_BLOCK_ROWS, packed.num_inputs, torch.float16)
+    x = random_x(BLOCK_ROWS[0], packed.num_inputs, torch.float16)
     whole = kernel(x)
     for rows in (slice(0, 1), slice(3, 5), slice(5, 16)):
         assert torch.equal(kernel(x[rows]), whole[rows])

@@ -19,11 +19,9 @@ from engine.sampling import sampler_torch, sampler_triton
 from engine.sampling.grammar import num_words
 from engine.sampling.grammar_torch import apply_masks as apply_masks_in_torch
 from engine.sampling.grammar_triton import apply_masks
-from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import RawRows
 from engine.sampling.sampler_triton import ChosenRows, make_specs, sample
-from engine.scheduling.batch import SampledBatch, ScheduledBatch
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.batch import SampledBatch
 from tests.contract.harness import KERNELS, make_core, make_runner, random_ids, run_requests
 
 PART, TILE = 32, 64
@@ -255,24 +253,6 @@ def test_launches_of_a_step_read_nothing(
         capacity = 13 if param.num_top_tokens else 0
         ChosenRows.launch(logits, make_specs(params, [0] * 6, raw), raw, capacity)
     assert recorded == launches
-
-
-def test_penalties_read_nothing() -> None:
-    sampling = SamplingParams(
-        is_watermarked=True,
-        repetition_penalty=1.1,
-        relative_frequency_penalty=0.5,
-        frequency_penalty=0.2,
-        presence_penalty=0.3,
-        logit_bias={5: 1.5},
-    )
-    request = GenerationRequest(request_id="any", prompt_token_ids=[1, 2, 3], max_new_tokens=1, sampling=sampling)
-    batch = ScheduledBatch()
-    batch.add(Sequence(request, arrival_time=0.0), 3, [7, 8])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        logits = torch.empty(batch.num_rows, 100)
-        assert RawRows.of(logits, range(batch.num_rows), [sampling] * batch.num_rows) is not None
-        Penalties().apply(Penalties.select(batch), logits)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 1023, 1024, 1025, 3000])

@@ -22,6 +22,7 @@ from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
 from server.launcher.flags import QUANTIZE, SECTIONS, VARIABLES, every_flag
+from server.launcher.host import can_use_gpus
 from server.launcher.sharding import Sharding
 
 FLAGS = tuple(every_flag())
@@ -29,7 +30,6 @@ ENGINE_DEFAULTS = EngineConfig(
     model_path="",
     dtype="auto",
     memory_fraction=1.0,
-    kv_memory_share=0.8,
     is_prefix_caching=True,
     max_draft_tokens=0,
     watermark_gamma=0.5,
@@ -129,6 +129,9 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"REVISION": "v1"}, {"revision": "v1"}),
         ("--dtype float32", {}, {"dtype": "float32"}),
         ("--dtype float16", {"DTYPE": "bfloat16"}, {"dtype": "float16"}),
+        ("--device cpu", {}, {"device": "cpu"}),
+        ("--device auto", {"DEVICE": "cuda"}, {}),
+        ("", {"DEVICE": "cuda"}, {"device": "cuda"}),
         ("", {"DTYPE": "bfloat16"}, {"dtype": "bfloat16"}),
         ("--rope-scaling yarn --rope-factor 4", {}, {"rope_scaling": "yarn", "rope_factor": 4.0}),
         ("--rope-factor 2.5", {}, {"rope_factor": 2.5}),
@@ -222,7 +225,12 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"OMP_NUM_THREADS": "4"}, {"omp_num_threads": 4}),
         ("", {"OMP_NUM_THREADS": "4,2"}, {"omp_num_threads": 4}),
         ("", {"COMPUTE_TYPE": "cpu+x"}, {"compute_type": "cpu+x"}),
-        ("--num-shard 1 --sharded false --speculate 0 --usage-stats off --cuda-graphs 0", {}, {}),
+        ("--num-shard 1 --sharded false --speculate 0 --usage-stats off", {}, {}),
+        ("--cuda-graphs 0", {}, {"graph_sizes": (0,)}),
+        ("--cuda-graphs 1,2,4", {"CUDA_GRAPHS": "8"}, {"graph_sizes": (1, 2, 4)}),
+        ("", {"CUDA_GRAPHS": "8,1"}, {"graph_sizes": (8, 1)}),
+        ("--disable-overlap", {}, {"is_overlap_disabled": True}),
+        ("", {"DISABLE_OVERLAP": "true"}, {"is_overlap_disabled": True}),
         ("--sharded 0", {"NUM_SHARD": "1"}, {}),
         ("", {"TRUST_REMOTE_CODE": "false", "NGROK": "0", "PREFILL_CHUNKING": "true"}, {}),
         ("--speculate 2", {}, {"max_draft_tokens": 2}),
@@ -255,6 +263,12 @@ TORCHRUN = {
 """What torchrun gives the second of two processes on one host."""
 BROKEN_TORCHRUN = "RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that"
 DEVICES = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+
+
+@pytest.fixture(autouse=True)
+def torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visible devices count, whatever torch the tests run with."""
+    monkeypatch.setattr(server.launcher.sharding, "can_use_gpus", lambda: True)
 
 
 def on_one_host(size: int, **changes: Any) -> Sharding:
@@ -338,6 +352,47 @@ def on_one_host(size: int, **changes: Any) -> Sharding:
 def test_shards(line: str, environ: dict[str, str], sharding: Sharding) -> None:
     args = parse(line, **environ)
     assert configurations(args) == defaults({"sharding": sharding})
+
+
+@pytest.mark.parametrize("line", ["", "--device cuda"])
+def test_a_build_of_torch_for_gpus_counts_them(line: str) -> None:
+    assert parse(line, **DEVICES).sharding == on_one_host(3)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_gpu_build"), [("", False), ("--device cuda", False), ("--device cpu", True), ("--device cpu", False)]
+)
+def test_gpus_that_nothing_would_use_do_not_count(
+    line: str, is_gpu_build: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image for the processor on a host with GPUs has one shard."""
+    monkeypatch.setattr(server.launcher.sharding, "can_use_gpus", lambda: is_gpu_build)
+    assert parse(line, **DEVICES).sharding == Sharding()
+    assert parse(f"{line} --num-shard 2", **DEVICES).sharding == on_one_host(2)
+
+
+@pytest.mark.parametrize(
+    ("versions", "is_gpu_build"),
+    [
+        ("cuda: Optional[str] = None\nhip = None", False),
+        ("cuda: Optional[str] = '12.8'\nhip = None", True),
+        ("cuda = None\nhip = '6.4'", True),
+    ],
+)
+def test_the_build_of_torch_is_read_without_loading_it(
+    versions: str, is_gpu_build: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('loaded')")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not can_use_gpus(), "there is no version.py"
+    (folder / "version.py").write_text(f"from typing import Optional\n{versions}")
+    assert can_use_gpus() == is_gpu_build
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not can_use_gpus()
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"])
@@ -471,6 +526,12 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
             "Only 1 can be set between dtype and quantize, as they both decide how goes the final model.",
         ),
         ("--num-shard 0", {}, "`num_shard` cannot be < 1"),
+        (
+            "--num-shard 64",
+            {},
+            "--num-shard means 64 shards on this host, more than the 8 that a processor serves here",
+        ),
+        ("--num-shard 4", DEVICES, "--num-shard means 4 shards on this host, more than the 3 GPUs that can be seen"),
         ("--sharded true --num-shard 1", {}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {"NUM_SHARD": "1"}, "`sharded` is true but `num_shard` <= 1"),
         ("--sharded true", {}, "`sharded` is true but only found 0 CUDA devices"),
@@ -571,10 +632,8 @@ def test_what_cannot_be_served(
             {},
             ["--waiting-served-ratio has no effect", "--max-waiting-tokens has no effect"],
         ),
-        ("--cuda-graphs 1,2,4", {}, ["--cuda-graphs has no effect"]),
         ("--ngrok-edge e", {}, ["--ngrok-edge has no effect: no tunnel is opened"]),
         ("", {"NGROK_AUTHTOKEN": "t"}, ["the variable NGROK_AUTHTOKEN has no effect"]),
-        ("", {"CUDA_GRAPHS": "1,2"}, ["the variable CUDA_GRAPHS has no effect"]),
         ("", {"ATTENTION": "paged"}, ["the variable ATTENTION has no effect"]),
         ("", {"PREFILL_CHUNKING": "0"}, ["the variable PREFILL_CHUNKING has no effect"]),
         ("", {"USE_FLASH_ATTENTION": "false"}, ["the variable USE_FLASH_ATTENTION has no effect"]),
@@ -627,7 +686,8 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = "strict-tgi quantize-head nnodes node-rank shard-timeout speculative-decoding max-logit-bias"
+    ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
+        speculative-decoding max-logit-bias"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

@@ -20,7 +20,7 @@ PACKAGES = ("server", "engine", "parallel", "quant")
 ROOMS: dict[str, str] = {
     # server
     "server.config": "",
-    "server.launcher": "engine.link server.config",
+    "server.launcher": "engine.link parallel.partition server.config",
     "server.text": "engine.link",
     "server.errors": "engine.link",
     "server.operation": "",
@@ -45,26 +45,33 @@ ROOMS: dict[str, str] = {
     "engine.link": "",
     "engine.limits": "engine.link",
     "engine.memory": "engine.link",
-    "engine.device": "engine.link engine.memory quant",
+    "engine.graph_capture": "quant",
+    "engine.device": "engine.graph_capture engine.link engine.memory quant",
     "engine.scheduling": "engine.link",
     "engine.sampling": "engine.link engine.scheduling quant",
-    "engine.attention": "quant",
     "engine.layers": "engine.link parallel quant",
+    "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs",
-    "engine.runner": "engine.attention engine.device engine.link engine.models engine.scheduling engine.step_buffers "
-    "engine.step_inputs",
-    "engine.ranks": "engine.checkpoint engine.device engine.limits engine.link engine.runner engine.scheduling "
-    "engine.step_inputs parallel",
+    "engine.graphs": "engine.attention engine.graph_capture engine.step_buffers engine.step_inputs",
+    "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
+    "engine.step_buffers engine.step_inputs",
+    "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
+    "engine.scheduling engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
     "parallel quant",
+    "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
-    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling",
+    "engine.shedding": "engine.link engine.scheduling",
+    "engine.core": "engine.link engine.runner engine.sampling engine.scheduling engine.shedding",
+    "engine.overlap": "engine.core engine.device engine.link engine.runner engine.sampling engine.scheduling quant",
+    "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
-    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.limits engine.link "
-    "engine.ranks engine.runner engine.sampling engine.scheduling engine.summary engine.warm_up",
+    "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
+    "engine.kernel_variants engine.limits engine.link engine.overlap engine.ranks engine.runner engine.sampling "
+    "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
@@ -88,14 +95,17 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "server.launcher": "engine.link server.config server.launcher",
+    "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "engine.link.config": "",
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "",
+    "engine.link.logs": "engine.link.repeats",
+    "engine.link.repeats": "",
+    "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",
+    "parallel.partition": "",
 }
 """These start before anything is installed or loaded: the standard library, and of ours only what is named."""
 
@@ -225,7 +235,7 @@ def test_the_http_process_never_loads_the_heavy_libraries() -> None:
 def test_the_launcher_needs_the_standard_library_only() -> None:
     bare = modules_after("pass")  # what a site hook of this environment may load by itself
     loaded = {name.split(".")[0] for name in modules_after("import server.launcher.main") - bare}
-    assert loaded - set(sys.stdlib_module_names) == {"server", "engine"}
+    assert loaded - set(sys.stdlib_module_names) == {"server", "engine", "parallel"}
 
 
 def test_the_command_line_tool_answers_without_loading_the_hub_or_torch() -> None:

@@ -310,9 +310,9 @@ def test_an_attention_backend_with_blocks_of_its_own(plug: Plug, dense: tuple[Pa
         class StrangerAttention(TorchAttention):
             block_sizes = (32,)
 
-            def forward(self, qkv, cache, prepared, window=None):
+            def forward(self, *arguments):
                 used_sizes.append(self.block_size)
-                return super().forward(qkv, cache, prepared, window)
+                return super().forward(*arguments)
         """,
     )
     plug.row("engine.attention:ATTENTION_BACKENDS", "stranger", "stranger_attention:StrangerAttention")
@@ -354,6 +354,7 @@ def test_a_matrix_backend(plug: Plug, dense: tuple[Path, list[int]]) -> None:
 
         class StrangerDense:
             rounding = None
+            row_counts = ()
 
             @staticmethod
             def why_not(packed):
@@ -411,6 +412,7 @@ def test_a_device(plug: Plug, dense: tuple[Path, list[int]]) -> None:
                 matrices="torch",
                 sampler="torch",
                 masks="torch",
+                penalties="torch",
                 collectives="gloo",
                 computes_in_float32=False,
                 is_memory_shared=False,

@@ -73,7 +73,7 @@ def make_metadata(backend: Any, parts: list[Part]) -> AttentionMetadata:
             [part.blocks + [0] * (widest - len(part.blocks)) for part in parts], dtype=torch.int32
         ),
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
-        work_items=torch.from_numpy(backend.work_items(starts, seq_lens)),
+        work_items=torch.from_numpy(backend.work_items(starts, seq_lens, widest)),
         host_query_start_loc=starts,
         host_seq_lens=seq_lens,
     )
@@ -269,3 +269,31 @@ def test_what_the_backend_cannot_serve() -> None:
     assert CpuAttention.why_not(AttentionShape(4, 2, 24)) == ["head_dim 24 is not a multiple of 16"]
     with pytest.raises(ValueError, match="blocks of 16 tokens, not 32"):
         CpuAttention(SHAPES[0], 32)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_reference_scores_a_few_queries_at_a_time(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of a whole prompt of 4,096 tokens would be 1.9 GB in float32, several times over."""
+    shape, length, first = AttentionShape(4, 2, 16), 100, 37
+    backend = TorchAttention(shape, BLOCK_SIZE)
+    qkv = random_qkv(shape, length, 0)
+    (table,) = deal_blocks([length])
+    sizes: list[int] = []
+    attend = functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(query.shape[0] * query.shape[1] * key.shape[1])
+        return attend(query, key, *arguments, **options)
+
+    def outputs() -> list[torch.Tensor]:
+        cache = stale_cache(backend, torch.float32)
+        parts = [Part(qkv, 0, first, table), Part(qkv, first, length, table)]
+        return [run(backend, cache, [part], window)[0] for part in parts]
+
+    whole = outputs()
+    max_scores = 4 * length * 10
+    monkeypatch.setattr("engine.attention.torch.MAX_SCORES", max_scores)
+    monkeypatch.setattr("engine.attention.torch.functional.scaled_dot_product_attention", watched)
+    for ours, theirs in zip(outputs(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert len(sizes) > 2 and max(sizes) <= max_scores

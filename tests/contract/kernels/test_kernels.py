@@ -79,6 +79,7 @@ class Strict:
     """A stranger's kernel for few outputs."""
 
     rounding: ClassVar[str | None] = None
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:

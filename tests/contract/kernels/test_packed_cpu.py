@@ -83,3 +83,24 @@ def test_no_rows_and_no_bias(bits: int) -> None:
 
 def test_other_devices_run_the_reference() -> None:
     assert isinstance(choose_kernel("torch", random_weight(4, 12, 64, 32)), PackedTorch)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("has_unordered_groups", [True, False])
+def test_the_reference_widens_some_outputs_at_a_time(
+    bits: int, has_unordered_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head of 152,064 outputs would be several gigabytes in float32."""
+    packed = random_weight(bits, 40, 128, 32, has_unordered_groups=has_unordered_groups)
+    x = torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
+    whole = PackedTorch(packed)(x)
+    widened: list[int] = []
+
+    def watched_widen(part: PackedWeight) -> torch.Tensor:
+        widened.append(part.weight.shape[0])
+        return widen(part)
+
+    monkeypatch.setattr("quant.kernels.packed_torch.OUTPUTS_AT_A_TIME", 16)
+    monkeypatch.setattr("quant.kernels.packed_torch.widen", watched_widen)
+    torch.testing.assert_close(PackedTorch(packed)(x), whole, atol=1e-5, rtol=1e-5)
+    assert widened == [16, 16, 8]

@@ -27,7 +27,8 @@ Work = Callable[..., Any]
 class Processes:
     """Ranks with collectives of every kind; a context manager that ends them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        """`backend` is what the kind "gloo" is made of, as torch takes it."""
         self.size = size
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._fds = [os.memfd_create(f"test-{crowded}") for crowded in range(2)]
@@ -39,7 +40,8 @@ class Processes:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self._store.port, paths, theirs), daemon=True)
+            args = rank, size, self._store.port, paths, theirs, backend
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -71,14 +73,14 @@ class Processes:
             os.close(fd)
 
 
-def _serve(rank: int, size: int, port: int, paths: list[str], pipe: Connection) -> None:
+def _serve(rank: int, size: int, port: int, paths: list[str], pipe: Connection, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     shared_memory.SLOT_FLOATS = SLOT_FLOATS
     shared = [
         SharedMemoryCollectives(os.open(path, os.O_RDWR), rank, size, TIMEOUT_S, is_crowded=bool(crowded))
         for crowded, path in enumerate(paths)
     ]
-    gloo = TorchCollectives("gloo", TCPStore("127.0.0.1", port), rank, size, TIMEOUT_S)
+    gloo = TorchCollectives(backend, TCPStore("127.0.0.1", port), rank, size, TIMEOUT_S)
     collectives: dict[str, Collectives] = dict(zip(KINDS, (*shared, gloo), strict=True))
     while True:
         try:

@@ -160,6 +160,20 @@ def test_many_operations_in_a_row_stay_in_step(kind: str, count: int, ranks: Pro
     assert ranks.run(kind, do_many, count) == [[]] * ranks.size
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_host_tensors_go_through_a_group_made_for_gpus(size: int) -> None:
+    """Weights that load are on the host, and their scales need all ranks. Here gloo stands in for NCCL, too."""
+    with Processes(size, "cpu:gloo,cuda:gloo") as processes:
+        for summed in processes.run("gloo", do_sum, (2, 500)):
+            np.testing.assert_array_equal(summed, sum_in_order(size, 2, 500).numpy())
+        for largest in processes.run("gloo", do_maximum):
+            expected = torch.stack([part(rank, 2, 3, 1) for rank in range(size)]).amax(dim=0)
+            np.testing.assert_array_equal(largest, expected.numpy())
+        message, seconds = processes.run("gloo", do_wait_in_vain)[0]
+        assert message.startswith("gloo lost another rank, or waited 0.5 s: ")
+        assert 0.4 < seconds < 5
+
+
 def do_wait_in_vain(collectives: Collectives, rank: int, size: int) -> tuple[str, float]:
     """The error that rank 0 gets when it is alone, and after how long."""
     collectives.timeout_s = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -13,13 +14,15 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from parallel import world
+from parallel import greeting, world
 from parallel.connect import make_collectives
+from parallel.greeting import greet
 from parallel.shared_memory import SharedMemoryCollectives
 from parallel.state import RankLostError
 from parallel.world import Rendezvous, RendezvousError, World, interface_of, listen_at, meet, read_line, send_line
 
 ADDRESS = "127.0.0.1"
+SECRET = "a secret"
 ELSEWHERE = "127.0.0.2"
 """An address of this host other than 127.0.0.1."""
 
@@ -28,6 +31,7 @@ ELSEWHERE = "127.0.0.2"
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "RETRY_S", 0.02)
     monkeypatch.setattr(world, "RENDEZVOUS_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(world, "RENDEZVOUS_LOG_S", 1.0)
 
 
 class Ranks:
@@ -40,9 +44,9 @@ class Ranks:
         self._pool = ThreadPoolExecutor(2 * size)
         self._futures: list[Future[Rendezvous]] = []
 
-    def start(self, rank: int) -> Future[Rendezvous]:
+    def start(self, rank: int, secret: str = SECRET) -> Future[Rendezvous]:
         found = World(rank=rank, size=self._size, address=ADDRESS, port=self.port)
-        future = self._pool.submit(meet, found, self._listener.detach() if rank == 0 else None)
+        future = self._pool.submit(meet, found, self._listener.detach() if rank == 0 else None, secret)
         self._futures.append(future)
         return future
 
@@ -105,8 +109,13 @@ def test_everybody_is_connected_with_the_first(three: Ranks) -> None:
         theirs.heartbeat.send(f"heartbeat of {peer.rank}".encode())
         assert peer.control.recv(100) == f"control of {peer.rank}".encode()
         assert peer.heartbeat.recv(100) == f"heartbeat of {peer.rank}".encode()
-    all_rendezvous[1].store.set("key", "value")
-    assert all_rendezvous[2].store.get("key") == b"value"
+
+
+def test_the_store_opens_for_all_ranks_when_it_is_needed(three: Ranks) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(Rendezvous.open_store, three.meet()))
+    stores[1].set("key", "value")
+    assert stores[2].get("key") == b"value"
 
 
 def test_what_is_exchanged_is_in_the_order_of_the_ranks(three: Ranks) -> None:
@@ -132,24 +141,15 @@ def test_a_line_is_read_and_nothing_more() -> None:
         assert ours.recv(100) == b"what follows"
 
 
-def wait_for_first(ranks: Ranks) -> tuple[int, str]:
-    """The port where rank 0 waits for the others, and what tells them from strangers."""
-    store = TCPStore(ADDRESS, ranks.port, wait_for_workers=False)
-    port, token = store.get("pytgi/control").decode().split()
-    return int(port), token
-
-
 def test_rank_0_listens_at_its_address_and_nowhere_else(two: Ranks) -> None:
     first = two.start(0)
-    port, _ = wait_for_first(two)
-    for listening in (two.port, port):
-        socket.create_connection((ADDRESS, listening)).close()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((ELSEWHERE, listening))
+    socket.create_connection((ADDRESS, two.port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((ELSEWHERE, two.port))
     second = two.start(1)
     assert [first.result(30).peers[0].rank, second.result(30).peers[0].rank] == [1, 0]
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((ADDRESS, port))  # all are there
+        socket.create_connection((ADDRESS, two.port))  # all are there
 
 
 def is_closed(sock: socket.socket) -> bool:
@@ -161,7 +161,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 
 def hello(**changes: object) -> bytes:
-    return json.dumps({"token": "guessed", "rank": 1, "channel": "control", **changes}).encode() + b"\n"
+    return json.dumps({"rank": 1, "channel": "control", "nonce": "0", **changes}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -171,46 +171,123 @@ def hello(**changes: object) -> bytes:
         b"\n",
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         b"\xff\xfe\x00\n",
+        b"x" * 5000,
+        b"[" * 1000 + b"\n",
         b"[]\n",
         b"{}\n",
         b'"hello"\n',
-        hello(),
-        hello(token=None),
         hello(rank=None),
+        hello(rank="1"),
+        hello(rank=True),
+        hello(nonce=None),
+        hello(channel=None),
+        hello(rank=1).replace(b"1", b"9" * 500),
+        hello() + b'{"proof": "guessed"}\n',
+        hello() + b'{"proof": null}\n',
+        hello() + b'{"proof": "\xc3\xa9"}\n',
+        hello() + hello(),
+        hello() + b"\n",
     ],
-    ids=str,
+    ids=range(20),
 )
 def test_strangers_are_ignored(nonsense: bytes, two: Ranks, caplog: pytest.LogCaptureFixture) -> None:
     first = two.start(0)
-    port, _ = wait_for_first(two)
-    with socket.create_connection((ADDRESS, port)) as stranger:
+    with socket.create_connection((ADDRESS, two.port)) as stranger:
         stranger.send(nonsense)
         if not nonsense.endswith(b"\n"):
             stranger.shutdown(socket.SHUT_WR)
-        assert is_closed(stranger)
+        while not is_closed(stranger):
+            pass
     second = two.start(1)
     assert first.result(30).peers[0].rank == 1
     assert second.result(30).peers[0].rank == 0
     assert "Somebody who is no rank of ours connected: 127.0.0.1" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_proof_of_rank_0_can_not_be_sent_back_to_it(two: Ranks) -> None:
+    """A stranger that learns the proof which rank 0 sends first has nothing to show."""
+    first = two.start(0)
+    with socket.create_connection((ADDRESS, two.port)) as stranger:
+        stranger.send(hello())
+        challenge = read_line(stranger)
+        assert SECRET not in str(challenge)
+        send_line(stranger, {"proof": challenge["proof"]})
+        assert is_closed(stranger)
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+
+
+@pytest.mark.parametrize("secret", ["", "another secret"])
+def test_a_rank_with_another_secret_says_so_and_is_ignored(two: Ranks, secret: str) -> None:
+    first = two.start(0)
+    with pytest.raises(RendezvousError, match="has another secret: give all hosts the same SHARD_SECRET"):
+        two.start(1, secret).result(30)
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+
+
+def test_strangers_that_say_nothing_hold_up_nobody(two: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "MAX_STRANGERS", 8)
+    first = two.start(0)
+    strangers = [socket.create_connection((ADDRESS, two.port)) for _ in range(50)]
+    for stranger in strangers[::2]:
+        with contextlib.suppress(OSError):
+            stranger.send(b"{")
+    started = time.monotonic()
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+    assert time.monotonic() - started < 5
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_stranger_has_a_while_to_prove_itself(two: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "GREETING_S", 0.1)
+    first = two.start(0)
+    with socket.create_connection((ADDRESS, two.port)) as stranger:
+        stranger.send(b"{")
+        assert is_closed(stranger)
+    two.start(1)
+    assert first.result(30).peers[0].rank == 1
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"[]\n", b"{}\n", b"x" * 2000])
+def test_what_answers_at_the_address_and_is_no_rank_0_is_told(answer: bytes) -> None:
+    with listen_at(ADDRESS, 0) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        second = pool.submit(meet, World(rank=1, size=2, address=ADDRESS, port=port), None, SECRET)
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(1000)
+            sock.send(answer)
+            with pytest.raises(RendezvousError, match=f"What answers at {ADDRESS}:{port} is no rank 0: give the first"):
+                second.result(30)
 
 
 def test_strangers_who_are_gone_before_they_are_answered_are_ignored(two: Ranks) -> None:
     first = two.start(0)
-    port, _ = wait_for_first(two)
     for _ in range(5):
-        stranger = socket.create_connection((ADDRESS, port))
+        stranger = socket.create_connection((ADDRESS, two.port))
         stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stranger.close()  # resets the connection
     two.start(1)
     assert first.result(30).peers[0].rank == 1
 
 
-@pytest.mark.parametrize("changes", [{"rank": 0}, {"rank": 2}, {"rank": -1}, {"channel": "other"}, {"channel": None}])
-def test_ranks_that_there_are_none_of_are_ignored(changes: dict[str, object], two: Ranks) -> None:
+def proved(port: int, rank: int, channel: str) -> socket.socket:
+    """A connection of somebody who knows the secret."""
+    sock = socket.create_connection((ADDRESS, port))
+    greet(sock, SECRET, rank, channel)
+    return sock
+
+
+@pytest.mark.parametrize(
+    ("rank", "channel"), [(0, "control"), (2, "control"), (-1, "control"), (1, "other"), (1, ""), (10**30, "control")]
+)
+def test_ranks_that_there_are_none_of_are_ignored(rank: int, channel: str, two: Ranks) -> None:
     first = two.start(0)
-    port, token = wait_for_first(two)
-    with socket.create_connection((ADDRESS, port)) as stranger:
-        stranger.send(hello(token=token, **changes))
+    with proved(two.port, rank, channel) as stranger:
         assert is_closed(stranger)
     two.start(1)
     assert first.result(30).peers[0].rank == 1
@@ -219,10 +296,8 @@ def test_ranks_that_there_are_none_of_are_ignored(changes: dict[str, object], tw
 @pytest.mark.parametrize("channel", ["control", "heartbeat"])
 def test_a_rank_that_comes_twice_is_refused(channel: str, three: Ranks) -> None:
     first = three.start(0)
-    port, token = wait_for_first(three)
     three.start(1).result(30)
-    with socket.create_connection((ADDRESS, port)) as second:
-        second.send(hello(token=token, channel=channel))
+    with proved(three.port, 1, channel) as second:
         with pytest.raises(RendezvousError, match="^rank 1 is there twice: give each host another --node-rank$"):
             first.result(30)
         assert is_closed(second)
@@ -274,6 +349,15 @@ def test_the_store_may_be_torchruns() -> None:
         for rendezvous in pool.map(meet, worlds, (None, None)):
             close(rendezvous)
     assert store.get("pytgi/control")
+
+
+@pytest.mark.parametrize("value", ["", "a port", "9" * 5000, "1 token"])
+def test_what_torchruns_store_says_of_the_port_may_be_nonsense(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "RENDEZVOUS_TIMEOUT_S", 0.5)
+    store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
+    store.set("pytgi/control", value)
+    with pytest.raises(RendezvousError, match="pytgi/control|can't be reached"):
+        meet(World(rank=1, size=2, address=ADDRESS, port=store.port, has_agent_store=True), None)
 
 
 def test_interfaces() -> None:

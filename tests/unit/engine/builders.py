@@ -6,12 +6,14 @@ import zlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+import msgspec
+
 from engine.link.messages import GenerationRequest, TokenEvent
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
-from engine.scheduling.ngram import IntArray, Proposal
+from engine.scheduling.proposal import IntArray, Proposal
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import UNKNOWN_TOKEN, Sequence
 from engine.scheduling.speculate import Proposer, Speculator
 from engine.scheduling.step_costs import StepCosts
 
@@ -37,6 +39,11 @@ def expected_output(request: GenerationRequest, model: Callable[[list[int]], int
     return output
 
 
+def expected_scores(request: GenerationRequest) -> list[float]:
+    """Logprobs of a prompt's tokens from the second on."""
+    return [-place - token_id / 100 for place, token_id in enumerate(request.prompt_token_ids)][1:]
+
+
 def guess(token_ids: IntArray, max_tokens: int) -> Proposal:
     """What `next_token` will say, but for about one token in four; sometimes nothing."""
     known: list[int] = token_ids.tolist()
@@ -55,15 +62,21 @@ def make_speculator(max_draft_tokens: int, propose: Proposer = guess) -> Specula
 class SlotMemory:
     """KV memory by slot: which tokens the stored KV was computed from. Finds every wrong share or overwrite."""
 
-    def __init__(self, block_manager: BlockManager) -> None:
+    def __init__(self, block_manager: BlockManager, known_tokens: Callable[[Sequence], list[int]]) -> None:
+        """`known_tokens`: a sequence's tokens as the device knows them."""
         self._blocks = block_manager
+        self._known_tokens = known_tokens
         self._slots: dict[tuple[int, int], PrefixKey] = {}
 
     def execute(self, batch: ScheduledBatch) -> None:
         """As a layer does: write the step's KV of all sequences, then read everything each of them attends to."""
         size = self._blocks.block_size
         scheduled = [
-            (s.sequence, s.sequence.num_computed_tokens + s.num_tokens + len(s.draft), s.sequence.token_ids + s.draft)
+            (
+                s.sequence,
+                s.sequence.num_computed_tokens + s.num_tokens + len(s.draft),
+                self._known_tokens(s.sequence) + s.draft,
+            )
             for s in batch.scheduled
         ]
         for sequence, end, token_ids in scheduled:
@@ -89,6 +102,7 @@ class Simulation:
         max_running: int | None = None,
         is_prefix_caching: bool = True,
         max_draft_tokens: int = 0,
+        needs_tokens: Callable[[Sequence], bool] = lambda sequence: False,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching)
         self.scheduler = Scheduler(
@@ -97,15 +111,20 @@ class Simulation:
             eos_token_ids=[EOS],
             max_running=max_running,
             drafter=make_speculator(max_draft_tokens) if max_draft_tokens else None,
+            needs_tokens=needs_tokens,
         )
-        self.memory = SlotMemory(self.blocks)
+        self.memory = SlotMemory(self.blocks, self.known_tokens)
         self.model: Callable[[list[int]], int] = next_token
         self.not_finite: set[str] = set()
         self.requests: dict[str, GenerationRequest] = {}
         self.events: dict[str, list[TokenEvent]] = {}
 
-    def add(self, request_id: str, prompt: list[int], max_new_tokens: int = 4) -> None:
+    def add(
+        self, request_id: str, prompt: list[int], max_new_tokens: int = 4, *, has_prompt_logprobs: bool = False
+    ) -> None:
         request = make_request(request_id, prompt, max_new_tokens)
+        if has_prompt_logprobs:
+            request = msgspec.structs.replace(request, has_prompt_logprobs=True)
         self.requests[request_id] = request
         self.events[request_id] = []
         self.scheduler.add(request)
@@ -121,9 +140,17 @@ class Simulation:
 
     def finish(self, batch: ScheduledBatch) -> list[TokenEvent]:
         """Run and update what was scheduled."""
+        return self.take_in(batch, *self.compute(batch))
+
+    def known_tokens(self, sequence: Sequence) -> list[int]:
+        """As the device knows them."""
+        return sequence.token_ids
+
+    def compute(self, batch: ScheduledBatch) -> tuple[SampledBatch, list[float]]:
+        """Tokens, and logprobs of scored tokens, each a number that is known from its token and place."""
         self.memory.execute(batch)
         token_ids = [
-            self.model(scheduled.sequence.token_ids + scheduled.draft[:length])
+            self.model(self.known_tokens(scheduled.sequence) + scheduled.draft[:length])
             for scheduled in batch.scheduled
             for length in range(len(scheduled.rows))
         ]
@@ -132,7 +159,17 @@ class Simulation:
             for scheduled in batch.scheduled
             for _ in scheduled.rows
         ]
-        events = self.scheduler.update(batch, SampledBatch(token_ids, [-1.0] * len(token_ids), is_finite))
+        scores = []
+        for scheduled in batch.scheduled:
+            if scheduled.num_scored_tokens:
+                sequence = scheduled.sequence
+                next_scored = 1 + len(sequence.prompt_logprobs)
+                assert next_scored >= 1 + sequence.num_computed_tokens
+                scores += expected_scores(sequence.request)[next_scored - 1 :][: scheduled.num_scored_tokens]
+        return SampledBatch(token_ids, [-1.0] * len(token_ids), is_finite), scores
+
+    def take_in(self, batch: ScheduledBatch, sampled: SampledBatch, scores: list[float]) -> list[TokenEvent]:
+        events = self.scheduler.update(batch, sampled, scores)
         for event in events:
             self.events[event.request_id].append(event)
         return events
@@ -145,6 +182,40 @@ class Simulation:
         num_steps = 0
         while self.scheduler.has_work:
             assert self.step().scheduled, "a step that does nothing: the engine would hang"
+            num_steps += 1
+        return num_steps
+
+
+class OverlappedSimulation(Simulation):
+    """Each step is launched before the last one's results are taken in, as `engine.overlap` does."""
+
+    launched: tuple[ScheduledBatch, SampledBatch, list[float]] | None = None
+
+    def known_tokens(self, sequence: Sequence) -> list[int]:
+        if not sequence.has_unknown_token:
+            return sequence.token_ids
+        assert self.launched is not None
+        return [*sequence.token_ids[:-1], self.launched[1].token_ids[sequence.unknown_row]]
+
+    def finish(self, batch: ScheduledBatch) -> list[TokenEvent]:
+        """Launch what was scheduled, and finish what was launched before."""
+        last, self.launched = self.launched, self.launch(batch) if batch.scheduled else None
+        return [] if last is None else self.take_in(*last)
+
+    def launch(self, batch: ScheduledBatch) -> tuple[ScheduledBatch, SampledBatch, list[float]]:
+        sampled, scores = self.compute(batch)
+        for scheduled in batch.scheduled:
+            tokens = scheduled.sequence.token_ids
+            assert UNKNOWN_TOKEN not in tokens[:-1], "a token that is never known"
+            assert not (scheduled.sequence.needs_tokens and scheduled.is_completing and UNKNOWN_TOKEN in tokens)
+        self.scheduler.advance(batch)
+        return batch, sampled, scores
+
+    def drain(self) -> int:
+        num_steps = 0
+        while self.scheduler.has_work or self.launched is not None:
+            is_waiting = self.launched is not None
+            assert self.step().scheduled or is_waiting, "a step that does nothing: the engine would hang"
             num_steps += 1
         return num_steps
 

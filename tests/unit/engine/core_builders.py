@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.core import EngineCore, Runner
-from engine.sampling.batch_sampler import BatchSampler
+from engine.overlap import OverlappedCore, OverlappedRunner
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
 from engine.sampling.grammar import Grammars
 from engine.sampling.grammar_torch import apply_masks
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import Sample
+from engine.sampling.sampler import LaunchSample, Sample
 from engine.sampling.sampler_torch import sample as sample_in_torch
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_costs import UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 
@@ -24,8 +26,22 @@ def assemble_core(
     limit: StepLimit | None = None,
     penalties: Penalties | None = None,
     grammars: Grammars | None = None,
+    launch_sample: LaunchSample | None = None,
 ) -> EngineCore:
-    """A core without step limits; `grammars` left out have no tokenizer, and every grammar is an error."""
+    """A core without step limits; `grammars` left out have no tokenizer, and every grammar is an error.
+
+    With `launch_sample` steps overlap; the scheduler needs `needs_tokens` then.
+    """
     grammars = grammars or Grammars(Path("no tokenizer.json"), 1, [], 1, lambda: apply_masks)
-    sampler = BatchSampler(sample, [penalties or Penalties(), grammars])
-    return EngineCore(scheduler, runner, sampler, grammars, limit or StepLimit(None, None), UnusedCosts())
+    processors: list[LogitsProcessor] = [penalties or Penalties(), grammars]
+    limit, costs = limit or StepLimit(None, None), UnusedCosts()
+    if launch_sample is None:
+        return EngineCore(scheduler, runner, BatchSampler(sample, processors), grammars, limit, costs)
+    sampler = LaunchingBatchSampler(sample, processors, launch_sample)
+    assert isinstance(runner, OverlappedRunner)
+    return OverlappedCore(scheduler, runner, sampler, grammars, limit, costs)
+
+
+def needs_tokens(sequence: Sequence) -> bool:
+    """As the processors above say."""
+    return Penalties.needs_tokens(sequence) or Grammars.needs_tokens(sequence)

@@ -18,6 +18,7 @@ from engine.layers import OPS
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.sampling.grammar import MASKS
+from engine.sampling.penalties import PENALTIES
 from engine.sampling.sampler import SAMPLERS
 from quant.kernels import MATRICES
 from tests.unit.house import ROOT, source_files
@@ -47,6 +48,7 @@ def test_a_device_names_keys_of_the_tables(
     assert found.matrices in MATRICES
     assert found.sampler in SAMPLERS
     assert found.masks in MASKS
+    assert found.penalties in PENALTIES
 
 
 def test_each_rank_has_a_gpu_of_its_own(pretended_gpus: list[int]) -> None:
@@ -111,6 +113,37 @@ def test_the_interpreter_is_never_taken_by_itself(monkeypatch: pytest.MonkeyPatc
     assert detect_device(0).attention == "cpu"
 
 
+def test_a_device_may_be_asked_for(pretended_gpus: list[int]) -> None:
+    assert detect_device(1, "cuda").torch_device == torch.device("cuda", 1)
+    assert detect_device(1, "cpu").torch_device == torch.device("cpu")
+    assert pretended_gpus == [1]
+
+
+def test_a_device_that_is_not_there_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(StartError, match=r"^--device cuda: torch 2.11.0\+cpu sees no GPU: install a build .* out$"):
+        detect_device(0, "cuda")
+    with pytest.raises(StartError, match=r"^--device interpreted: it is for tests, under TRITON_INTERPRET=1: leave"):
+        detect_device(0, "interpreted")
+
+
+def test_only_tests_get_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "IS_INTERPRETED", True)
+    assert detect_device(0, "interpreted").attention == "triton"
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [("xpu", True), ("cpu", False)])
+def test_an_accelerator_without_a_row_is_told(
+    kind: str, is_told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    assert detect_device().torch_device == torch.device("cpu")
+    told = "torch sees an accelerator of type xpu, which is not supported: cpu computes instead"
+    assert (told in caplog.text) is is_told
+
+
 def test_a_strangers_device_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("strange_device")
     strange = dataclasses.replace(find_cpu(0), attention="torch")
@@ -118,6 +151,9 @@ def test_a_strangers_device_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "strange_device", module)
     monkeypatch.setattr(device, "DEVICES", {"strange": "strange_device:find", "cpu": DEVICES["cpu"]})
     assert detect_device(0) is strange
+    assert detect_device(0, "strange") is strange
+    with pytest.raises(StartError, match=r"^--device strange: this machine has none: leave --device out$"):
+        detect_device(1, "strange")
     assert detect_device(1).attention == "cpu"
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config
+from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config, read_quantization_config
 from engine.checkpoint.safetensors_weights import safetensors_files
 from engine.link.errors import StartError
+from engine.link.model_files import read_file
 
 TOKENIZER = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"5": {"content": "<|im_end|>"}, "6": {"content": "x"}}}
 
@@ -94,11 +97,71 @@ def test_weights_that_are_no_file(tmp_path: Path) -> None:
         safetensors_files(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["read_text", "iterdir", "is_file"])
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "a/../model.safetensors", "..", "", "."],
+)
+def test_an_index_that_names_files_outside_of_the_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "model.safetensors").touch()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(StartError, match="index.json names .*, which is no file of this folder: fetch the model from"):
+        safetensors_files(folder)
+
+
+def test_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").touch()
+    (snapshot / "model-1.safetensors").symlink_to("../../blobs/abc")
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert safetensors_files(snapshot) == [snapshot / "model-1.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "/dev/tty", "socket"])
+@pytest.mark.timeout(10)
+def test_special_files_are_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to(kind)
+    for read in (read_file, read_json):
+        with pytest.raises(
+            StartError, match="config.json is no regular file, or a link to none: fetch the model again"
+        ):
+            read(path)
+
+
+def test_a_file_may_not_be_larger_than_any_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.link.model_files.MAX_FILE_BYTES", 1 << 20)
+    path = tmp_path / "config.json"
+    path.write_bytes(b" " * (1 << 20))
+    assert read_file(path) == b" " * (1 << 20)
+    path.write_bytes(b" " * (1 << 20) + b" ")
+    with pytest.raises(StartError, match="config.json is larger than 1 MiB: fetch the model again"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("value", [[], [1], "gptq", 4, True])
+def test_a_quantisation_that_is_no_object(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(StartError, match=f"{key} in .* is not a JSON object: fetch the model again"):
+        read_quantization_config(tmp_path, {key: value})
+
+
+@pytest.mark.parametrize("method", ["open", "iterdir", "is_file"])
 def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     (tmp_path / "model.safetensors").touch()
+    if method == "open":
+        (tmp_path / "model.safetensors.index.json").touch()
 
-    def refuse(path: Path, **_: str) -> None:
+    def refuse(path: Path, *_: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, method, refuse)

@@ -14,8 +14,10 @@ from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import (
     EOS,
+    OverlappedSimulation,
     Simulation,
     expected_output,
+    expected_scores,
     ids_of,
     sequences_of,
 )
@@ -31,6 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     is_prefix_caching = True
     max_draft_tokens = 0
+    steps_per_token = 1
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -39,7 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.none() | st.integers(1, 3),
     )
     def start(self, num_blocks: int, block_size: int, max_batch_tokens: int, max_running: int | None) -> None:
-        self.simulation = Simulation(
+        self.simulation = self.make_simulation(
             num_blocks=num_blocks,
             block_size=block_size,
             max_batch_tokens=max_batch_tokens,
@@ -51,6 +54,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running or num_blocks
         self.aborted: set[str] = set()
+
+    @staticmethod
+    def make_simulation(**options: Any) -> Simulation:
+        return Simulation(**options)
 
     @rule(prompts=st.lists(st.tuples(BEGINNINGS, REST), min_size=1, max_size=3), max_new_tokens=st.integers(1, 24))
     def add(self, prompts: list[tuple[list[int], list[int]]], max_new_tokens: int) -> None:
@@ -77,14 +84,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_once(self, max_tokens: int | None) -> None:
         scheduler = self.simulation.scheduler
         oldest = min(self.simulation.live_sequences, key=lambda sequence: sequence.arrival_time)
+        is_waiting = oldest.is_waiting_for_results or (oldest in scheduler.waiting and oldest.num_launched > 0)
         running = list(scheduler.running)
-        lacking = [sequence for sequence in running if sequence.num_uncomputed_tokens == 1]
+        lacking = [s for s in running if s.num_uncomputed_tokens == 1 and not s.is_waiting_for_results]
         batch = scheduler.schedule(max_tokens)
         if any(sequence not in scheduler.running for sequence in running):
             event("preempted")
         if any(scheduled.sequence.num_cached_tokens for scheduled in batch.scheduled):
             event("reused a prefix")
-        assert oldest in sequences_of(batch), "the oldest request always gets on"
+        assert oldest in sequences_of(batch) or is_waiting, "the oldest request always gets on"
         self.check_batch(batch, lacking, max_tokens)
         self.simulation.finish(batch)
 
@@ -117,11 +125,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "simulation"):
             return
-        num_live_tokens = sum(
+        max_steps = self.steps_per_token * sum(
             len(sequence.request.prompt_token_ids) + sequence.request.max_new_tokens
             for sequence in self.simulation.live_sequences
         )
-        assert self.simulation.drain() <= num_live_tokens, "the oldest computes a token in every step"
+        assert self.simulation.drain() <= max_steps, "the oldest computes a token in every step"
         assert self.simulation.blocks.num_used_blocks == 0
         for request_id in self.simulation.requests:
             self.check_events(request_id)
@@ -160,7 +168,59 @@ class SpeculatingSchedulerMachine(SchedulerMachine):
     max_draft_tokens = 4
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, UncachedSchedulerMachine, SpeculatingSchedulerMachine])
+def is_third(sequence: Sequence) -> bool:
+    return int(sequence.request.request_id[1:]) % 3 == 0
+
+
+class OverlappedSchedulerMachine(SchedulerMachine):
+    """A step is launched before the last one is taken in. Every third request needs its tokens on the host."""
+
+    steps_per_token = 2
+
+    @staticmethod
+    def make_simulation(**options: Any) -> Simulation:
+        return OverlappedSimulation(**options, needs_tokens=is_third)
+
+    @rule(beginning=BEGINNINGS, rest=REST, max_new_tokens=st.integers(1, 8))
+    def add_scored(self, beginning: list[int], rest: list[int], max_new_tokens: int) -> None:
+        prompt = (beginning + rest)[: self.capacity - 1]
+        request_id = f"r{len(self.simulation.requests)}"
+        max_new_tokens = min(max_new_tokens, self.capacity - len(prompt))
+        self.simulation.add(request_id, prompt, max_new_tokens, has_prompt_logprobs=True)
+
+    def step_once(self, max_tokens: int | None) -> None:
+        self.note_what_is_in_vain()
+        super().step_once(max_tokens)
+
+    def note_what_is_in_vain(self) -> None:
+        launched = self.simulation.launched  # type: ignore[attr-defined]
+        if launched is not None and any(
+            s.sequence not in self.simulation.live_sequences for s in launched[0].scheduled
+        ):
+            event("computed in vain")
+
+    def check_events(self, request_id: str) -> None:
+        super().check_events(request_id)
+        request, events = self.simulation.requests[request_id], self.simulation.events[request_id]
+        if events:
+            assert events[0].prompt_logprobs == (expected_scores(request) if request.has_prompt_logprobs else [])
+        assert not any(event.prompt_logprobs for event in events[1:])
+
+
+class UncachedOverlappedSchedulerMachine(OverlappedSchedulerMachine):
+    is_prefix_caching = False
+
+
+MACHINES = [
+    SchedulerMachine,
+    UncachedSchedulerMachine,
+    SpeculatingSchedulerMachine,
+    OverlappedSchedulerMachine,
+    UncachedOverlappedSchedulerMachine,
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> None:
     class Case(machine.TestCase):  # type: ignore[name-defined,misc]
         settings = settings(max_examples=100, stateful_step_count=40)

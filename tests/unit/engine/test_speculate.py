@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.ngram import MAX_MATCH, IntArray, Proposal, propose_ngram
+from engine.scheduling.ngram import propose_ngram
+from engine.scheduling.proposal import MAX_MATCH, IntArray, Proposal
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Acceptance, Speculator
 from engine.scheduling.step_costs import StepCosts

@@ -39,13 +39,13 @@ def make_inputs(num_seqs: int, width: int = 3, num_scored: int = 0) -> StepInput
     )
 
 
-def make_items(num_items: int) -> npt.NDArray[np.int64]:
-    return np.arange(4 * num_items, dtype=np.int64).reshape(num_items, 4)
+def make_items(num_items: int) -> npt.NDArray[np.int32]:
+    return np.arange(4 * num_items, dtype=np.int32).reshape(num_items, 4)
 
 
 def tensors_of(step: StepTensors) -> dict[str, torch.Tensor]:
     both = {**vars_of(step), **vars_of(step.attention)}
-    return {name: both[name] for name in SECTIONS}
+    return {name: both[name] for name in SECTIONS if not name.startswith("unknown_")}
 
 
 def vars_of(record: Any) -> dict[str, Any]:
@@ -87,7 +87,9 @@ def batches(draw: st.DrawFn) -> ScheduledBatch:
 
 def listed(batch: ScheduledBatch) -> dict[str, list[Any]]:
     """The numbers of a batch, token by token: the reference implementation."""
-    numbers: dict[str, list[Any]] = {name: [] for name in SECTIONS if name != "work_items"}
+    numbers: dict[str, list[Any]] = {
+        name: [] for name in SECTIONS if name != "work_items" and not name.startswith("unknown_")
+    }
     numbers["query_start_loc"].append(0)
     width = max(len(scheduled.sequence.block_table) for scheduled in batch.scheduled)
     for scheduled in batch.scheduled:

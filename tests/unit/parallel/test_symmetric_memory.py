@@ -57,6 +57,44 @@ def test_wrong_sums_of_one_rank_are_used_by_nobody(wrong_from: int, caplog: pyte
     assert any(f"sums of {max(wrong_from, 8)} torch.bfloat16 differ" in text for text in caplog.messages)
 
 
+def test_a_rank_without_small_sums_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    """Threads that wait for each other would time out."""
+
+    def work(parallel: ParallelState) -> bool:
+        def make() -> Sum:
+            if parallel.rank:
+                raise RuntimeError("no peer access")
+            return sum_of(parallel, [])
+
+        plain = collectives_of(parallel)
+        return with_small_sums(plain, parallel.rank, CPU, make) is plain
+
+    with caplog.at_level(logging.WARNING):
+        assert run_ranks(2, work) == [True, True]
+    reasons = {text.partition(": ")[2] for text in caplog.messages}
+    assert reasons == {"no peer access", "another rank has none, or gets other sums"}
+
+
+def test_a_dtype_that_has_no_small_sums_keeps_the_plain_ones() -> None:
+    """torch's kernel takes no float16, and says so on every rank; NCCL does."""
+
+    def work(parallel: ParallelState) -> tuple[list[int], list[float]]:
+        calls: list[int] = []
+        add = sum_of(parallel, calls)
+
+        def add_some(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype == torch.float16:
+                raise RuntimeError("not implemented for 'Half'")
+            return add(x)
+
+        made = with_small_sums(collectives_of(parallel), parallel.rank, CPU, lambda: add_some)
+        calls.clear()
+        sums = [made.all_reduce(torch.ones(3, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16, torch.int32)]
+        return calls, [float(summed.sum()) for summed in sums]
+
+    assert run_ranks(2, work) == [([3], [6.0, 6.0, 6.0])] * 2
+
+
 def test_gpus_that_cannot_reach_each_other_keep_the_plain_sums(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> Sum:
         raise RuntimeError("no peer access\nlong explanation")

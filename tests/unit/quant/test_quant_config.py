@@ -29,6 +29,10 @@ COMPRESSED = {
 }
 
 
+def compressed_for(targets: Any) -> dict[str, Any]:
+    return {**COMPRESSED, "config_groups": {"group_0": {"targets": targets, "weights": WEIGHTS}}}
+
+
 def resolve(
     flag: str | None = None, stored: dict[str, Any] | None = None, head: str | None = None, *, is_exact: bool = False
 ) -> Quantization:
@@ -162,6 +166,22 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
         (None, {**AWQ, "bits": 8}, "the quantisation's bits is 8, which can't be loaded"),
         (None, {**COMPRESSED, "format": "float-quantized"}, "in the form 'float-quantized' with strategy 'group'"),
         (None, {**COMPRESSED, "config_groups": {}}, "has no config_groups"),
+        (None, {**COMPRESSED, "config_groups": [1]}, "the quantisation's config_groups is [1], not a map"),
+        (None, {**COMPRESSED, "config_groups": "x" * 10_000}, "not a map"),
+        (None, {**COMPRESSED, "config_groups": {"a": 5}}, "the quantisation's a is 5, not a map"),
+        (
+            None,
+            {**COMPRESSED, "config_groups": {"a": {"weights": [1]}}},
+            "the quantisation's weights is [1], not a map",
+        ),
+        (None, compressed_for("Linear"), "a config_group's targets are not a list of names"),
+        (None, compressed_for([1]), "a config_group's targets are not a list of names"),
+        (None, compressed_for(["re:("]), "the quantisation's pattern '(' is no regular expression"),
+        (None, {**GPTQ, "dynamic": [1]}, "the quantisation's dynamic is [1], not a map"),
+        (None, {**GPTQ, "dynamic": {"a": 1}}, "the quantisation's a is 1, not a map"),
+        (None, {**GPTQ, "dynamic": {"+:[": {}}}, "the quantisation's pattern '[' is no regular expression"),
+        (None, {"quant_method": ["gptq"]}, "the checkpoint is quantised with ['gptq'], which can't be loaded"),
+        (None, {"quant_method": {"a": 1}}, "the checkpoint is quantised with {'a': 1}, which can't be loaded"),
     ],
 )
 def test_what_can_not_be_loaded(flag: str | None, stored: dict[str, Any] | None, sentence: str) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from server.launcher.children import Child
 from server.launcher.errors import LaunchError
+from server.launcher.shard_check import check_model
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import snapshot_commit
+from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -102,3 +108,60 @@ def test_who_does_not_hold_the_meeting_binds_nothing(sharding: Sharding) -> None
 def test_only_a_folder_of_the_hub_has_a_commit() -> None:
     assert snapshot_commit("/data/hub/models--Qwen--Q/snapshots/abc123") == "abc123"
     assert snapshot_commit("/models/mine") is None
+
+
+def test_children_get_no_secrets_but_those_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = "API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN NGROK_AUTHTOKEN AWS_SECRET_ACCESS_KEY SHARD_SECRET".split()
+    for name in (*secrets, "OTEL_EXPORTER_OTLP_HEADERS", "TOKENIZERS_PARALLELISM", "HF_HOME"):
+        monkeypatch.setenv(name, "a value")
+
+    def variables(kept: Sequence[str]) -> set[str]:
+        child = Child("env", ["env"], stdout=subprocess.PIPE, environ={"RANK": "0"}, kept_secrets=kept)
+        written, _ = child.process.communicate()
+        return {line.partition("=")[0] for line in written.decode().splitlines()}
+
+    bare = variables(())
+    assert bare.isdisjoint([*secrets, "OTEL_EXPORTER_OTLP_HEADERS"])
+    assert {"TOKENIZERS_PARALLELISM", "HF_HOME", "RANK", "PATH"} <= bare
+    assert variables(HUB_SECRETS) - bare == {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+    assert variables(COLLECTOR_SECRETS) - bare == {"OTEL_EXPORTER_OTLP_HEADERS"}
+
+
+CONFIG = {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936}
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "sentence"),
+    [
+        ({}, 8, None),
+        (
+            {},
+            64,
+            "the model can't be cut for 64 shards: 14 heads in 2 groups of 7 are too few for 64 shards: the largest "
+            "count is 14: start with --num-shard 1 or 2 or 3 or 4 or 5 or 6 or 7 or 8",
+        ),
+        ({"intermediate_size": 24}, 4, "24 can't be split over 4 shards in units of 64 or 32 or 16 or 8: start with"),
+        ({"num_key_value_heads": 3}, 2, "14 heads don't divide into 3 groups: correct config.json"),
+        ({"num_attention_heads": "many"}, 64, None),  # for the engine to say
+        ({"num_key_value_heads": None}, 64, None),
+        ({"num_key_value_heads": 0}, 64, None),
+    ],
+)
+def test_shards_that_the_model_can_not_be_cut_for(
+    tmp_path: Path, changes: dict[str, object], size: int, sentence: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    sharding = Sharding(size=size, local_size=size)
+    if sentence is None:
+        check_model(str(tmp_path), sharding)
+        return
+    with pytest.raises(LaunchError) as caught:
+        check_model(str(tmp_path), sharding)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "5", '"text"', "[" * 100_000])
+def test_a_config_that_can_not_be_read_is_left_to_the_engine(tmp_path: Path, content: str) -> None:
+    check_model(str(tmp_path), TWO)
+    (tmp_path / "config.json").write_text(content)
+    check_model(str(tmp_path), TWO)

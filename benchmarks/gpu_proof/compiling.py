@@ -1,0 +1,117 @@
+"""All launches that a model makes, compiled for this card at once: seconds, registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.gpu_proof.report import Report
+from benchmarks.gpu_proof.settings import Settings
+from quant.kernels.launch import Launch
+from scripts.kernels_aot import CARDS, FORMS, STEPS, Card, Resources, compile_launch, complaints_of, record_launches
+
+TOY_CARD, TOY_LAUNCHES = "sm_90", 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler made of a launch."""
+
+    label: str
+    seconds: float
+    resources: Resources | None
+    error: str = ""
+
+
+def run(settings: Settings, report: Report) -> None:
+    card = CARDS[card_name(settings)]
+    started = time.monotonic()
+    launches = recorded(card.dtype, is_toy=settings.is_toy)
+    recorded_s = time.monotonic() - started
+    started = time.monotonic()
+    compiled = compile_all([launch for launch, _ in launches], card)
+    compiled_s = time.monotonic() - started
+    spilling = 0
+    for result, (_, is_decoding) in zip(compiled, launches, strict=True):
+        complaints = [f"does not compile: {result.error}"]
+        if result.resources is not None:
+            complaints = complaints_of(result.resources, card, is_decoding=is_decoding)
+            spilling += result.resources.spilled_bytes > 0
+        report.check(result.label, complaints)
+    registers = [result.resources.registers for result in compiled if result.resources]
+    report.row(
+        "Compiling the kernels of Qwen2-7B" if not settings.is_toy else "Compiling kernels",
+        target=f"{card.target.backend} {card.target.arch}",
+        kernels=len(compiled),
+        processes=num_processes(),
+        **{"recorded in s": recorded_s, "compiled in s": compiled_s},
+        slowest=max(result.seconds for result in compiled),
+        **{"registers": f"{min(registers, default=0)} to {max(registers, default=0)}", "with spills": spilling},
+    )
+
+
+def recorded(dtype: torch.dtype, *, is_toy: bool) -> list[tuple[Launch, bool]]:
+    """Every distinct launch, and whether decode makes it."""
+    model, forms, steps = ("0.5B", ["int8"], ["decode 1"]) if is_toy else ("7B", FORMS, list(STEPS))
+    launches: dict[Launch, bool] = {}
+    for form in forms:
+        for step in steps:
+            for launch in record_launches(model, form, dtype, step):
+                launches[launch] = launches.get(launch, False) or step.startswith("decode")
+    return list(launches.items())[:TOY_LAUNCHES] if is_toy else list(launches.items())
+
+
+def card_name(settings: Settings) -> str:
+    """The architecture of the card that the part `card` has found, or the newest that is older."""
+    path = settings.part_file("card")
+    facts = json.loads(path.read_text())["facts"] if path.exists() else {}
+    major, minor = facts.get("capability", (0, 0))
+    if settings.is_interpreted:
+        return TOY_CARD
+    if not major and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+    names = [name for name in CARDS if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
+    return names[-1]
+
+
+_compile_one: Callable[[int], Compiled]
+"""Compiles the launch of an index; forked workers inherit it, since kernels can't be sent."""
+
+
+def compile_all(launches: Sequence[Launch], card: Card) -> list[Compiled]:
+    """Compile on all cores; Triton keeps the results, so that a process that launches them need not compile."""
+    global _compile_one
+
+    def compile_one(index: int) -> Compiled:
+        return _compile(launches[index], card)
+
+    _compile_one = compile_one
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(num_processes(), mp_context=context) as pool:
+        return list(pool.map(_run, range(len(launches))))
+
+
+def num_processes() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _run(index: int) -> Compiled:
+    return _compile_one(index)
+
+
+def _compile(launch: Launch, card: Card) -> Compiled:
+    sizes = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
+    label = f"{launch.name} warps={launch.num_warps} stages={launch.num_stages} {sizes}"
+    started = time.monotonic()
+    try:
+        resources = compile_launch(launch, card)
+    except Exception as error:  # whatever the compiler says, the other kernels are still of interest
+        return Compiled(label, time.monotonic() - started, None, str(error)[:300])
+    return Compiled(label, time.monotonic() - started, resources)

@@ -1,0 +1,34 @@
+"""Fresh random inputs, from the seed that the run prints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from benchmarks.gpu_proof.clock import find_device
+from benchmarks.gpu_proof.settings import Settings
+from engine.device import Device
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """Where inputs are made, and of which sizes."""
+
+    device: Device
+    generator: torch.Generator
+    is_toy: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> Inputs:
+        device = find_device(settings.device)
+        return cls(device, torch.Generator(device.torch_device).manual_seed(settings.seed), settings.is_toy)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> torch.Tensor:
+        """Normally distributed numbers; never zeros, which hide what is not written and run faster."""
+        numbers = torch.randn(shape, device=self.generator.device, generator=self.generator)
+        return numbers.mul_(spread).to(dtype)
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        """Integers [*shape] int64 from 0 to `high`, exclusive."""
+        return torch.randint(high, shape, device=self.generator.device, generator=self.generator)
