@@ -88,7 +88,7 @@ class Connection(HttpToolsProtocol):
         try:
             deadline = self.loop.time() + FEED_S
             while self._ahead and not self.pipeline and not self.transport.is_closing():
-                if self.loop.time() > deadline:
+                if self.loop.time() > deadline and len(self._ahead) < MAX_AHEAD_BYTES // 2:
                     self.loop.call_soon(self._feed)
                     break
                 piece = bytes(self._ahead[:PIECE_BYTES])

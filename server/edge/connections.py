@@ -37,8 +37,8 @@ class ConnectionLimits:
     """The time that a head may take, and what is left of a body that is refused."""
     unread_s: float = 30.0
     """The time in which a client must read something of a whole answer, and the time that every answer may take."""
-    stream_unread_s: float = 120.0
-    """The time in which a client must read something of an answer that is not complete."""
+    stream_unread_s: float = 150.0
+    """The same for an answer that is not complete; streams of events wait less by themselves."""
     min_bytes_per_s: int = 8_000
     """The time for a large answer is one second more for so many bytes that have been read."""
     max_unread_bytes: int = 48_000_000
@@ -115,7 +115,10 @@ class ConnectionTable:
                 return False
             oldest = next(iter(waiting))
             self.remove(oldest)
-            oldest.abort()
+            if oldest.num_unread_bytes:
+                oldest.abort()
+            else:
+                oldest.close_quietly()
         self._all[connection] = Progress(self._now())
         self._waiting[connection] = None
         if self._timer is None:

@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 
 from tests.e2e.abuse import KINDS, Abuser
@@ -511,9 +512,25 @@ async def mutated_requests(arena: Arena) -> Counts:
 
 
 async def overload(arena: Arena) -> Counts:
-    """200 clients at a time."""
-    body = '{"inputs":"hi","parameters":{"max_new_tokens":50}}'
-    return await send_again_and_again(arena, whole("/generate", body.encode()), 200)
+    """200 clients at a time. The counts have the milliseconds of a usual answer and of the slowest refusals, too."""
+    data = whole("/generate", b'{"inputs":"hi","parameters":{"max_new_tokens":50}}')
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
+
+    async def client() -> None:
+        while not arena.is_over:
+            abuser = await arena.open()
+            started = time.perf_counter()
+            await abuser.send(data)
+            seconds[await asyncio.wait_for(status_of(abuser), ANSWER_TIMEOUT_S)].append(time.perf_counter() - started)
+            abuser._writer.transport.abort()
+            await asyncio.sleep(0.2)
+
+    await asyncio.gather(*(client() for _ in range(200)))
+    counts = {status: len(values) for status, values in seconds.items()}
+    answers, refusals = sorted(seconds["200"]), sorted(seconds["429"])
+    counts["answer_ms"] = int(1000 * answers[len(answers) // 2]) if answers else 0
+    counts["refusal_ms"] = int(1000 * refusals[len(refusals) * 99 // 100]) if refusals else 0
+    return counts
 
 
 async def pipelined_requests(arena: Arena) -> Counts:

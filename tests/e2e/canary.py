@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -210,10 +211,10 @@ class AttackTable:
 
 
 @contextlib.contextmanager
-def scripted_target(model: Path, folder: Path) -> Iterator[Target]:
-    """The HTTP process alone, with an engine that computes nothing behind it."""
+def scripted_target(model: Path, folder: Path, **config: Any) -> Iterator[Target]:
+    """The HTTP process alone, with an engine that computes nothing behind it. `config`: fields of ServerConfig."""
     log_path = folder / "log"
-    with http_process(model, log_path, graceful_termination_timeout_s=1) as http:
+    with http_process(model, log_path, graceful_termination_timeout_s=1, **config) as http:
         http.endpoint.send(ready(model, max_total_tokens=WINDOW))
         with scripted_engine(http.endpoint, list(range(300, 400)), STEP_S):
             while "Connected" not in log_path.read_text():

@@ -43,6 +43,14 @@ def connections(http: HttpProcess, number: int) -> Iterator[list[socket.socket]]
         yield [stack.enter_context(socket.create_connection(("127.0.0.1", http.port))) for _ in range(number)]
 
 
+def status_of(stream: socket.socket) -> str:
+    """The status of the answer, or "none": refusals beyond those that are waited for may be lost to a reset."""
+    try:
+        return stream.recv(1 << 16).split()[1].decode()
+    except (ConnectionError, IndexError):
+        return "none"
+
+
 def test_idle_connections_give_way_to_requests(tiny_model_dir: Path, tmp_path: Path) -> None:
     with few_descriptors(tiny_model_dir, tmp_path, 256) as http, Canary(http.port) as canary:
         with connections(http, 400):
@@ -56,10 +64,10 @@ def test_beyond_the_limit_of_descriptors_refusals_have_words(tiny_model_dir: Pat
         with connections(http, 220) as streams:
             for stream in streams:
                 stream.sendall(whole("/generate_stream", STREAM))
-            answers = [stream.recv(1 << 16) for stream in streams]
+            statuses = {status_of(stream) for stream in streams}
             refusal = httpx.post(f"{http.url}/generate", json={"inputs": "hello"}, timeout=30)
             assert (refusal.status_code, refusal.text) == (503, "Too many connections")
-        assert {answer.split()[1] for answer in answers} == {b"200", b"503"}
+        assert {"200", "503"} <= statuses <= {"200", "503", "none"}
         assert canary.num_lost == 0
         time.sleep(1)  # the connections that were closed are noticed
         assert is_served(http)
