@@ -52,6 +52,8 @@ def numbered(make: Callable[[int], str], before: str, after: str, *, max_items: 
 
 
 def generate(parameters: str, inputs: str = '"hi"') -> str:
+    if "max_new_tokens" not in parameters:
+        parameters = '"max_new_tokens":3' + (f",{parameters}" if parameters else "")
     return f'{{"inputs":{inputs},"parameters":{{{parameters}}}}}'
 
 
