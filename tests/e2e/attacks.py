@@ -624,6 +624,22 @@ ATTACKS: dict[str, Attack] = {
 }
 """Name -> attack."""
 
+GENERATING = frozenset(
+    {
+        "mutated requests",
+        "overload",
+        "streams that are dropped",
+        "100 choices with logprobs",
+        "100 choices, streamed",
+        "100 completions with logprobs",
+        "every filter",
+        "slow readers of streams",
+        "slow readers of large answers",
+        *(f"abuse: leaves {when}" for when in ("before the answer", "midstream", "a pipeline")),
+    }
+)
+"""Attacks with many sequences at a time: a real engine's steps, which the canary shares, take their time by right."""
+
 
 def main() -> None:
     os.nice(10)

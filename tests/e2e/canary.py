@@ -2,7 +2,8 @@
 
 Prints a line for each attack: the canary's largest gap between two events without and with it, the HTTP process's
 memory, the statuses. Exit code 1 if an attack stalls the canary, takes too much memory or breaks the server. Without
-`--scripted` the small demo model is served by the launcher as a user would.
+`--scripted` the small demo model is served by the launcher as a user would; attacks that make its engine generate much
+may then slow the canary, which shares the engine's steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from tests.e2e.attacks import ATTACKS
+from tests.e2e.attacks import ATTACKS, GENERATING
 from tests.e2e.conftest import build_demo_model
 from tests.e2e.http_process import http_process, ready
 from tests.e2e.launched import launched
@@ -52,6 +53,8 @@ class Target:
     process: psutil.Process
     """The HTTP process."""
     log: Callable[[], str]
+    is_real: bool
+    """The engine computes."""
 
 
 class Canary:
@@ -198,8 +201,10 @@ class AttackTable:
             counts = json.loads(program.stdout.readline())
             beside_s = canary.gap_since(mark)
         log = self._target.log()[log_length:]
+        is_shared = self._target.is_real and name in GENERATING
         complaints = {
-            f"the canary waits {beside_s - alone_s:.2f} s longer": beside_s - alone_s > MAX_ADDED_GAP_S,
+            f"the canary waits {beside_s - alone_s:.2f} s longer": beside_s - alone_s > MAX_ADDED_GAP_S
+            and not is_shared,
             f"{canary.num_lost} streams are lost": canary.num_lost > 0,
             f"{memory.max_bytes / 1e6:.0f} MB": memory.max_bytes > MAX_RESIDENT_BYTES,
             "an internal error": "500" in counts,
@@ -219,13 +224,13 @@ def scripted_target(model: Path, folder: Path, **config: Any) -> Iterator[Target
         with scripted_engine(http.endpoint, list(range(300, 400)), STEP_S):
             while "Connected" not in log_path.read_text():
                 time.sleep(0.05)
-            yield Target(http.port, http.process, log_path.read_text)
+            yield Target(http.port, http.process, log_path.read_text, is_real=False)
 
 
 @contextlib.contextmanager
 def launched_target(model: Path, folder: Path) -> Iterator[Target]:
     with launched(model, folder, "--max-total-tokens", str(WINDOW), "-g", "2") as server:
-        yield Target(server.port, server.child("server"), lambda: server.log)
+        yield Target(server.port, server.child("server"), lambda: server.log, is_real=True)
 
 
 def main() -> None:
