@@ -22,8 +22,8 @@ BEGIN = "<!-- made by benchmarks/floors.py -->"
 END = "<!-- until here -->"
 
 FLOAT32_BYTES = 4
-ORDER_BYTES = 8
-"""An entry of the order in which a weight takes its inputs."""
+ORDER_BYTES = 4
+"""An entry of the order in which a weight takes its inputs, as kernels read it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

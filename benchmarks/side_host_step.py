@@ -77,7 +77,7 @@ def make_core(
     scheduler: Scheduler, runner: ModelRunner, grammars: Grammars, *, is_overlapped: bool
 ) -> tuple[EngineCore, str]:
     """A core, and the name of its sampler's method."""
-    processors = [Penalties(), grammars]
+    processors: list[Any] = [Penalties(), grammars]
     rest = grammars, StepLimit(None, None), UnusedCosts()
     if not is_overlapped:
         return EngineCore(scheduler, runner, BatchSampler(idle_sample, processors), *rest), "sample"
@@ -86,8 +86,10 @@ def make_core(
     from engine.sampling.batch_sampler import LaunchingBatchSampler
     from engine.sampling.sampler import FinishedTokens
 
-    def idle_launch(*args: Any) -> FinishedTokens:
-        batch = idle_sample(*args)
+    def idle_launch(
+        logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], raw: RawRows | None = None
+    ) -> FinishedTokens:
+        batch = idle_sample(logits, params, positions, raw)
         return FinishedTokens(torch.full((len(batch.token_ids),), TOKEN_ID, dtype=torch.int32), batch)
 
     return OverlappedCore(

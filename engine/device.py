@@ -16,6 +16,7 @@ from engine.graph_capture import Recorder, Tape, Work
 from engine.link.errors import StartError
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
+from quant.kernels import compiled_row_counts
 from quant.kernels.launch import IS_INTERPRETED
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which cards multiply in bfloat16; older ones lack the instructions."""
-TRITON_ROW_VARIANTS = (1, 17, 33, 65)
-"""Tiles have 16, 32 or 64 rows (`quant.kernels.skinny_triton`); torch's library multiplies more."""
 TRITON_CAPABILITY = (7, 5)
 """The oldest cards that Triton compiles for."""
 
@@ -159,7 +158,7 @@ def find_cuda(local_rank: int) -> Device | None:
         own_memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
-        row_variants=TRITON_ROW_VARIANTS if has_triton else (),
+        row_variants=compiled_row_counts(kernels),
         is_asynchronous=True,
         half_dtype="bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16",
     )
@@ -231,7 +230,7 @@ def find_interpreted(local_rank: int) -> Device | None:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         make_recorder=Tape,
-        row_variants=TRITON_ROW_VARIANTS,
+        row_variants=compiled_row_counts("triton"),
         is_asynchronous=True,
     )
 

@@ -28,7 +28,7 @@ from engine.scheduling.step_limit import StepLimit
 from quant.kernels.transfer import HostCopy
 
 
-def why_not_overlap(config: EngineConfig, device: Device, num_ranks: int) -> list[str]:
+def why_not_overlap(config: EngineConfig, device: Device) -> list[str]:
     """Reasons why steps don't overlap; empty if they do."""
     reasons = []
     if config.is_overlap_disabled:
@@ -37,8 +37,6 @@ def why_not_overlap(config: EngineConfig, device: Device, num_ranks: int) -> lis
         reasons.append("the device computes while it is called")
     if device.sampler not in LAUNCHED_SAMPLERS:
         reasons.append("its sampler reads the tokens at once")
-    if num_ranks > 1:
-        reasons.append("shards get the tokens from the host")
     if config.max_draft_tokens:
         reasons.append("speculation drafts on the host")
     return reasons
@@ -53,7 +51,8 @@ def describe_overlap(reasons: list[str]) -> str:
 
 @runtime_checkable
 class OverlappedRunner(Protocol):
-    """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`."""
+    """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`, or a
+    `Leader` of several ranks."""
 
     def execute(self, batch: ScheduledBatch, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """As `engine.core.Runner`; `last_token_ids` [rows] are those of the step before."""

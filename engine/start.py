@@ -12,10 +12,11 @@ import torch
 
 from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore, Runner
+from engine.core import EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import MAX_MEASURED_ROWS, StepMeter, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits, graph_bytes
+from engine.kernel_cache import outlive_full_disk
 from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
@@ -96,6 +97,7 @@ class _Prepared:
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
+    outlive_full_disk()
     device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
     if device.own_memory is not None and config.memory_fraction < 1:
         device.own_memory.set_limit(config.memory_fraction)
@@ -110,8 +112,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
     _capture_graphs(config, runner, plan, ranks)
-    reasons = why_not_overlap(config, device, 1 if ranks is None else ranks.world.size)
-    return _Prepared(config, device, loaded, runner, plan, reasons)
+    return _Prepared(config, device, loaded, runner, plan, why_not_overlap(config, device))
 
 
 def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
@@ -186,7 +187,7 @@ def _alone(needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
 
 
 def _make_core(
-    prepared: _Prepared, runner: Runner, sample: Sample, step_limit: StepLimit, costs: StepCosts | None
+    prepared: _Prepared, runner: ModelRunner | Leader, sample: Sample, step_limit: StepLimit, costs: StepCosts | None
 ) -> EngineCore:
     config, device, plan = prepared.config, prepared.device, prepared.plan
     folder = Path(config.model_path)
@@ -210,7 +211,7 @@ def _make_core(
         return EngineCore(scheduler, runner, sampler, grammars, step_limit, observer)
     launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
     launching = LaunchingBatchSampler(sample, processors, launch_sample)
-    return OverlappedCore(scheduler, prepared.runner, launching, grammars, step_limit, observer)
+    return OverlappedCore(scheduler, runner, launching, grammars, step_limit, observer)
 
 
 def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:

@@ -41,6 +41,8 @@ class ServerConfig:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     cors_allow_origin: tuple[str, ...] = ()
     """Origins whose pages may call. Empty means any."""
+    is_rendering_here: bool = False
+    """Whether chat templates run in the HTTP process, for tests, whose templates end."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
     graceful_termination_timeout_s: int = 90

@@ -18,7 +18,7 @@ from typing import TypeVar
 import pydantic
 from fastapi import Request
 
-from server.chat.template import ChatTemplate
+from server.chat.renderer import ChatRenderer
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
@@ -45,7 +45,9 @@ class GenerationService:
         self.engine = engine
         self.config = config
         self.tokenizer = tokenizer
-        self.chat_template = ChatTemplate(tokenizer.chat_format, is_strict=config.is_strict_tgi)
+        self.chats = ChatRenderer(
+            tokenizer.chat_format, is_strict=config.is_strict_tgi, is_apart=not config.is_rendering_here
+        )
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
         self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
@@ -113,6 +115,7 @@ class GenerationService:
         self.bodies.close()
         self._writers.shutdown(wait=False)
         self.grammars.close()
+        self.chats.close()
 
 
 class AdmittedRequest:

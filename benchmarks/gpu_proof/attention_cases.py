@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu_proof.checks import Case
+from benchmarks.gpu_proof.checks import Case, Check
 from benchmarks.gpu_proof.inputs import Inputs
 from benchmarks.gpu_proof.scenes import Part, Scene
 from engine.attention.base import AttentionShape
 from engine.attention.torch import TorchAttention
 from engine.attention.triton import CHUNK, TritonAttention
+from engine.layers.base import RotaryTable, Rotation
+from engine.layers.torch import TorchOps
 
 BLOCK_SIZE = TritonAttention.block_sizes[0]
 SHAPES = {"28 / 4 heads of 128": AttentionShape(28, 4, 128), "14 / 2 heads of 64": AttentionShape(14, 2, 64)}
@@ -37,24 +40,52 @@ TOY_SCENES: dict[str, tuple[list[Part], int | None]] = {
 }
 
 
-def attention_cases(inputs: Inputs) -> Iterator[Case]:
-    shapes, scenes = (TOY_SHAPES, TOY_SCENES) if inputs.is_toy else (SHAPES, SCENES)
+ROTATED, TOY_ROTATED = "prompts beside decodes", "a prompt beside a decode"
+"""The scene whose queries and keys are rotated by the same launches."""
+
+
+def attention_checks(*, is_toy: bool) -> Iterator[Check]:
+    shapes, scenes, rotated = (TOY_SHAPES, TOY_SCENES, TOY_ROTATED) if is_toy else (SHAPES, SCENES, ROTATED)
     for shape_name, shape in shapes.items():
-        for scene_name, (parts, window) in scenes.items():
-            for dtype in (torch.bfloat16, torch.float16):
-                scene = Scene.random(inputs, shape, BLOCK_SIZE, parts, dtype)
-                name = f"attention, {scene_name}, {shape_name}, {str(dtype).removeprefix('torch.')}"
-                yield attention_case(name, scene, window)
+        for dtype in (torch.bfloat16, torch.float16):
+            about = f"{shape_name}, {str(dtype).removeprefix('torch.')}"
+            for scene_name, (parts, window) in scenes.items():
+                make = functools.partial(_case, shape=shape, parts=parts, window=window, dtype=dtype)
+                yield Check.of(f"attention, {scene_name}, {about}", make)
+            make = functools.partial(_rotated_case, shape=shape, parts=scenes[rotated][0], dtype=dtype)
+            yield Check.of(f"rotation and attention, {rotated}, {about}", make)
 
 
-def attention_case(name: str, scene: Scene, window: int | None) -> Case:
-    backend, reference = TritonAttention(scene.shape, BLOCK_SIZE), TorchAttention(scene.shape, BLOCK_SIZE)
+def _case(inputs: Inputs, shape: AttentionShape, parts: list[Part], window: int | None, dtype: torch.dtype) -> Case:
+    scene = Scene.random(inputs, shape, BLOCK_SIZE, parts, dtype)
+    backend = TritonAttention(shape, BLOCK_SIZE)
+    return Case(
+        lambda: backend.forward(scene.qkv, scene.cache(), backend.prepare(scene.metadata(backend)), window),
+        lambda: _exact(scene, scene.qkv.double(), window),
+    )
+
+
+def _rotated_case(inputs: Inputs, shape: AttentionShape, parts: list[Part], dtype: torch.dtype) -> Case:
+    """Keys are rounded once they are rotated, as they are stored: the reference's are, too."""
+    scene = Scene.random(inputs, shape, BLOCK_SIZE, parts, dtype)
+    backend = TritonAttention(shape, BLOCK_SIZE)
+    angles = inputs.normal(50, shape.head_dim // 2, spread=3)
+    rotation = Rotation(RotaryTable(angles.cos(), angles.sin()), inputs.integers(50, scene.qkv.shape[0]))
 
     def run() -> torch.Tensor:
-        return backend.forward(scene.qkv, scene.cache(), backend.prepare(scene.metadata(backend)), window)
+        prepared = backend.prepare(scene.metadata(backend))
+        return backend.forward(scene.qkv.clone(), scene.cache(), prepared, None, rotation)
 
     def expected() -> torch.Tensor:
-        prepared = reference.prepare(scene.metadata(reference))
-        return reference.forward(scene.qkv.double(), scene.cache(torch.float64), prepared, window)
+        rotated = scene.qkv.clone()
+        TorchOps().rotate(rotated, rotation, shape.num_heads + shape.num_kv_heads)
+        return _exact(scene, rotated.double(), None)
 
-    return Case(name, run, expected)
+    return Case(run, expected)
+
+
+def _exact(scene: Scene, qkv: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Attention in float64."""
+    reference = TorchAttention(scene.shape, BLOCK_SIZE)
+    prepared = reference.prepare(scene.metadata(reference))
+    return reference.forward(qkv, scene.cache(torch.float64), prepared, window)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from benchmarks.gpu_proof.inputs import Inputs
+from benchmarks.gpu_proof.processes import in_processes
 from benchmarks.gpu_proof.report import Report
+from benchmarks.gpu_proof.settings import Settings
 
 NORM_LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Dtype of the result -> the norm of the error over the norm of the reference, at most."""
@@ -20,7 +23,6 @@ MAX_LIMITS = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 class Case:
     """A kernel with inputs, and what must come out."""
 
-    name: str
     run: Callable[[], torch.Tensor]
     """Computes it anew."""
     expected: Callable[[], torch.Tensor]
@@ -67,11 +69,36 @@ def complaints_of(case: Case) -> list[str]:
     return complaints
 
 
-def check_cases(cases: Iterable[Case], report: Report) -> None:
-    """Judge each case; one that raises is a failed check."""
-    for case in cases:
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something that is checked with inputs of its own, in any process and order."""
+
+    name: str
+    complaints: Callable[[Inputs], list[str]]
+    """What is wrong; empty if nothing is."""
+
+    @classmethod
+    def of(cls, name: str, make: Callable[[Inputs], Case]) -> Check:
+        """The check of a kernel's case."""
+        return cls(name, lambda inputs: complaints_of(make(inputs)))
+
+    def judge(self, settings: Settings) -> list[str]:
+        """The complaints; a check that raises has failed, and hides no other."""
         try:
-            complaints = complaints_of(case)
-        except Exception as error:  # a kernel that does not launch must not hide the others
-            complaints = [f"{type(error).__name__}: {error}"]
-        report.check(case.name, complaints)
+            return self.complaints(Inputs.of(settings, self.name))
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"]
+
+
+def report_checks(checks: Sequence[Check], settings: Settings, report: Report, *, num_processes: int) -> None:
+    """Judge all checks, each kernel's compilation beside the others': this process must not have used the card yet."""
+    if num_processes == 1:
+        for check in checks:
+            report.check(check.name, check.judge(settings))
+        return
+
+    def judge(index: int) -> list[str]:
+        return checks[index].judge(settings)
+
+    for check, complaints in zip(checks, in_processes(judge, len(checks), num_processes), strict=True):
+        report.check(check.name, complaints)

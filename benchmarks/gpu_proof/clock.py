@@ -40,6 +40,7 @@ def call_seconds(device: Device, calls: Sequence[Call]) -> float:
     """
     if device.torch_device.type == "cpu":
         return host_seconds(device, calls[0], repeats=1)
+    torch.cuda.synchronize()  # what made the inputs is on another stream
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for call in list(calls)[:WARM_UPS]:

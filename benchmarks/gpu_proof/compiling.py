@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks.gpu_proof.processes import in_processes, num_cores
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
 from quant.kernels.launch import Launch
@@ -50,7 +48,7 @@ def run(settings: Settings, report: Report) -> None:
         "Compiling the kernels of Qwen2-7B" if not settings.is_toy else "Compiling kernels",
         target=f"{card.target.backend} {card.target.arch}",
         kernels=len(compiled),
-        processes=num_processes(),
+        processes=num_cores(),
         **{"recorded in s": recorded_s, "compiled in s": compiled_s},
         slowest=max(result.seconds for result in compiled),
         **{"registers": f"{min(registers, default=0)} to {max(registers, default=0)}", "with spills": spilling},
@@ -63,8 +61,8 @@ def recorded(dtype: torch.dtype, *, is_toy: bool) -> list[tuple[Launch, bool]]:
     launches: dict[Launch, bool] = {}
     for form in forms:
         for step in steps:
-            for launch in record_launches(model, form, dtype, step):
-                launches[launch] = launches.get(launch, False) or step.startswith("decode")
+            for launch in record_launches(model, form, dtype, STEPS[step]):
+                launches[launch] = launches.get(launch, False) or step != "prompt"
     return list(launches.items())[:TOY_LAUNCHES] if is_toy else list(launches.items())
 
 
@@ -81,29 +79,9 @@ def card_name(settings: Settings) -> str:
     return names[-1]
 
 
-_compile_one: Callable[[int], Compiled]
-"""Compiles the launch of an index; forked workers inherit it, since kernels can't be sent."""
-
-
 def compile_all(launches: Sequence[Launch], card: Card) -> list[Compiled]:
     """Compile on all cores; Triton keeps the results, so that a process that launches them need not compile."""
-    global _compile_one
-
-    def compile_one(index: int) -> Compiled:
-        return _compile(launches[index], card)
-
-    _compile_one = compile_one
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(num_processes(), mp_context=context) as pool:
-        return list(pool.map(_run, range(len(launches))))
-
-
-def num_processes() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _run(index: int) -> Compiled:
-    return _compile_one(index)
+    return list(in_processes(lambda index: _compile(launches[index], card), len(launches), num_cores()))
 
 
 def _compile(launch: Launch, card: Card) -> Compiled:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_proof.checks import Check
 from benchmarks.gpu_proof.inputs import Inputs
 from benchmarks.gpu_proof.models import (
     SINGLE_LAYER,
@@ -19,11 +21,11 @@ from benchmarks.gpu_proof.models import (
     reference_device,
     run_requests,
 )
-from benchmarks.gpu_proof.report import Report
-from benchmarks.gpu_proof.weights import FORMS, Form
+from benchmarks.gpu_proof.weights import FORMS
 from engine.device import Device
 from engine.graphs import GraphLimits
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculate import Drafter
 
 NUM_BLOCKS = 64
 MODELS = {"dense": "dense", "int8": "int8", "int4 in 32": "int8", "act-order": "dense"}
@@ -58,75 +60,80 @@ class KnownDrafts:
         pass
 
 
-def check_engine(inputs: Inputs, report: Report) -> None:
-    config = SINGLE_LAYER if inputs.is_toy else TINY
+def engine_checks(*, is_toy: bool) -> list[Check]:
+    """Every form of weights, and every way through the engine."""
+    config = SINGLE_LAYER if is_toy else TINY
+    runs = [Run(config, form, head) for form, head in list(MODELS.items())[:: 3 if is_toy else 1]]
+    names = [f"ids of a tiny model, {run.form}" for run in runs]
+    ways = list(WAYS.items())[: 3 if is_toy else None]
+    runs += [dataclasses.replace(runs[0], **options) for _, options in ways]
+    names += [f"ids of a tiny model, {way}" for way, _ in ways]
+    if not is_toy:
+        window = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+        runs.append(Run(config | window, "dense", "dense"))
+        names.append("ids of a tiny model, with a window")
+    return [Check(name, functools.partial(_complaints, run=run)) for name, run in zip(names, runs, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One way of running requests through an engine."""
+
+    config: dict[str, Any]
+    form: str
+    head: str
+    num_blocks: int = NUM_BLOCKS
+    max_batch_tokens: int = 512
+    has_drafts: bool = False
+    graph_sizes: SequenceOf[int] = ()
+    is_overlapped: bool = False
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "in chunks": {"max_batch_tokens": 24},
+    "with drafts": {"has_drafts": True},
+    "with graphs, steps overlapping": {"graph_sizes": (1, 4, 8), "is_overlapped": True},
+    "with graphs": {"graph_sizes": (1, 4, 8)},
+    "with graphs and drafts": {"graph_sizes": (1, 4, 16), "has_drafts": True},
+    "steps overlapping": {"is_overlapped": True},
+    "with preemption": {"num_blocks": 23},
+}
+"""Name -> what differs from a plain run."""
+
+
+def _complaints(inputs: Inputs, run: Run) -> list[str]:
+    """The ids on the card against those of a plain run in plain torch."""
     sizes, num_new = ([1, 20], 3) if inputs.is_toy else ([1, 17, 40, 300], 12)
-    prompts = [inputs.integers(TINY["vocab_size"], size).tolist() for size in sizes]
-    for form_name, head_name in list(MODELS.items())[:: 3 if inputs.is_toy else 1]:
-        form, head = FORMS[form_name], FORMS[head_name]
-        expected = _ids(inputs, reference_device(), config, form, head, prompts, num_new)
-        ids = _ids(inputs, inputs.device, config, form, head, prompts, num_new)
-        report.check(f"ids of a tiny model, {form_name}", _difference(ids, expected))
-    dense = FORMS["dense"]
-    expected = _ids(inputs, reference_device(), config, dense, dense, prompts, num_new)
+    prompts = [inputs.integers(run.config["vocab_size"], size).tolist() for size in sizes]
+    plain = Run(run.config, run.form, run.head)
+    expected = _ids(inputs, reference_device(), plain, prompts, num_new, None)
     known = [prompt + ids for prompt, ids in zip(prompts, expected, strict=True)]
-    ways: dict[str, dict[str, Any]] = {
-        "in chunks": {"max_batch_tokens": 24},
-        "with drafts": {"drafter": KnownDrafts(known)},
-    }
-    ways["with graphs, steps overlapping"] = {"graph_sizes": (1, 4, 8), "is_overlapped": True}
-    if not inputs.is_toy:
-        ways["with graphs"] = {"graph_sizes": (1, 4, 8)}
-        ways["steps overlapping"] = {"is_overlapped": True}
-        ways["with preemption"] = {"num_blocks": 23}
-        ways["with graphs and drafts"] = {"graph_sizes": (1, 4, 16), "drafter": KnownDrafts(known)}
-    for way, options in ways.items():
-        ids = _ids(inputs, inputs.device, config, dense, dense, prompts, num_new, **options)
-        report.check(f"ids of a tiny model, {way}", _difference(ids, expected))
-    if not inputs.is_toy:
-        windows = TINY | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
-        ids, expected = (
-            _ids(inputs, device, windows, dense, dense, prompts, num_new)
-            for device in (inputs.device, reference_device())
-        )
-        report.check("ids of a tiny model, with a window", _difference(ids, expected))
-
-
-def _ids(
-    inputs: Inputs,
-    device: Device,
-    config: dict[str, Any],
-    form: Form,
-    head: Form,
-    prompts: list[list[int]],
-    num_new: int,
-    *,
-    num_blocks: int = NUM_BLOCKS,
-    max_batch_tokens: int = 512,
-    drafter: Any = None,
-    graph_sizes: SequenceOf[int] = (),
-    is_overlapped: bool = False,
-) -> list[list[int]]:
-    """The ids that the engine makes in float32; the weights are the same on every device."""
-    generator = torch.Generator().manual_seed(inputs.generator.initial_seed() % 2**31)
-    model = random_model(config, form, head, torch.float32, device, generator)
-    runner = make_runner(model, device, torch.float32, num_blocks=num_blocks, num_positions=1024)
-    runner.capture(GraphLimits(sizes=graph_sizes, max_seq_len=512, num_kv_tokens=num_blocks * runner.block_size))
-    core = make_core(
-        runner,
-        device,
-        config["vocab_size"],
-        num_blocks=num_blocks,
-        max_batch_tokens=max_batch_tokens,
-        drafter=drafter,
-        is_overlapped=is_overlapped,
-    )
-    return run_requests(core, [greedy_request(str(number), prompt, num_new) for number, prompt in enumerate(prompts)])
-
-
-def _difference(ids: list[list[int]], expected: list[list[int]]) -> list[str]:
+    drafter = KnownDrafts(known) if run.has_drafts else None
+    ids = _ids(inputs, inputs.device, run, prompts, num_new, drafter)
     return [
         f"prompt {number}: {row} instead of {others}"
         for number, (row, others) in enumerate(zip(ids, expected, strict=True))
         if row != others
     ]
+
+
+def _ids(
+    inputs: Inputs, device: Device, run: Run, prompts: list[list[int]], num_new: int, drafter: Drafter | None
+) -> list[list[int]]:
+    """The ids that the engine makes in float32; the weights are the same on every device."""
+    generator = torch.Generator().manual_seed(inputs.generator.initial_seed())
+    model = random_model(run.config, FORMS[run.form], FORMS[run.head], torch.float32, device, generator)
+    runner = make_runner(model, device, torch.float32, num_blocks=run.num_blocks, num_positions=1024)
+    runner.capture(
+        GraphLimits(sizes=run.graph_sizes, max_seq_len=512, num_kv_tokens=run.num_blocks * runner.block_size)
+    )
+    core = make_core(
+        runner,
+        device,
+        run.config["vocab_size"],
+        num_blocks=run.num_blocks,
+        max_batch_tokens=run.max_batch_tokens,
+        drafter=drafter,
+        is_overlapped=run.is_overlapped,
+    )
+    return run_requests(core, [greedy_request(str(number), prompt, num_new) for number, prompt in enumerate(prompts)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,15 +60,8 @@ def run(settings: Settings, report: Report) -> None:
         _time_library(inputs, matrix, ceilings, report)
         for form_name in matrix.form_names:
             entries.append(_time_form(inputs, matrix, form_name, ceilings, report))
-            report.fact(tuning={"capability": list(_capability(settings)), "tiles": entries})
+            report.fact(tuning=entries)
     time_attention(inputs, ceilings, report)
-
-
-def _capability(settings: Settings) -> tuple[int, int]:
-    path = settings.part_file("card")
-    facts = json.loads(path.read_text())["facts"] if path.exists() else {}
-    major, minor = facts.get("capability", (0, 0))
-    return major, minor
 
 
 def _compile_candidates(settings: Settings) -> None:
@@ -82,7 +74,10 @@ def _compile_candidates(settings: Settings) -> None:
                 form = FORMS[form_name]
                 packed = _weight(matrix, form, card.dtype, generator)
                 for tile in candidates(form, matrix.num_outputs, matrix.num_inputs, is_toy=settings.is_toy):
-                    product_with(packed, form, tile)(torch.empty(1, matrix.num_inputs, dtype=card.dtype))
+                    product = product_with(packed, form, tile)
+                    for rows in ROWS:
+                        if rows <= MAX_ROWS:
+                            product(torch.empty(rows, matrix.num_inputs, dtype=card.dtype))
     distinct = list(dict.fromkeys(launches))
     num_failed = sum(result.resources is None for result in compile_all(distinct, card))
     print(f"{len(distinct)} kernels compiled, {num_failed} could not be", flush=True)
@@ -145,7 +140,7 @@ def _time_form(inputs: Inputs, matrix: Matrix, form_name: str, ceilings: Ceiling
         for rows in (TOY_ROWS if inputs.is_toy else ROWS)
     }
     _report_row(report, matrix, form_name, weights[0], seconds, ceilings, tile=_tile_text(best))
-    return tuning_entry(form, matrix.num_outputs, size, best)
+    return tuning_entry(form, matrix.num_outputs, size, best, inputs.device.architecture)
 
 
 def _tile_text(tile: Any) -> str:

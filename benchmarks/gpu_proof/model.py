@@ -25,6 +25,7 @@ from engine.device import DTYPES
 from engine.graphs import GraphLimits
 from engine.link.messages import GenerationRequest
 from engine.models.base import CausalLM
+from engine.runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 
@@ -43,6 +44,8 @@ DRAFT_ROWS, TOY_DRAFT_ROWS = range(1, 10), range(2, 3)
 PROMPTS, TOY_PROMPTS = (512, 4096), (20,)
 GRAPHS, TOY_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128), (2,)
 SPARE_BLOCKS = 40
+MAX_MEMORY = 0.6
+"""The part of the memory beside the weights that keys and values may take."""
 REPEATS, WARM_UPS = 10, 3
 
 
@@ -51,7 +54,10 @@ def run(settings: Settings, report: Report) -> None:
     ceilings = read_ceilings(settings, inputs.device)
     names = list(MODELS)[3:4] if settings.is_toy else list(MODELS)
     for name in names:
-        Bench(inputs, ceilings, report, name).measure()
+        try:
+            Bench(inputs, ceilings, report, name).measure()
+        except torch.OutOfMemoryError as error:
+            report.row("Forms that have no room on this card", model=name, error=str(error).partition("\n")[0][:120])
         gc.collect()
         if not settings.is_interpreted:
             torch.cuda.empty_cache()
@@ -78,11 +84,11 @@ class Bench:
         dtype = DTYPES[self._device.half_dtype]
         self._model = random_model(self._config, FORMS[form], FORMS[head], dtype, self._device, inputs.generator)
         self._context = TOY_CONTEXT if inputs.is_toy else CONTEXT
-        batches = TOY_BATCHES if inputs.is_toy else BATCHES
-        sizes = [batch * self._context for batch in batches]
+        self._batches = self._fitting(TOY_BATCHES if inputs.is_toy else BATCHES, dtype)
+        sizes = [batch * self._context for batch in self._batches]
         self._prompts = TOY_PROMPTS if inputs.is_toy else PROMPTS
         num_tokens = max(*sizes, *self._prompts)
-        self._num_blocks = num_tokens // 16 + SPARE_BLOCKS * max(batches)
+        self._num_blocks = num_tokens // 16 + SPARE_BLOCKS * max(self._batches)
         self._runner = make_runner(
             self._model, self._device, dtype, num_blocks=self._num_blocks, num_positions=max(8192, *self._prompts)
         )
@@ -90,11 +96,10 @@ class Bench:
 
     def measure(self) -> None:
         is_toy = self._inputs.is_toy
-        batches = TOY_BATCHES if is_toy else BATCHES
-        plain = {batch: self._decode(batch) for batch in batches}
+        plain = {batch: self._decode(batch) for batch in self._batches}
         self._capture()
-        graphs = {batch: self._decode(batch) for batch in batches}
-        for batch in batches:
+        graphs = {batch: self._decode(batch) for batch in self._batches}
+        for batch in self._batches:
             self._report_decode(batch, plain[batch], graphs[batch])
         self._drafts(TOY_DRAFT_ROWS if is_toy else DRAFT_ROWS)
         for size in self._prompts:  # writes where the sequences above read
@@ -103,6 +108,13 @@ class Bench:
         time_loop(
             self._report, self._name, self._runner, self._device, self._config, self._num_blocks, seconds, is_toy=is_toy
         )
+
+    def _fitting(self, batches: tuple[int, ...], dtype: torch.dtype) -> list[int]:
+        """The batches whose keys and values have room beside the weights: small cards have no room for all."""
+        runner = ModelRunner(self._model, self._device)
+        per_sequence = (self._context // runner.block_size + SPARE_BLOCKS) * runner.kv_bytes_per_block(dtype)
+        free_bytes = MAX_MEMORY * self._device.free_memory_bytes()
+        return [batch for batch in batches if batch * per_sequence <= free_bytes] or [batches[0]]
 
     def _capture(self) -> None:
         """Graphs for all that is measured from here on."""

@@ -85,7 +85,7 @@ def random_model(
     table: Any = RandomMethod(Form("dense"), dtype, generator)
     linear, head_method = (dataclasses.replace(table, form=each, orders={}) for each in (form, head))
     quantization = Quantization("random", dense, linear, head_method, lambda module: None, device.matrices)
-    quantization = dataclasses.replace(quantization, dense=table)
+    quantization = dataclasses.replace(quantization, dense=table).tuned_for(device.architecture)
     model = make_model(config, quantization, dtype, device)
     fill_model(model, config, device.torch_device, generator)
     return model

@@ -13,29 +13,22 @@ import torch
 
 from benchmarks.gpu_proof.weights import Form
 from quant.base import PackedWeight
+from quant.kernels.matrix_triton import as_indexed
 from quant.kernels.skinny_triton import min_block_inputs, skinny_product
-from quant.kernels.tuning import Tile, tile_for
+from quant.kernels.tuning import Tile, WeightShape, default_tile
 
 TUNED_ROWS = (1, 2, 4, 8, 16)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def default_tile(form: Form, num_outputs: int, num_inputs: int) -> Tile:
-    """The tile that the product takes."""
-    return tile_for(
-        num_outputs,
-        num_inputs,
-        group_size=form.group_size,
-        min_inputs=min_block_inputs(form.layout),
-        is_dense=form.layout == "dense",
-        is_gathered=form.has_order,
-    )
+def weight_shape(form: Form, num_outputs: int, num_inputs: int) -> WeightShape:
+    return WeightShape(form.layout, num_outputs, num_inputs, form.group_size, form.has_order)
 
 
 def candidates(form: Form, num_outputs: int, num_inputs: int, *, is_toy: bool) -> list[Tile]:
-    """The default tile first, then its neighbours."""
-    default = default_tile(form, num_outputs, num_inputs)
+    """The tile that is taken where nothing was measured first, then its neighbours."""
+    default = default_tile(weight_shape(form, num_outputs, num_inputs), min_block_inputs(form.layout))
     tiles = [default]
     if is_toy:
         return tiles
@@ -54,6 +47,7 @@ def _splits(default: Tile, num_inputs: int) -> Iterator[int]:
 
 def product_with(packed: PackedWeight, form: Form, tile: Tile) -> Product:
     """The product of few rows with the weight in this tile."""
+    packed = as_indexed(packed)
 
     def product(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], packed.weight.shape[0], dtype=packed.out_dtype or x.dtype)
@@ -79,12 +73,7 @@ def _mean_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return sum(time / other for time, other in zip(times, others, strict=True)) / len(times)
 
 
-def tuning_entry(form: Form, num_outputs: int, num_inputs: int, tile: Tile) -> dict[str, Any]:
-    """What the tuning data says of one weight."""
-    return {
-        "layout": form.layout,
-        "group_size": form.group_size,
-        "num_outputs": num_outputs,
-        "num_inputs": num_inputs,
-        "tile": dataclasses.asdict(tile),
-    }
+def tuning_entry(form: Form, num_outputs: int, num_inputs: int, tile: Tile, architecture: str | None) -> dict[str, Any]:
+    """What quant/kernels/tuned_tiles.json says of one weight."""
+    shape = dataclasses.asdict(weight_shape(form, num_outputs, num_inputs))
+    return {"architecture": architecture, **shape, "tile": dataclasses.asdict(tile)}

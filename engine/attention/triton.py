@@ -28,6 +28,8 @@ SMALL_TILE, LARGE_TILE = 16, 64
 """Rows of a tile: query tokens times the heads that share a key and value head."""
 TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
 """Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
+STAGES = {SMALL_TILE: 3, LARGE_TILE: 2}
+"""Times that keys and values are loaded ahead; small tiles spill with fewer, large ones have no room for more."""
 NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
@@ -194,6 +196,7 @@ class TritonAttention:
             TILE_KEYS=TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
+            num_stages=STAGES[tile_rows],
         )
 
     def _combine(self, results: Results, metadata: AttentionMetadata) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import logging
 import shutil
@@ -14,8 +15,14 @@ from engine.link.errors import StartError
 logger = logging.getLogger(__name__)
 
 
+MIN_FREE_BYTES = 32 << 20
+"""Space that a cache folder needs: the kernels of one model and device take 2 to 7 MB."""
+SHARED_MEMORY = "/dev/shm"
+"""Writable also where the file system is not, as in many containers."""
+
+
 def user_cache_dir(environ: dict[str, str]) -> Path:
-    """`pytgi` under the user's cache folder; where that cannot be written, a new temporary folder and a warning.
+    """`pytgi` under the user's cache folder; where that has no place, a new temporary folder and a warning.
 
     The temporary one is removed when this process ends. Its name cannot be guessed: Numba's cache is pickled, and a
     user who can write it can run code as us. Raises StartError when no folder can be made.
@@ -23,18 +30,37 @@ def user_cache_dir(environ: dict[str, str]) -> Path:
     try:
         base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytgi"
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base):
-            return base
-    except (OSError, RuntimeError) as error:
+        _check_space(base)
+        return base
+    except (OSError, RuntimeError) as error:  # RuntimeError: HOME is unset, and the user has no entry with one
         logger.warning("No cache folder can be written (%s): compiled kernels are kept for this run only", error)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="pytgi-"))
-    except OSError as error:
-        raise StartError(
-            f"No folder can be written for compiled kernels ({error}): set XDG_CACHE_HOME or TMPDIR to one that can"
-        ) from error
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    reasons = []
+    for parent in (None, SHARED_MEMORY):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="pytgi-", dir=parent))
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            _check_space(folder)
+            return folder
+        except OSError as error:
+            reasons.append(str(error))
+    raise StartError(
+        f"No folder can be written for compiled kernels ({'; '.join(reasons)}): set XDG_CACHE_HOME or TMPDIR to one "
+        "that can"
+    )
+
+
+def _check_space(folder: Path) -> None:
+    """Raise OSError where files can't be written, or not enough of them."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 16))  # a quota has space for nothing, whatever the disk has
+        file.flush()
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise OSError(errno.ENOSPC, f"only {free >> 20} MiB are free", str(folder))
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from engine.sampling.penalties import Adjustments, GreenList, Places
 from quant.kernels.launch import launch
+from quant.kernels.transfer import to_device
 
 PLACES = 256
 """Places that a program changes."""
@@ -69,7 +70,7 @@ def adjust_logits(logits: torch.Tensor, adjustments: Adjustments) -> None:
     columns = _columns(adjustments.places)
     num_places = len(columns) // NUM_COLUMNS
     green_words = [_green_words(green, size) for green in adjustments.green_lists]
-    words = _on_device(np.concatenate([columns, *green_words]), logits.device)
+    words = to_device(np.concatenate([columns, *green_words]), logits.device)
     if green_words:
         gain, width = adjustments.green_gain, len(green_words[0])
         grid = len(green_words), -(-size // PART)
@@ -94,11 +95,3 @@ def _green_words(green: GreenList, vocab_size: int) -> npt.NDArray[np.int32]:
     is_green = np.zeros(-(-vocab_size // WORD_BITS) * WORD_BITS, np.bool_)
     is_green[green.token_ids] = True
     return np.concatenate([np.array([green.row], np.int32), np.packbits(is_green, bitorder="little").view(np.int32)])
-
-
-def _on_device(words: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    """One copy, from pinned memory, which nobody waits for."""
-    on_host = torch.from_numpy(words)
-    if device.type != "cpu" and torch.accelerator.is_available():
-        on_host = on_host.pin_memory()
-    return on_host.to(device, non_blocking=True)

@@ -17,14 +17,14 @@ class MatrixTriton:
     """`x @ weight.T + bias`, summed in float32."""
 
     rounding = None
-    row_counts = (*BLOCK_ROWS, MAX_ROWS + 1)
+    row_counts = (1, *(count + 1 for count in BLOCK_ROWS))
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
         return []
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed = _as_indexed(packed)
+        self._packed = as_indexed(packed)
         num_inputs, scales = packed.num_inputs, packed.scales
         num_groups = 1 if scales is None else scales.shape[1]
         self._group_size = num_inputs // num_groups if num_groups > 1 else 0
@@ -43,7 +43,7 @@ class MatrixTriton:
         return out
 
 
-def _as_indexed(packed: PackedWeight) -> PackedWeight:
+def as_indexed(packed: PackedWeight) -> PackedWeight:
     """The weight as kernels index it: formats that store scales by group leave them transposed.
 
     Kernels gather inputs by numbers of 32 bits, which take half as many registers.

@@ -25,8 +25,8 @@ BLOCK_ROWS = (16, 32, 64)
 """Rows to which those of x are padded; `tl.dot` wants at least 16. Each is a program of its own."""
 MAX_ROWS = BLOCK_ROWS[-1]
 SUM_BLOCK = 256
-STAGED_BYTES = 60 * 1024
-"""Shared memory that a program may fill with weights and rows on their way: a little less than any card has."""
+STAGED_BYTES, MAX_STAGED_BYTES = 60 * 1024, 64 * 1024
+"""Shared memory that a program fills with weights and rows on their way, and what any card has for it."""
 MAX_X_BYTES = 2
 """Bytes of a number of x on GPUs."""
 
@@ -310,16 +310,22 @@ def min_block_inputs(layout: str) -> int:
     return 32 if layout == "int4" else 16
 
 
-def num_blocks_at_a_time(packed: PackedWeight, tile: Tile, block_rows: int) -> int:
-    """Blocks of inputs whose loads are started together: few programs reach a card's bandwidth with many on the way.
+def loads_under_way(packed: PackedWeight, tile: Tile, block_rows: int) -> tuple[int, int]:
+    """Blocks of inputs whose loads are started together, and the stages of the loop over them.
 
-    It changes nothing about the order of sums, so it may depend on the rows.
+    Few programs reach a card's bandwidth only with many bytes on their way. Neither number changes anything about the
+    order of sums, so both may depend on the rows.
     """
-    if packed.input_order is not None:
-        return 1
     weight_bytes = tile.block_outputs * tile.block_inputs * packed.weight.shape[1] // packed.num_inputs
     stage_bytes = weight_bytes * packed.weight.itemsize + block_rows * tile.block_inputs * MAX_X_BYTES
-    return max(count for count in (1, 2, 4) if count * stage_bytes * tile.num_stages <= STAGED_BYTES or count == 1)
+    if packed.input_order is not None:
+        return 1, tile.num_stages
+    if stage_bytes * (tile.num_stages - 1) > MAX_STAGED_BYTES:
+        return 1, 2
+    num_blocks = max(
+        count for count in (1, 2, 4) if count == 1 or count * stage_bytes * tile.num_stages <= STAGED_BYTES
+    )
+    return num_blocks, tile.num_stages
 
 
 def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -332,6 +338,7 @@ def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.T
     unused = packed.weight
     bias = unused if packed.bias is None else packed.bias
     target = x.new_empty(tile.splits, num_rows, num_outputs, dtype=torch.float32) if is_split else out
+    num_blocks, num_stages = loads_under_way(packed, tile, block_rows)
     launch(
         skinny_kernel,
         (-(-num_outputs // tile.block_outputs), tile.splits),
@@ -355,11 +362,11 @@ def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.T
         BLOCK_OUTPUTS=tile.block_outputs,
         BLOCK_ROWS=block_rows,
         BLOCK_INPUTS=tile.block_inputs,
-        BLOCKS=num_blocks_at_a_time(packed, tile, block_rows),
+        BLOCKS=num_blocks,
         SPLITS=tile.splits,
         WIDEN=IS_INTERPRETED,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=num_stages,
     )
     if is_split:
         _add_splits(target, bias, out, has_bias=packed.bias is not None)

@@ -87,7 +87,9 @@ def default_tile(weight: WeightShape, min_inputs: int) -> Tile:
         return Tile(block_outputs, 2 * MAX_BLOCK_INPUTS if block_outputs == 16 else MAX_BLOCK_INPUTS, num_warps=8)
     power_of_two = weight.group_size & -weight.group_size  # the largest that divides it
     block_inputs = max(min(power_of_two or MAX_BLOCK_INPUTS, MAX_BLOCK_INPUTS), min_inputs)
-    return Tile(block_outputs, block_inputs, num_stages=2 if weight.is_gathered else 3)
+    if weight.is_gathered:
+        return Tile(block_outputs, block_inputs, num_warps=8 if block_outputs == 16 else 4, num_stages=2)
+    return Tile(block_outputs, block_inputs)
 
 
 @functools.cache

@@ -305,8 +305,8 @@ BATCHING = (
     Flag(
         name="disable-overlap",
         fills="engine.is_overlap_disabled",
-        help="Read the tokens of each step on a GPU before the next one is launched (no effect on a CPU, with several "
-        "shards or speculation, where steps don't overlap)",
+        help="Read the tokens of each step on a GPU before the next one is launched (no effect on a CPU or with "
+        "speculation, where steps don't overlap)",
         is_switch=True,
     ),
     Flag(

@@ -95,7 +95,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
-    generation_input, use = chat_input(service, body)
+    generation_input, use = await chat_input(service, body)
     is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
     if not body.stream:
@@ -107,12 +107,12 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     return EventStream(events, headers, opening.close)
 
 
-def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
+async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     generation_input = GenerationInput(
-        inputs=service.chat_template.render(request.messages, use.offered, ending(request)),
+        inputs=await service.chats.render(request.messages, use.offered, ending(request)),
         parameters=openai_parameters(request, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
@@ -262,7 +262,7 @@ class _TgiToolChat(_Chat):
             answers = await collect(streams)
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
-            return await self._in_words().complete()
+            return await (await self._in_words()).complete()
         message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
@@ -284,17 +284,17 @@ class _TgiToolChat(_Chat):
                     yield event(self._chunk([choice], None))
             usage = self._usage(streams)
         if is_in_words:
-            chat = self._in_words()
+            chat = await self._in_words()
             async with contextlib.aclosing(chat.chunks(self._service.open(chat._input))) as events:
                 async for item in events:
                     yield item
         elif self._body.stream_options.include_usage:
             yield event(self._chunk([], usage))
 
-    def _in_words(self) -> _Chat:
+    async def _in_words(self) -> _Chat:
         """The second run. Nothing of the first has a part in its answer (`docs/compatibility.md`, row 18)."""
         body = self._body.model_copy(update={"tools": None})
-        return _Chat(self._service, body, *chat_input(self._service, body))
+        return _Chat(self._service, body, *(await chat_input(self._service, body)))
 
     def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[ChatPiece], call_id: str) -> list[ChunkChoice]:
         """A chunk with the name and the opening brace, one for each further part, one with the finish reason."""

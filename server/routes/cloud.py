@@ -70,7 +70,7 @@ async def vertex(request: Request) -> Response:
         raise NoInstanceError
     if not service.config.is_strict_tgi:
         service.admission.permit(len(body.instances)).release()  # before their chats are rendered
-    inputs = [_input(service, instance) for instance in body.instances]
+    inputs = [await _input(service, instance) for instance in body.instances]
     return json_answer(VertexResponse(await cancel_if_gone(request, _predictions(service, inputs))))
 
 
@@ -90,9 +90,9 @@ async def _predictions(service: GenerationService, inputs: list[GenerationInput]
     return predictions
 
 
-def _input(service: GenerationService, instance: VertexInstance | ChatRequest) -> GenerationInput:
+async def _input(service: GenerationService, instance: VertexInstance | ChatRequest) -> GenerationInput:
     if isinstance(instance, ChatRequest):
-        chat, _ = chat_input(service, instance)
+        chat, _ = await chat_input(service, instance)
         return dataclasses.replace(chat, is_stream=False, num_choices=1)
     parameters = vertex_parameters(instance, is_strict=service.config.is_strict_tgi)
     return GenerationInput(inputs=instance.inputs, parameters=parameters, is_stream=False)

@@ -58,7 +58,8 @@ async def chat_tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await service.read_body(request, ChatRequest)
     with service.permit_beside_tgi():
-        prompt = chat_input(service, body)[0].inputs
+        chat, _ = await chat_input(service, body)
+        prompt = chat.inputs
         tokens = await _split(service, prompt, add_special_tokens=False)
     text = encoder.encode(prompt)
     return encoded_answer(b"".join([b'{"tokenize_response":', tokens, b',"templated_text":', text, b"}"]))

@@ -88,7 +88,7 @@ def test_an_order_of_the_inputs_is_counted() -> None:
     plain, ordered = (
         step_bytes(shape, form, floors.DENSE, context=1, batch=1).linears for form in (floors.INT4, floors.ACT_ORDER)
     )
-    assert ordered - plain == sum(inputs for _, inputs in shape.layer_matrices) * torch.int64.itemsize
+    assert ordered - plain == sum(inputs for _, inputs in shape.layer_matrices) * torch.int32.itemsize
 
 
 def test_a_batch_reads_weights_once_and_caches_for_each() -> None:

@@ -446,3 +446,12 @@ def test_prefix_caching_can_be_turned_off(tiny_model_dir: Path) -> None:
         core, _ = start(tiny_model_dir, max_batch_total_tokens=256, is_prefix_caching=is_on)
         run_requests(core, make_requests([[5] * 40], max_new_tokens=2))
         assert bool(core.scheduler.stats().num_cached_blocks) is is_on
+
+
+@pytest.mark.parametrize(("sizes", "is_told"), [((1, 2), True), ((0,), False), (None, False)])
+def test_graphs_that_a_cpu_does_not_have_are_told(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, sizes: tuple[int, ...] | None, is_told: bool
+) -> None:
+    caplog.set_level("INFO")
+    start(tiny_model_dir, graph_sizes=sizes, max_batch_total_tokens=512)
+    assert ("--cuda-graphs has no effect: the device has none" in caplog.text) == is_told

@@ -82,6 +82,8 @@ def abused_server(model: Path, folder: Path, send_buffer: int | None = None) -> 
 def check_abuse(abused: Abused, num_requests: int) -> None:
     process = abused.http.process
     alone_s = abused.p99_while(lambda count: count < 100)
+    chat = {"messages": [{"role": "user", "content": "hello"}]}  # the first one starts the process that renders chats
+    assert httpx.post(f"{abused.http.url}/chat_tokenize", json=chat, timeout=30).status_code == 200
     num_files, resident = process.num_fds(), process.memory_info().rss
     program = abused.abuse(num_requests)
     beside_s = abused.p99_while(lambda count: program.poll() is None)

@@ -19,6 +19,7 @@ from engine.device import DEVICES, Device, find_interpreted
 from engine.graph_capture import Tape, Work
 from engine.link.config import EngineConfig
 from engine.link.messages import GenerationRequest
+from engine.overlap import OverlappedCore
 from engine.ranks import Ranks
 from engine.start import start_engine, start_follower
 from parallel.state import Collectives, ParallelState
@@ -42,6 +43,8 @@ class Outcome:
     description: str
     """What the start says of the shards."""
     num_replays: int
+    has_overlap: bool
+    """Whether rank 0 launches a step before it reads the last one's tokens."""
 
 
 def find_sharded(local_rank: int) -> Device | None:
@@ -54,6 +57,7 @@ def find_sharded(local_rank: int) -> Device | None:
         collectives="cpu:gloo,cuda:gloo",
         make_recorder=CountingTape,
         has_graph_collectives=True,
+        row_variants=(),  # nothing is compiled
     )
 
 
@@ -191,22 +195,22 @@ def _serve(rank: int, pipe: Connection) -> None:
 def _run_rank(rank: int, port: int, config: EngineConfig, requests: list[GenerationRequest]) -> Outcome:
     """Serve the requests as rank 0, or follow. Both ends are those of a server that is told to end."""
     world = World(rank=rank, size=NUM_RANKS, local_rank=rank, local_size=NUM_RANKS, address=ADDRESS, port=port)
-    group, token_ids = Ranks(meet(world, None), config.shard_timeout_s), []
+    group, token_ids, has_overlap = Ranks(meet(world, None), config.shard_timeout_s), [], False
     CountingTape.num_replays = 0
     if rank:
         start_follower(config, group).serve()
     else:
         core, _ = start_engine(config, group)
-        token_ids = _generate(core, requests)
+        token_ids, has_overlap = _generate(core, requests), isinstance(core, OverlappedCore)
         group.end()
-    return Outcome(token_ids, group.describe(), CountingTape.num_replays)
+    return Outcome(token_ids, group.describe(), CountingTape.num_replays, has_overlap)
 
 
 def _generate(core: EngineCore, requests: list[GenerationRequest]) -> list[list[int]]:
     ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         core.take(request)
-    while core.scheduler.has_work:
+    while core.has_work:
         for event in core.step():
             assert event.error is None, event.error
             ids[event.request_id] += event.token_ids

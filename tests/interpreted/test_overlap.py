@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.core import EngineCore
 from engine.graphs import GraphLimits
@@ -20,10 +21,11 @@ from engine.overlap import OverlappedCore
 from engine.runner import ModelRunner
 from engine.sampling import grammar_triton, sampler_triton
 from engine.sampling.batch_sampler import LaunchingBatchSampler
-from engine.sampling.sampler import PendingTokens
+from engine.sampling.sampler import PendingTokens, RawRows
 from engine.step_buffers import StepBuffers
 from quant.kernels.transfer import HostCopy
 from tests.contract.harness import BLOCK_SIZE, KERNELS, Outcome, make_core, make_requests, make_runner, run_requests
+from tests.fake_device import GPU, no_numbers
 from tests.interpreted.test_engine import interpreted, make_prompts
 from tests.no_reads import READING_METHODS, NoReads, ReadError
 
@@ -205,3 +207,44 @@ def test_a_planted_read_is_found(tiny_model_dir: Path, fault: str, monkeypatch: 
     monkeypatch.setattr(LaunchingBatchSampler, "launch", planted)
     with pytest.raises(ReadError):
         run_without_reads(tiny_model_dir)
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Notes copies between host and device that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.num_copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
+        if "copy" in func.name() and len({tensor.device.type for tensor in tensors}) > 1:
+            self.num_copies += 1
+            if not (kwargs.get("non_blocking") or True in args[2:3]):
+                self.names.append(func.name())
+        return result
+
+
+def sample_on_a_gpu() -> BlockingCopies:
+    """Everything that sampling sends to a GPU that is not there: parameters, rows to keep, masks."""
+    params = [SamplingParams(num_top_tokens=2), SamplingParams(seed=1, top_p=0.5), SamplingParams()]
+    with no_numbers():
+        logits = torch.zeros(3, 100, device=GPU)
+        with BlockingCopies() as copies:
+            raw = RawRows.of(logits, [1, 2], params)
+            grammar_triton.apply_masks(logits, np.zeros(1, np.int32), np.zeros((1, 4), np.int32))
+            sampler_triton.launch_sample(logits, params, [0, 1, 2], raw)
+    return copies
+
+
+def test_the_host_waits_for_no_copy_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results come back through `HostCopy`, which needs a GPU's pinned memory."""
+    monkeypatch.setattr(sampler_triton, "HostCopy", lambda tensor: None)
+    copies = sample_on_a_gpu()
+    assert copies.names == []
+    assert copies.num_copies == 4
+    monkeypatch.setattr(sampler_triton, "to_device", lambda array, device: torch.from_numpy(array).to(device))
+    assert sample_on_a_gpu().names == ["aten::_to_copy"]

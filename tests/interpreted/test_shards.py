@@ -50,6 +50,7 @@ def test_a_dense_model_with_graphs(ranks: InterpretedRanks, tiny_model_dir: Path
     first, second = ranks.run(tiny_model_dir, make_requests(PROMPTS, max_new_tokens=MAX_NEW_TOKENS), has_graphs=True)
     assert first.token_ids == expected_ids(tiny_model_dir, PROMPTS)
     assert first.description == "2 shards on 1 host, collectives through gloo"
+    assert first.has_overlap
     assert first.num_replays == second.num_replays >= MAX_NEW_TOKENS - 1
 
 

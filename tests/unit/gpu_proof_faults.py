@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -19,7 +20,7 @@ def kernels(settings: Settings, report: Report) -> None:
     """Cases with a fault each, and one without, in one process: torch is slow to load."""
     import torch
 
-    from benchmarks.gpu_proof.checks import Case, check_cases
+    from benchmarks.gpu_proof.checks import Case, Check, report_checks
 
     x = torch.randn(1000, generator=torch.Generator().manual_seed(settings.seed)).clamp(-2, 2)
     calls: list[float] = []
@@ -44,7 +45,9 @@ def kernels(settings: Settings, report: Report) -> None:
         raise ValueError("no kernel takes this")
 
     faults = {"wrong": add_twice, "race": differ, "unwritten": leave_out, "raises": refuse, "right": x.clone}
-    check_cases([Case(name, run, x.double) for name, run in faults.items()], report)
+    cases = {name: Case(run, x.double) for name, run in faults.items()}
+    checks = [Check.of(name, lambda inputs, case=case: case) for name, case in cases.items()]
+    report_checks(checks, dataclasses.replace(settings, device="cpu"), report, num_processes=1)
 
 
 def hang(settings: Settings, report: Report) -> None:

@@ -108,7 +108,7 @@ def test_an_unknown_part_is_told() -> None:
 
 def test_only_a_measured_run_gives_tuning_data(tmp_path: Path) -> None:
     """Not one in the interpreter, whatever its parts say."""
-    tuning = {"tiles": [1]}
+    tuning = [{"layout": "dense"}]
     for is_measured in (True, False):
         folder = tmp_path / str(is_measured)
         folder.mkdir()

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import pytest
 import engine.link.environment
 from engine.limits import EngineLimits, MemoryNeeds, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
-from engine.link.environment import KERNEL_SOURCES, engine_environment, user_cache_dir
+from engine.link.environment import KERNEL_SOURCES, SHARED_MEMORY, engine_environment, user_cache_dir
 from engine.link.errors import StartError
 
 WINDOW, CAPACITY = 32_768, 65_536
@@ -150,3 +155,57 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path
     assert (fallback.stat().st_mode & 0o777, fallback.stat().st_uid) == (0o700, os.getuid())
     assert fallback != user_cache_dir({"XDG_CACHE_HOME": str(file)})
     assert tmp_path not in fallback.parents
+
+
+def full_disk(*full: Path) -> Callable[[Path], shutil._ntuple_diskusage]:
+    """`shutil.disk_usage` of a host on which those folders are on a disk that is full."""
+
+    def usage(path: Path) -> shutil._ntuple_diskusage:
+        is_full = any(path.is_relative_to(folder) for folder in full)
+        return shutil._ntuple_diskusage(1 << 40, 1 << 30, 1 << 20 if is_full else 1 << 39)
+
+    return usage
+
+
+def test_a_full_disk_gives_way_to_the_temporary_folder_and_that_to_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(tmp_path / "cache"))
+    assert user_cache_dir(environ).parent == temporary
+    assert "only 1 MiB are free" in caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(tmp_path))
+    assert user_cache_dir(environ).parent == Path(SHARED_MEMORY)
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(Path("/")))
+    with pytest.raises(StartError, match="No folder can be written .*: set XDG_CACHE_HOME or TMPDIR to one that can"):
+        user_cache_dir(environ)
+
+
+def test_without_a_home_and_a_passwd_entry_there_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert user_cache_dir({}).name.startswith("pytgi-")
+
+
+def test_a_kernel_that_can_not_be_written_down_is_used_all_the_same(tmp_path: Path) -> None:
+    """A file in place of the folder that Numba wants to make is as good as a disk that is full."""
+    module = tmp_path / "kernel.py"
+    module.write_text("import numba\n@numba.njit(cache=True)\ndef double(x):\n    return 2 * x\n")
+    program = (
+        "import errno, sys\n"
+        "from numba.core import caching\n"
+        "from engine.kernel_cache import outlive_full_disk\n"
+        "def full(*_):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "caching.IndexDataCacheFile.save = full\n"
+        "outlive_full_disk()\n"
+        "outlive_full_disk()\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import kernel\n"
+        "print(kernel.double(4), kernel.double(0.5))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "8 1.0\n"
+    assert done.stderr.count("Compiled kernels can't be kept (No space left on device)") == 1

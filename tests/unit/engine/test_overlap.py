@@ -227,18 +227,19 @@ def test_a_step_that_raises_ends_every_request_with_the_error(moment: str) -> No
 
 def test_times_of_steps_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step lasts from the end of the last one; the device begins with it when it has computed that one."""
-    now = iter([0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    started, read_and_taken_in = [0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 20.0, 22.0]
+    now = iter(started + read_and_taken_in)
     monkeypatch.setattr(step_clock.time, "monotonic", lambda: next(now))
-    first = step_clock.StepClock()  # reads 0
-    with first.scheduling():  # reads 1
+    first = step_clock.StepClock()
+    with first.scheduling():
         pass
-    second = step_clock.StepClock(first)  # reads 2
-    with second.scheduling():  # reads 3
+    second = step_clock.StepClock(first)
+    with second.scheduling():
         pass
     for clock in (first, second):
         clock.begin_computing(ScheduledBatch())
-        clock.end_computing()  # reads 10, 20
-        with clock.updating():  # reads 11, 22
+        clock.end_computing()
+        with clock.updating():
             pass
         clock.finish([])
     reports = [first.report, second.report]
@@ -282,20 +283,18 @@ ASYNCHRONOUS = dataclasses.replace(find_cpu(0), is_asynchronous=True, sampler="t
 
 
 @pytest.mark.parametrize(
-    ("device", "config", "num_ranks", "line"),
+    ("device", "config", "line"),
     [
-        (ASYNCHRONOUS, {}, 1, "Steps overlap: each is launched before the tokens of the last one are read"),
-        (ASYNCHRONOUS, {"is_overlap_disabled": True}, 1, "Steps don't overlap: --disable-overlap"),
-        (ASYNCHRONOUS, {"max_draft_tokens": 2}, 1, "Steps don't overlap: speculation drafts on the host"),
-        (ASYNCHRONOUS, {}, 2, "Steps don't overlap: shards get the tokens from the host"),
+        (ASYNCHRONOUS, {}, "Steps overlap: each is launched before the tokens of the last one are read"),
+        (ASYNCHRONOUS, {"is_overlap_disabled": True}, "Steps don't overlap: --disable-overlap"),
+        (ASYNCHRONOUS, {"max_draft_tokens": 2}, "Steps don't overlap: speculation drafts on the host"),
         (
             find_cpu(0),
             {},
-            1,
             "Steps don't overlap: the device computes while it is called; its sampler reads the tokens at once",
         ),
     ],
 )
-def test_when_steps_overlap(device: Device, config: dict[str, object], num_ranks: int, line: str) -> None:
-    reasons = why_not_overlap(EngineConfig(model_path="any", **cast(Any, config)), device, num_ranks)
+def test_when_steps_overlap(device: Device, config: dict[str, object], line: str) -> None:
+    reasons = why_not_overlap(EngineConfig(model_path="any", **cast(Any, config)), device)
     assert describe_overlap(reasons) == line

@@ -129,6 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             len(sequence.request.prompt_token_ids) + sequence.request.max_new_tokens
             for sequence in self.simulation.live_sequences
         )
+        max_steps += self.steps_per_token - 1  # to finish what is launched for requests that are aborted
         assert self.simulation.drain() <= max_steps, "the oldest computes a token in every step"
         assert self.simulation.blocks.num_used_blocks == 0
         for request_id in self.simulation.requests:

@@ -202,11 +202,14 @@ class FakeRanks:
     def check(self) -> None:
         pass
 
+    def share_token_ids(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> None:
+        pass
+
 
 def test_a_rank_out_of_memory_ends_all_ranks_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait in the same step: none can take it back."""
 
-    def run_out(inputs: StepInputs) -> StepResult:
+    def run_out(inputs: StepInputs, last_token_ids: torch.Tensor | None) -> StepResult:
         raise torch.OutOfMemoryError("no memory")
 
     runner = cast(ModelRunner, types.SimpleNamespace(inputs=lambda batch: None, run=run_out))

@@ -161,7 +161,9 @@ def one_by_one(
 
 
 def make_config(**changes: Any) -> ServerConfig:
-    return ServerConfig(model_id="org/model", model_path="", listen_fd=-1, engine_fd=-1, compute_type="test", **changes)
+    """`is_rendering_here` saves each of the tests' servers a process."""
+    fields = {"compute_type": "test", "is_rendering_here": True, **changes}
+    return ServerConfig(model_id="org/model", model_path="", listen_fd=-1, engine_fd=-1, **fields)
 
 
 @contextlib.asynccontextmanager
@@ -171,6 +173,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
     # this transport has no lifespan, at whose end the application does that
     app.state.service.grammars.close()
+    app.state.service.chats.close()
     app.state.service.tokenizer._long_texts.close()
 
 

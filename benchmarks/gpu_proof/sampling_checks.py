@@ -6,12 +6,14 @@ sums in float32 may be off by `EDGE` at its edges.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
-from benchmarks.gpu_proof.checks import poisoned_memory
+from benchmarks.gpu_proof.checks import Check, poisoned_memory
 from benchmarks.gpu_proof.inputs import Inputs
-from benchmarks.gpu_proof.report import Report
 from engine.link.messages import GenerationRequest, SamplingParams
 from engine.link.registry import import_entry
 from engine.sampling.grammar import MASKS, num_words
@@ -41,19 +43,20 @@ DRAWS: dict[str, SamplingParams] = {
 }
 
 
-def check_sampling(inputs: Inputs, report: Report) -> None:
-    size = TOY_VOCABULARY if inputs.is_toy else VOCABULARY
-    for rows in (1, 3) if inputs.is_toy else (1, 33, 128):
-        logits = inputs.normal(rows, size, spread=3.0)
-        report.check(f"greedy tokens of {rows} rows", _complaints(inputs, logits, [GREEDY] * rows))
+def sampling_checks(*, is_toy: bool) -> Iterator[Check]:
+    size = TOY_VOCABULARY if is_toy else VOCABULARY
+    for rows in (1, 3) if is_toy else (1, 33, 128):
+        yield _check(f"greedy tokens of {rows} rows", [GREEDY] * rows, size)
     for name, params in DRAWS.items():
-        logits = inputs.normal(8, size, spread=3.0)
-        report.check(f"tokens drawn with {name}", _complaints(inputs, logits, [params] * 8))
-    mixed = [GREEDY, SamplingParams(num_top_tokens=4), *DRAWS.values()]
-    report.check("rows of all kinds together", _complaints(inputs, inputs.normal(len(mixed), size, spread=3.0), mixed))
-    report.check("a row that is not finite", _bad_row_complaints(inputs, size))
-    report.check("masks", _mask_complaints(inputs, size))
-    report.check("penalties and biases", _penalty_complaints(inputs, size))
+        yield _check(f"tokens drawn with {name}", [params] * 8, size)
+    yield _check("rows of all kinds together", [GREEDY, SamplingParams(num_top_tokens=4), *DRAWS.values()], size)
+    yield Check("a row that is not finite", functools.partial(_bad_row_complaints, size=size))
+    yield Check("masks", functools.partial(_mask_complaints, size=size))
+    yield Check("penalties, biases and watermarks", functools.partial(_penalty_complaints, size=size))
+
+
+def _check(name: str, params: list[SamplingParams], size: int) -> Check:
+    return Check(name, lambda inputs: _complaints(inputs, inputs.normal(len(params), size, spread=3.0), params))
 
 
 def _sample(inputs: Inputs, logits: torch.Tensor, params: list[SamplingParams]) -> SampledBatch:
