@@ -134,7 +134,7 @@ class Ranks:
         return self.state.all_reduce(token_ids)
 
     def start_serving(self) -> None:
-        """Hold every rank to the timeout from now on: none loads or compiles any more."""
+        """Hold this rank's collectives to the timeout from now on: no rank loads or compiles any more."""
         assert self.state.collectives is not None
         self.state.collectives.timeout_s = self._timeout_s
         self._is_serving = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from server.app import create_app
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.connection import Connection
+from server.edge.connections import ConnectionLimits, ConnectionTable, raise_descriptor_limit
 from server.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger("server.main")
@@ -93,13 +95,14 @@ async def serve(config: ServerConfig) -> None:
     tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers, config.tokenizer_config_path)
     engine = EngineClient(socket.socket(fileno=config.engine_fd), config.engine_silence_s)
     await engine.connect()
+    max_connections = raise_descriptor_limit()
     drain_s = config.graceful_termination_timeout_s
     app = create_app(engine, config, tokenizer)
     for name in [name for name in os.environ if name.startswith("OTEL_")]:  # read by now; children don't need them
         del os.environ[name]
     uvicorn_config = uvicorn.Config(
         app,
-        http=Connection,
+        http=Connection.listed_in(ConnectionTable(ConnectionLimits(max_connections=max_connections))),
         ws="none",
         timeout_keep_alive=IDLE_CONNECTION_S,
         log_config=None,
@@ -107,12 +110,23 @@ async def serve(config: ServerConfig) -> None:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(drain_s + LAST_EVENTS_S),
     )
+    tune_garbage_collection()
     server = DrainingServer(uvicorn_config, engine, drain_s)
     watcher = asyncio.create_task(_stop_without_engine(engine, server))
     await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()
     engine.raise_if_dead()
     await engine.close()
+
+
+def tune_garbage_collection() -> None:
+    """Let the collector look neither at what is loaded by now nor often at all that is not new: it stops every stream.
+
+    A large body makes a hundred thousand objects, and each full collection in the meantime would look at them all.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(2_000, 10, 100)
 
 
 def _listening(fd: int) -> socket.socket:

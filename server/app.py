@@ -12,6 +12,7 @@ from sse_starlette.sse import AppStatus
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.access import ApiKeyGuard, CorsHeaders
+from server.edge.intake import IntakeRelease
 from server.error_handlers import install_error_handlers
 from server.openapi import build_openapi
 from server.operation import OperationFinder, operations_of
@@ -55,9 +56,10 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
         app.include_router(area)
     finder = OperationFinder(operations)
     if config.api_key is not None:
-        app.add_middleware(ApiKeyGuard, api_key=config.api_key, finder=finder)
+        app.add_middleware(ApiKeyGuard, api_key=config.api_key, finder=finder, is_strict=config.is_strict_tgi)
     # These headers are outside of the guard: preflights need no key, and its refusals get them as well.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
+    app.add_middleware(IntakeRelease, intake=app.state.service.intake)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
     return app

@@ -27,6 +27,8 @@ class ServerConfig:
     max_best_of: int = 2
     max_stop_sequences: int = 4
     max_top_n_tokens: int = 5
+    max_logit_bias: int = 1024
+    """Tokens in the `logit_bias` of a request."""
     max_client_batch_size: int = 4
     validation_workers: int = 2
     payload_limit: int = 2_000_000

@@ -50,6 +50,7 @@ _STATUS_TEXTS = {
     400: "Not JSON",
     401: "API key absent or wrong",
     404: "No such model",
+    408: "The body comes too slowly",
     413: "The body is too large",
     415: "The body is not announced as JSON",
     422: "The request cannot be answered: of the wrong shape (in plain text), or not acceptable",
@@ -90,7 +91,7 @@ class _Answers:
     """The schemas of what the server writes."""
 
     def __init__(self, operations: Iterable[Operation], config: ServerConfig) -> None:
-        self._is_strict = config.is_strict_tgi
+        self.is_strict = config.is_strict_tgi
         self.has_key = config.api_key is not None
         types: list[Any] = [ErrorBody, OpenAIErrorBody, TgiStreamErrorBody]
         for operation in operations:
@@ -104,7 +105,7 @@ class _Answers:
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if is_openai_path(path) and not self._is_strict else ErrorBody)
+        return self.of(OpenAIErrorBody if is_openai_path(path) and not self.is_strict else ErrorBody)
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
@@ -112,7 +113,7 @@ class _Answers:
         return self.of(*operation.events, *late_errors)
 
     def _late_error(self, error: type[msgspec.Struct]) -> type[msgspec.Struct]:
-        return TgiStreamErrorBody if error is OpenAIErrorBody and self._is_strict else error
+        return TgiStreamErrorBody if error is OpenAIErrorBody and self.is_strict else error
 
 
 def _request_components(operations: Iterable[Operation], config: ServerConfig) -> dict[str, Schema]:
@@ -197,7 +198,7 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         reference = {"$ref": REF.format(operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
         responses |= _refusals(operation, answers)
-    if not operation.is_open:
+    if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
         responses[401] = _response(401, {})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
@@ -230,10 +231,10 @@ def _success(operation: Operation, answers: _Answers) -> Schema:
 def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
     plain: Schema = {TEXT: {"type": "string"}}
     error: Schema = {"application/json": answers.error(operation.path)}
-    refusals = {status: _response(status, plain) for status in (400, 413, 415)}
-    refusals[422] = _response(422, plain | error)
+    refusals = {status: _response(status, plain) for status in (400, 408, 413, 415)}
+    refusals |= {422: _response(422, plain | error), 429: _response(429, error)}
     if operation.is_generating:
-        refusals |= {status: _response(status, error) for status in (424, 429, 500)}
+        refusals |= {status: _response(status, error) for status in (424, 500)}
     return refusals
 
 

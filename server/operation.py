@@ -45,8 +45,14 @@ class Operation:
     """Further statuses with an error object."""
     is_open: bool = False
     """Answers without the API key."""
+    is_open_to_tgi: bool = False
+    """Answers without the API key under --strict-tgi."""
     span: str | None = None
     """TGI's name of the handler, in log lines and traces."""
+
+    def is_protected(self, *, is_strict: bool) -> bool:
+        """Whether it answers only with the API key, under --strict-tgi or without."""
+        return not (self.is_open or (self.is_open_to_tgi and is_strict))
 
 
 class Area(APIRouter):

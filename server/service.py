@@ -9,23 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import TypeVar
 
+import pydantic
 from fastapi import Request
 
 from server.chat.renderer import ChatRenderer
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
+from server.edge.intake import Intake, IntakeLimits
 from server.errors import OverloadedError
-from server.generation import Generation, Stream, Timings
+from server.generation import Completion, Generation, Stream, Timings
+from server.requests.body import BodyReader, require_json
 from server.requests.grammar import GrammarCompiler
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation
 from server.text.tokenizer import TextTokenizer
+
+MAX_INLINE_TOKENS = 256
+"""Tokens of an answer that the event loop writes itself, in a few milliseconds."""
+
+M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class GenerationService:
@@ -40,10 +50,35 @@ class GenerationService:
         )
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
+        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
+        self.bodies = BodyReader(is_strict=config.is_strict_tgi)
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self.grammars = GrammarCompiler()
         self.validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
         engine.observe_output = self.metrics.observe_output
+
+    async def read_body(self, request: Request, model: type[M]) -> M:
+        """The body as `model`. Raises BodyError, OverloadedError."""
+        require_json(request.headers.get("content-type", ""))
+        body = await self.bodies.measure(await self.intake.receive(request))
+        self.intake.hold(request, body.memory - len(body.data))
+        return await self.bodies.read(body, model)
+
+    async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
+        """What `write` makes of `answers`; the tokens of 128 choices are a second's work, which a thread does."""
+        if sum(len(answer.tokens) for answer in answers) <= MAX_INLINE_TOKENS:
+            return write()
+        return await asyncio.get_running_loop().run_in_executor(self._writers, write)
+
+    @contextlib.contextmanager
+    def permit_beside_tgi(self) -> Iterator[None]:
+        """A permit for the block of a request that does not generate; TGI asks for none. Raises OverloadedError."""
+        permit = self.admission.permit(0 if self.config.is_strict_tgi else 1)
+        try:
+            yield
+        finally:
+            permit.release()
 
     def open(self, *inputs: GenerationInput) -> AdmittedRequest:
         """A request that is admitted and validated as its block begins."""
@@ -77,6 +112,8 @@ class GenerationService:
 
     def close(self) -> None:
         self.tokenizer.close()
+        self.bodies.close()
+        self._writers.shutdown(wait=False)
         self.grammars.close()
         self.chats.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar, cast
 
 import msgspec
 from fastapi import Response
@@ -18,6 +18,8 @@ from server.requests.serde import round_to_f32
 VERSION = "3.3.6-dev0"
 """Version of the TGI whose wire this is. Clients branch on it."""
 SYSTEM_FINGERPRINT = f"{VERSION}-native"
+
+T = TypeVar("T")
 
 encoder = msgspec.json.Encoder()
 
@@ -73,5 +75,15 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
 
 
+def encoded_items(items: Iterable[T]) -> list[T]:
+    """`items` as the JSON of each, which takes their places: no call of the encoder holds the GIL for all of them."""
+    return cast("list[T]", [msgspec.Raw(encoder.encode(item)) for item in items])
+
+
 def json_answer(value: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(encoder.encode(value), headers=headers, media_type="application/json")
+    return encoded_answer(encoder.encode(value), headers)
+
+
+def encoded_answer(content: bytes, headers: dict[str, str] | None = None) -> Response:
+    """An answer of JSON that is encoded already."""
+    return Response(content, headers=headers, media_type="application/json")

@@ -17,9 +17,10 @@ VARY = "origin, access-control-request-method, access-control-request-headers"
 class ApiKeyGuard:
     """Answers 401 with an empty body to whoever asks for a protected operation without `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder, *, is_strict: bool) -> None:
         self._app = app
         self._api_key = api_key.encode()
+        self._is_strict = is_strict
         self._finder = finder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -30,7 +31,7 @@ class ApiKeyGuard:
 
     def _is_protected(self, scope: Scope) -> bool:
         operation = self._finder.find(scope["path"], scope["method"])
-        return operation is not None and not operation.is_open
+        return operation is not None and operation.is_protected(is_strict=self._is_strict)
 
     def _has_key(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

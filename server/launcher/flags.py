@@ -222,6 +222,13 @@ REQUESTS = (
         default=5,
     ),
     Flag(
+        name="max-logit-bias",
+        fills="server.max_logit_bias",
+        help="Most tokens in the logit_bias of a request (ours)",
+        value=COUNT,
+        default=1024,
+    ),
+    Flag(
         name="max-client-batch-size",
         fills="server.max_client_batch_size",
         help="Most prompts in one call of /v1/completions; more are refused",

@@ -110,6 +110,11 @@ def start_ranks(
     return ranks
 
 
+WEBSERVER_ENVIRON = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+"""How glibc keeps the webserver's memory. It gives every thread an arena; after a few huge prompts on the tokenizer's
+threads they stay large. With a fixed threshold a large block goes back to the system as soon as it is freed."""
+
+
 def shard_secret(args: LauncherArgs) -> str:
     """The secret by which the ranks know each other: the user's, or on one host one that they inherit.
 
@@ -144,8 +149,7 @@ def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket
         [*PYTHON, "server"],
         config=config.to_json(),
         fds=[listener.fileno(), http_end.fileno()],
-        # glibc gives every thread an arena; after a few huge prompts on the tokenizer's threads they stay large.
-        environ={"MALLOC_ARENA_MAX": "2"},
+        environ=WEBSERVER_ENVIRON,
         kept_secrets=COLLECTOR_SECRETS if args.server.get("otlp_endpoint") else (),
     )
 

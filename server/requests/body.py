@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import json
 import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from email.message import Message as MediaType
 from typing import Any, TypeVar
 
 import pydantic
-from fastapi import Request
 
-from server.config import ServerConfig
 from server.errors import BodyError
 from server.requests import serde
 from server.requests.serde import RepeatedKeys
+from server.requests.structure import DEFAULT_LIMITS, Structure, StructureLimits, check_structure
 
 WHITESPACE = " \t\n\r"
-MAX_LENGTH_DIGITS = 20
-"""Digits of a length that is a number at all; Python would refuse to read more than 4,300."""
 MAX_DEPTH = 128
 """serde_json's recursion limit."""
+MAX_INLINE_BYTES = 1 << 14
+"""A body of so many bytes is read by the event loop itself, in a few milliseconds at most."""
+NUM_READERS = 1
+"""A second thread would read no faster, and make the event loop wait longer for its turn."""
+CONTAINER_BYTES = 800
+"""Memory of a list or an object, as the model that it becomes."""
+_LEADS_OF_WIDE = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # start of a message of json -> (serde's words, serde's words if the text ends there)
 _REASONS = {
@@ -35,27 +45,71 @@ _REASONS = {
 }
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+T = TypeVar("T")
 
 
 class _NumberError(ValueError):
     """A number is none of JSON's. The text is serde's."""
 
 
-async def read_body(request: Request, model: type[M], config: ServerConfig) -> M:
-    """The body as `model`. Raises BodyError."""
-    _require_json(request.headers.get("content-type", ""))
-    text = (await _receive(request, config.payload_limit)).decode(errors="surrogateescape")
-    value, end = _parse(text)
-    try:
-        return model.model_validate(value, context={"is_strict": config.is_strict_tgi})
-    except pydantic.ValidationError as error:
-        reason = serde.describe(error)
-    raise BodyError(
-        422, f"Failed to deserialize the JSON body into the target type: {reason} at {_position(text, end)}"
-    )
+@dataclass(frozen=True, slots=True)
+class MeasuredBody:
+    """The bytes of a body, and how much is in them."""
+
+    data: bytes
+    structure: Structure
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the body may take once it is read: a text is as wide as its widest character."""
+        if b"\\u" in self.data or any(lead in self.data for lead in _LEADS_OF_WIDE):
+            width = 4
+        else:
+            width = 1 if self.data.isascii() else 2
+        return width * len(self.data) + CONTAINER_BYTES * self.structure.num_containers
 
 
-def _require_json(content_type: str) -> None:
+class BodyReader:
+    """Reads bodies. Large ones are read on threads of its own, so that they don't hold up streams."""
+
+    def __init__(self, *, is_strict: bool, limits: StructureLimits = DEFAULT_LIMITS) -> None:
+        self._context = {"is_strict": is_strict}
+        self._limits = limits
+        self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="bodies")
+
+    async def measure(self, data: bytes) -> MeasuredBody:
+        """The body `data`. Raises BodyError if there is too much in it, whatever that is."""
+        return await self._run(len(data), self._measure, data)
+
+    async def read(self, body: MeasuredBody, model: type[M]) -> M:
+        """The body as `model`. Raises BodyError."""
+        return await self._run(len(body.data), self._read, body, model)
+
+    async def _run(self, num_bytes: int, work: Callable[..., T], *args: Any) -> T:
+        if num_bytes <= MAX_INLINE_BYTES:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+
+    def _measure(self, data: bytes) -> MeasuredBody:
+        return MeasuredBody(data, check_structure(data, self._limits))
+
+    def _read(self, body: MeasuredBody, model: type[M]) -> M:
+        text, may_have_surrogates = _decoded(body.data)
+        value, end = _parse(text, is_checked=body.structure.depth <= MAX_DEPTH and not may_have_surrogates)
+        try:
+            return model.model_validate(value, context=self._context)
+        except pydantic.ValidationError as error:
+            reason = serde.describe(error)
+        raise BodyError(
+            422, f"Failed to deserialize the JSON body into the target type: {reason} at {_position(text, end)}"
+        )
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+def require_json(content_type: str) -> None:
+    """Raises BodyError."""
     media_type = MediaType()
     media_type["content-type"] = content_type
     subtype = media_type.get_content_subtype()
@@ -63,29 +117,25 @@ def _require_json(content_type: str) -> None:
         raise BodyError(415, "Expected request with `Content-Type: application/json`")
 
 
-async def _receive(request: Request, limit: int) -> bytes:
-    """The whole body. It is refused as soon as it is known to be too long, whatever its headers say."""
-    announced = request.headers.get("content-length", "")
-    body = bytearray()
-    is_number = announced.isdecimal() and announced.isascii()
-    is_too_long = is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit)
-    if not is_too_long:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                is_too_long = True
-                break
-    if is_too_long:
-        raise BodyError(413, "Failed to buffer the request body: length limit exceeded")
-    return bytes(body)
+def _decoded(body: bytes) -> tuple[str, bool]:
+    """The text, and whether it may hold surrogates, which Rust's strings cannot."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return body.decode(errors="surrogateescape"), True
+    return text, _ESCAPED_SURROGATE.search(text) is not None
 
 
-def _parse(text: str) -> tuple[Any, int]:
-    """The first JSON value in `text` and its end. What follows is not read."""
+def _parse(text: str, *, is_checked: bool = False) -> tuple[Any, int]:
+    """The first JSON value in `text` and its end. What follows is not read.
+
+    `is_checked`: there are no surrogates and no deep nesting in `text`.
+    """
     start = len(text) - len(text.lstrip(WHITESPACE))
     try:
         value, end = _decoder.raw_decode(text, start)
-        _check(value, MAX_DEPTH)
+        if not is_checked:
+            _check(value, MAX_DEPTH)
     except json.JSONDecodeError as error:
         raise _not_json(text, error.pos, _reason(error)) from None
     except _NumberError as error:

@@ -12,7 +12,9 @@ from server.requests.native import CompatGenerateRequest, VertexInstance
 from server.requests.openai import ChatRequest, CompletionRequest
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
-from server.requests.serde import WireModel, untagged
+from server.requests.serde import ListOf, WireModel, max_items, untagged
+
+MAX_INSTANCES = 4_096
 
 
 class SagemakerRequest(
@@ -30,8 +32,9 @@ class SagemakerRequest(
 class VertexRequest(WireModel):
     """Body of /vertex."""
 
-    instances: list[
-        Annotated[VertexInstance | ChatRequest, Field(union_mode="left_to_right"), untagged("VertexInstance")]
+    instances: Annotated[
+        ListOf[Annotated[VertexInstance | ChatRequest, Field(union_mode="left_to_right"), untagged("VertexInstance")]],
+        max_items(MAX_INSTANCES),
     ]
 
 

@@ -26,6 +26,7 @@ from server.requests.grammar_check import Check, Checked
 from server.requests.values import GrammarSpec
 
 MAX_GRAMMAR_CHARS = 1 << 18
+TOO_LONG = f"it is longer than {MAX_GRAMMAR_CHARS} characters"
 MAX_CACHED = 32
 CHECK_TIMEOUT_S = 5.0
 """Usual schemas take a millisecond, and the process itself a tenth of a second to start."""
@@ -90,7 +91,7 @@ class GrammarCompiler:
         except RecursionError:
             return Checked(error="it is nested too deeply")
         if len(request) > MAX_GRAMMAR_CHARS:
-            return Checked(error=f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+            return Checked(error=TOO_LONG)
         checked = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, request)
         return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])
 
@@ -121,6 +122,8 @@ def _read_schema(grammar: GrammarSpec, *, is_strict: bool) -> dict[str, Any]:
         return value
     if not isinstance(value, str):
         raise ValidationError("grammar is not supported")  # text 21
+    if len(value) > MAX_GRAMMAR_CHARS:
+        raise ValidationError(f"cannot compile regex from schema: {TOO_LONG}")
     try:
         schema = json.loads(value)
     except (ValueError, RecursionError) as error:
@@ -157,18 +160,19 @@ def _is_intersecting(part: dict[str, Any]) -> bool:
 
 def _walk(schema: Any) -> Iterator[dict[str, Any]]:
     """The schema and every schema within it; constants and examples are not schemas."""
-    if not isinstance(schema, dict):
-        return
-    yield schema
-    for key, value in list(schema.items()):
-        if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-            parts = list(value.values())
-        elif key in _SCHEMA_LISTS and isinstance(value, list):
-            parts = value
-        else:
-            parts = [value] if key in _SCHEMAS else []
-        for part in parts:
-            yield from _walk(part)
+    stack = [schema]
+    while stack:
+        part = stack.pop()
+        if not isinstance(part, dict):
+            continue
+        yield part
+        for key, value in part.items():
+            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                stack += value.values()
+            elif key in _SCHEMA_LISTS and isinstance(value, list):
+                stack += value
+            elif key in _SCHEMAS:
+                stack.append(value)
 
 
 class CheckingProcess:

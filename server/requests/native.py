@@ -10,7 +10,7 @@ from pydantic import AliasChoices, Field
 from server.requests.dialects import parameters_of, speaking
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
-from server.requests.serde import U32, WireModel
+from server.requests.serde import U32, ListOf, WireModel
 
 
 @speaking(Dialect.NATIVE)
@@ -43,7 +43,7 @@ def native_parameters(body: GenerateRequest) -> Parameters:
 class DetokenizeRequest(WireModel):
     """Body of /detokenize, as vLLM has it; `ids` is what /tokenize calls them."""
 
-    tokens: list[U32] = Field(validation_alias=AliasChoices("tokens", "ids"))
+    tokens: ListOf[U32] = Field(validation_alias=AliasChoices("tokens", "ids"))
 
 
 class VertexInstance(WireModel):

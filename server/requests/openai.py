@@ -27,8 +27,23 @@ from pydantic_core import CoreSchema
 from server.requests.dialects import parameters_of, speaking
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
-from server.requests.serde import F32, I32, U32, U64, WireModel, is_strict, round_to_f32, untagged, wrong
+from server.requests.serde import (
+    F32,
+    I32,
+    U32,
+    U64,
+    ListOf,
+    WireModel,
+    is_strict,
+    max_items,
+    round_to_f32,
+    untagged,
+    wrong,
+)
 from server.requests.values import Grammar, LogitBias
+
+MAX_MESSAGES = 16_384
+MAX_TOOLS = 1_024
 
 
 class OpenAIModel(WireModel):
@@ -102,11 +117,11 @@ class NamedToolChoice(WireModel):
 
 
 class ContentBody(WireModel):
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | ListOf[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
 class ToolCallBody(WireModel):
-    tool_calls: list[ToolCall]
+    tool_calls: ListOf[ToolCall]
 
 
 _MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
@@ -120,7 +135,7 @@ class Message(OpenAIModel):
     role: str
     name: str | None = None
     body: ContentBody | ToolCallBody
-    tool_calls: list[ToolCall] = []
+    tool_calls: ListOf[ToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"tool_calls", "tool_call_id"})
@@ -162,9 +177,9 @@ def _read_bias(value: Any, info: ValidationInfo) -> Any:
     return None
 
 
-_BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(list[F32] | None)
+_BIAS_LIST: TypeAdapter[list[float] | None] = TypeAdapter(ListOf[F32] | None)
 
-Stop = Annotated[list[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
+Stop = Annotated[ListOf[str] | None, BeforeValidator(_read_stop, json_schema_input_type=str | list[str] | None)]
 
 
 class OpenAIFormat(OpenAIModel):
@@ -192,7 +207,7 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
 class ChatRequest(OpenAIModel):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[ListOf[Message], max_items(MAX_MESSAGES)]
     model: str | None = None
     max_tokens: U32 | None = Field(None, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
     temperature: F32 | None = None
@@ -205,7 +220,7 @@ class ChatRequest(OpenAIModel):
     stream_options: StreamOptions = StreamOptions()
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
     response_format: Annotated[
@@ -230,24 +245,29 @@ class ChatRequest(OpenAIModel):
 Prompts = list[str | list[int]]
 """Prompts of one request, each as text or as token ids."""
 
-_TGI_PROMPT: TypeAdapter[str | list[str]] = TypeAdapter(str | list[str], config=ConfigDict(strict=True))
-_PROMPT: TypeAdapter[str | list[str] | list[int] | list[list[int]]] = TypeAdapter(
-    str | list[str] | list[U32] | list[list[U32]], config=ConfigDict(strict=True)
-)
+_STRICT = ConfigDict(strict=True)
+_TEXTS: TypeAdapter[list[str]] = TypeAdapter(ListOf[str], config=_STRICT)
+_IDS: TypeAdapter[list[int]] = TypeAdapter(ListOf[U32], config=_STRICT)
+_LISTS_OF_IDS: TypeAdapter[list[list[int]]] = TypeAdapter(ListOf[ListOf[U32]], config=_STRICT)
 
 
 def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
     """TGI takes a string or several. OpenAI also takes token ids, as one list or as several."""
-    if value == [] or (isinstance(value, list) and [] in value and not is_strict(info)):
+    if isinstance(value, str):
+        return [value]
+    if value == [] or (isinstance(value, list) and not is_strict(info) and any(item == [] for item in value)):
         raise wrong("Empty array detected. Do not use an empty array for the prompt.")
+    first = value[0] if isinstance(value, list) else None
     try:
-        prompt = (_TGI_PROMPT if is_strict(info) else _PROMPT).validate_python(value)
+        if isinstance(first, str):
+            return list(_TEXTS.validate_python(value))
+        if isinstance(first, int) and not is_strict(info):
+            return [_IDS.validate_python(value)]
+        if isinstance(first, list) and not is_strict(info):
+            return list(_LISTS_OF_IDS.validate_python(value))
     except ValidationError:
-        raise wrong("data did not match any variant of untagged enum PromptDeserializer") from None
-    if isinstance(prompt, str):
-        return [prompt]
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    return [token_ids] if token_ids else [item for item in prompt if not isinstance(item, int)]
+        pass
+    raise wrong("data did not match any variant of untagged enum PromptDeserializer")
 
 
 @speaking(Dialect.COMPLETIONS)

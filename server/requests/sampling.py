@@ -22,7 +22,7 @@ from server.requests.rows import (
     parameter,
     rows_of,
 )
-from server.requests.serde import F32, I32, U32, U64, Usize
+from server.requests.serde import F32, I32, U32, U64, ListOf, Usize
 from server.requests.values import Grammar, GrammarSpec, LogitBias
 
 _FRACTION = Bounds(above=0, below=1)
@@ -135,7 +135,7 @@ class Parameters:
     return_full_text: bool | None = parameter(Row(bool, NATIVE_ONLY))
     stop: Sequence[str] = parameter(
         Row(
-            list[str],
+            ListOf[str],
             IN_ALL_OF_TGI,
             default=(),
             bounds=Bounds(max_setting="max_stop_sequences", measured="length"),

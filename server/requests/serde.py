@@ -11,13 +11,15 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     PlainValidator,
     ValidationError,
     ValidationInfo,
@@ -25,7 +27,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 _FLOAT32 = struct.Struct("<f")
 
@@ -36,6 +38,35 @@ _EXPECTED = {
     "dict_type": "a map",
 }
 """pydantic's error type -> what serde would say it expected."""
+
+
+class _FailFast:
+    """An annotation of a list: the first wrong item ends its reading. pydantic's own has no hash, as unions need."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        assert schema["type"] == "list"
+        return {**schema, "fail_fast": True}
+
+
+Item = TypeVar("Item")
+ListOf = Annotated[list[Item], _FailFast()]
+"""A list of which nothing is read after the first wrong item."""
+
+
+def max_items(limit: int) -> BeforeValidator:
+    """An annotation of a list: one that has more items is refused before any of them is read."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limit:
+            raise wrong(f"invalid length {len(value)}, expected at most {limit} items")
+        return value
+
+    return BeforeValidator(check)
+
+
+MAX_SHOWN_CHARS = 1_000
+"""The length of a client's text in a refusal."""
 
 
 class RepeatedKeys(dict[str, Any]):
@@ -61,10 +92,15 @@ def unexpected(value: object) -> str:
         case float():
             return f"floating point `{value}`"
         case str():
-            return f"string {json.dumps(value, ensure_ascii=False)}"
+            return f"string {json.dumps(shortened(value), ensure_ascii=False)}"
         case list():
             return "sequence"
     return "map"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that is too long to be shown."""
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 
 def _integer(name: str, low: int, high: int) -> Callable[[object], int]:
@@ -190,7 +226,9 @@ def _reason(item: ErrorDetails) -> str:
     if kind == "literal_error":
         variants = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         expected = ", ".join(f"`{variant}`" for variant in variants)
-        return f"unknown variant `{item['input']}`, expected one of {expected}"
+        given = item["input"]
+        shown = unexpected(given) if isinstance(given, list | dict) else shortened(str(given))
+        return f"unknown variant `{shown}`, expected one of {expected}"
     if kind == "model_type":
         return f"invalid type: {unexpected(item['input'])}, expected struct {item['ctx']['class_name']}"
     if kind in _EXPECTED:

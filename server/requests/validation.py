@@ -82,8 +82,10 @@ class Validator:
         self._grammars = grammars
 
     def check_before_admission(self, request: GenerationInput) -> None:
-        """The checks that TGI makes before it asks for a permit. Raises ValidationError."""
+        """The checks that TGI makes before it asks for a permit, and ours of sizes. Raises ValidationError."""
         parameters, num_choices = request.parameters, request.num_choices
+        num_biases, max_biases = len(parameters.logit_bias or {}), self._config.max_logit_bias
+        refuse_if(num_biases > max_biases, f"`logit_bias` supports up to {max_biases} tokens. Given: {num_biases}")
         refuse_if(not 0 < num_choices <= MAX_CHOICES, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {num_choices}")
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
         if request.is_stream:

@@ -9,6 +9,8 @@ from pydantic import PlainValidator
 
 from server.requests.serde import WireModel, read_f32, unexpected, wrong
 
+MAX_ID_DIGITS = 10
+
 
 def _read_logit_bias(value: object) -> dict[int, float]:
     """OpenAI's map: token ids, as strings, to what is added to their logits."""
@@ -16,7 +18,8 @@ def _read_logit_bias(value: object) -> dict[int, float]:
         raise wrong(f"invalid type: {unexpected(value)}, expected a map")
     bias = {}
     for token_id, amount in value.items():
-        if not token_id.isdecimal() or not token_id.isascii():
+        # Large numbers can be chosen to have equal hashes, and then take the time of their square to be put in a map.
+        if not token_id.isdecimal() or not token_id.isascii() or len(token_id) > MAX_ID_DIGITS:
             raise wrong(f"invalid value: {unexpected(token_id)}, expected a token id")
         bias[int(token_id)] = read_f32(amount)
     return bias

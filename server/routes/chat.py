@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
-from server.answers.json import Usage, json_answer
+from server.answers.json import Usage, encoded_answer, encoded_items, encoder
 from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
 from server.answers.sse import EventStream, event
 from server.chat.messages import (
@@ -34,7 +34,6 @@ from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -91,7 +90,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def chat_completions(request: Request) -> Response:
-    return await answer_chat(request, await read_body(request, ChatRequest, service_of(request).config))
+    return await answer_chat(request, await service_of(request).read_body(request, ChatRequest))
 
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
@@ -101,7 +100,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
-        return json_answer(answer, headers)
+        return encoded_answer(answer, headers)
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
     headers = stream_headers(service.config.compute_type, generation_input.inputs)
@@ -140,11 +139,15 @@ class _Chat:
         # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
         self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
 
-    async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
+    async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
             answers = await collect(streams)
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
-        return self._completion(choices, streams), self._headers(answers)
+        content = await self._service.written(answers, lambda: self._written(answers, streams))
+        return content, self._headers(answers)
+
+    def _written(self, answers: Sequence[Completion], streams: Sequence[Stream]) -> bytes:
+        choices = (self._choice(index, answer) for index, answer in enumerate(answers))
+        return encoder.encode(self._completion(encoded_items(choices), streams))
 
     def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
         return ChatCompletion(
@@ -254,7 +257,7 @@ class _Chat:
 class _TgiToolChat(_Chat):
     """Tools as TGI has them: one call in JSON of TGI's own or, with `no_tool`, a second run in words."""
 
-    async def complete(self) -> tuple[ChatCompletion, dict[str, str]]:
+    async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
             answers = await collect(streams)
         call = _read_tgi_call(answers[0].text)
@@ -263,7 +266,7 @@ class _TgiToolChat(_Chat):
         message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
-        return self._completion(choices, streams), self._headers(answers)
+        return encoder.encode(self._completion(choices, streams)), self._headers(answers)
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")

@@ -12,7 +12,6 @@ from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, FailedInstanceError, NoInstanceError, OpenAIErrorBody
 from server.generation import best_of, collect
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.cloud import SagemakerRequest, VertexRequest, vertex_parameters
 from server.requests.native import CompatGenerateRequest, VertexInstance
 from server.requests.openai import ChatRequest
@@ -44,7 +43,7 @@ class VertexResponse(msgspec.Struct, frozen=True):
     )
 )
 async def invocations(request: Request) -> Response:
-    body = (await read_body(request, SagemakerRequest, service_of(request).config)).root
+    body = (await service_of(request).read_body(request, SagemakerRequest)).root
     if isinstance(body, CompatGenerateRequest):
         return await answer_compat(request, body)
     if isinstance(body, ChatRequest):
@@ -66,9 +65,11 @@ async def invocations(request: Request) -> Response:
 async def vertex(request: Request) -> Response:
     """The texts of all instances, which run side by side; nothing is streamed."""
     service = service_of(request)
-    body = await read_body(request, VertexRequest, service.config)
+    body = await service.read_body(request, VertexRequest)
     if not body.instances:
         raise NoInstanceError
+    if not service.config.is_strict_tgi:
+        service.admission.permit(len(body.instances)).release()  # before their chats are rendered
     inputs = [await _input(service, instance) for instance in body.instances]
     return json_answer(VertexResponse(await cancel_if_gone(request, _predictions(service, inputs))))
 

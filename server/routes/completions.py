@@ -10,7 +10,7 @@ import msgspec
 from fastapi import Request, Response
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
-from server.answers.json import JsonF32, Usage, f32, json_answer
+from server.answers.json import JsonF32, Usage, encoded_answer, encoded_items, encoder, f32
 from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
 from server.answers.sse import EventStream, event
 from server.edge.disconnect import cancel_if_gone
@@ -24,7 +24,6 @@ from server.generation import (
     interleave,
 )
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.dialects import MAX_CHOICES
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.validation import GenerationInput, refuse_if
@@ -87,20 +86,20 @@ class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def completions(request: Request) -> Response:
-    body = await read_body(request, CompletionRequest, service_of(request).config)
+    body = await service_of(request).read_body(request, CompletionRequest)
     return await answer_completions(request, body)
 
 
 async def answer_completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
     try:
-        completion = _Completion(service, body)
+        completion = await _Completion.of(service, body)
     except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
         service.metrics.refused(error)
         raise
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
-        return json_answer(answer, headers)
+        return encoded_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
     headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
     return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
@@ -110,7 +109,7 @@ class _Completion:
     """One request and its answer: for each prompt `best_of` sequences, of which `n` are choices."""
 
     def __init__(self, service: GenerationService, body: CompletionRequest) -> None:
-        """Raises SuffixError, BatchSizeError, ValidationError."""
+        """The prompts are still to come. Raises SuffixError, BatchSizeError, ValidationError."""
         config = service.config
         self._service = service
         self._body = body
@@ -122,10 +121,17 @@ class _Completion:
         if len(body.prompt) > config.max_client_batch_size:
             raise BatchSizeError(config.max_client_batch_size)
         self._check(config.max_best_of)
-        self.prompts = [self._input(prompt) for prompt in body.prompt]
+        self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
         name = None if self._is_strict else body.model
         self._model = config.model_id if name is None or name == "tgi" else name
+
+    @classmethod
+    async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:
+        """Raises SuffixError, BatchSizeError, ValidationError."""
+        completion = cls(service, body)
+        completion.prompts = [await completion._input(prompt) for prompt in body.prompt]
+        return completion
 
     @property
     def text_of_prompts(self) -> str:
@@ -147,10 +153,10 @@ class _Completion:
     def _has_prompt_logprobs(self) -> bool:
         return self._body.echo and self._body.logprobs is not None
 
-    def _input(self, prompt: str | list[int]) -> GenerationInput:
+    async def _input(self, prompt: str | list[int]) -> GenerationInput:
         parameters = openai_parameters(self._body, is_strict=self._is_strict)
         return GenerationInput(
-            inputs=prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt),
+            inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
             parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
@@ -158,22 +164,23 @@ class _Completion:
             is_openai=not self._is_strict,
         )
 
-    async def complete(self) -> tuple[CompletionFinal, dict[str, str]]:
+    async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(*self.prompts) as streams:
             answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
         ]
-        choices: list[CompletionChoice] = []
-        for prompt_index, candidates in enumerate(by_prompt):
-            for answer in self._chosen(candidates):
-                choices.append(self._choice(len(choices), prompt_index, answer))
         headers = plain_headers_of_prompts(
             self._service.config.compute_type,
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
         )
-        return self._final(choices, self._usage(streams)), headers
+        return await self._service.written(answers, lambda: self._written(by_prompt, streams)), headers
+
+    def _written(self, by_prompt: Sequence[Sequence[Completion]], streams: Sequence[Stream]) -> bytes:
+        chosen = [(index, answer) for index, answers in enumerate(by_prompt) for answer in self._chosen(answers)]
+        choices = (self._choice(number, index, answer) for number, (index, answer) in enumerate(chosen))
+        return encoder.encode(self._final(encoded_items(choices), self._usage(streams)))
 
     def _chosen(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
         if self._num_choices == self._num_sequences:

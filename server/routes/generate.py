@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Request, Response
 
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
-from server.answers.json import JsonF32, Token, f32, json_answer, token_answer, token_answers
+from server.answers.json import JsonF32, Token, encoded_answer, encoded_items, encoder, f32, token_answer, token_answers
 from server.answers.sse import EventStream, event, with_error_event
 from server.edge.disconnect import cancel_if_gone
 from server.errors import ErrorBody, error_body
 from server.generation import Completion, Generation, best_of, collect
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.native import CompatGenerateRequest, GenerateRequest, native_parameters
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -86,7 +85,7 @@ class StreamResponse(msgspec.Struct, frozen=True, kw_only=True):
 )
 async def compat_generate(request: Request) -> Response:
     """The route that `text_generation.Client` and `InferenceClient.text_generation` call."""
-    return await answer_compat(request, await read_body(request, CompatGenerateRequest, service_of(request).config))
+    return await answer_compat(request, await service_of(request).read_body(request, CompatGenerateRequest))
 
 
 @area.serve(
@@ -103,9 +102,9 @@ async def compat_generate(request: Request) -> Response:
 )
 async def generate(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config)
+    body = await service.read_body(request, GenerateRequest)
     answer, headers = await cancel_if_gone(request, _generate(service, _input(body, is_stream=False)))
-    return json_answer(answer, headers)
+    return encoded_answer(answer, headers)
 
 
 @area.serve(
@@ -123,7 +122,7 @@ async def generate(request: Request) -> Response:
 )
 async def generate_stream(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config)
+    body = await service.read_body(request, GenerateRequest)
     return _stream(service, _input(body, is_stream=True))
 
 
@@ -133,7 +132,7 @@ async def answer_compat(request: Request, body: CompatGenerateRequest) -> Respon
     if body.stream:
         return _stream(service, generation)
     answer, headers = await cancel_if_gone(request, _generate(service, generation))
-    return json_answer([answer], headers)
+    return encoded_answer(b"[" + answer + b"]", headers)
 
 
 def _input(body: GenerateRequest, *, is_stream: bool) -> GenerationInput:
@@ -148,14 +147,19 @@ def _echoing(request: GenerationInput) -> GenerationInput:
     return dataclasses.replace(request, parameters=dataclasses.replace(parameters, return_full_text=True))
 
 
-async def _generate(service: GenerationService, request: GenerationInput) -> tuple[GenerateResponse, dict[str, str]]:
+async def _generate(service: GenerationService, request: GenerationInput) -> tuple[bytes, dict[str, str]]:
     async with service.open(request) as streams:
         answers = await collect(streams)
     best = best_of(answers)
+    headers = plain_headers(service.config.compute_type, request.inputs, best.generation)
+    return await service.written(answers, lambda: encoder.encode(_response(request, answers, best))), headers
+
+
+def _response(request: GenerationInput, answers: Sequence[Completion], best: Completion) -> GenerateResponse:
     prompt = request.echo
     details: Details | msgspec.UnsetType = msgspec.UNSET
     if request.parameters.details or request.parameters.decoder_input_details:
-        others = [_other_sequence(prompt, answer) for answer in answers if answer is not best]
+        others = encoded_items(_other_sequence(prompt, answer) for answer in answers if answer is not best)
         details = Details(
             finish_reason=best.finish_reason,
             generated_tokens=len(best.tokens),
@@ -165,8 +169,7 @@ async def _generate(service: GenerationService, request: GenerationInput) -> tup
             best_of_sequences=others or msgspec.UNSET,
             top_tokens=_top_tokens(best),
         )
-    headers = plain_headers(service.config.compute_type, request.inputs, best.generation)
-    return GenerateResponse(prompt + best.text, details), headers
+    return GenerateResponse(prompt + best.text, details)
 
 
 def _other_sequence(prompt: str, answer: Completion) -> BestOfSequence:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import msgspec
 from fastapi import Request, Response
 
-from server.answers.json import json_answer
+from server.answers.json import encoded_answer, encoder, json_answer
 from server.errors import ValidationError
 from server.operation import Area, Operation
-from server.requests.body import read_body
 from server.requests.native import DetokenizeRequest, GenerateRequest
 from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
 from server.service import GenerationService, service_of
-from server.text.tokenizer import SimpleToken
+from server.text.spans import SimpleToken
 
 area = Area()
 
@@ -40,8 +39,9 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
 async def tokenize(request: Request) -> Response:
     """The prompt's tokens. The parameters have no effect (`docs/compatibility.md`, row 29)."""
     service = service_of(request)
-    body = await read_body(request, GenerateRequest, service.config)
-    return json_answer(await _split(service, body.inputs, add_special_tokens=True))
+    body = await service.read_body(request, GenerateRequest)
+    with service.permit_beside_tgi():
+        return encoded_answer(await _split(service, body.inputs, add_special_tokens=True))
 
 
 @area.serve(
@@ -51,15 +51,18 @@ async def tokenize(request: Request) -> Response:
         summary="The prompt that a chat becomes, and its tokens",
         body=ChatRequest,
         answers=(ChatTokenizeResponse,),
-        is_open=True,
+        is_open_to_tgi=True,
     )
 )
 async def chat_tokenize(request: Request) -> Response:
     service = service_of(request)
-    body = await read_body(request, ChatRequest, service.config)
-    chat, _ = await chat_input(service, body)
-    prompt = chat.inputs
-    return json_answer(ChatTokenizeResponse(await _split(service, prompt, add_special_tokens=False), prompt))
+    body = await service.read_body(request, ChatRequest)
+    with service.permit_beside_tgi():
+        chat, _ = await chat_input(service, body)
+        prompt = chat.inputs
+        tokens = await _split(service, prompt, add_special_tokens=False)
+    text = encoder.encode(prompt)
+    return encoded_answer(b"".join([b'{"tokenize_response":', tokens, b',"templated_text":', text, b"}"]))
 
 
 @area.serve(
@@ -74,11 +77,12 @@ async def chat_tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text, in vLLM's shape. It has the special tokens, and U+FFFD for what is not a whole character."""
     service = service_of(request)
-    body = await read_body(request, DetokenizeRequest, service.config)
-    return json_answer(DetokenizeResponse(service.tokenizer.decode(body.tokens)))
+    body = await service.read_body(request, DetokenizeRequest)
+    with service.permit_beside_tgi():
+        return json_answer(DetokenizeResponse(await service.tokenizer.decode_all(body.tokens)))
 
 
-async def _split(service: GenerationService, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
+async def _split(service: GenerationService, text: str, *, add_special_tokens: bool) -> bytes:
     try:
         return await service.tokenizer.split(text, add_special_tokens=add_special_tokens)
     except Exception as error:  # the library raises plain Exception

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
 import tokenizers
 
 from engine.link.errors import GenerationError, StartError
 from engine.link.model_files import read_file
+from server.text.long_texts import LongTextProcess
+from server.text.spans import spans_json
+
+T = TypeVar("T")
 
 SPECIAL_TOKEN_KEYS = (
     "bos_token",
@@ -39,26 +41,29 @@ class ChatFormat:
     eos_token: str | None
 
 
-class SimpleToken(msgspec.Struct, frozen=True):
-    """A token and the bytes of the UTF-8 text that it stands for; an added one has none: 0, 0."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
+MAX_SHORT_CHARS = 1 << 17
+"""Longer texts are encoded in a process of their own (`server.text.long_texts`)."""
 
 
 class TextTokenizer:
     """One model's tokenizer; encoding runs on a few threads of its own, so that long prompts don't hold up streams."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int], chat_format: ChatFormat, num_workers: int
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        special_ids: frozenset[int],
+        chat_format: ChatFormat,
+        num_workers: int,
+        path: Path,
     ) -> None:
+        """`path`: the file that `tokenizer` was read from."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._special_ids = special_ids
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
+        self._long_texts = LongTextProcess(path)
+        self._long_executor = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
         self.chat_format = chat_format
 
     @classmethod
@@ -81,11 +86,14 @@ class TextTokenizer:
             bos_token=_token_content(config.get("bos_token")),
             eos_token=_token_content(config.get("eos_token")),
         )
-        return cls(tokenizer, _special_ids(tokenizer, config, path), chat_format, num_workers)
+        return cls(
+            tokenizer, _special_ids(tokenizer, config, path), chat_format, num_workers, folder / "tokenizer.json"
+        )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._encode, text, add_special_tokens)
+        if len(text) > MAX_SHORT_CHARS:
+            return await self._run_long(lambda process: process.ids(text, add_special_tokens=add_special_tokens))
+        return await self._run(self._encode, text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
@@ -96,24 +104,32 @@ class TextTokenizer:
             raise
         return encoding.ids
 
-    async def split(self, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
-        """The tokens of `text` with their places in it."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._split, text, add_special_tokens)
+    async def split(self, text: str, *, add_special_tokens: bool) -> bytes:
+        """The tokens of `text` with their places in it, a list of SimpleToken as JSON."""
+        if len(text) > MAX_SHORT_CHARS:
+            return await self._run_long(lambda process: process.spans(text, add_special_tokens=add_special_tokens))
+        return await self._run(self._split, text, add_special_tokens)
 
-    def _split(self, text: str, add_special_tokens: bool) -> list[SimpleToken]:
+    def _split(self, text: str, add_special_tokens: bool) -> bytes:
         try:
             (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         except BaseException as error:
             _raise_if_panic(error)
             raise
-        num_bytes = [len(character.encode()) for character in text]
-        places = list(itertools.accumulate(num_bytes, initial=0))  # by code point: the library counts those
-        # A token that is a part of a character has the span of the whole character: the library says so, to TGI too.
-        return [
-            SimpleToken(token_id, text[start:stop], places[start], places[stop])
-            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-        ]
+        return spans_json(text, encoding)
+
+    async def decode_all(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, as `decode` has it; there may be many."""
+        return await self._run(self._decode_all, token_ids)
+
+    def _decode_all(self, token_ids: Sequence[int]) -> str:
+        # A batch of one, for the sake of the GIL.
+        try:
+            (text,) = self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
+        return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens included. Raises GenerationError where the library panics."""
@@ -122,6 +138,12 @@ class TextTokenizer:
         except BaseException as error:
             _raise_if_panic(error)
             raise
+
+    async def _run(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+
+    async def _run_long(self, work: Callable[[LongTextProcess], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._long_executor, work, self._long_texts)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token whose text is `token`, if there is one."""
@@ -132,6 +154,10 @@ class TextTokenizer:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
+        self._long_executor.shutdown(wait=False, cancel_futures=True)
+        self._long_texts.kill()
+        self._long_executor.shutdown()
+        self._long_texts.close()
 
 
 def _raise_if_panic(error: BaseException) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import psutil
 from engine.link.ipc import EngineEndpoint
 from engine.link.messages import EngineReady
 from server.config import ServerConfig
+from server.launcher.start import WEBSERVER_ENVIRON
 
 STOP_TIMEOUT_S = 20.0
 
@@ -37,10 +40,10 @@ class HttpProcess:
 
 @contextlib.contextmanager
 def http_process(
-    model: Path, log_path: Path, *, send_buffer: int | None = None, **config: Any
+    model: Path, log_path: Path, *, send_buffer: int | None = None, max_descriptors: int | None = None, **config: Any
 ) -> Iterator[HttpProcess]:
     """`config`: more fields of ServerConfig; `send_buffer`: what the kernel keeps for a client that does not read, in
-    bytes. At the end of the block the process is gone.
+    bytes; `max_descriptors`: `ulimit -n` of the process. At the end of the block the process is gone.
     """
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs, log_path.open("wb") as log:
@@ -55,7 +58,8 @@ def http_process(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=tuple(fds.values()),
-            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+            env={**os.environ, **WEBSERVER_ENVIRON},
+            preexec_fn=None if max_descriptors is None else functools.partial(_limit_descriptors, max_descriptors),
         )
         process.stdin.write(settings.to_json().encode() + b"\n")
         process.stdin.flush()
@@ -73,6 +77,10 @@ def http_process(
         finally:
             process.stdin.close()
             ours.close()
+
+
+def _limit_descriptors(number: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
 def ready(model: Path, *, max_total_tokens: int) -> EngineReady:

@@ -32,6 +32,7 @@ class ScriptedEngine:
         self.is_over = threading.Event()
         self.num_left: dict[str, int] = {}
         """Open requests and the tokens they are still to get."""
+        self._requests: dict[str, GenerationRequest] = {}
         self.num_requests = 0
         self.num_aborted = 0
 
@@ -45,19 +46,31 @@ class ScriptedEngine:
             events = [self._next_event(request_id, token_id) for request_id in self.num_left]
             self._endpoint.send(StepOutput(events=events, stats=EngineStats(num_running=len(self.num_left))))
             self.num_left = {name: num_left for name, num_left in self.num_left.items() if num_left}
+            self._requests = {name: request for name, request in self._requests.items() if name in self.num_left}
             time.sleep(self.step_s)
 
     def _take(self, message: GenerationRequest | AbortRequest | Goodbye) -> None:
         if isinstance(message, GenerationRequest):
             self.num_requests += 1
             self.num_left[message.request_id] = message.max_new_tokens
+            self._requests[message.request_id] = message
         elif isinstance(message, AbortRequest) and self.num_left.pop(message.request_id, None) is not None:
             self.num_aborted += 1
 
     def _next_event(self, request_id: str, token_id: int) -> TokenEvent:
+        request = self._requests[request_id]
+        is_first = self.num_left[request_id] == request.max_new_tokens
         self.num_left[request_id] -= 1
         reason = None if self.num_left[request_id] else FinishReason.LENGTH
-        return TokenEvent(request_id=request_id, token_ids=[token_id], logprobs=[-0.5], finish_reason=reason)
+        event = TokenEvent(request_id=request_id, token_ids=[token_id], logprobs=[-0.5], finish_reason=reason)
+        if is_first:
+            event.queue_time_s = 0.0
+            if request.has_prompt_logprobs:
+                event.prompt_logprobs = [-1.0] * (len(request.prompt_token_ids) - 1)
+        if num_top_tokens := request.sampling.num_top_tokens:
+            event.top_token_ids = [list(range(num_top_tokens))]
+            event.top_logprobs = [[-0.5] * num_top_tokens]
+        return event
 
 
 @contextlib.contextmanager

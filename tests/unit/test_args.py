@@ -47,6 +47,7 @@ SERVER_DEFAULTS = ServerConfig(
     max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,
+    max_logit_bias=1024,
     max_client_batch_size=4,
     validation_workers=2,
     payload_limit=2_000_000,
@@ -164,6 +165,7 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--max-stop-sequences 0", {}, {"max_stop_sequences": 0}),
         ("", {"MAX_STOP_SEQUENCES": "9"}, {"max_stop_sequences": 9}),
         ("--max-top-n-tokens 20", {}, {"max_top_n_tokens": 20}),
+        ("--max-logit-bias 300", {}, {"max_logit_bias": 300}),
         ("", {"MAX_TOP_N_TOKENS": "0"}, {"max_top_n_tokens": 0}),
         ("--max-client-batch-size 8", {}, {"max_client_batch_size": 8}),
         ("", {"MAX_CLIENT_BATCH_SIZE": "8"}, {"max_client_batch_size": 8}),
@@ -685,7 +687,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
-        speculative-decoding"""
+        speculative-decoding max-logit-bias"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

@@ -30,8 +30,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model_folder: Path) -> TextTokenizer:
-    return TextTokenizer.from_folder(str(model_folder), 1)
+def tokenizer(model_folder: Path) -> Iterator[TextTokenizer]:
+    tokenizer = TextTokenizer.from_folder(str(model_folder), 1)
+    yield tokenizer
+    tokenizer.close()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from engine.link.messages import EngineReady, EngineStats, FinishReason, Generat
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.connection import Connection
+from server.edge.connections import ConnectionLimits, ConnectionTable
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -170,15 +171,18 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+    # this transport has no lifespan, at whose end the application does that
+    app.state.service.grammars.close()
     app.state.service.chats.close()
-    app.state.service.grammars.close()  # this transport has no lifespan, at whose end the application does that
+    app.state.service.tokenizer._long_texts.close()
 
 
 @contextlib.contextmanager
-def running_server(app: FastAPI) -> Iterator[uvicorn.Server]:
+def running_server(app: FastAPI, limits: ConnectionLimits | None = None) -> Iterator[uvicorn.Server]:
     """A real server on a loopback port, for what the in-process transport cannot show."""
+    connection = Connection.listed_in(ConnectionTable(limits or ConnectionLimits()))
     config = uvicorn.Config(
-        app, port=0, http=Connection, ws="none", log_config=None, server_header=False, lifespan="on"
+        app, port=0, http=connection, ws="none", log_config=None, server_header=False, lifespan="on"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

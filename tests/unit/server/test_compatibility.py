@@ -324,10 +324,10 @@ async def test_row_27_the_key_is_compared_exactly(
     assert response.status_code == status
 
 
-async def test_row_28_the_prompt_of_a_chat_needs_no_key(engine: FakeEngine, model_folder: Path, strict: bool) -> None:
+async def test_row_28_the_prompt_of_a_chat_needs_the_key(engine: FakeEngine, model_folder: Path, strict: bool) -> None:
     tokenizer = TextTokenizer.from_folder(str(model_folder), 1)
     async with client_of(create_app(engine, make_config(api_key="Key", is_strict_tgi=strict), tokenizer)) as http:
-        assert (await http.post("/chat_tokenize", json={"messages": USER})).status_code == 200
+        assert (await http.post("/chat_tokenize", json={"messages": USER})).status_code == (200 if strict else 401)
         assert (await http.post("/tokenize", json={"inputs": "x"})).status_code == 401
 
 

@@ -15,7 +15,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from server.errors import ValidationError
-from server.requests.grammar import CHECK_TIMEOUT_S, MAX_GRAMMAR_CHARS, GrammarCompiler
+from server.requests.grammar import CHECK_TIMEOUT_S, MAX_GRAMMAR_CHARS, GrammarCompiler, closed
 from server.requests.values import GrammarSpec
 
 TOKENIZER = LLTokenizer("byte")
@@ -240,11 +240,23 @@ async def test_long_and_deep_grammars_are_refused() -> None:
     started = time.monotonic()
     long = f"cannot compile regex from schema: it is longer than {MAX_GRAMMAR_CHARS} characters"
     assert await refusal("json", {"properties": {}, "title": "x" * MAX_GRAMMAR_CHARS}) == long
+    assert await refusal("json", '{"properties":{"a":' * 100_000) == long, "it is not even parsed"
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(5_000):
         deep = {"items": deep}
     assert await refusal("json", deep) == "grammar is not valid: it is nested too deeply"
     assert time.monotonic() - started < 5.0
+
+
+def test_many_nested_schemas_are_walked_once_each() -> None:
+    """A generator within a generator for each level would take a hundred times as long."""
+    nested: dict[str, Any] = {}
+    for _ in range(200):
+        nested = {"properties": {"a": nested}}
+    started = time.thread_time()
+    whole = closed({"prefixItems": [nested] * 100})
+    assert time.thread_time() - started < 0.5
+    assert whole["prefixItems"][49]["properties"]["a"]["additionalProperties"] is False
 
 
 def test_the_checking_process_ends_with_its_input_and_refuses_what_it_cannot_read() -> None:

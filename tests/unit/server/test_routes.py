@@ -21,7 +21,7 @@ OPERATIONS = operations_of(AREAS)
 GET_PATHS = [described_path(operation.path) for operation in OPERATIONS if operation.method == "GET"]
 POST_PATHS = [operation.path for operation in OPERATIONS if operation.method == "POST"]
 PROTECTED_PATHS = """/ /generate /generate_stream /v1/chat/completions /v1/completions /invocations /vertex /tokenize
-    /detokenize""".split()
+    /chat_tokenize /detokenize""".split()
 
 
 def routes_of(app: FastAPI) -> list[APIRoute]:
@@ -73,8 +73,7 @@ async def test_another_path_has_an_empty_answer(client: httpx.AsyncClient, metho
 
 
 async def test_what_makes_the_model_work_needs_the_key(app: FastAPI) -> None:
-    """All POST routes but /chat_tokenize, which TGI leaves open, too (`docs/compatibility.md`, row 28)."""
-    assert {*PROTECTED_PATHS, "/chat_tokenize"} == set(POST_PATHS)
+    assert set(PROTECTED_PATHS) == set(POST_PATHS)
 
 
 async def test_models(client: httpx.AsyncClient, app: FastAPI) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
+from fastapi import FastAPI
 from tokenizers.processors import TemplateProcessing
 
 from server.app import create_app
@@ -102,11 +103,47 @@ async def test_a_template_may_refuse(engine: FakeEngine, tmp_path: Path) -> None
     }
 
 
-async def test_neither_takes_a_permit(engine: FakeEngine, model_folder: Path) -> None:
-    app = create_app(engine, make_config(max_concurrent_requests=0), TextTokenizer.from_folder(str(model_folder), 1))
+@pytest.mark.parametrize("strict", [False, True])
+async def test_all_take_a_permit_but_under_strict_tgi(engine: FakeEngine, model_folder: Path, strict: bool) -> None:
+    config = make_config(max_concurrent_requests=0, is_strict_tgi=strict)
+    app = create_app(engine, config, TextTokenizer.from_folder(str(model_folder), 1))
+    bodies: dict[str, dict[str, Any]] = {
+        "/tokenize": {"inputs": "What"},
+        "/chat_tokenize": {"messages": [{"role": "user", "content": "What"}]},
+        "/detokenize": {"tokens": [5]},
+    }
     async with client_of(app) as client:
-        assert await tokens_of(client, "What")
+        for path, body in bodies.items():
+            assert (await client.post(path, json=body)).status_code == (200 if strict else 429), path
         assert (await client.post("/generate", json={"inputs": "What"})).status_code == 429
+        chats = {"instances": [bodies["/chat_tokenize"]] * 2}
+        assert (await client.post("/vertex", json=chats)).status_code == (500 if strict else 429)
+
+
+async def test_a_long_text_has_the_same_tokens_as_a_short_one(
+    client: httpx.AsyncClient, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is encoded in another process."""
+    texts = [*TEXTS, "What is deep learning? " * 500]
+    short = [await tokens_of(client, text) for text in texts]
+    monkeypatch.setattr("server.text.tokenizer.MAX_SHORT_CHARS", 0)
+    assert [await tokens_of(client, text) for text in texts] == short
+    assert await tokenizer.encode(texts[-1], add_special_tokens=True) == tokenizer._encode(texts[-1], True)
+
+
+async def test_a_process_that_dies_costs_one_long_text(
+    client: httpx.AsyncClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.text.tokenizer.MAX_SHORT_CHARS", 0)
+    tokens = await tokens_of(client, "What")
+    process = app.state.service.tokenizer._long_texts
+    process.child.kill()
+    process.child.wait()
+    assert await tokens_of(client, "What") == tokens, "a new one is started"
+    monkeypatch.setattr(process, "_path", Path("nowhere"))
+    process.close()
+    response = await client.post("/tokenize", json={"inputs": "What"})
+    assert (response.status_code, response.json()["error_type"]) == (422, "validation")
 
 
 @pytest.mark.parametrize("name", ["tokens", "ids"])

@@ -41,7 +41,9 @@ def grammar_of(
     tools = [{"type": "function", "function": {"name": name} | function} for name, function in schemas.items()]
     body = {"messages": [], "tools": tools, "tool_choice": "required"} | body
     request = ChatRequest.model_validate(body, context={"is_strict": is_strict})
-    tokenizer = TextTokenizer(vocabulary, frozenset(), ChatFormat(template=None, bos_token=None, eos_token=None), 1)
+    tokenizer = TextTokenizer(
+        vocabulary, frozenset(), ChatFormat(template=None, bos_token=None, eos_token=None), 1, Path()
+    )
     grammar = use_tools(request, tokenizer, is_strict=is_strict).grammar
     assert grammar is not None
     return grammar

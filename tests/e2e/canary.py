@@ -1,0 +1,258 @@
+"""One honest stream beside every attack: `python -m tests.e2e.canary [--scripted] [--seconds S] [NAME ...]`.
+
+Prints a line for each attack: the canary's largest gap between two events without and with it, the HTTP process's
+memory, the statuses. Exit code 1 if an attack stalls the canary, takes too much memory or breaks the server. Without
+`--scripted` the small demo model is served by the launcher as a user would; attacks that make its engine generate much
+may then slow the canary, which shares the engine's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.e2e.attacks import ATTACKS, GENERATING
+from tests.e2e.conftest import build_demo_model
+from tests.e2e.http_process import http_process, ready
+from tests.e2e.launched import launched
+from tests.e2e.mutations import whole
+from tests.e2e.scripted_engine import scripted_engine
+
+MAX_ADDED_GAP_S = 0.25
+"""The gap that an attack may add to the canary's largest one."""
+MAX_RESIDENT_BYTES = 400e6
+ALONE_S = 0.5
+PEACEFUL_GAP_S = 0.15
+MAX_PAUSES = 20
+SAMPLE_S = 0.02
+STEP_S = 0.01
+WINDOW = 2048
+STREAM = b'{"inputs":"Tell me a story.","parameters":{"max_new_tokens":%d,"ignore_eos":true}}'
+NUM_TRIES = 3
+"""A gap that others of the machine have made does not come again; one that the attack makes does."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server under attack."""
+
+    port: int
+    process: psutil.Process
+    """The HTTP process."""
+    log: Callable[[], str]
+    is_real: bool
+    """The engine computes."""
+
+
+class Canary:
+    """A client that reads one stream after another and notes the time of everything that comes."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="canary")
+        self._moments: list[float] = []
+        self.num_lost = 0
+        """Streams that ended before their time."""
+
+    def __enter__(self) -> Canary:
+        self._thread.start()
+        while not self._moments:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def mark(self) -> int:
+        return len(self._moments)
+
+    def gap_since(self, mark: int) -> float:
+        """The largest gap from the event before `mark` until now, in seconds."""
+        moments = [*self._moments[max(0, mark - 1) :], time.perf_counter()]
+        return max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
+
+    def _read(self) -> None:
+        while not self._is_over.is_set():
+            with socket.create_connection(("127.0.0.1", self._port)) as client:
+                client.settimeout(120)
+                client.sendall(whole("/generate_stream", STREAM % (WINDOW - 20)))
+                tail = b""
+                while not self._is_over.is_set() and not tail.endswith(b"\r\n0\r\n\r\n"):
+                    data = client.recv(1 << 16)
+                    if not data:
+                        self.num_lost += 1
+                        break
+                    self._moments.append(time.perf_counter())
+                    tail = (tail + data)[-7:]
+
+
+class MemoryWatch:
+    """The largest resident memory of a process since `reset`."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory")
+        self.max_bytes = 0
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def reset(self) -> None:
+        self.max_bytes = self._process.memory_info().rss
+
+    def _sample(self) -> None:
+        while not self._is_over.wait(SAMPLE_S):
+            with contextlib.suppress(psutil.Error):
+                self.max_bytes = max(self.max_bytes, self._process.memory_info().rss)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack did."""
+
+    name: str
+    alone_s: float
+    """The canary's largest gap without the attack."""
+    beside_s: float
+    max_bytes: int
+    counts: dict[str, int]
+    complaints: list[str]
+
+    def line(self) -> str:
+        return (
+            f"{self.name:45} {1000 * self.alone_s:6.0f} {1000 * self.beside_s:7.0f} {self.max_bytes / 1e6:6.0f}  "
+            f"{self.counts} {'; '.join(self.complaints)}"
+        )
+
+
+class AttackTable:
+    """A target, the program that attacks it, and what watches it."""
+
+    def __init__(self, target: Target, *, seconds: float, alone_s: float = ALONE_S, num_tries: int = NUM_TRIES) -> None:
+        self._target = target
+        self._seconds = seconds
+        self._alone_s = alone_s
+        self._num_tries = num_tries
+        self._memory = MemoryWatch(target.process)
+        command = [sys.executable, "-m", "tests.e2e.attacks", str(target.port)]
+        self._program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> AttackTable:
+        self._memory.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._memory.__exit__()
+        assert self._program.stdin is not None
+        self._program.stdin.close()
+        with self._program:
+            self._program.wait()
+
+    def outcome(self, name: str) -> Outcome:
+        """What the attack did, on that try of a few on which it did least."""
+        outcome = self._once(name)
+        for _ in range(self._num_tries - 1):
+            if not outcome.complaints:
+                break
+            outcome = min(outcome, self._once(name), key=lambda item: len(item.complaints))
+        return outcome
+
+    def _gap_in_peace(self, canary: Canary) -> float:
+        """The canary's gap once the work of the attack before is done."""
+        for _ in range(MAX_PAUSES):
+            mark = canary.mark()
+            time.sleep(self._alone_s)
+            alone_s = canary.gap_since(mark)
+            if alone_s < PEACEFUL_GAP_S:
+                break
+        return alone_s
+
+    def _once(self, name: str) -> Outcome:
+        program, memory = self._program, self._memory
+        assert program.stdin is not None and program.stdout is not None
+        log_length = len(self._target.log())
+        with Canary(self._target.port) as canary:
+            alone_s = self._gap_in_peace(canary)
+            memory.reset()
+            mark = canary.mark()
+            program.stdin.write(f"{name} {self._seconds}\n")
+            program.stdin.flush()
+            counts = json.loads(program.stdout.readline())
+            beside_s = canary.gap_since(mark)
+        log = self._target.log()[log_length:]
+        is_shared = self._target.is_real and name in GENERATING
+        complaints = {
+            f"the canary waits {beside_s - alone_s:.2f} s longer": beside_s - alone_s > MAX_ADDED_GAP_S
+            and not is_shared,
+            f"{canary.num_lost} streams are lost": canary.num_lost > 0,
+            f"{memory.max_bytes / 1e6:.0f} MB": memory.max_bytes > MAX_RESIDENT_BYTES,
+            "an internal error": "500" in counts,
+            "no answer": "silence" in counts,
+            "a traceback": "Traceback" in log,
+        }
+        found = [text for text, applies in complaints.items() if applies]
+        return Outcome(name, alone_s, beside_s, memory.max_bytes, counts, found)
+
+
+@contextlib.contextmanager
+def scripted_target(model: Path, folder: Path, **config: Any) -> Iterator[Target]:
+    """The HTTP process alone, with an engine that computes nothing behind it. `config`: fields of ServerConfig."""
+    log_path = folder / "log"
+    with http_process(model, log_path, graceful_termination_timeout_s=1, **config) as http:
+        http.endpoint.send(ready(model, max_total_tokens=WINDOW))
+        with scripted_engine(http.endpoint, list(range(300, 400)), STEP_S):
+            while "Connected" not in log_path.read_text():
+                time.sleep(0.05)
+            yield Target(http.port, http.process, log_path.read_text, is_real=False)
+
+
+@contextlib.contextmanager
+def launched_target(model: Path, folder: Path) -> Iterator[Target]:
+    with launched(model, folder, "--max-total-tokens", str(WINDOW), "-g", "2") as server:
+        yield Target(server.port, server.child("server"), lambda: server.log, is_real=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One honest stream beside every attack")
+    parser.add_argument("names", nargs="*", help="attacks; all of them if none is named")
+    parser.add_argument("--scripted", action="store_true", help="an engine that computes nothing")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long each attack takes")
+    parser.add_argument("--tries", type=int, default=NUM_TRIES, help="how often an attack that succeeds is tried")
+    args = parser.parse_args()
+    model = build_demo_model("--small")
+    is_good = True
+    with tempfile.TemporaryDirectory() as folder:
+        make = scripted_target if args.scripted else launched_target
+        with make(model, Path(folder)) as target:
+            print(f"{'attack':45}  alone  beside     MB  statuses")
+            with AttackTable(target, seconds=args.seconds, num_tries=args.tries) as table:
+                for name in args.names or ATTACKS:
+                    outcome = table.outcome(name)
+                    print(outcome.line(), flush=True)
+                    is_good = is_good and not outcome.complaints
+    sys.exit(0 if is_good else 1)
+
+
+if __name__ == "__main__":
+    main()

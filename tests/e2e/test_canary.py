@@ -1,0 +1,24 @@
+"""No attack of the table stalls an honest stream, takes much memory or ends in an internal error; the short form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.attacks import ATTACKS
+from tests.e2e.canary import AttackTable, scripted_target
+
+
+@pytest.fixture(scope="module")
+def table(small_demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackTable]:
+    with scripted_target(small_demo_model, tmp_path_factory.mktemp("canary")) as target:
+        with AttackTable(target, seconds=0.3, alone_s=0.2) as table:
+            yield table
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_stalls_nobody(table: AttackTable, name: str) -> None:
+    outcome = table.outcome(name)
+    assert not outcome.complaints, outcome.line()
