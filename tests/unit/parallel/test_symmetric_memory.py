@@ -57,6 +57,29 @@ def test_wrong_sums_of_one_rank_are_used_by_nobody(wrong_from: int, caplog: pyte
     assert any(f"sums of {max(wrong_from, 8)} torch.bfloat16 differ" in text for text in caplog.messages)
 
 
+def test_sums_of_a_few_numbers_are_checked_and_those_of_odd_bytes_stay_plain() -> None:
+    """torch's kernel takes multiples of 4 bytes, and raises RuntimeError for others."""
+
+    def work(parallel: ParallelState) -> tuple[list[tuple[int, torch.dtype]], list[float]]:
+        calls: list[tuple[int, torch.dtype]] = []
+
+        def add(x: torch.Tensor) -> torch.Tensor:
+            if x.nbytes % 4:
+                raise RuntimeError("size must be 4-byte aligned")
+            calls.append((x.numel(), x.dtype))
+            return parallel.all_reduce(x.clone())
+
+        made = with_small_sums(collectives_of(parallel), parallel.rank, CPU, lambda: add)
+        assert [size for size, dtype in calls if dtype == torch.float32][:3] == [1, 3, 8]
+        calls.clear()
+        numbers = [torch.ones(size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) for size in (1, 2, 3)]
+        return calls, [float(made.all_reduce(x).sum()) for x in numbers]
+
+    calls, sums = run_ranks(2, work)[0]
+    assert calls == [(2, torch.bfloat16), *((size, torch.float32) for size in (1, 2, 3))]
+    assert sums == [2.0, 4.0, 6.0] * 2
+
+
 def test_a_rank_without_small_sums_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     """Threads that wait for each other would time out."""
 
@@ -89,10 +112,10 @@ def test_a_dtype_that_has_no_small_sums_keeps_the_plain_ones() -> None:
 
         made = with_small_sums(collectives_of(parallel), parallel.rank, CPU, lambda: add_some)
         calls.clear()
-        sums = [made.all_reduce(torch.ones(3, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16, torch.int32)]
+        sums = [made.all_reduce(torch.ones(2, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16, torch.int32)]
         return calls, [float(summed.sum()) for summed in sums]
 
-    assert run_ranks(2, work) == [([3], [6.0, 6.0, 6.0])] * 2
+    assert run_ranks(2, work) == [([2], [4.0, 4.0, 4.0])] * 2
 
 
 def test_gpus_that_cannot_reach_each_other_keep_the_plain_sums(caplog: pytest.LogCaptureFixture) -> None:
