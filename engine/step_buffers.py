@@ -16,6 +16,7 @@ import torch
 
 from engine.attention.base import AttentionMetadata
 from engine.step_inputs import StepInputs
+from quant.kernels.transfer import is_pinning
 
 SECTIONS: dict[str, torch.dtype] = {
     "query_start_loc": torch.int32,
@@ -141,7 +142,7 @@ class StepBuffers:
     def _allocate(self) -> None:
         num_words = sum(self._capacities.values())
         is_host = self._device.type == "cpu"
-        is_pinned = not is_host and torch.accelerator.is_available()
+        is_pinned = is_pinning(self._device)
         if is_pinned:
             self._host_words = torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
             self._host_array = self._host_words.numpy()

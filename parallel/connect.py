@@ -9,7 +9,7 @@ import torch
 
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives
-from parallel.symmetric_memory import one_shot_sum, with_small_sums
+from parallel.symmetric_memory import allocate_one_shot_sum, with_small_sums
 from parallel.torch_collectives import TorchCollectives
 from parallel.world import Rendezvous, host_key, interface_of
 
@@ -42,7 +42,7 @@ def make_collectives(
     collectives = TorchCollectives(backend, rendezvous.open_store(), rank, size, START_TIMEOUT_S)
     if is_memory_shared or not is_one_host:
         return collectives
-    return with_small_sums(collectives, rank, device, lambda: one_shot_sum(collectives.group_name, device))
+    return with_small_sums(collectives, rank, device, lambda: allocate_one_shot_sum(collectives.group_name, device))
 
 
 def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryCollectives | None:

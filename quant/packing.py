@@ -12,6 +12,8 @@ BITS = (2, 3, 4, 8)
 NIBBLE_CHUNK = 16
 """Inputs in eight bytes of the "int4" layout; a group must be a multiple of it."""
 BYTE_CHUNK = 8
+OUTPUTS_AT_A_TIME = 8192
+"""Outputs that are widened together: more would need several times the memory of the packed head."""
 
 
 def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ MASKS: dict[str, str] = {
 MAX_COMPILED = 32
 """Compiled grammars that are kept, as many as in TGI; the least recently used goes first."""
 WORD_BITS = 32
+"""Tokens of a word of a mask, also of one of green tokens."""
 
 
 class ApplyMasks(Protocol):

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.sampling.grammar import WORD_BITS
 from engine.sampling.penalties import Adjustments, GreenList, Places
 from quant.kernels.launch import launch
 from quant.kernels.transfer import to_device
@@ -16,7 +17,6 @@ PLACES = 256
 """Places that a program changes."""
 PART = 1024
 """Tokens of a row in which a program finds the green ones."""
-WORD_BITS = 32
 WORD = tl.constexpr(WORD_BITS)
 NUM_COLUMNS = 5
 """Numbers of a place: row, token, penalty, what is subtracted, bias."""

@@ -46,8 +46,17 @@ SPARE_PLACES = 12
 Records = npt.NDArray[Any]
 """An array of `SPEC` or `RESULT`."""
 Integers = npt.NDArray[np.int32]
-RESULT_WORDS = RESULT.itemsize // 4
-TOKEN_WORD = list(RESULT.fields or ()).index("token")
+WORD_BYTES = 4
+RESULT_WORDS = RESULT.itemsize // WORD_BYTES
+
+
+def word_of(record: np.dtype[Any], name: str) -> int:
+    """Where a field begins among the words of its record."""
+    places: Any = record.fields
+    return int(places[name][1]) // WORD_BYTES
+
+
+TOKEN_WORD = word_of(RESULT, "token")
 
 
 def sample(

@@ -6,10 +6,7 @@ import torch
 from torch.nn import functional
 
 from quant.base import PackedWeight
-from quant.packing import widen
-
-OUTPUTS_AT_A_TIME = 8192
-"""Outputs that are widened together: more would need several times the memory of the packed head."""
+from quant.packing import OUTPUTS_AT_A_TIME, widen
 
 
 class PackedTorch:

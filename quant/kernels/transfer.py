@@ -5,6 +5,7 @@ torch hands pinned memory out again only once the copies from and to it are done
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ import numpy.typing as npt
 import torch
 
 
+@functools.cache
+def is_pinning(device: torch.device) -> bool:
+    """Whether copies from and to `device` go through pinned memory: it has memory of its own, and torch a driver."""
+    return device.type != "cpu" and torch.accelerator.is_available()
+
+
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """The numbers of an array on `device`: one copy, which begins after the work that was launched before."""
     on_host = torch.from_numpy(array)
-    if _is_pinning(device):
+    if is_pinning(device):
         on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)
 
@@ -27,7 +34,7 @@ class HostCopy:
         self._on_host, self._copied = tensor, None
         if tensor.device.type == "cpu":
             return
-        is_pinned = _is_pinning(tensor.device)
+        is_pinned = is_pinning(tensor.device)
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
         self._on_host.copy_(tensor, non_blocking=is_pinned)
         if is_pinned:
@@ -39,7 +46,3 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._on_host.numpy()
-
-
-def _is_pinning(device: torch.device) -> bool:
-    return device.type != "cpu" and torch.accelerator.is_available()

@@ -14,8 +14,8 @@ import triton.language as tl
 from quant.base import PackedWeight
 from quant.kernels.launch import launch
 from quant.kernels.skinny_triton import load_group
+from quant.packing import OUTPUTS_AT_A_TIME
 
-OUTPUTS_AT_A_TIME = 8192
 BLOCK_OUTPUTS, BLOCK_INPUTS = 16, 256
 
 

@@ -14,8 +14,7 @@ from quant.kernels import choose_kernel
 from quant.kernels.matrix_triton import MatrixTriton
 from quant.kernels.skinny_triton import BLOCK_ROWS, MAX_ROWS, min_block_inputs, skinny_product
 from quant.kernels.tuning import Tile, WeightShape, tile_for
-from quant.kernels.widen_triton import OUTPUTS_AT_A_TIME
-from quant.packing import pack_groups, widen
+from quant.packing import OUTPUTS_AT_A_TIME, pack_groups, widen
 from tests.interpreted.closeness import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -20,7 +20,7 @@ from engine.sampling.grammar import num_words
 from engine.sampling.grammar_torch import apply_masks as apply_masks_in_torch
 from engine.sampling.grammar_triton import apply_masks
 from engine.sampling.sampler import RawRows
-from engine.sampling.sampler_triton import ChosenRows, make_specs, sample
+from engine.sampling.sampler_triton import ChosenRows, make_specs, sample, word_of
 from engine.scheduling.batch import SampledBatch
 from tests.contract.harness import KERNELS, make_core, make_runner, random_ids, run_requests
 
@@ -307,3 +307,9 @@ def test_an_engine_samples_as_on_a_cpu(tiny_model_dir: Path) -> None:
     assert [[ids for ids, _ in top] for top in result.top_tokens] == [
         [ids for ids, _ in top] for top in expected.top_tokens
     ]
+
+
+def test_a_field_is_found_behind_wider_ones() -> None:
+    record = np.dtype([("wide", np.float64), ("narrow", np.int32), ("token", np.int32)])
+    assert np.ones(1, record).view(np.int32).size == 4
+    assert [word_of(record, name) for name in ("wide", "narrow", "token")] == [0, 2, 3]

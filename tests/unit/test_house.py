@@ -84,6 +84,17 @@ def floors_of(section: str) -> dict[str, int]:
     return floors | {package: 0 for package in lines if package in ("parallel", "quant")}
 
 
+@pytest.mark.parametrize(
+    ("name", "owners"),
+    [("WORD_BITS", ["engine/sampling/grammar.py", "quant/packing.py"]), ("OUTPUTS_AT_A_TIME", ["quant/packing.py"])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_number_that_several_modules_need_stands_once_in_a_package(name: str, owners: list[str]) -> None:
+    definition = re.compile(rf"^{name} = ", re.MULTILINE)
+    paths = [path for path in source_files() if definition.search(path.read_text())]
+    assert sorted(str(path.relative_to(ROOT)) for path in paths) == owners
+
+
 def test_no_file_is_too_long() -> None:
     paths = [path for path in source_files() if str(path.relative_to(ROOT)) not in TABLES]
     complaints = complaints_of(paths, file_size_complaints)

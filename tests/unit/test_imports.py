@@ -55,7 +55,7 @@ ROOMS: dict[str, str] = {
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models",
     "engine.step_inputs": "engine.scheduling",
-    "engine.step_buffers": "engine.attention engine.step_inputs",
+    "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "

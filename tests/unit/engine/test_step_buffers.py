@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from engine.step_buffers import SECTIONS, StepBuffers, StepTensors
 from engine.step_inputs import StepInputs, step_inputs
+from quant.kernels.transfer import is_pinning, to_device
 
 CPU, STAND_IN = torch.device("cpu"), torch.device("meta")
 BLOCK_SIZE = 16
@@ -169,3 +171,26 @@ def test_a_step_takes_one_copy_to_another_memory_and_none_to_the_same(device: to
         step = buffers.fill(make_inputs(3, num_scored=2), make_items(3))
     assert mode.names == copies
     assert {tensor.device for tensor in tensors_of(step).values()} == {device}
+
+
+@pytest.fixture
+def drivers_asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Grows by one whenever torch is asked whether there is an accelerator: there is none."""
+    asked: list[str] = []
+
+    def is_available() -> bool:
+        asked.append("is_available")
+        return False
+
+    monkeypatch.setattr(torch.accelerator, "is_available", is_available)
+    is_pinning.cache_clear()
+    yield asked
+    is_pinning.cache_clear()
+
+
+def test_one_rule_says_whether_memory_is_pinned(drivers_asked_for: list[str]) -> None:
+    """It costs a call of the driver, which no copy of a step repeats."""
+    buffers = StepBuffers(STAND_IN, BLOCK_SIZE)
+    buffers.fill(make_inputs(200), make_items(300))
+    to_device(np.zeros(3, np.int32), STAND_IN)
+    assert len(drivers_asked_for) == 1
