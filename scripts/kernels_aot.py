@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -49,6 +51,13 @@ MAX_LAUNCHES_PER_LAYER = 10
 GROUP_SIZE = 128
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
+MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "0.5B": (896, 4864, 14, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 4, 152_064, False),
+    "72B": (8192, 29_568, 64, 8, 152_064, False),
+}
+"""Qwen2's sizes: hidden, inner, heads, key and value heads, vocabulary, whether the head is tied."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -58,11 +67,14 @@ class Card:
     shared_bytes: int
     dtype: torch.dtype = torch.bfloat16
     may_spill: bool = False
+    models: tuple[str, ...] = tuple(MODELS)
 
 
 def cuda(capability: int, shared_kb: int, **changes: Any) -> Card:
     return Card(GPUTarget("cuda", capability, 32), shared_kb * KB, **changes)
 
+
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "may_spill": True, "models": ("0.5B", "7B")}
 
 CARDS: dict[str, Card] = {
     "sm_75": cuda(75, 64, dtype=torch.float16, may_spill=True),
@@ -74,14 +86,12 @@ CARDS: dict[str, Card] = {
     "sm_120": cuda(120, 99),
     "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * KB, may_spill=True),
     "gfx1100": Card(GPUTarget("hip", "gfx1100", 32), 64 * KB, may_spill=True),
+    "float32-sm_75": cuda(75, 64, **FLOAT32),
+    "float32-sm_80": cuda(80, 163, **FLOAT32),
+    "float32-sm_89": cuda(89, 99, **FLOAT32),
+    "float32-sm_90": cuda(90, 227, **FLOAT32),
 }
-
-MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
-    "0.5B": (896, 4864, 14, 2, 151_936, True),
-    "7B": (3584, 18_944, 28, 4, 152_064, False),
-    "72B": (8192, 29_568, 64, 8, 152_064, False),
-}
-"""Qwen2's sizes: hidden, inner, heads, key and value heads, vocabulary, whether the head is tied."""
+"""Name -> card. With `--dtype float32`, which is for comparisons, kernels have to run, and may spill."""
 
 FORMS = "dense int8 int4 act-order".split()
 """How the weights are stored; int4 in groups of `GROUP_SIZE`, with act-order the groups are scattered."""
@@ -302,16 +312,20 @@ class Job:
 
 def distinct_jobs(model_names: list[str], card_names: list[str]) -> Iterator[Job]:
     """Every distinct launch of the models in all forms and steps, for each card."""
-    for dtype in sorted({CARDS[name].dtype for name in card_names}, key=str):
-        decoding: dict[Launch, bool] = {}
-        for model_name in model_names:
-            for form in FORMS:
-                for step in STEPS:
-                    for launch in record_launches(model_name, form, dtype, STEPS[step]):
-                        decoding[launch] = decoding.get(launch, False) or step != "prompt"
-        for name in card_names:
-            if CARDS[name].dtype == dtype:
-                yield from (Job(name, launch, is_decoding) for launch, is_decoding in decoding.items())
+    for name in card_names:
+        card = CARDS[name]
+        launches = distinct_launches(tuple(model for model in model_names if model in card.models), card.dtype)
+        yield from (Job(name, launch, is_decoding) for launch, is_decoding in launches.items())
+
+
+@functools.cache
+def distinct_launches(model_names: tuple[str, ...], dtype: torch.dtype) -> dict[Launch, bool]:
+    """Every distinct launch of the models in all forms and steps; whether decoding makes it."""
+    decoding: dict[Launch, bool] = {}
+    for model_name, form, step in itertools.product(model_names, FORMS, STEPS):
+        for launch in record_launches(model_name, form, dtype, STEPS[step]):
+            decoding[launch] = decoding.get(launch, False) or step != "prompt"
+    return decoding
 
 
 _jobs: list[Job] = []

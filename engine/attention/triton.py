@@ -30,6 +30,8 @@ TILE_KEYS = {SMALL_TILE: 32, LARGE_TILE: 64}
 """Cached tokens that a tile is multiplied with at a time; small tiles would spill with more."""
 STAGES = {SMALL_TILE: 3, LARGE_TILE: 2}
 """Times that keys and values are loaded ahead; small tiles spill with fewer, large ones have no room for more."""
+WIDE_BYTES, WIDE_TILE_KEYS, WIDE_STAGES = 4, 32, 1
+"""Bytes of a number from which on a tile has room for this many keys, which are not loaded ahead."""
 NUM_PROGRAMS = 6 if IS_INTERPRETED else 1024
 """Programs that share the small tiles: some for each multiprocessor of a large card, but interpreted ones take long."""
 CHUNKS_AT_A_TIME = 16
@@ -177,7 +179,7 @@ class TritonAttention:
         num_programs: int,
         window: int | None,
     ) -> None:
-        shape = self._shape
+        shape, is_wide = self._shape, qkv.itemsize >= WIDE_BYTES
         launch(
             attend_kernel,
             (num_programs, shape.num_kv_heads),
@@ -197,10 +199,10 @@ class TritonAttention:
             BLOCK_DIM=_power_of_two(shape.head_dim),
             BLOCK_SIZE=self.block_size,
             TILE_ROWS=tile_rows,
-            TILE_KEYS=TILE_KEYS[tile_rows],
+            TILE_KEYS=WIDE_TILE_KEYS if is_wide else TILE_KEYS[tile_rows],
             CHUNK=CHUNK,
             WIDEN=IS_INTERPRETED,
-            num_stages=STAGES[tile_rows],
+            num_stages=WIDE_STAGES if is_wide else STAGES[tile_rows],
         )
 
     def _combine(self, results: Results, metadata: AttentionMetadata) -> None:

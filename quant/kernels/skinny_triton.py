@@ -13,6 +13,8 @@ summed in the same order whatever rows are beside it.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,8 @@ MAX_ROWS = BLOCK_ROWS[-1]
 SUM_BLOCK = 256
 STAGED_BYTES, MAX_STAGED_BYTES = 60 * 1024, 64 * 1024
 """Shared memory that a program fills with weights and rows on their way, and what any card has for it."""
-MAX_X_BYTES = 2
-"""Bytes of a number of x on GPUs."""
+TILE_X_BYTES = 2
+"""Bytes of a number of x that tiles are made for."""
 
 
 @triton.jit
@@ -310,14 +312,14 @@ def min_block_inputs(layout: str) -> int:
     return 32 if layout == "int4" else 16
 
 
-def loads_under_way(packed: PackedWeight, tile: Tile, block_rows: int) -> tuple[int, int]:
+def loads_under_way(packed: PackedWeight, tile: Tile, block_rows: int, x_bytes: int) -> tuple[int, int]:
     """Blocks of inputs whose loads are started together, and the stages of the loop over them.
 
-    Few programs reach a card's bandwidth only with many bytes on their way. Neither number changes anything about the
-    order of sums, so both may depend on the rows.
+    A number of x has `x_bytes`. Few programs reach a card's bandwidth only with many bytes on their way. Neither
+    result changes anything about the order of sums, so both may depend on the rows.
     """
     weight_bytes = tile.block_outputs * tile.block_inputs * packed.weight.shape[1] // packed.num_inputs
-    stage_bytes = weight_bytes * packed.weight.itemsize + block_rows * tile.block_inputs * MAX_X_BYTES
+    stage_bytes = weight_bytes * packed.weight.itemsize + block_rows * tile.block_inputs * x_bytes
     if packed.input_order is not None:
         return 1, tile.num_stages
     if stage_bytes * (tile.num_stages - 1) > MAX_STAGED_BYTES:
@@ -328,6 +330,13 @@ def loads_under_way(packed: PackedWeight, tile: Tile, block_rows: int) -> tuple[
     return num_blocks, tile.num_stages
 
 
+def tile_for_bytes(tile: Tile, layout: str, x_bytes: int) -> Tile:
+    """The tile for numbers of x of so many bytes: wider ones have room for half as many inputs at a time."""
+    if x_bytes <= TILE_X_BYTES or tile.block_inputs <= min_block_inputs(layout):
+        return tile
+    return dataclasses.replace(tile, block_inputs=tile.block_inputs // 2)
+
+
 def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.Tensor, out: torch.Tensor) -> None:
     """x [rows, num_inputs] @ weight.T + bias into `out` [rows, num_outputs], for at most `MAX_ROWS` rows.
 
@@ -335,10 +344,11 @@ def skinny_product(packed: PackedWeight, group_size: int, tile: Tile, x: torch.T
     """
     (num_rows, num_outputs), is_split = out.shape, tile.splits > 1
     block_rows = next(count for count in BLOCK_ROWS if count >= num_rows)
+    tile = tile_for_bytes(tile, packed.layout, x.itemsize)
     unused = packed.weight
     bias = unused if packed.bias is None else packed.bias
     target = x.new_empty(tile.splits, num_rows, num_outputs, dtype=torch.float32) if is_split else out
-    num_blocks, num_stages = loads_under_way(packed, tile, block_rows)
+    num_blocks, num_stages = loads_under_way(packed, tile, block_rows, x.itemsize)
     launch(
         skinny_kernel,
         (-(-num_outputs // tile.block_outputs), tile.splits),

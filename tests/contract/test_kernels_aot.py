@@ -26,6 +26,7 @@ from scripts.kernels_aot import (
 )
 
 SMALL = "0.5B"
+TILE = "TILE_ROWS", "BLOCK_INPUTS", "BLOCK_OUTPUTS"
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,24 @@ def test_attention_of_a_decode_step_compiles(card_name: str) -> None:
     resources = compile_launch(recorded("attend_kernel"), CARDS[card_name])
     assert resources.registers > 0 and resources.shared_bytes > 0
     assert complaints_of(resources, CARDS[card_name], is_decoding=True) == []
+
+
+@pytest.mark.parametrize(
+    ("card_name", "kernel", "form", "step"),
+    [
+        ("float32-sm_75", "attend_kernel", "dense", "prompt"),
+        ("float32-sm_75", "skinny_kernel", "dense", "decode 64"),
+        ("float32-sm_89", "skinny_kernel", "int8", "decode 64"),
+    ],
+)
+def test_float32_fits_with_the_tiles_that_it_gets(card_name: str, kernel: str, form: str, step: str) -> None:
+    """7B has the largest tiles of each kernel."""
+    card = CARDS[card_name]
+    launches = [launch for launch in record_launches("7B", form, card.dtype, STEPS[step]) if launch.name == kernel]
+    largest = max(launches, key=lambda launch: [dict(launch.constants).get(name, 0) for name in TILE])
+    resources = compile_launch(largest, card)
+    assert resources.shared_bytes > 0
+    assert complaints_of(resources, card, is_decoding=True) == []
 
 
 def test_an_oversize_tile_is_caught() -> None:
