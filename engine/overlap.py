@@ -8,7 +8,7 @@ late: what was computed for it in vain is dropped.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
@@ -49,7 +49,6 @@ def describe_overlap(reasons: list[str]) -> str:
     return "Steps overlap: each is launched before the tokens of the last one are read"
 
 
-@runtime_checkable
 class OverlappedRunner(Protocol):
     """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`, or a
     `Leader` of several ranks."""
@@ -77,6 +76,9 @@ class LaunchedStep:
 class OverlappedCore(EngineCore):
     """An `EngineCore` whose steps overlap: each launches one step and finishes the one before."""
 
+    runner: OverlappedRunner
+    sampler: LaunchingBatchSampler
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -88,8 +90,6 @@ class OverlappedCore(EngineCore):
     ) -> None:
         """As `EngineCore`; the scheduler drafts nothing and knows from the sampler who needs tokens."""
         super().__init__(scheduler, runner, sampler, grammars, limit, costs)
-        self._runner = runner
-        self._sampler = sampler
         self._launched: LaunchedStep | None = None
 
     @property
@@ -117,8 +117,8 @@ class OverlappedCore(EngineCore):
 
     def _launch(self, batch: ScheduledBatch, clock: StepClock, last: LaunchedStep | None) -> LaunchedStep:
         clock.begin_computing(batch)
-        result = self._runner.execute(batch, None if last is None else last.tokens.token_ids)
-        tokens = self._sampler.launch(batch, result.logits)
+        result = self.runner.execute(batch, None if last is None else last.tokens.token_ids)
+        tokens = self.sampler.launch(batch, result.logits)
         scores = HostCopy(torch.cat(list(result.scores))) if result.scores else None
         self.scheduler.advance(batch)
         return LaunchedStep(batch, clock, tokens, scores)
