@@ -107,7 +107,7 @@ class StepMeter:
             rows = list(range(num_rows))
             raw = RawRows(rows, result.logits.clone())
             self._sample(result.logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)] * num_rows, rows, raw)
-            result.prompt_logprobs()
+            result.copy_scores().read()
 
 
 def plan_measured(

@@ -64,13 +64,7 @@ class LaunchedStep:
     batch: ScheduledBatch
     clock: StepClock
     tokens: PendingTokens
-    scores: HostCopy | None
-    """The logprobs of scored tokens; None: there are none."""
-
-    def prompt_logprobs(self) -> list[float]:
-        """Wait for the scores."""
-        logprobs: list[float] = [] if self.scores is None else self.scores.read().tolist()
-        return logprobs
+    scores: HostCopy
 
 
 class OverlappedCore(EngineCore):
@@ -119,7 +113,7 @@ class OverlappedCore(EngineCore):
         clock.begin_computing(batch)
         result = self.runner.execute(batch, None if last is None else last.tokens.token_ids)
         tokens = self.sampler.launch(batch, result.logits)
-        scores = HostCopy(torch.cat(list(result.scores))) if result.scores else None
+        scores = result.copy_scores()
         self.scheduler.advance(batch)
         return LaunchedStep(batch, clock, tokens, scores)
 
@@ -130,6 +124,6 @@ class OverlappedCore(EngineCore):
         step.clock.end_computing()
         self.shedder.note_success()
         with step.clock.updating():
-            events = self.scheduler.update(step.batch, sampled, step.prompt_logprobs())
+            events = self.scheduler.update(step.batch, sampled, step.scores.read().tolist())
         self._learn(step.batch, step.clock.finish(events))
         return events
