@@ -16,10 +16,11 @@ from engine.core import EngineCore
 from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.messages import StepReport, TokenEvent
+from engine.link.registry import import_entry
 from engine.runner import StepResult
-from engine.sampling.batch_sampler import LaunchingBatchSampler
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import LAUNCHED_SAMPLERS, PendingTokens
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, LaunchSample, PendingTokens
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
@@ -127,3 +128,21 @@ class OverlappedCore(EngineCore):
             events = self.scheduler.update(step.batch, sampled, step.scores.read().tolist())
         self._learn(step.batch, step.clock.finish(events))
         return events
+
+
+def make_core(
+    device: Device,
+    scheduler: Scheduler,
+    runner: OverlappedRunner,
+    sampler: BatchSampler,
+    grammars: Grammars,
+    limit: StepLimit,
+    costs: CostObserver,
+    *,
+    is_overlapped: bool,
+) -> EngineCore:
+    """A core with steps that overlap, where there is no reason against it, or with steps one after the other."""
+    if not is_overlapped:
+        return EngineCore(scheduler, runner, sampler, grammars, limit, costs)
+    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
+    return OverlappedCore(scheduler, runner, sampler.launching(launch_sample), grammars, limit, costs)

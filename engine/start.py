@@ -23,13 +23,13 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
-from engine.overlap import OverlappedCore, describe_overlap, why_not_overlap
+from engine.overlap import describe_overlap, make_core, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
+from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS, LaunchSample, Sample
+from engine.sampling.sampler import SAMPLERS, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
@@ -206,12 +206,16 @@ def _make_core(
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
         needs_tokens=sampler.needs_tokens,
     )
-    observer = costs or UnusedCosts()
-    if prepared.why_not_overlap:
-        return EngineCore(scheduler, runner, sampler, grammars, step_limit, observer)
-    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
-    launching = LaunchingBatchSampler(sample, processors, launch_sample)
-    return OverlappedCore(scheduler, runner, launching, grammars, step_limit, observer)
+    return make_core(
+        device,
+        scheduler,
+        runner,
+        sampler,
+        grammars,
+        step_limit,
+        costs or UnusedCosts(),
+        is_overlapped=not prepared.why_not_overlap,
+    )
 
 
 def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:
