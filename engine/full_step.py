@@ -81,7 +81,7 @@ class StepMeter:
 
         Raises torch.OutOfMemoryError where they are not there.
         """
-        memory = self._device.own_memory
+        memory = self._device.memory
         assert memory is not None
         memory.release_cached()
         started, free_bytes = time.monotonic(), self._device.free_memory_bytes()

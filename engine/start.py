@@ -99,8 +99,8 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
     outlive_full_disk()
     device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
-    if device.own_memory is not None and config.memory_fraction < 1:
-        device.own_memory.set_limit(config.memory_fraction)
+    if device.memory is not None and config.memory_fraction < 1:
+        device.memory.set_limit(config.memory_fraction)
     loaded = _load(config, device, ranks)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
@@ -153,13 +153,13 @@ def _plan(
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=runner.block_size,
     )
-    if device.own_memory is not None and not runner.why_no_graphs():
+    if device.memory is not None and not runner.why_no_graphs():
         graphs = graph_bytes(filter(None, _graph_sizes(config)), needs.per_step_token, model.vocab_size)
         needs = dataclasses.replace(needs, graphs=graphs)
     tightest = _alone if ranks is None else ranks.tightest
     needs, free_bytes = tightest(needs, loaded.free_bytes)
     plan = functools.partial(plan_memory, config, window, has_default_cap=device.is_memory_shared)
-    if device.own_memory is None:
+    if device.memory is None:
         return plan(needs, free_bytes=free_bytes)
     check_window(config, window)
     meter = StepMeter(

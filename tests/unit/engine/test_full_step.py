@@ -12,7 +12,7 @@ import torch
 import engine.build
 import engine.start
 from engine.core import EngineCore
-from engine.device import Device, OwnMemory
+from engine.device import Device, DeviceMemory
 from engine.full_step import full_step, plan_measured
 from engine.graphs import graph_bytes
 from engine.limits import EngineLimits, MemoryNeeds, MemoryPlan, NotEnoughMemoryError
@@ -64,9 +64,9 @@ class CountedMemory:
         return self.total - self.used - self.kept
 
     def device(self) -> Device:
-        memory = OwnMemory(total_bytes=lambda: self.total, release_cached=self.release, set_limit=self.limits.append)
+        memory = DeviceMemory(total_bytes=lambda: self.total, release_cached=self.release, set_limit=self.limits.append)
         found: Device = reference_device(
-            own_memory=memory,
+            memory=memory,
             free_memory_bytes=lambda: self.free,
             is_memory_shared=False,
             step_limit_s=None,
