@@ -185,10 +185,10 @@ def main() -> None:
     sizes, engine = None, None
     for line in sys.stdin:
         message = json.loads(line)
-        wanted = message["num_sequences"], message["context"], message["is_overlapped"]
-        if engine is None or sizes != wanted:
-            sizes, engine = wanted, None
-            engine = Engine(*wanted[:2], is_overlapped=wanted[2])
+        spec = message["num_sequences"], message["context"], message["is_overlapped"]
+        if engine is None or sizes != spec:
+            sizes, engine = spec, None
+            engine = Engine(*spec[:2], is_overlapped=spec[2])
             engine.milliseconds(message["num_steps"])  # warms up
         print(json.dumps(engine.milliseconds(message["num_steps"])), flush=True)
 

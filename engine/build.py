@@ -161,8 +161,8 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
             model = build_model(model_config, folder, dtype, device, quantization, parallel)
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
-    if device.own_memory is not None:
-        device.own_memory.release_cached()
+    if device.memory is not None:
+        device.memory.release_cached()
         weight_bytes = device_bytes - device.free_memory_bytes()
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
@@ -175,7 +175,7 @@ def _packing_threads(num_threads: int, device: Device) -> Iterator[None]:
     Elsewhere they are Numba's (`engine.start.set_threads`).
     """
     before = torch.get_num_threads()
-    if device.own_memory is not None:
+    if device.memory is not None:
         torch.set_num_threads(num_threads)
     try:
         yield

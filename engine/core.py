@@ -79,7 +79,7 @@ class EngineCore:
                 return self.shedder.shed(batch, error)
         self.shedder.note_success()
         with clock.updating():
-            events = self.scheduler.update(batch, sampled, result.prompt_logprobs())
+            events = self.scheduler.update(batch, sampled, result.copy_scores().read().tolist())
         self._learn(batch, clock.finish(events))
         return events
 

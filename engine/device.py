@@ -29,7 +29,7 @@ TRITON_CAPABILITY = (7, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class OwnMemory:
+class DeviceMemory:
     """The memory of a device that has its own.
 
     What a step takes of it can be measured: torch keeps what tensors have freed, so the device's free memory only falls
@@ -70,7 +70,7 @@ class Device:
     """Memory that can still be used."""
     architecture: str | None = None
     """What matrix kernels are tuned for, as `sm_90` or `gfx942`; None: nothing."""
-    own_memory: OwnMemory | None = None
+    memory: DeviceMemory | None = None
     """None: the memory is the host's, and a step's share of it is estimated."""
     make_recorder: Callable[[], Recorder] | None = None
     """What captures the work of a step as a graph; None: there is nothing like it."""
@@ -93,9 +93,9 @@ class Device:
         On a device with its own memory that is a share of all of it, as in TGI; on a host, of what is free.
         """
         free_bytes = self.free_memory_bytes()
-        if self.own_memory is None:
+        if self.memory is None:
             return int(free_bytes * share)
-        return min(free_bytes, int(self.own_memory.total_bytes() * share))
+        return min(free_bytes, int(self.memory.total_bytes() * share))
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.computes_in_float32 else dtype
@@ -155,7 +155,7 @@ def find_cuda(local_rank: int) -> Device | None:
         is_memory_shared=False,
         free_memory_bytes=lambda: torch.cuda.mem_get_info(torch_device)[0],
         architecture=_architecture(torch_device),
-        own_memory=_cuda_memory(torch_device),
+        memory=_cuda_memory(torch_device),
         make_recorder=lambda: CudaRecorder(torch_device),
         has_graph_collectives=True,
         row_variants=compiled_row_counts(kernels),
@@ -186,8 +186,8 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _cuda_memory(torch_device: torch.device) -> OwnMemory:
-    return OwnMemory(
+def _cuda_memory(torch_device: torch.device) -> DeviceMemory:
+    return DeviceMemory(
         total_bytes=lambda: torch.cuda.mem_get_info(torch_device)[1],
         release_cached=torch.cuda.empty_cache,
         set_limit=lambda share: torch.cuda.set_per_process_memory_fraction(share, torch_device),

@@ -86,7 +86,7 @@ class StepMeter:
 
         Raises torch.OutOfMemoryError where they are not there.
         """
-        memory = self._device.own_memory
+        memory = self._device.memory
         assert memory is not None
         memory.release_cached()
         started, free_bytes = time.monotonic(), self._device.free_memory_bytes()
@@ -112,7 +112,7 @@ class StepMeter:
             rows = list(range(num_rows))
             raw = RawRows(rows, result.logits.clone())
             self._sample(result.logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)] * num_rows, rows, raw)
-            result.prompt_logprobs()
+            result.copy_scores().read()
 
 
 def plan_measured(

@@ -8,7 +8,7 @@ late: what was computed for it in vain is dropped.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
@@ -16,10 +16,11 @@ from engine.core import EngineCore
 from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.messages import StepReport, TokenEvent
+from engine.link.registry import import_entry
 from engine.runner import StepResult
-from engine.sampling.batch_sampler import LaunchingBatchSampler
+from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import LAUNCHED_SAMPLERS, PendingTokens
+from engine.sampling.sampler import LAUNCHED_SAMPLERS, LaunchSample, PendingTokens
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
@@ -49,7 +50,6 @@ def describe_overlap(reasons: list[str]) -> str:
     return "Steps overlap: each is launched before the tokens of the last one are read"
 
 
-@runtime_checkable
 class OverlappedRunner(Protocol):
     """Launches a step whose input tokens may be on the device only: `engine.runner.ModelRunner`, or a
     `Leader` of several ranks."""
@@ -65,17 +65,14 @@ class LaunchedStep:
     batch: ScheduledBatch
     clock: StepClock
     tokens: PendingTokens
-    scores: HostCopy | None
-    """The logprobs of scored tokens; None: there are none."""
-
-    def prompt_logprobs(self) -> list[float]:
-        """Wait for the scores."""
-        logprobs: list[float] = [] if self.scores is None else self.scores.read().tolist()
-        return logprobs
+    scores: HostCopy
 
 
 class OverlappedCore(EngineCore):
     """An `EngineCore` whose steps overlap: each launches one step and finishes the one before."""
+
+    runner: OverlappedRunner
+    sampler: LaunchingBatchSampler
 
     def __init__(
         self,
@@ -88,8 +85,6 @@ class OverlappedCore(EngineCore):
     ) -> None:
         """As `EngineCore`; the scheduler drafts nothing and knows from the sampler who needs tokens."""
         super().__init__(scheduler, runner, sampler, grammars, limit, costs)
-        self._runner = runner
-        self._sampler = sampler
         self._launched: LaunchedStep | None = None
 
     @property
@@ -117,9 +112,9 @@ class OverlappedCore(EngineCore):
 
     def _launch(self, batch: ScheduledBatch, clock: StepClock, last: LaunchedStep | None) -> LaunchedStep:
         clock.begin_computing(batch)
-        result = self._runner.execute(batch, None if last is None else last.tokens.token_ids)
-        tokens = self._sampler.launch(batch, result.logits)
-        scores = HostCopy(torch.cat(list(result.scores))) if result.scores else None
+        result = self.runner.execute(batch, None if last is None else last.tokens.token_ids)
+        tokens = self.sampler.launch(batch, result.logits)
+        scores = result.copy_scores()
         self.scheduler.advance(batch)
         return LaunchedStep(batch, clock, tokens, scores)
 
@@ -130,6 +125,24 @@ class OverlappedCore(EngineCore):
         step.clock.end_computing()
         self.shedder.note_success()
         with step.clock.updating():
-            events = self.scheduler.update(step.batch, sampled, step.prompt_logprobs())
+            events = self.scheduler.update(step.batch, sampled, step.scores.read().tolist())
         self._learn(step.batch, step.clock.finish(events))
         return events
+
+
+def make_core(
+    device: Device,
+    scheduler: Scheduler,
+    runner: OverlappedRunner,
+    sampler: BatchSampler,
+    grammars: Grammars,
+    limit: StepLimit,
+    costs: CostObserver,
+    *,
+    is_overlapped: bool,
+) -> EngineCore:
+    """A core with steps that overlap, where there is no reason against it, or with steps one after the other."""
+    if not is_overlapped:
+        return EngineCore(scheduler, runner, sampler, grammars, limit, costs)
+    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
+    return OverlappedCore(scheduler, runner, sampler.launching(launch_sample), grammars, limit, costs)

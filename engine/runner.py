@@ -17,11 +17,14 @@ from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_buffers import StepBuffers, StepTensors
 from engine.step_inputs import StepInputs, step_inputs
+from quant.kernels.transfer import HostCopy
 
 logger = logging.getLogger(__name__)
 
 SCORED_ROWS = 64
 """Rows of logits that exist at a time to score a prompt: 40 MB with a vocabulary of 152k, and as quick as more."""
+
+NO_SCORES = HostCopy(torch.empty(0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,12 +37,9 @@ class StepResult:
     """Log-probabilities of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence, in
     pieces [tokens] float32."""
 
-    def prompt_logprobs(self) -> list[float]:
-        """Read the scores, which waits for the device: call it once, after the ids are sampled."""
-        if not self.scores:
-            return []
-        logprobs: list[float] = torch.cat(list(self.scores)).tolist()
-        return logprobs
+    def copy_scores(self) -> HostCopy:
+        """Start the copy of all scores to the host: call it once, after the ids are sampled."""
+        return HostCopy(torch.cat(list(self.scores))) if self.scores else NO_SCORES
 
 
 class ModelRunner:

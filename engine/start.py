@@ -22,13 +22,13 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
-from engine.overlap import OverlappedCore, describe_overlap, why_not_overlap
+from engine.overlap import describe_overlap, make_core, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
+from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS, LaunchSample, Sample
+from engine.sampling.sampler import SAMPLERS, Sample
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
@@ -98,8 +98,8 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
     outlive_full_disk()
     device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
-    if device.own_memory is not None and config.memory_fraction < 1:
-        device.own_memory.set_limit(config.memory_fraction)
+    if device.memory is not None and config.memory_fraction < 1:
+        device.memory.set_limit(config.memory_fraction)
     loaded = _load(config, device, ranks)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
@@ -155,7 +155,7 @@ def _plan(
         block_size=runner.block_size,
     )
     num_positions = config.max_total_tokens or window.max_position_embeddings
-    if device.own_memory is not None:
+    if device.memory is not None:
         # The plan is yet to be made: no cache is larger than what the weights leave.
         max_blocks = max(1, (loaded.free_bytes - needs.weights) // needs.per_block)
         max_kv_tokens = config.max_batch_total_tokens or max_blocks * needs.block_size
@@ -164,7 +164,7 @@ def _plan(
     tightest = _alone if ranks is None else ranks.tightest
     needs, free_bytes = tightest(needs, loaded.free_bytes)
     plan = functools.partial(plan_memory, config, window, has_default_cap=device.is_memory_shared)
-    if device.own_memory is None:
+    if device.memory is None:
         return plan(needs, free_bytes=free_bytes)
     check_window(config, window)
     meter = StepMeter(
@@ -207,16 +207,20 @@ def _make_core(
         BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
-        max_running=config.max_batch_size if device.own_memory is None else max_measured_running(config),
+        max_running=config.max_batch_size if device.memory is None else max_measured_running(config),
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
         needs_tokens=sampler.needs_tokens,
     )
-    observer = costs or UnusedCosts()
-    if prepared.why_not_overlap:
-        return EngineCore(scheduler, runner, sampler, grammars, step_limit, observer)
-    launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
-    launching = LaunchingBatchSampler(sample, processors, launch_sample)
-    return OverlappedCore(scheduler, runner, launching, grammars, step_limit, observer)
+    return make_core(
+        device,
+        scheduler,
+        runner,
+        sampler,
+        grammars,
+        step_limit,
+        costs or UnusedCosts(),
+        is_overlapped=not prepared.why_not_overlap,
+    )
 
 
 def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:

@@ -45,41 +45,41 @@ def run_proof(
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with (folder / "log.txt").open("w") as log:
         for name, part in parts.items():
             left_s = deadline_s - (time.monotonic() - started)
             print(f"{name} ...", end=" ", flush=True)
             if left_s > 0:
-                found[name] = run_part(name, part, settings, log, min(patience * part.deadline_s, left_s))
+                results[name] = run_part(name, part, settings, log, min(patience * part.deadline_s, left_s))
             else:
-                found[name] = {
+                results[name] = {
                     "status": "not run: no time was left",
                     "seconds": 0,
                     "checks": [],
                     "tables": {},
                     "facts": {},
                 }
-            print(f"{found[name]['status']}, {found[name]['seconds']} s", flush=True)
-    result = _result(settings, found)
+            print(f"{results[name]['status']}, {results[name]['seconds']} s", flush=True)
+    result = _result(settings, results)
     for name in parts:
         settings.part_file(name).unlink(missing_ok=True)
     _write(folder, result)
     return result
 
 
-def _result(settings: Settings, found: dict[str, Any]) -> dict[str, Any]:
+def _result(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     """Everything that is known of the run."""
-    facts = {name: value for part in found.values() for name, value in part["facts"].items()}
+    facts = {name: value for part in results.values() for name, value in part["facts"].items()}
     return {
         "card": facts.get("card", "unknown card"),
         "date": datetime.date.today().isoformat(),
         "is_measured": not settings.is_interpreted and not settings.is_toy,
-        "is_passed": all(part["status"].startswith((PASSED, LEFT_OUT)) for part in found.values()),
+        "is_passed": all(part["status"].startswith((PASSED, LEFT_OUT)) for part in results.values()),
         "seed": settings.seed,
         "versions": _versions(),
         "facts": facts,
-        "parts": found,
+        "parts": results,
     }
 
 

@@ -14,6 +14,7 @@ from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.scenes import Part, Scene
 from engine.attention.base import AttentionShape, LayerCache
 from engine.attention.triton import TritonAttention
+from engine.device import DTYPES
 
 SHAPE, TOY_SHAPE = AttentionShape(28, 4, 128), AttentionShape(4, 2, 16)
 BATCHES, CONTEXTS, PROMPTS = (1, 8, 32, 128), (1024, 8192, 32_768), (512, 4096)
@@ -84,7 +85,7 @@ def _seconds(
 def _scene(inputs: Inputs, shape: AttentionShape, block_size: int, parts: list[Part]) -> Scene:
     """Sequences whose blocks are scattered over a cache without holes."""
     device = inputs.device.torch_device
-    dtype = torch.bfloat16 if inputs.device.half_dtype == "bfloat16" else torch.float16
+    dtype = DTYPES[inputs.device.half_dtype]
     counts = [-(-seq_len // block_size) for _, seq_len in parts]
     blocks = torch.split(torch.randperm(sum(counts)), counts)
     width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim

@@ -9,10 +9,10 @@ import subprocess
 
 import torch
 
-from benchmarks.gpu_proof.clock import call_seconds, find_device
+from benchmarks.gpu_proof.clock import call_seconds
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
-from engine.device import Device
+from engine.device import Device, detect_device
 
 COPY_BYTES, TOY_COPY_BYTES = 4 << 30, 1 << 20
 MATRIX_SIZE, TOY_MATRIX_SIZE = 8192, 64
@@ -37,7 +37,7 @@ class Ceilings:
 
 
 def run(settings: Settings, report: Report) -> None:
-    device = find_device(settings.device)
+    device = detect_device(0, settings.device)
     name, capability = _describe(device)
     report.fact(card=name, capability=capability, driver=_driver(settings))
     ceilings = measure_ceilings(device, is_toy=settings.is_toy)

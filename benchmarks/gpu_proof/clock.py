@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.device import DEVICES, Device
-from engine.link.registry import import_entry
+from engine.device import Device
 
 Call = Callable[[], object]
 
@@ -17,14 +16,6 @@ WARM_UPS = 2
 REPLAYS = 5
 MIN_SECONDS, MAX_REPLAYS = 0.01, 100
 """A measurement goes on for so long, and for so many replays at the longest."""
-
-
-def find_device(name: str) -> Device:
-    """The device of the proof. Raises RuntimeError where there is none."""
-    device: Device | None = import_entry(DEVICES, name, "device")(0)
-    if device is None:
-        raise RuntimeError(f"this machine has no device {name!r}")
-    return device
 
 
 def synchronize(device: Device) -> None:

@@ -15,7 +15,7 @@ from benchmarks.gpu_proof.settings import Settings
 from quant.kernels.launch import Launch
 from scripts.kernels_aot import CARDS, FORMS, STEPS, Card, Resources, compile_launch, complaints_of, record_launches
 
-TOY_CARD, TOY_LAUNCHES = "sm_90", 6
+TOY_CARD, TOY_LAUNCHES = "sm_90", 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

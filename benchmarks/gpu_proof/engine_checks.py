@@ -72,6 +72,8 @@ def engine_checks(*, is_toy: bool) -> list[Check]:
         window = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
         runs.append(Run(config | window, "dense", "dense"))
         names.append("ids of a tiny model, with a window")
+    else:  # one graph, as each is run when it is captured
+        runs = [dataclasses.replace(run, graph_sizes=run.graph_sizes[1:2]) for run in runs]
     return [Check(name, functools.partial(_complaints, run=run)) for name, run in zip(names, runs, strict=True)]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_proof.clock import find_device, synchronize
+from benchmarks.gpu_proof.clock import synchronize
 from benchmarks.gpu_proof.models import QWEN2_7B, SINGLE_LAYER
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
-from engine.device import Device
+from engine.device import Device, detect_device
 
 CONTEXT, NEW_TOKENS = 1024, 64
 TOY_CONTEXT, TOY_NEW_TOKENS = 8, 3
@@ -24,7 +24,7 @@ def run(settings: Settings, report: Report) -> None:
     if importlib.util.find_spec("transformers") is None:
         report.leave_out("transformers is not installed")
         return
-    device = find_device("cpu" if settings.is_interpreted else settings.device)
+    device = detect_device(0, "cpu" if settings.is_interpreted else settings.device)
     model = _random_model(SINGLE_LAYER if settings.is_toy else QWEN2_7B, device.torch_device, settings.seed)
     context, new = (TOY_CONTEXT, TOY_NEW_TOKENS) if settings.is_toy else (CONTEXT, NEW_TOKENS)
     prompt = torch.arange(context, device=device.torch_device).remainder(97).unsqueeze(0)

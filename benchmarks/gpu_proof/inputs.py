@@ -7,9 +7,8 @@ import zlib
 
 import torch
 
-from benchmarks.gpu_proof.clock import find_device
 from benchmarks.gpu_proof.settings import Settings
-from engine.device import Device
+from engine.device import Device, detect_device
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Inputs:
     @classmethod
     def of(cls, settings: Settings, name: str = "") -> Inputs:
         """The inputs of the check `name`, which are the same whatever was checked before it."""
-        device = find_device(settings.device)
+        device = detect_device(0, settings.device)
         seed = (settings.seed << 32) + zlib.crc32(name.encode())
         return cls(device, torch.Generator(device.torch_device).manual_seed(seed), settings.is_toy)
 

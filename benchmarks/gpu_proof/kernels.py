@@ -20,6 +20,7 @@ from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
 from benchmarks.gpu_proof.tiles import TUNED_ROWS, Product, best_tile, candidates, product_with, tuning_entry
 from benchmarks.gpu_proof.weights import FORMS, Form, random_weight
+from engine.device import DTYPES
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
 from quant.kernels.launch import recorded_launches
@@ -91,7 +92,7 @@ def _weight(matrix: Matrix, form: Form, dtype: torch.dtype, generator: torch.Gen
 
 def _copies(inputs: Inputs, matrix: Matrix, form: Form, ceilings: Ceilings) -> list[PackedWeight]:
     """Weights that together are three times what the cache holds."""
-    dtype = torch.bfloat16 if inputs.device.half_dtype == "bfloat16" else torch.float16
+    dtype = DTYPES[inputs.device.half_dtype]
     first = _weight(matrix, form, dtype, inputs.generator)
     count = 1 if inputs.is_toy else max(2, min(MAX_COPIES, -(-3 * ceilings.cache_bytes // weight_bytes(first))))
     return [first, *(_weight(matrix, form, dtype, inputs.generator) for _ in range(count - 1))]
@@ -148,7 +149,7 @@ def _tile_text(tile: Any) -> str:
 
 
 def _seconds(inputs: Inputs, products: Sequence[Product], num_inputs: int, rows: int, packed: PackedWeight) -> float:
-    dtype = torch.bfloat16 if inputs.device.half_dtype == "bfloat16" else torch.float16
+    dtype = DTYPES[inputs.device.half_dtype]
     x = inputs.normal(rows, num_inputs, dtype=dtype)
     return call_seconds(inputs.device, [functools.partial(product, x) for product in products])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_proof.weights import Form, RandomMethod
+from engine import overlap
 from engine.build import make_model
 from engine.core import EngineCore
 from engine.device import Device, find_cpu
@@ -17,12 +18,11 @@ from engine.layers.norm import RMSNorm
 from engine.link.messages import GenerationRequest
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM, Loadable
-from engine.overlap import OverlappedCore
 from engine.runner import ModelRunner
-from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
+from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import LAUNCHED_SAMPLERS, SAMPLERS
+from engine.sampling.sampler import SAMPLERS
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Drafter
@@ -149,8 +149,7 @@ def make_core(
     """
     grammars = Grammars(Path("none"), vocab_size, [], 1, lambda: import_entry(MASKS, device.masks, "mask"))
     processors: list[LogitsProcessor] = [Penalties(backend=device.penalties), grammars]
-    sample = import_entry(SAMPLERS, device.sampler, "sampler")
-    sampler = BatchSampler(sample, processors)
+    sampler = BatchSampler(import_entry(SAMPLERS, device.sampler, "sampler"), processors)
     scheduler = Scheduler(
         BlockManager(num_blocks, runner.block_size),
         max_batch_tokens=max_batch_tokens,
@@ -158,12 +157,16 @@ def make_core(
         drafter=drafter,
         needs_tokens=sampler.needs_tokens,
     )
-    if not is_overlapped:
-        return EngineCore(scheduler, runner, sampler, grammars, StepLimit(None, None), UnusedCosts())
-    launching = LaunchingBatchSampler(
-        sample, processors, import_entry(LAUNCHED_SAMPLERS, device.sampler, "launched sampler")
+    return overlap.make_core(
+        device,
+        scheduler,
+        runner,
+        sampler,
+        grammars,
+        StepLimit(None, None),
+        UnusedCosts(),
+        is_overlapped=is_overlapped,
     )
-    return OverlappedCore(scheduler, runner, launching, grammars, StepLimit(None, None), UnusedCosts())
 
 
 def greedy_request(name: str, prompt: list[int], max_new_tokens: int) -> GenerationRequest:

@@ -56,7 +56,7 @@ def run_part(name: str, part: Part, settings: Settings, log: TextIO, limit_s: fl
     path = settings.part_file(name)
     path.unlink(missing_ok=True)
     if part.is_sanitized and shutil.which(SANITIZER) is None:
-        return _found(path) | {"status": f"{LEFT_OUT}: {SANITIZER} is not installed", "seconds": 0.0}
+        return _results(path) | {"status": f"{LEFT_OUT}: {SANITIZER} is not installed", "seconds": 0.0}
     log.write(f"\n==== {name} ====\n")
     log.flush()
     command = [sys.executable, "-m", "benchmarks.gpu_proof.worker", part.entry, settings.dump(), str(path)]
@@ -86,9 +86,9 @@ def run_part(name: str, part: Part, settings: Settings, log: TextIO, limit_s: fl
         code = None
     finally:
         _end(process)
-    found = _found(path)
-    status, seconds = _status(found, code, limit_s), round(time.monotonic() - started, 1)
-    return found | {
+    results = _results(path)
+    status, seconds = _status(results, code, limit_s), round(time.monotonic() - started, 1)
+    return results | {
         "status": status if part.is_ours or status == PASSED else f"{LEFT_OUT}: {status}",
         "seconds": seconds,
     }
@@ -117,26 +117,26 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _found(path: Path) -> dict[str, Any]:
+def _results(path: Path) -> dict[str, Any]:
     """What a part has left in its file; nothing, if it has left none."""
-    found: dict[str, Any] = {"checks": [], "tables": {}, "facts": {}}
+    results: dict[str, Any] = {"checks": [], "tables": {}, "facts": {}}
     if path.exists():
-        found |= json.loads(path.read_text())
-    return found
+        results |= json.loads(path.read_text())
+    return results
 
 
-def _status(found: dict[str, Any], code: int | None, limit_s: float) -> str:
-    num_failed = sum(not check["is_ok"] for check in found["checks"])
+def _status(results: dict[str, Any], code: int | None, limit_s: float) -> str:
+    num_failed = sum(not check["is_ok"] for check in results["checks"])
     if code is None:
         return f"stopped at its deadline of {limit_s:.0f} s"
     if code == SANITIZER_EXIT_CODE:
         return f"{SANITIZER} found errors"
     if code != 0:
         return f"crashed with exit code {code}"
-    if "left_out" in found["facts"]:
-        return f"{LEFT_OUT}: {found['facts'].pop('left_out')}"
+    if "left_out" in results["facts"]:
+        return f"{LEFT_OUT}: {results['facts'].pop('left_out')}"
     if num_failed:
-        return f"{num_failed} of {len(found['checks'])} checks failed"
-    if not found["checks"]:
+        return f"{num_failed} of {len(results['checks'])} checks failed"
+    if not results["checks"]:
         return "checked nothing"
     return PASSED

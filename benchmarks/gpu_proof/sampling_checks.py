@@ -48,7 +48,7 @@ def sampling_checks(*, is_toy: bool) -> Iterator[Check]:
     for rows in (1, 3) if is_toy else (1, 33, 128):
         yield _check(f"greedy tokens of {rows} rows", [GREEDY] * rows, size)
     for name, params in DRAWS.items():
-        yield _check(f"tokens drawn with {name}", [params] * 8, size)
+        yield _check(f"tokens drawn with {name}", [params] * (3 if is_toy else 8), size)
     yield _check("rows of all kinds together", [GREEDY, SamplingParams(num_top_tokens=4), *DRAWS.values()], size)
     yield Check("a row that is not finite", functools.partial(_bad_row_complaints, size=size))
     yield Check("masks", functools.partial(_mask_complaints, size=size))

@@ -44,7 +44,7 @@ def runner_perplexity(runner: ModelRunner, token_ids: SequenceOf[int], window: i
         sequence.block_table = array("i", range(-(-sequence.num_tokens // runner.block_size)))
         batch = ScheduledBatch()
         batch.add(sequence, sequence.num_tokens)
-        logprobs = runner.execute(batch).prompt_logprobs()
+        logprobs = runner.execute(batch).copy_scores().read().tolist()
         total += math.fsum(logprobs)
         num_scored += len(logprobs)
     if not num_scored:

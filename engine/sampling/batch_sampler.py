@@ -41,6 +41,10 @@ class BatchSampler:
         """Whether the choice of the sequence's next token takes its tokens so far on the host."""
         return any(processor.needs_tokens(sequence) for processor in self._processors)
 
+    def launching(self, launch_sample: LaunchSample) -> LaunchingBatchSampler:
+        """The same choice by a sampler that can also leave the tokens on the device."""
+        return LaunchingBatchSampler(self._sample, self._processors, launch_sample)
+
     def _adjust(
         self, batch: ScheduledBatch, logits: torch.Tensor
     ) -> tuple[list[SamplingParams], list[int], RawRows | None]:

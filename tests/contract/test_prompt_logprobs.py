@@ -131,6 +131,11 @@ def test_a_score_that_is_no_number_ends_the_request(tiny_model_dir: Path) -> Non
     assert not core.scheduler.has_work
 
 
+def read_scores(runner: ModelRunner, batch: ScheduledBatch) -> list[float]:
+    scores: list[float] = runner.execute(batch).copy_scores().read().tolist()
+    return scores
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_on_shards(size: int, tiny_model_dir: Path) -> None:
     """The head is cut by rows of the vocabulary: every rank takes part in each piece, and rank 0 has the numbers."""
@@ -145,11 +150,11 @@ def test_on_shards(size: int, tiny_model_dir: Path) -> None:
         core = make_core(tiny_model_dir, runner=runner, max_batch_tokens=100)
         core.take(make_request(3))
         first = core.scheduler.schedule()
-        result = runner.execute(first).prompt_logprobs()
+        result = read_scores(runner, first)
         sequence = first.scheduled[0].sequence
         sequence.num_computed_tokens, sequence.prompt_logprobs = 100, result or [0.0] * 100
         second = core.scheduler.schedule()
-        return result + runner.execute(second).prompt_logprobs()
+        return result + read_scores(runner, second)
 
     rank0, *others = run_ranks(size, work)
     assert rank0 == pytest.approx(expected_logprobs(tiny_model_dir, PROMPTS[3]), abs=1e-4)

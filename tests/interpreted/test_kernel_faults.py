@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quant.kernels.launch import launch
 from tests.contract.harness import make_requests, make_runner, run_requests
 from tests.interpreted.launches import Descriptions, GuardError, launches_made_by, make_with_guards
 from tests.interpreted.test_engine import core_of, expected_ids, interpreted, make_prompts
-from tests.interpreted.test_graphs import LIMITS, STEPS, decode_batch, make_scene
+from tests.interpreted.test_graphs import FEW, STEPS, decode_batch, make_scene
 
 
 def run(folder: Path, runner: ModelRunner, prompts: list[list[int]]) -> list[list[int]]:
@@ -28,10 +29,10 @@ def run(folder: Path, runner: ModelRunner, prompts: list[list[int]]) -> list[lis
 
 def test_no_kernel_leaves_its_tensors(tiny_model_dir: Path) -> None:
     """Prompts, chunks, tokens and a graph, on tensors between NaN."""
-    prompts = make_prompts(sizes=[1, 40])
+    prompts = make_prompts(sizes=[1, 33])
     with launches_made_by(make_with_guards):
         runner = make_runner(tiny_model_dir, device=interpreted())
-        runner.capture(LIMITS)
+        runner.capture(FEW)
         ids = run(tiny_model_dir, runner, prompts)
     assert ids == [ids[:2] for ids in expected_ids(tiny_model_dir, prompts)]
 
@@ -113,6 +114,7 @@ def test_a_number_of_the_host_that_a_graph_holds_shows(
         return scale(forward(backend, qkv, cache, step, *others), step)
 
     monkeypatch.setattr(TritonAttention, "forward", planted)
-    (graphed, _), (plain, _) = (make_scene(tiny_model_dir, has_graphs=has_graphs) for has_graphs in (True, False))
+    one_graph = dataclasses.replace(FEW, sizes=(4,))
+    (graphed, _), (plain, _) = (make_scene(tiny_model_dir, limits) for limits in (one_graph, None))
     batch = decode_batch(STEPS["padded"])
     assert torch.equal(graphed.execute(batch).logits, plain.execute(batch).logits) == is_same

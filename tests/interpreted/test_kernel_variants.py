@@ -15,8 +15,9 @@ from engine.link.messages import GenerationRequest, SamplingParams
 from engine.start import start_engine
 from tests.contract.harness import random_ids, run_requests
 from tests.interpreted.launches import Descriptions, launches_made_by
+from tests.tiny_model import write_tiny_qwen2
 
-NUM_REQUESTS = 70
+NUM_REQUESTS = 68
 """More than the largest count of rows with kernels of its own."""
 
 
@@ -44,7 +45,7 @@ def make_requests(chance: random.Random) -> list[GenerationRequest]:
             prompt_token_ids=random_ids(5, number) * (size // 5)
             if number % 9 == 0 and size > 9
             else random_ids(size, number),
-            max_new_tokens=4 if number % 9 == 0 else 3,
+            max_new_tokens=4 if number % 9 == 0 else 2,
             is_ignoring_eos=True,
             sampling=make_params(chance),
             has_prompt_logprobs=number % 7 == 0,
@@ -54,11 +55,12 @@ def make_requests(chance: random.Random) -> list[GenerationRequest]:
     ]
 
 
-def test_everything_is_compiled_before_it_serves(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_compiled_before_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_qwen2(tmp_path, num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
     monkeypatch.setattr(warm_up, "MEASUREMENTS", 1)
     monkeypatch.setattr(warm_up, "MEASURED_ROWS", (1, 4))
     config = EngineConfig(
-        model_path=str(tiny_model_dir),
+        model_path=str(tmp_path),
         device="interpreted",
         dtype="float32",
         max_batch_total_tokens=4096,

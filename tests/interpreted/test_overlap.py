@@ -30,7 +30,7 @@ from tests.interpreted.test_engine import interpreted, make_prompts
 from tests.no_reads import READING_METHODS, NoReads, ReadError
 
 NUM_BLOCKS = 32
-GRAPHS = GraphLimits(sizes=(1, 2, 4), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+GRAPHS = GraphLimits(sizes=(1, 4), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
 GRAMMAR = LLMatcher.grammar_from_regex("[a-z ]+")
 
 
@@ -56,7 +56,7 @@ def on_cpu(folder: Path, requests: list[GenerationRequest]) -> Outcome:
 
 
 def plain_requests() -> list[GenerationRequest]:
-    return make_requests(make_prompts(), max_new_tokens=6)
+    return make_requests(make_prompts(), max_new_tokens=4)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [512, 24])
@@ -104,7 +104,7 @@ def mixed_requests() -> list[GenerationRequest]:
     prompts = make_prompts(sizes=[5, 4, 3, 6, 2, 7])
     requests = [
         msgspec.structs.replace(request, sampling=sampling)
-        for request, sampling in zip(make_requests(prompts, max_new_tokens=5), samplings, strict=True)
+        for request, sampling in zip(make_requests(prompts, max_new_tokens=4), samplings, strict=True)
     ]
     requests[4] = msgspec.structs.replace(requests[4], grammar=GRAMMAR)
     requests[5] = msgspec.structs.replace(requests[5], has_prompt_logprobs=True)
@@ -133,8 +133,10 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return fill(*args, **kwargs)
 
     def noted_read(copy: HostCopy) -> Any:
-        notes.append("read")
-        return read(copy)
+        numbers = read(copy)
+        if numbers.size:  # nothing is scored here
+            notes.append("read")
+        return numbers
 
     monkeypatch.setattr(StepBuffers, "fill", noted_fill)
     monkeypatch.setattr(HostCopy, "read", noted_read)

@@ -59,7 +59,7 @@ ROOMS: dict[str, str] = {
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
-    "engine.step_buffers engine.step_inputs",
+    "engine.step_buffers engine.step_inputs quant",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
     "engine.scheduling engine.step_inputs parallel",
     "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from engine.core import EngineCore, Runner
 from engine.overlap import OverlappedCore, OverlappedRunner
@@ -30,7 +31,7 @@ def assemble_core(
 ) -> EngineCore:
     """A core without step limits; `grammars` left out have no tokenizer, and every grammar is an error.
 
-    With `launch_sample` steps overlap; the scheduler needs `needs_tokens` then.
+    With `launch_sample` steps overlap: the scheduler needs `needs_tokens`, the runner is an `OverlappedRunner`.
     """
     grammars = grammars or Grammars(Path("no tokenizer.json"), 1, [], 1, lambda: apply_masks)
     processors: list[LogitsProcessor] = [penalties or Penalties(), grammars]
@@ -38,8 +39,7 @@ def assemble_core(
     if launch_sample is None:
         return EngineCore(scheduler, runner, BatchSampler(sample, processors), grammars, limit, costs)
     sampler = LaunchingBatchSampler(sample, processors, launch_sample)
-    assert isinstance(runner, OverlappedRunner)
-    return OverlappedCore(scheduler, runner, sampler, grammars, limit, costs)
+    return OverlappedCore(scheduler, cast(OverlappedRunner, runner), sampler, grammars, limit, costs)
 
 
 def needs_tokens(sequence: Sequence) -> bool:

@@ -14,7 +14,7 @@ import engine.start
 from engine.attention.base import AttentionShape
 from engine.attention.torch import TorchAttention
 from engine.core import EngineCore
-from engine.device import Device, OwnMemory
+from engine.device import Device, DeviceMemory
 from engine.full_step import full_step, plan_measured
 from engine.graphs import GraphLimits, graph_bytes
 from engine.limits import EngineLimits, MemoryNeeds, MemoryPlan, NotEnoughMemoryError
@@ -66,9 +66,9 @@ class CountedMemory:
         return self.total - self.used - self.kept
 
     def device(self) -> Device:
-        memory = OwnMemory(total_bytes=lambda: self.total, release_cached=self.release, set_limit=self.limits.append)
+        memory = DeviceMemory(total_bytes=lambda: self.total, release_cached=self.release, set_limit=self.limits.append)
         found: Device = reference_device(
-            own_memory=memory,
+            memory=memory,
             free_memory_bytes=lambda: self.free,
             is_memory_shared=False,
             step_limit_s=None,
