@@ -26,6 +26,7 @@ help:
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
+	@echo 'make clean             take the environment away'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'

@@ -43,12 +43,14 @@ def complaints_of(result: Mapping[str, Any]) -> list[str]:
         failed = [name for name, part in result["parts"].items() if part["status"] != "passed"]
         complaints.append(f"parts have not passed: {', '.join(failed)}")
     if not result["parts"].get("model", {}).get("tables", {}).get(DECODE):
-        complaints.append("the part `model` is not in it")
+        complaints.append(f"it has no table {DECODE!r} of the part `model`")
     return complaints
 
 
 def keep(run: Path, folder: Path) -> Path:
     """Copy the results and the table of a run; returns the file of results. Raises SystemExit for a refused run."""
+    if not (run / "result.json").is_file():
+        raise SystemExit(f"{run} has no result.json: run `make gpu-proof` first, or name the folder of a run")
     result = json.loads((run / "result.json").read_text())
     if complaints := complaints_of(result):
         raise SystemExit(f"{run} can't be kept: {'; '.join(complaints)}")

@@ -345,12 +345,22 @@ def _run_job(index: int) -> tuple[str, list[str]]:
     return f"{numbers}  {label}", complaints_of(resources, card, is_decoding=job.is_decoding)
 
 
-def main() -> int:
+def parse_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Names of models and of cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
-    parser.add_argument("--cards", default=",".join(CARDS), help="separated by commas")
-    arguments = parser.parse_args()
-    model_names, card_names = arguments.models.split(","), arguments.cards.split(",")
+    tables: dict[str, Mapping[str, Any]] = {"models": MODELS, "cards": CARDS}
+    for name, table in tables.items():
+        known = ", ".join(table)
+        parser.add_argument(f"--{name}", default=",".join(table), help=f"some of {known}, separated by commas (all)")
+    names = {name: value.split(",") for name, value in vars(parser.parse_args(arguments)).items()}
+    for name, table in tables.items():
+        if unknown := [value for value in names[name] if value not in table]:
+            parser.error(f"--{name}: {', '.join(unknown)} not known: name some of {', '.join(table)}")
+    return names["models"], names["cards"]
+
+
+def main() -> int:
+    model_names, card_names = parse_arguments(sys.argv[1:])
     num_failures = 0
     for model_name in model_names:
         for form in FORMS:
