@@ -28,6 +28,8 @@ from parallel.state import RankLostError
 logger = logging.getLogger(__name__)
 
 DEFAULT_GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
+MAX_GRAPH_ROWS = 512
+"""Rows of the largest graph. Larger steps take so long that launching them one by one costs nothing."""
 GRAPH_BYTES = 16 << 20
 """Memory set aside for what a driver keeps of each graph. Not measured: a graph of Qwen2-7B has some 400 launches."""
 MAX_PACKED_ROWS, WIDENED_OUTPUTS, WIDENED_BYTES = 64, 8192, 2

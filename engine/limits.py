@@ -178,6 +178,8 @@ def _kv_refusal(config: EngineConfig, needs: MemoryNeeds, available: int, *, is_
     suggested = _suggested(available // needs.per_block * needs.block_size, needs)
     if num_tokens and suggested:
         fix = f"lower --{name.replace('_', '-')} to {suggested}"
+    elif needs.graphs and needs.blocks(num_tokens or needs.block_size) * needs.per_block <= available + needs.graphs:
+        fix = "name fewer or smaller sizes with --cuda-graphs, or 0 for none"
     elif is_share_too_small:
         fix = f"raise TGI_WIGGLE_ROOM ({_kv_share(config, needs):g})"
     else:

@@ -14,7 +14,7 @@ from engine.checkpoint.files import read_eos_token_ids
 from engine.core import EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import StepMeter, max_measured_running, plan_measured
-from engine.graphs import DEFAULT_GRAPH_SIZES, GraphLimits
+from engine.graphs import DEFAULT_GRAPH_SIZES, MAX_GRAPH_ROWS, GraphLimits
 from engine.kernel_cache import outlive_full_disk
 from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
@@ -127,6 +127,8 @@ def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan,
 
 def _graph_limits(config: EngineConfig, max_seq_len: int, num_kv_tokens: int) -> GraphLimits:
     sizes = DEFAULT_GRAPH_SIZES if config.graph_sizes is None else config.graph_sizes
+    if max(sizes, default=0) > MAX_GRAPH_ROWS:
+        raise StartError(f"--cuda-graphs {max(sizes)}: a graph has at most {MAX_GRAPH_ROWS} rows: name smaller sizes")
     return GraphLimits(
         sizes=sizes,
         max_seq_len=min(max_seq_len, num_kv_tokens),

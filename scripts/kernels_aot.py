@@ -368,6 +368,9 @@ def main() -> int:
             print(f"{num_launches} launches a layer: {model_name} {form}")
             num_failures += len(launch_complaints(num_launches))
     _jobs.extend(distinct_jobs(model_names, card_names))
+    if not _jobs:
+        print(f"nothing to compile: {', '.join(card_names)} take none of {', '.join(model_names)}")
+        return 1
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         for line, complaints in pool.map(_run_job, range(len(_jobs))):
             print(line, *(f"\n  FAILED: {complaint}" for complaint in complaints), flush=True)

@@ -91,7 +91,8 @@ class Scheduler:
         """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
         num_admissions = self.num_admissions
         decodes = self._decodes()
-        budget = self._max_batch_tokens - len(decodes)
+        # Those that wait for results come back: their places are not for newcomers.
+        budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
         if max_tokens is not None:  # some progress is always made on a prompt
             budget = min(budget, max(1, max_tokens - len(decodes)))
         chunks = self._chunks(budget)

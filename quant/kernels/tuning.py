@@ -22,6 +22,8 @@ TUNED_TILES = Path(__file__).with_name("tuned_tiles.json")
 MAX_DISTANCE = 1.0
 """A measured tile serves weights of at most twice or half the size; a weight as near as that has the nearest one's."""
 
+MAX_TILE = {"block_outputs": 256, "block_inputs": 1024, "splits": 64, "num_warps": 16, "num_stages": 8}
+"""The most of each of a tile's numbers that a card may have a use for."""
 MAX_BLOCK_INPUTS = 128
 MIN_BLOCK = 16
 ENOUGH_PROGRAMS = 256
@@ -66,14 +68,17 @@ Tuned = Sequence[tuple[str, WeightShape, Tile]]
 
 def tile_for(weight: WeightShape, architecture: str | None = None, *, min_inputs: int) -> Tile:
     """The tile of a weight, whose blocks have at least `min_inputs` inputs, a power of two."""
-    return tuned_tile(read_tuned_tiles(TUNED_TILES), weight, architecture) or default_tile(weight, min_inputs)
+    return tuned_tile(read_tuned_tiles(TUNED_TILES), weight, architecture, min_inputs) or default_tile(
+        weight, min_inputs
+    )
 
 
-def tuned_tile(tuned: Tuned, weight: WeightShape, architecture: str | None) -> Tile | None:
-    """The measured tile of the nearest weight on that architecture; None: none is near."""
+def tuned_tile(tuned: Tuned, weight: WeightShape, architecture: str | None, min_inputs: int) -> Tile | None:
+    """The measured tile of the nearest weight on that architecture; None: none is near that the kernel takes."""
     distances = [(weight.distance(other), tile) for name, other, tile in tuned if name == architecture]
     nearest = min(distances, key=lambda pair: pair[0], default=None)
-    return nearest[1] if nearest is not None and nearest[0] <= MAX_DISTANCE else None
+    is_near = nearest is not None and nearest[0] <= MAX_DISTANCE and nearest[1].block_inputs >= min_inputs
+    return nearest[1] if nearest is not None and is_near else None
 
 
 def default_tile(weight: WeightShape, min_inputs: int) -> Tile:
@@ -98,7 +103,7 @@ def read_tuned_tiles(path: Path) -> Tuned:
     try:
         entries = json.loads(path.read_bytes())
         return [_read_entry(entry) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise FormatError(f"{path} is not a list of measured tiles: {error}") from error
 
 
@@ -106,9 +111,12 @@ def _read_entry(entry: Mapping[str, Any]) -> tuple[str, WeightShape, Tile]:
     fields = dict(entry)
     architecture, numbers = str(fields.pop("architecture")), dict(fields.pop("tile"))
     weight, tile = WeightShape(**fields), Tile(**numbers)
+    for name in ("num_outputs", "num_inputs"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise ValueError(f"{name} of a weight is {fields[name]!r}")
     for name, number in numbers.items():
-        is_power_of_two = isinstance(number, int) and number > 0 and number & (number - 1) == 0
-        if not is_power_of_two and not (name in ("splits", "num_stages") and isinstance(number, int) and number > 0):
+        is_allowed = type(number) is int and 0 < number <= MAX_TILE[name]
+        if not is_allowed or (name not in ("splits", "num_stages") and number & (number - 1)):
             raise ValueError(f"{name} of a tile is {number!r}")
     if tile.block_outputs < MIN_BLOCK or tile.block_inputs < MIN_BLOCK:
         raise ValueError(f"a tile of {tile.block_outputs} x {tile.block_inputs} is too small")

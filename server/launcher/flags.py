@@ -299,7 +299,7 @@ BATCHING = (
         name="cuda-graphs",
         fills="engine.graph_sizes",
         help="Rows of decoding steps that a GPU runs as CUDA graphs, the tokens of drafts included; 0 captures none "
-        "(default: 1,2,4,8,16,32; no effect on a CPU)",
+        "(default: 1,2,4,8,16,32, at most 512; no effect on a CPU)",
         value=INTEGERS,
     ),
     Flag(

@@ -163,6 +163,8 @@ def test_graphs_have_their_memory(start: Start, monkeypatch: pytest.MonkeyPatch)
     memory = CountedMemory(WEIGHTS + STEP + 100 * BLOCK_BYTES + graphs)
     core, _ = start(memory, graph_sizes=sizes)
     assert core.scheduler.stats().num_blocks == 95
+    with pytest.raises(StartError, match="--cuda-graphs 1000000: a graph has at most 512 rows: name smaller sizes"):
+        start(CountedMemory(memory.total), graph_sizes=(1, 1_000_000))
     core, _ = start(CountedMemory(memory.total), graph_sizes=(0,))
     assert core.scheduler.stats().num_blocks > 95
 

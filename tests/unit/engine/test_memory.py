@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_no_room_for_any_cache_names_what_limits(free: int, options: dict[str, A
     with pytest.raises(StartError) as caught:
         blocks(free, **options)
     assert str(caught.value) == sentence
+
+
+def test_graphs_that_leave_no_room_are_named() -> None:
+    needs = dataclasses.replace(NEEDS, graphs=1500 * MEGABYTE)
+    free_bytes = 2000 * MEGABYTE
+    with pytest.raises(StartError, match=r"name fewer or smaller sizes with --cuda-graphs, or 0 for none$"):
+        plan_kv_blocks(config(), needs, free_bytes=free_bytes, window=1024, has_default_cap=False)
+    assert plan_kv_blocks(config(), NEEDS, free_bytes=free_bytes, window=1024, has_default_cap=False)
 
 
 def test_weights_that_do_not_fit() -> None:

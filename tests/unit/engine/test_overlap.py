@@ -328,3 +328,17 @@ ASYNCHRONOUS = dataclasses.replace(find_cpu(0), is_asynchronous=True, sampler="t
 def test_when_steps_overlap(device: Device, config: dict[str, object], line: str) -> None:
     reasons = why_not_overlap(EngineConfig(model_path="any", **cast(Any, config)), device)
     assert describe_overlap(reasons) == line
+
+
+def test_those_that_wait_for_results_keep_their_places_in_a_step() -> None:
+    """Otherwise newcomers take them, and a later step has more tokens than there is memory for."""
+    simulation = OverlappedSimulation(
+        num_blocks=32, max_batch_tokens=2, needs_tokens=lambda sequence: sequence.request.request_id != "r3"
+    )
+    simulation.model = lambda token_ids: 9
+    for number in range(9):
+        simulation.add(f"r{number}", [number], max_new_tokens=6)
+    while simulation.scheduler.has_work or simulation.launched is not None:
+        assert simulation.step().num_tokens <= 2
+        assert len(simulation.scheduler.running) <= 2
+    assert all(simulation.output(f"r{number}") == [9] * 6 for number in range(9))

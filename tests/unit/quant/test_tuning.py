@@ -38,8 +38,8 @@ def write(folder: Path, content: Any) -> Path:
 def test_the_nearest_measured_weight_of_the_card_gives_the_tile(tmp_path: Path) -> None:
     other = entry(num_outputs=8192, tile={**TILE, "splits": 1})
     tuned = read_tuned_tiles(write(tmp_path, [entry(), other, entry(architecture="sm_80", tile={**TILE, "splits": 9})]))
-    assert tuned_tile(tuned, DOWN, "sm_90") == Tile(**TILE)
-    assert tuned_tile(tuned, WeightShape("int4", 7168, 18_944, 128), "sm_90") == Tile(**{**TILE, "splits": 1})
+    assert tuned_tile(tuned, DOWN, "sm_90", 32) == Tile(**TILE)
+    assert tuned_tile(tuned, WeightShape("int4", 7168, 18_944, 128), "sm_90", 32) == Tile(**{**TILE, "splits": 1})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,12 @@ def test_the_nearest_measured_weight_of_the_card_gives_the_tile(tmp_path: Path) 
     ids="card none layout group order size".split(),
 )
 def test_others_have_the_default(tmp_path: Path, weight: WeightShape, architecture: str | None) -> None:
-    assert tuned_tile(read_tuned_tiles(write(tmp_path, [entry()])), weight, architecture) is None
+    assert tuned_tile(read_tuned_tiles(write(tmp_path, [entry()])), weight, architecture, 32) is None
+
+
+def test_a_tile_that_the_kernel_does_not_take_is_passed_over(tmp_path: Path) -> None:
+    tuned = read_tuned_tiles(write(tmp_path, [entry(tile={**TILE, "block_inputs": 16})]))
+    assert tuned_tile(tuned, DOWN, "sm_90", 32) is None
 
 
 @pytest.mark.parametrize(
@@ -65,11 +70,16 @@ def test_others_have_the_default(tmp_path: Path, weight: WeightShape, architectu
         ([entry(tile={**TILE, "block_inputs": 48})], "block_inputs of a tile is 48"),
         ([entry(tile={**TILE, "splits": 0})], "splits of a tile is 0"),
         ([entry(tile={**TILE, "block_outputs": 8})], "8 x 64 is too small"),
+        ([entry(num_outputs=0)], "num_outputs of a weight is 0"),
+        ([entry(num_inputs="64")], "num_inputs of a weight is '64'"),
+        ([entry(tile={**TILE, "num_warps": True})], "num_warps of a tile is True"),
+        ([entry(tile={**TILE, "num_warps": 1024})], "num_warps of a tile is 1024"),
+        ("[" * 100_000, "recursion"),
         ([entry(rows=1)], "unexpected keyword argument 'rows'"),
         ([{"layout": "int4"}], "architecture"),
         (["int4"], "sequence"),
     ],
-    ids="json power splits small rows architecture list".split(),
+    ids="json power splits small no-outputs no-number bool warps deep rows architecture list".split(),
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: Any, reason: str) -> None:
     with pytest.raises(FormatError, match=f"tiles.json is not a list of measured tiles: .*{reason}"):
