@@ -74,13 +74,15 @@ test-fast: install
 
 # Two processes for two cores, as above; then what is measured in time, which has the machine for itself.
 # With PYTEST_ARGS only the tests that they choose.
+UNTIMED := $(patsubst %,tests/e2e/test_%.py,documents download examples flags quantize real_clients reference_ids rope_ids)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
-	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy; } > $$log 2>&1 & interpreted=$$!; \
+	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
+	$(PY) -m pytest -q $(UNTIMED); } > $$log 2>&1 & beside=$$!; \
 	$(PY) -m pytest -q tests/unit tests/contract; status=$$?; \
-	wait $$interpreted || status=$$?; cat $$log; rm $$log; exit $$status
-	@$(PY) -m pytest -q tests/e2e
+	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
+	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(UNTIMED))
 else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
