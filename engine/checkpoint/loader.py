@@ -1,8 +1,10 @@
 """Weights -> the layers of a model. Tensors that a layer can use in place are not copied, and only the part of a tensor
 that a layer needs is read.
 
-Tensors come layer by layer, and a layer goes to its device as soon as its last tensor is there: the host holds the
-matrices of one layer at a time, however large the model is.
+Tensors come layer by layer, and a layer goes to another device as soon as its last tensor is there: the host holds the
+matrices of one layer at a time, however large the model is. Layers that stay in the host's memory are finished together
+at the end: matrices that are packed one by one between the tensors lie so in memory that a prompt in 8 bits takes 1.1
+times as long.
 
 Every tensor that is used is also looked through for NaN and infinity, on a thread beside the one that copies: where a
 second core is free it costs no time, as it brings in pages of the tensors used in place that the warm-up would touch.
@@ -61,13 +63,16 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
                 checks.popleft().result()
             layer = _layer_of(name, layers)
             num_missing[id(layer)] -= 1
-            if layer is not None and not num_missing[id(layer)]:
+            if not is_host and layer is not None and not num_missing[id(layer)]:
                 _finish(layer, layers, device)
     for check in checks:
         check.result()
     for prefix, (layer, part) in layers.items():
         if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
+    if is_host:
+        for layer in {id(layer): layer for layer, _ in layers.values()}.values():
+            _finish(layer, layers, device)
 
 
 def _loading_order(names: Sequence[str], layers: CheckpointLayers) -> list[str]:
