@@ -143,8 +143,23 @@ class FormMethod:
 
 def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, num_layers: int = 1) -> list[Launch]:
     """Every launch of one step of a model with that many layers."""
+    config = model_config(model_name, num_layers)
+    method: Any = FormMethod(form)
+    head: Any = FormMethod("dense" if form == "dense" else "int8")
+    dense = DenseMethod(dtype, computes_in_float32=False)
+    quantization = Quantization(form, dense, method, head, lambda module: None, "triton")
+    device = dataclasses.replace(find_cpu(0), matrices="triton", ops="triton", computes_in_float32=False)
+    model = make_model(config, quantization, dtype, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
+        load_shapes(model, config, dtype, torch.device("cpu"))
+        run_step(model, step, dtype)
+    return launches
+
+
+def model_config(model_name: str, num_layers: int = 1) -> dict[str, Any]:
+    """The config.json of one of `MODELS`, with that many layers."""
     hidden, inner, heads, kv_heads, vocabulary, is_tied = MODELS[model_name]
-    config = {
+    return {
         "model_type": "qwen2",
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -158,23 +173,13 @@ def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, 
         "rope_theta": 1e6,
         "hidden_act": "silu",
     }
-    method: Any = FormMethod(form)
-    head: Any = FormMethod("dense" if form == "dense" else "int8")
-    dense = DenseMethod(dtype, computes_in_float32=False)
-    quantization = Quantization(form, dense, method, head, lambda module: None, "triton")
-    device = dataclasses.replace(find_cpu(0), matrices="triton", ops="triton", computes_in_float32=False)
-    model = make_model(config, quantization, dtype, device)
-    with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
-        load_shapes(model, config, dtype)
-        run_step(model, step, dtype)
-    return launches
 
 
-def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Give every layer tensors of the stored shapes."""
+def matrix_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the matrices, by the last part of their names in checkpoints."""
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {
+    return {
         "q_proj": (hidden, hidden),
         "k_proj": (kv_size, hidden),
         "v_proj": (kv_size, hidden),
@@ -185,14 +190,19 @@ def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype) 
         "embed_tokens": (vocabulary, hidden),
         "lm_head": (vocabulary, hidden),
     }
+
+
+def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Give every layer tensors of the stored shapes, and let it move them to the device."""
+    shapes = matrix_shapes(config)
     layers: dict[int, Loadable] = {}
     for prefix, (layer, part) in model.checkpoint_layers().items():
-        shape = shapes.get(prefix.rpartition(".")[2], (hidden,))
+        shape = shapes.get(prefix.rpartition(".")[2], (config["hidden_size"],))
         for name in layer.missing(part):
             layer.load(name, part, torch.empty(shape if name == "weight" else shape[:1], dtype=dtype))
         layers[id(layer)] = layer
     for layer in layers.values():
-        layer.finish(torch.device("cpu"))
+        layer.finish(device)
 
 
 def choose_tokens(logits: torch.Tensor) -> None:

@@ -19,14 +19,13 @@ from engine.build import make_model
 from engine.device import Device, find_cpu
 from engine.layers.rope import Rotary
 from engine.link.messages import GenerationRequest
-from engine.models.base import Loadable
 from engine.runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
 from quant.config import Quantization
 from quant.dense import DenseMethod
 from quant.on_load import Int8Method
-from scripts.kernels_aot import MODELS, FormMethod
+from scripts.kernels_aot import FormMethod, load_shapes, model_config
 
 GPU = torch.device("cuda", 0)
 NUM_BLOCKS, BLOCK_SIZE, NUM_POSITIONS = 300, 16, 4096
@@ -71,28 +70,9 @@ def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> 
     return copied
 
 
-def make_config(name: str, num_layers: int = 1) -> dict[str, Any]:
-    """The config.json of one of Qwen2's sizes, with fewer layers."""
-    hidden, inner, heads, kv_heads, vocabulary, is_tied = MODELS[name]
-    return {
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "num_hidden_layers": num_layers,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": is_tied,
-        "max_position_embeddings": NUM_POSITIONS,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-    }
-
-
 def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16, device: Device = DEVICE) -> ModelRunner:
     """A model of the form as it stands after its weights are loaded, with KV memory. Call it under `no_numbers`."""
-    config = make_config(name)
+    config = model_config(name)
     method: Any = FormMethod(form)
     head: Any = method if form == "dense" else Int8Method()
     dense = DenseMethod(dtype, computes_in_float32=False)
@@ -101,34 +81,10 @@ def make_fake_runner(name: str, form: str, dtype: torch.dtype = torch.bfloat16, 
         # Its rotary embedding is checked as it is made: that happens with numbers, on the CPU.
         model = make_model(config, quantization, dtype, dataclasses.replace(device, torch_device=torch.device("cpu")))
         model.rotary = Rotary(model.rotary.rope, model.attention_shape.head_dim, GPU)
-    layers: dict[int, Loadable] = {}
-    for prefix, (layer, part) in model.checkpoint_layers().items():
-        for tensor_name in layer.missing(part):
-            shape = _shape(config, prefix.rpartition(".")[2])
-            layer.load(tensor_name, part, torch.empty(shape if tensor_name == "weight" else shape[:1], dtype=dtype))
-        layers[id(layer)] = layer
-    for layer in layers.values():
-        layer.finish(GPU)
+    load_shapes(model, config, dtype, GPU)
     runner = ModelRunner(model, device)
     runner.allocate(NUM_BLOCKS, dtype, num_positions=NUM_POSITIONS)
     return runner
-
-
-def _shape(config: dict[str, Any], name: str) -> tuple[int, ...]:
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {
-        "q_proj": (hidden, hidden),
-        "k_proj": (kv_size, hidden),
-        "v_proj": (kv_size, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-        "embed_tokens": (vocabulary, hidden),
-        "lm_head": (vocabulary, hidden),
-    }
-    return shapes.get(name, (hidden,))
 
 
 def make_fake_batch(parts: list[tuple[int, int, list[int]]], *, is_scored: bool = False) -> ScheduledBatch:

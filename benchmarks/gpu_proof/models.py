@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.scheduling.step_costs import UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 from quant.config import Quantization
 from quant.dense import DenseMethod
+from scripts.kernels_aot import matrix_shapes
 
 Config = dict[str, Any]
 
@@ -106,23 +107,6 @@ def fill_model(model: CausalLM, config: Config, device: torch.device, generator:
         layers[id(layer)] = layer
     for layer in layers.values():
         layer.finish(device)
-
-
-def matrix_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the matrices, by the last part of their names in checkpoints."""
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    return {
-        "q_proj": (hidden, hidden),
-        "k_proj": (kv_size, hidden),
-        "v_proj": (kv_size, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-        "embed_tokens": (vocabulary, hidden),
-        "lm_head": (vocabulary, hidden),
-    }
 
 
 def make_runner(

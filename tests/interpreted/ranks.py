@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ from engine.ranks import Ranks
 from engine.start import start_engine, start_follower
 from parallel.state import Collectives, ParallelState
 from parallel.world import World, listen_at, meet
+from tests.rank_processes import RankProcesses
 
 ADDRESS = "127.0.0.1"
 NUM_RANKS = 2
@@ -122,20 +122,11 @@ class RecordedCollectives:
         return gathered
 
 
-class InterpretedRanks:
-    """Processes that serve one model after the other; a context manager that ends them."""
+class InterpretedRanks(RankProcesses):
+    """Processes that serve one model after the other."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(NUM_RANKS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        super().__init__(NUM_RANKS, _serve, timeout_s=TIMEOUT_S)
 
     def run(
         self, folder: Path, requests: list[GenerationRequest], *, quantize: str | None = None, has_graphs: bool = False
@@ -153,26 +144,7 @@ class InterpretedRanks:
         )
         with listen_at(ADDRESS, 0) as listener:
             port = listener.getsockname()[1]
-        for pipe in self._pipes:
-            pipe.send((port, config, requests))
-        answers: list[Any] = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(TIMEOUT_S), f"rank {rank} does not answer"
-            answers.append(pipe.recv())
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
-
-    def __enter__(self) -> InterpretedRanks:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            pipe.close()  # ends the process
-            process.join(TIMEOUT_S)
-            process.kill()
-            process.close()
+        return self.ask((port, config, requests))
 
 
 def _serve(rank: int, pipe: Connection) -> None:

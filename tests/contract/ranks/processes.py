@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ from parallel import shared_memory
 from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives
 from parallel.torch_collectives import TorchCollectives
+from tests.rank_processes import RankProcesses
 
 SLOT_FLOATS = 64
 """Numbers in one turn, in place of a million, so that a few numbers take several turns."""
@@ -24,8 +24,8 @@ Work = Callable[..., Any]
 """A function of a module: collectives, rank, size and whatever the test passes -> something that can be pickled."""
 
 
-class Processes:
-    """Ranks with collectives of every kind; a context manager that ends them."""
+class Processes(RankProcesses):
+    """Ranks with collectives of every kind."""
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
         """`backend` is what the kind "gloo" is made of, as torch takes it."""
@@ -35,45 +35,19 @@ class Processes:
         for fd in self._fds:
             os.ftruncate(fd, memory_bytes(size))
         paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in self._fds]
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            args = rank, size, self._store.port, paths, theirs, backend
-            process = context.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        super().__init__(size, _serve, size, self._store.port, paths, backend, timeout_s=2 * TIMEOUT_S)
 
     def run(self, kind: str, work: Work, *args: Any) -> list[Any]:
         """What `work` returns on each rank. Raises the error of the first rank that has one."""
-        for pipe in self._pipes:
-            pipe.send((kind, work, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(2 * TIMEOUT_S), f"rank {rank} does not answer"
-            answers.append(pipe.recv())
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
-
-    def __enter__(self) -> Processes:
-        return self
+        return self.ask((kind, work, args))
 
     def __exit__(self, *exc: object) -> None:
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            pipe.close()  # ends the process
-            process.join(TIMEOUT_S)
-            process.kill()
-            process.close()
+        super().__exit__(*exc)
         for fd in self._fds:
             os.close(fd)
 
 
-def _serve(rank: int, size: int, port: int, paths: list[str], pipe: Connection, backend: str) -> None:
+def _serve(rank: int, pipe: Connection, size: int, port: int, paths: list[str], backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     shared_memory.SLOT_FLOATS = SLOT_FLOATS
     shared = [
