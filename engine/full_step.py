@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ from engine.link.errors import StartError
 from engine.link.messages import SamplingParams
 from engine.runner import SCORED_ROWS, ModelRunner
 from engine.sampling.sampler import RawRows, Sample
-from engine.step_inputs import StepInputs
+from engine.step_inputs import BLOCK_BYTES, StepInputs
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def full_step(num_tokens: int, *, num_positions: int, max_rows: int, block_size:
         input_ids=[0] * num_tokens,
         query_start_loc=starts,
         seq_lens=[num_positions] * num_sequences,
-        block_table=bytes(num_sequences * num_blocks * array("i").itemsize),
+        block_table=bytes(num_sequences * num_blocks * BLOCK_BYTES),
         prompt_lens=[num_positions] * num_sequences,
         logits_indices=list(range(min(max_rows, num_tokens))),
         scored_indices=list(range(num_scored)),

@@ -84,7 +84,7 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def reads_device(func: Any, args: Any) -> bool:
     """Whether an operation waits for the device; a mask as an index does, as it decides on the result's size."""
-    name = func.name().removeprefix("aten::").split(".")[0]
+    name = _operation(func)
     indices = [index for arg in args if isinstance(arg, list | tuple) for index in arg]
     has_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
     return name in READS or (name.startswith("index") and has_mask)
@@ -92,13 +92,19 @@ def reads_device(func: Any, args: Any) -> bool:
 
 def _do_again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
     """Do an operation again, into the tensors that it made the first time."""
-    name = func.name().removeprefix("aten::").split(".")[0]
+    name = _operation(func)
     for old, new in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
         if name in ("empty", "empty_like", "empty_strided", "new_empty"):
             if old.is_floating_point():
                 old.fill_(torch.nan)
         elif old.data_ptr() != new.data_ptr():  # equal: a view, or changed in place
             old.copy_(new)
+
+
+def _operation(func: Any) -> str:
+    """An operation's name without its variant."""
+    name: str = func.name()
+    return name.removeprefix("aten::").split(".")[0]
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:

@@ -21,9 +21,10 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
 from engine.link.errors import StartError
-from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors
-from engine.step_inputs import StepInputs
+from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors, num_words
+from engine.step_inputs import BLOCK_BYTES, StepInputs
 from parallel.state import RankLostError
+from quant.packing import OUTPUTS_AT_A_TIME
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ MAX_GRAPH_ROWS = 512
 """Rows of the largest graph. Larger steps take so long that launching them one by one costs nothing."""
 GRAPH_BYTES = 16 << 20
 """Memory set aside for what a driver keeps of each graph. Not measured: a graph of Qwen2-7B has some 400 launches."""
-MAX_PACKED_ROWS, WIDENED_OUTPUTS, WIDENED_BYTES = 64, 8192, 2
-"""Rows up to which kernels multiply with packed weights. Beyond, so many outputs at a time are widened to 16 bits."""
+MAX_PACKED_ROWS, WIDENED_BYTES = 64, 2
+"""Rows up to which kernels multiply with packed weights. Beyond, `OUTPUTS_AT_A_TIME` are widened to 16 bits."""
 PROGRESS_S = 1.0
 """Time between lines of the log while graphs are captured."""
 PADDING = {"input_ids": 0, "positions": 0, "slot_mapping": -1}
@@ -80,7 +81,7 @@ def graph_bytes(
     )
     shared = buckets[0] * activation_bytes_per_row + attention.work_bytes(len(items))
     if buckets[0] > MAX_PACKED_ROWS:
-        shared += WIDENED_OUTPUTS * max_inputs * WIDENED_BYTES
+        shared += OUTPUTS_AT_A_TIME * max_inputs * WIDENED_BYTES
     logits = sum(buckets) * vocab_size * torch.float32.itemsize
     return shared + numbers + logits + len(buckets) * GRAPH_BYTES
 
@@ -92,16 +93,17 @@ class StaticStepBuffers(StepBuffers):
         """`max_sizes`: the most numbers of each section."""
         super().__init__(device, block_size)
         self._max_sizes = max_sizes
-        words = {name: -(-max_sizes[name] * SECTIONS[name].itemsize // 8) for name in SECTIONS}
+        words = {name: num_words((max_sizes[name],), dtype) for name, dtype in SECTIONS.items()}
         # Whole multiples, so that every section begins at an address that kernels load from well.
         self._capacities = {name: -(-size // MIN_SECTION_WORDS) * MIN_SECTION_WORDS for name, size in words.items()}
+        self._first_of_table = sum(self._capacities.values()) - self._capacities["block_table"]
         self._allocate()
         self._make_views([(max_sizes[name],) for name in SECTIONS])
         self._sections = dict(zip(SECTIONS, self._arrays, strict=True))
 
     def fits(self, inputs: StepInputs, work_items: Integers) -> bool:
         """Whether there is place for a step that has no more rows than the largest bucket."""
-        num_table_entries = len(inputs.block_table) // SECTIONS["block_table"].itemsize
+        num_table_entries = len(inputs.block_table) // BLOCK_BYTES
         return num_table_entries <= self._max_sizes["block_table"] and work_items.size <= self._max_sizes["work_items"]
 
     def fill_rows(
@@ -115,8 +117,7 @@ class StaticStepBuffers(StepBuffers):
             if name in PADDING:
                 section[value.size : num_rows] = PADDING[name]
         # The block table comes last, and is far from full in most steps.
-        first_of_table = sum(self._capacities.values()) - self._capacities["block_table"]
-        self._num_words = first_of_table + -(-len(inputs.block_table) // torch.int64.itemsize)
+        self._num_words = self._first_of_table + num_words((len(inputs.block_table),), torch.uint8)
         self._send()
         self._take_unknown(len(inputs.unknown_places), last_token_ids)
 
@@ -238,7 +239,7 @@ def fill_first(buffers: StaticStepBuffers, attention: AttentionBackend, rows: in
         input_ids=[0] * rows,
         query_start_loc=starts,
         seq_lens=[1] * rows,
-        block_table=bytes(rows * 4),
+        block_table=bytes(rows * BLOCK_BYTES),
         prompt_lens=[1] * rows,
         logits_indices=starts[:-1],
         scored_indices=[],

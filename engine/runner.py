@@ -84,7 +84,7 @@ class ModelRunner:
     def why_no_graphs(self) -> list[str]:
         """Reasons why this model's steps can't run as graphs here; empty if they can."""
         reasons = [] if self._device.make_recorder else ["the device has none"]
-        if not self._attention.is_capturable:
+        if not self._attention.max_captured_tokens:
             reasons.append("attention does other launches for other sequences")
         if self._model.rotary.is_prompt_dependent:
             reasons.append("dynamic rope scaling makes tables while a step runs")

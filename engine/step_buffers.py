@@ -154,7 +154,7 @@ class StepBuffers:
 
     def _make_views(self, shapes: list[tuple[int, ...]]) -> None:
         """Arrays to write to and tensors to read from, of these shapes; sections that are too small grow first."""
-        sizes = [_num_words(shape, dtype) for shape, dtype in zip(shapes, SECTIONS.values(), strict=True)]
+        sizes = [num_words(shape, dtype) for shape, dtype in zip(shapes, SECTIONS.values(), strict=True)]
         if any(size > capacity for size, capacity in zip(sizes, self._capacities.values(), strict=True)):
             for name, size in zip(SECTIONS, sizes, strict=True):
                 while self._capacities[name] < size:
@@ -172,7 +172,8 @@ class StepBuffers:
             first += self._capacities[name]
 
 
-def _num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Words of 8 bytes that such an array takes."""
     return -(-math.prod(shape) * dtype.itemsize // torch.int64.itemsize)
 
 

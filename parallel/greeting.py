@@ -38,7 +38,7 @@ def greet(sock: socket.socket, secret: str, rank: int, channel: str) -> None:
     Raises WrongSecretError, StrangerError for an end that speaks otherwise, OSError if the connection is lost.
     """
     nonce = secrets.token_hex(16)
-    _send(sock, {"rank": rank, "channel": channel, "nonce": nonce})
+    send_line(sock, {"rank": rank, "channel": channel, "nonce": nonce})
     line = b""
     while not line.endswith(b"\n"):
         byte = sock.recv(1)
@@ -51,7 +51,7 @@ def greet(sock: socket.socket, secret: str, rank: int, channel: str) -> None:
     hello = f"{rank} {channel} {nonce} {challenge.get('nonce')}"
     if not _is_proof(challenge.get("proof"), secret, FIRST, hello):
         raise WrongSecretError if "proof" in challenge else StrangerError
-    _send(sock, {"proof": _proof(secret, OTHER, hello)})
+    send_line(sock, {"proof": _proof(secret, OTHER, hello)})
 
 
 class Greeter:
@@ -159,7 +159,7 @@ class _Greeting:
         self.rank, self.channel = rank, channel
         challenge = secrets.token_hex(16)
         self._hello = f"{rank} {channel} {nonce} {challenge}"
-        _send(self.sock, {"nonce": challenge, "proof": _proof(self._secret, FIRST, self._hello)})
+        send_line(self.sock, {"nonce": challenge, "proof": _proof(self._secret, FIRST, self._hello)})
 
 
 def _proof(secret: str, role: str, hello: str) -> str:
@@ -171,8 +171,8 @@ def _is_proof(value: Any, secret: str, role: str, hello: str) -> bool:
     return isinstance(value, str) and hmac.compare_digest(value.encode(), _proof(secret, role, hello).encode())
 
 
-def _send(sock: socket.socket, message: dict[str, Any]) -> None:
-    sock.sendall(json.dumps(message).encode() + b"\n")
+def send_line(sock: socket.socket, value: Any) -> None:
+    sock.sendall(json.dumps(value).encode() + b"\n")
 
 
 def _read(line: bytes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from parallel.greeting import Greeter, StrangerError, WrongSecretError, greet
+from parallel.greeting import Greeter, StrangerError, WrongSecretError, greet, send_line
 from parallel.state import RankLostError
 
 logger = logging.getLogger(__name__)
@@ -110,19 +110,17 @@ class Rendezvous:
         world, address = self.world, self.peers[0].control.getsockname()[0]
         place: list[Any] = []
         if world.rank == 0:
-            listener = None if world.has_agent_store else listen_at(address, 0)
-            port = world.port if listener is None else listener.getsockname()[1]
-            fd = None if listener is None else listener.detach()
-            store = _store(world.address if fd is None else address, port, listen_fd=fd)
+            if world.has_agent_store:
+                port, store = world.port, _store(world.address, world.port)
+            else:
+                listener = listen_at(address, 0)
+                port = listener.getsockname()[1]
+                store = _store(address, port, listen_fd=listener.detach())
             place = [port, secrets.token_hex(16)]
         port, prefix = self.exchange(place)[0]
         if world.rank:
             store = _store(world.address, port)
         return PrefixStore(prefix, store)
-
-
-def send_line(sock: socket.socket, value: Any) -> None:
-    sock.sendall(json.dumps(value).encode() + b"\n")
 
 
 def read_line(sock: socket.socket) -> Any:

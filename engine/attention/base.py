@@ -65,11 +65,9 @@ class AttentionBackend(Protocol):
     """Numbers of tokens that a block may have, the best one first."""
     block_size: int
     """The one in use."""
-    is_capturable: ClassVar[bool]
-    """Whether a graph may capture `forward` of a step without prompts: the launches depend on the number of rows and
-    the sizes of the metadata alone, and rows that belong to no sequence may hold anything."""
     max_captured_tokens: ClassVar[int]
-    """Query tokens of a sequence up to which that is so; with more it is a prompt. 0 where no graph may capture."""
+    """Query tokens of a sequence up to which a graph may capture `forward`, 0 where none may: the launches depend on
+    the number of rows and the sizes of the metadata alone, and rows that belong to no sequence may hold anything."""
     has_rotation: ClassVar[bool]
     """Whether `forward` rotates queries and keys, as it touches them anyway. Otherwise the model does so before."""
 

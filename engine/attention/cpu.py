@@ -221,7 +221,6 @@ class CpuAttention:
     """`base.AttentionBackend` for float32 activations with a float32 or bfloat16 cache."""
 
     block_sizes = (BLOCK_SIZE,)
-    is_capturable = False
     max_captured_tokens = 0
     has_rotation = False
 

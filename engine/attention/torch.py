@@ -20,7 +20,6 @@ class TorchAttention:
     """Gathers each sequence's keys and values and calls scaled_dot_product_attention, with some queries at a time."""
 
     block_sizes = (16, 32, 64, 128)
-    is_capturable = False
     max_captured_tokens = 0
     has_rotation = False
 

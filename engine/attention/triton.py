@@ -73,7 +73,6 @@ class TritonAttention:
     """`base.AttentionBackend` on GPUs."""
 
     block_sizes = (16, 32, 64, 128)
-    is_capturable = True
     max_captured_tokens = FEW_TOKENS
     has_rotation = True
 

@@ -63,7 +63,7 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
                 checks.popleft().result()
             layer = _layer_of(name, layers)
             num_missing[id(layer)] -= 1
-            if not is_host and layer is not None and not num_missing[id(layer)]:
+            if not is_host and layer is not None and not num_missing[id(layer)] and not _lacks(layer, layers):
                 _finish(layer, layers, device)
     for check in checks:
         check.result()
@@ -124,16 +124,19 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, 
     return tensor
 
 
+def _lacks(layer: Loadable, layers: CheckpointLayers) -> bool:
+    """Whether a tensor of the layer is in none of the files."""
+    return any(layer.missing(part) for other, part in layers.values() if other is layer)
+
+
 def _finish(layer: Loadable, layers: CheckpointLayers, device: torch.device) -> None:
-    """Let a layer choose its kernels, all of whose tensors are loaded, unless one is missing. Raises StartError."""
-    parts = {prefix: part for prefix, (other, part) in layers.items() if other is layer}
-    if any(layer.missing(part) for part in parts.values()):
-        return
+    """Let a layer choose its kernels, all of whose tensors are loaded. Raises StartError."""
     try:
         layer.finish(device)
         release_freed_memory()
     except ValueError as error:
-        raise StartError(f"{[*parts][-1]} cannot be run: {error}") from error
+        prefixes = [prefix for prefix, (other, _) in layers.items() if other is layer]
+        raise StartError(f"{prefixes[-1]} cannot be run: {error}") from error
 
 
 def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:

@@ -72,7 +72,8 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False, h
     `has_user_text`: the process reads what clients write, so a traceback does without the exceptions' own words, which
     may quote it, unless the filter asks for debug lines.
     """
-    is_hiding = has_user_text and logging.DEBUG not in parse_log_filter(log_filter).values()
+    levels = parse_log_filter(log_filter)
+    is_hiding = has_user_text and logging.DEBUG not in levels.values()
     handler = PatientHandler()
     handler.setFormatter(
         JsonFormatter(is_hiding_words=is_hiding)
@@ -83,7 +84,7 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False, h
     logging.captureWarnings(True)
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name, level in parse_log_filter(log_filter).items():
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
 

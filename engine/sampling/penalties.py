@@ -72,11 +72,12 @@ def _join(parts: SequenceOf[Places], arrays: list[Floats | None], *, neutral: fl
     """One kind of number of all parts; None where no part has any."""
     if all(array is None for array in arrays):
         return None
-    filled = (
-        np.full(len(part.rows), neutral, np.float32) if array is None else array
-        for part, array in zip(parts, arrays, strict=True)
-    )
-    return np.concatenate([*filled])
+    return np.concatenate([filled(array, len(part.rows), neutral) for part, array in zip(parts, arrays, strict=True)])
+
+
+def filled(numbers: Floats | None, count: int, neutral: float) -> Floats:
+    """The numbers [count]; where there are none, the one that changes nothing."""
+    return np.full(count, neutral, np.float32) if numbers is None else numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

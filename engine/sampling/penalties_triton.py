@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from engine.sampling.grammar import WORD_BITS
-from engine.sampling.penalties import Adjustments, GreenList, Places
+from engine.sampling.penalties import Adjustments, GreenList, Places, filled
 from quant.kernels.launch import launch
 from quant.kernels.transfer import to_device
 
@@ -83,7 +83,7 @@ def _columns(places: Places | None) -> npt.NDArray[np.int32]:
     if places is None:
         return np.empty(0, np.int32)
     penalties, subtracted, biases = (
-        np.full(len(places.rows), neutral, np.float32) if numbers is None else numbers
+        filled(numbers, len(places.rows), neutral)
         for numbers, neutral in ((places.penalties, 1.0), (places.subtracted, 0.0), (places.biases, 0.0))
     )
     integers = places.rows.astype(np.int32), places.token_ids.astype(np.int32)

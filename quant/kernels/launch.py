@@ -114,12 +114,11 @@ def launch(
     _check(kernel.fn.__name__, tensors)
     if 0 in grid:
         return
+    call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
     if isinstance(tensors[0], FakeTensor):
         if _recording is not None:
-            _recording.append(describe_launch(kernel, arguments, constants, num_warps, num_stages))
-        return
-    call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
-    if _observer is None:
+            _recording.append(call.describe())
+    elif _observer is None:
         call()
     else:
         _observer(call)

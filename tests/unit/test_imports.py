@@ -57,7 +57,7 @@ ROOMS: dict[str, str] = {
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
-    "parallel",
+    "parallel quant",
     "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
     "engine.step_buffers engine.step_inputs quant",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "

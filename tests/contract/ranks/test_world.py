@@ -16,10 +16,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from parallel import greeting, world
 from parallel.connect import make_collectives
-from parallel.greeting import greet
+from parallel.greeting import greet, send_line
 from parallel.shared_memory import SharedMemoryCollectives
 from parallel.state import RankLostError
-from parallel.world import Rendezvous, RendezvousError, World, interface_of, listen_at, meet, read_line, send_line
+from parallel.world import Rendezvous, RendezvousError, World, interface_of, listen_at, meet, read_line
 
 ADDRESS = "127.0.0.1"
 SECRET = "a secret"
