@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -338,6 +339,12 @@ def distinct_launches(model_names: tuple[str, ...], dtype: torch.dtype) -> dict[
     return decoding
 
 
+def label_of(launch: Launch) -> str:
+    """The kernel and what it is compiled with."""
+    sizes = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
+    return f"{launch.name} warps={launch.num_warps} stages={launch.num_stages} {sizes}"
+
+
 _jobs: list[Job] = []
 
 
@@ -345,8 +352,7 @@ def _run_job(index: int) -> tuple[str, list[str]]:
     """The line to print and the complaints; jobs are inherited by forked workers, since kernels can't be sent."""
     job = _jobs[index]
     card, launch = CARDS[job.card_name], job.launch
-    sizes = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
-    label = f"{job.card_name} {launch.name} warps={launch.num_warps} stages={launch.num_stages} {sizes}"
+    label = f"{job.card_name} {label_of(launch)}"
     try:
         resources = compile_launch(launch, card)
     except Exception as error:  # whatever the compiler says, the other kernels are still of interest
@@ -381,11 +387,11 @@ def main() -> int:
     if not _jobs:
         print(f"nothing to compile: {', '.join(card_names)} take none of {', '.join(model_names)}")
         return 1
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         for line, complaints in pool.map(_run_job, range(len(_jobs))):
             print(line, *(f"\n  FAILED: {complaint}" for complaint in complaints), flush=True)
             num_failures += len(complaints)
-    print(f"{len(_jobs)} kernels on {len(card_names)} architectures, {num_failures} failures")
+    print(f"{len(_jobs)} kernels on {len(card_names)} cards, {num_failures} failures")
     return min(num_failures, 1)
 
 

@@ -37,16 +37,17 @@ class Ceilings:
 
 
 def run(settings: Settings, report: Report) -> None:
+    torch.manual_seed(settings.seed)
     device = detect_device(0, settings.device)
-    name, capability = _describe(device)
-    report.fact(card=name, capability=capability, driver=_driver(settings))
+    (name, capability), driver = _describe(device), _driver(settings)
+    report.fact(card=name, capability=capability, driver=driver)
     ceilings = measure_ceilings(device, is_toy=settings.is_toy)
     report.fact(ceilings=dataclasses.asdict(ceilings))
     report.row(
         "The card",
         card=name,
         capability=".".join(map(str, capability)),
-        driver=_driver(settings),
+        driver=driver,
         **{"copy GB/s": ceilings.copy_gbps, "bf16 TFLOP/s": ceilings.matrix_tflops},
     )
     report.check("the ceilings could be measured", [] if ceilings.copy_gbps > 0 else ["a copy took no time"])

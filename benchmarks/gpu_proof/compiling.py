@@ -13,7 +13,17 @@ from benchmarks.gpu_proof.processes import in_processes, num_cores
 from benchmarks.gpu_proof.report import Report
 from benchmarks.gpu_proof.settings import Settings
 from quant.kernels.launch import Launch
-from scripts.kernels_aot import CARDS, FORMS, STEPS, Card, Resources, compile_launch, complaints_of, record_launches
+from scripts.kernels_aot import (
+    CARDS,
+    STEPS,
+    Card,
+    Resources,
+    compile_launch,
+    complaints_of,
+    distinct_launches,
+    label_of,
+    record_launches,
+)
 
 TOY_CARD, TOY_LAUNCHES = "sm_90", 3
 
@@ -57,13 +67,10 @@ def run(settings: Settings, report: Report) -> None:
 
 def recorded(dtype: torch.dtype, *, is_toy: bool) -> list[tuple[Launch, bool]]:
     """Every distinct launch, and whether decode makes it."""
-    model, forms, steps = ("0.5B", ["int8"], ["decode 1"]) if is_toy else ("7B", FORMS, list(STEPS))
-    launches: dict[Launch, bool] = {}
-    for form in forms:
-        for step in steps:
-            for launch in record_launches(model, form, dtype, STEPS[step]):
-                launches[launch] = launches.get(launch, False) or step != "prompt"
-    return list(launches.items())[:TOY_LAUNCHES] if is_toy else list(launches.items())
+    if is_toy:
+        launches = dict.fromkeys(record_launches("0.5B", "int8", dtype, STEPS["decode 1"]), True)
+        return list(launches.items())[:TOY_LAUNCHES]
+    return list(distinct_launches(("7B",), dtype).items())
 
 
 def card_name(settings: Settings) -> str:
@@ -85,8 +92,7 @@ def compile_all(launches: Sequence[Launch], card: Card) -> list[Compiled]:
 
 
 def _compile(launch: Launch, card: Card) -> Compiled:
-    sizes = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
-    label = f"{launch.name} warps={launch.num_warps} stages={launch.num_stages} {sizes}"
+    label = label_of(launch)
     started = time.monotonic()
     try:
         resources = compile_launch(launch, card)

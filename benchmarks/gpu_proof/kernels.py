@@ -52,6 +52,7 @@ def matrices(*, is_toy: bool) -> list[Matrix]:
 
 
 def run(settings: Settings, report: Report) -> None:
+    torch.manual_seed(settings.seed)
     if not settings.is_interpreted:
         _compile_candidates(settings)  # before this process uses the card: its children could not use it then
     inputs = Inputs.of(settings)

@@ -50,6 +50,7 @@ REPEATS, WARM_UPS = 10, 3
 
 
 def run(settings: Settings, report: Report) -> None:
+    torch.manual_seed(settings.seed)
     inputs = Inputs.of(settings)
     ceilings = read_ceilings(settings, inputs.device)
     names = list(MODELS)[1:2] if settings.is_toy else list(MODELS)

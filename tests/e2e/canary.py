@@ -138,6 +138,8 @@ class Outcome:
     max_bytes: int
     counts: dict[str, int]
     complaints: list[str]
+    is_broken: bool
+    """Whether it did what no other process of the machine explains: lost a stream, an internal error, a traceback."""
 
     def line(self) -> str:
         return (
@@ -170,12 +172,12 @@ class AttackTable:
             self._program.wait()
 
     def outcome(self, name: str) -> Outcome:
-        """What the attack did, on that try of a few on which it did least."""
+        """What the attack did, on that try of a few on which it did least, or on the first that broke something."""
         outcome = self._once(name)
         for _ in range(self._num_tries - 1):
-            if not outcome.complaints:
+            if not outcome.complaints or outcome.is_broken:
                 break
-            outcome = min(outcome, self._once(name), key=lambda item: len(item.complaints))
+            outcome = min(outcome, self._once(name), key=lambda item: (not item.is_broken, len(item.complaints)))
         return outcome
 
     def _gap_in_peace(self, canary: Canary) -> float:
@@ -212,7 +214,8 @@ class AttackTable:
             "a traceback": "Traceback" in log,
         }
         found = [text for text, applies in complaints.items() if applies]
-        return Outcome(name, alone_s, beside_s, memory.max_bytes, counts, found)
+        is_broken = canary.num_lost > 0 or "500" in counts or "Traceback" in log
+        return Outcome(name, alone_s, beside_s, memory.max_bytes, counts, found, is_broken)
 
 
 @contextlib.contextmanager

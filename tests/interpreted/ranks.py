@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_proof.models import run_requests
 from engine import ranks
-from engine.core import EngineCore
 from engine.device import DEVICES, Device, find_interpreted
 from engine.graph_capture import Tape, Work
 from engine.link.config import EngineConfig
@@ -173,17 +173,6 @@ def _run_rank(rank: int, port: int, config: EngineConfig, requests: list[Generat
         start_follower(config, group).serve()
     else:
         core, _ = start_engine(config, group)
-        token_ids, has_overlap = _generate(core, requests), isinstance(core, OverlappedCore)
+        token_ids, has_overlap = run_requests(core, requests), isinstance(core, OverlappedCore)
         group.end()
     return Outcome(token_ids, group.describe(), CountingTape.num_replays, has_overlap)
-
-
-def _generate(core: EngineCore, requests: list[GenerationRequest]) -> list[list[int]]:
-    ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        core.take(request)
-    while core.has_work:
-        for event in core.step():
-            assert event.error is None, event.error
-            ids[event.request_id] += event.token_ids
-    return list(ids.values())
