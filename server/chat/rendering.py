@@ -7,32 +7,26 @@ engine behaves as TGI's (minijinja).
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import functools
 import json
-import os
-import resource
-import signal
-import struct
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
 import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.piped_process import prepare_child, read_frame, write_frame
+
 MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes; a template that needs more fails."""
 MAX_PROMPT_CHARS = 1 << 24
 """Characters of a prompt: many times those of the longest body."""
 MAX_REASON_CHARS = 2000
-PR_SET_PDEATHSIG = 1
-HEAD = struct.Struct("<BI")
-"""Before each frame: its kind, and its length in bytes."""
 PROMPT, PROMPT_WITH_TOOLS, ERROR = range(3)
 """Kinds of answers; frames to this process are of the first kind."""
 
@@ -210,28 +204,8 @@ def _with_parsed(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
-def read_frame(stream: IO[bytes]) -> tuple[int, bytes] | None:
-    """The next frame and its kind; None: the stream has ended."""
-    head = stream.read(HEAD.size)
-    if len(head) < HEAD.size:
-        return None
-    kind, length = HEAD.unpack(head)
-    data = stream.read(length)
-    return (kind, data) if len(data) == length else None
-
-
-def write_frame(stream: IO[bytes], data: bytes, kind: int = PROMPT) -> None:
-    stream.write(HEAD.pack(kind, len(data)))
-    stream.write(data)
-    stream.flush()
-
-
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server; this ends with its input
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a traceback of this process would show messages
+    prepare_child(MAX_MEMORY)
     source, target = sys.stdin.buffer, sys.stdout.buffer
     first = read_frame(source)
     if first is None:

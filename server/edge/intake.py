@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import BodyError, OverloadedError
 
+TOO_LONG = "Failed to buffer the request body: length limit exceeded"
 MAX_LENGTH_DIGITS = 20
 """Digits of a length that is a number at all; Python would refuse to read more than 4,300."""
 SCOPE_KEY = "pytgi.arrival"
@@ -66,7 +67,7 @@ class Intake:
         limit = self._limits.max_body_bytes
         is_number = announced.isdecimal() and announced.isascii()
         if is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
-            raise BodyError(413, "Failed to buffer the request body: length limit exceeded")
+            raise BodyError(413, TOO_LONG)
         loop = asyncio.get_running_loop()
         started = loop.time()
         body = bytearray()
@@ -76,7 +77,7 @@ class Intake:
                 self._arrivals.add(arrival)
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > limit:
-                        raise BodyError(413, "Failed to buffer the request body: length limit exceeded")
+                        raise BodyError(413, TOO_LONG)
                     body += chunk
                     arrival.last_progress = loop.time()
                     self._hold(arrival, len(chunk))

@@ -109,9 +109,11 @@ def _is_gpu_possible(values: Mapping[str, Any]) -> bool:
 
 def _check_devices(local_size: int, values: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     """Raise ArgumentError for more shards on this host than GPUs or, without any, than its processor could serve."""
+    if local_size == 1:
+        return
     num_gpus = (_num_visible_devices(environ) or _num_nvidia_devices()) if _is_gpu_possible(values) else 0
     num_devices = num_gpus or max(MAX_HOST_SHARDS, available_cores())
-    if local_size > max(1, num_devices):
+    if local_size > num_devices:
         devices = f"{num_gpus} GPUs that can be seen" if num_gpus else f"{num_devices} that a processor serves here"
         raise ArgumentError(f"--num-shard means {local_size} shards on this host, more than the {devices}")
 

@@ -12,9 +12,6 @@ import asyncio
 import collections
 import json
 import re
-import select
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import msgspec
 
 from server.errors import ValidationError
+from server.piped_process import PipedProcess, has_answer
 from server.requests.grammar_check import Check, Checked
 from server.requests.values import GrammarSpec
 
@@ -175,35 +173,21 @@ def _walk(schema: Any) -> Iterator[dict[str, Any]]:
                 stack.append(value)
 
 
-class CheckingProcess:
-    """The process that compiles, started when it is first needed. To be used by one thread."""
+class CheckingProcess(PipedProcess):
+    """The process that compiles."""
 
     def __init__(self) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
+        super().__init__("server.requests.grammar_check")
 
     def check(self, request: bytes, timeout_s: float) -> Checked:
         """The answer to a line. A process that says nothing in time, or dies of the line, gives way to a new one."""
-        child = self._started()
-        assert child.stdin is not None and child.stdout is not None
+        questions, answers = self.pipes()
         try:
-            child.stdin.write(request)
-            child.stdin.flush()
-            if select.select([child.stdout], [], [], timeout_s)[0] and (line := child.stdout.readline()):
+            questions.write(request)
+            questions.flush()
+            if has_answer(answers, timeout_s) and (line := answers.readline()):
                 return msgspec.json.decode(line, type=Checked)
         except BrokenPipeError:  # the child has died between two requests, or of this one
             pass
         self.close()
         return Checked(error="it is too complex")
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self.child is None or self.child.poll() is not None:
-            self.close()
-            command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
-            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self.child
-
-    def close(self) -> None:
-        if self.child is not None:
-            self.child.kill()
-            self.child.communicate()
-            self.child = None

@@ -5,20 +5,16 @@ A process of its own, because a schema can be made for which llguidance takes da
 
 from __future__ import annotations
 
-import ctypes
-import os
-import resource
-import signal
 import sys
 from typing import Any
 
 import msgspec
 
 from engine.link.config import MAX_LEXER_STATES
+from server.piped_process import prepare_child
 
 MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes. The process ends when it needs more."""
-PR_SET_PDEATHSIG = 1
 
 JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": False,
@@ -65,11 +61,7 @@ def check(request: Check) -> Checked:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server; this ends with its input
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a panic of llguidance would write the grammar into the log
+    prepare_child(MAX_MEMORY)
     for line in sys.stdin.buffer:
         try:
             checked = check(msgspec.json.decode(line, type=Check))

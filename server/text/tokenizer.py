@@ -97,11 +97,7 @@ class TextTokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` itself holds the GIL, and a long prompt would stop every stream for its second.
-        try:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except BaseException as error:
-            _raise_if_panic(error)
-            raise
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
     async def split(self, text: str, *, add_special_tokens: bool) -> bytes:
@@ -111,11 +107,7 @@ class TextTokenizer:
         return await self._run(self._split, text, add_special_tokens)
 
     def _split(self, text: str, add_special_tokens: bool) -> bytes:
-        try:
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        except BaseException as error:
-            _raise_if_panic(error)
-            raise
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return spans_json(text, encoding)
 
     async def decode_all(self, token_ids: Sequence[int]) -> str:
@@ -124,11 +116,7 @@ class TextTokenizer:
 
     def _decode_all(self, token_ids: Sequence[int]) -> str:
         # A batch of one, for the sake of the GIL.
-        try:
-            (text,) = self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)
-        except BaseException as error:
-            _raise_if_panic(error)
-            raise
+        (text,) = self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)
         return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -140,7 +128,12 @@ class TextTokenizer:
             raise
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        """The result of the library's work, on a thread. Raises GenerationError where it panics."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        except BaseException as error:
+            _raise_if_panic(error)
+            raise
 
     async def _run_long(self, work: Callable[[LongTextProcess], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._long_executor, work, self._long_texts)

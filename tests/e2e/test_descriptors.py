@@ -74,8 +74,9 @@ def test_beyond_the_limit_of_descriptors_refusals_have_words(tiny_model_dir: Pat
 
 
 def test_requests_are_served_beside_1500_idle_connections(small_demo_model: Path, tmp_path: Path) -> None:
-    """A long text needs a process, whose pipes have descriptors beyond 1,023."""
+    """A long text and a grammar need processes, whose pipes have descriptors beyond 1,023."""
     with few_descriptors(small_demo_model, tmp_path, 4096) as http, connections(http, 1500):
         assert is_served(http)
+        assert is_served(http, grammar={"type": "regex", "value": "[a-z]+"})
         response = httpx.post(f"{http.url}/tokenize", json={"inputs": "hello " * 50_000}, timeout=60)
         assert (response.status_code, len(response.json())) == (200, 50_001)

@@ -20,16 +20,17 @@ PACKAGES = ("server", "engine", "parallel", "quant")
 ROOMS: dict[str, str] = {
     # server
     "server.config": "",
+    "server.piped_process": "",
     "server.launcher": "engine.link parallel.partition server.config",
-    "server.text": "engine.link",
+    "server.text": "engine.link server.piped_process",
     "server.errors": "engine.link",
     "server.operation": "",
     "server.telemetry": "engine.link server.errors server.operation",
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
     "server.edge": "server.errors server.operation",
-    "server.requests": "engine.link server.config server.errors server.text",
-    "server.chat": "server.errors server.requests server.text",
+    "server.requests": "engine.link server.config server.errors server.piped_process server.text",
+    "server.chat": "server.errors server.piped_process server.requests server.text",
     "server.generation": "engine.link server.errors server.requests server.telemetry server.text",
     "server.service": "server.chat server.client server.config server.edge server.errors server.generation "
     "server.requests server.telemetry server.text",

@@ -140,7 +140,7 @@ async def test_a_process_that_dies_costs_one_long_text(
     process.child.kill()
     process.child.wait()
     assert await tokens_of(client, "What") == tokens, "a new one is started"
-    monkeypatch.setattr(process, "_path", Path("nowhere"))
+    monkeypatch.setattr(process, "command", [*process.command[:-1], "nowhere"])
     process.close()
     response = await client.post("/tokenize", json={"inputs": "What"})
     assert (response.status_code, response.json()["error_type"]) == (422, "validation")
