@@ -87,7 +87,7 @@ def with_its_end(soak: Soak, server: LaunchedServer) -> Soak:
 async def soak_server(server: LaunchedServer, watch: Watch, settings: Settings, say: Say) -> Soak:
     """Load a server that runs already, and watch it; it goes on running."""
     load = Load(server.port, Repeats(bodies.repeated_calls()), settings.num_clients, WINDOW, settings.seed)
-    await load.fill()
+    await load.ask_each()
     await load.put_on(min(MAX_WARM_UP_S, WARM_UP * settings.seconds), Tally())
     base = await watch.drained(None, DRAIN_TIMEOUT_S)
     say(line_of(base, Tally()))

@@ -50,8 +50,8 @@ class Load:
         self._window = window
         self._chance = random.Random(seed)
 
-    async def fill(self) -> None:
-        """Ask every repeated request once, alone: what comes later is compared with that."""
+    async def ask_each(self) -> None:
+        """Ask every repeated request once, alone; the first time gives the answers that all later ones have to have."""
         for index, call in enumerate(self._repeats.calls):
             outcome = self._repeats.outcome(index, await ask(self._port, *call))
             if outcome != "200":
@@ -61,7 +61,7 @@ class Load:
         """Let the clients do what they do for so long; a restart ends all in the middle of it, and new ones begin."""
         started = time.monotonic()
         for number in range(num_restarts + 1):
-            tasks = [asyncio.create_task(self._act(tally, started)) for _ in range(self._num_clients)]
+            tasks = [asyncio.create_task(self._act(index, tally, started)) for index in range(self._num_clients)]
             end = started + seconds * (number + 1) / (num_restarts + 1)
             done, running = await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
             for task in running:
@@ -71,17 +71,19 @@ class Load:
                 task.result()  # a client ends by itself only where something is wrong with this program
             tally.num_restarts += number < num_restarts
 
-    async def _act(self, tally: Tally, started: float) -> None:
+    async def _act(self, index: int, tally: Tally, started: float) -> None:
+        """Do one thing after another; all kinds come first, each from another client."""
+        kind = KINDS[index % len(KINDS)]
         client = Client(self._port, self._window, self._repeats, random.Random(self._chance.random()))
         try:
             while True:
-                kind = choose_kind(KINDS, client.chance)
                 began = time.monotonic()
                 outcome = await outcome_of(kind, client)
                 tally.outcomes[kind.name][outcome] += 1
                 if kind is KINDS[0]:
                     now = time.monotonic()
                     tally.durations.append((now - started, now - began))
+                kind = choose_kind(KINDS, client.chance)
         finally:
             client.leave_at_once()
 
