@@ -47,13 +47,14 @@ _HEADERS = {
 _STATUS_TEXTS = {
     200: "Success",
     303: "See there",
-    400: "Not JSON",
+    400: "Not JSON; on OpenAI's routes any request that cannot be answered",
     401: "API key absent or wrong",
     404: "No such model",
     408: "The body comes too slowly",
     413: "The body is too large",
     415: "The body is not announced as JSON",
-    422: "The request cannot be answered: of the wrong shape (in plain text), or not acceptable",
+    422: "The request cannot be answered: of the wrong shape (in plain text), or not acceptable; on OpenAI's routes "
+    "400, except with `--strict-tgi`",
     424: "Generation failed",
     429: "The model is overloaded",
     500: "The answer is incomplete, or the server has failed",
@@ -104,8 +105,11 @@ class _Answers:
         schemas = [self._schemas[str(type_)] for type_ in types]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
+    def is_openai(self, path: str) -> bool:
+        return is_openai_path(path) and not self.is_strict
+
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if is_openai_path(path) and not self.is_strict else ErrorBody)
+        return self.of(OpenAIErrorBody if self.is_openai(path) else ErrorBody)
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
@@ -231,7 +235,8 @@ def _success(operation: Operation, answers: _Answers) -> Schema:
 def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
     plain: Schema = {TEXT: {"type": "string"}}
     error: Schema = {"application/json": answers.error(operation.path)}
-    refusals = {status: _response(status, plain) for status in (400, 408, 413, 415)}
+    is_openai = answers.is_openai(operation.path)
+    refusals = {status: _response(status, error if is_openai else plain) for status in (400, 408, 413, 415)}
     refusals |= {422: _response(422, plain | error), 429: _response(429, error)}
     if operation.is_generating:
         refusals |= {status: _response(status, error) for status in (424, 500)}

@@ -21,6 +21,14 @@ class Dialect(enum.Enum):
     CHAT = "ChatRequest"
     COMPLETIONS = "CompletionRequest"
 
+    @property
+    def prompt_key(self) -> str:
+        """The key of what is prompted with."""
+        return _PROMPT_KEYS[self]
+
+
+_PROMPT_KEYS = {Dialect.NATIVE: "inputs", Dialect.CHAT: "messages", Dialect.COMPLETIONS: "prompt"}
+
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
@@ -77,6 +85,14 @@ class Bounds:
             and (self.below is None or number < self.below)
             and (max_ is None or number <= max_)
         )
+
+    def code(self, number: float) -> str:
+        """OpenAI's `code` of a number that does not hold."""
+        if self.measured == "length":
+            return "array_above_max_length"
+        low = self.min if self.above is None else self.above
+        side = "below_min" if low is not None and number <= low else "above_max"
+        return f"{'integer' if isinstance(number, int) else 'decimal'}_{side}_value"
 
     def schema(self, config: ServerConfig) -> dict[str, int]:
         """JSON Schema's keywords; there are none for the values of a map."""

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -206,13 +207,26 @@ def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
     return spellings
 
 
-def describe(error: ValidationError) -> str:
+@dataclass(frozen=True, slots=True)
+class WrongShape:
+    """What is wrong with a value: in serde's words, and in OpenAI's."""
+
+    text: str
+    param: str | None
+    """Where it stands; None: at the root."""
+    code: str
+
+
+def describe(error: ValidationError) -> WrongShape:
     """`<path>: <reason>` of the error that serde would have stopped at: wrong values come before missing fields."""
     details = error.errors(include_url=False)
     first = next((item for item in details if item["type"] != "missing"), details[0])
-    location = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
-    path = _path(location)
-    return f"{path}: {_reason(first)}" if path else _reason(first)
+    reason, location, param = _reason(first), _path(first["loc"]), _path(first["loc"]) or None
+    if first["type"] == "missing":
+        code, location = "missing_required_parameter", _path(first["loc"][:-1])
+    else:
+        code = "invalid_type" if reason.startswith("invalid type") else "invalid_value"
+    return WrongShape(f"{location}: {reason}" if location else reason, param, code)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
