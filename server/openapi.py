@@ -169,7 +169,8 @@ def _as_read(model: type[WireModel], schema: Schema) -> Schema:
             properties[first] = _or_null(properties[first])
         for other in others:
             properties[other] = properties[first]
-            schema.setdefault("allOf", []).append({"not": {"required": [first, other]}})
+            if not issubclass(model, OpenAIModel):
+                schema.setdefault("allOf", []).append({"not": {"required": [first, other]}})
         if others and first in required:
             required.remove(first)
             schema["anyOf"] = [{"required": [name]} for name in (first, *others)]

@@ -60,14 +60,16 @@ class Bounds:
     max: int | None = None
     max_setting: str | None = None
     """The field of ServerConfig that holds the maximum."""
+    openai_max: int | None = None
+    """OpenAI's dialects allow so much also where the setting is lower."""
     measured: Literal["value", "length", "members"] = "value"
     """The interval is for the value itself, for the length of a list, or for each value of a map."""
 
-    def max_in(self, config: ServerConfig) -> int | None:
+    def max_in(self, config: ServerConfig, dialect: Dialect) -> int | None:
         if self.max_setting is None:
             return self.max
         limit: int = getattr(config, self.max_setting)
-        return limit
+        return limit if self.openai_max is None or dialect is Dialect.NATIVE else max(limit, self.openai_max)
 
     def measure(self, value: Any) -> list[float]:
         """The numbers of `value` that must lie within; None has none."""
@@ -77,8 +79,8 @@ class Bounds:
             return list(value.values())
         return [len(value) if self.measured == "length" else value]
 
-    def hold(self, number: float, config: ServerConfig) -> bool:
-        max_ = self.max_in(config)
+    def hold(self, number: float, config: ServerConfig, dialect: Dialect) -> bool:
+        max_ = self.max_in(config, dialect)
         return (
             (self.above is None or number > self.above)
             and (self.min is None or number >= self.min)
@@ -94,7 +96,7 @@ class Bounds:
         side = "below_min" if low is not None and number <= low else "above_max"
         return f"{'integer' if isinstance(number, int) else 'decimal'}_{side}_value"
 
-    def schema(self, config: ServerConfig) -> dict[str, int]:
+    def schema(self, config: ServerConfig, dialect: Dialect) -> dict[str, int]:
         """JSON Schema's keywords; there are none for the values of a map."""
         if self.measured == "members":
             return {}
@@ -102,7 +104,7 @@ class Bounds:
             "exclusiveMinimum": self.above,
             "minimum": self.min,
             "exclusiveMaximum": self.below,
-            "maxItems" if self.measured == "length" else "maximum": self.max_in(config),
+            "maxItems" if self.measured == "length" else "maximum": self.max_in(config, dialect),
         }
         return {keyword: limit for keyword, limit in limits.items() if limit is not None}
 

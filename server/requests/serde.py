@@ -170,7 +170,10 @@ class WireModel(BaseModel):
     extensions: ClassVar[frozenset[str]] = frozenset()
     """Fields that TGI does not know. If the body is read strictly, they are ignored like any unknown key."""
     is_null_absent: ClassVar[bool] = False
-    """Null stands for the default, as OpenAI's clients mean it, unless the body is read strictly."""
+    """As OpenAI's clients mean it, null stands for the default, and of two names of a field the newer one counts.
+
+    Not if the body is read strictly.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -180,12 +183,15 @@ class WireModel(BaseModel):
         if is_strict(info) and cls.extensions:
             data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
+        is_lenient = cls.is_null_absent and not is_strict(info)
+        if is_lenient:
+            data = {key: value for key, value in data.items() if value is not None}
         for name, spellings in spellings_of(cls):
             keys = [spelling for spelling in spellings if spelling in data]
-            if len(keys) > 1 or not repeated.isdisjoint(keys):
+            if not repeated.isdisjoint(spellings) or (len(keys) > 1 and not is_lenient):
                 raise wrong(f"duplicate field `{name}`")
-        if cls.is_null_absent and not is_strict(info):
-            data = {key: value for key, value in data.items() if value is not None}
+            for older in keys[:-1]:
+                del data[older]
         return data
 
 

@@ -178,14 +178,14 @@ def check_parameters(parameters: Parameters, config: ServerConfig, dialect: Dial
             refuse_if(refusal.applies(parameters), refusal.text, param=param)
             continue
         for number in row.bounds.measure(getattr(parameters, name)):
-            if not row.bounds.hold(number, config):
-                text = refusal.text.format(limit=row.bounds.max_in(config), given=number)
+            if not row.bounds.hold(number, config, dialect):
+                text = refusal.text.format(limit=row.bounds.max_in(config, dialect), given=number)
                 raise ValidationError(text, param=param, code=row.bounds.code(number))
 
 
 def sampling_params(parameters: Parameters, *, is_openai: bool, is_logprob_filtered: bool) -> SamplingParams:
     """The sampler's parameters. What the client did not say stays off; so does chance, unless something asks for it."""
-    is_drawn = parameters.is_drawn
+    is_drawn = parameters.do_sample if is_openai else parameters.is_drawn
     values: dict[str, Any] = {"seed": secrets.randbits(64)} if is_drawn else {}
     for name, row in ROWS.items():
         field, value = row.engine_field_for(is_openai=is_openai), getattr(parameters, name)

@@ -141,7 +141,7 @@ async def test_wrong_parameters(client: httpx.AsyncClient, parameters: dict[str,
         ),
         (
             "/v1/chat/completions",
-            '{"messages":[],"max_tokens":1,"max_completion_tokens":2}',
+            '{"messages":[],"max_tokens":1,"max_tokens":2}',
             "duplicate field `max_tokens`",
         ),
         (

@@ -86,10 +86,13 @@ async def test_row_3_top_p_of_one(http: httpx.AsyncClient, strict: bool) -> None
     assert response.status_code == (422 if strict else 200)
 
 
-async def test_row_4_a_chat_samples_unless_the_temperature_is_zero(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_row_4_a_chat_samples_unless_the_temperature_is_zero(
+    http: httpx.AsyncClient, strict: bool, engine: FakeEngine
+) -> None:
     await chat(http)
     await chat(http, temperature=0)
-    assert [request.sampling.seed is None for request in engine.requests] == [False, True]
+    await chat(http, temperature=0, top_p=0.5)
+    assert [request.sampling.seed is None for request in engine.requests] == [False, True, not strict]
     assert (await generate(http, temperature=0)).status_code == 422
 
 

@@ -119,7 +119,7 @@ async def test_best_of_takes_the_likeliest(client: httpx.AsyncClient, engine: Fa
             {"echo": True, "logprobs": 0, "stream": True},
             "`echo` with `logprobs` is not supported when streaming tokens",
         ),
-        ({"logprobs": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+        ({"logprobs": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
         ({"temperature": -1}, "`temperature` must be strictly positive"),
         ({"temperature": -1, "stream": True}, "`temperature` must be strictly positive"),
         ({"prompt": ""}, "`inputs` cannot be empty"),

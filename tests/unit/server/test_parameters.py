@@ -23,7 +23,7 @@ MODELS: dict[Dialect, type[WireModel]] = {
     Dialect.CHAT: ChatRequest,
     Dialect.COMPLETIONS: CompletionRequest,
 }
-SHAPED = {"stop", "response_format", "logit_bias"}
+SHAPED = {"stop", "response_format", "logit_bias", "seed"}
 """Fields that OpenAI's bodies read in a way of their own."""
 
 
