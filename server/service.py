@@ -50,7 +50,7 @@ class GenerationService:
         )
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
-        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
+        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit), is_strict=config.is_strict_tgi)
         self.bodies = BodyReader(is_strict=config.is_strict_tgi)
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self.grammars = GrammarCompiler()
