@@ -18,6 +18,7 @@ from server.openapi import build_openapi
 from server.operation import OperationFinder, operations_of
 from server.routes import chat, cloud, completions, docs, generate, health, info, models, tokenize
 from server.service import GenerationService
+from server.telemetry.request_ids import RequestIds
 from server.telemetry.spans import SpansMiddleware, Tracer
 from server.text.tokenizer import TextTokenizer
 
@@ -60,6 +61,8 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     # These headers are outside of the guard: preflights need no key, and its refusals get them as well.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.add_middleware(IntakeRelease, intake=app.state.service.intake)
+    if not config.is_strict_tgi:
+        app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
     return app

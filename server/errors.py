@@ -9,6 +9,7 @@ Exception
  ├─ BatchSizeError             /v1/completions: there are too many prompts
  ├─ NoInstanceError            /vertex: there is nothing to do
  ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
+ ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
  ├─ OverloadedError            no permit is free
  ├─ UnhealthyError             a probe fails
  ├─ IncompleteGenerationError  the engine ended without a final token
@@ -113,6 +114,15 @@ class UnhealthyError(Exception):
         super().__init__("unhealthy")
 
 
+class UnauthorizedError(Exception):
+    """The API key is absent or wrong."""
+
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("The API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+
+
 class BodyError(Exception):
     """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
@@ -144,6 +154,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     SuffixError: ErrorKind(422, "suffix not supported"),
     BatchSizeError: ErrorKind(422, "batch size exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    UnauthorizedError: ErrorKind(401, "unauthorized"),
     NoInstanceError: ErrorKind(422, "Input validation error"),
     FailedInstanceError: ErrorKind(500, "Incomplete generation"),
     IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),

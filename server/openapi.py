@@ -205,7 +205,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         responses |= _refusals(operation, answers)
     if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
-        responses[401] = _response(401, {})
+        is_openai = answers.is_openai(operation.path)
+        responses[401] = _response(401, {"application/json": answers.error(operation.path)} if is_openai else {})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hmac
 from collections.abc import Collection
 
+import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.errors import UnauthorizedError, is_openai_path, openai_error_body
 from server.operation import OperationFinder
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class ApiKeyGuard:
-    """Answers 401 with an empty body to whoever asks for a protected operation without `Authorization: Bearer KEY`."""
+    """Answers 401 to whoever asks for a protected operation without `Authorization: Bearer KEY`.
+
+    The body is empty, but on OpenAI's routes it is OpenAI's error object; not with `is_strict`.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder, *, is_strict: bool) -> None:
         self._app = app
@@ -25,9 +30,15 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._is_protected(scope) and not self._has_key(scope):
-            await Response(status_code=401)(scope, receive, send)
+            await self._refusal(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _refusal(self, path: str) -> Response:
+        if self._is_strict or not is_openai_path(path):
+            return Response(status_code=401)
+        content = msgspec.json.encode(openai_error_body(UnauthorizedError()))
+        return Response(content, 401, media_type="application/json")
 
     def _is_protected(self, scope: Scope) -> bool:
         operation = self._finder.find(scope["path"], scope["method"])
