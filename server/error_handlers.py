@@ -7,13 +7,12 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.errors import ERROR_KINDS, BodyError, TemplateError, error_body, is_openai_path, openai_error_body
+from server.errors import ERROR_KINDS, BodyError, TemplateError, error_body_for
 from server.telemetry.spans import log_failure
 
 
 def _answer(request: Request, status: int, error: Exception) -> Response:
-    is_openai = is_openai_path(request.url.path) and not request.app.state.service.config.is_strict_tgi
-    body = openai_error_body(error) if is_openai else error_body(error)
+    body = error_body_for(request.url.path, error, is_strict=request.app.state.service.config.is_strict_tgi)
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 

@@ -26,6 +26,8 @@ The client reads an error's whole text. The log has `logged_text`, without words
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -168,11 +170,6 @@ class OpenAIErrorBody(msgspec.Struct, frozen=True):
     error: OpenAIError
 
 
-def is_openai_path(path: str) -> bool:
-    """Whether errors of this path are OpenAI's objects, without --strict-tgi."""
-    return path.startswith("/v1/")
-
-
 OPENAI_TYPES: dict[int, str] = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
 """Status -> `type` of OpenAI's error object; any other status is a `server_error`."""
 
@@ -183,3 +180,50 @@ def openai_error_body(error: Exception) -> OpenAIErrorBody:
     status = 500 if kind is None else kind.status
     type_ = OPENAI_TYPES.get(status, "server_error")
     return OpenAIErrorBody(OpenAIError(body.error, type_, body.error_type))
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What Anthropic's clients read."""
+
+    type: str = "error"
+    error: AnthropicError
+
+
+ANTHROPIC_TYPES: dict[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""Status -> `type` of Anthropic's error object; any other status is an `api_error`."""
+
+
+def anthropic_error_body(error: Exception) -> AnthropicErrorBody:
+    kind = ERROR_KINDS.get(type(error))
+    type_ = "api_error" if kind is None else ANTHROPIC_TYPES.get(kind.status, "api_error")
+    return AnthropicErrorBody(error=AnthropicError(type_, error_body(error).error))
+
+
+_BODIES: dict[type[msgspec.Struct], Callable[[Exception], msgspec.Struct]] = {
+    ErrorBody: error_body,
+    OpenAIErrorBody: openai_error_body,
+    AnthropicErrorBody: anthropic_error_body,
+}
+
+
+def error_type(path: str, *, is_strict: bool) -> type[msgspec.Struct]:
+    """The error object of a path."""
+    if is_strict or not path.startswith("/v1/"):
+        return ErrorBody
+    return AnthropicErrorBody if re.match(r"/v1/messages(/|$)", path) else OpenAIErrorBody
+
+
+def error_body_for(path: str, error: Exception, *, is_strict: bool) -> msgspec.Struct:
+    """An error in the shape that the clients of a path read."""
+    return _BODIES[error_type(path, is_strict=is_strict)](error)

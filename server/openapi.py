@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from server.answers.json import VERSION
 from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
-from server.errors import ErrorBody, OpenAIErrorBody, is_openai_path
+from server.errors import AnthropicErrorBody, ErrorBody, OpenAIErrorBody, error_type
 from server.operation import Operation, described_path, path_parameters
 from server.requests.dialects import limits_of
 from server.requests.openai import OpenAIModel
@@ -93,7 +93,7 @@ class _Answers:
     def __init__(self, operations: Iterable[Operation], config: ServerConfig) -> None:
         self.is_strict = config.is_strict_tgi
         self.has_key = config.api_key is not None
-        types: list[Any] = [ErrorBody, OpenAIErrorBody, TgiStreamErrorBody]
+        types: list[Any] = [ErrorBody, OpenAIErrorBody, AnthropicErrorBody, TgiStreamErrorBody]
         for operation in operations:
             types += (*operation.answers, *operation.events)
         schemas, components = msgspec.json.schema_components(types, ref_template=REF.format("{name}"))
@@ -105,7 +105,7 @@ class _Answers:
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if is_openai_path(path) and not self.is_strict else ErrorBody)
+        return self.of(error_type(path, is_strict=self.is_strict))
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
