@@ -81,8 +81,8 @@ def chat_request(body: Json) -> ChatRequest:
     try:
         return ChatRequest.model_validate(body, context={"is_strict": False})
     except pydantic.ValidationError as error:
-        text = serde.describe(error)
-        raise ValidationError(text, logged="the body is no chat") from None
+        wrong = serde.describe(error)
+    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param, code=wrong.code)
 
 
 def _messages(request: ResponsesRequest) -> list[Json]:
