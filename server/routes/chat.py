@@ -95,6 +95,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
+    service.refuse_if_full(1)
     generation_input, use = await chat_input(service, body)
     is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
