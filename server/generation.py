@@ -93,7 +93,7 @@ class Generation:
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
         self._prompt_logprobs: Sequence[float] = ()
-        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
+        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
         stop = request.parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
