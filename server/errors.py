@@ -27,6 +27,8 @@ The client reads an error's whole text. The log has `logged_text`, without words
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -200,11 +202,6 @@ class OpenAIErrorBody(msgspec.Struct, frozen=True):
     error: OpenAIError
 
 
-def is_openai_path(path: str) -> bool:
-    """Whether errors of this path are OpenAI's objects, without --strict-tgi."""
-    return path.startswith("/v1/")
-
-
 def openai_status(status: int) -> int:
     """OpenAI's status for TGI's: a request that cannot be answered is a bad one."""
     return 400 if status == 422 else status
@@ -216,13 +213,65 @@ def _openai_type(status: int) -> str:
     return "invalid_request_error" if 400 <= status < 424 else "server_error"
 
 
+def _openai_status_of(error: Exception) -> int:
+    if isinstance(error, BodyError):
+        return openai_status(error.status)
+    kind = ERROR_KINDS.get(type(error))
+    return 500 if kind is None else openai_status(kind.status)
+
+
 def openai_error_body(error: Exception) -> OpenAIErrorBody:
     """OpenAI's error object. `code` is OpenAI's where an error has one, else TGI's error_type."""
-    param = getattr(error, "param", None)
+    type_, param = _openai_type(_openai_status_of(error)), getattr(error, "param", None)
     if isinstance(error, BodyError):
-        return OpenAIErrorBody(OpenAIError(str(error), _openai_type(error.status), error.code, param))
+        return OpenAIErrorBody(OpenAIError(str(error), type_, error.code, param))
     body = error_body(error)
-    kind = ERROR_KINDS.get(type(error))
-    status = 500 if kind is None else openai_status(kind.status)
-    code = getattr(error, "code", body.error_type)
-    return OpenAIErrorBody(OpenAIError(body.error, _openai_type(status), code, param))
+    return OpenAIErrorBody(OpenAIError(body.error, type_, getattr(error, "code", body.error_type), param))
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What Anthropic's clients read."""
+
+    type: str = "error"
+    error: AnthropicError
+
+
+ANTHROPIC_TYPES: dict[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""Status -> `type` of Anthropic's error object; any other status is an `api_error`."""
+
+
+def anthropic_error_body(error: Exception) -> AnthropicErrorBody:
+    message = str(error) if isinstance(error, BodyError) else error_body(error).error
+    return AnthropicErrorBody(error=AnthropicError(ANTHROPIC_TYPES.get(_openai_status_of(error), "api_error"), message))
+
+
+_BODIES: dict[type[msgspec.Struct], Callable[[Exception], msgspec.Struct]] = {
+    ErrorBody: error_body,
+    OpenAIErrorBody: openai_error_body,
+    AnthropicErrorBody: anthropic_error_body,
+}
+
+
+def error_type(path: str, *, is_strict: bool) -> type[msgspec.Struct]:
+    """The error object of a path."""
+    if is_strict or not path.startswith("/v1/"):
+        return ErrorBody
+    return AnthropicErrorBody if re.match(r"/v1/messages(/|$)", path) else OpenAIErrorBody
+
+
+def error_body_for(path: str, error: Exception, *, is_strict: bool) -> msgspec.Struct:
+    """An error in the shape that the clients of a path read."""
+    return _BODIES[error_type(path, is_strict=is_strict)](error)

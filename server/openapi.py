@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from server.answers.json import VERSION
 from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
-from server.errors import ErrorBody, OpenAIErrorBody, is_openai_path
+from server.errors import AnthropicErrorBody, ErrorBody, OpenAIErrorBody, error_type
 from server.operation import Operation, described_path, path_parameters
 from server.requests.dialects import limits_of
 from server.requests.openai import OpenAIModel
@@ -94,7 +94,7 @@ class _Answers:
     def __init__(self, operations: Iterable[Operation], config: ServerConfig) -> None:
         self.is_strict = config.is_strict_tgi
         self.has_key = config.api_key is not None
-        types: list[Any] = [ErrorBody, OpenAIErrorBody, TgiStreamErrorBody]
+        types: list[Any] = [ErrorBody, OpenAIErrorBody, AnthropicErrorBody, TgiStreamErrorBody]
         for operation in operations:
             types += (*operation.answers, *operation.events)
         schemas, components = msgspec.json.schema_components(types, ref_template=REF.format("{name}"))
@@ -105,11 +105,11 @@ class _Answers:
         schemas = [self._schemas[str(type_)] for type_ in types]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
-    def is_openai(self, path: str) -> bool:
-        return is_openai_path(path) and not self.is_strict
+    def has_plain_refusals(self, path: str) -> bool:
+        return error_type(path, is_strict=self.is_strict) is ErrorBody
 
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if self.is_openai(path) else ErrorBody)
+        return self.of(error_type(path, is_strict=self.is_strict))
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
@@ -205,8 +205,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         responses |= _refusals(operation, answers)
     if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
-        is_openai = answers.is_openai(operation.path)
-        responses[401] = _response(401, {"application/json": answers.error(operation.path)} if is_openai else {})
+        is_empty = answers.has_plain_refusals(operation.path)
+        responses[401] = _response(401, {} if is_empty else {"application/json": answers.error(operation.path)})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 
@@ -237,8 +237,8 @@ def _success(operation: Operation, answers: _Answers) -> Schema:
 def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
     plain: Schema = {TEXT: {"type": "string"}}
     error: Schema = {"application/json": answers.error(operation.path)}
-    is_openai = answers.is_openai(operation.path)
-    refusals = {status: _response(status, error if is_openai else plain) for status in (400, 408, 413, 415)}
+    refused = plain if answers.has_plain_refusals(operation.path) else error
+    refusals = {status: _response(status, refused) for status in (400, 408, 413, 415)}
     refusals |= {422: _response(422, plain | error), 429: _response(429, error)}
     if operation.is_generating:
         refusals |= {status: _response(status, error) for status in (424, 500)}

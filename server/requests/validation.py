@@ -50,6 +50,9 @@ class GenerationInput:
     tool_grammar: str | None = None
     """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
 
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose text whoever reads the answer needs."""
+
     @property
     def is_openai(self) -> bool:
         """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
@@ -73,6 +76,8 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose text is a part of the answer."""
 
 
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
@@ -134,7 +139,10 @@ class Validator:
         )
         return [
             ValidatedRequest(
-                generation=_numbered(generation, index), parameters=parameters, is_stop_hidden=request.is_openai
+                generation=_numbered(generation, index),
+                parameters=parameters,
+                is_stop_hidden=request.is_openai,
+                shown_ids=request.shown_ids,
             )
             for index in range(request.num_sequences)
         ]

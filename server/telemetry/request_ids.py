@@ -8,7 +8,6 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import is_openai_path
 from server.telemetry.spans import set_request_id
 
 HEADER = "x-request-id"
@@ -44,4 +43,4 @@ def _request_id(scope: Scope) -> str | None:
     given = Headers(scope=scope).get(HEADER, "")
     if _ID.fullmatch(given):
         return given
-    return f"req_{uuid.uuid4().hex}" if is_openai_path(scope["path"]) else None
+    return f"req_{uuid.uuid4().hex}" if scope["path"].startswith("/v1/") else None
