@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
-from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, tgi_logprobs, usage_of
 from server.answers.sse import EventStream, event
 from server.chat.messages import (
     ChatDelta,
@@ -187,7 +187,11 @@ class _Chat:
         return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
-        return chat_logprobs(tokens) if self._body.logprobs else None
+        if not self._body.logprobs:
+            return None
+        if self._service.config.is_strict_tgi:
+            return tgi_logprobs(tokens)
+        return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
     @staticmethod
     def _usage(streams: Sequence[Stream]) -> Usage:

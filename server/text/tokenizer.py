@@ -17,6 +17,7 @@ from engine.link.model_files import read_file
 from server.text.affixes import Affixes, read_affixes, use_affixes
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
+from server.text.token_names import TokenName
 
 T = TypeVar("T")
 
@@ -130,6 +131,10 @@ class TextTokenizer:
         except BaseException as error:
             _raise_if_panic(error)
             raise
+
+    def name(self, token_id: int) -> TokenName:
+        """The token by itself, as OpenAI's logprobs show it."""
+        return TokenName.of(token_id, self.decode([token_id]), self._tokenizer.id_to_token(token_id))
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         """The result of the library's work, on a thread. Raises GenerationError where it panics."""

@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "server.service": "server.chat server.client server.config server.edge server.errors server.generation "
     "server.requests server.telemetry server.text",
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
-    "server.requests server.telemetry",
+    "server.requests server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
     "server.operation server.requests server.service server.text",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
