@@ -86,8 +86,8 @@ class BatchSizeError(Exception):
     param = "prompt"
     code = "array_above_max_length"
 
-    def __init__(self, max_client_batch_size: int) -> None:
-        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
+    def __init__(self, max_prompts: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}")
 
 
 class ModelNotFoundError(Exception):

@@ -231,9 +231,9 @@ REQUESTS = (
     Flag(
         name="max-client-batch-size",
         fills="server.max_client_batch_size",
-        help="Most prompts in one call of /v1/completions; more are refused",
+        help="Most prompts in one call of /v1/completions; more are refused. Without it as many as "
+        "--max-concurrent-requests, with --strict-tgi 4",
         value=POSITIVE,
-        default=4,
     ),
     Flag(
         name="payload-limit",

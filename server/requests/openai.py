@@ -203,6 +203,11 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+ResponseFormat = Annotated[
+    Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+]
+
+
 def _read_seed(value: Any, info: ValidationInfo) -> Any:
     """A seed that is negative counts from the end of the unsigned ones, but -1 asks for a random one."""
     if is_strict(info) or type(value) is not int or not -(2**63) <= value < 0:
@@ -234,9 +239,7 @@ class ChatRequest(OpenAIModel):
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
-    response_format: Annotated[
-        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
-    ] = None
+    response_format: ResponseFormat = None
     n: U32 | None = None
     logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
     top_k: I32 | None = None
@@ -310,6 +313,7 @@ class CompletionRequest(OpenAIModel):
     min_p: F32 | None = None
     typical_p: F32 | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

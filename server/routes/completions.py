@@ -119,8 +119,8 @@ class _Completion:
         self._num_sequences = self._num_choices if body.best_of is None else body.best_of
         if body.suffix is not None:
             raise SuffixError
-        if len(body.prompt) > config.max_client_batch_size:
-            raise BatchSizeError(config.max_client_batch_size)
+        if len(body.prompt) > config.max_prompts:
+            raise BatchSizeError(config.max_prompts)
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
