@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from engine.link.encoding import use_utf8
 from engine.link.environment import engine_environment
 from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
@@ -44,6 +45,7 @@ Examples:
 
 def main() -> None:
     """Console script. A command prints the model's folder as the last line of standard output."""
+    use_utf8()
     prepare_environment(os.environ)
     args = build_parser(os.environ).parse_args()
     configure_logging(args.logger_level, args.process, is_json=args.json_output)

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 
+from engine.link.encoding import use_utf8
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
 from server.launcher.args import LauncherArgs, parse_args
@@ -27,6 +28,7 @@ logger = logging.getLogger("launcher")
 def main() -> None:
     """Console script."""
     open_standard_streams()
+    use_utf8()
     try:
         args = parse_args(sys.argv[1:], os.environ)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)

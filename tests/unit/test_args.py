@@ -148,6 +148,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--port=8080", {"PORT": "80"}, {"port": 8080}),
         ("", {"PORT": "80"}, {"port": 80}),
         ("", {"PORT": ""}, {}),
+        ("", {"PORT": "tcp://10.96.0.1:9090", "PROMETHEUS_PORT": "tcp://10.96.0.1:9090"}, {}),
+        ("--port 80", {"PORT": "udp://[fd00::1]:53", "MASTER_PORT": "tcp://10.96.0.1:443"}, {"port": 80}),
         ("--port 0", {}, {"port": 0}),
         ("--max-concurrent-requests 7", {}, {"max_concurrent_requests": 7}),
         ("", {"MAX_CONCURRENT_REQUESTS": "7"}, {"max_concurrent_requests": 7}),
@@ -246,6 +248,19 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
 def test_values(line: str, environ: dict[str, str], changes: dict[str, Any]) -> None:
     args = parse(line, **environ)
     assert configurations(args) == defaults(changes)
+
+
+@pytest.mark.parametrize("name", ["PORT", "PROMETHEUS_PORT", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["tcp://10.96.0.1:9090", "udp://10.96.0.1:53", "tcp://[fd00::1]:80"])
+def test_a_service_of_kubernetes_is_no_port(name: str, value: str) -> None:
+    (warning,) = parse("", **{name: value}).warnings
+    assert warning.startswith(f"the variable {name} is ignored: {value} is what Kubernetes says of a service")
+
+
+@pytest.mark.parametrize("value", ["tcp:", "http://10.96.0.1:9090", "80 tcp://10.96.0.1:9090", "x"])
+def test_other_texts_in_place_of_a_port_are_usage_errors(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = outcome(["--model-id", "m"], {"PROMETHEUS_PORT": value}, capsys)
+    assert (code, message) == (2, f"error: variable PROMETHEUS_PORT: invalid port value: {value!r}")
 
 
 def test_the_model_may_come_from_the_environment() -> None:
