@@ -103,6 +103,11 @@ class Generation:
         return len(self._prompt_token_ids)
 
     @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the text before itself, as OpenAI has it."""
+        return None if self._stop_cutter is None else self._stop_cutter.found
+
+    @property
     def time_per_token_s(self) -> float:
         return self.timings.inference_s / max(1, self.num_generated_tokens)
 

@@ -11,9 +11,9 @@ from typing import Any
 from server.chat.template import NO_TOOLS, Ending, OfferedTools
 from server.chat.tool_calls import CLOSE, OPEN, CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
-from server.requests.grammar import closed
 from server.requests.grammar_check import JSON_OPTIONS
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.requests.schemas import closed
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"

@@ -35,6 +35,7 @@ from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
 from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
 
@@ -118,7 +119,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
-        is_openai=not is_strict,
+        dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),

@@ -97,13 +97,16 @@ class StopCutter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
+        self.found: str | None = None
+        """The stop string that has ended the text."""
 
     def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
         """The text that comes out now, and whether a stop string ended it."""
         seen = self._held + text
-        starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
+        starts = [(start, stop) for stop in self._stops if (start := seen.find(stop)) >= 0]
         if starts:
-            return seen[: min(starts)], True
+            start, self.found = min(starts)
+            return seen[:start], True
         num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
         num_out = len(seen) - num_held
         self._held = seen[num_out:]
