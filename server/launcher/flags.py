@@ -256,6 +256,15 @@ REQUESTS = (
         value=PATH,
     ),
     Flag(
+        name="generation-config",
+        fills="server.generation_config",
+        help="Whether temperature, top_p, top_k, min_p and repetition_penalty of the model's generation_config.json "
+        "are the defaults of OpenAI's routes: auto, unless --strict-tgi is given; none, or vllm as vLLM has it, turns "
+        "that off (ours)",
+        choices=("auto", "none", "vllm"),
+        default="auto",
+    ),
+    Flag(
         name="disable-grammar-support",
         fills="server.is_grammar_disabled",
         help="Refuse grammars and response formats with TGI's text",

@@ -168,6 +168,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"MAX_STOP_SEQUENCES": "9"}, {"max_stop_sequences": 9}),
         ("--max-top-n-tokens 20", {}, {"max_top_n_tokens": 20}),
         ("--max-logit-bias 300", {}, {"max_logit_bias": 300}),
+        ("--generation-config none", {}, {"generation_config": "none"}),
+        ("", {"GENERATION_CONFIG": "vllm"}, {"generation_config": "vllm"}),
         ("", {"MAX_TOP_N_TOKENS": "0"}, {"max_top_n_tokens": 0}),
         ("--max-client-batch-size 8", {}, {"max_client_batch_size": 8}),
         ("", {"MAX_CLIENT_BATCH_SIZE": "8"}, {"max_client_batch_size": 8}),
@@ -702,7 +704,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
-        speculative-decoding max-logit-bias"""
+        speculative-decoding max-logit-bias generation-config"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
