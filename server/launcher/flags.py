@@ -38,7 +38,8 @@ MODEL = (
     Flag(
         name="model-id",
         fills="launcher.model_id server.model_id",
-        help="Folder of a Hugging Face model, or its id on the Hub",
+        help="Folder of a Hugging Face model, or its id on the Hub; an adapter (LoRA) is merged into the model that it "
+        "names",
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(

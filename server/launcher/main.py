@@ -66,15 +66,15 @@ def run(args: LauncherArgs) -> None:
     for warning in args.warnings:
         logger.warning("%s", warning)
     if 0 not in args.sharding.ranks:
-        model_path = find_model(args, signals)
-        check_model(model_path, args.sharding)
-        supervise(None, start_ranks(args, model_path), signals, args.graceful_termination_timeout_s)
+        folders = find_model(args, signals)
+        check_model(folders.model, args.sharding)
+        supervise(None, start_ranks(args, folders), signals, args.graceful_termination_timeout_s)
     with bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
-        model_path = find_model(args, signals)
-        check_model(model_path, args.sharding)
+        folders = find_model(args, signals)
+        check_model(folders.model, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:
-            engines = start_ranks(args, model_path, engine_end, rendezvous)
+            engines = start_ranks(args, folders, engine_end, rendezvous)
             logger.info("Starting Webserver for %s on port %d", args.model_id, listener.getsockname()[1])
-            http = start_webserver(args, model_path, listener, http_end)
+            http = start_webserver(args, folders, listener, http_end)
     supervise(http, engines, signals, args.graceful_termination_timeout_s)

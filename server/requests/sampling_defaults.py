@@ -7,7 +7,6 @@ temperature is 0, by itself or by default.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from typing import Any
 
 import pydantic
 
-from engine.link.errors import StartError
-from engine.link.model_files import read_file
+from engine.link.model_files import read_json
 from server.config import ServerConfig
 from server.requests.rows import Dialect
 from server.requests.sampling import ROWS, Parameters
@@ -34,12 +32,7 @@ def read_sampling_defaults(config: ServerConfig) -> dict[str, float]:
     if config.is_strict_tgi or config.generation_config != "auto":
         return {}
     path = Path(config.model_path) / FILE
-    try:
-        stored = json.loads(read_file(path) or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
-    if not isinstance(stored, dict):
-        raise StartError(f"{path} is not a JSON object: fetch the model again")
+    stored = read_json(path)
     defaults: dict[str, float] = {}
     for name in NAMES:
         value = stored.get(name)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from server.launcher.children import Child
+from server.launcher.args import parse_args
+from server.launcher.children import Child, Signals
 from server.launcher.errors import LaunchError
 from server.launcher.shard_check import check_model
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, snapshot_commit
+from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, ModelFolders, find_model, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -203,3 +204,24 @@ def test_a_config_that_can_not_be_read_is_left_to_the_engine(tmp_path: Path, con
     check_model(str(tmp_path), TWO)
     (tmp_path / "config.json").write_text(content)
     check_model(str(tmp_path), TWO)
+
+
+def write_adapter(folder: Path, base: Path) -> None:
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "revision": "v1"}))
+
+
+def find_local(folder: Path) -> ModelFolders:
+    return find_model(parse_args(["--model-id", str(folder)], {}), Signals())
+
+
+def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> None:
+    model, adapter, second = tmp_path / "model", tmp_path / "adapter", tmp_path / "second"
+    model.mkdir()
+    write_adapter(adapter, model)
+    write_adapter(second, adapter)
+    assert find_local(model) == ModelFolders(str(model))
+    assert find_local(adapter) == ModelFolders(str(model), str(adapter))
+    with pytest.raises(LaunchError, match=f"{second} is an adapter of {adapter}, which is one itself"):
+        find_local(second)
