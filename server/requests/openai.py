@@ -7,6 +7,7 @@ Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -27,6 +28,7 @@ from pydantic_core import CoreSchema
 from server.requests.dialects import parameters_of, speaking
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
+from server.requests.sampling_defaults import filled
 from server.requests.serde import (
     F32,
     I32,
@@ -318,10 +320,15 @@ class CompletionRequest(OpenAIModel):
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 
 
-def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> Parameters:
-    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0."""
+def openai_parameters(
+    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float], *, is_strict: bool
+) -> Parameters:
+    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0.
+
+    `defaults` are values of parameters that the request leaves out.
+    """
     dialect = Dialect.CHAT if isinstance(request, ChatRequest) else Dialect.COMPLETIONS
-    parameters = parameters_of(dialect, request)
+    parameters = filled(parameters_of(dialect, request), defaults)
     is_greedy = parameters.temperature == 0 or (parameters.top_p == 0 and not is_strict)
     presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
     if is_strict and presence is not None:  # `docs/compatibility.md`, row 5

@@ -115,7 +115,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     generation_input = GenerationInput(
         inputs=await service.chats.render(request.messages, use.offered, ending(request)),
-        parameters=openai_parameters(request, is_strict=is_strict),
+        parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,

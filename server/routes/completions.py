@@ -160,7 +160,7 @@ class _Completion:
         return self._body.echo and self._body.logprobs is not None
 
     async def _input(self, prompt: str | list[int]) -> GenerationInput:
-        parameters = openai_parameters(self._body, is_strict=self._is_strict)
+        parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,

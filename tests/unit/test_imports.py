@@ -102,6 +102,7 @@ STANDARD_LIBRARY_ONLY = {
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "engine.link.config": "",
+    "engine.link.encoding": "",
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
