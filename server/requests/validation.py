@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.config import ServerConfig
 from server.errors import ValidationError
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
@@ -45,8 +47,8 @@ class GenerationInput:
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     is_openai: bool = False
     """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
-    tool_grammar: str | None = None
-    """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
+    tool_grammar: Check | None = None
+    """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
 
     @property
     def num_sequences(self) -> int:
@@ -66,6 +68,8 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    left_open: Sequence[str] = ()
+    """Places of its schemas that the model is not held to."""
 
 
 def refuse_if(condition: bool, text: str) -> None:
@@ -115,16 +119,19 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            grammar=grammar,
+            grammar=grammar.grammar if grammar else None,
         )
         return [
             ValidatedRequest(
-                generation=_numbered(generation, index), parameters=parameters, is_stop_hidden=request.is_openai
+                generation=_numbered(generation, index),
+                parameters=parameters,
+                is_stop_hidden=request.is_openai,
+                left_open=grammar.left_open if grammar else (),
             )
             for index in range(request.num_sequences)
         ]
 
-    async def _grammar(self, request: GenerationInput) -> str | None:
+    async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
         if spec is None and tool_grammar is None:
             return None
