@@ -80,6 +80,19 @@ class GenerationService:
         finally:
             permit.release()
 
+    def refuse_if_full(self, num_places: int) -> None:
+        """Refuse chats that would find no permits before time goes to their templates. Raises OverloadedError.
+
+        TGI renders first: under --strict-tgi this does nothing.
+        """
+        if self.config.is_strict_tgi:
+            return
+        try:
+            self.admission.permit(num_places).release()
+        except OverloadedError as error:
+            self.metrics.refused(error)
+            raise
+
     def open(self, *inputs: GenerationInput) -> AdmittedRequest:
         """A request that is admitted and validated as its block begins."""
         return AdmittedRequest(self, inputs)

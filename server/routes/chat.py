@@ -28,13 +28,14 @@ from server.chat.messages import (
     delta_of,
     message_of,
 )
-from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tool_calls import CLOSE, OPEN, Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
 from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
 
@@ -95,6 +96,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
+    service.refuse_if_full(1)
     generation_input, use = await chat_input(service, body)
     is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
@@ -117,8 +119,10 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
-        is_openai=not is_strict,
+        dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
+        shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
     return generation_input, use
 
