@@ -105,7 +105,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
         return encoded_answer(answer, headers)
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
-    headers = stream_headers(service.config.compute_type, generation_input.inputs)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs, opening.left_open)
     return EventStream(events, headers, opening.close)
 
 
@@ -121,6 +121,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        watch=use.watch if use.names and not use.is_free else None,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
@@ -170,7 +171,7 @@ class _Chat:
         if not self._use.names:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
-        reader = self._use.reader()
+        reader = self._use.reader(self._input.inputs)
         pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
         return self._whole_choice(
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
@@ -183,7 +184,7 @@ class _Chat:
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
         """OpenAI's reason. If a call is cut off it is `length`, for the client must not run such a call."""
         if num_calls and reason is not FinishReason.LENGTH:
-            return "tool_calls"
+            return "stop" if self._use.is_named else "tool_calls"
         return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
@@ -200,7 +201,9 @@ class _Chat:
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
+        readers = (
+            [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)] if self._use.names else None
+        )
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
