@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from server.chat.marks import CLOSE, OPEN
 from server.text.detokenizer import overlap
-
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)

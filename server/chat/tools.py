@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.chat.template import NO_TOOLS, Ending, OfferedTools
-from server.chat.tool_calls import CLOSE, OPEN, CallReader, ForcedCallReader, FreeCallReader
+from server.chat.marks import CLOSE, OPEN
+from server.chat.rendering import Ending
+from server.chat.template import NO_TOOLS, OfferedTools
+from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar import closed
 from server.requests.grammar_check import JSON_OPTIONS

@@ -34,7 +34,8 @@ from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.messages import Message, ToolCallBody
+from server.requests.openai import ChatRequest, openai_parameters
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
 
@@ -339,7 +340,7 @@ _decode_tgi = msgspec.json.Decoder(_TgiCall).decode
 def _next_call_id(messages: Sequence[Message]) -> str:
     """One more than the largest id among the messages' calls; if one of those is no number, neither is this."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
-    ids = [call.id for body in bodies for call in body.tool_calls]
+    ids = [call.id or "" for body in bodies for call in body.tool_calls]
     if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
         return str(uuid.uuid4())
     return str(max(map(int, ids), default=-1) + 1)

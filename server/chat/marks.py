@@ -1,0 +1,4 @@
+"""Marks that models write around what is no plain text."""
+
+OPEN = "<tool_call>"
+CLOSE = "</tool_call>"
