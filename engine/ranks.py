@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.checkpoint.weights import open_weights
+from engine.checkpoint.weight_files import find_weight_files
 from engine.device import Device
 from engine.graphs import GraphLimits
 from engine.limits import MemoryNeeds
@@ -277,7 +277,7 @@ def _fingerprint(config: EngineConfig) -> dict[str, str]:
         del settings[name.replace("_", "-")]
     folder = Path(config.model_path)
     digest = hashlib.blake2b(digest_size=8)
-    for path in (folder / "config.json", *open_weights(folder).files):
+    for path in (folder / "config.json", *find_weight_files(folder).paths):
         try:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         except OSError as error:

@@ -93,7 +93,7 @@ class Generation:
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
         self._prompt_logprobs: Sequence[float] = ()
-        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids)
+        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
         stop = request.parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
@@ -101,6 +101,11 @@ class Generation:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._prompt_token_ids)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the text before itself, as OpenAI has it."""
+        return None if self._stop_cutter is None else self._stop_cutter.found
 
     @property
     def time_per_token_s(self) -> float:

@@ -36,17 +36,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
 from engine.checkpoint.files import read_model_config
-from engine.checkpoint.safetensors_weights import damage, safetensors_files
+from engine.checkpoint.kinds import refuse_other_kinds
+from engine.checkpoint.safetensors_weights import damage
+from engine.checkpoint.weight_files import choose_weight_names, find_weight_files, is_weight_name
 from engine.link.errors import StartError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth")
 OTHERS = (".json", ".txt", ".jinja")
 """Endings of configuration, tokenizer and chat templates."""
-NO_WEIGHTS = ("arguments", "args", "training")
-"""A file with one of these words in its name holds no weights, as in TGI."""
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0
@@ -133,7 +132,7 @@ def _cached(model_id: str, revision: str | None) -> Path | None:
 def _check_whole(folder: Path) -> None:
     """Raise StartError if a file is missing or cut off; only the headers of the weights are read."""
     read_model_config(folder)
-    for path in safetensors_files(folder):
+    for path in find_weight_files(folder).paths:
         if reason := damage(path):
             raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
     if not (folder / "tokenizer.json").is_file():
@@ -145,7 +144,7 @@ def _check_whole(folder: Path) -> None:
 
 def _check_names(names: Collection[str], model_id: str) -> None:
     """Raise StartError if files of these names can't make a model that we serve."""
-    weights = [name for name in names if _is_weight(name)]
+    weights = [name for name in names if is_weight_name(name)]
     if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
         raise StartError(
             f"{model_id} is an adapter (LoRA), which is not supported: merge it into its base model first, with "
@@ -163,10 +162,6 @@ def _check_names(names: Collection[str], model_id: str) -> None:
         raise StartError(f"{model_id} has no config.json: give the id or the folder of a Hugging Face model")
 
 
-def _is_weight(name: str) -> bool:
-    return name.endswith(WEIGHTS) and not any(word in name for word in NO_WEIGHTS)
-
-
 def _fetched(model_id: str, revision: str | None) -> Path:
     """Fetch the files that the cache lacks, the weights last: a snapshot with all of them has the rest too."""
     _check_may_fetch(model_id)
@@ -176,7 +171,8 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     _check_names(sizes, model_id)
     for name in sorted(name for name in sizes if name.endswith(OTHERS)):
         folder = _fetch(model_id, commit, name, sizes[name]).parent
-    weights = sorted(name for name in sizes if _is_weight(name))
+    refuse_other_kinds(folder, read_model_config(folder))
+    weights = choose_weight_names(folder, sizes)
     start = time.monotonic()
     for num_done, name in enumerate(weights, start=1):
         _fetch(model_id, commit, name, sizes[name])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.kinds import kind_of_tensor
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.memory import release_freed_memory
@@ -106,7 +107,7 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, 
     prefix, _, leaf = name.rpartition(".")
     file_name = weights.file(name).name
     if prefix not in layers:
-        raise StartError(f"{file_name} has a tensor {name} that the model does not know")
+        raise _unknown(file_name, name)
     layer, part = layers[prefix]
     stored_dtype = weights.dtype(name)
     dtype = TORCH_DTYPES.get(stored_dtype)
@@ -118,10 +119,17 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, 
         tensor = weights.read(name, index, is_kept=is_host and not layer.is_copied(leaf, part, dtype))
         layer.load(leaf, part, tensor)
     except KeyError:
-        raise StartError(f"{file_name} has a tensor {name} that the model does not know") from None
+        raise _unknown(file_name, name) from None
     except ValueError as error:
         raise StartError(f"tensor {name} {error}: config.json and the weights do not belong together") from error
     return tensor
+
+
+def _unknown(file_name: str, name: str) -> StartError:
+    kind = kind_of_tensor(name)
+    return StartError(
+        f"{file_name} has a tensor {name} that the model does not know" + (f": the folder {kind}" if kind else "")
+    )
 
 
 def _lacks(layer: Loadable, layers: CheckpointLayers) -> bool:

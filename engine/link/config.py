@@ -62,6 +62,8 @@ class EngineConfig:
     """Rank 0's inherited socket that listens at the ranks' address; None: it makes one if there are other ranks."""
     shard_secret: str = dataclasses.field(default="", repr=False)
     """The ranks' proof to each other that they belong together; empty: they believe anybody who reaches their port."""
+    is_strict_tgi: bool = False
+    """Whether a text ends at TGI's end-of-sequence ids alone (`engine.checkpoint.files`)."""
     num_threads: int = 1
     """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from engine.build import make_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.hub import check_may_upload, download_model, upload_model
+from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.device import Device, detect_device
@@ -80,6 +81,7 @@ def quantize(options: QuantizeOptions) -> Path:
 def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
     """Check everything, then write the folder; returns the text, and the perplexity of the dense model."""
     config = read_model_config(source)
+    refuse_other_kinds(source, config)
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
     reader, device = open_weights(source), detect_device()

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.link.messages import FinishReason
 from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, Usage, f32
-from server.answers.sse import DONE, with_error_event
+from server.answers.sse import DONE, event, with_error_event
 from server.config import ServerConfig
 from server.errors import error_body, openai_error_body
 from server.generation import GeneratedToken, Generation
@@ -88,12 +88,12 @@ def chat_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:
 async def openai_stream(events: AsyncGenerator[bytes], config: ServerConfig) -> AsyncGenerator[bytes]:
     """`events` and OpenAI's end mark. An error is one more event before the mark."""
 
-    def error_data(error: Exception) -> msgspec.Struct:
+    def error_event(error: Exception) -> bytes:
         if config.is_strict_tgi:
-            return TgiStreamErrorBody(TgiStreamError(error_body(error).error))
-        return openai_error_body(error)
+            return event(TgiStreamErrorBody(TgiStreamError(error_body(error).error)))
+        return event(openai_error_body(error))
 
-    async with contextlib.aclosing(with_error_event(events, error_data)) as items:
+    async with contextlib.aclosing(with_error_event(events, error_event)) as items:
         async for item in items:
             yield item
     yield DONE

@@ -125,9 +125,8 @@ def _content(message: Message, number: int) -> str | list[dict[str, str]] | None
 
 def _text_part(part: Part, number: int) -> dict[str, str]:
     if not isinstance(part, TextPart):
-        raise ValidationError(
-            f"messages[{number}]: this model reads text only, it cannot take a part of type `{part.type}`"
-        )
+        text = f"this model reads text only, it cannot take a part of type `{part.type}`"
+        raise ValidationError(f"messages[{number}]: {text}", param=f"messages[{number}]")
     return {"type": "text", "text": part.text}
 
 

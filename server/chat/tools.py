@@ -13,9 +13,9 @@ from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
 from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
-from server.requests.grammar import closed
 from server.requests.grammar_check import JSON_OPTIONS
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.requests.schemas import closed
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"

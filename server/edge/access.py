@@ -15,7 +15,10 @@ VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class ApiKeyGuard:
-    """Answers 401 with an empty body to whoever asks for a protected operation without `Authorization: Bearer KEY`."""
+    """Answers 401 with an empty body to whoever asks for a protected operation without the key.
+
+    It stands in `Authorization: Bearer KEY` or, but for `is_strict`, in `X-API-Key`.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder, *, is_strict: bool) -> None:
         self._app = app
@@ -34,9 +37,12 @@ class ApiKeyGuard:
         return operation is not None and operation.is_protected(is_strict=self._is_strict)
 
     def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = "" if self._is_strict else headers.get("x-api-key", "")  # where Anthropic's clients put it
         # Headers come in as latin-1. The comparison takes the same time for every wrong key.
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
+        return hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
 
 class CorsHeaders:

@@ -359,7 +359,7 @@ SERVING = (
     ),
     Flag(
         name="strict-tgi",
-        fills="server.is_strict_tgi",
+        fills="server.is_strict_tgi engine.is_strict_tgi",
         help="Behave as TGI also where that breaks clients (ours; TGI doesn't have it)",
         is_switch=True,
     ),

@@ -99,9 +99,13 @@ class BodyReader:
         try:
             return model.model_validate(value, context=self._context)
         except pydantic.ValidationError as error:
-            reason = serde.describe(error)
+            wrong = serde.describe(error)
+        reason = f"{wrong.text} at {_position(text, end)}"
         raise BodyError(
-            422, f"Failed to deserialize the JSON body into the target type: {reason} at {_position(text, end)}"
+            422,
+            f"Failed to deserialize the JSON body into the target type: {reason}",
+            param=wrong.param,
+            code=wrong.code,
         )
 
     def close(self) -> None:

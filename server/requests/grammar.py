@@ -12,19 +12,16 @@ import asyncio
 import collections
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import msgspec
 
 from server.errors import ValidationError
 from server.piped_process import PipedProcess, has_answer
 from server.requests.grammar_check import Check, Checked
+from server.requests.schemas import MAX_GRAMMAR_CHARS, TOO_LONG, closed, read_schema
 from server.requests.values import GrammarSpec
 
-MAX_GRAMMAR_CHARS = 1 << 18
-TOO_LONG = f"it is longer than {MAX_GRAMMAR_CHARS} characters"
 MAX_CACHED = 32
 CHECK_TIMEOUT_S = 5.0
 """Usual schemas take a millisecond, and the process itself a tenth of a second to start."""
@@ -32,10 +29,6 @@ MAX_REASON_CHARS = 500
 
 _MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
 """How llguidance's error begins if the text is no JSON Schema: that is text 22; all its other errors are text 24."""
-_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SCHEMAS = ("items", "additionalProperties", "additionalItems")
-_INTERSECTING = ("allOf", "anyOf", "oneOf", "$ref")
 
 
 class GrammarCompiler:
@@ -62,7 +55,7 @@ class GrammarCompiler:
             if checked.error is not None:
                 raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")
             return checked.grammar
-        schema = _read_schema(grammar, is_strict=is_strict)
+        schema = read_schema(grammar, is_strict=is_strict)
         checked = await self._check(Check(schema=closed(schema), is_lenient=is_strict))
         if checked.error is not None and _MALFORMED.match(checked.error):
             raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")  # text 22
@@ -106,71 +99,6 @@ class GrammarCompiler:
         """End the process, after the grammar that it is compiling."""
         self._thread.submit(self.process.close)
         self._thread.shutdown()
-
-
-def _read_schema(grammar: GrammarSpec, *, is_strict: bool) -> dict[str, Any]:
-    value = grammar.value
-    if grammar.type == "json_schema":
-        if not isinstance(value, dict) or "schema" not in value:
-            raise ValidationError("grammar is not valid: missing field `schema`")
-        value = value["schema"]
-    if grammar.type == "json_object" and value is None and not is_strict:  # OpenAI's JSON mode
-        return {"type": "object"}
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, str):
-        raise ValidationError("grammar is not supported")  # text 21
-    if len(value) > MAX_GRAMMAR_CHARS:
-        raise ValidationError(f"cannot compile regex from schema: {TOO_LONG}")
-    try:
-        schema = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(f"grammar is not valid: {error}", logged="grammar is not valid") from error  # text 22
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise ValidationError("grammar is not valid: a schema that can be followed is an object or `true`")  # text 22
-    return schema
-
-
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with no other keys than the declared ones, wherever it says nothing of others, as in TGI.
-
-    A model would otherwise be free to add any. Where objects are intersected, all would refuse each other's keys, so
-    such a schema stays as it is.
-    """
-    try:
-        if not any(_is_intersecting(part) for part in _walk(schema)):
-            schema = json.loads(json.dumps(schema))
-            for part in _walk(schema):
-                if "properties" in part:
-                    part.setdefault("additionalProperties", False)
-    except RecursionError:
-        raise ValidationError("grammar is not valid: it is nested too deeply") from None
-    return schema
-
-
-def _is_intersecting(part: dict[str, Any]) -> bool:
-    members = part.get("allOf")
-    is_refined = "properties" in part and any(key in part for key in _INTERSECTING)
-    return is_refined or (isinstance(members, list) and len(members) > 1)
-
-
-def _walk(schema: Any) -> Iterator[dict[str, Any]]:
-    """The schema and every schema within it; constants and examples are not schemas."""
-    stack = [schema]
-    while stack:
-        part = stack.pop()
-        if not isinstance(part, dict):
-            continue
-        yield part
-        for key, value in part.items():
-            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-                stack += value.values()
-            elif key in _SCHEMA_LISTS and isinstance(value, list):
-                stack += value
-            elif key in _SCHEMAS:
-                stack.append(value)
 
 
 class CheckingProcess(PipedProcess):

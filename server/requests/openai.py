@@ -127,6 +127,17 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _read_seed(value: Any, info: ValidationInfo) -> Any:
+    """A seed that is negative counts from the end of the unsigned ones, but -1 asks for a random one."""
+    if is_strict(info) or type(value) is not int or not -(2**63) <= value < 0:
+        return value
+    return None if value == -1 else value % 2**64
+
+
+_AnyInteger = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+Seed = Annotated[U64 | None, BeforeValidator(_read_seed, json_schema_input_type=_AnyInteger | None)]
+
+
 @speaking(Dialect.CHAT)
 class ChatRequest(OpenAIModel):
     """Body of /v1/chat/completions."""
@@ -139,7 +150,7 @@ class ChatRequest(OpenAIModel):
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
     stop: Stop = None
-    seed: U64 | None = None
+    seed: Seed = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logprobs: bool | None = None
@@ -207,7 +218,7 @@ class CompletionRequest(OpenAIModel):
     top_p: F32 | None = None
     repetition_penalty: F32 | None = None
     frequency_penalty: F32 | None = None
-    seed: U64 | None = None
+    seed: Seed = None
     stop: Stop = None
     stream: bool = False
     suffix: str | None = None
@@ -228,18 +239,20 @@ class CompletionRequest(OpenAIModel):
 
 
 def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> Parameters:
-    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature is exactly 0."""
+    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0."""
     dialect = Dialect.CHAT if isinstance(request, ChatRequest) else Dialect.COMPLETIONS
     parameters = parameters_of(dialect, request)
-    is_greedy = parameters.temperature == 0
+    is_greedy = parameters.temperature == 0 or (parameters.top_p == 0 and not is_strict)
     presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
     if is_strict and presence is not None:  # `docs/compatibility.md`, row 5
         repetition, presence = round_to_f32(presence + 2), None
     return dataclasses.replace(
         parameters,
         do_sample=not is_greedy,
-        temperature=None if is_greedy else parameters.temperature,
-        top_p=None if parameters.top_p == 1 and not is_strict else parameters.top_p,  # `docs/compatibility.md`, row 3
+        temperature=parameters.temperature or None,
+        # `docs/compatibility.md`, row 3
+        top_p=None if parameters.top_p in (0, 1) and not is_strict else parameters.top_p,
+        typical_p=None if parameters.typical_p == 1 else parameters.typical_p,
         top_k=None if parameters.top_k in (-1, 0) else parameters.top_k,  # either is off to some server
         presence_penalty=presence,
         repetition_penalty=repetition,

@@ -18,6 +18,7 @@ from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
 from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
 from server.answers.sse import EventStream, event
+from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
     ChatDelta,
     ChatMessage,
@@ -36,6 +37,7 @@ from server.generation import Completion, GeneratedToken, Stream, collect, inter
 from server.operation import Area, Operation
 from server.requests.messages import Message, ToolCallBody
 from server.requests.openai import ChatRequest, openai_parameters
+from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
 
@@ -119,8 +121,10 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
-        is_openai=not is_strict,
+        dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
+        shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
     return generation_input, use
 

@@ -26,6 +26,7 @@ from server.generation import (
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
 from server.requests.openai import CompletionRequest, openai_parameters
+from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
 from server.service import AdmittedRequest, GenerationService, service_of
 
@@ -139,15 +140,20 @@ class _Completion:
 
     def _check(self, max_best_of: int) -> None:
         n, best_of = self._num_choices, self._num_sequences
-        refuse_if(n == 0, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {n}")
-        refuse_if(best_of < n, f"`best_of` must be >= `n`. Given: {best_of} and {n}")
-        is_choosing = best_of > n
+        is_choosing, is_stream = best_of > n, self._body.stream
+        refuse_if(n == 0, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {n}", param="n")
+        refuse_if(best_of < n, f"`best_of` must be >= `n`. Given: {best_of} and {n}", param="best_of")
         refuse_if(
-            is_choosing and best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}"
+            is_choosing and best_of > max_best_of,
+            f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}",
+            param="best_of",
         )
-        refuse_if(is_choosing and self._body.stream, "`best_of` > `n` is not supported when streaming tokens")
-        is_streaming_them = self._has_prompt_logprobs and self._body.stream
-        refuse_if(is_streaming_them, "`echo` with `logprobs` is not supported when streaming tokens")
+        refuse_if(is_choosing and is_stream, "`best_of` > `n` is not supported when streaming tokens", param="best_of")
+        refuse_if(
+            self._has_prompt_logprobs and is_stream,
+            "`echo` with `logprobs` is not supported when streaming tokens",
+            param="echo",
+        )
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -161,7 +167,7 @@ class _Completion:
             parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
             num_choices=self._num_sequences,
-            is_openai=not self._is_strict,
+            dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:

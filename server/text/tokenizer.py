@@ -12,6 +12,7 @@ import tokenizers
 
 from engine.link.errors import GenerationError, StartError
 from engine.link.model_files import read_file
+from server.text.affixes import Affixes, read_affixes, use_affixes
 from server.text.chat_format import ChatFormat, read_chat_format, read_json, token_content
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
@@ -45,14 +46,17 @@ class TextTokenizer:
         chat_format: ChatFormat,
         num_workers: int,
         path: Path,
+        affixes: Affixes | None = None,
     ) -> None:
-        """`path`: the file that `tokenizer` was read from."""
+        """`path`: the file that `tokenizer` was read from. `affixes`: tokens around a text in place of the file's."""
+        if affixes is not None:
+            use_affixes(tokenizer, affixes)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._special_ids = special_ids
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
-        self._long_texts = LongTextProcess(path)
+        self._long_texts = LongTextProcess(path, affixes)
         self._long_executor = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
         self.chat_format = chat_format
 
@@ -74,9 +78,9 @@ class TextTokenizer:
             raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
         config = config or {}
         chat_format = read_chat_format(folder, config, is_config_first=bool(config_path), is_strict=is_strict)
-        return cls(
-            tokenizer, _special_ids(tokenizer, config, path), chat_format, num_workers, folder / "tokenizer.json"
-        )
+        affixes = read_affixes(config, token_content(config.get("bos_token")), token_content(config.get("eos_token")))
+        special_ids = _special_ids(tokenizer, config, path)
+        return cls(tokenizer, special_ids, chat_format, num_workers, folder / "tokenizer.json", affixes)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) > MAX_SHORT_CHARS:
@@ -129,6 +133,10 @@ class TextTokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of the token whose text is `token`, if there is one."""
         return self._tokenizer.token_to_id(token)
+
+    def token_ids(self, *tokens: str) -> frozenset[int]:
+        """The ids of those among `tokens` that are one token each."""
+        return frozenset(token_id for token in tokens if (token_id := self.token_id(token)) is not None)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids

@@ -210,14 +210,14 @@ def test_a_dead_hub_is_given_up_after_five_tries(downloads: Downloads, hub: HubS
 
 def test_a_cut_connection_goes_on_where_it_was(hub: HubStandIn, downloads: Downloads) -> None:
     content = os.urandom(22 << 20)  # the library keeps what it has in pieces of 10 MiB
-    hub.repositories[MODEL].files["more.safetensors"] = content
-    hub.failures.append(Failure("more.safetensors"))
+    hub.repositories[MODEL].files["more.txt"] = content
+    hub.failures.append(Failure("more.txt"))
     result = downloads.run(MODEL, is_impatient=True)
     assert result.code == 0, result.log
     assert [request.byte_range for request in hub.requests if request.byte_range] == [f"bytes={10 << 20}-"]
-    assert (result.folder / "more.safetensors").read_bytes() == content
-    assert "more.safetensors: peer closed connection" in result.log and "Trying to resume download" in result.log
-    assert "Download: more.safetensors: 91 % of 23.1MB" in result.log
+    assert (result.folder / "more.txt").read_bytes() == content
+    assert "more.txt: peer closed connection" in result.log and "Trying to resume download" in result.log
+    assert "Download: more.txt: 91 % of 23.1MB" in result.log
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "lifeline"])

@@ -41,7 +41,7 @@ async def test_the_right_key_is_let_in(make_app: MakeApp, key: str) -> None:
 async def test_any_other_key_is_401_with_an_empty_body(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     async with client_of(make_app(api_key="s3cret")) as client:
-        assert len(PROTECTED_PATHS) == 10
+        assert len(PROTECTED_PATHS) == 13
         for path in PROTECTED_PATHS:
             response = await client.post(path, json=BODY, headers=headers)
             assert (response.status_code, response.content) == (401, b"")
@@ -56,6 +56,17 @@ async def test_a_key_need_not_be_ascii(make_app: MakeApp) -> None:
         headers = {b"authorization": "Bearer schlüssel".encode()}
         response = await client.post("/generate", json=BODY, headers=headers)  # type: ignore[arg-type]
         assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("is_strict", "status"), [(False, 200), (True, 401)], ids=["default", "strict"])
+async def test_the_key_may_stand_where_anthropics_clients_put_it(
+    make_app: MakeApp, is_strict: bool, status: int
+) -> None:
+    async with client_of(make_app(api_key="s3cret", is_strict_tgi=is_strict)) as client:
+        answer = await client.post("/generate", json=BODY, headers={"x-api-key": "s3cret"})
+        assert answer.status_code == status
+        answer = await client.post("/generate", json=BODY, headers={"x-api-key": "s3cre"})
+        assert answer.status_code == 401
 
 
 @pytest.mark.parametrize("path", OPEN_PATHS)

@@ -15,7 +15,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from server.errors import ValidationError
-from server.requests.grammar import CHECK_TIMEOUT_S, MAX_GRAMMAR_CHARS, GrammarCompiler, closed
+from server.requests.grammar import CHECK_TIMEOUT_S, GrammarCompiler
+from server.requests.schemas import MAX_GRAMMAR_CHARS, closed
 from server.requests.values import GrammarSpec
 
 TOKENIZER = LLTokenizer("byte")

@@ -114,7 +114,7 @@ async def test_template_error_comes_before_the_stream(engine: FakeEngine, tmp_pa
     tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
     async with client_of(create_app(engine, make_config(), tokenizer)) as client:
         response = await chat(client, stream=stream)
-    assert response.status_code == 422
+    assert response.status_code == 400
     error = response.json()["error"]
     assert error["message"] == "Template error: no system role"
     assert error["code"] == "template_error"
@@ -149,13 +149,13 @@ async def test_sdk_stream(sdk: openai.AsyncOpenAI, engine: FakeEngine, ids_of: C
 
 
 async def test_sdk_sees_refusals(sdk: openai.AsyncOpenAI) -> None:
-    with pytest.raises(openai.UnprocessableEntityError) as raised:
+    with pytest.raises(openai.BadRequestError) as raised:
         await sdk.chat.completions.create(model="", messages=SDK_USER, temperature=-1)
     assert "`temperature` must be strictly positive" in raised.value.response.text
 
 
 async def test_sdk_sees_refusals_before_the_stream(sdk: openai.AsyncOpenAI) -> None:
-    with pytest.raises(openai.UnprocessableEntityError, match="`temperature` must be strictly positive"):
+    with pytest.raises(openai.BadRequestError, match="`temperature` must be strictly positive"):
         await sdk.chat.completions.create(model="", messages=SDK_USER, temperature=-1, stream=True)
 
 

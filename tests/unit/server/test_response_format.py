@@ -64,11 +64,13 @@ async def test_text(client: httpx.AsyncClient, engine: FakeEngine, response_form
 )
 async def test_refusals(client: httpx.AsyncClient, response_format: Any, reason: str) -> None:
     response = await ask(client, response_format)
-    assert response.status_code == 422
-    assert response.json()["error"]["message"].startswith(f"Input validation error: {reason}")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"].startswith(f"Input validation error: {reason}")
+    assert error["param"] == "response_format"
 
 
 async def test_unknown_type(client: httpx.AsyncClient) -> None:
     response = await ask(client, {"type": "xml", "value": ""})
-    assert response.status_code == 422
+    assert response.status_code == 400
     assert "response_format.type: unknown variant `xml`" in response.text

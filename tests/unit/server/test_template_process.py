@@ -177,5 +177,5 @@ async def test_a_server_with_such_a_template_refuses_chats_and_serves_the_rest(
             assert (await client.post("/generate", json={"inputs": "Hello"})).status_code == 200
             assert time.monotonic() - started < 0.5
         for answer in await asyncio.gather(*chats):
-            assert answer.status_code == 422
+            assert answer.status_code == 400
             assert answer.json()["error"]["message"] == f"Template error: {FIX}"
