@@ -144,6 +144,8 @@ class AdmittedRequest:
         self._block: AbstractAsyncContextManager[list[Stream]] | None = None
         """The block of the streams, once the request is valid."""
         self._permit: Permit | None = None
+        self.left_open: Sequence[str] = ()
+        """Places of its schemas that the model is not held to, once it is valid."""
 
     def take_permit(self, num_places: int) -> None:
         """Raises OverloadedError."""
@@ -171,6 +173,7 @@ class AdmittedRequest:
             except BaseException:
                 self.close()
                 raise
+        self.left_open = requests[0].left_open
         for validated in requests:
             generation = validated.generation
             metrics.accepted(len(generation.prompt_token_ids), generation.max_new_tokens)

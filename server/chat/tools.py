@@ -13,9 +13,8 @@ from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
 from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
-from server.requests.grammar_check import JSON_OPTIONS
+from server.requests.grammar_check import Check, HeldSchema
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
-from server.requests.schemas import closed
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"
@@ -45,8 +44,8 @@ class ToolUse:
     names: tuple[str, ...] = ()
     """Names of the functions that may be called."""
     offered: OfferedTools = NO_TOOLS
-    grammar: str | None = None
-    """A grammar as llguidance reads it, if the model is not free."""
+    grammar: Check | None = None
+    """What the model is held to, if it is not free."""
     max_calls: int | None = None
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
@@ -117,16 +116,16 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
     )
 
 
-def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> str:
+def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> Check:
     """One call or more, of these functions and by their schemas."""
     bodies = []
-    for tool in tools:
+    for index, tool in enumerate(tools):
         header = f'{{"name": {_literal(tool.function.name)}, "arguments": '
-        schema = _json(_arguments_schema(tool), is_lenient=not tool.function.strict)
-        bodies.append(f"{_literal(header)} {schema} {_literal('}')}")
+        bodies.append(f"{_literal(header)} schema_{index} {_literal('}')}")
     newline = _literal("\n")
     call = f"{_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"
-    return _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
+    lark = _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
+    return Check(lark=lark, schemas=tuple(_arguments_schema(tool) for tool in tools))
 
 
 def _mark(mark: str, tokenizer: TextTokenizer) -> str:
@@ -135,13 +134,15 @@ def _mark(mark: str, tokenizer: TextTokenizer) -> str:
     return _literal(mark) if token_id is None else f"<[{token_id}]>"
 
 
-def _arguments_schema(tool: Tool) -> dict[str, Any]:
+def _arguments_schema(tool: Tool) -> HeldSchema:
     schema = tool.function.arguments
     if schema is None:
-        schema = {"properties": {}}
+        schema = {"properties": {}, "additionalProperties": False}
+    elif schema is True:
+        schema = {}
     if not isinstance(schema, dict):
         raise ToolError(f"The parameters of {tool.function.name} are not a JSON schema")
-    return {"type": "object"} | schema
+    return HeldSchema({"type": "object"} | schema, "strict" if tool.function.strict else "open", tool.function.name)
 
 
 def _tgi_use(request: ChatRequest) -> ToolUse:
@@ -154,10 +155,11 @@ def _tgi_use(request: ChatRequest) -> ToolUse:
     shown = [_as_tgi_shows(tool) for tool in tools]
     listed = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     prompt = request.tool_prompt or TGI_PROMPT
-    bodies = [_json(_tgi_schema(tool), is_lenient=True) for tool in tools]
+    bodies = [f"schema_{index}" for index in range(len(tools))]
+    lark = _lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies)
     return ToolUse(
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
-        grammar=_lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies),
+        grammar=Check(lark=lark, schemas=tuple(HeldSchema(_tgi_schema(tool), "tgi") for tool in tools)),
         has_no_tool=_is_free(request),
     )
 
@@ -189,12 +191,3 @@ def _lark(start: str, bodies: Sequence[str], *rules: str) -> str:
 
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _json(schema: dict[str, Any], *, is_lenient: bool) -> str:
-    """A schema within a grammar.
-
-    `is_lenient`: what llguidance cannot hold the model to is ignored, as functions check what they are given.
-    """
-    options = {"x-guidance": JSON_OPTIONS | {"lenient": is_lenient}}
-    return f"%json {json.dumps(closed(schema) | options, ensure_ascii=False)}"

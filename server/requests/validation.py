@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
@@ -47,9 +49,8 @@ class GenerationInput:
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     dialect: Dialect = Dialect.NATIVE
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
-    tool_grammar: str | None = None
-    """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
-
+    tool_grammar: Check | None = None
+    """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
 
@@ -76,6 +77,8 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    left_open: Sequence[str] = ()
+    """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
 
@@ -135,19 +138,20 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            grammar=grammar,
+            grammar=grammar.grammar if grammar else None,
         )
         return [
             ValidatedRequest(
                 generation=_numbered(generation, index),
                 parameters=parameters,
                 is_stop_hidden=request.is_openai,
+                left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
             )
             for index in range(request.num_sequences)
         ]
 
-    async def _grammar(self, request: GenerationInput) -> str | None:
+    async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
         if spec is None and tool_grammar is None:
             return None

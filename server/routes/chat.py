@@ -107,7 +107,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
         return encoded_answer(answer, headers)
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
-    headers = stream_headers(service.config.compute_type, generation_input.inputs)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs, opening.left_open)
     return EventStream(events, headers, opening.close)
 
 

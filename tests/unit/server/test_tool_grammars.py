@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLTokenizer
 from server.chat.tools import use_tools
 from server.errors import ToolError, ValidationError
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check
 from server.requests.openai import ChatRequest
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import chat_format_of
@@ -38,7 +39,7 @@ def vocabulary(request: pytest.FixtureRequest, model_folder: Path) -> tokenizers
 
 def grammar_of(
     vocabulary: tokenizers.Tokenizer, schemas: dict[str, Any], *, is_strict: bool = False, **body: Any
-) -> str:
+) -> Check:
     tools = [{"type": "function", "function": {"name": name} | function} for name, function in schemas.items()]
     body = {"messages": [], "tools": tools, "tool_choice": "required"} | body
     request = ChatRequest.model_validate(body, context={"is_strict": is_strict})
@@ -58,10 +59,10 @@ def compiler() -> Iterator[GrammarCompiler]:
     COMPILER.close()
 
 
-async def accepts(vocabulary: tokenizers.Tokenizer, grammar: str, text: str) -> bool:
+async def accepts(vocabulary: tokenizers.Tokenizer, grammar: Check, text: str) -> bool:
     """Whether a model held to `grammar` can write exactly `text`."""
-    compiled = await COMPILER.compile_tools(grammar)
-    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), compiled)
+    checked = await COMPILER.compile_tools(grammar)
+    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), checked.grammar)
     token_ids = vocabulary.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
@@ -113,8 +114,10 @@ async def test_a_schema_that_cannot_be_held_to(vocabulary: tokenizers.Tokenizer)
     assert await accepts(vocabulary, lenient, written("f", '{"a": "b"}'))
     with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*odd"):
         await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": ODD, "strict": True}}))
-    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*nothing"):
-        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": {"type": "nothing"}}}))
+    wrong = {"f": {"parameters": {"type": "nothing"}}}
+    assert await accepts(vocabulary, grammar_of(vocabulary, wrong), written("f", "{}"))
+    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*anyOf is empty"):
+        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": {"type": []}, "strict": True}}))
     with pytest.raises(ToolError, match="^The parameters of f are not a JSON schema$"):
         grammar_of(vocabulary, {"f": {"parameters": "none"}})
 
