@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.chat.template import NO_TOOLS, Ending, OfferedTools
-from server.chat.tool_calls import CLOSE, OPEN, THOUGHT, CallReader, ForcedCallReader, FreeCallReader
+from server.chat.marks import CLOSE, OPEN, OPEN_THOUGHT
+from server.chat.rendering import Ending
+from server.chat.template import NO_TOOLS, OfferedTools
+from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
@@ -57,7 +59,7 @@ class ToolUse:
         """A reader of one answer to the prompt, in the model's own format."""
         if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
-        is_in_thought = prompt.rstrip().endswith(THOUGHT)
+        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
         has_bare_calls = self.grammar is None
         return FreeCallReader(self.names, self.max_calls, has_bare_calls=has_bare_calls, is_in_thought=is_in_thought)
 

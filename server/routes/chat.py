@@ -18,6 +18,7 @@ from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
 from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, tgi_logprobs, usage_of
 from server.answers.sse import EventStream, event
+from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
     ChatDelta,
     ChatMessage,
@@ -28,13 +29,14 @@ from server.chat.messages import (
     delta_of,
     message_of,
 )
-from server.chat.tool_calls import CLOSE, OPEN, Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.messages import Message, ToolCallBody
+from server.requests.openai import ChatRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -349,7 +351,7 @@ _decode_tgi = msgspec.json.Decoder(_TgiCall).decode
 def _next_call_id(messages: Sequence[Message]) -> str:
     """One more than the largest id among the messages' calls; if one of those is no number, neither is this."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
-    ids = [call.id for body in bodies for call in body.tool_calls]
+    ids = [call.id or "" for body in bodies for call in body.tool_calls]
     if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
         return str(uuid.uuid4())
     return str(max(map(int, ids), default=-1) + 1)
