@@ -2,29 +2,23 @@
 
 The grammar is compiled here once to refuse it before anything is queued; the engine compiles it again for its own
 vocabulary. No limit of llguidance's bounds the time that a hostile schema takes (30 intersected patterns take days), so
-it is compiled in a process that can be killed, `server.requests.grammar_check`. That also keeps llguidance out of this
-process.
+it is compiled in processes that can be killed (`server.requests.grammar_pool`). That also keeps llguidance out of this
+one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from server.errors import ValidationError
-from server.piped_process import PipedProcess, has_answer
 from server.requests.grammar_check import Check, Checked
+from server.requests.grammar_pool import CheckingPool, PoolLimits
 from server.requests.schemas import MAX_GRAMMAR_CHARS, TOO_LONG, closed, read_schema
 from server.requests.values import GrammarSpec
 
-MAX_CACHED = 32
-CHECK_TIMEOUT_S = 5.0
-"""Usual schemas take a millisecond, and the process itself a tenth of a second to start."""
 MAX_REASON_CHARS = 500
 
 _MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
@@ -32,19 +26,13 @@ _MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
 
 
 class GrammarCompiler:
-    """Compiles grammars in a process of its own, to find out whether the engine can hold to them.
+    """Compiles grammars in processes of its own, to find out whether the engine can hold to them."""
 
-    Owns that process and the thread that speaks with it. The last answers are remembered.
-    """
-
-    def __init__(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
-        self.timeout_s = timeout_s
-        self.process = CheckingProcess()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._answers: collections.OrderedDict[bytes, Checked] = collections.OrderedDict()
+    def __init__(self, limits: PoolLimits | None = None) -> None:
+        self.pool = CheckingPool(limits or PoolLimits())
 
     async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> str:
-        """The text that llguidance reads. Raises ValidationError.
+        """The text that llguidance reads. Raises ValidationError, OverloadedError.
 
         `is_strict`: as in TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
         """
@@ -83,39 +71,8 @@ class GrammarCompiler:
             return Checked(error="it is nested too deeply")
         if len(request) > MAX_GRAMMAR_CHARS:
             return Checked(error=TOO_LONG)
-        checked = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, request)
+        checked = await self.pool.check(request)
         return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])
 
-    def _answer(self, request: bytes) -> Checked:
-        """Runs on the thread: the event loop goes on while the process compiles."""
-        if request not in self._answers:
-            self._answers[request] = self.process.check(request, self.timeout_s)
-        self._answers.move_to_end(request)
-        if len(self._answers) > MAX_CACHED:
-            self._answers.popitem(last=False)
-        return self._answers[request]
-
     def close(self) -> None:
-        """End the process, after the grammar that it is compiling."""
-        self._thread.submit(self.process.close)
-        self._thread.shutdown()
-
-
-class CheckingProcess(PipedProcess):
-    """The process that compiles."""
-
-    def __init__(self) -> None:
-        super().__init__("server.requests.grammar_check")
-
-    def check(self, request: bytes, timeout_s: float) -> Checked:
-        """The answer to a line. A process that says nothing in time, or dies of the line, gives way to a new one."""
-        questions, answers = self.pipes()
-        try:
-            questions.write(request)
-            questions.flush()
-            if has_answer(answers, timeout_s) and (line := answers.readline()):
-                return msgspec.json.decode(line, type=Checked)
-        except BrokenPipeError:  # the child has died between two requests, or of this one
-            pass
-        self.close()
-        return Checked(error="it is too complex")
+        self.pool.close()
