@@ -45,7 +45,7 @@ def texts_of(events: list[dict[str, Any]]) -> dict[int, str]:
 
 async def error_of(client: httpx.AsyncClient, **body: Any) -> Any:
     response = await complete(client, **body)
-    assert response.status_code == 422
+    assert response.status_code == 400
     return response.json()["error"]
 
 
@@ -119,7 +119,7 @@ async def test_best_of_takes_the_likeliest(client: httpx.AsyncClient, engine: Fa
             {"echo": True, "logprobs": 0, "stream": True},
             "`echo` with `logprobs` is not supported when streaming tokens",
         ),
-        ({"logprobs": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+        ({"logprobs": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
         ({"temperature": -1}, "`temperature` must be strictly positive"),
         ({"temperature": -1, "stream": True}, "`temperature` must be strictly positive"),
         ({"prompt": ""}, "`inputs` cannot be empty"),
@@ -130,18 +130,19 @@ async def test_best_of_takes_the_likeliest(client: httpx.AsyncClient, engine: Fa
 async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], text: str) -> None:
     error = await error_of(client, **body)
     assert error["message"] == f"Input validation error: {text}"
-    assert (error["type"], error["code"]) == ("invalid_request_error", "validation")
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] in ("prompt", *body)
     assert not engine.requests
 
 
 SUFFIX = ("Suffix is not supported and can be achieved by preprocessing the prompt.", "suffix not supported")
-BATCH = ("Number of prompts exceeds the maximum allowed batch size of 4", "batch size exceeded")
+BATCH = ("Number of prompts exceeds the maximum allowed batch size of 128", "batch size exceeded")
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     ("body", "text", "kind"),
-    [({"suffix": ""}, *SUFFIX), ({"prompt": ["x"] * 5}, *BATCH), ({"prompt": ["x"] * 5, "suffix": "x"}, *SUFFIX)],
+    [({"suffix": ""}, *SUFFIX), ({"prompt": ["x"] * 129}, *BATCH), ({"prompt": ["x"] * 129, "suffix": "x"}, *SUFFIX)],
 )
 async def test_what_is_refused_before_a_stream(
     client: httpx.AsyncClient,
@@ -152,10 +153,21 @@ async def test_what_is_refused_before_a_stream(
     kind: str,
 ) -> None:
     error = await error_of(client, stream=is_stream, **body)
-    assert (error["message"], error["code"]) == (text, kind)
+    assert (error["message"], error["type"]) == (text, "invalid_request_error")
     response = await complete(strict_client, stream=is_stream, **body)
-    assert (response.status_code, response.json()) == (422, {"error": text, "error_type": kind})
+    assert (response.status_code, response.json()) == (422, {"error": text.replace("128", "4"), "error_type": kind})
     assert '\ntgi_request_failure{err="validation"} 1\n' in (await client.get("/metrics")).text
+
+
+async def test_as_many_prompts_as_there_are_permits(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = (await complete(client, prompt=["x"] * 128)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    assert answer["usage"]["prompt_tokens"] == 128
+    assert (await complete(client, prompt=[[5]] * 100, stream=True)).status_code == 200
+    assert len(engine.requests) == 228
+    assert (await complete(strict_client, prompt=["x"] * 5)).status_code == 422
 
 
 async def test_the_first_failure_fails_the_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
@@ -184,8 +196,8 @@ async def test_shapes_that_tgi_refuses(strict_client: httpx.AsyncClient, body: d
 @pytest.mark.parametrize("prompt", [[], [[]], [[1], []], ["x", 1], [["x"]], [-1], [1.0], None, {}])
 async def test_shapes_that_nobody_takes(client: httpx.AsyncClient, prompt: Any) -> None:
     response = await complete(client, prompt=prompt)
-    assert response.status_code == 422
-    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
 
 
 async def test_null_is_the_default(client: httpx.AsyncClient) -> None:

@@ -21,7 +21,7 @@ OPERATIONS = operations_of(AREAS)
 GET_PATHS = [described_path(operation.path) for operation in OPERATIONS if operation.method == "GET"]
 POST_PATHS = [operation.path for operation in OPERATIONS if operation.method == "POST"]
 PROTECTED_PATHS = """/ /generate /generate_stream /v1/chat/completions /v1/completions /invocations /vertex /tokenize
-    /chat_tokenize /detokenize""".split()
+    /chat_tokenize /detokenize /v1/responses /v1/messages /v1/messages/count_tokens""".split()
 
 
 def routes_of(app: FastAPI) -> list[APIRoute]:
@@ -64,7 +64,7 @@ async def test_another_method_has_an_empty_answer(client: httpx.AsyncClient, pat
     assert response.headers["allow"] == ("POST" if path in POST_PATHS else "GET,HEAD")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/tokenize/", "/info/", "/vertex/x", "/docs/x"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses/x", "/tokenize/", "/info/", "/vertex/x", "/docs/x"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_another_path_has_an_empty_answer(client: httpx.AsyncClient, method: str, path: str) -> None:
     response = await client.request(method, path)
