@@ -41,6 +41,8 @@ class ServerConfig:
     is_grammar_disabled: bool = False
     tokenizer_config_path: str | None = None
     """Read in place of the folder's tokenizer_config.json."""
+    generation_config: str = "auto"
+    """`auto`: sampling defaults of generation_config.json apply on OpenAI's routes; anything else turns that off."""
     api_key: str | None = dataclasses.field(default=None, repr=False)
     cors_allow_origin: tuple[str, ...] = ()
     """Origins whose pages may call. Empty means any."""

@@ -20,7 +20,7 @@ from server.config import ServerConfig
 from server.errors import AnthropicErrorBody, ErrorBody, OpenAIErrorBody, error_type
 from server.operation import Operation, described_path, path_parameters
 from server.requests.dialects import limits_of
-from server.requests.openai import OpenAIModel
+from server.requests.messages import OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.serde import WireModel, spellings_of
 

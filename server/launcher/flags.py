@@ -38,7 +38,8 @@ MODEL = (
     Flag(
         name="model-id",
         fills="launcher.model_id server.model_id",
-        help="Folder of a Hugging Face model, or its id on the Hub",
+        help="Folder of a Hugging Face model, or its id on the Hub; an adapter (LoRA) is merged into the model that it "
+        "names",
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
@@ -254,6 +255,15 @@ REQUESTS = (
         fills="server.tokenizer_config_path",
         help="File read in place of the model's tokenizer_config.json, e.g. for another chat template",
         value=PATH,
+    ),
+    Flag(
+        name="generation-config",
+        fills="server.generation_config",
+        help="Whether temperature, top_p, top_k, min_p and repetition_penalty of the model's generation_config.json "
+        "are the defaults of OpenAI's routes: auto, unless --strict-tgi is given; none, or vllm as vLLM has it, turns "
+        "that off (ours)",
+        choices=("auto", "none", "vllm"),
+        default="auto",
     ),
     Flag(
         name="disable-grammar-support",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
@@ -35,6 +37,10 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
 
 
+Watch = Callable[[], Callable[[str], bool]]
+"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationInput:
     """What a route asks for, whatever the route: a prompt and parameters."""
@@ -51,11 +57,11 @@ class GenerationInput:
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
-    tool_grammar: str | None = None
-    """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
-
+    tool_grammar: Check | None = None
+    """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
+    watch: Watch | None = None
 
     @property
     def is_openai(self) -> bool:
@@ -80,8 +86,11 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    left_open: Sequence[str] = ()
+    """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
+    watch: Watch | None = None
 
 
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
@@ -141,19 +150,21 @@ class Validator:
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
             num_prompt_top_tokens=request.num_prompt_top_tokens,
-            grammar=grammar,
+            grammar=grammar.grammar if grammar else None,
         )
         return [
             ValidatedRequest(
                 generation=_numbered(generation, index),
                 parameters=parameters,
                 is_stop_hidden=request.is_openai,
+                left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
+                watch=request.watch,
             )
             for index in range(request.num_sequences)
         ]
 
-    async def _grammar(self, request: GenerationInput) -> str | None:
+    async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
         if spec is None and tool_grammar is None:
             return None

@@ -26,6 +26,7 @@ from server.answers.openai import (
     usage_of,
 )
 from server.answers.sse import EventStream, event
+from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
     ChatDelta,
     ChatMessage,
@@ -36,13 +37,14 @@ from server.chat.messages import (
     delta_of,
     message_of,
 )
-from server.chat.tool_calls import CLOSE, OPEN, Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.messages import Message, ToolCallBody
+from server.requests.openai import ChatRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -113,7 +115,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
         return encoded_answer(answer, headers)
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
-    headers = stream_headers(service.config.compute_type, generation_input.inputs)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs, opening.left_open)
     return EventStream(events, headers, opening.close)
 
 
@@ -123,12 +125,13 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     generation_input = GenerationInput(
         inputs=await service.chats.render(request.messages, use.offered, ending(request)),
-        parameters=openai_parameters(request, is_strict=is_strict),
+        parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        watch=use.watch if use.names and not use.is_free else None,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
@@ -178,7 +181,7 @@ class _Chat:
         if not self._use.names:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
-        reader = self._use.reader()
+        reader = self._use.reader(self._input.inputs)
         pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
         return self._whole_choice(
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
@@ -191,7 +194,7 @@ class _Chat:
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
         """OpenAI's reason. If a call is cut off it is `length`, for the client must not run such a call."""
         if num_calls and reason is not FinishReason.LENGTH:
-            return "tool_calls"
+            return "stop" if self._use.is_named else "tool_calls"
         return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
@@ -206,7 +209,9 @@ class _Chat:
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
+        readers = (
+            [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)] if self._use.names else None
+        )
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
@@ -352,7 +357,7 @@ _decode_tgi = msgspec.json.Decoder(_TgiCall).decode
 def _next_call_id(messages: Sequence[Message]) -> str:
     """One more than the largest id among the messages' calls; if one of those is no number, neither is this."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
-    ids = [call.id for body in bodies for call in body.tool_calls]
+    ids = [call.id or "" for body in bodies for call in body.tool_calls]
     if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
         return str(uuid.uuid4())
     return str(max(map(int, ids), default=-1) + 1)

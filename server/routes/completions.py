@@ -173,7 +173,7 @@ class _Completion:
         return self._body.echo and self._body.max_tokens == 0
 
     async def _input(self, prompt: str | list[int]) -> GenerationInput:
-        parameters = openai_parameters(self._body, is_strict=self._is_strict)
+        parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
         if self._is_scoring:
             parameters = dataclasses.replace(parameters, max_new_tokens=1)
         return GenerationInput(

@@ -27,6 +27,7 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.connection import Connection
 from server.edge.connections import ConnectionLimits, ConnectionTable
+from server.text.chat_format import ChatFormat
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -44,6 +45,10 @@ LIMITS = EngineReady(
     max_batch_total_tokens=8192,
     vocab_size=10**6,
 )
+
+
+def chat_format_of(template: str | None, **special_tokens: str) -> ChatFormat:
+    return ChatFormat(templates={} if template is None else {"default": template}, special_tokens=special_tokens)
 
 
 def write_model_folder(folder: Path, template: Any = CHATML) -> None:

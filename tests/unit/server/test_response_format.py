@@ -58,7 +58,11 @@ async def test_text(client: httpx.AsyncClient, engine: FakeEngine, response_form
     ("response_format", "reason"),
     [
         ({"type": "json_schema", "json_schema": {"name": "city"}}, "grammar is not valid: missing field `schema`"),
-        ({"type": "json_object", "value": {"type": "nothing"}}, "grammar is not valid: "),
+        ({"type": "json_object", "value": "{"}, "grammar is not valid: "),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}, "strict": True}},
+            "grammar is not valid: ",
+        ),
         ({"type": "regex", "value": "("}, "grammar is not valid: "),
     ],
 )
