@@ -152,7 +152,7 @@ class _Chat:
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
-        self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
+        self._model = service.config.model_names[0] if body.model in (None, "tgi") else body.model
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:

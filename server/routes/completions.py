@@ -133,7 +133,7 @@ class _Completion:
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
         name = None if self._is_strict else body.model
-        self._model = config.model_id if name is None or name == "tgi" else name
+        self._model = config.model_names[0] if name is None or name == "tgi" else name
 
     @classmethod
     async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:
