@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ ANSWER_TIMEOUT_S = 60.0
 MUTATED_TIMEOUT_S = 2.0
 """A request whose head was mutated may be incomplete: nobody waits for its answer."""
 MUTATIONS = random.Random(0)
+TEXT = "the quick brown fox jumps, "
 GREEDY = '"parameters":{"max_new_tokens":3}'
 USER = '{"role":"user","content":"hi"}'
 
@@ -80,6 +82,14 @@ def deep_alternatives(size: int) -> str:
 
 
 LONG_NUMBER_SCHEMA = '{"properties":{"a":{"maximum":' + "7" * 5_000 + "}}}"
+
+
+def regex(pattern: str) -> str:
+    return f'"max_new_tokens":30,"grammar":{{"type":"regex","value":{quoted(pattern)}}}'
+
+
+def json_schema(schema: dict[str, object]) -> str:
+    return f'"max_new_tokens":30,"grammar":{{"type":"json","value":{json.dumps(schema)}}}'
 
 
 def quoted(text: str) -> str:
@@ -258,6 +268,19 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
         lambda: generate(f'"grammar":{{"type":"json","value":{quoted(wide_schema(1_200_000))}}}'),
     ),
     "a long regex": ("/generate", lambda: generate(f'"grammar":{{"type":"regex","value":{quoted("a?" * 900_000)}}}')),
+    "a long literal": ("/generate", lambda: generate(regex(TEXT * 7_500))),
+    "a long constant": ("/generate", lambda: generate(json_schema({"const": TEXT * 7_500}))),
+    "a large count": ("/generate", lambda: generate(regex("(abc){60000}"))),
+    "a large count behind a choice": ("/generate", lambda: generate(regex("[ab](abc){60000}"))),
+    "a list that is constant": ("/generate", lambda: generate(json_schema({"const": [1] * 20_000}))),
+    "items that are constant": (
+        "/generate",
+        lambda: generate(json_schema({"type": "array", "items": {"const": 1}, "minItems": 100_000})),
+    ),
+    "a schema within itself": (
+        "/generate",
+        lambda: generate(json_schema({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})),
+    ),
     "a tool with a wide schema": (
         "/v1/chat/completions",
         lambda: chat(
@@ -585,6 +608,65 @@ async def streams_that_are_dropped(arena: Arena) -> Counts:
     return {"left": num_left}
 
 
+def grammar_attack(parameters: Callable[[int], str], num_clients: int = 8) -> Attack:
+    """Clients that send grammars of a kind, each of them new."""
+
+    async def attack(arena: Arena) -> Counts:
+        counts: Counts = collections.Counter()
+        numbers = itertools.count(MUTATIONS.randrange(10**6) * 1000)
+
+        async def client() -> None:
+            while not arena.is_over:
+                body = generate(parameters(next(numbers))).encode()
+                counts.update(await send_again_and_again(Arena(arena.port, 0.001), whole("/generate", body), 1))
+
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        return counts
+
+    return attack
+
+
+HARD_GRAMMARS: dict[str, Callable[[int], str]] = {
+    "new: intersected patterns": lambda number: json_schema(
+        {
+            "title": str(number),
+            "allOf": [{"type": "string", "pattern": f"(.*a{{{count}}}.*b.*){{3}}"} for count in range(30)],
+        }
+    ),
+    "new: multiples of many numbers": lambda number: json_schema(
+        {
+            "title": str(number),
+            "anyOf": [{"type": "integer", "multipleOf": factor} for factor in (101, 103, 107, 109, 113, 127, 131)],
+        }
+    ),
+    "new: a chain of what may be left out": lambda number: regex(".?" * 20_000 + str(number)),
+    "new: many letters of any script": lambda number: regex(rf"(\p{{L}}{{1,30}}\p{{N}}{{1,30}}){{1,3000}}{number}"),
+    "new: any text before a letter and 2,000 more": lambda number: regex(f"(.|\n)*[a-z](.|\n){{2000}}{number}"),
+    "new: 20 pairs of letters": lambda number: regex(
+        "|".join(f".*{chr(97 + index)}.*{chr(98 + index)}" for index in range(20)) + str(number)
+    ),
+    "new: 100 patterns": lambda number: json_schema(
+        {"anyOf": [{"type": "string", "pattern": f"^.*{number + index}.*$"} for index in range(100)]}
+    ),
+    "new: 200 lists that begin alike": lambda number: json_schema(
+        {
+            "title": str(number),
+            "$ref": "#/$defs/a",
+            "$defs": {
+                "a": {
+                    "anyOf": [
+                        {"type": "integer"},
+                        *({"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": n} for n in range(200)),
+                    ]
+                }
+            },
+        }
+    ),
+    "new: long literals": lambda number: regex(TEXT * 7_500 + str(number)),
+}
+"""Name -> parameters of a request whose grammar has the number in it."""
+
+
 TOKENIZED = f'{{"messages":[{{"role":"user","content":{quoted("a b " * 480_000)}}}]}}'
 
 ATTACKS: dict[str, Attack] = {
@@ -611,6 +693,7 @@ ATTACKS: dict[str, Attack] = {
             streams_that_are_dropped,
         )
     },
+    **{name: grammar_attack(parameters) for name, parameters in HARD_GRAMMARS.items()},
     "slow readers of a chat's tokens": slow_reader_attack("/chat_tokenize", TOKENIZED, 60),
     "slow readers of a text's tokens": slow_reader_attack("/tokenize", generate("", quoted("a b " * 480_000)), 60),
     "slow readers of a description": slow_reader_attack("/openapi.json", None, 200, 20),
