@@ -17,12 +17,8 @@ import msgspec
 
 from server.chat.bare_calls import BareCalls
 from server.chat.json_text import JsonText
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.text.detokenizer import overlap
-
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
-THOUGHT = "<think>"
-END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +149,7 @@ class FreeCallReader(CallReader):
             return self._read_thought(pieces)
         if self._body is not None:
             return self._read_call(self._body, pieces)
-        if self._bare is not None and not self._held.lstrip().startswith(THOUGHT):
+        if self._bare is not None and not self._held.lstrip().startswith(OPEN_THOUGHT):
             if self._may_become_thought or self._bare.goes_on(self._held):
                 self.is_over = self._bare.is_repeating
                 return False
@@ -162,17 +158,17 @@ class FreeCallReader(CallReader):
 
     @property
     def _may_become_thought(self) -> bool:
-        return THOUGHT.startswith(self._held.lstrip())
+        return OPEN_THOUGHT.startswith(self._held.lstrip())
 
     def _read_content(self, pieces: list[ChatPiece]) -> bool:
         held = self._held
         # What is not found has the index -1, which becomes the end of the text.
-        start, mark = min((held.find(mark) % (len(held) + 1), mark) for mark in (OPEN, THOUGHT))
+        start, mark = min((held.find(mark) % (len(held) + 1), mark) for mark in (OPEN, OPEN_THOUGHT))
         is_found = start < len(held)
-        if is_found and mark == THOUGHT:
+        if is_found and mark == OPEN_THOUGHT:
             self._is_in_thought = True
             return self._read_thought(pieces)
-        num_certain = start if is_found else len(held) - max(overlap(held, OPEN), overlap(held, THOUGHT))
+        num_certain = start if is_found else len(held) - max(overlap(held, OPEN), overlap(held, OPEN_THOUGHT))
         content = held[:num_certain].rstrip()
         pieces += _content(content)
         if not is_found:
@@ -184,9 +180,9 @@ class FreeCallReader(CallReader):
     def _read_thought(self, pieces: list[ChatPiece]) -> bool:
         """A thought is content, whatever it holds."""
         held = self._held
-        end = held.find(END_OF_THOUGHT)
+        end = held.find(CLOSE_THOUGHT)
         self._is_in_thought = end < 0
-        num_certain = len(held) - overlap(held, END_OF_THOUGHT) if end < 0 else end + len(END_OF_THOUGHT)
+        num_certain = len(held) - overlap(held, CLOSE_THOUGHT) if end < 0 else end + len(CLOSE_THOUGHT)
         pieces += _content(held[:num_certain])
         self._held = held[num_certain:]
         return end >= 0

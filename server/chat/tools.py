@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.chat.bare_calls import BareCalls, call_key
-from server.chat.template import NO_TOOLS, Ending, OfferedTools
-from server.chat.tool_calls import CLOSE, OPEN, THOUGHT, CallReader, ForcedCallReader, FreeCallReader
+from server.chat.marks import CLOSE, OPEN, OPEN_THOUGHT
+from server.chat.rendering import Ending
+from server.chat.template import NO_TOOLS, OfferedTools
+from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
-from server.requests.openai import ChatRequest, Message, NamedToolChoice, Tool
+from server.requests.messages import Message
+from server.requests.openai import ChatRequest, NamedToolChoice, Tool
 from server.requests.schemas import read_schema
 from server.text.tokenizer import TextTokenizer
 
@@ -61,7 +64,7 @@ class ToolUse:
         if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
         bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
-        is_in_thought = prompt.rstrip().endswith(THOUGHT)
+        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
         return FreeCallReader(self.names, self.max_calls, bare_calls=bare_calls, is_in_thought=is_in_thought)
 
     def watch(self, prompt: str) -> Callable[[str], bool]:

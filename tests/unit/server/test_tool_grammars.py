@@ -16,7 +16,8 @@ from server.errors import ToolError, ValidationError
 from server.requests.grammar import GrammarCompiler
 from server.requests.grammar_check import Check
 from server.requests.openai import ChatRequest
-from server.text.tokenizer import ChatFormat, TextTokenizer
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import chat_format_of
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -42,9 +43,7 @@ def grammar_of(
     tools = [{"type": "function", "function": {"name": name} | function} for name, function in schemas.items()]
     body = {"messages": [], "tools": tools, "tool_choice": "required"} | body
     request = ChatRequest.model_validate(body, context={"is_strict": is_strict})
-    tokenizer = TextTokenizer(
-        vocabulary, frozenset(), ChatFormat(template=None, bos_token=None, eos_token=None), 1, Path()
-    )
+    tokenizer = TextTokenizer(vocabulary, frozenset(), chat_format_of(None), 1, Path())
     grammar = use_tools(request, tokenizer, is_strict=is_strict).grammar
     assert grammar is not None
     return grammar
