@@ -160,7 +160,8 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     newline = _literal("\n")
     rules = [f"call: {_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"]
     schemas = [_arguments_schema(tool) for tool in tools]
-    start = "call" if is_single else f"call ({newline} call)*"
+    # Small models end after a line; without its end they can only call again.
+    start = "call" if is_single else f"call ({newline} call)* {newline}?"
     if _is_free(request) and request.response_format is not None:
         start = f"{start} | answer"
         answer = request.response_format.spec()
