@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
+from engine.checkpoint.weight_files import find_weight_files
 from engine.checkpoint.weights import open_weights
 from engine.device import Device, resolve_dtype
 from engine.layers import OPS
@@ -21,6 +23,7 @@ from engine.layers.rope import replace_rope_scaling
 from engine.limits import check_weights_fit, weights_refusal
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_CONFIG
 from engine.link.registry import import_entry
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
@@ -59,14 +62,15 @@ def build_model(
     device: Device,
     quantization: Quantization | None = None,
     parallel: ParallelState = ALONE,
+    adapter: Path | None = None,
 ) -> CausalLM:
     """The model of a folder with this rank's part of the weights on the device.
 
-    `quantization` None: as the checkpoint says. Raises StartError.
+    `quantization` None: as the checkpoint says. `adapter`: the folder of an adapter that is merged. Raises StartError.
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
-    load_weights(model, folder, device.torch_device, parallel.size)
+    load_weights(model, folder, device.torch_device, parallel.size, adapter)
     return model
 
 
@@ -144,6 +148,15 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     """The rank's part of the model as `config` describes it. Raises StartError in words."""
     parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
+    refuse_other_kinds(folder, model_config)
+    adapter = None if config.adapter_path is None else Path(config.adapter_path)
+    if adapter is not None and read_quantization_config(folder, model_config):
+        raise StartError(
+            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
+            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
+        )
+    if parallel.rank == 0:
+        _log_unused(folder, model_config)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
     # Counted before loading: mapped weights are page cache, which the kernel calls available although we need it.
     # On a CPU all ranks of the host share it, and none has taken anything before all have counted.
@@ -151,14 +164,14 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     free_bytes = device.usable_bytes(config.memory_fraction) // num_sharing
     siblings.wait_for_all()
     quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
-    file_bytes = sum(path.stat().st_size for path in open_weights(folder).files)
+    file_bytes = sum(path.stat().st_size for path in find_weight_files(folder).paths)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
     device_bytes = device.free_memory_bytes()
     try:
         with _packing_threads(config.num_threads, device):
-            model = build_model(model_config, folder, dtype, device, quantization, parallel)
+            model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
     if device.memory is not None:
@@ -166,6 +179,19 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
         weight_bytes = device_bytes - device.free_memory_bytes()
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
+
+
+def _log_unused(folder: Path, model_config: dict[str, Any]) -> None:
+    """Log what a folder has and the engine makes no use of."""
+    if others := find_weight_files(folder).others:
+        logger.warning("Files beside the model that are not loaded: %s", ", ".join(others))
+    dual_chunk = model_config.get("dual_chunk_attention_config")
+    if isinstance(dual_chunk, dict):
+        logger.warning(
+            "dual_chunk_attention_config in config.json has no effect, as in transformers: answers to more than %s "
+            "tokens may be worse than with such attention",
+            dual_chunk.get("original_max_position_embeddings", "the usual number of"),
+        )
 
 
 @contextlib.contextmanager

@@ -198,9 +198,10 @@ def _make_core(
 ) -> EngineCore:
     config, device, plan = prepared.config, prepared.device, prepared.plan
     folder = Path(config.model_path)
-    eos_token_ids = read_eos_token_ids(folder, prepared.loaded.config)
-    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     vocab_size = prepared.loaded.model.vocab_size
+    named_ids = read_eos_token_ids(folder, prepared.loaded.config, is_strict=config.is_strict_tgi)
+    eos_token_ids = [token_id for token_id in named_ids if 0 <= token_id < vocab_size]
+    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
     processors: list[LogitsProcessor] = [penalties, grammars]

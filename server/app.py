@@ -16,8 +16,21 @@ from server.edge.intake import IntakeRelease
 from server.error_handlers import install_error_handlers
 from server.openapi import build_openapi
 from server.operation import OperationFinder, operations_of
-from server.routes import chat, cloud, completions, docs, generate, health, info, models, tokenize
+from server.routes import (
+    anthropic,
+    chat,
+    cloud,
+    completions,
+    docs,
+    generate,
+    health,
+    info,
+    models,
+    responses,
+    tokenize,
+)
 from server.service import GenerationService
+from server.telemetry.request_ids import RequestIds
 from server.telemetry.spans import SpansMiddleware, Tracer
 from server.text.tokenizer import TextTokenizer
 
@@ -25,6 +38,8 @@ AREAS = (
     generate.area,
     chat.area,
     completions.area,
+    responses.area,
+    anthropic.area,
     cloud.area,
     tokenize.area,
     info.area,
@@ -33,6 +48,8 @@ AREAS = (
     docs.area,
 )
 """Every route of the server, in the order of the description."""
+AREAS_BESIDE_TGI = (responses.area, anthropic.area)
+"""Areas that are not there under --strict-tgi, whose tools have a form of their own."""
 
 
 @contextlib.asynccontextmanager
@@ -49,10 +66,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
-    operations = operations_of(AREAS)
+    areas = [area for area in AREAS if area not in AREAS_BESIDE_TGI or not config.is_strict_tgi]
+    operations = operations_of(areas)
     app.state.openapi = build_openapi(operations, config)
     install_error_handlers(app)
-    for area in AREAS:
+    for area in areas:
         app.include_router(area)
     finder = OperationFinder(operations)
     if config.api_key is not None:
@@ -60,6 +78,8 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     # These headers are outside of the guard: preflights need no key, and its refusals get them as well.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.add_middleware(IntakeRelease, intake=app.state.service.intake)
+    if not config.is_strict_tgi:
+        app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
     return app

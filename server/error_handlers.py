@@ -7,13 +7,15 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.errors import ERROR_KINDS, BodyError, TemplateError, error_body, is_openai_path, openai_error_body
+from server.errors import ERROR_KINDS, BodyError, ErrorBody, TemplateError, error_body_for, error_type, openai_status
 from server.telemetry.spans import log_failure
 
 
 def _answer(request: Request, status: int, error: Exception) -> Response:
-    is_openai = is_openai_path(request.url.path) and not request.app.state.service.config.is_strict_tgi
-    body = openai_error_body(error) if is_openai else error_body(error)
+    path, is_strict = request.url.path, request.app.state.service.config.is_strict_tgi
+    if error_type(path, is_strict=is_strict) is not ErrorBody:
+        status = openai_status(status)
+    body = error_body_for(path, error, is_strict=is_strict)
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
@@ -31,6 +33,8 @@ async def _answer_unforeseen(request: Request, error: Exception) -> Response:
 
 async def _answer_body_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BodyError)
+    if error_type(request.url.path, is_strict=request.app.state.service.config.is_strict_tgi) is not ErrorBody:
+        return _answer(request, error.status, error)
     return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})
 
 

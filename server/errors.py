@@ -9,7 +9,8 @@ Exception
  ├─ BatchSizeError             /v1/completions: there are too many prompts
  ├─ NoInstanceError            /vertex: there is nothing to do
  ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
- ├─ OverloadedError            no permit is free
+ ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
+ ├─ OverloadedError            no permit is free, or too many grammars wait
  ├─ UnhealthyError             a probe fails
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ FailedInstanceError        /vertex with --strict-tgi: an instance failed, for whatever reason
@@ -26,47 +27,67 @@ The client reads an error's whole text. The log has `logged_text`, without words
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 
+INVALID_VALUE = "invalid_value"
+"""OpenAI's `code` of a request that cannot be answered for no reason that has a code of its own."""
+
 
 class ValidationError(Exception):
     """The text is TGI's (`docs/wire.md`, 2.2), or ours for parameters that TGI does not have."""
 
-    def __init__(self, text: str, *, logged: str | None = None) -> None:
-        """`logged` is what the log has in place of `text`; None: the text has no words of the client's."""
+    def __init__(
+        self, text: str, *, logged: str | None = None, param: str | None = None, code: str = INVALID_VALUE
+    ) -> None:
+        """`logged` is what the log has in place of `text`; None: the text has no words of the client's.
+
+        `param` and `code` are those of OpenAI's error object.
+        """
         super().__init__(text)
         self.logged_text = text if logged is None else logged
+        self.param = param
+        self.code = code
 
 
 class OverloadedError(Exception):
-    def __init__(self) -> None:
-        super().__init__("Model is overloaded")
+    def __init__(self, text: str = "Model is overloaded") -> None:
+        super().__init__(text)
 
 
 class TemplateError(Exception):
     """The text is the template engine's, which may quote a message."""
 
     logged_text = "the chat template refuses the messages"
+    param = "messages"
 
 
 class ToolError(Exception):
     """The text says what cannot be done with the tools, and names them."""
 
     logged_text = "the tools cannot be used like this"
+    param = "tools"
 
 
 class SuffixError(Exception):
+    param = "suffix"
+    code = "unsupported_parameter"
+
     def __init__(self) -> None:
         super().__init__("Suffix is not supported and can be achieved by preprocessing the prompt.")
 
 
 class BatchSizeError(Exception):
-    def __init__(self, max_client_batch_size: int) -> None:
-        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
+    param = "prompt"
+    code = "array_above_max_length"
+
+    def __init__(self, max_prompts: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}")
 
 
 class ModelNotFoundError(Exception):
@@ -95,12 +116,24 @@ class UnhealthyError(Exception):
         super().__init__("unhealthy")
 
 
+class UnauthorizedError(Exception):
+    """The API key is absent or wrong."""
+
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("The API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+
+
 class BodyError(Exception):
     """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, *, param: str | None = None, code: str | None = None) -> None:
+        """`param` and `code` are those of OpenAI's error object, which stands for the plain text on OpenAI's routes."""
         super().__init__(text)
         self.status = status
+        self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +156,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     SuffixError: ErrorKind(422, "suffix not supported"),
     BatchSizeError: ErrorKind(422, "batch size exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    UnauthorizedError: ErrorKind(401, "unauthorized"),
     NoInstanceError: ErrorKind(422, "Input validation error"),
     FailedInstanceError: ErrorKind(500, "Incomplete generation"),
     IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),
@@ -158,28 +192,86 @@ def error_body(error: Exception) -> ErrorBody:
 class OpenAIError(msgspec.Struct, frozen=True):
     message: str
     type: str
-    code: str
-    param: None = None
+    code: str | None
+    param: str | None = None
 
 
 class OpenAIErrorBody(msgspec.Struct, frozen=True):
-    """What OpenAI's clients read; `code` is TGI's error_type."""
+    """What OpenAI's clients read."""
 
     error: OpenAIError
 
 
-def is_openai_path(path: str) -> bool:
-    """Whether errors of this path are OpenAI's objects, without --strict-tgi."""
-    return path.startswith("/v1/")
+def openai_status(status: int) -> int:
+    """OpenAI's status for TGI's: a request that cannot be answered is a bad one."""
+    return 400 if status == 422 else status
 
 
-OPENAI_TYPES: dict[int, str] = {404: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
-"""Status -> `type` of OpenAI's error object; any other status is a `server_error`."""
+def _openai_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if 400 <= status < 424 else "server_error"
+
+
+def _openai_status_of(error: Exception) -> int:
+    if isinstance(error, BodyError):
+        return openai_status(error.status)
+    kind = ERROR_KINDS.get(type(error))
+    return 500 if kind is None else openai_status(kind.status)
 
 
 def openai_error_body(error: Exception) -> OpenAIErrorBody:
+    """OpenAI's error object. `code` is OpenAI's where an error has one, else TGI's error_type."""
+    type_, param = _openai_type(_openai_status_of(error)), getattr(error, "param", None)
+    if isinstance(error, BodyError):
+        return OpenAIErrorBody(OpenAIError(str(error), type_, error.code, param))
     body = error_body(error)
-    kind = ERROR_KINDS.get(type(error))
-    status = 500 if kind is None else kind.status
-    type_ = OPENAI_TYPES.get(status, "server_error")
-    return OpenAIErrorBody(OpenAIError(body.error, type_, body.error_type))
+    return OpenAIErrorBody(OpenAIError(body.error, type_, getattr(error, "code", body.error_type), param))
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What Anthropic's clients read."""
+
+    type: str = "error"
+    error: AnthropicError
+
+
+ANTHROPIC_TYPES: dict[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""Status -> `type` of Anthropic's error object; any other status is an `api_error`."""
+
+
+def anthropic_error_body(error: Exception) -> AnthropicErrorBody:
+    message = str(error) if isinstance(error, BodyError) else error_body(error).error
+    return AnthropicErrorBody(error=AnthropicError(ANTHROPIC_TYPES.get(_openai_status_of(error), "api_error"), message))
+
+
+_BODIES: dict[type[msgspec.Struct], Callable[[Exception], msgspec.Struct]] = {
+    ErrorBody: error_body,
+    OpenAIErrorBody: openai_error_body,
+    AnthropicErrorBody: anthropic_error_body,
+}
+
+
+def error_type(path: str, *, is_strict: bool) -> type[msgspec.Struct]:
+    """The error object of a path."""
+    if is_strict or not path.startswith("/v1/"):
+        return ErrorBody
+    return AnthropicErrorBody if re.match(r"/v1/messages(/|$)", path) else OpenAIErrorBody
+
+
+def error_body_for(path: str, error: Exception, *, is_strict: bool) -> msgspec.Struct:
+    """An error in the shape that the clients of a path read."""
+    return _BODIES[error_type(path, is_strict=is_strict)](error)

@@ -17,10 +17,10 @@ from pydantic.json_schema import models_json_schema
 from server.answers.json import VERSION
 from server.answers.openai import TgiStreamErrorBody
 from server.config import ServerConfig
-from server.errors import ErrorBody, OpenAIErrorBody, is_openai_path
+from server.errors import AnthropicErrorBody, ErrorBody, OpenAIErrorBody, error_type
 from server.operation import Operation, described_path, path_parameters
 from server.requests.dialects import limits_of
-from server.requests.openai import OpenAIModel
+from server.requests.messages import OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.serde import WireModel, spellings_of
 
@@ -47,13 +47,14 @@ _HEADERS = {
 _STATUS_TEXTS = {
     200: "Success",
     303: "See there",
-    400: "Not JSON",
+    400: "Not JSON; on OpenAI's routes any request that cannot be answered",
     401: "API key absent or wrong",
     404: "No such model",
     408: "The body comes too slowly",
     413: "The body is too large",
     415: "The body is not announced as JSON",
-    422: "The request cannot be answered: of the wrong shape (in plain text), or not acceptable",
+    422: "The request cannot be answered: of the wrong shape (in plain text), or not acceptable; on OpenAI's routes "
+    "400, except with `--strict-tgi`",
     424: "Generation failed",
     429: "The model is overloaded",
     500: "The answer is incomplete, or the server has failed",
@@ -93,7 +94,7 @@ class _Answers:
     def __init__(self, operations: Iterable[Operation], config: ServerConfig) -> None:
         self.is_strict = config.is_strict_tgi
         self.has_key = config.api_key is not None
-        types: list[Any] = [ErrorBody, OpenAIErrorBody, TgiStreamErrorBody]
+        types: list[Any] = [ErrorBody, OpenAIErrorBody, AnthropicErrorBody, TgiStreamErrorBody]
         for operation in operations:
             types += (*operation.answers, *operation.events)
         schemas, components = msgspec.json.schema_components(types, ref_template=REF.format("{name}"))
@@ -104,8 +105,11 @@ class _Answers:
         schemas = [self._schemas[str(type_)] for type_ in types]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
+    def has_plain_refusals(self, path: str) -> bool:
+        return error_type(path, is_strict=self.is_strict) is ErrorBody
+
     def error(self, path: str) -> Schema:
-        return self.of(OpenAIErrorBody if is_openai_path(path) and not self.is_strict else ErrorBody)
+        return self.of(error_type(path, is_strict=self.is_strict))
 
     def event(self, operation: Operation) -> Schema:
         """An error that comes late is an event as well."""
@@ -165,7 +169,8 @@ def _as_read(model: type[WireModel], schema: Schema) -> Schema:
             properties[first] = _or_null(properties[first])
         for other in others:
             properties[other] = properties[first]
-            schema.setdefault("allOf", []).append({"not": {"required": [first, other]}})
+            if not issubclass(model, OpenAIModel):
+                schema.setdefault("allOf", []).append({"not": {"required": [first, other]}})
         if others and first in required:
             required.remove(first)
             schema["anyOf"] = [{"required": [name]} for name in (first, *others)]
@@ -200,7 +205,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         responses |= _refusals(operation, answers)
     if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
-        responses[401] = _response(401, {})
+        is_empty = answers.has_plain_refusals(operation.path)
+        responses[401] = _response(401, {} if is_empty else {"application/json": answers.error(operation.path)})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 
@@ -231,7 +237,8 @@ def _success(operation: Operation, answers: _Answers) -> Schema:
 def _refusals(operation: Operation, answers: _Answers) -> dict[int, Schema]:
     plain: Schema = {TEXT: {"type": "string"}}
     error: Schema = {"application/json": answers.error(operation.path)}
-    refusals = {status: _response(status, plain) for status in (400, 408, 413, 415)}
+    refused = plain if answers.has_plain_refusals(operation.path) else error
+    refusals = {status: _response(status, refused) for status in (400, 408, 413, 415)}
     refusals |= {422: _response(422, plain | error), 429: _response(429, error)}
     if operation.is_generating:
         refusals |= {status: _response(status, error) for status in (424, 500)}

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import read_file
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
-    text = read_file(path)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
-    if not isinstance(content, dict):
-        raise StartError(f"{path} is not a JSON object: fetch the model again")
-    return content
+from engine.link.model_files import read_json
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -45,39 +30,54 @@ def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, 
     return read_json(folder / "quantize_config.json") or read_json(folder / "quant_config.json") or None
 
 
-def read_eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """The ids that end a text.
+def read_eos_token_ids(folder: Path, config: dict[str, Any], *, is_strict: bool = False) -> list[int]:
+    """The ids that end a text: all that generation_config.json, the tokenizer and config.json name.
 
-    A list in generation_config.json counts; a single number there gives way to the tokenizer's eos token, and
-    config.json comes last.
+    With `is_strict` they are TGI's: a list in generation_config.json counts alone; a single number there gives way to
+    the tokenizer's eos token, and config.json comes last.
     """
     path = folder / "generation_config.json"
     generation = read_json(path).get("eos_token_id")
+    of_generation, of_model = _ids(generation, path), _ids(config.get("eos_token_id"), folder / "config.json")
+    of_tokenizer = _tokenizer_eos_ids(folder)
+    if not is_strict:
+        return list(dict.fromkeys([*of_generation, *of_tokenizer, *of_model]))
     if isinstance(generation, list):
-        return _ids(generation, path)
-    for candidate in (_tokenizer_eos_id(folder / "tokenizer_config.json"), generation):
-        if isinstance(candidate, int):
-            return [candidate]
-    model_ids = config.get("eos_token_id")
-    if model_ids is None:
-        return []
-    return _ids(model_ids if isinstance(model_ids, list) else [model_ids], folder / "config.json")
+        return of_generation
+    return of_tokenizer or of_generation or of_model
 
 
-def _ids(values: list[Any], path: Path) -> list[int]:
-    if not all(isinstance(value, int) for value in values):
-        raise StartError(f"eos_token_id in {path} is {values!r}, not token ids: fetch the model again")
+def _ids(value: Any, path: Path) -> list[int]:
+    """The ids of a number, a list of numbers, or None."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise StartError(f"eos_token_id in {path} is {value!r}, not token ids: fetch the model again")
     return values
 
 
-def _tokenizer_eos_id(path: Path) -> int | None:
+def _tokenizer_eos_ids(folder: Path) -> list[int]:
+    """The id of the tokenizer's eos token, if there is one."""
+    path = folder / "tokenizer_config.json"
     tokenizer_config = read_json(path)
-    eos = tokenizer_config.get("eos_token")
+    eos = tokenizer_config.get("eos_token") or read_json(folder / "special_tokens_map.json").get("eos_token")
     content = eos.get("content") if isinstance(eos, dict) else eos
-    if content is None:
-        return None
+    if not isinstance(content, str):
+        return []
     try:
         decoder = (tokenizer_config.get("added_tokens_decoder") or {}).items()
-        return next((int(token_id) for token_id, token in decoder if token.get("content") == content), None)
+        known = [int(token_id) for token_id, token in decoder if token.get("content") == content]
     except (AttributeError, ValueError) as error:
         raise StartError(f"added_tokens_decoder in {path} cannot be used ({error}): fetch the model again") from error
+    return known[:1] or _ids_of_text(content, folder / "tokenizer.json")
+
+
+def _ids_of_text(content: str, path: Path) -> list[int]:
+    """The id of a token of tokenizer.json. Newer programs write no `added_tokens_decoder`."""
+    tokenizer = read_json(path)
+    try:
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        token_id = added.get(content, vocabulary.get(content) if isinstance(vocabulary, dict) else None)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise StartError(f"the tokens in {path} cannot be used ({error!r}): fetch the model again") from error
+    return [token_id] if isinstance(token_id, int) else []

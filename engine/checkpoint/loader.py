@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.adapter import MergedWeights
+from engine.checkpoint.kinds import kind_of_tensor
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.memory import release_freed_memory
@@ -41,12 +43,16 @@ TORCH_DTYPES = {
 }
 
 
-def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
+def load_weights(
+    model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1, adapter: Path | None = None
+) -> None:
     """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
 
-    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by.
+    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by. The adapter in the
+    folder `adapter` is merged into the weights.
     """
-    layers, weights = model.checkpoint_layers(), open_weights(folder)
+    layers = model.checkpoint_layers()
+    weights = open_weights(folder) if adapter is None else _merged_weights(model, folder, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
@@ -73,6 +79,15 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
     if is_host:
         for layer in {id(layer): layer for layer, _ in layers.values()}.values():
             _finish(layer, layers, device)
+
+
+def _merged_weights(model: CausalLM, folder: Path, adapter: Path) -> WeightSource:
+    weights = MergedWeights(open_weights(folder), adapter)
+    for name in weights.changed_names:
+        if model.is_ignored(name):
+            raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")
+    logger.info("Merging %s into %d matrices", adapter, len(weights.changed_names))
+    return weights
 
 
 def _loading_order(names: Sequence[str], layers: CheckpointLayers) -> list[str]:
@@ -106,7 +121,7 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, 
     prefix, _, leaf = name.rpartition(".")
     file_name = weights.file(name).name
     if prefix not in layers:
-        raise StartError(f"{file_name} has a tensor {name} that the model does not know")
+        raise _unknown(file_name, name)
     layer, part = layers[prefix]
     stored_dtype = weights.dtype(name)
     dtype = TORCH_DTYPES.get(stored_dtype)
@@ -118,10 +133,17 @@ def _load_tensor(weights: WeightSource, name: str, layers: CheckpointLayers, *, 
         tensor = weights.read(name, index, is_kept=is_host and not layer.is_copied(leaf, part, dtype))
         layer.load(leaf, part, tensor)
     except KeyError:
-        raise StartError(f"{file_name} has a tensor {name} that the model does not know") from None
+        raise _unknown(file_name, name) from None
     except ValueError as error:
         raise StartError(f"tensor {name} {error}: config.json and the weights do not belong together") from error
     return tensor
+
+
+def _unknown(file_name: str, name: str) -> StartError:
+    kind = kind_of_tensor(name)
+    return StartError(
+        f"{file_name} has a tensor {name} that the model does not know" + (f": the folder {kind}" if kind else "")
+    )
 
 
 def _lacks(layer: Loadable, layers: CheckpointLayers) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.checkpoint.files import read_json
 from engine.link.errors import StartError
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 class SafetensorsWeights:
     """Implements `engine.checkpoint.weights.WeightSource`. One file is open at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = safetensors_files(folder)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
         self._open_file: _OpenFile | None = None
 
     @property
@@ -114,42 +113,3 @@ def damage(path: Path) -> str | None:
     except (SafetensorError, OSError) as error:
         return str(error)
     return None
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files, in order. Raises StartError when there are none or one that the index names is missing."""
-    index = read_json(folder / "model.safetensors.index.json")
-    if index:
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise StartError(
-                f"{folder}/model.safetensors.index.json has no weight_map of file names: fetch the model again"
-            )
-        for name in names.values():
-            if name in ("", "..") or name != Path(name).name or "\0" in name:  # others would lead out of the folder
-                raise StartError(
-                    f"{folder}/model.safetensors.index.json names {name!r}, which is no file of this folder: fetch the "
-                    "model from a place that you trust"
-                )
-        paths = [folder / name for name in sorted(set(names.values()))]
-        for path in paths:
-            if not _is_file(path):
-                raise StartError(f"{path} is named by model.safetensors.index.json but missing: fetch the model again")
-        return paths
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
-    if not paths:
-        raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
-    for path in paths:
-        if not _is_file(path):
-            raise StartError(f"{path} is no file, or a link to a missing one: fetch the model again")
-    return paths
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise StartError.of_file(path, error) from error

@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from engine.build import make_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.hub import check_may_upload, download_model, upload_model
+from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.device import Device, detect_device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from engine.link.model_files import adapter_base
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
 from engine.models.base import CausalLM
@@ -79,7 +81,10 @@ def quantize(options: QuantizeOptions) -> Path:
 
 def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
     """Check everything, then write the folder; returns the text, and the perplexity of the dense model."""
+    if adapter_base(source) is not None:
+        raise StartError(f"{source} is an adapter: merge it with `peft` first, or serve it with --quantize int4")
     config = read_model_config(source)
+    refuse_other_kinds(source, config)
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
     reader, device = open_weights(source), detect_device()

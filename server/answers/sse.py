@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Protocol
 
-import msgspec
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
@@ -22,12 +22,24 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
 
 
-def event(data: msgspec.Struct) -> bytes:
+class Typed(Protocol):
+    """Data that say their type."""
+
+    @property
+    def type(self) -> str: ...
+
+
+def event(data: object) -> bytes:
     return b"data: " + encoder.encode(data) + b"\n\n"
 
 
+def named_event(data: Typed) -> bytes:
+    """An event that says its type on a line of its own, too."""
+    return b"event: " + data.type.encode() + b"\n" + event(data)
+
+
 async def with_error_event(
-    events: AsyncGenerator[bytes], error_data: Callable[[Exception], msgspec.Struct]
+    events: AsyncGenerator[bytes], error_event: Callable[[Exception], bytes]
 ) -> AsyncGenerator[bytes]:
     """`events`. If they fail, one more event says so, as the status line has left already."""
     async with contextlib.aclosing(events):
@@ -36,7 +48,7 @@ async def with_error_event(
                 yield item
         except Exception as error:
             log_failure(error)
-            yield event(error_data(error))
+            yield error_event(error)
 
 
 class EventStream(EventSourceResponse):

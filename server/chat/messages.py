@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerEnd:
+    """How an answer has ended, whatever shape it is told in."""
+
+    num_tokens: int
+    num_calls: int
+    is_cut: bool
+    """The answer has reached its length, and the model had more to say."""
+    stop: str | None
+    """The stop string that has ended it."""
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):

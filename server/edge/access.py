@@ -5,17 +5,23 @@ from __future__ import annotations
 import hmac
 from collections.abc import Collection
 
+import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.errors import ErrorBody, UnauthorizedError, error_body_for
 from server.operation import OperationFinder
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class ApiKeyGuard:
-    """Answers 401 with an empty body to whoever asks for a protected operation without `Authorization: Bearer KEY`."""
+    """Answers 401 to whoever asks for a protected operation without the key.
+
+    It stands in `Authorization: Bearer KEY` or, but for `is_strict`, in `X-API-Key`. The body is empty, but under /v1
+    it is the error object of the path; not with `is_strict`.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder, *, is_strict: bool) -> None:
         self._app = app
@@ -25,18 +31,27 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._is_protected(scope) and not self._has_key(scope):
-            await Response(status_code=401)(scope, receive, send)
+            await self._refusal(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _refusal(self, path: str) -> Response:
+        body = error_body_for(path, UnauthorizedError(), is_strict=self._is_strict)
+        if isinstance(body, ErrorBody):
+            return Response(status_code=401)
+        return Response(msgspec.json.encode(body), 401, media_type="application/json")
 
     def _is_protected(self, scope: Scope) -> bool:
         operation = self._finder.find(scope["path"], scope["method"])
         return operation is not None and operation.is_protected(is_strict=self._is_strict)
 
     def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = "" if self._is_strict else headers.get("x-api-key", "")  # where Anthropic's clients put it
         # Headers come in as latin-1. The comparison takes the same time for every wrong key.
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
+        return hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
 
 class CorsHeaders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import collections
 import json
 import math
@@ -94,14 +95,19 @@ class BodyReader:
         return MeasuredBody(data, check_structure(data, self._limits))
 
     def _read(self, body: MeasuredBody, model: type[M]) -> M:
-        text, may_have_surrogates = _decoded(body.data)
+        data = body.data if self._context["is_strict"] else body.data.removeprefix(codecs.BOM_UTF8)
+        text, may_have_surrogates = _decoded(data)
         value, end = _parse(text, is_checked=body.structure.depth <= MAX_DEPTH and not may_have_surrogates)
         try:
             return model.model_validate(value, context=self._context)
         except pydantic.ValidationError as error:
-            reason = serde.describe(error)
+            wrong = serde.describe(error)
+        reason = f"{wrong.text} at {_position(text, end)}"
         raise BodyError(
-            422, f"Failed to deserialize the JSON body into the target type: {reason} at {_position(text, end)}"
+            422,
+            f"Failed to deserialize the JSON body into the target type: {reason}",
+            param=wrong.param,
+            code=wrong.code,
         )
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def parameters_of(dialect: Dialect, body: WireModel) -> Parameters:
 
 def limits_of(dialect: Dialect, config: ServerConfig) -> dict[str, dict[str, int]]:
     """Key -> keywords of JSON Schema for its value."""
-    limits = {key: row.bounds_in(dialect).schema(config) for _, keys, row in rows_in(dialect) for key in keys}
+    limits = {key: row.bounds_in(dialect).schema(config, dialect) for _, keys, row in rows_in(dialect) for key in keys}
     if dialect is not Dialect.NATIVE:
-        limits["n"] = Bounds(min=1, max=MAX_CHOICES).schema(config)
+        limits["n"] = Bounds(min=1, max=MAX_CHOICES).schema(config, dialect)
     return limits

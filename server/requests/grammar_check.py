@@ -1,20 +1,41 @@
 """`python -m server.requests.grammar_check`: compiles grammars to say what is wrong with them, a line of JSON for each.
 
-A process of its own, because a schema can be made for which llguidance takes days, or all memory.
+A process of its own, because a schema can be made for which llguidance takes days, or all memory. It says so in a line
+when it is ready.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import msgspec
 
-from engine.link.config import MAX_LEXER_STATES
+from engine.link.config import GRAMMAR_LIMITS
 from server.piped_process import prepare_child
+from server.requests.forced_text import unforced
+from server.schemas.closing import closed
+from server.schemas.opening import Opening
+from server.schemas.repair import repaired
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes. The process ends when it needs more."""
+MAX_GRAMMAR_MEMORY = 32 << 20
+"""Bytes that a compiled grammar may keep, in this process and in the engine, which keeps a few dozen of them."""
+PAGE_SIZE = 4096
+
+TOO_DEEP = "it is nested too deeply"
+REPAIR_S = 2.0
+"""Seconds to find out what llguidance refuses in a schema; after that all of it is left open."""
 
 JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": False,
@@ -26,15 +47,33 @@ JSON_OPTIONS: dict[str, Any] = {
 space and none at each place: this is among its choices, and speculation knows what comes. `oneOf` is `anyOf`, as in
 TGI."""
 
+_TOKEN = re.compile(r"<\[\d+\]>")
+"""A token of the model's vocabulary in a grammar of ours; a vocabulary of bytes has no such."""
+
+
+Mode = Literal["open", "strict", "tgi"]
+"""What happens to a schema that says more than a model can be held to: that part is left open, the schema is refused,
+or, as in TGI, keywords that are not known are ignored and the rest is refused."""
+
+
+class HeldSchema(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A schema as it was sent."""
+
+    schema: dict[str, Any]
+    mode: Mode = "open"
+    name: str = ""
+    """The function whose arguments it describes, if it does."""
+
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A thing to compile: a regular expression, a grammar of llguidance's own, or else a schema."""
+    """A thing to compile: a regular expression, or schemas.
+
+    Several schemas are parts of a grammar of llguidance's own, which calls them `schema_0`, `schema_1`, ...
+    """
 
     regex: str | None = None
     lark: str | None = None
-    schema: dict[str, Any] | None = None
-    is_lenient: bool = False
-    """Ignore keywords that llguidance does not know."""
+    schemas: tuple[HeldSchema, ...] = ()
 
 
 class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,33 +81,123 @@ class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
 
     grammar: str = ""
     error: str | None = None
+    left_open: tuple[str, ...] = ()
+    """Places of the schemas that the model is not held to."""
 
 
-def check(request: Check) -> Checked:
-    from llguidance import LLMatcher, LLParserLimits
+Prepared = tuple[Any, list[str]]
+"""A schema as llguidance gets it, and the places that are left open in it."""
 
-    if request.regex is not None:
-        grammar = LLMatcher.grammar_from_regex(request.regex)
-    elif request.lark is not None:
-        grammar = LLMatcher.grammar_from_lark(request.lark)
-    else:
-        # x-guidance are options of llguidance's own, and not part of a schema.
-        schema = {key: value for key, value in (request.schema or {}).items() if key != "x-guidance"}
-        overrides: Any = {**JSON_OPTIONS, "lenient": request.is_lenient}
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
-    error = LLMatcher.validate_grammar(grammar, limits=LLParserLimits(max_lexer_states=MAX_LEXER_STATES))
-    return Checked(error=error) if error else Checked(grammar)
+
+class Checker:
+    """Compiles as the engine will, but for a vocabulary of bytes, which takes as much time and memory."""
+
+    def __init__(self) -> None:
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+        self._matcher = LLMatcher
+        self._limits = LLParserLimits(**GRAMMAR_LIMITS)
+        self._tokenizer: LLTokenizer = LLTokenizer("byte")
+
+    def check(self, request: Check) -> Checked:
+        if request.regex is not None:
+            return self._compiled(self._matcher.grammar_from_regex(request.regex))
+        prepared = [_prepared(held) for held in request.schemas]
+        checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
+        return checked
+
+    def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
+        pairs = list(zip(request.schemas, prepared, strict=True))
+        left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
+        if request.lark is None:
+            (held, (schema, _)) = pairs[0]
+            return self._compiled(self._grammar_of(schema, held.mode), left_open)
+        rules = [request.lark]
+        for index, (held, (schema, _)) in enumerate(pairs):
+            options = {"x-guidance": _options(held.mode)}
+            rules.append(f"schema_{index}: %json {json.dumps(closed(schema) | options, ensure_ascii=False)}")
+        return self._compiled(self._matcher.grammar_from_lark("\n".join(rules)), left_open)
+
+    def _compiled(self, grammar: str, left_open: tuple[str, ...] = ()) -> Checked:
+        error = self._matcher.validate_grammar(grammar, limits=self._limits)
+        if error:
+            return Checked(error=error)
+        grammar = unforced(grammar)
+        before = resident_bytes()
+        matcher = self._matcher(self._tokenizer, _TOKEN.sub("<[1]>", grammar), log_level=0, limits=self._limits)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
+        if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
+            return Checked(error="it is too complex: it takes too much memory")
+        return Checked(grammar, left_open=left_open)
+
+    def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
+        return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+
+    def _grammar_of(self, schema: dict[str, Any], mode: Mode) -> str:
+        return self._matcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))
+
+
+def _prepared(held: HeldSchema) -> Prepared:
+    # x-guidance are options of llguidance's own, and not part of a schema.
+    schema = {key: value for key, value in held.schema.items() if key != "x-guidance"}
+    if held.mode != "open":
+        return schema, []
+    opening = Opening(schema, is_object=bool(held.name))
+    opened = opening.opened()
+    return (opened, opening.left_open) if isinstance(opened, dict) else ({}, ["#"])  # nothing would be allowed
+
+
+def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, Any], Mode], bool]) -> Prepared:
+    schema, places = prepared
+    if held.mode != "open":
+        return prepared
+    deadline = time.monotonic() + REPAIR_S
+
+    def fits_in_time(attempt: Any) -> bool:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        return fits(attempt, held.mode)
+
+    try:
+        schema, more = repaired(schema, fits_in_time)
+    except TimeoutError:
+        schema, more = {"type": "object"} if held.name else {}, ["#"]
+    return schema, places + more
+
+
+def _options(mode: Mode) -> Any:
+    return JSON_OPTIONS | {"lenient": mode != "strict"}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
 
 
 def main() -> None:
     prepare_child(MAX_MEMORY)
+    checker = Checker()
+    _write(b"{}")
+    start = resident_bytes()
     for line in sys.stdin.buffer:
         try:
-            checked = check(msgspec.json.decode(line, type=Check))
-        except (ValueError, RecursionError) as error:
+            checked = checker.check(msgspec.json.decode(line, type=Check))
+        except RecursionError:
+            checked = Checked(error=TOO_DEEP)
+        except ValueError as error:
             checked = Checked(error=str(error))
-        sys.stdout.buffer.write(msgspec.json.encode(checked) + b"\n")
-        sys.stdout.buffer.flush()
+        _write(msgspec.json.encode(checked))
+        if resident_bytes() - start > MAX_GRAMMAR_MEMORY:
+            break  # what is freed and used again would not be measured; a new process begins with nothing
+
+
+def _write(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

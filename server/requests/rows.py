@@ -21,6 +21,14 @@ class Dialect(enum.Enum):
     CHAT = "ChatRequest"
     COMPLETIONS = "CompletionRequest"
 
+    @property
+    def prompt_key(self) -> str:
+        """The key of what is prompted with."""
+        return _PROMPT_KEYS[self]
+
+
+_PROMPT_KEYS = {Dialect.NATIVE: "inputs", Dialect.CHAT: "messages", Dialect.COMPLETIONS: "prompt"}
+
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
@@ -52,14 +60,16 @@ class Bounds:
     max: int | None = None
     max_setting: str | None = None
     """The field of ServerConfig that holds the maximum."""
+    openai_max: int | None = None
+    """OpenAI's dialects allow so much also where the setting is lower."""
     measured: Literal["value", "length", "members"] = "value"
     """The interval is for the value itself, for the length of a list, or for each value of a map."""
 
-    def max_in(self, config: ServerConfig) -> int | None:
+    def max_in(self, config: ServerConfig, dialect: Dialect) -> int | None:
         if self.max_setting is None:
             return self.max
         limit: int = getattr(config, self.max_setting)
-        return limit
+        return limit if self.openai_max is None or dialect is Dialect.NATIVE else max(limit, self.openai_max)
 
     def measure(self, value: Any) -> list[float]:
         """The numbers of `value` that must lie within; None has none."""
@@ -69,8 +79,8 @@ class Bounds:
             return list(value.values())
         return [len(value) if self.measured == "length" else value]
 
-    def hold(self, number: float, config: ServerConfig) -> bool:
-        max_ = self.max_in(config)
+    def hold(self, number: float, config: ServerConfig, dialect: Dialect) -> bool:
+        max_ = self.max_in(config, dialect)
         return (
             (self.above is None or number > self.above)
             and (self.min is None or number >= self.min)
@@ -78,7 +88,15 @@ class Bounds:
             and (max_ is None or number <= max_)
         )
 
-    def schema(self, config: ServerConfig) -> dict[str, int]:
+    def code(self, number: float) -> str:
+        """OpenAI's `code` of a number that does not hold."""
+        if self.measured == "length":
+            return "array_above_max_length"
+        low = self.min if self.above is None else self.above
+        side = "below_min" if low is not None and number <= low else "above_max"
+        return f"{'integer' if isinstance(number, int) else 'decimal'}_{side}_value"
+
+    def schema(self, config: ServerConfig, dialect: Dialect) -> dict[str, int]:
         """JSON Schema's keywords; there are none for the values of a map."""
         if self.measured == "members":
             return {}
@@ -86,7 +104,7 @@ class Bounds:
             "exclusiveMinimum": self.above,
             "minimum": self.min,
             "exclusiveMaximum": self.below,
-            "maxItems" if self.measured == "length" else "maximum": self.max_in(config),
+            "maxItems" if self.measured == "length" else "maximum": self.max_in(config, dialect),
         }
         return {keyword: limit for keyword, limit in limits.items() if limit is not None}
 

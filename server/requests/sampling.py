@@ -101,7 +101,7 @@ class Parameters:
             F32,
             IN_ALL_OF_TGI,
             bounds=_FRACTION,
-            openai_bounds=Bounds(above=0, max=1),
+            openai_bounds=Bounds(min=0, max=1),
             refusal=Refusal(9, "`top_p` must be > 0.0 and < 1.0"),
             engine_field="top_p",
             is_for_drawing=True,
@@ -113,6 +113,7 @@ class Parameters:
             F32,
             {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS},
             bounds=_FRACTION,
+            openai_bounds=Bounds(above=0, max=1),
             refusal=Refusal(10, "`typical_p` must be > 0.0 and < 1.0"),
             engine_field="typical_p",
             is_for_drawing=True,
@@ -164,13 +165,20 @@ class Parameters:
                 Dialect.CHAT: TGI.named("top_logprobs"),
                 Dialect.COMPLETIONS: OURS.named("logprobs"),
             },
-            bounds=Bounds(max_setting="max_top_n_tokens"),
+            bounds=Bounds(max_setting="max_top_n_tokens", openai_max=20),
             refusal=Refusal(15, "`top_n_tokens` must be >= 0 and <= {limit}. Given: {given}"),
             engine_field="num_top_tokens",
         )
     )
     grammar: GrammarSpec | None = parameter(
-        Row(Grammar, {Dialect.NATIVE: TGI, Dialect.CHAT: TGI.named("response_format")})
+        Row(
+            Grammar,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: TGI.named("response_format"),
+                Dialect.COMPLETIONS: OURS.named("response_format"),
+            },
+        )
     )
     adapter_id: str | None = parameter(Row(str, NATIVE_ONLY))
     presence_penalty: float | None = parameter(
@@ -216,7 +224,10 @@ class Parameters:
 
     @property
     def is_drawn(self) -> bool:
-        """Tokens are drawn, since something asks for chance; otherwise the likeliest one is taken."""
+        """Tokens are drawn, since something asks for chance; otherwise the likeliest one is taken.
+
+        In OpenAI's dialects `do_sample` alone decides that.
+        """
         has_filter = any(row.is_filter and getattr(self, name) is not None for name, row in ROWS.items())
         return self.do_sample or has_filter or self.temperature not in (None, 1)
 

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -169,7 +170,10 @@ class WireModel(BaseModel):
     extensions: ClassVar[frozenset[str]] = frozenset()
     """Fields that TGI does not know. If the body is read strictly, they are ignored like any unknown key."""
     is_null_absent: ClassVar[bool] = False
-    """Null stands for the default, as OpenAI's clients mean it, unless the body is read strictly."""
+    """As OpenAI's clients mean it, null stands for the default, and of two names of a field the newer one counts.
+
+    Not if the body is read strictly.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -179,12 +183,15 @@ class WireModel(BaseModel):
         if is_strict(info) and cls.extensions:
             data = _without(data, cls.extensions)
         repeated = data.repeated if isinstance(data, RepeatedKeys) else frozenset()
+        is_lenient = cls.is_null_absent and not is_strict(info)
+        if is_lenient:
+            data = {key: value for key, value in data.items() if value is not None}
         for name, spellings in spellings_of(cls):
             keys = [spelling for spelling in spellings if spelling in data]
-            if len(keys) > 1 or not repeated.isdisjoint(keys):
+            if not repeated.isdisjoint(spellings) or (len(keys) > 1 and not is_lenient):
                 raise wrong(f"duplicate field `{name}`")
-        if cls.is_null_absent and not is_strict(info):
-            data = {key: value for key, value in data.items() if value is not None}
+            for older in keys[:-1]:
+                del data[older]
         return data
 
 
@@ -206,13 +213,26 @@ def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
     return spellings
 
 
-def describe(error: ValidationError) -> str:
+@dataclass(frozen=True, slots=True)
+class WrongShape:
+    """What is wrong with a value: in serde's words, and in OpenAI's."""
+
+    text: str
+    param: str | None
+    """Where it stands; None: at the root."""
+    code: str
+
+
+def describe(error: ValidationError) -> WrongShape:
     """`<path>: <reason>` of the error that serde would have stopped at: wrong values come before missing fields."""
     details = error.errors(include_url=False)
     first = next((item for item in details if item["type"] != "missing"), details[0])
-    location = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
-    path = _path(location)
-    return f"{path}: {_reason(first)}" if path else _reason(first)
+    reason, location, param = _reason(first), _path(first["loc"]), _path(first["loc"]) or None
+    if first["type"] == "missing":
+        code, location = "missing_required_parameter", _path(first["loc"][:-1])
+    else:
+        code = "invalid_type" if reason.startswith("invalid type") else "invalid_value"
+    return WrongShape(f"{location}: {reason}" if location else reason, param, code)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

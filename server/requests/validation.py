@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +15,30 @@ import msgspec
 
 from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
-from server.errors import ValidationError
+from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler
-from server.requests.rows import Refusal, Row
+from server.requests.grammar_check import Check, Checked
+from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
 `docs/compatibility.md`)."""
+MAX_PROMPT_TOPS = 131_072
+"""Likeliest tokens of a whole prompt: a full window of most models with one each, or 6,553 tokens with 20."""
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code of a request that does not fit the window."""
 
 _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
     ((name, row, row.refusal) for name, row in ROWS.items() if row.refusal is not None), key=lambda item: item[2].number
 )
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
+
+
+Watch = Callable[[], Callable[[str], bool]]
+"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +53,20 @@ class GenerationInput:
     add_special_tokens: bool = True
     num_choices: int = 1
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
-    is_openai: bool = False
-    """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
-    tool_grammar: str | None = None
-    """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
+    dialect: Dialect = Dialect.NATIVE
+    """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
+    num_prompt_top_tokens: int = 0
+    """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
+    tool_grammar: Check | None = None
+    """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose text whoever reads the answer needs."""
+    watch: Watch | None = None
+
+    @property
+    def is_openai(self) -> bool:
+        """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
+        return self.dialect is not Dialect.NATIVE
 
     @property
     def num_sequences(self) -> int:
@@ -66,11 +86,16 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    left_open: Sequence[str] = ()
+    """Places of its schemas that the model is not held to."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose text is a part of the answer."""
+    watch: Watch | None = None
 
 
-def refuse_if(condition: bool, text: str) -> None:
+def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
     if condition:
-        raise ValidationError(text)
+        raise ValidationError(text, param=param, code=code)
 
 
 class Validator:
@@ -85,8 +110,16 @@ class Validator:
         """The checks that TGI makes before it asks for a permit, and ours of sizes. Raises ValidationError."""
         parameters, num_choices = request.parameters, request.num_choices
         num_biases, max_biases = len(parameters.logit_bias or {}), self._config.max_logit_bias
-        refuse_if(num_biases > max_biases, f"`logit_bias` supports up to {max_biases} tokens. Given: {num_biases}")
-        refuse_if(not 0 < num_choices <= MAX_CHOICES, f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {num_choices}")
+        refuse_if(
+            num_biases > max_biases,
+            f"`logit_bias` supports up to {max_biases} tokens. Given: {num_biases}",
+            param="logit_bias",
+        )
+        refuse_if(
+            not 0 < num_choices <= MAX_CHOICES,
+            f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {num_choices}",
+            param="n",
+        )
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
@@ -101,11 +134,12 @@ class Validator:
     async def validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         """An engine request for each sequence. Raises ValidationError."""
         parameters = request.parameters
-        check_parameters(parameters, self._config)
+        check_parameters(parameters, self._config, request.dialect)
         _check_text(request, limits.max_input_tokens)
         token_ids = await self._tokenize(request)
-        _check_vocabulary(token_ids, parameters, limits.vocab_size)
-        max_new_tokens = _check_lengths(len(token_ids), parameters.max_new_tokens, limits)
+        _check_vocabulary(token_ids, request, limits.vocab_size)
+        max_new_tokens = _check_lengths(len(token_ids), request, limits)
+        _check_prompt_tops(len(token_ids), request)
         grammar = await self._grammar(request)
         is_strict = self._config.is_strict_tgi
         generation = GenerationRequest(
@@ -115,24 +149,34 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            grammar=grammar,
+            num_prompt_top_tokens=request.num_prompt_top_tokens,
+            grammar=grammar.grammar if grammar else None,
         )
         return [
             ValidatedRequest(
-                generation=_numbered(generation, index), parameters=parameters, is_stop_hidden=request.is_openai
+                generation=_numbered(generation, index),
+                parameters=parameters,
+                is_stop_hidden=request.is_openai,
+                left_open=grammar.left_open if grammar else (),
+                shown_ids=request.shown_ids,
+                watch=request.watch,
             )
             for index in range(request.num_sequences)
         ]
 
-    async def _grammar(self, request: GenerationInput) -> str | None:
+    async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
         if spec is None and tool_grammar is None:
             return None
-        refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # text 21
-        if tool_grammar is not None:
-            return await self._grammars.compile_tools(tool_grammar)
-        assert spec is not None
-        return await self._grammars.compile(spec, is_strict=self._config.is_strict_tgi)
+        try:
+            refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # text 21
+            if tool_grammar is not None:
+                return await self._grammars.compile_tools(tool_grammar)
+            assert spec is not None
+            return await self._grammars.compile(spec, is_strict=self._config.is_strict_tgi)
+        except ValidationError as error:
+            error.param = "response_format" if tool_grammar is None else "tools"
+            raise
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -144,25 +188,29 @@ class Validator:
         try:
             token_ids = await self._tokenizer.encode(request.inputs, add_special_tokens=request.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
-            raise ValidationError(f"tokenizer error {error}", logged="tokenizer error") from None  # text 18
+            raise ValidationError(
+                f"tokenizer error {error}", logged="tokenizer error", param=request.dialect.prompt_key
+            ) from None  # text 18
         truncate = request.parameters.truncate
         return token_ids if truncate is None else token_ids[-truncate:]
 
 
-def check_parameters(parameters: Parameters, config: ServerConfig) -> None:
+def check_parameters(parameters: Parameters, config: ServerConfig, dialect: Dialect) -> None:
     """Texts 5 to 15. Raises ValidationError."""
     for name, row, refusal in _REFUSALS:
+        param = row.keys(name, dialect)[0] if dialect in row.spellings else name
         if refusal.applies is not None:
-            refuse_if(refusal.applies(parameters), refusal.text)
+            refuse_if(refusal.applies(parameters), refusal.text, param=param)
             continue
         for number in row.bounds.measure(getattr(parameters, name)):
-            if not row.bounds.hold(number, config):
-                raise ValidationError(refusal.text.format(limit=row.bounds.max_in(config), given=number))
+            if not row.bounds.hold(number, config, dialect):
+                text = refusal.text.format(limit=row.bounds.max_in(config, dialect), given=number)
+                raise ValidationError(text, param=param, code=row.bounds.code(number))
 
 
 def sampling_params(parameters: Parameters, *, is_openai: bool, is_logprob_filtered: bool) -> SamplingParams:
     """The sampler's parameters. What the client did not say stays off; so does chance, unless something asks for it."""
-    is_drawn = parameters.is_drawn
+    is_drawn = parameters.do_sample if is_openai else parameters.is_drawn
     values: dict[str, Any] = {"seed": secrets.randbits(64)} if is_drawn else {}
     for name, row in ROWS.items():
         field, value = row.engine_field_for(is_openai=is_openai), getattr(parameters, name)
@@ -173,33 +221,54 @@ def sampling_params(parameters: Parameters, *, is_openai: bool, is_logprob_filte
 
 def _check_text(request: GenerationInput, max_input_tokens: int) -> None:
     truncate = request.parameters.truncate
-    refuse_if(not (request.token_ids or request.inputs), "`inputs` cannot be empty")  # text 16
+    is_empty = not (request.token_ids or request.inputs)
+    refuse_if(is_empty, "`inputs` cannot be empty", param=request.dialect.prompt_key)  # text 16
     refuse_if(
         truncate is not None and not 0 < truncate <= max_input_tokens,
         f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}",
     )  # text 17
 
 
-def _check_vocabulary(token_ids: list[int], parameters: Parameters, vocab_size: int) -> None:
+def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size: int) -> None:
     """A tokenizer may have been given tokens that the model was not."""
-    unknown = max(token_ids, default=0)
-    refuse_if(unknown >= vocab_size, f"tokenizer error token {unknown} is not in the model's vocabulary")
-    unknown = max(parameters.logit_bias or {}, default=0)
-    refuse_if(unknown >= vocab_size, f"`logit_bias` token {unknown} is not in the model's vocabulary")
+    named = {
+        "tokenizer error": (token_ids, request.dialect.prompt_key),
+        "`logit_bias`": (request.parameters.logit_bias or {}, "logit_bias"),
+    }
+    for subject, (ids, param) in named.items():
+        unknown = max(ids, default=0)
+        refuse_if(unknown >= vocab_size, f"{subject} token {unknown} is not in the model's vocabulary", param=param)
 
 
-def _check_lengths(num_input: int, max_new_tokens: int | None, limits: EngineReady) -> int:
+def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady) -> int:
     """The number of new tokens: as many as the request allows and the window has room for."""
     max_input, max_total = limits.max_input_tokens, limits.max_total_tokens
+    max_new_tokens, param = request.parameters.max_new_tokens, request.dialect.prompt_key
     room = max(0, max_total - num_input)
     counted = room if max_new_tokens is None else min(max_new_tokens, MAX_CHECKED_NEW_TOKENS)
     refuse_if(
         num_input + counted > max_total,
         f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. "
         f"Given: {num_input} `inputs` tokens and {counted} `max_new_tokens`",
+        param=param,
+        code=TOO_LONG,
     )  # text 19
-    refuse_if(num_input > max_input, f"`inputs` must have less than {max_input} tokens. Given: {num_input}")  # text 20
+    refuse_if(
+        num_input > max_input,
+        f"`inputs` must have less than {max_input} tokens. Given: {num_input}",
+        param=param,
+        code=TOO_LONG,
+    )  # text 20
     return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
+    num_top = request.num_prompt_top_tokens
+    refuse_if(
+        num_top * num_input > MAX_PROMPT_TOPS,
+        f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",
+        param="logprobs",
+    )
 
 
 def _numbered(request: GenerationRequest, index: int) -> GenerationRequest:

@@ -68,8 +68,7 @@ async def vertex(request: Request) -> Response:
     body = await service.read_body(request, VertexRequest)
     if not body.instances:
         raise NoInstanceError
-    if not service.config.is_strict_tgi:
-        service.admission.permit(len(body.instances)).release()  # before their chats are rendered
+    service.refuse_if_full(len(body.instances))
     inputs = [await _input(service, instance) for instance in body.instances]
     return json_answer(VertexResponse(await cancel_if_gone(request, _predictions(service, inputs))))
 

@@ -107,7 +107,7 @@ def _type(schema: dict[str, Any]) -> str:
     if choices:
         return " or ".join(dict.fromkeys(_type(choice) for choice in choices))
     if schema.get("type") == "array":
-        return f"list of {_type(schema['items'])}"
+        return f"list of {_type(schema.get('items', {}))}"
     if "enum" in schema:
         return " or ".join(f"<code>{html.escape(str(value))}</code>" for value in schema["enum"])
     kind = schema.get("type", "anything")

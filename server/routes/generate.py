@@ -196,7 +196,8 @@ def _top_tokens(answer: Completion) -> list[list[Token]] | msgspec.UnsetType:
 def _stream(service: GenerationService, request: GenerationInput) -> EventStream:
     headers = stream_headers(service.config.compute_type, request.inputs)
     opening = service.open_with_permit(request)
-    return EventStream(with_error_event(_events(opening, request), error_body), headers, opening.close)
+    events = with_error_event(_events(opening, request), lambda error: event(error_body(error)))
+    return EventStream(events, headers, opening.close)
 
 
 async def _events(opening: AdmittedRequest, request: GenerationInput) -> AsyncGenerator[bytes]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from server.text.token_names import REPLACEMENT
 from server.text.tokenizer import TextTokenizer
 
-REPLACEMENT = "\ufffd"
-"""The text of a byte sequence that is no character, or none yet."""
 CONTEXT_TOKENS = 5
 """Number of prompt tokens that are decoded along with the first new ones, as their text can depend on them."""
 
@@ -26,8 +25,12 @@ class Detokenizer:
     `_window` holds the ids that still matter: the last ones whose text is out, then those whose text is held back.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], shown_ids: Collection[int] = ()
+    ) -> None:
+        """`shown_ids`: special tokens whose text is visible all the same."""
         self._tokenizer = tokenizer
+        self._shown_ids = shown_ids
         self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
         self._num_read = len(self._window)
         self._read_text = tokenizer.decode(self._window)
@@ -37,7 +40,7 @@ class Detokenizer:
         """Take the next token; with the last one, whole characters that were held back come out as well."""
         held_before = self._held
         text = visible = self._advance(token_id)
-        if text and self._tokenizer.is_special(token_id):
+        if text and self._tokenizer.is_special(token_id) and token_id not in self._shown_ids:
             visible = held_before.rstrip(REPLACEMENT)
         if is_last and self._held:
             rest = self._held.rstrip(REPLACEMENT)
@@ -93,13 +96,16 @@ class StopCutter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
+        self.found: str | None = None
+        """The stop string that has ended the text."""
 
     def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
         """The text that comes out now, and whether a stop string ended it."""
         seen = self._held + text
-        starts = [start for stop in self._stops if (start := seen.find(stop)) >= 0]
+        starts = [(start, stop) for stop in self._stops if (start := seen.find(stop)) >= 0]
         if starts:
-            return seen[: min(starts)], True
+            start, self.found = min(starts)
+            return seen[:start], True
         num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
         num_out = len(seen) - num_held
         self._held = seen[num_out:]

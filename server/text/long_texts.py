@@ -1,4 +1,4 @@
-"""`python -m server.text.long_texts TOKENIZER_JSON`: encodes long texts, for which the library needs much memory.
+"""`python -m server.text.long_texts TOKENIZER_JSON AFFIXES`: encodes long texts, which takes the library much memory.
 
 A text of a million tokens takes 400 MB while it is encoded, and holds the GIL for a tenth of a second. A process of its
 own keeps both away from streams. It is started for the first long text. Requests and answers are frames of a kind.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
 import enum
+import json
 import sys
 from pathlib import Path
 
 import tokenizers
 
 from server.piped_process import PipedProcess, prepare_child, read_frame, write_frame
+from server.text.affixes import Affixes, use_affixes
 from server.text.spans import spans_json
 
 
@@ -35,8 +38,10 @@ class LongTextError(Exception):
 class LongTextProcess(PipedProcess):
     """The process that encodes."""
 
-    def __init__(self, tokenizer_path: Path) -> None:
-        super().__init__("server.text.long_texts", str(tokenizer_path))
+    def __init__(self, tokenizer_path: Path, affixes: Affixes | None) -> None:
+        # ASCII: an argument has the encoding of the locale, which may lack the tokens' letters.
+        fields = json.dumps(None if affixes is None else dataclasses.asdict(affixes))
+        super().__init__("server.text.long_texts", str(tokenizer_path), fields)
 
     def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of `text`. Raises LongTextError."""
@@ -78,6 +83,8 @@ def main() -> None:
     tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if (fields := json.loads(sys.argv[2])) is not None:
+        use_affixes(tokenizer, Affixes(**fields))
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         kind, content = Kind(frame[0]), frame[1]
         try:

@@ -345,6 +345,59 @@ def test_weights_may_come_from_any_source(folder: Path, monkeypatch: pytest.Monk
     assert run_requests(make_core(folder), requests).token_ids == expected
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize(("wrapper", "decoder"), [("", ""), ("base_model.model.", "model."), ("_orig_mod.", "model.")])
+def test_tensors_may_have_other_prefixes(tmp_path: Path, wrapper: str, decoder: str, is_tied: bool) -> None:
+    write_tiny_qwen2(tmp_path, is_tied=is_tied)
+    requests = make_requests([list(range(30, 60))], max_new_tokens=10)
+    expected = run_requests(make_core(tmp_path), requests).token_ids
+    weights = load_file(tmp_path / WEIGHTS)
+    renamed = {wrapper + name.replace("model.", decoder, 1): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / WEIGHTS)
+    assert run_requests(make_core(tmp_path), requests).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (f"{LAYER}.self_attn.q_proj.lora_A.default.weight", "holds an adapter (LoRA) that is not merged"),
+        ("score.weight", "is a reward model"),
+        ("v_head.summary.weight", "is a reward model"),
+    ],
+)
+def test_a_tensor_of_another_kind_of_model_is_explained(folder: Path, name: str, sentence: str) -> None:
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(64)}))
+    assert refusal(folder).startswith(
+        f"{WEIGHTS} has a tensor {name} that the model does not know: the folder {sentence}"
+    )
+
+
+def test_what_a_folder_has_beside_its_model_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("adapter_model.safetensors", "._model.safetensors"):
+        (folder / name).write_bytes(b"not weights")
+    change_config(folder, dual_chunk_attention_config={"original_max_position_embeddings": 262144})
+    with caplog.at_level("INFO"):
+        start(folder, max_batch_total_tokens=256)
+    assert "Files beside the model that are not loaded: ._model.safetensors, adapter_model.safetensors" in caplog.text
+    assert "dual_chunk_attention_config in config.json has no effect" in caplog.text
+    assert "answers to more than 262144 tokens" in caplog.text
+
+
+def test_other_kinds_of_models_are_refused_before_their_weights_are_read(folder: Path) -> None:
+    change_config(folder, architectures=["Qwen2ForRewardModel"])
+    (folder / WEIGHTS).write_bytes(b"")
+    with pytest.raises(StartError, match="is a reward model, which gives a text a score and writes none"):
+        start(folder)
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_a_text_ends_at_the_ids_of_all_files(folder: Path, is_strict: bool) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 10**6]}))
+    change_config(folder, eos_token_id=9)
+    core, _ = start(folder, max_batch_total_tokens=256, is_strict_tgi=is_strict)
+    assert core.scheduler.eos_token_ids == ({7} if is_strict else {7, 9, EOS_TOKEN_IDS[0]})
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])
 def test_a_configuration_without_a_size_is_refused_in_words(folder: Path, key: str) -> None:
     change_config(folder, **{key: ...})

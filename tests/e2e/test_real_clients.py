@@ -117,7 +117,7 @@ def test_openai_models_and_errors(sdk: openai.OpenAI) -> None:
     assert sdk.models.retrieve(model.id) == model
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("nobody/nothing")
-    with pytest.raises(openai.UnprocessableEntityError, match="top_p"):
+    with pytest.raises(openai.BadRequestError, match="top_p"):
         sdk.chat.completions.create(model="tgi", **GREEDY, top_p=7)
 
 

@@ -1,8 +1,9 @@
-"""A loop with tools on the real demo model, by OpenAI's client, that ends by itself."""
+"""Loops with tools on the real demo model, by OpenAI's and Anthropic's clients, that end by themselves."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jsonschema
 import pytest
 from openai import OpenAI
 
+from tests.e2e.cached_environment import cached_environment
 from tests.e2e.launched import launched
 
 WEATHER = {
@@ -24,7 +26,9 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "find_clothes", "parameters": CLOTHES}},
 ]
 ANSWERS = {"get_weather": '{"degrees": 18}', "find_clothes": '["a light jacket"]'}
+QUESTION = "What shall I wear in Paris? Look at the weather in celsius."
 MAX_TURNS = 5
+CLIENTS = Path(__file__).parent / "clients"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def client(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_three_turns(client: OpenAI) -> None:
     """The first two turns must call, so that there is something to answer; the model ends the third."""
-    messages: list[Any] = [{"role": "user", "content": "What shall I wear in Paris? Look at the weather in celsius."}]
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
     choices: list[Any] = ["required", {"type": "function", "function": {"name": "find_clothes"}}]
     called = []
     for turn in range(MAX_TURNS):
@@ -51,13 +55,59 @@ def test_three_turns(client: OpenAI) -> None:
         ) as stream:
             choice = stream.get_final_completion().choices[0]
         messages.append(choice.message.model_dump(exclude_none=True, exclude={"parsed"}))
-        if choice.finish_reason != "tool_calls":
+        if not choice.message.tool_calls:
             break
         for call in choice.message.tool_calls or []:
             called.append((call.function.name, json.loads(call.function.arguments)))
             messages.append({"role": "tool", "tool_call_id": call.id, "content": ANSWERS[call.function.name]})
     assert choice.finish_reason == "stop" and choice.message.content
+    assert len({message["tool_call_id"] for message in messages if message["role"] == "tool"}) == len(called)
+    check_calls(called)
+
+
+def test_three_turns_of_responses(client: OpenAI) -> None:
+    items: list[Any] = [{"role": "user", "content": QUESTION}]
+    tools: list[Any] = [{"type": "function"} | tool["function"] for tool in TOOLS]
+    choices: list[Any] = ["required", {"type": "function", "name": "find_clothes"}]
+    called = []
+    for turn in range(MAX_TURNS):
+        with client.responses.stream(
+            model="",
+            input=items,
+            tools=tools,
+            tool_choice=choices[turn] if turn < len(choices) else "auto",
+            parallel_tool_calls=False,
+            temperature=0,
+            max_output_tokens=64,
+        ) as stream:
+            response = stream.get_final_response()
+        items += [item.to_dict() for item in response.output]
+        calls = [item for item in response.output if item.type == "function_call"]
+        if not calls:
+            break
+        for call in calls:
+            called.append((call.name, json.loads(call.arguments)))
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": ANSWERS[call.name]})
+    assert response.status == "completed" and response.output_text
+    check_calls(called)
+
+
+def test_three_turns_of_messages(client: OpenAI) -> None:
+    tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+    task = {"question": QUESTION, "tools": tools, "answers": ANSWERS, "second": "find_clothes"}
+    python = cached_environment("anthropic") / "bin" / "python"
+    url = str(client.base_url).removesuffix("/v1/")
+    command = [python, CLIENTS / "anthropic_client.py", url]
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["stop_reason"] == "end_turn" and results["text"] == results["streamed"] != ""
+    assert results["counted"] == results["input"] > 0
+    assert "top_p" in results["refusal"]
+    check_calls(results["called"])
+
+
+def check_calls(called: list[Any]) -> None:
     assert len(called) >= 2 and called[1][0] == "find_clothes"
     for name, arguments in called:
         jsonschema.validate(arguments, {"get_weather": WEATHER, "find_clothes": CLOTHES}[name])
-    assert len({message["tool_call_id"] for message in messages if message["role"] == "tool"}) == len(called)

@@ -94,6 +94,7 @@ STEPS = StepOutput(
     ],
 )
 PROMPT = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
+CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, Metric]:
@@ -243,11 +244,13 @@ async def test_failures_by_their_reason(app: FastAPI, client: httpx.AsyncClient,
     app.state.service.admission.num_free = 0
     assert await ask(client) == 429
     assert (await client.post("/generate_stream", json=PROMPT)).status_code == 429
+    assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 429
+    assert (await client.post("/vertex", json={"instances": [CHAT]})).status_code == 429
     assert (await client.post("/generate", json={"inputs": 5})).status_code == 422, "counts nothing"
     families = await scrape(client)
-    reasons = {"validation": 2, "generation": 1, "incomplete": 1, "overloaded": 2, "template": 0, "dropped": 0}
+    reasons = {"validation": 2, "generation": 1, "incomplete": 1, "overloaded": 4, "template": 0, "dropped": 0}
     assert {err: value_of(families, "tgi_request_failure", err=err) for err in reasons} == reasons
-    assert value_of(families, "tgi_request_count") == 6
+    assert value_of(families, "tgi_request_count") == 8
     assert value_of(families, "tgi_request_success") == 0
 
 
@@ -269,7 +272,7 @@ async def test_a_template_that_fails(engine: FakeEngine, tmp_path: Path, model_f
     app = create_app(engine, make_config(), TextTokenizer.from_folder(str(tmp_path), 1))
     async with client_of(app) as client:
         body = {"messages": [{"role": "user", "content": "x"}]}
-        assert (await client.post("/v1/chat/completions", json=body)).status_code == 422
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 400
         families = await scrape(client)
     assert value_of(families, "tgi_request_failure", err="template") == value_of(families, "tgi_request_count") == 1
 

@@ -61,6 +61,17 @@ async def test_an_openai_stream_is_valid_before_its_block_begins(service: Genera
         assert service.admission.num_free == 1
 
 
+async def test_a_full_server_renders_no_chats(service: GenerationService) -> None:
+    service.admission.num_free -= 2
+    if service.config.is_strict_tgi:
+        service.refuse_if_full(1)
+    else:
+        with pytest.raises(OverloadedError):
+            service.refuse_if_full(1)
+    service.admission.num_free += 2
+    service.refuse_if_full(2)
+
+
 async def test_a_permit_can_come_back_before_the_block_begins_and_not_twice(service: GenerationService) -> None:
     for opening in (service.open_with_permit(VALID), await service.open_validated(VALID)):
         for _ in range(2):

@@ -1,0 +1,90 @@
+"""The choice of the files that hold a model, out of all that lie in its folder. Importing it loads no torch.
+
+Trainers leave adapters, optimizers and older copies beside a model, and other systems leave files of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from engine.link.errors import StartError
+from engine.link.model_files import WEIGHTS, is_weight_name, read_json
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SECOND_COPIES = ("consolidated",)
+"""Beginnings of the names under which some publishers add the same weights once more, for other programs."""
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files that are loaded, in order, and the names of those that lie beside them."""
+
+    paths: Sequence[Path]
+    others: Sequence[str]
+
+
+def find_weight_files(folder: Path) -> WeightFiles:
+    """The weight files of a model. Raises StartError when there are none or one that is needed is missing."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    chosen = choose_weight_names(folder, names)
+    for name in chosen:
+        if not _is_file(folder / name):
+            raise StartError(f"{folder / name} is no file, or a link to a missing one: fetch the model again")
+    return WeightFiles([folder / name for name in chosen], [name for name in names if name not in chosen])
+
+
+def choose_weight_names(folder: Path, names: Collection[str]) -> list[str]:
+    """The model's weight files among `names`, those that are there or can be fetched. Raises StartError.
+
+    A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names.
+    """
+    index = read_json(folder / INDEX)
+    if WHOLE in names:
+        return [WHOLE]
+    chosen = _indexed(folder, index) if index else _unindexed(names)
+    for name in chosen:
+        if name not in names:
+            raise StartError(f"{folder / name} is named by {INDEX} but missing: fetch the model again")
+    if not chosen:
+        raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
+    return chosen
+
+
+def _indexed(folder: Path, index: dict[str, object]) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise StartError(f"{folder}/{INDEX} has no weight_map of file names: fetch the model again")
+    for name in weight_map.values():
+        if name in ("", "..") or name != Path(name).name or "\0" in name:  # others would lead out of the folder
+            raise StartError(
+                f"{folder}/{INDEX} names {name!r}, which is no file of this folder: fetch the model from a place that "
+                "you trust"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _unindexed(names: Collection[str]) -> list[str]:
+    """The model among files that no index names: the parts of one whole, or else all that may hold weights."""
+    candidates = sorted(name for name in names if is_weight_name(name))
+    first_copies = [name for name in candidates if not name.startswith(SECOND_COPIES)]
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in first_copies:
+        if match := _PART.fullmatch(name):
+            parts.setdefault((match[1], match[3]), []).append(name)
+    whole = [part for (_, count), part in parts.items() if len(part) == int(count)]
+    return whole[0] if len(whole) == 1 else first_copies or candidates
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise StartError.of_file(path, error) from error

@@ -1,0 +1,202 @@
+"""Bodies of /v1/responses, which become chats (`docs/other-apis.md`).
+
+Nothing is stored: each request brings the whole conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pydantic
+
+from server.errors import ValidationError
+from server.requests import serde
+from server.requests.messages import OpenAIModel
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from server.requests.serde import F32, U32, ListOf, max_items
+
+Json = dict[str, Any]
+
+_STORED = ("previous_response_id", "conversation", "prompt")
+"""Fields that name something which a server has kept."""
+
+
+class TextFormat(OpenAIModel):
+    type: str
+    name: str | None = None
+    json_schema: Any = pydantic.Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(OpenAIModel):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(OpenAIModel):
+    """Body of /v1/responses."""
+
+    input: str | Annotated[ListOf[Json], max_items(MAX_MESSAGES)]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: U32 | None = None
+    temperature: F32 | None = None
+    top_p: F32 | None = None
+    tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool = True
+    text: TextOptions = TextOptions()
+    stream: bool = False
+    background: bool = False
+    metadata: Json | None = None
+    previous_response_id: str | None = None
+    conversation: str | Json | None = None
+    prompt: Json | None = None
+
+
+def chat_of(request: ResponsesRequest) -> ChatRequest:
+    """The chat that is asked for. Raises ValidationError."""
+    stored = next((name for name in _STORED if getattr(request, name) is not None), None)
+    if stored is not None:
+        raise ValidationError(f"`{stored}` is not supported: responses are not stored, send all of the input")
+    if request.background:
+        raise ValidationError("`background` is not supported: ask for a stream or wait for the answer")
+    tools, choice = _tool_choice(request)
+    body: Json = {
+        "messages": _messages(request),
+        "model": request.model,
+        "max_tokens": request.max_output_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "tools": [_tool(tool) for tool in tools] or None,
+        "tool_choice": choice,
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "response_format": _response_format(request.text.format),
+        "stream": request.stream,
+    }
+    return chat_request(body)
+
+
+def chat_request(body: Json) -> ChatRequest:
+    """A chat that another route's body has become. Raises ValidationError."""
+    try:
+        return ChatRequest.model_validate(body, context={"is_strict": False})
+    except pydantic.ValidationError as error:
+        wrong = serde.describe(error)
+    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param, code=wrong.code)
+
+
+def _messages(request: ResponsesRequest) -> list[Json]:
+    messages: list[Json] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    for item in request.input:
+        kind = item.get("type", "message")
+        read = _ITEMS.get(kind) if isinstance(kind, str) else None
+        if read is None:
+            raise unsupported("input items", kind)
+        read(item, messages)
+    return messages
+
+
+def _add_message(item: Json, messages: list[Json]) -> None:
+    content = item.get("content")
+    if isinstance(content, list):
+        content = [_part(part) for part in content]
+    role = item.get("role")
+    if role == "assistant":
+        _assistant(messages, "content", "tool_calls")["content"] = content
+    else:
+        messages.append({"role": role, "content": content})
+
+
+def _add_call(item: Json, messages: list[Json]) -> None:
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    call = {"id": item.get("call_id"), "type": "function", "function": function}
+    _assistant(messages).setdefault("tool_calls", []).append(call)
+
+
+def _add_output(item: Json, messages: list[Json]) -> None:
+    output = item.get("output")
+    if isinstance(output, list):
+        output = [_part(part) for part in output]
+    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+
+
+def _add_reasoning(item: Json, messages: list[Json]) -> None:
+    """A thought belongs to the assistant's message that follows. What was summarised or encrypted is left out."""
+    parts = item.get("content")
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    thought = "".join(text for text in texts if isinstance(text, str))
+    if thought:
+        messages.append({"role": "assistant", "reasoning_content": thought})
+
+
+_ITEMS: dict[str, Callable[[Json, list[Json]], None]] = {
+    "message": _add_message,
+    "function_call": _add_call,
+    "function_call_output": _add_output,
+    "reasoning": _add_reasoning,
+}
+"""Type of an input item -> what adds it to the messages."""
+
+
+def _assistant(messages: list[Json], *taken: str) -> Json:
+    """The assistant's message that an item belongs to: the last one, unless it has any of `taken`.
+
+    A thought, words and calls are items of their own here, and one message to a chat template.
+    """
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or any(key in last for key in taken):
+        messages.append({"role": "assistant"})
+    return messages[-1]
+
+
+def _part(part: Any) -> Json:
+    kind = part.get("type") if isinstance(part, dict) else None
+    match kind:
+        case "input_text" | "output_text" | "text":
+            return {"type": "text", "text": part.get("text")}
+        case "refusal":
+            return {"type": "text", "text": part.get("refusal")}
+        case "input_image" if isinstance(part.get("image_url"), str):
+            return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    raise unsupported("content parts", kind)
+
+
+def _tool(tool: Json) -> Json:
+    if tool.get("type") != "function":
+        raise unsupported("tools", tool.get("type"))
+    function = {key: tool[key] for key in ("name", "description", "parameters", "strict") if key in tool}
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(request: ResponsesRequest) -> tuple[list[Json], Any]:
+    """The tools that may be called, and how the chat chooses among them."""
+    choice, tools = request.tool_choice, request.tools
+    if choice is None or isinstance(choice, str):
+        return tools, choice
+    if choice.get("type") == "function":
+        return tools, {"type": "function", "function": {"name": choice.get("name")}}
+    allowed = choice.get("tools")
+    if choice.get("type") != "allowed_tools" or not isinstance(allowed, list):
+        raise unsupported("tool choices", choice.get("type"))
+    names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
+    return [tool for tool in tools if tool.get("name") in names], choice.get("mode", "auto")
+
+
+def _response_format(text_format: TextFormat | None) -> Json | None:
+    if text_format is None or text_format.type != "json_schema":
+        return None if text_format is None else {"type": text_format.type}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": text_format.name, "schema": text_format.json_schema, "strict": text_format.strict},
+    }
+
+
+def unsupported(things: str, kind: Any) -> ValidationError:
+    """The refusal of a type that a client has named."""
+    shown = serde.shortened(kind) if isinstance(kind, str) else "unknown"
+    return ValidationError(f"{things} of type `{shown}` are not supported", logged=f"{things} of an unsupported type")

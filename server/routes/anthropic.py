@@ -1,0 +1,59 @@
+"""POST /v1/messages and /v1/messages/count_tokens: chats in Anthropic's shape (`docs/other-apis.md`)."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import Request, Response
+
+from server.answers.json import json_answer
+from server.chat.anthropic import AnthropicAnswer, AnthropicEvent, AnthropicWriter
+from server.errors import AnthropicErrorBody
+from server.operation import Area, Operation
+from server.requests.anthropic import AnthropicRequest, CountTokensRequest, answered_chat, counted_chat
+from server.routes.chat import chat_input
+from server.routes.faces import answer_as
+from server.service import service_of
+
+area = Area()
+
+
+class TokenCount(msgspec.Struct, frozen=True):
+    input_tokens: int
+
+
+@area.serve(
+    Operation(
+        method="POST",
+        path="/v1/messages",
+        summary="The next message of a chat, in Anthropic's shape",
+        body=AnthropicRequest,
+        answers=(AnthropicAnswer,),
+        events=(AnthropicEvent,),
+        late_errors=(AnthropicErrorBody,),
+        is_generating=True,
+        span="messages",
+    )
+)
+async def messages(request: Request) -> Response:
+    service = service_of(request)
+    body = await service.read_body(request, AnthropicRequest)
+    return await answer_as(request, answered_chat(body), AnthropicWriter(body.model or service.config.model_names[0]))
+
+
+@area.serve(
+    Operation(
+        method="POST",
+        path="/v1/messages/count_tokens",
+        summary="The number of tokens that a chat becomes",
+        body=CountTokensRequest,
+        answers=(TokenCount,),
+        span="count_tokens",
+    )
+)
+async def count_tokens(request: Request) -> Response:
+    service = service_of(request)
+    body = await service.read_body(request, CountTokensRequest)
+    with service.permit_beside_tgi():
+        chat, _ = await chat_input(service, counted_chat(body))
+        token_ids = await service.tokenizer.encode(chat.inputs, add_special_tokens=False)
+    return json_answer(TokenCount(len(token_ids)))
