@@ -16,7 +16,15 @@ from msgspec import UNSET, UnsetType
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
-from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, tgi_logprobs, usage_of
+from server.answers.openai import (
+    Envelope,
+    Logprobs,
+    chat_logprobs,
+    num_generated_tokens,
+    openai_stream,
+    tgi_logprobs,
+    usage_of,
+)
 from server.answers.sse import EventStream, event
 from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
@@ -115,15 +123,16 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
+    prompt = await service.chats.render(request.messages, use.offered, ending(request))
     generation_input = GenerationInput(
-        inputs=await service.chats.render(request.messages, use.offered, ending(request)),
+        inputs=prompt,
         parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
-        watch=use.watch if use.names and not use.is_free else None,
+        watch=(lambda: use.watch(prompt)) if use.names else None,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
@@ -144,7 +153,7 @@ class _Chat:
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
-        self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
+        self._model = service.config.model_names[0] if body.model in (None, "tgi") else body.model
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
@@ -196,10 +205,8 @@ class _Chat:
             return tgi_logprobs(tokens)
         return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
-    @staticmethod
-    def _usage(streams: Sequence[Stream]) -> Usage:
-        generations = [stream.generation for stream in streams]
-        return usage_of(generations, generations[0].num_prompt_tokens)
+    def _usage(self, streams: Sequence[Stream]) -> Usage:
+        return usage_of(self._service.config, [streams[0].generation], num_generated_tokens(streams))
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
