@@ -10,7 +10,7 @@ Exception
  ├─ NoInstanceError            /vertex: there is nothing to do
  ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
  ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
- ├─ OverloadedError            no permit is free
+ ├─ OverloadedError            no permit is free, or too many grammars wait
  ├─ UnhealthyError             a probe fails
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ FailedInstanceError        /vertex with --strict-tgi: an instance failed, for whatever reason
@@ -56,8 +56,8 @@ class ValidationError(Exception):
 
 
 class OverloadedError(Exception):
-    def __init__(self) -> None:
-        super().__init__("Model is overloaded")
+    def __init__(self, text: str = "Model is overloaded") -> None:
+        super().__init__(text)
 
 
 class TemplateError(Exception):

@@ -123,15 +123,16 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
+    prompt = await service.chats.render(request.messages, use.offered, ending(request))
     generation_input = GenerationInput(
-        inputs=await service.chats.render(request.messages, use.offered, ending(request)),
+        inputs=prompt,
         parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
-        watch=use.watch if use.names and not use.is_free else None,
+        watch=(lambda: use.watch(prompt)) if use.names else None,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
