@@ -2,3 +2,5 @@
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
+OPEN_THOUGHT = "<think>"
+CLOSE_THOUGHT = "</think>"

@@ -38,11 +38,32 @@ class Arguments:
     text: str
 
 
-ChatPiece = Content | CallStart | Arguments
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The next part of what a reasoning model thinks."""
+
+    text: str
 
 
-class CallReader(ABC):
-    """Reads the calls out of one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+ChatPiece = Content | CallStart | Arguments | Thought
+
+
+class AnswerReader(ABC):
+    """Reads one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+
+    num_calls: int
+
+    @abstractmethod
+    def push(self, text: str) -> list[ChatPiece]:
+        """The pieces that the next part of the answer's text completes."""
+
+    @abstractmethod
+    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
+        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
+
+
+class CallReader(AnswerReader):
+    """Reads the calls out of one answer."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -50,16 +71,11 @@ class CallReader(ABC):
         """Text that came and is in no piece yet."""
 
     def push(self, text: str) -> list[ChatPiece]:
-        """The pieces that the next part of the answer's text completes."""
         self._held += text
         pieces: list[ChatPiece] = []
         while self._read(pieces):
             pass
         return pieces
-
-    @abstractmethod
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
 
     @abstractmethod
     def _read(self, pieces: list[ChatPiece]) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.chat.marks import CLOSE, OPEN
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
-from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
+from server.chat.thoughts import Thinking, ThinkingReader, WordReader
+from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
@@ -49,9 +50,21 @@ class ToolUse:
     max_calls: int | None = None
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
+    thinking: Thinking = Thinking.NONE
 
-    def reader(self) -> CallReader:
-        """A reader of one answer in the model's own format."""
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks by which an answer is read."""
+        of_calls = (OPEN, CLOSE) if self.names else ()
+        return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
+
+    def reader(self) -> AnswerReader | None:
+        """A reader of one answer in the model's own format; None: all of it is words."""
+        if self.thinking is Thinking.NONE:
+            return self._call_reader() if self.names else None
+        return ThinkingReader(self.thinking, self._call_reader() if self.names else WordReader())
+
+    def _call_reader(self) -> AnswerReader:
         if self.grammar is not None:
             return ForcedCallReader(HERMES_HEADER)
         return FreeCallReader(self.names, self.max_calls)

@@ -17,7 +17,7 @@ from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
-from server.requests.grammar import GrammarCompiler
+from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
@@ -51,6 +51,8 @@ class GenerationInput:
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
     tool_grammar: Check | None = None
     """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
+    grammar_preface: str = ""
+    """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
 
@@ -81,6 +83,12 @@ class ValidatedRequest:
     """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
+
+
+def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
+    if grammar is None:
+        return None
+    return after(preface, grammar.grammar) if preface else grammar.grammar
 
 
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
@@ -138,7 +146,7 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            grammar=grammar.grammar if grammar else None,
+            grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
             ValidatedRequest(

@@ -57,7 +57,7 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
 
 
 async def _events(opening: AdmittedRequest, use: ToolUse, writer: Writer) -> AsyncGenerator[Typed]:
-    reader = use.reader() if use.names else None
+    reader = use.reader()
 
     def pieces(token: GeneratedToken) -> list[ChatPiece]:
         if reader is None:
