@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pydantic
@@ -16,7 +17,7 @@ USER = [{"role": "user", "content": "hey"}]
 
 
 def render(template: str | None, messages: list[dict[str, Any]], *, is_strict: bool = True) -> str:
-    request = ChatRequest.model_validate({"messages": messages}, context={"is_strict": is_strict})
+    request = ChatRequest.model_validate({"messages": copy.deepcopy(messages)}, context={"is_strict": is_strict})
     return ChatTemplate(chat_format_of(template, eos_token="</s>"), is_strict=is_strict).render(request.messages)
 
 
