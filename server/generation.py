@@ -98,6 +98,7 @@ class Generation:
         stop = request.parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
+        self._is_over = None if request.watch is None else request.watch()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -148,6 +149,8 @@ class Generation:
                 reason = FinishReason.STOP_SEQUENCE
         elif reason is None and (num_kept := self._stop_checker.check(text)) is not None:
             text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
+        if reason is None and self._is_over is not None and self._is_over(visible):
+            reason = FinishReason.EOS_TOKEN
         self.num_generated_tokens += 1
         if reason is not None:
             self._finish()

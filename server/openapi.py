@@ -205,7 +205,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         responses |= _refusals(operation, answers)
     if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
-        responses[401] = _response(401, {})
+        is_empty = answers.has_plain_refusals(operation.path)
+        responses[401] = _response(401, {} if is_empty else {"application/json": answers.error(operation.path)})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 

@@ -41,8 +41,8 @@ class PipedProcess:
 
     def kill(self) -> None:
         """End the child, even while another thread waits for its answer."""
-        if self.child is not None:
-            self.child.kill()
+        if (child := self.child) is not None:
+            child.kill()
 
     def close(self) -> None:
         if self.child is not None:

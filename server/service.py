@@ -28,6 +28,7 @@ from server.errors import OverloadedError
 from server.generation import Completion, Generation, Stream, Timings
 from server.requests.body import BodyReader, require_json
 from server.requests.grammar import GrammarCompiler
+from server.requests.sampling_defaults import read_sampling_defaults
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation
@@ -52,10 +53,11 @@ class GenerationService:
         self.default_thinking = default_thinking(OFF if config.is_strict_tgi else config.reasoning_parser, tokenizer)
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
-        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
+        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit), is_strict=config.is_strict_tgi)
         self.bodies = BodyReader(is_strict=config.is_strict_tgi)
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self.grammars = GrammarCompiler()
+        self.sampling_defaults = read_sampling_defaults(config)
         self.validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
         engine.observe_output = self.metrics.observe_output

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +17,8 @@ class EngineConfig:
 
     model_path: str
     """Local folder with config.json and safetensors files."""
+    adapter_path: str | None = None
+    """Local folder of an adapter (LoRA) that is merged into the model; None: there is none."""
     device: str = "auto"
     """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"
@@ -81,5 +84,14 @@ class EngineConfig:
         return cls(**json.loads(text))
 
 
-MAX_LEXER_STATES = 20_000
-"""States of one grammar's lexer, in both processes; a state takes 1 or 2 kB, and llguidance's default is 250,000."""
+GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "step_max_items": 20_000}
+"""llguidance's limits of one grammar, in both processes.
+
+A state of the lexer takes 1 or 2 kB; llguidance's default is 250,000. Items of the parser for one mask or one forced
+text; the default of 50,000 can take 30 ms.
+"""
+MAX_FORCED_CHARS = 8_192
+"""Longest text that a grammar may force within one string or pattern, so that it comes without a choice.
+
+llguidance makes and tokenizes the rest of it for every mask: 0.2 us a character, 1 us the first time.
+"""

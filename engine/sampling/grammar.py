@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from engine.link.config import MAX_LEXER_STATES
+from engine.link.config import GRAMMAR_LIMITS
 from engine.link.errors import GenerationError
 from engine.link.messages import GenerationRequest
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
@@ -41,6 +43,10 @@ MASKS: dict[str, str] = {
 
 MAX_COMPILED = 32
 """Compiled grammars that are kept, as many as in TGI; the least recently used goes first."""
+NUM_COMPILING_THREADS = 4
+"""The HTTP process lets a few hard grammars pass at a time, so easy ones find a thread."""
+COMPILING_NICENESS = 5
+"""A step's kernels go before compilations; llguidance lets go of Python's lock while it compiles."""
 WORD_BITS = 32
 """Tokens of a word of a mask, also of one of green tokens."""
 
@@ -55,11 +61,24 @@ class ApplyMasks(Protocol):
         """
 
 
+@dataclasses.dataclass(slots=True)
+class CompiledGrammar:
+    """A matcher at the beginning of a grammar, whose first mask is known.
+
+    Its copies share a lexer, and so the states that their outputs have reached: what one of them pays, others don't.
+    """
+
+    matcher: LLMatcher
+    is_used_up: bool = False
+    """An output has failed, maybe because the lexer is at its limit: then every further copy would."""
+
+
 class MatchedGrammar:
     """A sequence's `OutputGrammar` (`engine.scheduling.sequence`), which has a matcher of its own."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self.matcher = matcher
+    def __init__(self, compiled: CompiledGrammar) -> None:
+        self._compiled = compiled
+        self.matcher = compiled.matcher.deep_copy()
         self.error: str | None = None
 
     def advance(self, token_id: int) -> bool:
@@ -75,6 +94,7 @@ class MatchedGrammar:
         """True if the matcher has failed, as it does over its limits; sets `error` then."""
         if self.matcher.is_error():
             self.error = f"the output cannot be held to the grammar: {_first_line(self.matcher.get_error())}"
+            self._compiled.is_used_up = True
         return self.error is not None
 
 
@@ -93,11 +113,11 @@ class Compiled:
 class _Compilation:
     request: GenerationRequest
     arrival_time: float
-    matcher: Future[LLMatcher]
+    grammar: Future[CompiledGrammar]
 
 
 class Grammars:
-    """Compiles the grammars of requests on a thread of its own, and masks logits by them."""
+    """Compiles the grammars of requests on threads of its own, and masks logits by them."""
 
     def __init__(
         self,
@@ -113,33 +133,37 @@ class Grammars:
         and 190 MB to read the vocabulary of Qwen2, which is not spent where nobody sends a grammar.
         """
         self.on_compiled: Callable[[], None] = lambda: None
-        """Called on the compiling thread whenever a compilation has ended."""
+        """Called whenever a compilation has ended, on any thread."""
         self._tokenizer_file = tokenizer_file
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._num_threads = num_threads
         self._make_apply_masks = apply_masks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._threads = ThreadPoolExecutor(NUM_COMPILING_THREADS, "grammars", _give_way)
+        self._loading = threading.Lock()
         self._compiling: dict[str, _Compilation] = {}
-        self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._cache: OrderedDict[str, Future[CompiledGrammar]] = OrderedDict()
 
     def compile(self, request: GenerationRequest) -> None:
         """Begin to compile a request's grammar; the request comes out of `take_compiled`, or is aborted here."""
         assert request.grammar is not None
-        matcher = self._thread.submit(self._compile, request.grammar)
-        self._compiling[request.request_id] = _Compilation(request, time.monotonic(), matcher)
-        matcher.add_done_callback(lambda _: self.on_compiled())
+        grammar = self._cached(request.grammar)
+        self._compiling[request.request_id] = _Compilation(request, time.monotonic(), grammar)
+        grammar.add_done_callback(lambda _: self.on_compiled())
 
     def take_compiled(self) -> list[Compiled]:
         """Hand out the requests whose grammars are ready or cannot be compiled."""
-        ended = [name for name, compilation in self._compiling.items() if compilation.matcher.done()]
+        ended = [name for name, compilation in self._compiling.items() if compilation.grammar.done()]
         return [_outcome(self._compiling.pop(name)) for name in ended]
 
     def abort(self, request_id: str) -> None:
         """Forget a request whose grammar is not ready; any other id is ignored."""
         compilation = self._compiling.pop(request_id, None)
-        if compilation is not None:
-            compilation.matcher.cancel()
+        if compilation is None or any(other.grammar is compilation.grammar for other in self._compiling.values()):
+            return
+        if compilation.grammar.cancel():  # it has not begun
+            assert compilation.request.grammar is not None
+            self._cache.pop(compilation.request.grammar, None)
 
     def abort_all(self) -> list[str]:
         """Forget all requests whose grammars are not ready; their ids."""
@@ -184,23 +208,30 @@ class Grammars:
             grammar.check()
         self._apply_masks(logits, np.array(rows, np.int32), masks)
 
-    def _compile(self, text: str) -> LLMatcher:
-        """A matcher at the beginning of the grammar `text`, on the compiling thread. Raises GenerationError."""
-        matcher = self._cache.get(text)
-        if matcher is None:
-            limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
-            matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
-            if matcher.is_error():
-                raise GenerationError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
-            self._cache[text] = matcher
-            if len(self._cache) > MAX_COMPILED:
-                self._cache.popitem(last=False)
+    def _cached(self, text: str) -> Future[CompiledGrammar]:
+        """The grammar `text`, compiled once for all who ask for it."""
+        grammar = self._cache.get(text)
+        if grammar is None or not _is_of_use(grammar):
+            grammar = self._cache[text] = self._threads.submit(self._compile, text)
         self._cache.move_to_end(text)
-        return matcher.deep_copy()
+        if len(self._cache) > MAX_COMPILED:
+            self._cache.popitem(last=False)
+        return grammar
+
+    def _compile(self, text: str) -> CompiledGrammar:
+        """The grammar `text`, and its first mask, on a compiling thread. Raises GenerationError."""
+        with self._loading:
+            tokenizer = self._tokenizer
+        matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # it takes longer than all others, and copies know what it has found out
+        if matcher.is_error():
+            raise GenerationError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
+        return CompiledGrammar(matcher)
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """Read on the compiling thread, which also compiles the kernel of `apply_masks`. Raises GenerationError."""
+        """Read on a compiling thread, which also compiles the kernel of `apply_masks`. Raises GenerationError."""
         if not self._eos_token_ids:
             raise GenerationError("the model has no end-of-sequence token, so no grammar could end")
         try:
@@ -227,11 +258,21 @@ def _matched(scheduled: ScheduledSequence) -> MatchedGrammar:
 
 
 def _outcome(compilation: _Compilation) -> Compiled:
-    request, arrival_time, matcher = compilation.request, compilation.arrival_time, compilation.matcher
-    error = matcher.exception()
+    request, arrival_time, grammar = compilation.request, compilation.arrival_time, compilation.grammar
+    error = grammar.exception()
     if error is not None:
         return Compiled(request, arrival_time, error=str(error))
-    return Compiled(request, arrival_time, MatchedGrammar(matcher.result()))
+    return Compiled(request, arrival_time, MatchedGrammar(grammar.result()))
+
+
+def _is_of_use(grammar: Future[CompiledGrammar]) -> bool:
+    """Whether further requests can have copies of it, or wait for it."""
+    return not grammar.done() or (grammar.exception() is None and not grammar.result().is_used_up)
+
+
+def _give_way() -> None:
+    """Lower the priority of a compiling thread."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + COMPILING_NICENESS)
 
 
 def _first_line(text: str) -> str:

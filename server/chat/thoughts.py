@@ -85,7 +85,6 @@ class ThinkingReader(AnswerReader):
     """
 
     def __init__(self, thinking: Thinking, after: AnswerReader) -> None:
-        self.num_calls = 0
         self._after = after
         self._is_open = thinking is Thinking.HAS_BEGUN
         self._held = ""
@@ -97,7 +96,7 @@ class ThinkingReader(AnswerReader):
         pieces: list[ChatPiece] = []
         while self._held and self._read(pieces):
             pass
-        self.num_calls = self._after.num_calls
+        self._follow()
         return pieces
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
@@ -106,8 +105,11 @@ class ThinkingReader(AnswerReader):
         thought = _thought(held.rstrip() if is_within else held.strip())
         pieces = thought if self._is_open else self._after.push(held)
         pieces += self._after.finish(is_cut=is_cut)
-        self.num_calls = self._after.num_calls
+        self._follow()
         return pieces
+
+    def _follow(self) -> None:
+        self.num_calls, self.is_over = self._after.num_calls, self._after.is_over
 
     def _read_beginning(self, pieces: list[ChatPiece]) -> bool:
         start = self._held.lstrip()
@@ -149,8 +151,6 @@ class ThinkingReader(AnswerReader):
 
 class WordReader(AnswerReader):
     """Reads an answer that is words."""
-
-    num_calls = 0
 
     def push(self, text: str) -> list[ChatPiece]:
         return [Content(text)] if text else []

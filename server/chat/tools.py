@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReade
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.requests.schemas import read_schema
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"
@@ -48,6 +49,10 @@ class ToolUse:
     grammar: Check | None = None
     """What the model is held to, if it is not free."""
     max_calls: int | None = None
+    is_free: bool = False
+    """The model may answer in words, or in the schema of the answer."""
+    is_named: bool = False
+    """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
     thinking: Thinking = Thinking.NONE
@@ -58,16 +63,29 @@ class ToolUse:
         of_calls = (OPEN, CLOSE) if self.names else ()
         return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
 
-    def reader(self) -> AnswerReader | None:
-        """A reader of one answer in the model's own format; None: all of it is words."""
+    def reader(self, prompt: str) -> AnswerReader | None:
+        """A reader of one answer to the prompt, in the model's own format; None: all of it is words."""
         if self.thinking is Thinking.NONE:
-            return self._call_reader() if self.names else None
-        return ThinkingReader(self.thinking, self._call_reader() if self.names else WordReader())
+            return self._call_reader(prompt) if self.names else None
+        return ThinkingReader(self.thinking, self._call_reader("") if self.names else WordReader())
 
-    def _call_reader(self) -> AnswerReader:
-        if self.grammar is not None:
+    def _call_reader(self, prompt: str) -> AnswerReader:
+        if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
-        return FreeCallReader(self.names, self.max_calls)
+        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
+        has_bare_calls = self.grammar is None
+        return FreeCallReader(self.names, self.max_calls, has_bare_calls=has_bare_calls, is_in_thought=is_in_thought)
+
+    def watch(self) -> Callable[[str], bool]:
+        """Something that is told an answer piece by piece, and says when nothing new comes."""
+        reader = self.reader("")
+        assert reader is not None
+
+        def is_over(text: str) -> bool:
+            reader.push(text)
+            return reader.is_over
+
+        return is_over
 
 
 NO_TOOL_USE = ToolUse()
@@ -75,10 +93,9 @@ NO_TOOL_USE = ToolUse()
 
 def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool) -> ToolUse:
     """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
-    is_off = request.tool_choice == "none"
-    if request.tools is not None and request.response_format is not None and (is_strict or not is_off):
+    if is_strict and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    if not request.tools or is_off:
+    if not request.tools or request.tool_choice == "none":
         return NO_TOOL_USE
     return _tgi_use(request) if is_strict else _template_use(request, tokenizer)
 
@@ -116,7 +133,10 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
     sent = [tool.sent for tool in tools]
     prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
-    max_calls = None if request.parallel_tool_calls else 1
+    is_free = _is_free(request)
+    is_named = not is_free and request.tool_choice != "required"
+    max_calls = 1 if is_named or not request.parallel_tool_calls else None
+    is_held = not is_free or request.response_format is not None
     return ToolUse(
         names=tuple(tool.function.name for tool in tools),
         offered=OfferedTools(
@@ -124,21 +144,44 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
             prompt=prompt,
             listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
         ),
-        grammar=None if _is_free(request) else _hermes_grammar(tools, tokenizer, is_single=max_calls == 1),
+        grammar=_hermes_grammar(request, tools, tokenizer, is_single=max_calls == 1) if is_held else None,
         max_calls=max_calls,
+        is_free=is_free,
+        is_named=is_named,
     )
 
 
-def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> Check:
-    """One call or more, of these functions and by their schemas."""
+def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> Check:
+    """One call or more, of these functions and by their schemas; or, if the model is free, the answer."""
     bodies = []
     for index, tool in enumerate(tools):
         header = f'{{"name": {_literal(tool.function.name)}, "arguments": '
         bodies.append(f"{_literal(header)} schema_{index} {_literal('}')}")
     newline = _literal("\n")
-    call = f"{_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"
-    lark = _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
-    return Check(lark=lark, schemas=tuple(_arguments_schema(tool) for tool in tools))
+    rules = [f"call: {_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"]
+    schemas = [_arguments_schema(tool) for tool in tools]
+    start = "call" if is_single else f"call ({newline} call)*"
+    if _is_free(request) and request.response_format is not None:
+        start = f"{start} | answer"
+        answer = request.response_format.spec()
+        if answer.type == "regex":
+            rules.append(f"answer: {_regex(answer.value)}")
+        else:
+            rules.append(f"answer: schema_{len(schemas)}")
+            schemas.append(read_schema(answer, is_strict=False))
+    return Check(lark=_lark(start, bodies, *rules), schemas=tuple(schemas))
+
+
+_IN_REGEX = {"/": r"\/", "\n": r"\n"}
+"""What would end a regular expression within a grammar."""
+
+
+def _regex(pattern: Any) -> str:
+    """A regular expression within a grammar. Raises ValidationError."""
+    if not isinstance(pattern, str):
+        raise ValidationError("grammar is not valid: a regex is a string")
+    escaped = re.sub(r"\\.|[/\n]", lambda match: _IN_REGEX.get(match[0], match[0]), pattern, flags=re.DOTALL)
+    return f"/{escaped}/"
 
 
 def _mark(mark: str, tokenizer: TextTokenizer) -> str:

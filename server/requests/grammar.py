@@ -2,33 +2,27 @@
 
 The grammar is compiled here once to refuse it before anything is queued; the engine compiles it again for its own
 vocabulary. No limit of llguidance's bounds the time that a hostile schema takes (30 intersected patterns take days), so
-it is compiled in a process that can be killed, `server.requests.grammar_check`. That also keeps llguidance out of this
-process.
+it is compiled in processes that can be killed (`server.requests.grammar_pool`). That also keeps llguidance out of this
+one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import json
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from server.errors import ValidationError
-from server.piped_process import PipedProcess, has_answer
 from server.requests.grammar_check import TOO_DEEP, Check, Checked
+from server.requests.grammar_pool import CheckingPool, PoolLimits
 from server.requests.schemas import MAX_GRAMMAR_CHARS, TOO_LONG, read_schema
 from server.requests.values import GrammarSpec
 from server.schemas.parts import named
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED = 32
-CHECK_TIMEOUT_S = 5.0
-"""Usual schemas take a millisecond, and the process itself a tenth of a second to start."""
 MAX_REASON_CHARS = 500
 
 _MALFORMED = re.compile(rf"Invalid type|Expected |.* must be an? |{TOO_DEEP}")
@@ -36,19 +30,13 @@ _MALFORMED = re.compile(rf"Invalid type|Expected |.* must be an? |{TOO_DEEP}")
 
 
 class GrammarCompiler:
-    """Compiles grammars in a process of its own, to find out whether the engine can hold to them.
+    """Compiles grammars in processes of its own, to find out whether the engine can hold to them."""
 
-    Owns that process and the thread that speaks with it. The last answers are remembered.
-    """
-
-    def __init__(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
-        self.timeout_s = timeout_s
-        self.process = CheckingProcess()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._answers: collections.OrderedDict[bytes, Checked] = collections.OrderedDict()
+    def __init__(self, limits: PoolLimits | None = None) -> None:
+        self.pool = CheckingPool(limits or PoolLimits())
 
     async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> Checked:
-        """The text that llguidance reads, and what it leaves open. Raises ValidationError.
+        """The text that llguidance reads, and what it leaves open. Raises ValidationError, OverloadedError.
 
         `is_strict`: as in TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
         """
@@ -78,24 +66,13 @@ class GrammarCompiler:
             return Checked(error=TOO_DEEP)
         if len(request) > MAX_GRAMMAR_CHARS:
             return Checked(error=TOO_LONG)
-        checked = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, request)
+        checked = await self.pool.check(request)
         if checked.left_open:
             logger.debug("The model is not held to %s", named(checked.left_open))
         return msgspec.structs.replace(checked, error=checked.error and checked.error[:MAX_REASON_CHARS])
 
-    def _answer(self, request: bytes) -> Checked:
-        """Runs on the thread: the event loop goes on while the process compiles."""
-        if request not in self._answers:
-            self._answers[request] = self.process.check(request, self.timeout_s)
-        self._answers.move_to_end(request)
-        if len(self._answers) > MAX_CACHED:
-            self._answers.popitem(last=False)
-        return self._answers[request]
-
     def close(self) -> None:
-        """End the process, after the grammar that it is compiling."""
-        self._thread.submit(self.process.close)
-        self._thread.shutdown()
+        self.pool.close()
 
 
 def _usable(checked: Checked) -> Checked:
@@ -113,23 +90,3 @@ def after(preface: str, grammar: str) -> str:
     first, *others = whole["grammars"]
     beginning = {"lark_grammar": f"start: preface @answer\n{preface}"}
     return json.dumps(whole | {"grammars": [beginning, first | {"name": "answer"}, *others]}, ensure_ascii=False)
-
-
-class CheckingProcess(PipedProcess):
-    """The process that compiles."""
-
-    def __init__(self) -> None:
-        super().__init__("server.requests.grammar_check")
-
-    def check(self, request: bytes, timeout_s: float) -> Checked:
-        """The answer to a line. A process that says nothing in time, or dies of the line, gives way to a new one."""
-        questions, answers = self.pipes()
-        try:
-            questions.write(request)
-            questions.flush()
-            if has_answer(answers, timeout_s) and (line := answers.readline()):
-                return msgspec.json.decode(line, type=Checked)
-        except BrokenPipeError:  # the child has died between two requests, or of this one
-            pass
-        self.close()
-        return Checked(error="it is too complex")

@@ -1,27 +1,37 @@
 """`python -m server.requests.grammar_check`: compiles grammars to say what is wrong with them, a line of JSON for each.
 
-A process of its own, because a schema can be made for which llguidance takes days, or all memory.
+A process of its own, because a schema can be made for which llguidance takes days, or all memory. It says so in a line
+when it is ready.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import msgspec
 
-from engine.link.config import MAX_LEXER_STATES
+from engine.link.config import GRAMMAR_LIMITS
 from server.piped_process import prepare_child
+from server.requests.forced_text import unforced
 from server.schemas.closing import closed
 from server.schemas.opening import Opening
 from server.schemas.repair import repaired
 
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
 MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes. The process ends when it needs more."""
+MAX_GRAMMAR_MEMORY = 32 << 20
+"""Bytes that a compiled grammar may keep, in this process and in the engine, which keeps a few dozen of them."""
+PAGE_SIZE = 4096
 
 TOO_DEEP = "it is nested too deeply"
 REPAIR_S = 2.0
@@ -36,6 +46,9 @@ JSON_OPTIONS: dict[str, Any] = {
 """White space is as `json.dumps` writes it, which Qwen2.5's tool calls have, too. TGI lets the model choose between one
 space and none at each place: this is among its choices, and speculation knows what comes. `oneOf` is `anyOf`, as in
 TGI."""
+
+_TOKEN = re.compile(r"<\[\d+\]>")
+"""A token of the model's vocabulary in a grammar of ours; a vocabulary of bytes has no such."""
 
 
 Mode = Literal["open", "strict", "tgi"]
@@ -76,32 +89,57 @@ Prepared = tuple[Any, list[str]]
 """A schema as llguidance gets it, and the places that are left open in it."""
 
 
-def check(request: Check) -> Checked:
-    if request.regex is not None:
-        from llguidance import LLMatcher
+class Checker:
+    """Compiles as the engine will, but for a vocabulary of bytes, which takes as much time and memory."""
 
-        return _compiled(LLMatcher.grammar_from_regex(request.regex))
-    prepared = [_prepared(held) for held in request.schemas]
-    checked = _checked(request, prepared)
-    if checked.error is not None and any(held.mode == "open" for held in request.schemas):
-        prepared = [_repaired(*pair) for pair in zip(request.schemas, prepared, strict=True)]
-        checked = _checked(request, prepared)
-    return checked
+    def __init__(self) -> None:
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+        self._matcher = LLMatcher
+        self._limits = LLParserLimits(**GRAMMAR_LIMITS)
+        self._tokenizer: LLTokenizer = LLTokenizer("byte")
 
-def _checked(request: Check, prepared: Sequence[Prepared]) -> Checked:
-    pairs = list(zip(request.schemas, prepared, strict=True))
-    left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
-    if request.lark is None:
-        (held, (schema, _)) = pairs[0]
-        return _compiled(_grammar_of(schema, held.mode), left_open)
-    from llguidance import LLMatcher
+    def check(self, request: Check) -> Checked:
+        if request.regex is not None:
+            return self._compiled(self._matcher.grammar_from_regex(request.regex))
+        prepared = [_prepared(held) for held in request.schemas]
+        checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
+        return checked
 
-    rules = [request.lark]
-    for index, (held, (schema, _)) in enumerate(pairs):
-        options = {"x-guidance": _options(held.mode)}
-        rules.append(f"schema_{index}: %json {json.dumps(closed(schema) | options, ensure_ascii=False)}")
-    return _compiled(LLMatcher.grammar_from_lark("\n".join(rules)), left_open)
+    def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
+        pairs = list(zip(request.schemas, prepared, strict=True))
+        left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
+        if request.lark is None:
+            (held, (schema, _)) = pairs[0]
+            return self._compiled(self._grammar_of(schema, held.mode), left_open)
+        rules = [request.lark]
+        for index, (held, (schema, _)) in enumerate(pairs):
+            options = {"x-guidance": _options(held.mode)}
+            rules.append(f"schema_{index}: %json {json.dumps(closed(schema) | options, ensure_ascii=False)}")
+        return self._compiled(self._matcher.grammar_from_lark("\n".join(rules)), left_open)
+
+    def _compiled(self, grammar: str, left_open: tuple[str, ...] = ()) -> Checked:
+        error = self._matcher.validate_grammar(grammar, limits=self._limits)
+        if error:
+            return Checked(error=error)
+        grammar = unforced(grammar)
+        before = resident_bytes()
+        matcher = self._matcher(self._tokenizer, _TOKEN.sub("<[1]>", grammar), log_level=0, limits=self._limits)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
+        if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
+            return Checked(error="it is too complex: it takes too much memory")
+        return Checked(grammar, left_open=left_open)
+
+    def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
+        return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+
+    def _grammar_of(self, schema: dict[str, Any], mode: Mode) -> str:
+        return self._matcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))
 
 
 def _prepared(held: HeldSchema) -> Prepared:
@@ -114,56 +152,52 @@ def _prepared(held: HeldSchema) -> Prepared:
     return (opened, opening.left_open) if isinstance(opened, dict) else ({}, ["#"])  # nothing would be allowed
 
 
-def _repaired(held: HeldSchema, prepared: Prepared) -> Prepared:
+def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, Any], Mode], bool]) -> Prepared:
     schema, places = prepared
     if held.mode != "open":
         return prepared
     deadline = time.monotonic() + REPAIR_S
 
-    def fits(attempt: Any) -> bool:
+    def fits_in_time(attempt: Any) -> bool:
         if time.monotonic() > deadline:
             raise TimeoutError
-        return not _error(_grammar_of(attempt, held.mode))
+        return fits(attempt, held.mode)
 
     try:
-        schema, more = repaired(schema, fits)
+        schema, more = repaired(schema, fits_in_time)
     except TimeoutError:
         schema, more = {"type": "object"} if held.name else {}, ["#"]
     return schema, places + more
-
-
-def _grammar_of(schema: dict[str, Any], mode: Mode) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))
 
 
 def _options(mode: Mode) -> Any:
     return JSON_OPTIONS | {"lenient": mode != "strict"}
 
 
-def _compiled(grammar: str, left_open: tuple[str, ...] = ()) -> Checked:
-    error = _error(grammar)
-    return Checked(error=error) if error else Checked(grammar, left_open=left_open)
-
-
-def _error(grammar: str) -> str:
-    from llguidance import LLMatcher, LLParserLimits
-
-    return LLMatcher.validate_grammar(grammar, limits=LLParserLimits(max_lexer_states=MAX_LEXER_STATES))
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
 
 
 def main() -> None:
     prepare_child(MAX_MEMORY)
+    checker = Checker()
+    _write(b"{}")
+    start = resident_bytes()
     for line in sys.stdin.buffer:
         try:
-            checked = check(msgspec.json.decode(line, type=Check))
+            checked = checker.check(msgspec.json.decode(line, type=Check))
         except RecursionError:
             checked = Checked(error=TOO_DEEP)
         except ValueError as error:
             checked = Checked(error=str(error))
-        sys.stdout.buffer.write(msgspec.json.encode(checked) + b"\n")
-        sys.stdout.buffer.flush()
+        _write(msgspec.json.encode(checked))
+        if resident_bytes() - start > MAX_GRAMMAR_MEMORY:
+            break  # what is freed and used again would not be measured; a new process begins with nothing
+
+
+def _write(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -26,6 +27,7 @@ from server.requests.dialects import parameters_of, speaking
 from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
+from server.requests.sampling_defaults import filled
 from server.requests.serde import (
     F32,
     I32,
@@ -127,6 +129,11 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+ResponseFormat = Annotated[
+    Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+]
+
+
 def _read_seed(value: Any, info: ValidationInfo) -> Any:
     """A seed that is negative counts from the end of the unsigned ones, but -1 asks for a random one."""
     if is_strict(info) or type(value) is not int or not -(2**63) <= value < 0:
@@ -158,9 +165,7 @@ class ChatRequest(OpenAIModel):
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
-    response_format: Annotated[
-        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
-    ] = None
+    response_format: ResponseFormat = None
     n: U32 | None = None
     logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
     top_k: I32 | None = None
@@ -234,14 +239,20 @@ class CompletionRequest(OpenAIModel):
     min_p: F32 | None = None
     typical_p: F32 | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 
 
-def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> Parameters:
-    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0."""
+def openai_parameters(
+    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float], *, is_strict: bool
+) -> Parameters:
+    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0.
+
+    `defaults` are values of parameters that the request leaves out.
+    """
     dialect = Dialect.CHAT if isinstance(request, ChatRequest) else Dialect.COMPLETIONS
-    parameters = parameters_of(dialect, request)
+    parameters = filled(parameters_of(dialect, request), defaults)
     is_greedy = parameters.temperature == 0 or (parameters.top_p == 0 and not is_strict)
     presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
     if is_strict and presence is not None:  # `docs/compatibility.md`, row 5

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,10 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
 
 
+Watch = Callable[[], Callable[[str], bool]]
+"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationInput:
     """What a route asks for, whatever the route: a prompt and parameters."""
@@ -55,6 +59,7 @@ class GenerationInput:
     """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
+    watch: Watch | None = None
 
     @property
     def is_openai(self) -> bool:
@@ -83,6 +88,7 @@ class ValidatedRequest:
     """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
+    watch: Watch | None = None
 
 
 def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
@@ -155,6 +161,7 @@ class Validator:
                 is_stop_hidden=request.is_openai,
                 left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
+                watch=request.watch,
             )
             for index in range(request.num_sequences)
         ]

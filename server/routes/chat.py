@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
-from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, tgi_logprobs, usage_of
 from server.answers.sse import EventStream, event
 from server.chat.messages import (
     ChatDelta,
@@ -120,13 +120,14 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,
-        parameters=openai_parameters(request, is_strict=is_strict),
+        parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
+        watch=use.watch if use.names and not use.is_free else None,
         # Some tokenizers have the marks as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(*use.marks),
     )
@@ -173,7 +174,7 @@ class _Chat:
         return plain_headers(self._service.config.compute_type, self._input.inputs, answers[0].generation)
 
     def _choice(self, index: int, answer: Completion) -> ChatChoice:
-        reader = self._use.reader()
+        reader = self._use.reader(self._input.inputs)
         if reader is None:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
@@ -189,11 +190,15 @@ class _Chat:
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
         """OpenAI's reason. If a call is cut off it is `length`, for the client must not run such a call."""
         if num_calls and reason is not FinishReason.LENGTH:
-            return "tool_calls"
+            return "stop" if self._use.is_named else "tool_calls"
         return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
-        return chat_logprobs(tokens) if self._body.logprobs else None
+        if not self._body.logprobs:
+            return None
+        if self._service.config.is_strict_tgi:
+            return tgi_logprobs(tokens)
+        return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
     @staticmethod
     def _usage(streams: Sequence[Stream]) -> Usage:
@@ -202,7 +207,7 @@ class _Chat:
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = [self._use.reader() for _ in range(self._input.num_choices)]
+        readers = [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)]
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
 from server.answers.json import JsonF32, Usage, encoded_answer, encoded_items, encoder, f32
-from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
+from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, NameOf, openai_stream, usage_of
 from server.answers.sse import EventStream, event
 from server.edge.disconnect import cancel_if_gone
 from server.errors import BatchSizeError, OpenAIErrorBody, SuffixError, ValidationError
@@ -119,8 +119,8 @@ class _Completion:
         self._num_sequences = self._num_choices if body.best_of is None else body.best_of
         if body.suffix is not None:
             raise SuffixError
-        if len(body.prompt) > config.max_client_batch_size:
-            raise BatchSizeError(config.max_client_batch_size)
+        if len(body.prompt) > config.max_prompts:
+            raise BatchSizeError(config.max_prompts)
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
@@ -160,7 +160,7 @@ class _Completion:
         return self._body.echo and self._body.logprobs is not None
 
     async def _input(self, prompt: str | list[int]) -> GenerationInput:
-        parameters = openai_parameters(self._body, is_strict=self._is_strict)
+        parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
@@ -198,7 +198,7 @@ class _Completion:
         echo = self._echo(prompt_index)
         logprobs = None
         if self._body.logprobs is not None:
-            table = _LogprobTable(self._body.logprobs)
+            table = self._table()
             for token in answer.generation.prefill if self._body.echo else ():
                 table.add_prompt_token(token)
             table.num_characters = len(echo)  # a character that two tokens of the prompt share has counted twice
@@ -206,6 +206,9 @@ class _Completion:
                 table.add(generated)
             logprobs = table.take()
         return CompletionChoice(index, echo + answer.text, logprobs, self._finish_reason(answer.tokens[-1]))
+
+    def _table(self) -> _LogprobTable:
+        return _LogprobTable(self._service.tokenizer.name, self._body.logprobs or 0)
 
     def _echo(self, prompt_index: int) -> str:
         return self.prompts[prompt_index].inputs if self._body.echo else ""
@@ -218,7 +221,7 @@ class _Completion:
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """A chunk for each token; with `echo` one more before them."""
         async with opening as streams:
-            tables = [_LogprobTable(self._body.logprobs or 0) for _ in streams]
+            tables = [self._table() for _ in streams]
             for index in range(len(streams)):
                 if echo := self._echo(index // self._num_choices):
                     tables[index].num_characters = len(echo)
@@ -279,9 +282,10 @@ class _Completion:
 class _LogprobTable:
     """Collects tokens for `CompletionLogprobs`; `num_characters` is the length of the text before the next one."""
 
-    def __init__(self, num_top_tokens: int) -> None:
+    def __init__(self, name: NameOf, num_top_tokens: int) -> None:
         self.num_characters = 0
-        self._has_top_tokens = num_top_tokens > 0
+        self._name = name
+        self._num_top_tokens = num_top_tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -291,15 +295,21 @@ class _LogprobTable:
         self._offsets: list[int] = []
 
     def add(self, token: GeneratedToken) -> None:
-        # Reversed: of equal texts the likeliest stays.
-        top = {candidate.text: f32(candidate.logprob) for candidate in reversed(token.top_tokens)}
-        top.setdefault(token.text, f32(token.logprob))
-        self._append(token.text, token.logprob, top)
+        candidates = token.top_tokens[: self._num_top_tokens]
+        top = {self._text(candidate.id): f32(candidate.logprob) for candidate in reversed(candidates)}
+        text = self._text(token.id)
+        top.setdefault(text, f32(token.logprob))
+        self._append(text, token.logprob, top)
         self.num_characters += len(token.visible)
 
     def add_prompt_token(self, token: ScoredToken) -> None:
-        self._append(token.text, token.logprob, None)
+        self._append(self._text(token.id), token.logprob, None)
         self.num_characters += len(token.text)
+
+    def _text(self, token_id: int) -> str:
+        """The token's name in OpenAI's words: parts of characters are marked, as keys must not collide."""
+        name = self._name(token_id)
+        return f"bytes:{name.text}" if name.is_part else name.text
 
     def _append(self, text: str, logprob: float, top: dict[str, msgspec.Raw] | None) -> None:
         self._tokens.append(text)
@@ -309,7 +319,7 @@ class _LogprobTable:
 
     def take(self) -> CompletionLogprobs:
         """The lists of the tokens since the last call."""
-        top_logprobs = self._top_logprobs if self._has_top_tokens else None
+        top_logprobs = self._top_logprobs if self._num_top_tokens else None
         logprobs = CompletionLogprobs(self._tokens, self._logprobs, top_logprobs, self._offsets)
         self._clear()
         return logprobs

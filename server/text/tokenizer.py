@@ -16,6 +16,7 @@ from server.text.affixes import Affixes, read_affixes, use_affixes
 from server.text.chat_format import ChatFormat, read_chat_format, read_json, token_content
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
+from server.text.token_names import TokenName
 
 T = TypeVar("T")
 
@@ -118,6 +119,10 @@ class TextTokenizer:
         except BaseException as error:
             _raise_if_panic(error)
             raise
+
+    def name(self, token_id: int) -> TokenName:
+        """The token by itself, as OpenAI's logprobs show it."""
+        return TokenName.of(token_id, self.decode([token_id]), self._tokenizer.id_to_token(token_id))
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         """The result of the library's work, on a thread. Raises GenerationError where it panics."""

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-import engine.sampling.grammar
 from engine.core import EngineCore
+from engine.link.config import GRAMMAR_LIMITS
 from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams
 from server.requests.grammar import GrammarCompiler
 from server.requests.values import GrammarSpec
@@ -127,7 +127,7 @@ def test_the_length_ends_a_document_too(folder: Path) -> None:
 
 def test_what_fails_is_an_error_of_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grammar that compiles and then needs more states than it may have."""
-    monkeypatch.setattr(engine.sampling.grammar, "MAX_LEXER_STATES", 100)
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 100)
     good, bad, plain = make_requests([[1, 2, 3]] * 3, max_new_tokens=120)
     good, bad = held(good, "regex", "[ab]{30}"), held(bad, "regex", "[ab]*a[ab]{60}c")
     outcome = run(make_core(folder), [good, bad, plain])

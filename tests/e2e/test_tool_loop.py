@@ -55,7 +55,7 @@ def test_three_turns(client: OpenAI) -> None:
         ) as stream:
             choice = stream.get_final_completion().choices[0]
         messages.append(choice.message.model_dump(exclude_none=True, exclude={"parsed"}))
-        if choice.finish_reason != "tool_calls":
+        if not choice.message.tool_calls:
             break
         for call in choice.message.tool_calls or []:
             called.append((call.function.name, json.loads(call.function.arguments)))

@@ -36,7 +36,7 @@ ROOMS: dict[str, str] = {
     "server.service": "server.chat server.client server.config server.edge server.errors server.generation "
     "server.requests server.telemetry server.text",
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
-    "server.requests server.schemas server.telemetry",
+    "server.requests server.schemas server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
     "server.operation server.requests server.service server.text",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
@@ -104,6 +104,7 @@ STANDARD_LIBRARY_ONLY = {
     "server.config": "",
     "server.schemas": "server.schemas",
     "engine.link.config": "",
+    "engine.link.encoding": "",
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",

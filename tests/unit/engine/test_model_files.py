@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config, read_quantization_config
+from engine.checkpoint.files import read_eos_token_ids, read_model_config, read_quantization_config
 from engine.checkpoint.kinds import kind_of_tensor, refuse_other_kinds
 from engine.checkpoint.renamed_weights import names_of_models
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import read_file
+from engine.link.model_files import AdapterBase, adapter_base, read_file, read_json
 
 TOKENIZER = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"5": {"content": "<|im_end|>"}, "6": {"content": "x"}}}
 
@@ -305,3 +305,31 @@ def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) 
 def test_a_tensor_may_tell_what_the_folder_holds(name: str, kind: str | None) -> None:
     told = kind_of_tensor(name)
     assert told is None if kind is None else kind in str(told)
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "base"),
+    [
+        ("adapter_config.json adapter_model.safetensors", {"base_model_name_or_path": "a/b"}, AdapterBase("a/b", None)),
+        (
+            "adapter_config.json adapter_model.safetensors config.json optimizer.safetensors",
+            {"base_model_name_or_path": "./x", "revision": "v1"},
+            AdapterBase("./x", "v1"),
+        ),
+        ("adapter_config.json adapter_model.safetensors model.safetensors", {"base_model_name_or_path": "a/b"}, None),
+        ("config.json model.safetensors", {}, None),
+    ],
+)
+def test_an_adapter_names_its_model(
+    tmp_path: Path, names: str, config: dict[str, Any], base: AdapterBase | None
+) -> None:
+    for name in names.split():
+        (tmp_path / name).write_text(json.dumps(config))
+    assert adapter_base(tmp_path) == base
+
+
+@pytest.mark.parametrize("name", [None, "", 5, ["a/b"]])
+def test_an_adapter_that_names_no_model(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    with pytest.raises(StartError, match="adapter_config.json does not name its model: put its folder or id there"):
+        adapter_base(tmp_path)

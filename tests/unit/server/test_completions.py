@@ -136,13 +136,13 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
 
 
 SUFFIX = ("Suffix is not supported and can be achieved by preprocessing the prompt.", "suffix not supported")
-BATCH = ("Number of prompts exceeds the maximum allowed batch size of 4", "batch size exceeded")
+BATCH = ("Number of prompts exceeds the maximum allowed batch size of 128", "batch size exceeded")
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     ("body", "text", "kind"),
-    [({"suffix": ""}, *SUFFIX), ({"prompt": ["x"] * 5}, *BATCH), ({"prompt": ["x"] * 5, "suffix": "x"}, *SUFFIX)],
+    [({"suffix": ""}, *SUFFIX), ({"prompt": ["x"] * 129}, *BATCH), ({"prompt": ["x"] * 129, "suffix": "x"}, *SUFFIX)],
 )
 async def test_what_is_refused_before_a_stream(
     client: httpx.AsyncClient,
@@ -155,8 +155,19 @@ async def test_what_is_refused_before_a_stream(
     error = await error_of(client, stream=is_stream, **body)
     assert (error["message"], error["type"]) == (text, "invalid_request_error")
     response = await complete(strict_client, stream=is_stream, **body)
-    assert (response.status_code, response.json()) == (422, {"error": text, "error_type": kind})
+    assert (response.status_code, response.json()) == (422, {"error": text.replace("128", "4"), "error_type": kind})
     assert '\ntgi_request_failure{err="validation"} 1\n' in (await client.get("/metrics")).text
+
+
+async def test_as_many_prompts_as_there_are_permits(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = (await complete(client, prompt=["x"] * 128)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    assert answer["usage"]["prompt_tokens"] == 128
+    assert (await complete(client, prompt=[[5]] * 100, stream=True)).status_code == 200
+    assert len(engine.requests) == 228
+    assert (await complete(strict_client, prompt=["x"] * 5)).status_code == 422
 
 
 async def test_the_first_failure_fails_the_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

@@ -15,7 +15,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from server.errors import ValidationError
-from server.requests.grammar import CHECK_TIMEOUT_S, GrammarCompiler
+from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_pool import PoolLimits
 from server.requests.schemas import MAX_GRAMMAR_CHARS
 from server.requests.values import GrammarSpec
 from server.schemas.closing import closed
@@ -222,7 +223,7 @@ async def test_other_objects_stay_open(schema: dict[str, Any], good: str) -> Non
 
 
 def running_child(compiler: GrammarCompiler) -> subprocess.Popen[bytes]:
-    child = compiler.process.child
+    child = compiler.pool.processes[0].child
     assert child is not None and child.poll() is None
     return child
 
@@ -232,7 +233,7 @@ async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
 ) -> None:
     await compiled("json", {"type": "integer"})
     process = running_child(compiler)
-    monkeypatch.setattr(compiler, "timeout_s", 0.3)
+    monkeypatch.setattr(compiler.pool, "limits", PoolLimits(timeout_s=0.3))
     ticks = 0
 
     async def tick() -> None:
@@ -247,7 +248,7 @@ async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
     ticking.cancel()
     assert 5 < ticks < 60, "the event loop goes on, and the second time the answer is known"
     assert process.poll() is not None
-    monkeypatch.setattr(compiler, "timeout_s", CHECK_TIMEOUT_S)
+    monkeypatch.undo()
     await compiled("json", {"type": "string"})
 
 
@@ -285,5 +286,5 @@ def test_many_nested_schemas_are_walked_once_each() -> None:
 def test_the_checking_process_ends_with_its_input_and_refuses_what_it_cannot_read() -> None:
     command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
     done = subprocess.run(command, input=b'{"regex":"a"}\nrubbish\n', capture_output=True, check=True, timeout=60)
-    first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert list(first) == ["grammar"] and re.match("JSON is malformed", second["error"])
+    ready, first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert ready == {} and list(first) == ["grammar"] and re.match("JSON is malformed", second["error"])

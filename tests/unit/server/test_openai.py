@@ -61,7 +61,7 @@ async def test_stop_string(client: httpx.AsyncClient, engine: FakeEngine) -> Non
 async def test_logprobs(client: httpx.AsyncClient) -> None:
     content = (await chat(client, logprobs=True)).json()["choices"][0]["logprobs"]["content"]
     assert [item["token"] for item in content] == ["Hello", ",", " world", "!", "<|im_end|>"]
-    assert content[0] == {"token": "Hello", "logprob": -0.5, "top_logprobs": []}
+    assert content[0] == {"token": "Hello", "logprob": -0.5, "bytes": [*b"Hello"], "top_logprobs": []}
 
 
 async def test_logit_bias(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -95,7 +95,9 @@ async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_o
 async def test_stream_logprobs_show_the_hidden_token(client: httpx.AsyncClient) -> None:
     last = events_of((await chat(client, stream=True, logprobs=True)).content)[-1]["choices"][0]
     assert last["delta"]["content"] == ""
-    assert last["logprobs"]["content"] == [{"token": "<|im_end|>", "logprob": -0.5, "top_logprobs": []}]
+    assert last["logprobs"]["content"] == [
+        {"token": "<|im_end|>", "logprob": -0.5, "bytes": [*b"<|im_end|>"], "top_logprobs": []}
+    ]
 
 
 async def test_stream_fails_midway(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -19,7 +19,7 @@ from server.chat.tool_calls import (
     ForcedCallReader,
     FreeCallReader,
 )
-from server.chat.tools import HERMES_HEADER, TGI_HEADER
+from server.chat.tools import HERMES_HEADER, TGI_HEADER, ToolUse
 
 NAMES = ("f", "get_weather")
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -100,6 +100,100 @@ def test_what_is_no_call_is_content(text: str) -> None:
     assert free(text) == (text, [])
 
 
+G = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"<think>maybe {PARIS}</think>{G}", f"<think>maybe {PARIS}</think>", [("f", '{"a": 1}')]),
+        (f"\n<think>\n{PARIS}\n</think>\n\n{G}", f"\n<think>\n{PARIS}\n</think>", [("f", '{"a": 1}')]),
+        (f"<think>{PARIS}", f"<think>{PARIS}", []),
+        (
+            f"So.\n<think>{PARIS}</think> {G} <think>{G}</think>",
+            f"So.\n<think>{PARIS}</think> <think>{G}</think>",
+            [("f", '{"a": 1}')],
+        ),
+        (f"{G}</think><think>{G}</thin", f"</think><think>{G}</thin", [("f", '{"a": 1}')]),
+        ('<think>{"name": "f", "arguments": {}}</think>', '<think>{"name": "f", "arguments": {}}</think>', []),
+        ('<think>?</think>\n{"name": "f", "arguments": {}}', "<think>?</think>", [("f", "{}")]),
+        ("<thin", "<thin", []),
+    ],
+)
+def test_a_thought_holds_no_calls(text: str, content: str, calls: Calls) -> None:
+    assert free(text) == (content, calls)
+
+
+def test_a_thought_that_the_prompt_has_begun() -> None:
+    reader = ToolUse(names=NAMES, is_free=True).reader("Well?<think>\n")
+    assert summary(read(reader, list(f"{PARIS}</think>{G}"))) == (f"{PARIS}</think>", [("f", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('{"name": "f", "arguments": {}}', [("f", "{}")]),
+        ('\n {"arguments": {"a": "}"}, "name": "f"}\n', [("f", '{"a": "}"}')]),
+        (
+            '{"name": "f", "arguments": {}}\n{ "name" : "get_weather", "arguments": {"a": [1]}}',
+            [("f", "{}"), ("get_weather", '{"a": [1]}')],
+        ),
+    ],
+)
+def test_an_answer_of_nothing_but_calls_needs_no_marks(text: str, calls: Calls) -> None:
+    assert free(text) == ("", calls)
+    assert free(text, max_calls=1) == ("", calls[:1])
+    assert summary(read(FreeCallReader(NAMES, has_bare_calls=False), [text])) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "unknown", "arguments": {}}',
+        '{"name": "f"}',
+        '{"name": "f", "arguments": "{}"}',
+        '{"name": "f", "arguments": {}, "more": 1}',
+        '{"name": "f", "arguments": {}} and words',
+        'Words: {"name": "f", "arguments": {}}',
+        '{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}',
+        '[{"name": "f", "arguments": {}}]',
+        '{"name": "f", "arguments": {"a": }}',
+        '{"name": "f", "arguments": {',
+        '{"name": ["f"], "arguments": {}}',
+        '{"city": "Paris"}',
+        "{}",
+        "{",
+    ],
+)
+def test_an_answer_with_anything_else_is_content(text: str) -> None:
+    assert free(text) == (text, [])
+
+
+def test_bare_calls_that_are_cut_off_are_told_as_far_as_they_go() -> None:
+    whole = '{"name": "f", "arguments": {}}'
+    cut = '{"name": "get_weather", "arguments": {"city": "Par'
+    assert free(cut, is_cut=True) == ("", [("get_weather", '{"city": "Par')])
+    assert free(f"{whole}\n{cut}", is_cut=True) == ("", [("f", "{}"), ("get_weather", '{"city": "Par')])
+    assert free(f"{whole}\n{cut}", is_cut=True, max_calls=1) == ("", [("f", "{}")])
+    assert free('{"name": "f", "argu', is_cut=True) == ('{"name": "f", "argu', [])
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_held"),
+    [
+        (["{", '"na', 'me": "g', "a", "rage"], 3),
+        (["{", '"', "city", '": 1}'], 2),
+        (["{", "\n", "}"], 2),
+        (["[", '{"name": "f"'], 0),
+        (["{", '"name": 3'], 1),
+    ],
+)
+def test_json_that_cannot_become_a_call_is_not_held_back(parts: list[str], num_held: int) -> None:
+    reader = FreeCallReader(NAMES)
+    told = [reader.push(part) for part in parts]
+    assert [bool(pieces) for pieces in told[: num_held + 1]] == [False] * num_held + [True]
+
+
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
@@ -144,6 +238,9 @@ FRAGMENTS = [
     "text",
     PARIS,
     NOTHING,
+    "<think>",
+    "</think>",
+    '{"name": "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": ',
     '{"a": [1, {"b": "<tool_call>"}]}',
     '{"name": "unknown", "arguments": {}}',
@@ -179,7 +276,8 @@ def test_forced_calls(written: list[tuple[str, str]], cuts: list[int]) -> None:
     parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
     content, calls = summary(read(ForcedCallReader(HERMES_HEADER), parts))
     assert content == ""
-    expected = [(name, json.loads(call[len("<tool_call>") : -len("</tool_call>")])) for call, name in written]
+    told = written[: next((i for i, call in enumerate(written) if call in written[:i]), None)]
+    expected = [(name, json.loads(call[len("<tool_call>") : -len("</tool_call>")])) for call, name in told]
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [(n, c["arguments"]) for n, c in expected]
 
 
@@ -196,6 +294,29 @@ def test_forced_arguments_come_as_they_are_written() -> None:
         [],
     ]
     assert reader.finish(is_cut=False) == []
+
+
+def test_a_call_that_was_written_before_ends_the_answer() -> None:
+    """It is held back as long as it may become that."""
+
+    def call(arguments: str) -> str:
+        return f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>\n'
+
+    reader = ForcedCallReader(HERMES_HEADER)
+    assert reader.push(call('{"a": 1}'))[0] == CallStart(0, "f")
+    start = call('{"a": 1}').partition("1")[0]
+    assert reader.push(start) == []
+    assert reader.push("12}}\n</tool_call>\n") == [CallStart(1, "f"), Arguments(1, '{"a": 12}')]
+    assert not reader.is_over
+    assert reader.push(call('{"a": 12}') + call('{"a": 3}')) == [] and reader.is_over
+    assert reader.num_calls == 2 and reader.finish(is_cut=False) == []
+
+
+def test_another_function_with_the_same_arguments_is_another_call() -> None:
+    text = "\n".join(NOTHING.replace('"f"', f'"{name}"') for name in ("f", "g", "f"))
+    reader = ForcedCallReader(HERMES_HEADER)
+    assert summary(read(reader, [text])) == ("", [("f", "{}"), ("g", "{}")])
+    assert reader.is_over
 
 
 def test_forced_call_that_is_cut_off() -> None:

@@ -109,6 +109,26 @@ async def test_choices(vocabulary: tokenizers.Tokenizer) -> None:
     assert not await accepts(vocabulary, single, f"{CITY}\n{CITY}")
 
 
+JSON_ANSWER = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"properties": {"a": {"type": "int"}}}}}
+REGEX_ANSWER = {"type": "regex", "value": r"a/b\\/[/]c{1,2}\n?"}
+
+
+async def test_calls_or_an_answer(vocabulary: tokenizers.Tokenizer) -> None:
+    either = grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format=JSON_ANSWER)
+    for text in (CITY, f"{CITY}\n{CITY}", '{"a": 1}', "{}"):
+        assert await accepts(vocabulary, either, text)
+    for text in ("Hello", '{"a": "b"}', f'{CITY}\n{{"a": 1}}'):
+        assert not await accepts(vocabulary, either, text)
+    either = grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format=REGEX_ANSWER)
+    for text in (CITY, "a/b\\//c", "a/b\\//cc\n"):
+        assert await accepts(vocabulary, either, text)
+    assert not await accepts(vocabulary, either, "a/b")
+    calls = grammar_of(vocabulary, SCHEMAS, response_format=JSON_ANSWER)
+    assert await accepts(vocabulary, calls, CITY) and not await accepts(vocabulary, calls, "{}")
+    with pytest.raises(ValidationError, match="a regex is a string"):
+        grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format={"type": "regex", "value": 3})
+
+
 async def test_a_schema_that_cannot_be_held_to(vocabulary: tokenizers.Tokenizer) -> None:
     lenient = grammar_of(vocabulary, {"f": {"parameters": ODD}})
     assert await accepts(vocabulary, lenient, written("f", '{"a": "b"}'))

@@ -13,7 +13,7 @@ import pytest
 from jsonschema.exceptions import SchemaError
 from llguidance import LLMatcher, LLTokenizer
 
-from server.requests.grammar_check import Check, Checked, HeldSchema, Mode, check
+from server.requests.grammar_check import Check, Checked, Checker, HeldSchema, Mode
 from server.schemas.opening import FORMATS, HELD
 from server.schemas.parts import MAX_NAMED_CHARS, named, pointer
 from server.schemas.repair import repaired
@@ -21,13 +21,14 @@ from tests.unit.server.harness import FakeEngine
 from tests.wild_schemas import DECIMAL, SCHEMAS
 
 TOKENIZER = LLTokenizer("byte")
+CHECKER = Checker()
 MAX_DOCUMENT = 300
 
 
 def checked(schema: Any, mode: Mode = "open", *, name: str = "") -> Checked:
     if not name:
-        return check(Check(schemas=(HeldSchema(schema, mode),)))
-    return check(Check(lark="start: schema_0", schemas=(HeldSchema(schema, mode, name),)))
+        return CHECKER.check(Check(schemas=(HeldSchema(schema, mode),)))
+    return CHECKER.check(Check(lark="start: schema_0", schemas=(HeldSchema(schema, mode, name),)))
 
 
 def is_accepted(grammar: str, text: str) -> bool:
