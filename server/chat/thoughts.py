@@ -64,7 +64,7 @@ def grammar_preface(thinking: Thinking, tokenizer: TextTokenizer) -> str:
     end = r"thought[lazy]: /(.|\n)*<\/think>/" if closing is None else rf"thought: /(.|\n)*/ <[{closing}]>"
     start = f'"{OPEN_THOUGHT}"' if opening is None else f"<[{opening}]>"
     preface = "thought SPACE" if thinking is Thinking.HAS_BEGUN else f"({start} thought SPACE)?"
-    return f"preface: {preface}\n{end}\nSPACE: /[ \\n]*/"
+    return f"preface: {preface}\n{end}\nSPACE: /\\n{{0,2}}/"  # with any number a model may go on for ever
 
 
 def _continued_text(messages: Sequence[Message], ending: Ending) -> str:

@@ -270,6 +270,7 @@ async def test_a_grammar_holds_what_comes_after_the_thought(
     assert is_allowed(f"{start}</think>{answer}")
     assert not is_allowed(f"{start}Hm.</think>{answer[1:]}")
     assert not is_allowed(f"{start}Hm.")
+    assert not is_allowed(f"{start}Hm.</think>\n\n\n{answer}")
     assert is_allowed(answer) is not has_begun
 
 
