@@ -71,7 +71,7 @@ class GenerationService:
 
     async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
         """What `write` makes of `answers`; the tokens of 128 choices are a second's work, which a thread does."""
-        if sum(len(answer.tokens) for answer in answers) <= MAX_INLINE_TOKENS:
+        if sum(len(answer.tokens) + answer.generation.num_prompt_scores for answer in answers) <= MAX_INLINE_TOKENS:
             return write()
         return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 

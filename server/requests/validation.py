@@ -26,6 +26,8 @@ from server.text.tokenizer import TextTokenizer
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
 `docs/compatibility.md`)."""
+MAX_PROMPT_TOPS = 131_072
+"""Likeliest tokens of a whole prompt: a full window of most models with one each, or 6,553 tokens with 20."""
 TOO_LONG = "context_length_exceeded"
 """OpenAI's code of a request that does not fit the window."""
 
@@ -53,6 +55,8 @@ class GenerationInput:
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     dialect: Dialect = Dialect.NATIVE
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
+    num_prompt_top_tokens: int = 0
+    """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
     """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
     grammar_preface: str = ""
@@ -143,6 +147,7 @@ class Validator:
         token_ids = await self._tokenize(request)
         _check_vocabulary(token_ids, request, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), request, limits)
+        _check_prompt_tops(len(token_ids), request)
         grammar = await self._grammar(request)
         is_strict = self._config.is_strict_tgi
         generation = GenerationRequest(
@@ -152,6 +157,7 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
+            num_prompt_top_tokens=request.num_prompt_top_tokens,
             grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
@@ -262,6 +268,15 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
         code=TOO_LONG,
     )  # text 20
     return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
+    num_top = request.num_prompt_top_tokens
+    refuse_if(
+        num_top * num_input > MAX_PROMPT_TOPS,
+        f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",
+        param="logprobs",
+    )
 
 
 def _numbered(request: GenerationRequest, index: int) -> GenerationRequest:

@@ -16,7 +16,15 @@ from msgspec import UNSET, UnsetType
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
-from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, tgi_logprobs, usage_of
+from server.answers.openai import (
+    Envelope,
+    Logprobs,
+    chat_logprobs,
+    num_generated_tokens,
+    openai_stream,
+    tgi_logprobs,
+    usage_of,
+)
 from server.answers.sse import EventStream, event
 from server.chat.messages import (
     ChatDelta,
@@ -127,7 +135,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
-        watch=use.watch if use.names and not use.is_free else None,
+        watch=(lambda: use.watch(prompt)) if use.names else None,
         # Some tokenizers have the marks as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(*use.marks),
     )
@@ -148,7 +156,7 @@ class _Chat:
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
-        self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
+        self._model = service.config.model_names[0] if body.model in (None, "tgi") else body.model
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
@@ -200,10 +208,8 @@ class _Chat:
             return tgi_logprobs(tokens)
         return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
-    @staticmethod
-    def _usage(streams: Sequence[Stream]) -> Usage:
-        generations = [stream.generation for stream in streams]
-        return usage_of(generations, generations[0].num_prompt_tokens)
+    def _usage(self, streams: Sequence[Stream]) -> Usage:
+        return usage_of(self._service.config, [streams[0].generation], num_generated_tokens(streams))
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
