@@ -162,7 +162,7 @@ def _read_part(value: Any) -> Part | None:
         return TextPart(type="text", text=value)
     if not isinstance(value, dict) or value.get("type") == "text":
         return TextPart.model_validate(value)
-    if value.get("type") in MEDIA:
-        return MediaPart(type=value["type"])
+    if isinstance(kind := value.get("type"), str) and kind in MEDIA:
+        return MediaPart(type=kind)
     text = next((value[key] for key in ("text", "refusal") if isinstance(value.get(key), str)), None)
     return None if text is None else TextPart(type="text", text=text)

@@ -138,6 +138,7 @@ CONTENTS: list[tuple[dict[str, Any], str]] = [
     ({"content": None, "refusal": "no"}, "no"),
     ({"content": [{"type": "refusal", "refusal": "I can't"}]}, "I can't"),
     ({"content": [{"type": "output_text", "text": "a", "annotations": []}, {"type": "thinking", "x": 1}, {}]}, "a"),
+    ({"content": [{"type": ["text"], "text": "a"}, {"type": {}, "arguments": None}]}, "a"),
     ({"content": "said", "refusal": None, "tool_calls": None, "audio": None}, "said"),
 ]
 
