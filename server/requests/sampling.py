@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from server.requests.rows import (
     IN_ALL_OF_OURS,
     IN_ALL_OF_TGI,
+    IN_OPENAI,
     NATIVE_ONLY,
     OURS,
     TGI,
@@ -144,7 +145,17 @@ class Parameters:
             refusal=Refusal(13, "`stop` supports up to {limit} stop sequences. Given: {given}"),
         )
     )
-    truncate: int | None = parameter(Row(Usize, NATIVE_ONLY, bounds=Bounds(min=1)))
+    truncate: int | None = parameter(
+        Row(
+            Usize,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: OURS.named("truncate_prompt_tokens"),
+                Dialect.COMPLETIONS: OURS.named("truncate_prompt_tokens"),
+            },
+            bounds=Bounds(min=1),
+        )
+    )
     watermark: bool = parameter(Row(bool, NATIVE_ONLY, default=False, engine_field="is_watermarked"))
     details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
     decoder_input_details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
@@ -211,6 +222,8 @@ class Parameters:
         )
     )
     ignore_eos: bool = parameter(Row(bool, IN_ALL_OF_OURS, default=False))
+    skip_special_tokens: bool = parameter(Row(bool, IN_OPENAI, default=True))
+    include_stop_str_in_output: bool = parameter(Row(bool, IN_OPENAI, default=False))
 
     @property
     def has_best_of(self) -> bool:

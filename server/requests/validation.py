@@ -183,15 +183,15 @@ class Validator:
         return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # `docs/compatibility.md`, row 33
 
     async def _tokenize(self, request: GenerationInput) -> list[int]:
+        truncate = request.parameters.truncate
         if request.token_ids is not None:
-            return request.token_ids
+            return request.token_ids if truncate is None else request.token_ids[-truncate:]
         try:
             token_ids = await self._tokenizer.encode(request.inputs, add_special_tokens=request.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
             raise ValidationError(
                 f"tokenizer error {error}", logged="tokenizer error", param=request.dialect.prompt_key
             ) from None  # text 18
-        truncate = request.parameters.truncate
         return token_ids if truncate is None else token_ids[-truncate:]
 
 
@@ -226,6 +226,7 @@ def _check_text(request: GenerationInput, max_input_tokens: int) -> None:
     refuse_if(
         truncate is not None and not 0 < truncate <= max_input_tokens,
         f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}",
+        param="truncate_prompt_tokens",
     )  # text 17
 
 
