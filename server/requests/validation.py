@@ -135,6 +135,7 @@ class Validator:
         """An engine request for each sequence. Raises ValidationError."""
         parameters = request.parameters
         check_parameters(parameters, self._config, request.dialect)
+        _check_bans(parameters)
         _check_text(request, limits.max_input_tokens)
         token_ids = await self._tokenize(request)
         _check_vocabulary(token_ids, request, limits.vocab_size)
@@ -148,6 +149,8 @@ class Validator:
             max_new_tokens=max_new_tokens,
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
+            stop_token_ids=[*parameters.stop_token_ids],
+            banned_sequences=await self._banned_sequences(parameters.bad_words),
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
             num_prompt_top_tokens=request.num_prompt_top_tokens,
             grammar=grammar.grammar if grammar else None,
@@ -177,6 +180,12 @@ class Validator:
         except ValidationError as error:
             error.param = "response_format" if tool_grammar is None else "tools"
             raise
+
+    async def _banned_sequences(self, bad_words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word, at the beginning of a text and after a space."""
+        texts = [prefix + word.lstrip() for word in bad_words for prefix in ("", " ")]
+        banned = [await self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [token_ids for token_ids in banned if token_ids]
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -235,6 +244,8 @@ def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size
     named = {
         "tokenizer error": (token_ids, request.dialect.prompt_key),
         "`logit_bias`": (request.parameters.logit_bias or {}, "logit_bias"),
+        "`stop_token_ids`": (request.parameters.stop_token_ids, "stop_token_ids"),
+        "`allowed_token_ids`": (request.parameters.allowed_token_ids or [], "allowed_token_ids"),
     }
     for subject, (ids, param) in named.items():
         unknown = max(ids, default=0)
@@ -261,6 +272,17 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
         code=TOO_LONG,
     )  # text 20
     return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _check_bans(parameters: Parameters) -> None:
+    least, most = parameters.min_tokens or 0, parameters.max_new_tokens
+    refuse_if(
+        most is not None and least > most,
+        f"`min_tokens` must be <= `max_tokens`. Given: {least} and {most}",
+        param="min_tokens",
+    )
+    refuse_if(parameters.allowed_token_ids == [], "`allowed_token_ids` cannot be empty", param="allowed_token_ids")
+    refuse_if(not all(map(str.strip, parameters.bad_words)), "`bad_words` cannot be empty", param="bad_words")
 
 
 def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:

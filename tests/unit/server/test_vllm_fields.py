@@ -192,3 +192,71 @@ async def test_to_tgi_they_are_unknown(
     plain = await ask(strict_client, path)
     assert engine.requests[0].prompt_token_ids == engine.requests[1].prompt_token_ids
     assert plain.status_code == 200
+
+
+@both_routes
+async def test_what_the_engine_is_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str
+) -> None:
+    said = {"min_tokens": 3, "stop_token_ids": [7, 9], "allowed_token_ids": [5, 6, 7], "bad_words": ["Hello", "a b"]}
+    assert (await ask(client, path, **said)).status_code == 200
+    (request,) = engine.requests
+    assert (request.sampling.min_tokens, request.sampling.allowed_token_ids) == (3, [5, 6, 7])
+    assert request.stop_token_ids == [7, 9]
+    assert [tokenizer.decode(ids) for ids in request.banned_sequences] == ["Hello", " Hello", "a b", " a b"]
+
+
+@both_routes
+async def test_the_stop_token_is_not_part_of_the_text(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, path: str
+) -> None:
+    engine.script.events = one_by_one(ids_of("Hello, world!"))
+    (stop,) = ids_of("!")
+    for read in (text_of, streamed_text):
+        assert await read(client, path, stop_token_ids=[stop]) == "Hello, world"
+        assert await read(client, path, stop_token_ids=[stop], include_stop_str_in_output=True) == "Hello, world!"
+
+
+@both_routes
+async def test_no_stop_string_ends_a_text_that_is_too_short(client: httpx.AsyncClient, path: str) -> None:
+    assert await text_of(client, path, stop="Hello") == ""
+    assert await text_of(client, path, stop="Hello", min_tokens=1) == "Hello, world!"
+    assert await text_of(client, path, stop="wor", min_tokens=2) == "Hello, "
+
+
+@both_routes
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [10**7]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 257}, "stop_token_ids"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**7]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": [" \n"]}, "bad_words"),
+        ({"bad_words": ["a"] * 257}, "bad_words"),
+    ],
+)
+async def test_bans_that_make_no_sense(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, param: str
+) -> None:
+    response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert not engine.requests
+
+
+@both_routes
+async def test_no_log_line_has_a_bad_word(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        said = {"bad_words": ["secret"], "allowed_token_ids": list(range(100)), "min_tokens": 2}
+        assert (await ask(client, path, **said)).status_code == 200
+    (record,) = (record for record in caplog.records if record.message == "Success")
+    parameters = vars(record)["span"]["parameters"]
+    assert "secret" not in parameters
+    assert "'min_tokens': 2" in parameters
+    assert "'allowed_token_ids': <100 entries>" in parameters
