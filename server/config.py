@@ -14,7 +14,9 @@ class ServerConfig:
     """The configuration of the HTTP process. The launcher makes it and hands it over as JSON."""
 
     model_id: str
-    """The user's word for the model; /info and /v1/models show it."""
+    """The user's word for the model; /info shows it."""
+    served_model_names: tuple[str, ...] = ()
+    """Names of the model on OpenAI's routes. Empty: `model_id` alone."""
     model_path: str
     """Local folder with tokenizer.json and tokenizer_config.json."""
     model_sha: str | None = None
@@ -48,6 +50,8 @@ class ServerConfig:
     """Origins whose pages may call. Empty means any."""
     is_rendering_here: bool = False
     """Whether chat templates run in the HTTP process, for tests, whose templates end."""
+    reasoning_parser: str = "auto"
+    """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
     graceful_termination_timeout_s: int = 90
@@ -58,6 +62,11 @@ class ServerConfig:
     otlp_endpoint: str | None = None
     """Collector of traces. None means that there are no traces."""
     otlp_service_name: str = "text-generation-inference.router"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the model, the one first that answers have where a request names none."""
+        return self.served_model_names or (self.model_id,)
 
     @property
     def max_prompts(self) -> int:

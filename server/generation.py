@@ -93,11 +93,17 @@ class Generation:
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
-        self._prompt_logprobs: Sequence[float] = ()
-        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
-        stop = request.parameters.stop
+        self._first_event = TokenEvent(request_id="")
+        """What is told of the prompt."""
+        parameters = request.parameters
+        shown_ids = request.shown_ids if parameters.skip_special_tokens else tokenizer.special_ids
+        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, shown_ids)
+        is_stop_shown = parameters.include_stop_str_in_output
+        self._is_end_hidden = request.is_stop_hidden and not is_stop_shown
+        """The token that ends the text is not part of it. Some tokenizers have an end that is no special token."""
+        stop = parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
-        self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
+        self._stop_cutter = StopCutter(stop, is_shown=is_stop_shown) if request.is_stop_hidden and stop else None
         self._is_over = None if request.watch is None else request.watch()
 
     @property
@@ -118,15 +124,36 @@ class Generation:
         """The prompt's tokens, if the request has decoder_input_details. The first has no logprob."""
         if not self._has_prompt_logprobs:
             return []
-        logprobs = [math.nan, *self._prompt_logprobs]
+        logprobs = [math.nan, *self._first_event.prompt_logprobs]
         return [self._scored(*pair) for pair in zip(self._prompt_token_ids, logprobs, strict=True)]
+
+    @property
+    def prefill_tops(self) -> list[list[ScoredToken]]:
+        """For each token of `prefill` the likeliest ones at its place: none for the first, or if none are asked for."""
+        event = self._first_event
+        tops = [
+            [self._scored(*pair) for pair in zip(token_ids, logprobs, strict=True)]
+            for token_ids, logprobs in zip(event.prompt_top_token_ids, event.prompt_top_logprobs, strict=True)
+        ]
+        return [[], *(tops or [[]] * len(event.prompt_logprobs))]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed."""
+        return self._first_event.num_cached_tokens
+
+    @property
+    def num_prompt_scores(self) -> int:
+        """Numbers that are told of the prompt's tokens."""
+        event = self._first_event
+        return len(event.prompt_logprobs) + sum(map(len, event.prompt_top_logprobs))
 
     async def read(self, events: AsyncIterator[TokenEvent]) -> AsyncGenerator[GeneratedToken]:
         """The tokens in `events`, one by one. Raises IncompleteGenerationError if none of them is the last."""
         async for event in events:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
-                self._prompt_logprobs = event.prompt_logprobs
+                self._first_event = event
             self._observe_tokens(len(event.token_ids))
             last = len(event.token_ids) - 1
             for index, token_id in enumerate(event.token_ids):
@@ -142,8 +169,9 @@ class Generation:
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
         """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
-        text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
-        if self._stop_cutter is not None:
+        is_hidden = self._is_end_hidden and reason is FinishReason.EOS_TOKEN
+        text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_hidden)
+        if self._stop_cutter is not None and self.num_generated_tokens >= (self._parameters.min_tokens or 0):
             visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
             if is_stopped:
                 reason = FinishReason.STOP_SEQUENCE

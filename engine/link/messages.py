@@ -40,6 +40,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's penalty: it is taken off once for each token that is in the output."""
     logit_bias: dict[int, float] = {}
     """Token id -> number that is added to its logit."""
+    min_tokens: int = 0
+    """Before so many tokens of output no end token and none of `stop_token_ids` may come, unless a grammar says so."""
+    allowed_token_ids: list[int] = []
+    """The only tokens that may come; empty is off."""
     temperature: float = 1.0
     top_k: int = 0
     """0 is off."""
@@ -64,8 +68,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     sampling: SamplingParams = SamplingParams()
     is_ignoring_eos: bool = False
     """Whether only the length or an abort ends it."""
+    stop_token_ids: list[int] = []
+    """Tokens that end it beside the model's own end tokens, also where those are ignored."""
+    banned_sequences: list[list[int]] = []
+    """Tokens, one at least, that may not come one after the other in the output."""
     has_prompt_logprobs: bool = False
     """Whether the first event has the prompt's logprobs; the prefix cache is not read then."""
+    num_prompt_top_tokens: int = 0
+    """Number of the likeliest tokens to report beside each prompt token that has a logprob."""
     grammar: str | None = None
     """The grammar that the output is held to, in llguidance's text; None: any output."""
 
@@ -92,6 +102,11 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_logprobs: list[list[float]] = []
     prompt_logprobs: list[float] = []
     """Logprob of each prompt token but the first, by the model's own distribution; only on the first event."""
+    prompt_top_token_ids: list[list[int]] = []
+    """For each of `prompt_logprobs` the likeliest tokens at its place, the likeliest first."""
+    prompt_top_logprobs: list[list[float]] = []
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache when the request first joined a batch; only on the first event."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """Set when the engine could not go on with this request; the text is fit for the user."""

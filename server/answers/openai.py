@@ -12,11 +12,11 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine.link.messages import FinishReason
-from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, Scored, Usage, f32
+from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, PromptTokensDetails, Scored, Usage, f32
 from server.answers.sse import DONE, event, with_error_event
 from server.config import ServerConfig
 from server.errors import error_body, openai_error_body
-from server.generation import GeneratedToken, Generation
+from server.generation import GeneratedToken, Generation, Stream
 from server.text.token_names import TokenName
 
 NameOf = Callable[[int], TokenName]
@@ -75,9 +75,18 @@ class Envelope:
         return int(time.time()) if self._is_strict else self.created
 
 
-def usage_of(generations: Iterable[Generation], num_prompt_tokens: int) -> Usage:
-    num_generated = sum(generation.num_generated_tokens for generation in generations)
-    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated)
+def usage_of(config: ServerConfig, prompts: Iterable[Generation], num_generated: int) -> Usage:
+    """The usage of so many tokens and of one sequence of each prompt."""
+    num_prompt_tokens = num_cached = 0
+    for generation in prompts:
+        num_prompt_tokens += generation.num_prompt_tokens
+        num_cached += generation.num_cached_tokens
+    details = UNSET if config.is_strict_tgi else PromptTokensDetails(num_cached)
+    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated, details)
+
+
+def num_generated_tokens(streams: Iterable[Stream]) -> int:
+    return sum(stream.generation.num_generated_tokens for stream in streams)
 
 
 def chat_logprobs(tokens: Iterable[GeneratedToken], name: NameOf, max_top: int) -> Logprobs:

@@ -1,10 +1,16 @@
-"""Answers that are nothing but calls without their marks, as Qwen2.5-Coder writes them."""
+"""Answers that are nothing but calls without their marks, as Qwen2.5-Coder writes them.
+
+Small models that write so also repeat themselves. A call that the conversation has answered since the user spoke is no
+call again, or the client's loop would not end; one that stands in the answer already is the end of the answer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 
@@ -26,14 +32,24 @@ class _BareCall(msgspec.Struct, forbid_unknown_fields=True):
 _decode = msgspec.json.Decoder(_BareCall).decode
 
 
+def call_key(name: str, arguments: Any) -> str:
+    """The same text for calls that are the same. `arguments`: an object, or its JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return json.dumps([name, arguments], sort_keys=True)
+
+
 class BareCalls:
     """Follows a growing answer that may be objects `{"name": "f", "arguments": {...}}`, white space between them."""
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], answered: Collection[str] = ()) -> None:
+        """`answered`: calls that are none again, as `call_key` has them."""
         self.calls: list[tuple[str, str]] = []
         """Names and arguments of the calls that are complete."""
         self.end = 0
         """The index in the answer at which the last of them ends."""
+        self.is_repeating = False
+        self._answered = answered
         self._names = {json.dumps(name, ensure_ascii=False)[1:-1]: name for name in names}
         self._object: JsonText | None = None
 
@@ -50,8 +66,11 @@ class BareCalls:
             call = self._call(answer[start:end])
             if call is None:
                 return False
-            self.calls.append(call)
             self.end, self._object = end, None
+            self.is_repeating = call in self.calls
+            if self.is_repeating:
+                return True
+            self.calls.append(call)
         return True
 
     def _may_begin(self, text: str) -> bool:
@@ -70,4 +89,5 @@ class BareCalls:
         except (msgspec.DecodeError, RecursionError):
             return None
         arguments = bytes(call.arguments).decode()
-        return (call.name, arguments) if call.name in self._names.values() and arguments.startswith("{") else None
+        is_call = call.name in self._names.values() and arguments.startswith("{")
+        return (call.name, arguments) if is_call and call_key(call.name, arguments) not in self._answered else None

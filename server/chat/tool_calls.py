@@ -41,30 +41,45 @@ class Arguments:
     text: str
 
 
-ChatPiece = Content | CallStart | Arguments
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The next part of what a reasoning model thinks."""
+
+    text: str
 
 
-class CallReader(ABC):
-    """Reads the calls out of one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+ChatPiece = Content | CallStart | Arguments | Thought
 
-    def __init__(self) -> None:
-        self.num_calls = 0
-        self._held = ""
-        """Text that came and is in no piece yet."""
-        self.is_over = False
-        """The model says nothing new from here on: its answer may end."""
 
+class AnswerReader(ABC):
+    """Reads one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+
+    num_calls = 0
+    is_over = False
+    """The model says nothing new from here on: its answer may end."""
+
+    @abstractmethod
     def push(self, text: str) -> list[ChatPiece]:
         """The pieces that the next part of the answer's text completes."""
+
+    @abstractmethod
+    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
+        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
+
+
+class CallReader(AnswerReader):
+    """Reads the calls out of one answer."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        """Text that came and is in no piece yet."""
+
+    def push(self, text: str) -> list[ChatPiece]:
         self._held += text
         pieces: list[ChatPiece] = []
         while self._read(pieces):
             pass
         return pieces
-
-    @abstractmethod
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
 
     @abstractmethod
     def _read(self, pieces: list[ChatPiece]) -> bool:
@@ -95,13 +110,13 @@ class FreeCallReader(CallReader):
         names: Collection[str],
         max_calls: int | None = None,
         *,
-        has_bare_calls: bool = True,
+        bare_calls: BareCalls | None = None,
         is_in_thought: bool = False,
     ) -> None:
         """`max_calls`: everything after that many calls is dropped; None: there is no limit.
 
-        `has_bare_calls`: an answer that is nothing but calls without their marks is read, too. `is_in_thought`: the
-        prompt has begun a thought.
+        `bare_calls` follows an answer that may be nothing but calls without their marks, which is read as well then.
+        `is_in_thought`: the prompt has begun a thought.
         """
         super().__init__()
         self._names = names
@@ -111,7 +126,7 @@ class FreeCallReader(CallReader):
         self._body: JsonText | None = None
         """Follows `_held` after an opening mark; None outside of a call."""
         self._is_in_thought = is_in_thought
-        self._bare = BareCalls(names) if has_bare_calls else None
+        self._bare = bare_calls
         """Follows `_held` as long as nothing but thoughts stands before it and it may be bare calls."""
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
@@ -131,16 +146,17 @@ class FreeCallReader(CallReader):
     def _finish_bare(self, bare: BareCalls, held: str, *, is_cut: bool) -> list[ChatPiece]:
         rest = held[bare.end :].strip()
         pieces = [piece for call in bare.calls[: self._max_calls] for piece in self._call(*call)]
-        if rest and is_cut:
-            cut = [] if self._is_full else self._cut_call(rest)
-            return pieces + cut if cut or self._is_full else _content(held)
-        return pieces if pieces and not rest else _content(held)
+        if rest and is_cut and not self._is_full:
+            pieces += self._cut_call(rest)
+        return pieces if pieces and (is_cut or self.is_over or not rest) else _content(held)
 
     @property
     def _is_full(self) -> bool:
         return self.num_calls == self._max_calls
 
     def _read(self, pieces: list[ChatPiece]) -> bool:
+        if self.is_over:
+            return False
         if self._is_full:
             self._held = ""
             return False
@@ -150,6 +166,7 @@ class FreeCallReader(CallReader):
             return self._read_call(self._body, pieces)
         if self._bare is not None and not self._held.lstrip().startswith(OPEN_THOUGHT):
             if self._may_become_thought or self._bare.goes_on(self._held):
+                self.is_over = self._bare.is_repeating
                 return False
             self._bare = None
         return self._read_content(pieces)

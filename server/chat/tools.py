@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.chat.marks import CLOSE, OPEN, OPEN_THOUGHT
+from server.chat.bare_calls import BareCalls, call_key
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
-from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
+from server.chat.thoughts import Thinking, ThinkingReader, WordReader
+from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
+from server.requests.messages import Message
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
 from server.requests.schemas import read_schema
 from server.text.tokenizer import TextTokenizer
@@ -50,22 +53,37 @@ class ToolUse:
     max_calls: int | None = None
     is_free: bool = False
     """The model may answer in words, or in the schema of the answer."""
+    answered: frozenset[str] = frozenset()
+    """Calls that the conversation has answered since the user spoke (`server.chat.bare_calls`)."""
     is_named: bool = False
     """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
+    thinking: Thinking = Thinking.NONE
 
-    def reader(self, prompt: str) -> CallReader:
-        """A reader of one answer to the prompt, in the model's own format."""
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks by which an answer is read."""
+        of_calls = (OPEN, CLOSE) if self.names else ()
+        return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
+
+    def reader(self, prompt: str) -> AnswerReader | None:
+        """A reader of one answer to the prompt, in the model's own format; None: all of it is words."""
+        if self.thinking is Thinking.NONE:
+            return self._call_reader(prompt) if self.names else None
+        return ThinkingReader(self.thinking, self._call_reader("") if self.names else WordReader())
+
+    def _call_reader(self, prompt: str) -> AnswerReader:
         if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
+        bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
         is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
-        has_bare_calls = self.grammar is None
-        return FreeCallReader(self.names, self.max_calls, has_bare_calls=has_bare_calls, is_in_thought=is_in_thought)
+        return FreeCallReader(self.names, self.max_calls, bare_calls=bare_calls, is_in_thought=is_in_thought)
 
-    def watch(self) -> Callable[[str], bool]:
+    def watch(self, prompt: str) -> Callable[[str], bool]:
         """Something that is told an answer piece by piece, and says when nothing new comes."""
-        reader = self.reader("")
+        reader = self.reader(prompt)
+        assert reader is not None
 
         def is_over(text: str) -> bool:
             reader.push(text)
@@ -133,8 +151,18 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
         grammar=_hermes_grammar(request, tools, tokenizer, is_single=max_calls == 1) if is_held else None,
         max_calls=max_calls,
         is_free=is_free,
+        answered=_answered_calls(request.messages),
         is_named=is_named,
     )
+
+
+def _answered_calls(messages: Sequence[Message]) -> frozenset[str]:
+    calls: list[str] = []
+    for message in messages:
+        if message.role == "user":
+            calls.clear()
+        calls += [call_key(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return frozenset(calls)
 
 
 def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> Check:
@@ -146,7 +174,8 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     newline = _literal("\n")
     rules = [f"call: {_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"]
     schemas = [_arguments_schema(tool) for tool in tools]
-    start = "call" if is_single else f"call ({newline} call)*"
+    # Small models end after a line; without its end they can only call again.
+    start = "call" if is_single else f"call ({newline} call)* {newline}?"
     if _is_free(request) and request.response_format is not None:
         start = f"{start} | answer"
         answer = request.response_format.spec()

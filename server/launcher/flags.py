@@ -17,6 +17,7 @@ from server.launcher.flag import (
     HEADER_TEXT,
     INTEGERS,
     LOG_FILTER,
+    NAMES,
     NUMBER,
     PATH,
     PORT,
@@ -40,6 +41,13 @@ MODEL = (
         fills="launcher.model_id server.model_id",
         help="Folder of a Hugging Face model, or its id on the Hub; an adapter (LoRA) is merged into the model that it "
         "names",
+    ),
+    Flag(
+        name="served-model-name",
+        fills="server.served_model_names",
+        help="What clients call the model (default: --model-id), one name or several between commas: /v1/models lists "
+        "all of them, answers have the first where a request names none (ours)",
+        value=NAMES,
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
@@ -249,6 +257,14 @@ REQUESTS = (
         help="Threads that tokenize prompts",
         value=COUNT,
         default=2,
+    ),
+    Flag(
+        name="reasoning-parser",
+        fills="server.reasoning_parser",
+        help="How thoughts are told from answers in chats: auto looks whether the model knows <think>; deepseek_r1 "
+        "takes all for a thought until </think>, also where nothing has begun one; with --strict-tgi it is off (ours)",
+        choices=("auto", "off", "qwen3", "deepseek_r1"),
+        default="auto",
     ),
     Flag(
         name="tokenizer-config-path",

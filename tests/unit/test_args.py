@@ -172,6 +172,9 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"GENERATION_CONFIG": "vllm"}, {"generation_config": "vllm"}),
         ("", {"MAX_TOP_N_TOKENS": "0"}, {"max_top_n_tokens": 0}),
         ("--max-client-batch-size 8", {}, {"max_client_batch_size": 8}),
+        ("--served-model-name gpt-4o", {}, {"served_model_names": ("gpt-4o",)}),
+        ("--served-model-name a,b/c", {"SERVED_MODEL_NAME": "x"}, {"served_model_names": ("a", "b/c")}),
+        ("", {"SERVED_MODEL_NAME": "a, b"}, {"served_model_names": ("a", "b")}),
         ("", {"MAX_CLIENT_BATCH_SIZE": "8"}, {"max_client_batch_size": 8}),
         ("--payload-limit 100", {}, {"payload_limit": 100}),
         ("", {"PAYLOAD_LIMIT": "100"}, {"payload_limit": 100}),
@@ -704,7 +707,8 @@ def test_every_flag_of_tgi_is_known() -> None:
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
-        speculative-decoding max-logit-bias generation-config"""
+        served-model-name speculative-decoding max-logit-bias generation-config
+        reasoning-parser"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

@@ -146,7 +146,11 @@ class ObligingEngine(FakeEngine):
         reason = FinishReason.EOS_TOKEN if len(ids) == len(self._token_ids) else FinishReason.LENGTH
         events = one_by_one(ids, reason)
         if request.has_prompt_logprobs:
-            events[0].prompt_logprobs = [-1.5] * (len(request.prompt_token_ids) - 1)
+            num_scored = len(request.prompt_token_ids) - 1
+            events[0].prompt_logprobs = [-1.5] * num_scored
+            if num_top := request.num_prompt_top_tokens:
+                events[0].prompt_top_token_ids = [list(range(5, 5 + num_top))] * num_scored
+                events[0].prompt_top_logprobs = [[-0.25] * num_top] * num_scored
         if num_top := request.sampling.num_top_tokens:
             for event in events:
                 event.top_token_ids = [list(range(5, 5 + num_top))]

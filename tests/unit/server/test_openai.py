@@ -34,7 +34,8 @@ async def test_plain_answer(client: httpx.AsyncClient, engine: FakeEngine, token
         f'{{"object":"chat.completion","id":"{answer["id"]}","created":{created},"model":"any/name",'
         '"system_fingerprint":"3.3.6-dev0-native","choices":[{"index":0,"message":{"role":"assistant",'
         '"content":"Hello, world!"},"logprobs":null,"finish_reason":"stop"}],'
-        f'"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":5,"total_tokens":{num_prompt + 5}}}}}'
+        f'"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":5,"total_tokens":{num_prompt + 5},'
+        '"prompt_tokens_details":{"cached_tokens":0}}}'
     )
     assert tokenizer.decode(engine.requests[0].prompt_token_ids) == PROMPT
     assert response.headers["x-compute-characters"] == str(len(PROMPT))
@@ -80,7 +81,8 @@ async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_o
         '"choices":[{"index":0,"delta":{"role":"assistant","content":"Hello"},"logprobs":null,"finish_reason":null}],'
         '"usage":null}',
         '"choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop"}],"usage":null}',
-        f'"choices":[],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":2,"total_tokens":{num_total}}}}}',
+        f'"choices":[],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":2,"total_tokens":{num_total},'
+        '"prompt_tokens_details":{"cached_tokens":0}}}',
     ]
     expected = "".join(
         f'data: {{"object":"chat.completion.chunk","id":"{event["id"]}","created":{event["created"]},'

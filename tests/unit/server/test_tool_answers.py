@@ -236,6 +236,20 @@ async def test_an_answer_of_nothing_but_calls_needs_no_marks(
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
+async def test_bare_calls_that_repeat_themselves(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
+    """Within an answer they end it; once they are answered they are content, until the user speaks again."""
+    says(engine, ids_of, "\n".join([BARE_PARIS] * 9), BARE_PARIS, BARE_PARIS, reason=FinishReason.LENGTH)
+    body = (await chat(client)).json()
+    called = body["choices"][0]["message"]
+    assert names_and_arguments(called) == [("get_weather", '{"city": "Paris"}')]
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+    assert body["usage"]["completion_tokens"] <= len(ids_of("\n".join([BARE_PARIS] * 2)))
+    answered = [USER, called, {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": "rain"}]
+    assert (await chat(client, messages=answered)).json()["choices"][0]["message"]["content"] == BARE_PARIS
+    again = (await chat(client, messages=[*answered, USER])).json()["choices"][0]["message"]
+    assert names_and_arguments(again) == [("get_weather", '{"city": "Paris"}')]
+
+
 async def test_a_call_or_an_answer_in_the_schema(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
     answer_format = {"type": "json_schema", "json_schema": {"name": "n", "schema": CITY | {"title": "Answer"}}}
     says(engine, ids_of, PARIS, '{"city": "Oslo"}', BARE_PARIS, PARIS)

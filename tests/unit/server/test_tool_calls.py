@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.chat.bare_calls import BareCalls, call_key
 from server.chat.tool_calls import (
     Arguments,
     CallReader,
@@ -51,7 +52,11 @@ def summary(pieces: Iterator[ChatPiece]) -> tuple[str, Calls]:
 
 
 def free(text: str, *, is_cut: bool = False, max_calls: int | None = None) -> tuple[str, Calls]:
-    return summary(read(FreeCallReader(NAMES, max_calls), [text], is_cut=is_cut))
+    return summary(read(free_reader(max_calls), [text], is_cut=is_cut))
+
+
+def free_reader(max_calls: int | None = None, answered: Collection[str] = ()) -> FreeCallReader:
+    return FreeCallReader(NAMES, max_calls, bare_calls=BareCalls(NAMES, answered))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def test_a_thought_that_the_prompt_has_begun() -> None:
 def test_an_answer_of_nothing_but_calls_needs_no_marks(text: str, calls: Calls) -> None:
     assert free(text) == ("", calls)
     assert free(text, max_calls=1) == ("", calls[:1])
-    assert summary(read(FreeCallReader(NAMES, has_bare_calls=False), [text])) == (text, [])
+    assert summary(read(FreeCallReader(NAMES), [text])) == (text, [])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,28 @@ def test_bare_calls_that_are_cut_off_are_told_as_far_as_they_go() -> None:
     assert free(cut, is_cut=True) == ("", [("get_weather", '{"city": "Par')])
     assert free(f"{whole}\n{cut}", is_cut=True) == ("", [("f", "{}"), ("get_weather", '{"city": "Par')])
     assert free(f"{whole}\n{cut}", is_cut=True, max_calls=1) == ("", [("f", "{}")])
+    assert free(f'{whole}\n{{"na', is_cut=True) == ("", [("f", "{}")])
     assert free('{"name": "f", "argu', is_cut=True) == ('{"name": "f", "argu', [])
+
+
+def test_a_bare_call_that_stands_there_already_ends_the_answer() -> None:
+    f, g = '{"name": "f", "arguments": {"a": 1}}', '{"name": "get_weather", "arguments": {}}'
+    for cut in range(3):
+        reader = free_reader()
+        assert reader.push(f"{f}\n{g}\n") == [] and not reader.is_over
+        assert reader.push(f"{f}{f[:cut]}") == [] and reader.is_over
+        assert summary(iter(reader.finish(is_cut=False))) == ("", [("f", '{"a": 1}'), ("get_weather", "{}")])
+
+
+def test_a_bare_call_that_was_answered_is_content() -> None:
+    """Small models write it again and again, and the client's loop would not end."""
+    text = '{"name": "f", "arguments": {"a": 1, "b": 2}}'
+    for arguments in ({"b": 2, "a": 1}, '{"b":2, "a":1}'):
+        assert summary(read(free_reader(None, {call_key("f", arguments)}), [text])) == (text, [])
+    for key in (call_key("f", {"a": 1}), call_key("get_weather", {"a": 1, "b": 2}), call_key("f", "{")):
+        assert summary(read(free_reader(None, {key}), [text])) == ("", [("f", '{"a": 1, "b": 2}')])
+    marked = f"<tool_call>{text}</tool_call>"
+    assert summary(read(free_reader(None, {call_key("f", {"a": 1, "b": 2})}), [marked]))[1]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +215,7 @@ def test_bare_calls_that_are_cut_off_are_told_as_far_as_they_go() -> None:
     ],
 )
 def test_json_that_cannot_become_a_call_is_not_held_back(parts: list[str], num_held: int) -> None:
-    reader = FreeCallReader(NAMES)
+    reader = free_reader()
     told = [reader.push(part) for part in parts]
     assert [bool(pieces) for pieces in told[: num_held + 1]] == [False] * num_held + [True]
 
@@ -213,7 +239,7 @@ def test_no_more_calls_than_asked_for() -> None:
 
 
 def test_content_is_not_held_back_for_long() -> None:
-    reader = FreeCallReader(NAMES)
+    reader = free_reader()
     assert [reader.push(part) for part in ("1 <", "2", " 3 <tool", "_x", " <tool_call>", "no")] == [
         [Content("1")],
         [Content(" <2")],
@@ -254,7 +280,7 @@ def test_the_cuts_make_no_difference(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
     is_cut, max_calls = data.draw(st.booleans()), data.draw(st.sampled_from([None, 1]))
     parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-    cut_up = summary(read(FreeCallReader(NAMES, max_calls), parts, is_cut=is_cut))
+    cut_up = summary(read(free_reader(max_calls), parts, is_cut=is_cut))
     assert cut_up == free(text, is_cut=is_cut, max_calls=max_calls)
     content, calls = cut_up
     if not calls:
