@@ -115,6 +115,11 @@ def test_a_leak_is_measured_in_bytes_per_hour() -> None:
         (b'{"details":{"tokens":[{"id":5}]}}', b'{"details":{"tokens":[{"id":6}]}}', OTHER_ANSWER),
         (b'{"details":{"tokens":[{"logprob":-1.5}]}}', b'{"details":{"tokens":[{"logprob":-1.6}]}}', OTHER_ANSWER),
         (b'{"object":"o","id":"1","created":1,"x":1}', b'{"object":"o","id":"2","created":9,"x":1}', "200"),
+        (
+            b'{"object":"o","id":"1","usage":{"a":1},"x":1}',
+            b'{"object":"o","id":"2","usage":{"a":2},"x":2}',
+            OTHER_ANSWER,
+        ),
         (b'data:{"token":{"id":1}}\n\ndata:{"token":{"id":2}}\n\n', b'data:{"token":{"id":1}}\n\n', OTHER_ANSWER),
     ],
 )
