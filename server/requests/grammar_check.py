@@ -113,6 +113,9 @@ class Checker:
         if checked.error is not None and any(held.mode == "open" for held in request.schemas):
             prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_all_open(*pair) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
         return checked
 
     def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
@@ -183,8 +186,15 @@ def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, An
     try:
         schema, more = repaired(schema, fits_in_time)
     except TimeoutError:
-        schema, more = {"type": "object"} if held.name else {}, ["#"]
+        return _all_open(held, prepared)
     return schema, places + more
+
+
+def _all_open(held: HeldSchema, prepared: Prepared) -> Prepared:
+    """The last resort: any arguments, or any value."""
+    if held.mode != "open":
+        return prepared
+    return {"type": "object"} if held.name else {}, ["#"]
 
 
 def _options(mode: Mode) -> Any:

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from engine.link.config import GRAMMAR_LIMITS, MAX_FORCED_CHARS
 from server.requests.forced_text import forced_chars, unforced
-from server.requests.grammar_check import Check, Checker
+from server.requests.grammar_check import Check, Checker, HeldSchema
 
 TOKENIZER = LLTokenizer("byte")
 CHECKER = Checker()
@@ -19,7 +19,7 @@ ALL = [f"k{index}" for index in range(300)]
 
 
 def grammar_of(value: str | dict[str, Any]) -> str:
-    return CHECKER._grammar(Check(regex=value) if isinstance(value, str) else Check(schema=value))
+    return LLMatcher.grammar_from_regex(value) if isinstance(value, str) else CHECKER._grammar_of(value, "strict")
 
 
 def record(value: dict[str, Any], names: list[str] = ALL) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def test_the_grammars_of_tools_are_measured_too() -> None:
 def test_the_check_measures_what_the_engine_will_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lexer for multiples takes time and memory only where it is built; to validate the schema is nothing."""
     schema = {"type": "integer", "multipleOf": 86_400}
-    assert CHECKER.check(Check(schema=schema)).error is None
+    assert CHECKER.check(Check(schemas=(HeldSchema(schema, "strict"),))).error is None
     monkeypatch.setattr("server.requests.grammar_check.MAX_GRAMMAR_MEMORY", 100_000)
     text = "it is too complex: it takes too much memory"
-    assert CHECKER.check(Check(schema={**schema, "multipleOf": 86_399})).error == text
+    assert CHECKER.check(Check(schemas=(HeldSchema({**schema, "multipleOf": 86_399}, "strict"),))).error == text
     assert GRAMMAR_LIMITS["max_lexer_states"] == 20_000
