@@ -33,6 +33,7 @@ from server.generation import (
 )
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
+from server.requests.infill import infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
@@ -125,7 +126,7 @@ class _Completion:
         self._is_strict = config.is_strict_tgi
         self._num_choices = 1 if body.n is None else body.n
         self._num_sequences = self._num_choices if body.best_of is None else body.best_of
-        if body.suffix is not None:
+        if body.suffix is not None and self._is_strict:
             raise SuffixError
         if len(body.prompt) > config.max_prompts:
             raise BatchSizeError(config.max_prompts)
@@ -156,6 +157,9 @@ class _Completion:
             f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}",
             param="best_of",
         )
+        refuse_if(
+            bool(self._body.suffix) and self._body.echo, "`echo` is not supported beside a `suffix`", param="echo"
+        )
         refuse_if(is_choosing and is_stream, "`best_of` > `n` is not supported when streaming tokens", param="best_of")
         refuse_if(
             self._has_prompt_logprobs and is_stream,
@@ -176,6 +180,8 @@ class _Completion:
         parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
         if self._is_scoring:
             parameters = dataclasses.replace(parameters, max_new_tokens=1)
+        if self._body.suffix:
+            prompt = await infill_prompt(self._service.tokenizer, prompt, self._body.suffix)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
