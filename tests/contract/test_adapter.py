@@ -202,6 +202,15 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[i
         start(base, adapter)
 
 
+def test_a_pickled_adapter_is_not_read(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(StartError, match="has no adapter_model.safetensors, and pickled weights .* are never loaded"):
+        start(base, adapter)
+
+
 def test_a_head_that_is_the_table_is_not_changed_alone(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_tiny_qwen2(base, is_tied=False)

@@ -77,7 +77,7 @@ def leaking(module: str, leak: float) -> list[Sample]:
         ({"samples": leaking("engine", 70e6 / HOURS)}, "memory of engine"),
         ({"tally": tally_with("repeated requests", OTHER_ANSWER)}, "ids, texts and logprobs"),
         ({"tally": tally_with("chats", "500")}, "answers"),
-        ({"tally": tally_with("refusals", "500 instead of 422")}, "answers"),
+        ({"tally": tally_with("refusals", "500 for {} at /generate")}, "answers"),
         ({"tally": tally_with("slow readers", "the connection was lost")}, "answers"),
         ({"tally": tally_with("streams dropped", "none")}, "answers"),
         ({"tally": Tally()}, "coverage"),
