@@ -124,7 +124,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     end = ending(request)
-    prompt = await service.chats.render(request.messages, use.offered, end)
+    prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,

@@ -6,14 +6,23 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.app import create_app
 from server.requests import ignored
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, events_of, one_by_one
+from tests.unit.server.harness import (
+    FakeEngine,
+    client_of,
+    events_of,
+    make_config,
+    one_by_one,
+    write_model_folder,
+)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -260,3 +269,38 @@ async def test_no_log_line_has_a_bad_word(
     assert "secret" not in parameters
     assert "'min_tokens': 2" in parameters
     assert "'allowed_token_ids': <100 entries>" in parameters
+
+
+TEMPLATE = (
+    "{{ messages[0]['content'] }}|{{ enable_thinking }}|{{ style | default('plain') }}|{{ eos_token }}|"
+    "{% if add_generation_prompt %}go{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "prompt"),
+    [
+        ({}, "hey||plain|<|im_end|>|go"),
+        (None, "hey||plain|<|im_end|>|go"),
+        ({"enable_thinking": False, "style": "wild"}, "hey|False|wild|<|im_end|>|go"),
+        ({"style": ["a", {"b": None}]}, "hey||['a', {'b': None}]|<|im_end|>|go"),
+        ({"eos_token": "END"}, "hey||plain|END|go"),
+        ({"messages": [], "add_generation_prompt": False, "tools": 5}, "hey||plain|<|im_end|>|go"),
+    ],
+)
+async def test_what_a_template_may_look_at(engine: FakeEngine, tmp_path: Path, variables: Any, prompt: str) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs=variables)).status_code == 200
+        assert tokenizer.decode(engine.requests[0].prompt_token_ids) == prompt
+        refused = await ask(client, CHAT, chat_template_kwargs=[variables])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+async def test_tgi_has_no_variables(engine: FakeEngine, tmp_path: Path) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs={"style": "wild"})).status_code == 200
+    assert "plain" in tokenizer.decode(engine.requests[0].prompt_token_ids)
