@@ -259,6 +259,7 @@ class CompletionRequest(GenerationBody):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
+    prompt_logprobs: U32 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

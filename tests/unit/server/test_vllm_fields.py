@@ -304,3 +304,46 @@ async def test_tgi_has_no_variables(engine: FakeEngine, tmp_path: Path) -> None:
     async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
         assert (await ask(client, CHAT, chat_template_kwargs={"style": "wild"})).status_code == 200
     assert "plain" in tokenizer.decode(engine.requests[0].prompt_token_ids)
+
+
+@both_routes
+@pytest.mark.parametrize("num_top", [0, 2])
+async def test_logprobs_of_a_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str, num_top: int
+) -> None:
+    said = {"prompt": [[5, 6, 7]]} if path == COMPLETIONS else {}
+    await ask(client, path, **said)
+    ids = engine.requests[0].prompt_token_ids
+    first = engine.script.events[0]
+    first.prompt_logprobs = [-3.0] * (len(ids) - 1)
+    if num_top:
+        first.prompt_top_token_ids = [[ids[1], 9]] * (len(ids) - 1)
+        first.prompt_top_logprobs = [[-0.25, -0.5]] * (len(ids) - 1)
+    response = await ask(client, path, **said, prompt_logprobs=num_top)
+    assert response.status_code == 200, response.text
+    assert (engine.requests[1].has_prompt_logprobs, engine.requests[1].num_prompt_top_tokens) == (True, num_top)
+    answer = response.json()
+    scores = answer["prompt_logprobs"] if path == CHAT else answer["choices"][0]["prompt_logprobs"]
+    assert len(scores) == len(ids)
+    assert scores[0] is None
+    own = {"logprob": -3.0, "rank": None, "decoded_token": tokenizer.decode([ids[2]])}
+    assert scores[2][str(ids[2])] == own
+    if num_top:
+        assert scores[1] == {
+            str(ids[1]): {"logprob": -0.25, "rank": 1, "decoded_token": tokenizer.decode([ids[1]])},
+            "9": {"logprob": -0.5, "rank": 2, "decoded_token": tokenizer.decode([9])},
+        }
+    else:
+        assert [*scores[2]] == [str(ids[2])]
+
+
+@both_routes
+@pytest.mark.parametrize("said", [{"prompt_logprobs": 21}, {"prompt_logprobs": 0, "stream": True}])
+async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
+    response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+@both_routes
+async def test_nobody_gets_logprobs_of_a_prompt_unasked(client: httpx.AsyncClient, path: str) -> None:
+    assert "prompt_logprobs" not in (await ask(client, path)).text
