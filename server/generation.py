@@ -96,6 +96,7 @@ class Generation:
         self._first_event = TokenEvent(request_id="")
         """What is told of the prompt."""
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
+        self._is_stop_hidden = request.is_stop_hidden
         stop = request.parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
@@ -164,7 +165,9 @@ class Generation:
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
         """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
-        text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
+        # Some tokenizers have an end of sequence that is no special token.
+        is_end = self._is_stop_hidden and reason is FinishReason.EOS_TOKEN
+        text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_end)
         if self._stop_cutter is not None:
             visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
             if is_stopped:

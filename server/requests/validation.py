@@ -17,7 +17,7 @@ from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
-from server.requests.grammar import GrammarCompiler
+from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
@@ -59,6 +59,8 @@ class GenerationInput:
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
     """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
+    grammar_preface: str = ""
+    """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
     watch: Watch | None = None
@@ -91,6 +93,12 @@ class ValidatedRequest:
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
     watch: Watch | None = None
+
+
+def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
+    if grammar is None:
+        return None
+    return after(preface, grammar.grammar) if preface else grammar.grammar
 
 
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
@@ -150,7 +158,7 @@ class Validator:
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
             num_prompt_top_tokens=request.num_prompt_top_tokens,
-            grammar=grammar.grammar if grammar else None,
+            grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
             ValidatedRequest(

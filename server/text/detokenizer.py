@@ -36,11 +36,15 @@ class Detokenizer:
         self._read_text = tokenizer.decode(self._window)
         self._held = ""
 
-    def push(self, token_id: int, *, is_last: bool) -> TokenText:
-        """Take the next token; with the last one, whole characters that were held back come out as well."""
+    def push(self, token_id: int, *, is_last: bool, is_hidden: bool = False) -> TokenText:
+        """Take the next token; with the last one, whole characters that were held back come out as well.
+
+        `is_hidden`: the token is not visible, though it may be no special one.
+        """
         held_before = self._held
         text = visible = self._advance(token_id)
-        if text and self._tokenizer.is_special(token_id) and token_id not in self._shown_ids:
+        is_special = self._tokenizer.is_special(token_id) and token_id not in self._shown_ids
+        if text and (is_special or is_hidden):
             visible = held_before.rstrip(REPLACEMENT)
         if is_last and self._held:
             rest = self._held.rstrip(REPLACEMENT)
