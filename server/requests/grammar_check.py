@@ -141,6 +141,8 @@ class Checker:
         before = resident_bytes()
         matcher = self._matcher(self._tokenizer, _TOKEN.sub("<[1]>", grammar), log_level=0, limits=self._limits)
         matcher.compute_bitmask()
+        if forced := matcher.compute_ff_tokens():
+            matcher.consume_token(forced[0])  # a schema that needs itself, so that no text is enough, fails here
         if matcher.is_error():
             return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
         if resident_bytes() - before > MAX_GRAMMAR_MEMORY:

@@ -363,8 +363,12 @@ class Arena:
     def is_over(self) -> bool:
         return self._loop.time() >= self._end
 
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._end - self._loop.time())
+
     async def rest(self) -> None:
-        await asyncio.sleep(max(0.0, self._end - self._loop.time()))
+        await asyncio.sleep(self.left_s)
 
     async def open(self, receive_buffer: int | None = None) -> Abuser:
         abuser = Abuser(self.port, random.Random(0))
@@ -643,7 +647,7 @@ async def streams_that_are_dropped(arena: Arena) -> Counts:
 
 
 def grammar_attack(parameters: Callable[[int], str], num_clients: int = 8) -> Attack:
-    """Clients that send grammars of a kind, each of them new."""
+    """Clients that send grammars of a kind, each of them new, and leave when time is up."""
 
     async def attack(arena: Arena) -> Counts:
         counts: Counts = collections.Counter()
@@ -651,8 +655,14 @@ def grammar_attack(parameters: Callable[[int], str], num_clients: int = 8) -> At
 
         async def client() -> None:
             while not arena.is_over:
-                body = generate(parameters(next(numbers))).encode()
-                counts.update(await send_again_and_again(Arena(arena.port, 0.001), whole("/generate", body), 1))
+                abuser = await arena.open()
+                await abuser.send(whole("/generate", generate(parameters(next(numbers))).encode()))
+                try:
+                    counts[await asyncio.wait_for(status_of(abuser), arena.left_s + 0.2)] += 1
+                except TimeoutError:
+                    counts["left"] += 1
+                finally:
+                    abuser._writer.transport.abort()
 
         await asyncio.gather(*(client() for _ in range(num_clients)))
         return counts
