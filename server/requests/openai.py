@@ -126,7 +126,8 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
         case "text":
             return None
         case "json_object" if "value" not in value:
-            return {"type": "json_object", "value": {"type": "object"}}
+            schema = value.get("schema")  # as llama.cpp and hosted services have it
+            return {"type": "json_object", "value": schema if isinstance(schema, dict) else {"type": "object"}}
         case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
             return {"type": "json_schema", "value": value["json_schema"]}
     return value

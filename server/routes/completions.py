@@ -116,7 +116,7 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
         answer, headers = await cancel_if_gone(request, completion.complete())
         return encoded_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
-    headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
+    headers = stream_headers(service.config.compute_type, completion.text_of_prompts, opening.left_open)
     return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
 
 
