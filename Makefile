@@ -8,6 +8,7 @@ PORT ?= 8080
 MODEL ?=
 ARGS ?=
 PYTEST_ARGS ?=
+MINUTES ?= 480
 
 # The pinned CPU build unless the host has an NVIDIA driver; TORCH_SPEC= chooses another one.
 ifeq ($(wildcard /dev/nvidiactl),)
@@ -16,13 +17,14 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-fast test-slow soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
 	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
-	@echo 'make test-slow         the long proofs: soak, memory, speed against transformers'
+	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
+	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
@@ -94,6 +96,10 @@ endif
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
 
+# The report goes to docs/soak from 30 minutes on, below that to build/soak.
+soak: install
+	@$(PY) -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
+
 peers: install
 	@$(PY) benchmarks/peers.py $(ARGS)
 
@@ -109,7 +115,7 @@ check: install
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py scripts/kernels_aot.py
-	@$(PY) -m mypy benchmarks/*.py benchmarks/gpu_proof/*.py
+	@$(PY) -m mypy benchmarks/*.py benchmarks/gpu_proof/*.py benchmarks/soak/*.py benchmarks/soak/probe/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 	@$(PY) scripts/configuration.py --check
 	@$(PY) benchmarks/gpu_results.py --check

@@ -23,6 +23,7 @@ from engine.layers.rope import replace_rope_scaling
 from engine.limits import check_weights_fit, weights_refusal
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_CONFIG
 from engine.link.registry import import_entry
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
@@ -61,14 +62,15 @@ def build_model(
     device: Device,
     quantization: Quantization | None = None,
     parallel: ParallelState = ALONE,
+    adapter: Path | None = None,
 ) -> CausalLM:
     """The model of a folder with this rank's part of the weights on the device.
 
-    `quantization` None: as the checkpoint says. Raises StartError.
+    `quantization` None: as the checkpoint says. `adapter`: the folder of an adapter that is merged. Raises StartError.
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
-    load_weights(model, folder, device.torch_device, parallel.size)
+    load_weights(model, folder, device.torch_device, parallel.size, adapter)
     return model
 
 
@@ -147,6 +149,12 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     refuse_other_kinds(folder, model_config)
+    adapter = None if config.adapter_path is None else Path(config.adapter_path)
+    if adapter is not None and read_quantization_config(folder, model_config):
+        raise StartError(
+            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
+            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
+        )
     if parallel.rank == 0:
         _log_unused(folder, model_config)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
@@ -163,7 +171,7 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     device_bytes = device.free_memory_bytes()
     try:
         with _packing_threads(config.num_threads, device):
-            model = build_model(model_config, folder, dtype, device, quantization, parallel)
+            model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
     if device.memory is not None:

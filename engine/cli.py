@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from engine.link.encoding import use_utf8
 from engine.link.environment import engine_environment
 from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
+from engine.link.model_files import adapter_base
 from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ Examples:
 
 def main() -> None:
     """Console script. A command prints the model's folder as the last line of standard output."""
+    use_utf8()
     prepare_environment(os.environ)
     args = build_parser(os.environ).parse_args()
     configure_logging(args.logger_level, args.process, is_json=args.json_output)
@@ -126,7 +129,7 @@ def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     switches = {
         "auto-convert": (True, "accepted, without effect: pickled weights are never loaded, so never converted"),
         "trust-remote-code": (False, "accepted, without effect: code of a repository is never run"),
-        "merge-lora": (False, "accepted, without effect: adapters are not supported"),
+        "merge-lora": (False, "accepted, without effect: adapters are merged while they are loaded"),
     }
     for name, (default, help_text) in switches.items():
         action = argparse.BooleanOptionalAction
@@ -166,10 +169,14 @@ def download_weights(args: argparse.Namespace) -> Path:
             f"--extension {args.extension} is not supported: only .safetensors weights are loaded, leave the option out"
         )
     if args.merge_lora:
-        logger.warning("--merge-lora has no effect: adapters are not supported")
+        logger.warning("--merge-lora has no effect: adapters are merged while they are loaded")
     from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
-    return download_model(args.model_id, args.revision or None)
+    folder = download_model(args.model_id, args.revision or None)
+    if (base := adapter_base(folder)) is not None:
+        logger.info("%s is an adapter of %s", args.model_id, base.model_id)
+        download_model(base.model_id, base.revision)
+    return folder
 
 
 def quantize_model(args: argparse.Namespace) -> Path:

@@ -28,6 +28,7 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.exit_codes import RANK_LOST_EXIT_CODE
 from engine.link.ipc import RECEIVE_BYTES, encode_frame, take_frames
+from engine.link.model_files import ADAPTER_WEIGHTS
 from engine.runner import ModelRunner, StepResult
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_inputs import StepInputs
@@ -45,7 +46,9 @@ SAME_REASON_S = 1.0
 CAUSE_S = 2.0
 """Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
-SETTINGS_OF_EACH_RANK = "model_path num_threads socket_fd listen_fd shard_secret log_level is_json_output".split()
+SETTINGS_OF_EACH_RANK = (
+    "model_path adapter_path num_threads socket_fd listen_fd shard_secret log_level is_json_output".split()
+)
 """Fields of `EngineConfig` in which ranks may differ."""
 
 
@@ -277,7 +280,8 @@ def _fingerprint(config: EngineConfig) -> dict[str, str]:
         del settings[name.replace("_", "-")]
     folder = Path(config.model_path)
     digest = hashlib.blake2b(digest_size=8)
-    for path in (folder / "config.json", *find_weight_files(folder).paths):
+    adapter = [] if config.adapter_path is None else [Path(config.adapter_path) / ADAPTER_WEIGHTS]
+    for path in (folder / "config.json", *find_weight_files(folder).paths, *adapter):
         try:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         except OSError as error:

@@ -32,6 +32,8 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Rows of prompt tokens whose successor in the prompt is scored."""
     scored_token_ids: list[int]
     """The prompt tokens that follow the rows of `scored_indices`."""
+    num_scored_top_tokens: int = 0
+    """Number of the likeliest tokens to find beside each scored one."""
     unknown_places: list[int] = []
     """Places in `input_ids` of tokens that the step before has chosen and the host doesn't know yet."""
     unknown_rows: list[int] = []
@@ -79,6 +81,7 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         logits_indices=logits_indices,
         scored_indices=scored_indices,
         scored_token_ids=scored_token_ids,
+        num_scored_top_tokens=batch.num_prompt_top_tokens,
         unknown_places=unknown_places,
         unknown_rows=unknown_rows,
     )

@@ -21,6 +21,9 @@ not set; switches and booleans take `true`, `false`, `1` or `0` in the environme
 (`--cors-allow-origin`: several times). Exit codes: 0 after a signal, 1 when something can't be served or failed, 2 for
 an unknown flag or a bad value.
 
+A variable of a port that holds an address like `tcp://10.96.0.1:9090` is what Kubernetes says of a service of that name
+(`PROMETHEUS_PORT`): it is ignored, and the log says so. Texts, logs and names of files are UTF-8 whatever the locale.
+
 What a flag does is one of three things. **Served**: it has its effect. **No effect**: accepted, so that a command line
 of TGI keeps working, and the log says once that nothing follows from it. **Refused**: the start ends with a sentence.
 """
@@ -65,11 +68,11 @@ signal ends everything at once.
 def main() -> int:
     text = "".join(_pages())
     if sys.argv[1:] == ["--check"]:
-        is_current = TARGET.is_file() and TARGET.read_text() == text
+        is_current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
         if not is_current:
             print(f"{TARGET.name} is out of date: run `make configuration`", file=sys.stderr)
         return 0 if is_current else 1
-    TARGET.write_text(text)
+    TARGET.write_text(text, encoding="utf-8")
     return 0
 
 

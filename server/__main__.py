@@ -92,7 +92,12 @@ async def serve(config: ServerConfig) -> None:
 
     Raises EngineDeadError or EngineHungError if the engine ends, StartError if there is no tokenizer or no free port.
     """
-    tokenizer = TextTokenizer.from_folder(config.model_path, config.validation_workers, config.tokenizer_config_path)
+    tokenizer = TextTokenizer.from_folder(
+        config.model_path,
+        config.validation_workers,
+        config.tokenizer_config_path,
+        is_strict=config.is_strict_tgi,
+    )
     engine = EngineClient(socket.socket(fileno=config.engine_fd), config.engine_silence_s)
     await engine.connect()
     max_connections = raise_descriptor_limit()

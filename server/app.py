@@ -30,6 +30,7 @@ from server.routes import (
     tokenize,
 )
 from server.service import GenerationService
+from server.telemetry.request_ids import RequestIds
 from server.telemetry.spans import SpansMiddleware, Tracer
 from server.text.tokenizer import TextTokenizer
 
@@ -77,6 +78,8 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     # These headers are outside of the guard: preflights need no key, and its refusals get them as well.
     app.add_middleware(CorsHeaders, origins=config.cors_allow_origin, is_strict=config.is_strict_tgi)
     app.add_middleware(IntakeRelease, intake=app.state.service.intake)
+    if not config.is_strict_tgi:
+        app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
     return app

@@ -6,13 +6,17 @@ import dataclasses
 import json
 from typing import Any
 
+TGI_CLIENT_BATCH_SIZE = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """The configuration of the HTTP process. The launcher makes it and hands it over as JSON."""
 
     model_id: str
-    """The user's word for the model; /info and /v1/models show it."""
+    """The user's word for the model; /info shows it."""
+    served_model_names: tuple[str, ...] = ()
+    """Names of the model on OpenAI's routes. Empty: `model_id` alone."""
     model_path: str
     """Local folder with tokenizer.json and tokenizer_config.json."""
     model_sha: str | None = None
@@ -29,7 +33,8 @@ class ServerConfig:
     max_top_n_tokens: int = 5
     max_logit_bias: int = 1024
     """Tokens in the `logit_bias` of a request."""
-    max_client_batch_size: int = 4
+    max_client_batch_size: int | None = None
+    """Prompts in one call of /v1/completions. None: `max_prompts` says how many."""
     validation_workers: int = 2
     payload_limit: int = 2_000_000
     """Largest request body in bytes."""
@@ -38,6 +43,8 @@ class ServerConfig:
     is_grammar_disabled: bool = False
     tokenizer_config_path: str | None = None
     """Read in place of the folder's tokenizer_config.json."""
+    generation_config: str = "auto"
+    """`auto`: sampling defaults of generation_config.json apply on OpenAI's routes; anything else turns that off."""
     api_key: str | None = dataclasses.field(default=None, repr=False)
     cors_allow_origin: tuple[str, ...] = ()
     """Origins whose pages may call. Empty means any."""
@@ -53,6 +60,18 @@ class ServerConfig:
     otlp_endpoint: str | None = None
     """Collector of traces. None means that there are no traces."""
     otlp_service_name: str = "text-generation-inference.router"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the model, the one first that answers have where a request names none."""
+        return self.served_model_names or (self.model_id,)
+
+    @property
+    def max_prompts(self) -> int:
+        """Prompts in one call of /v1/completions; each takes a permit."""
+        if self.max_client_batch_size is not None:
+            return self.max_client_batch_size
+        return TGI_CLIENT_BATCH_SIZE if self.is_strict_tgi else self.max_concurrent_requests
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -9,6 +9,7 @@ Exception
  ├─ BatchSizeError             /v1/completions: there are too many prompts
  ├─ NoInstanceError            /vertex: there is nothing to do
  ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
+ ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
  ├─ OverloadedError            no permit is free, or too many grammars wait
  ├─ UnhealthyError             a probe fails
  ├─ IncompleteGenerationError  the engine ended without a final token
@@ -85,8 +86,8 @@ class BatchSizeError(Exception):
     param = "prompt"
     code = "array_above_max_length"
 
-    def __init__(self, max_client_batch_size: int) -> None:
-        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
+    def __init__(self, max_prompts: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}")
 
 
 class ModelNotFoundError(Exception):
@@ -113,6 +114,15 @@ class IncompleteGenerationError(Exception):
 class UnhealthyError(Exception):
     def __init__(self) -> None:
         super().__init__("unhealthy")
+
+
+class UnauthorizedError(Exception):
+    """The API key is absent or wrong."""
+
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("The API key is missing or wrong: send it as `Authorization: Bearer KEY`")
 
 
 class BodyError(Exception):
@@ -146,6 +156,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     SuffixError: ErrorKind(422, "suffix not supported"),
     BatchSizeError: ErrorKind(422, "batch size exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    UnauthorizedError: ErrorKind(401, "unauthorized"),
     NoInstanceError: ErrorKind(422, "Input validation error"),
     FailedInstanceError: ErrorKind(500, "Incomplete generation"),
     IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),

@@ -84,6 +84,7 @@ class Generation:
         metrics: RequestMetrics,
     ) -> None:
         self.seed = request.generation.sampling.seed
+        self.left_open = request.left_open
         self.num_generated_tokens = 0
         self.timings = timings
         self._metrics = metrics
@@ -92,11 +93,13 @@ class Generation:
         self._tokenizer = tokenizer
         self._prompt_token_ids = request.generation.prompt_token_ids
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
-        self._prompt_logprobs: Sequence[float] = ()
+        self._first_event = TokenEvent(request_id="")
+        """What is told of the prompt."""
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
         stop = request.parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
+        self._is_over = None if request.watch is None else request.watch()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -116,15 +119,36 @@ class Generation:
         """The prompt's tokens, if the request has decoder_input_details. The first has no logprob."""
         if not self._has_prompt_logprobs:
             return []
-        logprobs = [math.nan, *self._prompt_logprobs]
+        logprobs = [math.nan, *self._first_event.prompt_logprobs]
         return [self._scored(*pair) for pair in zip(self._prompt_token_ids, logprobs, strict=True)]
+
+    @property
+    def prefill_tops(self) -> list[list[ScoredToken]]:
+        """For each token of `prefill` the likeliest ones at its place: none for the first, or if none are asked for."""
+        event = self._first_event
+        tops = [
+            [self._scored(*pair) for pair in zip(token_ids, logprobs, strict=True)]
+            for token_ids, logprobs in zip(event.prompt_top_token_ids, event.prompt_top_logprobs, strict=True)
+        ]
+        return [[], *(tops or [[]] * len(event.prompt_logprobs))]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed."""
+        return self._first_event.num_cached_tokens
+
+    @property
+    def num_prompt_scores(self) -> int:
+        """Numbers that are told of the prompt's tokens."""
+        event = self._first_event
+        return len(event.prompt_logprobs) + sum(map(len, event.prompt_top_logprobs))
 
     async def read(self, events: AsyncIterator[TokenEvent]) -> AsyncGenerator[GeneratedToken]:
         """The tokens in `events`, one by one. Raises IncompleteGenerationError if none of them is the last."""
         async for event in events:
             if event.queue_time_s is not None:
                 self.timings.queue_s = event.queue_time_s
-                self._prompt_logprobs = event.prompt_logprobs
+                self._first_event = event
             self._observe_tokens(len(event.token_ids))
             last = len(event.token_ids) - 1
             for index, token_id in enumerate(event.token_ids):
@@ -147,6 +171,8 @@ class Generation:
                 reason = FinishReason.STOP_SEQUENCE
         elif reason is None and (num_kept := self._stop_checker.check(text)) is not None:
             text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
+        if reason is None and self._is_over is not None and self._is_over(visible):
+            reason = FinishReason.EOS_TOKEN
         self.num_generated_tokens += 1
         if reason is not None:
             self._finish()

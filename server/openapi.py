@@ -20,7 +20,7 @@ from server.config import ServerConfig
 from server.errors import AnthropicErrorBody, ErrorBody, OpenAIErrorBody, error_type
 from server.operation import Operation, described_path, path_parameters
 from server.requests.dialects import limits_of
-from server.requests.openai import OpenAIModel
+from server.requests.messages import OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.serde import WireModel, spellings_of
 
@@ -205,7 +205,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
         responses |= _refusals(operation, answers)
     if operation.is_protected(is_strict=answers.is_strict):
         described["security"] = [{"key": []}] if answers.has_key else [{}, {"key": []}]
-        responses[401] = _response(401, {})
+        is_empty = answers.has_plain_refusals(operation.path)
+        responses[401] = _response(401, {} if is_empty else {"application/json": answers.error(operation.path)})
     return described | {"responses": {str(status): response for status, response in sorted(responses.items())}}
 
 

@@ -27,6 +27,7 @@ from server.errors import OverloadedError
 from server.generation import Completion, Generation, Stream, Timings
 from server.requests.body import BodyReader, require_json
 from server.requests.grammar import GrammarCompiler
+from server.requests.sampling_defaults import read_sampling_defaults
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
 from server.telemetry.metrics import Metrics, RequestMetrics
 from server.telemetry.spans import begin_generation
@@ -50,10 +51,11 @@ class GenerationService:
         )
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
-        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit))
+        self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit), is_strict=config.is_strict_tgi)
         self.bodies = BodyReader(is_strict=config.is_strict_tgi)
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self.grammars = GrammarCompiler()
+        self.sampling_defaults = read_sampling_defaults(config)
         self.validator = Validator(config, tokenizer, self.grammars)
         self.metrics = Metrics(engine.limits, is_strict=config.is_strict_tgi)
         engine.observe_output = self.metrics.observe_output
@@ -67,7 +69,7 @@ class GenerationService:
 
     async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
         """What `write` makes of `answers`; the tokens of 128 choices are a second's work, which a thread does."""
-        if sum(len(answer.tokens) for answer in answers) <= MAX_INLINE_TOKENS:
+        if sum(len(answer.tokens) + answer.generation.num_prompt_scores for answer in answers) <= MAX_INLINE_TOKENS:
             return write()
         return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
@@ -144,6 +146,8 @@ class AdmittedRequest:
         self._block: AbstractAsyncContextManager[list[Stream]] | None = None
         """The block of the streams, once the request is valid."""
         self._permit: Permit | None = None
+        self.left_open: Sequence[str] = ()
+        """Places of its schemas that the model is not held to, once it is valid."""
 
     def take_permit(self, num_places: int) -> None:
         """Raises OverloadedError."""
@@ -171,6 +175,7 @@ class AdmittedRequest:
             except BaseException:
                 self.close()
                 raise
+        self.left_open = requests[0].left_open
         for validated in requests:
             generation = validated.generation
             metrics.accepted(len(generation.prompt_token_ids), generation.max_new_tokens)

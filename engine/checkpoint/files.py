@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import read_file
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
-    text = read_file(path)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
-    if not isinstance(content, dict):
-        raise StartError(f"{path} is not a JSON object: fetch the model again")
-    return content
+from engine.link.model_files import read_json
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.safetensors_weights import damage
-from engine.checkpoint.weight_files import choose_weight_names, find_weight_files, is_weight_name
+from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, is_weight_name
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,10 @@ def _local(folder: Path) -> Path:
 
 def _cached(model_id: str, revision: str | None) -> Path | None:
     """The snapshot in the cache if it is there and whole; makes no network call."""
-    config = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    if not isinstance(config, str):
+    paths = [try_to_load_from_cache(model_id, name, revision=revision) for name in ("config.json", ADAPTER_CONFIG)]
+    folder = next((Path(path).parent for path in paths if isinstance(path, str)), None)
+    if folder is None:
         return None
-    folder = Path(config).parent
     try:
         _check_whole(folder)
     except StartError as error:
@@ -131,10 +132,12 @@ def _cached(model_id: str, revision: str | None) -> Path | None:
 
 def _check_whole(folder: Path) -> None:
     """Raise StartError if a file is missing or cut off; only the headers of the weights are read."""
+    if is_adapter(os.listdir(folder)):
+        _refuse_damage(folder / ADAPTER_WEIGHTS)
+        return
     read_model_config(folder)
     for path in find_weight_files(folder).paths:
-        if reason := damage(path):
-            raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
+        _refuse_damage(path)
     if not (folder / "tokenizer.json").is_file():
         raise StartError(
             f"{folder} has no tokenizer.json: write one with `transformers`, "
@@ -142,14 +145,15 @@ def _check_whole(folder: Path) -> None:
         )
 
 
+def _refuse_damage(path: Path) -> None:
+    if reason := damage(path):
+        raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
+
+
 def _check_names(names: Collection[str], model_id: str) -> None:
     """Raise StartError if files of these names can't make a model that we serve."""
-    weights = [name for name in names if is_weight_name(name)]
-    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
-        raise StartError(
-            f"{model_id} is an adapter (LoRA), which is not supported: merge it into its base model first, with "
-            "`peft`, merge_and_unload() and save_pretrained(...), and give the folder that this writes"
-        )
+    is_adapted = is_adapter(names)
+    weights = [name for name in names if (name == ADAPTER_WEIGHTS if is_adapted else is_weight_name(name))]
     if not weights and any(name.endswith(PICKLED) for name in names):
         raise StartError(
             f"{model_id} has only pickled weights (.bin, .pt), which can run code and are never loaded: give a "
@@ -158,7 +162,7 @@ def _check_names(names: Collection[str], model_id: str) -> None:
         )
     if not weights:
         raise StartError(f"{model_id} has no *.safetensors file: only safetensors weights are loaded")
-    if "config.json" not in names:
+    if "config.json" not in names and not is_adapted:
         raise StartError(f"{model_id} has no config.json: give the id or the folder of a Hugging Face model")
 
 
@@ -171,8 +175,7 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     _check_names(sizes, model_id)
     for name in sorted(name for name in sizes if name.endswith(OTHERS)):
         folder = _fetch(model_id, commit, name, sizes[name]).parent
-    refuse_other_kinds(folder, read_model_config(folder))
-    weights = choose_weight_names(folder, sizes)
+    weights = _weights_of(folder, sizes)
     start = time.monotonic()
     for num_done, name in enumerate(weights, start=1):
         _fetch(model_id, commit, name, sizes[name])
@@ -181,6 +184,14 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     _check_whole(folder)
     _note_revision(model_id, revision or constants.DEFAULT_REVISION, commit)
     return folder
+
+
+def _weights_of(folder: Path, names: Collection[str]) -> list[str]:
+    """The weight files to fetch, once all others are there. Raises StartError for a model of another kind."""
+    if is_adapter(names):
+        return [ADAPTER_WEIGHTS]
+    refuse_other_kinds(folder, read_model_config(folder))
+    return choose_weight_names(folder, names)
 
 
 def _check_may_fetch(model_id: str) -> None:

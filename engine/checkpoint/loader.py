@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.kinds import kind_of_tensor
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
@@ -42,12 +43,16 @@ TORCH_DTYPES = {
 }
 
 
-def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1) -> None:
+def load_weights(
+    model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1, adapter: Path | None = None
+) -> None:
     """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
 
-    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by.
+    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by. The adapter in the
+    folder `adapter` is merged into the weights.
     """
-    layers, weights = model.checkpoint_layers(), open_weights(folder)
+    layers = model.checkpoint_layers()
+    weights = open_weights(folder) if adapter is None else _merged_weights(model, folder, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
@@ -74,6 +79,15 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device, num_shards
     if is_host:
         for layer in {id(layer): layer for layer, _ in layers.values()}.values():
             _finish(layer, layers, device)
+
+
+def _merged_weights(model: CausalLM, folder: Path, adapter: Path) -> WeightSource:
+    weights = MergedWeights(open_weights(folder), adapter)
+    for name in weights.changed_names:
+        if model.is_ignored(name):
+            raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")
+    logger.info("Merging %s into %d matrices", adapter, len(weights.changed_names))
+    return weights
 
 
 def _loading_order(names: Sequence[str], layers: CheckpointLayers) -> list[str]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.checkpoint.weight_files import find_weight_files
 from engine.link.errors import StartError
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 class SafetensorsWeights:
     """Implements `engine.checkpoint.weights.WeightSource`. One file is open at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = find_weight_files(folder).paths
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
         self._open_file: _OpenFile | None = None
 
     @property

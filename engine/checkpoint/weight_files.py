@@ -10,15 +10,11 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from engine.checkpoint.files import read_json
 from engine.link.errors import StartError
+from engine.link.model_files import WEIGHTS, is_weight_name, read_json
 
-SUFFIX = ".safetensors"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".split()
-"""A file with one of these words in its name is a trainer's, not a part of the model."""
-ADAPTER = "adapter_"
 SECOND_COPIES = ("consolidated",)
 """Beginnings of the names under which some publishers add the same weights once more, for other programs."""
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -32,16 +28,10 @@ class WeightFiles:
     others: Sequence[str]
 
 
-def is_weight_name(name: str) -> bool:
-    """Whether a file of that name may hold weights of a model: no trainer's, no adapter's, no hidden file."""
-    is_stray = any(word in name for word in STRAY_WORDS) or name.startswith((ADAPTER, "."))
-    return name.endswith(SUFFIX) and not is_stray
-
-
 def find_weight_files(folder: Path) -> WeightFiles:
     """The weight files of a model. Raises StartError when there are none or one that is needed is missing."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(SUFFIX))
+        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
     except OSError as error:
         raise StartError.of_file(folder, error) from error
     chosen = choose_weight_names(folder, names)
@@ -54,12 +44,15 @@ def find_weight_files(folder: Path) -> WeightFiles:
 def choose_weight_names(folder: Path, names: Collection[str]) -> list[str]:
     """The model's weight files among `names`, those that are there or can be fetched. Raises StartError.
 
-    A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names.
+    A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names,
+    unless nothing of that is there.
     """
     index = read_json(folder / INDEX)
     if WHOLE in names:
         return [WHOLE]
-    chosen = _indexed(folder, index) if index else _unindexed(names)
+    chosen = _indexed(folder, index) if index else []
+    if not any(name in names for name in chosen):  # there is no index, or it is that of another model
+        chosen = _unindexed(names) or chosen
     for name in chosen:
         if name not in names:
             raise StartError(f"{folder / name} is named by {INDEX} but missing: fetch the model again")

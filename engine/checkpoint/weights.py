@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.checkpoint.renamed_weights import RenamedWeights, names_of_models
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
+from engine.checkpoint.weight_files import find_weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class WeightSource(Protocol):
 
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a model's folder. Raises StartError when there are none."""
-    weights = SafetensorsWeights(folder)
+    weights = SafetensorsWeights(find_weight_files(folder).paths)
     stored_names = names_of_models(weights.names)
     is_usual = all(name == stored for name, stored in stored_names.items())
     return weights if is_usual else RenamedWeights(weights, stored_names)

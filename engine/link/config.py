@@ -17,6 +17,8 @@ class EngineConfig:
 
     model_path: str
     """Local folder with config.json and safetensors files."""
+    adapter_path: str | None = None
+    """Local folder of an adapter (LoRA) that is merged into the model; None: there is none."""
     device: str = "auto"
     """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"

@@ -24,6 +24,8 @@ from engine.link.messages import Down, EngineReady, EngineStats, StepOutput, Ste
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
+MAX_RECEIVED_BYTES = 1 << 21
+"""Bytes that are received between two steps: decoding them takes 20 ms, and the steps of others go on."""
 PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
@@ -77,7 +79,8 @@ class EngineEndpoint:
     def receive(self, timeout_s: float) -> list[Down]:
         """The messages that have arrived, after waiting at most `timeout_s` for the first one or for `wake`.
 
-        Raises EOFError without a peer, once everything has been received that the peer had sent before.
+        No more than `MAX_RECEIVED_BYTES` are received in one call. Raises EOFError without a peer, once everything has
+        been received that the peer had sent before.
         """
         fd = self._sock.fileno()
         readable, writable, _ = select.select([fd, self._wake_fd], [fd] if self._outbox else [], [], timeout_s)
@@ -93,7 +96,7 @@ class EngineEndpoint:
         return messages
 
     def _read_available(self) -> None:
-        while True:
+        for _ in range(MAX_RECEIVED_BYTES // RECEIVE_BYTES):
             try:
                 data = self._sock.recv(RECEIVE_BYTES)
             except BlockingIOError:

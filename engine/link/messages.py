@@ -66,6 +66,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Whether only the length or an abort ends it."""
     has_prompt_logprobs: bool = False
     """Whether the first event has the prompt's logprobs; the prefix cache is not read then."""
+    num_prompt_top_tokens: int = 0
+    """Number of the likeliest tokens to report beside each prompt token that has a logprob."""
     grammar: str | None = None
     """The grammar that the output is held to, in llguidance's text; None: any output."""
 
@@ -92,6 +94,11 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_logprobs: list[list[float]] = []
     prompt_logprobs: list[float] = []
     """Logprob of each prompt token but the first, by the model's own distribution; only on the first event."""
+    prompt_top_token_ids: list[list[int]] = []
+    """For each of `prompt_logprobs` the likeliest tokens at its place, the likeliest first."""
+    prompt_top_logprobs: list[list[float]] = []
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache when the request first joined a batch; only on the first event."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """Set when the engine could not go on with this request; the text is fit for the user."""

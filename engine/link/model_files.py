@@ -5,13 +5,30 @@ A folder may hold a fifo that nobody writes to, or a link to a device that never
 
 from __future__ import annotations
 
+import json
+import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from engine.link.errors import StartError
 
 MAX_FILE_BYTES = 256 << 20
 """Largest file that is read whole. The largest tokenizers have about 40 MB."""
+
+WEIGHTS = ".safetensors"
+STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".split()
+"""A file with one of these words in its name is a trainer's, not a part of the model."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class AdapterBase(NamedTuple):
+    """The model that an adapter changes."""
+
+    model_id: str
+    """A folder, or an id on the Hub."""
+    revision: str | None
 
 
 def read_file(path: Path) -> bytes | None:
@@ -31,3 +48,44 @@ def read_file(path: Path) -> bytes | None:
     if len(content) > MAX_FILE_BYTES:
         raise StartError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: fetch the model again")
     return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
+    text = read_file(path)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
+    if not isinstance(content, dict):
+        raise StartError(f"{path} is not a JSON object: fetch the model again")
+    return content
+
+
+def is_weight_name(name: str) -> bool:
+    """Whether a file of that name may hold weights of a model: no trainer's, no adapter's, no hidden file."""
+    is_stray = any(word in name for word in STRAY_WORDS) or name.startswith(("adapter_", "."))
+    return name.endswith(WEIGHTS) and not is_stray
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether files of these names are an adapter alone, without the model that it changes."""
+    return ADAPTER_CONFIG in names and not any(map(is_weight_name, names))
+
+
+def adapter_base(folder: Path) -> AdapterBase | None:
+    """The model that the adapter in `folder` changes; None: the folder holds no adapter. Raises StartError."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    if not is_adapter(names):
+        return None
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    model_id, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(model_id, str) or not model_id:
+        raise StartError(f"{path} does not name its model: put its folder or id there as base_model_name_or_path")
+    return AdapterBase(model_id, revision if isinstance(revision, str) and revision else None)

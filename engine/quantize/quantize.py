@@ -23,6 +23,7 @@ from engine.checkpoint.weights import WeightSource, open_weights
 from engine.device import Device, detect_device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from engine.link.model_files import adapter_base
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
 from engine.models.base import CausalLM
@@ -80,6 +81,8 @@ def quantize(options: QuantizeOptions) -> Path:
 
 def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) -> tuple[CalibrationText, float | None]:
     """Check everything, then write the folder; returns the text, and the perplexity of the dense model."""
+    if adapter_base(source) is not None:
+        raise StartError(f"{source} is an adapter: merge it with `peft` first, or serve it with --quantize int4")
     config = read_model_config(source)
     refuse_other_kinds(source, config)
     if read_quantization_config(source, config):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -156,17 +156,32 @@ class TokenCounts:
         if not self._in_all[place]:  # then it was new, and its place is the last one
             del self._place_of[token_id], self._token_ids[place], self._in_all[place], self._in_output[place]
 
-    def find(self, token_ids: Iterable[int]) -> list[int | None]:
-        """The place of each token in the columns; None: it is in neither prompt nor output."""
-        return [self._place_of.get(token_id) for token_id in token_ids]
-
     def columns(self) -> tuple[Integers, Integers, Integers]:
         """Copies [distinct tokens]: token ids, their counts in prompt and output, their counts in the output."""
         return np.array(self._token_ids), np.array(self._in_all), np.array(self._in_output)
 
 
+class Biases:
+    """A request's biases as arrays [biases], by ascending token id: tens of thousands are not gone through again."""
+
+    def __init__(self, logit_bias: Mapping[int, float]) -> None:
+        """`logit_bias` has one token at least."""
+        token_ids = np.array([*logit_bias], np.int64)
+        order = np.argsort(token_ids)
+        self.token_ids = token_ids[order]
+        self.values = np.array([*logit_bias.values()], np.float32)[order]
+
+    def of(self, token_ids: Integers) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """The bias of each of `token_ids`, 0 without one; and which of the biases [biases] belong to other tokens."""
+        places = np.minimum(np.searchsorted(self.token_ids, token_ids), len(self.token_ids) - 1)
+        is_biased = self.token_ids[places] == token_ids
+        is_other = np.ones(len(self.token_ids), bool)
+        is_other[places[is_biased]] = False
+        return np.where(is_biased, self.values[places], np.float32(0.0)), is_other
+
+
 class Penalties:
-    """Adjusts the logits of a step; keeps the counts of the sequences that want them for as long as they live."""
+    """Adjusts the logits of a step; keeps counts and biases of the sequences that have them as long as they live."""
 
     def __init__(self, watermark_gamma: float = 0.5, watermark_delta: float = 2.0, backend: str = "torch") -> None:
         """`watermark_gamma` is the part of the vocabulary on the green list, which gains `watermark_delta`.
@@ -177,6 +192,7 @@ class Penalties:
         self._watermark_gamma = watermark_gamma
         self._watermark_delta = watermark_delta
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
+        self._biases: WeakKeyDictionary[Sequence, Biases] = WeakKeyDictionary()
 
     @staticmethod
     def needs_tokens(sequence: Sequence) -> bool:
@@ -203,7 +219,8 @@ class Penalties:
             if is_counting(params):
                 places += self._counted(scheduled)
             elif params.logit_bias:
-                places += [_biased(row, params.logit_bias) for row in scheduled.rows]
+                biases = self._biases_of(sequence)
+                places += [_biased(row, biases.token_ids, biases.values) for row in scheduled.rows]
         joined = Places.join(places) if places else None
         self._adjust_logits(logits, Adjustments(green_lists, self._watermark_delta, joined))
 
@@ -213,6 +230,12 @@ class Penalties:
         token_ids: Integers = torch.randperm(vocab_size, generator=generator).numpy()
         return token_ids[: int(vocab_size * self._watermark_gamma)]
 
+    def _biases_of(self, sequence: Sequence) -> Biases:
+        biases = self._biases.get(sequence)
+        if biases is None:
+            biases = self._biases[sequence] = Biases(sequence.request.sampling.logit_bias)
+        return biases
+
     def _counted(self, scheduled: ScheduledSequence) -> Iterator[Places]:
         """The places of each row of a sequence whose tokens count."""
         sequence = scheduled.sequence
@@ -221,15 +244,16 @@ class Penalties:
             counts = self._counts[sequence] = TokenCounts(sequence.request.prompt_token_ids)
         for token_id in sequence.token_ids[counts.num_tokens :]:
             counts.add(token_id)
+        biases = self._biases_of(sequence) if sequence.request.sampling.logit_bias else None
         for row, following in zip(scheduled.rows, [*scheduled.draft, None], strict=True):
-            yield _penalized(row, counts, sequence.request.sampling)
+            yield _penalized(row, counts, sequence.request.sampling, biases)
             if following is not None:
                 counts.add(following)
         for token_id in reversed(scheduled.draft):
             counts.remove(token_id)
 
 
-def _penalized(row: int, counts: TokenCounts, params: SamplingParams) -> Places:
+def _penalized(row: int, counts: TokenCounts, params: SamplingParams, biases: Biases | None) -> Places:
     """The places of a row: those of the tokens that are counted, and of the others that have a bias."""
     token_ids, in_all, in_output = counts.columns()
     subtracted = (
@@ -238,19 +262,12 @@ def _penalized(row: int, counts: TokenCounts, params: SamplingParams) -> Places:
         + params.presence_penalty * (in_output > 0)
     ).astype(np.float32)
     penalties = np.full(len(token_ids), params.repetition_penalty, np.float32)
-    if not params.logit_bias:
+    if biases is None:
         return Places(np.full(len(token_ids), row), token_ids, penalties, subtracted)
-    biases = np.zeros(len(token_ids), np.float32)
-    others: dict[int, float] = {}
-    for (token_id, bias), place in zip(params.logit_bias.items(), counts.find(params.logit_bias), strict=True):
-        if place is None:
-            others[token_id] = bias
-        else:
-            biases[place] = bias
-    counted = Places(np.full(len(token_ids), row), token_ids, penalties, subtracted, biases)
-    return Places.join([counted, _biased(row, others)])
+    added, is_other = biases.of(token_ids)
+    counted = Places(np.full(len(token_ids), row), token_ids, penalties, subtracted, added)
+    return Places.join([counted, _biased(row, biases.token_ids[is_other], biases.values[is_other])])
 
 
-def _biased(row: int, logit_bias: dict[int, float]) -> Places:
-    token_ids, biases = np.array([*logit_bias], np.int64), np.array([*logit_bias.values()], np.float32)
+def _biased(row: int, token_ids: Integers, biases: Floats) -> Places:
     return Places(np.full(len(token_ids), row), token_ids, biases=biases)

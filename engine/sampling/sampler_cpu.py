@@ -23,7 +23,11 @@ from quant.kernels.simd import LANES, add, exp, load, max_lanes, max_of, multipl
 
 CHUNK = 512
 FIRST_CANDIDATES = 64
-"""Top-p looks among this many best tokens first, then among 8 times as many, and so on."""
+"""Top-p looks among this many best tokens first, then among `MAX_HEAP`, then among all."""
+MAX_HEAP = 512
+"""More of a row's best are found by sorting it: a heap of thousands takes ten times as long."""
+DIGIT_BITS = 11
+"""Bits of a key that one pass of the sort looks at: three passes for 32."""
 NUM_BINS = 4096
 """Bins of distances from the entropy, for typical-p."""
 GREEDY = 0.0
@@ -113,8 +117,33 @@ def _total(logits, start, size, best, scale, min_logit, max_logit):  # type: ign
 
 
 @njit(**FAST)
+def _descending(values):  # type: ignore[no-untyped-def]
+    """The values sorted, the largest first, digit by digit of their bits: time grows with their number alone."""
+    num_digits = 1 << DIGIT_BITS
+    keys, sorted_keys = values.view(np.uint32).copy(), np.empty(len(values), np.uint32)
+    for i in range(len(keys)):  # in the order of unsigned integers the bits of a larger value come first
+        keys[i] ^= np.uint32(0) if keys[i] >> np.uint32(31) else np.uint32(0x7FFFFFFF)
+    for shift in range(0, 32, DIGIT_BITS):
+        ends = np.zeros(num_digits + 1, np.int64)
+        for key in keys:
+            ends[((key >> np.uint32(shift)) & np.uint32(num_digits - 1)) + 1] += 1
+        for digit in range(num_digits):
+            ends[digit + 1] += ends[digit]
+        for key in keys:
+            digit = (key >> np.uint32(shift)) & np.uint32(num_digits - 1)
+            sorted_keys[ends[digit]] = key
+            ends[digit] += 1
+        keys, sorted_keys = sorted_keys, keys
+    for i in range(len(keys)):
+        keys[i] ^= np.uint32(0) if keys[i] >> np.uint32(31) else np.uint32(0x7FFFFFFF)
+    return keys.view(np.float32)
+
+
+@njit(**FAST)
 def _keep_best(logits, start, size, count):  # type: ignore[no-untyped-def]
     """The `count` largest logits, descending: a heap with the smallest on top, while the row is read."""
+    if count > MAX_HEAP:
+        return _descending(logits[start : start + size])[:count]
     heap = np.sort(logits[start : start + count])
     for i in range(start + count, start + size):
         value = logits[i]
@@ -154,7 +183,7 @@ def _threshold(logits, start, size, best, scale, top_k, top_p):  # type: ignore[
                 return value
         if count == size:
             return min_logit
-        count = min(8 * count, size)
+        count = min(MAX_HEAP, size) if count < MAX_HEAP else size
 
 
 @njit(**FAST)

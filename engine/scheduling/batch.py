@@ -42,6 +42,8 @@ class ScheduledBatch:
     """Tokens that the step computes, drafts included."""
     num_rows: int = 0
     """Rows of logits that the step computes for next tokens; scored tokens of prompts have none."""
+    num_prompt_top_tokens: int = 0
+    """Likeliest tokens that are found for each scored token: as many as the sequence wants that wants most."""
     num_admitted: int = 0
     """Sequences that left the queue for this step."""
     is_decoding: bool = True
@@ -58,6 +60,8 @@ class ScheduledBatch:
         if num_scored:
             num_new_scores = sequence.num_computed_tokens + num_tokens - len(sequence.prompt_logprobs)
             num_scored = max(0, min(num_scored, num_new_scores))
+        if num_scored:
+            self.num_prompt_top_tokens = max(self.num_prompt_top_tokens, sequence.request.num_prompt_top_tokens)
         self.scheduled.append(
             ScheduledSequence(
                 sequence,

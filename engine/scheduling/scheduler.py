@@ -155,19 +155,20 @@ class Scheduler:
                 sequence.unknown_row = scheduled.rows.start
 
     def update(
-        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
+        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_scores: SequenceOf[float] = ()
     ) -> list[TokenEvent]:
         """Take in what a step computed; the events are what the callers see.
 
-        `prompt_logprobs` belong to the tokens that `num_scored_tokens` counts, sequence after sequence. What was
-        computed for a sequence that has ended meanwhile is dropped.
+        `prompt_scores` belong to the tokens that `num_scored_tokens` counts, sequence after sequence: for each its
+        logprob, and ids and logprobs of `num_prompt_top_tokens` likeliest ones. What was computed for a sequence that
+        has ended meanwhile is dropped.
         """
         events: list[TokenEvent] = []
-        scores = iter(prompt_logprobs)
+        scores = iter(prompt_scores)
         for scheduled in batch.scheduled:
             sequence = scheduled.sequence
-            if scheduled.num_scored_tokens:
-                sequence.prompt_logprobs += itertools.islice(scores, scheduled.num_scored_tokens)
+            for _ in range(scheduled.num_scored_tokens):
+                sequence.add_score(next(scores), *_take_tops(scores, batch.num_prompt_top_tokens))
             if batch.is_launched:
                 sequence.num_launched -= 1
                 if self._sequences.get(sequence.request.request_id) is not sequence:
@@ -248,6 +249,7 @@ class Scheduler:
         self.num_admissions += 1
         if sequence.queue_time_s is None:
             self._num_prefix_hit_tokens += sequence.num_computed_tokens
+            sequence.num_prefix_hit_tokens = sequence.num_computed_tokens
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
         return True
 
@@ -258,7 +260,8 @@ class Scheduler:
         event = TokenEvent(request_id=sequence.request.request_id)
         if place == sequence.num_prompt_tokens:
             event.queue_time_s = sequence.queue_time_s
-            event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+            event.num_cached_tokens = sequence.num_prefix_hit_tokens
+            sequence.move_scores(event)
             if not all(map(math.isfinite, event.prompt_logprobs)):
                 return [TokenEvent(request_id=event.request_id, error=NON_FINITE_ERROR)]
         error = None
@@ -318,6 +321,12 @@ class Scheduler:
             self._blocks.free(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def _take_tops(scores: Iterator[float], num_top: int) -> tuple[list[int], list[float]]:
+    """The likeliest tokens of one place, and their logprobs."""
+    token_ids = [int(token_id) for token_id in itertools.islice(scores, num_top)]
+    return token_ids, [*itertools.islice(scores, num_top)]
 
 
 def _grammar_error(sequence: Sequence, token_id: int) -> str | None:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
-from engine.link.messages import GenerationRequest
+from engine.link.messages import GenerationRequest, TokenEvent
 
 UNKNOWN_TOKEN = -1
 """Stands in `Sequence.token_ids` for the token that a launched step chooses, until the host knows it."""
@@ -52,6 +52,11 @@ class Sequence:
 
     The first event takes them away.
     """
+    prompt_top_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    """The likeliest tokens at the places of `prompt_logprobs`, if the request has them."""
+    prompt_top_logprobs: list[list[float]] = dataclasses.field(default_factory=list)
+    num_prefix_hit_tokens: int = 0
+    """Computed tokens that were found in the prefix cache at the first admission."""
     queue_time_s: float | None = None
     """Seconds from arrival to the first admission, None before it; the first event says it."""
     grammar: OutputGrammar | None = None
@@ -76,6 +81,20 @@ class Sequence:
         if not self.request.has_prompt_logprobs or self.num_output_tokens:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    def add_score(self, logprob: float, top_token_ids: list[int], top_logprobs: list[float]) -> None:
+        """Take in the next prompt token's logprob, and the likeliest tokens at its place, of which there may be more
+        than the request wants."""
+        self.prompt_logprobs.append(logprob)
+        if num_top := self.request.num_prompt_top_tokens:
+            self.prompt_top_token_ids.append(top_token_ids[:num_top])
+            self.prompt_top_logprobs.append(top_logprobs[:num_top])
+
+    def move_scores(self, event: TokenEvent) -> None:
+        """Hand the prompt's scores over to the first event."""
+        event.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, []
+        event.prompt_top_token_ids, self.prompt_top_token_ids = self.prompt_top_token_ids, []
+        event.prompt_top_logprobs, self.prompt_top_logprobs = self.prompt_top_logprobs, []
 
     @property
     def has_unknown_token(self) -> bool:

@@ -1,15 +1,24 @@
-"""The `x-` headers of a successful answer (`docs/wire.md`, 1.12)."""
+"""The `x-` headers of a successful answer (`docs/wire.md`, 1.12), and one of ours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from server.generation import Generation
+from server.schemas.parts import named
+
+LEFT_OPEN = "x-schema-left-open"
+"""The places of the request's schemas that the model is not held to (`docs/structured-output.md`)."""
 
 
-def stream_headers(compute_type: str, prompt: str) -> dict[str, str]:
+def stream_headers(compute_type: str, prompt: str, left_open: Sequence[str] = ()) -> dict[str, str]:
     """The headers that are known before the first token."""
-    return {"x-compute-type": compute_type, "x-compute-characters": str(len(prompt))}
+    headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(prompt))}
+    return headers | left_open_header(left_open)
+
+
+def left_open_header(left_open: Sequence[str]) -> dict[str, str]:
+    return {LEFT_OPEN: named(left_open)} if left_open else {}
 
 
 def plain_headers(compute_type: str, prompt: str, generation: Generation) -> dict[str, str]:
@@ -17,7 +26,9 @@ def plain_headers(compute_type: str, prompt: str, generation: Generation) -> dic
         "x-compute-type": compute_type,
         "x-compute-time": f"{generation.timings.total_s:.9f}",
         "x-compute-characters": str(len(prompt)),
-    } | {name: str(value) for name, value in _counts(generation).items()}
+        **{name: str(value) for name, value in _counts(generation).items()},
+        **left_open_header(generation.left_open),
+    }
 
 
 def plain_headers_of_prompts(
@@ -28,7 +39,8 @@ def plain_headers_of_prompts(
     all_counts = [_counts(generation) for sequences in generations for generation in sequences]
     sums = {name: sum(counts[name] for counts in all_counts) for name in all_counts[0]}
     sums["x-prompt-tokens"] = sum(sequences[0].num_prompt_tokens for sequences in generations)
-    return headers | {name: str(value) for name, value in sums.items()}
+    left_open = left_open_header(generations[0][0].left_open)
+    return headers | {name: str(value) for name, value in sums.items()} | left_open
 
 
 def _counts(generation: Generation) -> dict[str, int]:

@@ -69,10 +69,17 @@ def token_answers(tokens: Iterable[Scored]) -> list[Token]:
     return [token_answer(token) for token in tokens]
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+    """Tokens whose keys and values were there from another request."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    """TGI has no such key."""
 
 
 def encoded_items(items: Iterable[T]) -> list[T]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from engine.link.messages import FinishReason
-from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, Usage, f32
+from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, PromptTokensDetails, Scored, Usage, f32
 from server.answers.sse import DONE, event, with_error_event
 from server.config import ServerConfig
 from server.errors import error_body, openai_error_body
-from server.generation import GeneratedToken, Generation
+from server.generation import GeneratedToken, Generation, Stream
+from server.text.token_names import TokenName
+
+NameOf = Callable[[int], TokenName]
+"""A token's id -> the token by itself."""
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
@@ -27,14 +33,14 @@ FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
 """The reasons of --strict-tgi in streams of /v1/completions (`docs/compatibility.md`, row 7)."""
 
 
-class TopLogprob(msgspec.Struct, frozen=True):
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     logprob: JsonF32
+    bytes: list[int] | None | UnsetType = UNSET
+    """TGI has no such key."""
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: JsonF32
+class TokenLogprob(TopLogprob, frozen=True, kw_only=True):
     top_logprobs: list[TopLogprob]
 
 
@@ -69,16 +75,50 @@ class Envelope:
         return int(time.time()) if self._is_strict else self.created
 
 
-def usage_of(generations: Iterable[Generation], num_prompt_tokens: int) -> Usage:
-    num_generated = sum(generation.num_generated_tokens for generation in generations)
-    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated)
+def usage_of(config: ServerConfig, prompts: Iterable[Generation], num_generated: int) -> Usage:
+    """The usage of so many tokens and of one sequence of each prompt."""
+    num_prompt_tokens = num_cached = 0
+    for generation in prompts:
+        num_prompt_tokens += generation.num_prompt_tokens
+        num_cached += generation.num_cached_tokens
+    details = UNSET if config.is_strict_tgi else PromptTokensDetails(num_cached)
+    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated, details)
 
 
-def chat_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:
+def num_generated_tokens(streams: Iterable[Stream]) -> int:
+    return sum(stream.generation.num_generated_tokens for stream in streams)
+
+
+def chat_logprobs(tokens: Iterable[GeneratedToken], name: NameOf, max_top: int) -> Logprobs:
+    """OpenAI's logprobs; of tokens that tie with the last of `max_top`, only so many are told."""
     return Logprobs(
         [
             TokenLogprob(
-                token.text, f32(token.logprob), [TopLogprob(top.text, f32(top.logprob)) for top in token.top_tokens]
+                **_named(token, name),
+                top_logprobs=[TopLogprob(**_named(top, name)) for top in token.top_tokens[:max_top]],
+            )
+            for token in tokens
+        ]
+    )
+
+
+def _named(token: Scored, name: NameOf) -> dict[str, Any]:
+    named = name(token.id)
+    return {
+        "token": named.text,
+        "logprob": f32(token.logprob),
+        "bytes": None if named.raw is None else list(named.raw),
+    }
+
+
+def tgi_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:
+    """TGI's: a part of a character is no text."""
+    return Logprobs(
+        [
+            TokenLogprob(
+                token=token.text,
+                logprob=f32(token.logprob),
+                top_logprobs=[TopLogprob(token=top.text, logprob=f32(top.logprob)) for top in token.top_tokens],
             )
             for token in tokens
         ]

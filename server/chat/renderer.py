@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from server.chat.template import NO_TOOLS, ChatTemplate, Ending, OfferedTools, template_config
+from server.chat.rendering import Ending
+from server.chat.template import NO_TOOLS, ChatTemplate, OfferedTools, template_config
 from server.chat.template_process import TemplateProcess
 from server.errors import TemplateError
-from server.requests.openai import Message
-from server.text.tokenizer import ChatFormat
+from server.requests.messages import Message
+from server.text.chat_format import ChatFormat
 
 QUEUE_TIMEOUT_S = 10.0
 """Longest wait of a chat for those before it."""
@@ -29,15 +31,19 @@ class ChatRenderer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chats")
 
     async def render(
-        self, messages: Sequence[Message], offered: OfferedTools = NO_TOOLS, ending: Ending = Ending.AUTOMATIC
+        self,
+        messages: Sequence[Message],
+        offered: OfferedTools = NO_TOOLS,
+        ending: Ending = Ending.AUTOMATIC,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. Raises TemplateError, also for a template that takes too long or too much memory."""
+        """The prompt. Raises ValidationError; TemplateError, also where the template takes too much time or memory."""
         deadline = time.monotonic() + QUEUE_TIMEOUT_S
 
         def run() -> str:
             if time.monotonic() > deadline:
                 raise TemplateError("the chats before this one take too long")
-            return self._template.render(messages, offered, ending)
+            return self._template.render(messages, offered, ending, variables)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 

@@ -1,45 +1,60 @@
-"""`python -m server.chat.rendering`: renders chats with one chat template, a frame for each.
+"""`python -m server.chat.rendering`: renders chats with a model's chat templates, a frame for each.
 
 A template is a program of its author's. jinja2's sandbox keeps it from files and processes, not from loops without end
-or texts without limit, so that it runs in a process of its own, which has little memory and can be killed. The template
-engine behaves as TGI's (minijinja).
+or texts without limit, so that it runs in a process of its own, which has little memory and can be killed.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
+import enum
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
-import jinja2.meta
 import msgspec
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.chat.fitting import forms_of, with_end
+from server.chat.template_engines import RaisedByTemplate, tgi_environment, transformers_environment
+from server.chat.template_traits import TemplateTraits
 from server.piped_process import prepare_child, read_frame, write_frame
+from server.text.chat_format import DEFAULT, TOOL_USE
 
 MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes; a template that needs more fails."""
 MAX_PROMPT_CHARS = 1 << 24
 """Characters of a prompt: many times those of the longest body."""
 MAX_REASON_CHARS = 2000
-PROMPT, PROMPT_WITH_TOOLS, ERROR = range(3)
+PROMPT, ERROR = range(2)
 """Kinds of answers; frames to this process are of the first kind."""
+END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Stands behind the text that is to be continued while the template runs, so that nothing has to be searched for.
 
-_HTML_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", ord("'"): "\\u0027"}
-_PRINTED = {True: "true", False: "false", None: "none"}
+It is transformers' own, with the space that shows whether a template strips its texts.
+"""
+
+
+class Ending(enum.Enum):
+    """The end of a prompt."""
+
+    AUTOMATIC = "automatic"
+    """CONTINUED if the last message is the assistant's, but without the white space at its end; else NEW."""
+    NEW = "new"
+    """The prompt ends where the assistant's next message begins."""
+    CONTINUED = "continued"
+    """The prompt ends with the last message, for the model to go on with."""
+    CLOSED = "closed"
+    """The prompt ends where the template ends the last message."""
 
 
 class TemplateConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A template and what is the same for all of its chats: the first frame."""
+    """A model's templates and what is the same for all of its chats: the first frame."""
 
-    source: str
-    bos_token: str | None
-    eos_token: str | None
+    templates: Mapping[str, str]
+    """Sources by name; never empty."""
+    special_tokens: Mapping[str, str]
     is_strict: bool
 
 
@@ -47,161 +62,176 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that one rendering needs."""
 
     messages: list[dict[str, Any]]
-    """The messages as the template gets them, but for the arguments of calls, which are JSON text."""
-    tools: Sequence[dict[str, Any]]
-    tool_prompt: str
+    """As TGI has them; or as sent, each with a content, which may be null, and arguments as JSON text."""
+    tools: Sequence[dict[str, Any]] = ()
+    tool_prompt: str = ""
     """Text for the end of the last message, if the template shows tools."""
-    listed_prompt: str
+    listed_prompt: str = ""
     """Text for the end of the last message, if the template does not show tools."""
-    is_prompt_taken: bool
-    """Whether the last message has a content that either text can follow."""
-    has_generation_prompt: bool
-
-
-class Rendered(msgspec.Struct, frozen=True):
-    """A prompt, and whether its template shows tools."""
-
-    prompt: str
-    has_tools: bool
+    ending: Ending = Ending.AUTOMATIC
+    variables: Mapping[str, Any] = {}
+    """What the client has for the template besides, by name."""
 
 
 class RenderingError(Exception):
-    """The text is the template engine's."""
-
-
-class _RaisedByTemplate(Exception):
-    """`raise_exception(text)` was called."""
+    """The text is the template's own, or the template engine's."""
 
 
 class Renderer:
-    """One compiled template."""
+    """A model's templates. Each is compiled by its first chat: a bad one must not keep the server from starting."""
 
     def __init__(self, config: TemplateConfig) -> None:
         self._config = config
+        self._compiled: dict[str, _Template] = {}
 
-    def render(self, chat: Chat) -> Rendered:
-        """Raises RenderingError."""
+    def render(self, chat: Chat) -> str:
+        """The prompt. Raises RenderingError."""
         try:
-            prompt = self._render_either(chat)
+            prompt = self._template_for(chat).render(chat)
+        except RenderingError:
+            raise
         except Exception as error:  # a template is a program of its own: anything may come out of it
-            raise RenderingError(_explain(error)[:MAX_REASON_CHARS]) from None
+            raise RenderingError(self._explain(error)[:MAX_REASON_CHARS]) from None
         if len(prompt) > MAX_PROMPT_CHARS:
             raise RenderingError(f"invalid operation: the prompt is longer than {MAX_PROMPT_CHARS} characters")
-        return Rendered(prompt, self._has_tools)
+        return prompt
 
-    def _render_either(self, chat: Chat) -> str:
-        """The prompt. Most templates need the arguments of a call as an object; some, as DeepSeek's, as JSON text."""
-        text = chat.tool_prompt if self._has_tools else chat.listed_prompt
-        messages = chat.messages
-        if text and chat.is_prompt_taken:
-            messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + text}]
-        try:
-            return self._render(_parsed_arguments(messages), chat)
-        except TypeError:
-            if not any("tool_calls" in message for message in messages):
-                raise
-            return self._render(messages, chat)
+    def _template_for(self, chat: Chat) -> _Template:
+        config = self._config
+        name = TOOL_USE if chat.tools and TOOL_USE in config.templates else DEFAULT
+        if name not in config.templates:
+            raise RenderingError("template not found")
+        if name not in self._compiled:
+            kind = _TgiTemplate if config.is_strict else _TransformersTemplate
+            self._compiled[name] = kind(config.templates[name], config.special_tokens)
+        return self._compiled[name]
 
-    def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
-        parts = self._template.generate(
-            messages=messages,
-            bos_token=self._config.bos_token,
-            eos_token=self._config.eos_token,
-            add_generation_prompt=chat.has_generation_prompt,
-            tools=list(chat.tools) or None,
-        )
+    def _explain(self, error: Exception) -> str:
+        """The template's own words; an error of the engine as minijinja prints it: kind, detail, line."""
+        if isinstance(error, RaisedByTemplate) and not self._config.is_strict:
+            return str(error)
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            return f"syntax error: {error.message} (in <string>:{error.lineno})"
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
+        return f"{_error_kind(error)}: {error} (in <string>:{line})"
+
+
+def _error_kind(error: Exception) -> str:
+    if isinstance(error, RaisedByTemplate):
+        return "syntax error"
+    return "undefined value" if isinstance(error, jinja2.UndefinedError) else "invalid operation"
+
+
+class _Template(ABC):
+    """One compiled template."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = self.environment()
+        self.traits = TemplateTraits.of(source, environment.parse(source))
+        self.special_tokens = special_tokens
+        self._template = environment.from_string(source)
+
+    @staticmethod
+    @abstractmethod
+    def environment() -> jinja2.Environment: ...
+
+    @abstractmethod
+    def render(self, chat: Chat) -> str:
+        """The prompt. Raises RenderingError, and whatever the template does."""
+
+    def run(self, **variables: Any) -> str:
+        """The template's output, no longer than matters."""
         prompt = ""
-        for part in parts:
+        for part in self._template.generate(**variables):
             prompt += part
             if len(prompt) > MAX_PROMPT_CHARS:
                 break
         return prompt
 
-    @functools.cached_property
-    def _environment(self) -> ImmutableSandboxedEnvironment:
-        return _environment(_minijinja_json if self._config.is_strict else transformers_json)
-
-    @functools.cached_property
-    def _has_tools(self) -> bool:
-        """Whether the template shows tools to the model."""
-        return "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(self._config.source))
-
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        # Compiled on the first chat: a template that does not compile must not keep the native routes from starting.
-        return self._environment.from_string(self._config.source)
+    def with_tool_prompt(self, chat: Chat) -> list[dict[str, Any]]:
+        """The messages, the last of them with the text about tools behind its content."""
+        text = chat.tool_prompt if self.traits.has_tools else chat.listed_prompt
+        ended = with_end(chat.messages[-1], text) if text and chat.messages else None
+        return chat.messages if ended is None else [*chat.messages[:-1], ended]
 
 
-def _environment(to_json: Callable[..., str]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=False, lstrip_blocks=False, extensions=["jinja2.ext.loopcontrols"], finalize=_print_as_minijinja
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+class _TgiTemplate(_Template):
+    """A template as TGI renders it."""
+
+    environment = staticmethod(tgi_environment)
+
+    def render(self, chat: Chat) -> str:
+        """The prompt. What stands behind the last words of an assistant's last message is cut: the model goes on."""
+        messages = self.with_tool_prompt(chat)
+        prompt = self.run(
+            messages=messages,
+            bos_token=self.special_tokens.get("bos_token"),
+            eos_token=self.special_tokens.get("eos_token"),
+            add_generation_prompt=True,
+            tools=list(chat.tools) or None,
+        )
+        last = messages[-1] if messages else None
+        index = prompt.rfind(last["content"]) if last and last["role"] == "assistant" else -1
+        return prompt if last is None or index < 0 else prompt[: index + len(last["content"])].rstrip()
 
 
-def _print_as_minijinja(value: Any) -> Any:
-    return _PRINTED[value] if value is None or isinstance(value, bool) else value
+class _TransformersTemplate(_Template):
+    """A template as transformers renders it."""
+
+    environment = staticmethod(transformers_environment)
+
+    def render(self, chat: Chat) -> str:
+        """The prompt of the first form of the messages that the template takes; else the error of the first form."""
+        first_error = None
+        for messages in forms_of(self.with_tool_prompt(chat), self.traits):
+            try:
+                return self._render(messages, chat)
+            except (RenderingError, RaisedByTemplate):
+                raise
+            except Exception as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
+    def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
+        if _is_continued(chat):
+            prompt = self._continued(messages, chat)
+            if prompt is not None:
+                return prompt
+            if chat.ending is Ending.CONTINUED:
+                raise RenderingError("the last message has no text to go on with")
+        return self._run_for(chat, messages, has_generation_prompt=chat.ending in (Ending.AUTOMATIC, Ending.NEW))
+
+    def _continued(self, messages: list[dict[str, Any]], chat: Chat) -> str | None:
+        """The prompt up to the end of the last message's text; None: the template does not show that."""
+        is_stripped = chat.ending is Ending.AUTOMATIC
+        marked = with_end(messages[-1], END_MARK, is_stripped=is_stripped) if messages else None
+        if marked is None:
+            return None
+        prompt = self._run_for(chat, [*messages[:-1], marked], has_generation_prompt=False)
+        place = prompt.rfind(END_MARK.rstrip())
+        if place < 0:
+            return None
+        is_whole = is_stripped or prompt.startswith(END_MARK, place)
+        return prompt[:place] if is_whole else prompt[:place].rstrip()
+
+    def _run_for(self, chat: Chat, messages: list[dict[str, Any]], *, has_generation_prompt: bool) -> str:
+        names = {
+            "messages": messages,
+            "tools": list(chat.tools) or None,
+            "documents": None,
+            "add_generation_prompt": has_generation_prompt,
+        }
+        return self.run(**{**self.special_tokens, **chat.variables, **names})
 
 
-def transformers_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """The `tojson` of transformers: JSON as Python writes it, keys in their order."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _minijinja_json(value: Any, indent: int | None = None) -> str:
-    """minijinja's filter: keys sorted, no spaces unless indented, safe inside HTML."""
-    separators = (",", ":") if indent is None else (",", ": ")
-    text = json.dumps(value, sort_keys=True, separators=separators, ensure_ascii=False, indent=indent)
-    return text.translate(_HTML_ESCAPES)
-
-
-def _raise_exception(text: str) -> NoReturn:
-    raise _RaisedByTemplate(text)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def _explain(error: Exception) -> str:
-    """An error as minijinja prints it: kind, detail, line."""
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"syntax error: {error.message} (in <string>:{error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
-    kind = "syntax error" if isinstance(error, _RaisedByTemplate) else _error_kind(error)
-    return f"{kind}: {error} (in <string>:{line})"
-
-
-def _error_kind(error: Exception) -> str:
-    return "undefined value" if isinstance(error, jinja2.UndefinedError) else "invalid operation"
-
-
-def _parsed_arguments(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of calls as objects; text that is no JSON stays as it is."""
-    return [
-        message | {"tool_calls": [_with_parsed(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in shown
-    ]
-
-
-def _with_parsed(call: dict[str, Any]) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return call | {"function": call["function"] | {"arguments": arguments}}
+def _is_continued(chat: Chat) -> bool:
+    """Whether the model goes on with the last message."""
+    if chat.ending is not Ending.AUTOMATIC:
+        return chat.ending is Ending.CONTINUED
+    last = chat.messages[-1] if chat.messages else {}
+    return last.get("role") == "assistant" and last["content"] is not None and "tool_calls" not in last
 
 
 def main() -> None:
@@ -213,12 +243,11 @@ def main() -> None:
     renderer = Renderer(msgspec.json.decode(first[1], type=TemplateConfig))
     while (frame := read_frame(source)) is not None:
         try:
-            rendered = renderer.render(msgspec.json.decode(frame[1], type=Chat))
+            prompt = renderer.render(msgspec.json.decode(frame[1], type=Chat))
         except RenderingError as error:
             write_frame(target, str(error).encode(errors="replace"), ERROR)
         else:
-            kind = PROMPT_WITH_TOOLS if rendered.has_tools else PROMPT
-            write_frame(target, rendered.prompt.encode(errors="surrogatepass"), kind)
+            write_frame(target, prompt.encode(errors="surrogatepass"), PROMPT)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """Chat messages to one prompt (`docs/wire.md`, 3.4).
 
-Templates see tools as `transformers` shows them, which is what models
-were trained on; with `--strict-tgi` they see what TGI shows (`docs/compatibility.md`, rows 17 and 30).
+Templates see messages and tools as `transformers` shows them, which is what models were trained on; with `--strict-tgi`
+they see what TGI shows (`docs/compatibility.md`, rows 17 and 30).
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from server.chat.rendering import Chat, Rendered, Renderer, RenderingError, TemplateConfig, transformers_json
-from server.chat.tool_calls import CLOSE, OPEN
-from server.errors import TemplateError
-from server.requests.openai import ContentBody, Message, TextPart, ToolCall
-from server.text.tokenizer import ChatFormat
+from server.chat.rendering import Chat, Ending, Renderer, RenderingError, TemplateConfig
+from server.chat.template_engines import transformers_json
+from server.errors import TemplateError, ValidationError
+from server.requests.messages import ContentBody, ImagePart, ImageUrl, Message, Part, TextPart, ToolCall
+from server.text.chat_format import ChatFormat
 
-Render = Callable[[Chat], Rendered]
+Render = Callable[[Chat], str]
 """Makes a prompt of a chat. Raises RenderingError."""
 
 
@@ -35,19 +34,6 @@ class OfferedTools:
     """Text for the end of the last message, if the template does not show tools."""
 
 
-class Ending(enum.Enum):
-    """The end of a prompt."""
-
-    AUTOMATIC = enum.auto()
-    """CONTINUED if the last message is the assistant's, but without the white space at its end; else NEW."""
-    NEW = enum.auto()
-    """The prompt ends where the assistant's next message begins."""
-    CONTINUED = enum.auto()
-    """The prompt ends with the last message, for the model to go on with."""
-    CLOSED = enum.auto()
-    """The prompt ends where the template ends the last message."""
-
-
 NO_TOOLS = OfferedTools()
 
 
@@ -56,121 +42,109 @@ class ChatTemplate:
 
     def __init__(self, chat_format: ChatFormat, *, is_strict: bool = False, render: Render | None = None) -> None:
         """`render` does the work: a process of its own where the template may be anybody's; None: this one."""
-        self._is_strict = is_strict
+        self._shown = _as_tgi if is_strict else _as_transformers
         config = template_config(chat_format, is_strict=is_strict)
-        self._has_calls = config is not None and "tool_calls" in config.source
         self._do_render = None if config is None else render or Renderer(config).render
 
     def render(
-        self, messages: Sequence[Message], offered: OfferedTools = NO_TOOLS, ending: Ending = Ending.AUTOMATIC
+        self,
+        messages: Sequence[Message],
+        offered: OfferedTools = NO_TOOLS,
+        ending: Ending = Ending.AUTOMATIC,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. Raises TemplateError. A template may take long: not for the event loop."""
+        """The prompt. Raises TemplateError, ValidationError. A template may take long: not for the event loop.
+
+        `variables`: what else the template may look at, by name.
+        """
         if self._do_render is None:
             raise TemplateError("template not found")
-        shown = self._shown(messages)
+        has_end = bool(messages) and isinstance(messages[-1].body, ContentBody)
         chat = Chat(
-            messages=shown,
+            messages=[self._shown(message, number) for number, message in enumerate(messages)],
             tools=offered.tools,
-            tool_prompt=offered.prompt,
-            listed_prompt=offered.listed_prompt,
-            is_prompt_taken=bool(messages) and isinstance(messages[-1].body, ContentBody),
-            has_generation_prompt=ending in (Ending.AUTOMATIC, Ending.NEW),
+            tool_prompt=offered.prompt if has_end else "",
+            listed_prompt=offered.listed_prompt if has_end else "",
+            ending=ending,
+            variables=variables or {},
         )
         try:
-            rendered = self._do_render(chat)
+            return self._do_render(chat)
         except RenderingError as error:
             raise TemplateError(str(error)) from None
-        prompt = rendered.prompt
-        content = shown[-1]["content"] if shown else None
-        if content is not None and chat.is_prompt_taken:
-            content += offered.prompt if rendered.has_tools else offered.listed_prompt
-        if ending is Ending.CONTINUED:
-            return _continue_exactly(prompt, content)
-        if ending is Ending.AUTOMATIC and content is not None and shown[-1]["role"] == "assistant":
-            return _continue_last(prompt, content)
-        return prompt
-
-    def _shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The messages as the template gets them."""
-        if self._is_strict:
-            return [{"role": message.role, "content": flatten_content(message)} for message in messages]
-        return [_with_calls(message) if self._has_calls else _calls_as_text(message) for message in messages]
 
 
 def template_config(chat_format: ChatFormat, *, is_strict: bool) -> TemplateConfig | None:
-    """The template as it is rendered; None: the model has none."""
-    if chat_format.template is None:
+    """The templates as they are rendered; None: the model has none."""
+    if not chat_format.templates:
         return None
-    source = chat_format.template
-    for training_mark in ("{% generation %}", "{% endgeneration %}"):
-        source = source.replace(training_mark, "")
-    return TemplateConfig(
-        source=source, bos_token=chat_format.bos_token, eos_token=chat_format.eos_token, is_strict=is_strict
-    )
+    templates = chat_format.templates
+    if is_strict:
+        templates = {name: _without_training_marks(source) for name, source in templates.items()}
+    return TemplateConfig(templates=templates, special_tokens=chat_format.special_tokens, is_strict=is_strict)
 
 
-def _continue_last(prompt: str, content: str) -> str:
-    """The prompt without what the template put after the assistant's last words: the model goes on with them."""
-    index = prompt.rfind(content)
-    return prompt if index < 0 else prompt[: index + len(content)].rstrip()
+def _without_training_marks(source: str) -> str:
+    return source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def _continue_exactly(prompt: str, content: str | None) -> str:
-    """The prompt as transformers cuts it: with the white space at the end, if the template keeps it."""
-    words = (content or "").strip()
-    index = prompt.rfind(words)
-    if not words or index < 0:
-        raise TemplateError("the last message has no text to go on with")
-    kept = (content or "").lstrip()
-    return prompt[: index + len(kept if prompt.startswith(kept, index) else words)]
+def _as_tgi(message: Message, number: int) -> dict[str, Any]:
+    return {"role": message.role, "content": flatten_content(message)}
 
 
-def _with_calls(message: Message) -> dict[str, Any]:
-    """A message as transformers passes it on: tool calls stay tool calls."""
-    shown: dict[str, Any] = {"role": message.role, "content": _text(message)}
+def _as_transformers(message: Message, number: int) -> dict[str, Any]:
+    """A message as its client sent it, with what the server has read in place of what it read it from."""
+    read: dict[str, Any] = {"content": _content(message, number)}
     if message.tool_calls:
-        shown["tool_calls"] = [
-            {"id": call.id, "type": call.type, "function": _called_function(call)} for call in message.tool_calls
-        ]
-    elif shown["content"] is None:
-        shown["content"] = ""
-    for name in ("name", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            shown[name] = value
-    return shown
+        read["tool_calls"] = [_call(call) for call in message.tool_calls]
+    sent = {key: read.get(key, value) for key, value in message.sent.items() if key in read or _is_kept(key, value)}
+    return sent | read
 
 
-def _called_function(call: ToolCall) -> dict[str, Any]:
+def _is_kept(key: str, value: Any) -> bool:
+    """Whether a template gets a key as it was sent; of calls and refusals it gets what was read."""
+    return value is not None and key not in ("tool_calls", "refusal")
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
     arguments = call.function.arguments
     if not isinstance(arguments, str):
         arguments = transformers_json(arguments)
-    return {"name": call.function.name, "arguments": arguments}
+    shown = {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+    return {key: value for key, value in shown.items() if value is not None}
 
 
-def _calls_as_text(message: Message) -> dict[str, Any]:
-    """A message for a template that knows no tool calls: they become the text that the model would have written."""
-    calls = (_called_function(call) for call in message.tool_calls)
-    written = [
-        f'{OPEN}\n{{"name": {transformers_json(c["name"])}, "arguments": {c["arguments"]}}}\n{CLOSE}' for c in calls
-    ]
-    return {"role": message.role, "content": "\n".join(filter(None, [_text(message), *written]))}
+def _content(message: Message, number: int) -> str | list[dict[str, str]] | None:
+    """The content of the message of that number. Raises ValidationError for one that the model can't read."""
+    if not isinstance(message.body, ContentBody):
+        return None
+    if isinstance(message.body.content, str):
+        return message.body.content
+    return [_text_part(part, number) for part in message.body.content]
+
+
+def _text_part(part: Part, number: int) -> dict[str, str]:
+    if not isinstance(part, TextPart):
+        text = f"this model reads text only, it cannot take a part of type `{part.type}`"
+        raise ValidationError(f"messages[{number}]: {text}", param=f"messages[{number}]")
+    return {"type": "text", "text": part.text}
 
 
 def flatten_content(message: Message) -> str:
     """A message's content as TGI's one string: parts joined, images as Markdown, tool calls as JSON."""
     if not isinstance(message.body, ContentBody):
         return msgspec.json.encode([_tool_call(call) for call in message.body.tool_calls]).decode()
-    return _joined(message.body)
+    content = message.body.content
+    return content if isinstance(content, str) else "".join(map(_as_markdown, content))
 
 
-def _text(message: Message) -> str | None:
-    return _joined(message.body) if isinstance(message.body, ContentBody) else None
-
-
-def _joined(body: ContentBody) -> str:
-    if isinstance(body.content, str):
-        return body.content
-    return "".join(part.text if isinstance(part, TextPart) else f"![]({part.image_url.url})" for part in body.content)
+def _as_markdown(part: Part) -> str:
+    match part:
+        case TextPart(text=text):
+            return text
+        case ImagePart(image_url=ImageUrl(url=url)):
+            return f"![]({url})"
+    return ""
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from server.chat.rendering import (
-    ERROR,
-    PROMPT,
-    PROMPT_WITH_TOOLS,
-    Chat,
-    Rendered,
-    RenderingError,
-    TemplateConfig,
-)
+from server.chat.rendering import ERROR, PROMPT, Chat, RenderingError, TemplateConfig
 from server.piped_process import HEAD, PipedProcess, has_answer, read_frame, write_frame
 
 TIMEOUT_S = 5.0
@@ -20,7 +12,7 @@ TIMEOUT_S = 5.0
 
 
 class TemplateProcess(PipedProcess):
-    """Renders chats with one template in a process of its own.
+    """Renders chats with a model's templates in a process of its own.
 
     A process that says nothing in time, or dies of a chat, gives way to a new one.
     """
@@ -30,7 +22,7 @@ class TemplateProcess(PipedProcess):
         first = msgspec.json.encode(config)
         super().__init__("server.chat.rendering", greeting=HEAD.pack(PROMPT, len(first)) + first)
 
-    def render(self, chat: Chat) -> Rendered:
+    def render(self, chat: Chat) -> str:
         """Raises RenderingError. To be called by one thread."""
         answer = self._answer(msgspec.json.encode(chat))
         if answer is None:
@@ -39,7 +31,7 @@ class TemplateProcess(PipedProcess):
         text = data.decode(errors="surrogatepass")
         if kind == ERROR:
             raise RenderingError(text)
-        return Rendered(text, has_tools=kind == PROMPT_WITH_TOOLS)
+        return text
 
     def _answer(self, request: bytes) -> tuple[int, bytes] | None:
         """The answer to a chat; None: there is none in time."""

@@ -1,7 +1,8 @@
 """Calls of functions in what a model writes, piece by piece as it comes. Plain strings; knows no HTTP.
 
 The format is the one that Qwen2.5's template asks for (hermes):
-`<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>`. Nothing else counts as a call.
+`<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>`. Besides, an answer counts that is
+nothing but such objects without the marks (`server.chat.bare_calls`). What stands in a thought is no call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from server.chat.bare_calls import BareCalls
+from server.chat.json_text import JsonText
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.text.detokenizer import overlap
-
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class CallReader(ABC):
         self.num_calls = 0
         self._held = ""
         """Text that came and is in no piece yet."""
+        self.is_over = False
+        """The model says nothing new from here on: its answer may end."""
 
     def push(self, text: str) -> list[ChatPiece]:
         """The pieces that the next part of the answer's text completes."""
@@ -87,20 +90,36 @@ class FreeCallReader(CallReader):
     around calls belongs to neither. A call that reaches the answer's length is reported as far as it goes.
     """
 
-    def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
-        """`max_calls`: everything after that many calls is dropped; None: there is no limit."""
+    def __init__(
+        self,
+        names: Collection[str],
+        max_calls: int | None = None,
+        *,
+        bare_calls: BareCalls | None = None,
+        is_in_thought: bool = False,
+    ) -> None:
+        """`max_calls`: everything after that many calls is dropped; None: there is no limit.
+
+        `bare_calls` follows an answer that may be nothing but calls without their marks, which is read as well then.
+        `is_in_thought`: the prompt has begun a thought.
+        """
         super().__init__()
         self._names = names
         self._max_calls = max_calls
         self._gap = ""
         """White space before an opening mark, while `_held` is what comes after that mark."""
-        self._body: _JsonText | None = None
+        self._body: JsonText | None = None
         """Follows `_held` after an opening mark; None outside of a call."""
+        self._is_in_thought = is_in_thought
+        self._bare = bare_calls
+        """Follows `_held` as long as nothing but thoughts stands before it and it may be bare calls."""
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
         held, self._held = self._held, ""
         if self._is_full:
             return []
+        if self._bare is not None and not self._is_in_thought:
+            return self._finish_bare(self._bare, held, is_cut=is_cut)
         if self._body is None:
             return [] if self.num_calls and not held.strip() else _content(held)
         body = held[: len(held) - overlap(held, CLOSE)]
@@ -109,30 +128,66 @@ class FreeCallReader(CallReader):
             call = self._cut_call(body)
         return call or _content(self._gap + OPEN + held)
 
+    def _finish_bare(self, bare: BareCalls, held: str, *, is_cut: bool) -> list[ChatPiece]:
+        rest = held[bare.end :].strip()
+        pieces = [piece for call in bare.calls[: self._max_calls] for piece in self._call(*call)]
+        if rest and is_cut and not self._is_full:
+            pieces += self._cut_call(rest)
+        return pieces if pieces and (is_cut or self.is_over or not rest) else _content(held)
+
     @property
     def _is_full(self) -> bool:
         return self.num_calls == self._max_calls
 
     def _read(self, pieces: list[ChatPiece]) -> bool:
+        if self.is_over:
+            return False
         if self._is_full:
             self._held = ""
             return False
-        if self._body is None:
-            return self._read_content(pieces)
-        return self._read_call(self._body, pieces)
+        if self._is_in_thought:
+            return self._read_thought(pieces)
+        if self._body is not None:
+            return self._read_call(self._body, pieces)
+        if self._bare is not None and not self._held.lstrip().startswith(OPEN_THOUGHT):
+            if self._may_become_thought or self._bare.goes_on(self._held):
+                self.is_over = self._bare.is_repeating
+                return False
+            self._bare = None
+        return self._read_content(pieces)
+
+    @property
+    def _may_become_thought(self) -> bool:
+        return OPEN_THOUGHT.startswith(self._held.lstrip())
 
     def _read_content(self, pieces: list[ChatPiece]) -> bool:
-        before, mark, after = self._held.partition(OPEN)
-        num_certain = len(before) if mark else len(before) - overlap(before, OPEN)
-        content = before[:num_certain].rstrip()
+        held = self._held
+        # What is not found has the index -1, which becomes the end of the text.
+        start, mark = min((held.find(mark) % (len(held) + 1), mark) for mark in (OPEN, OPEN_THOUGHT))
+        is_found = start < len(held)
+        if is_found and mark == OPEN_THOUGHT:
+            self._is_in_thought = True
+            return self._read_thought(pieces)
+        num_certain = start if is_found else len(held) - max(overlap(held, OPEN), overlap(held, OPEN_THOUGHT))
+        content = held[:num_certain].rstrip()
         pieces += _content(content)
-        if not mark:
-            self._held = before[len(content) :]
+        if not is_found:
+            self._held = held[len(content) :]
             return False
-        self._gap, self._held, self._body = before[len(content) :], after, _JsonText()
+        self._gap, self._held, self._body = held[len(content) : start], held[start + len(OPEN) :], JsonText()
         return True
 
-    def _read_call(self, body: _JsonText, pieces: list[ChatPiece]) -> bool:
+    def _read_thought(self, pieces: list[ChatPiece]) -> bool:
+        """A thought is content, whatever it holds."""
+        held = self._held
+        end = held.find(CLOSE_THOUGHT)
+        self._is_in_thought = end < 0
+        num_certain = len(held) - overlap(held, CLOSE_THOUGHT) if end < 0 else end + len(CLOSE_THOUGHT)
+        pieces += _content(held[:num_certain])
+        self._held = held[num_certain:]
+        return end >= 0
+
+    def _read_call(self, body: JsonText, pieces: list[ChatPiece]) -> bool:
         """Take a call up to its closing mark. Text that cannot become a call any more is content."""
         held = self._held
         start = held.lstrip()
@@ -152,7 +207,7 @@ class FreeCallReader(CallReader):
         else:
             content = inside.rstrip()
             pieces += _content(self._gap + OPEN + content)
-            self._gap, self._body = inside[len(content) :], _JsonText()
+            self._gap, self._body = inside[len(content) :], JsonText()
         return True
 
     def _whole_call(self, body: str) -> list[ChatPiece]:
@@ -179,7 +234,9 @@ class FreeCallReader(CallReader):
 class ForcedCallReader(CallReader):
     """Reads a model that a grammar holds to the format, so that the arguments can be reported as they come.
 
-    `header` matches the text before the arguments and has the function's name, as JSON, in its first group.
+    `header` matches the text before the arguments and has the function's name, as JSON, in its first group. A call that
+    was written before is not reported again: one is held back as long as it may become that, and ends the answer if it
+    does.
     """
 
     def __init__(self, header: re.Pattern[str], first: str = "") -> None:
@@ -187,78 +244,51 @@ class ForcedCallReader(CallReader):
         super().__init__()
         self._header = header
         self._first = first
-        self._arguments: _JsonText | None = None
+        self._arguments: JsonText | None = None
+        self._name = ""
+        """The name of the call that is being written, as JSON."""
+        self._text = ""
+        """Its arguments as far as they go."""
+        self._is_reported = False
+        self._calls: list[tuple[str, str]] = []
+        """Names and arguments of the calls before."""
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
         return [] if self.num_calls else _content(self._held)
 
     def _read(self, pieces: list[ChatPiece]) -> bool:
+        if self.is_over:
+            return False
         if self._arguments is None:
             match = self._header.search(self._held)
             if match is None:
                 return False
-            pieces.append(CallStart(self.num_calls, json.loads(match[1])))
-            self.num_calls += 1
+            self._name, self._text, self._is_reported = match[1], "", False
             self._held = self._first + self._held[match.end() :]
-            self._arguments = _JsonText()
+            self._arguments = JsonText()
         end = self._arguments.end(self._held)
-        text = self._held[:end]
-        if text:
-            pieces.append(Arguments(self.num_calls - 1, text))
-        self._held = self._held[len(text) :]
+        text, self._held = self._held[:end], self._held[end:] if end is not None else ""
+        self._text += text
         if end is None:
             self._arguments.restart()
-            return False
-        self._arguments = None
-        return True
+        self._report(text, pieces, is_whole=end is not None)
+        if end is not None:
+            self._arguments = None
+            self.is_over = not self._is_reported
+            self._calls.append((self._name, self._text))
+        return end is not None
 
-
-class _JsonText:
-    """Follows a growing JSON text: what is inside a string, and where the first value ends."""
-
-    def __init__(self) -> None:
-        self._position = 0
-        self._depth = 0
-        self._is_in_string = False
-        self._is_escaped = False
-
-    def restart(self) -> None:
-        """The part that was followed is no longer in the text, which goes on at index 0."""
-        self._position = 0
-
-    def find(self, marks: tuple[str, ...], text: str) -> tuple[str | None, int]:
-        """The first of `marks` outside of strings and its index; None if there is none yet. Marks begin with "<"."""
-        while self._position < len(text):
-            if text[self._position] == "<" and not self._is_in_string:
-                for mark in marks:
-                    if text.startswith(mark, self._position):
-                        return mark, self._position
-                    if mark.startswith(text[self._position : self._position + len(mark)]):
-                        return None, self._position  # it may become this mark
-            self._step(text[self._position])
-        return None, self._position
-
-    def end(self, text: str) -> int | None:
-        """The end of the object that `text` begins with; None while it is not complete."""
-        while self._position < len(text):
-            self._step(text[self._position])
-            if self._depth == 0:
-                return self._position
-        return None
-
-    def _step(self, character: str) -> None:
-        self._position += 1
-        if self._is_escaped:
-            self._is_escaped = False
-        elif self._is_in_string:
-            self._is_escaped = character == "\\"
-            self._is_in_string = character != '"'
-        elif character == '"':
-            self._is_in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
+    def _report(self, text: str, pieces: list[ChatPiece], *, is_whole: bool) -> None:
+        """Report the call, or its next part, unless it may be one of those before."""
+        if not self._is_reported:
+            before = [call for name, call in self._calls if name == self._name]
+            if self._text in before if is_whole else any(call.startswith(self._text) for call in before):
+                return
+            pieces.append(CallStart(self.num_calls, json.loads(self._name)))
+            self.num_calls += 1
+            self._is_reported, text = True, self._text
+        if text:
+            pieces.append(Arguments(self.num_calls - 1, text))
 
 
 def _content(text: str) -> list[ChatPiece]:

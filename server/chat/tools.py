@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.chat.template import NO_TOOLS, Ending, OfferedTools
-from server.chat.tool_calls import CLOSE, OPEN, CallReader, ForcedCallReader, FreeCallReader
+from server.chat.bare_calls import BareCalls, call_key
+from server.chat.marks import CLOSE, OPEN, OPEN_THOUGHT
+from server.chat.rendering import Ending
+from server.chat.template import NO_TOOLS, OfferedTools
+from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
-from server.requests.grammar_check import JSON_OPTIONS
+from server.requests.grammar_check import Check, HeldSchema
+from server.requests.messages import Message
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
-from server.requests.schemas import closed
+from server.requests.schemas import read_schema
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"
@@ -43,17 +47,35 @@ class ToolUse:
     names: tuple[str, ...] = ()
     """Names of the functions that may be called."""
     offered: OfferedTools = NO_TOOLS
-    grammar: str | None = None
-    """A grammar as llguidance reads it, if the model is not free."""
+    grammar: Check | None = None
+    """What the model is held to, if it is not free."""
     max_calls: int | None = None
+    is_free: bool = False
+    """The model may answer in words, or in the schema of the answer."""
+    answered: frozenset[str] = frozenset()
+    """Calls that the conversation has answered since the user spoke (`server.chat.bare_calls`)."""
+    is_named: bool = False
+    """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
 
-    def reader(self) -> CallReader:
-        """A reader of one answer in the model's own format."""
-        if self.grammar is not None:
+    def reader(self, prompt: str) -> CallReader:
+        """A reader of one answer to the prompt, in the model's own format."""
+        if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
-        return FreeCallReader(self.names, self.max_calls)
+        bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
+        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
+        return FreeCallReader(self.names, self.max_calls, bare_calls=bare_calls, is_in_thought=is_in_thought)
+
+    def watch(self, prompt: str) -> Callable[[str], bool]:
+        """Something that is told an answer piece by piece, and says when nothing new comes."""
+        reader = self.reader(prompt)
+
+        def is_over(text: str) -> bool:
+            reader.push(text)
+            return reader.is_over
+
+        return is_over
 
 
 NO_TOOL_USE = ToolUse()
@@ -61,10 +83,9 @@ NO_TOOL_USE = ToolUse()
 
 def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool) -> ToolUse:
     """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
-    is_off = request.tool_choice == "none"
-    if request.tools is not None and request.response_format is not None and (is_strict or not is_off):
+    if is_strict and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    if not request.tools or is_off:
+    if not request.tools or request.tool_choice == "none":
         return NO_TOOL_USE
     return _tgi_use(request) if is_strict else _template_use(request, tokenizer)
 
@@ -102,7 +123,10 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
     sent = [tool.sent for tool in tools]
     prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
-    max_calls = None if request.parallel_tool_calls else 1
+    is_free = _is_free(request)
+    is_named = not is_free and request.tool_choice != "required"
+    max_calls = 1 if is_named or not request.parallel_tool_calls else None
+    is_held = not is_free or request.response_format is not None
     return ToolUse(
         names=tuple(tool.function.name for tool in tools),
         offered=OfferedTools(
@@ -110,21 +134,55 @@ def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
             prompt=prompt,
             listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
         ),
-        grammar=None if _is_free(request) else _hermes_grammar(tools, tokenizer, is_single=max_calls == 1),
+        grammar=_hermes_grammar(request, tools, tokenizer, is_single=max_calls == 1) if is_held else None,
         max_calls=max_calls,
+        is_free=is_free,
+        answered=_answered_calls(request.messages),
+        is_named=is_named,
     )
 
 
-def _hermes_grammar(tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> str:
-    """One call or more, of these functions and by their schemas."""
+def _answered_calls(messages: Sequence[Message]) -> frozenset[str]:
+    calls: list[str] = []
+    for message in messages:
+        if message.role == "user":
+            calls.clear()
+        calls += [call_key(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return frozenset(calls)
+
+
+def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: TextTokenizer, *, is_single: bool) -> Check:
+    """One call or more, of these functions and by their schemas; or, if the model is free, the answer."""
     bodies = []
-    for tool in tools:
+    for index, tool in enumerate(tools):
         header = f'{{"name": {_literal(tool.function.name)}, "arguments": '
-        schema = _json(_arguments_schema(tool), is_lenient=not tool.function.strict)
-        bodies.append(f"{_literal(header)} {schema} {_literal('}')}")
+        bodies.append(f"{_literal(header)} schema_{index} {_literal('}')}")
     newline = _literal("\n")
-    call = f"{_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"
-    return _lark("call" if is_single else f"call ({newline} call)*", bodies, f"call: {call}")
+    rules = [f"call: {_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"]
+    schemas = [_arguments_schema(tool) for tool in tools]
+    # Small models end after a line; without its end they can only call again.
+    start = "call" if is_single else f"call ({newline} call)* {newline}?"
+    if _is_free(request) and request.response_format is not None:
+        start = f"{start} | answer"
+        answer = request.response_format.spec()
+        if answer.type == "regex":
+            rules.append(f"answer: {_regex(answer.value)}")
+        else:
+            rules.append(f"answer: schema_{len(schemas)}")
+            schemas.append(read_schema(answer, is_strict=False))
+    return Check(lark=_lark(start, bodies, *rules), schemas=tuple(schemas))
+
+
+_IN_REGEX = {"/": r"\/", "\n": r"\n"}
+"""What would end a regular expression within a grammar."""
+
+
+def _regex(pattern: Any) -> str:
+    """A regular expression within a grammar. Raises ValidationError."""
+    if not isinstance(pattern, str):
+        raise ValidationError("grammar is not valid: a regex is a string")
+    escaped = re.sub(r"\\.|[/\n]", lambda match: _IN_REGEX.get(match[0], match[0]), pattern, flags=re.DOTALL)
+    return f"/{escaped}/"
 
 
 def _mark(mark: str, tokenizer: TextTokenizer) -> str:
@@ -133,13 +191,15 @@ def _mark(mark: str, tokenizer: TextTokenizer) -> str:
     return _literal(mark) if token_id is None else f"<[{token_id}]>"
 
 
-def _arguments_schema(tool: Tool) -> dict[str, Any]:
+def _arguments_schema(tool: Tool) -> HeldSchema:
     schema = tool.function.arguments
     if schema is None:
-        schema = {"properties": {}}
+        schema = {"properties": {}, "additionalProperties": False}
+    elif schema is True:
+        schema = {}
     if not isinstance(schema, dict):
         raise ToolError(f"The parameters of {tool.function.name} are not a JSON schema")
-    return {"type": "object"} | schema
+    return HeldSchema({"type": "object"} | schema, "strict" if tool.function.strict else "open", tool.function.name)
 
 
 def _tgi_use(request: ChatRequest) -> ToolUse:
@@ -152,10 +212,11 @@ def _tgi_use(request: ChatRequest) -> ToolUse:
     shown = [_as_tgi_shows(tool) for tool in tools]
     listed = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     prompt = request.tool_prompt or TGI_PROMPT
-    bodies = [_json(_tgi_schema(tool), is_lenient=True) for tool in tools]
+    bodies = [f"schema_{index}" for index in range(len(tools))]
+    lark = _lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies)
     return ToolUse(
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
-        grammar=_lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies),
+        grammar=Check(lark=lark, schemas=tuple(HeldSchema(_tgi_schema(tool), "tgi") for tool in tools)),
         has_no_tool=_is_free(request),
     )
 
@@ -187,12 +248,3 @@ def _lark(start: str, bodies: Sequence[str], *rules: str) -> str:
 
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _json(schema: dict[str, Any], *, is_lenient: bool) -> str:
-    """A schema within a grammar.
-
-    `is_lenient`: what llguidance cannot hold the model to is ignored, as functions check what they are given.
-    """
-    options = {"x-guidance": JSON_OPTIONS | {"lenient": is_lenient}}
-    return f"%json {json.dumps(closed(schema) | options, ensure_ascii=False)}"

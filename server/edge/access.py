@@ -5,19 +5,22 @@ from __future__ import annotations
 import hmac
 from collections.abc import Collection
 
+import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.errors import ErrorBody, UnauthorizedError, error_body_for
 from server.operation import OperationFinder
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class ApiKeyGuard:
-    """Answers 401 with an empty body to whoever asks for a protected operation without the key.
+    """Answers 401 to whoever asks for a protected operation without the key.
 
-    It stands in `Authorization: Bearer KEY` or, but for `is_strict`, in `X-API-Key`.
+    It stands in `Authorization: Bearer KEY` or, but for `is_strict`, in `X-API-Key`. The body is empty, but under /v1
+    it is the error object of the path; not with `is_strict`.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, finder: OperationFinder, *, is_strict: bool) -> None:
@@ -28,9 +31,15 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._is_protected(scope) and not self._has_key(scope):
-            await Response(status_code=401)(scope, receive, send)
+            await self._refusal(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _refusal(self, path: str) -> Response:
+        body = error_body_for(path, UnauthorizedError(), is_strict=self._is_strict)
+        if isinstance(body, ErrorBody):
+            return Response(status_code=401)
+        return Response(msgspec.json.encode(body), 401, media_type="application/json")
 
     def _is_protected(self, scope: Scope) -> bool:
         operation = self._finder.find(scope["path"], scope["method"])

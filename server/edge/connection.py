@@ -10,6 +10,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.edge.connections import ConnectionTable
+from server.edge.framing import framed
 
 MAX_HEAD_BYTES = 64 * 1024
 """The limit of a request line and its headers, beside what comes with the first of them. uvicorn's other parser takes
@@ -138,7 +139,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_if_there(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not cycle.disconnected and not self.transport.is_closing():
-            super()._start_asgi_task(cycle, app)
+            super()._start_asgi_task(cycle, framed(app, cycle))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._table.remove(self)

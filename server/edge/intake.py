@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.edge.encoding import reader_of
 from server.errors import BodyError, OverloadedError
 
 TOO_LONG = "Failed to buffer the request body: length limit exceeded"
@@ -52,8 +53,10 @@ class Arrival:
 class Intake:
     """The bodies of one server."""
 
-    def __init__(self, limits: IntakeLimits) -> None:
+    def __init__(self, limits: IntakeLimits, *, is_strict: bool = False) -> None:
+        """`is_strict`: bodies are taken as they come, as by TGI, whatever their encoding."""
         self._limits = limits
+        self._is_strict = is_strict
         self._arrivals: set[Arrival] = set()
         self.num_bytes = 0
         """Memory that is held for bodies."""
@@ -61,29 +64,34 @@ class Intake:
     async def receive(self, request: Request) -> bytes:
         """The whole body, whose memory is held until the request ends. Raises BodyError, OverloadedError.
 
-        It is refused as soon as it is known to be too long, whatever its headers say.
+        It is refused as soon as it is known to be too long, whatever its headers say, compressed or not.
         """
         announced = request.headers.get("content-length", "")
         limit = self._limits.max_body_bytes
         is_number = announced.isdecimal() and announced.isascii()
         if is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
             raise BodyError(413, TOO_LONG)
+        reader = reader_of("" if self._is_strict else request.headers.get("content-encoding", ""))
         loop = asyncio.get_running_loop()
         started = loop.time()
         body = bytearray()
+        num_received = 0
         try:
             async with asyncio.timeout_at(started + self._limits.silence_s) as timer:
                 arrival = request.scope[SCOPE_KEY] = Arrival(timer)
                 self._arrivals.add(arrival)
                 async for chunk in request.stream():
-                    if len(body) + len(chunk) > limit:
-                        raise BodyError(413, TOO_LONG)
-                    body += chunk
+                    num_received += len(chunk)
+                    for piece in reader.push(chunk):
+                        if max(len(body) + len(piece), num_received) > limit:
+                            raise BodyError(413, TOO_LONG)
+                        body += piece
+                        self._hold(arrival, len(piece))
                     arrival.last_progress = loop.time()
-                    self._hold(arrival, len(chunk))
                     timer.reschedule(self._deadline(started, arrival))
         except TimeoutError:
             raise BodyError(408, "Failed to buffer the request body: it comes too slowly") from None
+        reader.finish()
         arrival.is_complete = True
         return bytes(body)
 

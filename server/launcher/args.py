@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.launcher.errors import ArgumentError
-from server.launcher.flag import Effect
+from server.launcher.flag import PORT, Effect
 from server.launcher.flags import VARIABLES, every_flag
 from server.launcher.parser import build_parser, flag_type, parse_value
 from server.launcher.sharding import Sharding, resolve_sharding
+
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
+"""The value of NAME_PORT that every container gets for a service called `name`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +50,9 @@ class LauncherArgs:
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
     """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination."""
-    environ = {name: value for name, value in environ.items() if value}  # empty is as good as unset
+    services = _service_variables(environ)
+    # Empty is as good as unset.
+    environ = {name: value for name, value in environ.items() if value and name not in services}
     parser = build_parser()
     values, sources = _read_flags(parser, argv, environ)
     variables = _read_variables(parser, environ)
@@ -55,7 +61,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
     sharding = resolve_sharding(values | variables, environ)
     _check_limits(values)
     _check_combinations(values)
-    warnings = (*_refuse_and_warn(values, sources), *_idle_variables(variables))
+    warnings = (*services.values(), *_refuse_and_warn(values, sources), *_idle_variables(variables))
     _check_draft_lengths(values)
     return LauncherArgs(
         **fields_of("launcher", values | variables),
@@ -93,6 +99,17 @@ def _read_flags(
             values[flag.attribute] = [value] if flag.is_repeatable else value
             sources[flag.attribute] = f"the variable {flag.variable}"
     return values, sources
+
+
+def _service_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our variables that Kubernetes has set for a service of that name, and a sentence about each."""
+    names = [flag.variable for flag in every_flag() if flag.has_variable and flag.value is PORT]
+    return {
+        name: f"the variable {name} is ignored: {environ[name]} is what Kubernetes says of a service, and no port; "
+        "enableServiceLinks: false in the pod's specification keeps such variables away"
+        for name in names
+        if _SERVICE_ADDRESS.fullmatch(environ.get(name, ""))
+    }
 
 
 def _read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> dict[str, Any]:

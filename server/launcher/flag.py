@@ -93,6 +93,13 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(_integer(0)(part) for part in text.split(","))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(name and name.isprintable() for name in names):
+        raise ValueError(text)
+    return names
+
+
 def _log_filter(text: str) -> str:
     parse_log_filter(text)
     return text
@@ -116,6 +123,7 @@ BOOLEAN = Value(name="boolean", parse=_boolean)
 HEADER_TEXT = Value(name="header text", parse=_header_text)
 SECRET = Value(name="key", parse=_secret)
 INTEGERS = Value(name="list of integers", parse=_integers)
+NAMES = Value(name="list of names", parse=_names)
 THREADS = Value(name="thread count", parse=_first_integer)
 LOG_FILTER = Value(name="log filter", parse=_log_filter)
 SECONDS = Value(name="seconds", parse=_integer(0))

@@ -17,6 +17,7 @@ from server.launcher.flag import (
     HEADER_TEXT,
     INTEGERS,
     LOG_FILTER,
+    NAMES,
     NUMBER,
     PATH,
     PORT,
@@ -38,7 +39,15 @@ MODEL = (
     Flag(
         name="model-id",
         fills="launcher.model_id server.model_id",
-        help="Folder of a Hugging Face model, or its id on the Hub",
+        help="Folder of a Hugging Face model, or its id on the Hub; an adapter (LoRA) is merged into the model that it "
+        "names",
+    ),
+    Flag(
+        name="served-model-name",
+        fills="server.served_model_names",
+        help="What clients call the model (default: --model-id), one name or several between commas: /v1/models lists "
+        "all of them, answers have the first where a request names none (ours)",
+        value=NAMES,
     ),
     Flag(name="revision", fills="launcher.revision", help="Branch, tag or commit on the Hub (default: main)"),
     Flag(
@@ -231,9 +240,9 @@ REQUESTS = (
     Flag(
         name="max-client-batch-size",
         fills="server.max_client_batch_size",
-        help="Most prompts in one call of /v1/completions; more are refused",
+        help="Most prompts in one call of /v1/completions; more are refused. Without it as many as "
+        "--max-concurrent-requests, with --strict-tgi 4",
         value=POSITIVE,
-        default=4,
     ),
     Flag(
         name="payload-limit",
@@ -254,6 +263,15 @@ REQUESTS = (
         fills="server.tokenizer_config_path",
         help="File read in place of the model's tokenizer_config.json, e.g. for another chat template",
         value=PATH,
+    ),
+    Flag(
+        name="generation-config",
+        fills="server.generation_config",
+        help="Whether temperature, top_p, top_k, min_p and repetition_penalty of the model's generation_config.json "
+        "are the defaults of OpenAI's routes: auto, unless --strict-tgi is given; none, or vllm as vLLM has it, turns "
+        "that off (ours)",
+        choices=("auto", "none", "vllm"),
+        default="auto",
     ),
     Flag(
         name="disable-grammar-support",

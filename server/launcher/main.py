@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 
+from engine.link.encoding import use_utf8
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
 from server.launcher.args import LauncherArgs, parse_args
@@ -27,6 +28,7 @@ logger = logging.getLogger("launcher")
 def main() -> None:
     """Console script."""
     open_standard_streams()
+    use_utf8()
     try:
         args = parse_args(sys.argv[1:], os.environ)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)
@@ -64,15 +66,15 @@ def run(args: LauncherArgs) -> None:
     for warning in args.warnings:
         logger.warning("%s", warning)
     if 0 not in args.sharding.ranks:
-        model_path = find_model(args, signals)
-        check_model(model_path, args.sharding)
-        supervise(None, start_ranks(args, model_path), signals, args.graceful_termination_timeout_s)
+        folders = find_model(args, signals)
+        check_model(folders.model, args.sharding)
+        supervise(None, start_ranks(args, folders), signals, args.graceful_termination_timeout_s)
     with bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
-        model_path = find_model(args, signals)
-        check_model(model_path, args.sharding)
+        folders = find_model(args, signals)
+        check_model(folders.model, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:
-            engines = start_ranks(args, model_path, engine_end, rendezvous)
+            engines = start_ranks(args, folders, engine_end, rendezvous)
             logger.info("Starting Webserver for %s on port %d", args.model_id, listener.getsockname()[1])
-            http = start_webserver(args, model_path, listener, http_end)
+            http = start_webserver(args, folders, listener, http_end)
     supervise(http, engines, signals, args.graceful_termination_timeout_s)

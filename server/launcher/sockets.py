@@ -28,9 +28,9 @@ def bound_socket(
     address: str, port: int, complaint: str, address_flag: str, port_flag: str, *, is_listening: bool = False
 ) -> socket.socket:
     """A socket at an IP address. Raises LaunchError with the complaint and the flag that fixes it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.ExitStack() as stack:
         try:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
             listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address, port))
@@ -38,7 +38,8 @@ def bound_socket(
                 listener.listen()
         except OSError as error:
             flag = port_flag if error.errno in (errno.EADDRINUSE, errno.EACCES) else address_flag
-            raise LaunchError(f"{complaint} on {address}:{port} ({error.strerror}): give another {flag}") from error
+            place = f"[{address}]" if family == socket.AF_INET6 else address
+            raise LaunchError(f"{complaint} on {place}:{port} ({error.strerror}): give another {flag}") from error
         stack.pop_all()
         return listener
 

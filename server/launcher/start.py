@@ -6,6 +6,7 @@ and `.server`), the launcher the rest: paths, sockets, threads.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
+from engine.link.model_files import ADAPTER_CONFIG, adapter_base
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -40,17 +42,45 @@ ENGINE_SILENCE_MARGIN_S = 10.0
 """Rank 0 is silent while it waits for another rank. It needs time to say itself that this rank hangs."""
 
 
-def find_model(args: LauncherArgs, signals: Signals) -> str:
-    """The local folder of the model. A child process fetches it from the Hub if --model-id is no folder."""
-    if os.path.isdir(args.model_id) and args.revision is None:
-        return args.model_id
-    logger.info("Starting check and download process for %s", args.model_id)
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelFolders:
+    """The local folders of what is served."""
+
+    model: str
+    adapter: str | None = None
+    """The adapter that is merged into the model, if --model-id names one."""
+
+
+def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
+    """The folders that --model-id names, with those of an adapter's model. Raises LaunchError, StartError, Stopped."""
+    folder = _find_folder(args, args.model_id, args.revision, signals)
+    base = adapter_base(Path(folder))
+    if base is None:
+        return ModelFolders(folder)
+    logger.info("%s is an adapter, to be merged into %s", args.model_id, base.model_id)
+    is_local = os.path.isdir(base.model_id)
+    if not is_local and base.model_id.startswith(("/", ".")):
+        raise LaunchError(
+            f"{args.model_id} is an adapter of {base.model_id}, which is no folder here: correct "
+            f"base_model_name_or_path in {Path(folder, ADAPTER_CONFIG)}"
+        )
+    model = _find_folder(args, base.model_id, None if is_local else base.revision, signals)
+    if adapter_base(Path(model)) is not None:
+        raise LaunchError(f"{args.model_id} is an adapter of {base.model_id}, which is one itself: merge that first")
+    return ModelFolders(model, folder)
+
+
+def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signals: Signals) -> str:
+    """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder."""
+    if os.path.isdir(model_id) and revision is None:
+        return model_id
+    logger.info("Starting check and download process for %s", model_id)
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
-    if args.revision is not None:
-        command.append(f"--revision={args.revision}")
+    if revision is not None:
+        command.append(f"--revision={revision}")
     if args.is_json_output:
         command.append("--json-output")
-    command += ["--", args.model_id]
+    command += ["--", model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
     child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
     while child.exit_code is None:
@@ -63,14 +93,14 @@ def find_model(args: LauncherArgs, signals: Signals) -> str:
     if child.exit_code is not None and child.exit_code < 0:
         raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
-        raise LaunchError(f"DownloadError: {args.model_id} could not be fetched; the reason is above")
-    logger.info("Successfully downloaded weights for %s", args.model_id)
+        raise LaunchError(f"DownloadError: {model_id} could not be fetched; the reason is above")
+    logger.info("Successfully downloaded weights for %s", model_id)
     return lines[-1]
 
 
 def start_ranks(
     args: LauncherArgs,
-    model_path: str,
+    folders: ModelFolders,
     engine_end: socket.socket | None = None,
     rendezvous: socket.socket | None = None,
 ) -> list[Child]:
@@ -97,7 +127,7 @@ def start_ranks(
         sockets = {"socket_fd": engine_end, "listen_fd": rendezvous} if rank == 0 else {}
         fds = {name: sock.fileno() for name, sock in sockets.items() if sock is not None}
         given = {**args.engine, **fds, "shard_secret": secret}
-        config = EngineConfig(**given, model_path=model_path, num_threads=num_threads)
+        config = EngineConfig(**given, model_path=folders.model, adapter_path=folders.adapter, num_threads=num_threads)
         ranks.append(
             Child(
                 f"{ENGINE_NAME} {rank}",
@@ -134,12 +164,14 @@ def shard_secret(args: LauncherArgs) -> str:
     return ""
 
 
-def start_webserver(args: LauncherArgs, model_path: str, listener: socket.socket, http_end: socket.socket) -> Child:
+def start_webserver(
+    args: LauncherArgs, folders: ModelFolders, listener: socket.socket, http_end: socket.socket
+) -> Child:
     """Start the HTTP process."""
     config = ServerConfig(
         **args.server,
-        model_path=model_path,
-        model_sha=snapshot_commit(model_path),
+        model_path=folders.model,
+        model_sha=snapshot_commit(folders.adapter or folders.model),
         listen_fd=listener.fileno(),
         engine_fd=http_end.fileno(),
         engine_silence_s=engine_silence_s(args),

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import pydantic
 
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIModel
+from server.requests.messages import OpenAIModel
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
 from server.requests.responses import Json, chat_request, unsupported
 from server.requests.serde import F32, I32, U32, ListOf, max_items
 

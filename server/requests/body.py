@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import collections
 import json
 import math
@@ -94,7 +95,8 @@ class BodyReader:
         return MeasuredBody(data, check_structure(data, self._limits))
 
     def _read(self, body: MeasuredBody, model: type[M]) -> M:
-        text, may_have_surrogates = _decoded(body.data)
+        data = body.data if self._context["is_strict"] else body.data.removeprefix(codecs.BOM_UTF8)
+        text, may_have_surrogates = _decoded(data)
         value, end = _parse(text, is_checked=body.structure.depth <= MAX_DEPTH and not may_have_surrogates)
         try:
             return model.model_validate(value, context=self._context)

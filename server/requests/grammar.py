@@ -9,19 +9,23 @@ one.
 from __future__ import annotations
 
 import json
+import logging
 import re
 
 import msgspec
 
 from server.errors import ValidationError
-from server.requests.grammar_check import Check, Checked
+from server.requests.grammar_check import TOO_DEEP, Check, Checked
 from server.requests.grammar_pool import CheckingPool, PoolLimits
-from server.requests.schemas import MAX_GRAMMAR_CHARS, TOO_LONG, closed, read_schema
+from server.requests.schemas import MAX_GRAMMAR_CHARS, TOO_LONG, read_schema
 from server.requests.values import GrammarSpec
+from server.schemas.parts import named
+
+logger = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 500
 
-_MALFORMED = re.compile(r"Invalid type|Expected |.* must be an? ")
+_MALFORMED = re.compile(rf"Invalid type|Expected |.* must be an? |{TOO_DEEP}")
 """How llguidance's error begins if the text is no JSON Schema: that is text 22; all its other errors are text 24."""
 
 
@@ -31,8 +35,8 @@ class GrammarCompiler:
     def __init__(self, limits: PoolLimits | None = None) -> None:
         self.pool = CheckingPool(limits or PoolLimits())
 
-    async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> str:
-        """The text that llguidance reads. Raises ValidationError, OverloadedError.
+    async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> Checked:
+        """The text that llguidance reads, and what it leaves open. Raises ValidationError, OverloadedError.
 
         `is_strict`: as in TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
         """
@@ -42,37 +46,39 @@ class GrammarCompiler:
             checked = await self._check(Check(regex=grammar.value))
             if checked.error is not None:
                 raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")
-            return checked.grammar
+            return checked
         schema = read_schema(grammar, is_strict=is_strict)
-        checked = await self._check(Check(schema=closed(schema), is_lenient=is_strict))
+        checked = await self._check(Check(schemas=(schema,)))
         if checked.error is not None and _MALFORMED.match(checked.error):
             raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")  # text 22
-        if is_strict and "properties" not in schema:
+        if is_strict and "properties" not in schema.schema:
             raise ValidationError("grammar is not valid: Grammar must have a 'properties' field")  # text 23
-        if checked.error is not None:
-            raise ValidationError(
-                f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
-            )  # text 24
-        return checked.grammar
+        return _usable(checked)
 
-    async def compile_tools(self, lark: str) -> str:
-        """The same for a grammar that `server.chat.tools` has made of the schemas of functions."""
-        checked = await self._check(Check(lark=lark))
-        if checked.error is not None:
-            raise ValidationError(
-                f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
-            )
-        return checked.grammar
+    async def compile_tools(self, check: Check) -> Checked:
+        """The same for what `server.chat.tools` has made of the schemas of functions."""
+        return _usable(await self._check(check))
 
     async def _check(self, check: Check) -> Checked:
         try:
             request = json.dumps(msgspec.to_builtins(check)).encode() + b"\n"
         except RecursionError:
-            return Checked(error="it is nested too deeply")
+            return Checked(error=TOO_DEEP)
         if len(request) > MAX_GRAMMAR_CHARS:
             return Checked(error=TOO_LONG)
         checked = await self.pool.check(request)
-        return Checked(checked.grammar, checked.error and checked.error[:MAX_REASON_CHARS])
+        if checked.left_open:
+            logger.debug("The model is not held to %s", named(checked.left_open))
+        return msgspec.structs.replace(checked, error=checked.error and checked.error[:MAX_REASON_CHARS])
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _usable(checked: Checked) -> Checked:
+    """Raises ValidationError."""
+    if checked.error is not None:
+        raise ValidationError(
+            f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
+        )  # text 24
+    return checked

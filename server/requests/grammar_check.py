@@ -8,18 +8,25 @@ process that is at work, and a `Checked`, or null if that process was killed or 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from urllib.parse import quote
 
 import msgspec
 
 from engine.link.config import GRAMMAR_LIMITS
 from server.piped_process import prepare_child
 from server.requests.forced_text import unforced
+from server.schemas.closing import closed
+from server.schemas.opening import Opening
+from server.schemas.repair import repaired
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -31,6 +38,10 @@ MAX_GRAMMAR_MEMORY = 32 << 20
 PAGE_SIZE = 4096
 PID_BYTES = 12
 """Length of the line with a process' number."""
+
+TOO_DEEP = "it is nested too deeply"
+REPAIR_S = 2.0
+"""Seconds to find out what llguidance refuses in a schema; after that all of it is left open."""
 
 JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": False,
@@ -46,14 +57,29 @@ _TOKEN = re.compile(r"<\[\d+\]>")
 """A token of the model's vocabulary in a grammar of ours; a vocabulary of bytes has no such."""
 
 
+Mode = Literal["open", "strict", "tgi"]
+"""What happens to a schema that says more than a model can be held to: that part is left open, the schema is refused,
+or, as in TGI, keywords that are not known are ignored and the rest is refused."""
+
+
+class HeldSchema(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A schema as it was sent."""
+
+    schema: dict[str, Any]
+    mode: Mode = "open"
+    name: str = ""
+    """The function whose arguments it describes, if it does."""
+
+
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A thing to compile: a regular expression, a grammar of llguidance's own, or else a schema."""
+    """A thing to compile: a regular expression, or schemas.
+
+    Several schemas are parts of a grammar of llguidance's own, which calls them `schema_0`, `schema_1`, ...
+    """
 
     regex: str | None = None
     lark: str | None = None
-    schema: dict[str, Any] | None = None
-    is_lenient: bool = False
-    """Ignore keywords that llguidance does not know."""
+    schemas: tuple[HeldSchema, ...] = ()
 
 
 class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,6 +87,12 @@ class Checked(msgspec.Struct, frozen=True, omit_defaults=True):
 
     grammar: str = ""
     error: str | None = None
+    left_open: tuple[str, ...] = ()
+    """Places of the schemas that the model is not held to."""
+
+
+Prepared = tuple[Any, list[str]]
+"""A schema as llguidance gets it, and the places that are left open in it."""
 
 
 class Checker:
@@ -74,7 +106,28 @@ class Checker:
         self._tokenizer: LLTokenizer = LLTokenizer("byte")
 
     def check(self, request: Check) -> Checked:
-        grammar = self._grammar(request)
+        if request.regex is not None:
+            return self._compiled(self._matcher.grammar_from_regex(request.regex))
+        prepared = [_prepared(held) for held in request.schemas]
+        checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
+        return checked
+
+    def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
+        pairs = list(zip(request.schemas, prepared, strict=True))
+        left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
+        if request.lark is None:
+            (held, (schema, _)) = pairs[0]
+            return self._compiled(self._grammar_of(schema, held.mode), left_open)
+        rules = [request.lark]
+        for index, (held, (schema, _)) in enumerate(pairs):
+            options = {"x-guidance": _options(held.mode)}
+            rules.append(f"schema_{index}: %json {json.dumps(closed(schema) | options, ensure_ascii=False)}")
+        return self._compiled(self._matcher.grammar_from_lark("\n".join(rules)), left_open)
+
+    def _compiled(self, grammar: str, left_open: tuple[str, ...] = ()) -> Checked:
         error = self._matcher.validate_grammar(grammar, limits=self._limits)
         if error:
             return Checked(error=error)
@@ -88,17 +141,45 @@ class Checker:
             return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
         if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
             return Checked(error="it is too complex: it takes too much memory")
-        return Checked(grammar)
+        return Checked(grammar, left_open=left_open)
 
-    def _grammar(self, request: Check) -> str:
-        if request.regex is not None:
-            return self._matcher.grammar_from_regex(request.regex)
-        if request.lark is not None:
-            return self._matcher.grammar_from_lark(request.lark)
-        # x-guidance are options of llguidance's own, and not part of a schema.
-        schema = {key: value for key, value in (request.schema or {}).items() if key != "x-guidance"}
-        overrides: Any = {**JSON_OPTIONS, "lenient": request.is_lenient}
-        return self._matcher.grammar_from_json_schema(schema, overrides=overrides)
+    def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
+        return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+
+    def _grammar_of(self, schema: dict[str, Any], mode: Mode) -> str:
+        return self._matcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))
+
+
+def _prepared(held: HeldSchema) -> Prepared:
+    # x-guidance are options of llguidance's own, and not part of a schema.
+    schema = {key: value for key, value in held.schema.items() if key != "x-guidance"}
+    if held.mode != "open":
+        return schema, []
+    opening = Opening(schema, is_object=bool(held.name))
+    opened = opening.opened()
+    return (opened, opening.left_open) if isinstance(opened, dict) else ({}, ["#"])  # nothing would be allowed
+
+
+def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, Any], Mode], bool]) -> Prepared:
+    schema, places = prepared
+    if held.mode != "open":
+        return prepared
+    deadline = time.monotonic() + REPAIR_S
+
+    def fits_in_time(attempt: Any) -> bool:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        return fits(attempt, held.mode)
+
+    try:
+        schema, more = repaired(schema, fits_in_time)
+    except TimeoutError:
+        schema, more = {"type": "object"} if held.name else {}, ["#"]
+    return schema, places + more
+
+
+def _options(mode: Mode) -> Any:
+    return JSON_OPTIONS | {"lenient": mode != "strict"}
 
 
 def resident_bytes() -> int:
@@ -142,7 +223,9 @@ def _work(checker: Checker, line: bytes, writing: int) -> NoReturn:
         os.nice(int(niceness))
         try:
             checked = checker.check(msgspec.json.decode(request, type=Check))
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            checked = Checked(error=TOO_DEEP)
+        except ValueError as error:
             checked = Checked(error=str(error))
         with open(writing, "wb") as stream:
             stream.write(msgspec.json.encode(checked) + b"\n")

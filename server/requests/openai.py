@@ -7,6 +7,7 @@ Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -14,7 +15,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetJsonSchemaHandler,
     PlainValidator,
     TypeAdapter,
     ValidationError,
@@ -22,11 +22,12 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import CoreSchema
 
 from server.requests.dialects import parameters_of, speaking
+from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
+from server.requests.sampling_defaults import filled
 from server.requests.serde import (
     F32,
     I32,
@@ -44,36 +45,6 @@ from server.requests.values import Grammar, LogitBias
 
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 1_024
-
-
-class OpenAIModel(WireModel):
-    is_null_absent: ClassVar[bool] = True
-
-
-class TextPart(WireModel):
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(WireModel):
-    url: str
-
-
-class ImagePart(WireModel):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class CalledFunction(WireModel):
-    name: str
-    description: str | None = None
-    arguments: Any = Field(validation_alias=AliasChoices("arguments", "parameters"))
-
-
-class ToolCall(WireModel):
-    id: str
-    type: str
-    function: CalledFunction
 
 
 class OfferedFunction(OpenAIModel):
@@ -114,51 +85,6 @@ class FunctionName(WireModel):
 
 class NamedToolChoice(WireModel):
     function: FunctionName
-
-
-class ContentBody(WireModel):
-    content: str | ListOf[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-
-
-class ToolCallBody(WireModel):
-    tool_calls: ListOf[ToolCall]
-
-
-_MESSAGE_BODY: TypeAdapter[ContentBody | ToolCallBody] = TypeAdapter(
-    Annotated[ContentBody | ToolCallBody, Field(union_mode="left_to_right")]
-)
-
-
-class Message(OpenAIModel):
-    """One message of a chat. Read strictly, `content` wins over `tool_calls` where both are usable."""
-
-    role: str
-    name: str | None = None
-    body: ContentBody | ToolCallBody
-    tool_calls: ListOf[ToolCall] = Field(default_factory=list)
-    tool_call_id: str | None = None
-
-    extensions: ClassVar[frozenset[str]] = frozenset({"tool_calls", "tool_call_id"})
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The fields of `body` are the message's own."""
-        schema = handler.resolve_ref_schema(handler(core))
-        schema["required"].remove("body")
-        schema["anyOf"] = schema["properties"].pop("body")["anyOf"]
-        return schema
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_body(cls, data: Any) -> Any:
-        # TGI flattens an untagged enum into the message: its error names the message, not the field
-        if not isinstance(data, dict):
-            return data
-        try:
-            data["body"] = _MESSAGE_BODY.validate_python(data)
-        except ValidationError:
-            raise wrong("data did not match any variant of untagged enum MessageBody") from None
-        return data
 
 
 class StreamOptions(OpenAIModel):
@@ -203,6 +129,11 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+ResponseFormat = Annotated[
+    Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
+]
+
+
 def _read_seed(value: Any, info: ValidationInfo) -> Any:
     """A seed that is negative counts from the end of the unsigned ones, but -1 asks for a random one."""
     if is_strict(info) or type(value) is not int or not -(2**63) <= value < 0:
@@ -234,9 +165,7 @@ class ChatRequest(OpenAIModel):
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
     tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
-    response_format: Annotated[
-        Grammar | None, BeforeValidator(_read_response_format, json_schema_input_type=Grammar | OpenAIFormat | None)
-    ] = None
+    response_format: ResponseFormat = None
     n: U32 | None = None
     logit_bias: Annotated[LogitBias | None, BeforeValidator(_read_bias)] = None
     top_k: I32 | None = None
@@ -310,14 +239,20 @@ class CompletionRequest(OpenAIModel):
     min_p: F32 | None = None
     typical_p: F32 | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 
 
-def openai_parameters(request: ChatRequest | CompletionRequest, *, is_strict: bool) -> Parameters:
-    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0."""
+def openai_parameters(
+    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float], *, is_strict: bool
+) -> Parameters:
+    """The parameters of an OpenAI-shaped request: tokens are drawn unless the temperature, or top_p, is exactly 0.
+
+    `defaults` are values of parameters that the request leaves out.
+    """
     dialect = Dialect.CHAT if isinstance(request, ChatRequest) else Dialect.COMPLETIONS
-    parameters = parameters_of(dialect, request)
+    parameters = filled(parameters_of(dialect, request), defaults)
     is_greedy = parameters.temperature == 0 or (parameters.top_p == 0 and not is_strict)
     presence, repetition = parameters.presence_penalty, parameters.repetition_penalty
     if is_strict and presence is not None:  # `docs/compatibility.md`, row 5

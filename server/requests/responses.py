@@ -12,7 +12,8 @@ import pydantic
 
 from server.errors import ValidationError
 from server.requests import serde
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIModel
+from server.requests.messages import OpenAIModel
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
 from server.requests.serde import F32, U32, ListOf, max_items
 
 Json = dict[str, Any]

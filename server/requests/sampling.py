@@ -171,7 +171,14 @@ class Parameters:
         )
     )
     grammar: GrammarSpec | None = parameter(
-        Row(Grammar, {Dialect.NATIVE: TGI, Dialect.CHAT: TGI.named("response_format")})
+        Row(
+            Grammar,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: TGI.named("response_format"),
+                Dialect.COMPLETIONS: OURS.named("response_format"),
+            },
+        )
     )
     adapter_id: str | None = parameter(Row(str, NATIVE_ONLY))
     presence_penalty: float | None = parameter(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
 from server.text.tokenizer import TextTokenizer
@@ -24,6 +26,8 @@ from server.text.tokenizer import TextTokenizer
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
 `docs/compatibility.md`)."""
+MAX_PROMPT_TOPS = 131_072
+"""Likeliest tokens of a whole prompt: a full window of most models with one each, or 6,553 tokens with 20."""
 TOO_LONG = "context_length_exceeded"
 """OpenAI's code of a request that does not fit the window."""
 
@@ -31,6 +35,10 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
     ((name, row, row.refusal) for name, row in ROWS.items() if row.refusal is not None), key=lambda item: item[2].number
 )
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
+
+
+Watch = Callable[[], Callable[[str], bool]]
+"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +55,13 @@ class GenerationInput:
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     dialect: Dialect = Dialect.NATIVE
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
-    tool_grammar: str | None = None
-    """A grammar as llguidance reads it, if the model has to call a function; `parameters` have none then."""
-
+    num_prompt_top_tokens: int = 0
+    """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
+    tool_grammar: Check | None = None
+    """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
+    watch: Watch | None = None
 
     @property
     def is_openai(self) -> bool:
@@ -76,8 +86,11 @@ class ValidatedRequest:
     parameters: Parameters
     is_stop_hidden: bool
     """The text ends before a stop string, as OpenAI has it."""
+    left_open: Sequence[str] = ()
+    """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
+    watch: Watch | None = None
 
 
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
@@ -126,6 +139,7 @@ class Validator:
         token_ids = await self._tokenize(request)
         _check_vocabulary(token_ids, request, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), request, limits)
+        _check_prompt_tops(len(token_ids), request)
         grammar = await self._grammar(request)
         is_strict = self._config.is_strict_tgi
         generation = GenerationRequest(
@@ -135,19 +149,22 @@ class Validator:
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
             has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            grammar=grammar,
+            num_prompt_top_tokens=request.num_prompt_top_tokens,
+            grammar=grammar.grammar if grammar else None,
         )
         return [
             ValidatedRequest(
                 generation=_numbered(generation, index),
                 parameters=parameters,
                 is_stop_hidden=request.is_openai,
+                left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
+                watch=request.watch,
             )
             for index in range(request.num_sequences)
         ]
 
-    async def _grammar(self, request: GenerationInput) -> str | None:
+    async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
         if spec is None and tool_grammar is None:
             return None
@@ -243,6 +260,15 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
         code=TOO_LONG,
     )  # text 20
     return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
+    num_top = request.num_prompt_top_tokens
+    refuse_if(
+        num_top * num_input > MAX_PROMPT_TOPS,
+        f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",
+        param="logprobs",
+    )
 
 
 def _numbered(request: GenerationRequest, index: int) -> GenerationRequest:

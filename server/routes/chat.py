@@ -16,8 +16,17 @@ from msgspec import UNSET, UnsetType
 from engine.link.messages import FinishReason
 from server.answers.headers import plain_headers, stream_headers
 from server.answers.json import Usage, encoded_answer, encoded_items, encoder
-from server.answers.openai import Envelope, Logprobs, chat_logprobs, openai_stream, usage_of
+from server.answers.openai import (
+    Envelope,
+    Logprobs,
+    chat_logprobs,
+    num_generated_tokens,
+    openai_stream,
+    tgi_logprobs,
+    usage_of,
+)
 from server.answers.sse import EventStream, event
+from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
     ChatDelta,
     ChatMessage,
@@ -28,13 +37,14 @@ from server.chat.messages import (
     delta_of,
     message_of,
 )
-from server.chat.tool_calls import CLOSE, OPEN, Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
-from server.requests.openai import ChatRequest, Message, ToolCallBody, openai_parameters
+from server.requests.messages import Message, ToolCallBody
+from server.requests.openai import ChatRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.service import AdmittedRequest, GenerationService, service_of
@@ -105,7 +115,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
         return encoded_answer(answer, headers)
     opening = await service.open_validated(generation_input)
     events = openai_stream(chat.chunks(opening), service.config)
-    headers = stream_headers(service.config.compute_type, generation_input.inputs)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs, opening.left_open)
     return EventStream(events, headers, opening.close)
 
 
@@ -113,14 +123,16 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
+    prompt = await service.chats.render(request.messages, use.offered, ending(request))
     generation_input = GenerationInput(
-        inputs=await service.chats.render(request.messages, use.offered, ending(request)),
-        parameters=openai_parameters(request, is_strict=is_strict),
+        inputs=prompt,
+        parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
         is_stream=request.stream,
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        watch=(lambda: use.watch(prompt)) if use.names else None,
         # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
     )
@@ -141,7 +153,7 @@ class _Chat:
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
         # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
-        self._model = service.config.model_id if body.model is None or body.model == "tgi" else body.model
+        self._model = service.config.model_names[0] if body.model in (None, "tgi") else body.model
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
@@ -170,7 +182,7 @@ class _Chat:
         if not self._use.names:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
-        reader = self._use.reader()
+        reader = self._use.reader(self._input.inputs)
         pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
         return self._whole_choice(
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
@@ -183,20 +195,24 @@ class _Chat:
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
         """OpenAI's reason. If a call is cut off it is `length`, for the client must not run such a call."""
         if num_calls and reason is not FinishReason.LENGTH:
-            return "tool_calls"
+            return "stop" if self._use.is_named else "tool_calls"
         return self._envelope.finish_reasons[reason]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> Logprobs | None:
-        return chat_logprobs(tokens) if self._body.logprobs else None
+        if not self._body.logprobs:
+            return None
+        if self._service.config.is_strict_tgi:
+            return tgi_logprobs(tokens)
+        return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
-    @staticmethod
-    def _usage(streams: Sequence[Stream]) -> Usage:
-        generations = [stream.generation for stream in streams]
-        return usage_of(generations, generations[0].num_prompt_tokens)
+    def _usage(self, streams: Sequence[Stream]) -> Usage:
+        return usage_of(self._service.config, [streams[0].generation], num_generated_tokens(streams))
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = [self._use.reader() for _ in range(self._input.num_choices)] if self._use.names else None
+        readers = (
+            [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)] if self._use.names else None
+        )
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
@@ -342,7 +358,7 @@ _decode_tgi = msgspec.json.Decoder(_TgiCall).decode
 def _next_call_id(messages: Sequence[Message]) -> str:
     """One more than the largest id among the messages' calls; if one of those is no number, neither is this."""
     bodies = [message.body for message in messages if isinstance(message.body, ToolCallBody)]
-    ids = [call.id for body in bodies for call in body.tool_calls]
+    ids = [call.id or "" for body in bodies for call in body.tool_calls]
     if not all(id.isdecimal() and id.isascii() and len(id) < 20 for id in ids):
         return str(uuid.uuid4())
     return str(max(map(int, ids), default=-1) + 1)

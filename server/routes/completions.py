@@ -10,14 +10,22 @@ import msgspec
 from fastapi import Request, Response
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
-from server.answers.json import JsonF32, Usage, encoded_answer, encoded_items, encoder, f32
-from server.answers.openai import FINISH_REASONS_TGI_STREAM, Envelope, openai_stream, usage_of
+from server.answers.json import JsonF32, Scored, Usage, encoded_answer, encoded_items, encoder, f32
+from server.answers.openai import (
+    FINISH_REASONS_TGI_STREAM,
+    Envelope,
+    NameOf,
+    num_generated_tokens,
+    openai_stream,
+    usage_of,
+)
 from server.answers.sse import EventStream, event
 from server.edge.disconnect import cancel_if_gone
 from server.errors import BatchSizeError, OpenAIErrorBody, SuffixError, ValidationError
 from server.generation import (
     Completion,
     GeneratedToken,
+    Generation,
     ScoredToken,
     Stream,
     collect,
@@ -25,6 +33,7 @@ from server.generation import (
 )
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
+from server.requests.infill import infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
@@ -39,7 +48,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
     token_logprobs: list[JsonF32]
     top_logprobs: list[dict[str, JsonF32] | None] | None
-    """For each token the likeliest ones and the chosen one; null for the prompt's tokens."""
+    """For each token the likeliest ones and the token itself; null for the first one of a prompt."""
     text_offset: list[int]
     """Index, in code points, at which each token begins in the choice's text."""
 
@@ -117,15 +126,15 @@ class _Completion:
         self._is_strict = config.is_strict_tgi
         self._num_choices = 1 if body.n is None else body.n
         self._num_sequences = self._num_choices if body.best_of is None else body.best_of
-        if body.suffix is not None:
+        if body.suffix is not None and self._is_strict:
             raise SuffixError
-        if len(body.prompt) > config.max_client_batch_size:
-            raise BatchSizeError(config.max_client_batch_size)
+        if len(body.prompt) > config.max_prompts:
+            raise BatchSizeError(config.max_prompts)
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
         name = None if self._is_strict else body.model
-        self._model = config.model_id if name is None or name == "tgi" else name
+        self._model = config.model_names[0] if name is None or name == "tgi" else name
 
     @classmethod
     async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:
@@ -148,6 +157,9 @@ class _Completion:
             f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}",
             param="best_of",
         )
+        refuse_if(
+            bool(self._body.suffix) and self._body.echo, "`echo` is not supported beside a `suffix`", param="echo"
+        )
         refuse_if(is_choosing and is_stream, "`best_of` > `n` is not supported when streaming tokens", param="best_of")
         refuse_if(
             self._has_prompt_logprobs and is_stream,
@@ -159,14 +171,24 @@ class _Completion:
     def _has_prompt_logprobs(self) -> bool:
         return self._body.echo and self._body.logprobs is not None
 
+    @property
+    def _is_scoring(self) -> bool:
+        """The prompt is all that is asked for. The engine makes a token besides, which nobody gets to see."""
+        return self._body.echo and self._body.max_tokens == 0
+
     async def _input(self, prompt: str | list[int]) -> GenerationInput:
-        parameters = openai_parameters(self._body, is_strict=self._is_strict)
+        parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
+        if self._is_scoring:
+            parameters = dataclasses.replace(parameters, max_new_tokens=1)
+        if self._body.suffix:
+            prompt = await infill_prompt(self._service.tokenizer, prompt, self._body.suffix)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
             parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
             num_choices=self._num_sequences,
+            num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
         )
 
@@ -195,30 +217,32 @@ class _Completion:
         return best_first[: self._num_choices]
 
     def _choice(self, index: int, prompt_index: int, answer: Completion) -> CompletionChoice:
-        echo = self._echo(prompt_index)
+        echo, text = self._echo(prompt_index), "" if self._is_scoring else answer.text
         logprobs = None
         if self._body.logprobs is not None:
-            table = _LogprobTable(self._body.logprobs)
-            for token in answer.generation.prefill if self._body.echo else ():
-                table.add_prompt_token(token)
+            table = self._table()
+            if self._body.echo:
+                table.add_prompt(answer.generation)
             table.num_characters = len(echo)  # a character that two tokens of the prompt share has counted twice
-            for generated in answer.tokens:
+            for generated in () if self._is_scoring else answer.tokens:
                 table.add(generated)
             logprobs = table.take()
-        return CompletionChoice(index, echo + answer.text, logprobs, self._finish_reason(answer.tokens[-1]))
+        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]))
+
+    def _table(self) -> _LogprobTable:
+        return _LogprobTable(self._service.tokenizer.name, self._body.logprobs or 0)
 
     def _echo(self, prompt_index: int) -> str:
         return self.prompts[prompt_index].inputs if self._body.echo else ""
 
     def _usage(self, streams: Sequence[Stream]) -> Usage:
-        generations = [stream.generation for stream in streams]
-        num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[:: self._num_sequences])
-        return usage_of(generations, num_prompt_tokens)
+        prompts = [stream.generation for stream in streams[:: self._num_sequences]]
+        return usage_of(self._service.config, prompts, 0 if self._is_scoring else num_generated_tokens(streams))
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """A chunk for each token; with `echo` one more before them."""
         async with opening as streams:
-            tables = [_LogprobTable(self._body.logprobs or 0) for _ in streams]
+            tables = [self._table() for _ in streams]
             for index in range(len(streams)):
                 if echo := self._echo(index // self._num_choices):
                     tables[index].num_characters = len(echo)
@@ -237,6 +261,8 @@ class _Completion:
             table.add(token)
             logprobs = table.take()
         text = token.text if self._is_strict else token.visible  # `docs/compatibility.md`, row 7
+        if self._is_scoring:
+            text = ""
         return CompletionChoice(index, text, logprobs, self._finish_reason(token))
 
     def _chunk(self, choice: CompletionChoice, finished: Stream | None = None) -> CompletionFinal | CompletionChunk:
@@ -244,8 +270,8 @@ class _Completion:
         if self._body.stream_options.include_usage:
             return self._final([choice], None)
         if finished is not None:
-            generation = finished.generation
-            return self._final([choice], usage_of([generation], generation.num_prompt_tokens))
+            num_generated = 0 if self._is_scoring else num_generated_tokens([finished])
+            return self._final([choice], usage_of(self._service.config, [finished.generation], num_generated))
         return CompletionChunk(
             id=self._envelope.id,
             created=self._envelope.created,
@@ -279,9 +305,10 @@ class _Completion:
 class _LogprobTable:
     """Collects tokens for `CompletionLogprobs`; `num_characters` is the length of the text before the next one."""
 
-    def __init__(self, num_top_tokens: int) -> None:
+    def __init__(self, name: NameOf, num_top_tokens: int) -> None:
         self.num_characters = 0
-        self._has_top_tokens = num_top_tokens > 0
+        self._name = name
+        self._num_top_tokens = num_top_tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -291,25 +318,36 @@ class _LogprobTable:
         self._offsets: list[int] = []
 
     def add(self, token: GeneratedToken) -> None:
-        # Reversed: of equal texts the likeliest stays.
-        top = {candidate.text: f32(candidate.logprob) for candidate in reversed(token.top_tokens)}
-        top.setdefault(token.text, f32(token.logprob))
-        self._append(token.text, token.logprob, top)
+        self._append(token, self._tops(token, token.top_tokens))
         self.num_characters += len(token.visible)
 
-    def add_prompt_token(self, token: ScoredToken) -> None:
-        self._append(token.text, token.logprob, None)
-        self.num_characters += len(token.text)
+    def add_prompt(self, generation: Generation) -> None:
+        """Add the prompt's tokens. The first has neither a logprob nor others at its place."""
+        for place, (token, candidates) in enumerate(zip(generation.prefill, generation.prefill_tops, strict=True)):
+            self._append(token, self._tops(token, candidates) if place else None)
+            self.num_characters += len(token.text)
 
-    def _append(self, text: str, logprob: float, top: dict[str, msgspec.Raw] | None) -> None:
-        self._tokens.append(text)
-        self._logprobs.append(f32(logprob))
+    def _tops(self, token: Scored, candidates: Sequence[ScoredToken]) -> dict[str, msgspec.Raw]:
+        """The likeliest tokens at a token's place and the token itself."""
+        best = reversed(candidates[: self._num_top_tokens])
+        top = {self._text(candidate.id): f32(candidate.logprob) for candidate in best}
+        top.setdefault(self._text(token.id), f32(token.logprob))
+        return top
+
+    def _text(self, token_id: int) -> str:
+        """The token's name in OpenAI's words: parts of characters are marked, as keys must not collide."""
+        name = self._name(token_id)
+        return f"bytes:{name.text}" if name.is_part else name.text
+
+    def _append(self, token: Scored, top: dict[str, msgspec.Raw] | None) -> None:
+        self._tokens.append(self._text(token.id))
+        self._logprobs.append(f32(token.logprob))
         self._top_logprobs.append(top)
         self._offsets.append(self.num_characters)
 
     def take(self) -> CompletionLogprobs:
         """The lists of the tokens since the last call."""
-        top_logprobs = self._top_logprobs if self._has_top_tokens else None
+        top_logprobs = self._top_logprobs if self._num_top_tokens else None
         logprobs = CompletionLogprobs(self._tokens, self._logprobs, top_logprobs, self._offsets)
         self._clear()
         return logprobs

@@ -9,12 +9,11 @@ from typing import Protocol
 from fastapi import Request, Response
 
 from engine.link.messages import FinishReason
-from server.answers.headers import stream_headers
+from server.answers.headers import left_open_header, stream_headers
 from server.answers.json import json_answer
 from server.answers.sse import EventStream, Typed, named_event, with_error_event
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import ChatPiece, Content
-from server.chat.tools import ToolUse
+from server.chat.tool_calls import CallReader, ChatPiece, Content
 from server.edge.disconnect import cancel_if_gone
 from server.generation import GeneratedToken
 from server.requests.openai import ChatRequest
@@ -47,18 +46,19 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
     service = service_of(request)
     service.refuse_if_full(1)
     generation_input, use = await chat_input(service, chat)
+    reader = use.reader(generation_input.inputs) if use.names else None
     if not chat.stream:
-        await cancel_if_gone(request, _drain(_events(service.open(generation_input), use, writer)))
-        return json_answer(writer.whole)
+        opening = service.open(generation_input)
+        await cancel_if_gone(request, _drain(_events(opening, reader, writer)))
+        return json_answer(writer.whole, left_open_header(opening.left_open))
     opening = await service.open_validated(generation_input)
-    encoded = _encoded(_events(opening, use, writer))
+    encoded = _encoded(_events(opening, reader, writer))
     events = with_error_event(encoded, lambda error: named_event(writer.fail(error)))
-    return EventStream(events, stream_headers(service.config.compute_type, generation_input.inputs), opening.close)
+    headers = stream_headers(service.config.compute_type, generation_input.inputs, opening.left_open)
+    return EventStream(events, headers, opening.close)
 
 
-async def _events(opening: AdmittedRequest, use: ToolUse, writer: Writer) -> AsyncGenerator[Typed]:
-    reader = use.reader() if use.names else None
-
+async def _events(opening: AdmittedRequest, reader: CallReader | None, writer: Writer) -> AsyncGenerator[Typed]:
     def pieces(token: GeneratedToken) -> list[ChatPiece]:
         if reader is None:
             return [Content(token.visible)] if token.visible else []

@@ -53,6 +53,6 @@ async def info(request: Request) -> Response:
             max_input_tokens=limits.max_input_tokens,
             max_total_tokens=limits.max_total_tokens,
             validation_workers=config.validation_workers,
-            max_client_batch_size=config.max_client_batch_size,
+            max_client_batch_size=config.max_prompts,
         )
     )

@@ -28,6 +28,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "model"
     created: int
     owned_by: str
+    max_model_len: int | msgspec.UnsetType = msgspec.UNSET
+    """Tokens of a prompt and its answer together. TGI has no such key."""
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,14 +41,15 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     Operation(
         method="GET",
         path="/v1/models",
-        summary="The models: one",
+        summary="The names of the model",
         answers=(ModelList,),
         is_open=True,
         span="openai_get_model_info",
     )
 )
 async def models(request: Request) -> Response:
-    return json_answer(ModelList(data=[_served(request)]))
+    names = service_of(request).config.model_names
+    return json_answer(ModelList(data=[_served(request, name) for name in names]))
 
 
 @area.serve(
@@ -60,13 +63,15 @@ async def models(request: Request) -> Response:
     )
 )
 async def model(request: Request, model_id: str) -> Response:
-    served = _served(request)
-    if model_id != served.id:
+    if model_id not in service_of(request).config.model_names:
         raise ModelNotFoundError(model_id)
-    return json_answer(served)
+    return json_answer(_served(request, model_id))
 
 
-def _served(request: Request) -> Model:
+def _served(request: Request, name: str) -> Model:
     service = service_of(request)
-    model_id = service.config.model_id
-    return Model(id=model_id, created=0 if service.config.is_strict_tgi else service.started_at, owned_by=model_id)
+    owner = service.config.model_id
+    if service.config.is_strict_tgi:
+        return Model(id=name, created=0, owned_by=owner)
+    limit = service.engine.limits.max_total_tokens
+    return Model(id=name, created=service.started_at, owned_by=owner, max_model_len=limit)

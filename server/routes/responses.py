@@ -31,7 +31,7 @@ area = Area()
 async def responses(request: Request) -> Response:
     service = service_of(request)
     body = await service.read_body(request, ResponsesRequest)
-    return await answer_as(request, chat_of(body), ResponseWriter(_begun(body, service.config.model_id)))
+    return await answer_as(request, chat_of(body), ResponseWriter(_begun(body, service.config.model_names[0])))
 
 
 def _begun(body: ResponsesRequest, model_id: str) -> ResponseObject:

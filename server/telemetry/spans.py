@@ -22,6 +22,7 @@ class RequestSpans:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.fields: dict[str, str] = {}
+        self.request_id: str | None = None
 
 
 _current: ContextVar[RequestSpans | None] = ContextVar("request_spans", default=None)
@@ -83,6 +84,13 @@ def begin_generation(*, is_stream: bool) -> None:
         spans.names.append("generate_stream" if is_stream else "generate")
 
 
+def set_request_id(request_id: str) -> None:
+    """Name the request in its log lines."""
+    spans = _current.get()
+    if spans is not None:
+        spans.request_id = request_id
+
+
 def set_fields(fields: Mapping[str, str]) -> None:
     """Add fields to the innermost span, for the traces."""
     spans = _current.get()
@@ -93,10 +101,13 @@ def set_fields(fields: Mapping[str, str]) -> None:
 def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The `extra` of a log line about this request, from which `engine.link.logs` writes the spans and `fields`."""
     spans = _current.get()
+    values = dict(fields or {})
+    if spans is not None and spans.request_id is not None:
+        values["request_id"] = spans.request_id
     if spans is None or not spans.names:
-        return {"span": dict(fields)} if fields else {}
+        return {"span": values} if values else {}
     *outer, name = spans.names
-    return {"span": {"name": name, **(fields or {})}, "outer_spans": [{"name": name} for name in outer]}
+    return {"span": {"name": name, **values}, "outer_spans": [{"name": name} for name in outer]}
 
 
 def log_failure(error: Exception) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from server.text.token_names import REPLACEMENT
 from server.text.tokenizer import TextTokenizer
 
-REPLACEMENT = "\ufffd"
-"""The text of a byte sequence that is no character, or none yet."""
 CONTEXT_TOKENS = 5
 """Number of prompt tokens that are decoded along with the first new ones, as their text can depend on them."""
 

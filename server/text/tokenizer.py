@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +13,10 @@ import tokenizers
 from engine.link.errors import GenerationError, StartError
 from engine.link.model_files import read_file
 from server.text.affixes import Affixes, read_affixes, use_affixes
+from server.text.chat_format import ChatFormat, read_chat_format, read_json, token_content
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
+from server.text.token_names import TokenName
 
 T = TypeVar("T")
 
@@ -31,15 +31,6 @@ SPECIAL_TOKEN_KEYS = (
     "additional_special_tokens",
     "extra_special_tokens",
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChatFormat:
-    """A model folder's words on chats."""
-
-    template: str | None
-    bos_token: str | None
-    eos_token: str | None
 
 
 MAX_SHORT_CHARS = 1 << 17
@@ -71,26 +62,24 @@ class TextTokenizer:
         self.chat_format = chat_format
 
     @classmethod
-    def from_folder(cls, model_path: str, num_workers: int, config_path: str | None = None) -> TextTokenizer:
+    def from_folder(
+        cls, model_path: str, num_workers: int, config_path: str | None = None, *, is_strict: bool = False
+    ) -> TextTokenizer:
         """Read tokenizer.json and what lies beside it. Raises StartError.
 
-        The file at `config_path` is read in place of tokenizer_config.json; its chat template wins.
+        The file at `config_path` is read in place of tokenizer_config.json; its chat template wins. `is_strict`:
+        chat templates are looked for where TGI does.
         """
         folder = Path(model_path)
         tokenizer = _load_tokenizer(folder / "tokenizer.json")
         _refuse_larger(tokenizer, folder)
         path = Path(config_path) if config_path else folder / "tokenizer_config.json"
-        config = _read_json(path)
+        config = read_json(path)
         if config is None and config_path:
             raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
         config = config or {}
-        template = _default_template(config.get("chat_template")) if config_path else None
-        chat_format = ChatFormat(
-            template=template or _template_source(folder, config),
-            bos_token=_token_content(config.get("bos_token")),
-            eos_token=_token_content(config.get("eos_token")),
-        )
-        affixes = read_affixes(config, chat_format.bos_token, chat_format.eos_token)
+        chat_format = read_chat_format(folder, config, is_config_first=bool(config_path), is_strict=is_strict)
+        affixes = read_affixes(config, token_content(config.get("bos_token")), token_content(config.get("eos_token")))
         special_ids = _special_ids(tokenizer, config, path)
         return cls(tokenizer, special_ids, chat_format, num_workers, folder / "tokenizer.json", affixes)
 
@@ -130,6 +119,10 @@ class TextTokenizer:
         except BaseException as error:
             _raise_if_panic(error)
             raise
+
+    def name(self, token_id: int) -> TokenName:
+        """The token by itself, as OpenAI's logprobs show it."""
+        return TokenName.of(token_id, self.decode([token_id]), self._tokenizer.id_to_token(token_id))
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         """The result of the library's work, on a thread. Raises GenerationError where it panics."""
@@ -179,27 +172,13 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """Raises StartError when the model has no rows for some of the tokens; more rows than tokens are usual."""
-    vocab_size = (_read_json(folder / "config.json") or {}).get("vocab_size")
+    vocab_size = (read_json(folder / "config.json") or {}).get("vocab_size")
     num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     if isinstance(vocab_size, int) and num_tokens > vocab_size:
         raise StartError(
             f"{folder} has {num_tokens} tokens in tokenizer.json but a vocab_size of {vocab_size} in config.json: "
             "they do not belong together, fetch the model again"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None if there is no such file. Raises StartError."""
-    content = read_file(path)
-    if content is None:
-        return None
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise StartError(f"{path} does not hold a JSON object")
-    return value
 
 
 def _special_ids(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> frozenset[int]:
@@ -218,35 +197,6 @@ def _named_special_tokens(config: dict[str, Any]) -> Iterator[str]:
     for key in SPECIAL_TOKEN_KEYS:
         value = config.get(key)
         for token in value if isinstance(value, list) else [value]:
-            content = _token_content(token)
+            content = token_content(token)
             if content is not None:
                 yield content
-
-
-def _token_content(token: Any) -> str | None:
-    """A token is written as a string or as an object with `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """The template, looked for in TGI's order and then in chat_template.jinja, which newer checkpoints have alone."""
-    override = _read_json(folder / "chat_template.json") or _read_json(folder / "processor_config.json") or {}
-    source = _default_template(override.get("chat_template") or config.get("chat_template"))
-    jinja_file = folder / "chat_template.jinja"
-    content = read_file(jinja_file) if source is None else None
-    if content is None:
-        return source
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise StartError(f"{jinja_file} is not UTF-8 ({error}): fetch the model again") from error
-
-
-def _default_template(value: Any) -> str | None:
-    """A template; of a list of named templates, the one called `default`. Raises StartError."""
-    named = value if isinstance(value, list) else [{"name": "default", "template": value}]
-    if not all(isinstance(item, dict) for item in named):
-        raise StartError("chat_template is a list, but not of named templates: correct tokenizer_config.json")
-    template = next((item.get("template") for item in named if item.get("name") == "default"), None)
-    return template if isinstance(template, str) else None

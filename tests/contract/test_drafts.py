@@ -189,13 +189,13 @@ class BiasedScheduler(Scheduler):
     chance = random.Random(0)
 
     def update(
-        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_logprobs: SequenceOf[float] = ()
+        self, batch: ScheduledBatch, sampled: SampledBatch, prompt_scores: SequenceOf[float] = ()
     ) -> list[TokenEvent]:
         for scheduled in batch.scheduled:
             for row, guess in zip(scheduled.rows, scheduled.draft, strict=False):
                 if self.chance.random() < 0.1:
                     sampled.token_ids[row] = guess
-        return super().update(batch, sampled, prompt_logprobs)
+        return super().update(batch, sampled, prompt_scores)
 
 
 NUM_SAMPLES = 20_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numba
 import pytest
 import torch
@@ -58,6 +59,43 @@ def test_float32_equals_transformers(device: Any, tiny_model_dir: Path) -> None:
         first, *others = events[f"r{number}"]
         assert first.prompt_logprobs == pytest.approx(expected_logprobs(tiny_model_dir, prompt), abs=1e-4)
         assert all(not event.prompt_logprobs for event in others)
+
+
+def with_tops(number: int, num_top: int) -> GenerationRequest:
+    return msgspec.structs.replace(make_request(number), num_prompt_top_tokens=num_top)
+
+
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
+def test_the_likeliest_tokens_equal_those_of_transformers(device: Any, tiny_model_dir: Path) -> None:
+    """In one batch, where each request wants its own number of them, and the prompts come in pieces."""
+    core = make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=device), max_batch_tokens=64)
+    events = run(core, [with_tops(0, 2), with_tops(1, 0), with_tops(2, 1), with_tops(3, 5)])
+    for number, num_top in ((0, 2), (1, 0), (2, 1), (3, 5)):
+        first, *others = events[f"r{number}"]
+        assert first.prompt_logprobs == pytest.approx(expected_logprobs(tiny_model_dir, PROMPTS[number]), abs=1e-4)
+        rows = oracle_logits(tiny_model_dir, PROMPTS[number])[:-1].log_softmax(dim=1)
+        if not num_top:
+            assert first.prompt_top_token_ids == []
+            continue
+        best = rows.topk(num_top, dim=1)
+        assert first.prompt_top_token_ids == best.indices.tolist()
+        logprobs = [logprob for row in first.prompt_top_logprobs for logprob in row]
+        assert logprobs == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
+        assert all(not event.prompt_top_token_ids for event in others)
+
+
+def test_a_preemption_keeps_the_likeliest_tokens(tiny_model_dir: Path) -> None:
+    (expected, *_) = run(make_core(tiny_model_dir), [with_tops(3, 2)])["r3"]
+    core = make_core(tiny_model_dir, max_batch_tokens=64)
+    core.take(with_tops(3, 2))
+    core.step()
+    core.scheduler.preempt(core.scheduler.running[0])
+    events = []
+    while core.scheduler.has_work:
+        events += core.step()
+    assert events[0].prompt_top_token_ids == expected.prompt_top_token_ids
+    assert events[0].prompt_top_logprobs == expected.prompt_top_logprobs
+    assert len(expected.prompt_top_token_ids) == 149
 
 
 CONDITIONS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compiled(kind: str, value: Any) -> str:
     with contextlib.closing(GrammarCompiler()) as compiler:
-        return asyncio.run(compiler.compile(GrammarSpec(kind, value), is_strict=False))  # type: ignore[arg-type]
+        return asyncio.run(compiler.compile(GrammarSpec(kind, value), is_strict=False)).grammar  # type: ignore[arg-type]
 
 
 def requests_with(sampling: SamplingParams) -> list[GenerationRequest]:

@@ -1,7 +1,8 @@
-"""The attack table: what clients may send to stall the others. `python -m tests.e2e.attacks PORT` runs rows by name.
+"""What clients may send to stall the others: the attack table. `python -m tests.e2e.attacks PORT [--leave]` runs rows.
 
 A program of its own with a low priority, so that what it needs of a processor is not taken from the server. It reads a
-line `NAME SECONDS` from stdin, runs that row and writes a line of JSON: how often each status came.
+line `NAME SECONDS` from stdin, runs that row and writes a line of JSON: how often each status came. With `--leave` it
+does not wait for the answers that are under way at the end: a real engine may need minutes for them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -26,6 +28,10 @@ MERSENNE = 2**61 - 1
 BODY_BYTES = 1_990_000
 """A little less than the server's default `payload_limit`."""
 ANSWER_TIMEOUT_S = 60.0
+MIN_TIMEOUT_S = 1.0
+"""An answer that is not awaited beyond the end has this time at least."""
+PLAIN_TOKENS = 500
+"""Tokens of a plain sequence: more than come in the time of a row."""
 MUTATED_TIMEOUT_S = 2.0
 """A request whose head was mutated may be incomplete: nobody waits for its answer."""
 MUTATIONS = random.Random(0)
@@ -304,9 +310,29 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
     "every filter": (
         "/v1/chat/completions",
         lambda: (
-            f'{{"messages":[{USER}],"max_tokens":30,"n":32,"temperature":1.1,"top_k":50,"top_p":0.9,"min_p":0.01,'
+            f'{{"messages":[{USER}],"max_tokens":30,"n":31,"temperature":1.1,"top_k":50,"top_p":0.9,"min_p":0.01,'
             '"typical_p":0.9,"repetition_penalty":1.1,"frequency_penalty":0.1,"presence_penalty":0.1}'
         ),
+    ),
+    "nearly all tokens as candidates": (
+        "/v1/completions",
+        lambda: (
+            '{"prompt":"hi","max_tokens":30,"n":31,"temperature":100,"top_k":40000,"top_p":0.999,"typical_p":0.99,'
+            '"repetition_penalty":1.1}'
+        ),
+    ),
+    "49,000 biases and many choices": (
+        "/v1/completions",
+        lambda: numbered(
+            lambda i: f'"{i}":1',
+            '{"prompt":"hi","max_tokens":30,"n":31,"repetition_penalty":1.1,"logit_bias":{',
+            "}}",
+            max_items=49_000,
+        ),
+    ),
+    "the best of many": (
+        "/generate",
+        lambda: generate('"best_of":100,"do_sample":true,"max_new_tokens":50,"watermark":true,"top_n_tokens":5'),
     ),
     "a text to tokenize": ("/tokenize", lambda: generate("", quoted("a b " * 480_000))),
     "a text of bytes to tokenize": (
@@ -326,8 +352,10 @@ Attack = Callable[["Arena"], Awaitable[Counts]]
 class Arena:
     """The server under attack and the time that the attack has."""
 
-    def __init__(self, port: int, seconds: float) -> None:
+    def __init__(self, port: int, seconds: float, *, is_awaiting: bool = True) -> None:
+        """`is_awaiting`: answers under way at the end of the time are waited for."""
         self.port = port
+        self._is_awaiting = is_awaiting
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + seconds
 
@@ -346,6 +374,14 @@ class Arena:
         abuser = Abuser(self.port, random.Random(0))
         await abuser.open(receive_buffer=receive_buffer)
         return abuser
+
+    async def outcome(self, answer: Awaitable[str]) -> str:
+        """The status of `answer`; "silence" without one; "unfinished" if it was not waited for to its end."""
+        timeout_s = ANSWER_TIMEOUT_S if self._is_awaiting else max(MIN_TIMEOUT_S, self._end - self._loop.time())
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            return "silence" if self._is_awaiting else "unfinished"
 
     async def many(self, count: int) -> list[Abuser]:
         """As many connections as the server takes."""
@@ -381,9 +417,7 @@ async def send_again_and_again(arena: Arena, data: bytes, num_clients: int = 4) 
             abuser = await arena.open()
             try:
                 await abuser.send(data)
-                counts[await asyncio.wait_for(status_of(abuser), ANSWER_TIMEOUT_S)] += 1
-            except TimeoutError:
-                counts["silence"] += 1
+                counts[await arena.outcome(status_of(abuser))] += 1
             finally:
                 abuser._writer.transport.abort()
             await asyncio.sleep(0.01)
@@ -412,8 +446,8 @@ def abuse_attack(kind: Callable[[Abuser], Awaitable[str]]) -> Attack:
                 abuser = Abuser(arena.port, chance)
                 await abuser.open()
                 try:
-                    counts[await asyncio.wait_for(kind(abuser), ANSWER_TIMEOUT_S)] += 1
-                except (TimeoutError, ConnectionError, AssertionError) as error:
+                    counts[await arena.outcome(kind(abuser))] += 1
+                except (ConnectionError, AssertionError) as error:
                     counts[type(error).__name__] += 1
                 abuser.close()
 
@@ -553,7 +587,7 @@ async def overload(arena: Arena) -> Counts:
             abuser = await arena.open()
             started = time.perf_counter()
             await abuser.send(data)
-            seconds[await asyncio.wait_for(status_of(abuser), ANSWER_TIMEOUT_S)].append(time.perf_counter() - started)
+            seconds[await arena.outcome(status_of(abuser))].append(time.perf_counter() - started)
             abuser._writer.transport.abort()
             await asyncio.sleep(0.2)
 
@@ -717,31 +751,36 @@ ATTACKS: dict[str, Attack] = {
 }
 """Name -> attack."""
 
-GENERATING = frozenset(
-    {
-        "mutated requests",
-        "overload",
-        "streams that are dropped",
-        "100 choices with logprobs",
-        "100 choices, streamed",
-        "100 completions with logprobs",
-        "every filter",
-        "slow readers of streams",
-        "slow readers of large answers",
-        *(f"abuse: leaves {when}" for when in ("before the answer", "midstream", "a pipeline")),
-    }
-)
-"""Attacks with many sequences at a time: a real engine's steps, which the canary shares, take their time by right."""
+
+def plain_sequences(num_sequences: int, num_prompt_tokens: int) -> str:
+    """The name of a row that is no attack: so many plain greedy sequences at a time, by one client each."""
+    return f"{num_sequences} plain sequences after {num_prompt_tokens} tokens"
+
+
+def attack_of(name: str) -> Attack:
+    """The row of this name, which may also be one of `plain_sequences`."""
+    return ATTACKS.get(name) or _plain_attack(*map(int, re.findall(r"\d+", name)))
+
+
+def _plain_attack(num_sequences: int, num_prompt_tokens: int) -> Attack:
+    async def attack(arena: Arena) -> Counts:
+        ids = [300 + index % 40_000 for index in range(num_prompt_tokens)]
+        body = f'{{"prompt":{ids},"max_tokens":{PLAIN_TOKENS},"ignore_eos":true}}'
+        abusers = await arena.many(num_sequences)
+        await asyncio.gather(*(abuser.send(whole("/v1/completions", body.encode())) for abuser in abusers))
+        return await _hold(arena, abusers)
+
+    return attack
 
 
 def main() -> None:
     os.nice(10)
-    port = int(sys.argv[1])
+    port, is_awaiting = int(sys.argv[1]), "--leave" not in sys.argv
     for line in sys.stdin:
         name, seconds = line.rsplit(" ", 1)
 
         async def run(name: str = name, seconds: str = seconds) -> Counts:
-            return await ATTACKS[name](Arena(port, float(seconds)))
+            return await attack_of(name)(Arena(port, float(seconds), is_awaiting=is_awaiting))
 
         print(json.dumps(asyncio.run(run())), flush=True)
 

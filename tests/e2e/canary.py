@@ -2,8 +2,9 @@
 
 Prints a line for each attack: the canary's largest gap between two events without and with it, the HTTP process's
 memory, the statuses. Exit code 1 if an attack stalls the canary, takes too much memory or breaks the server. Without
-`--scripted` the small demo model is served by the launcher as a user would; attacks that make its engine generate much
-may then slow the canary, which shares the engine's steps.
+`--scripted` the small demo model is served by the launcher as a user would. Sequences then share the engine's steps, so
+an attack that adds more to the gap is measured against its fair share: right after it as many plain greedy sequences,
+with prompts as long, keep the canary company, and its gaps beside the attack may be twice those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from tests.e2e.attacks import ATTACKS, GENERATING
+from tests.e2e.attacks import ATTACKS, plain_sequences
 from tests.e2e.conftest import build_demo_model
 from tests.e2e.http_process import http_process, ready
 from tests.e2e.launched import launched
@@ -33,11 +35,14 @@ from tests.e2e.scripted_engine import scripted_engine
 
 MAX_ADDED_GAP_S = 0.25
 """The gap that an attack may add to the canary's largest one."""
+MAX_FAIR_SHARES = 2
+"""Beyond that gap a real engine's canary may wait this many times as long as beside plain greedy sequences."""
 MAX_RESIDENT_BYTES = 400e6
 ALONE_S = 0.5
 PEACEFUL_GAP_S = 0.15
 MAX_PAUSES = 20
 SAMPLE_S = 0.02
+COMPANY_SAMPLE_S = 0.1
 STEP_S = 0.01
 WINDOW = 2048
 STREAM = b'{"inputs":"Tell me a story.","parameters":{"max_new_tokens":%d,"ignore_eos":true}}'
@@ -101,30 +106,78 @@ class Canary:
                     tail = (tail + data)[-7:]
 
 
-class MemoryWatch:
-    """The largest resident memory of a process since `reset`."""
+class Watch:
+    """A thread that looks at something again and again."""
 
-    def __init__(self, process: psutil.Process) -> None:
-        self._process = process
+    def __init__(self, look: Callable[[], None], pause_s: float) -> None:
+        """`look` may raise psutil.Error or OSError: then it is tried again."""
+        self._look = look
+        self._pause_s = pause_s
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="memory")
-        self.max_bytes = 0
+        self._thread = threading.Thread(target=self._repeat, name="watch")
 
-    def __enter__(self) -> MemoryWatch:
+    def __enter__(self) -> None:
         self._thread.start()
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._is_over.set()
         self._thread.join()
 
-    def reset(self) -> None:
-        self.max_bytes = self._process.memory_info().rss
+    def _repeat(self) -> None:
+        while not self._is_over.wait(self._pause_s):
+            with contextlib.suppress(psutil.Error, OSError):
+                self._look()
 
-    def _sample(self) -> None:
-        while not self._is_over.wait(SAMPLE_S):
-            with contextlib.suppress(psutil.Error):
-                self.max_bytes = max(self.max_bytes, self._process.memory_info().rss)
+
+class Company:
+    """What the engine computes beside the canary, by the server's own metrics."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._first = self._last = self._metrics()
+        self.num_sequences = 1
+        """The largest number at a time."""
+
+    def look(self) -> None:
+        self._last = self._metrics()
+        num_sequences = int(self._last["tgi_batch_current_size"] + self._last["tgi_queue_size"]) - 1
+        self.num_sequences = max(self.num_sequences, num_sequences)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of a usual prompt that came meanwhile."""
+        total, count = (
+            self._last[f"tgi_request_input_length_{kind}"] - self._first[f"tgi_request_input_length_{kind}"]
+            for kind in ("sum", "count")
+        )
+        return max(1, round(total / max(1, count)))
+
+    def _metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row beside the canary."""
+
+    alone_s: float
+    """The canary's largest gap without the row."""
+    beside_s: float
+    mean_s: float
+    """The canary's mean gap beside the row."""
+    max_bytes: int
+    counts: dict[str, int]
+    num_lost: int
+    has_traceback: bool
+    plain: str
+    """The row of as many plain sequences as this one had in the engine at a time."""
+
+    @property
+    def added_s(self) -> float:
+        return self.beside_s - self.alone_s
 
 
 @dataclass(frozen=True)
@@ -132,19 +185,24 @@ class Outcome:
     """What one attack did."""
 
     name: str
-    alone_s: float
-    """The canary's largest gap without the attack."""
-    beside_s: float
-    max_bytes: int
-    counts: dict[str, int]
+    attack: Measured
+    fair: Measured | None
+    """Beside plain sequences, whose company the canary has to bear; None: it was not needed."""
     complaints: list[str]
     is_broken: bool
     """Whether it did what no other process of the machine explains: lost a stream, an internal error, a traceback."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.attack.counts
+
     def line(self) -> str:
+        attack, fair = self.attack, self.fair
+        share = f"{1000 * fair.beside_s:6.0f}" if fair else " " * 6
+        means = f"means {1000 * attack.mean_s:.0f}, {1000 * fair.mean_s:.0f} ({attack.plain})" if fair else ""
         return (
-            f"{self.name:45} {1000 * self.alone_s:6.0f} {1000 * self.beside_s:7.0f} {self.max_bytes / 1e6:6.0f}  "
-            f"{self.counts} {'; '.join(self.complaints)}"
+            f"{self.name:45} {1000 * attack.alone_s:6.0f} {1000 * attack.beside_s:7.0f} {share} "
+            f"{attack.max_bytes / 1e6:6.0f}  {means} {attack.counts} {'; '.join(self.complaints)}"
         )
 
 
@@ -156,8 +214,9 @@ class AttackTable:
         self._seconds = seconds
         self._alone_s = alone_s
         self._num_tries = num_tries
-        self._memory = MemoryWatch(target.process)
-        command = [sys.executable, "-m", "tests.e2e.attacks", str(target.port)]
+        self._max_bytes = 0
+        self._memory = Watch(self._look_at_memory, SAMPLE_S)
+        command = [sys.executable, "-m", "tests.e2e.attacks", str(target.port), *["--leave"] * target.is_real]
         self._program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> AttackTable:
@@ -190,32 +249,61 @@ class AttackTable:
                 break
         return alone_s
 
-    def _once(self, name: str) -> Outcome:
-        program, memory = self._program, self._memory
+    def _look_at_memory(self) -> None:
+        self._max_bytes = max(self._max_bytes, self._target.process.memory_info().rss)
+
+    def _measure(self, name: str) -> Measured:
+        program = self._program
         assert program.stdin is not None and program.stdout is not None
         log_length = len(self._target.log())
         with Canary(self._target.port) as canary:
             alone_s = self._gap_in_peace(canary)
-            memory.reset()
-            mark = canary.mark()
-            program.stdin.write(f"{name} {self._seconds}\n")
-            program.stdin.flush()
-            counts = json.loads(program.stdout.readline())
-            beside_s = canary.gap_since(mark)
-        log = self._target.log()[log_length:]
-        is_shared = self._target.is_real and name in GENERATING
+            self._max_bytes = 0
+            company = Company(self._target.port)
+            mark, started = canary.mark(), time.perf_counter()
+            with Watch(company.look, COMPANY_SAMPLE_S) if self._target.is_real else contextlib.nullcontext():
+                program.stdin.write(f"{name} {self._seconds}\n")
+                program.stdin.flush()
+                counts = json.loads(program.stdout.readline())
+                beside_s = canary.gap_since(mark)
+                mean_s = (time.perf_counter() - started) / max(1, canary.mark() - mark)
+        return Measured(
+            alone_s,
+            beside_s,
+            mean_s,
+            self._max_bytes,
+            counts,
+            canary.num_lost,
+            has_traceback="Traceback" in self._target.log()[log_length:],
+            plain=plain_sequences(company.num_sequences, company.num_prompt_tokens),
+        )
+
+    def _once(self, name: str) -> Outcome:
+        attack = self._measure(name)
+        needs_fair = self._target.is_real and attack.added_s > MAX_ADDED_GAP_S
+        fair = self._measure(attack.plain) if needs_fair else None
+        is_broken = attack.num_lost > 0 or "500" in attack.counts or attack.has_traceback
+        return Outcome(name, attack, fair, complaints_about(attack, fair), is_broken)
+
+
+def complaints_about(attack: Measured, fair: Measured | None) -> list[str]:
+    """What is wrong with an attack's outcome; `fair` is beside as many plain sequences, None: nothing was computed."""
+    if fair is None:
+        complaints = {f"the canary waits {attack.added_s:.2f} s longer": attack.added_s > MAX_ADDED_GAP_S}
+    else:
+        gaps, means = attack.beside_s / fair.beside_s, attack.mean_s / fair.mean_s
         complaints = {
-            f"the canary waits {beside_s - alone_s:.2f} s longer": beside_s - alone_s > MAX_ADDED_GAP_S
-            and not is_shared,
-            f"{canary.num_lost} streams are lost": canary.num_lost > 0,
-            f"{memory.max_bytes / 1e6:.0f} MB": memory.max_bytes > MAX_RESIDENT_BYTES,
-            "an internal error": "500" in counts,
-            "no answer": "silence" in counts,
-            "a traceback": "Traceback" in log,
+            f"{gaps:.1f} times a fair gap": gaps > MAX_FAIR_SHARES,
+            f"{means:.1f} times a fair mean": means > MAX_FAIR_SHARES,
         }
-        found = [text for text, applies in complaints.items() if applies]
-        is_broken = canary.num_lost > 0 or "500" in counts or "Traceback" in log
-        return Outcome(name, alone_s, beside_s, memory.max_bytes, counts, found, is_broken)
+    complaints |= {
+        f"{attack.num_lost} streams are lost": attack.num_lost > 0,
+        f"{attack.max_bytes / 1e6:.0f} MB": attack.max_bytes > MAX_RESIDENT_BYTES,
+        "an internal error": "500" in attack.counts,
+        "no answer": "silence" in attack.counts,
+        "a traceback": attack.has_traceback,
+    }
+    return [text for text, applies in complaints.items() if applies]
 
 
 @contextlib.contextmanager
@@ -231,8 +319,10 @@ def scripted_target(model: Path, folder: Path, **config: Any) -> Iterator[Target
 
 
 @contextlib.contextmanager
-def launched_target(model: Path, folder: Path) -> Iterator[Target]:
-    with launched(model, folder, "--max-total-tokens", str(WINDOW), "-g", "2") as server:
+def launched_target(model: Path, folder: Path, *flags: str) -> Iterator[Target]:
+    """A server as a user starts it, whose flags let clients ask for much. `flags`: more of them."""
+    much = ("--max-logit-bias", "50000", "--max-best-of", "128")
+    with launched(model, folder, "--max-total-tokens", str(WINDOW), "-g", "2", *much, *flags) as server:
         yield Target(server.port, server.child("server"), lambda: server.log, is_real=True)
 
 
@@ -248,7 +338,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make = scripted_target if args.scripted else launched_target
         with make(model, Path(folder)) as target:
-            print(f"{'attack':45}  alone  beside     MB  statuses")
+            print(f"{'attack':45}  alone  beside   fair     MB  statuses")
             with AttackTable(target, seconds=args.seconds, num_tries=args.tries) as table:
                 for name in args.names or ATTACKS:
                     outcome = table.outcome(name)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.e2e.hub_stand_in import Failure, HubStandIn, hub_stand_in
 from tests.e2e.launched import free_port, launched
@@ -161,7 +163,6 @@ def test_the_token_is_sent_and_not_said(hub: HubStandIn, downloads: Downloads, n
         (["tiny/gated"], {}, "is gated: accept its terms"),
         ([MODEL, "--revision", "v9"], {}, "tiny/Qwen2 has no revision 'v9': check --revision"),
         (["tiny/pickled", "--no-auto-convert"], {}, "has only pickled weights (.bin, .pt), which can run code"),
-        (["tiny/adapter", "--merge-lora"], {}, "is an adapter (LoRA), which is not supported: merge it"),
         ([MODEL, "--extension", ".bin"], {}, "--extension .bin is not supported"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -172,7 +173,6 @@ def test_a_refusal_is_one_sentence(
     hub.add("tiny/private", config__json=b"{}").token = TOKEN
     hub.add("tiny/gated", config__json=b"{}", model__safetensors=b"").is_gated = True
     hub.add("tiny/pickled", config__json=b"{}", pytorch_model__bin=b"")
-    hub.add("tiny/adapter", adapter_config__json=b"{}", adapter_model__safetensors=b"")
     result = downloads.run(*args, environ=environ)
     assert result.code == 1
     errors = [line for line in result.log.splitlines() if "ERROR" in line]
@@ -269,3 +269,17 @@ def test_the_launcher_serves_a_model_of_the_hub(hub: HubStandIn, tmp_path: Path)
         info = httpx.get(f"{server.url}/info").json()
         assert (info["model_id"], info["model_sha"]) == (MODEL, hub.repositories[MODEL].commit)
         assert f"Download file: {SHARDS[0]}" in server.log
+
+
+def test_an_adapter_is_fetched_with_its_model(hub: HubStandIn, downloads: Downloads, tmp_path: Path) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": MODEL}))
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    hub.add("tiny/lora", adapter).files.update({"optimizer.safetensors": b"no weights", "adapter_model.bin": b"pickle"})
+    first = downloads.run("tiny/lora", "--merge-lora")
+    assert first.code == 0, first.log
+    assert {path.name for path in first.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert f"tiny/lora is an adapter of {MODEL}" in first.log and "--merge-lora has no effect" in first.log
+    again = downloads.run("tiny/lora", environ=OFFLINE)
+    assert again.code == 0 and again.log.count("Files are already present on the host") == 2, again.log

@@ -181,8 +181,6 @@ def test_a_cached_snapshot_is_served_without_any_network_call(tiny_model_dir: Pa
 
 
 def test_200_requests_half_of_them_dropped_leave_no_block_behind(server: LaunchedServer) -> None:
-    """The same proof on the demo model, with memory, is benchmarks/soak.py (make test-slow)."""
-
     def request(index: int) -> None:
         events = server.stream(f"request number {index}", max_new_tokens=64)
         for position, _ in enumerate(events):

@@ -55,7 +55,7 @@ def test_three_turns(client: OpenAI) -> None:
         ) as stream:
             choice = stream.get_final_completion().choices[0]
         messages.append(choice.message.model_dump(exclude_none=True, exclude={"parsed"}))
-        if choice.finish_reason != "tool_calls":
+        if not choice.message.tool_calls:
             break
         for call in choice.message.tool_calls or []:
             called.append((call.function.name, json.loads(call.function.arguments)))
@@ -63,6 +63,24 @@ def test_three_turns(client: OpenAI) -> None:
     assert choice.finish_reason == "stop" and choice.message.content
     assert len({message["tool_call_id"] for message in messages if message["role"] == "tool"}) == len(called)
     check_calls(called)
+
+
+def test_a_required_call_ends_by_itself(client: OpenAI) -> None:
+    """Neither a small model nor a large one calls until `max_tokens`."""
+    for question in (QUESTION, "What is the weather in Rome?"):
+        completion = client.chat.completions.create(
+            model="",
+            messages=[{"role": "user", "content": question}],
+            tools=TOOLS,
+            tool_choice="required",
+            temperature=0,
+            max_tokens=200,
+        )
+        choice = completion.choices[0]
+        assert choice.finish_reason == "tool_calls" and completion.usage is not None
+        assert completion.usage.completion_tokens < 100
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+        assert calls and len(set(calls)) == len(calls)
 
 
 def test_three_turns_of_responses(client: OpenAI) -> None:

@@ -34,3 +34,16 @@ def test_no_attack_stalls_a_real_engine(tmp_path: Path) -> None:
             print(outcome.line())
             complaints += [outcome.line()] if outcome.complaints else []
     assert not complaints
+
+
+@pytest.mark.timeout(600)
+def test_200_clients_against_16_permits_of_a_real_engine(tmp_path: Path) -> None:
+    """The canary is one of the admitted: it keeps its speed, as beside 15 plain sequences and no refusals."""
+    flags = ("--max-concurrent-requests", "16")
+    with launched_target(build_demo_model("--small"), tmp_path, *flags) as target:
+        with AttackTable(target, seconds=10) as table:
+            outcome = table.outcome("overload")
+    print(outcome.line())
+    assert not outcome.complaints
+    assert outcome.counts["429"] > 200
+    assert outcome.counts["refusal_ms"] < 1_000

@@ -32,7 +32,7 @@ def make_request(number: int, schema: Schema | None, tokenizer: Tokenizer) -> Ge
     grammar, text = None, PLAIN_PROMPT
     if schema is not None:
         with contextlib.closing(GrammarCompiler()) as compiler:
-            grammar = asyncio.run(compiler.compile(GrammarSpec("json", schema), is_strict=False))
+            grammar = asyncio.run(compiler.compile(GrammarSpec("json", schema), is_strict=False)).grammar
         text = f"Write an example of this JSON schema:\n{json.dumps(schema)}\n\nExample: "
     return GenerationRequest(
         request_id=f"request {number}",

@@ -48,7 +48,7 @@ SERVER_DEFAULTS = ServerConfig(
     max_stop_sequences=4,
     max_top_n_tokens=5,
     max_logit_bias=1024,
-    max_client_batch_size=4,
+    max_client_batch_size=None,
     validation_workers=2,
     payload_limit=2_000_000,
     has_prompt_logprobs=False,
@@ -148,6 +148,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("--port=8080", {"PORT": "80"}, {"port": 8080}),
         ("", {"PORT": "80"}, {"port": 80}),
         ("", {"PORT": ""}, {}),
+        ("", {"PORT": "tcp://10.96.0.1:9090", "PROMETHEUS_PORT": "tcp://10.96.0.1:9090"}, {}),
+        ("--port 80", {"PORT": "udp://[fd00::1]:53", "MASTER_PORT": "tcp://10.96.0.1:443"}, {"port": 80}),
         ("--port 0", {}, {"port": 0}),
         ("--max-concurrent-requests 7", {}, {"max_concurrent_requests": 7}),
         ("", {"MAX_CONCURRENT_REQUESTS": "7"}, {"max_concurrent_requests": 7}),
@@ -166,8 +168,13 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ("", {"MAX_STOP_SEQUENCES": "9"}, {"max_stop_sequences": 9}),
         ("--max-top-n-tokens 20", {}, {"max_top_n_tokens": 20}),
         ("--max-logit-bias 300", {}, {"max_logit_bias": 300}),
+        ("--generation-config none", {}, {"generation_config": "none"}),
+        ("", {"GENERATION_CONFIG": "vllm"}, {"generation_config": "vllm"}),
         ("", {"MAX_TOP_N_TOKENS": "0"}, {"max_top_n_tokens": 0}),
         ("--max-client-batch-size 8", {}, {"max_client_batch_size": 8}),
+        ("--served-model-name gpt-4o", {}, {"served_model_names": ("gpt-4o",)}),
+        ("--served-model-name a,b/c", {"SERVED_MODEL_NAME": "x"}, {"served_model_names": ("a", "b/c")}),
+        ("", {"SERVED_MODEL_NAME": "a, b"}, {"served_model_names": ("a", "b")}),
         ("", {"MAX_CLIENT_BATCH_SIZE": "8"}, {"max_client_batch_size": 8}),
         ("--payload-limit 100", {}, {"payload_limit": 100}),
         ("", {"PAYLOAD_LIMIT": "100"}, {"payload_limit": 100}),
@@ -246,6 +253,19 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
 def test_values(line: str, environ: dict[str, str], changes: dict[str, Any]) -> None:
     args = parse(line, **environ)
     assert configurations(args) == defaults(changes)
+
+
+@pytest.mark.parametrize("name", ["PORT", "PROMETHEUS_PORT", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["tcp://10.96.0.1:9090", "udp://10.96.0.1:53", "tcp://[fd00::1]:80"])
+def test_a_service_of_kubernetes_is_no_port(name: str, value: str) -> None:
+    (warning,) = parse("", **{name: value}).warnings
+    assert warning.startswith(f"the variable {name} is ignored: {value} is what Kubernetes says of a service")
+
+
+@pytest.mark.parametrize("value", ["tcp:", "http://10.96.0.1:9090", "80 tcp://10.96.0.1:9090", "x"])
+def test_other_texts_in_place_of_a_port_are_usage_errors(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = outcome(["--model-id", "m"], {"PROMETHEUS_PORT": value}, capsys)
+    assert (code, message) == (2, f"error: variable PROMETHEUS_PORT: invalid port value: {value!r}")
 
 
 def test_the_model_may_come_from_the_environment() -> None:
@@ -687,7 +707,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
-        speculative-decoding max-logit-bias"""
+        served-model-name speculative-decoding max-logit-bias generation-config"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
@@ -706,7 +726,7 @@ def test_a_flag_is_a_row_and_the_field_it_names(
 
 DERIVED = {
     "launcher": "sharding engine server echo warnings".split(),
-    "engine": "model_path num_threads socket_fd listen_fd may_share_memory".split(),
+    "engine": "model_path adapter_path num_threads socket_fd listen_fd may_share_memory".split(),
     "server": "model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here".split(),
 }
 """Fields that no single flag fills."""

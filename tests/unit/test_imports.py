@@ -29,13 +29,14 @@ ROOMS: dict[str, str] = {
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
     "server.edge": "server.errors server.operation",
-    "server.requests": "engine.link server.config server.errors server.piped_process server.text",
+    "server.schemas": "",
+    "server.requests": "engine.link server.config server.errors server.piped_process server.schemas server.text",
     "server.chat": "server.errors server.piped_process server.requests server.text",
     "server.generation": "engine.link server.errors server.requests server.telemetry server.text",
     "server.service": "server.chat server.client server.config server.edge server.errors server.generation "
     "server.requests server.telemetry server.text",
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
-    "server.requests server.telemetry",
+    "server.requests server.schemas server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
     "server.operation server.requests server.service server.text",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
@@ -101,7 +102,9 @@ FOREIGN: dict[str, set[str]] = {
 STANDARD_LIBRARY_ONLY = {
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
+    "server.schemas": "server.schemas",
     "engine.link.config": "",
+    "engine.link.encoding": "",
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",

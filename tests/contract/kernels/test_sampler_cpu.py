@@ -21,10 +21,13 @@ CASES = {
     "hot": {"seed": 1, "temperature": 20.0},
     "top_k 1": {"seed": 1, "top_k": 1},
     "top_k": {"seed": 1, "top_k": 40},
+    "top_k of thousands": {"seed": 1, "top_k": 3000, "temperature": 20.0},
     "top_k above the vocabulary": {"seed": 1, "top_k": 10**6},
     "top_p": {"seed": 1, "top_p": 0.7},
     "tiny top_p": {"seed": 1, "top_p": 1e-6},
     "top_p beyond the first candidates": {"seed": 1, "top_p": 0.97, "temperature": 5.0},
+    "top_p of nearly all": {"seed": 1, "top_p": 0.999, "temperature": 100.0},
+    "top_p of thousands": {"seed": 1, "top_p": 0.9, "top_k": 3000, "temperature": 100.0},
     "all": {"seed": 1, "top_p": 0.9, "top_k": 30, "temperature": 0.7},
     "min_p": {"seed": 1, "min_p": 0.1},
     "typical_p": {"seed": 1, "typical_p": 0.6},
@@ -57,6 +60,19 @@ def test_ties_at_the_thresholds_stay() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]).repeat(200, 1)
     params = [SamplingParams(seed=seed, top_k=1) for seed in range(200)]
     assert set(sample(logits, params, [0] * 200).token_ids) == {1, 2, 4}
+
+
+def test_thousands_of_candidates_are_ordered_whatever_their_values() -> None:
+    """Zeros of both signs, numbers next to zero, ties and what is ruled out; `top_k` is where each kind begins."""
+    kinds = [5.0, 1e-44, 0.0, -0.0, -1e-44, -1e-30, -2.0, -3e38]
+    logits = torch.tensor(kinds).repeat_interleave(700)[
+        torch.randperm(5600, generator=torch.Generator().manual_seed(0))
+    ]
+    logits = torch.cat([logits, torch.full((300,), -torch.inf)]).expand(200, -1).contiguous()
+    for top_k in range(600, 5600, 700):
+        params = [SamplingParams(seed=row, top_k=top_k, temperature=1e38) for row in range(200)]
+        drawn = logits[0][sample(logits, params, [0] * 200).token_ids]
+        assert drawn.min() == min(kinds[: top_k // 700 + 1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 from engine.checkpoint import hub
 from engine.link.errors import StartError
@@ -93,8 +96,11 @@ def test_what_is_not_whole_is_not_used(snapshot: Path, name: str, harm: Callable
         ("config.json model.safetensors pytorch_model.bin adapter_config.json", None),
         ("config.json pytorch_model.bin training_args.bin", "has only pickled weights"),
         ("config.json training_args.safetensors model.pt", "has only pickled weights"),
-        ("adapter_config.json adapter_model.safetensors", "is an adapter"),
-        ("adapter_config.json adapter_model.bin config.json", "is an adapter"),
+        ("adapter_config.json adapter_model.safetensors", None),
+        ("adapter_config.json adapter_model.safetensors config.json optimizer.safetensors tokenizer.json", None),
+        ("adapter_config.json adapter_model.bin config.json", "has only pickled weights"),
+        ("adapter_config.json config.json", "has no \\*.safetensors file"),
+        ("config.json adapter_model.safetensors", "has no \\*.safetensors file"),
         ("config.json model.gguf", "has no \\*.safetensors file"),
         ("model.safetensors", "has no config.json"),
     ],
@@ -105,6 +111,22 @@ def test_the_names_of_the_files_decide(names: str, sentence: str | None) -> None
         return
     with pytest.raises(StartError, match=f"a/b {sentence}"):
         hub._check_names(names.split(), "a/b")
+
+
+def write_adapter(folder: Path, **config: Any) -> None:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+
+
+def test_a_whole_adapter_needs_neither_configuration_nor_tokenizer(snapshot: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "models--tiny--lora" / "snapshots" / COMMIT)
+    assert hub.download_model("tiny/lora", COMMIT) == tmp_path / "models--tiny--lora" / "snapshots" / COMMIT
+    write_adapter(tmp_path / "local")
+    assert hub.download_model(str(tmp_path / "local"), None) == tmp_path / "local"
+    shorten(tmp_path / "local" / "adapter_model.safetensors")
+    with pytest.raises(StartError, match="adapter_model.safetensors is cut off or damaged"):
+        hub.download_model(str(tmp_path / "local"), None)
 
 
 def wrapped(cause: Exception) -> Exception:

@@ -9,12 +9,21 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.link.ipc import HEADER, EngineEndpoint, decode_down, decode_up, encode_frame, take_frames
+from engine.link.ipc import (
+    HEADER,
+    MAX_RECEIVED_BYTES,
+    EngineEndpoint,
+    decode_down,
+    decode_up,
+    encode_frame,
+    take_frames,
+)
 from engine.link.messages import (
     AbortRequest,
     Down,
@@ -258,3 +267,27 @@ def test_a_process_ends_with_its_lifeline() -> None:
         process.stdin.close()
         assert process.wait(20) == 1
         assert process.stdout.read() == "the launcher is gone: exiting\n"
+
+
+def test_much_that_comes_at_once_is_taken_in_over_several_calls() -> None:
+    """The steps of others go on between them; nothing is lost, also where the peer is gone meanwhile."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(True)
+    request = GenerationRequest(
+        request_id="a" * 32,
+        prompt_token_ids=[1],
+        max_new_tokens=1,
+        sampling=SamplingParams(logit_bias=dict.fromkeys(range(40_000), 1.0)),
+    )
+    frame = encode_frame(request)
+    with ours:
+        endpoint = EngineEndpoint(ours)
+        with theirs, ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(theirs.sendall, frame * 20)
+            calls = [len(endpoint.receive(1.0))]
+            while sum(calls) < 20:
+                calls.append(len(endpoint.receive(1.0)))
+            sending.result()
+        assert max(calls) <= MAX_RECEIVED_BYTES // len(frame) + 1
+        with pytest.raises(EOFError):
+            endpoint.receive(1.0)

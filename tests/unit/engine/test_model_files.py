@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.files import read_eos_token_ids, read_json, read_model_config, read_quantization_config
+from engine.checkpoint.files import read_eos_token_ids, read_model_config, read_quantization_config
 from engine.checkpoint.kinds import kind_of_tensor, refuse_other_kinds
 from engine.checkpoint.renamed_weights import names_of_models
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import read_file
+from engine.link.model_files import AdapterBase, adapter_base, read_file, read_json
 
 TOKENIZER = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"5": {"content": "<|im_end|>"}, "6": {"content": "x"}}}
 
@@ -210,6 +210,7 @@ STRAY = "adapter_model.safetensors training_state.safetensors optimizer.safetens
         (["model.safetensors"], [], ["../model.safetensors"]),
         (PARTS, [*STRAY, "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"], PARTS),
         (PARTS, [*STRAY, "consolidated.safetensors", "old.safetensors", "model-00001-of-00007.safetensors"], None),
+        (PARTS, STRAY, ["model-00001-of-00007.safetensors", "model-00002-of-00007.safetensors"]),
         (["gptq_model-4bit-128g.safetensors"], STRAY, None),
         (["consolidated.safetensors"], STRAY, None),
         (["a.safetensors", "b.safetensors"], ["trainer_state.safetensors"], None),
@@ -286,7 +287,16 @@ def test_models_that_write_no_text_are_called_by_their_name(
         refuse_other_kinds(tmp_path, config)
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": ["Qwen2ForCausalLM"]}, {"architectures": 5, "model_type": 5}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": ["QWenLMHeadModel"]},
+        {"architectures": 5, "model_type": 5},
+        {"architectures": [None]},
+    ],
+)
 def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     refuse_other_kinds(tmp_path, config)
 
@@ -295,6 +305,7 @@ def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) 
     ("name", "kind"),
     [
         ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "an adapter"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "an adapter"),
         ("score.weight", "a reward model"),
         ("v_head.summary.weight", "a reward model"),
         ("visual.blocks.0.attn.qkv.weight", "a vision-language model"),
@@ -305,3 +316,36 @@ def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) 
 def test_a_tensor_may_tell_what_the_folder_holds(name: str, kind: str | None) -> None:
     told = kind_of_tensor(name)
     assert told is None if kind is None else kind in str(told)
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "base"),
+    [
+        ("adapter_config.json adapter_model.safetensors", {"base_model_name_or_path": "a/b"}, AdapterBase("a/b", None)),
+        (
+            "adapter_config.json adapter_model.safetensors config.json optimizer.safetensors",
+            {"base_model_name_or_path": "./x", "revision": "v1"},
+            AdapterBase("./x", "v1"),
+        ),
+        ("adapter_config.json adapter_model.safetensors model.safetensors", {"base_model_name_or_path": "a/b"}, None),
+        ("config.json model.safetensors", {}, None),
+    ],
+)
+def test_an_adapter_names_its_model(
+    tmp_path: Path, names: str, config: dict[str, Any], base: AdapterBase | None
+) -> None:
+    for name in names.split():
+        (tmp_path / name).write_text(json.dumps(config))
+    assert adapter_base(tmp_path) == base
+
+
+@pytest.mark.parametrize("name", [None, "", 5, ["a/b"]])
+def test_an_adapter_that_names_no_model(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    with pytest.raises(StartError, match="adapter_config.json does not name its model: put its folder or id there"):
+        adapter_base(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "qwen2"}')
+    assert read_model_config(tmp_path) == {"model_type": "qwen2"}

@@ -140,6 +140,36 @@ def test_the_watermark_is_seeded_by_the_token_before_the_row(previous: int) -> N
         torch.testing.assert_close(after[row] - before[row], is_green, atol=1e-5, rtol=0)
 
 
+class CountedBias(dict[int, float]):
+    """Counts how often it is gone through."""
+
+    num_reads = 0
+
+    def values(self) -> Any:
+        type(self).num_reads += 1
+        return super().values()
+
+    def items(self) -> Any:
+        type(self).num_reads += 1
+        return super().items()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_the_biases_of_a_request_are_gone_through_once(penalty: float) -> None:
+    """Tens of thousands are milliseconds a row, in a step that everybody shares."""
+    CountedBias.num_reads = 0
+    bias = CountedBias(dict.fromkeys(reversed(range(VOCAB_SIZE)), 0.5))
+    sequence = make_sequence([1], [2], SamplingParams(logit_bias=bias, repetition_penalty=penalty))
+    penalties = Penalties()
+    for _ in range(3):
+        before, after = apply(penalties, make_batch([sequence], [1], [[4]]))
+        for row, output in enumerate(([2], [2, 4])):
+            expected = expected_row(before[row].tolist(), [1], output, sequence.request.sampling)
+            torch.testing.assert_close(after[row], torch.tensor(expected))
+        CountedBias.num_reads -= 2  # those of the expected rows
+    assert CountedBias.num_reads == 1
+
+
 def test_counts_go_back_to_what_they_were() -> None:
     counts = TokenCounts([5, 3, 5])
     counts.add(3)

@@ -302,6 +302,10 @@ def test_prefix_hits_are_counted_once_for_a_request() -> None:
     simulation.step()
     assert simulation.scheduler.stats().num_prefix_hit_tokens == 8
     assert simulation.scheduler.num_admissions == 3
+    simulation.drain()
+    for name, num_cached in (("a", 0), ("b", 8)):
+        first, *later = [event.num_cached_tokens for event in simulation.events[name]]
+        assert (first, set(later)) == (num_cached, {0})
 
 
 def test_stats() -> None:

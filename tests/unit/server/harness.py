@@ -27,6 +27,7 @@ from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.connection import Connection
 from server.edge.connections import ConnectionLimits, ConnectionTable
+from server.text.chat_format import ChatFormat
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -44,6 +45,10 @@ LIMITS = EngineReady(
     max_batch_total_tokens=8192,
     vocab_size=10**6,
 )
+
+
+def chat_format_of(template: str | None, **special_tokens: str) -> ChatFormat:
+    return ChatFormat(templates={} if template is None else {"default": template}, special_tokens=special_tokens)
 
 
 def write_model_folder(folder: Path, template: Any = CHATML) -> None:
@@ -141,7 +146,11 @@ class ObligingEngine(FakeEngine):
         reason = FinishReason.EOS_TOKEN if len(ids) == len(self._token_ids) else FinishReason.LENGTH
         events = one_by_one(ids, reason)
         if request.has_prompt_logprobs:
-            events[0].prompt_logprobs = [-1.5] * (len(request.prompt_token_ids) - 1)
+            num_scored = len(request.prompt_token_ids) - 1
+            events[0].prompt_logprobs = [-1.5] * num_scored
+            if num_top := request.num_prompt_top_tokens:
+                events[0].prompt_top_token_ids = [list(range(5, 5 + num_top))] * num_scored
+                events[0].prompt_top_logprobs = [[-0.25] * num_top] * num_scored
         if num_top := request.sampling.num_top_tokens:
             for event in events:
                 event.top_token_ids = [list(range(5, 5 + num_top))]

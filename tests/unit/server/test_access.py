@@ -38,17 +38,31 @@ async def test_the_right_key_is_let_in(make_app: MakeApp, key: str) -> None:
 @pytest.mark.parametrize(
     "key", [None, "", "s3cret", "Bearer", "Bearer ", "Bearer s3cre", "Bearer S3CRET", "Basic s3cret"]
 )
-async def test_any_other_key_is_401_with_an_empty_body(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
+async def test_any_other_key_is_401(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     async with client_of(make_app(api_key="s3cret")) as client:
         assert len(PROTECTED_PATHS) == 13
         for path in PROTECTED_PATHS:
             response = await client.post(path, json=BODY, headers=headers)
-            assert (response.status_code, response.content) == (401, b"")
+            assert response.status_code == 401
+            if path.startswith("/v1/"):
+                error = response.json()["error"]
+                assert error["message"] == "The API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+                is_anthropic = path.startswith("/v1/messages")
+                assert error["type"] == ("authentication_error" if is_anthropic else "invalid_request_error")
+                assert error.get("code") == (None if is_anthropic else "invalid_api_key")
+            else:
+                assert response.content == b""
             assert "www-authenticate" not in response.headers
         assert (await client.get("/generate", headers=headers)).status_code == 401, "before the method is looked at"
         assert (await client.post("/generate", content=b"{", headers=headers)).status_code == 401, "and the body"
     assert not engine.requests
+
+
+async def test_to_tgi_every_refusal_is_empty(make_app: MakeApp) -> None:
+    async with client_of(make_app(api_key="s3cret", is_strict_tgi=True)) as client:
+        response = await client.post("/v1/chat/completions", json=BODY)
+        assert (response.status_code, response.content) == (401, b"")
 
 
 async def test_a_key_need_not_be_ascii(make_app: MakeApp) -> None:

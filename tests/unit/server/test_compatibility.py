@@ -16,8 +16,8 @@ from server.app import create_app
 from server.chat.template import ChatTemplate
 from server.launcher.args import parse_args
 from server.telemetry.metrics import Metrics
-from server.text.tokenizer import ChatFormat, TextTokenizer
-from tests.unit.server.harness import LIMITS, FakeEngine, client_of, events_of, make_config, one_by_one
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import LIMITS, FakeEngine, chat_format_of, client_of, events_of, make_config, one_by_one
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DOCUMENT = REPOSITORY / "docs" / "compatibility.md"
@@ -212,12 +212,14 @@ TOOL = {
 GRAMMAR = {"type": "regex", "value": "a"}
 
 
-async def test_row_16_no_tools_constrain_nothing(http: httpx.AsyncClient, strict: bool, engine: FakeEngine) -> None:
+async def test_row_16_tools_beside_a_format(http: httpx.AsyncClient, strict: bool, engine: FakeEngine) -> None:
     assert (await chat(http, tools=[])).json()["choices"][0]["message"]["content"] == "Hello, world!"
     assert engine.requests[0].grammar is None
-    response = await chat(http, tools=[], response_format=GRAMMAR)
-    assert response.status_code == (422 if strict else 400)
-    assert message_of(response, strict) == "Tool error: Grammar and tools are mutually exclusive"
+    for tools in ([], [TOOL]):
+        response = await chat(http, tools=tools, response_format=GRAMMAR)
+        assert response.status_code == (422 if strict else 200)
+        if strict:
+            assert message_of(response, strict) == "Tool error: Grammar and tools are mutually exclusive"
 
 
 SAYS_CALL = {
@@ -346,10 +348,7 @@ async def test_row_29_tokenize_speaks_of_bytes(http: httpx.AsyncClient, ids_of: 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_row_30_json_in_templates(strict: bool) -> None:
-    template = ChatTemplate(
-        ChatFormat(template="{{ {'b': '<&>', 'a': [1, 2]} | tojson }}", bos_token=None, eos_token=None),
-        is_strict=strict,
-    )
+    template = ChatTemplate(chat_format_of("{{ {'b': '<&>', 'a': [1, 2]} | tojson }}"), is_strict=strict)
     rendered = '{"a":[1,2],"b":"\\u003c\\u0026\\u003e"}' if strict else '{"b": "<&>", "a": [1, 2]}'
     assert template.render([]) == rendered
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -56,7 +57,7 @@ async def test_plain_bytes(client: httpx.AsyncClient) -> None:
     assert response.text == (
         f'{{"object":"text_completion","id":"{answer["id"]}","created":{answer["created"]},"model":"org/model",'
         '"system_fingerprint":"3.3.6-dev0-native","choices":[{"index":0,"text":"Hello, world!","logprobs":null,'
-        '"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6}}'
+        '"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":0}}}'
     )
 
 
@@ -86,6 +87,7 @@ async def test_several_prompts(client: httpx.AsyncClient, engine: FakeEngine, id
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -96,7 +98,8 @@ async def test_choices_of_several_prompts(client: httpx.AsyncClient, engine: Fak
     answer = response.json()
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(words))
     assert [request.sampling.seed for request in engine.requests] == [1, 2, 1, 2]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}, "a prompt counts once"
+    usage = answer["usage"]
+    assert [*usage.values()][:3] == [2, 8, 10], "a prompt counts once"
 
 
 async def test_best_of_takes_the_likeliest(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
@@ -135,14 +138,21 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
     assert not engine.requests
 
 
-SUFFIX = ("Suffix is not supported and can be achieved by preprocessing the prompt.", "suffix not supported")
-BATCH = ("Number of prompts exceeds the maximum allowed batch size of 4", "batch size exceeded")
+SUFFIX = (
+    "Input validation error: `suffix` needs a model that fills in the middle: this one does not have "
+    "<|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>",
+    "suffix not supported",
+)
+TGI_TEXTS = {
+    SUFFIX[0]: "Suffix is not supported and can be achieved by preprocessing the prompt.",
+}
+BATCH = ("Number of prompts exceeds the maximum allowed batch size of 128", "batch size exceeded")
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     ("body", "text", "kind"),
-    [({"suffix": ""}, *SUFFIX), ({"prompt": ["x"] * 5}, *BATCH), ({"prompt": ["x"] * 5, "suffix": "x"}, *SUFFIX)],
+    [({"suffix": "x"}, *SUFFIX), ({"prompt": ["x"] * 129}, *BATCH)],
 )
 async def test_what_is_refused_before_a_stream(
     client: httpx.AsyncClient,
@@ -154,9 +164,21 @@ async def test_what_is_refused_before_a_stream(
 ) -> None:
     error = await error_of(client, stream=is_stream, **body)
     assert (error["message"], error["type"]) == (text, "invalid_request_error")
+    tgi_text = TGI_TEXTS.get(text, text.replace("128", "4"))
     response = await complete(strict_client, stream=is_stream, **body)
-    assert (response.status_code, response.json()) == (422, {"error": text, "error_type": kind})
+    assert (response.status_code, response.json()) == (422, {"error": tgi_text, "error_type": kind})
     assert '\ntgi_request_failure{err="validation"} 1\n' in (await client.get("/metrics")).text
+
+
+async def test_as_many_prompts_as_there_are_permits(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = (await complete(client, prompt=["x"] * 128)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    assert answer["usage"]["prompt_tokens"] == 128
+    assert (await complete(client, prompt=[[5]] * 100, stream=True)).status_code == 200
+    assert len(engine.requests) == 228
+    assert (await complete(strict_client, prompt=["x"] * 5)).status_code == 422
 
 
 async def test_the_first_failure_fails_the_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
@@ -279,14 +301,83 @@ async def test_logprobs_of_the_chosen_tokens_alone(client: httpx.AsyncClient) ->
 async def test_echo_with_logprobs(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
     prompt = ids_of("What is")
     assert len(prompt) == 2
-    engine.script.events[0].prompt_logprobs = [-3.0]
+    first = engine.script.events[0]
+    first.prompt_logprobs = [-3.0]
+    first.prompt_top_token_ids, first.prompt_top_logprobs = [ids_of("!")], [[-0.125]]
     (choice,) = await choices(client, prompt="What is", echo=True, logprobs=1)
     logprobs = choice["logprobs"]
     assert choice["text"] == "What isHello, world!"
     assert logprobs["tokens"][:3] == ["What", " is", "Hello"]
     assert logprobs["token_logprobs"][:3] == [None, -3.0, -0.5]
-    assert logprobs["top_logprobs"][:2] == [None, None]
+    assert logprobs["top_logprobs"][:2] == [None, {"!": -0.125, " is": -3.0}], "with the prompt's own token"
     assert logprobs["text_offset"] == [0, 4, 7, 12, 13, 19, 20]
+    (request,) = engine.requests
+    assert (request.has_prompt_logprobs, request.num_prompt_top_tokens) == (True, 1)
+
+
+async def test_what_harnesses_send(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """A map for each token of the prompt but the first, by which they see whether it was the likeliest one."""
+    first = engine.script.events[0]
+    first.prompt_logprobs, first.prompt_top_token_ids, first.prompt_top_logprobs = (
+        [-1.0, -2.0],
+        [[6], [8]],
+        [[-1.0]] * 2,
+    )
+    body = {"prompt": [[5, 6, 7]], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    ((choice,), (scored,)) = [await choices(client, **body), await choices(client, **body | {"max_tokens": 0})]
+    logprobs = choice["logprobs"]
+    assert logprobs["top_logprobs"][0] is None
+    maps = zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
+    is_greedy = [max(tops, key=tops.get) == token for token, tops in maps if tops]
+    assert is_greedy[:2] == [True, False]
+    for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert scored["logprobs"][key] == logprobs[key][:3]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_no_new_token(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, is_stream: bool) -> None:
+    engine.script.events = one_by_one(ids_of("!"), FinishReason.LENGTH)
+    body = {"prompt": ["What", "x"], "max_tokens": 0, "echo": True}
+    if is_stream:
+        events = await stream(client, **body, stream_options={"include_usage": True})
+        texts = ["".join(c["text"] for event in events for c in event["choices"] if c["index"] == i) for i in (0, 1)]
+        reasons = {c["finish_reason"] for event in events for c in event["choices"]}
+        usage = events[-1]["usage"]
+    else:
+        answer = (await complete(client, **body)).json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        reasons = {choice["finish_reason"] for choice in answer["choices"]} | {None}
+        usage = answer["usage"]
+    assert (texts, reasons) == (["What", "x"], {None, "length"})
+    assert [*usage.values()][:3] == [2, 0, 2]
+    assert [request.max_new_tokens for request in engine.requests] == [1, 1]
+
+
+async def test_no_new_token_needs_an_echo(client: httpx.AsyncClient) -> None:
+    error = await error_of(client, max_tokens=0)
+    assert (error["param"], error["code"]) == ("max_tokens", "integer_below_min_value")
+
+
+async def test_the_likeliest_tokens_of_a_prompt_have_a_limit(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.limits_now = msgspec.structs.replace(engine.limits_now, max_input_tokens=8_000, max_total_tokens=9_000)
+    body = {"prompt": [[5] * 6_554], "echo": True, "max_tokens": 1}
+    error = await error_of(client, **body, logprobs=20)
+    assert error["param"] == "logprobs"
+    assert "are more than 131072" in error["message"]
+    assert not engine.requests
+
+
+async def test_cached_tokens(client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """A prompt's once, however many choices it has."""
+    engine.script.events[0].num_cached_tokens = 16
+    usage = (await complete(client, prompt=["What", "x"], n=2)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
+    body = {"messages": [{"role": "user", "content": "hey"}], "n": 2}
+    usage = (await client.post("/v1/chat/completions", json=body)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+    events = await stream(client, stream_options={"include_usage": True})
+    assert events[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert "prompt_tokens_details" not in (await complete(strict_client)).json()["usage"]
 
 
 async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
@@ -300,7 +391,7 @@ async def test_stream_bytes(client: httpx.AsyncClient, engine: FakeEngine, ids_o
         f'"choices":[{{"index":0,"text":"Hello","logprobs":null,"finish_reason":null}}],{identity}}}\n\n'
         f'data: {{"object":"text_completion",{id_and_time},{identity},'
         '"choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop"}],'
-        '"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}\n\n'
+        '"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3,"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
         "data: [DONE]\n\n"
     )
 
@@ -339,7 +430,7 @@ async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
     *chunks, last = await stream(client, prompt=["What", "x"], stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 10, "total_tokens": 12}
+    assert [*last["usage"].values()][:3] == [2, 10, 12]
 
 
 async def test_stream_echoes_first(client: httpx.AsyncClient) -> None:

@@ -212,6 +212,52 @@ async def test_a_client_that_leaves_is_noticed_by_a_busy_loop() -> None:
     deadline = 0.0
 
 
+def exchange(base_url: str, request: bytes) -> tuple[list[str], bytes]:
+    """The lines of the head and the body of the answer; the connection closes after it."""
+    host, port = base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(request)
+        answer = b""
+        while data := connection.recv(1 << 16):
+            answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head.decode().lower().split("\r\n"), body
+
+
+def posted(path: str, content: bytes, start: str, *headers: str) -> bytes:
+    lines = [f"POST {path} {start}", "content-type: application/json", f"content-length: {len(content)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+@pytest.mark.parametrize("headers", [(), ("connection: keep-alive",)])
+@pytest.mark.parametrize(("path", "key"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+async def test_an_old_client_gets_no_chunks(base_url: str, path: str, key: str, headers: tuple[str, ...]) -> None:
+    said = {"messages": '[{"role":"user","content":"x"}]', "prompt": '"x"'}[key]
+    content = f'{{"{key}":{said},"stream":true}}'.encode()
+    head, body = await asyncio.to_thread(exchange, base_url, posted(path, content, "HTTP/1.0", *headers))
+    assert [line for line in head if line.startswith("connection")] == ["connection: close"]
+    assert not any(line.startswith("transfer-encoding") for line in head)
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert len(events_of(body)) >= 5
+
+
+async def test_a_plain_answer_to_an_old_client_has_its_length(base_url: str) -> None:
+    request = posted("/generate", b'{"inputs":"x"}', "HTTP/1.0")
+    head, body = await asyncio.to_thread(exchange, base_url, request)
+    assert f"content-length: {len(body)}" in head
+    assert head.count("connection: close") == 1
+    assert body == b'{"generated_text":"Hello, world!"}'
+
+
+async def test_an_answer_names_the_connection_once(base_url: str) -> None:
+    content = b'{"inputs":"x"}'
+    request = posted("/generate_stream", content, "HTTP/1.1", "host: x", "connection: close")
+    head, body = await asyncio.to_thread(exchange, base_url, request)
+    assert [line for line in head if line.startswith("connection")] == ["connection: close"]
+    assert "transfer-encoding: chunked" in head
+    assert body.endswith(b"0\r\n\r\n")
+
+
 async def test_events_leave_one_by_one(base_url: str, engine: FakeEngine) -> None:
     engine.script.pause_s = 0.05
     async with (

@@ -17,8 +17,9 @@ from llguidance import LLMatcher, LLTokenizer
 from server.errors import ValidationError
 from server.requests.grammar import GrammarCompiler
 from server.requests.grammar_pool import PoolLimits
-from server.requests.schemas import MAX_GRAMMAR_CHARS, closed
+from server.requests.schemas import MAX_GRAMMAR_CHARS
 from server.requests.values import GrammarSpec
+from server.schemas.closing import closed
 
 TOKENIZER = LLTokenizer("byte")
 POINT: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}}
@@ -39,7 +40,7 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 
 async def compiled(kind: str, value: Any, *, is_strict: bool = False) -> str:
-    return await COMPILER.compile(GrammarSpec(kind, value), is_strict=is_strict)  # type: ignore[arg-type]
+    return (await COMPILER.compile(GrammarSpec(kind, value), is_strict=is_strict)).grammar  # type: ignore[arg-type]
 
 
 async def refusal(kind: str, value: Any, *, is_strict: bool = False) -> str:
@@ -109,11 +110,6 @@ async def test_neither_object_nor_string(value: Any, is_strict: bool) -> None:
         ("json", "[" * 100_000, "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
         ("json", "[1]", "a schema that can be followed is an object or `true`"),
         ("json", "false", "a schema that can be followed is an object or `true`"),
-        ("json", {"type": "foo", "properties": {}}, "Invalid type: foo"),
-        ("json", {"properties": 3}, "properties must be an object"),
-        ("json", {"properties": {"a": {"minLength": "b"}}}, "Expected positive integer for 'minLength', got \"b\""),
-        ("json", {"properties": {}, "required": "a"}, "Expected array for 'required', got \"a\""),
-        ("json", {"properties": {}, "additionalProperties": 3}, "schema must be an object or boolean"),
         ("json_schema", {"name": "nothing"}, "missing field `schema`"),
         ("json_schema", 3, "missing field `schema`"),
         ("regex", 3, "a regex is a string"),
@@ -122,6 +118,22 @@ async def test_neither_object_nor_string(value: Any, is_strict: bool) -> None:
 @pytest.mark.parametrize("is_strict", [False, True])
 async def test_what_is_no_schema(kind: str, value: Any, reason: str, is_strict: bool) -> None:
     assert await refusal(kind, value, is_strict=is_strict) == f"grammar is not valid: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "foo", "properties": {}}, "Invalid type: foo"),
+        ({"properties": 3}, "properties must be an object"),
+        ({"properties": {"a": {"minLength": "b"}}}, "Expected positive integer for 'minLength', got \"b\""),
+        ({"properties": {}, "required": "a"}, "Expected array for 'required', got \"a\""),
+        ({"properties": {}, "additionalProperties": 3}, "schema must be an object or boolean"),
+    ],
+)
+async def test_a_schema_that_is_wrong_is_refused_where_nothing_may_be_left_open(schema: Any, reason: str) -> None:
+    assert await refusal("json", schema, is_strict=True) == f"grammar is not valid: {reason}"
+    assert await refusal("json_schema", {"schema": schema, "strict": True}) == f"grammar is not valid: {reason}"
+    assert await compiled("json", schema) and await compiled("json_schema", {"schema": schema, "strict": False})
 
 
 @pytest.mark.parametrize(
@@ -134,23 +146,33 @@ async def test_what_is_no_schema(kind: str, value: Any, reason: str, is_strict: 
             {"type": "integer", "minimum": 5, "maximum": 3},
             "Unsatisfiable schema: required property 'a' is unsatisfiable",
         ),
-        ({"enum": ["\ud800"]}, "JSON is malformed: unexpected end of escaped utf-16 surrogate pair"),
     ],
 )
-@pytest.mark.parametrize("is_strict", [False, True])
-async def test_what_cannot_be_compiled(changes: dict[str, Any], reason: str, is_strict: bool) -> None:
+async def test_what_cannot_be_compiled(changes: dict[str, Any], reason: str) -> None:
     schema = {"type": "object", "properties": {"a": changes}, "required": ["a"]}
-    text = await refusal("json", schema, is_strict=is_strict)
+    for text in (
+        await refusal("json", schema, is_strict=True),
+        await refusal("json_schema", {"schema": schema, "strict": True}),
+    ):
+        assert text.startswith(f"cannot compile regex from schema: {reason}")
+    assert await compiled("json", schema), "what is wrong is left open"
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_half_a_character_is_no_json(is_strict: bool) -> None:
+    text = await refusal("json", {"properties": {"a": {"enum": ["\ud800"]}}}, is_strict=is_strict)
+    reason = "JSON is malformed: unexpected end of escaped utf-16 surrogate pair"
     assert text.startswith(f"cannot compile regex from schema: {reason}")
 
 
-async def test_keywords_that_cannot_be_held_to_are_refused_and_ignored_in_strict_mode() -> None:
+async def test_keywords_that_cannot_be_held_to_are_refused_or_ignored() -> None:
     properties = {"a": {"type": "array", "uniqueItems": True}, "b": {"type": "string", "format": "zip"}}
     for name, reason in {"a": 'Unimplemented keys: ["uniqueItems"]', "b": "Unknown format: zip"}.items():
-        schema = {"type": "object", "properties": {name: properties[name]}}
-        assert await refusal("json", schema) == f"cannot compile regex from schema: {reason}"
-    grammar = await compiled("json", {"type": "object", "properties": properties}, is_strict=True)
-    assert is_accepted(grammar, '{"a": [1, 1], "b": "no zip"}')
+        value = {"schema": {"type": "object", "properties": {name: properties[name]}}, "strict": True}
+        assert await refusal("json_schema", value) == f"cannot compile regex from schema: {reason}"
+    for is_strict in (False, True):
+        grammar = await compiled("json", {"type": "object", "properties": properties}, is_strict=is_strict)
+        assert is_accepted(grammar, '{"a": [1, 1], "b": "no zip"}')
 
 
 async def test_a_regex_that_is_none() -> None:

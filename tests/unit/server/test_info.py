@@ -13,7 +13,7 @@ async def test_info(client: httpx.AsyncClient) -> None:
     assert response.text == (
         '{"model_id":"org/model","model_sha":null,"model_pipeline_tag":null,"max_concurrent_requests":128,'
         '"max_best_of":2,"max_stop_sequences":4,"max_input_tokens":1023,"max_total_tokens":1024,'
-        '"validation_workers":2,"max_client_batch_size":4,"router":"text-generation-router",'
+        '"validation_workers":2,"max_client_batch_size":128,"router":"text-generation-router",'
         '"version":"3.3.6-dev0","sha":null,"docker_label":null}'
     )
     assert response.headers["content-type"] == "application/json"

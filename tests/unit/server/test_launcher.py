@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from server.launcher.children import Child
+from server.launcher.args import parse_args
+from server.launcher.children import Child, Signals
 from server.launcher.errors import LaunchError
 from server.launcher.shard_check import check_model
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, snapshot_commit
+from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, ModelFolders, find_model, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -28,6 +31,9 @@ TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
         ("localhost", "127.0.0.1"),
         ("::1", "::1"),
         ("[::1]", "::1"),
+        ("::", "::"),
+        ("[::]", "::"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1"),
         ("0.0.0.0", "0.0.0.0"),
         ("4f2a9c0d1e", "0.0.0.0"),  # a container's HOSTNAME
     ],
@@ -46,6 +52,39 @@ def test_a_busy_port_is_refused_with_the_mend() -> None:
         busy.listen()
         with pytest.raises(LaunchError, match="Address already in use.*give another --port"):
             bind("127.0.0.1", busy.getsockname()[1])
+
+
+def test_an_address_of_version_6_is_shown_in_brackets() -> None:
+    with pytest.raises(LaunchError, match=r"^Cannot listen on \[2001:db8::1\]:80 \(.*\): give another --hostname$"):
+        bind("2001:db8::1", 80)
+
+
+UTF8_PROGRAM = """
+import os, sys
+from engine.link.encoding import use_utf8
+use_utf8()
+print(ascii(sys.argv[1]), open(sys.argv[2]).read())
+print(os.environ["PYTHONUTF8"])
+"""
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "POSIX"},
+        {"LANG": "C"},
+        {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"},
+        {"LC_ALL": "C.utf8"},
+    ],
+)
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path, environ: dict[str, str]) -> None:
+    path = tmp_path / "modèle-模型"
+    path.write_text("“é模”", encoding="utf-8")
+    environ = {**environ, "PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", UTF8_PROGRAM, "模型é", str(path)]
+    done = subprocess.run(command, env=environ, capture_output=True, check=True)
+    assert done.stdout.decode() == "'\\u6a21\\u578b\\xe9' “é模”\n1\n"
 
 
 @pytest.mark.parametrize(
@@ -165,3 +204,27 @@ def test_a_config_that_can_not_be_read_is_left_to_the_engine(tmp_path: Path, con
     check_model(str(tmp_path), TWO)
     (tmp_path / "config.json").write_text(content)
     check_model(str(tmp_path), TWO)
+
+
+def write_adapter(folder: Path, base: Path) -> None:
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "revision": "v1"}))
+
+
+def find_local(folder: Path) -> ModelFolders:
+    return find_model(parse_args(["--model-id", str(folder)], {}), Signals())
+
+
+def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> None:
+    model, adapter, second = tmp_path / "model", tmp_path / "adapter", tmp_path / "second"
+    model.mkdir()
+    write_adapter(adapter, model)
+    write_adapter(second, adapter)
+    assert find_local(model) == ModelFolders(str(model))
+    assert find_local(adapter) == ModelFolders(str(model), str(adapter))
+    with pytest.raises(LaunchError, match=f"{second} is an adapter of {adapter}, which is one itself"):
+        find_local(second)
+    write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match="/elsewhere, which is no folder here: correct base_model_name_or_path in"):
+        find_local(tmp_path / "moved")

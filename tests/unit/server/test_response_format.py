@@ -58,7 +58,11 @@ async def test_text(client: httpx.AsyncClient, engine: FakeEngine, response_form
     ("response_format", "reason"),
     [
         ({"type": "json_schema", "json_schema": {"name": "city"}}, "grammar is not valid: missing field `schema`"),
-        ({"type": "json_object", "value": {"type": "nothing"}}, "grammar is not valid: "),
+        ({"type": "json_object", "value": "{"}, "grammar is not valid: "),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}, "strict": True}},
+            "grammar is not valid: ",
+        ),
         ({"type": "regex", "value": "("}, "grammar is not valid: "),
     ],
 )
@@ -74,3 +78,20 @@ async def test_unknown_type(client: httpx.AsyncClient) -> None:
     response = await ask(client, {"type": "xml", "value": ""})
     assert response.status_code == 400
     assert "response_format.type: unknown variant `xml`" in response.text
+
+
+@pytest.mark.parametrize("response_format", [*TGI_SHAPES[:2], *OPENAI_SHAPES])
+async def test_completions_have_it_too(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine, response_format: Any
+) -> None:
+    """TGI ignores it there."""
+    body = {"prompt": "hey", "response_format": response_format}
+    for http in (client, strict_client):
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert [request.grammar is None for request in engine.requests] == [False, True]
+
+
+async def test_completions_refuse_what_chats_refuse(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "hey", "response_format": {"type": "regex", "value": "("}}
+    response = await client.post("/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")

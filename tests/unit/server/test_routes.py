@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,10 +13,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from server.app import AREAS
+from server.app import AREAS, create_app
 from server.openapi import build_openapi
 from server.operation import described_path, operations_of
-from tests.unit.server.harness import make_config
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 OPERATIONS = operations_of(AREAS)
 GET_PATHS = [described_path(operation.path) for operation in OPERATIONS if operation.method == "GET"]
@@ -81,7 +83,25 @@ async def test_models(client: httpx.AsyncClient, app: FastAPI) -> None:
     (model,) = answer["data"]
     assert abs(model["created"] - time.time()) < 60
     assert (answer["object"], model["id"], model["object"]) == ("list", "org/model", "model")
+    assert model["max_model_len"] == 1024
     assert (await client.get("/v1/models/org/model")).json() == model
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_model_of_several_names(engine: FakeEngine, model_folder: Path, strict: bool) -> None:
+    config = make_config(served_model_names=("gpt-4o", "my/model"), is_strict_tgi=strict)
+    app = create_app(engine, config, TextTokenizer.from_folder(str(model_folder), 1))
+    async with client_of(app) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in models] == ["gpt-4o", "my/model"]
+        assert [(await client.get(f"/v1/models/{model['id']}")).json() for model in models] == models
+        assert (await client.get("/v1/models/org/model")).status_code == 404
+        assert (await client.get("/info")).json()["model_id"] == "org/model"
+        for body, told in (({}, "gpt-4o"), ({"model": "tgi"}, "gpt-4o"), ({"model": "my/model"}, "my/model")):
+            chat = {"messages": [{"role": "user", "content": "hey"}]} | body
+            assert (await client.post("/v1/chat/completions", json=chat)).json()["model"] == told
+            answer = (await client.post("/v1/completions", json={"prompt": "x"} | body)).json()
+            assert answer["model"] == ("gpt-4o" if strict else told)
 
 
 async def test_models_to_tgi(strict_client: httpx.AsyncClient) -> None:

@@ -13,26 +13,19 @@ import pytest
 from server.app import create_app
 from server.chat.renderer import ChatRenderer
 from server.chat.rendering import Chat, RenderingError, TemplateConfig
-from server.chat.template import ChatTemplate
+from server.chat.template import ChatTemplate, template_config
 from server.chat.template_process import TemplateProcess
 from server.errors import TemplateError
 from server.requests.openai import ChatRequest
-from server.text.tokenizer import ChatFormat, TextTokenizer
-from tests.unit.server.harness import CHATML, FakeEngine, client_of, make_config, write_model_folder
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import CHATML, FakeEngine, chat_format_of, client_of, make_config, write_model_folder
 
 QWEN2_5 = Path(__file__).with_name("qwen2_5.jinja").read_text()
 FIX = "invalid operation: the template takes too long or too much memory"
 
 
 def chat(text: str = "Hello") -> Chat:
-    return Chat(
-        messages=[{"role": "user", "content": text}],
-        tools=(),
-        tool_prompt="",
-        listed_prompt="",
-        is_prompt_taken=True,
-        has_generation_prompt=True,
-    )
+    return Chat(messages=[{"role": "user", "content": text}])
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def processes() -> Iterator[list[TemplateProcess]]:
 
 
 def process_for(source: str, processes: list[TemplateProcess], timeout_s: float = 0.5) -> TemplateProcess:
-    config = TemplateConfig(source=source, bos_token=None, eos_token=None, is_strict=False)
+    config = TemplateConfig(templates={"default": source}, special_tokens={}, is_strict=False)
     process = TemplateProcess(config, timeout_s=timeout_s)
     processes.append(process)
     return process
@@ -80,7 +73,7 @@ def test_a_template_without_end_is_one_error_in_time(source: str, processes: lis
         process.render(chat("attack"))
     assert time.monotonic() - started < 5
     try:
-        assert process_for("fine", processes, 10.0).render(chat()).prompt == "fine"
+        assert process_for("fine", processes, 10.0).render(chat()) == "fine"
     finally:
         process.close()
 
@@ -91,7 +84,7 @@ def test_after_a_template_that_took_too_long_the_next_chat_is_rendered(processes
         with pytest.raises(RenderingError, match=FIX):
             process.render(chat("attack"))
         process.timeout_s = 10.0  # a new process may take a while on a busy machine
-        assert process.render(chat()).prompt == "fine"
+        assert process.render(chat()) == "fine"
         process.timeout_s = 0.5
 
 
@@ -100,7 +93,7 @@ def test_the_output_is_bounded(processes: list[TemplateProcess]) -> None:
     with pytest.raises(RenderingError, match="invalid operation: the prompt is longer than 16777216 characters"):
         process.render(chat())
     process = process_for("{% for i in range(16000) %}{{ 'é' * 1000 }}{% endfor %}", processes, 20.0)
-    assert process.render(chat()).prompt == "é" * 16_000_000
+    assert process.render(chat()) == "é" * 16_000_000
 
 
 def test_a_process_that_was_killed_gives_way_to_a_new_one(processes: list[TemplateProcess]) -> None:
@@ -132,10 +125,10 @@ REQUESTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("source", [CHATML, QWEN2_5, "{{ nothing.at.all }}", "{% if", "{{ raise_exception('no') }}"])
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_the_process_renders_as_this_one_does(source: str, is_strict: bool, processes: list[TemplateProcess]) -> None:
-    chat_format = ChatFormat(template=source, bos_token=None, eos_token="<|im_end|>")
-    process = TemplateProcess(
-        TemplateConfig(source=source, bos_token=None, eos_token="<|im_end|>", is_strict=is_strict), timeout_s=20.0
-    )
+    chat_format = chat_format_of(source, eos_token="<|im_end|>")
+    config = template_config(chat_format, is_strict=is_strict)
+    assert config is not None
+    process = TemplateProcess(config, timeout_s=20.0)
     processes.append(process)
     here = ChatTemplate(chat_format, is_strict=is_strict)
     apart = ChatTemplate(chat_format, is_strict=is_strict, render=process.render)
@@ -151,9 +144,7 @@ def test_the_process_renders_as_this_one_does(source: str, is_strict: bool, proc
 
 
 async def test_the_event_loop_goes_on_beside_a_template_without_end() -> None:
-    renderer = ChatRenderer(
-        ChatFormat(template=ENDLESS[0], bos_token=None, eos_token=None), is_strict=False, is_apart=True
-    )
+    renderer = ChatRenderer(chat_format_of(ENDLESS[0]), is_strict=False, is_apart=True)
     assert renderer.process is not None
     renderer.process.timeout_s = 1.0
     request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}]}, context={"is_strict": False})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.link.errors import StartError
+from server.text.chat_format import ChatFormat
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import write_model_folder
+from tests.unit.server.harness import CHATML, write_model_folder
 
 
 def load(folder: Path) -> TextTokenizer:
@@ -133,26 +136,77 @@ def test_a_folder_as_tokenizer_config_path(folder: Path) -> None:
 
 def test_config_may_be_missing(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
-    assert load(folder).chat_format.template is None
+    assert load(folder).chat_format == ChatFormat(templates={}, special_tokens={})
 
 
-def test_template_choice(folder: Path) -> None:
-    change_config(folder, chat_template=[{"name": "rag", "template": "r"}, {"name": "default", "template": "named"}])
-    assert load(folder).chat_format.template == "named"
+def templates(folder: Path, *, is_strict: bool = False) -> Mapping[str, str]:
+    return TextTokenizer.from_folder(str(folder), 1, is_strict=is_strict).chat_format.templates
+
+
+def test_where_templates_are_found(folder: Path) -> None:
+    """The place that is named last wins here: a file of its own, as in transformers; TGI has an order of its own."""
     (folder / "processor_config.json").write_text('{"chat_template": "processor"}')
-    assert load(folder).chat_format.template == "processor"
+    change_config(folder, chat_template=None)
+    assert templates(folder) == templates(folder, is_strict=True) == {"default": "processor"}
     (folder / "chat_template.json").write_text('{"chat_template": "override"}')
-    assert load(folder).chat_format.template == "override"
+    assert templates(folder) == templates(folder, is_strict=True) == {"default": "override"}
+    change_config(folder, chat_template="config")
+    assert (templates(folder), templates(folder, is_strict=True)) == ({"default": "config"}, {"default": "override"})
+    (folder / "chat_template.jinja").write_text("file")
+    assert (templates(folder), templates(folder, is_strict=True)) == ({"default": "file"}, {"default": "override"})
+
+
+def test_named_templates(folder: Path) -> None:
+    change_config(folder, chat_template=[{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}])
+    assert templates(folder) == {"rag": "r", "default": "d"}
+    assert templates(folder, is_strict=True) == {"default": "d"}
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("t")
+    assert templates(folder) == {"rag": "r", "default": "d", "tool_use": "t"}
+    (folder / "chat_template.jinja").write_text("file")
+    assert templates(folder) == {"default": "file", "tool_use": "t"}
+    change_config(folder, chat_template={"default": "by name"})
+    (folder / "chat_template.jinja").unlink()
+    assert templates(folder)["default"] == "by name"
 
 
 def test_named_templates_without_a_default(folder: Path) -> None:
-    change_config(folder, chat_template=[{"name": "rag", "template": "r"}])
-    assert load(folder).chat_format.template is None
+    change_config(folder, chat_template=[{"name": "rag", "template": "r"}, {"name": "odd"}, {"template": "odd"}])
+    assert (templates(folder), templates(folder, is_strict=True)) == ({"rag": "r"}, {})
     (folder / "chat_template.jinja").write_text("from a file")
-    assert load(folder).chat_format.template == "from a file"
+    assert templates(folder, is_strict=True) == {"default": "from a file"}
 
 
-def test_bos_and_eos(folder: Path) -> None:
-    change_config(folder, bos_token={"content": "<s>"})
-    chat_format = load(folder).chat_format
-    assert (chat_format.bos_token, chat_format.eos_token) == ("<s>", "<|im_end|>")
+def test_a_byte_order_mark_is_no_part_of_a_file(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert templates(folder) == {"default": CHATML}
+    (folder / "chat_template.jinja").write_bytes(codecs.BOM_UTF8 + b"from a file")
+    assert templates(folder) == {"default": "from a file"}
+
+
+def test_a_template_of_the_users_own_comes_first(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (folder / "chat_template.jinja").write_text("from a file")
+    own = tmp_path_factory.mktemp("own") / "config.json"
+    own.write_text('{"chat_template": "own"}')
+    for is_strict in (False, True):
+        tokenizer = TextTokenizer.from_folder(str(folder), 1, str(own), is_strict=is_strict)
+        assert tokenizer.chat_format.templates == {"default": "own"}
+
+
+def test_special_tokens_that_templates_may_name(folder: Path) -> None:
+    """A token that is null has no name; newer folders have them all in one file, older ones in two."""
+    (folder / "special_tokens_map.json").write_text('{"unk_token": "<unk>", "pad_token": {"content": "<pad>"}}')
+    change_config(
+        folder,
+        bos_token={"content": "<s>"},
+        pad_token=None,
+        add_bos_token=True,
+        extra_special_tokens={"image_token": "i"},
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>", "image_token": "i"}
+    assert load(folder).chat_format.special_tokens == tokens | {"unk_token": "<unk>", "pad_token": "<pad>"}
+    change_config(folder, added_tokens_decoder={})
+    assert load(folder).chat_format.special_tokens == tokens
+    strict = TextTokenizer.from_folder(str(folder), 1, is_strict=True)
+    assert strict.chat_format.special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}

@@ -165,8 +165,9 @@ async def test_every_token_has_its_logprobs(client: httpx.AsyncClient, engine: F
     [
         ({"tool_choice": "required"}, 2, False),
         ({"tool_choice": "required", "parallel_tool_calls": False}, 2, True),
-        ({"tool_choice": "clock"}, 1, False),
-        ({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, 1, False),
+        ({"tool_choice": "clock"}, 1, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, 1, True),
+        ({"tool_choice": "clock", "parallel_tool_calls": True}, 1, True),
     ],
 )
 async def test_a_call_can_be_required(
@@ -183,6 +184,91 @@ async def test_a_call_can_be_required(
     assert grammar is not None
     assert grammar.count("%json") == num_functions
     assert ("start: call\n" in grammar) == is_single
+
+
+@pytest.mark.parametrize("choice", ["clock", {"type": "function", "function": {"name": "clock"}}])
+async def test_a_call_of_the_function_that_was_named_is_no_decision(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, choice: Any
+) -> None:
+    """So the reason is `stop`, as OpenAI has it."""
+    says(engine, ids_of, *[PARIS.replace("get_weather", "clock")] * 2)
+    answer = (await chat(client, tool_choice=choice)).json()["choices"][0]
+    assert answer["finish_reason"] == "stop" and len(answer["message"]["tool_calls"]) == 1
+    assert (await stream(client, tool_choice=choice))[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_the_same_call_is_never_written_twice(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf
+) -> None:
+    """The answer ends with the first repetition, and nobody hears of that."""
+    written = f"{PARIS}\n{ROME}\n{PARIS}"
+    says(engine, ids_of, *[f"{written}\n{ROME}\n{PARIS}"] * 2, reason=FinishReason.LENGTH)
+    body = (await chat(client, tool_choice="required")).json()
+    expected = [("get_weather", '{"city": "Paris"}'), ("get_weather", '{"city": "Rome"}')]
+    assert names_and_arguments(body["choices"][0]["message"]) == expected
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+    assert body["usage"]["completion_tokens"] <= len(ids_of(written))
+    assert len(engine.aborted) == 1, "the engine goes on no longer"
+    choices = [chunk["choices"][0] for chunk in await stream(client, tool_choice="required")]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert "".join(call["function"]["arguments"] for call in calls) == "".join(text for _, text in expected)
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+BARE_PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+
+
+@pytest.mark.parametrize(
+    "text", [BARE_PARIS, f"\n{BARE_PARIS} \n", f'{BARE_PARIS}\n{{"name": "clock", "arguments": {{}}}}']
+)
+async def test_an_answer_of_nothing_but_calls_needs_no_marks(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, text: str
+) -> None:
+    says(engine, ids_of, text, text)
+    answer = (await chat(client)).json()["choices"][0]
+    called = names_and_arguments(answer["message"])
+    assert called[0] == ("get_weather", '{"city": "Paris"}') and len(called) == 1 + text.count("clock")
+    assert (answer["finish_reason"], answer["message"]["content"]) == ("tool_calls", None)
+    choices = [chunk["choices"][0] for chunk in await stream(client)]
+    assert all("content" not in choice["delta"] for choice in choices)
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert [call["function"]["name"] for call in calls if "id" in call] == [name for name, _ in called]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_bare_calls_that_repeat_themselves(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
+    """Within an answer they end it; once they are answered they are content, until the user speaks again."""
+    says(engine, ids_of, "\n".join([BARE_PARIS] * 9), BARE_PARIS, BARE_PARIS, reason=FinishReason.LENGTH)
+    body = (await chat(client)).json()
+    called = body["choices"][0]["message"]
+    assert names_and_arguments(called) == [("get_weather", '{"city": "Paris"}')]
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+    assert body["usage"]["completion_tokens"] <= len(ids_of("\n".join([BARE_PARIS] * 2)))
+    answered = [USER, called, {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": "rain"}]
+    assert (await chat(client, messages=answered)).json()["choices"][0]["message"]["content"] == BARE_PARIS
+    again = (await chat(client, messages=[*answered, USER])).json()["choices"][0]["message"]
+    assert names_and_arguments(again) == [("get_weather", '{"city": "Paris"}')]
+
+
+async def test_a_call_or_an_answer_in_the_schema(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
+    answer_format = {"type": "json_schema", "json_schema": {"name": "n", "schema": CITY | {"title": "Answer"}}}
+    says(engine, ids_of, PARIS, '{"city": "Oslo"}', BARE_PARIS, PARIS)
+    called, answered, looking_like_a_call = [
+        (await chat(client, response_format=answer_format)).json()["choices"][0] for _ in range(3)
+    ]
+    assert names_and_arguments(called["message"]) == [("get_weather", '{"city": "Paris"}')]
+    assert called["finish_reason"] == "tool_calls"
+    assert (answered["message"]["content"], answered["finish_reason"]) == ('{"city": "Oslo"}', "stop")
+    assert looking_like_a_call["message"]["content"] == BARE_PARIS, "calls have their marks there"
+    assert all("| answer" in (request.grammar or "") for request in engine.requests)
+    await chat(client, response_format=answer_format, tool_choice="required")
+    assert "Answer" not in (engine.requests[-1].grammar or "")
+
+
+async def test_no_tools_are_no_reason_to_refuse_a_format(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for tools in ([], None):
+        answer = await chat(client, tools=tools, response_format={"type": "json_object"})
+        assert answer.status_code == 200 and engine.requests[-1].grammar
 
 
 async def test_a_function_may_take_nothing(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.chat.bare_calls import BareCalls, call_key
 from server.chat.tool_calls import (
     Arguments,
     CallReader,
@@ -19,7 +20,7 @@ from server.chat.tool_calls import (
     ForcedCallReader,
     FreeCallReader,
 )
-from server.chat.tools import HERMES_HEADER, TGI_HEADER
+from server.chat.tools import HERMES_HEADER, TGI_HEADER, ToolUse
 
 NAMES = ("f", "get_weather")
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -51,7 +52,11 @@ def summary(pieces: Iterator[ChatPiece]) -> tuple[str, Calls]:
 
 
 def free(text: str, *, is_cut: bool = False, max_calls: int | None = None) -> tuple[str, Calls]:
-    return summary(read(FreeCallReader(NAMES, max_calls), [text], is_cut=is_cut))
+    return summary(read(free_reader(max_calls), [text], is_cut=is_cut))
+
+
+def free_reader(max_calls: int | None = None, answered: Collection[str] = ()) -> FreeCallReader:
+    return FreeCallReader(NAMES, max_calls, bare_calls=BareCalls(NAMES, answered))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,121 @@ def test_what_is_no_call_is_content(text: str) -> None:
     assert free(text) == (text, [])
 
 
+G = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"<think>maybe {PARIS}</think>{G}", f"<think>maybe {PARIS}</think>", [("f", '{"a": 1}')]),
+        (f"\n<think>\n{PARIS}\n</think>\n\n{G}", f"\n<think>\n{PARIS}\n</think>", [("f", '{"a": 1}')]),
+        (f"<think>{PARIS}", f"<think>{PARIS}", []),
+        (
+            f"So.\n<think>{PARIS}</think> {G} <think>{G}</think>",
+            f"So.\n<think>{PARIS}</think> <think>{G}</think>",
+            [("f", '{"a": 1}')],
+        ),
+        (f"{G}</think><think>{G}</thin", f"</think><think>{G}</thin", [("f", '{"a": 1}')]),
+        ('<think>{"name": "f", "arguments": {}}</think>', '<think>{"name": "f", "arguments": {}}</think>', []),
+        ('<think>?</think>\n{"name": "f", "arguments": {}}', "<think>?</think>", [("f", "{}")]),
+        ("<thin", "<thin", []),
+    ],
+)
+def test_a_thought_holds_no_calls(text: str, content: str, calls: Calls) -> None:
+    assert free(text) == (content, calls)
+
+
+def test_a_thought_that_the_prompt_has_begun() -> None:
+    reader = ToolUse(names=NAMES, is_free=True).reader("Well?<think>\n")
+    assert summary(read(reader, list(f"{PARIS}</think>{G}"))) == (f"{PARIS}</think>", [("f", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('{"name": "f", "arguments": {}}', [("f", "{}")]),
+        ('\n {"arguments": {"a": "}"}, "name": "f"}\n', [("f", '{"a": "}"}')]),
+        (
+            '{"name": "f", "arguments": {}}\n{ "name" : "get_weather", "arguments": {"a": [1]}}',
+            [("f", "{}"), ("get_weather", '{"a": [1]}')],
+        ),
+    ],
+)
+def test_an_answer_of_nothing_but_calls_needs_no_marks(text: str, calls: Calls) -> None:
+    assert free(text) == ("", calls)
+    assert free(text, max_calls=1) == ("", calls[:1])
+    assert summary(read(FreeCallReader(NAMES), [text])) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "unknown", "arguments": {}}',
+        '{"name": "f"}',
+        '{"name": "f", "arguments": "{}"}',
+        '{"name": "f", "arguments": {}, "more": 1}',
+        '{"name": "f", "arguments": {}} and words',
+        'Words: {"name": "f", "arguments": {}}',
+        '{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}',
+        '[{"name": "f", "arguments": {}}]',
+        '{"name": "f", "arguments": {"a": }}',
+        '{"name": "f", "arguments": {',
+        '{"name": ["f"], "arguments": {}}',
+        '{"city": "Paris"}',
+        "{}",
+        "{",
+    ],
+)
+def test_an_answer_with_anything_else_is_content(text: str) -> None:
+    assert free(text) == (text, [])
+
+
+def test_bare_calls_that_are_cut_off_are_told_as_far_as_they_go() -> None:
+    whole = '{"name": "f", "arguments": {}}'
+    cut = '{"name": "get_weather", "arguments": {"city": "Par'
+    assert free(cut, is_cut=True) == ("", [("get_weather", '{"city": "Par')])
+    assert free(f"{whole}\n{cut}", is_cut=True) == ("", [("f", "{}"), ("get_weather", '{"city": "Par')])
+    assert free(f"{whole}\n{cut}", is_cut=True, max_calls=1) == ("", [("f", "{}")])
+    assert free(f'{whole}\n{{"na', is_cut=True) == ("", [("f", "{}")])
+    assert free('{"name": "f", "argu', is_cut=True) == ('{"name": "f", "argu', [])
+
+
+def test_a_bare_call_that_stands_there_already_ends_the_answer() -> None:
+    f, g = '{"name": "f", "arguments": {"a": 1}}', '{"name": "get_weather", "arguments": {}}'
+    for cut in range(3):
+        reader = free_reader()
+        assert reader.push(f"{f}\n{g}\n") == [] and not reader.is_over
+        assert reader.push(f"{f}{f[:cut]}") == [] and reader.is_over
+        assert summary(iter(reader.finish(is_cut=False))) == ("", [("f", '{"a": 1}'), ("get_weather", "{}")])
+
+
+def test_a_bare_call_that_was_answered_is_content() -> None:
+    """Small models write it again and again, and the client's loop would not end."""
+    text = '{"name": "f", "arguments": {"a": 1, "b": 2}}'
+    for arguments in ({"b": 2, "a": 1}, '{"b":2, "a":1}'):
+        assert summary(read(free_reader(None, {call_key("f", arguments)}), [text])) == (text, [])
+    for key in (call_key("f", {"a": 1}), call_key("get_weather", {"a": 1, "b": 2}), call_key("f", "{")):
+        assert summary(read(free_reader(None, {key}), [text])) == ("", [("f", '{"a": 1, "b": 2}')])
+    marked = f"<tool_call>{text}</tool_call>"
+    assert summary(read(free_reader(None, {call_key("f", {"a": 1, "b": 2})}), [marked]))[1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_held"),
+    [
+        (["{", '"na', 'me": "g', "a", "rage"], 3),
+        (["{", '"', "city", '": 1}'], 2),
+        (["{", "\n", "}"], 2),
+        (["[", '{"name": "f"'], 0),
+        (["{", '"name": 3'], 1),
+    ],
+)
+def test_json_that_cannot_become_a_call_is_not_held_back(parts: list[str], num_held: int) -> None:
+    reader = free_reader()
+    told = [reader.push(part) for part in parts]
+    assert [bool(pieces) for pieces in told[: num_held + 1]] == [False] * num_held + [True]
+
+
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
@@ -119,7 +239,7 @@ def test_no_more_calls_than_asked_for() -> None:
 
 
 def test_content_is_not_held_back_for_long() -> None:
-    reader = FreeCallReader(NAMES)
+    reader = free_reader()
     assert [reader.push(part) for part in ("1 <", "2", " 3 <tool", "_x", " <tool_call>", "no")] == [
         [Content("1")],
         [Content(" <2")],
@@ -144,6 +264,9 @@ FRAGMENTS = [
     "text",
     PARIS,
     NOTHING,
+    "<think>",
+    "</think>",
+    '{"name": "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": ',
     '{"a": [1, {"b": "<tool_call>"}]}',
     '{"name": "unknown", "arguments": {}}',
@@ -157,7 +280,7 @@ def test_the_cuts_make_no_difference(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
     is_cut, max_calls = data.draw(st.booleans()), data.draw(st.sampled_from([None, 1]))
     parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-    cut_up = summary(read(FreeCallReader(NAMES, max_calls), parts, is_cut=is_cut))
+    cut_up = summary(read(free_reader(max_calls), parts, is_cut=is_cut))
     assert cut_up == free(text, is_cut=is_cut, max_calls=max_calls)
     content, calls = cut_up
     if not calls:
@@ -179,7 +302,8 @@ def test_forced_calls(written: list[tuple[str, str]], cuts: list[int]) -> None:
     parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
     content, calls = summary(read(ForcedCallReader(HERMES_HEADER), parts))
     assert content == ""
-    expected = [(name, json.loads(call[len("<tool_call>") : -len("</tool_call>")])) for call, name in written]
+    told = written[: next((i for i, call in enumerate(written) if call in written[:i]), None)]
+    expected = [(name, json.loads(call[len("<tool_call>") : -len("</tool_call>")])) for call, name in told]
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [(n, c["arguments"]) for n, c in expected]
 
 
@@ -196,6 +320,29 @@ def test_forced_arguments_come_as_they_are_written() -> None:
         [],
     ]
     assert reader.finish(is_cut=False) == []
+
+
+def test_a_call_that_was_written_before_ends_the_answer() -> None:
+    """It is held back as long as it may become that."""
+
+    def call(arguments: str) -> str:
+        return f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>\n'
+
+    reader = ForcedCallReader(HERMES_HEADER)
+    assert reader.push(call('{"a": 1}'))[0] == CallStart(0, "f")
+    start = call('{"a": 1}').partition("1")[0]
+    assert reader.push(start) == []
+    assert reader.push("12}}\n</tool_call>\n") == [CallStart(1, "f"), Arguments(1, '{"a": 12}')]
+    assert not reader.is_over
+    assert reader.push(call('{"a": 12}') + call('{"a": 3}')) == [] and reader.is_over
+    assert reader.num_calls == 2 and reader.finish(is_cut=False) == []
+
+
+def test_another_function_with_the_same_arguments_is_another_call() -> None:
+    text = "\n".join(NOTHING.replace('"f"', f'"{name}"') for name in ("f", "g", "f"))
+    reader = ForcedCallReader(HERMES_HEADER)
+    assert summary(read(reader, [text])) == ("", [("f", "{}"), ("g", "{}")])
+    assert reader.is_over
 
 
 def test_forced_call_that_is_cut_off() -> None:

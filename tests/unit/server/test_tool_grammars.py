@@ -14,8 +14,10 @@ from llguidance import LLMatcher, LLTokenizer
 from server.chat.tools import use_tools
 from server.errors import ToolError, ValidationError
 from server.requests.grammar import GrammarCompiler
+from server.requests.grammar_check import Check
 from server.requests.openai import ChatRequest
-from server.text.tokenizer import ChatFormat, TextTokenizer
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import chat_format_of
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -37,13 +39,11 @@ def vocabulary(request: pytest.FixtureRequest, model_folder: Path) -> tokenizers
 
 def grammar_of(
     vocabulary: tokenizers.Tokenizer, schemas: dict[str, Any], *, is_strict: bool = False, **body: Any
-) -> str:
+) -> Check:
     tools = [{"type": "function", "function": {"name": name} | function} for name, function in schemas.items()]
     body = {"messages": [], "tools": tools, "tool_choice": "required"} | body
     request = ChatRequest.model_validate(body, context={"is_strict": is_strict})
-    tokenizer = TextTokenizer(
-        vocabulary, frozenset(), ChatFormat(template=None, bos_token=None, eos_token=None), 1, Path()
-    )
+    tokenizer = TextTokenizer(vocabulary, frozenset(), chat_format_of(None), 1, Path())
     grammar = use_tools(request, tokenizer, is_strict=is_strict).grammar
     assert grammar is not None
     return grammar
@@ -59,10 +59,10 @@ def compiler() -> Iterator[GrammarCompiler]:
     COMPILER.close()
 
 
-async def accepts(vocabulary: tokenizers.Tokenizer, grammar: str, text: str) -> bool:
+async def accepts(vocabulary: tokenizers.Tokenizer, grammar: Check, text: str) -> bool:
     """Whether a model held to `grammar` can write exactly `text`."""
-    compiled = await COMPILER.compile_tools(grammar)
-    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), compiled)
+    checked = await COMPILER.compile_tools(grammar)
+    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=2), checked.grammar)
     token_ids = vocabulary.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
@@ -86,6 +86,8 @@ SCHEMAS = {"get_weather": {"parameters": WEATHER}, "bare": {}}
         ("", False),
         ("Hello", False),
         (f" {CITY}", False),
+        (f"{CITY}\n", True),
+        (f"{CITY}\n\n", False),
         (f"{CITY} ", False),
         (CITY[:-1], False),
         (written("other", "{}"), False),
@@ -109,13 +111,35 @@ async def test_choices(vocabulary: tokenizers.Tokenizer) -> None:
     assert not await accepts(vocabulary, single, f"{CITY}\n{CITY}")
 
 
+JSON_ANSWER = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"properties": {"a": {"type": "int"}}}}}
+REGEX_ANSWER = {"type": "regex", "value": r"a/b\\/[/]c{1,2}\n?"}
+
+
+async def test_calls_or_an_answer(vocabulary: tokenizers.Tokenizer) -> None:
+    either = grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format=JSON_ANSWER)
+    for text in (CITY, f"{CITY}\n{CITY}", '{"a": 1}', "{}"):
+        assert await accepts(vocabulary, either, text)
+    for text in ("Hello", '{"a": "b"}', f'{CITY}\n{{"a": 1}}'):
+        assert not await accepts(vocabulary, either, text)
+    either = grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format=REGEX_ANSWER)
+    for text in (CITY, "a/b\\//c", "a/b\\//cc\n"):
+        assert await accepts(vocabulary, either, text)
+    assert not await accepts(vocabulary, either, "a/b")
+    calls = grammar_of(vocabulary, SCHEMAS, response_format=JSON_ANSWER)
+    assert await accepts(vocabulary, calls, CITY) and not await accepts(vocabulary, calls, "{}")
+    with pytest.raises(ValidationError, match="a regex is a string"):
+        grammar_of(vocabulary, SCHEMAS, tool_choice="auto", response_format={"type": "regex", "value": 3})
+
+
 async def test_a_schema_that_cannot_be_held_to(vocabulary: tokenizers.Tokenizer) -> None:
     lenient = grammar_of(vocabulary, {"f": {"parameters": ODD}})
     assert await accepts(vocabulary, lenient, written("f", '{"a": "b"}'))
     with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*odd"):
         await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": ODD, "strict": True}}))
-    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*nothing"):
-        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": {"type": "nothing"}}}))
+    wrong = {"f": {"parameters": {"type": "nothing"}}}
+    assert await accepts(vocabulary, grammar_of(vocabulary, wrong), written("f", "{}"))
+    with pytest.raises(ValidationError, match="^cannot compile regex from schema: .*anyOf is empty"):
+        await COMPILER.compile_tools(grammar_of(vocabulary, {"f": {"parameters": {"type": []}, "strict": True}}))
     with pytest.raises(ToolError, match="^The parameters of f are not a JSON schema$"):
         grammar_of(vocabulary, {"f": {"parameters": "none"}})
 

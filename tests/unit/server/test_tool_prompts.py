@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.chat.template import ChatTemplate, Ending
+from server.chat.rendering import Ending
+from server.chat.template import ChatTemplate
 from server.chat.tools import TGI_PROMPT, ending, use_tools
 from server.errors import TemplateError, ToolError, ValidationError
 from server.requests.openai import ChatRequest
-from server.text.tokenizer import ChatFormat, TextTokenizer
-from tests.unit.server.harness import CHATML
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import CHATML, chat_format_of
 
 QWEN2_5 = Path(__file__).with_name("qwen2_5.jinja").read_text()
 WEATHER = {
@@ -61,7 +62,7 @@ def read(body: dict[str, Any], *, is_strict: bool = False) -> ChatRequest:
 def prompt_of(template: str, body: dict[str, Any], tokenizer: TextTokenizer, *, is_strict: bool = False) -> str:
     request = read({"messages": [USER]} | body, is_strict=is_strict)
     use = use_tools(request, tokenizer, is_strict=is_strict)
-    chat_format = ChatFormat(template=template, bos_token=None, eos_token="<|im_end|>")
+    chat_format = chat_format_of(template, eos_token="<|im_end|>")
     return ChatTemplate(chat_format, is_strict=is_strict).render(request.messages, use.offered, ending(request))
 
 
@@ -213,11 +214,11 @@ def test_unknown_choice(tokenizer: TextTokenizer, choice: Any) -> None:
 JSON_FORMAT = {"type": "json_object", "value": {"type": "object", "properties": {}}}
 
 
-@pytest.mark.parametrize("is_strict", [False, True])
 @pytest.mark.parametrize("tools", [[], [CLOCK]])
-def test_tools_and_a_response_format(tokenizer: TextTokenizer, tools: list[Any], is_strict: bool) -> None:
+def test_tools_and_a_response_format(tokenizer: TextTokenizer, tools: list[Any]) -> None:
     body = {"tools": tools, "response_format": JSON_FORMAT}
     with pytest.raises(ToolError, match="^Grammar and tools are mutually exclusive$"):
-        prompt_of(QWEN2_5, body, tokenizer, is_strict=is_strict)
-    if not is_strict:
-        prompt_of(QWEN2_5, body | {"tool_choice": "none"}, tokenizer)
+        prompt_of(QWEN2_5, body, tokenizer, is_strict=True)
+    for choice in ("auto", "required", "none"):
+        prompt = prompt_of(QWEN2_5, body | {"tool_choice": choice}, tokenizer)
+        assert ("<tools>" in prompt) == (bool(tools) and choice != "none")

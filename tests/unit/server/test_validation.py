@@ -155,8 +155,8 @@ async def test_chat_refused(client: httpx.AsyncClient, body: dict[str, Any], tex
         ({"tools": [TOOL], "tool_choice": "g"}, "Tool with name g not found"),
         ({"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}, "Tool with name g not found"),
         (
-            {"tools": [], "response_format": {"type": "regex", "value": "a"}},
-            "Grammar and tools are mutually exclusive",
+            {"tools": [{"type": "f", "function": {"name": "f", "parameters": 3}}], "tool_choice": "f"},
+            "The parameters of f are not a JSON schema",
         ),
     ],
 )

@@ -1,0 +1,59 @@
+"""Line charts as SVG, without a library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 760, 300
+LEFT, RIGHT, TOP, BOTTOM = 64, 190, 34, 40
+COLORS = "#4363d8 #e6194b #3cb44b #f58231 #911eb4 #008080 #9a6324 #808000".split()
+MAX_POINTS = 400
+NUM_TICKS = 5
+
+
+def line_chart(title: str, series: Mapping[str, Points], x_label: str = "minutes") -> str:
+    """A chart of all `series`, whose y axis begins at 0; each has a name and points from left to right."""
+    max_x = max((x for points in series.values() for x, _ in points), default=0.0) or 1.0
+    step = nice_step(max((y for points in series.values() for _, y in points), default=0.0) or 1.0)
+    max_y = step * NUM_TICKS
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = x / max_x * (WIDTH - LEFT - RIGHT), y / max_y * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
+
+    parts = [text(LEFT, 18, title, "start", bold=True), text(place(max_x, 0)[0], HEIGHT - 6, x_label, "end")]
+    for number in range(NUM_TICKS + 1):
+        x, y = place(max_x * number / NUM_TICKS, step * number)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#dddddd"/>')
+        parts.append(text(LEFT - 6, y + 4, f"{step * number:,.6g}", "end"))
+        parts.append(text(x, HEIGHT - BOTTOM + 16, f"{max_x * number / NUM_TICKS:.3g}", "middle"))
+    for index, (name, points) in enumerate(series.items()):
+        color = COLORS[index % len(COLORS)]
+        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thinned(points)))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{TOP + 18 * index}" width="10" height="10" fill="{color}"/>')
+        parts.append(text(WIDTH - RIGHT + 28, TOP + 9 + 18 * index, name, "start"))
+    size = f'width="{WIDTH}" height="{HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
+
+
+def text(x: float, y: float, content: str, anchor: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="bold" font-size="13"' if bold else ""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{weight}>{escape(content)}</text>'
+
+
+def nice_step(value: float) -> float:
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that reaches `value` in all steps."""
+    power = 10.0 ** math.floor(math.log10(value / NUM_TICKS))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * NUM_TICKS >= value * 0.999)
+
+
+def thinned(points: Points) -> Points:
+    """At most MAX_POINTS of them, the last one among them."""
+    stride = math.ceil(len(points) / MAX_POINTS) or 1
+    return points[::-stride][::-1]

@@ -1,0 +1,167 @@
+"""An adapter (LoRA) merged into its base model while the weights are read. Importing it loads no torch.
+
+A matrix W [outputs, inputs] becomes W + scaling * B @ A, with A [r, inputs] and B [outputs, r], as `peft` merges it, in
+float32: --dtype float32 gives the ids of the merged model, whatever the base model is stored in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.safetensors_weights import SafetensorsWeights
+from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.checkpoint.weights import WeightSource
+
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+"""A tensor of an adapter. Groups: the module, whether that is a table of embeddings, A or B."""
+
+OTHER_KINDS: tuple[tuple[str, str], ...] = (
+    ("use_dora", "DoRA"),
+    ("lora_bias", "biases"),
+    ("modules_to_save", "whole modules (modules_to_save)"),
+    ("trainable_token_indices", "single tokens (trainable_token_indices)"),
+    ("target_parameters", "parameters by name (target_parameters)"),
+    ("layer_replication", "repeated layers (layer_replication)"),
+    ("alora_invocation_tokens", "a part of each prompt only (aLoRA)"),
+    ("use_qalora", "QALoRA"),
+)
+"""A key of adapter_config.json that must say nothing -> what the adapter is made of where it says something."""
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` of adapters whose training has begun by changing the base model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Update:
+    """The change of one matrix: which tensors of the adapter make it, and their factor."""
+
+    a: str
+    b: str
+    scaling: float
+    is_embedding: bool
+
+    def part(self, adapter: WeightSource, rows: slice, columns: slice) -> torch.Tensor:
+        """The rows and columns of scaling * B @ A, float32."""
+        every = slice(None)
+        if self.is_embedding:  # A [r, rows], B [columns, r]
+            a, b = adapter.read(self.a, (every, rows)), adapter.read(self.b, (columns, every))
+            return (a.float().T @ b.float().T) * self.scaling
+        a, b = adapter.read(self.a, (every, columns)), adapter.read(self.b, (rows, every))
+        return (b.float() @ a.float()) * self.scaling
+
+
+class MergedWeights:
+    """Implements `engine.checkpoint.weights.WeightSource` by a base model and an adapter."""
+
+    def __init__(self, base: WeightSource, folder: Path) -> None:
+        """`folder` is the adapter's. Raises StartError if it does not fit the base model or can't be merged."""
+        self._base = base
+        self._adapter = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
+        self._updates = _read_updates(folder, self._adapter)
+        self.files = [*base.files, *self._adapter.files]
+        for name, update in self._updates.items():
+            self._check(folder, name, update)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._base.names
+
+    @property
+    def changed_names(self) -> Sequence[str]:
+        """The tensors that the adapter changes."""
+        return [*self._updates]
+
+    def file(self, name: str) -> Path:
+        return self._base.file(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return "F32" if name in self._updates else self._base.dtype(name)
+
+    def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
+        update = self._updates.get(name)
+        if update is None:
+            return self._base.read(name, index, is_kept=is_kept)
+        rows, columns = (*index, slice(None), slice(None))[:2]
+        return self._base.read(name, index).float() + update.part(self._adapter, rows, columns)
+
+    def _check(self, folder: Path, name: str, update: _Update) -> None:
+        if name not in self._base.names:
+            raise StartError(
+                f"{folder} changes {name}, which its base model does not have: give the adapter the model that it was "
+                f"made for, in {ADAPTER_CONFIG}"
+            )
+        a, b, shape = self._adapter.shape(update.a), self._adapter.shape(update.b), self._base.shape(name)
+        outputs_inputs = (a[-1], b[0]) if update.is_embedding else (b[0], a[-1])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or outputs_inputs != shape:
+            raise StartError(
+                f"{folder} changes {name} by {update.b} {list(b)} and {update.a} {list(a)}, the base model has "
+                f"{list(shape)}: they do not belong together"
+            )
+
+
+def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
+    """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise StartError(
+            f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
+            "save it once more with `peft`, save_pretrained(...)"
+        )
+    _refuse_other_kinds(folder, config)
+    modules: dict[tuple[str, bool], dict[str, str]] = {}
+    for name in adapter.names:
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise StartError(f"{folder} has a tensor {name}, which is no part of a LoRA: merge the adapter with `peft`")
+        modules.setdefault((match[1], bool(match[2])), {})[match[3]] = name
+    updates = {}
+    for (module, is_embedding), tensors in modules.items():
+        if tensors.keys() != {"A", "B"}:
+            raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
+        scaling = _scaling(folder, config, module, rank=adapter.shape(tensors["A"])[0])
+        updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
+    return updates
+
+
+def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
+    kinds = [kind for key, kind in OTHER_KINDS if config.get(key)]
+    if config.get("peft_type") != "LORA":
+        kinds.append(str(config.get("peft_type")))
+    if config.get("bias", "none") != "none":
+        kinds.append("biases")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        kinds.append(f"a model for another task ({config['task_type']})")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        kinds.append(f"a base model that its training has changed ({start})")
+    if kinds:
+        raise StartError(
+            f"{folder} is an adapter of {kinds[0]}, and only plain LoRA is merged here: merge it with `peft`, "
+            "merge_and_unload() and save_pretrained(...), and give the folder that this writes"
+        )
+
+
+def _scaling(folder: Path, config: Mapping[str, Any], module: str, *, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+    alpha = config.get("lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)  # type: ignore[arg-type]
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again") from error

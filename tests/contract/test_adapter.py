@@ -1,0 +1,241 @@
+"""Adapters (LoRA) given in place of a model: merged as `peft` merges them, or refused by what they are made of.
+
+The oracle is `transformers` with weights that the test has merged in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine.start
+from engine.checkpoint.adapter import MergedWeights
+from engine.checkpoint.weights import open_weights
+from engine.core import EngineCore
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.start import start_engine
+from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
+from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
+
+LAYER = "model.layers.1"
+ATTENTION = [f"model.layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qkvo"]
+MLP = [f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")]
+CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 16, "r": 4, "bias": "none"}
+RANK = 4
+ON_TABLE = "model.embed_tokens"
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
+
+
+def write_adapter(
+    folder: Path, base: Path, modules: list[str], *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> None:
+    """An adapter of `modules` with random matrices, named as `peft` names them."""
+    folder.mkdir()
+    config = {**CONFIG, "base_model_name_or_path": str(base), **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator, weights, tensors = torch.Generator().manual_seed(1), load_file(base / "model.safetensors"), {}
+    for module in modules:
+        outputs, inputs = weights[f"{module}.weight"].shape
+        sizes = {"A": (RANK, inputs), "B": (outputs, RANK)}
+        if module == ON_TABLE:
+            sizes = {"embedding_A": (RANK, outputs), "embedding_B": (inputs, RANK)}
+        for part, size in sizes.items():
+            end = "" if "embedding" in part else ".weight"
+            name = f"base_model.model.{module}.lora_{part}{end}"
+            tensors[name] = torch.randn(size, generator=generator).div(8).to(dtype)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def merged_by_hand(base: Path, adapter: Path, folder: Path, scaling: dict[str, float]) -> Path:
+    """The base model in float32 with the adapter's changes; `scaling` by module."""
+    shutil.copytree(base, folder)
+    weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
+    tensors = {name: tensor.float() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    for module, factor in scaling.items():
+        lora = f"base_model.model.{module}.lora_"
+        if module == ON_TABLE:
+            change = (tensors[f"{lora}embedding_B"] @ tensors[f"{lora}embedding_A"]).T
+        else:
+            change = tensors[f"{lora}B.weight"] @ tensors[f"{lora}A.weight"]
+        weights[f"{module}.weight"] += factor * change
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    return folder
+
+
+def start(base: Path, adapter: Path | None, **flags: Any) -> EngineCore:
+    adapter_path = None if adapter is None else str(adapter)
+    fields = {"dtype": "float32", "max_batch_total_tokens": 512, **flags}
+    return start_engine(EngineConfig(model_path=str(base), adapter_path=adapter_path, num_threads=1, **fields))[0]
+
+
+@pytest.mark.parametrize(
+    ("modules", "is_tied", "dtype", "changes", "scaling"),
+    [
+        (ATTENTION, True, torch.float32, {}, {}),
+        ([*ATTENTION, *MLP], True, torch.bfloat16, {}, {}),
+        ([*MLP, "lm_head"], False, torch.float16, {"use_rslora": True}, dict.fromkeys([*MLP, "lm_head"], 8.0)),
+        ([ON_TABLE, *MLP], False, torch.float32, {"lora_alpha": 2.5}, dict.fromkeys([ON_TABLE, *MLP], 0.625)),
+        (
+            [*ATTENTION, *MLP],
+            True,
+            torch.float32,
+            {"alpha_pattern": {"down_proj": 2, "0.self_attn.[qk]_proj": 32}},
+            {f"{LAYER}.mlp.down_proj": 0.5, ATTENTION[0]: 8.0, ATTENTION[1]: 8.0},
+        ),
+    ],
+)
+def test_the_ids_are_those_of_the_merged_model(
+    tmp_path: Path,
+    modules: list[str],
+    is_tied: bool,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    scaling: dict[str, float],
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base, is_tied=is_tied, dtype=dtype)
+    write_adapter(adapter, base, modules, dtype=dtype, **changes)
+    merged = merged_by_hand(base, adapter, tmp_path / "merged", {**dict.fromkeys(modules, 4.0), **scaling})
+    prompts = [list(range(30, 60)), [5, 7, 11]]
+    requests = make_requests(prompts, max_new_tokens=12)
+    expected = [oracle_greedy(merged, prompt, 12)[0] for prompt in prompts]
+    assert run_requests(start(base, adapter), requests).token_ids == expected
+    assert run_requests(start(base, None), requests).token_ids != expected
+
+
+@pytest.mark.parametrize("flags", [{}, {"quantize": "eetq"}, {"quantize": "int4"}])
+def test_in_16_bits_and_quantised_on_load_it_is_the_merged_model_too(tmp_path: Path, flags: dict[str, Any]) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base, dtype=torch.bfloat16)
+    write_adapter(adapter, base, [*ATTENTION, *MLP])
+    merged = merged_by_hand(base, adapter, tmp_path / "merged", dict.fromkeys([*ATTENTION, *MLP], 4.0))
+    requests = make_requests([list(range(30, 60))], max_new_tokens=12)
+    cores = [start(*folders, dtype="bfloat16", **flags) for folders in ((base, adapter), (merged, None))]
+    ids = [run_requests(core, requests).token_ids for core in cores]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("index", [(slice(8, 24),), (slice(None), slice(16, 48)), (slice(0, 8), slice(3, 5)), ()])
+@pytest.mark.parametrize("module", [f"{LAYER}.self_attn.o_proj", ON_TABLE])
+def test_a_rank_reads_its_part(tmp_path: Path, module: str, index: tuple[slice, ...]) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base, dtype=torch.bfloat16)
+    write_adapter(adapter, base, [module])
+    weights = MergedWeights(open_weights(base), adapter)
+    name = f"{module}.weight"
+    whole = weights.read(name)
+    torch.testing.assert_close(weights.read(name, index), whole[index])
+    assert (weights.dtype(name), whole.dtype) == ("F32", torch.float32)
+    other = "model.norm.weight"
+    assert torch.equal(weights.read(other), load_file(base / "model.safetensors")[other])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_dora": True}, "an adapter of DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"an adapter of whole modules \(modules_to_save\)"),
+        ({"bias": "all"}, "an adapter of biases"),
+        ({"lora_bias": True}, "an adapter of biases"),
+        ({"peft_type": "IA3"}, "an adapter of IA3"),
+        ({"peft_type": None}, "an adapter of None"),
+        ({"task_type": "SEQ_CLS"}, r"an adapter of a model for another task \(SEQ_CLS\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, "an adapter of a base model that its training has changed"),
+        ({"alora_invocation_tokens": [1]}, "an adapter of a part of each prompt only"),
+        ({"lora_alpha": None}, "adapter_config.json cannot be used"),
+        ({"lora_alpha": "x"}, "adapter_config.json cannot be used"),
+        ({"alpha_pattern": {"(": 1}}, "adapter_config.json cannot be used"),
+        ({"alpha_pattern": [1]}, "adapter_config.json cannot be used"),
+    ],
+)
+def test_other_adapters_are_refused_by_what_they_are(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION, **changes)
+    with pytest.raises(StartError, match=sentence):
+        start(base, adapter)
+
+
+def q_proj(part: str) -> str:
+    return f"base_model.model.{LAYER}.self_attn.q_proj.lora_{part}.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({q_proj("A"): (4, 64)}, "has only one half of the change of model.layers.1.self_attn.q_proj"),
+        ({q_proj("A"): (4, 63), q_proj("B"): (64, 4)}, r"they do not belong together"),
+        ({q_proj("A"): (4, 64), q_proj("B"): (64, 5)}, r"they do not belong together"),
+        ({q_proj("A"): (64,), q_proj("B"): (64, 4)}, r"they do not belong together"),
+        ({"base_model.model.lm_head.weight": (4, 4)}, "has a tensor base_model.model.lm_head.weight, which is no part"),
+        ({q_proj("magnitude_vector"): (64,)}, "which is no part of a LoRA"),
+        (
+            {name.replace("layers.1", "layers.7"): (4, 4) for name in (q_proj("A"), q_proj("B"))},
+            "changes model.layers.7.self_attn.q_proj.weight, which its base model does not have",
+        ),
+        (
+            {f"base_model.model.lm_head.lora_{part}.weight": size for part, size in (("A", (4, 64)), ("B", (264, 4)))},
+            "changes lm_head.weight, which its base model does not have",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[int, ...]], sentence: str) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, [])
+    save_file({name: torch.zeros(size) for name, size in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match=sentence):
+        start(base, adapter)
+
+
+def test_a_pickled_adapter_is_not_read(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(StartError, match="has no adapter_model.safetensors, and pickled weights .* are never loaded"):
+        start(base, adapter)
+
+
+def test_a_head_that_is_the_table_is_not_changed_alone(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base, is_tied=False)
+    write_adapter(adapter, base, ["lm_head"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(StartError, match=r"changes lm_head.weight, which is the table of embeddings, too: merge it"):
+        start(base, adapter)
+
+
+def test_nothing_is_merged_into_a_quantised_model(tmp_path: Path) -> None:
+    base, dense, adapter = tmp_path / "base", tmp_path / "dense", tmp_path / "adapter"
+    write_tiny_gptq(base)
+    write_tiny_qwen2(dense)
+    write_adapter(adapter, dense, ATTENTION)
+    with pytest.raises(StartError, match=f"{base} is quantised, and no adapter can be merged into it: name the dense"):
+        start(base, adapter)
+
+
+def test_a_matrix_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[q_proj("B")][3, 1] = math.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match="has a tensor model.layers.1.self_attn.q_proj.weight with NaN or infinite"):
+        start(base, adapter)

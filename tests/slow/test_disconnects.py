@@ -1,0 +1,18 @@
+"""The long form of the disconnects in tests/e2e/test_soak.py, on a model whose steps take their time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak.__main__ import served
+from tests.e2e.conftest import build_demo_model
+from tests.e2e.disconnects import NUM_PERMITS
+from tests.e2e.test_soak import check_disconnects
+
+
+@pytest.mark.timeout(3600)
+async def test_ten_thousand_clients_that_leave_at_any_point_leave_nothing_behind(tmp_path: Path) -> None:
+    with served(build_demo_model("--small"), tmp_path, "--max-concurrent-requests", str(NUM_PERMITS)) as server:
+        await check_disconnects(server, 10_000)
