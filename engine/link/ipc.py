@@ -24,8 +24,8 @@ from engine.link.messages import Down, EngineReady, EngineStats, StepOutput, Ste
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
-MAX_RECEIVED_BYTES = 1 << 21
-"""Bytes that are received between two steps: decoding them takes 20 ms, and the steps of others go on."""
+MAX_RECEIVED_BYTES = 1 << 23
+"""Bytes that are received between two steps: decoding them takes 70 ms, and the steps of others go on."""
 PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")

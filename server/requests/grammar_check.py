@@ -116,6 +116,12 @@ class Checker:
         return checked
 
     def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
+        try:
+            return self._built(request, prepared)
+        except ValueError as error:  # a number that JSON has and llguidance does not
+            return Checked(error=str(error))
+
+    def _built(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
         pairs = list(zip(request.schemas, prepared, strict=True))
         left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
         if request.lark is None:
@@ -144,7 +150,10 @@ class Checker:
         return Checked(grammar, left_open=left_open)
 
     def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
-        return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+        try:
+            return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+        except ValueError:
+            return False
 
     def _grammar_of(self, schema: dict[str, Any], mode: Mode) -> str:
         return self._matcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))

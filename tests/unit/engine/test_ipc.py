@@ -283,9 +283,9 @@ def test_much_that_comes_at_once_is_taken_in_over_several_calls() -> None:
     with ours:
         endpoint = EngineEndpoint(ours)
         with theirs, ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(theirs.sendall, frame * 20)
+            sending = pool.submit(theirs.sendall, frame * 40)
             calls = [len(endpoint.receive(1.0))]
-            while sum(calls) < 20:
+            while sum(calls) < 40:
                 calls.append(len(endpoint.receive(1.0)))
             sending.result()
         assert max(calls) <= MAX_RECEIVED_BYTES // len(frame) + 1
