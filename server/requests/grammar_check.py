@@ -39,6 +39,8 @@ PAGE_SIZE = 4096
 PID_BYTES = 12
 """Length of the line with a process' number."""
 
+TOO_COMPLEX = "it is too complex"
+"""Begins an error that no smaller part of a schema is to blame for."""
 TOO_DEEP = "it is nested too deeply"
 REPAIR_S = 2.0
 """Seconds to find out what llguidance refuses in a schema; after that all of it is left open."""
@@ -110,7 +112,8 @@ class Checker:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
-        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+        is_refused = checked.error is not None and not checked.error.startswith(TOO_COMPLEX)
+        if is_refused and any(held.mode == "open" for held in request.schemas):
             prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
         if checked.error is not None and any(held.mode == "open" for held in request.schemas):
@@ -147,9 +150,9 @@ class Checker:
         if forced := matcher.compute_ff_tokens():
             matcher.consume_token(forced[0])  # a schema that needs itself, so that no text is enough, fails here
         if matcher.is_error():
-            return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
+            return Checked(error=f"{TOO_COMPLEX}: {matcher.get_error().splitlines()[0]}")
         if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
-            return Checked(error="it is too complex: it takes too much memory")
+            return Checked(error=f"{TOO_COMPLEX}: it takes too much memory")
         return Checked(grammar, left_open=left_open)
 
     def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
