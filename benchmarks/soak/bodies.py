@@ -51,11 +51,12 @@ def repeated_calls() -> list[Call]:
 
 
 def essence(answer: Answer) -> Any:
-    """What has to be the same each time: ids, texts, logprobs, reasons; neither names of requests nor moments."""
+    """What has to be the same each time: ids, texts, logprobs, reasons; no names, moments or cached tokens."""
     parts = [answer.json()] if answer.body.startswith(b"{") else answer.events()
     for part in parts:
         if "object" in part:  # of OpenAI's routes; tokens of the native ones have an id that stays
-            del part["id"], part["created"]
+            for name in ("id", "created", "usage"):
+                part.pop(name, None)
     return parts
 
 

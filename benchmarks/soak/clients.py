@@ -92,9 +92,14 @@ async def drop_a_stream(client: Client) -> str:
     connection = await client.connection()
     num_tokens = client.chance.randint(1, MAX_STREAM_TOKENS)
     await connection.send(request(*bodies.long_stream(client.chance, num_tokens)))
-    for _ in range(client.chance.randint(0, num_tokens)):
-        if not await connection.bytes(200):
-            return "none"
+    if num_left := client.chance.randint(0, num_tokens):
+        status = await connection.status()
+        if status != 200:
+            return str(status)
+        async for _ in connection.chunks():
+            num_left -= 1
+            if not num_left:
+                break
     return await client.leave()
 
 

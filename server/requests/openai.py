@@ -194,9 +194,11 @@ class ChatRequest(GenerationBody):
     parallel_tool_calls: bool = True
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What else the chat template may look at, such as `enable_thinking`."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt"}
+        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     )
 
 
@@ -258,6 +260,7 @@ class CompletionRequest(GenerationBody):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
+    prompt_logprobs: U32 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

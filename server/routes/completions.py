@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
 from server.answers.json import JsonF32, Scored, Usage, encoded_answer, encoded_items, encoder, f32
@@ -15,8 +16,10 @@ from server.answers.openai import (
     FINISH_REASONS_TGI_STREAM,
     Envelope,
     NameOf,
+    PromptLogprobs,
     num_generated_tokens,
     openai_stream,
+    prompt_logprobs,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -58,6 +61,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """vLLM's, on request."""
 
 
 class CompletionFinal(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,7 +232,9 @@ class _Completion:
             for generated in () if self._is_scoring else answer.tokens:
                 table.add(generated)
             logprobs = table.take()
-        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]))
+        num_top = self._body.prompt_logprobs
+        scores = UNSET if num_top is None else prompt_logprobs(answer.generation, num_top)
+        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]), scores)
 
     def _table(self) -> _LogprobTable:
         return _LogprobTable(self._service.tokenizer.name, self._body.logprobs or 0)
