@@ -14,6 +14,7 @@ from engine.link.errors import StartError
 from engine.link.exit_codes import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE
 from engine.link.ipc import EngineEndpoint, exit_when_closed
 from engine.link.logs import configure_logging
+from engine.memory import check_address_space
 
 if TYPE_CHECKING:
     from engine.ranks import Ranks
@@ -30,6 +31,7 @@ def main() -> None:
     configure_logging(level, name, is_json=config.is_json_output)
     exit_when_closed(sys.stdin.fileno(), logger.error)
     try:
+        check_address_space()
         sys.exit(serve(config))
     except StartError as error:
         logger.error("%s", error)

@@ -1,12 +1,14 @@
 """The memory of the host that this process can still use, and giving back what it has freed. No torch.
 
 Free memory of a host is the kernel's MemAvailable, cut by what the control groups of this process (v2, or v1's memory
-controller; a container's `--memory`) leave. Page cache counts as free: the kernel gives it back.
+controller; a container's `--memory`) and its address space (`ulimit -v`) leave. Page cache counts as free: the kernel
+gives it back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from engine.link.errors import StartError
 
 UNLIMITED = 1 << 60
 """Control groups of version 1 write a huge number where there is no limit."""
+
+
+MIN_ADDRESS_SPACE = 1_500_000_000
+"""Bytes. The libraries, their threads and a tiny model map 1.4 GB, most of which is never touched."""
 
 
 def release_freed_memory() -> None:
@@ -25,7 +31,28 @@ def release_freed_memory() -> None:
 
 def host_free_bytes(root: Path = Path("/")) -> int:
     """Memory of the host that this process can still use. Raises StartError where the kernel doesn't tell."""
-    return min(_mem_available(root / "proc/meminfo"), *_cgroup_free(root))
+    return min(_mem_available(root / "proc/meminfo"), _address_space_free(), *_cgroup_free(root))
+
+
+def check_address_space() -> None:
+    """To be called before torch is loaded. Raises StartError for a limit with which it can't be."""
+    limit = _address_space()
+    if limit < MIN_ADDRESS_SPACE:
+        raise StartError(
+            f"The address space of a process is limited to {limit / 1e9:.1f} GB, less than what the libraries map: "
+            "lift that limit (ulimit -v unlimited), and limit memory with a control group, as containers do"
+        )
+
+
+def _address_space() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+def _address_space_free() -> int:
+    """Bytes that this process can still map."""
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return _address_space() - num_pages * resource.getpagesize()
 
 
 def _mem_available(meminfo: Path) -> int:

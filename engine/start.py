@@ -25,6 +25,7 @@ from engine.link.registry import import_entry
 from engine.overlap import describe_overlap, make_core, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
+from engine.sampling.bans import Bans
 from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
 from engine.sampling.grammar import MASKS, Grammars
 from engine.sampling.penalties import Penalties
@@ -204,7 +205,7 @@ def _make_core(
     apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
     grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
-    processors: list[LogitsProcessor] = [penalties, grammars]
+    processors: list[LogitsProcessor] = [penalties, Bans(eos_token_ids, device.penalties), grammars]
     sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
         BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),

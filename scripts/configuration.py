@@ -48,7 +48,8 @@ TAIL = """
 `--max-batch-prefill-tokens` is 4096 unless given, or less where the window or the KV cache is smaller. The KV cache
 holds `--max-batch-total-tokens`; by default on a CPU one full window or 32768 tokens, whichever is more, as far as they
 fit `TGI_WIGGLE_ROOM` of the memory that is free once the weights are there. "Free" on a CPU is the smaller of the
-kernel's MemAvailable and what the cgroup (a container's `--memory`) leaves, times `--cuda-memory-fraction`.
+kernel's MemAvailable and what the cgroup (a container's `--memory`) and `ulimit -v` leave, times
+`--cuda-memory-fraction`.
 
 On a GPU a step of `--max-batch-prefill-tokens` is run first, at the end of a sequence of full length, with all the
 rows of logits that a step may have: one for each request that runs at a time (`--max-batch-size`, 256 unless given) and

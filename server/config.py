@@ -50,6 +50,8 @@ class ServerConfig:
     """Origins whose pages may call. Empty means any."""
     is_rendering_here: bool = False
     """Whether chat templates run in the HTTP process, for tests, whose templates end."""
+    reasoning_parser: str = "auto"
+    """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
     graceful_termination_timeout_s: int = 90

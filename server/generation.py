@@ -95,10 +95,14 @@ class Generation:
         self._has_prompt_logprobs = request.generation.has_prompt_logprobs
         self._first_event = TokenEvent(request_id="")
         """What is told of the prompt."""
-        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, request.shown_ids)
-        stop = request.parameters.stop
+        parameters = request.parameters
+        shown_ids = request.shown_ids if parameters.skip_special_tokens else tokenizer.special_ids
+        self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, shown_ids)
+        is_stop_shown = parameters.include_stop_str_in_output
+        self._is_end_hidden = request.is_stop_hidden and not is_stop_shown
+        stop = parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
-        self._stop_cutter = StopCutter(stop) if request.is_stop_hidden and stop else None
+        self._stop_cutter = StopCutter(stop, is_shown=is_stop_shown) if request.is_stop_hidden and stop else None
         self._is_over = None if request.watch is None else request.watch()
 
     @property
@@ -164,8 +168,10 @@ class Generation:
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
         """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
-        text, visible = self._detokenizer.push(token_id, is_last=reason is not None)
-        if self._stop_cutter is not None:
+        # Some tokenizers have an end of sequence that is no special token, and a request may have its own.
+        is_end = self._is_end_hidden and reason is FinishReason.EOS_TOKEN
+        text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_end)
+        if self._stop_cutter is not None and self.num_generated_tokens >= (self._parameters.min_tokens or 0):
             visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
             if is_stopped:
                 reason = FinishReason.STOP_SEQUENCE

@@ -19,6 +19,7 @@ import pydantic
 from fastapi import Request
 
 from server.chat.renderer import ChatRenderer
+from server.chat.thoughts import OFF, default_thinking
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.admission import Admission, Permit
@@ -49,6 +50,7 @@ class GenerationService:
         self.chats = ChatRenderer(
             tokenizer.chat_format, is_strict=config.is_strict_tgi, is_apart=not config.is_rendering_here
         )
+        self.default_thinking = default_thinking(OFF if config.is_strict_tgi else config.reasoning_parser, tokenizer)
         self.started_at = int(time.time())
         self.admission = Admission(config.max_concurrent_requests)
         self.intake = Intake(IntakeLimits.for_bodies_of(config.payload_limit), is_strict=config.is_strict_tgi)

@@ -88,6 +88,7 @@ async def soak_server(server: LaunchedServer, watch: Watch, settings: Settings, 
     """Load a server that runs already, and watch it; it goes on running."""
     load = Load(server.port, Repeats(bodies.repeated_calls()), settings.num_clients, WINDOW, settings.seed)
     await load.ask_each()
+    await load.fill_pools()
     await load.put_on(min(MAX_WARM_UP_S, WARM_UP * settings.seconds), Tally())
     base = await watch.drained(None, DRAIN_TIMEOUT_S)
     say(line_of(base, Tally()))

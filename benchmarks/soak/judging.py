@@ -145,7 +145,9 @@ def check_coverage(soak: Soak) -> Check:
 def check_leftovers(soak: Soak) -> Check:
     base, final = soak.base, soak.final
     figures = [f"{name} {final.processes[name].descriptors}" for name in base.processes if name in final.processes]
-    return Check("descriptors and tasks", f"{', '.join(figures)}; {final.num_tasks} tasks", leftovers(base, final))
+    return Check(
+        "processes, descriptors and tasks", f"{', '.join(figures)}; {final.num_tasks} tasks", leftovers(base, final)
+    )
 
 
 def check_threads(soak: Soak) -> Check:
@@ -159,10 +161,10 @@ def check_threads(soak: Soak) -> Check:
     return Check("threads", ", ".join(f"{name} {after}" for name, (_, after) in pairs.items()), complaints)
 
 
-def check_processes(soak: Soak) -> Check:
+def check_presence(soak: Soak) -> Check:
     base, final = soak.base.processes, soak.final.processes
     complaints = [f"{name} is gone" for name in base if name not in final]
-    return Check("processes", f"{len(final)} modules", complaints)
+    return Check("nothing is gone", f"{len(final)} modules", complaints)
 
 
 def check_blocks(soak: Soak) -> Check:
@@ -191,7 +193,7 @@ def judge(soak: Soak) -> list[Check]:
         check_blocks,
         check_leftovers,
         check_threads,
-        check_processes,
+        check_presence,
         check_log,
         check_end,
     )

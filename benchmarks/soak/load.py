@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.soak import bodies
 from benchmarks.soak.clients import KINDS, Client, Kind, Repeats
 from benchmarks.soak.wire import ask
 
@@ -57,26 +58,39 @@ class Load:
             if outcome != "200":
                 raise SystemExit(f"{call[0]} answers {outcome} to {call[1]}")
 
+    async def fill_pools(self) -> None:
+        """Have enough to do at a time for every pool of processes and threads to be full."""
+        chance = random.Random(self._num_clients)
+        calls = [make(chance) for _ in range(self._num_clients) for make in (bodies.own_grammar, bodies.own_chat)]
+        await asyncio.gather(*(ask(self._port, *call) for call in calls))
+
     async def put_on(self, seconds: float, tally: Tally, num_restarts: int = 0) -> None:
-        """Let the clients do what they do for so long; a restart ends all in the middle of it, and new ones begin."""
+        """Let the clients do what they do for so long, and come to the end of it.
+
+        A restart ends all in the middle of it, and new ones begin.
+        """
         started = time.monotonic()
         for number in range(num_restarts + 1):
-            tasks = [asyncio.create_task(self._act(index, tally, started)) for index in range(self._num_clients)]
+            is_over = asyncio.Event()
+            clients = [self._act(index, tally, started, is_over) for index in range(self._num_clients)]
+            tasks = [asyncio.create_task(client) for client in clients]
             end = started + seconds * (number + 1) / (num_restarts + 1)
-            done, running = await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            for task in done:
-                task.result()  # a client ends by itself only where something is wrong with this program
-            tally.num_restarts += number < num_restarts
+            await asyncio.sleep(end - time.monotonic())
+            if number < num_restarts:
+                for task in tasks:
+                    task.cancel()
+                tally.num_restarts += 1
+            is_over.set()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, Exception):
+                    raise result  # a fault of this program
 
-    async def _act(self, index: int, tally: Tally, started: float) -> None:
+    async def _act(self, index: int, tally: Tally, started: float, is_over: asyncio.Event) -> None:
         """Do one thing after another; all kinds come first, each from another client."""
         kind = KINDS[index % len(KINDS)]
         client = Client(self._port, self._window, self._repeats, random.Random(self._chance.random()))
         try:
-            while True:
+            while not is_over.is_set():
                 began = time.monotonic()
                 outcome = await outcome_of(kind, client)
                 tally.outcomes[kind.name][outcome] += 1

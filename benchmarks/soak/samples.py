@@ -22,7 +22,7 @@ TASKS_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ProcessSample:
-    """One process, or all processes that run the same module."""
+    """One process, or of several that run the same module the largest numbers of each kind."""
 
     resident: int
     """Bytes, shared pages included (RSS)."""
@@ -31,12 +31,16 @@ class ProcessSample:
     descriptors: int
     threads: int
 
-    def __add__(self, other: ProcessSample) -> ProcessSample:
+    count: int = 1
+    """Processes that run this module."""
+
+    def beside(self, other: ProcessSample) -> ProcessSample:
         return ProcessSample(
-            self.resident + other.resident,
-            self.anonymous + other.anonymous,
-            self.descriptors + other.descriptors,
-            self.threads + other.threads,
+            max(self.resident, other.resident),
+            max(self.anonymous, other.anonymous),
+            max(self.descriptors, other.descriptors),
+            max(self.threads, other.threads),
+            self.count + other.count,
         )
 
 
@@ -78,7 +82,7 @@ class Watch:
         for process in (self._launcher, *self._launcher.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it has just ended
                 name, sample = module_of(process), sample_process(process)
-                found[name] = found[name] + sample if name in found else sample
+                found[name] = found[name].beside(sample) if name in found else sample
         return found
 
     async def _num_tasks(self) -> int:
@@ -103,11 +107,13 @@ class Watch:
 
 
 def leftovers(base: Sample, sample: Sample) -> list[str]:
-    """What `sample` has more of than `base`: descriptors, tasks."""
+    """What `sample` has more of than `base`: processes, descriptors, tasks."""
     found = [
-        f"{sample.processes[name].descriptors - process.descriptors} descriptors of {name}"
+        f"{after - before} {field} of {name}"
         for name, process in base.processes.items()
-        if name in sample.processes and sample.processes[name].descriptors > process.descriptors
+        if name in sample.processes
+        for field in ("count", "descriptors")
+        if (after := getattr(sample.processes[name], field)) > (before := getattr(process, field))
     ]
     if sample.num_tasks > base.num_tasks:
         found.append(f"{sample.num_tasks - base.num_tasks} tasks of {HTTP_PROCESS}")

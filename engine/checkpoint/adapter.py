@@ -114,6 +114,11 @@ class MergedWeights:
 def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
     """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
     config = read_json(folder / ADAPTER_CONFIG)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise StartError(
+            f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
+            "save it once more with `peft`, save_pretrained(...)"
+        )
     _refuse_other_kinds(folder, config)
     modules: dict[tuple[str, bool], dict[str, str]] = {}
     for name in adapter.names:

@@ -12,6 +12,7 @@ EMBEDDING_FILES = ("modules.json", "config_sentence_transformers.json")
 
 EMBEDDING_MODEL = "is a model of embeddings, which turns a text into a vector and writes none"
 REWARD_MODEL = "is a reward model, which gives a text a score and writes none"
+UNMERGED = "holds an adapter (LoRA) that is not merged: merge it with `peft`, merge_and_unload()"
 CLASSIFIER = "is a classifier, which labels a text and writes none"
 
 ARCHITECTURES: tuple[tuple[str, str], ...] = (
@@ -22,6 +23,9 @@ ARCHITECTURES: tuple[tuple[str, str], ...] = (
     ("Model", EMBEDDING_MODEL + ", or a decoder that was saved without its head"),
 )
 """The end of a name in config.json's `architectures` -> what such a model is; the first that fits counts."""
+
+LANGUAGE_MODEL = "LMHeadModel"
+"""The end of a name that ends like one of `ARCHITECTURES` by chance."""
 
 VISION_MODEL = "is a vision-language model, which reads images as well"
 AUDIO_MODEL = "is an audio-language model, which reads sound as well"
@@ -35,7 +39,8 @@ PARTS: tuple[tuple[str, str], ...] = (("vision_config", VISION_MODEL), ("audio_c
 """A key of config.json, for a part that a language model lacks -> what such a model is."""
 
 TENSORS: tuple[tuple[str, str], ...] = (
-    (".lora_", "holds an adapter (LoRA) that is not merged: merge it with `peft`, merge_and_unload()"),
+    (".base_layer.", UNMERGED),
+    (".lora_", UNMERGED),
     (".score.", REWARD_MODEL),
     (".v_head.", REWARD_MODEL),
     (".classifier.", CLASSIFIER),
@@ -51,8 +56,9 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     model_type, architectures = config.get("model_type"), config.get("architectures")
     kinds = [kind for part, kind in MODEL_TYPES if isinstance(model_type, str) and part in model_type]
     kinds += [kind for key, kind in PARTS if config.get(key) is not None]
-    for name in architectures if isinstance(architectures, list) else []:
-        kinds += [kind for end, kind in ARCHITECTURES if isinstance(name, str) and name.endswith(end)]
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    for name in names:
+        kinds += [kind for end, kind in ARCHITECTURES if name.endswith(end) and not name.endswith(LANGUAGE_MODEL)]
     if any((folder / name).is_file() for name in EMBEDDING_FILES):
         kinds.append(EMBEDDING_MODEL)
     if kinds:

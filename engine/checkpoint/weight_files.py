@@ -44,12 +44,15 @@ def find_weight_files(folder: Path) -> WeightFiles:
 def choose_weight_names(folder: Path, names: Collection[str]) -> list[str]:
     """The model's weight files among `names`, those that are there or can be fetched. Raises StartError.
 
-    A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names.
+    A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names,
+    unless nothing of that is there.
     """
     index = read_json(folder / INDEX)
     if WHOLE in names:
         return [WHOLE]
-    chosen = _indexed(folder, index) if index else _unindexed(names)
+    chosen = _indexed(folder, index) if index else []
+    if not any(name in names for name in chosen):  # there is no index, or it is that of another model
+        chosen = _unindexed(names) or chosen
     for name in chosen:
         if name not in names:
             raise StartError(f"{folder / name} is named by {INDEX} but missing: fetch the model again")

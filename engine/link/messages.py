@@ -40,6 +40,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's penalty: it is taken off once for each token that is in the output."""
     logit_bias: dict[int, float] = {}
     """Token id -> number that is added to its logit."""
+    min_tokens: int = 0
+    """Before so many tokens of output no end token and none of `stop_token_ids` may come, unless a grammar says so."""
+    allowed_token_ids: list[int] = []
+    """The only tokens that may come; empty is off."""
     temperature: float = 1.0
     top_k: int = 0
     """0 is off."""
@@ -64,6 +68,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     sampling: SamplingParams = SamplingParams()
     is_ignoring_eos: bool = False
     """Whether only the length or an abort ends it."""
+    stop_token_ids: list[int] = []
+    """Tokens that end it beside the model's own end tokens, also where those are ignored."""
+    banned_sequences: list[list[int]] = []
+    """Tokens, one at least, that may not come one after the other in the output."""
     has_prompt_logprobs: bool = False
     """Whether the first event has the prompt's logprobs; the prefix cache is not read then."""
     num_prompt_top_tokens: int = 0

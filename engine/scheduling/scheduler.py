@@ -308,6 +308,8 @@ class Scheduler:
         """
         if num_output_tokens >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
+        if token_id in sequence.request.stop_token_ids:
+            return FinishReason.EOS_TOKEN
         if token_id not in self.eos_token_ids:
             return None
         is_ignoring_eos = sequence.request.is_ignoring_eos and sequence.grammar is None

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
+from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 from server.errors import AnthropicErrorBody, anthropic_error_body
 
 
@@ -24,7 +24,12 @@ class ToolUseBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use
     """An object; empty in the event that begins the block."""
 
 
-Block = TextBlock | ToolUseBlock
+class ThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
+    thinking: str = ""
+    signature: str = ""
+
+
+Block = TextBlock | ToolUseBlock | ThinkingBlock
 
 
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +54,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     type: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    thinking: str | UnsetType = UNSET
     partial_json: str | UnsetType = UNSET
     stop_reason: str | UnsetType = UNSET
     stop_sequence: str | None | UnsetType = UNSET
@@ -71,11 +77,13 @@ class AnthropicWriter:
     The events refer to the message itself, which goes on to change: each is to be encoded before the next is asked for.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, has_thoughts: bool = False) -> None:
+        """Without `has_thoughts` thoughts are left out: clients that ask for none take the first block for the text."""
         self.message = AnthropicAnswer(id=f"msg_{uuid.uuid4().hex}", model=model)
         self._arguments = ""
         """JSON text of the last block's input, as far as it has come."""
         self._is_open = False
+        self._has_thoughts = has_thoughts
 
     @property
     def whole(self) -> AnthropicAnswer:
@@ -96,12 +104,24 @@ class AnthropicWriter:
                     yield self._add(block)
                 block.text += text
                 yield self._delta(Delta(type="text_delta", text=text))
+            case Thought(text):
+                yield from self._think(text)
             case CallStart(_, name):
                 yield from self._close()
                 yield self._add(ToolUseBlock(id=f"toolu_{uuid.uuid4().hex[:24]}", name=name))
             case Arguments(_, text):
                 self._arguments += text
                 yield self._delta(Delta(type="input_json_delta", partial_json=text))
+
+    def _think(self, text: str) -> Iterable[AnthropicEvent]:
+        if not self._has_thoughts:
+            return
+        block = self.message.content[-1] if self._is_open else None
+        if not isinstance(block, ThinkingBlock):
+            block = ThinkingBlock()
+            yield self._add(block)
+        block.thinking += text
+        yield self._delta(Delta(type="thinking_delta", thinking=text))
 
     def finish(self, end: AnswerEnd) -> Iterable[AnthropicEvent]:
         """The last events."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
+from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     role: str
     content: str | None | UnsetType = UNSET
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """What the model thought first, as vLLM and SGLang name it."""
 
 
 class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,29 +64,29 @@ class ChatDelta(msgspec.Struct, frozen=True):
     role: str | UnsetType
     content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
     """The message in OpenAI's shape. If there are calls, content without words is null."""
-    content = ""
+    content = thoughts = ""
     calls: list[tuple[str, list[str]]] = []
     for piece in pieces:
         match piece:
             case Content(text):
                 content += text
+            case Thought(text):
+                thoughts += text
             case CallStart(_, name):
                 calls.append((name, []))
             case Arguments(index, text):
                 calls[index][1].append(text)
-    if not calls:
-        return ChatMessage("assistant", content)
+    answers = [
+        ToolCallAnswer(id=_new_call_id(), function=FunctionCall(name=name, arguments="".join(arguments)))
+        for name, arguments in calls
+    ]
     return ChatMessage(
-        "assistant",
-        content or None,
-        [
-            ToolCallAnswer(id=_new_call_id(), function=FunctionCall(name=name, arguments="".join(arguments)))
-            for name, arguments in calls
-        ],
+        "assistant", (content or None) if calls else content, answers if calls else UNSET, thoughts or UNSET
     )
 
 
@@ -93,6 +95,8 @@ def delta_of(piece: ChatPiece, role: str | UnsetType) -> ChatDelta:
     match piece:
         case Content(text):
             return ChatDelta(role, text)
+        case Thought(text):
+            return ChatDelta(role, reasoning_content=text)
         case CallStart(index, name):
             call = ToolCallDelta(
                 index=index, id=_new_call_id(), type="function", function=FunctionDelta(name=name, arguments="")

@@ -10,14 +10,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content
+from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 from server.errors import openai_error_body
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-class OutputText(msgspec.Struct, kw_only=True):
-    type: str = "output_text"
+class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_text"):
     text: str = ""
     annotations: list[Any] = msgspec.field(default_factory=list)
     logprobs: list[Any] = msgspec.field(default_factory=list)
@@ -38,7 +37,18 @@ class OutputCall(msgspec.Struct, kw_only=True, tag_field="type", tag="function_c
     status: Status = "in_progress"
 
 
-OutputItem = OutputMessage | OutputCall
+class ReasoningText(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning_text"):
+    text: str = ""
+
+
+class OutputReasoning(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
+    id: str
+    summary: list[Any] = msgspec.field(default_factory=list)
+    content: list[ReasoningText] = msgspec.field(default_factory=list)
+    status: Status = "in_progress"
+
+
+OutputItem = OutputMessage | OutputCall | OutputReasoning
 
 
 class InputDetails(msgspec.Struct, frozen=True):
@@ -102,7 +112,7 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
     item_id: str | UnsetType = UNSET
     item: OutputItem | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
-    part: OutputText | UnsetType = UNSET
+    part: OutputText | ReasoningText | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
@@ -141,6 +151,10 @@ class ResponseWriter:
                     yield from self._close("completed")
                     yield from self._add(OutputMessage(id=_new_id("msg")))
                 yield self._grow_text(text)
+            case Thought(text):
+                if not isinstance(self._open, OutputReasoning):
+                    yield from self._add(OutputReasoning(id=_new_id("rs")))
+                yield self._grow_text(text)
             case CallStart(_, name):
                 yield from self._close("completed")
                 yield from self._add(OutputCall(id=_new_id("fc"), call_id=_new_id("call"), name=name))
@@ -177,11 +191,16 @@ class ResponseWriter:
         yield self._event("response.output_item.added", output_index=self._index, item=item)
         if isinstance(item, OutputMessage):
             item.content.append(OutputText())
+        if isinstance(item, OutputReasoning):
+            item.content.append(ReasoningText())
+        if not isinstance(item, OutputCall):
             yield self._event_of_part("response.content_part.added", part=item.content[0])
 
     def _grow_text(self, text: str) -> ResponseEvent:
-        assert isinstance(self._open, OutputMessage)
+        assert self._open is not None and not isinstance(self._open, OutputCall)
         self._open.content[0].text += text
+        if isinstance(self._open, OutputReasoning):
+            return self._event_of_part("response.reasoning_text.delta", delta=text)
         return self._event_of_part("response.output_text.delta", delta=text, logprobs=[])
 
     def _close(self, status: Status) -> Iterable[ResponseEvent]:
@@ -193,6 +212,10 @@ class ResponseWriter:
             part = item.content[0]
             yield self._event_of_part("response.output_text.done", text=part.text, logprobs=[])
             yield self._event_of_part("response.content_part.done", part=part)
+        elif isinstance(item, OutputReasoning):
+            thought = item.content[0]
+            yield self._event_of_part("response.reasoning_text.done", text=thought.text)
+            yield self._event_of_part("response.content_part.done", part=thought)
         else:
             done = "response.function_call_arguments.done"
             yield self._event_of_item(done, name=item.name, arguments=item.arguments)

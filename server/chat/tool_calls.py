@@ -41,30 +41,45 @@ class Arguments:
     text: str
 
 
-ChatPiece = Content | CallStart | Arguments
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The next part of what a reasoning model thinks."""
+
+    text: str
 
 
-class CallReader(ABC):
-    """Reads the calls out of one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+ChatPiece = Content | CallStart | Arguments | Thought
 
-    def __init__(self) -> None:
-        self.num_calls = 0
-        self._held = ""
-        """Text that came and is in no piece yet."""
-        self.is_over = False
-        """The model says nothing new from here on: its answer may end."""
 
+class AnswerReader(ABC):
+    """Reads one answer. The pieces are the same however the text is cut, apart from their own cuts."""
+
+    num_calls = 0
+    is_over = False
+    """The model says nothing new from here on: its answer may end."""
+
+    @abstractmethod
     def push(self, text: str) -> list[ChatPiece]:
         """The pieces that the next part of the answer's text completes."""
+
+    @abstractmethod
+    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
+        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
+
+
+class CallReader(AnswerReader):
+    """Reads the calls out of one answer."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        """Text that came and is in no piece yet."""
+
+    def push(self, text: str) -> list[ChatPiece]:
         self._held += text
         pieces: list[ChatPiece] = []
         while self._read(pieces):
             pass
         return pieces
-
-    @abstractmethod
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
 
     @abstractmethod
     def _read(self, pieces: list[ChatPiece]) -> bool:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.chat.bare_calls import BareCalls, call_key
-from server.chat.marks import CLOSE, OPEN, OPEN_THOUGHT
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
-from server.chat.tool_calls import CallReader, ForcedCallReader, FreeCallReader
+from server.chat.thoughts import Thinking, ThinkingReader, WordReader
+from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
@@ -58,9 +59,21 @@ class ToolUse:
     """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
     """As TGI has it, the model may choose to answer in words, which it writes in a second run."""
+    thinking: Thinking = Thinking.NONE
 
-    def reader(self, prompt: str) -> CallReader:
-        """A reader of one answer to the prompt, in the model's own format."""
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks by which an answer is read."""
+        of_calls = (OPEN, CLOSE) if self.names else ()
+        return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
+
+    def reader(self, prompt: str) -> AnswerReader | None:
+        """A reader of one answer to the prompt, in the model's own format; None: all of it is words."""
+        if self.thinking is Thinking.NONE:
+            return self._call_reader(prompt) if self.names else None
+        return ThinkingReader(self.thinking, self._call_reader("") if self.names else WordReader())
+
+    def _call_reader(self, prompt: str) -> AnswerReader:
         if not self.is_free:
             return ForcedCallReader(HERMES_HEADER)
         bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
@@ -70,6 +83,7 @@ class ToolUse:
     def watch(self, prompt: str) -> Callable[[str], bool]:
         """Something that is told an answer piece by piece, and says when nothing new comes."""
         reader = self.reader(prompt)
+        assert reader is not None
 
         def is_over(text: str) -> bool:
             reader.push(text)
@@ -160,7 +174,8 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     newline = _literal("\n")
     rules = [f"call: {_mark(OPEN, tokenizer)} {newline} body {newline} {_mark(CLOSE, tokenizer)}"]
     schemas = [_arguments_schema(tool) for tool in tools]
-    start = "call" if is_single else f"call ({newline} call)*"
+    # Small models end after a line; without its end they can only call again.
+    start = "call" if is_single else f"call ({newline} call)* {newline}?"
     if _is_free(request) and request.response_format is not None:
         start = f"{start} | answer"
         answer = request.response_format.spec()

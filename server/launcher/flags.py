@@ -259,6 +259,14 @@ REQUESTS = (
         default=2,
     ),
     Flag(
+        name="reasoning-parser",
+        fills="server.reasoning_parser",
+        help="How thoughts are told from answers in chats: auto looks whether the model knows <think>; deepseek_r1 "
+        "takes all for a thought until </think>, also where nothing has begun one; with --strict-tgi it is off (ours)",
+        choices=("auto", "off", "qwen3", "deepseek_r1"),
+        default="auto",
+    ),
+    Flag(
         name="tokenizer-config-path",
         fills="server.tokenizer_config_path",
         help="File read in place of the model's tokenizer_config.json, e.g. for another chat template",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
-from engine.link.model_files import adapter_base
+from engine.link.model_files import ADAPTER_CONFIG, adapter_base
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -59,6 +59,11 @@ def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
         return ModelFolders(folder)
     logger.info("%s is an adapter, to be merged into %s", args.model_id, base.model_id)
     is_local = os.path.isdir(base.model_id)
+    if not is_local and base.model_id.startswith(("/", ".")):
+        raise LaunchError(
+            f"{args.model_id} is an adapter of {base.model_id}, which is no folder here: correct "
+            f"base_model_name_or_path in {Path(folder, ADAPTER_CONFIG)}"
+        )
     model = _find_folder(args, base.model_id, None if is_local else base.revision, signals)
     if adapter_base(Path(model)) is not None:
         raise LaunchError(f"{args.model_id} is an adapter of {base.model_id}, which is one itself: merge that first")

@@ -48,6 +48,12 @@ class AnthropicRequest(CountTokensRequest):
     top_p: F32 | None = None
     stop_sequences: ListOf[str] = pydantic.Field(default_factory=list)
     stream: bool = False
+    thinking: Json | None = None
+    """Whether thoughts are part of the answer; the model thinks as it always does."""
+
+    @property
+    def has_thoughts(self) -> bool:
+        return self.thinking is not None and self.thinking.get("type") != "disabled"
 
 
 def counted_chat(request: CountTokensRequest) -> ChatRequest:

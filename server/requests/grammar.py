@@ -82,3 +82,11 @@ def _usable(checked: Checked) -> Checked:
             f"cannot compile regex from schema: {checked.error}", logged="cannot compile regex from schema"
         )  # text 24
     return checked
+
+
+def after(preface: str, grammar: str) -> str:
+    """A grammar that begins with what `preface` allows: rules of llguidance's, one of them called `preface`."""
+    whole = json.loads(grammar) if grammar.startswith("{") else {"grammars": [{"lark_grammar": grammar}]}
+    first, *others = whole["grammars"]
+    beginning = {"lark_grammar": f"start: preface @answer\n{preface}"}
+    return json.dumps(whole | {"grammars": [beginning, first | {"name": "answer"}, *others]}, ensure_ascii=False)

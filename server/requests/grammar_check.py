@@ -1,18 +1,22 @@
 """`python -m server.requests.grammar_check`: compiles grammars to say what is wrong with them, a line of JSON for each.
 
-A process of its own, because a schema can be made for which llguidance takes days, or all memory. It says so in a line
-when it is ready.
+A process of its own, because a schema can be made for which llguidance takes days, or all memory. It forks for every
+grammar, so that one can be given up, with SIGUSR1, and the next begins within milliseconds. It says in a line when it
+is ready. A question is a line: the niceness to work with, and a `Check`. Answers are two lines: the number of the
+process that is at work, and a `Checked`, or null if that process was killed or has died.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import quote
 
 import msgspec
@@ -28,11 +32,15 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 MAX_MEMORY = 1 << 30
-"""Address space of this process, in bytes. The process ends when it needs more."""
+"""Address space of a process, in bytes. The process ends when it needs more."""
 MAX_GRAMMAR_MEMORY = 32 << 20
 """Bytes that a compiled grammar may keep, in this process and in the engine, which keeps a few dozen of them."""
 PAGE_SIZE = 4096
+PID_BYTES = 12
+"""Length of the line with a process' number."""
 
+TOO_COMPLEX = "it is too complex"
+"""Begins an error that no smaller part of a schema is to blame for."""
 TOO_DEEP = "it is nested too deeply"
 REPAIR_S = 2.0
 """Seconds to find out what llguidance refuses in a schema; after that all of it is left open."""
@@ -104,12 +112,22 @@ class Checker:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
-        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+        is_refused = checked.error is not None and not checked.error.startswith(TOO_COMPLEX)
+        if is_refused and any(held.mode == "open" for held in request.schemas):
             prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_all_open(*pair) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
         return checked
 
     def _with_schemas(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
+        try:
+            return self._built(request, prepared)
+        except ValueError as error:  # a number that JSON has and llguidance does not
+            return Checked(error=str(error))
+
+    def _built(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
         pairs = list(zip(request.schemas, prepared, strict=True))
         left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
         if request.lark is None:
@@ -129,14 +147,19 @@ class Checker:
         before = resident_bytes()
         matcher = self._matcher(self._tokenizer, _TOKEN.sub("<[1]>", grammar), log_level=0, limits=self._limits)
         matcher.compute_bitmask()
+        if forced := matcher.compute_ff_tokens():
+            matcher.consume_token(forced[0])  # a schema that needs itself, so that no text is enough, fails here
         if matcher.is_error():
-            return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
+            return Checked(error=f"{TOO_COMPLEX}: {matcher.get_error().splitlines()[0]}")
         if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
-            return Checked(error="it is too complex: it takes too much memory")
+            return Checked(error=f"{TOO_COMPLEX}: it takes too much memory")
         return Checked(grammar, left_open=left_open)
 
     def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
-        return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+        try:
+            return not self._matcher.validate_grammar(self._grammar_of(schema, mode), limits=self._limits)
+        except ValueError:
+            return False
 
     def _grammar_of(self, schema: dict[str, Any], mode: Mode) -> str:
         return self._matcher.grammar_from_json_schema(closed(schema), overrides=_options(mode))
@@ -166,8 +189,15 @@ def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, An
     try:
         schema, more = repaired(schema, fits_in_time)
     except TimeoutError:
-        schema, more = {"type": "object"} if held.name else {}, ["#"]
+        return _all_open(held, prepared)
     return schema, places + more
+
+
+def _all_open(held: HeldSchema, prepared: Prepared) -> Prepared:
+    """The last resort: any arguments, or any value."""
+    if held.mode != "open":
+        return prepared
+    return {"type": "object"} if held.name else {}, ["#"]
 
 
 def _options(mode: Mode) -> Any:
@@ -178,25 +208,63 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
 
 
-def main() -> None:
-    prepare_child(MAX_MEMORY)
-    checker = Checker()
-    _write(b"{}")
-    start = resident_bytes()
-    for line in sys.stdin.buffer:
+class Worker:
+    """The process that compiles one grammar, as its parent sees it."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        """0: there is none."""
+        signal.signal(signal.SIGUSR1, self._kill)
+
+    def answer(self, checker: Checker, line: bytes) -> bytes:
+        """The answer to a line, as a line."""
+        reading, writing = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self._pid = os.fork()
+        if not self._pid:
+            _work(checker, line, writing)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        _write(b"%*d\n" % (PID_BYTES - 1, self._pid))
+        os.close(writing)
+        with open(reading, "rb") as stream:
+            answer = stream.read()
+        pid, self._pid = self._pid, 0
+        os.waitpid(pid, 0)
+        return answer if answer.endswith(b"\n") else b"null\n"
+
+    def _kill(self, *_: object) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+
+
+def _work(checker: Checker, line: bytes, writing: int) -> NoReturn:
+    """Be the process that compiles."""
+    try:
+        prepare_child(MAX_MEMORY)
+        niceness, request = line.split(b" ", 1)
+        os.nice(int(niceness))
         try:
-            checked = checker.check(msgspec.json.decode(line, type=Check))
+            checked = checker.check(msgspec.json.decode(request, type=Check))
         except RecursionError:
             checked = Checked(error=TOO_DEEP)
         except ValueError as error:
             checked = Checked(error=str(error))
-        _write(msgspec.json.encode(checked))
-        if resident_bytes() - start > MAX_GRAMMAR_MEMORY:
-            break  # what is freed and used again would not be measured; a new process begins with nothing
+        with open(writing, "wb") as stream:
+            stream.write(msgspec.json.encode(checked) + b"\n")
+    finally:
+        os._exit(0)
 
 
-def _write(line: bytes) -> None:
-    sys.stdout.buffer.write(line + b"\n")
+def main() -> None:
+    prepare_child(MAX_MEMORY)
+    checker, worker = Checker(), Worker()
+    _write(b"{}\n")
+    for line in sys.stdin.buffer:
+        _write(worker.answer(checker, line))
+
+
+def _write(lines: bytes) -> None:
+    sys.stdout.buffer.write(lines)
     sys.stdout.buffer.flush()
 
 

@@ -2,7 +2,7 @@
 
 A grammar that is new runs at once, or as soon as one before it has had its slice. Whoever needs more than a slice while
 others wait is killed and begins again in a queue of hard grammars, of which one runs at a time, with the whole time
-limit. So any number of hard grammars delays a new one by a slice and the start of a process. Everything but
+limit. So any number of hard grammars delays a new one by a slice. Everything but
 `CheckingProcess.check` runs on the event loop.
 """
 
@@ -14,16 +14,19 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from server.errors import OverloadedError
 from server.piped_process import PipedProcess, has_answer
-from server.requests.grammar_check import Checked
+from server.requests.grammar_check import PID_BYTES, Checked
 
 MAX_CACHED = 1024
 """Answers that are remembered."""
@@ -32,11 +35,15 @@ MAX_CACHED_CHARS = 1 << 23
 NUM_PROCESSES = 2
 TIMEOUT_S = 5.0
 """Usual schemas take a millisecond, 2,000 properties 0.3 s."""
-SLICE_S = 0.1
+SLICE_S = 0.03
+"""Time of a processor; its unit is a hundredth of a second."""
+HARD_NICENESS = 10
 MAX_WAIT_S = 10.0
 """Longest time in a queue."""
 START_TIMEOUT_S = 30.0
 """Longest time in which a process begins, a tenth of a second on a free core."""
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+"""Units of a processor's time in a second."""
 TOO_COMPLEX = Checked(error="it is too complex")
 
 
@@ -50,43 +57,62 @@ class PoolLimits:
 
 
 class CheckingProcess(PipedProcess):
-    """One process that compiles. To be used by one thread, but for `kill`."""
+    """One process that compiles. To be used by one thread, but for `interrupt`, `kill` and `cpu_s`."""
 
     def __init__(self) -> None:
         super().__init__("server.requests.grammar_check")
         self._ready: subprocess.Popen[bytes] | None = None
         """The child that has said that it is ready."""
+        self._worker = 0
+        """The process that is at the last grammar; 0: none has begun."""
 
     def check(
-        self, request: bytes, timeout_s: float, on_begin: Callable[[], object], is_given_up: Callable[[], bool]
+        self, request: bytes, timeout_s: float, *, on_begin: Callable[[], None], is_given_up: Callable[[], bool]
     ) -> Checked | None:
-        """The answer to a line; None if it was killed because it `is_given_up`. `on_begin` is called before it is read.
+        """The answer to a line; None if work ended because it `is_given_up`. `on_begin` is called as the work begins.
 
-        A process that says nothing in time, or dies of the line twice, gives way to a new one.
+        A process that says nothing in time gives way to a new one. What ends without an answer twice is too complex.
         """
         for _ in range(2):
             if self._is_ready():
-                on_begin()
                 questions, answers = self.pipes()
-                with contextlib.suppress(BrokenPipeError):  # it has died between two requests, or of this one
+                with contextlib.suppress(BrokenPipeError):  # it has died between two requests
                     questions.write(request)
                     questions.flush()
+                    self._worker = int(os.read(answers.fileno(), PID_BYTES) or 0)  # and no byte of the answer
+                    on_begin()
                     if not has_answer(answers, timeout_s):
                         break
-                    if line := answers.readline():
-                        return msgspec.json.decode(line, type=Checked)
-            self.close()
+                    checked = msgspec.json.decode(answers.readline() or b"null", type=Checked | None)
+                    if checked is not None:
+                        return checked
             if is_given_up():
                 return None
         self.close()
         return TOO_COMPLEX
 
+    def interrupt(self) -> None:
+        """End the work at a grammar; `check` returns. Harmless, but for time, if that work has just ended."""
+        if (child := self.child) is not None:
+            child.send_signal(signal.SIGUSR1)
+
+    def cpu_s(self) -> float:
+        """Seconds of a processor that the last grammar has taken; 0 if its process has ended."""
+        try:
+            fields = Path(f"/proc/{self._worker}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
     def _is_ready(self) -> bool:
         """Whether there is a process; a new one says so once it has loaded what it needs."""
         _, answers = self.pipes()
-        if self.child is not self._ready and has_answer(answers, START_TIMEOUT_S) and answers.readline():
+        if self.child is not self._ready:
+            if not has_answer(answers, START_TIMEOUT_S) or not answers.readline():
+                self.close()
+                return False
             self._ready = self.child
-        return self.child is self._ready
+        return True
 
 
 @dataclass(eq=False, slots=True)
@@ -100,7 +126,7 @@ class _Job:
     is_over: bool = False
     """It has had its slice."""
     is_given_up: bool = False
-    """Its process was killed before it could answer."""
+    """The work was ended before there was an answer."""
     timer: asyncio.TimerHandle | None = None
     """The end of its slice or of its time in a queue."""
 
@@ -125,8 +151,7 @@ class CheckingPool:
     def __init__(self, limits: PoolLimits) -> None:
         self.limits = limits
         self._places = [_Place() for _ in range(NUM_PROCESSES)]
-        self._fresh: list[_Job] = []
-        """The newest is last, and next: a crowd of hard grammars holds up nobody who comes after it."""
+        self._fresh: collections.deque[_Job] = collections.deque()
         self._hard: collections.deque[_Job] = collections.deque()
         self._jobs: dict[bytes, _Job] = {}
         self._answers = _Answers()
@@ -156,7 +181,7 @@ class CheckingPool:
             if not job.num_askers and not job.answer.done():
                 self._abandon(job)
 
-    def _enqueue(self, job: _Job, queue: list[_Job] | collections.deque[_Job]) -> None:
+    def _enqueue(self, job: _Job, queue: collections.deque[_Job]) -> None:
         queue.append(job)
         loop = asyncio.get_running_loop()
         job.timer = loop.call_later(self.limits.max_wait_s, self._refuse, job)
@@ -169,7 +194,7 @@ class CheckingPool:
             job.answer.set_exception(OverloadedError("Too many grammars are waiting to be checked"))
 
     def _abandon(self, job: _Job) -> None:
-        """Drop a job that nobody asks for; a process is killed for it only once that saves time."""
+        """Drop a job that nobody asks for; work is ended for it only once that saves time."""
         place = next((place for place in self._places if place.job is job), None)
         if place is None:
             self._remove(job)
@@ -194,7 +219,7 @@ class CheckingPool:
 
     def _next(self) -> _Job | None:
         if self._fresh:
-            return self._fresh.pop()
+            return self._fresh.popleft()
         if self._hard and not any(place.job and place.job.is_hard for place in self._places):
             return self._hard.popleft()
         return None
@@ -204,32 +229,42 @@ class CheckingPool:
         job.is_over = job.is_given_up = False
         place.job = job
         loop = asyncio.get_running_loop()
-        on_begin = functools.partial(loop.call_soon_threadsafe, self._begin, place, job)
+
+        def on_begin() -> None:
+            loop.call_soon_threadsafe(self._begin, place, job)
+
         check = functools.partial(
-            place.process.check, job.request, self.limits.timeout_s, on_begin, lambda: job.is_given_up
+            place.process.check,
+            b"%d %s" % (HARD_NICENESS if job.is_hard else 0, job.request),
+            self.limits.timeout_s,
+            on_begin=on_begin,
+            is_given_up=lambda: job.is_given_up,
         )
         ended = loop.run_in_executor(place.thread, check)
         ended.add_done_callback(functools.partial(self._end, place, job))
 
     def _begin(self, place: _Place, job: _Job) -> None:
-        """The process reads the job now, so its slice begins."""
+        """The process is at the job now, so its slice begins."""
         job.stop_timer()
         if place.job is job:
-            loop = asyncio.get_running_loop()
-            job.timer = loop.call_later(self.limits.slice_s, self._end_slice, place, job)
+            job.timer = asyncio.get_running_loop().call_later(self.limits.slice_s, self._end_slice, place, job)
 
     def _end_slice(self, place: _Place, job: _Job) -> None:
+        """A slice is time of a processor: on a busy machine an easy grammar takes long, too."""
+        if place.process.cpu_s() < self.limits.slice_s:
+            self._begin(place, job)
+            return
         job.is_over = True
         if not job.num_askers:
             self._give_up(place)
         self._fill_places()
 
     def _give_up(self, place: _Place) -> None:
-        """Kill a process at its work; `_end` has the rest."""
+        """End the work at a job; `_end` has the rest."""
         assert place.job is not None
         if not place.job.is_given_up:
             place.job.is_given_up = True
-            place.process.kill()
+            place.process.interrupt()
 
     def _end(self, place: _Place, job: _Job, ended: asyncio.Future[Checked | None]) -> None:
         place.job = None

@@ -129,26 +129,33 @@ class Message(OpenAIModel):
         # TGI flattens an untagged enum into the message: its error names the message, not the field
         if not isinstance(data, dict):
             return data
-        sent = {key: value for key, value in data.items() if key not in ("body", "sent")}
+        sent = dict(data)
+        for key in ("body", "sent"):  # ours, from another reading of the same object
+            sent.pop(key, None)
         read = _MESSAGE_BODY.validate_python if is_strict(info) else _read_freely
         try:
-            data["body"] = read(sent, context=info.context)
+            body = read(sent, context=info.context)
         except ValidationError:
             raise wrong("data did not match any variant of untagged enum MessageBody") from None
-        data["sent"] = sent
+        if isinstance(body, ToolCallBody):  # they are read once
+            data["tool_calls"] = body.tool_calls
+        data["body"], data["sent"] = body, sent
         return data
 
 
 def _read_freely(message: dict[str, Any], context: dict[str, Any] | None) -> ContentBody | ToolCallBody:
-    """The content or the calls. Nothing at all is a content that is null: a message without calls. Raises wrong()."""
+    """The content, or without one the calls. Nothing at all is a message that has no calls."""
     content = message.get("content")
     if content is None:
         content = message.get("refusal")
+    if isinstance(content, str):
+        return ContentBody.model_construct(content=content)
     if isinstance(content, list):
-        return ContentBody(content=[part for part in map(_read_part, content) if part is not None])
-    if content is None and ("content" in message or message.get("role") == "assistant"):
-        message = message | {"tool_calls": message.get("tool_calls") or []}
-    return _MESSAGE_BODY.validate_python(message | {"content": content}, context=context)
+        return ContentBody.model_construct(content=[part for part in map(_read_part, content) if part is not None])
+    if content is None and not message.get("tool_calls"):
+        if "content" in message or message.get("role") == "assistant":
+            return ToolCallBody(tool_calls=[])
+    return _MESSAGE_BODY.validate_python(message, context=context)
 
 
 def _read_part(value: Any) -> Part | None:
@@ -157,7 +164,7 @@ def _read_part(value: Any) -> Part | None:
         return TextPart(type="text", text=value)
     if not isinstance(value, dict) or value.get("type") == "text":
         return TextPart.model_validate(value)
-    if value.get("type") in MEDIA:
-        return MediaPart(type=value["type"])
+    if isinstance(kind := value.get("type"), str) and kind in MEDIA:
+        return MediaPart(type=kind)
     text = next((value[key] for key in ("text", "refusal") if isinstance(value.get(key), str)), None)
     return None if text is None else TextPart(type="text", text=text)

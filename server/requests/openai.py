@@ -24,6 +24,8 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from server.requests.dialects import parameters_of, speaking
+from server.requests.guided import GUIDED_KEYS, read_guided
+from server.requests.ignored import note_ignored
 from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
@@ -38,6 +40,7 @@ from server.requests.serde import (
     is_strict,
     max_items,
     round_to_f32,
+    spellings_of,
     untagged,
     wrong,
 )
@@ -123,7 +126,8 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
         case "text":
             return None
         case "json_object" if "value" not in value:
-            return {"type": "json_object", "value": {"type": "object"}}
+            schema = value.get("schema")  # as llama.cpp and hosted services have it
+            return {"type": "json_object", "value": schema if isinstance(schema, dict) else {"type": "object"}}
         case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
             return {"type": "json_schema", "value": value["json_schema"]}
     return value
@@ -145,8 +149,22 @@ _AnyInteger = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Seed = Annotated[U64 | None, BeforeValidator(_read_seed, json_schema_input_type=_AnyInteger | None)]
 
 
+class GenerationBody(OpenAIModel):
+    """What both bodies that ask for a generation have in common."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_others(cls, data: Any, info: ValidationInfo) -> Any:
+        """Read vLLM's constraints on the output, and tell of what has no effect."""
+        if not isinstance(data, dict) or is_strict(info):
+            return data
+        known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
+        note_ignored(data.keys() - known - GUIDED_KEYS)
+        return read_guided(data)
+
+
 @speaking(Dialect.CHAT)
-class ChatRequest(OpenAIModel):
+class ChatRequest(GenerationBody):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[ListOf[Message], max_items(MAX_MESSAGES)]
@@ -176,9 +194,11 @@ class ChatRequest(OpenAIModel):
     parallel_tool_calls: bool = True
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What else the chat template may look at, such as `enable_thinking`."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt"}
+        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     )
 
 
@@ -211,7 +231,7 @@ def _read_prompts(value: object, info: ValidationInfo) -> Prompts:
 
 
 @speaking(Dialect.COMPLETIONS)
-class CompletionRequest(OpenAIModel):
+class CompletionRequest(GenerationBody):
     """Body of /v1/completions."""
 
     prompt: Annotated[
@@ -240,6 +260,7 @@ class CompletionRequest(OpenAIModel):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
+    prompt_logprobs: U32 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

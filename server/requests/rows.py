@@ -48,6 +48,7 @@ OURS = Spelling(is_tgi=False)
 NATIVE_ONLY = {Dialect.NATIVE: TGI}
 IN_ALL_OF_TGI = dict.fromkeys(Dialect, TGI)
 IN_ALL_OF_OURS = dict.fromkeys(Dialect, OURS)
+IN_OPENAI = {Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

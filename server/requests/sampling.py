@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from server.requests.rows import (
     IN_ALL_OF_OURS,
     IN_ALL_OF_TGI,
+    IN_OPENAI,
     NATIVE_ONLY,
     OURS,
     TGI,
@@ -27,6 +28,12 @@ from server.requests.values import Grammar, GrammarSpec, LogitBias
 
 _FRACTION = Bounds(above=0, below=1)
 _ADDED = Bounds(min=-2, max=2)
+MAX_TOP_TOKENS = 20
+"""Likeliest tokens that OpenAI's dialects allow for a place."""
+MAX_WORDS = 256
+"""Tokens that stop an answer, and words that it may not have."""
+TEXTS_OF_CLIENTS = ("stop", "grammar", "adapter_id", "bad_words")
+"""Parameters that no log line shows."""
 MAX_LOGGED_ENTRIES = 8
 """Entries of a map that a log line shows; of a longer one it has the number."""
 
@@ -144,7 +151,17 @@ class Parameters:
             refusal=Refusal(13, "`stop` supports up to {limit} stop sequences. Given: {given}"),
         )
     )
-    truncate: int | None = parameter(Row(Usize, NATIVE_ONLY, bounds=Bounds(min=1)))
+    truncate: int | None = parameter(
+        Row(
+            Usize,
+            {
+                Dialect.NATIVE: TGI,
+                Dialect.CHAT: OURS.named("truncate_prompt_tokens"),
+                Dialect.COMPLETIONS: OURS.named("truncate_prompt_tokens"),
+            },
+            bounds=Bounds(min=1),
+        )
+    )
     watermark: bool = parameter(Row(bool, NATIVE_ONLY, default=False, engine_field="is_watermarked"))
     details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
     decoder_input_details: bool = parameter(Row(bool, NATIVE_ONLY, default=False))
@@ -165,7 +182,7 @@ class Parameters:
                 Dialect.CHAT: TGI.named("top_logprobs"),
                 Dialect.COMPLETIONS: OURS.named("logprobs"),
             },
-            bounds=Bounds(max_setting="max_top_n_tokens", openai_max=20),
+            bounds=Bounds(max_setting="max_top_n_tokens", openai_max=MAX_TOP_TOKENS),
             refusal=Refusal(15, "`top_n_tokens` must be >= 0 and <= {limit}. Given: {given}"),
             engine_field="num_top_tokens",
         )
@@ -211,6 +228,36 @@ class Parameters:
         )
     )
     ignore_eos: bool = parameter(Row(bool, IN_ALL_OF_OURS, default=False))
+    prompt_logprobs: int | None = parameter(
+        Row(
+            U32,
+            IN_OPENAI,
+            bounds=Bounds(max=MAX_TOP_TOKENS),
+            refusal=Refusal(15, "`prompt_logprobs` must be >= 0 and <= {limit}. Given: {given}"),
+        )
+    )
+    min_tokens: int | None = parameter(Row(U32, IN_OPENAI, engine_field="min_tokens"))
+    stop_token_ids: Sequence[int] = parameter(
+        Row(
+            ListOf[U32],
+            IN_OPENAI,
+            default=(),
+            bounds=Bounds(max=MAX_WORDS, measured="length"),
+            refusal=Refusal(13, "`stop_token_ids` supports up to {limit} tokens. Given: {given}"),
+        )
+    )
+    bad_words: Sequence[str] = parameter(
+        Row(
+            ListOf[str],
+            IN_OPENAI,
+            default=(),
+            bounds=Bounds(max=MAX_WORDS, measured="length"),
+            refusal=Refusal(13, "`bad_words` supports up to {limit} words. Given: {given}"),
+        )
+    )
+    allowed_token_ids: list[int] | None = parameter(Row(ListOf[U32], IN_OPENAI, engine_field="allowed_token_ids"))
+    skip_special_tokens: bool = parameter(Row(bool, IN_OPENAI, default=True))
+    include_stop_str_in_output: bool = parameter(Row(bool, IN_OPENAI, default=False))
 
     @property
     def has_best_of(self) -> bool:
@@ -233,14 +280,14 @@ class Parameters:
 
     def logged(self) -> str:
         """The parameters that are not the default, as a log line shows them; no text of the client's is among them."""
-        values = {name: getattr(self, name) for name in ROWS if name not in ("stop", "grammar", "adapter_id")}
+        values = {name: getattr(self, name) for name in ROWS if name not in TEXTS_OF_CLIENTS}
         shown = [f"{name!r}: {_shown(value)}" for name, value in values.items() if value != ROWS[name].default]
         return "{" + ", ".join(shown) + "}"
 
 
 def _shown(value: object) -> str:
-    """A value as a log line shows it; of a long map only the number of its entries."""
-    if isinstance(value, Mapping) and len(value) > MAX_LOGGED_ENTRIES:
+    """A value as a log line shows it; of a long map or list only the number of its entries."""
+    if isinstance(value, Mapping | list) and len(value) > MAX_LOGGED_ENTRIES:
         return f"<{len(value)} entries>"
     return repr(value)
 

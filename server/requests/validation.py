@@ -17,7 +17,7 @@ from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
 from server.requests.dialects import MAX_CHOICES
-from server.requests.grammar import GrammarCompiler
+from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, Parameters
@@ -59,9 +59,20 @@ class GenerationInput:
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
     """What the model is held to if it has to call a function; the grammar of `parameters` has no effect then."""
+    grammar_preface: str = ""
+    """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text whoever reads the answer needs."""
     watch: Watch | None = None
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        return self.parameters.decoder_input_details or self.parameters.prompt_logprobs is not None
+
+    @property
+    def max_prompt_top_tokens(self) -> int:
+        """The same number, with what vLLM's parameter asks for."""
+        return max(self.num_prompt_top_tokens, self.parameters.prompt_logprobs or 0)
 
     @property
     def is_openai(self) -> bool:
@@ -93,6 +104,12 @@ class ValidatedRequest:
     watch: Watch | None = None
 
 
+def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
+    if grammar is None:
+        return None
+    return after(preface, grammar.grammar) if preface else grammar.grammar
+
+
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
     if condition:
         raise ValidationError(text, param=param, code=code)
@@ -121,6 +138,11 @@ class Validator:
             param="n",
         )
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
+        refuse_if(
+            request.is_stream and parameters.prompt_logprobs is not None,
+            "`prompt_logprobs` is not supported when streaming tokens",
+            param="prompt_logprobs",
+        )
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
             refuse_if(
@@ -135,6 +157,7 @@ class Validator:
         """An engine request for each sequence. Raises ValidationError."""
         parameters = request.parameters
         check_parameters(parameters, self._config, request.dialect)
+        _check_bans(parameters)
         _check_text(request, limits.max_input_tokens)
         token_ids = await self._tokenize(request)
         _check_vocabulary(token_ids, request, limits.vocab_size)
@@ -148,9 +171,11 @@ class Validator:
             max_new_tokens=max_new_tokens,
             sampling=sampling_params(parameters, is_openai=request.is_openai, is_logprob_filtered=is_strict),
             is_ignoring_eos=parameters.ignore_eos,
-            has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            num_prompt_top_tokens=request.num_prompt_top_tokens,
-            grammar=grammar.grammar if grammar else None,
+            stop_token_ids=[*parameters.stop_token_ids],
+            banned_sequences=await self._banned_sequences(parameters.bad_words),
+            has_prompt_logprobs=request.has_prompt_logprobs and self._has_prompt_logprobs,
+            num_prompt_top_tokens=request.max_prompt_top_tokens,
+            grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
             ValidatedRequest(
@@ -178,20 +203,26 @@ class Validator:
             error.param = "response_format" if tool_grammar is None else "tools"
             raise
 
+    async def _banned_sequences(self, bad_words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word, at the beginning of a text and after a space."""
+        texts = [prefix + word.lstrip() for word in bad_words for prefix in ("", " ")]
+        banned = [await self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [token_ids for token_ids in banned if token_ids]
+
     @property
     def _has_prompt_logprobs(self) -> bool:
         return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # `docs/compatibility.md`, row 33
 
     async def _tokenize(self, request: GenerationInput) -> list[int]:
+        truncate = request.parameters.truncate
         if request.token_ids is not None:
-            return request.token_ids
+            return request.token_ids if truncate is None else request.token_ids[-truncate:]
         try:
             token_ids = await self._tokenizer.encode(request.inputs, add_special_tokens=request.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
             raise ValidationError(
                 f"tokenizer error {error}", logged="tokenizer error", param=request.dialect.prompt_key
             ) from None  # text 18
-        truncate = request.parameters.truncate
         return token_ids if truncate is None else token_ids[-truncate:]
 
 
@@ -226,6 +257,7 @@ def _check_text(request: GenerationInput, max_input_tokens: int) -> None:
     refuse_if(
         truncate is not None and not 0 < truncate <= max_input_tokens,
         f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}",
+        param="truncate_prompt_tokens",
     )  # text 17
 
 
@@ -234,6 +266,8 @@ def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size
     named = {
         "tokenizer error": (token_ids, request.dialect.prompt_key),
         "`logit_bias`": (request.parameters.logit_bias or {}, "logit_bias"),
+        "`stop_token_ids`": (request.parameters.stop_token_ids, "stop_token_ids"),
+        "`allowed_token_ids`": (request.parameters.allowed_token_ids or [], "allowed_token_ids"),
     }
     for subject, (ids, param) in named.items():
         unknown = max(ids, default=0)
@@ -262,8 +296,19 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
     return room if max_new_tokens is None else min(max_new_tokens, room)
 
 
+def _check_bans(parameters: Parameters) -> None:
+    least, most = parameters.min_tokens or 0, parameters.max_new_tokens
+    refuse_if(
+        most is not None and least > most,
+        f"`min_tokens` must be <= `max_tokens`. Given: {least} and {most}",
+        param="min_tokens",
+    )
+    refuse_if(parameters.allowed_token_ids == [], "`allowed_token_ids` cannot be empty", param="allowed_token_ids")
+    refuse_if(not all(map(str.strip, parameters.bad_words)), "`bad_words` cannot be empty", param="bad_words")
+
+
 def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
-    num_top = request.num_prompt_top_tokens
+    num_top = request.max_prompt_top_tokens
     refuse_if(
         num_top * num_input > MAX_PROMPT_TOPS,
         f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",

@@ -37,7 +37,8 @@ class TokenCount(msgspec.Struct, frozen=True):
 async def messages(request: Request) -> Response:
     service = service_of(request)
     body = await service.read_body(request, AnthropicRequest)
-    return await answer_as(request, answered_chat(body), AnthropicWriter(body.model or service.config.model_names[0]))
+    writer = AnthropicWriter(body.model or service.config.model_names[0], has_thoughts=body.has_thoughts)
+    return await answer_as(request, answered_chat(body), writer)
 
 
 @area.serve(

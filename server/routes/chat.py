@@ -19,14 +19,15 @@ from server.answers.json import Usage, encoded_answer, encoded_items, encoder
 from server.answers.openai import (
     Envelope,
     Logprobs,
+    PromptLogprobs,
     chat_logprobs,
     num_generated_tokens,
     openai_stream,
+    prompt_logprobs,
     tgi_logprobs,
     usage_of,
 )
 from server.answers.sse import EventStream, event
-from server.chat.marks import CLOSE, OPEN
 from server.chat.messages import (
     ChatDelta,
     ChatMessage,
@@ -37,8 +38,9 @@ from server.chat.messages import (
     delta_of,
     message_of,
 )
-from server.chat.tool_calls import Arguments, CallReader, CallStart, ChatPiece, ForcedCallReader
-from server.chat.tools import NO_TOOL, NO_TOOL_USE, TGI_HEADER, ToolUse, ending, use_tools
+from server.chat.thoughts import grammar_preface, thinking_after
+from server.chat.tool_calls import AnswerReader, Arguments, CallStart, ChatPiece, ForcedCallReader
+from server.chat.tools import NO_TOOL, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, ToolError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
@@ -67,6 +69,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """vLLM's, on request."""
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -108,7 +112,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
     service.refuse_if_full(1)
     generation_input, use = await chat_input(service, body)
-    is_tgi_call = service.config.is_strict_tgi and use is not NO_TOOL_USE
+    is_tgi_call = service.config.is_strict_tgi and use.grammar is not None
     chat = (_TgiToolChat if is_tgi_call else _Chat)(service, body, generation_input, use)
     if not body.stream:
         answer, headers = await cancel_if_gone(request, chat.complete())
@@ -123,7 +127,9 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
-    prompt = await service.chats.render(request.messages, use.offered, ending(request))
+    end = ending(request)
+    prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
+    use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,
         parameters=openai_parameters(request, service.sampling_defaults, is_strict=is_strict),
@@ -132,9 +138,10 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
         tool_grammar=use.grammar,
+        grammar_preface=grammar_preface(use.thinking, service.tokenizer),
         watch=(lambda: use.watch(prompt)) if use.names else None,
-        # Some tokenizers have the marks of calls as special tokens, which no text shows otherwise.
-        shown_ids=service.tokenizer.token_ids(OPEN, CLOSE) if use.names else frozenset(),
+        # Some tokenizers have the marks as special tokens, which no text shows otherwise.
+        shown_ids=service.tokenizer.token_ids(*use.marks),
     )
     return generation_input, use
 
@@ -166,6 +173,7 @@ class _Chat:
         return encoder.encode(self._completion(encoded_items(choices), streams))
 
     def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
+        num_top = self._input.parameters.prompt_logprobs
         return ChatCompletion(
             id=self._envelope.id,
             created=self._envelope.now,
@@ -173,16 +181,17 @@ class _Chat:
             system_fingerprint=self._envelope.system_fingerprint,
             choices=choices,
             usage=self._usage(streams),
+            prompt_logprobs=UNSET if num_top is None else prompt_logprobs(streams[0].generation, num_top),
         )
 
     def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:
         return plain_headers(self._service.config.compute_type, self._input.inputs, answers[0].generation)
 
     def _choice(self, index: int, answer: Completion) -> ChatChoice:
-        if not self._use.names:
+        reader = self._use.reader(self._input.inputs)
+        if reader is None:
             message = ChatMessage("assistant", answer.text)
             return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
-        reader = self._use.reader(self._input.inputs)
         pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
         return self._whole_choice(
             index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
@@ -210,16 +219,15 @@ class _Chat:
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = (
-            [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)] if self._use.names else None
-        )
+        readers = [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)]
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
-                    if readers is None:
+                    reader = readers[index]
+                    if reader is None:
                         yield event(self._chunk([self._chunk_choice(index, token)], None))
                         continue
-                    for choice in self._call_choices(index, token, readers[index]):
+                    for choice in self._read_choices(index, token, reader):
                         yield event(self._chunk([choice], None))
             usage = self._usage(streams)
         if self._body.stream_options.include_usage:
@@ -251,7 +259,7 @@ class _Chat:
         self._begun.add(index)
         return "assistant"
 
-    def _call_choices(self, index: int, token: GeneratedToken, reader: CallReader) -> list[ChunkChoice]:
+    def _read_choices(self, index: int, token: GeneratedToken, reader: AnswerReader) -> list[ChunkChoice]:
         """Any number of chunks for a token. The first has the logprobs; the finish reason has a chunk of its own."""
         reason = token.finish_reason
         pieces = reader.push(token.visible)

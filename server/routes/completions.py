@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
 from server.answers.json import JsonF32, Scored, Usage, encoded_answer, encoded_items, encoder, f32
@@ -15,8 +16,10 @@ from server.answers.openai import (
     FINISH_REASONS_TGI_STREAM,
     Envelope,
     NameOf,
+    PromptLogprobs,
     num_generated_tokens,
     openai_stream,
+    prompt_logprobs,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -33,6 +36,7 @@ from server.generation import (
 )
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
+from server.requests.infill import infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
@@ -57,6 +61,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """vLLM's, on request."""
 
 
 class CompletionFinal(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +116,7 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
         answer, headers = await cancel_if_gone(request, completion.complete())
         return encoded_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
-    headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
+    headers = stream_headers(service.config.compute_type, completion.text_of_prompts, opening.left_open)
     return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
 
 
@@ -125,7 +131,7 @@ class _Completion:
         self._is_strict = config.is_strict_tgi
         self._num_choices = 1 if body.n is None else body.n
         self._num_sequences = self._num_choices if body.best_of is None else body.best_of
-        if body.suffix is not None:
+        if body.suffix is not None and self._is_strict:
             raise SuffixError
         if len(body.prompt) > config.max_prompts:
             raise BatchSizeError(config.max_prompts)
@@ -156,6 +162,9 @@ class _Completion:
             f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}",
             param="best_of",
         )
+        refuse_if(
+            bool(self._body.suffix) and self._body.echo, "`echo` is not supported beside a `suffix`", param="echo"
+        )
         refuse_if(is_choosing and is_stream, "`best_of` > `n` is not supported when streaming tokens", param="best_of")
         refuse_if(
             self._has_prompt_logprobs and is_stream,
@@ -176,6 +185,8 @@ class _Completion:
         parameters = openai_parameters(self._body, self._service.sampling_defaults, is_strict=self._is_strict)
         if self._is_scoring:
             parameters = dataclasses.replace(parameters, max_new_tokens=1)
+        if self._body.suffix:
+            prompt = await infill_prompt(self._service.tokenizer, prompt, self._body.suffix)
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
@@ -221,7 +232,9 @@ class _Completion:
             for generated in () if self._is_scoring else answer.tokens:
                 table.add(generated)
             logprobs = table.take()
-        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]))
+        num_top = self._body.prompt_logprobs
+        scores = UNSET if num_top is None else prompt_logprobs(answer.generation, num_top)
+        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]), scores)
 
     def _table(self) -> _LogprobTable:
         return _LogprobTable(self._service.tokenizer.name, self._body.logprobs or 0)

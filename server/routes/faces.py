@@ -13,7 +13,7 @@ from server.answers.headers import left_open_header, stream_headers
 from server.answers.json import json_answer
 from server.answers.sse import EventStream, Typed, named_event, with_error_event
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import CallReader, ChatPiece, Content
+from server.chat.tool_calls import AnswerReader, ChatPiece, Content
 from server.edge.disconnect import cancel_if_gone
 from server.generation import GeneratedToken
 from server.requests.openai import ChatRequest
@@ -46,7 +46,7 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
     service = service_of(request)
     service.refuse_if_full(1)
     generation_input, use = await chat_input(service, chat)
-    reader = use.reader(generation_input.inputs) if use.names else None
+    reader = use.reader(generation_input.inputs)
     if not chat.stream:
         opening = service.open(generation_input)
         await cancel_if_gone(request, _drain(_events(opening, reader, writer)))
@@ -58,7 +58,7 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
     return EventStream(events, headers, opening.close)
 
 
-async def _events(opening: AdmittedRequest, reader: CallReader | None, writer: Writer) -> AsyncGenerator[Typed]:
+async def _events(opening: AdmittedRequest, reader: AnswerReader | None, writer: Writer) -> AsyncGenerator[Typed]:
     def pieces(token: GeneratedToken) -> list[ChatPiece]:
         if reader is None:
             return [Content(token.visible)] if token.visible else []

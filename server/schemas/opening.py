@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from server.schemas.parts import Path, changed, pointer, walk
-from server.schemas.spelling import COUNTS, LIMITS, TYPES, spelled
+from server.schemas.spelling import ANNOTATIONS, COUNTS, LIMITS, TYPES, spelled, texts_of, types_of
 
 FORMATS = frozenset("date time date-time duration email hostname ipv4 ipv6 uri uuid".split())
 """Formats of texts that llguidance knows."""
@@ -32,7 +32,7 @@ def _is_map(value: Any, _: dict[str, Any]) -> bool:
 
 
 def _is_count(value: Any, part: dict[str, Any]) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _LARGE
 
 
 def _is_limit(value: Any, _: dict[str, Any]) -> bool:
@@ -42,8 +42,8 @@ def _is_limit(value: Any, _: dict[str, Any]) -> bool:
 def _is_count_of_keys(value: Any, part: dict[str, Any]) -> bool:
     """llguidance counts keys where none of the declared ones may be left out."""
     properties, required = part.get("properties"), part.get("required")
-    names = set(properties) if isinstance(properties, dict) else set()
-    return _is_count(value, part) and names <= set(required if isinstance(required, list) else ())
+    names = properties if isinstance(properties, dict) else {}
+    return _is_count(value, part) and names.keys() <= texts_of(required)
 
 
 def _is_type(value: Any, _: dict[str, Any]) -> bool:
@@ -57,8 +57,7 @@ def _is_regex(value: Any, _: dict[str, Any] | None = None) -> bool:
 
 def _is_format(value: Any, part: dict[str, Any]) -> bool:
     """A format is of texts. What Gemini and OpenAPI say of numbers, llguidance does not read."""
-    types = part.get("type", "string")
-    return value in FORMATS if isinstance(value, str) and "string" in types else isinstance(value, str)
+    return isinstance(value, str) and (value in FORMATS or "string" not in types_of(part, "string"))
 
 
 def _never(value: Any, part: dict[str, Any]) -> bool:
@@ -108,8 +107,10 @@ def _forbids_required(original: Any, part: dict[str, Any]) -> bool:
     """Whether an object requires keys that it forbids: the spelled part has them as properties."""
     if not isinstance(original, dict) or original.get("additionalProperties") is not False:
         return False
-    properties, required = original.get("properties") or {}, original.get("required") or []
-    return any(name in required and name not in properties for name in part.get("properties", {}))
+    before, after = original.get("properties") or {}, part.get("properties")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return False
+    return not texts_of(original.get("required")).isdisjoint(after.keys() - before.keys())
 
 
 class Opening:
@@ -153,7 +154,7 @@ class Opening:
 
     def _make_object(self, part: dict[str, Any]) -> None:
         """Leave open what allows no object."""
-        if "object" not in part.get("type", "object"):
+        if "object" not in types_of(part, "object"):
             self.left_open.append(pointer(("type",)))
         part["type"] = "object"
         if not isinstance(part.get("const", {}), dict):
@@ -163,7 +164,7 @@ class Opening:
             part["enum"] = [value for value in part["enum"] if isinstance(value, dict)]
 
     def _keep(self, key: str, value: Any, part: dict[str, Any], path: Path) -> bool:
-        if key in _PARTS_OF_OTHERS or value in _WITHOUT_EFFECT.get(key, ()):
+        if key in ANNOTATIONS or key in _PARTS_OF_OTHERS or value in _WITHOUT_EFFECT.get(key, ()):
             return False
         if key == "$id":
             return isinstance(value, str) and _URI.fullmatch(value) is not None
@@ -184,16 +185,22 @@ class Opening:
             part["additionalProperties"] = True
 
     def _leads_somewhere(self, reference: Any) -> bool:
-        """Whether a reference stays within the schema and finds something that is not the reference itself."""
-        if not isinstance(reference, str):
-            return False
-        document, _, fragment = reference.partition("#")
-        if document:
-            return document in self._ids
-        if fragment and not fragment.startswith("/"):
-            return fragment in self._anchors
-        target = self._target(reference)
-        return isinstance(target, bool) or (isinstance(target, dict) and target.get("$ref") != reference)
+        """Whether a reference stays within the schema and finds something else than references in a circle."""
+        seen: set[str] = set()
+        while isinstance(reference, str) and reference not in seen:
+            seen.add(reference)
+            document, _, fragment = reference.partition("#")
+            if document:
+                return document in self._ids
+            if fragment and not fragment.startswith("/"):
+                return fragment in self._anchors
+            target = self._target(reference)
+            if not isinstance(target, dict):
+                return isinstance(target, bool)
+            if "$ref" not in target:
+                return True
+            reference = target["$ref"]
+        return False
 
     def _target(self, reference: Any) -> Any:
         """What a pointer such as `#/$defs/Colour` leads to; None if that is nothing."""

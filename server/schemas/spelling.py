@@ -35,7 +35,8 @@ _IMPLIED = {
     **dict.fromkeys(["pattern", "minLength", "maxLength"], "string"),
     **dict.fromkeys(LIMITS, "number"),
 }
-_ANNOTATIONS = "title description default examples example $comment deprecated readOnly writeOnly".split()
+ANNOTATIONS = "title description default examples example $comment deprecated readOnly writeOnly".split()
+"""Keywords that say nothing of the document."""
 _APPLICATORS = "$ref anyOf oneOf allOf if dependentSchemas".split()
 _MAY_BE_NULL = ("const", "default", "example")
 
@@ -105,7 +106,8 @@ def _spell_required(part: dict[str, Any]) -> None:
         return
     names = [name for name, child in properties.items() if isinstance(child, dict) and child.get("required") is True]
     if names and isinstance(required := part.get("required", []), list):
-        part["required"] = [*required, *(name for name in names if name not in required)]
+        known = texts_of(required)
+        part["required"] = [*required, *(name for name in names if name not in known)]
 
 
 def _spell_names(part: dict[str, Any]) -> None:
@@ -113,9 +115,7 @@ def _spell_names(part: dict[str, Any]) -> None:
     names = part.get("propertyNames")
     if not isinstance(names, dict):
         return
-    kept = {
-        key: value for key, value in names.items() if key not in _ANNOTATIONS and (key, value) != ("type", "string")
-    }
+    kept = {key: value for key, value in names.items() if key not in ANNOTATIONS and (key, value) != ("type", "string")}
     is_bare = part.keys().isdisjoint(("properties", "patternProperties"))
     if not kept:
         del part["propertyNames"]
@@ -137,17 +137,17 @@ def _allowed(names: dict[str, Any]) -> list[Any]:
 
 def _spell_object(part: dict[str, Any]) -> None:
     """Properties that are described nowhere, and objects that describe none."""
-    properties, required = part.get("properties"), part.get("required")
+    properties, required = part.get("properties", {}), part.get("required")
     if part.get("unevaluatedProperties") is False and part.keys().isdisjoint(_APPLICATORS):
         del part["unevaluatedProperties"]
         part.setdefault("additionalProperties", False)
     others = part.get("additionalProperties", False)
-    if properties == {} and "additionalProperties" not in part:
+    if "additionalProperties" not in part and part.get("properties") == {}:
         part["additionalProperties"] = True
-    elif isinstance(required, list) and others is False and "patternProperties" not in part:
-        if isinstance(properties, dict) or "additionalProperties" in part:
-            missing = [name for name in required if isinstance(name, str) and name not in (properties or {})]
-            part["properties"] = (properties or {}) | {name: {} for name in missing}
+    elif others is False and part.keys() & {"properties", "additionalProperties"} and "patternProperties" not in part:
+        if isinstance(required, list) and isinstance(properties, dict):
+            missing = [name for name in required if isinstance(name, str) and name not in properties]
+            part["properties"] = properties | {name: {} for name in missing}
 
 
 def _with_null(part: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +162,16 @@ def _with_null(part: dict[str, Any]) -> dict[str, Any]:
     if isinstance(part.get("enum"), list) and None not in part["enum"]:
         part["enum"] = [*part["enum"], None]
     if "type" in part:
-        types = part["type"] if isinstance(part["type"], list) else [part["type"]]
+        types = types_of(part)
         part["type"] = [*types, *(["null"] if "null" not in types else [])]
     return part
+
+
+def texts_of(values: Any) -> set[str]:
+    return {value for value in values if isinstance(value, str)} if isinstance(values, list) else set()
+
+
+def types_of(part: dict[str, Any], *default: str) -> list[Any]:
+    """The types that a part may have, as a list."""
+    types = part.get("type", list(default))
+    return types if isinstance(types, list) else [types]

@@ -36,11 +36,15 @@ class Detokenizer:
         self._read_text = tokenizer.decode(self._window)
         self._held = ""
 
-    def push(self, token_id: int, *, is_last: bool) -> TokenText:
-        """Take the next token; with the last one, whole characters that were held back come out as well."""
+    def push(self, token_id: int, *, is_last: bool, is_hidden: bool = False) -> TokenText:
+        """Take the next token; with the last one, whole characters that were held back come out as well.
+
+        `is_hidden`: the token is not visible, though it may be no special one.
+        """
         held_before = self._held
         text = visible = self._advance(token_id)
-        if text and self._tokenizer.is_special(token_id) and token_id not in self._shown_ids:
+        is_special = self._tokenizer.is_special(token_id) and token_id not in self._shown_ids
+        if text and (is_special or is_hidden):
             visible = held_before.rstrip(REPLACEMENT)
         if is_last and self._held:
             rest = self._held.rstrip(REPLACEMENT)
@@ -93,8 +97,10 @@ class StopChecker:
 class StopCutter:
     """Ends a text before the first stop string in it, as OpenAI has it. Text that may begin one is held back."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, is_shown: bool = False) -> None:
+        """`is_shown`: the text ends after the stop string."""
         self._stops = stops
+        self._is_shown = is_shown
         self._held = ""
         self.found: str | None = None
         """The stop string that has ended the text."""
@@ -105,7 +111,7 @@ class StopCutter:
         starts = [(start, stop) for stop in self._stops if (start := seen.find(stop)) >= 0]
         if starts:
             start, self.found = min(starts)
-            return seen[:start], True
+            return seen[: start + len(self.found)] if self._is_shown else seen[:start], True
         num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
         num_out = len(seen) - num_held
         self._held = seen[num_out:]

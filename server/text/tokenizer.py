@@ -143,6 +143,10 @@ class TextTokenizer:
         """The ids of those among `tokens` that are one token each."""
         return frozenset(token_id for token in tokens if (token_id := self.token_id(token)) is not None)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -34,6 +35,7 @@ PLAIN_TOKENS = 500
 MUTATED_TIMEOUT_S = 2.0
 """A request whose head was mutated may be incomplete: nobody waits for its answer."""
 MUTATIONS = random.Random(0)
+TEXT = "the quick brown fox jumps, "
 GREEDY = '"parameters":{"max_new_tokens":3}'
 USER = '{"role":"user","content":"hi"}'
 
@@ -86,6 +88,14 @@ def deep_alternatives(size: int) -> str:
 
 
 LONG_NUMBER_SCHEMA = '{"properties":{"a":{"maximum":' + "7" * 5_000 + "}}}"
+
+
+def regex(pattern: str) -> str:
+    return f'"max_new_tokens":30,"grammar":{{"type":"regex","value":{quoted(pattern)}}}'
+
+
+def json_schema(schema: dict[str, object]) -> str:
+    return f'"max_new_tokens":30,"grammar":{{"type":"json","value":{json.dumps(schema)}}}'
 
 
 def quoted(text: str) -> str:
@@ -264,6 +274,19 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
         lambda: generate(f'"grammar":{{"type":"json","value":{quoted(wide_schema(1_200_000))}}}'),
     ),
     "a long regex": ("/generate", lambda: generate(f'"grammar":{{"type":"regex","value":{quoted("a?" * 900_000)}}}')),
+    "a long literal": ("/generate", lambda: generate(regex(TEXT * 7_500))),
+    "a long constant": ("/generate", lambda: generate(json_schema({"const": TEXT * 7_500}))),
+    "a large count": ("/generate", lambda: generate(regex("(abc){60000}"))),
+    "a large count behind a choice": ("/generate", lambda: generate(regex("[ab](abc){60000}"))),
+    "a list that is constant": ("/generate", lambda: generate(json_schema({"const": [1] * 20_000}))),
+    "items that are constant": (
+        "/generate",
+        lambda: generate(json_schema({"type": "array", "items": {"const": 1}, "minItems": 100_000})),
+    ),
+    "a schema within itself": (
+        "/generate",
+        lambda: generate(json_schema({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})),
+    ),
     "a tool with a wide schema": (
         "/v1/chat/completions",
         lambda: chat(
@@ -340,8 +363,12 @@ class Arena:
     def is_over(self) -> bool:
         return self._loop.time() >= self._end
 
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._end - self._loop.time())
+
     async def rest(self) -> None:
-        await asyncio.sleep(max(0.0, self._end - self._loop.time()))
+        await asyncio.sleep(self.left_s)
 
     async def open(self, receive_buffer: int | None = None) -> Abuser:
         abuser = Abuser(self.port, random.Random(0))
@@ -619,6 +646,71 @@ async def streams_that_are_dropped(arena: Arena) -> Counts:
     return {"left": num_left}
 
 
+def grammar_attack(parameters: Callable[[int], str], num_clients: int = 8) -> Attack:
+    """Clients that send grammars of a kind, each of them new, and leave when time is up."""
+
+    async def attack(arena: Arena) -> Counts:
+        counts: Counts = collections.Counter()
+        numbers = itertools.count(MUTATIONS.randrange(10**6) * 1000)
+
+        async def client() -> None:
+            while not arena.is_over:
+                abuser = await arena.open()
+                await abuser.send(whole("/generate", generate(parameters(next(numbers))).encode()))
+                try:
+                    counts[await asyncio.wait_for(status_of(abuser), arena.left_s + 0.2)] += 1
+                except TimeoutError:
+                    counts["left"] += 1
+                finally:
+                    abuser._writer.transport.abort()
+
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        return counts
+
+    return attack
+
+
+HARD_GRAMMARS: dict[str, Callable[[int], str]] = {
+    "new: intersected patterns": lambda number: json_schema(
+        {
+            "title": str(number),
+            "allOf": [{"type": "string", "pattern": f"(.*a{{{count}}}.*b.*){{3}}"} for count in range(30)],
+        }
+    ),
+    "new: multiples of many numbers": lambda number: json_schema(
+        {
+            "title": str(number),
+            "anyOf": [{"type": "integer", "multipleOf": factor} for factor in (101, 103, 107, 109, 113, 127, 131)],
+        }
+    ),
+    "new: a chain of what may be left out": lambda number: regex(".?" * 20_000 + str(number)),
+    "new: many letters of any script": lambda number: regex(rf"(\p{{L}}{{1,30}}\p{{N}}{{1,30}}){{1,3000}}{number}"),
+    "new: any text before a letter and 2,000 more": lambda number: regex(f"(.|\n)*[a-z](.|\n){{2000}}{number}"),
+    "new: 20 pairs of letters": lambda number: regex(
+        "|".join(f".*{chr(97 + index)}.*{chr(98 + index)}" for index in range(20)) + str(number)
+    ),
+    "new: 100 patterns": lambda number: json_schema(
+        {"anyOf": [{"type": "string", "pattern": f"^.*{number + index}.*$"} for index in range(100)]}
+    ),
+    "new: 200 lists that begin alike": lambda number: json_schema(
+        {
+            "title": str(number),
+            "$ref": "#/$defs/a",
+            "$defs": {
+                "a": {
+                    "anyOf": [
+                        {"type": "integer"},
+                        *({"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": n} for n in range(200)),
+                    ]
+                }
+            },
+        }
+    ),
+    "new: long literals": lambda number: regex(TEXT * 7_500 + str(number)),
+}
+"""Name -> parameters of a request whose grammar has the number in it."""
+
+
 TOKENIZED = f'{{"messages":[{{"role":"user","content":{quoted("a b " * 480_000)}}}]}}'
 
 ATTACKS: dict[str, Attack] = {
@@ -645,6 +737,7 @@ ATTACKS: dict[str, Attack] = {
             streams_that_are_dropped,
         )
     },
+    **{name: grammar_attack(parameters) for name, parameters in HARD_GRAMMARS.items()},
     "slow readers of a chat's tokens": slow_reader_attack("/chat_tokenize", TOKENIZED, 60),
     "slow readers of a text's tokens": slow_reader_attack("/tokenize", generate("", quoted("a b " * 480_000)), 60),
     "slow readers of a description": slow_reader_attack("/openapi.json", None, 200, 20),

@@ -18,6 +18,9 @@ NUM_PERMITS = 48
 MAX_TOKENS = 16
 FULL = NUM_PERMITS - 8
 """Sequences of a request that hardly ever finds so many permits."""
+REFUSED = "no permit"
+PAUSE_S = 0.02
+"""Before a client that was refused tries again."""
 SOON_S = (0.0, 0.001, 0.005, 0.02)
 
 Point = Callable[[Connection, random.Random], Awaitable[None]]
@@ -33,10 +36,16 @@ def chat(chance: random.Random, **fields: Any) -> bytes:
     return request("/v1/chat/completions", body)
 
 
+class RefusedError(Exception):
+    """There was no permit, so the client has not come to its point."""
+
+
 async def read_events(connection: Connection, count: int) -> None:
-    """Read until so many events have come, or the answer has ended; a refusal has none."""
+    """Read until so many events have come, or the answer has ended. Raises RefusedError."""
     status, num_events = await connection.status(), 0
-    assert status in (200, 429), status
+    if status == 429:
+        raise RefusedError
+    assert status == 200, status
     async for chunk in connection.chunks():
         num_events += chunk.count(b"data:")
         if num_events >= count:
@@ -129,20 +138,33 @@ POINTS: tuple[Point, ...] = (
 )
 
 
-async def disconnect(port: int, num_requests: int, seed: int) -> collections.Counter[tuple[str, str]]:
-    """Every point in every way, again and again; returns how often each came. Raises ConnectionError for a lost one."""
+async def disconnect(port: int, num_requests: int, seed: int) -> collections.Counter[str]:
+    """Every point in every way, again and again; returns how often each came, and how often a permit lacked.
+
+    Raises ConnectionError for a connection that the server has closed.
+    """
     cases = [(point, way) for point in POINTS for way in Leaving]
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     waiting = iter(range(num_requests))
+
+    async def has_left(index: int) -> bool:
+        point, way = cases[index % len(cases)]
+        connection = await Connection.open(port)
+        with contextlib.closing(connection):
+            try:
+                await point(connection, random.Random(f"{seed} {index}"))
+            except RefusedError:
+                counts[REFUSED] += 1
+                await asyncio.sleep(PAUSE_S)
+                return False
+            await connection.leave(way)
+        counts[f"{point.__name__}: {way.value}"] += 1
+        return True
 
     async def client() -> None:
         for index in waiting:
-            point, way = cases[index % len(cases)]
-            connection = await Connection.open(port)
-            with contextlib.closing(connection):
-                await point(connection, random.Random(f"{seed} {index}"))
-                await connection.leave(way)
-            counts[point.__name__, way.value] += 1
+            while not await has_left(index):
+                pass
 
     await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
     return counts

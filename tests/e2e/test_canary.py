@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.attacks import ATTACKS, BODIES
+from tests.e2e.attacks import ATTACKS, BODIES, HARD_GRAMMARS
 from tests.e2e.canary import AttackTable, Measured, complaints_about, scripted_target
 
 WORST = {"a deep schema as a string", "49,000 biases", "an integer of 5,000 digits", "native biases that collide"}
 """Bodies that once stalled a server for many seconds, or filled its log."""
-SHORT = [*WORST, *list(BODIES)[::2], *(name for name in ATTACKS if name not in BODIES)]
-"""Every second body, neighbours being of one kind, and all else; `tests/slow` has every attack."""
+OTHERS = [name for name in ATTACKS if name not in BODIES and name not in HARD_GRAMMARS]
+SHORT = [*WORST, *list(BODIES)[::2], *list(HARD_GRAMMARS)[::4], *OTHERS]
+"""Every second body, neighbours being of one kind, some grammars, and all else; `tests/slow` has every attack."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Loops with tools on the real demo model, by OpenAI's and Anthropic's clients, that end by themselves."""
+"""Loops with tools on the real demo model, by OpenAI's and Anthropic's clients and what is built on them."""
 
 from __future__ import annotations
 
@@ -65,6 +65,24 @@ def test_three_turns(client: OpenAI) -> None:
     check_calls(called)
 
 
+def test_a_required_call_ends_by_itself(client: OpenAI) -> None:
+    """Neither a small model nor a large one calls until `max_tokens`."""
+    for question in (QUESTION, "What is the weather in Rome?"):
+        completion = client.chat.completions.create(
+            model="",
+            messages=[{"role": "user", "content": question}],
+            tools=TOOLS,
+            tool_choice="required",
+            temperature=0,
+            max_tokens=200,
+        )
+        choice = completion.choices[0]
+        assert choice.finish_reason == "tool_calls" and completion.usage is not None
+        assert completion.usage.completion_tokens < 100
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+        assert calls and len(set(calls)) == len(calls)
+
+
 def test_three_turns_of_responses(client: OpenAI) -> None:
     items: list[Any] = [{"role": "user", "content": QUESTION}]
     tools: list[Any] = [{"type": "function"} | tool["function"] for tool in TOOLS]
@@ -105,6 +123,27 @@ def test_three_turns_of_messages(client: OpenAI) -> None:
     assert results["counted"] == results["input"] > 0
     assert "top_p" in results["refusal"]
     check_calls(results["called"])
+
+
+def test_frameworks(client: OpenAI) -> None:
+    """What people build on OpenAI's and Anthropic's routes: each gets its calls, its objects and an end."""
+    python = cached_environment("frameworks") / "bin" / "python"
+    url = str(client.base_url).removesuffix("/v1/")
+    names = ["langchain", "agents", "pydantic_ai", "instructor", "litellm"]
+    done = subprocess.run(
+        [python, CLIENTS / "framework_clients.py", url, *names], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    anna = {"name": "Anna", "age": 31}
+    chain, agents = results["langchain"], results["agents"]
+    assert chain["calls"] == [["get_weather", {"city": "Paris", "unit": "celsius"}]]
+    assert chain["people"] == results["instructor"]["people"] == [anna] * 3
+    assert results["pydantic_ai"] == {"person": anna}
+    for kind in ("responses", "chats"):
+        assert agents[kind][:2] == ["tool_call_item", "tool_call_output_item"]
+        assert agents[kind][-1] == "message_output_item" and agents[f"{kind} answer"]
+    assert len(set(results["litellm"].values())) == 1, "three routes, one answer"
 
 
 def check_calls(called: list[Any]) -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.link.messages import GenerationRequest, SamplingParams
 from engine.sampling import penalties_triton
+from engine.sampling.bans import Bans
 from engine.sampling.penalties import PENALTIES, AdjustLogits, Adjustments, GreenList, Penalties, Places
 from engine.sampling.penalties_torch import adjust_logits as adjust_in_torch
 from engine.sampling.penalties_triton import adjust_logits
@@ -106,6 +107,29 @@ def test_requests_with_every_parameter() -> None:
         assert (logits[4] != before[4]).nonzero().tolist() == [[7]]
         results.append(logits)
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+def test_bans() -> None:
+    """A ban is a bias of -inf; a list of allowed tokens bans most of a row."""
+    request = GenerationRequest(
+        request_id="any",
+        prompt_token_ids=[1],
+        max_new_tokens=9,
+        sampling=SamplingParams(min_tokens=2, allowed_token_ids=[*range(40, 60)]),
+        stop_token_ids=[45],
+        banned_sequences=[[50], [41, 42]],
+    )
+    results = []
+    for backend in PENALTIES:
+        batch = ScheduledBatch()
+        batch.add(Sequence(request, arrival_time=0.0), 1, [41, 44])
+        logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+        bans = Bans([40], backend)
+        bans.apply(bans.select(batch), logits)
+        results.append(logits)
+    assert torch.equal(*results)
+    kept = [logits.isfinite().sum().item() for logits in results[1]]
+    assert kept == [20 - 3, 20 - 4, 20 - 1]
 
 
 @pytest.mark.parametrize(("adjust", "device"), [(adjust_in_torch, "cpu"), (adjust_logits, "cuda:0")])

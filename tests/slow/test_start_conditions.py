@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.e2e.conftest import build_demo_model
 from tests.e2e.launched import STOP_TIMEOUT_S, LaunchedServer, free_port
 
 ROOT = Path(__file__).parents[2]
 COMPILE_TIMEOUT_S = 400.0
 """Without a cache that can be written or read all kernels are compiled."""
+GROUPS = Path("/sys/fs/cgroup")
+CACHED = {"HOME": str(Path.home())}
+"""Where compiled kernels are."""
 SMALL = "mount -t tmpfs -o size={size} tmpfs {folder}"
 
 
@@ -91,4 +99,61 @@ def test_where_nothing_can_be_written_the_start_says_so(tiny_model_dir: Path, tm
         assert server.wait_for_end(60) == 1
         assert "No folder can be written for compiled kernels" in server.log.splitlines()[-1]
         assert server.log.splitlines()[-1].endswith("set XDG_CACHE_HOME or TMPDIR to one that can")
+        assert "Traceback" not in server.log
+
+
+@pytest.fixture
+def group_of_512_mb() -> Iterator[Path]:
+    """A control group of version 1, or of version 2, with which this was never run."""
+    (mount, name) = next(
+        (folder, limit)
+        for folder, limit in ((GROUPS / "memory", "memory.limit_in_bytes"), (GROUPS, "memory.max"))
+        if (folder / "cgroup.procs").exists()
+    )
+    group = mount / f"pytgi-{os.getpid()}"
+    group.mkdir()
+    (group / name).write_text(str(512 << 20))
+    yield group
+    for _ in itertools.takewhile(lambda _: (group / "cgroup.procs").read_text(), range(100)):
+        time.sleep(0.1)
+    group.rmdir()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("is_tiny", "parameters"), [(True, {"grammar": {"type": "regex", "value": "[a-z]{4,8}"}}), (False, {})]
+)
+def test_512_mb_of_memory_serve_a_small_model(
+    tiny_model_dir: Path, tmp_path: Path, group_of_512_mb: Path, is_tiny: bool, parameters: dict[str, Any]
+) -> None:
+    """All processes are in the group, also those that render chats and check grammars.
+
+    For the vocabulary of the small demo model the first grammar takes more than is left.
+    """
+    model = tiny_model_dir if is_tiny else build_demo_model("--small")
+    with launched_in(f"echo $$ > {group_of_512_mb}/cgroup.procs", "", CACHED, model, tmp_path / "log") as server:
+        server.wait_for_log("Connected", COMPILE_TIMEOUT_S)
+        assert server.generate("hello", max_new_tokens=8, **parameters)["details"]["generated_tokens"] > 3
+        chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60).status_code == 200
+        assert server.process.poll() is None and "Traceback" not in server.log
+
+
+@pytest.mark.timeout(600)
+def test_512_mb_of_memory_refuse_a_model_that_needs_more(tmp_path: Path, group_of_512_mb: Path) -> None:
+    setup = f"echo $$ > {group_of_512_mb}/cgroup.procs"
+    with launched_in(setup, "", CACHED, build_demo_model(), tmp_path / "log") as server:
+        assert server.wait_for_end(COMPILE_TIMEOUT_S) == 1
+        assert "Not enough memory for the model: its weights take 1.0 GB" in server.log
+        assert "serve a smaller model, or give the process more memory" in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.timeout(120)
+def test_512_mb_of_address_space_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched_in(f"ulimit -v {512 << 10}", "", CACHED, tiny_model_dir, tmp_path / "log") as server:
+        assert server.wait_for_end(60) == 1
+        assert (
+            "limited to 0.5 GB, less than what the libraries map: lift that limit (ulimit -v unlimited)" in server.log
+        )
         assert "Traceback" not in server.log

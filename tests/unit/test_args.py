@@ -707,7 +707,8 @@ def test_every_flag_of_tgi_is_known() -> None:
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
-        served-model-name speculative-decoding max-logit-bias generation-config"""
+        served-model-name speculative-decoding max-logit-bias generation-config
+        reasoning-parser"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

@@ -77,7 +77,7 @@ ROOMS: dict[str, str] = {
     "engine.kernel_cache engine.kernel_variants engine.limits engine.link engine.overlap engine.ranks engine.runner "
     "engine.sampling "
     "engine.scheduling engine.summary engine.warm_up",
-    "engine.__main__": "engine.link engine.ranks engine.start parallel",
+    "engine.__main__": "engine.link engine.memory engine.ranks engine.start parallel",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",

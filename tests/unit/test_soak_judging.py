@@ -77,16 +77,17 @@ def leaking(module: str, leak: float) -> list[Sample]:
         ({"samples": leaking("engine", 70e6 / HOURS)}, "memory of engine"),
         ({"tally": tally_with("repeated requests", OTHER_ANSWER)}, "ids, texts and logprobs"),
         ({"tally": tally_with("chats", "500")}, "answers"),
-        ({"tally": tally_with("refusals", "500 instead of 422")}, "answers"),
+        ({"tally": tally_with("refusals", "500 for {} at /generate")}, "answers"),
         ({"tally": tally_with("slow readers", "the connection was lost")}, "answers"),
-        ({"tally": tally_with("streams dropped", "none")}, "answers"),
+        ({"tally": tally_with("streams dropped", "503")}, "answers"),
         ({"tally": Tally()}, "coverage"),
         ({"samples": [sample(0)] * 3}, "coverage"),
-        ({"final": sample(HOURS, descriptors=21)}, "descriptors and tasks"),
-        ({"final": dataclasses.replace(sample(HOURS), num_tasks=7)}, "descriptors and tasks"),
+        ({"final": sample(HOURS, descriptors=21)}, "processes, descriptors and tasks"),
+        ({"final": sample(HOURS, count=2)}, "processes, descriptors and tasks"),
+        ({"final": dataclasses.replace(sample(HOURS), num_tasks=7)}, "processes, descriptors and tasks"),
         ({"final": sample(HOURS, threads=13)}, "threads"),
         ({"final": sample(HOURS, running=1)}, "KV blocks and queues"),
-        ({"final": dataclasses.replace(sample(HOURS), processes={})}, "processes"),
+        ({"final": dataclasses.replace(sample(HOURS), processes={})}, "nothing is gone"),
         ({"log": "Traceback (most recent call last):\n"}, "log"),
         ({"log": "thread '<unnamed>' panicked at src/lib.rs\n"}, "log"),
         ({"exit_code": 1}, "end"),
@@ -114,6 +115,11 @@ def test_a_leak_is_measured_in_bytes_per_hour() -> None:
         (b'{"details":{"tokens":[{"id":5}]}}', b'{"details":{"tokens":[{"id":6}]}}', OTHER_ANSWER),
         (b'{"details":{"tokens":[{"logprob":-1.5}]}}', b'{"details":{"tokens":[{"logprob":-1.6}]}}', OTHER_ANSWER),
         (b'{"object":"o","id":"1","created":1,"x":1}', b'{"object":"o","id":"2","created":9,"x":1}', "200"),
+        (
+            b'{"object":"o","id":"1","usage":{"a":1},"x":1}',
+            b'{"object":"o","id":"2","usage":{"a":2},"x":2}',
+            OTHER_ANSWER,
+        ),
         (b'data:{"token":{"id":1}}\n\ndata:{"token":{"id":2}}\n\n', b'data:{"token":{"id":1}}\n\n', OTHER_ANSWER),
     ],
 )
@@ -168,3 +174,8 @@ def test_percentiles_are_values_that_were_there() -> None:
 
 def test_metrics_are_read_with_and_without_labels() -> None:
     assert parse_metrics('# TYPE a gauge\na 1\n\nb{x="a b"} 2.5\n') == {"a": 1.0, 'b{x="a b"}': 2.5}
+
+
+def test_of_several_processes_of_a_module_the_largest_numbers_count() -> None:
+    both = ProcessSample(10, 5, 4, 3).beside(ProcessSample(20, 4, 6, 1))
+    assert both == ProcessSample(20, 5, 6, 3, count=2)

@@ -7,6 +7,7 @@ from typing import cast
 
 from engine.core import EngineCore, Runner
 from engine.overlap import OverlappedCore, OverlappedRunner
+from engine.sampling.bans import Bans
 from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
 from engine.sampling.grammar import Grammars
 from engine.sampling.grammar_torch import apply_masks
@@ -34,7 +35,7 @@ def assemble_core(
     With `launch_sample` steps overlap: the scheduler needs `needs_tokens`, the runner is an `OverlappedRunner`.
     """
     grammars = grammars or Grammars(Path("no tokenizer.json"), 1, [], 1, lambda: apply_masks)
-    processors: list[LogitsProcessor] = [penalties or Penalties(), grammars]
+    processors: list[LogitsProcessor] = [penalties or Penalties(), Bans([*scheduler.eos_token_ids]), grammars]
     limit, costs = limit or StepLimit(None, None), UnusedCosts()
     if launch_sample is None:
         return EngineCore(scheduler, runner, BatchSampler(sample, processors), grammars, limit, costs)
@@ -44,4 +45,4 @@ def assemble_core(
 
 def needs_tokens(sequence: Sequence) -> bool:
     """As the processors above say."""
-    return Penalties.needs_tokens(sequence) or Grammars.needs_tokens(sequence)
+    return any(processor.needs_tokens(sequence) for processor in (Penalties, Bans, Grammars))

@@ -18,12 +18,13 @@ from llguidance import LLMatcher
 
 import engine.core
 from engine.core import EngineCore
+from engine.link.config import GRAMMAR_LIMITS
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import AbortRequest, FinishReason, GenerationRequest, SamplingParams, StepOutput, TokenEvent
 from engine.link.registry import import_entry
 from engine.runner import StepResult
 from engine.sampling import grammar, grammar_torch
-from engine.sampling.grammar import MASKS, Grammars, MatchedGrammar, num_words
+from engine.sampling.grammar import MASKS, CompiledGrammar, Grammars, MatchedGrammar, num_words
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import Scheduler
@@ -140,6 +141,75 @@ def test_compiled_grammars_are_kept_and_each_request_has_its_own_place(
     assert len(texts) == 4, "`b` gave way to `c`, since `ab` had been asked for later"
 
 
+class RecordedMatcher:
+    """A matcher that notes on which threads its masks are computed."""
+
+    def __init__(self, threads: list[str], *args: Any, **options: Any) -> None:
+        self._matcher = LLMatcher(*args, **options)
+        self._threads = threads
+
+    def compute_bitmask(self) -> bytes:
+        self._threads.append(threading.current_thread().name)
+        return self._matcher.compute_bitmask()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+
+def test_the_first_mask_is_computed_where_grammars_are_compiled_and_once_for_all_who_ask(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    monkeypatch.setattr(grammar, "LLMatcher", lambda *args, **options: RecordedMatcher(threads, *args, **options))
+    grammars = make_grammars(tokenizer_file)
+    for index in range(8):
+        grammars.compile(with_regex(f"request {index}", "ab"))
+    compiled: list[grammar.Compiled] = []
+    while len(compiled) < 8:
+        compiled += grammars.take_compiled()
+        time.sleep(0.01)
+    matched = [outcome.grammar for outcome in compiled]
+    assert len(threads) == 1 and threads[0].startswith("grammars")
+    assert len({id(one.matcher) for one in matched if one is not None}) == 8
+
+
+def test_a_grammar_whose_lexer_is_used_up_is_compiled_anew(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs share its states, so that all further ones would fail with the first."""
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 60)
+    grammars = make_grammars(tokenizer_file)
+
+    def length(matched: MatchedGrammar) -> int:
+        """Number of tokens until the output cannot be held any longer."""
+        for count in range(200):
+            grammars.apply(grammars.select(make_batch([held_sequence(matched)], [3])), torch.zeros(1, VOCAB_SIZE))
+            if matched.error is not None or not matched.advance(A if count % 3 else B):
+                return count
+        raise AssertionError("it never fails")
+
+    lengths = [length(compile_one(grammars, "[ab]*a[ab]{60}c")) for _ in range(3)]
+    assert lengths[0] > 2 and lengths == lengths[:1] * 3
+
+
+def test_one_long_compilation_holds_up_no_other_one(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = make_grammars(tokenizer_file)
+    has_begun, may_end = threading.Event(), threading.Event()
+    compile_ = grammars._compile
+
+    def wait(text: str) -> CompiledGrammar:
+        if "slow" in text:
+            has_begun.set()
+            may_end.wait(30)
+        return compile_(text)
+
+    monkeypatch.setattr(grammars, "_compile", wait)
+    grammars.compile(with_regex("slow", "slow"))
+    assert has_begun.wait(30)
+    assert compile_one(grammars, "ab").forced() == [A, B]
+    may_end.set()
+
+
 class Echo:
     """A runner for which every next token is the same."""
 
@@ -235,7 +305,7 @@ def slow_compilation(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> tuple
     has_begun, may_end = threading.Event(), threading.Event()
     compile_ = core.grammars._compile
 
-    def wait(text: str) -> LLMatcher:
+    def wait(text: str) -> CompiledGrammar:
         has_begun.set()
         may_end.wait(30)
         return compile_(text)

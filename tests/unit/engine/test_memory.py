@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 from pathlib import Path
@@ -20,7 +21,7 @@ from engine.limits import (
 )
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
-from engine.memory import host_free_bytes, release_freed_memory
+from engine.memory import check_address_space, host_free_bytes, release_freed_memory
 
 MEGABYTE = 10**6
 NEEDS = MemoryNeeds(weights=1000 * MEGABYTE, per_block=MEGABYTE, per_step_token=MEGABYTE // 10, block_size=16)
@@ -232,6 +233,25 @@ def test_an_old_kernel_is_named(tmp_path: Path) -> None:
 
 def test_this_host_can_be_read() -> None:
     assert host_free_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_refused"), [(resource.RLIM_INFINITY, False), (2 << 30, False), (1 << 30, True), (512 << 20, True)]
+)
+def test_an_address_space_without_place_for_the_libraries_is_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: int, is_refused: bool
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (limit, limit))
+    text = "The address space of a process is limited to .* GB, less than .*: lift that limit \\(ulimit -v unlimited\\)"
+    with pytest.raises(StartError, match=text) if is_refused else contextlib.nullcontext():
+        check_address_space()
+
+
+def test_a_limited_address_space_is_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (mapped + 100 * MEGABYTE,) * 2)
+    free = host_free_bytes(host(tmp_path, "0::/\n", {}))
+    assert abs(free - 100 * MEGABYTE) < 10 * MEGABYTE
 
 
 def resident_bytes() -> int:

@@ -210,6 +210,7 @@ STRAY = "adapter_model.safetensors training_state.safetensors optimizer.safetens
         (["model.safetensors"], [], ["../model.safetensors"]),
         (PARTS, [*STRAY, "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"], PARTS),
         (PARTS, [*STRAY, "consolidated.safetensors", "old.safetensors", "model-00001-of-00007.safetensors"], None),
+        (PARTS, STRAY, ["model-00001-of-00007.safetensors", "model-00002-of-00007.safetensors"]),
         (["gptq_model-4bit-128g.safetensors"], STRAY, None),
         (["consolidated.safetensors"], STRAY, None),
         (["a.safetensors", "b.safetensors"], ["trainer_state.safetensors"], None),
@@ -286,7 +287,16 @@ def test_models_that_write_no_text_are_called_by_their_name(
         refuse_other_kinds(tmp_path, config)
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": ["Qwen2ForCausalLM"]}, {"architectures": 5, "model_type": 5}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": ["QWenLMHeadModel"]},
+        {"architectures": 5, "model_type": 5},
+        {"architectures": [None]},
+    ],
+)
 def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     refuse_other_kinds(tmp_path, config)
 
@@ -295,6 +305,7 @@ def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) 
     ("name", "kind"),
     [
         ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "an adapter"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "an adapter"),
         ("score.weight", "a reward model"),
         ("v_head.summary.weight", "a reward model"),
         ("visual.blocks.0.attn.qkv.weight", "a vision-language model"),
@@ -333,3 +344,8 @@ def test_an_adapter_that_names_no_model(tmp_path: Path, name: Any) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
     with pytest.raises(StartError, match="adapter_config.json does not name its model: put its folder or id there"):
         adapter_base(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "qwen2"}')
+    assert read_model_config(tmp_path) == {"model_type": "qwen2"}

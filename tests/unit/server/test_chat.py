@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pydantic
@@ -16,7 +17,7 @@ USER = [{"role": "user", "content": "hey"}]
 
 
 def render(template: str | None, messages: list[dict[str, Any]], *, is_strict: bool = True) -> str:
-    request = ChatRequest.model_validate({"messages": messages}, context={"is_strict": is_strict})
+    request = ChatRequest.model_validate({"messages": copy.deepcopy(messages)}, context={"is_strict": is_strict})
     return ChatTemplate(chat_format_of(template, eos_token="</s>"), is_strict=is_strict).render(request.messages)
 
 
@@ -137,6 +138,7 @@ CONTENTS: list[tuple[dict[str, Any], str]] = [
     ({"content": None, "refusal": "no"}, "no"),
     ({"content": [{"type": "refusal", "refusal": "I can't"}]}, "I can't"),
     ({"content": [{"type": "output_text", "text": "a", "annotations": []}, {"type": "thinking", "x": 1}, {}]}, "a"),
+    ({"content": [{"type": ["text"], "text": "a"}, {"type": {}, "arguments": None}]}, "a"),
     ({"content": "said", "refusal": None, "tool_calls": None, "audio": None}, "said"),
 ]
 

@@ -252,6 +252,26 @@ async def test_a_schema_that_takes_for_ever_is_refused_and_the_next_is_not(
     await compiled("json", {"type": "string"})
 
 
+async def test_what_takes_long_only_where_the_lexer_is_built_is_refused_too(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler.pool, "limits", PoolLimits(timeout_s=0.5))
+    multiples = [{"type": "integer", "multipleOf": factor} for factor in (101, 103, 107, 109, 113, 127, 131, 137)]
+    assert (await refusal("json", {"anyOf": multiples})).endswith(": it is too complex")
+    assert (await refusal("regex", ".?" * 20_000)).endswith(": it is too complex")
+
+
+async def test_an_easy_grammar_is_answered_while_hard_ones_wait(compiler: GrammarCompiler) -> None:
+    hard = [asyncio.create_task(compiled("json", {**ENDLESS, "title": str(index)})) for index in range(6)]
+    await asyncio.sleep(0.5)
+    for index in range(5):
+        await asyncio.wait_for(compiled("json", {"type": "string", "title": str(index)}), 3.0)
+    assert not any(task.done() for task in hard)
+    for task in hard:
+        task.cancel()
+    await asyncio.wait(hard)
+
+
 async def test_a_process_that_has_died_is_started_anew(compiler: GrammarCompiler) -> None:
     await compiled("json", {"type": "boolean"})
     process = running_child(compiler)
@@ -285,6 +305,8 @@ def test_many_nested_schemas_are_walked_once_each() -> None:
 
 def test_the_checking_process_ends_with_its_input_and_refuses_what_it_cannot_read() -> None:
     command = [sys.executable, "-P", "-m", "server.requests.grammar_check"]
-    done = subprocess.run(command, input=b'{"regex":"a"}\nrubbish\n', capture_output=True, check=True, timeout=60)
-    ready, first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert ready == {} and list(first) == ["grammar"] and re.match("JSON is malformed", second["error"])
+    done = subprocess.run(command, input=b'0 {"regex":"a"}\n0 rubbish\n', capture_output=True, check=True, timeout=60)
+    ready, *answers = (json.loads(line) for line in done.stdout.splitlines())
+    assert ready == {} and all(isinstance(number, int) for number in answers[::2])
+    first, second = answers[1::2]
+    assert list(first) == ["grammar"] and re.match("JSON is malformed", second["error"])

@@ -73,6 +73,7 @@ print(os.environ["PYTHONUTF8"])
     [
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"LC_ALL": "POSIX"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
         {"LANG": "C"},
         {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"},
         {"LC_ALL": "C.utf8"},
@@ -225,3 +226,6 @@ def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> No
     assert find_local(adapter) == ModelFolders(str(model), str(adapter))
     with pytest.raises(LaunchError, match=f"{second} is an adapter of {adapter}, which is one itself"):
         find_local(second)
+    write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match="/elsewhere, which is no folder here: correct base_model_name_or_path in"):
+        find_local(tmp_path / "moved")

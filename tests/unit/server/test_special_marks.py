@@ -74,3 +74,23 @@ async def test_other_texts_hide_them(tokenizer: TextTokenizer) -> None:
     first = answer["details"]["tokens"][0]
     assert (first["text"], first["special"]) == ("<tool_call>", True)
     assert chat["choices"][0]["message"]["content"] == f"\n{BODY}\n"
+
+
+@pytest.mark.parametrize("text", ["Hello", "é", ""])
+async def test_an_end_that_is_no_special_token_is_no_text_of_openais_routes(tmp_path: Path, text: str) -> None:
+    write_folder(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken("<end>", special=False, normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    engine, tokenizer = FakeEngine(), TextTokenizer.from_folder(str(tmp_path), 1)
+    body: dict[str, Any] = {"model": "m", "prompt": "?", "messages": [{"role": "user", "content": "?"}]}
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        says(engine, tokenizer, f"{text}<end>")
+        chat = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        completion = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+        streamed = events_of((await client.post("/v1/completions", json={**body, "stream": True})).content)
+        native = (await client.post("/generate", json={"inputs": "?"})).json()
+    assert (chat["message"]["content"], chat["finish_reason"]) == (text, "stop")
+    assert (completion["text"], completion["finish_reason"]) == (text, "stop")
+    assert "".join(event["choices"][0]["text"] for event in streamed) == text
+    assert native["generated_text"] == f"{text}<end>"

@@ -86,6 +86,8 @@ SCHEMAS = {"get_weather": {"parameters": WEATHER}, "bare": {}}
         ("", False),
         ("Hello", False),
         (f" {CITY}", False),
+        (f"{CITY}\n", True),
+        (f"{CITY}\n\n", False),
         (f"{CITY} ", False),
         (CITY[:-1], False),
         (written("other", "{}"), False),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -83,6 +85,32 @@ def test_every_schema_compiles_or_is_left_open(schema: dict[str, Any]) -> None:
     assert called.error is None and all(place.startswith("f#") for place in called.left_open)
     text = written(called.grammar, 0)
     assert text is None or isinstance(json.loads(text), dict)
+
+
+JUNK: list[Any] = [None, 3, -1.5, 10**30, "", "str", "#", [], [None], [[]], {}, {"a": 1}, True, False, {"$ref": "#"}]
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything within `value`."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places_in(value[key], (*path, key))
+
+
+def test_no_schema_is_refused_for_what_stands_in_it() -> None:
+    """Junk at two places of a schema, or a keyword with junk at its top."""
+    chance = random.Random(5)
+    for _ in range(150):
+        schema = json.loads(json.dumps(chance.choice([*SCHEMAS.values()])))
+        schema[chance.choice([*HELD, "$ref", "nullable"])] = copy.deepcopy(chance.choice(JUNK))
+        for _ in range(2):
+            *path, last = chance.choice([*places_in(schema)])
+            place = schema
+            for key in path:
+                place = place[key]
+            place[last] = copy.deepcopy(chance.choice(JUNK))
+        assert checked(schema).error is None, schema
+        assert checked({"type": "object"} | schema, name="f").error is None, schema
 
 
 def test_the_formats_of_the_table_are_those_that_llguidance_knows() -> None:
@@ -203,6 +231,7 @@ OPEN: list[tuple[Any, list[str], list[str], list[str]]] = [
         ['{"a": 1}'],
     ),
     ({"$ref": "#"}, ["#/$ref"], ["1"], []),
+    ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#"}}}, ["#/$ref", "#/$defs/A/$ref"], ["1"], []),
     ({"properties": 3, "required": "a", "type": "object"}, ["#/properties", "#/required"], ['{"a": 1}'], ["1"]),
     (
         {"type": "object", "properties": {"a": 3, "b": A_STRING}},
@@ -325,6 +354,9 @@ async def test_functions_and_native_routes_tell_it_too(client: httpx.AsyncClient
     answer = await ask(client, tools=tools, tool_choice="required")
     assert answer.headers[HEADER] == PLACES.replace("#", "gr%C3%B6%C3%9Fe#")
     assert HEADER not in (await ask(client, tools=tools)).headers, "the model is free"
+    for stream in (False, True):
+        body = {"prompt": "a", "response_format": format_of(SCHEMA), "stream": stream}
+        assert (await client.post("/v1/completions", json=body)).headers[HEADER] == PLACES
     grammar = {"type": "json", "value": SCHEMA}
     native = await client.post("/generate", json={"inputs": "a", "parameters": {"grammar": grammar}})
     assert (native.status_code, native.headers[HEADER]) == (200, PLACES)

@@ -1,0 +1,349 @@
+"""Fields that vLLM's clients send (`extra_body`): each has its effect on both of OpenAI's routes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.requests import ignored
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import (
+    FakeEngine,
+    client_of,
+    events_of,
+    make_config,
+    one_by_one,
+    write_model_folder,
+)
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "hey"}]},
+    COMPLETIONS: {"prompt": "x"},
+}
+IdsOf = Callable[[str], list[int]]
+both_routes = pytest.mark.parametrize("path", BODIES)
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+async def ask(client: httpx.AsyncClient, path: str, **said: Any) -> httpx.Response:
+    return await client.post(path, json=BODIES[path] | said)
+
+
+async def text_of(client: httpx.AsyncClient, path: str, **said: Any) -> str:
+    response = await ask(client, path, **said)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    text: str = choice["message"]["content"] if path == CHAT else choice["text"]
+    return text
+
+
+async def streamed_text(client: httpx.AsyncClient, path: str, **said: Any) -> str:
+    choices = [event["choices"][0] for event in events_of((await ask(client, path, stream=True, **said)).content)]
+    return "".join(choice["delta"].get("content", "") if path == CHAT else choice["text"] for choice in choices)
+
+
+@both_routes
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [
+        ({"guided_json": CITY}, {"type": "json", "value": CITY}),
+        ({"guided_json": json.dumps(CITY)}, {"type": "json", "value": CITY}),
+        ({"structured_outputs": {"json": CITY}}, {"type": "json", "value": CITY}),
+        ({"structured_outputs": {"json_object": True}}, {"type": "json_object"}),
+        ({"guided_regex": "[a-z]{3}"}, {"type": "regex", "value": "[a-z]{3}"}),
+        ({"structured_outputs": {"regex": "[a-z]{3}", "json": None}}, {"type": "regex", "value": "[a-z]{3}"}),
+        ({"guided_choice": ["yes", "no"]}, {"type": "regex", "value": "yes|no"}),
+        ({"structured_outputs": {"choice": ["a+b", "c. d"]}}, {"type": "regex", "value": r"a\+b|c\.\ d"}),
+    ],
+)
+async def test_constraints(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, same: Any
+) -> None:
+    for body in (said, {"response_format": same}):
+        response = await ask(client, path, **body)
+        assert response.status_code == 200, response.text
+    guided, formatted = (request.grammar for request in engine.requests)
+    assert guided is not None
+    assert guided == formatted
+    assert (await ask(strict_client, path, **said)).status_code == 200
+    assert engine.requests[-1].grammar is None
+
+
+@both_routes
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"guided_grammar": "root ::= 'a'"}, "`grammar` is not supported"),
+        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "`grammar` is not supported"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "`structural_tag` is not supported"),
+        ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one constraint"),
+        ({"structured_outputs": {"json": CITY, "regex": "a"}}, "structured_outputs: only one constraint"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex: only one constraint"),
+        ({"guided_choice": []}, "`choice`: invalid value"),
+        ({"guided_choice": "yes"}, "`choice`: invalid value"),
+        ({"guided_choice": ["yes", ""]}, "`choice`: invalid value"),
+        ({"structured_outputs": "json"}, "structured_outputs: invalid type"),
+        ({"guided_regex": "("}, "grammar is not valid"),
+        ({"guided_json": 5}, "grammar is not supported"),
+    ],
+)
+async def test_constraints_that_cannot_be_held_to(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, reason: str
+) -> None:
+    response = await ask(client, path, **said)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+    assert not engine.requests
+
+
+@both_routes
+async def test_a_constraint_beside_a_format_that_is_none(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    assert (await ask(client, path, guided_choice=["yes"], response_format={"type": "text"})).status_code == 200
+    assert engine.requests[0].grammar is not None
+
+
+@both_routes
+async def test_no_constraint(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+    said = {"guided_json": None, "guided_choice": None, "structured_outputs": None}
+    assert (await ask(client, path, **said)).status_code == 200
+    assert (await ask(client, path, structured_outputs={"json": None})).status_code == 200
+    assert [request.grammar for request in engine.requests] == [None, None]
+
+
+@both_routes
+async def test_special_tokens_are_shown(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, path: str
+) -> None:
+    engine.script.events = one_by_one(ids_of("Hello<|im_start|>, world!<|im_end|>"))
+    for read in (text_of, streamed_text):
+        assert await read(client, path) == "Hello, world!"
+        assert await read(client, path, skip_special_tokens=True) == "Hello, world!"
+        assert await read(client, path, skip_special_tokens=False) == "Hello<|im_start|>, world!", "but not the end"
+        said = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+        assert await read(client, path, **said) == "Hello<|im_start|>, world!<|im_end|>"
+
+
+@both_routes
+@pytest.mark.parametrize("stop", ["wor", ["world!?", "o, w"], ["never"]])
+async def test_the_stop_string_is_shown(client: httpx.AsyncClient, path: str, stop: Any) -> None:
+    full = "Hello, world!"
+    for read in (text_of, streamed_text):
+        hidden = await read(client, path, stop=stop)
+        shown = await read(client, path, stop=stop, include_stop_str_in_output=True)
+        (found,) = [text for text in ([stop] if isinstance(stop, str) else stop) if text in full] or [""]
+        assert shown == hidden + found
+        assert full.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [(CHAT, {}), (COMPLETIONS, {"prompt": "Hello, world!"}), (COMPLETIONS, {"prompt": [[5, 6, 7, 8]]})],
+)
+async def test_the_last_tokens_of_a_prompt(client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any) -> None:
+    for truncation in ({}, {"truncate_prompt_tokens": 2}):
+        response = await ask(client, path, **said, **truncation)
+        assert response.status_code == 200
+    whole, cut = (request.prompt_token_ids for request in engine.requests)
+    assert len(whole) > 2
+    assert cut == whole[-2:]
+    assert response.json()["usage"]["prompt_tokens"] == 2
+    for wrong in (0, 5000):
+        refused = await ask(client, path, **said, truncate_prompt_tokens=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
+@both_routes
+async def test_fields_without_effect_are_told_once(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A name is the client's text: it is escaped, shortened, and there are only so many of them."""
+    monkeypatch.setattr(ignored, "_names", set())
+    monkeypatch.setattr(ignored, "MAX_NAMES", 5)
+    said = {"priority": 1, "user": "me", 'a"\n\u2028': 1, "x" * 10_000: 1, "temperature": 0, "guided_regex": "a"}
+    with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
+        for _ in range(3):
+            assert (await ask(client, path, **said)).status_code == 200
+        assert (await ask(client, path, **{f"field{number}": 1 for number in range(50)})).status_code == 200
+    lines = [record.getMessage() for record in caplog.records if record.name == "server.requests.ignored"]
+    assert len(lines) == 5
+    assert "a request has the field 'priority', which has no effect" in lines
+    assert all(line.isascii() and line.isprintable() and len(line) < 200 for line in lines)
+    assert not any("temperature" in line or "guided" in line for line in lines)
+
+
+@both_routes
+async def test_above_debug_level_nothing_is_told(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        assert (await ask(client, path, secret_field=1)).status_code == 200
+    assert not re.search("secret_field", caplog.text)
+
+
+@both_routes
+async def test_to_tgi_they_are_unknown(
+    strict_client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str
+) -> None:
+    said = {"truncate_prompt_tokens": 1, "skip_special_tokens": False, "include_stop_str_in_output": 5}
+    assert await text_of(strict_client, path, **said) == "Hello, world!"
+    plain = await ask(strict_client, path)
+    assert engine.requests[0].prompt_token_ids == engine.requests[1].prompt_token_ids
+    assert plain.status_code == 200
+
+
+@both_routes
+async def test_what_the_engine_is_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str
+) -> None:
+    said = {"min_tokens": 3, "stop_token_ids": [7, 9], "allowed_token_ids": [5, 6, 7], "bad_words": ["Hello", "a b"]}
+    assert (await ask(client, path, **said)).status_code == 200
+    (request,) = engine.requests
+    assert (request.sampling.min_tokens, request.sampling.allowed_token_ids) == (3, [5, 6, 7])
+    assert request.stop_token_ids == [7, 9]
+    assert [tokenizer.decode(ids) for ids in request.banned_sequences] == ["Hello", " Hello", "a b", " a b"]
+
+
+@both_routes
+async def test_the_stop_token_is_not_part_of_the_text(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, path: str
+) -> None:
+    engine.script.events = one_by_one(ids_of("Hello, world!"))
+    (stop,) = ids_of("!")
+    for read in (text_of, streamed_text):
+        assert await read(client, path, stop_token_ids=[stop]) == "Hello, world"
+        assert await read(client, path, stop_token_ids=[stop], include_stop_str_in_output=True) == "Hello, world!"
+
+
+@both_routes
+async def test_no_stop_string_ends_a_text_that_is_too_short(client: httpx.AsyncClient, path: str) -> None:
+    assert await text_of(client, path, stop="Hello") == ""
+    assert await text_of(client, path, stop="Hello", min_tokens=1) == "Hello, world!"
+    assert await text_of(client, path, stop="wor", min_tokens=2) == "Hello, "
+
+
+@both_routes
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [10**7]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 257}, "stop_token_ids"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**7]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": [" \n"]}, "bad_words"),
+        ({"bad_words": ["a"] * 257}, "bad_words"),
+    ],
+)
+async def test_bans_that_make_no_sense(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, param: str
+) -> None:
+    response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert not engine.requests
+
+
+@both_routes
+async def test_no_log_line_has_a_bad_word(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        said = {"bad_words": ["secret"], "allowed_token_ids": list(range(100)), "min_tokens": 2}
+        assert (await ask(client, path, **said)).status_code == 200
+    (record,) = (record for record in caplog.records if record.message == "Success")
+    parameters = vars(record)["span"]["parameters"]
+    assert "secret" not in parameters
+    assert "'min_tokens': 2" in parameters
+    assert "'allowed_token_ids': <100 entries>" in parameters
+
+
+TEMPLATE = (
+    "{{ messages[0]['content'] }}|{{ enable_thinking }}|{{ style | default('plain') }}|{{ eos_token }}|"
+    "{% if add_generation_prompt %}go{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "prompt"),
+    [
+        ({}, "hey||plain|<|im_end|>|go"),
+        (None, "hey||plain|<|im_end|>|go"),
+        ({"enable_thinking": False, "style": "wild"}, "hey|False|wild|<|im_end|>|go"),
+        ({"style": ["a", {"b": None}]}, "hey||['a', {'b': None}]|<|im_end|>|go"),
+        ({"eos_token": "END"}, "hey||plain|END|go"),
+        ({"messages": [], "add_generation_prompt": False, "tools": 5}, "hey||plain|<|im_end|>|go"),
+    ],
+)
+async def test_what_a_template_may_look_at(engine: FakeEngine, tmp_path: Path, variables: Any, prompt: str) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs=variables)).status_code == 200
+        assert tokenizer.decode(engine.requests[0].prompt_token_ids) == prompt
+        refused = await ask(client, CHAT, chat_template_kwargs=[variables])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+async def test_tgi_has_no_variables(engine: FakeEngine, tmp_path: Path) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs={"style": "wild"})).status_code == 200
+    assert "plain" in tokenizer.decode(engine.requests[0].prompt_token_ids)
+
+
+@both_routes
+@pytest.mark.parametrize("num_top", [0, 2])
+async def test_logprobs_of_a_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str, num_top: int
+) -> None:
+    said = {"prompt": [[5, 6, 7]]} if path == COMPLETIONS else {}
+    await ask(client, path, **said)
+    ids = engine.requests[0].prompt_token_ids
+    first = engine.script.events[0]
+    first.prompt_logprobs = [-3.0] * (len(ids) - 1)
+    if num_top:
+        first.prompt_top_token_ids = [[ids[1], 9]] * (len(ids) - 1)
+        first.prompt_top_logprobs = [[-0.25, -0.5]] * (len(ids) - 1)
+    response = await ask(client, path, **said, prompt_logprobs=num_top)
+    assert response.status_code == 200, response.text
+    assert (engine.requests[1].has_prompt_logprobs, engine.requests[1].num_prompt_top_tokens) == (True, num_top)
+    answer = response.json()
+    scores = answer["prompt_logprobs"] if path == CHAT else answer["choices"][0]["prompt_logprobs"]
+    assert len(scores) == len(ids)
+    assert scores[0] is None
+    own = {"logprob": -3.0, "rank": None, "decoded_token": tokenizer.decode([ids[2]])}
+    assert scores[2][str(ids[2])] == own
+    if num_top:
+        assert scores[1] == {
+            str(ids[1]): {"logprob": -0.25, "rank": 1, "decoded_token": tokenizer.decode([ids[1]])},
+            "9": {"logprob": -0.5, "rank": 2, "decoded_token": tokenizer.decode([9])},
+        }
+    else:
+        assert [*scores[2]] == [str(ids[2])]
+
+
+@both_routes
+@pytest.mark.parametrize("said", [{"prompt_logprobs": 21}, {"prompt_logprobs": 0, "stream": True}])
+async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
+    response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+@both_routes
+async def test_nobody_gets_logprobs_of_a_prompt_unasked(client: httpx.AsyncClient, path: str) -> None:
+    assert "prompt_logprobs" not in (await ask(client, path)).text
