@@ -100,7 +100,6 @@ class Generation:
         self._detokenizer = Detokenizer(tokenizer, self._prompt_token_ids, shown_ids)
         is_stop_shown = parameters.include_stop_str_in_output
         self._is_end_hidden = request.is_stop_hidden and not is_stop_shown
-        """The token that ends the text is not part of it. Some tokenizers have an end that is no special token."""
         stop = parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop, is_shown=is_stop_shown) if request.is_stop_hidden and stop else None
@@ -169,8 +168,9 @@ class Generation:
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
         """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
-        is_hidden = self._is_end_hidden and reason is FinishReason.EOS_TOKEN
-        text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_hidden)
+        # Some tokenizers have an end of sequence that is no special token, and a request may have its own.
+        is_end = self._is_end_hidden and reason is FinishReason.EOS_TOKEN
+        text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_end)
         if self._stop_cutter is not None and self.num_generated_tokens >= (self._parameters.min_tokens or 0):
             visible, is_stopped = self._stop_cutter.push(visible, is_last=reason is not None)
             if is_stopped:

@@ -14,5 +14,6 @@ def use_utf8() -> None:
     Python chooses the encoding of texts and of files' names once, as it starts. Children get the mode by a variable.
     """
     os.environ[VARIABLE] = "1"
+    os.environ.pop("PYTHONIOENCODING", None)  # it would count before the mode
     if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -48,6 +48,17 @@ class Logprobs(msgspec.Struct, frozen=True):
     content: list[TokenLogprob]
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    logprob: JsonF32
+    rank: int | None
+    """Place among the likeliest tokens, from 1; null: the token is not among those that were asked for."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt a map from ids to the token itself and the likeliest ones; null for the first (vLLM)."""
+
+
 class TgiStreamError(msgspec.Struct, frozen=True):
     message: str
     http_status_code: int = 422
@@ -109,6 +120,17 @@ def _named(token: Scored, name: NameOf) -> dict[str, Any]:
         "logprob": f32(token.logprob),
         "bytes": None if named.raw is None else list(named.raw),
     }
+
+
+def prompt_logprobs(generation: Generation, max_top: int) -> PromptLogprobs:
+    """What vLLM answers to `prompt_logprobs`."""
+    rows: PromptLogprobs = []
+    for token, tops in zip(generation.prefill, generation.prefill_tops, strict=True):
+        row = {str(token.id): PromptLogprob(f32(token.logprob), None, token.text)}
+        best = enumerate(tops[:max_top], 1)
+        row |= {str(top.id): PromptLogprob(f32(top.logprob), rank, top.text) for rank, top in best}
+        rows.append(row if rows else None)
+    return rows
 
 
 def tgi_logprobs(tokens: Iterable[GeneratedToken]) -> Logprobs:

@@ -39,6 +39,8 @@ PAGE_SIZE = 4096
 PID_BYTES = 12
 """Length of the line with a process' number."""
 
+TOO_COMPLEX = "it is too complex"
+"""Begins an error that no smaller part of a schema is to blame for."""
 TOO_DEEP = "it is nested too deeply"
 REPAIR_S = 2.0
 """Seconds to find out what llguidance refuses in a schema; after that all of it is left open."""
@@ -110,8 +112,12 @@ class Checker:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
-        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+        is_refused = checked.error is not None and not checked.error.startswith(TOO_COMPLEX)
+        if is_refused and any(held.mode == "open" for held in request.schemas):
             prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
+            checked = self._with_schemas(request, prepared)
+        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+            prepared = [_all_open(*pair) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
         return checked
 
@@ -144,9 +150,9 @@ class Checker:
         if forced := matcher.compute_ff_tokens():
             matcher.consume_token(forced[0])  # a schema that needs itself, so that no text is enough, fails here
         if matcher.is_error():
-            return Checked(error=f"it is too complex: {matcher.get_error().splitlines()[0]}")
+            return Checked(error=f"{TOO_COMPLEX}: {matcher.get_error().splitlines()[0]}")
         if resident_bytes() - before > MAX_GRAMMAR_MEMORY:
-            return Checked(error="it is too complex: it takes too much memory")
+            return Checked(error=f"{TOO_COMPLEX}: it takes too much memory")
         return Checked(grammar, left_open=left_open)
 
     def _fits(self, schema: dict[str, Any], mode: Mode) -> bool:
@@ -183,8 +189,15 @@ def _repaired(held: HeldSchema, prepared: Prepared, fits: Callable[[dict[str, An
     try:
         schema, more = repaired(schema, fits_in_time)
     except TimeoutError:
-        schema, more = {"type": "object"} if held.name else {}, ["#"]
+        return _all_open(held, prepared)
     return schema, places + more
+
+
+def _all_open(held: HeldSchema, prepared: Prepared) -> Prepared:
+    """The last resort: any arguments, or any value."""
+    if held.mode != "open":
+        return prepared
+    return {"type": "object"} if held.name else {}, ["#"]
 
 
 def _options(mode: Mode) -> Any:

@@ -130,6 +130,8 @@ class Message(OpenAIModel):
         if not isinstance(data, dict):
             return data
         sent = dict(data)
+        for key in ("body", "sent"):  # ours, from another reading of the same object
+            sent.pop(key, None)
         read = _MESSAGE_BODY.validate_python if is_strict(info) else _read_freely
         try:
             body = read(sent, context=info.context)

@@ -126,7 +126,8 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
         case "text":
             return None
         case "json_object" if "value" not in value:
-            return {"type": "json_object", "value": {"type": "object"}}
+            schema = value.get("schema")  # as llama.cpp and hosted services have it
+            return {"type": "json_object", "value": schema if isinstance(schema, dict) else {"type": "object"}}
         case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
             return {"type": "json_schema", "value": value["json_schema"]}
     return value
@@ -193,9 +194,11 @@ class ChatRequest(GenerationBody):
     parallel_tool_calls: bool = True
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What else the chat template may look at, such as `enable_thinking`."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt"}
+        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     )
 
 
@@ -257,6 +260,7 @@ class CompletionRequest(GenerationBody):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
+    prompt_logprobs: U32 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

@@ -28,6 +28,8 @@ from server.requests.values import Grammar, GrammarSpec, LogitBias
 
 _FRACTION = Bounds(above=0, below=1)
 _ADDED = Bounds(min=-2, max=2)
+MAX_TOP_TOKENS = 20
+"""Likeliest tokens that OpenAI's dialects allow for a place."""
 MAX_WORDS = 256
 """Tokens that stop an answer, and words that it may not have."""
 TEXTS_OF_CLIENTS = ("stop", "grammar", "adapter_id", "bad_words")
@@ -180,7 +182,7 @@ class Parameters:
                 Dialect.CHAT: TGI.named("top_logprobs"),
                 Dialect.COMPLETIONS: OURS.named("logprobs"),
             },
-            bounds=Bounds(max_setting="max_top_n_tokens", openai_max=20),
+            bounds=Bounds(max_setting="max_top_n_tokens", openai_max=MAX_TOP_TOKENS),
             refusal=Refusal(15, "`top_n_tokens` must be >= 0 and <= {limit}. Given: {given}"),
             engine_field="num_top_tokens",
         )
@@ -226,6 +228,14 @@ class Parameters:
         )
     )
     ignore_eos: bool = parameter(Row(bool, IN_ALL_OF_OURS, default=False))
+    prompt_logprobs: int | None = parameter(
+        Row(
+            U32,
+            IN_OPENAI,
+            bounds=Bounds(max=MAX_TOP_TOKENS),
+            refusal=Refusal(15, "`prompt_logprobs` must be >= 0 and <= {limit}. Given: {given}"),
+        )
+    )
     min_tokens: int | None = parameter(Row(U32, IN_OPENAI, engine_field="min_tokens"))
     stop_token_ids: Sequence[int] = parameter(
         Row(

@@ -66,6 +66,15 @@ class GenerationInput:
     watch: Watch | None = None
 
     @property
+    def has_prompt_logprobs(self) -> bool:
+        return self.parameters.decoder_input_details or self.parameters.prompt_logprobs is not None
+
+    @property
+    def max_prompt_top_tokens(self) -> int:
+        """The same number, with what vLLM's parameter asks for."""
+        return max(self.num_prompt_top_tokens, self.parameters.prompt_logprobs or 0)
+
+    @property
     def is_openai(self) -> bool:
         """Parameters mean what they mean to OpenAI: `frequency_penalty` counts, `stop` is not part of the answer."""
         return self.dialect is not Dialect.NATIVE
@@ -129,6 +138,11 @@ class Validator:
             param="n",
         )
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
+        refuse_if(
+            request.is_stream and parameters.prompt_logprobs is not None,
+            "`prompt_logprobs` is not supported when streaming tokens",
+            param="prompt_logprobs",
+        )
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
             refuse_if(
@@ -138,6 +152,11 @@ class Validator:
         elif best_of is not None and best_of > 1:
             refuse_if(max_best_of == 1, "`best_of` != 1 is not allowed for this endpoint")  # text 1
             refuse_if(best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")  # text 2
+
+    def check_number(self, num_sequences: int) -> None:
+        """Refuse what would find no permits however often it came back. Raises ValidationError."""
+        limit = self._config.max_concurrent_requests
+        refuse_if(num_sequences > limit, f"prompts times `n` must be <= {limit}. Given: {num_sequences}", param="n")
 
     async def validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         """An engine request for each sequence. Raises ValidationError."""
@@ -159,8 +178,8 @@ class Validator:
             is_ignoring_eos=parameters.ignore_eos,
             stop_token_ids=[*parameters.stop_token_ids],
             banned_sequences=await self._banned_sequences(parameters.bad_words),
-            has_prompt_logprobs=parameters.decoder_input_details and self._has_prompt_logprobs,
-            num_prompt_top_tokens=request.num_prompt_top_tokens,
+            has_prompt_logprobs=request.has_prompt_logprobs and self._has_prompt_logprobs,
+            num_prompt_top_tokens=request.max_prompt_top_tokens,
             grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
@@ -294,7 +313,7 @@ def _check_bans(parameters: Parameters) -> None:
 
 
 def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
-    num_top = request.num_prompt_top_tokens
+    num_top = request.max_prompt_top_tokens
     refuse_if(
         num_top * num_input > MAX_PROMPT_TOPS,
         f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",

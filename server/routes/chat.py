@@ -19,9 +19,11 @@ from server.answers.json import Usage, encoded_answer, encoded_items, encoder
 from server.answers.openai import (
     Envelope,
     Logprobs,
+    PromptLogprobs,
     chat_logprobs,
     num_generated_tokens,
     openai_stream,
+    prompt_logprobs,
     tgi_logprobs,
     usage_of,
 )
@@ -67,6 +69,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """vLLM's, on request."""
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -124,7 +128,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     is_strict = service.config.is_strict_tgi
     use = use_tools(request, service.tokenizer, is_strict=is_strict)
     end = ending(request)
-    prompt = await service.chats.render(request.messages, use.offered, end)
+    prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,
@@ -169,6 +173,7 @@ class _Chat:
         return encoder.encode(self._completion(encoded_items(choices), streams))
 
     def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
+        num_top = self._input.parameters.prompt_logprobs
         return ChatCompletion(
             id=self._envelope.id,
             created=self._envelope.now,
@@ -176,6 +181,7 @@ class _Chat:
             system_fingerprint=self._envelope.system_fingerprint,
             choices=choices,
             usage=self._usage(streams),
+            prompt_logprobs=UNSET if num_top is None else prompt_logprobs(streams[0].generation, num_top),
         )
 
     def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from server.answers.headers import plain_headers_of_prompts, stream_headers
 from server.answers.json import JsonF32, Scored, Usage, encoded_answer, encoded_items, encoder, f32
@@ -15,8 +16,10 @@ from server.answers.openai import (
     FINISH_REASONS_TGI_STREAM,
     Envelope,
     NameOf,
+    PromptLogprobs,
     num_generated_tokens,
     openai_stream,
+    prompt_logprobs,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -33,7 +36,7 @@ from server.generation import (
 )
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
-from server.requests.infill import infill_prompt
+from server.requests.infill import ENDS, infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
@@ -58,6 +61,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """vLLM's, on request."""
 
 
 class CompletionFinal(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +116,7 @@ async def answer_completions(request: Request, body: CompletionRequest) -> Respo
         answer, headers = await cancel_if_gone(request, completion.complete())
         return encoded_answer(answer, headers)
     opening = await service.open_validated(*completion.prompts)
-    headers = stream_headers(service.config.compute_type, completion.text_of_prompts)
+    headers = stream_headers(service.config.compute_type, completion.text_of_prompts, opening.left_open)
     return EventStream(openai_stream(completion.chunks(opening), service.config), headers, opening.close)
 
 
@@ -182,6 +187,8 @@ class _Completion:
             parameters = dataclasses.replace(parameters, max_new_tokens=1)
         if self._body.suffix:
             prompt = await infill_prompt(self._service.tokenizer, prompt, self._body.suffix)
+            ends = self._service.tokenizer.token_ids(*ENDS)
+            parameters = dataclasses.replace(parameters, stop_token_ids=[*parameters.stop_token_ids, *sorted(ends)])
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
@@ -227,7 +234,9 @@ class _Completion:
             for generated in () if self._is_scoring else answer.tokens:
                 table.add(generated)
             logprobs = table.take()
-        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]))
+        num_top = self._body.prompt_logprobs
+        scores = UNSET if num_top is None else prompt_logprobs(answer.generation, num_top)
+        return CompletionChoice(index, echo + text, logprobs, self._finish_reason(answer.tokens[-1]), scores)
 
     def _table(self) -> _LogprobTable:
         return _LogprobTable(self._service.tokenizer.name, self._body.logprobs or 0)

@@ -39,7 +39,7 @@ class Detokenizer:
     def push(self, token_id: int, *, is_last: bool, is_hidden: bool = False) -> TokenText:
         """Take the next token; with the last one, whole characters that were held back come out as well.
 
-        `is_hidden`: its text is not visible, whatever it is.
+        `is_hidden`: the token is not visible, though it may be no special one.
         """
         held_before = self._held
         text = visible = self._advance(token_id)

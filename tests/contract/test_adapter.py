@@ -21,6 +21,8 @@ from engine.checkpoint.weights import open_weights
 from engine.core import EngineCore
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from engine.quantize.options import QuantizeOptions
+from engine.quantize.quantize import quantize
 from engine.start import start_engine
 from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
@@ -200,6 +202,16 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[i
     save_file({name: torch.zeros(size) for name, size in tensors.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(StartError, match=sentence):
         start(base, adapter)
+
+
+def test_quantize_wants_a_whole_model(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "output"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    options = QuantizeOptions(model_id=str(adapter), output_dir=str(output), method="int8")
+    with pytest.raises(StartError, match=f"{adapter} is an adapter: merge it with `peft` first, or serve it with"):
+        quantize(options)
+    assert not output.exists()
 
 
 def test_a_pickled_adapter_is_not_read(tmp_path: Path) -> None:

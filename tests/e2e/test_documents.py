@@ -47,6 +47,7 @@ NOT_RUN = {
     ("docs/deployment.md", TWO_HOSTS): "both are run by test_two_hosts.py",
     ("docs/deployment.md", HOST_NETWORK): "no Docker engine here",
     ("docs/deployment.md", TORCHRUN): "needs two hosts; test_shards.py runs torchrun on one",
+    ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }
 """Commands without a marker, by document and first line, and why they are not run here."""

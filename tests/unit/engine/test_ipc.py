@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.link import ipc
 from engine.link.ipc import (
     HEADER,
     MAX_RECEIVED_BYTES,
@@ -291,3 +293,27 @@ def test_much_that_comes_at_once_is_taken_in_over_several_calls() -> None:
         assert max(calls) <= MAX_RECEIVED_BYTES // len(frame) + 1
         with pytest.raises(EOFError):
             endpoint.receive(1.0)
+
+
+def test_a_frame_beyond_the_sockets_buffer_is_taken_in_by_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that follow a large one do not wait for a step for each 200 KB of it."""
+    monkeypatch.setattr(ipc, "MAX_FRAME_WAIT_S", 10.0)  # a busy machine may not let the sender run for a while
+    ours, theirs = socket.socketpair()
+    frame = encode_frame(GenerationRequest(request_id="a", prompt_token_ids=[70_000] * 300_000, max_new_tokens=1))
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        endpoint = EngineEndpoint(ours)
+        sending = pool.submit(theirs.sendall, frame)
+        assert len(endpoint.receive(1.0)) == 1
+        sending.result()
+    assert len(frame) > 1_000_000
+
+
+def test_the_rest_of_a_frame_is_not_waited_for_long(pair: tuple[EngineEndpoint, socket.socket]) -> None:
+    endpoint, peer = pair
+    frame = encode_frame(MESSAGES[0])
+    peer.sendall(frame + frame[:-1])
+    started = time.monotonic()
+    assert endpoint.receive(1.0) == MESSAGES[:1]
+    assert time.monotonic() - started < 0.5
+    peer.sendall(frame[-1:])
+    assert endpoint.receive(1.0) == MESSAGES[:1]

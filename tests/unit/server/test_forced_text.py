@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from engine.link.config import GRAMMAR_LIMITS, MAX_FORCED_CHARS
+from engine.link.config import MAX_FORCED_CHARS
+from server.requests import grammar_check
 from server.requests.forced_text import forced_chars, unforced
-from server.requests.grammar_check import Check, Checker
+from server.requests.grammar_check import JSON_OPTIONS, Check, Checker, HeldSchema
 
 TOKENIZER = LLTokenizer("byte")
-CHECKER = Checker()
 TEXT = "the quick brown fox jumps, "
 ALL = [f"k{index}" for index in range(300)]
 
 
 def grammar_of(value: str | dict[str, Any]) -> str:
-    return CHECKER._grammar(Check(regex=value) if isinstance(value, str) else Check(schema=value))
+    if isinstance(value, str):
+        return LLMatcher.grammar_from_regex(value)
+    return LLMatcher.grammar_from_json_schema(value, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
 
 
 def record(value: dict[str, Any], names: list[str] = ALL) -> dict[str, Any]:
@@ -112,9 +114,11 @@ def test_the_grammars_of_tools_are_measured_too() -> None:
 
 def test_the_check_measures_what_the_engine_will_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lexer for multiples takes time and memory only where it is built; to validate the schema is nothing."""
-    schema = {"type": "integer", "multipleOf": 86_400}
-    assert CHECKER.check(Check(schema=schema)).error is None
-    monkeypatch.setattr("server.requests.grammar_check.MAX_GRAMMAR_MEMORY", 100_000)
-    text = "it is too complex: it takes too much memory"
-    assert CHECKER.check(Check(schema={**schema, "multipleOf": 86_399})).error == text
-    assert GRAMMAR_LIMITS["max_lexer_states"] == 20_000
+    checker = Checker()
+
+    def error(factor: int) -> str | None:
+        return checker.check(Check(schemas=(HeldSchema({"type": "integer", "multipleOf": factor}, "strict"),))).error
+
+    assert error(86_400) is None
+    monkeypatch.setattr(grammar_check, "MAX_GRAMMAR_MEMORY", 100_000)
+    assert error(86_399) == "it is too complex: it takes too much memory"

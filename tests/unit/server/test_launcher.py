@@ -73,6 +73,7 @@ print(os.environ["PYTHONUTF8"])
     [
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"LC_ALL": "POSIX"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
         {"LANG": "C"},
         {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"},
         {"LC_ALL": "C.utf8"},

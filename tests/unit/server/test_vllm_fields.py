@@ -6,14 +6,23 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.app import create_app
 from server.requests import ignored
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, events_of, one_by_one
+from tests.unit.server.harness import (
+    FakeEngine,
+    client_of,
+    events_of,
+    make_config,
+    one_by_one,
+    write_model_folder,
+)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -260,3 +269,81 @@ async def test_no_log_line_has_a_bad_word(
     assert "secret" not in parameters
     assert "'min_tokens': 2" in parameters
     assert "'allowed_token_ids': <100 entries>" in parameters
+
+
+TEMPLATE = (
+    "{{ messages[0]['content'] }}|{{ enable_thinking }}|{{ style | default('plain') }}|{{ eos_token }}|"
+    "{% if add_generation_prompt %}go{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "prompt"),
+    [
+        ({}, "hey||plain|<|im_end|>|go"),
+        (None, "hey||plain|<|im_end|>|go"),
+        ({"enable_thinking": False, "style": "wild"}, "hey|False|wild|<|im_end|>|go"),
+        ({"style": ["a", {"b": None}]}, "hey||['a', {'b': None}]|<|im_end|>|go"),
+        ({"eos_token": "END"}, "hey||plain|END|go"),
+        ({"messages": [], "add_generation_prompt": False, "tools": 5}, "hey||plain|<|im_end|>|go"),
+    ],
+)
+async def test_what_a_template_may_look_at(engine: FakeEngine, tmp_path: Path, variables: Any, prompt: str) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs=variables)).status_code == 200
+        assert tokenizer.decode(engine.requests[0].prompt_token_ids) == prompt
+        refused = await ask(client, CHAT, chat_template_kwargs=[variables])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+async def test_tgi_has_no_variables(engine: FakeEngine, tmp_path: Path) -> None:
+    write_model_folder(tmp_path, TEMPLATE)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(is_strict_tgi=True), tokenizer)) as client:
+        assert (await ask(client, CHAT, chat_template_kwargs={"style": "wild"})).status_code == 200
+    assert "plain" in tokenizer.decode(engine.requests[0].prompt_token_ids)
+
+
+@both_routes
+@pytest.mark.parametrize("num_top", [0, 2])
+async def test_logprobs_of_a_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: TextTokenizer, path: str, num_top: int
+) -> None:
+    said = {"prompt": [[5, 6, 7]]} if path == COMPLETIONS else {}
+    await ask(client, path, **said)
+    ids = engine.requests[0].prompt_token_ids
+    first = engine.script.events[0]
+    first.prompt_logprobs = [-3.0] * (len(ids) - 1)
+    if num_top:
+        first.prompt_top_token_ids = [[ids[1], 9]] * (len(ids) - 1)
+        first.prompt_top_logprobs = [[-0.25, -0.5]] * (len(ids) - 1)
+    response = await ask(client, path, **said, prompt_logprobs=num_top)
+    assert response.status_code == 200, response.text
+    assert (engine.requests[1].has_prompt_logprobs, engine.requests[1].num_prompt_top_tokens) == (True, num_top)
+    answer = response.json()
+    scores = answer["prompt_logprobs"] if path == CHAT else answer["choices"][0]["prompt_logprobs"]
+    assert len(scores) == len(ids)
+    assert scores[0] is None
+    own = {"logprob": -3.0, "rank": None, "decoded_token": tokenizer.decode([ids[2]])}
+    assert scores[2][str(ids[2])] == own
+    if num_top:
+        assert scores[1] == {
+            str(ids[1]): {"logprob": -0.25, "rank": 1, "decoded_token": tokenizer.decode([ids[1]])},
+            "9": {"logprob": -0.5, "rank": 2, "decoded_token": tokenizer.decode([9])},
+        }
+    else:
+        assert [*scores[2]] == [str(ids[2])]
+
+
+@both_routes
+@pytest.mark.parametrize("said", [{"prompt_logprobs": 21}, {"prompt_logprobs": 0, "stream": True}])
+async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
+    response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+@both_routes
+async def test_nobody_gets_logprobs_of_a_prompt_unasked(client: httpx.AsyncClient, path: str) -> None:
+    assert "prompt_logprobs" not in (await ask(client, path)).text

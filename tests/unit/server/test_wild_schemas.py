@@ -354,6 +354,9 @@ async def test_functions_and_native_routes_tell_it_too(client: httpx.AsyncClient
     answer = await ask(client, tools=tools, tool_choice="required")
     assert answer.headers[HEADER] == PLACES.replace("#", "gr%C3%B6%C3%9Fe#")
     assert HEADER not in (await ask(client, tools=tools)).headers, "the model is free"
+    for stream in (False, True):
+        body = {"prompt": "a", "response_format": format_of(SCHEMA), "stream": stream}
+        assert (await client.post("/v1/completions", json=body)).headers[HEADER] == PLACES
     grammar = {"type": "json", "value": SCHEMA}
     native = await client.post("/generate", json={"inputs": "a", "parameters": {"grammar": grammar}})
     assert (native.status_code, native.headers[HEADER]) == (200, PLACES)
