@@ -183,8 +183,8 @@ def _tool_choice(request: ResponsesRequest) -> tuple[list[Json], Any]:
     allowed = choice.get("tools")
     if choice.get("type") != "allowed_tools" or not isinstance(allowed, list):
         raise unsupported("tool choices", choice.get("type"))
-    names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
-    return [tool for tool in tools if tool.get("name") in names], choice.get("mode", "auto")
+    names = {str(tool.get("name")) for tool in allowed if isinstance(tool, dict)}
+    return [tool for tool in tools if str(tool.get("name")) in names], choice.get("mode", "auto")
 
 
 def _response_format(text_format: TextFormat | None) -> Json | None:

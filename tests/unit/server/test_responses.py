@@ -140,6 +140,12 @@ async def test_tool_choices(client: httpx.AsyncClient, engine: FakeEngine, choic
     assert grammar is None or ("clock" in grammar) is (choice == "required")
 
 
+async def test_tools_without_a_usable_name_are_refused_where_some_are_allowed(client: httpx.AsyncClient) -> None:
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [WEATHER, {"name": []}]}
+    answer = await client.post(PATH, json={"input": "hey", "tools": [WEATHER | {"name": []}], "tool_choice": choice})
+    assert answer.status_code == 400, answer.text
+
+
 async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     text = {"format": {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}}
     answer = await client.post(PATH, json={"input": "hey", "text": text})
