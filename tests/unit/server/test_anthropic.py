@@ -66,6 +66,16 @@ async def test_words(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (engine.requests[0].max_new_tokens, sampling.temperature, sampling.top_k) == (50, 0.5, 7)
 
 
+async def test_tokens_of_the_prefix_cache_are_counted_apart(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Anthropic's `input_tokens` are those that had to be computed."""
+    engine.script.events[0].num_cached_tokens = 4
+    usage = (await ask(client))["usage"]
+    events = await stream(client)
+    assert usage["cache_read_input_tokens"] == 4 and events[-2]["usage"] == usage
+    assert usage["input_tokens"] == len(engine.requests[0].prompt_token_ids) - 4
+    assert events[0]["message"]["usage"]["input_tokens"] == len(engine.requests[0].prompt_token_ids)
+
+
 async def test_a_stream_says_what_the_whole_message_says(
     client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf
 ) -> None:

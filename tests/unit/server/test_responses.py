@@ -58,6 +58,13 @@ async def test_words(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     assert engine.requests[0].max_new_tokens == 9 and engine.requests[0].sampling.temperature == 0.5
 
 
+async def test_usage_counts_the_tokens_that_the_prefix_cache_had(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.script.events[0].num_cached_tokens = 16
+    usage = (await sdk.responses.create(model="m", input="hey")).usage
+    assert usage is not None and usage.input_tokens_details.cached_tokens == 16
+    assert usage.input_tokens == len(engine.requests[0].prompt_token_ids)
+
+
 async def test_a_stream_grows_what_its_last_event_holds(
     sdk: openai.AsyncOpenAI, engine: FakeEngine, ids_of: IdsOf
 ) -> None:
