@@ -273,7 +273,7 @@ async def test_no_log_line_has_a_bad_word(
 
 TEMPLATE = (
     "{{ messages[0]['content'] }}|{{ enable_thinking }}|{{ style | default('plain') }}|{{ eos_token }}|"
-    "{% if add_generation_prompt %}go{% endif %}"
+    "{% if add_generation_prompt %}go{% endif %}{% if documents %}{{ documents[0]['title'] }}{% endif %}"
 )
 
 
@@ -286,6 +286,8 @@ TEMPLATE = (
         ({"style": ["a", {"b": None}]}, "hey||['a', {'b': None}]|<|im_end|>|go"),
         ({"eos_token": "END"}, "hey||plain|END|go"),
         ({"messages": [], "add_generation_prompt": False, "tools": 5}, "hey||plain|<|im_end|>|go"),
+        ({"self": 1, "args": 2, "variables": 3}, "hey||plain|<|im_end|>|go"),
+        ({"documents": [{"title": "A"}]}, "hey||plain|<|im_end|>|goA"),
     ],
 )
 async def test_what_a_template_may_look_at(engine: FakeEngine, tmp_path: Path, variables: Any, prompt: str) -> None:
