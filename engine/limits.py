@@ -37,6 +37,8 @@ class MemoryNeeds:
     """All that the largest step takes beside weights and KV cache; 0: it was not measured, the estimate counts."""
     graphs: int = 0
     """Captured graphs, as estimated."""
+    grammars: int = 0
+    """The vocabulary that grammars need, where the host's memory is the device's."""
 
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -44,7 +46,7 @@ class MemoryNeeds:
     @property
     def fixed(self) -> int:
         """What is there whatever the size of the KV cache."""
-        return self.weights + self.measured_step + self.graphs
+        return self.weights + self.measured_step + self.graphs + self.grammars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,7 @@ from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
 from engine.sampling.bans import Bans
 from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
-from engine.sampling.grammar import MASKS, Grammars
+from engine.sampling.grammar import BYTES_PER_TOKEN, MASKS, Grammars
 from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import SAMPLERS, Sample
 from engine.scheduling.block_manager import BlockManager
@@ -61,6 +61,8 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     core = _make_core(prepared, runner, sample, step_limit, costs)
+    if not config.is_grammar_disabled:
+        core.grammars.prepare()
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
@@ -156,6 +158,7 @@ def _plan(
         per_block=runner.kv_bytes_per_block(kv_dtype),
         per_step_token=model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize,
         block_size=runner.block_size,
+        grammars=BYTES_PER_TOKEN * model.vocab_size if device.memory is None and not config.is_grammar_disabled else 0,
     )
     num_positions = config.max_total_tokens or window.max_position_embeddings
     if device.memory is not None:

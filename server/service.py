@@ -181,7 +181,10 @@ class AdmittedRequest:
             for request in self._inputs:
                 validator.check_before_admission(request)
             if self._permit is None:
-                self.take_permit(sum(request.num_sequences for request in self._inputs))
+                num_sequences = sum(request.num_sequences for request in self._inputs)
+                if self._inputs[0].is_openai:
+                    validator.check_number(num_sequences)
+                self.take_permit(num_sequences)
             requests: list[ValidatedRequest] = []
             try:
                 for request in self._inputs:

@@ -18,6 +18,7 @@ NUM_TICKS = 5
 def line_chart(title: str, series: Mapping[str, Points], x_label: str = "minutes") -> str:
     """A chart of all `series`, whose y axis begins at 0; each has a name and points from left to right."""
     max_x = max((x for points in series.values() for x, _ in points), default=0.0) or 1.0
+    x_step = nice_step(max_x)
     step = nice_step(max((y for points in series.values() for _, y in points), default=0.0) or 1.0)
     max_y = step * NUM_TICKS
 
@@ -27,10 +28,12 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "minutes
 
     parts = [text(LEFT, 18, title, "start", bold=True), text(place(max_x, 0)[0], HEIGHT - 6, x_label, "end")]
     for number in range(NUM_TICKS + 1):
-        x, y = place(max_x * number / NUM_TICKS, step * number)
+        _, y = place(0, step * number)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#dddddd"/>')
         parts.append(text(LEFT - 6, y + 4, f"{step * number:,.6g}", "end"))
-        parts.append(text(x, HEIGHT - BOTTOM + 16, f"{max_x * number / NUM_TICKS:.3g}", "middle"))
+    for number in range(int(max_x / x_step) + 1):
+        x, _ = place(x_step * number, 0)
+        parts.append(text(x, HEIGHT - BOTTOM + 16, f"{x_step * number:,.6g}", "middle"))
     for index, (name, points) in enumerate(series.items()):
         color = COLORS[index % len(COLORS)]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thinned(points)))

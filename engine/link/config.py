@@ -67,6 +67,8 @@ class EngineConfig:
     """The ranks' proof to each other that they belong together; empty: they believe anybody who reaches their port."""
     is_strict_tgi: bool = False
     """Whether a text ends at TGI's end-of-sequence ids alone (`engine.checkpoint.files`)."""
+    is_grammar_disabled: bool = False
+    """Nobody may send a grammar, so that no vocabulary is read for any."""
     num_threads: int = 1
     """Threads of the CPU kernels, and of the masks of grammars."""
     socket_fd: int | None = None

@@ -283,8 +283,8 @@ REQUESTS = (
     ),
     Flag(
         name="disable-grammar-support",
-        fills="server.is_grammar_disabled",
-        help="Refuse grammars and response formats with TGI's text",
+        fills="server.is_grammar_disabled engine.is_grammar_disabled",
+        help="Refuse grammars and response formats with TGI's text, and spare the memory that they need",
         is_switch=True,
     ),
     Flag(

@@ -6,6 +6,8 @@ from server.errors import ValidationError
 from server.text.tokenizer import TextTokenizer
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+ENDS = (*MARKS, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+"""Tokens after which nothing belongs to the middle any more. They are no ends of the model's."""
 
 
 async def infill_prompt(tokenizer: TextTokenizer, prompt: str | list[int], suffix: str) -> str | list[int]:

@@ -153,6 +153,11 @@ class Validator:
             refuse_if(max_best_of == 1, "`best_of` != 1 is not allowed for this endpoint")  # text 1
             refuse_if(best_of > max_best_of, f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")  # text 2
 
+    def check_number(self, num_sequences: int) -> None:
+        """Refuse what would find no permits however often it came back. Raises ValidationError."""
+        limit = self._config.max_concurrent_requests
+        refuse_if(num_sequences > limit, f"prompts times `n` must be <= {limit}. Given: {num_sequences}", param="n")
+
     async def validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         """An engine request for each sequence. Raises ValidationError."""
         parameters = request.parameters

@@ -36,7 +36,7 @@ from server.generation import (
 )
 from server.operation import Area, Operation
 from server.requests.dialects import MAX_CHOICES
-from server.requests.infill import infill_prompt
+from server.requests.infill import ENDS, infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
@@ -187,6 +187,8 @@ class _Completion:
             parameters = dataclasses.replace(parameters, max_new_tokens=1)
         if self._body.suffix:
             prompt = await infill_prompt(self._service.tokenizer, prompt, self._body.suffix)
+            ends = self._service.tokenizer.token_ids(*ENDS)
+            parameters = dataclasses.replace(parameters, stop_token_ids=[*parameters.stop_token_ids, *sorted(ends)])
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,

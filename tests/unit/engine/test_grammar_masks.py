@@ -192,6 +192,21 @@ def test_a_grammar_whose_lexer_is_used_up_is_compiled_anew(
     assert lengths[0] > 2 and lengths == lengths[:1] * 3
 
 
+def test_the_vocabulary_is_read_before_there_are_steps(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance holds the GIL while it reads, so that no step would be computed."""
+    grammars = make_grammars(tokenizer_file)
+    grammars.prepare()
+    monkeypatch.setattr(grammar, "LLTokenizer", None)
+    assert compile_one(grammars, "a").advance(A)
+
+
+def test_a_vocabulary_that_cannot_be_read_is_told_at_the_start(
+    tokenizer_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_grammars(tokenizer_file, eos_token_ids=[]).prepare()
+    assert "Grammars will be refused: the model has no end-of-sequence token" in caplog.text
+
+
 def test_one_long_compilation_holds_up_no_other_one(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = make_grammars(tokenizer_file)
     has_begun, may_end = threading.Event(), threading.Event()

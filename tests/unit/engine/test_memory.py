@@ -185,6 +185,15 @@ V2 = "sys/fs/cgroup"
 V1 = "sys/fs/cgroup/memory"
 
 
+def test_the_vocabulary_of_grammars_takes_its_part() -> None:
+    needs = dataclasses.replace(NEEDS, grammars=100 * MEGABYTE)
+    left, less = (
+        plan_kv_blocks(config(), each, free_bytes=3000 * MEGABYTE, window=1024, has_default_cap=False)
+        for each in (NEEDS, needs)
+    )
+    assert 0 < less < left
+
+
 @pytest.mark.parametrize(
     ("cgroup", "files", "expected"),
     [

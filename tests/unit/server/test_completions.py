@@ -181,6 +181,17 @@ async def test_as_many_prompts_as_there_are_permits(
     assert (await complete(strict_client, prompt=["x"] * 5)).status_code == 422
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_more_sequences_than_permits(client: httpx.AsyncClient, is_stream: bool) -> None:
+    """A 429 would be sent again for ever."""
+    error = await error_of(client, prompt=["x"] * 65, n=2, stream=is_stream)
+    assert (error["param"], error["message"]) == (
+        "n",
+        "Input validation error: prompts times `n` must be <= 128. Given: 130",
+    )
+    assert (await complete(client, prompt=["x"] * 64, n=2, stream=is_stream)).status_code == 200
+
+
 async def test_the_first_failure_fails_the_call(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
     engine.script.scripts = [one_by_one(ids_of("one<|im_end|>")), one_by_one([5], None)]
     engine.script.errors = [None, "boom"]

@@ -13,7 +13,7 @@ import tokenizers
 from server.app import create_app
 from server.requests.infill import MARKS
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, client_of, make_config, write_model_folder
+from tests.unit.server.harness import FakeEngine, client_of, make_config, one_by_one, write_model_folder
 
 PATH = "/v1/completions"
 
@@ -65,6 +65,15 @@ async def test_streams_and_several_prompts_have_it_too(client: httpx.AsyncClient
 async def test_no_suffix(client: httpx.AsyncClient, engine: FakeEngine, coder: TextTokenizer, suffix: Any) -> None:
     """Editors send an empty one at the end of a file."""
     assert await prompt_of(client, engine, prompt="Hello", suffix=suffix) == coder._encode("Hello", False)
+
+
+async def test_the_middle_ends_where_another_part_begins(
+    client: httpx.AsyncClient, engine: FakeEngine, coder: TextTokenizer
+) -> None:
+    engine.script.events = one_by_one(coder._encode("middle<|fim_prefix|>", False))
+    response = await client.post(PATH, json={"prompt": "a", "suffix": "c", "stop_token_ids": [5]})
+    assert response.json()["choices"][0]["text"] == "middle"
+    assert engine.requests[0].stop_token_ids == [5, *sorted(coder.token_ids(*MARKS))]
 
 
 async def test_with_an_echo(client: httpx.AsyncClient) -> None:
