@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pydantic
 
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.responses import Json, chat_request, unsupported
 from server.requests.serde import F32, I32, U32, ListOf, max_items
 
@@ -29,7 +29,7 @@ class ToolChoice(OpenAIModel):
     disable_parallel_tool_use: bool = False
 
 
-class CountTokensRequest(OpenAIModel):
+class CountTokensRequest(OpenAIBody):
     """Body of /v1/messages/count_tokens: a chat that is not answered."""
 
     messages: Annotated[ListOf[AnthropicMessage], max_items(MAX_MESSAGES)]

@@ -13,7 +13,7 @@ import pydantic
 from server.errors import ValidationError
 from server.requests import serde
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.serde import F32, U32, ListOf, max_items
 
 Json = dict[str, Any]
@@ -33,7 +33,7 @@ class TextOptions(OpenAIModel):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(OpenAIModel):
+class ResponsesRequest(OpenAIBody):
     """Body of /v1/responses."""
 
     input: str | Annotated[ListOf[Json], max_items(MAX_MESSAGES)]

@@ -183,6 +183,28 @@ async def test_fields_without_effect_are_told_once(
     assert not any("temperature" in line or "guided" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hey", "truncation": "auto", "text": None}),
+        ("/v1/messages", {"messages": BODIES[CHAT]["messages"], "max_tokens": 5, "truncation": "auto"}),
+    ],
+)
+async def test_other_shapes_of_a_chat_tell_of_them_as_well(
+    client: httpx.AsyncClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(ignored, "_names", set())
+    with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
+        assert (await client.post(path, json=body)).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.name == "server.requests.ignored"] == [
+        "a request has the field 'truncation', which has no effect"
+    ]
+
+
 @both_routes
 async def test_above_debug_level_nothing_is_told(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str
