@@ -48,6 +48,12 @@ class Ending(enum.Enum):
     CLOSED = "closed"
     """The prompt ends where the template ends the last message."""
 
+    def is_within(self, role: str, *, has_content: bool, has_calls: bool) -> bool:
+        """Whether the prompt ends within the last message, if that is of this kind, and the model goes on with it."""
+        if self is Ending.AUTOMATIC:
+            return role == "assistant" and has_content and not has_calls
+        return self is Ending.CONTINUED
+
 
 class TemplateConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A model's templates and what is the same for all of its chats: the first frame."""
@@ -228,10 +234,11 @@ class _TransformersTemplate(_Template):
 
 def _is_continued(chat: Chat) -> bool:
     """Whether the model goes on with the last message."""
-    if chat.ending is not Ending.AUTOMATIC:
+    if not chat.messages:
         return chat.ending is Ending.CONTINUED
-    last = chat.messages[-1] if chat.messages else {}
-    return last.get("role") == "assistant" and last["content"] is not None and "tool_calls" not in last
+    last = chat.messages[-1]
+    has_content, has_calls = last["content"] is not None, "tool_calls" in last
+    return chat.ending.is_within(last["role"], has_content=has_content, has_calls=has_calls)
 
 
 def main() -> None:
