@@ -258,6 +258,16 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
             "]}]}",
         ),
     ),
+    "twenty thousand places to be left open, with long names": (
+        "/generate",
+        lambda: generate(
+            '"max_new_tokens":1,"grammar":{"type":"json","value":{"type":"object","properties":{"'
+            + "\u4e2d" * 20_000
+            + '":{"type":"object","properties":{'
+            + ",".join(f'"{i}":{{"not":{{"type":"null"}}}}' for i in range(5_000))
+            + "}}}}}"
+        ),
+    ),
     "ten thousand messages in Anthropic's shape": (
         "/v1/messages",
         lambda: repeated(USER, '{"max_tokens":3,"messages":[', "]}", max_items=10_000),
