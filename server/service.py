@@ -26,7 +26,7 @@ from server.edge.admission import Admission, Permit
 from server.edge.intake import Intake, IntakeLimits
 from server.errors import OverloadedError
 from server.generation import Completion, Generation, Stream, Timings
-from server.requests.body import BodyReader, require_json
+from server.requests.body import BodyReader, MeasuredBody, require_json
 from server.requests.grammar import GrammarCompiler
 from server.requests.sampling_defaults import read_sampling_defaults
 from server.requests.validation import GenerationInput, ValidatedRequest, Validator
@@ -38,6 +38,7 @@ MAX_INLINE_TOKENS = 256
 """Tokens of an answer that the event loop writes itself, in a few milliseconds."""
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+T = TypeVar("T")
 
 
 class GenerationService:
@@ -64,10 +65,21 @@ class GenerationService:
 
     async def read_body(self, request: Request, model: type[M]) -> M:
         """The body as `model`. Raises BodyError, OverloadedError."""
+        return await self.bodies.read(await self._receive(request), model)
+
+    async def read_body_into(self, request: Request, model: type[M], convert: Callable[[M], T]) -> T:
+        """The result of `convert` for the body as `model`.
+
+        A large body is converted where it is read, on a thread: both take as long. Raises BodyError, OverloadedError,
+        and what `convert` raises.
+        """
+        return await self.bodies.read_into(await self._receive(request), model, convert)
+
+    async def _receive(self, request: Request) -> MeasuredBody:
         require_json(request.headers.get("content-type", ""))
         body = await self.bodies.measure(await self.intake.receive(request))
         self.intake.hold(request, body.memory - len(body.data))
-        return await self.bodies.read(body, model)
+        return body
 
     async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
         """What `write` makes of `answers`; the tokens of 128 choices are a second's work, which a thread does."""

@@ -34,6 +34,7 @@ Block = TextBlock | ToolUseBlock | ThinkingBlock
 
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
+    """Tokens of the prompt but for those of the cache; all of them as long as nobody knows, when a stream begins."""
     cache_read_input_tokens: int = 0
     output_tokens: int = 0
 
@@ -130,7 +131,11 @@ class AnthropicWriter:
             yield self._add(TextBlock())
         yield from self._close()
         message.stop_reason, message.stop_sequence = _stop_reason(end), end.stop
-        message.usage = MessageUsage(input_tokens=message.usage.input_tokens, output_tokens=end.num_tokens)
+        message.usage = MessageUsage(
+            input_tokens=message.usage.input_tokens - end.num_cached_tokens,
+            cache_read_input_tokens=end.num_cached_tokens,
+            output_tokens=end.num_tokens,
+        )
         delta = Delta(stop_reason=message.stop_reason, stop_sequence=message.stop_sequence)
         yield AnthropicEvent(type="message_delta", delta=delta, usage=message.usage)
         yield AnthropicEvent(type="message_stop")

@@ -34,9 +34,10 @@ _decode = msgspec.json.Decoder(_BareCall).decode
 
 def call_key(name: str, arguments: Any) -> str:
     """The same text for calls that are the same. `arguments`: an object, or its JSON."""
-    with contextlib.suppress(ValueError, RecursionError):
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return json.dumps([name, arguments], sort_keys=True)
+    with contextlib.suppress(ValueError, RecursionError):  # what can be read may be too deep to be written
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        return json.dumps([name, value], sort_keys=True)
+    return json.dumps([name, arguments])
 
 
 class BareCalls:

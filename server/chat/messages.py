@@ -14,9 +14,11 @@ from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Tho
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerEnd:
-    """How an answer has ended, whatever shape it is told in."""
+    """The end of an answer, whatever shape it is told in."""
 
     num_tokens: int
+    num_cached_tokens: int
+    """Tokens of the prompt that the prefix cache had."""
     num_calls: int
     is_cut: bool
     """The answer has reached its length, and the model had more to say."""

@@ -48,6 +48,12 @@ class Ending(enum.Enum):
     CLOSED = "closed"
     """The prompt ends where the template ends the last message."""
 
+    def is_within(self, role: str, *, has_content: bool, has_calls: bool) -> bool:
+        """Whether the prompt ends within the last message, if that is of this kind, and the model goes on with it."""
+        if self is Ending.AUTOMATIC:
+            return role == "assistant" and has_content and not has_calls
+        return self is Ending.CONTINUED
+
 
 class TemplateConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A model's templates and what is the same for all of its chats: the first frame."""
@@ -70,7 +76,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     """Text for the end of the last message, if the template does not show tools."""
     ending: Ending = Ending.AUTOMATIC
     variables: Mapping[str, Any] = {}
-    """What the client has for the template besides, by name."""
+    """Further variables of the client's, by name; they cannot be `messages`, `tools` or `add_generation_prompt`."""
 
 
 class RenderingError(Exception):
@@ -140,10 +146,10 @@ class _Template(ABC):
     def render(self, chat: Chat) -> str:
         """The prompt. Raises RenderingError, and whatever the template does."""
 
-    def run(self, **variables: Any) -> str:
+    def run(self, variables: Mapping[str, Any]) -> str:
         """The template's output, no longer than matters."""
         prompt = ""
-        for part in self._template.generate(**variables):
+        for part in self._template.generate(variables):
             prompt += part
             if len(prompt) > MAX_PROMPT_CHARS:
                 break
@@ -164,13 +170,14 @@ class _TgiTemplate(_Template):
     def render(self, chat: Chat) -> str:
         """The prompt. What stands behind the last words of an assistant's last message is cut: the model goes on."""
         messages = self.with_tool_prompt(chat)
-        prompt = self.run(
-            messages=messages,
-            bos_token=self.special_tokens.get("bos_token"),
-            eos_token=self.special_tokens.get("eos_token"),
-            add_generation_prompt=True,
-            tools=list(chat.tools) or None,
-        )
+        variables = {
+            "messages": messages,
+            "bos_token": self.special_tokens.get("bos_token"),
+            "eos_token": self.special_tokens.get("eos_token"),
+            "add_generation_prompt": True,
+            "tools": list(chat.tools) or None,
+        }
+        prompt = self.run(variables)
         last = messages[-1] if messages else None
         index = prompt.rfind(last["content"]) if last and last["role"] == "assistant" else -1
         return prompt if last is None or index < 0 else prompt[: index + len(last["content"])].rstrip()
@@ -220,18 +227,18 @@ class _TransformersTemplate(_Template):
         names = {
             "messages": messages,
             "tools": list(chat.tools) or None,
-            "documents": None,
             "add_generation_prompt": has_generation_prompt,
         }
-        return self.run(**{**self.special_tokens, **chat.variables, **names})
+        return self.run({"documents": None, **self.special_tokens, **chat.variables, **names})
 
 
 def _is_continued(chat: Chat) -> bool:
     """Whether the model goes on with the last message."""
-    if chat.ending is not Ending.AUTOMATIC:
+    if not chat.messages:
         return chat.ending is Ending.CONTINUED
-    last = chat.messages[-1] if chat.messages else {}
-    return last.get("role") == "assistant" and last["content"] is not None and "tool_calls" not in last
+    last = chat.messages[-1]
+    has_content, has_calls = last["content"] is not None, "tool_calls" in last
+    return chat.ending.is_within(last["role"], has_content=has_content, has_calls=has_calls)
 
 
 def main() -> None:

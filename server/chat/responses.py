@@ -172,6 +172,7 @@ class ResponseWriter:
         self.response.status = status
         self.response.usage = ResponseUsage(
             input_tokens=self._num_prompt_tokens,
+            input_tokens_details=InputDetails(end.num_cached_tokens),
             output_tokens=end.num_tokens,
             total_tokens=self._num_prompt_tokens + end.num_tokens,
         )

@@ -70,9 +70,9 @@ def grammar_preface(thinking: Thinking, tokenizer: TextTokenizer) -> str:
 def _continued_text(messages: Sequence[Message], ending: Ending) -> str:
     """The text that the model goes on with; empty if it begins a message."""
     last = messages[-1] if messages else None
-    if last is None or not isinstance(last.body, ContentBody) or ending in (Ending.NEW, Ending.CLOSED):
+    if last is None or not isinstance(last.body, ContentBody):
         return ""
-    if ending is Ending.AUTOMATIC and (last.role != "assistant" or last.tool_calls):
+    if not ending.is_within(last.role, has_content=True, has_calls=bool(last.tool_calls)):
         return ""
     content = last.body.content
     return content if isinstance(content, str) else "".join(part.text for part in content if isinstance(part, TextPart))

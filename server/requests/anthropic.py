@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pydantic
 
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.responses import Json, chat_request, unsupported
 from server.requests.serde import F32, I32, U32, ListOf, max_items
 
@@ -29,7 +29,7 @@ class ToolChoice(OpenAIModel):
     disable_parallel_tool_use: bool = False
 
 
-class CountTokensRequest(OpenAIModel):
+class CountTokensRequest(OpenAIBody):
     """Body of /v1/messages/count_tokens: a chat that is not answered."""
 
     messages: Annotated[ListOf[AnthropicMessage], max_items(MAX_MESSAGES)]
@@ -37,6 +37,15 @@ class CountTokensRequest(OpenAIModel):
     system: str | ListOf[Json] | None = None
     tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: Json | None = None
+    """Whether the model is to think, for templates that ask, and whether thoughts are part of the answer.
+
+    None: the model thinks as its template has it, and its thoughts are left out.
+    """
+
+    @property
+    def has_thoughts(self) -> bool:
+        return self.thinking is not None and self.thinking.get("type") != "disabled"
 
 
 class AnthropicRequest(CountTokensRequest):
@@ -48,12 +57,6 @@ class AnthropicRequest(CountTokensRequest):
     top_p: F32 | None = None
     stop_sequences: ListOf[str] = pydantic.Field(default_factory=list)
     stream: bool = False
-    thinking: Json | None = None
-    """Whether thoughts are part of the answer; the model thinks as it always does."""
-
-    @property
-    def has_thoughts(self) -> bool:
-        return self.thinking is not None and self.thinking.get("type") != "disabled"
 
 
 def counted_chat(request: CountTokensRequest) -> ChatRequest:
@@ -92,6 +95,7 @@ def _conversation(request: CountTokensRequest) -> Json:
         "tools": [_tool(tool) for tool in request.tools] or None,
         "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type] if request.tools else None,
         "parallel_tool_calls": not choice.disable_parallel_tool_use,
+        "chat_template_kwargs": None if request.thinking is None else {"enable_thinking": request.has_thoughts},
     }
 
 

@@ -86,6 +86,10 @@ class BodyReader:
         """The body as `model`. Raises BodyError."""
         return await self._run(len(body.data), self._read, body, model)
 
+    async def read_into(self, body: MeasuredBody, model: type[M], convert: Callable[[M], T]) -> T:
+        """The result of `convert` for the body as `model`. Raises BodyError, and what `convert` raises."""
+        return await self._run(len(body.data), lambda: convert(self._read(body, model)))
+
     async def _run(self, num_bytes: int, work: Callable[..., T], *args: Any) -> T:
         if num_bytes <= MAX_INLINE_BYTES:
             return work(*args)

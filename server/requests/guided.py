@@ -42,7 +42,7 @@ def _format(kind: str, value: Any) -> dict[str, Any]:
         case "json":
             return {"type": "json", "value": value}
         case "json_object":
-            return {"type": "json_object", "value": {"type": "object"}}
+            return {"type": "json_object"}
         case "regex":
             return {"type": "regex", "value": value}
         case "choice":

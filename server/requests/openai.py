@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from server.requests.dialects import parameters_of, speaking
-from server.requests.guided import GUIDED_KEYS, read_guided
+from server.requests.guided import read_guided
 from server.requests.ignored import note_ignored
 from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
@@ -127,7 +127,7 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
             return None
         case "json_object" if "value" not in value:
             schema = value.get("schema")  # as llama.cpp and hosted services have it
-            return {"type": "json_object", "value": schema if isinstance(schema, dict) else {"type": "object"}}
+            return {"type": "json_object", "value": schema if isinstance(schema, dict) else None}
         case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
             return {"type": "json_schema", "value": value["json_schema"]}
     return value
@@ -149,18 +149,25 @@ _AnyInteger = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Seed = Annotated[U64 | None, BeforeValidator(_read_seed, json_schema_input_type=_AnyInteger | None)]
 
 
-class GenerationBody(OpenAIModel):
-    """What both bodies that ask for a generation have in common."""
+class OpenAIBody(OpenAIModel):
+    """A whole body, of whose fields without effect the log tells."""
 
     @model_validator(mode="before")
     @classmethod
-    def _read_others(cls, data: Any, info: ValidationInfo) -> Any:
-        """Read vLLM's constraints on the output, and tell of what has no effect."""
-        if not isinstance(data, dict) or is_strict(info):
-            return data
-        known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
-        note_ignored(data.keys() - known - GUIDED_KEYS)
-        return read_guided(data)
+    def _note_ignored(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, dict) and not is_strict(info):
+            known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
+            note_ignored({key for key, value in data.items() if value is not None} - known)
+        return data
+
+
+class GenerationBody(OpenAIBody):
+    """A body that may have vLLM's constraints on the output."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_guided(cls, data: Any, info: ValidationInfo) -> Any:
+        return read_guided(data) if isinstance(data, dict) and not is_strict(info) else data
 
 
 @speaking(Dialect.CHAT)

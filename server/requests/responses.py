@@ -13,7 +13,7 @@ import pydantic
 from server.errors import ValidationError
 from server.requests import serde
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.serde import F32, U32, ListOf, max_items
 
 Json = dict[str, Any]
@@ -33,7 +33,7 @@ class TextOptions(OpenAIModel):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(OpenAIModel):
+class ResponsesRequest(OpenAIBody):
     """Body of /v1/responses."""
 
     input: str | Annotated[ListOf[Json], max_items(MAX_MESSAGES)]
@@ -183,8 +183,8 @@ def _tool_choice(request: ResponsesRequest) -> tuple[list[Json], Any]:
     allowed = choice.get("tools")
     if choice.get("type") != "allowed_tools" or not isinstance(allowed, list):
         raise unsupported("tool choices", choice.get("type"))
-    names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
-    return [tool for tool in tools if tool.get("name") in names], choice.get("mode", "auto")
+    names = {str(tool.get("name")) for tool in allowed if isinstance(tool, dict)}
+    return [tool for tool in tools if str(tool.get("name")) in names], choice.get("mode", "auto")
 
 
 def _response_format(text_format: TextFormat | None) -> Json | None:

@@ -36,9 +36,9 @@ class TokenCount(msgspec.Struct, frozen=True):
 )
 async def messages(request: Request) -> Response:
     service = service_of(request)
-    body = await service.read_body(request, AnthropicRequest)
+    body, chat = await service.read_body_into(request, AnthropicRequest, lambda body: (body, answered_chat(body)))
     writer = AnthropicWriter(body.model or service.config.model_names[0], has_thoughts=body.has_thoughts)
-    return await answer_as(request, answered_chat(body), writer)
+    return await answer_as(request, chat, writer)
 
 
 @area.serve(
@@ -53,8 +53,8 @@ async def messages(request: Request) -> Response:
 )
 async def count_tokens(request: Request) -> Response:
     service = service_of(request)
-    body = await service.read_body(request, CountTokensRequest)
+    chat = await service.read_body_into(request, CountTokensRequest, counted_chat)
     with service.permit_beside_tgi():
-        chat, _ = await chat_input(service, counted_chat(body))
-        token_ids = await service.tokenizer.encode(chat.inputs, add_special_tokens=False)
+        generation_input, _ = await chat_input(service, chat)
+        token_ids = await service.tokenizer.encode(generation_input.inputs, add_special_tokens=False)
     return json_answer(TokenCount(len(token_ids)))

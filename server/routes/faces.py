@@ -76,6 +76,7 @@ async def _events(opening: AdmittedRequest, reader: AnswerReader | None, writer:
                     yield event
         end = AnswerEnd(
             num_tokens=stream.generation.num_generated_tokens,
+            num_cached_tokens=stream.generation.num_cached_tokens,
             num_calls=0 if reader is None else reader.num_calls,
             is_cut=token.finish_reason is FinishReason.LENGTH,
             stop=stream.generation.stop,

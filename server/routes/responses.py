@@ -30,8 +30,8 @@ area = Area()
 )
 async def responses(request: Request) -> Response:
     service = service_of(request)
-    body = await service.read_body(request, ResponsesRequest)
-    return await answer_as(request, chat_of(body), ResponseWriter(_begun(body, service.config.model_names[0])))
+    body, chat = await service.read_body_into(request, ResponsesRequest, lambda body: (body, chat_of(body)))
+    return await answer_as(request, chat, ResponseWriter(_begun(body, service.config.model_names[0])))
 
 
 def _begun(body: ResponsesRequest, model_id: str) -> ResponseObject:

@@ -26,12 +26,13 @@ class Affixes:
     after: str | None
 
 
-def read_affixes(config: Mapping[str, Any], bos_token: str | None, eos_token: str | None) -> Affixes | None:
+def read_affixes(config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Affixes | None:
     """The tokens that `config`, a tokenizer_config.json, asks for; None: those of tokenizer.json, if any, hold."""
     if config.get("tokenizer_class") not in CLASSES:
         return None
     return Affixes(
-        bos_token if config.get("add_bos_token", True) else None, eos_token if config.get("add_eos_token") else None
+        special_tokens.get("bos_token") if config.get("add_bos_token", True) else None,
+        special_tokens.get("eos_token") if config.get("add_eos_token") else None,
     )
 
 

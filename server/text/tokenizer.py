@@ -79,7 +79,7 @@ class TextTokenizer:
             raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
         config = config or {}
         chat_format = read_chat_format(folder, config, is_config_first=bool(config_path), is_strict=is_strict)
-        affixes = read_affixes(config, token_content(config.get("bos_token")), token_content(config.get("eos_token")))
+        affixes = read_affixes(config, chat_format.special_tokens)
         special_ids = _special_ids(tokenizer, config, path)
         return cls(tokenizer, special_ids, chat_format, num_workers, folder / "tokenizer.json", affixes)
 

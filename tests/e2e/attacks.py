@@ -258,6 +258,17 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
             "]}]}",
         ),
     ),
+    "ten thousand messages in Anthropic's shape": (
+        "/v1/messages",
+        lambda: repeated(USER, '{"max_tokens":3,"messages":[', "]}", max_items=10_000),
+    ),
+    "many tools, and as many allowed as fit": (
+        "/v1/responses",
+        lambda: (
+            repeated('{"type":"function","name":"f"}', '{"input":"hi","tools":[', "],", max_items=1_024)
+            + repeated('{"name":"g"}', '"tool_choice":{"type":"allowed_tools","tools":[', "]}}", max_items=40_000)
+        ),
+    ),
     # grammars
     "a deep schema": ("/generate", lambda: generate(f'"grammar":{{"type":"json","value":{nested(50)}}}')),
     "a deep schema as a string": (

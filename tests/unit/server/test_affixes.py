@@ -77,6 +77,12 @@ def test_a_token_that_is_not_there_is_not_added(tmp_path: Path, bos: str | None)
     assert ids(tokenizer, "Hello") == plain_ids(tokenizer, "Hello")
 
 
+def test_older_folders_name_the_token_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": START}}))
+    tokenizer = make_folder(tmp_path, tokenizer_class="LlamaTokenizer", bos_token=None)
+    assert ids(tokenizer, "Hello") == [BOS, *plain_ids(tokenizer, "Hello")]
+
+
 def test_a_long_text_gets_the_same_tokens(tmp_path: Path) -> None:
     bos = {"content": "<｜begin▁of▁sentence｜>"}
     for tokens in ({}, {"bos_token": bos}):

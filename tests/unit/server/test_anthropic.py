@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from engine.link.messages import FinishReason
-from tests.unit.server.harness import FakeEngine, one_by_one
+from server.app import create_app
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import FakeEngine, client_of, make_config, one_by_one, write_model_folder
 
 PATH = "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -64,6 +67,34 @@ async def test_words(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     }
     sampling = engine.requests[0].sampling
     assert (engine.requests[0].max_new_tokens, sampling.temperature, sampling.top_k) == (50, 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "shown"),
+    [(None, ""), ({"type": "disabled"}, "False"), ({"type": "enabled", "budget_tokens": 1024}, "True")],
+)
+async def test_templates_see_whether_the_model_is_to_think(
+    engine: FakeEngine, tmp_path: Path, thinking: dict[str, Any] | None, shown: str
+) -> None:
+    write_model_folder(tmp_path, "{{ messages[0]['content'] }} think: {{ enable_thinking }}")
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        await ask(client, thinking=thinking)
+        prompt_token_ids = engine.requests[0].prompt_token_ids
+        assert tokenizer.decode(prompt_token_ids) == f"Weather? think: {shown}"
+        body = {"messages": BODY["messages"], "thinking": thinking}
+        counted = (await client.post(f"{PATH}/count_tokens", json=body)).json()
+    assert counted == {"input_tokens": len(prompt_token_ids)}
+
+
+async def test_tokens_of_the_prefix_cache_are_counted_apart(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Anthropic's `input_tokens` are those that had to be computed."""
+    engine.script.events[0].num_cached_tokens = 4
+    usage = (await ask(client))["usage"]
+    events = await stream(client)
+    assert usage["cache_read_input_tokens"] == 4 and events[-2]["usage"] == usage
+    assert usage["input_tokens"] == len(engine.requests[0].prompt_token_ids) - 4
+    assert events[0]["message"]["usage"]["input_tokens"] == len(engine.requests[0].prompt_token_ids)
 
 
 async def test_a_stream_says_what_the_whole_message_says(

@@ -58,6 +58,13 @@ async def test_words(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     assert engine.requests[0].max_new_tokens == 9 and engine.requests[0].sampling.temperature == 0.5
 
 
+async def test_usage_counts_the_tokens_that_the_prefix_cache_had(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.script.events[0].num_cached_tokens = 16
+    usage = (await sdk.responses.create(model="m", input="hey")).usage
+    assert usage is not None and usage.input_tokens_details.cached_tokens == 16
+    assert usage.input_tokens == len(engine.requests[0].prompt_token_ids)
+
+
 async def test_a_stream_grows_what_its_last_event_holds(
     sdk: openai.AsyncOpenAI, engine: FakeEngine, ids_of: IdsOf
 ) -> None:
@@ -138,6 +145,12 @@ async def test_tool_choices(client: httpx.AsyncClient, engine: FakeEngine, choic
     grammar = engine.requests[0].grammar
     assert (grammar is not None) is is_held
     assert grammar is None or ("clock" in grammar) is (choice == "required")
+
+
+async def test_tools_without_a_usable_name_are_refused_where_some_are_allowed(client: httpx.AsyncClient) -> None:
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [WEATHER, {"name": []}]}
+    answer = await client.post(PATH, json={"input": "hey", "tools": [WEATHER | {"name": []}], "tool_choice": choice})
+    assert answer.status_code == 400, answer.text
 
 
 async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -19,6 +19,7 @@ from server.errors import BodyError
 from server.requests.body import BodyReader
 from server.requests.native import DetokenizeRequest, GenerateRequest
 from server.requests.openai import ChatRequest, CompletionRequest
+from server.requests.responses import ResponsesRequest, chat_of
 from server.requests.structure import CHUNK_BYTES, DEFAULT_LIMITS, StructureLimits, check_structure
 from server.text.tokenizer import TextTokenizer
 from tests.e2e.attacks import BODIES
@@ -161,6 +162,20 @@ async def test_the_loop_goes_on_while_a_large_body_is_read(client: httpx.AsyncCl
     await reader.read(await reader.measure(b'{"messages":[]}'), ChatRequest)
     reader.close()
     assert threads[0] is not thread and threads[1] is thread
+
+
+async def test_a_large_body_becomes_a_chat_where_it_is_read() -> None:
+    reader = BodyReader(is_strict=False)
+    measured = await reader.measure(json.dumps({"input": [USER] * 10_000}).encode())
+    threads: list[threading.Thread] = []
+
+    def convert(body: ResponsesRequest) -> ChatRequest:
+        threads.append(threading.current_thread())
+        return chat_of(body)
+
+    chat = await reader.read_into(measured, ResponsesRequest, convert)
+    reader.close()
+    assert len(chat.messages) == 10_000 and threads[0] is not threading.current_thread()
 
 
 def list_error(body: Any) -> str:

@@ -193,6 +193,12 @@ def test_a_bare_call_that_stands_there_already_ends_the_answer() -> None:
         assert summary(iter(reader.finish(is_cut=False))) == ("", [("f", '{"a": 1}'), ("get_weather", "{}")])
 
 
+def test_calls_have_a_key_however_deep_their_arguments_are() -> None:
+    """JSON can be read a little deeper than it can be written."""
+    for depth in range(800, 1000):
+        assert "[[[[" in call_key("f", "[" * depth + "]" * depth)
+
+
 def test_a_bare_call_that_was_answered_is_content() -> None:
     """Small models write it again and again, and the client's loop would not end."""
     text = '{"name": "f", "arguments": {"a": 1, "b": 2}}'

@@ -187,6 +187,28 @@ async def test_fields_without_effect_are_told_once(
     assert not any("temperature" in line or "guided" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hey", "truncation": "auto", "text": None}),
+        ("/v1/messages", {"messages": BODIES[CHAT]["messages"], "max_tokens": 5, "truncation": "auto"}),
+    ],
+)
+async def test_other_shapes_of_a_chat_tell_of_them_as_well(
+    client: httpx.AsyncClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(ignored, "_names", set())
+    with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
+        assert (await client.post(path, json=body)).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.name == "server.requests.ignored"] == [
+        "a request has the field 'truncation', which has no effect"
+    ]
+
+
 @both_routes
 async def test_above_debug_level_nothing_is_told(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str
@@ -284,7 +306,7 @@ async def test_no_log_line_has_a_bad_word(
 
 TEMPLATE = (
     "{{ messages[0]['content'] }}|{{ enable_thinking }}|{{ style | default('plain') }}|{{ eos_token }}|"
-    "{% if add_generation_prompt %}go{% endif %}"
+    "{% if add_generation_prompt %}go{% endif %}{% if documents %}{{ documents[0]['title'] }}{% endif %}"
 )
 
 
@@ -297,6 +319,8 @@ TEMPLATE = (
         ({"style": ["a", {"b": None}]}, "hey||['a', {'b': None}]|<|im_end|>|go"),
         ({"eos_token": "END"}, "hey||plain|END|go"),
         ({"messages": [], "add_generation_prompt": False, "tools": 5}, "hey||plain|<|im_end|>|go"),
+        ({"self": 1, "args": 2, "variables": 3}, "hey||plain|<|im_end|>|go"),
+        ({"documents": [{"title": "A"}]}, "hey||plain|<|im_end|>|goA"),
     ],
 )
 async def test_what_a_template_may_look_at(engine: FakeEngine, tmp_path: Path, variables: Any, prompt: str) -> None:
