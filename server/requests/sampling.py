@@ -32,6 +32,8 @@ MAX_TOP_TOKENS = 20
 """Likeliest tokens that OpenAI's dialects allow for a place."""
 MAX_WORDS = 256
 """Tokens that stop an answer, and words that it may not have."""
+MAX_ALLOWED = 16_384
+"""Tokens of a list of those that alone may come."""
 TEXTS_OF_CLIENTS = ("stop", "grammar", "adapter_id", "bad_words")
 """Parameters that no log line shows."""
 MAX_LOGGED_ENTRIES = 8
@@ -255,7 +257,15 @@ class Parameters:
             refusal=Refusal(13, "`bad_words` supports up to {limit} words. Given: {given}"),
         )
     )
-    allowed_token_ids: list[int] | None = parameter(Row(ListOf[U32], IN_OPENAI, engine_field="allowed_token_ids"))
+    allowed_token_ids: list[int] | None = parameter(
+        Row(
+            ListOf[U32],
+            IN_OPENAI,
+            bounds=Bounds(max=MAX_ALLOWED, measured="length"),
+            refusal=Refusal(13, "`allowed_token_ids` supports up to {limit} tokens. Given: {given}"),
+            engine_field="allowed_token_ids",
+        )
+    )
     skip_special_tokens: bool = parameter(Row(bool, IN_OPENAI, default=True))
     include_stop_str_in_output: bool = parameter(Row(bool, IN_OPENAI, default=False))
 

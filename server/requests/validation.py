@@ -26,6 +26,8 @@ from server.text.tokenizer import TextTokenizer
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
 `docs/compatibility.md`)."""
+MAX_WORD_CHARS = 128
+"""Characters of a word that may not come."""
 MAX_PROMPT_TOPS = 131_072
 """Likeliest tokens of a whole prompt: a full window of most models with one each, or 6,553 tokens with 20."""
 TOO_LONG = "context_length_exceeded"
@@ -310,6 +312,12 @@ def _check_bans(parameters: Parameters) -> None:
     )
     refuse_if(parameters.allowed_token_ids == [], "`allowed_token_ids` cannot be empty", param="allowed_token_ids")
     refuse_if(not all(map(str.strip, parameters.bad_words)), "`bad_words` cannot be empty", param="bad_words")
+    longest = max(map(len, parameters.bad_words), default=0)
+    refuse_if(
+        longest > MAX_WORD_CHARS,
+        f"`bad_words` must have at most {MAX_WORD_CHARS} characters each. Given: {longest}",
+        param="bad_words",
+    )
 
 
 def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:

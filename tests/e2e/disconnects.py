@@ -15,12 +15,12 @@ from benchmarks.soak.wire import Connection, Leaving, request
 NUM_CLIENTS = 64
 NUM_PERMITS = 48
 """Fewer than clients: some requests are refused."""
-MAX_TOKENS = 16
+MAX_TOKENS = 8
 FULL = NUM_PERMITS - 8
 """Sequences of a request that hardly ever finds so many permits."""
 REFUSED = "no permit"
-PAUSE_S = 0.02
-"""Before a client that was refused tries again."""
+PAUSE_S = 0.2
+"""Before a client that was refused tries again: a crowd of them would take the engine's time."""
 SOON_S = (0.0, 0.001, 0.005, 0.02)
 
 Point = Callable[[Connection, random.Random], Awaitable[None]]

@@ -13,7 +13,11 @@ import httpx
 import pytest
 
 from server.app import create_app
+from server.errors import ValidationError
 from server.requests import ignored
+from server.requests.rows import Dialect
+from server.requests.sampling import Parameters
+from server.requests.validation import check_parameters
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import (
     FakeEngine,
@@ -269,6 +273,7 @@ async def test_no_stop_string_ends_a_text_that_is_too_short(client: httpx.AsyncC
         ({"bad_words": [""]}, "bad_words"),
         ({"bad_words": [" \n"]}, "bad_words"),
         ({"bad_words": ["a"] * 257}, "bad_words"),
+        ({"bad_words": ["a" * 129]}, "bad_words"),
     ],
 )
 async def test_bans_that_make_no_sense(
@@ -277,6 +282,12 @@ async def test_bans_that_make_no_sense(
     response = await ask(client, path, **said)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert not engine.requests
+
+
+def test_allowed_tokens_have_a_limit() -> None:
+    check_parameters(Parameters(allowed_token_ids=[1] * 16_384), make_config(), Dialect.CHAT)
+    with pytest.raises(ValidationError, match="`allowed_token_ids` supports up to 16384 tokens. Given: 16385"):
+        check_parameters(Parameters(allowed_token_ids=[1] * 16_385), make_config(), Dialect.CHAT)
 
 
 @both_routes
