@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.errors import ERROR_KINDS, BodyError, ErrorBody, TemplateError, error_body_for, error_type, openai_status
+from server.errors import ERROR_KINDS, BodyError, ErrorBody, error_body_for, error_type, openai_status
 from server.telemetry.spans import log_failure
 
 
@@ -21,8 +21,6 @@ def _answer(request: Request, status: int, error: Exception) -> Response:
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     log_failure(error)
-    if isinstance(error, TemplateError):  # raised before a generation is opened; an open one counts its failures itself
-        request.app.state.service.metrics.refused(error)
     return _answer(request, ERROR_KINDS[type(error)].status, error)
 
 

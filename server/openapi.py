@@ -41,6 +41,7 @@ _HEADERS = {
     "x-prompt-tokens": ("integer", "Tokens of the prompt"),
     "x-generated-tokens": ("integer", "Tokens of the answer"),
     "x-accel-buffering": ("string", "`no`: proxies pass events on at once"),
+    "x-schema-left-open": ("string", "Places of the request's schemas that the model is not held to, if there are any"),
 }
 """Name -> type and description. Which of them an answer has depends on the route and on whether it streams."""
 

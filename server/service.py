@@ -103,11 +103,8 @@ class GenerationService:
         """
         if self.config.is_strict_tgi:
             return
-        try:
+        with self.metrics.refusing(OverloadedError):
             self.admission.permit(num_places).release()
-        except OverloadedError as error:
-            self.metrics.refused(error)
-            raise
 
     def open(self, *inputs: GenerationInput) -> AdmittedRequest:
         """A request that is admitted and validated as its block begins."""
@@ -121,11 +118,8 @@ class GenerationService:
         """
         opening = self.open(request)
         if not self.config.is_strict_tgi:
-            try:
+            with self.metrics.refusing(OverloadedError):
                 opening.take_permit(1)
-            except OverloadedError as error:
-                self.metrics.refused(error)
-                raise
         return opening
 
     async def open_validated(self, *inputs: GenerationInput) -> AdmittedRequest:

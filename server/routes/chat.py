@@ -42,7 +42,7 @@ from server.chat.thoughts import grammar_preface, thinking_after
 from server.chat.tool_calls import AnswerReader, Arguments, CallStart, ChatPiece, ForcedCallReader
 from server.chat.tools import NO_TOOL, TGI_HEADER, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
-from server.errors import OpenAIErrorBody, ToolError
+from server.errors import OpenAIErrorBody, TemplateError, ToolError, ValidationError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
 from server.operation import Area, Operation
 from server.requests.messages import Message, ToolCallBody
@@ -126,9 +126,10 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
 async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
-    use = use_tools(request, service.tokenizer, is_strict=is_strict)
-    end = ending(request)
-    prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
+    with service.metrics.refusing(TemplateError, ValidationError):
+        use = use_tools(request, service.tokenizer, is_strict=is_strict)
+        end = ending(request)
+        prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,

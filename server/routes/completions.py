@@ -107,11 +107,8 @@ async def completions(request: Request) -> Response:
 
 async def answer_completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
-    try:
+    with service.metrics.refusing(SuffixError, BatchSizeError, ValidationError):
         completion = await _Completion.of(service, body)
-    except (SuffixError, BatchSizeError, ValidationError) as error:  # a generation counts its failures itself
-        service.metrics.refused(error)
-        raise
     if not body.stream:
         answer, headers = await cancel_if_gone(request, completion.complete())
         return encoded_answer(answer, headers)

@@ -185,10 +185,15 @@ class Metrics:
         self._requests.count.increment()
         return RequestMetrics(self._requests)
 
-    def refused(self, error: Exception) -> None:
-        """Note a request that failed before it could be opened."""
-        self._requests.count.increment()
-        self._requests.failure.increment(_error_label(error))
+    @contextlib.contextmanager
+    def refusing(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Count a request that ends in the block with such an error, before it could be opened."""
+        try:
+            yield
+        except kinds as error:
+            self._requests.count.increment()
+            self._requests.failure.increment(_error_label(error))
+            raise
 
     def observe_output(self, output: StepOutput, seconds: float) -> None:
         """Take the engine's reports in. Handing the events of `output` out took `seconds`."""
