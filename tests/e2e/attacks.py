@@ -258,6 +258,14 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
             "]}]}",
         ),
     ),
+    "a name of the model of a megabyte, told in each chunk": (
+        "/v1/chat/completions",
+        lambda: chat('"stream":true,"max_tokens":20,"model":' + quoted("x" * 1_000_000)),
+    ),
+    "metadata of a megabyte, told three times": (
+        "/v1/responses",
+        lambda: '{"input":"hi","stream":true,"max_output_tokens":3,"metadata":{"a":"' + "x" * 1_900_000 + '"}}',
+    ),
     "twenty thousand places to be left open, with long names": (
         "/generate",
         lambda: generate(
