@@ -47,9 +47,9 @@ def choose_weight_names(folder: Path, names: Collection[str]) -> list[str]:
     A whole model.safetensors counts before everything else, as in `transformers`; then what the folder's index names,
     unless nothing of that is there.
     """
-    index = read_json(folder / INDEX)
     if WHOLE in names:
         return [WHOLE]
+    index = read_json(folder / INDEX)
     chosen = _indexed(folder, index) if index else []
     if not any(name in names for name in chosen):  # there is no index, or it is that of another model
         chosen = _unindexed(names) or chosen

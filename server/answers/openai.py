@@ -72,7 +72,7 @@ class TgiStreamErrorBody(msgspec.Struct, frozen=True):
     error: TgiStreamError
 
 
-def told_model(name: str | None, config: ServerConfig) -> str:
+def answered_name(name: str | None, config: ServerConfig) -> str:
     """The model that an answer names: the request's own name for it, whatever that is (`docs/wire.md`, 3.5).
 
     Each chunk of a stream tells it: a name that is no name, but a text of megabytes, is not told.

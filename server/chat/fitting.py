@@ -21,26 +21,20 @@ def forms_of(messages: Sequence[Message], traits: TemplateTraits) -> Iterator[li
     """The messages in each form that makes a difference, the likeliest to be taken first.
 
     Most templates need the arguments of a call as an object, some, as DeepSeek's, as JSON text. A content that is null
-    is left out, as transformers does; some templates ask whether it is null, some can only take a text.
+    stays null, as with transformers; some templates can only take a text.
     """
     fitted = [_fitted(message, traits) for message in messages]
     has_calls = any("tool_calls" in message for message in fitted)
     has_nulls = any(message["content"] is None for message in fitted)
-    ways = itertools.product(_NULLS if has_nulls else _NULLS[:1], (False, True) if has_calls else (False,))
-    for null, has_json_text in ways:
-        yield [_with_calls(_with_content(message, null), has_json_text) for message in fitted]
+    ways = itertools.product((False, True) if has_nulls else (False,), (False, True) if has_calls else (False,))
+    for is_empty, has_json_text in ways:
+        form = [_with_calls(message, has_json_text) for message in fitted]
+        yield without_nulls(form) if is_empty else form
 
 
-_ABSENT = object()
-_NULLS: tuple[object, ...] = (_ABSENT, None, "")
-
-
-def _with_content(message: Message, null: object) -> Message:
-    if message["content"] is not None:
-        return message
-    if null is _ABSENT:
-        return {key: value for key, value in message.items() if key != "content"}
-    return message | {"content": null}
+def without_nulls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with an empty text for each content that is null."""
+    return [message | {"content": ""} if message["content"] is None else message for message in messages]
 
 
 def _with_calls(message: Message, has_json_text: bool) -> Message:

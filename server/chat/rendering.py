@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import msgspec
 
-from server.chat.fitting import forms_of, with_end
+from server.chat.fitting import forms_of, with_end, without_nulls
 from server.chat.template_engines import RaisedByTemplate, tgi_environment, transformers_environment
 from server.chat.template_traits import TemplateTraits
 from server.piped_process import prepare_child, read_frame, write_frame
@@ -26,6 +26,8 @@ MAX_MEMORY = 1 << 30
 """Address space of this process, in bytes; a template that needs more fails."""
 MAX_PROMPT_CHARS = 1 << 24
 """Characters of a prompt: many times those of the longest body."""
+NULL = "None"
+"""How a template prints null."""
 MAX_REASON_CHARS = 2000
 PROMPT, ERROR = range(2)
 """Kinds of answers; frames to this process are of the first kind."""
@@ -193,13 +195,23 @@ class _TransformersTemplate(_Template):
         first_error = None
         for messages in forms_of(self.with_tool_prompt(chat), self.traits):
             try:
-                return self._render(messages, chat)
+                return self._unless_null_is_printed(self._render(messages, chat), messages, chat)
             except (RenderingError, RaisedByTemplate):
                 raise
             except Exception as error:
                 first_error = first_error or error
         assert first_error is not None
         raise first_error
+
+    def _unless_null_is_printed(self, prompt: str, messages: list[dict[str, Any]], chat: Chat) -> str:
+        """The prompt of empty texts, where all that a template does with a content that is null is to print `None`."""
+        if NULL not in prompt or all(message["content"] is not None for message in messages):
+            return prompt
+        try:
+            plain = self._render(without_nulls(messages), chat)
+        except Exception:  # it takes null and no empty text
+            return prompt
+        return plain if plain.replace(NULL, "") == prompt.replace(NULL, "") else prompt
 
     def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
         if _is_continued(chat):

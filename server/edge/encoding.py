@@ -25,7 +25,7 @@ class PlainReader:
 
 
 class GzipReader(PlainReader):
-    """A body that is one gzip file. What it becomes comes in pieces, so that whoever counts them can stop in time."""
+    """A body of gzip files, usually one. It becomes pieces, so that whoever counts their bytes can stop in time."""
 
     def __init__(self) -> None:
         self._inflater = zlib.decompressobj(_GZIP)
@@ -38,11 +38,11 @@ class GzipReader(PlainReader):
                 piece = self._inflater.decompress(data, PIECE_BYTES)
             except zlib.error:
                 raise _broken("it is no gzip file") from None
-            if self._inflater.unused_data:
-                raise _broken("something follows its end")
+            yield piece
             data = self._inflater.unconsumed_tail
             is_more = bool(data) or len(piece) == PIECE_BYTES
-            yield piece
+            if self._inflater.eof and (data := self._inflater.unused_data):
+                self._inflater, is_more = zlib.decompressobj(_GZIP), True
 
     def finish(self) -> None:
         if not self._inflater.eof:

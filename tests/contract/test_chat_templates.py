@@ -135,7 +135,7 @@ def with_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
 def forms(messages: list[dict[str, Any]], style: Style) -> Iterator[list[dict[str, Any]]]:
     """The forms in which a caller would try it, one after the other, until transformers renders one."""
     fitted = [for_template(message, style) for message in messages]
-    for null in ({}, {"content": None}, {"content": ""}):
+    for null in ({"content": None}, {"content": ""}):
         for as_text in (False, True):
             form = [with_arguments(m, as_text=as_text) if "tool_calls" in m else m for m in fitted]
             yield [{k: v for k, v in m.items() if k != "content"} | null if m["content"] is None else m for m in form]
@@ -153,6 +153,11 @@ def expected(style: Style, messages: list[dict[str, Any]], **options: Any) -> st
         except (TypeError, ValueError):
             continue
         prompt: str = rendered[0]
+        if "None" in prompt and any(message["content"] is None for message in form):
+            empty = [message | {"content": message["content"] or ""} for message in form]
+            (plain,), _ = render_jinja_template([empty], chat_template=style.source, **options, **tokens_of(style))
+            if plain.replace("None", "") == prompt.replace("None", ""):
+                return str(plain)  # the template does nothing with null but to print it
         return prompt
     return None
 

@@ -178,9 +178,7 @@ def test_a_quantisation_that_is_no_object(tmp_path: Path, key: str, value: Any) 
 
 @pytest.mark.parametrize("method", ["open", "iterdir", "is_file"])
 def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    (tmp_path / "model.safetensors").touch()
-    if method == "open":
-        (tmp_path / "model.safetensors.index.json").touch()
+    (tmp_path / ("model.safetensors.index.json" if method == "open" else "model.safetensors")).touch()
 
     def refuse(path: Path, *_: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -188,6 +186,12 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, method, refuse)
     with pytest.raises(StartError, match=f"^{tmp_path}.* cannot be read \\(Permission denied\\): mend that, or fetch"):
         find_weight_files(tmp_path)
+
+
+def test_beside_a_whole_model_an_index_may_be_anything(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text("version https://git-lfs")
+    assert [path.name for path in find_weight_files(tmp_path).paths] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\udcff", "[" * 100_000])

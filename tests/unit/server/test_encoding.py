@@ -57,13 +57,20 @@ async def test_another_encoding_is_refused_by_its_name(
 
 
 @BODIES
+async def test_files_one_after_the_other_are_one_body(client: httpx.AsyncClient, path: str, body: bytes) -> None:
+    packed = b"".join(gzip.compress(part) for part in (body[:7], b"", body[7:]))
+    assert (await post(client, path, packed)).status_code == 200
+
+
+@BODIES
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (lambda packed: packed[:-1], "its end is missing"),
         (lambda packed: b"", "its end is missing"),
-        (lambda packed: packed + b"x", "something follows its end"),
-        (lambda packed: packed + packed, "something follows its end"),
+        (lambda packed: packed + b"x", "its end is missing"),
+        (lambda packed: packed + b"no file", "it is no gzip file"),
+        (lambda packed: packed + packed[:-1], "its end is missing"),
         (lambda packed: packed[:-8] + bytes(8), "it is no gzip file"),
         (lambda packed: gzip.decompress(packed), "it is no gzip file"),
         (lambda packed: zlib.compress(gzip.decompress(packed)), "it is no gzip file"),
