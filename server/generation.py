@@ -127,6 +127,12 @@ class Generation:
         return [self._scored(*pair) for pair in zip(self._prompt_token_ids, logprobs, strict=True)]
 
     @property
+    def prompt_texts(self) -> list[str]:
+        """The text that each token of the prompt completes; parts of a character but the last one complete none."""
+        detokenizer = Detokenizer(self._tokenizer, ())
+        return [detokenizer.push(token_id, is_last=False).text for token_id in self._prompt_token_ids]
+
+    @property
     def prefill_tops(self) -> list[list[ScoredToken]]:
         """For each token of `prefill` the likeliest ones at its place: none for the first, or if none are asked for."""
         event = self._first_event

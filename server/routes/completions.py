@@ -227,7 +227,7 @@ class _Completion:
             table = self._table()
             if self._body.echo:
                 table.add_prompt(answer.generation)
-            table.num_characters = len(echo)  # a character that two tokens of the prompt share has counted twice
+            table.num_characters = len(echo)  # tokens that were put before the prompt have counted, too
             for generated in () if self._is_scoring else answer.tokens:
                 table.add(generated)
             logprobs = table.take()
@@ -329,9 +329,10 @@ class _LogprobTable:
 
     def add_prompt(self, generation: Generation) -> None:
         """Add the prompt's tokens. The first has neither a logprob nor others at its place."""
-        for place, (token, candidates) in enumerate(zip(generation.prefill, generation.prefill_tops, strict=True)):
+        tokens = zip(generation.prefill, generation.prefill_tops, generation.prompt_texts, strict=True)
+        for place, (token, candidates, text) in enumerate(tokens):
             self._append(token, self._tops(token, candidates) if place else None)
-            self.num_characters += len(token.text)
+            self.num_characters += len(text)
 
     def _tops(self, token: Scored, candidates: Sequence[ScoredToken]) -> dict[str, msgspec.Raw]:
         """The likeliest tokens at a token's place and the token itself."""

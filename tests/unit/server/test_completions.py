@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,8 +12,9 @@ import openai
 import pytest
 
 from engine.link.messages import FinishReason
+from server.app import create_app
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, events_of, one_by_one
+from tests.unit.server.harness import FakeEngine, ObligingEngine, client_of, events_of, make_config, one_by_one
 
 IdsOf = Callable[[str], list[int]]
 
@@ -307,6 +309,22 @@ async def test_logprobs_of_the_chosen_tokens_alone(client: httpx.AsyncClient) ->
     (choice,) = await choices(client, logprobs=0)
     assert choice["logprobs"]["top_logprobs"] is None
     assert choice["logprobs"]["token_logprobs"] == [-0.5] * 5
+
+
+async def test_a_character_of_several_tokens_is_one_in_the_offsets_of_an_echo(
+    model_folder: Path, ids_of: IdsOf
+) -> None:
+    prompt = "a 龍 b"
+    engine = ObligingEngine(ids_of("Hi<|im_end|>"))
+    app = create_app(engine, make_config(), TextTokenizer.from_folder(str(model_folder), 1))
+    async with client_of(app) as http:
+        (choice,) = await choices(http, prompt=prompt, echo=True, logprobs=0)
+    offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+    assert sum(name.startswith("bytes:") for name in tokens) == 3
+    assert offsets == sorted(offsets) and choice["text"] == prompt + "Hi"
+    for offset, name in zip(offsets, tokens, strict=True):
+        if not name.startswith("bytes:") and name != "<|im_end|>":
+            assert choice["text"].startswith(name, offset)
 
 
 async def test_echo_with_logprobs(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
