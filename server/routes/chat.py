@@ -147,6 +147,14 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     return generation_input, use
 
 
+def read_token(reader: AnswerReader, token: GeneratedToken) -> list[ChatPiece]:
+    """The pieces that the next token completes; with the last token all that are left."""
+    pieces = reader.push(token.visible)
+    if token.finish_reason is not None:
+        pieces += reader.finish(is_cut=token.finish_reason is FinishReason.LENGTH)
+    return pieces
+
+
 class _Chat:
     """One request and its answer."""
 
@@ -263,10 +271,7 @@ class _Chat:
     def _read_choices(self, index: int, token: GeneratedToken, reader: AnswerReader) -> list[ChunkChoice]:
         """Any number of chunks for a token. The first has the logprobs; the finish reason has a chunk of its own."""
         reason = token.finish_reason
-        pieces = reader.push(token.visible)
-        if reason is not None:
-            pieces += reader.finish(is_cut=reason is FinishReason.LENGTH)
-        deltas = [delta_of(piece, self._role(index)) for piece in pieces]
+        deltas = [delta_of(piece, self._role(index)) for piece in read_token(reader, token)]
         if reason is not None or (self._body.logprobs and not deltas):
             deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
         finish_reason = None if reason is None else self._finish_reason(reader.num_calls, reason)
