@@ -170,6 +170,10 @@ async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) ->
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input items of type `item_reference`"),
         ({"input": [{"type": ["x"]}]}, "input items of type `unknown`"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "content parts of type `input_file`"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}]}]},
+            "content parts of type `input_image` are not supported",
+        ),
         ({"input": [{"role": 5, "content": "x"}]}, "messages[0].role"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool choices of type `mcp`"),
         ({"max_output_tokens": 0}, "max_new_tokens"),
