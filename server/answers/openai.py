@@ -33,6 +33,9 @@ FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
 """The reasons of --strict-tgi in streams of /v1/completions (`docs/compatibility.md`, row 7)."""
 
 
+MAX_MODEL_CHARS = 256
+
+
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     logprob: JsonF32
@@ -67,6 +70,16 @@ class TgiStreamError(msgspec.Struct, frozen=True):
 
 class TgiStreamErrorBody(msgspec.Struct, frozen=True):
     error: TgiStreamError
+
+
+def told_model(name: str | None, config: ServerConfig) -> str:
+    """The model that an answer names: the request's own name for it, whatever that is (`docs/wire.md`, 3.5).
+
+    Each chunk of a stream tells it: a name that is no name, but a text of megabytes, is not told.
+    """
+    if name is None or name == "tgi" or len(name) > MAX_MODEL_CHARS:
+        return config.model_names[0]
+    return name
 
 
 class Envelope:

@@ -26,6 +26,7 @@ from server.piped_process import prepare_child
 from server.requests.forced_text import unforced
 from server.schemas.closing import closed
 from server.schemas.opening import Opening
+from server.schemas.parts import MAX_KEY_CHARS
 from server.schemas.repair import repaired
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Checker:
 
     def _built(self, request: Check, prepared: Sequence[Prepared]) -> Checked:
         pairs = list(zip(request.schemas, prepared, strict=True))
-        left_open = tuple(quote(held.name) + place for held, (_, places) in pairs for place in places)
+        left_open = tuple(quote(held.name[:MAX_KEY_CHARS]) + place for held, (_, places) in pairs for place in places)
         if request.lark is None:
             (held, (schema, _)) = pairs[0]
             return self._compiled(self._grammar_of(schema, held.mode), left_open)

@@ -25,6 +25,7 @@ from server.answers.openai import (
     openai_stream,
     prompt_logprobs,
     tgi_logprobs,
+    told_model,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -168,8 +169,7 @@ class _Chat:
         self._begun: set[int] = set()
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
-        # The request's own name for the model is echoed, whatever it is (`docs/wire.md`, 3.5).
-        self._model = service.config.model_names[0] if body.model in (None, "tgi") else body.model
+        self._model = told_model(body.model, service.config)
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:

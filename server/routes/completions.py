@@ -20,6 +20,7 @@ from server.answers.openai import (
     num_generated_tokens,
     openai_stream,
     prompt_logprobs,
+    told_model,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -135,8 +136,7 @@ class _Completion:
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
-        name = None if self._is_strict else body.model
-        self._model = config.model_names[0] if name is None or name == "tgi" else name
+        self._model = told_model(None if self._is_strict else body.model, config)
 
     @classmethod
     async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:

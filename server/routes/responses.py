@@ -7,6 +7,8 @@ import uuid
 
 from fastapi import Request, Response
 
+from server.answers.json import encoder
+from server.answers.openai import told_model
 from server.chat.responses import ResponseEvent, ResponseObject, ResponseWriter
 from server.operation import Area, Operation
 from server.requests.responses import ResponsesRequest, chat_of
@@ -14,6 +16,9 @@ from server.routes.faces import answer_as
 from server.service import service_of
 
 area = Area()
+
+MAX_TOLD_BYTES = 1 << 16
+"""Bytes of the request's fields that its response tells again. A stream tells them three times."""
 
 
 @area.serve(
@@ -30,20 +35,22 @@ area = Area()
 )
 async def responses(request: Request) -> Response:
     service = service_of(request)
-    body, chat = await service.read_body_into(request, ResponsesRequest, lambda body: (body, chat_of(body)))
-    return await answer_as(request, chat, ResponseWriter(_begun(body, service.config.model_names[0])))
+    response, chat = await service.read_body_into(
+        request, ResponsesRequest, lambda body: (_begun(body, told_model(body.model, service.config)), chat_of(body))
+    )
+    return await answer_as(request, chat, ResponseWriter(response))
 
 
-def _begun(body: ResponsesRequest, model_id: str) -> ResponseObject:
-    """The response before its first token, which tells the request's fields again."""
+def _begun(body: ResponsesRequest, model: str) -> ResponseObject:
+    """The response before its first token, which tells the request's fields again unless they are long."""
     text_format = body.text.format
-    return ResponseObject(
+    response = ResponseObject(
         id=f"resp_{uuid.uuid4().hex}",
         created_at=int(time.time()),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata or {},
-        model=body.model or model_id,
+        model=model,
         parallel_tool_calls=body.parallel_tool_calls,
         temperature=body.temperature,
         text={
@@ -55,3 +62,7 @@ def _begun(body: ResponsesRequest, model_id: str) -> ResponseObject:
         tools=body.tools,
         top_p=body.top_p,
     )
+    if len(encoder.encode(response)) > MAX_TOLD_BYTES:
+        response.instructions, response.metadata, response.tools = None, {}, []
+        response.tool_choice, response.text = "auto", {"format": {"type": "text"}}
+    return response

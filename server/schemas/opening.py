@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
-from server.schemas.parts import Path, changed, pointer, walk
+from server.schemas.parts import Path, changed, note, walk
 from server.schemas.spelling import ANNOTATIONS, COUNTS, LIMITS, TYPES, spelled, texts_of, types_of
 
 FORMATS = frozenset("date time date-time duration email hostname ipv4 ipv6 uri uuid".split())
@@ -135,12 +135,12 @@ class Opening:
         if isinstance(part, bool):
             return part
         if not isinstance(part, dict):
-            self.left_open.append(pointer(path))
+            note(self.left_open, path)
             return {}
         if self._is_object and not path:
             self._make_object(part)
         if _forbids_required(original, part):
-            self.left_open.append(pointer((*path, "additionalProperties")))
+            note(self.left_open, (*path, "additionalProperties"))
         kept = {key: value for key, value in part.items() if self._keep(key, value, part, path)}
         if isinstance(kept.get("patternProperties"), dict):
             self._open_patterns(kept, path)
@@ -155,11 +155,11 @@ class Opening:
     def _make_object(self, part: dict[str, Any]) -> None:
         """Leave open what allows no object."""
         if "object" not in types_of(part, "object"):
-            self.left_open.append(pointer(("type",)))
+            note(self.left_open, ("type",))
         part["type"] = "object"
         if not isinstance(part.get("const", {}), dict):
             del part["const"]
-            self.left_open.append(pointer(("const",)))
+            note(self.left_open, ("const",))
         if isinstance(part.get("enum"), list):
             part["enum"] = [value for value in part["enum"] if isinstance(value, dict)]
 
@@ -172,15 +172,16 @@ class Opening:
             return True
         is_held = self._leads_somewhere(value) if key == "$ref" else HELD[key](value, part)
         if not is_held:
-            self.left_open.append(pointer((*path, key)))
+            note(self.left_open, (*path, key))
         return is_held
 
     def _open_patterns(self, part: dict[str, Any], path: Path) -> None:
         """Keys that a pattern describes may have any value if nobody can say which keys those are."""
         patterns = part["patternProperties"]
-        lost = [pattern for pattern in patterns if not _is_regex(pattern)]
+        lost = dict.fromkeys(pattern for pattern in patterns if not _is_regex(pattern))
         if lost:
-            self.left_open += [pointer((*path, "patternProperties", pattern)) for pattern in lost]
+            for pattern in lost:
+                note(self.left_open, (*path, "patternProperties", pattern))
             part["patternProperties"] = {key: value for key, value in patterns.items() if key not in lost}
             part["additionalProperties"] = True
 

@@ -14,6 +14,10 @@ LISTS = "anyOf oneOf allOf prefixItems items".split()
 SINGLE = "items additionalProperties additionalItems".split()
 
 MAX_NAMED_CHARS = 1000
+MAX_KEY_CHARS = 100
+MAX_PLACES = 100
+AND_MORE = "..."
+"""Stands for the places that a list has no room for."""
 
 
 def children(part: Any) -> list[tuple[Path, Any]]:
@@ -72,11 +76,22 @@ def walk(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def pointer(path: Path) -> str:
-    """The place as a URI fragment in ASCII, as `$ref` has it."""
-    return "#" + "".join("/" + quote(key.replace("~", "~0").replace("/", "~1"), safe="$") for key in path)
+    """The place as a URI fragment in ASCII, as `$ref` has it; of a long key only the beginning."""
+    keys = (key[:MAX_KEY_CHARS].replace("~", "~0").replace("/", "~1") for key in path)
+    return "#" + "".join("/" + quote(key, safe="$") for key in keys)
+
+
+def note(places: list[str], path: Path) -> None:
+    """Add the place to the list, unless that is full already: nobody reads thousands of them."""
+    if len(places) < MAX_PLACES:
+        places.append(pointer(path))
+    elif len(places) == MAX_PLACES:
+        places.append(AND_MORE)
 
 
 def named(pointers: Sequence[str]) -> str:
     """A list of bounded length of the places."""
     text = ", ".join(pointers)
-    return text if len(text) <= MAX_NAMED_CHARS else text[: MAX_NAMED_CHARS - 5].rpartition(",")[0] + ", ..."
+    if len(text) <= MAX_NAMED_CHARS:
+        return text
+    return ", ".join(filter(None, [text[: MAX_NAMED_CHARS - len(AND_MORE) - 2].rpartition(", ")[0], AND_MORE]))

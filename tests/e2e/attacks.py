@@ -258,6 +258,24 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
             "]}]}",
         ),
     ),
+    "a name of the model of a megabyte, told in each chunk": (
+        "/v1/chat/completions",
+        lambda: chat('"stream":true,"max_tokens":20,"model":' + quoted("x" * 1_000_000)),
+    ),
+    "metadata of a megabyte, told three times": (
+        "/v1/responses",
+        lambda: '{"input":"hi","stream":true,"max_output_tokens":3,"metadata":{"a":"' + "x" * 1_900_000 + '"}}',
+    ),
+    "twenty thousand places to be left open, with long names": (
+        "/generate",
+        lambda: generate(
+            '"max_new_tokens":1,"grammar":{"type":"json","value":{"type":"object","properties":{"'
+            + "\u4e2d" * 20_000
+            + '":{"type":"object","properties":{'
+            + ",".join(f'"{i}":{{"not":{{"type":"null"}}}}' for i in range(5_000))
+            + "}}}}}"
+        ),
+    ),
     "ten thousand messages in Anthropic's shape": (
         "/v1/messages",
         lambda: repeated(USER, '{"max_tokens":3,"messages":[', "]}", max_items=10_000),

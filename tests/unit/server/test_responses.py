@@ -197,3 +197,29 @@ async def test_a_failing_stream_ends_in_words(client: httpx.AsyncClient, engine:
 async def test_strict_has_no_such_routes(strict_client: httpx.AsyncClient) -> None:
     for path in (PATH, "/v1/messages", "/v1/messages/count_tokens"):
         assert (await strict_client.post(path, json={"input": "hey"})).status_code == 404
+
+
+async def test_long_fields_are_not_told_again(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream tells them three times, to readers that may be slow."""
+    body = {"input": "hey", "metadata": {"a": "x" * 2_000}, "stream": True}
+    assert (await client.post(PATH, json=body)).text.count("x" * 2_000) == 3
+    monkeypatch.setattr("server.routes.responses.MAX_TOLD_BYTES", 1_000)
+    assert "xxx" not in (await client.post(PATH, json=body)).text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"input": "hey"}),
+        ("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": "hey"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hey"}]}),
+        ("/v1/completions", {"prompt": "hey"}),
+    ],
+)
+async def test_a_model_by_a_long_name_has_the_servers_in_each_chunk(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    answer = await client.post(path, json=body | {"model": "x" * 10_000, "stream": True})
+    assert '"model":"org/model"' in answer.text and "xxx" not in answer.text
+    answer = await client.post(path, json=body | {"model": "x" * 256})
+    assert answer.json()["model"] == "x" * 256

@@ -369,3 +369,13 @@ async def test_who_asks_for_all_or_nothing_is_refused(client: httpx.AsyncClient,
     answer = await ask(client, tools=tools, tool_choice="required")
     assert answer.status_code in (400, 422) and "uniqueItems" in answer.json()["error"]["message"]
     assert engine.requests == []
+
+
+def test_places_are_named_as_far_as_anybody_reads_them() -> None:
+    """The names of places are the client's, and each place has those around it: together they would be megabytes."""
+    many = {f"k{index}": {"not": {"type": "null"}} for index in range(300)}
+    schema = {"type": "object", "properties": {"\u4e2d" * 20_000: {"type": "object", "properties": many}}}
+    places = checked(schema).left_open
+    assert len(places) == 101 and places[-1] == "..."
+    assert max(map(len, places)) < 2_000
+    assert len(named(places)) <= 1_000 and named(places).endswith("...")
