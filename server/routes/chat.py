@@ -21,11 +21,11 @@ from server.answers.openai import (
     Logprobs,
     PromptLogprobs,
     chat_logprobs,
+    model_name,
     num_generated_tokens,
     openai_stream,
     prompt_logprobs,
     tgi_logprobs,
-    told_model,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -169,7 +169,7 @@ class _Chat:
         self._begun: set[int] = set()
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
-        self._model = told_model(body.model, service.config)
+        self._model = model_name(body.model, service.config)
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:

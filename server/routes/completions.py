@@ -17,10 +17,10 @@ from server.answers.openai import (
     Envelope,
     NameOf,
     PromptLogprobs,
+    model_name,
     num_generated_tokens,
     openai_stream,
     prompt_logprobs,
-    told_model,
     usage_of,
 )
 from server.answers.sse import EventStream, event
@@ -136,7 +136,7 @@ class _Completion:
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
-        self._model = told_model(None if self._is_strict else body.model, config)
+        self._model = model_name(None if self._is_strict else body.model, config)
 
     @classmethod
     async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:

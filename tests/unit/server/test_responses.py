@@ -203,7 +203,7 @@ async def test_long_fields_are_not_told_again(client: httpx.AsyncClient, monkeyp
     """A stream tells them three times, to readers that may be slow."""
     body = {"input": "hey", "metadata": {"a": "x" * 2_000}, "stream": True}
     assert (await client.post(PATH, json=body)).text.count("x" * 2_000) == 3
-    monkeypatch.setattr("server.routes.responses.MAX_TOLD_BYTES", 1_000)
+    monkeypatch.setattr("server.routes.responses.MAX_ECHOED_BYTES", 1_000)
     assert "xxx" not in (await client.post(PATH, json=body)).text
 
 
