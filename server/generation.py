@@ -120,7 +120,7 @@ class Generation:
 
     @property
     def prefill(self) -> list[ScoredToken]:
-        """The prompt's tokens, if the request has decoder_input_details. The first has no logprob."""
+        """The prompt's tokens, if the request asks for their logprobs. The first has none."""
         if not self._has_prompt_logprobs:
             return []
         logprobs = [math.nan, *self._first_event.prompt_logprobs]

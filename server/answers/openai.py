@@ -32,8 +32,8 @@ TGI_FINISH_REASONS = FINISH_REASONS | {FinishReason.STOP_SEQUENCE: "stop_sequenc
 FINISH_REASONS_TGI_STREAM = {reason: reason.value for reason in FinishReason}
 """The reasons of --strict-tgi in streams of /v1/completions (`docs/compatibility.md`, row 7)."""
 
-
 MAX_MODEL_CHARS = 256
+"""Length of a model's name in a request; a longer text is no name."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ class TgiStreamErrorBody(msgspec.Struct, frozen=True):
     error: TgiStreamError
 
 
-def answered_name(name: str | None, config: ServerConfig) -> str:
+def model_name(name: str | None, config: ServerConfig) -> str:
     """The model that an answer names: the request's own name for it, whatever that is (`docs/wire.md`, 3.5).
 
     Each chunk of a stream tells it: a name that is no name, but a text of megabytes, is not told.

@@ -142,8 +142,6 @@ def _part(block: Any) -> Json:
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return {"type": "text", "text": block.get("text")}
-    if kind == "image":
-        return {"type": "image_url", "image_url": {"url": ""}}
     raise unsupported("content blocks", kind)
 
 

@@ -30,11 +30,11 @@ def read_guided(body: dict[str, Any]) -> dict[str, Any]:
 
 def _constraints(values: dict[str, Any]) -> list[tuple[str, Any]]:
     """Kind and value of each constraint."""
-    found = [(key.removeprefix(PREFIX), value) for key, value in values.items() if key != STRUCTURED_OUTPUTS]
+    constraints = [(key.removeprefix(PREFIX), value) for key, value in values.items() if key != STRUCTURED_OUTPUTS]
     nested = values.get(STRUCTURED_OUTPUTS, {})
     if not isinstance(nested, dict):
         raise wrong(f"{STRUCTURED_OUTPUTS}: invalid type: {unexpected(nested)}, expected a map")
-    return found + [(kind, nested[kind]) for kind in _KINDS if nested.get(kind) not in (None, False)]
+    return constraints + [(kind, nested[kind]) for kind in _KINDS if nested.get(kind) not in (None, False)]
 
 
 def _format(kind: str, value: Any) -> dict[str, Any]:

@@ -161,8 +161,6 @@ def _part(part: Any) -> Json:
             return {"type": "text", "text": part.get("text")}
         case "refusal":
             return {"type": "text", "text": part.get("refusal")}
-        case "input_image" if isinstance(part.get("image_url"), str):
-            return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     raise unsupported("content parts", kind)
 
 

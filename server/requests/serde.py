@@ -246,8 +246,8 @@ def _reason(item: ErrorDetails) -> str:
     if kind == "literal_error":
         variants = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         expected = ", ".join(f"`{variant}`" for variant in variants)
-        given = item["input"]
-        shown = unexpected(given) if isinstance(given, list | dict) else shortened(str(given))
+        value = item["input"]
+        shown = unexpected(value) if isinstance(value, list | dict) else shortened(str(value))
         return f"unknown variant `{shown}`, expected one of {expected}"
     if kind == "model_type":
         return f"invalid type: {unexpected(item['input'])}, expected struct {item['ctx']['class_name']}"

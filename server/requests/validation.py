@@ -304,10 +304,10 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
 
 
 def _check_bans(parameters: Parameters) -> None:
-    least, most = parameters.min_tokens or 0, parameters.max_new_tokens
+    min_tokens, max_tokens = parameters.min_tokens or 0, parameters.max_new_tokens
     refuse_if(
-        most is not None and least > most,
-        f"`min_tokens` must be <= `max_tokens`. Given: {least} and {most}",
+        max_tokens is not None and min_tokens > max_tokens,
+        f"`min_tokens` must be <= `max_tokens`. Given: {min_tokens} and {max_tokens}",
         param="min_tokens",
     )
     refuse_if(parameters.allowed_token_ids == [], "`allowed_token_ids` cannot be empty", param="allowed_token_ids")
@@ -325,7 +325,7 @@ def _check_prompt_tops(num_input: int, request: GenerationInput) -> None:
     refuse_if(
         num_top * num_input > MAX_PROMPT_TOPS,
         f"{num_top} likeliest tokens for each of {num_input} prompt tokens are more than {MAX_PROMPT_TOPS}",
-        param="logprobs",
+        param="logprobs" if num_top == request.num_prompt_top_tokens else "prompt_logprobs",
     )
 
 

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import Request, Response
 
 from server.answers.json import json_answer
-from server.answers.openai import answered_name
+from server.answers.openai import model_name
 from server.chat.anthropic import AnthropicAnswer, AnthropicEvent, AnthropicWriter
 from server.errors import AnthropicErrorBody
 from server.operation import Area, Operation
@@ -38,7 +38,7 @@ class TokenCount(msgspec.Struct, frozen=True):
 async def messages(request: Request) -> Response:
     service = service_of(request)
     body, chat = await service.read_body_into(request, AnthropicRequest, lambda body: (body, answered_chat(body)))
-    writer = AnthropicWriter(answered_name(body.model, service.config), has_thoughts=body.has_thoughts)
+    writer = AnthropicWriter(model_name(body.model, service.config), has_thoughts=body.has_thoughts)
     return await answer_as(request, chat, writer)
 
 

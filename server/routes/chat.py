@@ -20,8 +20,8 @@ from server.answers.openai import (
     Envelope,
     Logprobs,
     PromptLogprobs,
-    answered_name,
     chat_logprobs,
+    model_name,
     num_generated_tokens,
     openai_stream,
     prompt_logprobs,
@@ -148,6 +148,14 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     return generation_input, use
 
 
+def read_token(reader: AnswerReader, token: GeneratedToken) -> list[ChatPiece]:
+    """The pieces that the next token completes; with the last token all that are left."""
+    pieces = reader.push(token.visible)
+    if token.finish_reason is not None:
+        pieces += reader.finish(is_cut=token.finish_reason is FinishReason.LENGTH)
+    return pieces
+
+
 class _Chat:
     """One request and its answer."""
 
@@ -161,7 +169,7 @@ class _Chat:
         self._begun: set[int] = set()
         """Indices of the choices that a chunk was sent of."""
         self._envelope = Envelope(service.config, "chatcmpl")
-        self._model = answered_name(body.model, service.config)
+        self._model = model_name(body.model, service.config)
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
         async with self._service.open(self._input) as streams:
@@ -263,10 +271,7 @@ class _Chat:
     def _read_choices(self, index: int, token: GeneratedToken, reader: AnswerReader) -> list[ChunkChoice]:
         """Any number of chunks for a token. The first has the logprobs; the finish reason has a chunk of its own."""
         reason = token.finish_reason
-        pieces = reader.push(token.visible)
-        if reason is not None:
-            pieces += reader.finish(is_cut=reason is FinishReason.LENGTH)
-        deltas = [delta_of(piece, self._role(index)) for piece in pieces]
+        deltas = [delta_of(piece, self._role(index)) for piece in read_token(reader, token)]
         if reason is not None or (self._body.logprobs and not deltas):
             deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
         finish_reason = None if reason is None else self._finish_reason(reader.num_calls, reason)

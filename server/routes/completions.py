@@ -17,7 +17,7 @@ from server.answers.openai import (
     Envelope,
     NameOf,
     PromptLogprobs,
-    answered_name,
+    model_name,
     num_generated_tokens,
     openai_stream,
     prompt_logprobs,
@@ -136,7 +136,7 @@ class _Completion:
         self._check(config.max_best_of)
         self.prompts: list[GenerationInput] = []
         self._envelope = Envelope(config, "cmpl")
-        self._model = answered_name(None if self._is_strict else body.model, config)
+        self._model = model_name(None if self._is_strict else body.model, config)
 
     @classmethod
     async def of(cls, service: GenerationService, body: CompletionRequest) -> _Completion:

@@ -13,11 +13,11 @@ from server.answers.headers import left_open_header, stream_headers
 from server.answers.json import json_answer
 from server.answers.sse import EventStream, Typed, named_event, with_error_event
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import AnswerReader, ChatPiece, Content
+from server.chat.thoughts import WordReader
+from server.chat.tool_calls import AnswerReader, ChatPiece
 from server.edge.disconnect import cancel_if_gone
-from server.generation import GeneratedToken
 from server.requests.openai import ChatRequest
-from server.routes.chat import chat_input
+from server.routes.chat import chat_input, read_token
 from server.service import AdmittedRequest, service_of
 
 
@@ -46,7 +46,7 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
     service = service_of(request)
     service.refuse_if_full(1)
     generation_input, use = await chat_input(service, chat)
-    reader = use.reader(generation_input.inputs)
+    reader = use.reader(generation_input.inputs) or WordReader()
     if not chat.stream:
         opening = service.open(generation_input)
         await cancel_if_gone(request, _drain(_events(opening, reader, writer)))
@@ -58,26 +58,18 @@ async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Resp
     return EventStream(events, headers, opening.close)
 
 
-async def _events(opening: AdmittedRequest, reader: AnswerReader | None, writer: Writer) -> AsyncGenerator[Typed]:
-    def pieces(token: GeneratedToken) -> list[ChatPiece]:
-        if reader is None:
-            return [Content(token.visible)] if token.visible else []
-        read = reader.push(token.visible)
-        if token.finish_reason is not None:
-            read += reader.finish(is_cut=token.finish_reason is FinishReason.LENGTH)
-        return read
-
+async def _events(opening: AdmittedRequest, reader: AnswerReader, writer: Writer) -> AsyncGenerator[Typed]:
     async with opening as [stream]:
         for event in writer.begin(stream.generation.num_prompt_tokens):
             yield event
         async for token in stream.tokens:
-            for piece in pieces(token):
+            for piece in read_token(reader, token):
                 for event in writer.push(piece):
                     yield event
         end = AnswerEnd(
             num_tokens=stream.generation.num_generated_tokens,
             num_cached_tokens=stream.generation.num_cached_tokens,
-            num_calls=0 if reader is None else reader.num_calls,
+            num_calls=reader.num_calls,
             is_cut=token.finish_reason is FinishReason.LENGTH,
             stop=stream.generation.stop,
         )

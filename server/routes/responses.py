@@ -8,7 +8,7 @@ import uuid
 from fastapi import Request, Response
 
 from server.answers.json import encoder
-from server.answers.openai import answered_name
+from server.answers.openai import model_name
 from server.chat.responses import ResponseEvent, ResponseObject, ResponseWriter
 from server.operation import Area, Operation
 from server.requests.responses import ResponsesRequest, chat_of
@@ -17,7 +17,7 @@ from server.service import service_of
 
 area = Area()
 
-MAX_REPEATED_BYTES = 1 << 16
+MAX_ECHOED_BYTES = 1 << 16
 """Bytes of the request's fields that its response tells again. A stream tells them three times."""
 
 
@@ -36,7 +36,7 @@ MAX_REPEATED_BYTES = 1 << 16
 async def responses(request: Request) -> Response:
     service = service_of(request)
     response, chat = await service.read_body_into(
-        request, ResponsesRequest, lambda body: (_begun(body, answered_name(body.model, service.config)), chat_of(body))
+        request, ResponsesRequest, lambda body: (_begun(body, model_name(body.model, service.config)), chat_of(body))
     )
     return await answer_as(request, chat, ResponseWriter(response))
 
@@ -62,7 +62,7 @@ def _begun(body: ResponsesRequest, model: str) -> ResponseObject:
         tools=body.tools,
         top_p=body.top_p,
     )
-    if len(encoder.encode(response)) > MAX_REPEATED_BYTES:
+    if len(encoder.encode(response)) > MAX_ECHOED_BYTES:
         response.instructions, response.metadata, response.tools = None, {}, []
         response.tool_choice, response.text = "auto", {"format": {"type": "text"}}
     return response

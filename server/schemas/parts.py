@@ -27,16 +27,16 @@ def children(part: Any) -> list[tuple[Path, Any]]:
     """
     if not isinstance(part, dict):
         return []
-    found: list[tuple[Path, Any]] = []
+    places: list[tuple[Path, Any]] = []
     for key in sorted(part, key=lambda key: key in ("$defs", "definitions")):
         value = part[key]
         if key in BY_NAME and isinstance(value, dict):
-            found += [((key, name), child) for name, child in value.items()]
+            places += [((key, name), child) for name, child in value.items()]
         elif key in LISTS and isinstance(value, list):
-            found += [((key, str(index)), child) for index, child in enumerate(value)]
+            places += [((key, str(index)), child) for index, child in enumerate(value)]
         elif key in SINGLE:
-            found.append(((key,), value))
-    return found
+            places.append(((key,), value))
+    return places
 
 
 def copied(part: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,7 @@ async def test_tokens_are_counted_and_nothing_is_generated(client: httpx.AsyncCl
     [
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools of type `bash_20250124`"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "content blocks of type `document`"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content blocks of type `image`"),
         ({"tool_choice": {"type": "maybe"}}, "tool choices of type `maybe`"),
         ({"top_p": 5}, "top_p"),
     ],

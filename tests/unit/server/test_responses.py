@@ -170,6 +170,10 @@ async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) ->
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input items of type `item_reference`"),
         ({"input": [{"type": ["x"]}]}, "input items of type `unknown`"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "content parts of type `input_file`"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}]}]},
+            "content parts of type `input_image` are not supported",
+        ),
         ({"input": [{"role": 5, "content": "x"}]}, "messages[0].role"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool choices of type `mcp`"),
         ({"max_output_tokens": 0}, "max_new_tokens"),
@@ -199,7 +203,7 @@ async def test_long_fields_are_not_told_again(client: httpx.AsyncClient, monkeyp
     """A stream tells them three times, to readers that may be slow."""
     body = {"input": "hey", "metadata": {"a": "x" * 2_000}, "stream": True}
     assert (await client.post(PATH, json=body)).text.count("x" * 2_000) == 3
-    monkeypatch.setattr("server.routes.responses.MAX_REPEATED_BYTES", 1_000)
+    monkeypatch.setattr("server.routes.responses.MAX_ECHOED_BYTES", 1_000)
     assert "xxx" not in (await client.post(PATH, json=body)).text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from server.app import create_app
@@ -376,6 +377,12 @@ async def test_logprobs_of_a_prompt(
 @pytest.mark.parametrize("said", [{"prompt_logprobs": 21}, {"prompt_logprobs": 0, "stream": True}])
 async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
     response = await ask(client, path, **said)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+async def test_too_many_likeliest_tokens_of_a_prompt_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.limits_now = msgspec.structs.replace(engine.limits_now, max_input_tokens=8_000, max_total_tokens=9_000)
+    response = await ask(client, COMPLETIONS, prompt=[5] * 6_554, prompt_logprobs=20)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
 
 
