@@ -19,6 +19,7 @@ from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
 from server.requests.openai import ChatRequest, NamedToolChoice, Tool
 from server.requests.schemas import read_schema
+from server.requests.values import GrammarSpec
 from server.text.tokenizer import TextTokenizer
 
 NO_TOOL = "no_tool"
@@ -110,7 +111,8 @@ def ending(request: ChatRequest) -> Ending:
         return Ending.AUTOMATIC
     if request.continue_final_message:
         if request.add_generation_prompt:
-            raise ValidationError("`continue_final_message` and `add_generation_prompt` must not both be true")
+            text = "`continue_final_message` and `add_generation_prompt` must not both be true"
+            raise ValidationError(text, param="add_generation_prompt")
         return Ending.CONTINUED
     return Ending.CLOSED if request.add_generation_prompt is False else Ending.NEW
 
@@ -178,13 +180,21 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     start = "call" if is_single else f"call ({newline} call)* {newline}?"
     if _is_free(request) and request.response_format is not None:
         start = f"{start} | answer"
-        answer = request.response_format.spec()
-        if answer.type == "regex":
-            rules.append(f"answer: {_regex(answer.value)}")
-        else:
-            rules.append(f"answer: schema_{len(schemas)}")
-            schemas.append(read_schema(answer, is_strict=False))
+        rule, answer_schemas = _answer_rule(request.response_format.spec(), len(schemas))
+        rules.append(rule)
+        schemas += answer_schemas
     return Check(lark=_lark(start, bodies, *rules), schemas=tuple(schemas))
+
+
+def _answer_rule(answer: GrammarSpec, index: int) -> tuple[str, list[HeldSchema]]:
+    """The rule of an answer in a format, and its schema, the one of number `index`. Raises ValidationError."""
+    try:
+        if answer.type == "regex":
+            return f"answer: {_regex(answer.value)}", []
+        return f"answer: schema_{index}", [read_schema(answer, is_strict=False)]
+    except ValidationError as error:
+        error.param = "response_format"
+        raise
 
 
 _IN_REGEX = {"/": r"\/", "\n": r"\n"}

@@ -12,6 +12,7 @@ from tests.unit.server.harness import FakeEngine
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "n"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
@@ -41,6 +42,9 @@ def completion(**said: Any) -> dict[str, Any]:
         (CHAT, chat(n=0), "n", "invalid_value"),
         (CHAT, chat(tools=[TOOL], tool_choice="g"), "tools", None),
         (CHAT, chat(response_format={"type": "regex", "value": "("}), "response_format", "invalid_value"),
+        (CHAT, chat(response_format=NO_SCHEMA), "response_format", "invalid_value"),
+        (CHAT, chat(response_format=NO_SCHEMA, tools=[TOOL]), "response_format", "invalid_value"),
+        (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "add_generation_prompt", "invalid_value"),
         (CHAT, {"messages": [{"role": "user", "content": "龘" * 1000}]}, "messages", "context_length_exceeded"),
         (CHAT, chat(max_tokens=1020), "messages", "context_length_exceeded"),
         (COMPLETIONS, {}, "prompt", "missing_required_parameter"),
