@@ -11,6 +11,7 @@ from server.chat.anthropic import AnthropicAnswer, AnthropicEvent, AnthropicWrit
 from server.errors import AnthropicErrorBody
 from server.operation import Area, Operation
 from server.requests.anthropic import AnthropicRequest, CountTokensRequest, answered_chat, counted_chat
+from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
 from server.routes.faces import answer_as
 from server.service import service_of
@@ -37,8 +38,12 @@ class TokenCount(msgspec.Struct, frozen=True):
 )
 async def messages(request: Request) -> Response:
     service = service_of(request)
-    body, chat = await service.read_body_into(request, AnthropicRequest, lambda body: (body, answered_chat(body)))
-    writer = AnthropicWriter(model_name(body.model, service.config), has_thoughts=body.has_thoughts)
+
+    def begin(body: AnthropicRequest) -> tuple[ChatRequest, AnthropicWriter]:
+        model = model_name(body.model, service.config)
+        return answered_chat(body), AnthropicWriter(model, has_thoughts=body.has_thoughts)
+
+    chat, writer = await service.read_body_into(request, AnthropicRequest, begin)
     return await answer_as(request, chat, writer)
 
 
