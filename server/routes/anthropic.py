@@ -13,7 +13,7 @@ from server.operation import Area, Operation
 from server.requests.anthropic import AnthropicRequest, CountTokensRequest, answered_chat, counted_chat
 from server.requests.openai import ChatRequest
 from server.routes.chat import chat_input
-from server.routes.faces import answer_as
+from server.routes.chat_shapes import answer_as
 from server.service import service_of
 
 area = Area()

@@ -12,7 +12,7 @@ from server.answers.openai import model_name
 from server.chat.responses import ResponseEvent, ResponseObject, ResponseWriter
 from server.operation import Area, Operation
 from server.requests.responses import ResponsesRequest, chat_of
-from server.routes.faces import answer_as
+from server.routes.chat_shapes import answer_as
 from server.service import service_of
 
 area = Area()

@@ -1,4 +1,4 @@
-"""Chats whose answers have another shape than those of /v1/chat/completions: one way from pieces to events."""
+"""Chats whose answers have other shapes than those of /v1/chat/completions: one way from pieces to events."""
 
 from __future__ import annotations
 
