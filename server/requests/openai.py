@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AliasChoices,
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainValidator,
     TypeAdapter,
     ValidationError,
@@ -24,7 +25,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from server.requests.dialects import parameters_of, speaking
-from server.requests.guided import read_guided
+from server.requests.guided import GUIDED_KEYS, read_guided
 from server.requests.ignored import note_ignored
 from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
@@ -152,17 +153,23 @@ Seed = Annotated[U64 | None, BeforeValidator(_read_seed, json_schema_input_type=
 class OpenAIBody(OpenAIModel):
     """A whole body, of whose fields without effect the log tells."""
 
-    @model_validator(mode="before")
+    further_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that have an effect and are no fields."""
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _note_ignored(cls, data: Any, info: ValidationInfo) -> Any:
+    def _note_ignored(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        body = handler(data)  # first: some routes take bodies of several shapes, and this may be another
         if isinstance(data, dict) and not is_strict(info):
             known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
-            note_ignored({key for key, value in data.items() if value is not None} - known)
-        return data
+            note_ignored({key for key, value in data.items() if value is not None} - known - cls.further_keys)
+        return body
 
 
 class GenerationBody(OpenAIBody):
     """A body that may have vLLM's constraints on the output."""
+
+    further_keys: ClassVar[frozenset[str]] = GUIDED_KEYS
 
     @model_validator(mode="before")
     @classmethod

@@ -193,9 +193,10 @@ async def test_fields_without_effect_are_told_once(
     [
         ("/v1/responses", {"input": "hey", "truncation": "auto", "text": None}),
         ("/v1/messages", {"messages": BODIES[CHAT]["messages"], "max_tokens": 5, "truncation": "auto"}),
+        ("/invocations", {"prompt": "x", "best_of": 1, "truncation": "auto"}),
     ],
 )
-async def test_other_shapes_of_a_chat_tell_of_them_as_well(
+async def test_bodies_of_other_shapes_tell_of_them_as_well(
     client: httpx.AsyncClient,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
