@@ -1,7 +1,7 @@
 """The errors that a request can end in, and the one table from error to status and `error_type`.
 
 Exception
- ├─ BodyError                  the route cannot read the body; plain text, before any handler
+ ├─ BodyError                  the route cannot read the body; plain text, but for OpenAI's routes
  ├─ ValidationError            a parameter or a length is not acceptable
  ├─ TemplateError              the chat template failed
  ├─ ToolError                  tools cannot be used like this

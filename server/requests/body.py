@@ -196,7 +196,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    """The number. Beyond 64 bits serde reads a float; so do we, and Python's limit on digits is never met."""
+    """The number. One of more than 20 digits is a float, as in serde, and Python's limit on digits is never met."""
     return int(digits) if len(digits) <= 20 else _float(digits)
 
 
