@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import pydantic
 
+from server.requests.chat_shapes import Json, chat_request, unsupported
 from server.requests.messages import OpenAIModel
 from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
-from server.requests.responses import Json, chat_request, unsupported
 from server.requests.serde import F32, I32, U32, ListOf, max_items
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}

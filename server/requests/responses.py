@@ -11,12 +11,10 @@ from typing import Annotated, Any
 import pydantic
 
 from server.errors import ValidationError
-from server.requests import serde
+from server.requests.chat_shapes import Json, chat_request, unsupported
 from server.requests.messages import OpenAIModel
 from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.serde import F32, U32, ListOf, max_items
-
-Json = dict[str, Any]
 
 _STORED = ("previous_response_id", "conversation", "prompt")
 """Fields that name something which a server has kept."""
@@ -75,15 +73,6 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         "stream": request.stream,
     }
     return chat_request(body)
-
-
-def chat_request(body: Json) -> ChatRequest:
-    """A chat that another route's body has become. Raises ValidationError."""
-    try:
-        return ChatRequest.model_validate(body, context={"is_strict": False})
-    except pydantic.ValidationError as error:
-        wrong = serde.describe(error)
-    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param, code=wrong.code)
 
 
 def _messages(request: ResponsesRequest) -> list[Json]:
@@ -192,9 +181,3 @@ def _response_format(text_format: TextFormat | None) -> Json | None:
         "type": "json_schema",
         "json_schema": {"name": text_format.name, "schema": text_format.json_schema, "strict": text_format.strict},
     }
-
-
-def unsupported(things: str, kind: Any) -> ValidationError:
-    """The refusal of a type that a client has named."""
-    shown = serde.shortened(kind) if isinstance(kind, str) else "unknown"
-    return ValidationError(f"{things} of type `{shown}` are not supported", logged=f"{things} of an unsupported type")

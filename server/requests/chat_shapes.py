@@ -1,0 +1,28 @@
+"""The chat that a body of another shape becomes, and the refusal of what no chat has (`docs/other-apis.md`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+
+from server.errors import ValidationError
+from server.requests import serde
+from server.requests.openai import ChatRequest
+
+Json = dict[str, Any]
+
+
+def chat_request(body: Json) -> ChatRequest:
+    """A chat that another route's body has become. Raises ValidationError."""
+    try:
+        return ChatRequest.model_validate(body, context={"is_strict": False})
+    except pydantic.ValidationError as error:
+        wrong = serde.describe(error)
+    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param, code=wrong.code)
+
+
+def unsupported(things: str, kind: Any) -> ValidationError:
+    """The refusal of a type that a client has named."""
+    shown = serde.shortened(kind) if isinstance(kind, str) else "unknown"
+    return ValidationError(f"{things} of type `{shown}` are not supported", logged=f"{things} of an unsupported type")
