@@ -221,7 +221,8 @@ METHODS = {
 }
 
 MASKED_HEADERS = (
-    "date x-compute-time x-total-time x-validation-time x-queue-time x-inference-time x-time-per-token".split()
+    "date x-compute-time x-total-time x-validation-time x-queue-time x-inference-time x-time-per-token "
+    "x-request-id".split()
 )
 RARE_METRIC = "tgi_batch_concat"
 """The beginning of names that are there once a request has joined another one, which is a matter of time."""
@@ -231,6 +232,7 @@ BODY_MASKS = (
     (r'"seed":\d{6,}', '"seed":DRAWN'),
 )
 LOG_MASKS = (
+    (r"\breq_[0-9a-f]{32}\b", "req_ID"),
     (r"^\S+Z ", "TIME "),
     (r'"(timestamp|target|filename)": "[^"]*"', r'"\1": MASKED'),
     (r'"line_number": \d+', '"line_number": MASKED'),
