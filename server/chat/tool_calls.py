@@ -269,7 +269,8 @@ class ForcedCallReader(CallReader):
         """Names and arguments of the calls before."""
 
     def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        return [] if self.num_calls else _content(self._held)
+        """What is cut before the arguments of the first call tells nobody anything: it is neither a call nor words."""
+        return [] if self.num_calls or is_cut else _content(self._held)
 
     def _read(self, pieces: list[ChatPiece]) -> bool:
         if self.is_over:

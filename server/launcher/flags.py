@@ -226,7 +226,7 @@ REQUESTS = (
     Flag(
         name="max-top-n-tokens",
         fills="server.max_top_n_tokens",
-        help="Largest top_n_tokens, top_logprobs and, of a completion, logprobs",
+        help="Largest top_n_tokens, and without --strict-tgi at least 20 for the likeliest tokens of OpenAI's routes",
         value=COUNT,
         default=5,
     ),

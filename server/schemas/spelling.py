@@ -24,7 +24,8 @@ TYPES = {
     for name in names.split()
 }
 _ANYTHING = ("any", "unknown", "mixed")
-_TYPE = re.compile(r"(?:typing\.)?(\w+)(?:\[.*\])?", re.DOTALL)
+_TYPE = re.compile(r"(?:typing\.)?(\w+)")
+_TYPE_OF = re.compile(r"(?:typing\.)?(\w+)\[(.+)\]", re.DOTALL)
 
 COUNTS = "minLength maxLength minItems maxItems minProperties maxProperties".split()
 LIMITS = "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
@@ -59,6 +60,7 @@ def spelled(part: Any) -> Any:
 
 
 def _spell_type(part: dict[str, Any]) -> None:
+    _spell_type_of_parts(part)
     if "type" in part:
         names = part["type"].split("|") if isinstance(part["type"], str) else part["type"]
         types = [_json_type(name) for name in (names if isinstance(names, list) else [names])]
@@ -69,6 +71,18 @@ def _spell_type(part: dict[str, Any]) -> None:
     implied = {_IMPLIED[key] for key in part if key in _IMPLIED and part[key] != []}
     if len(implied) == 1 and part.keys().isdisjoint(("type", "const", "enum")):
         (part["type"],) = implied
+
+
+def _spell_type_of_parts(part: dict[str, Any]) -> None:
+    """Python's `list[int]` and `dict[str, int]`; what else has brackets is no type that anybody can be held to."""
+    match = _TYPE_OF.fullmatch(part["type"].strip()) if isinstance(part.get("type"), str) else None
+    kind = _json_type(match[1]) if match else None
+    if match and kind == "array" and "," not in match[2]:
+        part["type"] = kind
+        part.setdefault("items", {"type": match[2]})
+    elif match and kind == "object" and "," in match[2]:
+        part["type"] = kind
+        part.setdefault("additionalProperties", {"type": match[2].partition(",")[2]})
 
 
 def _json_type(name: Any) -> Any:
