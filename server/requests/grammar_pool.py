@@ -328,4 +328,4 @@ def _digest(request: bytes) -> bytes:
 
 
 def _num_chars(checked: Checked) -> int:
-    return len(checked.grammar) + len(checked.error or "")
+    return sum(map(len, (checked.grammar, checked.error or "", *checked.left_open)))

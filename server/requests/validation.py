@@ -117,6 +117,10 @@ def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str
         raise ValidationError(text, param=param, code=code)
 
 
+MAX_STOP_CHARS = 4_096
+"""Each choice of a request prepares to look for each of its stop strings, which takes a millisecond for so many."""
+
+
 class Validator:
     """Checks requests against the limits of this server."""
 
@@ -138,6 +142,11 @@ class Validator:
             not 0 < num_choices <= MAX_CHOICES,
             f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {num_choices}",
             param="n",
+        )
+        refuse_if(
+            any(len(text) > MAX_STOP_CHARS for text in parameters.stop),
+            f"`stop` supports texts of up to {MAX_STOP_CHARS} characters",
+            param="stop",
         )
         best_of, max_best_of = parameters.best_of, self._config.max_best_of
         refuse_if(

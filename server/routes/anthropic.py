@@ -38,6 +38,7 @@ class TokenCount(msgspec.Struct, frozen=True):
 )
 async def messages(request: Request) -> Response:
     service = service_of(request)
+    service.refuse_if_full(1)
 
     def begin(body: AnthropicRequest) -> tuple[ChatRequest, AnthropicWriter]:
         model = model_name(body.model, service.config)

@@ -44,7 +44,6 @@ class Writer(Protocol):
 async def answer_as(request: Request, chat: ChatRequest, writer: Writer) -> Response:
     """The answer to `chat` as `writer` shapes it. Raises what /v1/chat/completions does."""
     service = service_of(request)
-    service.refuse_if_full(1)
     generation_input, use = await chat_input(service, chat)
     reader = use.reader(generation_input.inputs) or WordReader()
     if not chat.stream:

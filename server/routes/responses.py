@@ -35,6 +35,7 @@ MAX_ECHOED_BYTES = 1 << 16
 )
 async def responses(request: Request) -> Response:
     service = service_of(request)
+    service.refuse_if_full(1)
     response, chat = await service.read_body_into(
         request, ResponsesRequest, lambda body: (_begun(body, model_name(body.model, service.config)), chat_of(body))
     )

@@ -211,7 +211,8 @@ class Opening:
         for key in unquote(reference[1:]).split("/")[1:]:
             key = key.replace("~1", "/").replace("~0", "~")
             if isinstance(target, list):
-                target = target[int(key)] if key.isdecimal() and int(key) < len(target) else None
+                is_index = key.isdecimal() and len(key) < 10 and int(key) < len(target)
+                target = target[int(key)] if is_index else None
             else:
                 target = target.get(key) if isinstance(target, dict) else None
         return target

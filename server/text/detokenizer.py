@@ -99,7 +99,7 @@ class StopCutter:
 
     def __init__(self, stops: Sequence[str], *, is_shown: bool = False) -> None:
         """`is_shown`: the text ends after the stop string."""
-        self._stops = stops
+        self._searches = [_Search(stop) for stop in stops]
         self._is_shown = is_shown
         self._held = ""
         self.found: str | None = None
@@ -108,14 +108,43 @@ class StopCutter:
     def push(self, text: str, *, is_last: bool) -> tuple[str, bool]:
         """The text that comes out now, and whether a stop string ended it."""
         seen = self._held + text
-        starts = [(start, stop) for stop in self._stops if (start := seen.find(stop)) >= 0]
+        ends = [(search.push(text), search.stop) for search in self._searches]
+        starts = [(len(self._held) + end - len(stop), stop) for end, stop in ends if end is not None]
         if starts:
             start, self.found = min(starts)
             return seen[: start + len(self.found)] if self._is_shown else seen[:start], True
-        num_held = 0 if is_last else max((overlap(seen, stop) for stop in self._stops), default=0)
+        num_held = 0 if is_last else max((search.num_matched for search in self._searches), default=0)
         num_out = len(seen) - num_held
         self._held = seen[num_out:]
         return seen[:num_out], False
+
+
+class _Search:
+    """Finds a string in a text that comes in parts, each character once (Knuth, Morris and Pratt)."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.num_matched = 0
+        """Characters of `stop` that the text so far ends with."""
+        self._shorter = [0] * len(stop)
+        """For each number of matched characters, less one, the next smaller number that the text ends with as well."""
+        for index in range(1, len(stop)):
+            self._shorter[index] = self._longest(self._shorter[index - 1], stop[index])
+
+    def push(self, text: str) -> int | None:
+        """The index in `text` behind the first whole match; None: there is none yet."""
+        if not self.stop:
+            return 0
+        for index, character in enumerate(text):
+            self.num_matched = self._longest(self.num_matched, character)
+            if self.num_matched == len(self.stop):
+                return index + 1
+        return None
+
+    def _longest(self, num_matched: int, character: str) -> int:
+        while num_matched and self.stop[num_matched] != character:
+            num_matched = self._shorter[num_matched - 1]
+        return num_matched + (self.stop[num_matched] == character)
 
 
 def overlap(text: str, stop: str) -> int:

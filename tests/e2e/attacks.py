@@ -258,6 +258,14 @@ BODIES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
             "]}]}",
         ),
     ),
+    "stop strings of 400,000 characters that hold the text back": (
+        "/v1/completions",
+        lambda: (
+            '{"prompt":"hi","max_tokens":50,"n":8,"stream":true,"stop":['
+            + ",".join('"' + letter + "#" * 400_000 + '"' for letter in ("", "b", "c", "d"))
+            + "]}"
+        ),
+    ),
     "a name of the model of a megabyte, told in each chunk": (
         "/v1/chat/completions",
         lambda: chat('"stream":true,"max_tokens":20,"model":' + quoted("x" * 1_000_000)),

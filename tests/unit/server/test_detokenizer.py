@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.detokenizer import REPLACEMENT, Detokenizer, StopChecker, TokenText
+from server.text.detokenizer import REPLACEMENT, Detokenizer, StopChecker, StopCutter, TokenText
 from server.text.tokenizer import TextTokenizer
 
 TRICKY = st.sampled_from(
@@ -120,3 +121,34 @@ def test_only_a_bounded_tail_is_kept() -> None:
     for _ in range(100):
         checker.check("x" * 100)
     assert len(checker._tail) == 4
+
+
+@given(
+    stops=st.lists(st.text("ab", max_size=5), max_size=3),
+    parts=st.lists(st.text("abc", max_size=6), max_size=8),
+    is_shown=st.booleans(),
+)
+def test_a_text_is_cut_wherever_its_parts_end(stops: list[str], parts: list[str], is_shown: bool) -> None:
+    """Each character is looked at once, and yet the result is that of a search in the whole text."""
+    cutter = StopCutter(stops, is_shown=is_shown)
+    out, seen = "", ""
+    for index, part in enumerate(parts):
+        text, is_stopped = cutter.push(part, is_last=index == len(parts) - 1)
+        out, seen = out + text, seen + part
+        found = [(seen.find(stop), stop) for stop in stops if stop in seen]
+        assert is_stopped == bool(found)
+        if found:
+            start, stop = min(found)
+            assert out == seen[: start + len(stop) if is_shown else start]
+            return
+        held = seen[len(out) :]
+        assert seen.startswith(out) and (not held or any(stop.startswith(held) for stop in stops))
+    assert out == seen
+
+
+def test_what_a_long_stop_string_holds_back_costs_nothing_per_token() -> None:
+    cutter = StopCutter(["#" * 400_000, "b" + "c" * 400_000])
+    started = time.process_time()
+    for _ in range(2_000):
+        assert cutter.push("#" * 80, is_last=False) == ("", False)
+    assert time.process_time() - started < 2, "it was 119 ms for a token with 40,000 characters held back"

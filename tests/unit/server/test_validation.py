@@ -54,6 +54,7 @@ def assert_invalid(response: httpx.Response, text: str) -> None:
         ({"logit_bias": {"1000000": 1}}, "`logit_bias` token 1000000 is not in the model's vocabulary"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
         ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+        ({"stop": ["a", "#" * 4097]}, "`stop` supports texts of up to 4096 characters"),
         ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
         ({"truncate": 0}, "`truncate` must be strictly positive and less than 1023. Given: 0"),
         ({"truncate": 1024}, "`truncate` must be strictly positive and less than 1023. Given: 1024"),
@@ -122,6 +123,7 @@ async def test_stream_refused_in_the_stream(client: httpx.AsyncClient, parameter
         {"decoder_input_details": True},
         {"adapter_id": "unknown"},
         {"stop": list("abcd")},
+        {"stop": ["#" * 4096]},
         {"truncate": 1023},
     ],
 )
