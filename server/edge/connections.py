@@ -39,6 +39,8 @@ class ConnectionLimits:
     """The time in which a client must read something of a whole answer, and the time that every answer may take."""
     stream_unread_s: float = 150.0
     """The same for an answer that is not complete; streams of events wait less by themselves."""
+    stalled_s: float = 5.0
+    """The time after which a client that reads nothing of a running answer gives way to a new connection."""
     min_bytes_per_s: int = 8_000
     """The time for a large answer is one second more for so many bytes that have been read."""
     max_unread_bytes: int = 48_000_000
@@ -100,6 +102,8 @@ class ConnectionTable:
         """Connections without a request, those first that have been so for longest."""
         self._arriving: OrderedDict[TrackedConnection, None] = OrderedDict()
         """Connections whose request's body is on its way, the first one first."""
+        self._stalled: OrderedDict[TrackedConnection, None] = OrderedDict()
+        """Connections whose client reads nothing of a running answer, as the last sweep has seen, the longest first."""
         self._owing: set[TrackedConnection] = set()
         """Connections whose client has not read a whole answer."""
         self._timer: asyncio.TimerHandle | None = None
@@ -110,7 +114,7 @@ class ConnectionTable:
     def admit(self, connection: TrackedConnection) -> bool:
         """Take a new connection in, if need be in place of another one that waits."""
         while len(self._all) >= self.limits.max_connections:
-            waiting = self._waiting or self._arriving
+            waiting = self._waiting or self._arriving or self._stalled
             if not waiting:
                 return False
             oldest = next(iter(waiting))
@@ -144,6 +148,7 @@ class ConnectionTable:
         self._all.pop(connection, None)
         self._waiting.pop(connection, None)
         self._arriving.pop(connection, None)
+        self._stalled.pop(connection, None)
         self._owing.discard(connection)
 
     def head_began(self, connection: TrackedConnection) -> None:
@@ -207,7 +212,16 @@ class ConnectionTable:
             elif not progress.is_running and not progress.num_unread:
                 self._owing.discard(connection)
                 self._end_if_silent(connection, progress, now)
+        self._stalled = self._stalled_until(now)
         self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep) if self._all else None
+
+    def _stalled_until(self, now: float) -> OrderedDict[TrackedConnection, None]:
+        stalled = [
+            (progress.unread_since, connection)
+            for connection, progress in self._all.items()
+            if progress.is_running and progress.num_unread and now - progress.unread_since > self.limits.stalled_s
+        ]
+        return OrderedDict.fromkeys(connection for _, connection in sorted(stalled, key=lambda pair: pair[0]))
 
     def _note_reading(self, connection: TrackedConnection, progress: Progress, now: float) -> None:
         unread = connection.num_unread_bytes

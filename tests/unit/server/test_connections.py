@@ -102,6 +102,17 @@ async def test_a_body_on_its_way_gives_way_when_nothing_is_idle(app: FastAPI) ->
             assert (await one_answer(other))[0].startswith(b"HTTP/1.1 200 ")
 
 
+async def test_a_client_that_reads_nothing_gives_way_when_all_others_run(app: FastAPI) -> None:
+    with limited(app, max_connections=1, stalled_s=0.2) as port, connect(port) as hoarding:
+        hoarding.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 200)
+        answer = b"HTTP/1.1 503"
+        while answer.startswith(b"HTTP/1.1 503"):  # until it has read nothing for so long
+            with connect(port) as other, contextlib.suppress(ConnectionError):
+                other.sendall(INFO)
+                answer = (await one_answer(other))[0]
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
 async def test_beyond_the_limit_the_refusal_has_words(app: FastAPI, engine: FakeEngine) -> None:
     engine.script.stall_after = 1
     with limited(app, max_connections=1) as port, connect(port) as running:
