@@ -100,6 +100,8 @@ def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool
     """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
     if is_strict and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
+    if not request.tools and not is_strict and not _is_free(request) and request.tool_choice != "none":
+        raise ToolError("`tool_choice` asks for a call, and there are no `tools`")
     if not request.tools or request.tool_choice == "none":
         return NO_TOOL_USE
     return _tgi_use(request) if is_strict else _template_use(request, tokenizer)

@@ -128,6 +128,8 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
     with service.metrics.refusing(TemplateError, ValidationError):
+        if not request.messages and not is_strict:
+            raise ValidationError("there are no messages", param="messages")
         use = use_tools(request, service.tokenizer, is_strict=is_strict)
         end = ending(request)
         prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)

@@ -428,3 +428,21 @@ async def test_stream_as_tgi_that_is_cut_off(
     (chunk,) = await stream(strict_client)
     assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert chunk["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("tools", [{}, {"tools": []}], ids=["none", "empty"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_a_call_of_no_tool_cannot_be_required(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, tools: dict[str, Any], choice: Any
+) -> None:
+    body = {"messages": [USER], "tool_choice": choice, **tools}
+    answer = await client.post(PATH, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+    assert "there are no `tools`" in answer.json()["error"]["message"]
+    assert (await strict_client.post(PATH, json=body)).status_code == 200
+
+
+async def test_a_chat_has_messages(client: httpx.AsyncClient) -> None:
+    for path, body in ((PATH, {}), ("/v1/messages", {"max_tokens": 5})):
+        answer = await client.post(path, json={"messages": []} | body)
+        assert answer.status_code == 400 and "there are no messages" in answer.json()["error"]["message"]
