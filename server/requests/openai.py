@@ -27,7 +27,7 @@ from pydantic.json_schema import SkipJsonSchema
 from server.requests.dialects import parameters_of, speaking
 from server.requests.guided import GUIDED_KEYS, read_guided
 from server.requests.ignored import note_ignored
-from server.requests.messages import Message, OpenAIModel
+from server.requests.messages import CalledFunction, Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
 from server.requests.sampling_defaults import filled
@@ -51,22 +51,13 @@ MAX_MESSAGES = 16_384
 MAX_TOOLS = 1_024
 
 
-class OfferedFunction(OpenAIModel):
-    name: str
-    description: str | None = None
-    arguments: Any = Field(None, validation_alias=AliasChoices("arguments", "parameters"))
-    """JSON schema of the arguments. If it is left out, as OpenAI allows, the function takes none."""
+class OfferedFunction(CalledFunction):
+    """Its `arguments` are a JSON schema. If that is left out, as OpenAI allows, the function takes none."""
+
     strict: bool = False
     """A schema that the model cannot be held to in full is refused where a call is required."""
 
     extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _require_arguments(cls, data: Any, info: ValidationInfo) -> Any:
-        if is_strict(info) and isinstance(data, dict) and data.keys().isdisjoint(("arguments", "parameters")):
-            raise wrong("missing field `arguments`")
-        return data
 
 
 class Tool(WireModel):

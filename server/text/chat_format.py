@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import read_file
+from engine.link.model_files import read_file, read_json
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
@@ -59,7 +58,7 @@ def _tgi_templates(folder: Path, in_config: dict[str, str]) -> dict[str, str]:
 
 
 def _processor_templates(folder: Path) -> dict[str, str]:
-    settings = read_json(folder / "chat_template.json") or read_json(folder / "processor_config.json") or {}
+    settings = read_json(folder / "chat_template.json") or read_json(folder / "processor_config.json")
     return _named_templates(settings.get("chat_template"))
 
 
@@ -100,7 +99,7 @@ def _tgi_tokens(config: dict[str, Any]) -> dict[str, str]:
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The tokens that transformers names to templates: every key that ends in `_token`, and named further ones."""
     if "added_tokens_decoder" not in config:  # older folders keep them in a file of their own
-        config = config | (read_json(folder / "special_tokens_map.json") or {})
+        config = config | read_json(folder / "special_tokens_map.json")
     named = {name: token for name, token in config.items() if name.endswith("_token")}
     further = config.get("extra_special_tokens")
     return _texts(named | (further if isinstance(further, dict) else {}))
@@ -114,17 +113,3 @@ def token_content(token: Any) -> str | None:
     """A token's text: it is written as a string or as an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None if there is no such file. Raises StartError."""
-    content = read_file(path)
-    if content is None:
-        return None
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise StartError(f"{path} does not hold a JSON object")
-    return value

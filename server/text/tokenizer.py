@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import tokenizers
 
 from engine.link.errors import GenerationError, StartError
-from engine.link.model_files import read_file
+from engine.link.model_files import read_file, read_json
 from server.text.affixes import Affixes, read_affixes, use_affixes
-from server.text.chat_format import ChatFormat, read_chat_format, read_json, token_content
+from server.text.chat_format import ChatFormat, read_chat_format, token_content
 from server.text.long_texts import LongTextProcess
 from server.text.spans import spans_json
 from server.text.token_names import TokenName
@@ -74,10 +74,9 @@ class TextTokenizer:
         tokenizer = _load_tokenizer(folder / "tokenizer.json")
         _refuse_larger(tokenizer, folder)
         path = Path(config_path) if config_path else folder / "tokenizer_config.json"
-        config = read_json(path)
-        if config is None and config_path:
+        if config_path and not path.exists():
             raise StartError(f"{config_path} is missing: give --tokenizer-config-path a file")
-        config = config or {}
+        config = read_json(path)
         chat_format = read_chat_format(folder, config, is_config_first=bool(config_path), is_strict=is_strict)
         affixes = read_affixes(config, chat_format.special_tokens)
         special_ids = _special_ids(tokenizer, config, path)
@@ -176,7 +175,7 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _refuse_larger(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """Raises StartError when the model has no rows for some of the tokens; more rows than tokens are usual."""
-    vocab_size = (read_json(folder / "config.json") or {}).get("vocab_size")
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
     num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     if isinstance(vocab_size, int) and num_tokens > vocab_size:
         raise StartError(
