@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from tests.e2e.cached_environment import cached_environment
 from tests.e2e.launched import launched
+from tests.e2e.node import node, node_packages
 
 WEATHER = {
     "type": "object",
@@ -142,6 +143,17 @@ def test_frameworks(client: OpenAI) -> None:
         assert agents[kind][:2] == ["tool_call_item", "tool_call_output_item"]
         assert agents[kind][-1] == "message_output_item" and agents[f"{kind} answer"]
     assert len(set(results["litellm"].values())) == 1, "three routes, one answer"
+
+
+def test_vercels_ai(client: OpenAI) -> None:
+    url = str(client.base_url).removesuffix("/v1/")
+    command = [node(), CLIENTS / "ai_client.mjs", url, node_packages("node-ai")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["calls"] == [{"city": "Paris", "unit": "celsius"}] and results["steps"] == 2 and results["answer"]
+    assert results["person"] == {"name": "Anna", "age": 31}
+    assert results["streamed"] == results["whole"] != ""
 
 
 def check_calls(called: list[Any]) -> None:
