@@ -32,7 +32,8 @@ def main() -> None:
         ) as stream:
             streamed = "".join(stream.text_stream)
             message = stream.get_final_message()
-        first_input = first_input or message.usage.input_tokens
+        usage = message.usage  # what the prefix cache had is counted apart
+        first_input = first_input or usage.input_tokens + (usage.cache_read_input_tokens or 0)
         messages.append({"role": "assistant", "content": message.content})
         if message.stop_reason != "tool_use":
             break
