@@ -173,7 +173,7 @@ async def test_wrong_shapes(client: httpx.AsyncClient, path: str, body: str, rea
 async def test_what_openai_allows_is_wrong_to_tgi(
     client: httpx.AsyncClient, strict_client: httpx.AsyncClient, field: str, reason: str
 ) -> None:
-    body = f'{{"messages":[],{field}}}'
+    body = f'{{"messages":[{{"role":"user","content":"hey"}}],{field}}}'
     response = await post(strict_client, body, "/v1/chat/completions")
     assert_refused(response, 422, f"{BAD_SHAPE}{reason} at line 1 column {len(body)}")
     assert (await post(client, body, "/v1/chat/completions")).status_code == 200

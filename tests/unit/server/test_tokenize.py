@@ -95,7 +95,7 @@ async def test_chat(client: httpx.AsyncClient, tokenizer: TextTokenizer) -> None
 async def test_a_template_may_refuse(engine: FakeEngine, tmp_path: Path) -> None:
     write_model_folder(tmp_path, "{{ raise_exception('no system role') }}")
     async with client_of(create_app(engine, make_config(), TextTokenizer.from_folder(str(tmp_path), 1))) as client:
-        response = await client.post("/chat_tokenize", json={"messages": []})
+        response = await client.post("/chat_tokenize", json={"messages": [{"role": "system", "content": "x"}]})
     assert response.status_code == 422
     assert response.json() == {
         "error": "Template error: no system role",
