@@ -21,7 +21,7 @@ endif
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
-	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
+	@echo 'make test-fast         the unit tests, in a minute and a half on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
