@@ -26,6 +26,8 @@ from server.text.tokenizer import TextTokenizer
 MAX_CHECKED_NEW_TOKENS = 1024
 """TGI's length check counts no more new tokens than this; generation then stops at the window (row 15 of
 `docs/compatibility.md`)."""
+MAX_STOP_CHARS = 4_096
+"""Characters of a stop string. To prepare to look for one takes a millisecond for so many."""
 MAX_WORD_CHARS = 128
 """Characters of a word that may not come."""
 MAX_PROMPT_TOPS = 131_072
@@ -115,10 +117,6 @@ def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
 def refuse_if(condition: bool, text: str, *, param: str | None = None, code: str = INVALID_VALUE) -> None:
     if condition:
         raise ValidationError(text, param=param, code=code)
-
-
-MAX_STOP_CHARS = 4_096
-"""Each choice of a request prepares to look for each of its stop strings, which takes a millisecond for so many."""
 
 
 class Validator:

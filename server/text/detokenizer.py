@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -126,25 +127,36 @@ class _Search:
         self.stop = stop
         self.num_matched = 0
         """Characters of `stop` that the text so far ends with."""
-        self._shorter = [0] * len(stop)
-        """For each number of matched characters, less one, the next smaller number that the text ends with as well."""
-        for index in range(1, len(stop)):
-            self._shorter[index] = self._longest(self._shorter[index - 1], stop[index])
+        self._shorter = _shorter_matches(stop)
 
     def push(self, text: str) -> int | None:
         """The index in `text` behind the first whole match; None: there is none yet."""
         if not self.stop:
             return 0
         for index, character in enumerate(text):
-            self.num_matched = self._longest(self.num_matched, character)
+            self.num_matched = _longest_match(self.stop, self._shorter, self.num_matched, character)
             if self.num_matched == len(self.stop):
                 return index + 1
         return None
 
-    def _longest(self, num_matched: int, character: str) -> int:
-        while num_matched and self.stop[num_matched] != character:
-            num_matched = self._shorter[num_matched - 1]
-        return num_matched + (self.stop[num_matched] == character)
+
+@functools.lru_cache(maxsize=64)
+def _shorter_matches(stop: str) -> Sequence[int]:
+    """For each number of matched characters, less one, the next smaller number that the text ends with as well.
+
+    All choices of a request look for the same strings, and the table of a long one takes a millisecond.
+    """
+    shorter = [0] * len(stop)
+    for index in range(1, len(stop)):
+        shorter[index] = _longest_match(stop, shorter, shorter[index - 1], stop[index])
+    return shorter
+
+
+def _longest_match(stop: str, shorter: Sequence[int], num_matched: int, character: str) -> int:
+    """The characters of `stop` that a text ends with, which ended with `num_matched` before `character` came."""
+    while num_matched and stop[num_matched] != character:
+        num_matched = shorter[num_matched - 1]
+    return num_matched + (stop[num_matched] == character)
 
 
 def overlap(text: str, stop: str) -> int:
