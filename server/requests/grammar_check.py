@@ -113,11 +113,12 @@ class Checker:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
-        is_refused = checked.error is not None and not checked.error.startswith(TOO_COMPLEX)
-        if is_refused and any(held.mode == "open" for held in request.schemas):
+        if all(held.mode != "open" for held in request.schemas):
+            return checked
+        if checked.error is not None and not checked.error.startswith(TOO_COMPLEX):
             prepared = [_repaired(*pair, self._fits) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
-        if checked.error is not None and any(held.mode == "open" for held in request.schemas):
+        if checked.error is not None:
             prepared = [_all_open(*pair) for pair in zip(request.schemas, prepared, strict=True)]
             checked = self._with_schemas(request, prepared)
         return checked
