@@ -57,6 +57,10 @@ class ServerConfig:
     graceful_termination_timeout_s: int = 90
     compute_type: str = "cpu"
     """Value of the x-compute-type header."""
+    build_sha: str | None = None
+    """Commit that the container image was built from; /info shows it."""
+    docker_label: str | None = None
+    """The container image's name for itself; /info shows it."""
     log_level: str = "info"
     is_json_output: bool = False
     otlp_endpoint: str | None = None

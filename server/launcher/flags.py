@@ -534,6 +534,13 @@ VARIABLES: tuple[Variable, ...] = (
         value=HEADER_TEXT,
         help="Text of the x-compute-type header (default: cpu or the card)",
     ),
+    Variable(name="GIT_SHA", fills="server.build_sha", value=TEXT, help="Set by our images: the `sha` of /info"),
+    Variable(
+        name="DOCKER_LABEL",
+        fills="server.docker_label",
+        value=TEXT,
+        help="Set by our images: the `docker_label` of /info",
+    ),
     Variable(
         name="LOG_LEVEL",
         fills="engine.log_level launcher.log_level server.log_level",

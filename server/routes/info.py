@@ -26,8 +26,9 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     max_client_batch_size: int
     router: str = "text-generation-router"
     version: str = VERSION
-    sha: str | None = None
-    docker_label: str | None = None
+    sha: str | None
+    docker_label: str | None
+    """Both null but in a container image."""
 
 
 @area.serve(
@@ -54,5 +55,7 @@ async def info(request: Request) -> Response:
             max_total_tokens=limits.max_total_tokens,
             validation_workers=config.validation_workers,
             max_client_batch_size=config.max_prompts,
+            sha=config.build_sha,
+            docker_label=config.docker_label,
         )
     )

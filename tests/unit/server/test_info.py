@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 
-from tests.unit.server.harness import FakeEngine
+from server.app import create_app
+from server.text.tokenizer import TextTokenizer
+from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 
 async def test_info(client: httpx.AsyncClient) -> None:
@@ -17,6 +21,13 @@ async def test_info(client: httpx.AsyncClient) -> None:
         '"version":"3.3.6-dev0","sha":null,"docker_label":null}'
     )
     assert response.headers["content-type"] == "application/json"
+
+
+async def test_an_image_says_what_it_was_built_from(engine: FakeEngine, model_folder: Path) -> None:
+    config = make_config(build_sha="0f3a", docker_label="sha-0f3a")
+    async with client_of(create_app(engine, config, TextTokenizer.from_folder(str(model_folder), 1))) as client:
+        answer = (await client.get("/info")).json()
+    assert (answer["sha"], answer["docker_label"]) == ("0f3a", "sha-0f3a")
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/", "/readyz"])
