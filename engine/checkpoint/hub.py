@@ -116,18 +116,37 @@ def _local(folder: Path) -> Path:
 
 
 def _cached(model_id: str, revision: str | None) -> Path | None:
-    """The snapshot in the cache if it is there and whole; makes no network call."""
-    paths = [try_to_load_from_cache(model_id, name, revision=revision) for name in ("config.json", ADAPTER_CONFIG)]
-    folder = next((Path(path).parent for path in paths if isinstance(path, str)), None)
-    if folder is None:
-        return None
-    try:
-        _check_whole(folder)
-    except StartError as error:
-        logger.info("The cache does not have all of %s: %s", model_id, error)
-        return None
-    logger.info("Files are already present on the host. Skipping download.")
-    return folder
+    """The snapshot in a cache if it is there and whole; makes no network call."""
+    for cache in _caches():
+        folder = _snapshot(cache, model_id, revision)
+        if folder is None:
+            continue
+        try:
+            _check_whole(folder)
+        except StartError as error:
+            logger.info("The cache %s does not have all of %s: %s", cache, model_id, error)
+            continue
+        logger.info("Files are already present on the host. Skipping download.")
+        return folder
+    return None
+
+
+def _caches() -> list[str]:
+    """The folders where models may lie already; what is fetched goes into the first.
+
+    TGI's images up to 2.0 had their cache in /data, where newer ones and ours have HF_HOME and the cache in its `hub`.
+    """
+    is_default = Path(constants.HF_HUB_CACHE) == Path(constants.HF_HOME, "hub")
+    return [constants.HF_HUB_CACHE, constants.HF_HOME] if is_default else [constants.HF_HUB_CACHE]
+
+
+def _snapshot(cache: str, model_id: str, revision: str | None) -> Path | None:
+    """The model's folder in a cache, whole or not."""
+    for name in ("config.json", ADAPTER_CONFIG):
+        path = try_to_load_from_cache(model_id, name, cache_dir=cache, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
 
 
 def _check_whole(folder: Path) -> None:

@@ -41,6 +41,35 @@ def test_a_whole_snapshot_is_used_as_it_is(snapshot: Path, revision: str | None)
     assert hub.download_model("tiny/Qwen2", revision) == snapshot
 
 
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_model_directly_in_hf_home_is_found_as_images_of_tgi_2_left_it(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    home = snapshot.parents[2]
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    assert hub.download_model("tiny/Qwen2", revision) == snapshot
+    write_tiny_qwen2(home / "hub" / "models--tiny--Qwen2" / "snapshots" / COMMIT)
+    if revision == COMMIT:
+        assert hub.download_model("tiny/Qwen2", revision) == home / "hub" / snapshot.relative_to(home)
+
+
+def test_a_cache_that_is_named_is_the_only_one(snapshot: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(snapshot.parents[2]))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "named"))
+    with pytest.raises(StartError, match="is not in the cache .*/named"):
+        hub.download_model("tiny/Qwen2", None)
+
+
+def test_a_damaged_model_in_the_older_place_is_not_used(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = snapshot.parents[2]
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    next(snapshot.glob("*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(StartError, match="is not in the cache .*/hub, or not all of it"):
+        hub.download_model("tiny/Qwen2", None)
+
+
 @pytest.mark.parametrize("prefix", ["/", "./", "../"])
 def test_a_revision_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     (tmp_path / "model").mkdir()
