@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -63,6 +64,33 @@ def _check_space(folder: Path) -> None:
         raise OSError(errno.ENOSPC, f"only {free >> 20} MiB are free", str(folder))
 
 
+def shipped_kernels(prefix: Path) -> Path:
+    """Where an image or an administrator keeps kernels that were compiled for everybody who uses this Python.
+
+    `XDG_CACHE_HOME=<prefix>/share python -m engine.compile` puts them there.
+    """
+    return prefix / "share" / "pytgi" / "numba" / _kernel_version()
+
+
+def _numba_folder(cache: Path, shipped: Path) -> Path:
+    """This version's folder of compiled kernels in `cache`; a new one begins with those that were shipped.
+
+    They are copied since Numba refuses a folder that it can't write. What can't be copied is compiled.
+    """
+    folder = cache / "numba" / shipped.name
+    if folder.exists() or not shipped.is_dir():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        shutil.copytree(shipped, unfinished, dirs_exist_ok=True)
+        unfinished.rename(folder)
+    except OSError as error:  # another launcher was first, or the disk is full
+        shutil.rmtree(unfinished, ignore_errors=True)
+        logger.debug("The compiled kernels in %s were not copied: %s", shipped, error)
+    return folder
+
+
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
     """Variables that the user has not set and an engine process needs before its libraries are first imported.
 
@@ -72,8 +100,10 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     became 500), with this about twice. torch asks for huge pages: weights are read up to 10 % faster through them than
     through 4 KB pages. Its log level silences the store's warnings of hosts without a name.
     """
+    cache = user_cache_dir(environ)
     defaults = {
-        "NUMBA_CACHE_DIR": str(user_cache_dir(environ) / "numba" / _kernel_version()),
+        "NUMBA_CACHE_DIR": str(_numba_folder(cache, shipped_kernels(Path(sys.prefix)))),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
         "NUMBA_THREADING_LAYER": "omp",
         "NUMBA_NUM_THREADS": str(num_threads),
         "OMP_NUM_THREADS": str(num_threads),

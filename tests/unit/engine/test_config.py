@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import engine.link.environment
 from engine.limits import EngineLimits, MemoryNeeds, ModelWindow, plan_memory
 from engine.link.config import EngineConfig
-from engine.link.environment import KERNEL_SOURCES, SHARED_MEMORY, engine_environment, user_cache_dir
+from engine.link.environment import KERNEL_SOURCES, SHARED_MEMORY, engine_environment, shipped_kernels, user_cache_dir
 from engine.link.errors import StartError
 
 WINDOW, CAPACITY = 32_768, 65_536
@@ -122,6 +123,7 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
     environ = {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": ""}
     made = engine_environment(2, environ)
     assert Path(made.pop("NUMBA_CACHE_DIR")).parent == tmp_path / "pytgi" / "numba"
+    assert Path(made.pop("TRITON_CACHE_DIR")) == tmp_path / "pytgi" / "triton"
     assert made == {
         "NUMBA_THREADING_LAYER": "omp",
         "NUMBA_NUM_THREADS": "2",
@@ -130,6 +132,39 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
+
+
+def shipped_kernel(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiled kernel in the folder that an image ships, which nobody may write."""
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    kernel = shipped_kernels(prefix) / "quant" / "kernel.nbc"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"code")
+    kernel.parent.chmod(0o555)
+    return kernel
+
+
+def test_a_new_cache_begins_with_the_kernels_that_were_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = shipped_kernel(tmp_path / "prefix", monkeypatch)
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    folder = Path(engine_environment(2, environ)["NUMBA_CACHE_DIR"])
+    assert folder == tmp_path / "pytgi" / "numba" / kernel.parents[1].name
+    assert (folder / "quant" / "kernel.nbc").read_bytes() == b"code"
+    (folder / "quant" / "kernel.nbc").write_bytes(b"newer")
+    assert engine_environment(2, environ)["NUMBA_CACHE_DIR"] == str(folder)
+    assert (folder / "quant" / "kernel.nbc").read_bytes() == b"newer"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_shipped_kernels_that_can_not_be_copied_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped_kernel(tmp_path / "prefix", monkeypatch)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    folder = Path(engine_environment(2, {"XDG_CACHE_HOME": str(tmp_path)})["NUMBA_CACHE_DIR"])
+    assert list(folder.parent.iterdir()) == []
 
 
 def test_every_file_with_kernels_is_part_of_the_kernel_caches_name() -> None:
