@@ -1,24 +1,104 @@
-# Targets: cpu (default) and cuda. The launcher is PID 1, so container arguments are launcher flags:
-#   docker build --target cpu -t pytgi . && docker run -p 8080:80 -v $PWD/data:/data pytgi --model-id Qwen/Qwen2.5-0.5B-Instruct
-# Not built where it was written: there was no Docker engine.
+# Targets: cuda (the default), rocm, cpu and sagemaker. Container arguments are launcher flags:
+#   docker build --target cpu --build-arg TORCH_INDEX=<PyTorch's index of CPU builds> -t pytgi .
+#   docker run -p 8080:80 -v $PWD/data:/data pytgi --model-id Qwen/Qwen2.5-0.5B-Instruct
+# docs/deployment.md has the arguments, and says which targets were run. The order of the stages is that of what is built
+# most often: builders that don't skip stages stop at the target.
 
-FROM python:3.11-slim AS base
-# libgomp1: Numba's OpenMP layer. gcc: Triton compiles a small launcher at run time.
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# Debian or Ubuntu with a python3 of 3.11 or newer that has venv, and its headers for the targets with Triton.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS base
+# libgomp1 runs the threads of the CPU kernels. Versions of Debian's packages leave its servers when newer ones come.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends libgomp1 \
+ && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig \
+ && mkdir -m 1777 /data
+COPY --chmod=755 scripts/image/sagemaker.sh scripts/image/health.py /usr/local/bin/
+# HF_HOME and PORT are those of TGI's images. Every compiled kernel is kept below XDG_CACHE_HOME.
+ENV PATH=/opt/venv/bin:$PATH \
+    HF_HOME=/data \
+    XDG_CACHE_HOME=/data/cache \
+    PORT=80
+LABEL org.opencontainers.image.title="pytgi" \
+      org.opencontainers.image.description="Text Generation Inference's interface for Qwen2-family models, in pure Python" \
+      org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /usr/src
-COPY constraints.txt ./
-ENV HF_HOME=/data PORT=80 PIP_NO_CACHE_DIR=1 XDG_CACHE_HOME=/data/cache
+EXPOSE 80
+# A large model loads for minutes; failures count from then on.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 CMD ["health.py"]
 ENTRYPOINT ["text-generation-launcher"]
 
-FROM base AS cuda
-RUN pip install "torch==2.13.0"
+# The program as a wheel: the same for all targets, and nothing of the repository but what it installs.
+FROM base AS wheel
+WORKDIR /build
+RUN python3 -m venv /opt/venv
 COPY . .
-RUN pip install -c constraints.txt ".[cuda]"
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir dist .
+
+FROM base AS cpu-packages
+WORKDIR /build
+COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
+ARG TORCH_SPEC=torch==2.13.0
+ARG TORCH_INDEX=
+RUN sh packages.sh cpu
 
 FROM base AS cpu
-# Point PIP_EXTRA_INDEX_URL at an index of CPU wheels, or torch comes as a CUDA build of several GB.
-ARG TORCH_SPEC="torch==2.13.0"
-ARG PIP_EXTRA_INDEX_URL=""
-RUN pip install "$TORCH_SPEC"
-COPY . .
-RUN pip install -c constraints.txt .
+COPY --from=cpu-packages /opt/venv /opt/venv
+COPY scripts/image/program.sh /build/
+RUN --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist sh /build/program.sh compile
+ARG GIT_SHA=
+ARG DOCKER_LABEL=
+ENV GIT_SHA=$GIT_SHA DOCKER_LABEL=$DOCKER_LABEL
+LABEL org.opencontainers.image.revision=$GIT_SHA
+
+FROM base AS gpu-base
+# Triton compiles a launcher for each kernel when it first runs it, against Python's headers.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig \
+ && test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+ENV CC=gcc
+
+FROM gpu-base AS rocm-packages
+WORKDIR /build
+COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
+ARG TORCH_SPEC=torch==2.13.0
+ARG TORCH_INDEX=
+RUN sh packages.sh hip
+
+FROM gpu-base AS rocm
+COPY --from=rocm-packages /opt/venv /opt/venv
+COPY scripts/image/program.sh /build/
+RUN --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist sh /build/program.sh
+ARG GIT_SHA=
+ARG DOCKER_LABEL=
+ENV GIT_SHA=$GIT_SHA DOCKER_LABEL=$DOCKER_LABEL
+LABEL org.opencontainers.image.revision=$GIT_SHA
+
+FROM gpu-base AS cuda-packages
+WORKDIR /build
+COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
+ARG TORCH_SPEC=torch==2.13.0
+ARG TORCH_INDEX=
+RUN sh packages.sh cuda
+
+FROM gpu-base AS cuda-program
+COPY --from=cuda-packages /opt/venv /opt/venv
+COPY scripts/image/program.sh /build/
+RUN --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist sh /build/program.sh
+ARG GIT_SHA=
+ARG DOCKER_LABEL=
+# What the NVIDIA runtime hands into the container, where it isn't asked for anything else.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    GIT_SHA=$GIT_SHA DOCKER_LABEL=$DOCKER_LABEL
+LABEL org.opencontainers.image.revision=$GIT_SHA
+
+FROM cuda-program AS sagemaker
+ENV PORT=8080
+EXPOSE 8080
+ENTRYPOINT ["sagemaker.sh"]
+
+FROM cuda-program AS cuda

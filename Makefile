@@ -17,7 +17,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install serve test test-fast test-slow soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock image image-test clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -28,6 +28,8 @@ help:
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
+	@echo 'make image             build a container image   (TARGET= cuda, rocm, cpu or sagemaker, IMAGE= its name, ARGS= build arguments)'
+	@echo 'make image-test        build the image for CPUs without a container engine, and run it; needs root, buildah, debootstrap'
 	@echo 'make clean             take the environment and build/ away, with runs of gpu-proof that are not kept'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
@@ -109,6 +111,20 @@ kernels-aot: install $(VENV)/interpreted
 # A host whose own python has CUDA builds of torch and Triton needs no .venv: `PYTHONPATH=. python3 -m benchmarks.gpu_proof`.
 gpu-proof: install $(VENV)/interpreted
 	@$(PY) -m benchmarks.gpu_proof $(ARGS)
+
+# An engine is one that answers: the program docker alone builds nothing.
+IMAGE ?= pytgi
+TARGET ?= cuda
+image:
+	@sha=$$(git rev-parse HEAD 2>/dev/null || :); label=$${sha:+sha-$$(echo $$sha | cut -c1-7)}; \
+	if docker info >/dev/null 2>&1; then build='docker build'; \
+	elif podman info >/dev/null 2>&1; then build='podman build --format docker'; \
+	elif buildah version >/dev/null 2>&1; then build='buildah build --format docker'; \
+	else echo 'make image needs docker, podman or buildah (Debian: apt-get install buildah)' >&2; exit 1; fi; \
+	exec $$build --target $(TARGET) --tag $(IMAGE) --build-arg GIT_SHA=$$sha --build-arg DOCKER_LABEL=$$label $(ARGS) .
+
+image-test: install
+	@$(PY) -m pytest -q -s tests/image $(PYTEST_ARGS)
 
 check: install
 	@$(PY) -m ruff format --check .

@@ -31,24 +31,27 @@ BLOCKS = [block for path in sorted(DOCUMENTS) for block in read_blocks(path.read
 COMMANDS = [block for block in BLOCKS if block.language in COMMAND_LANGUAGES]
 
 DOCKER = "docker run --gpus all --shm-size 1g -p 8080:80 -v $PWD/data:/data pytgi \\"
+MAKE_IMAGE = 'make image TARGET=cpu ARGS="--build-arg TORCH_INDEX=<PyTorch\'s index of CPU builds>"'
 TWO_HOSTS = "text-generation-launcher --model-id Qwen/Qwen2-7B-Instruct --port 8080 \\"
 HOST_NETWORK = "docker run --gpus all --shm-size 1g --network host -v $PWD/data:/data -e PORT=8080 pytgi \\"
 TORCHRUN = "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.77.0.1 --master-port 29500 \\"
 NOT_RUN = {
     ("README.md", "make test"): "runs all tests, this one too",
+    ("README.md", MAKE_IMAGE): "no Docker engine here; make image-test builds the same target",
     (
         "docs/install.md",
         "python3 -m venv .venv",
     ): "installs a gigabyte; tried by hand, the offline one without a network",
     ("docs/install.md", "pip wheel --wheel-dir wheelhouse -c constraints.txt torch==2.13.0 ."): "as above",
     ("docs/install.md", "conda create -n pytgi -c conda-forge python=3.11 libgomp"): "no conda and no channels here",
-    ("docs/install.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
+    ("docs/install.md", MAKE_IMAGE): "no Docker engine here; make image-test builds the same target",
     ("docs/deployment.md", DOCKER): "no Docker engine here",
     ("docs/deployment.md", TWO_HOSTS): "both are run by test_two_hosts.py",
     ("docs/deployment.md", HOST_NETWORK): "no Docker engine here",
     ("docs/deployment.md", TORCHRUN): "needs two hosts; test_shards.py runs torchrun on one",
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
-    ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
+    ("docs/migrating.md", MAKE_IMAGE): "as above",
+    ("docs/deployment.md", MAKE_IMAGE): "as above",
 }
 """Commands without a marker, by document and first line, and why they are not run here."""
 
