@@ -81,7 +81,7 @@ PLATFORMS = (
         },
         fixed={"PORT": "8080"},
         # It kills a container 30 s after SIGTERM; the processes need up to 10 s after the last request.
-        defaults={"GRACEFUL_TERMINATION_TIMEOUT": "20"},
+        defaults={"GRACEFUL_TERMINATION_TIMEOUT": "15"},
         model_folder="/opt/ml/model",
     ),
     Platform(

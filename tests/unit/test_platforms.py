@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from server.launcher.args import LauncherArgs, parse_args
+from server.launcher.children import LAST_EVENTS_TIMEOUT_S, STOP_TIMEOUT_S
 from server.launcher.platforms import PLATFORMS, find_platform
 
 SAGEMAKER = {"HF_MODEL_ID": "m", "SM_NUM_GPUS": "1"}
+SAGEMAKER_KILLS_AFTER_S = 30
 VERTEX = {"MODEL_ID": "m", "AIP_MODE": "PREDICTION"}
 
 
@@ -25,7 +27,7 @@ def has(args: LauncherArgs, **expected: Any) -> bool:
 @pytest.mark.parametrize(
     ("argv", "environ", "expected"),
     [
-        ("", SAGEMAKER, {"model_id": "m", "port": 8080, "graceful_termination_timeout_s": 20}),
+        ("", SAGEMAKER, {"model_id": "m", "port": 8080, "graceful_termination_timeout_s": 15}),
         ("serve", {"HF_MODEL_ID": "m"}, {"model_id": "m", "port": 8080}),
         ("serve", {"MODEL_ID": "m"}, {"model_id": "m", "port": 8080}),
         ("", {"HF_MODEL_ID": "m"}, {"model_id": "m", "port": 8080}),
@@ -63,6 +65,11 @@ def test_without_a_sign_nothing_is_read(argv: str, environ: dict[str, str]) -> N
     args = parse(environ, *argv.split())
     assert has(args, model_id="m", port=80, graceful_termination_timeout_s=90)
     assert "quantize" not in args.engine
+
+
+def test_sagemaker_has_no_time_to_kill_what_still_ends() -> None:
+    args = parse(SAGEMAKER)
+    assert args.graceful_termination_timeout_s + LAST_EVENTS_TIMEOUT_S + STOP_TIMEOUT_S < SAGEMAKER_KILLS_AFTER_S
 
 
 def test_the_log_says_where_a_value_comes_from() -> None:
