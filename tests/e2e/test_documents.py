@@ -51,6 +51,10 @@ NOT_RUN = {
         "docs/platforms.md",
         "MODEL_ID=Qwen/Qwen2.5-0.5B-Instruct docker compose --profile cpu up --build",
     ): "no Docker engine here; test_recipes.py and test_prometheus.py go as far as they can",
+    (
+        "docs/platforms.md",
+        'kubectl create secret generic pytgi --from-literal=HF_TOKEN="$HF_TOKEN" --from-literal=API_KEY="$API_KEY"',
+    ): "no cluster here; test_recipes.py goes as far as it can",
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }
