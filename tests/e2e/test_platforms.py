@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.bucket_stand_in import bucket_stand_in
 from tests.e2e.launched import LaunchedServer, free_port, launched
 
 GREEDY = {"max_new_tokens": 4}
@@ -44,18 +45,23 @@ def test_sagemaker(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_vertex(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Port and both routes by variables; what has no place in `instances` goes to a route of ours by rawPredict."""
+    """Port, both routes and the bucket with the model by variables."""
     port = free_port()
     environ = {
-        "MODEL_ID": str(tiny_model_dir),
+        "HUGGINGFACE_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
         "AIP_MODE": "PREDICTION",
         "AIP_HTTP_PORT": str(port),
         "AIP_HEALTH_ROUTE": ENDPOINT,
         "AIP_PREDICT_ROUTE": f"{ENDPOINT}:predict",
-        "AIP_STORAGE_URI": "",
+        "AIP_STORAGE_URI": "gs://bucket/models/mine",
         "PORT": "80",
     }
-    with launched(None, tmp_path, environ=environ, port=port) as server:
+    files = {f"models/mine/{path.name}": path.read_bytes() for path in tiny_model_dir.iterdir()}
+    with (
+        bucket_stand_in(files) as bucket,
+        launched(None, tmp_path, environ=environ | bucket.environ, port=port) as server,
+    ):
         assert httpx.get(server.url + ENDPOINT).status_code == 200
         prompt = {"inputs": "Hi", "parameters": {**GREEDY, "do_sample": False}}
         chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
