@@ -11,11 +11,11 @@ MIN_LIKENESS = 0.7
 """Share of two words that has to be alike. With less a word of another program gets a suggestion that means nothing."""
 
 
-def suggestion(words: Iterable[str], known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the known word nearest to each of `words`; empty if none is near."""
+def suggestion(words: Iterable[str], known: Iterable[str], prefix: str = "") -> str:
+    """` (did you mean X?)` with the known word nearest to each of `words`, after `prefix`; empty if none is near."""
     by_lower = {word.lower(): word for word in known}
     near = [difflib.get_close_matches(word.lower(), by_lower, 1, MIN_LIKENESS) for word in words]
-    names = dict.fromkeys(by_lower[match] for matches in near for match in matches)
+    names = dict.fromkeys(prefix + by_lower[match] for matches in near for match in matches)
     return f" (did you mean {', '.join(names)}?)" if names else ""
 
 
