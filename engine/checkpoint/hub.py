@@ -40,13 +40,15 @@ from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, is_adapter
 from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
 
 logger = logging.getLogger(__name__)
 
 OTHERS = (".json", ".txt", ".jinja")
 """Endings of configuration, tokenizer and chat templates."""
+
+_TEMPLATE = re.compile(rf"{NAMED_TEMPLATES}/[^/]+\.jinja")
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0
@@ -152,7 +154,7 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     commit, sizes = _persistently(lambda: _list_files(model_id, revision))
     refuse_names(sizes, model_id)
     for name in sorted(name for name in sizes if name.endswith(OTHERS)):
-        folder = _fetch(model_id, commit, name, sizes[name]).parent
+        folder = _fetch(model_id, commit, name, sizes[name]).parents[name.count("/")]
     weights = _weights_of(folder, sizes)
     start = time.monotonic()
     for num_done, name in enumerate(weights, start=1):
@@ -186,11 +188,12 @@ def _check_may_fetch(model_id: str) -> None:
 
 
 def _list_files(model_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
-    """The commit of `revision`, and the size of every file at its top level."""
+    """The commit of `revision`, and the size of every file at its top level and of every named chat template."""
     info = HfApi().model_info(model_id, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
     if info.sha is None:
         raise FileMetadataError(f"no commit in the description of {model_id}")
-    return info.sha, {file.rfilename: file.size for file in info.siblings or [] if "/" not in file.rfilename}
+    sizes = {file.rfilename: file.size for file in info.siblings or []}
+    return info.sha, {name: size for name, size in sizes.items() if "/" not in name or _TEMPLATE.fullmatch(name)}
 
 
 def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:

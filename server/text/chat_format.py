@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import read_file, read_json
+from engine.link.model_files import NAMED_TEMPLATES, read_file, read_json
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
@@ -64,7 +64,7 @@ def _processor_templates(folder: Path) -> dict[str, str]:
 
 def _template_files(folder: Path) -> dict[str, str]:
     paths = {DEFAULT: folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    paths |= {path.stem: path for path in sorted(folder.glob(f"{NAMED_TEMPLATES}/*.jinja"))}
     return {name: source for name, path in paths.items() if (source := _read_source(path)) is not None}
 
 
