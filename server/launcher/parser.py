@@ -15,6 +15,7 @@ USAGE_EXIT_CODE = 2
 
 EPILOG = """\
 Every flag but --env has an environment twin: --max-total-tokens is MAX_TOTAL_TOKENS. The flag wins.
+(ours): TGI has no such flag. (no effect), (refused): TGI has it, and here it does nothing, or ends the start.
 Further variables and what each flag does here: docs/configuration.md.
 
 Examples:
