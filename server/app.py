@@ -81,7 +81,7 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     if not config.is_strict_tgi:
         app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
-    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
+    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder, is_strict=config.is_strict_tgi)
     return app
 
 
