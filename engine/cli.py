@@ -17,6 +17,7 @@ from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
+from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="text-generation-server",
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
         epilog="COMMAND --help has examples.",

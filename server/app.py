@@ -82,7 +82,7 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     if not config.is_strict_tgi:
         app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
-    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
+    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder, is_strict=config.is_strict_tgi)
     further = {config.predict_route: "/vertex", config.health_route: "/health"}
     app.add_middleware(FurtherPaths, finder=finder, paths={name: path for name, path in further.items() if name})
     return app

@@ -31,6 +31,7 @@ async def _answer_unforeseen(request: Request, error: Exception) -> Response:
 
 async def _answer_body_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BodyError)
+    log_failure(error)
     if error_type(request.url.path, is_strict=request.app.state.service.config.is_strict_tgi) is not ErrorBody:
         return _answer(request, error.status, error)
     return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})

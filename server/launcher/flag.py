@@ -178,6 +178,11 @@ class Flag(Row):
     """Choices of TGI that a served flag refuses."""
 
     @property
+    def served_choices(self) -> tuple[str, ...]:
+        """The choices that have their effect."""
+        return tuple(choice for choice in self.choices or () if choice not in self.refused_choices)
+
+    @property
     def variable(self) -> str:
         return self.attribute.upper()
 
