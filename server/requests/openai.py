@@ -6,6 +6,7 @@ Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -40,6 +41,7 @@ from server.requests.serde import (
     WireModel,
     is_strict,
     max_items,
+    missing,
     round_to_f32,
     spellings_of,
     untagged,
@@ -49,6 +51,8 @@ from server.requests.values import Grammar, LogitBias
 
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 1_024
+LENGTH_KEYS = ("max_tokens", "max_completion_tokens")
+"""Keys of a chat for the number of new tokens; of two the last counts."""
 
 
 class OfferedFunction(CalledFunction):
@@ -120,8 +124,13 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
         case "json_object" if "value" not in value:
             schema = value.get("schema")  # as llama.cpp and hosted services have it
             return {"type": "json_object", "value": schema if isinstance(schema, dict) else None}
-        case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
-            return {"type": "json_schema", "value": value["json_schema"]}
+        case "json_schema" if "value" not in value:
+            schema = value.get("json_schema")
+            if schema is None:
+                raise missing("", "json_schema")
+            if isinstance(schema, dict) and schema.get("schema") is None:
+                raise missing("json_schema", "schema")
+            return {"type": "json_schema", "value": schema}
     return value
 
 
@@ -174,7 +183,7 @@ class ChatRequest(GenerationBody):
 
     messages: Annotated[ListOf[Message], max_items(MAX_MESSAGES)]
     model: str | None = None
-    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices(*LENGTH_KEYS))
     temperature: F32 | None = None
     top_p: F32 | None = None
     frequency_penalty: F32 | None = None
@@ -201,10 +210,20 @@ class ChatRequest(GenerationBody):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What else the chat template may look at, such as `enable_thinking`."""
+    length_key: SkipJsonSchema[str] = "max_tokens"
+    """The key that the request has for its length."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
         {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_length_key(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = copy.copy(data)  # the body may yet turn out to be of another shape
+            data["length_key"] = next((key for key in reversed(LENGTH_KEYS) if data.get(key) is not None), "max_tokens")
+        return data
 
 
 Prompts = list[str | list[int]]

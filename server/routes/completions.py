@@ -41,6 +41,7 @@ from server.requests.infill import ENDS, infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
+from server.requests.wording import COMPLETIONS_WORDING, TGI_WORDING
 from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
@@ -194,6 +195,7 @@ class _Completion:
             num_choices=self._num_sequences,
             num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
+            wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING,
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:

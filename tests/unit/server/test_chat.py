@@ -158,7 +158,8 @@ def test_an_assistant_may_say_nothing_at_all() -> None:
 )
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_contents_of_no_shape(content: Any, is_strict: bool) -> None:
-    with pytest.raises(pydantic.ValidationError, match="data did not match any variant of untagged enum MessageBody"):
+    text = "data did not match any variant of untagged enum MessageBody" if is_strict else "invalid type|missing field"
+    with pytest.raises(pydantic.ValidationError, match=text):
         render(CHATML, [{"role": "user", "content": content}], is_strict=is_strict)
 
 
