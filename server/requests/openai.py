@@ -85,6 +85,36 @@ class FunctionName(WireModel):
 class NamedToolChoice(WireModel):
     function: FunctionName
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
+        """The shape of /v1/responses has no object around the name."""
+        is_flat = isinstance(data, dict) and "function" not in data and not is_strict(info)
+        return {"function": data} if is_flat else data
+
+
+class AllowedTools(WireModel):
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[ListOf[NamedToolChoice], max_items(MAX_TOOLS)]
+
+
+class AllowedToolsChoice(WireModel):
+    """Some of the tools, which alone may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
+        if is_strict(info):
+            raise wrong("TGI has no such choice")
+        is_flat = isinstance(data, dict) and "allowed_tools" not in data
+        return {"type": data.get("type"), "allowed_tools": data} if is_flat else data
+
+
+ToolChoice = str | NamedToolChoice | AllowedToolsChoice | None
+
 
 class StreamOptions(OpenAIModel):
     include_usage: bool = False
@@ -195,7 +225,7 @@ class ChatRequest(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
-    tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    tool_choice: Annotated[ToolChoice, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
     response_format: ResponseFormat = None
     n: U32 | None = None
