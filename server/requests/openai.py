@@ -35,6 +35,7 @@ from server.requests.sampling_defaults import filled
 from server.requests.serde import (
     F32,
     I32,
+    I64,
     U32,
     U64,
     ListOf,
@@ -314,7 +315,7 @@ class CompletionRequest(GenerationBody):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
-    prompt_logprobs: U32 | None = None
+    prompt_logprobs: I64 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

@@ -166,6 +166,7 @@ def _integer_type(name: str, low: int, high: int) -> PlainValidator:
 U32 = Annotated[int, _integer_type("u32", 0, 2**32 - 1)]
 U64 = Annotated[int, _integer_type("u64", 0, 2**64 - 1)]
 Usize = Annotated[int, _integer_type("usize", 0, 2**64 - 1)]
+I64 = Annotated[int, _integer_type("i64", -(2**63), 2**63 - 1)]
 I32 = Annotated[int, _integer_type("i32", -(2**31), 2**31 - 1)]
 F32 = Annotated[float, PlainValidator(read_f32, json_schema_input_type=float)]
 

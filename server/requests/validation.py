@@ -20,7 +20,7 @@ from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
-from server.requests.sampling import ROWS, Parameters
+from server.requests.sampling import ROWS, WHOLE_WINDOW, Parameters
 from server.requests.wording import TGI_WORDING, Wording
 from server.text.tokenizer import TextTokenizer
 
@@ -184,7 +184,7 @@ class Validator:
         check_parameters(parameters, self._config, request.dialect)
         _check_bans(parameters)
         _check_text(request, limits.max_input_tokens)
-        token_ids = await self._tokenize(request)
+        token_ids = await self._tokenize(request, _truncation(parameters, limits))
         _check_vocabulary(token_ids, request, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), request, limits)
         _check_prompt_tops(len(token_ids), request)
@@ -238,8 +238,7 @@ class Validator:
     def _has_prompt_logprobs(self) -> bool:
         return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # `docs/compatibility.md`, row 33
 
-    async def _tokenize(self, request: GenerationInput) -> list[int]:
-        truncate = request.parameters.truncate
+    async def _tokenize(self, request: GenerationInput, truncate: int | None) -> list[int]:
         if request.token_ids is not None:
             return request.token_ids if truncate is None else request.token_ids[-truncate:]
         try:
@@ -279,10 +278,20 @@ def _check_text(request: GenerationInput, max_input_tokens: int) -> None:
     is_empty = not (request.token_ids or request.inputs)
     refuse_if(is_empty, "`inputs` cannot be empty", param="inputs")  # text 16
     refuse_if(
-        truncate is not None and not 0 < truncate <= max_input_tokens,
+        truncate not in (None, WHOLE_WINDOW) and not 0 < truncate <= max_input_tokens,
         f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}",
         param="truncate",
     )  # text 17
+
+
+def _truncation(parameters: Parameters, limits: EngineReady) -> int | None:
+    """The number of the prompt's tokens to keep; None: all of them."""
+    if parameters.truncate != WHOLE_WINDOW:
+        return parameters.truncate
+    num_new = parameters.max_new_tokens or 0
+    if num_new >= limits.max_total_tokens:  # generation stops at the window
+        num_new = MAX_CHECKED_NEW_TOKENS
+    return max(1, min(limits.max_input_tokens, limits.max_total_tokens - num_new))
 
 
 def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size: int) -> None:

@@ -164,9 +164,42 @@ async def test_the_last_tokens_of_a_prompt(client: httpx.AsyncClient, engine: Fa
     assert len(whole) > 2
     assert cut == whole[-2:]
     assert response.json()["usage"]["prompt_tokens"] == 2
-    for wrong in (0, 5000):
+    for wrong in (0, -2, 5000):
         refused = await ask(client, path, **said, truncate_prompt_tokens=wrong)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
+@pytest.mark.parametrize(
+    ("said", "num_kept"),
+    [
+        ({}, 1023),
+        ({"max_tokens": 24}, 1000),
+        ({"max_tokens": 1023}, 1),
+        ({"max_tokens": 1}, 1023),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_as_much_of_a_prompt_as_fits(
+    client: httpx.AsyncClient, engine: FakeEngine, said: Any, num_kept: int, stream: bool
+) -> None:
+    """-1 keeps what the window has room for, beside the new tokens."""
+    long = {"prompt": [5] + [6] * 2_000, "truncate_prompt_tokens": -1, "stream": stream}
+    response = await ask(client, COMPLETIONS, **long, **said)
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].prompt_token_ids == [6] * num_kept
+    short = await ask(client, COMPLETIONS, prompt=[7, 8], truncate_prompt_tokens=-1, **said)
+    assert (short.status_code, engine.requests[1].prompt_token_ids) == (200, [7, 8][-num_kept:])
+
+
+async def test_as_much_of_a_prompt_as_fits_beside_more_new_tokens_than_there_can_be(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.limits_now = msgspec.structs.replace(engine.limits_now, max_input_tokens=1_999, max_total_tokens=2_000)
+    for max_tokens, num_kept in ((1_500, 500), (1_999, 1), (2_000, 976), (10**6, 976)):
+        said = {"prompt": [6] * 3_000, "truncate_prompt_tokens": -1, "max_tokens": max_tokens}
+        assert (await ask(client, COMPLETIONS, **said)).status_code == 200
+        assert len(engine.requests[-1].prompt_token_ids) == num_kept
+        assert engine.requests[-1].max_new_tokens == min(max_tokens, 2_000 - num_kept)
 
 
 @both_routes
@@ -379,6 +412,14 @@ async def test_logprobs_of_a_prompt(
 async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
     response = await ask(client, path, **said)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+@both_routes
+@pytest.mark.parametrize("number", [-1, -2, 21, 10**6])
+async def test_nobody_gets_the_logprobs_of_all_tokens(client: httpx.AsyncClient, path: str, number: int) -> None:
+    response = await ask(client, path, prompt_logprobs=number)
+    text = f"`prompt_logprobs` must be >= 0 and <= 20, not all tokens of the model (-1). Given: {number}"
+    assert (response.status_code, response.json()["error"]["message"]) == (400, f"Input validation error: {text}")
 
 
 async def test_too_many_likeliest_tokens_of_a_prompt_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
