@@ -62,6 +62,8 @@ class GenerationInput:
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
     wording: Wording = TGI_WORDING
     """The words of refusals."""
+    is_prompt_scored: bool = False
+    """The answer has the logprobs of the prompt's tokens, whatever the parameters say."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
@@ -74,7 +76,8 @@ class GenerationInput:
 
     @property
     def has_prompt_logprobs(self) -> bool:
-        return self.parameters.decoder_input_details or self.parameters.prompt_logprobs is not None
+        parameters = self.parameters
+        return self.is_prompt_scored or parameters.decoder_input_details or parameters.prompt_logprobs is not None
 
     @property
     def max_prompt_top_tokens(self) -> int:
