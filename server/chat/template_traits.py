@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import jinja2.meta
 from jinja2 import nodes
 
+_WORD = re.compile(r"\w+")
 _TEXT_TESTS = ("string", "iterable", "sequence", "mapping")
 """Tests that tell a text from a list of parts."""
 
@@ -39,6 +41,12 @@ class TemplateTraits:
             has_parts=has_parts,
             has_texts=has_kinds or not has_parts,
         )
+
+
+def words_of(source: str) -> set[str]:
+    """The words outside of comments, the names of variables among them, of a source that may be no template."""
+    head, *rest = source.split("{#")
+    return {word for text in (head, *(part.partition("#}")[2] for part in rest)) for word in _WORD.findall(text)}
 
 
 def _words(tree: nodes.Template) -> set[str]:

@@ -241,12 +241,20 @@ class ChatRequest(GenerationBody):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What else the chat template may look at, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
     length_key: SkipJsonSchema[str] = "max_tokens"
     """The key that the request has for its length."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
+        "parallel_tool_calls continue_final_message add_generation_prompt chat_template_kwargs reasoning_effort".split()
     )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Further variables of the template. As in vLLM an effort is one, and says whether the model thinks at all."""
+        effort = self.reasoning_effort
+        switches = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return switches | self.chat_template_kwargs
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,10 @@ class TextFormat(OpenAIModel):
     strict: bool | None = None
 
 
+class ReasoningOptions(OpenAIModel):
+    effort: str | None = None
+
+
 class TextOptions(OpenAIModel):
     format: TextFormat | None = None
 
@@ -44,6 +48,7 @@ class ResponsesRequest(OpenAIBody):
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
+    reasoning: ReasoningOptions = ReasoningOptions()
     stream: bool = False
     background: bool = False
     metadata: Json | None = None
@@ -68,6 +73,7 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         "tools": [_tool(tool) for tool in request.tools] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "parallel_tool_calls": request.parallel_tool_calls,
+        "reasoning_effort": request.reasoning.effort,
         "response_format": _response_format(request.text.format),
         "stream": request.stream,
     }

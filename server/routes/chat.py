@@ -133,7 +133,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
             raise ValidationError("there are no messages", param="messages")
         use = use_tools(request, service.tokenizer, is_strict=is_strict)
         end = ending(request)
-        prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
+        prompt = await service.chats.render(request.messages, use.offered, end, request.template_variables)
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,

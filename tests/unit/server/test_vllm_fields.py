@@ -207,8 +207,8 @@ async def test_fields_without_effect_are_told_once(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """A name is the client's text: it is escaped, shortened, and there are only so many of them."""
-    monkeypatch.setattr(ignored, "_names", set())
-    monkeypatch.setattr(ignored, "MAX_NAMES", 5)
+    monkeypatch.setattr(ignored, "_lines", set())
+    monkeypatch.setattr(ignored, "MAX_LINES", 5)
     said = {"priority": 1, "user": "me", 'a"\n\u2028': 1, "x" * 10_000: 1, "temperature": 0, "guided_regex": "a"}
     with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
         for _ in range(3):
@@ -236,7 +236,7 @@ async def test_bodies_of_other_shapes_tell_of_them_as_well(
     path: str,
     body: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(ignored, "_names", set())
+    monkeypatch.setattr(ignored, "_lines", set())
     with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
         assert (await client.post(path, json=body)).status_code == 200
     assert [record.getMessage() for record in caplog.records if record.name == "server.requests.ignored"] == [
