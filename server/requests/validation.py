@@ -203,6 +203,7 @@ class Validator:
             banned_sequences=await self._banned_sequences(parameters.bad_words),
             has_prompt_logprobs=request.has_prompt_logprobs and self._has_prompt_logprobs,
             num_prompt_top_tokens=request.max_prompt_top_tokens,
+            has_prompt_ranks=parameters.prompt_logprobs is not None,
             grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [

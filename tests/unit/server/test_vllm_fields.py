@@ -385,18 +385,19 @@ async def test_logprobs_of_a_prompt(
     await ask(client, path, **said)
     ids = engine.requests[0].prompt_token_ids
     first = engine.script.events[0]
-    first.prompt_logprobs = [-3.0] * (len(ids) - 1)
+    first.prompt_logprobs, first.prompt_ranks = [-3.0] * (len(ids) - 1), [7] * (len(ids) - 1)
     if num_top:
         first.prompt_top_token_ids = [[ids[1], 9]] * (len(ids) - 1)
         first.prompt_top_logprobs = [[-0.25, -0.5]] * (len(ids) - 1)
     response = await ask(client, path, **said, prompt_logprobs=num_top)
     assert response.status_code == 200, response.text
     assert (engine.requests[1].has_prompt_logprobs, engine.requests[1].num_prompt_top_tokens) == (True, num_top)
+    assert [request.has_prompt_ranks for request in engine.requests] == [False, True]
     answer = response.json()
     scores = answer["prompt_logprobs"] if path == CHAT else answer["choices"][0]["prompt_logprobs"]
     assert len(scores) == len(ids)
     assert scores[0] is None
-    own = {"logprob": -3.0, "rank": None, "decoded_token": tokenizer.decode([ids[2]])}
+    own = {"logprob": -3.0, "rank": 7, "decoded_token": tokenizer.decode([ids[2]])}
     assert scores[2][str(ids[2])] == own
     if num_top:
         assert scores[1] == {
