@@ -74,7 +74,7 @@ test-fast: install
 # Two processes for two cores; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
-UNTIMED := $(patsubst %,tests/e2e/test_%.py,documents download examples flags real_clients reference_ids rope_ids tool_loop)
+UNTIMED := $(patsubst %,tests/e2e/test_%.py,bucket documents download examples flags platforms real_clients reference_ids recipes rope_ids tool_loop)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
