@@ -128,10 +128,16 @@ class UnauthorizedError(Exception):
 class BodyError(Exception):
     """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
-    def __init__(self, status: int, text: str, *, param: str | None = None, code: str | None = None) -> None:
-        """`param` and `code` are those of OpenAI's error object, which stands for the plain text on OpenAI's routes."""
+    def __init__(
+        self, status: int, text: str, *, hint: str = "", param: str | None = None, code: str | None = None
+    ) -> None:
+        """`param` and `code` are those of OpenAI's error object, which stands for the plain text on OpenAI's routes.
+
+        `hint`: what is added to the text there.
+        """
         super().__init__(text)
         self.status = status
+        self.hint = hint
         self.param = param
         self.code = code
 
@@ -229,7 +235,7 @@ def openai_error_body(error: Exception) -> OpenAIErrorBody:
     """OpenAI's error object. `code` is OpenAI's where an error has one, else TGI's error_type."""
     type_, param = _openai_type(_openai_status_of(error)), getattr(error, "param", None)
     if isinstance(error, BodyError):
-        return OpenAIErrorBody(OpenAIError(str(error), type_, error.code, param))
+        return OpenAIErrorBody(OpenAIError(f"{error}{error.hint}", type_, error.code, param))
     body = error_body(error)
     return OpenAIErrorBody(OpenAIError(body.error, type_, getattr(error, "code", body.error_type), param))
 
@@ -250,6 +256,7 @@ ANTHROPIC_TYPES: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    405: "invalid_request_error",
     408: "invalid_request_error",
     413: "request_too_large",
     415: "invalid_request_error",
@@ -259,7 +266,7 @@ ANTHROPIC_TYPES: dict[int, str] = {
 
 
 def anthropic_error_body(error: Exception) -> AnthropicErrorBody:
-    message = str(error) if isinstance(error, BodyError) else error_body(error).error
+    message = f"{error}{error.hint}" if isinstance(error, BodyError) else error_body(error).error
     return AnthropicErrorBody(error=AnthropicError(ANTHROPIC_TYPES.get(_openai_status_of(error), "api_error"), message))
 
 

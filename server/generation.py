@@ -143,6 +143,11 @@ class Generation:
         return [[], *(tops or [[]] * len(event.prompt_logprobs))]
 
     @property
+    def prefill_ranks(self) -> list[int | None]:
+        """For each token of `prefill` its rank: None for the first."""
+        return [None, *self._first_event.prompt_ranks]
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt that did not have to be computed."""
         return self._first_event.num_cached_tokens

@@ -233,7 +233,7 @@ async def test_the_line_of_a_failure_has_the_bare_text(
 ) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}
     (line,) = await lines_of(client, caplog, body, "/v1/chat/completions")
-    assert (line["level"], line["message"]) == ("WARN", "`max_new_tokens` must be strictly positive")
+    assert (line["level"], line["message"]) == ("WARN", "`max_tokens` must be strictly positive")
     assert line["span"].keys() == {"name", "route", "request_id"}
     assert line["span"]["name"] == "chat_completions"
     assert line["spans"] == [line["span"]]
