@@ -80,6 +80,7 @@ class ChatParameters(TypedDict, total=False):
     continue_final_message: bool | None
     add_generation_prompt: bool | None
     chat_template_kwargs: Mapping[str, Any]
+    reasoning_effort: str | None
 
 
 def check_names(parameters: Mapping[str, Any], known: type[Any]) -> None:
