@@ -17,13 +17,14 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install wheel serve test test-fast test-slow soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install wheel serve test test-fast test-slow clients soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
 	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
+	@echo 'make clients           more clients than make test runs, on the demo model; installs them on first use (PYTEST_ARGS=)'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
@@ -95,6 +96,10 @@ endif
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
+
+# What CI does without: 3 GB of environments in ~/.cache/pytgi.
+clients: install
+	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
 # The report goes to docs/soak from 30 minutes on, below that to build/soak.
 soak: install
