@@ -84,7 +84,6 @@ class Generation:
         metrics: RequestMetrics,
     ) -> None:
         self.seed = request.generation.sampling.seed
-        self.left_open = request.left_open
         self.num_generated_tokens = 0
         self.timings = timings
         self._metrics = metrics

@@ -174,10 +174,11 @@ class _Chat:
         self._model = model_name(body.model, service.config)
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(self._input) as streams:
+        opening = self._service.open(self._input)
+        async with opening as streams:
             answers = await collect(streams)
         content = await self._service.written(answers, lambda: self._written(answers, streams))
-        return content, self._headers(answers)
+        return content, self._headers(answers, opening)
 
     def _written(self, answers: Sequence[Completion], streams: Sequence[Stream]) -> bytes:
         choices = (self._choice(index, answer) for index, answer in enumerate(answers))
@@ -195,8 +196,9 @@ class _Chat:
             prompt_logprobs=UNSET if num_top is None else prompt_logprobs(streams[0].generation, num_top),
         )
 
-    def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:
-        return plain_headers(self._service.config.compute_type, self._input.inputs, answers[0].generation)
+    def _headers(self, answers: Sequence[Completion], opening: AdmittedRequest) -> dict[str, str]:
+        compute_type, prompt = self._service.config.compute_type, self._input.inputs
+        return plain_headers(compute_type, prompt, answers[0].generation, opening.left_open)
 
     def _choice(self, index: int, answer: Completion) -> ChatChoice:
         reader = self._use.reader(self._input.inputs)
@@ -294,7 +296,8 @@ class _TgiToolChat(_Chat):
     """Tools as TGI has them: one call in JSON of TGI's own or, with `no_tool`, a second run in words."""
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(self._input) as streams:
+        opening = self._service.open(self._input)
+        async with opening as streams:
             answers = await collect(streams)
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
@@ -302,7 +305,7 @@ class _TgiToolChat(_Chat):
         message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])
         reason = self._envelope.finish_reasons[answers[0].finish_reason]
         choices = [self._whole_choice(0, answers[0], message, reason)]
-        return encoder.encode(self._completion(choices, streams)), self._headers(answers)
+        return encoder.encode(self._completion(choices, streams)), self._headers(answers, opening)
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         reader = ForcedCallReader(TGI_HEADER, "{")
