@@ -147,6 +147,11 @@ class Generation:
         return [[], *(tops or [[]] * len(event.prompt_logprobs))]
 
     @property
+    def prefill_ranks(self) -> list[int | None]:
+        """For each token of `prefill` its rank: None for the first."""
+        return [None, *self._first_event.prompt_ranks]
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt that did not have to be computed."""
         return self._first_event.num_cached_tokens
@@ -227,14 +232,14 @@ class Generation:
         )
         fields = self._fields()
         set_fields(fields)
-        logger.info("Success", extra=log_extra(fields))
+        logger.info("Success", extra=log_extra(fields, self._own_fields()))
 
     def log_cancelled(self) -> None:
         """Write the line of a request whose client left before its end. A failed one has its error's line instead."""
         if self.timings.finished:  # one of several sequences, which has ended
             return
         self.timings.finished = time.perf_counter()
-        logger.info("Cancelled", extra=log_extra(self._fields()))
+        logger.info("Cancelled", extra=log_extra(self._fields(), self._own_fields()))
 
     def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (`docs/wire.md`, 7.4); nothing of the prompt or the answer."""
@@ -247,6 +252,10 @@ class Generation:
             "time_per_token": _duration(self.time_per_token_s),
             "seed": f"Some({self.seed})" if self.seed is not None else "None",
         }
+
+    def _own_fields(self) -> dict[str, int]:
+        """Fields of a request's line that TGI does not have."""
+        return {"prompt_tokens": self.num_prompt_tokens, "generated_tokens": self.num_generated_tokens}
 
 
 def _duration(seconds: float) -> str:

@@ -54,7 +54,7 @@ class Logprobs(msgspec.Struct, frozen=True):
 class PromptLogprob(msgspec.Struct, frozen=True):
     logprob: JsonF32
     rank: int | None
-    """Place among the likeliest tokens, from 1; null: the token is not among those that were asked for."""
+    """Place among all tokens, from 1 for the likeliest; of those that tie, one of their places."""
     decoded_token: str
 
 
@@ -138,8 +138,10 @@ def _named(token: Scored, name: NameOf) -> dict[str, Any]:
 def prompt_logprobs(generation: Generation, max_top: int) -> PromptLogprobs:
     """What vLLM answers to `prompt_logprobs`."""
     rows: PromptLogprobs = []
-    for token, tops in zip(generation.prefill, generation.prefill_tops, strict=True):
-        row = {str(token.id): PromptLogprob(f32(token.logprob), None, token.text)}
+    for token, own_rank, tops in zip(
+        generation.prefill, generation.prefill_ranks, generation.prefill_tops, strict=True
+    ):
+        row = {str(token.id): PromptLogprob(f32(token.logprob), own_rank, token.text)}
         best = enumerate(tops[:max_top], 1)
         row |= {str(top.id): PromptLogprob(f32(top.logprob), rank, top.text) for rank, top in best}
         rows.append(row if rows else None)

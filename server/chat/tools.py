@@ -18,7 +18,7 @@ from server.chat.tool_calls import ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
-from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.requests.openai import AllowedToolsChoice, ChatRequest, NamedToolChoice, Tool, ToolChoice
 from server.requests.schemas import read_schema
 from server.requests.values import GrammarSpec
 from server.text.tokenizer import TextTokenizer
@@ -77,11 +77,13 @@ def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool
     """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
     if is_strict and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    if not request.tools and not is_strict and not _is_free(request) and request.tool_choice != "none":
+    mode = _mode(request.tool_choice)
+    tools = _allowed(request) if request.tools and mode != "none" else []
+    if not tools and not is_strict and mode not in ("auto", "none"):
         raise ToolError("`tool_choice` asks for a call, and there are no `tools`")
-    if not request.tools or request.tool_choice == "none":
+    if not tools:
         return NO_TOOL_USE
-    return _tgi_use(request) if is_strict else _template_use(request, tokenizer)
+    return _tgi_use(tools, request) if is_strict else _template_use(tools, request, tokenizer)
 
 
 def ending(request: ChatRequest) -> Ending:
@@ -96,30 +98,42 @@ def ending(request: ChatRequest) -> Ending:
     return Ending.CLOSED if request.add_generation_prompt is False else Ending.NEW
 
 
+def _mode(choice: ToolChoice) -> str:
+    """`auto`, `none`, `required`, or `named` if the request names the function."""
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode
+    if choice is None:
+        return "auto"
+    return choice if isinstance(choice, str) and choice in ("auto", "none", "required") else "named"
+
+
 def _allowed(request: ChatRequest) -> list[Tool]:
     """The tools that may be called."""
-    tools, choice = request.tools or [], request.tool_choice
-    if choice in (None, "auto", "required"):
-        return tools
-    name = choice.function.name if isinstance(choice, NamedToolChoice) else choice
-    chosen = [tool for tool in tools if tool.function.name == name]
-    if not chosen:
-        raise ToolError(f"Tool with name {name} not found")
-    return chosen
+    tools = request.tools or []
+    match request.tool_choice:
+        case AllowedToolsChoice(allowed_tools=allowed):
+            names = [tool.function.name for tool in allowed.tools]
+        case NamedToolChoice(function=function):
+            names = [function.name]
+        case str() as name if _mode(name) == "named":
+            names = [name]
+        case _:
+            return tools
+    offered = {tool.function.name for tool in tools}
+    unknown = next((name for name in names if name not in offered), None)
+    if unknown is not None:
+        raise ToolError(f"Tool with name {unknown} not found")
+    chosen = set(names)
+    return [tool for tool in tools if tool.function.name in chosen]
 
 
-def _is_free(request: ChatRequest) -> bool:
-    return request.tool_choice in (None, "auto")
-
-
-def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
+def _template_use(tools: Sequence[Tool], request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
     """Tools in the format of the model's template."""
-    tools = _allowed(request)
     sent = [tool.sent for tool in tools]
     prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
-    is_free = _is_free(request)
-    is_named = not is_free and request.tool_choice != "required"
+    mode = _mode(request.tool_choice)
+    is_free, is_named = mode == "auto", mode == "named"
     max_calls = 1 if is_named or not request.parallel_tool_calls else None
     is_held = not is_free or request.response_format is not None
     names = [tool.function.name for tool in tools]
@@ -159,7 +173,7 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     schemas = [_arguments_schema(tool) for tool in tools]
     # Small models end after a line; without its end they can only call again.
     start = "call" if is_single else f"call ({newline} call)* {newline}?"
-    if _is_free(request) and request.response_format is not None:
+    if _mode(request.tool_choice) == "auto" and request.response_format is not None:
         start = f"{start} | answer"
         rule, answer_schemas = _answer_rule(request.response_format.spec(), len(schemas))
         rules.append(rule)
@@ -207,10 +221,10 @@ def _arguments_schema(tool: Tool) -> HeldSchema:
     return HeldSchema({"type": "object"} | schema, "strict" if tool.function.strict else "open", tool.function.name)
 
 
-def _tgi_use(request: ChatRequest) -> ToolUse:
+def _tgi_use(tools: Sequence[Tool], request: ChatRequest) -> ToolUse:
     """Tools as TGI has them: JSON of its own, in which `no_tool` stands for an answer in words."""
-    tools = _allowed(request)
-    if _is_free(request):
+    is_free = _mode(request.tool_choice) == "auto"
+    if is_free:
         description = "Open ended response with no specific tool selected"
         function = {"name": NO_TOOL, "description": description, "arguments": {"type": "object"}}
         tools = [*tools, Tool.model_validate({"type": "function", "function": function})]
@@ -223,7 +237,7 @@ def _tgi_use(request: ChatRequest) -> ToolUse:
         read=partial(ForcedCallReader, TGI_HEADER, "{"),
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
         grammar=Check(lark=lark, schemas=tuple(HeldSchema(_tgi_schema(tool), "tgi") for tool in tools)),
-        has_no_tool=_is_free(request),
+        has_no_tool=is_free,
     )
 
 

@@ -49,6 +49,7 @@ from server.requests.messages import Message, ToolCallBody
 from server.requests.openai import ChatRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
+from server.requests.wording import CHAT_WORDINGS, TGI_WORDING
 from server.service import AdmittedRequest, GenerationService, service_of
 from server.text.pieces import Arguments, CallStart
 
@@ -132,7 +133,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
             raise ValidationError("there are no messages", param="messages")
         use = use_tools(request, service.tokenizer, is_strict=is_strict)
         end = ending(request)
-        prompt = await service.chats.render(request.messages, use.offered, end, request.chat_template_kwargs)
+        prompt = await service.chats.render(request.messages, use.offered, end, request.template_variables)
     use = dataclasses.replace(use, thinking=thinking_after(prompt, request.messages, end, service.default_thinking))
     generation_input = GenerationInput(
         inputs=prompt,
@@ -141,6 +142,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
+        wording=TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key],
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
         reader=use.reader,
