@@ -21,7 +21,7 @@ endif
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
-	@echo 'make test-fast         the unit tests, in a minute and a half on 2 cores'
+	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
@@ -67,20 +67,14 @@ demo-model: install
 demo-model-small: install
 	@$(PY) scripts/demo_model.py --small
 
-# Two processes for two cores; what the server's tests print comes when both have ended. One of their files is with the
-# others, so that both take as long.
-MOVED := tests/unit/server/test_template_process.py
+# Three processes for two cores: tests of the server wait for its processes and clocks a third of their time.
 test-fast: install
-	@started=$$(date +%s); log=$$(mktemp); \
-	$(PY) -m pytest -q tests/unit/server $(addprefix --ignore=,$(MOVED)) $(PYTEST_ARGS) > $$log 2>&1 & server=$$!; \
-	$(PY) -m pytest -q tests/unit $(addprefix --ignore=,$(filter-out $(MOVED),$(wildcard tests/unit/server/test_*.py))) $(PYTEST_ARGS); status=$$?; \
-	wait $$server || status=$$?; cat $$log; rm $$log; \
-	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
+	@$(PY) -m pytest -q -n 3 --dist loadfile tests/unit $(PYTEST_ARGS)
 
-# Two processes for two cores, as above; then what is measured in time, which has the machine for itself.
+# Two processes for two cores; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
-UNTIMED := $(patsubst %,tests/e2e/test_%.py,documents download examples flags real_clients reference_ids rope_ids tool_loop)
+UNTIMED := $(patsubst %,tests/e2e/test_%.py,bucket documents download examples flags platforms real_clients reference_ids recipes rope_ids tool_loop)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \

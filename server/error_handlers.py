@@ -39,6 +39,7 @@ async def _answer_unforeseen(request: Request, error: Exception) -> Response:
 
 async def _answer_body_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BodyError)
+    log_failure(error)
     if not _is_plain(request):
         return _answer(request, error.status, error)
     return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})

@@ -151,6 +151,11 @@ class ErrorKind:
     prefix: str = ""
     """What the client reads before the error's own text."""
 
+    @property
+    def is_clients_mistake(self) -> bool:
+        """Whether the client can do something about it, and nobody who runs the server has to."""
+        return 400 <= self.status < 424 or self.status == 429
+
 
 _GENERATION = ErrorKind(424, "generation", "Request failed during generation: Server error: ")
 

@@ -222,14 +222,14 @@ class Generation:
         )
         fields = self._fields()
         set_fields(fields)
-        logger.info("Success", extra=log_extra(fields))
+        logger.info("Success", extra=log_extra(fields, self._own_fields()))
 
     def log_cancelled(self) -> None:
         """Write the line of a request whose client left before its end. A failed one has its error's line instead."""
         if self.timings.finished:  # one of several sequences, which has ended
             return
         self.timings.finished = time.perf_counter()
-        logger.info("Cancelled", extra=log_extra(self._fields()))
+        logger.info("Cancelled", extra=log_extra(self._fields(), self._own_fields()))
 
     def _fields(self) -> dict[str, str]:
         """TGI's fields of a request's line (`docs/wire.md`, 7.4); nothing of the prompt or the answer."""
@@ -242,6 +242,10 @@ class Generation:
             "time_per_token": _duration(self.time_per_token_s),
             "seed": f"Some({self.seed})" if self.seed is not None else "None",
         }
+
+    def _own_fields(self) -> dict[str, int]:
+        """Fields of a request's line that TGI does not have."""
+        return {"prompt_tokens": self.num_prompt_tokens, "generated_tokens": self.num_generated_tokens}
 
 
 def _duration(seconds: float) -> str:

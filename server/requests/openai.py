@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -192,9 +193,13 @@ class OpenAIBody(OpenAIModel):
     def _note_ignored(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         body = handler(data)  # first: some routes take bodies of several shapes, and this may be another
         if isinstance(data, dict) and not is_strict(info):
-            known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
-            note_ignored({key for key, value in data.items() if value is not None} - known - cls.further_keys)
+            note_ignored({key for key, value in data.items() if value is not None} - _keys_with_effect(cls))
         return body
+
+
+@functools.cache
+def _keys_with_effect(body: type[OpenAIBody]) -> frozenset[str]:
+    return body.further_keys.union(*(spellings for _, spellings in spellings_of(body)))
 
 
 class GenerationBody(OpenAIBody):

@@ -47,6 +47,14 @@ NOT_RUN = {
     ("docs/deployment.md", TWO_HOSTS): "both are run by test_two_hosts.py",
     ("docs/deployment.md", HOST_NETWORK): "no Docker engine here",
     ("docs/deployment.md", TORCHRUN): "needs two hosts; test_shards.py runs torchrun on one",
+    (
+        "docs/platforms.md",
+        "MODEL_ID=Qwen/Qwen2.5-0.5B-Instruct docker compose --profile cpu up --build",
+    ): "no Docker engine here; test_recipes.py and test_prometheus.py go as far as they can",
+    (
+        "docs/platforms.md",
+        'kubectl create secret generic pytgi --from-literal=HF_TOKEN="$HF_TOKEN" --from-literal=API_KEY="$API_KEY"',
+    ): "no cluster here; test_recipes.py goes as far as it can",
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }
