@@ -17,14 +17,13 @@ from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
+from engine.link.model_folders import BUCKETS
 from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED_EXIT_CODE = 130
-BUCKETS = "gs://"
-"""The beginning of the address of a model in a bucket of Google's Cloud Storage."""
 
 DOWNLOAD_DESCRIPTION = """\
 Fetch a model from the Hugging Face Hub into its cache: safetensors weights, configuration and tokenizer, never pickled

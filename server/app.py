@@ -83,8 +83,9 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
         app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
     app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder, is_strict=config.is_strict_tgi)
-    further = {config.predict_route: "/vertex", config.health_route: "/health"}
-    app.add_middleware(FurtherPaths, finder=finder, paths={name: path for name, path in further.items() if name})
+    further = (("POST", config.predict_route, "/vertex"), ("GET", config.health_route, "/health"))
+    routes = {(method, path): route for method, path, route in further if path is not None}
+    app.add_middleware(FurtherPaths, finder=finder, routes=routes)
     return app
 
 

@@ -125,6 +125,16 @@ class UnauthorizedError(Exception):
         super().__init__("The API key is missing or wrong: send it as `Authorization: Bearer KEY`")
 
 
+BODY_FAULTS = {
+    400: "the request body is not JSON",
+    408: "the request body comes too slowly",
+    413: "the request body is too long",
+    415: "the request body has a Content-Type or Content-Encoding that is not read",
+    422: "the request body has not the fields and types of this route",
+}
+"""The words of the log about a body that is refused. The client reads what exactly is wrong, which may quote it."""
+
+
 class BodyError(Exception):
     """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
@@ -138,6 +148,7 @@ class BodyError(Exception):
         super().__init__(text)
         self.status = status
         self.hint = hint
+        self.logged_text = BODY_FAULTS.get(status, "the request body is refused")
         self.param = param
         self.code = code
 

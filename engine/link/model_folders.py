@@ -15,6 +15,8 @@ from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_WEIGHTS, is_adapter, is_weight_name, read_file
 from engine.link.suggestions import suggestion
 
+BUCKETS = "gs://"
+"""The beginning of the address of a folder in Google's Cloud Storage."""
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth")
 GGUF = ".gguf"
@@ -26,7 +28,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def refuse_other_paths(model_id: str) -> None:
-    """Raise StartError for what is no folder and cannot be an id on the Hub either."""
+    """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either."""
+    if model_id.startswith(BUCKETS):
+        return
     if model_id.startswith(("http://", "https://")):
         owner_and_name = "/".join(urlsplit(model_id).path.split("/")[1:3])
         raise StartError(f"{model_id} is an address: give the model's id, like {owner_and_name or 'Qwen/Qwen2.5-0.5B'}")

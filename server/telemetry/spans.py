@@ -126,8 +126,7 @@ def log_failure(error: Exception) -> None:
     is_strict = spans is not None and spans.is_strict
     if isinstance(error, BodyError):
         if not is_strict:
-            text = f"the request body is refused with {error.status}"
-            logger.warning("%s", text, extra={**log_extra(), "kind": f"body {error.status}"})
+            logger.warning("%s", logged_text(error), extra={**log_extra(), "kind": f"body {error.status}"})
             logger.debug("%s", error, extra=log_extra())
         return
     kind = ERROR_KINDS.get(type(error))

@@ -98,6 +98,11 @@ def test_a_misspelt_path_names_the_nearest_folder(
     assert f"(did you mean {shown}my-model?)" in text
 
 
+@pytest.mark.parametrize("model_id", ["Qwen/Qwen2.5-0.5B-Instruct", "gs://bucket/models/mine"])
+def test_what_may_be_a_model_elsewhere(model_id: str) -> None:
+    refuse_other_paths(model_id)
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "a/b/c", "./far-away", "../", "", "a b", "\0", "~nobody/model"])
 def test_a_path_that_is_near_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     write(tmp_path / "here" / "my-model", MODEL)

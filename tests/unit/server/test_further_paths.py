@@ -20,13 +20,21 @@ def app_with(engine: FakeEngine, folder: Path, **changes: str) -> FastAPI:
     return create_app(engine, make_config(**changes), TextTokenizer.from_folder(str(folder), 1))
 
 
-@pytest.mark.parametrize(("predict", "health"), [("/predict", "/alive"), (f"{ENDPOINT}:predict", ENDPOINT)])
+@pytest.mark.parametrize(
+    ("predict", "health"),
+    [
+        ("/predict", "/alive"),
+        (f"{ENDPOINT}:predict", ENDPOINT),
+        ("/v1/models/mine:predict", "/v1/models/mine"),
+        ("/x", "/x"),
+    ],
+)
 async def test_both_routes_answer(engine: FakeEngine, model_folder: Path, predict: str, health: str) -> None:
     async with client_of(app_with(engine, model_folder, predict_route=predict, health_route=health)) as client:
         assert (await client.post(predict, json=INSTANCES)).json() == {"predictions": ["Hello, world!"]}
         assert (await client.post("/vertex", json=INSTANCES)).status_code == 200
         assert (await client.get(health)).status_code == 200
-        assert (await client.get(predict)).status_code == 405
+        assert (await client.head(health)).status_code == 200
         wrong = await client.post(predict, json={"instances": []})
         assert wrong.json() == (await client.post("/vertex", json={"instances": []})).json()
 

@@ -376,8 +376,11 @@ async def test_the_line_of_a_request_says_where_it_came_and_how_long_it_was(
     ("error", "body"),
     [
         ("`top_k` must be strictly positive", b'{"inputs": "secret", "parameters": {"top_k": 0}}'),
-        ("the request body is refused with 422", b'{"inputs": "secret", "parameters": {"top_k": "secret"}}'),
-        ("the request body is refused with 400", b'{"inputs": "secret"'),
+        (
+            "the request body has not the fields and types of this route",
+            b'{"inputs": "secret", "parameters": {"top_k": "secret"}}',
+        ),
+        ("the request body is not JSON", b'{"inputs": "secret"'),
     ],
 )
 async def test_a_clients_mistake_is_one_warning(
