@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
     reasoning_content: str | UnsetType = UNSET
 
 
-def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
+def message_of(pieces: Iterable[Piece]) -> ChatMessage:
     """The message in OpenAI's shape. If there are calls, content without words is null."""
     content = thoughts = ""
     calls: list[tuple[str, list[str]]] = []
@@ -92,7 +92,7 @@ def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
     )
 
 
-def delta_of(piece: ChatPiece, role: str | UnsetType) -> ChatDelta:
+def delta_of(piece: Piece, role: str | UnsetType) -> ChatDelta:
     """The delta of a piece. In OpenAI's order a call's id and name come first, then its arguments, part by part."""
     match piece:
         case Content(text):

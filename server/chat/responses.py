@@ -10,8 +10,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 from server.errors import openai_error_body
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -143,7 +143,7 @@ class ResponseWriter:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self.response)
 
-    def push(self, piece: ChatPiece) -> Iterable[ResponseEvent]:
+    def push(self, piece: Piece) -> Iterable[ResponseEvent]:
         """The events of the next piece of the answer."""
         match piece:
             case Content(text):

@@ -22,6 +22,7 @@ from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, WHOLE_WINDOW, Parameters
 from server.requests.wording import TGI_WORDING, Wording
+from server.text.pieces import AnswerReader
 from server.text.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
@@ -40,10 +41,6 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
     ((name, row, row.refusal) for name, row in ROWS.items() if row.refusal is not None), key=lambda item: item[2].number
 )
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
-
-
-Watch = Callable[[], Callable[[str], bool]]
-"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +66,9 @@ class GenerationInput:
     grammar_preface: str = ""
     """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
-    """Special tokens whose text whoever reads the answer needs."""
-    watch: Watch | None = None
+    """Special tokens whose text the reader needs."""
+    reader: Callable[[], AnswerReader] = AnswerReader
+    """Makes the reader of one answer."""
 
     @property
     def has_prompt_logprobs(self) -> bool:
@@ -108,7 +106,7 @@ class ValidatedRequest:
     """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
-    watch: Watch | None = None
+    reader: Callable[[], AnswerReader] = AnswerReader
 
 
 def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
@@ -210,7 +208,7 @@ class Validator:
                 is_stop_hidden=request.is_openai,
                 left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
-                watch=request.watch,
+                reader=request.reader,
             )
             for index in range(request.num_sequences)
         ]

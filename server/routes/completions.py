@@ -195,7 +195,8 @@ class _Completion:
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(*self.prompts) as streams:
+        opening = self._service.open(*self.prompts)
+        async with opening as streams:
             answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
@@ -204,6 +205,7 @@ class _Completion:
             self._service.config.compute_type,
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
+            opening.left_open,
         )
         return await self._service.written(answers, lambda: self._written(by_prompt, streams)), headers
 
