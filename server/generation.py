@@ -90,6 +90,8 @@ class Generation:
     ) -> None:
         self.seed = request.generation.sampling.seed
         self.num_generated_tokens = 0
+        self.num_thought_tokens = 0
+        """Tokens between the marks of a thought."""
         self.timings = timings
         self._metrics = metrics
         self._received: float | None = None
@@ -194,7 +196,9 @@ class Generation:
         elif reason is None and (num_kept := self._stop_checker.check(text)) is not None:
             text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
         reader = self._reader
+        was_thinking = reader.is_thinking
         pieces = reader.push(visible)
+        self.num_thought_tokens += was_thinking and reader.is_thinking
         if reason is None and reader.is_over:
             reason = FinishReason.EOS_TOKEN
         self.num_generated_tokens += 1

@@ -19,6 +19,7 @@ class AnswerEnd:
     num_tokens: int
     num_cached_tokens: int
     """Tokens of the prompt that the prefix cache had."""
+    num_thought_tokens: int
     num_calls: int
     is_cut: bool
     """The answer has reached its length, and the model had more to say."""

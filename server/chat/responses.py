@@ -174,6 +174,7 @@ class ResponseWriter:
             input_tokens=self._num_prompt_tokens,
             input_tokens_details=InputDetails(end.num_cached_tokens),
             output_tokens=end.num_tokens,
+            output_tokens_details=OutputDetails(end.num_thought_tokens),
             total_tokens=self._num_prompt_tokens + end.num_tokens,
         )
         if end.is_cut:

@@ -96,7 +96,7 @@ class ChatReader(AnswerReader):
     def __init__(self, *, thinking: Thinking = Thinking.NONE) -> None:
         self._held = ""
         """Text that came and is in no piece yet."""
-        self._is_thinking = thinking is Thinking.HAS_BEGUN
+        self.is_thinking = thinking is Thinking.HAS_BEGUN
         self._read: Callable[[list[Piece]], bool] = self._read_beginning if thinking.is_apart else self._read_answer
         """Moves what is certain from `_held` to the pieces. Returns whether there may be more."""
 
@@ -111,7 +111,7 @@ class ChatReader(AnswerReader):
         if self._read == self._read_beginning:  # what might have become a mark is none
             self._begin()
         pieces = self.push("")
-        return pieces + (_thought(self._held.rstrip()) if self._is_thinking else self._finish_answer(is_cut=is_cut))
+        return pieces + (_thought(self._held.rstrip()) if self.is_thinking else self._finish_answer(is_cut=is_cut))
 
     def _read_answer(self, pieces: list[Piece]) -> bool:
         """Read what comes after the thought."""
@@ -125,14 +125,14 @@ class ChatReader(AnswerReader):
     def _read_beginning(self, pieces: list[Piece]) -> bool:
         start = self._held.lstrip()
         if start.startswith(OPEN_THOUGHT):
-            self._is_thinking, self._held = True, start.removeprefix(OPEN_THOUGHT)
+            self.is_thinking, self._held = True, start.removeprefix(OPEN_THOUGHT)
         elif OPEN_THOUGHT.startswith(start):  # it may become the mark
             return False
         self._begin()
         return True
 
     def _begin(self) -> None:
-        self._read = partial(self._skip_space, self._read_thought) if self._is_thinking else self._read_answer
+        self._read = partial(self._skip_space, self._read_thought) if self.is_thinking else self._read_answer
 
     def _read_thought(self, pieces: list[Piece]) -> bool:
         thought, mark, rest = split_at(CLOSE_THOUGHT, self._held)
@@ -141,7 +141,7 @@ class ChatReader(AnswerReader):
         if not mark:
             self._held = self._held[len(certain) :]
             return False
-        self._is_thinking, self._held, self._read = False, rest, partial(self._skip_space, self._read_answer)
+        self.is_thinking, self._held, self._read = False, rest, partial(self._skip_space, self._read_answer)
         return True
 
     def _skip_space(self, then: Callable[[list[Piece]], bool], pieces: list[Piece]) -> bool:

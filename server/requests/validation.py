@@ -59,8 +59,6 @@ class GenerationInput:
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
     wording: Wording = TGI_WORDING
     """The words of refusals."""
-    is_prompt_scored: bool = False
-    """The answer has the logprobs of the prompt's tokens, whatever the parameters say."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
@@ -74,8 +72,7 @@ class GenerationInput:
 
     @property
     def has_prompt_logprobs(self) -> bool:
-        parameters = self.parameters
-        return self.is_prompt_scored or parameters.decoder_input_details or parameters.prompt_logprobs is not None
+        return self.parameters.decoder_input_details or self.parameters.prompt_logprobs is not None
 
     @property
     def max_prompt_top_tokens(self) -> int:
@@ -163,7 +160,7 @@ class Validator:
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
             refuse_if(
-                parameters.decoder_input_details,
+                parameters.decoder_input_details and not request.is_openai,  # whose first chunk has them
                 "`decoder_input_details` == true is not supported when streaming tokens",
             )  # text 4
         elif best_of is not None and best_of > 1:

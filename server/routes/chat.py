@@ -213,7 +213,13 @@ class _Chat:
         return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
     def _usage(self, streams: Sequence[Stream]) -> Usage:
-        return usage_of(self._service.config, [streams[0].generation], num_generated_tokens(streams))
+        num_thought = sum(stream.generation.num_thought_tokens for stream in streams)
+        return usage_of(
+            self._service.config,
+            [streams[0].generation],
+            num_generated_tokens(streams),
+            num_thought if self._use.thinking.is_apart else None,
+        )
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
         """The events of all choices, and one with the usage if the request includes it."""

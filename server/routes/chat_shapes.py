@@ -66,6 +66,7 @@ async def _events(opening: AdmittedRequest, writer: Writer) -> AsyncGenerator[Ty
         end = AnswerEnd(
             num_tokens=stream.generation.num_generated_tokens,
             num_cached_tokens=stream.generation.num_cached_tokens,
+            num_thought_tokens=stream.generation.num_thought_tokens,
             num_calls=token.num_calls,
             is_cut=token.finish_reason is FinishReason.LENGTH,
             stop=stream.generation.stop,

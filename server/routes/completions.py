@@ -186,10 +186,9 @@ class _Completion:
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
-            parameters=parameters,
+            parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
             num_choices=self._num_sequences,
-            is_prompt_scored=self._has_prompt_logprobs,
             num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
             wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING,

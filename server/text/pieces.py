@@ -42,6 +42,8 @@ class AnswerReader:
     """
 
     num_calls = 0
+    is_thinking = False
+    """The text so far ends within a thought."""
     is_over = False
     """The model says nothing new from here on: its answer may end."""
 
