@@ -14,7 +14,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig \
  && mkdir -m 1777 /data
-COPY --chmod=755 scripts/image/sagemaker.sh scripts/image/health.py /usr/local/bin/
+COPY --chmod=755 scripts/image/health.py /usr/local/bin/
 # HF_HOME and PORT are those of TGI's images. Every compiled kernel is kept below XDG_CACHE_HOME.
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/data \
@@ -99,6 +99,7 @@ LABEL org.opencontainers.image.revision=$GIT_SHA
 FROM cuda-program AS sagemaker
 ENV PORT=8080
 EXPOSE 8080
-ENTRYPOINT ["sagemaker.sh"]
+# How the launcher knows where it is.
+CMD ["serve"]
 
 FROM cuda-program AS cuda

@@ -17,24 +17,26 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock image image-test clean
+.PHONY: help install wheel serve test test-fast test-slow clients soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock image image-test clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
-	@echo 'make test-fast         the unit tests, in a minute and a half on 2 cores'
+	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
+	@echo 'make clients           more clients than make test runs, on the demo model; installs them on first use (PYTEST_ARGS=)'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
 	@echo 'make image             build a container image   (TARGET= cuda, rocm, cpu or sagemaker, IMAGE= its name, ARGS= build arguments)'
 	@echo 'make image-test        build the image for CPUs without a container engine, and run it; needs root, buildah, debootstrap'
-	@echo 'make clean             take the environment and build/ away, with runs of gpu-proof that are not kept'
+	@echo 'make clean             take the environment, build/ and dist/ away, with runs of gpu-proof that are not kept'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
 	@echo 'make install           only the environment                (TORCH_SPEC= another torch, PYTHON= another python)'
+	@echo 'make wheel             write dist/pytgi-VERSION-py3-none-any.whl'
 	@echo 'make demo-model        only the demo model; prints its folder'
 	@echo 'make demo-model-small  only the small one'
 	@echo 'make lock              write constraints.txt anew'
@@ -59,6 +61,11 @@ $(VENV)/interpreted: $(VENV)/installed
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[interpreted]' >&2
 	@touch $@
 
+# setuptools leaves what it has built in build/lib, and would put modules that are gone since into the next wheel.
+wheel: install
+	@rm -rf build/lib build/bdist.*
+	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && ls dist/*.whl
+
 serve: install
 	@model="$(MODEL)"; test -n "$$model" || model=$$($(PY) scripts/demo_model.py | tail -n 1) && test -n "$$model" && \
 	exec $(VENV)/bin/text-generation-launcher --model-id "$$model" --port $(PORT) $(ARGS)
@@ -69,20 +76,14 @@ demo-model: install
 demo-model-small: install
 	@$(PY) scripts/demo_model.py --small
 
-# Two processes for two cores; what the server's tests print comes when both have ended. One of their files is with the
-# others, so that both take as long.
-MOVED := tests/unit/server/test_template_process.py
+# Three processes for two cores: tests of the server wait for its processes and clocks a third of their time.
 test-fast: install
-	@started=$$(date +%s); log=$$(mktemp); \
-	$(PY) -m pytest -q tests/unit/server $(addprefix --ignore=,$(MOVED)) $(PYTEST_ARGS) > $$log 2>&1 & server=$$!; \
-	$(PY) -m pytest -q tests/unit $(addprefix --ignore=,$(filter-out $(MOVED),$(wildcard tests/unit/server/test_*.py))) $(PYTEST_ARGS); status=$$?; \
-	wait $$server || status=$$?; cat $$log; rm $$log; \
-	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
+	@$(PY) -m pytest -q -n 3 --dist loadfile tests/unit $(PYTEST_ARGS)
 
-# Two processes for two cores, as above; then what is measured in time, which has the machine for itself.
+# Two processes for two cores; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
-UNTIMED := $(patsubst %,tests/e2e/test_%.py,documents download examples flags real_clients reference_ids rope_ids tool_loop)
+UNTIMED := $(patsubst %,tests/e2e/test_%.py,bucket documents download examples flags platforms real_clients reference_ids recipes rope_ids tool_loop)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
@@ -97,6 +98,10 @@ endif
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
+
+# What CI does without: 3 GB of environments in ~/.cache/pytgi.
+clients: install
+	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
 # The report goes to docs/soak from 30 minutes on, below that to build/soak.
 soak: install
@@ -148,4 +153,4 @@ lock: install
 	@$(PY) -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' | grep -v '^-e ' > constraints.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

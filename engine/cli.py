@@ -17,6 +17,8 @@ from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
+from engine.link.model_folders import BUCKETS
+from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="text-generation-server",
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
         epilog="COMMAND --help has examples.",
@@ -123,7 +125,9 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 
 def _add_download_arguments(download: argparse.ArgumentParser) -> None:
-    download.add_argument("model_id", metavar="MODEL_ID", help="id on the Hub, or a local folder to be checked")
+    download.add_argument(
+        "model_id", metavar="MODEL_ID", help="id on the Hub, gs://BUCKET/FOLDER, or a local folder to be checked"
+    )
     download.add_argument("--revision", help="branch, tag, commit or refs/pr/N (default: main)")
     download.add_argument("--extension", default=".safetensors", help="only .safetensors (default) is supported")
     switches = {
@@ -172,11 +176,28 @@ def download_weights(args: argparse.Namespace) -> Path:
         logger.warning("--merge-lora has no effect: adapters are merged while they are loaded")
     from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
-    folder = download_model(args.model_id, args.revision or None)
+    model_id, revision = args.model_id, args.revision or None
+    if model_id.startswith(BUCKETS):
+        model_id = _copy_from_bucket(model_id, revision)
+        revision = None
+    folder = download_model(model_id, revision)
     if (base := adapter_base(folder)) is not None:
         logger.info("%s is an adapter of %s", args.model_id, base.model_id)
         download_model(base.model_id, base.revision)
     return folder
+
+
+def _copy_from_bucket(uri: str, revision: str | None) -> str:
+    """The local copy of a model in a bucket. Raises StartError."""
+    from huggingface_hub import constants, is_offline_mode
+
+    from engine.checkpoint.bucket import Storage, copy_model
+
+    if revision is not None:
+        raise StartError("--revision is for models of the Hub: leave it out for a bucket")
+    if is_offline_mode():
+        raise StartError(f"{uri} needs a network, and HF_HUB_OFFLINE is set: give a local folder")
+    return str(copy_model(uri, Path(constants.HF_HUB_CACHE), Storage.of(os.environ)))
 
 
 def quantize_model(args: argparse.Namespace) -> Path:

@@ -35,8 +35,8 @@ class StepResult:
     """[batch.num_rows, vocab_size] float32 of the tokens that get a successor. The next step may write over them."""
     scores: Sequence[torch.Tensor] = ()
     """Log-probabilities of the tokens that `ScheduledSequence.num_scored_tokens` counts, sequence after sequence, in
-    pieces [tokens, 1 + 2 * num_prompt_top_tokens] float32: the token's own, then ids of the likeliest tokens, then
-    theirs. An id is exact in float32."""
+    pieces [tokens, 1 + has_prompt_ranks + 2 * num_prompt_top_tokens] float32: the token's own, its rank, then ids of
+    the likeliest tokens, then theirs. A rank and an id are exact in float32."""
 
     def copy_scores(self) -> HostCopy:
         """Start the copy of all scores to the host: call it once, after the ids are sampled."""
@@ -140,7 +140,7 @@ class ModelRunner:
         )
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
-        return StepResult(logits, self._score(hidden, tensors, inputs.num_scored_top_tokens))
+        return StepResult(logits, self._score(hidden, tensors, inputs))
 
     def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
         """Logits of all tokens of a step, by the device alone."""
@@ -148,14 +148,15 @@ class ModelRunner:
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         return self._model.compute_logits(hidden)
 
-    def _score(self, hidden: torch.Tensor, tensors: StepTensors, num_top: int) -> list[torch.Tensor]:
+    def _score(self, hidden: torch.Tensor, tensors: StepTensors, inputs: StepInputs) -> list[torch.Tensor]:
         """The scores of the scored tokens after their rows of hidden [num_tokens, hidden_size]."""
         scores = []
         for first in range(0, len(tensors.scored_indices), SCORED_ROWS):
             part = slice(first, first + SCORED_ROWS)
             logits = self._model.compute_logits(hidden[tensors.scored_indices[part]])
             if len(logits):
-                scores.append(_scores(logits, tensors.scored_token_ids[part], num_top))
+                ids, num_top = tensors.scored_token_ids[part], inputs.num_scored_top_tokens
+                scores.append(_scores(logits, ids, num_top, has_ranks=inputs.has_scored_ranks))
         return scores
 
 
@@ -169,11 +170,14 @@ def _attention_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     return chosen(shape, chosen.block_sizes[0])
 
 
-def _scores(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> torch.Tensor:
-    """A piece of `StepResult.scores`: logits [rows, vocab_size], token_ids [rows] -> [rows, 1 + 2 * num_top]."""
+def _scores(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, *, has_ranks: bool) -> torch.Tensor:
+    """A piece of `StepResult.scores`: logits [rows, vocab_size], token_ids [rows] -> float32 [rows, columns]."""
     total = logits.logsumexp(dim=1, keepdim=True)
-    own = logits.gather(1, token_ids.unsqueeze(1)) - total
-    if not num_top:
-        return own
-    best, best_ids = logits.topk(num_top, dim=1)
-    return torch.cat([own, best_ids.to(own.dtype), best - total], dim=1)
+    own = logits.gather(1, token_ids.unsqueeze(1))
+    columns = [own - total]
+    if has_ranks:
+        columns.append((logits >= own).sum(dim=1, keepdim=True).to(own.dtype))
+    if num_top:
+        best, best_ids = logits.topk(num_top, dim=1)
+        columns += [best_ids.to(own.dtype), best - total]
+    return torch.cat(columns, dim=1)

@@ -34,6 +34,8 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """The prompt tokens that follow the rows of `scored_indices`."""
     num_scored_top_tokens: int = 0
     """Number of the likeliest tokens to find beside each scored one."""
+    has_scored_ranks: bool = False
+    """Whether to find the rank of each scored token."""
     unknown_places: list[int] = []
     """Places in `input_ids` of tokens that the step before has chosen and the host doesn't know yet."""
     unknown_rows: list[int] = []
@@ -53,8 +55,7 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
     logits_indices: list[int] = []
     scored_indices: list[int] = []
     scored_token_ids: list[int] = []
-    unknown_places: list[int] = []
-    unknown_rows: list[int] = []
+    unknown_places, unknown_rows = list[int](), list[int]()
     for scheduled in batch.scheduled:
         sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
         first = scheduled.num_computed_tokens
@@ -82,6 +83,7 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         scored_indices=scored_indices,
         scored_token_ids=scored_token_ids,
         num_scored_top_tokens=batch.num_prompt_top_tokens,
+        has_scored_ranks=batch.has_prompt_ranks,
         unknown_places=unknown_places,
         unknown_rows=unknown_rows,
     )

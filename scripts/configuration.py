@@ -8,6 +8,7 @@ from pathlib import Path
 
 from server.launcher.flag import Effect, Flag, Variable
 from server.launcher.flags import SECTIONS, VARIABLES
+from server.launcher.platforms import MODEL_ID, PLATFORMS, Platform
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -32,6 +33,16 @@ VARIABLES_HEAD = """
 ## Variables without a flag
 
 | variable | default | what it does |
+|---|---|---|
+"""
+
+PLATFORMS_HEAD = """
+## Variables of cloud platforms
+
+Read where a sign of the platform is there ([platforms.md](platforms.md)). Flags win over them, and they win over our
+variables; those win over what is only a default there.
+
+| platform | sign | what is read |
 |---|---|---|
 """
 
@@ -84,6 +95,8 @@ def _pages() -> Iterator[str]:
         yield from (_flag_row(flag) for flag in flags)
     yield VARIABLES_HEAD
     yield from (_variable_row(row) for row in VARIABLES)
+    yield PLATFORMS_HEAD
+    yield from (_platform_row(platform) for platform in PLATFORMS)
     yield TAIL
 
 
@@ -115,6 +128,20 @@ def _variable_row(row: Variable) -> str:
     default = "" if row.default is None else f"`{_written(row.default)}`"
     text = f"{row.help}." if row.effect is Effect.SERVED else f"**No effect**: {row.help}."
     return f"| `{row.name}` | {default} | {text} |\n"
+
+
+def _platform_row(platform: Platform) -> str:
+    signs = [f"`{name}`" for name in platform.signs]
+    signs += [f"`{platform.argument}` as the only argument"] if platform.argument else []
+    name_of_model = platform.variables.get(MODEL_ID)
+    alone = [f"`{name_of_model}`"] if name_of_model else []
+    alone += [f"a model in `{platform.model_folder}`"] if platform.model_folder else []
+    signs.append(f"{' or '.join(alone)}, if nothing else names a model")
+    read = [f"`{theirs}` as `{name}`" for name, theirs in platform.variables.items()]
+    read += [f"`{name}` is {value}" for name, value in platform.fixed.items()]
+    read += [f"`{name}` is {value} by default" for name, value in platform.defaults.items()]
+    read += [f"`{MODEL_ID}` is `{platform.model_folder}` by default"] if platform.model_folder else []
+    return f"| {platform.name} | {'; '.join(signs)} | {'; '.join(read)} |\n"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from sse_starlette.sse import AppStatus
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.access import ApiKeyGuard, CorsHeaders
+from server.edge.further_paths import FurtherPaths
 from server.edge.intake import IntakeRelease
 from server.error_handlers import install_error_handlers
 from server.openapi import build_openapi
@@ -81,7 +82,10 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     if not config.is_strict_tgi:
         app.add_middleware(RequestIds)
     app.state.tracer = _tracer(config)
-    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder)
+    app.add_middleware(SpansMiddleware, tracer=app.state.tracer, finder=finder, is_strict=config.is_strict_tgi)
+    further = (("POST", config.predict_route, "/vertex"), ("GET", config.health_route, "/health"))
+    routes = {(method, path): route for method, path, route in further if path is not None}
+    app.add_middleware(FurtherPaths, finder=finder, routes=routes)
     return app
 
 

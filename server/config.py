@@ -54,6 +54,10 @@ class ServerConfig:
     """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
+    predict_route: str | None = None
+    """A further path of /vertex."""
+    health_route: str | None = None
+    """A further path of /health."""
     graceful_termination_timeout_s: int = 90
     compute_type: str = "cpu"
     """Value of the x-compute-type header."""

@@ -10,12 +10,20 @@ from starlette.requests import ClientDisconnect
 from server.errors import ERROR_KINDS, BodyError, ErrorBody, error_body_for, error_type, openai_status
 from server.telemetry.spans import log_failure
 
+MAX_PATH_CHARS = 200
+"""Characters of an unknown path that its refusal tells again."""
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether errors of the path are told as TGI tells them."""
+    is_strict = request.app.state.service.config.is_strict_tgi
+    return error_type(request.url.path, is_strict=is_strict) is ErrorBody
+
 
 def _answer(request: Request, status: int, error: Exception) -> Response:
-    path, is_strict = request.url.path, request.app.state.service.config.is_strict_tgi
-    if error_type(path, is_strict=is_strict) is not ErrorBody:
+    if not _is_plain(request):
         status = openai_status(status)
-    body = error_body_for(path, error, is_strict=is_strict)
+    body = error_body_for(request.url.path, error, is_strict=request.app.state.service.config.is_strict_tgi)
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
@@ -31,17 +39,31 @@ async def _answer_unforeseen(request: Request, error: Exception) -> Response:
 
 async def _answer_body_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BodyError)
-    if error_type(request.url.path, is_strict=request.app.state.service.config.is_strict_tgi) is not ErrorBody:
+    log_failure(error)
+    if not _is_plain(request):
         return _answer(request, error.status, error)
     return Response(str(error), error.status, headers={"content-type": "text/plain; charset=utf-8"})
 
 
 async def _answer_routing_error(request: Request, error: Exception) -> Response:
-    """404 and 405 have no body. The methods in `allow` are sorted and have no spaces between them, as with TGI."""
+    """404 and 405, whose body is empty, or under /v1 an error object, but for --strict-tgi.
+
+    The methods in `allow` are sorted and have no spaces between them, as with TGI.
+    """
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow", "")
     methods = ",".join(sorted(method.strip() for method in allowed.split(",")))
-    return Response(status_code=error.status_code, headers={"allow": methods} if methods else None)
+    if _is_plain(request):
+        response = Response(status_code=error.status_code)
+    elif methods:
+        reason = f"{request.method} is not allowed here, only {methods}"
+        response = _answer(request, 405, BodyError(405, reason, code="method_not_supported"))
+    else:
+        reason = f"Unknown request URL: {request.method} {request.url.path[:MAX_PATH_CHARS]}"
+        response = _answer(request, error.status_code, BodyError(error.status_code, reason, code="unknown_url"))
+    if methods:
+        response.headers["allow"] = methods
+    return response
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -125,13 +125,30 @@ class UnauthorizedError(Exception):
         super().__init__("The API key is missing or wrong: send it as `Authorization: Bearer KEY`")
 
 
+BODY_FAULTS = {
+    400: "the request body is not JSON",
+    408: "the request body comes too slowly",
+    413: "the request body is too long",
+    415: "the request body has a Content-Type or Content-Encoding that is not read",
+    422: "the request body has not the fields and types of this route",
+}
+"""The words of the log about a body that is refused. The client reads what exactly is wrong, which may quote it."""
+
+
 class BodyError(Exception):
     """A refusal in plain text, in the words of TGI's web framework (`docs/wire.md`, 0.2)."""
 
-    def __init__(self, status: int, text: str, *, param: str | None = None, code: str | None = None) -> None:
-        """`param` and `code` are those of OpenAI's error object, which stands for the plain text on OpenAI's routes."""
+    def __init__(
+        self, status: int, text: str, *, hint: str = "", param: str | None = None, code: str | None = None
+    ) -> None:
+        """`param` and `code` are those of OpenAI's error object, which stands for the plain text on OpenAI's routes.
+
+        `hint`: what is added to the text there.
+        """
         super().__init__(text)
         self.status = status
+        self.hint = hint
+        self.logged_text = BODY_FAULTS.get(status, "the request body is refused")
         self.param = param
         self.code = code
 
@@ -144,6 +161,11 @@ class ErrorKind:
     error_type: str
     prefix: str = ""
     """What the client reads before the error's own text."""
+
+    @property
+    def is_clients_mistake(self) -> bool:
+        """Whether the client can do something about it, and nobody who runs the server has to."""
+        return 400 <= self.status < 424 or self.status == 429
 
 
 _GENERATION = ErrorKind(424, "generation", "Request failed during generation: Server error: ")
@@ -224,7 +246,7 @@ def openai_error_body(error: Exception) -> OpenAIErrorBody:
     """OpenAI's error object. `code` is OpenAI's where an error has one, else TGI's error_type."""
     type_, param = _openai_type(_openai_status_of(error)), getattr(error, "param", None)
     if isinstance(error, BodyError):
-        return OpenAIErrorBody(OpenAIError(str(error), type_, error.code, param))
+        return OpenAIErrorBody(OpenAIError(f"{error}{error.hint}", type_, error.code, param))
     body = error_body(error)
     return OpenAIErrorBody(OpenAIError(body.error, type_, getattr(error, "code", body.error_type), param))
 
@@ -245,6 +267,7 @@ ANTHROPIC_TYPES: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    405: "invalid_request_error",
     408: "invalid_request_error",
     413: "request_too_large",
     415: "invalid_request_error",
@@ -254,7 +277,7 @@ ANTHROPIC_TYPES: dict[int, str] = {
 
 
 def anthropic_error_body(error: Exception) -> AnthropicErrorBody:
-    message = str(error) if isinstance(error, BodyError) else error_body(error).error
+    message = f"{error}{error.hint}" if isinstance(error, BodyError) else error_body(error).error
     return AnthropicErrorBody(error=AnthropicError(ANTHROPIC_TYPES.get(_openai_status_of(error), "api_error"), message))
 
 

@@ -138,7 +138,9 @@ def check_coverage(soak: Soak) -> Check:
     complaints = [f"no client did this: {kind.name}" for kind in KINDS if not soak.tally.outcomes[kind.name]]
     if len(soak.samples) < MIN_SAMPLES:
         complaints.append(f"{len(soak.samples)} samples are too few")
-    figures = f"{len(KINDS)} kinds of clients, {soak.tally.num_restarts} restarts of all, {len(soak.samples)} samples"
+    figures = (
+        f"{len(KINDS)} kinds of clients, {soak.tally.num_restarts} restarts of all clients, {len(soak.samples)} samples"
+    )
     return Check("coverage", figures, complaints)
 
 

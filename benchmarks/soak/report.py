@@ -41,6 +41,8 @@ def write_report(soak: Soak, checks: Sequence[Check], command: str, folder: Path
         "load, which starts every process. Memory may grow by 3 % or 20 MB, the larger of the two, from the median of",
         "the first part of the time (10 to 30 %) to that of the last fifth, and by no more along the line through all",
         "samples. Anonymous memory is what no file stands behind: the heap and the KV cache.",
+        "A restart ends all clients in the middle of what they do, as a deployment of theirs would, and new ones",
+        "begin; the server is started once and runs to the end.",
         "",
         *outcomes_of(soak),
         "",

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.link.errors import StartError
 from engine.link.model_files import read_json
+from engine.link.special_tokens import default_tokens
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def read_eos_token_ids(folder: Path, config: dict[str, Any], *, is_strict: bool 
     path = folder / "generation_config.json"
     generation = read_json(path).get("eos_token_id")
     of_generation, of_model = _ids(generation, path), _ids(config.get("eos_token_id"), folder / "config.json")
-    of_tokenizer = _tokenizer_eos_ids(folder)
+    of_tokenizer = _tokenizer_eos_ids(folder, has_default=not is_strict)
     if not is_strict:
         return list(dict.fromkeys([*of_generation, *of_tokenizer, *of_model]))
     if isinstance(generation, list):
@@ -55,11 +56,13 @@ def _ids(value: Any, path: Path) -> list[int]:
     return values
 
 
-def _tokenizer_eos_ids(folder: Path) -> list[int]:
-    """The id of the tokenizer's eos token, if there is one."""
+def _tokenizer_eos_ids(folder: Path, *, has_default: bool) -> list[int]:
+    """The id of the tokenizer's eos token, if there is one. `has_default`: its class has one that no file names."""
     path = folder / "tokenizer_config.json"
-    tokenizer_config = read_json(path)
-    eos = tokenizer_config.get("eos_token") or read_json(folder / "special_tokens_map.json").get("eos_token")
+    tokenizer_config, token_map = read_json(path), read_json(folder / "special_tokens_map.json")
+    eos = tokenizer_config.get("eos_token") or token_map.get("eos_token")
+    if has_default and "eos_token" not in tokenizer_config and "eos_token" not in token_map:
+        eos = default_tokens(tokenizer_config).get("eos_token")
     content = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(content, str):
         return []

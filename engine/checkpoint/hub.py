@@ -40,13 +40,15 @@ from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, is_weight_name
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, is_adapter
+from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
 
 logger = logging.getLogger(__name__)
 
-PICKLED = (".bin", ".pt", ".pth")
 OTHERS = (".json", ".txt", ".jinja")
 """Endings of configuration, tokenizer and chat templates."""
+
+_TEMPLATE = re.compile(rf"{NAMED_TEMPLATES}/[^/]+\.jinja")
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0
@@ -67,6 +69,8 @@ def download_model(model_id: str, revision: str | None) -> Path:
                 return _local(Path(model_id))
             if not _is_hub_id(model_id):
                 raise StartError("--revision is for models of the Hub: leave it out for a local folder")
+        else:
+            refuse_other_paths(model_id)
         return _cached(model_id, revision) or _fetched(model_id, revision)
     except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
         raise StartError(_sentence(_root(error), model_id, revision)) from error
@@ -105,11 +109,7 @@ def _is_hub_id(model_id: str) -> bool:
 
 
 def _local(folder: Path) -> Path:
-    try:
-        names = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
-    _check_names(names, str(folder))
+    refuse_no_model(folder)
     _check_whole(folder)
     logger.info("Files are already present on the host. Skipping download.")
     return folder
@@ -157,32 +157,12 @@ def _check_whole(folder: Path) -> None:
     read_model_config(folder)
     for path in find_weight_files(folder).paths:
         _refuse_damage(path)
-    if not (folder / "tokenizer.json").is_file():
-        raise StartError(
-            f"{folder} has no tokenizer.json: write one with `transformers`, "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    refuse_missing_tokenizer(folder)
 
 
 def _refuse_damage(path: Path) -> None:
     if reason := damage(path):
         raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
-
-
-def _check_names(names: Collection[str], model_id: str) -> None:
-    """Raise StartError if files of these names can't make a model that we serve."""
-    is_adapted = is_adapter(names)
-    weights = [name for name in names if (name == ADAPTER_WEIGHTS if is_adapted else is_weight_name(name))]
-    if not weights and any(name.endswith(PICKLED) for name in names):
-        raise StartError(
-            f"{model_id} has only pickled weights (.bin, .pt), which can run code and are never loaded: give a "
-            "--revision with safetensors (the Hub's convert space opens such a refs/pr/N), or convert them on a "
-            "machine you trust, with `transformers`, save_pretrained(..., safe_serialization=True)"
-        )
-    if not weights:
-        raise StartError(f"{model_id} has no *.safetensors file: only safetensors weights are loaded")
-    if "config.json" not in names and not is_adapted:
-        raise StartError(f"{model_id} has no config.json: give the id or the folder of a Hugging Face model")
 
 
 def _fetched(model_id: str, revision: str | None) -> Path:
@@ -191,9 +171,9 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     _relay_library_log()
     _remove_leftovers(model_id)
     commit, sizes = _persistently(lambda: _list_files(model_id, revision))
-    _check_names(sizes, model_id)
+    refuse_names(sizes, model_id)
     for name in sorted(name for name in sizes if name.endswith(OTHERS)):
-        folder = _fetch(model_id, commit, name, sizes[name]).parent
+        folder = _fetch(model_id, commit, name, sizes[name]).parents[name.count("/")]
     weights = _weights_of(folder, sizes)
     start = time.monotonic()
     for num_done, name in enumerate(weights, start=1):
@@ -227,11 +207,12 @@ def _check_may_fetch(model_id: str) -> None:
 
 
 def _list_files(model_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
-    """The commit of `revision`, and the size of every file at its top level."""
+    """The commit of `revision`, and the size of every file at its top level and of every named chat template."""
     info = HfApi().model_info(model_id, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
     if info.sha is None:
         raise FileMetadataError(f"no commit in the description of {model_id}")
-    return info.sha, {file.rfilename: file.size for file in info.siblings or [] if "/" not in file.rfilename}
+    sizes = {file.rfilename: file.size for file in info.siblings or []}
+    return info.sha, {name: size for name, size in sizes.items() if "/" not in name or _TEMPLATE.fullmatch(name)}
 
 
 def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:

@@ -76,6 +76,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Whether the first event has the prompt's logprobs; the prefix cache is not read then."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report beside each prompt token that has a logprob."""
+    has_prompt_ranks: bool = False
+    """Whether the first event has the ranks of the tokens whose logprobs it has."""
     grammar: str | None = None
     """The grammar that the output is held to, in llguidance's text; None: any output."""
 
@@ -102,6 +104,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_logprobs: list[list[float]] = []
     prompt_logprobs: list[float] = []
     """Logprob of each prompt token but the first, by the model's own distribution; only on the first event."""
+    prompt_ranks: list[int] = []
+    """For each of `prompt_logprobs` the number of tokens that are at least as likely, the token itself among them."""
     prompt_top_token_ids: list[list[int]] = []
     """For each of `prompt_logprobs` the likeliest tokens at its place, the likeliest first."""
     prompt_top_logprobs: list[list[float]] = []

@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 256 << 20
 WEIGHTS = ".safetensors"
 STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".split()
 """A file with one of these words in its name is a trainer's, not a part of the model."""
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder in a model's folder whose files `NAME.jinja` are further chat templates."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

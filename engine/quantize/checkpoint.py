@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.link.errors import StartError
+from engine.link.model_files import NAMED_TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,8 @@ SHARD_BYTES = 4 << 30
 """Largest size of a file; that much memory is needed to write it."""
 COPIED = (
     "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json special_tokens_map.json "
-    "generation_config.json chat_template.jinja chat_template.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt"
+    "generation_config.json chat_template.jinja chat_template.json processor_config.json LICENSE LICENSE.txt "
+    "LICENSE.md NOTICE NOTICE.txt"
 ).split()
 """Files of the dense model that go with the weights; the licence holds for quantized weights, too."""
 
@@ -60,6 +63,8 @@ class CheckpointWriter:
             return
         for path in self._written:
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there
+            (self._folder / NAMED_TEMPLATES).rmdir()
         if self._is_new and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
@@ -70,7 +75,7 @@ class CheckpointWriter:
         self._num_pending_bytes += tensor.nbytes
 
     def finish(self, source: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the last tensors, an index, what `source` has of `COPIED`, and `files` as JSON, in their order."""
+        """Write the last tensors, an index, `source`'s tokenizer and templates, and `files` as JSON, in their order."""
         self._flush()
         count = len(self._shards)
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -82,12 +87,17 @@ class CheckpointWriter:
             weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": weight_map}
             self._write_json("model.safetensors.index.json", index)
-        for name in COPIED:
-            if (source / name).is_file():
-                self._written.add(self._folder / name)
-                shutil.copyfile(source / name, self._folder / name)
+        templates = sorted((source / NAMED_TEMPLATES).glob("*.jinja"))
+        for path in (*(source / name for name in COPIED), *templates):
+            if path.is_file():
+                self._copy(path, self._folder / path.relative_to(source))
         for name, content in files.items():
             self._write_json(name, content)
+
+    def _copy(self, path: Path, target: Path) -> None:
+        target.parent.mkdir(exist_ok=True)
+        self._written.add(target)
+        shutil.copyfile(path, target)
 
     def _flush(self) -> None:
         path = self._shard(len(self._shards))

@@ -44,6 +44,8 @@ class ScheduledBatch:
     """Rows of logits that the step computes for next tokens; scored tokens of prompts have none."""
     num_prompt_top_tokens: int = 0
     """Likeliest tokens that are found for each scored token: as many as the sequence wants that wants most."""
+    has_prompt_ranks: bool = False
+    """Ranks are found for each scored token, since a sequence wants those of its own."""
     num_admitted: int = 0
     """Sequences that left the queue for this step."""
     is_decoding: bool = True
@@ -62,6 +64,7 @@ class ScheduledBatch:
             num_scored = max(0, min(num_scored, num_new_scores))
         if num_scored:
             self.num_prompt_top_tokens = max(self.num_prompt_top_tokens, sequence.request.num_prompt_top_tokens)
+            self.has_prompt_ranks |= sequence.request.has_prompt_ranks
         self.scheduled.append(
             ScheduledSequence(
                 sequence,

@@ -160,15 +160,16 @@ class Scheduler:
         """Take in what a step computed; the events are what the callers see.
 
         `prompt_scores` belong to the tokens that `num_scored_tokens` counts, sequence after sequence: for each its
-        logprob, and ids and logprobs of `num_prompt_top_tokens` likeliest ones. What was computed for a sequence that
-        has ended meanwhile is dropped.
+        logprob, its rank if the batch has those, and ids and logprobs of `num_prompt_top_tokens` likeliest ones. What
+        was computed for a sequence that has ended meanwhile is dropped.
         """
         events: list[TokenEvent] = []
         scores = iter(prompt_scores)
         for scheduled in batch.scheduled:
             sequence = scheduled.sequence
             for _ in range(scheduled.num_scored_tokens):
-                sequence.add_score(next(scores), *_take_tops(scores, batch.num_prompt_top_tokens))
+                logprob, rank = next(scores), int(next(scores)) if batch.has_prompt_ranks else None
+                sequence.add_score(logprob, rank, *_take_tops(scores, batch.num_prompt_top_tokens))
             if batch.is_launched:
                 sequence.num_launched -= 1
                 if self._sequences.get(sequence.request.request_id) is not sequence:

@@ -52,6 +52,8 @@ class Sequence:
 
     The first event takes them away.
     """
+    prompt_ranks: list[int] = dataclasses.field(default_factory=list)
+    """Ranks of the tokens of `prompt_logprobs`, if the request has them."""
     prompt_top_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
     """The likeliest tokens at the places of `prompt_logprobs`, if the request has them."""
     prompt_top_logprobs: list[list[float]] = dataclasses.field(default_factory=list)
@@ -82,10 +84,15 @@ class Sequence:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
-    def add_score(self, logprob: float, top_token_ids: list[int], top_logprobs: list[float]) -> None:
-        """Take in the next prompt token's logprob, and the likeliest tokens at its place, of which there may be more
-        than the request wants."""
+    def add_score(self, logprob: float, rank: int | None, top_token_ids: list[int], top_logprobs: list[float]) -> None:
+        """Take in the next prompt token's logprob and rank, and the likeliest tokens at its place.
+
+        There may be a rank, and more of those tokens, where the request wants none.
+        """
         self.prompt_logprobs.append(logprob)
+        if self.request.has_prompt_ranks:
+            assert rank is not None
+            self.prompt_ranks.append(rank)
         if num_top := self.request.num_prompt_top_tokens:
             self.prompt_top_token_ids.append(top_token_ids[:num_top])
             self.prompt_top_logprobs.append(top_logprobs[:num_top])
@@ -93,6 +100,7 @@ class Sequence:
     def move_scores(self, event: TokenEvent) -> None:
         """Hand the prompt's scores over to the first event."""
         event.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, []
+        event.prompt_ranks, self.prompt_ranks = self.prompt_ranks, []
         event.prompt_top_token_ids, self.prompt_top_token_ids = self.prompt_top_token_ids, []
         event.prompt_top_logprobs, self.prompt_top_logprobs = self.prompt_top_logprobs, []
 

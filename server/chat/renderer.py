@@ -11,7 +11,9 @@ from typing import Any
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, ChatTemplate, OfferedTools, template_config
 from server.chat.template_process import TemplateProcess
+from server.chat.template_traits import words_of
 from server.errors import TemplateError
+from server.requests.ignored import note_unread
 from server.requests.messages import Message
 from server.text.chat_format import ChatFormat
 
@@ -28,6 +30,8 @@ class ChatRenderer:
         self.process = None if config is None or not is_apart else TemplateProcess(config)
         render = None if self.process is None else self.process.render
         self._template = ChatTemplate(chat_format, is_strict=is_strict, render=render)
+        self._words = frozenset(word for source in chat_format.templates.values() for word in words_of(source))
+        """Words that a template may look at."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chats")
 
     async def render(
@@ -38,6 +42,7 @@ class ChatRenderer:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. Raises ValidationError; TemplateError, also where the template takes too much time or memory."""
+        note_unread(name for name in variables or () if name not in self._words)
         deadline = time.monotonic() + QUEUE_TIMEOUT_S
 
         def run() -> str:

@@ -136,7 +136,7 @@ class _Template(ABC):
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = self.environment()
-        self.traits = TemplateTraits.of(source, environment.parse(source))
+        self.traits = TemplateTraits.of(environment.parse(source))
         self.special_tokens = special_tokens
         self._template = environment.from_string(source)
 

@@ -61,7 +61,7 @@ class ChatTemplate:
             raise TemplateError("template not found")
         has_end = bool(messages) and isinstance(messages[-1].body, ContentBody)
         chat = Chat(
-            messages=[self._shown(message, number) for number, message in enumerate(messages)],
+            messages=_with_text_at_end([self._shown(message, number) for number, message in enumerate(messages)]),
             tools=offered.tools,
             tool_prompt=offered.prompt if has_end else "",
             listed_prompt=offered.listed_prompt if has_end else "",
@@ -112,6 +112,13 @@ def _call(call: ToolCall) -> dict[str, Any]:
         arguments = transformers_json(arguments)
     shown = {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
     return {key: value for key, value in shown.items() if value is not None}
+
+
+def _with_text_at_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages; a last one of the assistant that says nothing has an empty text to go on from."""
+    last = messages[-1] if messages else {}
+    is_silent = last.get("role") == "assistant" and last["content"] is None and "tool_calls" not in last
+    return [*messages[:-1], last | {"content": ""}] if is_silent else messages
 
 
 def _content(message: Message, number: int) -> str | list[dict[str, str]] | None:

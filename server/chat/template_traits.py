@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import jinja2.meta
 from jinja2 import nodes
 
+_WORD = re.compile(r"\w+")
 _TEXT_TESTS = ("string", "iterable", "sequence", "mapping")
 """Tests that tell a text from a list of parts."""
-_DEVELOPER = re.compile(r"""["']developer["']""")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,17 +29,30 @@ class TemplateTraits:
     """It takes a content that is one text; only one that goes through parts may not."""
 
     @classmethod
-    def of(cls, source: str, tree: nodes.Template) -> TemplateTraits:
+    def of(cls, tree: nodes.Template) -> TemplateTraits:
         names = _content_names(tree)
         has_parts = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
         has_kinds = any(_is_content(test.node, names) for test in tree.find_all(nodes.Test) if test.name in _TEXT_TESTS)
+        words = _words(tree)
         return cls(
             has_tools="tools" in jinja2.meta.find_undeclared_variables(tree),
-            has_calls="tool_calls" in source,
-            has_developer=_DEVELOPER.search(source) is not None,
+            has_calls="tool_calls" in words,
+            has_developer="developer" in words,
             has_parts=has_parts,
             has_texts=has_kinds or not has_parts,
         )
+
+
+def words_of(source: str) -> set[str]:
+    """The words outside of comments, the names of variables among them, of a source that may be no template."""
+    head, *rest = source.split("{#")
+    return {word for text in (head, *(part.partition("#}")[2] for part in rest)) for word in _WORD.findall(text)}
+
+
+def _words(tree: nodes.Template) -> set[str]:
+    """Constants and names of attributes in the expressions: comments and the text around them are no part of it."""
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return attributes | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _content_names(tree: nodes.Template) -> set[str]:

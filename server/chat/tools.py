@@ -6,18 +6,19 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from server.chat.bare_calls import BareCalls, call_key
+from server.chat.bare_calls import call_key
 from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
-from server.chat.thoughts import Thinking, ThinkingReader, WordReader
-from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReader
+from server.chat.thoughts import ChatReader, Thinking
+from server.chat.tool_calls import ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
-from server.requests.openai import ChatRequest, NamedToolChoice, Tool
+from server.requests.openai import AllowedToolsChoice, ChatRequest, NamedToolChoice, Tool, ToolChoice
 from server.requests.schemas import read_schema
 from server.requests.values import GrammarSpec
 from server.text.tokenizer import TextTokenizer
@@ -46,16 +47,13 @@ TGI_HEADER = re.compile(r'\{"function": \{"_name": ("(?:[^"\\]|\\.)*")(?:, |(?=\
 class ToolUse:
     """How one chat uses its tools."""
 
-    names: tuple[str, ...] = ()
-    """Names of the functions that may be called."""
+    read: Callable[..., ChatReader] = ChatReader
+    """Makes a reader of an answer, given its `thinking`."""
+    call_marks: tuple[str, ...] = ()
+    """The marks by which that tells calls."""
     offered: OfferedTools = NO_TOOLS
     grammar: Check | None = None
     """What the model is held to, if it is not free."""
-    max_calls: int | None = None
-    is_free: bool = False
-    """The model may answer in words, or in the schema of the answer."""
-    answered: frozenset[str] = frozenset()
-    """Calls that the conversation has answered since the user spoke (`server.chat.bare_calls`)."""
     is_named: bool = False
     """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
@@ -64,33 +62,12 @@ class ToolUse:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The marks by which an answer is read."""
-        of_calls = (OPEN, CLOSE) if self.names else ()
-        return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
+        """The marks by which an answer is read; none: all of it is words."""
+        return (*self.call_marks, OPEN_THOUGHT, CLOSE_THOUGHT) if self.thinking.is_apart else self.call_marks
 
-    def reader(self, prompt: str) -> AnswerReader | None:
-        """A reader of one answer to the prompt, in the model's own format; None: all of it is words."""
-        if self.thinking is Thinking.NONE:
-            return self._call_reader(prompt) if self.names else None
-        return ThinkingReader(self.thinking, self._call_reader("") if self.names else WordReader())
-
-    def _call_reader(self, prompt: str) -> AnswerReader:
-        if not self.is_free:
-            return ForcedCallReader(HERMES_HEADER)
-        bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
-        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
-        return FreeCallReader(self.names, self.max_calls, bare_calls=bare_calls, is_in_thought=is_in_thought)
-
-    def watch(self, prompt: str) -> Callable[[str], bool]:
-        """Something that is told an answer piece by piece, and says when nothing new comes."""
-        reader = self.reader(prompt)
-        assert reader is not None
-
-        def is_over(text: str) -> bool:
-            reader.push(text)
-            return reader.is_over
-
-        return is_over
+    def reader(self) -> ChatReader:
+        """A reader of one answer, in the model's own format."""
+        return self.read(thinking=self.thinking)
 
 
 NO_TOOL_USE = ToolUse()
@@ -100,11 +77,13 @@ def use_tools(request: ChatRequest, tokenizer: TextTokenizer, *, is_strict: bool
     """How `request` uses its tools. Raises ToolError, before the prompt is rendered and a stream begins."""
     if is_strict and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    if not request.tools and not is_strict and not _is_free(request) and request.tool_choice != "none":
+    mode = _mode(request.tool_choice)
+    tools = _allowed(request) if request.tools and mode != "none" else []
+    if not tools and not is_strict and mode not in ("auto", "none"):
         raise ToolError("`tool_choice` asks for a call, and there are no `tools`")
-    if not request.tools or request.tool_choice == "none":
+    if not tools:
         return NO_TOOL_USE
-    return _tgi_use(request) if is_strict else _template_use(request, tokenizer)
+    return _tgi_use(tools, request) if is_strict else _template_use(tools, request, tokenizer)
 
 
 def ending(request: ChatRequest) -> Ending:
@@ -119,48 +98,62 @@ def ending(request: ChatRequest) -> Ending:
     return Ending.CLOSED if request.add_generation_prompt is False else Ending.NEW
 
 
+def _mode(choice: ToolChoice) -> str:
+    """`auto`, `none`, `required`, or `named` if the request names the function."""
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode
+    if choice is None:
+        return "auto"
+    return choice if isinstance(choice, str) and choice in ("auto", "none", "required") else "named"
+
+
 def _allowed(request: ChatRequest) -> list[Tool]:
     """The tools that may be called."""
-    tools, choice = request.tools or [], request.tool_choice
-    if choice in (None, "auto", "required"):
-        return tools
-    name = choice.function.name if isinstance(choice, NamedToolChoice) else choice
-    chosen = [tool for tool in tools if tool.function.name == name]
-    if not chosen:
-        raise ToolError(f"Tool with name {name} not found")
-    return chosen
+    tools = request.tools or []
+    match request.tool_choice:
+        case AllowedToolsChoice(allowed_tools=allowed):
+            names = [tool.function.name for tool in allowed.tools]
+        case NamedToolChoice(function=function):
+            names = [function.name]
+        case str() as name if _mode(name) == "named":
+            names = [name]
+        case _:
+            return tools
+    offered = {tool.function.name for tool in tools}
+    unknown = next((name for name in names if name not in offered), None)
+    if unknown is not None:
+        raise ToolError(f"Tool with name {unknown} not found")
+    chosen = set(names)
+    return [tool for tool in tools if tool.function.name in chosen]
 
 
-def _is_free(request: ChatRequest) -> bool:
-    return request.tool_choice in (None, "auto")
-
-
-def _template_use(request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
+def _template_use(tools: Sequence[Tool], request: ChatRequest, tokenizer: TextTokenizer) -> ToolUse:
     """Tools in the format of the model's template."""
-    tools = _allowed(request)
     sent = [tool.sent for tool in tools]
     prompt = f"\n---\n{request.tool_prompt}" if request.tool_prompt else ""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in sent)
-    is_free = _is_free(request)
-    is_named = not is_free and request.tool_choice != "required"
+    mode = _mode(request.tool_choice)
+    is_free, is_named = mode == "auto", mode == "named"
     max_calls = 1 if is_named or not request.parallel_tool_calls else None
     is_held = not is_free or request.response_format is not None
+    names = [tool.function.name for tool in tools]
+    answered = None if is_held else _answered_calls(request.messages)
+    read_freely = partial(FreeCallReader, names, max_calls, answered=answered)
     return ToolUse(
-        names=tuple(tool.function.name for tool in tools),
+        read=read_freely if is_free else partial(ForcedCallReader, HERMES_HEADER),
+        call_marks=(OPEN, CLOSE),
         offered=OfferedTools(
             tools=sent,
             prompt=prompt,
             listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
         ),
         grammar=_hermes_grammar(request, tools, tokenizer, is_single=max_calls == 1) if is_held else None,
-        max_calls=max_calls,
-        is_free=is_free,
-        answered=_answered_calls(request.messages),
         is_named=is_named,
     )
 
 
 def _answered_calls(messages: Sequence[Message]) -> frozenset[str]:
+    """The calls that the conversation has answered since the user spoke."""
     calls: list[str] = []
     for message in messages:
         if message.role == "user":
@@ -180,7 +173,7 @@ def _hermes_grammar(request: ChatRequest, tools: Sequence[Tool], tokenizer: Text
     schemas = [_arguments_schema(tool) for tool in tools]
     # Small models end after a line; without its end they can only call again.
     start = "call" if is_single else f"call ({newline} call)* {newline}?"
-    if _is_free(request) and request.response_format is not None:
+    if _mode(request.tool_choice) == "auto" and request.response_format is not None:
         start = f"{start} | answer"
         rule, answer_schemas = _answer_rule(request.response_format.spec(), len(schemas))
         rules.append(rule)
@@ -228,10 +221,10 @@ def _arguments_schema(tool: Tool) -> HeldSchema:
     return HeldSchema({"type": "object"} | schema, "strict" if tool.function.strict else "open", tool.function.name)
 
 
-def _tgi_use(request: ChatRequest) -> ToolUse:
+def _tgi_use(tools: Sequence[Tool], request: ChatRequest) -> ToolUse:
     """Tools as TGI has them: JSON of its own, in which `no_tool` stands for an answer in words."""
-    tools = _allowed(request)
-    if _is_free(request):
+    is_free = _mode(request.tool_choice) == "auto"
+    if is_free:
         description = "Open ended response with no specific tool selected"
         function = {"name": NO_TOOL, "description": description, "arguments": {"type": "object"}}
         tools = [*tools, Tool.model_validate({"type": "function", "function": function})]
@@ -241,9 +234,10 @@ def _tgi_use(request: ChatRequest) -> ToolUse:
     bodies = [f"schema_{index}" for index in range(len(tools))]
     lark = _lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies)
     return ToolUse(
+        read=partial(ForcedCallReader, TGI_HEADER, "{"),
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
         grammar=Check(lark=lark, schemas=tuple(HeldSchema(_tgi_schema(tool), "tgi") for tool in tools)),
-        has_no_tool=_is_free(request),
+        has_no_tool=is_free,
     )
 
 

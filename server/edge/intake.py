@@ -18,6 +18,10 @@ MAX_LENGTH_DIGITS = 20
 SCOPE_KEY = "pytgi.arrival"
 
 
+def _too_long(limit: int) -> BodyError:
+    return BodyError(413, TOO_LONG, hint=f". A body may have {limit} bytes; `--payload-limit` raises that")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IntakeLimits:
     """The limits of bodies."""
@@ -70,7 +74,7 @@ class Intake:
         limit = self._limits.max_body_bytes
         is_number = announced.isdecimal() and announced.isascii()
         if is_number and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
-            raise BodyError(413, TOO_LONG)
+            raise _too_long(limit)
         reader = reader_of("" if self._is_strict else request.headers.get("content-encoding", ""))
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -84,7 +88,7 @@ class Intake:
                     num_received += len(chunk)
                     for piece in reader.push(chunk):
                         if max(len(body) + len(piece), num_received) > limit:
-                            raise BodyError(413, TOO_LONG)
+                            raise _too_long(limit)
                         body += piece
                         self._hold(arrival, len(piece))
                     arrival.last_progress = loop.time()

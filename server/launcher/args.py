@@ -13,6 +13,7 @@ from server.launcher.errors import ArgumentError
 from server.launcher.flag import PORT, Effect
 from server.launcher.flags import VARIABLES, every_flag
 from server.launcher.parser import build_parser, flag_type, parse_value
+from server.launcher.platforms import MODEL_ID, Platform, Setting, find_platform
 from server.launcher.sharding import Sharding, resolve_sharding
 
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
@@ -53,11 +54,16 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
     services = _service_variables(environ)
     # Empty is as good as unset.
     environ = {name: value for name, value in environ.items() if value and name not in services}
+    platform = find_platform(argv, environ)
+    settings = {name: Setting(value, f"the variable {name}") for name, value in environ.items()}
+    if platform is not None:
+        settings |= platform.settings(environ)
+        argv = [] if list(argv) == [platform.argument] else argv
     parser = build_parser()
-    values, sources = _read_flags(parser, argv, environ)
-    variables = _read_variables(parser, environ)
+    values, sources = _read_flags(parser, argv, settings)
+    variables = _read_variables(parser, settings)
     if "model_id" not in values:
-        parser.error("--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct")
+        parser.error(_missing_model(platform))
     sharding = resolve_sharding(values | variables, environ)
     _check_limits(values)
     _check_combinations(values)
@@ -88,16 +94,16 @@ def fields_of(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_flags(
-    parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]
+    parser: argparse.ArgumentParser, argv: Sequence[str], settings: Mapping[str, Setting]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values that came by flag or by a flag's variable, and their names in messages; both by attribute."""
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     sources = {flag.attribute: f"--{flag.name}" for flag in every_flag() if flag.attribute in values}
     for flag in every_flag():
-        if flag.attribute not in values and flag.has_variable and flag.variable in environ:
-            value = _read_variable(parser, environ, flag.variable, flag_type(flag))
+        if flag.attribute not in values and flag.has_variable and flag.variable in settings:
+            value = _read_setting(parser, settings[flag.variable], flag_type(flag))
             values[flag.attribute] = [value] if flag.is_repeatable else value
-            sources[flag.attribute] = f"the variable {flag.variable}"
+            sources[flag.attribute] = settings[flag.variable].source
     return values, sources
 
 
@@ -112,22 +118,27 @@ def _service_variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> dict[str, Any]:
+def _read_variables(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """The variables without a flag that are ours to read and are set."""
     return {
-        row.attribute: _read_variable(parser, environ, row.name, functools.partial(parse_value, row.value))
+        row.attribute: _read_setting(parser, settings[row.name], functools.partial(parse_value, row.value))
         for row in VARIABLES
-        if row.value is not None and row.name in environ
+        if row.value is not None and row.name in settings
     }
 
 
-def _read_variable(
-    parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, parse: Callable[[str], Any]
-) -> Any:
+def _read_setting(parser: argparse.ArgumentParser, setting: Setting, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(environ[name])
+        return parse(setting.value)
     except argparse.ArgumentTypeError as error:
-        parser.error(f"variable {name}: {error}")
+        parser.error(f"{setting.source.removeprefix('the ')}: {error}")
+
+
+def _missing_model(platform: Platform | None) -> str:
+    text = "--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct"
+    if platform is None or MODEL_ID not in platform.variables:
+        return text
+    return f"{text}, on {platform.name} as {platform.variables[MODEL_ID]}"
 
 
 def _echo(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:

@@ -89,6 +89,13 @@ def _secret(text: str) -> str:
     return _header_text(text)
 
 
+def _route(text: str) -> str:
+    """A path with which a URL may go on after the port."""
+    if not text.startswith("/") or any(mark in text for mark in "?#{} "):
+        raise ValueError(text)
+    return text
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(_integer(0)(part) for part in text.split(","))
 
@@ -121,6 +128,7 @@ FRACTION = Value(name="fraction", parse=_fraction)
 FACTOR = Value(name="factor", parse=_factor)
 BOOLEAN = Value(name="boolean", parse=_boolean)
 HEADER_TEXT = Value(name="header text", parse=_header_text)
+ROUTE = Value(name="route", parse=_route)
 SECRET = Value(name="key", parse=_secret)
 INTEGERS = Value(name="list of integers", parse=_integers)
 NAMES = Value(name="list of names", parse=_names)
@@ -168,6 +176,11 @@ class Flag(Row):
     """The reason why there is no effect, or what to do instead of giving a refused flag."""
     refused_choices: tuple[str, ...] = ()
     """Choices of TGI that a served flag refuses."""
+
+    @property
+    def served_choices(self) -> tuple[str, ...]:
+        """The choices that have their effect."""
+        return tuple(choice for choice in self.choices or () if choice not in self.refused_choices)
 
     @property
     def variable(self) -> str:

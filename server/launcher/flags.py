@@ -22,6 +22,7 @@ from server.launcher.flag import (
     PATH,
     PORT,
     POSITIVE,
+    ROUTE,
     SECONDS,
     SECRET,
     TEXT,
@@ -39,8 +40,8 @@ MODEL = (
     Flag(
         name="model-id",
         fills="launcher.model_id server.model_id",
-        help="Folder of a Hugging Face model, or its id on the Hub; an adapter (LoRA) is merged into the model that it "
-        "names",
+        help="Folder of a Hugging Face model, its id on the Hub, or gs://BUCKET/FOLDER in Google's Cloud Storage "
+        "(ours); an adapter (LoRA) is merged into the model that it names",
     ),
     Flag(
         name="served-model-name",
@@ -557,6 +558,20 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(name="HF_HOME", help="Parent of the model cache (the cache is its subfolder hub)"),
     Variable(name="HF_HUB_OFFLINE", help="1 makes no network call: only what is in the cache is served"),
     Variable(name="HF_ENDPOINT", help="Address of another Hub"),
+    Variable(name="STORAGE_EMULATOR_HOST", help="Address of another storage for gs://, as Google's libraries read it"),
+    Variable(name="GCE_METADATA_HOST", help="Host of another metadata server, which hands out the token for gs://"),
+    Variable(
+        name="AIP_PREDICT_ROUTE",
+        fills="server.predict_route",
+        value=ROUTE,
+        help="Set by Vertex AI: a further path of /vertex, unless it is a route of ours",
+    ),
+    Variable(
+        name="AIP_HEALTH_ROUTE",
+        fills="server.health_route",
+        value=ROUTE,
+        help="Set by Vertex AI: a further path of /health, unless it is a route of ours",
+    ),
     Variable(name="ATTENTION", value=TEXT, effect=Effect.NONE, help="the attention kernel follows from the device"),
     Variable(
         name="USE_FLASH_ATTENTION",

@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from engine.link.suggestions import SuggestingParser, suggestion
 from server.launcher.flag import BOOLEAN, Effect, Flag, Value
 from server.launcher.flags import SECTIONS
 
@@ -14,6 +15,7 @@ USAGE_EXIT_CODE = 2
 
 EPILOG = """\
 Every flag but --env has an environment twin: --max-total-tokens is MAX_TOTAL_TOKENS. The flag wins.
+(ours): TGI has no such flag. (no effect), (refused): TGI has it, and here it does nothing, or ends the start.
 Further variables and what each flag does here: docs/configuration.md.
 
 Examples:
@@ -22,7 +24,7 @@ Examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(SuggestingParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_EXIT_CODE, f"error: {message}\n\nFor more information, try '--help'.\n")
 
@@ -68,7 +70,7 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
             dest=flag.attribute,
             action="append" if flag.is_repeatable else _Once,
             type=flag_type(flag),
-            metavar="{" + ",".join(flag.choices) + "}" if flag.choices else flag.value.metavar,
+            metavar="{" + ",".join(flag.served_choices) + "}" if flag.choices else flag.value.metavar,
             help=help_text,
         )
 
@@ -89,10 +91,17 @@ def flag_type(flag: Flag) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         if flag.choices is not None and text not in flag.choices:
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(flag.choices)})")
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} {_served_choices_sentence(flag, text)}")
         return parse_value(BOOLEAN if flag.is_switch else flag.value, text, is_secret=flag.is_secret)
 
     return parse
+
+
+def _served_choices_sentence(flag: Flag, text: str) -> str:
+    """The sentence's end on a value that the flag does not know: never a choice that would be refused, too."""
+    if flag.effect is Effect.REFUSED:
+        return f"({flag.reason})"
+    return f"(choose from {', '.join(flag.served_choices)}){suggestion([text], flag.served_choices)}"
 
 
 def parse_value(value: Value, text: str, *, is_secret: bool = False) -> Any:

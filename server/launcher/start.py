@@ -19,6 +19,7 @@ from pathlib import Path
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
 from engine.link.model_files import ADAPTER_CONFIG, adapter_base
+from engine.link.model_folders import near_folder, refuse_no_model, refuse_other_paths
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -72,8 +73,12 @@ def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
 
 def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signals: Signals) -> str:
     """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder."""
-    if os.path.isdir(model_id) and revision is None:
-        return model_id
+    if os.path.isdir(model_id):
+        if revision is None:
+            refuse_no_model(Path(model_id))
+            return model_id
+    else:
+        refuse_other_paths(model_id)
     logger.info("Starting check and download process for %s", model_id)
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
     if revision is not None:
@@ -93,7 +98,7 @@ def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signal
     if child.exit_code is not None and child.exit_code < 0:
         raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
-        raise LaunchError(f"DownloadError: {model_id} could not be fetched; the reason is above")
+        raise LaunchError(f"DownloadError: {model_id} could not be fetched{near_folder(model_id)}; the reason is above")
     logger.info("Successfully downloaded weights for %s", model_id)
     return lines[-1]
 

@@ -29,6 +29,10 @@ class ToolChoice(OpenAIModel):
     disable_parallel_tool_use: bool = False
 
 
+class OutputConfig(OpenAIModel):
+    effort: str | None = None
+
+
 class CountTokensRequest(OpenAIBody):
     """Body of /v1/messages/count_tokens: a chat that is not answered."""
 
@@ -42,6 +46,8 @@ class CountTokensRequest(OpenAIBody):
 
     None: the model thinks as its template has it, and its thoughts are left out.
     """
+
+    output_config: OutputConfig = OutputConfig()
 
     @property
     def has_thoughts(self) -> bool:
@@ -95,8 +101,15 @@ def _conversation(request: CountTokensRequest) -> Json:
         "tools": [_tool(tool) for tool in request.tools] or None,
         "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type] if request.tools else None,
         "parallel_tool_calls": not choice.disable_parallel_tool_use,
-        "chat_template_kwargs": None if request.thinking is None else {"enable_thinking": request.has_thoughts},
+        "chat_template_kwargs": _template_variables(request),
     }
+
+
+def _template_variables(request: CountTokensRequest) -> Json:
+    """The effort is another thing than whether the model thinks: it is about all of the answer."""
+    thinking = None if request.thinking is None else request.has_thoughts
+    variables = {"enable_thinking": thinking, "reasoning_effort": request.output_config.effort}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def _assistant(message: AnthropicMessage) -> list[Json]:

@@ -110,7 +110,7 @@ class BodyReader:
         raise BodyError(
             422,
             f"Failed to deserialize the JSON body into the target type: {reason}",
-            param=wrong.param,
+            param=wrong.param or None,
             code=wrong.code,
         )
 

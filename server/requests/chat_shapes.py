@@ -19,7 +19,7 @@ def chat_request(body: Json) -> ChatRequest:
         return ChatRequest.model_validate(body, context={"is_strict": False})
     except pydantic.ValidationError as error:
         wrong = serde.describe(error)
-    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param, code=wrong.code)
+    raise ValidationError(wrong.text, logged="the body is no chat", param=wrong.param or None, code=wrong.code)
 
 
 def unsupported(things: str, kind: Any) -> ValidationError:

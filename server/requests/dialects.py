@@ -32,7 +32,7 @@ def speaking(dialect: Dialect) -> Callable[[type[Model]], type[Model]]:
 
     def complete(model: type[Model]) -> type[Model]:
         fields: dict[str, Any] = {
-            key: (row.type | None if row.default is None else row.type, row.default)
+            key: (row.type_in(dialect), row.default)
             for _, (key, *_), row in rows_in(dialect)
             if key not in model.model_fields
         }

@@ -25,7 +25,7 @@ from engine.link.config import GRAMMAR_LIMITS
 from server.piped_process import prepare_child
 from server.requests.forced_text import unforced
 from server.schemas.closing import closed
-from server.schemas.opening import Opening
+from server.schemas.opening import Opening, without_idle_keywords
 from server.schemas.parts import MAX_KEY_CHARS
 from server.schemas.repair import repaired
 
@@ -170,8 +170,10 @@ class Checker:
 def _prepared(held: HeldSchema) -> Prepared:
     # x-guidance are options of llguidance's own, and not part of a schema.
     schema = {key: value for key, value in held.schema.items() if key != "x-guidance"}
-    if held.mode != "open":
+    if held.mode == "tgi":
         return schema, []
+    if held.mode == "strict":
+        return without_idle_keywords(schema), []
     opening = Opening(schema, is_object=bool(held.name))
     opened = opening.opened()
     return (opened, opening.left_open) if isinstance(opened, dict) else ({}, ["#"])  # nothing would be allowed

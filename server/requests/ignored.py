@@ -7,18 +7,28 @@ from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMES = 1_000
-"""Names that are remembered; what comes beyond them is not told."""
+MAX_LINES = 1_000
+"""Lines that are remembered; what comes beyond them is not told."""
 MAX_SHOWN_CHARS = 100
-_names: set[str] = set()
+_lines: set[str] = set()
 
 
 def note_ignored(names: Iterable[str]) -> None:
-    """Tell of fields without effect. A name is a client's text: it is shortened and escaped."""
+    """Tell of fields without effect."""
+    _note("a request has the field %s, which has no effect", names)
+
+
+def note_unread(names: Iterable[str]) -> None:
+    """Tell of variables that the chat template does not look at."""
+    _note("a request has %s for the chat template, which does not look at it", names)
+
+
+def _note(text: str, names: Iterable[str]) -> None:
+    """A name is a client's text: it is shortened and escaped."""
     if not logger.isEnabledFor(logging.DEBUG):
         return
     for name in names:
-        shown = name[:MAX_SHOWN_CHARS]
-        if shown not in _names and len(_names) < MAX_NAMES:
-            _names.add(shown)
-            logger.debug("a request has the field %s, which has no effect", ascii(shown))
+        line = text % ascii(name[:MAX_SHOWN_CHARS])
+        if line not in _lines and len(_lines) < MAX_LINES:
+            _lines.add(line)
+            logger.debug("%s", line)

@@ -20,7 +20,17 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema
 
-from server.requests.serde import ListOf, WireModel, is_strict, wrong
+from server.requests.serde import (
+    ListOf,
+    WireModel,
+    WrongShape,
+    describe,
+    is_strict,
+    missing,
+    unexpected,
+    wrong,
+    wrong_within,
+)
 
 MEDIA = frozenset(
     "image_url image input_image audio_url audio input_audio video_url video input_video file input_file".split()
@@ -126,21 +136,24 @@ class Message(OpenAIModel):
     @model_validator(mode="before")
     @classmethod
     def _read_body(cls, data: Any, info: ValidationInfo) -> Any:
-        # TGI flattens an untagged enum into the message: its error names the message, not the field
         if not isinstance(data, dict):
             return data
         sent = dict(data)
         for key in ("body", "sent"):  # ours, from another reading of the same object
             sent.pop(key, None)
-        read = _MESSAGE_BODY.validate_python if is_strict(info) else _read_freely
-        try:
-            body = read(sent, context=info.context)
-        except ValidationError:
-            raise wrong("data did not match any variant of untagged enum MessageBody") from None
+        body = (_read_strictly if is_strict(info) else _read_freely)(sent, info.context)
         if isinstance(body, ToolCallBody):  # they are read once
             data["tool_calls"] = body.tool_calls
         data["body"], data["sent"] = body, sent
         return data
+
+
+def _read_strictly(message: dict[str, Any], context: dict[str, Any] | None) -> ContentBody | ToolCallBody:
+    try:
+        return _MESSAGE_BODY.validate_python(message, context=context)
+    except ValidationError:
+        # TGI flattens an untagged enum into the message: its error names the message, not the field
+        raise wrong("data did not match any variant of untagged enum MessageBody") from None
 
 
 def _read_freely(message: dict[str, Any], context: dict[str, Any] | None) -> ContentBody | ToolCallBody:
@@ -151,11 +164,30 @@ def _read_freely(message: dict[str, Any], context: dict[str, Any] | None) -> Con
     if isinstance(content, str):
         return ContentBody.model_construct(content=content)
     if isinstance(content, list):
-        return ContentBody.model_construct(content=[part for part in map(_read_part, content) if part is not None])
-    if content is None and not message.get("tool_calls"):
-        if "content" in message or message.get("role") == "assistant":
-            return ToolCallBody(tool_calls=[])
-    return _MESSAGE_BODY.validate_python(message, context=context)
+        parts = [_located_part(part, place) for place, part in enumerate(content)]
+        return ContentBody.model_construct(content=[part for part in parts if part is not None])
+    if content is not None:
+        reason = f"invalid type: {unexpected(content)}, expected a string or a list of parts"
+        raise wrong_within("content", WrongShape(reason, "", "", "invalid_type"))
+    if message.get("tool_calls"):
+        return _read_calls(message, context)
+    if "content" in message or message.get("role") == "assistant":
+        return ToolCallBody(tool_calls=[])
+    raise missing("", "content")
+
+
+def _read_calls(message: dict[str, Any], context: dict[str, Any] | None) -> ToolCallBody:
+    try:
+        return ToolCallBody.model_validate(message, context=context)
+    except ValidationError as error:
+        raise wrong_within("", describe(error)) from None
+
+
+def _located_part(value: Any, place: int) -> Part | None:
+    try:
+        return _read_part(value)
+    except ValidationError as error:
+        raise wrong_within(f"content[{place}]", describe(error)) from None
 
 
 def _read_part(value: Any) -> Part | None:

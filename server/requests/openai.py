@@ -6,7 +6,9 @@ Without `--strict-tgi` null is the default, `stop` may be one string, and OpenAI
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -34,12 +36,14 @@ from server.requests.sampling_defaults import filled
 from server.requests.serde import (
     F32,
     I32,
+    I64,
     U32,
     U64,
     ListOf,
     WireModel,
     is_strict,
     max_items,
+    missing,
     round_to_f32,
     spellings_of,
     untagged,
@@ -49,6 +53,8 @@ from server.requests.values import Grammar, LogitBias
 
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 1_024
+LENGTH_KEYS = ("max_tokens", "max_completion_tokens")
+"""Keys of a chat for the number of new tokens; of two the last counts."""
 
 
 class OfferedFunction(CalledFunction):
@@ -80,6 +86,36 @@ class FunctionName(WireModel):
 
 class NamedToolChoice(WireModel):
     function: FunctionName
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
+        """The shape of /v1/responses has no object around the name."""
+        is_flat = isinstance(data, dict) and "function" not in data and not is_strict(info)
+        return {"function": data} if is_flat else data
+
+
+class AllowedTools(WireModel):
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[ListOf[NamedToolChoice], max_items(MAX_TOOLS)]
+
+
+class AllowedToolsChoice(WireModel):
+    """Some of the tools, which alone may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
+        if is_strict(info):
+            raise wrong("TGI has no such choice")
+        is_flat = isinstance(data, dict) and "allowed_tools" not in data
+        return {"type": data.get("type"), "allowed_tools": data} if is_flat else data
+
+
+ToolChoice = str | NamedToolChoice | AllowedToolsChoice | None
 
 
 class StreamOptions(OpenAIModel):
@@ -120,8 +156,13 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
         case "json_object" if "value" not in value:
             schema = value.get("schema")  # as llama.cpp and hosted services have it
             return {"type": "json_object", "value": schema if isinstance(schema, dict) else None}
-        case "json_schema" if "value" not in value and isinstance(value.get("json_schema"), dict):
-            return {"type": "json_schema", "value": value["json_schema"]}
+        case "json_schema" if "value" not in value:
+            schema = value.get("json_schema")
+            if schema is None:
+                raise missing("", "json_schema")
+            if isinstance(schema, dict) and schema.get("schema") is None:
+                raise missing("json_schema", "schema")
+            return {"type": "json_schema", "value": schema}
     return value
 
 
@@ -152,9 +193,13 @@ class OpenAIBody(OpenAIModel):
     def _note_ignored(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         body = handler(data)  # first: some routes take bodies of several shapes, and this may be another
         if isinstance(data, dict) and not is_strict(info):
-            known = {spelling for _, spellings in spellings_of(cls) for spelling in spellings}
-            note_ignored({key for key, value in data.items() if value is not None} - known - cls.further_keys)
+            note_ignored({key for key, value in data.items() if value is not None} - _keys_with_effect(cls))
         return body
+
+
+@functools.cache
+def _keys_with_effect(body: type[OpenAIBody]) -> frozenset[str]:
+    return body.further_keys.union(*(spellings for _, spellings in spellings_of(body)))
 
 
 class GenerationBody(OpenAIBody):
@@ -174,7 +219,7 @@ class ChatRequest(GenerationBody):
 
     messages: Annotated[ListOf[Message], max_items(MAX_MESSAGES)]
     model: str | None = None
-    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    max_tokens: U32 | None = Field(None, validation_alias=AliasChoices(*LENGTH_KEYS))
     temperature: F32 | None = None
     top_p: F32 | None = None
     frequency_penalty: F32 | None = None
@@ -186,7 +231,7 @@ class ChatRequest(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
-    tool_choice: Annotated[str | NamedToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    tool_choice: Annotated[ToolChoice, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
     response_format: ResponseFormat = None
     n: U32 | None = None
@@ -201,10 +246,28 @@ class ChatRequest(GenerationBody):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What else the chat template may look at, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
+    length_key: SkipJsonSchema[str] = "max_tokens"
+    """The key that the request has for its length."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        {"parallel_tool_calls", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
+        "parallel_tool_calls continue_final_message add_generation_prompt chat_template_kwargs reasoning_effort".split()
     )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Further variables of the template. As in vLLM an effort is one, and says whether the model thinks at all."""
+        effort = self.reasoning_effort
+        switches = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return switches | self.chat_template_kwargs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_length_key(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = copy.copy(data)  # the body may yet turn out to be of another shape
+            data["length_key"] = next((key for key in reversed(LENGTH_KEYS) if data.get(key) is not None), "max_tokens")
+        return data
 
 
 Prompts = list[str | list[int]]
@@ -265,7 +328,7 @@ class CompletionRequest(GenerationBody):
     typical_p: F32 | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat = None
-    prompt_logprobs: U32 | None = None
+    prompt_logprobs: I64 | None = None
 
     extensions: ClassVar[frozenset[str]] = frozenset({"stream_options", "n", "best_of", "echo"})
 

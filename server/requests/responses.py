@@ -27,6 +27,10 @@ class TextFormat(OpenAIModel):
     strict: bool | None = None
 
 
+class ReasoningOptions(OpenAIModel):
+    effort: str | None = None
+
+
 class TextOptions(OpenAIModel):
     format: TextFormat | None = None
 
@@ -44,6 +48,7 @@ class ResponsesRequest(OpenAIBody):
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
+    reasoning: ReasoningOptions = ReasoningOptions()
     stream: bool = False
     background: bool = False
     metadata: Json | None = None
@@ -59,16 +64,16 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         raise ValidationError(f"`{stored}` is not supported: responses are not stored, send all of the input")
     if request.background:
         raise ValidationError("`background` is not supported: ask for a stream or wait for the answer")
-    tools, choice = _tool_choice(request)
     body: Json = {
         "messages": _messages(request),
         "model": request.model,
         "max_tokens": request.max_output_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "tools": [_tool(tool) for tool in tools] or None,
-        "tool_choice": choice,
+        "tools": [_tool(tool) for tool in request.tools] or None,
+        "tool_choice": _tool_choice(request.tool_choice),
         "parallel_tool_calls": request.parallel_tool_calls,
+        "reasoning_effort": request.reasoning.effort,
         "response_format": _response_format(request.text.format),
         "stream": request.stream,
     }
@@ -160,18 +165,10 @@ def _tool(tool: Json) -> Json:
     return {"type": "function", "function": function}
 
 
-def _tool_choice(request: ResponsesRequest) -> tuple[list[Json], Any]:
-    """The tools that may be called, and how the chat chooses among them."""
-    choice, tools = request.tool_choice, request.tools
-    if choice is None or isinstance(choice, str):
-        return tools, choice
-    if choice.get("type") == "function":
-        return tools, {"type": "function", "function": {"name": choice.get("name")}}
-    allowed = choice.get("tools")
-    if choice.get("type") != "allowed_tools" or not isinstance(allowed, list):
+def _tool_choice(choice: str | Json | None) -> str | Json | None:
+    if isinstance(choice, dict) and choice.get("type") not in ("function", "allowed_tools"):
         raise unsupported("tool choices", choice.get("type"))
-    names = {str(tool.get("name")) for tool in allowed if isinstance(tool, dict)}
-    return [tool for tool in tools if str(tool.get("name")) in names], choice.get("mode", "auto")
+    return choice
 
 
 def _response_format(text_format: TextFormat | None) -> Json | None:

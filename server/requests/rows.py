@@ -131,6 +131,8 @@ class Row:
     spellings: Mapping[Dialect, Spelling]
     """Dialects that know the parameter."""
     default: Any = None
+    openai_type: Any = None
+    """Type in OpenAI's dialects, if that is another."""
     bounds: Bounds = Bounds()
     openai_bounds: Bounds | None = None
     """Bounds of OpenAI's dialects, if some values beside `bounds` switch the parameter off there."""
@@ -147,6 +149,10 @@ class Row:
     def keys(self, name: str, dialect: Dialect) -> tuple[str, ...]:
         """The keys in `dialect` of the parameter called `name`, which has this row."""
         return self.spellings[dialect].keys or (name,)
+
+    def type_in(self, dialect: Dialect) -> Any:
+        type_ = self.type if dialect is Dialect.NATIVE else self.openai_type or self.type
+        return type_ | None if self.default is None else type_
 
     def bounds_in(self, dialect: Dialect) -> Bounds:
         return self.bounds if dialect is Dialect.NATIVE or self.openai_bounds is None else self.openai_bounds

@@ -23,13 +23,15 @@ from server.requests.rows import (
     parameter,
     rows_of,
 )
-from server.requests.serde import F32, I32, U32, U64, ListOf, Usize
+from server.requests.serde import F32, I32, I64, U32, U64, ListOf, Usize
 from server.requests.values import Grammar, GrammarSpec, LogitBias
 
 _FRACTION = Bounds(above=0, below=1)
 _ADDED = Bounds(min=-2, max=2)
 MAX_TOP_TOKENS = 20
 """Likeliest tokens that OpenAI's dialects allow for a place."""
+WHOLE_WINDOW = -1
+"""A truncation to as many tokens as the window has room for, beside the new ones."""
 MAX_WORDS = 256
 """Tokens that stop an answer, and words that it may not have."""
 MAX_ALLOWED = 16_384
@@ -161,7 +163,9 @@ class Parameters:
                 Dialect.CHAT: OURS.named("truncate_prompt_tokens"),
                 Dialect.COMPLETIONS: OURS.named("truncate_prompt_tokens"),
             },
+            openai_type=I64,
             bounds=Bounds(min=1),
+            openai_bounds=Bounds(min=WHOLE_WINDOW),
         )
     )
     watermark: bool = parameter(Row(bool, NATIVE_ONLY, default=False, engine_field="is_watermarked"))
@@ -232,10 +236,12 @@ class Parameters:
     ignore_eos: bool = parameter(Row(bool, IN_ALL_OF_OURS, default=False))
     prompt_logprobs: int | None = parameter(
         Row(
-            U32,
+            I64,
             IN_OPENAI,
-            bounds=Bounds(max=MAX_TOP_TOKENS),
-            refusal=Refusal(15, "`prompt_logprobs` must be >= 0 and <= {limit}. Given: {given}"),
+            bounds=Bounds(min=0, max=MAX_TOP_TOKENS),
+            refusal=Refusal(
+                15, "`prompt_logprobs` must be >= 0 and <= {limit}, not all tokens of the model (-1). Given: {given}"
+            ),
         )
     )
     min_tokens: int | None = parameter(Row(U32, IN_OPENAI, engine_field="min_tokens"))

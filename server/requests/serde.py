@@ -81,6 +81,19 @@ def wrong(reason: str) -> PydanticCustomError:
     return PydanticCustomError("serde", "{reason}", {"reason": reason})
 
 
+def wrong_within(path: str, error: WrongShape) -> PydanticCustomError:
+    """The error of a value that is read by itself and stands at `path`, within what a validator reads."""
+    location, param = (_joined(path, place) for place in (error.location, error.param))
+    return PydanticCustomError(
+        "serde", "{reason}", {"reason": error.reason, "location": location, "param": param, "code": error.code}
+    )
+
+
+def missing(path: str, field: str) -> PydanticCustomError:
+    """The error of a field that lacks at `path`, within what a validator reads."""
+    return wrong_within(path, WrongShape(f"missing field `{field}`", "", field, MISSING))
+
+
 def unexpected(value: object) -> str:
     """serde's name of a value that it did not expect."""
     match value:
@@ -153,6 +166,7 @@ def _integer_type(name: str, low: int, high: int) -> PlainValidator:
 U32 = Annotated[int, _integer_type("u32", 0, 2**32 - 1)]
 U64 = Annotated[int, _integer_type("u64", 0, 2**64 - 1)]
 Usize = Annotated[int, _integer_type("usize", 0, 2**64 - 1)]
+I64 = Annotated[int, _integer_type("i64", -(2**63), 2**63 - 1)]
 I32 = Annotated[int, _integer_type("i32", -(2**31), 2**31 - 1)]
 F32 = Annotated[float, PlainValidator(read_f32, json_schema_input_type=float)]
 
@@ -189,7 +203,8 @@ class WireModel(BaseModel):
         for name, spellings in spellings_of(cls):
             keys = [spelling for spelling in spellings if spelling in data]
             if not repeated.isdisjoint(spellings) or (len(keys) > 1 and not is_lenient):
-                raise wrong(f"duplicate field `{name}`")
+                repeated_key = next((key for key in spellings if key in repeated), name)
+                raise wrong(f"duplicate field `{repeated_key if is_lenient else name}`")
             for older in keys[:-1]:
                 del data[older]
         return data
@@ -213,34 +228,50 @@ def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
     return spellings
 
 
+MISSING = "missing_required_parameter"
+
+
 @dataclass(frozen=True, slots=True)
 class WrongShape:
     """What is wrong with a value: in serde's words, and in OpenAI's."""
 
-    text: str
-    param: str | None
-    """Where it stands; None: at the root."""
+    reason: str
+    location: str
+    """Where the reason applies; empty: at the root."""
+    param: str
+    """The field that is wrong; of one that is missing, where it should stand. Empty: the root."""
     code: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.location}: {self.reason}" if self.location else self.reason
 
 
 def describe(error: ValidationError) -> WrongShape:
-    """`<path>: <reason>` of the error that serde would have stopped at: wrong values come before missing fields."""
+    """The error that serde would have stopped at: wrong values come before missing fields."""
     details = error.errors(include_url=False)
     first = next((item for item in details if item["type"] != "missing"), details[0])
-    reason, location, param = _reason(first), _path(first["loc"]), _path(first["loc"]) or None
+    reason, param, within = _reason(first), _path(first["loc"]), first.get("ctx", {})
+    if "location" in within:
+        location, param = _joined(param, within["location"]), _joined(param, within["param"])
+        return WrongShape(reason, location, param, within["code"])
     if first["type"] == "missing":
-        code, location = "missing_required_parameter", _path(first["loc"][:-1])
-    else:
-        code = "invalid_type" if reason.startswith("invalid type") else "invalid_value"
-    return WrongShape(f"{location}: {reason}" if location else reason, param, code)
+        return WrongShape(reason, _path(first["loc"][:-1]), param, MISSING)
+    return WrongShape(reason, param, param, "invalid_type" if reason.startswith("invalid type") else "invalid_value")
 
 
 def _path(location: tuple[int | str, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 
+def _joined(path: str, below: str) -> str:
+    return f"{path}.{below}" if path and below and not below.startswith("[") else path + below
+
+
 def _reason(item: ErrorDetails) -> str:
     kind = item["type"]
+    if kind == "serde":
+        return str(item["ctx"]["reason"])
     if kind == "missing":
         return f"missing field `{item['loc'][-1]}`"
     if kind == "literal_error":

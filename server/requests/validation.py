@@ -20,7 +20,9 @@ from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
-from server.requests.sampling import ROWS, Parameters
+from server.requests.sampling import ROWS, WHOLE_WINDOW, Parameters
+from server.requests.wording import TGI_WORDING, Wording
+from server.text.pieces import AnswerReader
 from server.text.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
@@ -41,10 +43,6 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
 
 
-Watch = Callable[[], Callable[[str], bool]]
-"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationInput:
     """What a route asks for, whatever the route: a prompt and parameters."""
@@ -59,6 +57,8 @@ class GenerationInput:
     """Number of answers to this prompt, each drawn by itself; 1 on the native routes, which have best_of."""
     dialect: Dialect = Dialect.NATIVE
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
+    wording: Wording = TGI_WORDING
+    """The words of refusals."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
@@ -66,8 +66,9 @@ class GenerationInput:
     grammar_preface: str = ""
     """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
-    """Special tokens whose text whoever reads the answer needs."""
-    watch: Watch | None = None
+    """Special tokens whose text the reader needs."""
+    reader: Callable[[], AnswerReader] = AnswerReader
+    """Makes the reader of one answer."""
 
     @property
     def has_prompt_logprobs(self) -> bool:
@@ -105,7 +106,7 @@ class ValidatedRequest:
     """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
-    watch: Watch | None = None
+    reader: Callable[[], AnswerReader] = AnswerReader
 
 
 def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
@@ -129,6 +130,10 @@ class Validator:
 
     def check_before_admission(self, request: GenerationInput) -> None:
         """The checks that TGI makes before it asks for a permit, and ours of sizes. Raises ValidationError."""
+        with request.wording.speaking():
+            self._check_before_admission(request)
+
+    def _check_before_admission(self, request: GenerationInput) -> None:
         parameters, num_choices = request.parameters, request.num_choices
         num_biases, max_biases = len(parameters.logit_bias or {}), self._config.max_logit_bias
         refuse_if(
@@ -155,7 +160,7 @@ class Validator:
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
             refuse_if(
-                parameters.decoder_input_details,
+                parameters.decoder_input_details and not request.is_openai,  # whose first chunk has them
                 "`decoder_input_details` == true is not supported when streaming tokens",
             )  # text 4
         elif best_of is not None and best_of > 1:
@@ -169,11 +174,15 @@ class Validator:
 
     async def validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         """An engine request for each sequence. Raises ValidationError."""
+        with request.wording.speaking():
+            return await self._validate(request, limits)
+
+    async def _validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         parameters = request.parameters
         check_parameters(parameters, self._config, request.dialect)
         _check_bans(parameters)
         _check_text(request, limits.max_input_tokens)
-        token_ids = await self._tokenize(request)
+        token_ids = await self._tokenize(request, _truncation(parameters, limits))
         _check_vocabulary(token_ids, request, limits.vocab_size)
         max_new_tokens = _check_lengths(len(token_ids), request, limits)
         _check_prompt_tops(len(token_ids), request)
@@ -189,6 +198,7 @@ class Validator:
             banned_sequences=await self._banned_sequences(parameters.bad_words),
             has_prompt_logprobs=request.has_prompt_logprobs and self._has_prompt_logprobs,
             num_prompt_top_tokens=request.max_prompt_top_tokens,
+            has_prompt_ranks=parameters.prompt_logprobs is not None,
             grammar=_grammar_text(grammar, request.grammar_preface),
         )
         return [
@@ -198,7 +208,7 @@ class Validator:
                 is_stop_hidden=request.is_openai,
                 left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
-                watch=request.watch,
+                reader=request.reader,
             )
             for index in range(request.num_sequences)
         ]
@@ -214,7 +224,7 @@ class Validator:
             assert spec is not None
             return await self._grammars.compile(spec, is_strict=self._config.is_strict_tgi)
         except ValidationError as error:
-            error.param = "response_format" if tool_grammar is None else "tools"
+            error.param = "grammar" if tool_grammar is None else "tools"
             raise
 
     async def _banned_sequences(self, bad_words: Sequence[str]) -> list[list[int]]:
@@ -227,15 +237,14 @@ class Validator:
     def _has_prompt_logprobs(self) -> bool:
         return self._config.has_prompt_logprobs or not self._config.is_strict_tgi  # `docs/compatibility.md`, row 33
 
-    async def _tokenize(self, request: GenerationInput) -> list[int]:
-        truncate = request.parameters.truncate
+    async def _tokenize(self, request: GenerationInput, truncate: int | None) -> list[int]:
         if request.token_ids is not None:
             return request.token_ids if truncate is None else request.token_ids[-truncate:]
         try:
             token_ids = await self._tokenizer.encode(request.inputs, add_special_tokens=request.add_special_tokens)
         except Exception as error:  # the library raises plain Exception
             raise ValidationError(
-                f"tokenizer error {error}", logged="tokenizer error", param=request.dialect.prompt_key
+                f"tokenizer error {error}", logged="tokenizer error", param="inputs"
             ) from None  # text 18
         return token_ids if truncate is None else token_ids[-truncate:]
 
@@ -243,14 +252,13 @@ class Validator:
 def check_parameters(parameters: Parameters, config: ServerConfig, dialect: Dialect) -> None:
     """Texts 5 to 15. Raises ValidationError."""
     for name, row, refusal in _REFUSALS:
-        param = row.keys(name, dialect)[0] if dialect in row.spellings else name
         if refusal.applies is not None:
-            refuse_if(refusal.applies(parameters), refusal.text, param=param)
+            refuse_if(refusal.applies(parameters), refusal.text, param=name)
             continue
         for number in row.bounds.measure(getattr(parameters, name)):
             if not row.bounds.hold(number, config, dialect):
                 text = refusal.text.format(limit=row.bounds.max_in(config, dialect), given=number)
-                raise ValidationError(text, param=param, code=row.bounds.code(number))
+                raise ValidationError(text, param=name, code=row.bounds.code(number))
 
 
 def sampling_params(parameters: Parameters, *, is_openai: bool, is_logprob_filtered: bool) -> SamplingParams:
@@ -267,18 +275,28 @@ def sampling_params(parameters: Parameters, *, is_openai: bool, is_logprob_filte
 def _check_text(request: GenerationInput, max_input_tokens: int) -> None:
     truncate = request.parameters.truncate
     is_empty = not (request.token_ids or request.inputs)
-    refuse_if(is_empty, "`inputs` cannot be empty", param=request.dialect.prompt_key)  # text 16
+    refuse_if(is_empty, "`inputs` cannot be empty", param="inputs")  # text 16
     refuse_if(
-        truncate is not None and not 0 < truncate <= max_input_tokens,
+        truncate not in (None, WHOLE_WINDOW) and not 0 < truncate <= max_input_tokens,
         f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}",
-        param="truncate_prompt_tokens",
+        param="truncate",
     )  # text 17
+
+
+def _truncation(parameters: Parameters, limits: EngineReady) -> int | None:
+    """The number of the prompt's tokens to keep; None: all of them."""
+    if parameters.truncate != WHOLE_WINDOW:
+        return parameters.truncate
+    num_new = parameters.max_new_tokens or 0
+    if num_new >= limits.max_total_tokens:  # generation stops at the window
+        num_new = MAX_CHECKED_NEW_TOKENS
+    return max(1, min(limits.max_input_tokens, limits.max_total_tokens - num_new))
 
 
 def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size: int) -> None:
     """A tokenizer may have been given tokens that the model was not."""
     named = {
-        "tokenizer error": (token_ids, request.dialect.prompt_key),
+        "tokenizer error": (token_ids, "inputs"),
         "`logit_bias`": (request.parameters.logit_bias or {}, "logit_bias"),
         "`stop_token_ids`": (request.parameters.stop_token_ids, "stop_token_ids"),
         "`allowed_token_ids`": (request.parameters.allowed_token_ids or [], "allowed_token_ids"),
@@ -291,30 +309,30 @@ def _check_vocabulary(token_ids: list[int], request: GenerationInput, vocab_size
 def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady) -> int:
     """The number of new tokens: as many as the request allows and the window has room for."""
     max_input, max_total = limits.max_input_tokens, limits.max_total_tokens
-    max_new_tokens, param = request.parameters.max_new_tokens, request.dialect.prompt_key
+    max_new_tokens = request.parameters.max_new_tokens
     room = max(0, max_total - num_input)
     counted = room if max_new_tokens is None else min(max_new_tokens, MAX_CHECKED_NEW_TOKENS)
     refuse_if(
         num_input + counted > max_total,
         f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. "
         f"Given: {num_input} `inputs` tokens and {counted} `max_new_tokens`",
-        param=param,
+        param="inputs",
         code=TOO_LONG,
     )  # text 19
     refuse_if(
         num_input > max_input,
         f"`inputs` must have less than {max_input} tokens. Given: {num_input}",
-        param=param,
+        param="inputs",
         code=TOO_LONG,
     )  # text 20
     return room if max_new_tokens is None else min(max_new_tokens, room)
 
 
 def _check_bans(parameters: Parameters) -> None:
-    min_tokens, max_tokens = parameters.min_tokens or 0, parameters.max_new_tokens
+    min_tokens, max_new_tokens = parameters.min_tokens or 0, parameters.max_new_tokens
     refuse_if(
-        max_tokens is not None and min_tokens > max_tokens,
-        f"`min_tokens` must be <= `max_tokens`. Given: {min_tokens} and {max_tokens}",
+        max_new_tokens is not None and min_tokens > max_new_tokens,
+        f"`min_tokens` must be <= `max_new_tokens`. Given: {min_tokens} and {max_new_tokens}",
         param="min_tokens",
     )
     refuse_if(parameters.allowed_token_ids == [], "`allowed_token_ids` cannot be empty", param="allowed_token_ids")

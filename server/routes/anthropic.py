@@ -12,6 +12,7 @@ from server.errors import AnthropicErrorBody
 from server.operation import Area, Operation
 from server.requests.anthropic import AnthropicRequest, CountTokensRequest, answered_chat, counted_chat
 from server.requests.openai import ChatRequest
+from server.requests.wording import ANTHROPIC_WORDING
 from server.routes.chat import chat_input
 from server.routes.chat_shapes import answer_as
 from server.service import service_of
@@ -44,8 +45,9 @@ async def messages(request: Request) -> Response:
         model = model_name(body.model, service.config)
         return answered_chat(body), AnthropicWriter(model, has_thoughts=body.has_thoughts)
 
-    chat, writer = await service.read_body_into(request, AnthropicRequest, begin)
-    return await answer_as(request, chat, writer)
+    with ANTHROPIC_WORDING.speaking():
+        chat, writer = await service.read_body_into(request, AnthropicRequest, begin)
+        return await answer_as(request, chat, writer)
 
 
 @area.serve(
@@ -60,8 +62,9 @@ async def messages(request: Request) -> Response:
 )
 async def count_tokens(request: Request) -> Response:
     service = service_of(request)
-    chat = await service.read_body_into(request, CountTokensRequest, counted_chat)
-    with service.permit_beside_tgi():
-        generation_input, _ = await chat_input(service, chat)
-        token_ids = await service.tokenizer.encode(generation_input.inputs, add_special_tokens=False)
+    with ANTHROPIC_WORDING.speaking():
+        chat = await service.read_body_into(request, CountTokensRequest, counted_chat)
+        with service.permit_beside_tgi():
+            generation_input, _ = await chat_input(service, chat)
+            token_ids = await service.tokenizer.encode(generation_input.inputs, add_special_tokens=False)
     return json_answer(TokenCount(len(token_ids)))

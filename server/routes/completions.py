@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
@@ -41,6 +42,7 @@ from server.requests.infill import ENDS, infill_prompt
 from server.requests.openai import CompletionRequest, openai_parameters
 from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput, refuse_if
+from server.requests.wording import COMPLETIONS_WORDING, TGI_WORDING
 from server.service import AdmittedRequest, GenerationService, service_of
 
 area = Area()
@@ -163,11 +165,6 @@ class _Completion:
             bool(self._body.suffix) and self._body.echo, "`echo` is not supported beside a `suffix`", param="echo"
         )
         refuse_if(is_choosing and is_stream, "`best_of` > `n` is not supported when streaming tokens", param="best_of")
-        refuse_if(
-            self._has_prompt_logprobs and is_stream,
-            "`echo` with `logprobs` is not supported when streaming tokens",
-            param="echo",
-        )
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -194,10 +191,12 @@ class _Completion:
             num_choices=self._num_sequences,
             num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
+            wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING,
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(*self.prompts) as streams:
+        opening = self._service.open(*self.prompts)
+        async with opening as streams:
             answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
@@ -206,6 +205,7 @@ class _Completion:
             self._service.config.compute_type,
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
+            opening.left_open,
         )
         return await self._service.written(answers, lambda: self._written(by_prompt, streams)), headers
 
@@ -246,24 +246,38 @@ class _Completion:
         return usage_of(self._service.config, prompts, 0 if self._is_scoring else num_generated_tokens(streams))
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
-        """A chunk for each token; with `echo` one more before them."""
+        """A chunk for each token; with `echo` one more before them, which waits for the prompt's logprobs."""
         async with opening as streams:
             tables = [self._table() for _ in streams]
+            unscored = set(range(len(streams))) if self._has_prompt_logprobs else set()
             for index in range(len(streams)):
-                if echo := self._echo(index // self._num_choices):
-                    tables[index].num_characters = len(echo)
-                    yield event(self._chunk(CompletionChoice(index, echo, None, self._no_finish_reason)))
+                if index not in unscored and self._echo(index // self._num_choices):
+                    yield self._echo_event(index, tables[index])
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
+                    if index in unscored:
+                        unscored.discard(index)
+                        generation = streams[index].generation
+                        write = functools.partial(self._echo_event, index, tables[index], generation)
+                        yield await self._service.encoded(generation.num_prompt_scores, write)
                     choice = self._chunk_choice(index, token, tables[index])
                     yield event(self._chunk(choice, None if token.finish_reason is None else streams[index]))
             usage = self._usage(streams)
         if self._body.stream_options.include_usage:
             yield event(self._final([], usage))
 
+    def _echo_event(self, index: int, table: _LogprobTable, scored: Generation | None = None) -> bytes:
+        """The chunk of a prompt, with its logprobs if `scored` has them."""
+        echo, logprobs = self._echo(index // self._num_choices), None
+        if scored is not None:
+            table.add_prompt(scored)
+            logprobs = table.take()
+        table.num_characters = len(echo)  # tokens that were put before the prompt have counted, too
+        return event(self._chunk(CompletionChoice(index, echo, logprobs, self._no_finish_reason)))
+
     def _chunk_choice(self, index: int, token: GeneratedToken, table: _LogprobTable) -> CompletionChoice:
         logprobs = None
-        if self._body.logprobs is not None:
+        if self._body.logprobs is not None and not self._is_scoring:
             table.add(token)
             logprobs = table.take()
         text = token.text if self._is_strict else token.visible  # `docs/compatibility.md`, row 7

@@ -12,6 +12,7 @@ from server.answers.openai import model_name
 from server.chat.responses import ResponseEvent, ResponseObject, ResponseWriter
 from server.operation import Area, Operation
 from server.requests.responses import ResponsesRequest, chat_of
+from server.requests.wording import RESPONSES_WORDING
 from server.routes.chat_shapes import answer_as
 from server.service import service_of
 
@@ -36,10 +37,13 @@ MAX_ECHOED_BYTES = 1 << 16
 async def responses(request: Request) -> Response:
     service = service_of(request)
     service.refuse_if_full(1)
-    response, chat = await service.read_body_into(
-        request, ResponsesRequest, lambda body: (_begun(body, model_name(body.model, service.config)), chat_of(body))
-    )
-    return await answer_as(request, chat, ResponseWriter(response))
+    with RESPONSES_WORDING.speaking():
+        response, chat = await service.read_body_into(
+            request,
+            ResponsesRequest,
+            lambda body: (_begun(body, model_name(body.model, service.config)), chat_of(body)),
+        )
+        return await answer_as(request, chat, ResponseWriter(response))
 
 
 def _begun(body: ResponsesRequest, model: str) -> ResponseObject:

@@ -88,7 +88,7 @@ HELD: dict[str, Keyword] = {
 }
 """Keyword -> whether the model can be held to what it says. Keywords that are not here say nothing of the document."""
 
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
     "not": (False,),
     "unevaluatedItems": (True, {}),
@@ -101,6 +101,21 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """Keyword -> values with which it says nothing of the document."""
 _PARTS_OF_OTHERS = "then else minContains maxContains".split()
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    return value in WITHOUT_EFFECT.get(key, ())
+
+
+def without_idle_keywords(schema: Any) -> Any:
+    """The schema without keywords that ask for nothing, which llguidance might refuse. Raises RecursionError."""
+
+    def change(part: Any, _: Path) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return {key: value for key, value in part.items() if not _says_nothing(key, value)}
+
+    return changed(schema, change)
 
 
 def _forbids_required(original: Any, part: dict[str, Any]) -> bool:
@@ -164,7 +179,7 @@ class Opening:
             part["enum"] = [value for value in part["enum"] if isinstance(value, dict)]
 
     def _keep(self, key: str, value: Any, part: dict[str, Any], path: Path) -> bool:
-        if key in ANNOTATIONS or key in _PARTS_OF_OTHERS or value in _WITHOUT_EFFECT.get(key, ()):
+        if key in ANNOTATIONS or key in _PARTS_OF_OTHERS or _says_nothing(key, value):
             return False
         if key == "$id":
             return isinstance(value, str) and _URI.fullmatch(value) is not None

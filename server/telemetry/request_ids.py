@@ -16,19 +16,22 @@ _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class RequestIds:
-    """Sends back the id of a request that has one. On OpenAI's routes, whose clients show it, every request gets one.
+    """Gives every request an id for its log lines: the client's, else one of ours.
 
-    An id that is too long or has other characters is as good as none.
+    It is sent back to a client that gave it, and on OpenAI's routes, whose clients show it. An id that is too long or
+    has other characters is as good as none.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = _request_id(scope) if scope["type"] == "http" else None
-        if request_id is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        given = Headers(scope=scope).get(HEADER, "")
+        is_given = _ID.fullmatch(given) is not None
+        request_id = given if is_given else f"req_{uuid.uuid4().hex}"
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -36,11 +39,4 @@ class RequestIds:
             await send(message)
 
         set_request_id(request_id)
-        await self._app(scope, receive, send_with_id)
-
-
-def _request_id(scope: Scope) -> str | None:
-    given = Headers(scope=scope).get(HEADER, "")
-    if _ID.fullmatch(given):
-        return given
-    return f"req_{uuid.uuid4().hex}" if scope["path"].startswith("/v1/") else None
+        await self._app(scope, receive, send_with_id if is_given or scope["path"].startswith("/v1/") else send)

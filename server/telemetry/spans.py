@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ERROR_KINDS, logged_text
+from server.errors import ERROR_KINDS, BodyError, logged_text
 from server.operation import OperationFinder
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,12 @@ logger = logging.getLogger(__name__)
 class RequestSpans:
     """The names of a request's handler spans, the outermost first, and the fields of the innermost one."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], *, route: str | None = None, is_strict: bool = False) -> None:
         self.names = names
         self.fields: dict[str, str] = {}
-        self.request_id: str | None = None
+        self.is_strict = is_strict
+        self.own_fields: dict[str, str] = {} if route is None else {"route": route}
+        """Fields that TGI's lines don't have: the route and, once it is known, the request's id."""
 
 
 _current: ContextVar[RequestSpans | None] = ContextVar("request_spans", default=None)
@@ -39,17 +41,19 @@ class Tracer(Protocol):
 class SpansMiddleware:
     """Gives every request its spans and, once it has ended, tells the tracer about it."""
 
-    def __init__(self, app: ASGIApp, tracer: Tracer | None, finder: OperationFinder) -> None:
+    def __init__(self, app: ASGIApp, tracer: Tracer | None, finder: OperationFinder, *, is_strict: bool) -> None:
         self._app = app
         self._tracer = tracer
         self._finder = finder
+        self._is_strict = is_strict
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         operation = self._finder.find(scope["path"], scope["method"])
-        spans = RequestSpans([] if operation is None or operation.span is None else [operation.span])
+        names = [] if operation is None or operation.span is None else [operation.span]
+        spans = RequestSpans(names, route=operation.path if operation else None, is_strict=self._is_strict)
         token = _current.set(spans)
         try:
             if self._tracer is None:
@@ -88,7 +92,7 @@ def set_request_id(request_id: str) -> None:
     """Name the request in its log lines."""
     spans = _current.get()
     if spans is not None:
-        spans.request_id = request_id
+        spans.own_fields["request_id"] = request_id
 
 
 def set_fields(fields: Mapping[str, str]) -> None:
@@ -98,12 +102,15 @@ def set_fields(fields: Mapping[str, str]) -> None:
         spans.fields.update(fields)
 
 
-def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The `extra` of a log line about this request, from which `engine.link.logs` writes the spans and `fields`."""
+def log_extra(fields: Mapping[str, str] | None = None, own_fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `extra` of a log line about this request, from which `engine.link.logs` writes the spans and the fields.
+
+    `own_fields` are not TGI's: a line under --strict-tgi does without them.
+    """
     spans = _current.get()
-    values = dict(fields or {})
-    if spans is not None and spans.request_id is not None:
-        values["request_id"] = spans.request_id
+    values: dict[str, Any] = dict(fields or {})
+    if spans is None or not spans.is_strict:
+        values |= {**(spans.own_fields if spans is not None else {}), **(own_fields or {})}
     if spans is None or not spans.names:
         return {"span": values} if values else {}
     *outer, name = spans.names
@@ -111,10 +118,21 @@ def log_extra(fields: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def log_failure(error: Exception) -> None:
-    """Log one line. Only an exception that nobody foresaw gets a traceback, and only debug lines quote the client."""
+    """Log one line. Only an exception that nobody foresaw gets a traceback, and only debug lines quote the client.
+
+    A client's mistake is a warning, with TGI an error. TGI writes nothing of a body that it cannot read.
+    """
+    spans = _current.get()
+    is_strict = spans is not None and spans.is_strict
+    if isinstance(error, BodyError):
+        if not is_strict:
+            logger.warning("%s", logged_text(error), extra={**log_extra(), "kind": f"body {error.status}"})
+            logger.debug("%s", error, extra=log_extra())
+        return
     kind = ERROR_KINDS.get(type(error))
     if kind is not None:
-        logger.error("%s", logged_text(error), extra={**log_extra(), "kind": kind.error_type})
+        level = logging.WARNING if kind.is_clients_mistake and not is_strict else logging.ERROR
+        logger.log(level, "%s", logged_text(error), extra={**log_extra(), "kind": kind.error_type})
         logger.debug("%s", error, extra=log_extra())
     else:
         logger.error("unexpected error", exc_info=error, extra=log_extra())

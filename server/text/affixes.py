@@ -14,8 +14,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from engine.link.errors import StartError
-
-CLASSES = frozenset({"LlamaTokenizer", "LlamaTokenizerFast"})
+from engine.link.special_tokens import LLAMA_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Affixes:
 
 def read_affixes(config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Affixes | None:
     """The tokens that `config`, a tokenizer_config.json, asks for; None: those of tokenizer.json, if any, hold."""
-    if config.get("tokenizer_class") not in CLASSES:
+    if config.get("tokenizer_class") not in LLAMA_CLASSES:
         return None
     return Affixes(
         special_tokens.get("bos_token") if config.get("add_bos_token", True) else None,

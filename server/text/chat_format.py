@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import read_file, read_json
+from engine.link.model_files import NAMED_TEMPLATES, read_file, read_json
+from engine.link.special_tokens import default_tokens
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
@@ -64,7 +65,7 @@ def _processor_templates(folder: Path) -> dict[str, str]:
 
 def _template_files(folder: Path) -> dict[str, str]:
     paths = {DEFAULT: folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    paths |= {path.stem: path for path in sorted(folder.glob(f"{NAMED_TEMPLATES}/*.jinja"))}
     return {name: source for name, path in paths.items() if (source := _read_source(path)) is not None}
 
 
@@ -97,10 +98,13 @@ def _tgi_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The tokens that transformers names to templates: every key that ends in `_token`, and named further ones."""
+    """The tokens that transformers names to templates: every key that ends in `_token`, and named further ones.
+
+    Those that no file names are its class's.
+    """
     if "added_tokens_decoder" not in config:  # older folders keep them in a file of their own
         config = config | read_json(folder / "special_tokens_map.json")
-    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named = default_tokens(config) | {name: token for name, token in config.items() if name.endswith("_token")}
     further = config.get("extra_special_tokens")
     return _texts(named | (further if isinstance(further, dict) else {}))
 

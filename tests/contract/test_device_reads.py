@@ -47,6 +47,7 @@ def make_batch() -> ScheduledBatch:
             prompt_token_ids=random_ids(70, seed=number),
             max_new_tokens=1,
             has_prompt_logprobs=number == 0,
+            has_prompt_ranks=number == 0,
         )
         sequence = Sequence(request, arrival_time=0.0)
         sequence.block_table = array("i", range(5 * number, 5 * number + 5))

@@ -65,6 +65,32 @@ def with_tops(number: int, num_top: int) -> GenerationRequest:
     return msgspec.structs.replace(make_request(number), num_prompt_top_tokens=num_top)
 
 
+def with_ranks(request: GenerationRequest) -> GenerationRequest:
+    return msgspec.structs.replace(request, has_prompt_ranks=True)
+
+
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
+def test_ranks_count_the_tokens_that_are_as_likely_to_transformers(device: Any, tiny_model_dir: Path) -> None:
+    """In one batch, where some want ranks, some likeliest tokens, some both, and the prompts come in pieces."""
+    core = make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=device), max_batch_tokens=64)
+    requests = [with_ranks(make_request(0)), with_tops(1, 2), make_request(2), with_ranks(with_tops(3, 3))]
+    events = run(core, requests)
+    for number, request in enumerate(requests):
+        first, *others = events[f"r{number}"]
+        assert not any(event.prompt_ranks for event in others)
+        assert len(first.prompt_ranks) == (len(PROMPTS[number]) - 1 if request.has_prompt_ranks else 0)
+        if number == 3:
+            tops = zip(PROMPTS[3][1:], first.prompt_top_token_ids, first.prompt_ranks, strict=True)
+            assert all((token_id in top) == (rank <= 3) for token_id, top, rank in tops)
+        if not first.prompt_ranks:
+            continue
+        logits = oracle_logits(tiny_model_dir, PROMPTS[number])[:-1]
+        own = logits.gather(1, torch.tensor(PROMPTS[number][1:]).unsqueeze(1))
+        fewest, most = ((logits >= own + slack).sum(1) for slack in (1e-3, -1e-3))
+        ranks = torch.tensor(first.prompt_ranks)
+        assert ((fewest <= ranks) & (ranks <= most)).all() and (ranks >= 1).all()
+
+
 @pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
 def test_the_likeliest_tokens_equal_those_of_transformers(device: Any, tiny_model_dir: Path) -> None:
     """In one batch, where each request wants its own number of them, and the prompts come in pieces."""
@@ -85,9 +111,9 @@ def test_the_likeliest_tokens_equal_those_of_transformers(device: Any, tiny_mode
 
 
 def test_a_preemption_keeps_the_likeliest_tokens(tiny_model_dir: Path) -> None:
-    (expected, *_) = run(make_core(tiny_model_dir), [with_tops(3, 2)])["r3"]
+    (expected, *_) = run(make_core(tiny_model_dir), [with_ranks(with_tops(3, 2))])["r3"]
     core = make_core(tiny_model_dir, max_batch_tokens=64)
-    core.take(with_tops(3, 2))
+    core.take(with_ranks(with_tops(3, 2)))
     core.step()
     core.scheduler.preempt(core.scheduler.running[0])
     events = []
@@ -95,6 +121,7 @@ def test_a_preemption_keeps_the_likeliest_tokens(tiny_model_dir: Path) -> None:
         events += core.step()
     assert events[0].prompt_top_token_ids == expected.prompt_top_token_ids
     assert events[0].prompt_top_logprobs == expected.prompt_top_logprobs
+    assert events[0].prompt_ranks == expected.prompt_ranks
     assert len(expected.prompt_top_token_ids) == 149
 
 

@@ -223,6 +223,30 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
 
 
+TEXTS = "tokenizer.json chat_template.jinja additional_chat_templates/tool_use.jinja processor_config.json".split()
+
+
+def test_all_chat_templates_go_with_the_weights(tmp_path: Path) -> None:
+    source, output = tmp_path / "model", tmp_path / "out"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    for name in (*TEXTS, "README.md", "additional_chat_templates/notes.txt"):
+        (source / name).write_text(name)
+    with CheckpointWriter(output) as writer:
+        writer.finish(source, {"config.json": {}})
+    written = {str(path.relative_to(output)): path.read_text() for path in output.rglob("*") if path.is_file()}
+    assert {name: text for name, text in written.items() if name in TEXTS} == {name: name for name in TEXTS}
+    assert written.keys() - {*TEXTS} == {"config.json", "model.safetensors"}
+
+
+def test_a_failure_after_the_copies_leaves_nothing(tmp_path: Path) -> None:
+    source, output = tmp_path / "model", tmp_path / "out"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "rag.jinja").touch()
+    with pytest.raises(TypeError), CheckpointWriter(output) as writer:
+        writer.finish(source, {"config.json": {"not JSON": object()}})
+    assert not output.exists()
+
+
 def damaged(source: Path, **changes: Any) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **changes}))

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from benchmarks.soak import bodies
@@ -138,8 +138,12 @@ POINTS: tuple[Point, ...] = (
 )
 
 
-async def disconnect(port: int, num_requests: int, seed: int) -> collections.Counter[str]:
+async def disconnect(
+    port: int, num_requests: int, seed: int, refused: asyncio.Event | None = None
+) -> collections.Counter[str]:
     """Every point in every way, again and again; returns how often each came, and how often a permit lacked.
+
+    `refused` is set as soon as a permit lacks.
 
     Raises ConnectionError for a connection that the server has closed.
     """
@@ -155,6 +159,8 @@ async def disconnect(port: int, num_requests: int, seed: int) -> collections.Cou
                 await point(connection, random.Random(f"{seed} {index}"))
             except RefusedError:
                 counts[REFUSED] += 1
+                if refused is not None:
+                    refused.set()
                 await asyncio.sleep(PAUSE_S)
                 return False
             await connection.leave(way)
@@ -170,8 +176,9 @@ async def disconnect(port: int, num_requests: int, seed: int) -> collections.Cou
     return counts
 
 
-async def has_all_permits(port: int) -> bool:
-    """As many streams as there are permits can be open, and one more is refused."""
+@contextlib.asynccontextmanager
+async def held_permits(port: int) -> AsyncIterator[list[int]]:
+    """Holds all permits with streams of many tokens; yields their statuses, and that of one request more."""
     body = {"inputs": "hello", "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
     async with contextlib.AsyncExitStack() as stack:
         statuses = []
@@ -179,4 +186,10 @@ async def has_all_permits(port: int) -> bool:
             connection = stack.enter_context(contextlib.closing(await Connection.open(port)))
             await connection.send(request("/generate_stream", body))
             statuses.append(await connection.status())
-    return statuses == [200] * NUM_PERMITS + [429]
+        yield statuses
+
+
+async def has_all_permits(port: int) -> bool:
+    """As many streams as there are permits can be open, and one more is refused."""
+    async with held_permits(port) as statuses:
+        return statuses == [200] * NUM_PERMITS + [429]

@@ -64,8 +64,9 @@ class HubStandIn:
         self.is_over = threading.Event()
 
     def add(self, model_id: str, folder: Path | None = None, **more: bytes) -> Repository:
-        """A repository with the files of `folder`, and empty ones named `more` with `__` for a dot."""
-        files = {path.name: path.read_bytes() for path in folder.iterdir()} if folder else {}
+        """A repository with all files below `folder`, and further ones named `more` with `__` for a dot."""
+        paths = [path for path in folder.rglob("*") if path.is_file()] if folder else []
+        files = {str(path.relative_to(folder or "")): path.read_bytes() for path in paths}
         files |= {name.replace("__", "."): content for name, content in more.items()}
         self.repositories[model_id] = Repository(files)
         return self.repositories[model_id]

@@ -126,7 +126,7 @@ def heed_hang_ups() -> None:
 
 @contextlib.contextmanager
 def launched(
-    model: Path | str,
+    model: Path | str | None,
     log_dir: Path,
     *flags: str,
     environ: Mapping[str, str] | None = None,
@@ -135,13 +135,18 @@ def launched(
     hostname: str = "127.0.0.1",
     directory: Path | None = None,
 ) -> Iterator[LaunchedServer]:
-    """Start the launcher; at the end of the block nothing of it is left, whatever happened."""
+    """Start the launcher; at the end of the block nothing of it is left, whatever happened.
+
+    Without a `model` it gets no flags but `flags`, and `environ` says what to serve where.
+    """
     port = port or free_port()
     log_path = log_dir / f"launcher-{port}-{len(list(log_dir.iterdir()))}.log"
-    command = [sys.executable, "-P", "-m", "server.launcher", "--model-id", str(model), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "server.launcher"]
+    if model is not None:
+        command += ["--model-id", str(model), "--port", str(port), "--hostname", hostname]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--hostname", hostname, *flags],
+            [*command, *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=directory,

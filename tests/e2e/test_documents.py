@@ -49,6 +49,14 @@ NOT_RUN = {
     ("docs/deployment.md", TWO_HOSTS): "both are run by test_two_hosts.py",
     ("docs/deployment.md", HOST_NETWORK): "no Docker engine here",
     ("docs/deployment.md", TORCHRUN): "needs two hosts; test_shards.py runs torchrun on one",
+    (
+        "docs/platforms.md",
+        "MODEL_ID=Qwen/Qwen2.5-0.5B-Instruct docker compose --profile cpu up --build",
+    ): "no Docker engine here; test_recipes.py and test_prometheus.py go as far as they can",
+    (
+        "docs/platforms.md",
+        'kubectl create secret generic pytgi --from-literal=HF_TOKEN="$HF_TOKEN" --from-literal=API_KEY="$API_KEY"',
+    ): "no cluster here; test_recipes.py goes as far as it can",
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     ("docs/migrating.md", MAKE_IMAGE): "as above",
     ("docs/deployment.md", MAKE_IMAGE): "as above",
@@ -166,7 +174,7 @@ def stop_at(text: str, process: subprocess.Popen[bytes], log_path: Path) -> None
     launchers = [
         candidate
         for candidate in (here, *here.children(recursive=True))
-        if any(part.endswith("/text-generation-launcher") for part in candidate.cmdline())
+        if any(part.endswith(("/text-generation-launcher", "/pytgi")) for part in candidate.cmdline())
     ]
     launchers[-1].send_signal(signal.SIGTERM)
 

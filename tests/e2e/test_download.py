@@ -29,6 +29,8 @@ NEVER = {
     "README.md": b"text",
     "training_args.safetensors": b"no weights",
     "onnx/config.json": b"{}",
+    "onnx/additional_chat_templates/a.jinja": b"another model's",
+    "additional_chat_templates/README.md": b"text",
 }
 """Files that a repository may have and that are never fetched."""
 
@@ -81,7 +83,14 @@ class Downloads:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded-qwen2")
     write_tiny_qwen2(folder, num_shards=2)
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("a", "tool_use"):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(name)
     return folder
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -109,7 +118,7 @@ def test_a_model_is_fetched_once_and_then_without_a_network_call(
     first = downloads.run(MODEL)
     assert first.code == 0, first.log
     assert first.folder == tmp_path / f"home/hub/models--tiny--Qwen2/snapshots/{hub.repositories[MODEL].commit}"
-    assert {path.name for path in first.folder.iterdir()} == {path.name for path in model_dir.iterdir()}
+    assert files_of(first.folder) == files_of(model_dir)
     assert hub.fetched()[-2:] == SHARDS
     assert f"Download file: {SHARDS[0]}" in first.log
     assert f"Downloaded {first.folder / SHARDS[1]} in 0:00:00." in first.log

@@ -148,7 +148,7 @@ def test_json_lines_without_prompts_and_without_the_key(tiny_model_dir: Path, tm
     by_message = {line["message"]: line for line in lines}
     span = by_message["Success"]["span"]
     assert span["seed"] == "Some(7)" and span["total_time"].endswith("s")
-    assert by_message["`top_k` must be strictly positive"]["level"] == "ERROR"
+    assert by_message["`top_k` must be strictly positive"]["level"] == "WARN"
     (warning,) = (line for line in lines if line["message"].startswith("--trust-remote-code has no effect"))
     assert warning["level"] == "WARN"
     assert by_message["Connected"]["level"] == "INFO"

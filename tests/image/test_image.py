@@ -109,10 +109,9 @@ def test_the_health_check(image: Image, volume: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_entry_point_for_sagemaker(image: Image, volume: Path) -> None:
-    environ = {"HF_MODEL_ID": MODEL, "SM_NUM_GPUS": "2", "HF_MODEL_QUANTIZE": "eetq", "PORT": "8080"}
-    options = {"volumes": {volume: "/data"}, "environ": environ, "entrypoint": ("sagemaker.sh",)}
-    with image.run("serve", **options) as container:
+def test_the_argument_of_sagemaker(image: Image, volume: Path) -> None:
+    environ = {"HF_MODEL_ID": MODEL, "SM_NUM_GPUS": "2", "HF_MODEL_QUANTIZE": "eetq"}
+    with image.run("serve", volumes={volume: "/data"}, environ=environ) as container:
         container.wait_for_log("Connected")
         assert "Sharding model on 2 processes" in container.log
         assert container.curl("/ping", port=8080) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 
 import server.launcher.sharding
 from engine.link.config import EngineConfig
+from engine.link.suggestions import suggestion
 from quant.config import FORMATS, ON_LOAD
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs, parse_args
@@ -434,10 +436,12 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
     ("line", "environ", "message"),
     [
         ("--no-such-flag", {}, "unrecognized arguments: --no-such-flag"),
-        ("--num_shard 1", {}, "unrecognized arguments: --num_shard 1"),
-        ("--max-total 5", {}, "unrecognized arguments: --max-total 5"),
-        ("--Port 5", {}, "unrecognized arguments: --Port 5"),
+        ("--num_shard 1", {}, "unrecognized arguments: --num_shard 1 (did you mean --num-shard?)"),
+        ("--max-total 5", {}, "unrecognized arguments: --max-total 5 (did you mean --max-total-tokens?)"),
+        ("--Port 5", {}, "unrecognized arguments: --Port 5 (did you mean --port?)"),
         ("-x", {}, "unrecognized arguments: -x"),
+        ("--max-model-len 5", {}, "unrecognized arguments: --max-model-len 5"),
+        ("--hostnam x --prot=3", {}, "unrecognized arguments: --hostnam x --prot=3 (did you mean --hostname, --port?)"),
         ("stray", {}, "unrecognized arguments: stray"),
         ("--port", {}, "argument --port/-p: expected one argument"),
         ("--port x", {}, "argument --port/-p: invalid port value: 'x'"),
@@ -481,14 +485,14 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         (
             "--kv-cache-dtype fp8",
             {},
-            "argument --kv-cache-dtype: invalid choice: 'fp8' (choose from fp8_e4m3fn, fp8_e5m2)",
+            "argument --kv-cache-dtype: invalid choice: 'fp8' (keys and values are kept in 16 bits (float32 with "
+            "--dtype float32), start without it)",
         ),
         ("--usage-stats maybe", {}, "argument --usage-stats: invalid choice: 'maybe' (choose from on, off, no-stack)"),
         (
             "--quantize q4",
             {},
-            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, gptq, int4, int8, "
-            "bitsandbytes, bitsandbytes-fp4, bitsandbytes-nf4, exl2, fp8, marlin)",
+            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, gptq, int4, int8)",
         ),
         (
             "-g soon",
@@ -522,6 +526,42 @@ def test_usage_errors(line: str, environ: dict[str, str], message: str, capsys: 
         parse(line, **environ)
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n\nFor more information, try '--help'.\n"
+
+
+def misspellings(word: str) -> list[str]:
+    """A letter left out, two letters swapped, and a hyphen left out or written as a low line."""
+    middle = len(word) // 2
+    start, first, second, rest = word[:middle], word[middle], word[middle + 1], word[middle + 2 :]
+    spellings = [f"{start}{second}{rest}", f"{start}{second}{first}{rest}"]
+    spellings += [word.replace("-", ""), word.replace("-", "_")]
+    return [spelling for spelling in spellings if spelling != word]
+
+
+def test_a_misspelt_flag_names_the_one_that_was_meant() -> None:
+    names = [f"--{flag.name}" for flag in FLAGS]
+    for flag in FLAGS:
+        for spelling in {f"--{spelling}" for spelling in misspellings(flag.name)} - {*names}:
+            assert suggestion([spelling], names) == f" (did you mean --{flag.name}?)", spelling
+
+
+def test_a_misspelt_choice_names_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in [flag for flag in FLAGS if flag.choices and flag.effect is Effect.SERVED]:
+        for choice in flag.served_choices:
+            # One letter in short words is as near to several others.
+            for spelling in [f"{choice}x", choice.upper(), *(misspellings(choice)[:1] if len(choice) > 6 else [])]:
+                message = outcome([f"--{flag.name}", spelling], {}, capsys)
+                near = set(difflib.get_close_matches(spelling.lower(), flag.served_choices, 3, 0.7))
+                assert message[0] == 2
+                assert f"(did you mean {choice}?)" in message[1] or len(near) > 1, message
+
+
+def test_a_refused_choice_is_never_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in [flag for flag in FLAGS if flag.choices]:
+        refused = flag.choices if flag.effect is Effect.REFUSED else flag.refused_choices
+        for spelling in ["nope", *(f"{choice}x" for choice in refused or ())]:
+            code, message = outcome([f"--{flag.name}", spelling], {}, capsys)
+            offers = message.partition(repr(spelling))[2]
+            assert code == 2 and not any(re.search(rf"\b{choice}\b", offers) for choice in refused or ()), message
 
 
 @pytest.mark.parametrize(("argv", "environ"), [([], {}), (["--port", "80"], {}), ([], {"MODEL_ID": ""})])

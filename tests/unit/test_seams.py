@@ -91,6 +91,22 @@ def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plug]:
             del sys.modules[name]
 
 
+ANEW = ("server.", "tests.unit.server.")
+
+
+@pytest.fixture
+def modules_put_back() -> Iterator[None]:
+    """What the test imports anew is forgotten afterwards, also by the packages whose attributes the modules are."""
+    before = {name: module for name, module in sys.modules.items() if name.startswith(ANEW)}
+    yield
+    for name in [name for name in sys.modules if name.startswith(ANEW)]:
+        del sys.modules[name]
+    sys.modules.update(before)
+    for name, module in before.items():
+        package, _, attribute = name.rpartition(".")
+        setattr(sys.modules[package], attribute, module)
+
+
 def test_every_row_of_the_table_has_a_test() -> None:
     tested = set(re.findall(r'plug\.costs\("([^"]+)"\)', Path(__file__).read_text()))
     assert tested == set(documented_costs())
@@ -513,7 +529,7 @@ def test_a_flag_fills_its_field(plug: Plug) -> None:
 
 
 async def test_a_sampling_parameter_from_the_wire_to_the_tokens(
-    plug: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plug: Plug, modules_put_back: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parameter is top-a: a token stays if its probability is at least top_a times the square of the best one's."""
     import torch
@@ -534,9 +550,9 @@ async def test_a_sampling_parameter_from_the_wire_to_the_tokens(
 
     # Everything that reads the rows when it is imported is imported anew.
     kept = ("server", "server.requests", "server.requests.sampling", "server.requests.rows", "server.requests.serde")
-    for name in [name for name in sys.modules if name.startswith(("server.", "tests.unit.server."))]:
+    for name in [name for name in sys.modules if name.startswith(ANEW)]:
         if name not in (*kept, "server.requests.values", "server.config", "server.errors"):
-            monkeypatch.delitem(sys.modules, name)
+            del sys.modules[name]
     from tests.unit.server.harness import FakeEngine, one_by_one
 
     fake = FakeEngine()

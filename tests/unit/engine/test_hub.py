@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint import hub
 from engine.link.errors import StartError
+from engine.link.model_folders import refuse_names
 from tests.tiny_model import write_tiny_qwen2
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,7 +88,7 @@ def test_with_a_revision_an_id_of_the_hub_is_no_folder(
     (tmp_path / "tiny" / "Qwen2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub.download_model("tiny/Qwen2", "main") == snapshot
-    with pytest.raises(StartError, match=r"has no \*\.safetensors file"):
+    with pytest.raises(StartError, match="is empty: give a folder"):
         hub.download_model("tiny/Qwen2", None)
 
 
@@ -102,9 +103,9 @@ def point_to_git_lfs(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "reason"),
     [
-        ("config.json", Path.unlink, "has no config.json"),
+        ("config.json", Path.unlink, "has weights but no config.json"),
         ("config.json", shorten, "config.json cannot be read"),
-        ("tokenizer.json", Path.unlink, "has no tokenizer.json: write one"),
+        ("tokenizer.json", Path.unlink, "has no tokenizer.json: fetch it"),
         ("model-00002-of-00002.safetensors", Path.unlink, "is named by model.safetensors.index.json but missing"),
         ("model-00002-of-00002.safetensors", shorten, "is cut off or damaged"),
         ("model-00002-of-00002.safetensors", point_to_git_lfs, "is cut off or damaged"),
@@ -131,15 +132,16 @@ def test_what_is_not_whole_is_not_used(snapshot: Path, name: str, harm: Callable
         ("adapter_config.json config.json", "has no \\*.safetensors file"),
         ("config.json adapter_model.safetensors", "has no \\*.safetensors file"),
         ("config.json model.gguf", "has no \\*.safetensors file"),
-        ("model.safetensors", "has no config.json"),
+        ("model.safetensors", "has weights but no config.json"),
+        (".gitattributes", "is empty"),
     ],
 )
 def test_the_names_of_the_files_decide(names: str, sentence: str | None) -> None:
     if sentence is None:
-        hub._check_names(names.split(), "a/b")
+        refuse_names(names.split(), "a/b")
         return
     with pytest.raises(StartError, match=f"a/b {sentence}"):
-        hub._check_names(names.split(), "a/b")
+        refuse_names(names.split(), "a/b")
 
 
 def write_adapter(folder: Path, **config: Any) -> None:

@@ -148,6 +148,8 @@ class ObligingEngine(FakeEngine):
         if request.has_prompt_logprobs:
             num_scored = len(request.prompt_token_ids) - 1
             events[0].prompt_logprobs = [-1.5] * num_scored
+            if request.has_prompt_ranks:
+                events[0].prompt_ranks = [7] * num_scored
             if num_top := request.num_prompt_top_tokens:
                 events[0].prompt_top_token_ids = [list(range(5, 5 + num_top))] * num_scored
                 events[0].prompt_top_logprobs = [[-0.25] * num_top] * num_scored

@@ -132,12 +132,12 @@ async def test_wrong_parameters(client: httpx.AsyncClient, parameters: dict[str,
         (
             "/v1/chat/completions",
             '{"messages":[{"role":"user","content":5}]}',
-            "messages[0]: data did not match any variant of untagged enum MessageBody",
+            "messages[0].content: invalid type: integer `5`, expected a string or a list of parts",
         ),
         (
             "/v1/chat/completions",
             '{"messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"0"}]}]}',
-            "messages[0]: data did not match any variant of untagged enum MessageBody",
+            "messages[0].tool_calls[0]: missing field `function`",
         ),
         (
             "/v1/chat/completions",
@@ -251,10 +251,10 @@ async def test_body_too_large_without_a_length_is_not_read_to_its_end(client: ht
         ("GET", "/nope", 404, None),
         ("GET", "/info/", 404, None),
         ("GET", "/doc", 404, None),
-        ("GET", "/v1/embeddings", 404, None),
+        ("GET", "/embeddings", 404, None),
         ("GET", "/generate", 405, "POST"),
         ("POST", "/info", 405, "GET,HEAD"),
-        ("DELETE", "/v1/chat/completions", 405, "POST"),
+        ("DELETE", "/generate_stream", 405, "POST"),
     ],
 )
 async def test_no_such_route(client: httpx.AsyncClient, method: str, path: str, status: int, allow: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 import pytest
 
+from server.chat.rendering import Ending
 from server.chat.template import ChatTemplate
 from server.errors import TemplateError, ValidationError
 from server.requests.openai import ChatRequest
@@ -16,9 +17,16 @@ from tests.unit.server.harness import CHATML, chat_format_of
 USER = [{"role": "user", "content": "hey"}]
 
 
-def render(template: str | None, messages: list[dict[str, Any]], *, is_strict: bool = True) -> str:
+def render(
+    template: str | None,
+    messages: list[dict[str, Any]],
+    *,
+    is_strict: bool = True,
+    ending: Ending = Ending.AUTOMATIC,
+) -> str:
     request = ChatRequest.model_validate({"messages": copy.deepcopy(messages)}, context={"is_strict": is_strict})
-    return ChatTemplate(chat_format_of(template, eos_token="</s>"), is_strict=is_strict).render(request.messages)
+    chat_template = ChatTemplate(chat_format_of(template, eos_token="</s>"), is_strict=is_strict)
+    return chat_template.render(request.messages, ending=ending)
 
 
 def test_chatml() -> None:
@@ -100,8 +108,8 @@ def test_content_becomes_one_string(body: dict[str, Any], content: str) -> None:
     assert render("{{ messages[0].content }}", [{"role": "user"} | body]) == content
 
 
-def here(template: str, messages: list[dict[str, Any]]) -> str:
-    return render(template, messages, is_strict=False)
+def here(template: str, messages: list[dict[str, Any]], ending: Ending = Ending.AUTOMATIC) -> str:
+    return render(template, messages, is_strict=False, ending=ending)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,12 @@ def test_contents_that_tgi_does_not_know(body: dict[str, Any], content: str) -> 
     assert here("{{ '<' + messages[0].content + '>' }}", [{"role": "user"} | body]) == f"<{content}>"
 
 
+def test_a_comment_on_calls_shows_none() -> None:
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    prompt = here("{# tool_calls #}" + CHATML, [{"role": "assistant", "tool_calls": [call]}, *USER])
+    assert '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in prompt
+
+
 def test_an_assistant_may_say_nothing_at_all() -> None:
     assert here(CHATML, [*USER, {"role": "assistant"}, *USER]).count("<|im_end|>") == 3
 
@@ -158,7 +172,8 @@ def test_an_assistant_may_say_nothing_at_all() -> None:
 )
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_contents_of_no_shape(content: Any, is_strict: bool) -> None:
-    with pytest.raises(pydantic.ValidationError, match="data did not match any variant of untagged enum MessageBody"):
+    text = "data did not match any variant of untagged enum MessageBody" if is_strict else "invalid type|missing field"
+    with pytest.raises(pydantic.ValidationError, match=text):
         render(CHATML, [{"role": "user", "content": content}], is_strict=is_strict)
 
 
@@ -185,10 +200,29 @@ def test_a_text_model_is_shown_no_pictures(part: dict[str, Any]) -> None:
     assert str(raised.value) == f"messages[1]: this model reads text only, it cannot take a part of type `{kind}`"
 
 
+@pytest.mark.parametrize("end", [Ending.AUTOMATIC, Ending.CONTINUED, Ending.NEW, Ending.CLOSED])
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": None, "tool_calls": []}, {"refusal": None}])
+@pytest.mark.parametrize("template", [CHATML, "{% for m in messages %}<{{ m.role }}:{{ m.content }}>{% endfor %}"])
+def test_an_assistant_that_said_nothing_yet_goes_on(template: str, said: dict[str, Any], end: Ending) -> None:
+    silent = here(template, [*USER, {"role": "assistant"} | said], end)
+    assert silent == here(template, [*USER, {"role": "assistant", "content": ""}], end)
+
+
 NAMES_DEVELOPER = CHATML + "{% if messages[0].role == 'developer' %}!{% endif %}"
 
 
-@pytest.mark.parametrize(("template", "role"), [(CHATML, "system"), (NAMES_DEVELOPER, "developer")])
+COMMENTS_ON_DEVELOPER = "{#- 'system', 'developer' -#}" + CHATML + '{% raw %}{{ "developer" }}{% endraw %}'
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (CHATML, "system"),
+        (COMMENTS_ON_DEVELOPER, "system"),
+        (NAMES_DEVELOPER, "developer"),
+        (CHATML + """{% set x = messages[0].role in ["system", "developer"] %}""", "developer"),
+    ],
+)
 def test_a_developer_takes_the_systems_place(template: str, role: str) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, *USER]
     assert here(template, messages).startswith(f"<|im_start|>{role}\nBe brief.<|im_end|>")

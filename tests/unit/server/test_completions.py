@@ -120,15 +120,11 @@ async def test_best_of_takes_the_likeliest(client: httpx.AsyncClient, engine: Fa
         ({"n": 2, "best_of": 1}, "`best_of` must be >= `n`. Given: 1 and 2"),
         ({"best_of": 3}, "`best_of` must be > 0 and <= 2. Given: 3"),
         ({"best_of": 2, "stream": True}, "`best_of` > `n` is not supported when streaming tokens"),
-        (
-            {"echo": True, "logprobs": 0, "stream": True},
-            "`echo` with `logprobs` is not supported when streaming tokens",
-        ),
-        ({"logprobs": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
+        ({"logprobs": 21}, "`logprobs` must be >= 0 and <= 20. Given: 21"),
         ({"temperature": -1}, "`temperature` must be strictly positive"),
         ({"temperature": -1, "stream": True}, "`temperature` must be strictly positive"),
-        ({"prompt": ""}, "`inputs` cannot be empty"),
-        ({"prompt": ["x", ""]}, "`inputs` cannot be empty"),
+        ({"prompt": ""}, "`prompt` cannot be empty"),
+        ({"prompt": ["x", ""]}, "`prompt` cannot be empty"),
         ({"prompt": [10**6]}, "tokenizer error token 1000000 is not in the model's vocabulary"),
     ],
 )

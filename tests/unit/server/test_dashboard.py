@@ -1,4 +1,7 @@
-"""docs/grafana.json can be imported, and asks for exactly the names that /metrics has; docs/metrics.md lists them."""
+"""docs/grafana.json can be imported, and asks for exactly the names that /metrics has; docs/metrics.md lists them.
+
+What deploy/ asks for, in alerts and autoscalers, exists as well.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from engine.link.messages import EngineStats, StepOutput, StepReport
 from tests.unit.server.harness import FakeEngine
 
 DOCS = Path(__file__).parents[3] / "docs"
+DEPLOY = DOCS.parent / "deploy"
 DASHBOARD = json.loads((DOCS / "grafana.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
@@ -41,6 +45,21 @@ def test_every_name_is_exposed(kinds: dict[str, str]) -> None:
     asked = {name for expression in EXPRESSIONS for name in names_in(expression)}
     assert asked <= exposed.keys()
     assert {exposed[name] for name in asked} == kinds.keys(), "a family that no panel shows"
+
+
+def test_what_alerts_and_autoscalers_ask_for_is_exposed(kinds: dict[str, str]) -> None:
+    files = (path for path in DEPLOY.rglob("*.y*ml"))
+    asked = {name for path in files for name in names_in(path.read_text())}
+    assert {"tgi_request_failure", "pytgi_requests_waiting"} <= asked <= kinds.keys()
+
+
+async def test_labels_that_alerts_choose_have_those_values(client: httpx.AsyncClient) -> None:
+    text = (await client.get("/metrics")).text
+    alerts = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    chosen = [value for values in re.findall(r'err=~?"([^"]*)"', alerts) for value in values.split("|")]
+    assert chosen
+    for value in chosen:
+        assert f'tgi_request_failure{{err="{value}"}} 0' in text
 
 
 def test_every_family_is_in_the_document(kinds: dict[str, str]) -> None:

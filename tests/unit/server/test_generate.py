@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from engine.link.logs import JsonFormatter
 from engine.link.messages import FinishReason, TokenEvent
 from server.answers.sse import EventStream
 from server.app import create_app
@@ -330,11 +332,79 @@ async def test_log_lines(client: httpx.AsyncClient, caplog: pytest.LogCaptureFix
     assert (success.levelname, success.getMessage()) == ("INFO", "Success")
     span = success.span  # type: ignore[attr-defined]
     times = ["total_time", "validation_time", "queue_time", "inference_time", "time_per_token"]
-    assert list(span) == ["name", "parameters", *times, "seed"]
+    own = ["route", "request_id", "prompt_tokens", "generated_tokens"]
+    assert list(span) == ["name", "parameters", *times, "seed", *own]
     assert (span["parameters"], span["seed"]) == ("{'do_sample': True, 'seed': 42}", "Some(42)")
     assert all(re.fullmatch(r"[\d.]+(ns|µs|ms|s)", span[name]) for name in times)
-    assert (failure.levelname, failure.getMessage()) == ("ERROR", "`top_k` must be strictly positive")
+    assert (failure.levelname, failure.getMessage()) == ("WARNING", "`top_k` must be strictly positive")
+    assert failure.span.keys() == {"name", "route", "request_id"}  # type: ignore[attr-defined]
     assert "secret" not in caplog.text
+
+
+CHAT = {"messages": [{"role": "user", "content": "secret"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/", {"inputs": "secret"}),
+        ("/generate", {"inputs": "secret"}),
+        ("/generate_stream", {"inputs": "secret"}),
+        ("/invocations", {"inputs": "secret"}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", {**CHAT, "stream": True}),
+        ("/v1/completions", {"prompt": "secret"}),
+        ("/v1/responses", {"input": "secret"}),
+        ("/v1/messages", {**CHAT, "max_tokens": 5}),
+        ("/vertex", {"instances": [{"inputs": "secret"}]}),
+    ],
+)
+async def test_the_line_of_a_request_says_where_it_came_and_how_long_it_was(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        response = await client.post(path, json=body)
+    assert response.status_code == 200
+    (line,) = (json.loads(JsonFormatter().format(record)) for record in caplog.records if record.msg == "Success")
+    span = line["span"]
+    assert span["route"] == path
+    assert span["request_id"].startswith("req_")
+    assert span["prompt_tokens"] > 0 and span["generated_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "body"),
+    [
+        ("`top_k` must be strictly positive", b'{"inputs": "secret", "parameters": {"top_k": 0}}'),
+        (
+            "the request body has not the fields and types of this route",
+            b'{"inputs": "secret", "parameters": {"top_k": "secret"}}',
+        ),
+        ("the request body is not JSON", b'{"inputs": "secret"'),
+    ],
+)
+async def test_a_clients_mistake_is_one_warning(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, error: str, body: bytes
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        for path in ("/generate", "/generate_stream"):
+            await client.post(path, content=body, headers={"content-type": "application/json"})
+    lines = [(record.levelname, record.getMessage(), vars(record)["span"]["route"]) for record in caplog.records]
+    own = [line for line in lines if line[1] == error]
+    assert own == [("WARNING", error, path) for path in ("/generate", "/generate_stream")]
+    assert "secret" not in caplog.text
+
+
+async def test_with_tgi_lines_have_its_fields_and_mistakes_are_errors(
+    strict_client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "server"):
+        await strict_client.post("/generate", json={"inputs": "x"}, headers={"x-request-id": "a"})
+        await strict_client.post("/generate", json={"inputs": "x", "parameters": {"top_k": 0}})
+        await strict_client.post("/generate", json={"inputs": "x", "parameters": {"top_k": "0"}})
+    success, failure = (record for record in caplog.records if record.name.startswith("server"))
+    assert list(success.span)[-1] == "seed"  # type: ignore[attr-defined]
+    assert (failure.levelname, failure.span) == ("ERROR", {"name": "generate"})  # type: ignore[attr-defined]
 
 
 async def test_a_dropped_request_has_its_line_too(

@@ -220,6 +220,8 @@ def find_local(folder: Path) -> ModelFolders:
 def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> None:
     model, adapter, second = tmp_path / "model", tmp_path / "adapter", tmp_path / "second"
     model.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).touch()
     write_adapter(adapter, model)
     write_adapter(second, adapter)
     assert find_local(model) == ModelFolders(str(model))

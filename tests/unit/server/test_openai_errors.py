@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 
+from server.requests.rows import Dialect
+from server.requests.sampling import ROWS
+from server.requests.wording import CHAT_WORDINGS, COMPLETIONS_WORDING
 from tests.unit.server.harness import FakeEngine
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "n"}}
+SCHEMA_PATH = "response_format.json_schema.schema"
+MISSING = "missing_required_parameter"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
@@ -42,8 +51,31 @@ def completion(**said: Any) -> dict[str, Any]:
         (CHAT, chat(n=0), "n", "invalid_value"),
         (CHAT, chat(tools=[TOOL], tool_choice="g"), "tools", None),
         (CHAT, chat(response_format={"type": "regex", "value": "("}), "response_format", "invalid_value"),
-        (CHAT, chat(response_format=NO_SCHEMA), "response_format", "invalid_value"),
-        (CHAT, chat(response_format=NO_SCHEMA, tools=[TOOL]), "response_format", "invalid_value"),
+        (CHAT, chat(response_format=NO_SCHEMA), SCHEMA_PATH, "missing_required_parameter"),
+        (CHAT, chat(response_format=NO_SCHEMA, tools=[TOOL]), SCHEMA_PATH, "missing_required_parameter"),
+        (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema", MISSING),
+        (
+            CHAT,
+            chat(response_format={"type": "json_schema", "json_schema": None}),
+            "response_format.json_schema",
+            MISSING,
+        ),
+        (CHAT, {"messages": []}, "messages", "invalid_value"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", MISSING),
+        (CHAT, {"messages": [{"role": "tool", "tool_call_id": "x"}]}, "messages[0].content", MISSING),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
+        (CHAT, {"messages": [{"role": "user", "content": ["x", 5]}]}, "messages[0].content[1]", "invalid_type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", MISSING),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0].function",
+            MISSING,
+        ),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0].tool_calls", "invalid_type"),
+        (CHAT, chat(max_completion_tokens=0), "max_completion_tokens", "integer_below_min_value"),
+        (CHAT, chat(max_tokens=5, max_completion_tokens=0), "max_completion_tokens", "integer_below_min_value"),
+        (CHAT, chat(max_tokens=0, max_completion_tokens=None), "max_tokens", "integer_below_min_value"),
         (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "add_generation_prompt", "invalid_value"),
         (CHAT, {"messages": [{"role": "user", "content": "龘" * 1000}]}, "messages", "context_length_exceeded"),
         (CHAT, chat(max_tokens=1020), "messages", "context_length_exceeded"),
@@ -79,6 +111,129 @@ async def test_a_body_that_is_not_read(
     assert (response.status_code, response.headers["content-type"]) == (status, "application/json")
     error = response.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", None, None)
+
+
+LONG = "龘" * 1000
+USER = [{"role": "user", "content": "hey"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        (CHAT, chat(max_tokens=1020), "`messages` tokens + `max_tokens` must be <= 1024"),
+        (CHAT, chat(max_completion_tokens=1020), "`messages` tokens + `max_completion_tokens` must be <= 1024"),
+        (CHAT, chat(min_tokens=5, max_completion_tokens=3), "`min_tokens` must be <= `max_completion_tokens`"),
+        (CHAT, chat(top_logprobs=100), "`top_logprobs` must be"),
+        (COMPLETIONS, completion(max_tokens=0), "`max_tokens` must be strictly positive"),
+        (COMPLETIONS, completion(prompt=LONG), "`prompt` tokens + `max_tokens`"),
+        (COMPLETIONS, completion(logprobs=100), "`logprobs` must be"),
+        (COMPLETIONS, completion(truncate_prompt_tokens=0), "`truncate_prompt_tokens` must be"),
+        (RESPONSES, {"input": LONG}, "`input` tokens + `max_output_tokens`"),
+        (RESPONSES, {"input": "x", "max_output_tokens": 0}, "`max_output_tokens` must be strictly positive"),
+        (RESPONSES, {"input": []}, "there are no messages"),
+        (RESPONSES, {"input": [{"content": "x"}]}, "input[]: missing field `role`"),
+        (RESPONSES, {"input": [{"type": "function_call"}]}, "input[]: missing field `name`"),
+        (
+            RESPONSES,
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},
+            "input[].content[0].text: ",
+        ),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function"}]}, "tools[0]: missing field `name`"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "f"}}}, "text.format.type: unknown variant"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format: missing field `schema`"),
+        (MESSAGES, {"messages": USER, "max_tokens": 0}, "`max_tokens` must be strictly positive"),
+        (MESSAGES, {"messages": USER, "max_tokens": 5, "stop_sequences": list("abcde")}, "`stop_sequences` supports"),
+        (MESSAGES, {"messages": USER, "max_tokens": 5, "tools": [{}]}, "tools[0]: missing field `name`"),
+        (
+            MESSAGES + "/count_tokens",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[].content[0].text: ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_has_the_words_of_the_request(
+    client: httpx.AsyncClient, path: str, body: Any, named: str, stream: bool
+) -> None:
+    response = await client.post(path, json=body | {"stream": stream})
+    error = response.json()["error"]
+    assert (response.status_code, named in error["message"]) == (400, True), error["message"]
+    words = re.findall(r"[\w.\[\]]+", f"{error['message']} {error.get('param')}")
+    assert not {"max_new_tokens", "inputs", "truncate", "top_n_tokens"}.intersection(words)
+    if path == RESPONSES:
+        assert not [
+            word for word in words if re.match(r"messages\[|max_tokens|response_format|.*(function|tool_calls)", word)
+        ]
+    if path.startswith(MESSAGES):
+        assert not [word for word in words if re.match(r"messages\[\d|.*(function|tool_calls)", word)]
+
+
+@pytest.mark.parametrize("dialect", [Dialect.CHAT, Dialect.COMPLETIONS])
+def test_every_refusal_of_a_parameter_has_the_name_of_the_dialect(dialect: Dialect) -> None:
+    wording = CHAT_WORDINGS["max_completion_tokens"] if dialect is Dialect.CHAT else COMPLETIONS_WORDING
+    for name, row in ROWS.items():
+        if row.refusal is not None and row.refusal.applies is None and dialect in row.spellings:
+            text = wording.text(row.refusal.text)
+            assert any(f"`{key}`" in text for key in row.keys(name, dialect)), text
+            assert wording.name(name) in row.keys(name, dialect)
+
+
+async def test_a_key_that_comes_twice_is_named(client: httpx.AsyncClient, strict_client: httpx.AsyncClient) -> None:
+    content = '{"messages": [], "max_completion_tokens": 5, "max_completion_tokens": 5}'
+    for http, name in ((client, "max_completion_tokens"), (strict_client, "max_tokens")):
+        response = await http.post(CHAT, content=content, headers={"content-type": "application/json"})
+        assert f"duplicate field `{name}`" in response.text
+
+
+async def test_the_log_has_the_words_of_the_request(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await client.post(CHAT, json=chat(max_completion_tokens=0))
+    assert "`max_completion_tokens` must be strictly positive" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/chat", "/v1/chat/completions/", "/v1/" + "x" * 1000])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_an_unknown_path(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, path: str, method: str
+) -> None:
+    response = await client.request(method, path)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["code"]) == (404, "invalid_request_error", "unknown_url")
+    assert error["message"].startswith(f"Unknown request URL: {method} {path[:100]}")
+    assert len(error["message"]) < 300
+    strict = await strict_client.request(method, path)
+    assert (strict.status_code, strict.content) == (404, b"")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, "/v1/models"])
+async def test_another_method(client: httpx.AsyncClient, path: str) -> None:
+    method, allowed = ("POST", "GET,HEAD") if path == "/v1/models" else ("GET", "POST")
+    response = await client.request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    error = response.json()["error"]
+    assert (error["type"], error["message"]) == (
+        "invalid_request_error",
+        f"{method} is not allowed here, only {allowed}",
+    )
+
+
+async def test_native_paths_are_refused_without_a_body(client: httpx.AsyncClient) -> None:
+    for method, path, status in (("GET", "/generate", 405), ("POST", "/nothing", 404), ("GET", "/v1", 404)):
+        response = await client.request(method, path)
+        assert (response.status_code, response.content) == (status, b"")
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+async def test_a_body_that_is_too_long_is_told_the_limit(client: httpx.AsyncClient, path: str) -> None:
+    limit = "length limit exceeded. A body may have 20000 bytes; `--payload-limit` raises that"
+    headers = {"content-type": "application/json"}
+    for content in (b"0" * 30_000, gzip.compress(b"0" * 30_000)):
+        encoding = {} if content.startswith(b"0") else {"content-encoding": "gzip"}
+        response = await client.post(path, content=content, headers=headers | encoding)
+        assert (response.status_code, limit in response.json()["error"]["message"]) == (413, True)
+    native = await client.post("/generate", content=b"0" * 30_000, headers=headers)
+    assert native.text == "Failed to buffer the request body: length limit exceeded"
 
 
 async def test_too_much_in_a_body(client: httpx.AsyncClient) -> None:

@@ -59,8 +59,9 @@ async def test_the_span_is_the_declared_one(weather_app: FastAPI, caplog: pytest
     async with client_of(weather_app) as client:
         await client.get("/weather/Oslo", headers={"authorization": "Bearer k"})
         await client.get("/open_weather/Oslo")
-    spans = [getattr(record, "span", None) for record in caplog.records if record.name == "server.weather"]
-    assert spans == [{"name": "weather"}, None]
+    spans = [vars(record)["span"] for record in caplog.records if record.name == "server.weather"]
+    assert [span.get("name") for span in spans] == ["weather", None]
+    assert [span["route"] for span in spans] == ["/weather/{town}", "/open_weather/{town:path}"]
 
 
 def test_the_description_has_it(weather_app: FastAPI) -> None:

@@ -36,7 +36,7 @@ def test_the_wire_models_have_what_the_rows_say(dialect: Dialect) -> None:
         is_tgi = row.spellings[dialect].is_tgi
         assert (key in model.extensions) != is_tgi, key
         if key not in SHAPED or dialect is Dialect.NATIVE:
-            expected = row.type | None if row.default is None else row.type
+            expected = row.type_in(dialect)
             annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             assert annotation == expected, key
             assert field.default == row.default, key

@@ -58,7 +58,7 @@ async def test_text(client: httpx.AsyncClient, engine: FakeEngine, response_form
 @pytest.mark.parametrize(
     ("response_format", "reason"),
     [
-        ({"type": "json_schema", "json_schema": {"name": "city"}}, "grammar is not valid: missing field `schema`"),
+        ({"type": "json_schema", "value": {"name": "city"}}, "grammar is not valid: missing field `schema`"),
         ({"type": "json_object", "value": "{"}, "grammar is not valid: "),
         (
             {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}, "strict": True}},

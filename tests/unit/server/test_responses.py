@@ -174,9 +174,9 @@ async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) ->
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}]}]},
             "content parts of type `input_image` are not supported",
         ),
-        ({"input": [{"role": 5, "content": "x"}]}, "messages[0].role"),
+        ({"input": [{"role": 5, "content": "x"}]}, "input[].role: invalid type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool choices of type `mcp`"),
-        ({"max_output_tokens": 0}, "max_new_tokens"),
+        ({"max_output_tokens": 0}, "`max_output_tokens` must be"),
     ],
 )
 async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], words: str) -> None:

@@ -60,13 +60,14 @@ async def test_head_says_what_get_says(client: httpx.AsyncClient, path: str) -> 
 
 
 @pytest.mark.parametrize("path", sorted({*GET_PATHS, *POST_PATHS} - {"/"}))
-async def test_another_method_has_an_empty_answer(client: httpx.AsyncClient, path: str) -> None:
+async def test_another_method(client: httpx.AsyncClient, path: str) -> None:
+    """The answer is empty, but under /v1 it is OpenAI's error object."""
     response = await client.put(path)
-    assert (response.status_code, response.content) == (405, b"")
+    assert (response.status_code, response.content == b"") == (405, not path.startswith("/v1/"))
     assert response.headers["allow"] == ("POST" if path in POST_PATHS else "GET,HEAD")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses/x", "/tokenize/", "/info/", "/vertex/x", "/docs/x"])
+@pytest.mark.parametrize("path", ["/v1", "/tokenize/", "/info/", "/vertex/x", "/docs/x"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_another_path_has_an_empty_answer(client: httpx.AsyncClient, method: str, path: str) -> None:
     response = await client.request(method, path)

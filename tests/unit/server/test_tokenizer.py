@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.link.errors import StartError
+from engine.link.special_tokens import QWEN_TOKENS
 from server.text.chat_format import ChatFormat
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import CHATML, write_model_folder
@@ -136,7 +137,7 @@ def test_a_folder_as_tokenizer_config_path(folder: Path) -> None:
 
 def test_config_may_be_missing(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
-    assert load(folder).chat_format == ChatFormat(templates={}, special_tokens={})
+    assert load(folder).chat_format == ChatFormat(templates={}, special_tokens=QWEN_TOKENS)
 
 
 def templates(folder: Path, *, is_strict: bool = False) -> Mapping[str, str]:
@@ -207,6 +208,6 @@ def test_special_tokens_that_templates_may_name(folder: Path) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>", "image_token": "i"}
     assert load(folder).chat_format.special_tokens == tokens | {"unk_token": "<unk>", "pad_token": "<pad>"}
     change_config(folder, added_tokens_decoder={})
-    assert load(folder).chat_format.special_tokens == tokens
+    assert load(folder).chat_format.special_tokens == tokens | {"unk_token": "<|endoftext|>"}
     strict = TextTokenizer.from_folder(str(folder), 1, is_strict=True)
     assert strict.chat_format.special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}

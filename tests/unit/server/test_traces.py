@@ -223,7 +223,7 @@ async def test_the_line_of_a_request_has_its_handlers_spans(
 ) -> None:
     (line,) = await lines_of(client, caplog, {**BODY, "stream": True}, "/")
     assert (line["level"], line["message"]) == ("INFO", "Success")
-    assert line["span"].keys() == {"name", *FIELDS}
+    assert line["span"].keys() == {"name", *FIELDS, "route", "request_id", "prompt_tokens", "generated_tokens"}
     assert line["span"]["name"] == "generate_stream"
     assert line["spans"] == [{"name": "compat_generate"}, line["span"]]
 
@@ -233,7 +233,7 @@ async def test_the_line_of_a_failure_has_the_bare_text(
 ) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}
     (line,) = await lines_of(client, caplog, body, "/v1/chat/completions")
-    assert (line["level"], line["message"]) == ("ERROR", "`max_new_tokens` must be strictly positive")
-    assert line["span"].keys() == {"name", "request_id"}
+    assert (line["level"], line["message"]) == ("WARN", "`max_tokens` must be strictly positive")
+    assert line["span"].keys() == {"name", "route", "request_id"}
     assert line["span"]["name"] == "chat_completions"
     assert line["spans"] == [line["span"]]

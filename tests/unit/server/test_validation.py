@@ -136,9 +136,10 @@ async def test_values_without_effect_are_accepted(client: httpx.AsyncClient, par
     [
         ({"temperature": -1.0}, "`temperature` must be strictly positive"),
         ({"top_p": 1.5}, "`top_p` must be > 0.0 and < 1.0"),
-        ({"max_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+        ({"max_tokens": 0}, "`max_tokens` must be strictly positive"),
+        ({"max_completion_tokens": 0}, "`max_completion_tokens` must be strictly positive"),
         ({"frequency_penalty": 3}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-        ({"top_logprobs": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
+        ({"top_logprobs": 21}, "`top_logprobs` must be >= 0 and <= 20. Given: 21"),
         ({"n": 0}, "`n` must be > 0 and <= 128. Given: 0"),
         ({"n": 129}, "`n` must be > 0 and <= 128. Given: 129"),
     ],

@@ -64,6 +64,9 @@ async def streamed_text(client: httpx.AsyncClient, path: str, **said: Any) -> st
         ({"guided_json": CITY}, {"type": "json", "value": CITY}),
         ({"guided_json": json.dumps(CITY)}, {"type": "json", "value": CITY}),
         ({"structured_outputs": {"json": CITY}}, {"type": "json", "value": CITY}),
+        ({"guided_json": CITY, "structured_outputs": {"json": CITY}}, {"type": "json", "value": CITY}),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, {"type": "regex", "value": "a"}),
+        ({"guided_choice": ["a"], "structured_outputs": {"choice": ["a"]}}, {"type": "regex", "value": "a"}),
         ({"structured_outputs": {"json_object": True}}, {"type": "json_object"}),
         ({"guided_regex": "[a-z]{3}"}, {"type": "regex", "value": "[a-z]{3}"}),
         ({"structured_outputs": {"regex": "[a-z]{3}", "json": None}}, {"type": "regex", "value": "[a-z]{3}"}),
@@ -91,6 +94,11 @@ async def test_constraints(
         ({"guided_grammar": "root ::= 'a'"}, "`grammar` is not supported"),
         ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "`grammar` is not supported"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "`structural_tag` is not supported"),
+        (
+            {"guided_grammar": "start: /a/", "structured_outputs": {"grammar": "start: /a/"}},
+            "`grammar` is not supported",
+        ),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "only one constraint"),
         ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one constraint"),
         ({"structured_outputs": {"json": CITY, "regex": "a"}}, "structured_outputs: only one constraint"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex: only one constraint"),
@@ -164,9 +172,42 @@ async def test_the_last_tokens_of_a_prompt(client: httpx.AsyncClient, engine: Fa
     assert len(whole) > 2
     assert cut == whole[-2:]
     assert response.json()["usage"]["prompt_tokens"] == 2
-    for wrong in (0, 5000):
+    for wrong in (0, -2, 5000):
         refused = await ask(client, path, **said, truncate_prompt_tokens=wrong)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
+@pytest.mark.parametrize(
+    ("said", "num_kept"),
+    [
+        ({}, 1023),
+        ({"max_tokens": 24}, 1000),
+        ({"max_tokens": 1023}, 1),
+        ({"max_tokens": 1}, 1023),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_as_much_of_a_prompt_as_fits(
+    client: httpx.AsyncClient, engine: FakeEngine, said: Any, num_kept: int, stream: bool
+) -> None:
+    """-1 keeps what the window has room for, beside the new tokens."""
+    long = {"prompt": [5] + [6] * 2_000, "truncate_prompt_tokens": -1, "stream": stream}
+    response = await ask(client, COMPLETIONS, **long, **said)
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].prompt_token_ids == [6] * num_kept
+    short = await ask(client, COMPLETIONS, prompt=[7, 8], truncate_prompt_tokens=-1, **said)
+    assert (short.status_code, engine.requests[1].prompt_token_ids) == (200, [7, 8][-num_kept:])
+
+
+async def test_as_much_of_a_prompt_as_fits_beside_more_new_tokens_than_there_can_be(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.limits_now = msgspec.structs.replace(engine.limits_now, max_input_tokens=1_999, max_total_tokens=2_000)
+    for max_tokens, num_kept in ((1_500, 500), (1_999, 1), (2_000, 976), (10**6, 976)):
+        said = {"prompt": [6] * 3_000, "truncate_prompt_tokens": -1, "max_tokens": max_tokens}
+        assert (await ask(client, COMPLETIONS, **said)).status_code == 200
+        assert len(engine.requests[-1].prompt_token_ids) == num_kept
+        assert engine.requests[-1].max_new_tokens == min(max_tokens, 2_000 - num_kept)
 
 
 @both_routes
@@ -174,8 +215,8 @@ async def test_fields_without_effect_are_told_once(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """A name is the client's text: it is escaped, shortened, and there are only so many of them."""
-    monkeypatch.setattr(ignored, "_names", set())
-    monkeypatch.setattr(ignored, "MAX_NAMES", 5)
+    monkeypatch.setattr(ignored, "_lines", set())
+    monkeypatch.setattr(ignored, "MAX_LINES", 5)
     said = {"priority": 1, "user": "me", 'a"\n\u2028': 1, "x" * 10_000: 1, "temperature": 0, "guided_regex": "a"}
     with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
         for _ in range(3):
@@ -203,7 +244,7 @@ async def test_bodies_of_other_shapes_tell_of_them_as_well(
     path: str,
     body: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(ignored, "_names", set())
+    monkeypatch.setattr(ignored, "_lines", set())
     with caplog.at_level(logging.DEBUG, "server.requests.ignored"):
         assert (await client.post(path, json=body)).status_code == 200
     assert [record.getMessage() for record in caplog.records if record.name == "server.requests.ignored"] == [
@@ -352,18 +393,19 @@ async def test_logprobs_of_a_prompt(
     await ask(client, path, **said)
     ids = engine.requests[0].prompt_token_ids
     first = engine.script.events[0]
-    first.prompt_logprobs = [-3.0] * (len(ids) - 1)
+    first.prompt_logprobs, first.prompt_ranks = [-3.0] * (len(ids) - 1), [7] * (len(ids) - 1)
     if num_top:
         first.prompt_top_token_ids = [[ids[1], 9]] * (len(ids) - 1)
         first.prompt_top_logprobs = [[-0.25, -0.5]] * (len(ids) - 1)
     response = await ask(client, path, **said, prompt_logprobs=num_top)
     assert response.status_code == 200, response.text
     assert (engine.requests[1].has_prompt_logprobs, engine.requests[1].num_prompt_top_tokens) == (True, num_top)
+    assert [request.has_prompt_ranks for request in engine.requests] == [False, True]
     answer = response.json()
     scores = answer["prompt_logprobs"] if path == CHAT else answer["choices"][0]["prompt_logprobs"]
     assert len(scores) == len(ids)
     assert scores[0] is None
-    own = {"logprob": -3.0, "rank": None, "decoded_token": tokenizer.decode([ids[2]])}
+    own = {"logprob": -3.0, "rank": 7, "decoded_token": tokenizer.decode([ids[2]])}
     assert scores[2][str(ids[2])] == own
     if num_top:
         assert scores[1] == {
@@ -379,6 +421,14 @@ async def test_logprobs_of_a_prompt(
 async def test_logprobs_of_a_prompt_that_there_are_not(client: httpx.AsyncClient, path: str, said: Any) -> None:
     response = await ask(client, path, **said)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+@both_routes
+@pytest.mark.parametrize("number", [-1, -2, 21, 10**6])
+async def test_nobody_gets_the_logprobs_of_all_tokens(client: httpx.AsyncClient, path: str, number: int) -> None:
+    response = await ask(client, path, prompt_logprobs=number)
+    text = f"`prompt_logprobs` must be >= 0 and <= 20, not all tokens of the model (-1). Given: {number}"
+    assert (response.status_code, response.json()["error"]["message"]) == (400, f"Input validation error: {text}")
 
 
 async def test_too_many_likeliest_tokens_of_a_prompt_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -16,7 +16,7 @@ from jsonschema.exceptions import SchemaError
 from llguidance import LLMatcher, LLTokenizer
 
 from server.requests.grammar_check import Check, Checked, Checker, HeldSchema, Mode
-from server.schemas.opening import FORMATS, HELD
+from server.schemas.opening import FORMATS, HELD, WITHOUT_EFFECT
 from server.schemas.parts import MAX_NAMED_CHARS, named, pointer
 from server.schemas.repair import repaired
 from tests.unit.server.harness import FakeEngine
@@ -117,6 +117,16 @@ def test_the_formats_of_the_table_are_those_that_llguidance_knows() -> None:
     for name in [*FORMATS, "path", "binary", "int32", "regex", "iri"]:
         error = checked({"type": "string", "format": name}, "strict").error
         assert (error is None) == (name in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"), [(keyword, value) for keyword, values in WITHOUT_EFFECT.items() for value in values]
+)
+def test_a_keyword_that_asks_for_nothing_is_never_refused(keyword: str, value: Any) -> None:
+    for part in ({"type": "array", keyword: value}, {"type": "object", "properties": {"a": {keyword: value}}}):
+        assert checked(part, "strict").error is None
+        assert checked(part, "strict", name="f").error is None
+        assert checked(part).left_open == ()
 
 
 EXAMPLES: dict[str, Any] = {

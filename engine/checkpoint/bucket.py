@@ -1,0 +1,206 @@
+"""A model in a bucket of Google's Cloud Storage -> a local folder. Vertex AI names one where it has a model's files.
+
+Safetensors weights, configuration and tokenizer are fetched, never pickled weights or code, and only what is not there
+already. The standard library does for that: the storage has plain HTTP routes, and a machine of Google's hands out the
+token of its service account by another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import http.client
+import json
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_WEIGHTS, is_weight_name
+
+logger = logging.getLogger(__name__)
+
+URI = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]*)/?(?P<folder>.*)", re.DOTALL)
+OTHERS = (".json", ".txt", ".jinja")
+STORAGE_URL = "https://storage.googleapis.com"
+METADATA_URL = "http://metadata.google.internal"
+TOKEN_PATH = "/computeMetadata/v1/instance/service-accounts/default/token"
+TOKEN_TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
+TRIES = 5
+FIRST_PAUSE_S = 1.0
+"""Pause before the second try; each further one is twice as long."""
+CHUNK_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file in a bucket."""
+
+    object_name: str
+    size: int
+    updated_s: float
+    """When it was last written, in seconds since 1970. The local copy gets the same time."""
+
+    @property
+    def name(self) -> str:
+        return self.object_name.rpartition("/")[2]
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a local file is the copy of this one."""
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            return (found.st_size, int(found.st_mtime)) == (self.size, int(self.updated_s))
+        return False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """The storage's address, and that of the machine's metadata server."""
+
+    url: str = STORAGE_URL
+    metadata_url: str = METADATA_URL
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Storage:
+        """The addresses, or those that Google's own variables give instead."""
+        emulator, metadata = environ.get("STORAGE_EMULATOR_HOST"), environ.get("GCE_METADATA_HOST")
+        return cls(
+            url=STORAGE_URL if emulator is None else emulator if "://" in emulator else f"http://{emulator}",
+            metadata_url=METADATA_URL if metadata is None else f"http://{metadata}",
+        )
+
+    def files(self, bucket: str, prefix: str) -> list[StoredFile]:
+        """The files right below a folder whose name ends in a slash."""
+        files: list[StoredFile] = []
+        page: str | None = ""
+        while page is not None:
+            query = {"prefix": prefix, "delimiter": "/", "pageToken": page}
+            with self._open(f"/storage/v1/b/{quote(bucket)}/o?{urlencode(query)}") as response:
+                listing = json.load(response)
+            files += [_stored_file(item) for item in listing.get("items", [])]
+            page = listing.get("nextPageToken")
+        return files
+
+    def fetch(self, bucket: str, file: StoredFile, path: Path) -> None:
+        """Write a file to `path`, and go on where an earlier try ended."""
+        part = path.with_name(f".{path.name}.{int(file.updated_s)}.part")
+        start = part.stat().st_size if part.exists() else 0
+        if start != file.size or file.size == 0:
+            start = start if start < file.size else 0
+            route = f"/storage/v1/b/{quote(bucket)}/o/{quote(file.object_name, safe='')}?alt=media"
+            with self._open(route, {"Range": f"bytes={start}-"} if start else {}) as response:
+                with part.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as target:
+                    while chunk := response.read(CHUNK_BYTES):
+                        target.write(chunk)
+        if part.stat().st_size != file.size:
+            raise http.client.IncompleteRead(b"", file.size - part.stat().st_size)
+        os.utime(part, (file.updated_s, file.updated_s))
+        part.replace(path)
+
+    def _open(self, route: str, headers: Mapping[str, str] | None = None) -> Any:
+        token = self._token()
+        authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return _open(self.url + route, {**(headers or {}), **authorization}, TIMEOUT_S)
+
+    def _token(self) -> str | None:
+        """The token of the machine's service account. None on other machines, where a bucket may be public."""
+        try:
+            with _open(self.metadata_url + TOKEN_PATH, {"Metadata-Flavor": "Google"}, TOKEN_TIMEOUT_S) as response:
+                return str(json.load(response)["access_token"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+def _open(url: str, headers: dict[str, str], timeout_s: float) -> Any:
+    """The answer to a GET request. Raises HTTPError, whose connection is closed, for a status that is no success."""
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def _stored_file(item: Mapping[str, str]) -> StoredFile:
+    updated = datetime.datetime.fromisoformat(item["updated"])
+    return StoredFile(item["name"], int(item["size"]), updated.timestamp())
+
+
+def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
+    """The local copy of a model's folder in a bucket, below `cache`. Raises StartError in words."""
+    match = URI.fullmatch(uri)
+    if match is None:
+        raise StartError(f"{uri} is not the address of a bucket: give gs://BUCKET/FOLDER")
+    bucket, folder_name = match["bucket"], match["folder"].strip("/")
+    folder = cache / f"gs--{bucket}--{folder_name.replace('/', '--')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = _persistently(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""))
+        chosen = [file for file in files if _is_of_a_model(file.name)]
+        if not chosen:
+            raise StartError(f"{uri} has no files of a model: give the folder with config.json and *.safetensors")
+        for file in sorted(chosen, key=lambda file: is_weight_name(file.name)):  # the weights last, as from the Hub
+            path = folder / file.name
+            if not file.is_at(path):
+                logger.info("Download file: %s", file.name)
+                _persistently(functools.partial(storage.fetch, bucket, file, path))
+    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+        raise StartError(_sentence(error, uri, folder)) from error
+    return folder
+
+
+def _is_of_a_model(name: str) -> bool:
+    return not name.startswith(".") and (name.endswith(OTHERS) or is_weight_name(name) or name == ADAPTER_WEIGHTS)
+
+
+def _persistently(fetch: Callable[[], T]) -> T:
+    """`fetch()`, again after a pause while the network or the storage fails."""
+    pause_s = FIRST_PAUSE_S
+    for number in range(2, TRIES + 1):
+        try:
+            return fetch()
+        except (OSError, http.client.HTTPException) as error:
+            if not _is_transient(error):
+                raise
+            logger.warning("%s: trying again in %g s (try %d of %d)", _reason(error), pause_s, number, TRIES)
+        time.sleep(pause_s)
+        pause_s *= 2
+    return fetch()
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    # Of system errors those of connections; a full disk does not pass.
+    return isinstance(error, (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"The storage answered HTTP {error.code}"
+    return f"The storage can't be reached ({error})"
+
+
+def _sentence(error: Exception, uri: str, folder: Path) -> str:
+    """A sentence that says what went wrong and names the fix."""
+    if isinstance(error, urllib.error.HTTPError):
+        if error.code in (401, 403):
+            return f"{uri} may not be read: give the service account of this machine the role Storage Object Viewer"
+        fix = "check the name of the bucket" if error.code == 404 else "try again later"
+        return f"{uri} could not be read (HTTP {error.code}): {fix}"
+    if _is_transient(error):
+        return f"{uri} can't be reached ({error}): check the network, or give a local folder"
+    if isinstance(error, OSError):
+        return f"{folder} can't be written ({error.strerror}): set HUGGINGFACE_HUB_CACHE to a folder with space"
+    return f"{uri}: the storage does not answer as Google's does: check STORAGE_EMULATOR_HOST"

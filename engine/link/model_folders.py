@@ -1,0 +1,133 @@
+"""What is no model although somebody gave it as one: each kind has a sentence that says what it is and what to do.
+
+The launcher asks before it starts a process, and the download before and after it fetches. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from engine.link.errors import StartError
+from engine.link.model_files import ADAPTER_WEIGHTS, is_adapter, is_weight_name, read_file
+from engine.link.suggestions import suggestion
+
+BUCKETS = "gs://"
+"""The beginning of the address of a folder in Google's Cloud Storage."""
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth")
+GGUF = ".gguf"
+GGUF_REFUSAL = "and GGUF is not read: give a folder, or an id on the Hub, with safetensors weights"
+POINTER_START = b"version https://git-lfs"
+MAX_POINTER_BYTES = 1024
+"""A pointer of Git LFS, which stands in place of a file that was not fetched, is smaller."""
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def refuse_other_paths(model_id: str) -> None:
+    """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either."""
+    if model_id.startswith(BUCKETS):
+        return
+    if model_id.startswith(("http://", "https://")):
+        owner_and_name = "/".join(urlsplit(model_id).path.split("/")[1:3])
+        raise StartError(f"{model_id} is an address: give the model's id, like {owner_and_name or 'Qwen/Qwen2.5-0.5B'}")
+    if os.path.isfile(model_id):
+        if model_id.endswith(GGUF):
+            raise StartError(f"{model_id} is a GGUF file, {GGUF_REFUSAL}")
+        raise StartError(f"{model_id} is a file: give the folder that it lies in, {Path(model_id).parent}")
+    if os.path.islink(model_id) and not os.path.exists(model_id):
+        raise StartError(f"{model_id} is a link to {os.readlink(model_id)}, which does not exist: correct the link")
+    if not _HUB_ID.fullmatch(model_id):
+        near = near_folder(model_id)
+        raise StartError(
+            f"{model_id!r} is neither a folder nor the id of a model on the Hub{near}: check the path or the id"
+        )
+
+
+def near_folder(model_id: str) -> str:
+    """` (did you mean X?)` with the folder whose name is nearest; empty if there is none."""
+    path = os.path.expanduser(model_id).rstrip("/")  # a quoted ~ comes as it is
+    parent, name = os.path.split(path)
+    try:
+        names = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    return suggestion([name], names, os.path.join(parent or ".", ""))
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Raise StartError for a local folder in which a model, or an adapter, lacks something, by its names alone."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
+    if "config.json" not in names and not is_adapter(names):
+        _refuse_parent(folder)
+    refuse_names(names, str(folder))
+    for name in names:
+        if name.endswith((".safetensors", ".json")):
+            _refuse_pointer(folder / name)
+    if not is_adapter(names):
+        refuse_missing_tokenizer(folder)
+
+
+def refuse_names(names: Collection[str], model_id: str) -> None:
+    """Raise StartError if files of these names, at the top of a folder, can't make a model that we serve."""
+    if all(name.startswith(".") for name in names):
+        raise StartError(f"{model_id} is empty: give a folder with a model in it, or the id of one on the Hub")
+    is_adapted = is_adapter(names)
+    weights = [name for name in names if (name == ADAPTER_WEIGHTS if is_adapted else is_weight_name(name))]
+    if not weights and INDEX not in names:
+        _refuse_other_weights(names, model_id)
+    if "config.json" not in names and not is_adapted:
+        raise StartError(
+            f"{model_id} has weights but no config.json: a model is a folder with config.json, tokenizer.json and the "
+            "weights, fetch all of its files"
+        )
+
+
+def refuse_missing_tokenizer(folder: Path) -> None:
+    """Raise StartError if the folder has no tokenizer.json."""
+    if not (folder / "tokenizer.json").exists():  # what is there and is no file has a sentence of its own
+        raise StartError(
+            f"{folder} has no tokenizer.json: fetch it from the place that the model is from, or write one with "
+            "`transformers`, AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
+def _refuse_other_weights(names: Collection[str], model_id: str) -> None:
+    if any(name.endswith(PICKLED) for name in names):
+        raise StartError(
+            f"{model_id} has only pickled weights (.bin, .pt), which can run code and are never loaded: give a "
+            "--revision with safetensors (the Hub's convert space opens such a refs/pr/N), or convert them on a "
+            "machine you trust, with `transformers`, save_pretrained(..., safe_serialization=True)"
+        )
+    if any(name.endswith(GGUF) for name in names):
+        raise StartError(f"{model_id} has no *.safetensors file but GGUF, {GGUF_REFUSAL}")
+    if "config.json" in names or "tokenizer.json" in names:
+        raise StartError(
+            f"{model_id} has no *.safetensors file, the weights are missing: fetch all of the model's files"
+        )
+    raise StartError(f"{model_id} has no *.safetensors file and no config.json: it is no model, check --model-id")
+
+
+def _refuse_parent(folder: Path) -> None:
+    """Raise StartError if the model is in a folder below, also as the Hub's cache keeps its own."""
+    for pattern in ("*/config.json", "snapshots/*/config.json"):
+        for path in sorted(folder.glob(pattern)):
+            raise StartError(f"{folder} has no config.json, but a folder in it has: give --model-id {path.parent}")
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise StartError for a pointer of Git LFS."""
+    try:
+        is_small = path.is_file() and path.stat().st_size <= MAX_POINTER_BYTES
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+    if is_small and (read_file(path) or b"").startswith(POINTER_START):
+        raise StartError(
+            f"{path} is cut off or damaged: a pointer of Git LFS stands in its place, run `git lfs pull` in that folder"
+        )
