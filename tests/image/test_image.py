@@ -1,6 +1,6 @@
 """The image for CPUs, built from the Dockerfile and run with the command lines of Qwen's page about TGI.
 
-`make image-test` runs this. It needs root, buildah, debootstrap and the package registries, and 12 GB in `build/`.
+`make image-test` runs this. It needs root, buildah, debootstrap and the package registries, and some GB in `build/`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def kernels(folder: Path) -> set[Path]:
         ("plain", f"--model-id {MODEL}", "Connected"),
         ("gptq", f"--model-id {GPTQ_MODEL} --quantize gptq", "gptq, 4 bits"),
         ("awq", f"--model-id {AWQ_MODEL} --quantize awq", "awq, 4 bits"),
-        ("eetq", f"--model-id {MODEL} --quantize eetq", "eetq"),
+        ("eetq", f"--model-id {MODEL} --quantize eetq", "eetq, head int8"),
         ("two shards", f"--model-id {MODEL} --num-shard 2", "Sharding model on 2 processes"),
         ("speculation", f"--model-id {MODEL} --speculate 2", "Connected"),
         (
