@@ -56,6 +56,15 @@ NOT_RUN = {
         'kubectl create secret generic pytgi --from-literal=HF_TOKEN="$HF_TOKEN" --from-literal=API_KEY="$API_KEY"',
     ): "no cluster here; test_recipes.py goes as far as it can",
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
+    (
+        "docs/replicas.md",
+        "python -m server.replicas --replicas 2 --model-id my-model --port 8080",
+    ): "tests/replicas does",
+    (
+        "docs/replicas.md",
+        "RAY_AUTH_MODE=token RAY_ADDRESS=... python -m server.replicas --deploy-only --replica-host 127.0.0.1 "
+        "--replicas 2 --model-id another-model",
+    ): "tests/replicas does",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }
 """Commands without a marker, by document and first line, and why they are not run here."""

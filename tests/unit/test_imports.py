@@ -43,6 +43,7 @@ ROOMS: dict[str, str] = {
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
+    "server.replicas": "engine.link server.answers server.errors server.launcher",
     # engine
     "engine.link": "",
     "engine.kernel_cache": "",
