@@ -119,10 +119,8 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    app = Front(handle, is_strict=bool(args.server.get("is_strict_tgi"))).app()
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=args.graceful_termination_timeout_s
-    )
+    front = Front(handle, is_strict=bool(args.server.get("is_strict_tgi")))
+    runner = front.runner(args.graceful_termination_timeout_s)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
     logger.info("Connected")

@@ -38,7 +38,7 @@ RETRY_PAUSE_S = 0.2
 CONNECT_TIMEOUT_S = 5.0
 IDLE_CONNECTION_S = 30.0
 """Shorter than the server's, so that it is never the server that closes an idle connection under a new request."""
-CHUNK_BYTES = 1 << 16
+EVENTS = "text/event-stream"
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect".split())
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 
@@ -63,6 +63,12 @@ class Front:
         app.router.add_route("*", "/{path:.*}", self.forward)
         return app
 
+    def runner(self, drain_s: float) -> web.AppRunner:
+        """What serves the front. When it is cleaned up, running requests may end within `drain_s`."""
+        return web.AppRunner(
+            self.app(), handler_cancellation=True, auto_decompress=False, access_log=None, shutdown_timeout=drain_s
+        )
+
     async def metrics(self, request: web.Request) -> web.Response:
         """The metrics of all replicas that give theirs. Serve calls each of them."""
         results = await self._handle.broadcast("metrics").results_async(
@@ -77,12 +83,11 @@ class Front:
         start, is_whole = await _start_of_body(request)
         is_read = is_whole and "content-encoding" not in request.headers
         blocks = prompt_blocks(start) if is_read else []
-        body = start if is_whole else _rest(start, request.content)
         for _ in range(MAX_TRIES):
             try:
                 timeout_s = LEASE_TIMEOUT_S if request.method == "POST" else PROBE_TIMEOUT_S
                 async with self._lease(blocks, timeout_s) as address:
-                    return await self._pass_on(request, address, body)
+                    return await self._pass_on(request, address, start if is_whole else _rest(start, request.content))
             except UnreachableError:
                 await asyncio.sleep(RETRY_PAUSE_S)
             except TimeoutError:
@@ -129,17 +134,26 @@ class Front:
         )
         await response.prepare(request)
         tail = b""
-        try:
-            async for data in upstream.content.iter_any():
-                await response.write(data)
-                tail = data
-        except (aiohttp.ClientError, ConnectionError):
-            if upstream.content_type != "text/event-stream" or request.transport is None:
-                raise  # aiohttp breaks the connection off: the client sees that the body is not whole
-            logger.error("A replica is gone: ending the stream of %s", request.path)
+        while True:
+            try:
+                data = await upstream.content.readany()
+            except (aiohttp.ClientError, ConnectionError):
+                logger.error("A replica is gone: ending the answer to %s", request.path)
+                await self._end(request, response, tail if upstream.content_type == EVENTS else None)
+                return response
+            if not data:
+                await response.write_eof()
+                return response
+            await response.write(data)
+            tail = data
+
+    async def _end(self, request: web.Request, response: web.StreamResponse, tail: bytes | None) -> None:
+        """End a stream whose replica is gone by an event. A plain answer (`tail` is None) can only be broken off."""
+        if tail is not None:
             await response.write(end_of_stream(request.path, tail, is_strict=self._is_strict))
-        await response.write_eof()
-        return response
+            await response.write_eof()
+        elif request.transport is not None:
+            request.transport.abort()
 
     def _failed(self, request: web.Request, error: GenerationError | UnhealthyError) -> web.Response:
         status, body = failed_answer(request.path, error, is_strict=self._is_strict)
@@ -165,7 +179,7 @@ async def _start_of_body(request: web.Request) -> tuple[bytes, bool]:
             while size <= MAX_READ_BYTES and (data := await request.content.readany()):
                 parts.append(data)
                 size += len(data)
-    return b"".join(parts), request.content.at_eof()
+    return b"".join(parts), request.content.at_eof() and size <= MAX_READ_BYTES
 
 
 async def _rest(start: bytes, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
