@@ -40,6 +40,7 @@ def serve_replicas(argv: Sequence[str]) -> int:
     parser.add_argument("-p", "--port", action="append", default=[])  # the front's, and no replica's
     parser.add_argument("--hostname", action="append", default=[])
     own, flags = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the front serves; Ray's processes end at the exit
     place = [*(f"--port={port}" for port in own.port), *(f"--hostname={name}" for name in own.hostname)]
     try:
         args = parse_args([*flags, *place], os.environ)
