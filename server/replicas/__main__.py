@@ -40,7 +40,6 @@ def serve_replicas(argv: Sequence[str]) -> int:
     parser.add_argument("-p", "--port", action="append", default=[])  # the front's, and no replica's
     parser.add_argument("--hostname", action="append", default=[])
     own, flags = parser.parse_known_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the front serves; Ray's processes end at the exit
     place = [*(f"--port={port}" for port in own.port), *(f"--hostname={name}" for name in own.hostname)]
     try:
         args = parse_args([*flags, *place], os.environ)
@@ -90,6 +89,7 @@ def _ray() -> Iterator[bool]:
     except (ConnectionError, RuntimeError) as error:
         raise LaunchError(f"There is no Ray: {error}") from error
     logger.info("Ray runs: RAY_AUTH_MODE=token RAY_ADDRESS=%s reaches it", ray.get_runtime_context().gcs_address)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the front serves; Ray's own handler exits with 15
     try:
         yield is_own
     finally:

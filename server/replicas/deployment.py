@@ -139,7 +139,9 @@ def deployment_options(args: LauncherArgs, replicas: str) -> dict[str, Any]:
 
 
 def actor_resources(num_replicas: int, num_shards: int) -> dict[str, Any]:
-    """A GPU per shard where the cluster has GPUs, else a part of this host's cores."""
-    if ray.is_initialized() and ray.cluster_resources().get("GPU"):
+    """A GPU per shard where the cluster has GPUs, else a part of a host's cores, which may be less than one."""
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    if cluster.get("GPU"):
         return {"num_gpus": num_shards, "num_cpus": 1}
-    return {"num_cpus": max(1, available_cores() // num_replicas)}
+    cores = available_cores()
+    return {"num_cpus": min(cores, cluster.get("CPU", cores)) / num_replicas}

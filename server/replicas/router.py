@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-from ray.serve._private.common import ReplicaID
-from ray.serve._private.replica_result import ReplicaResult
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from server.replicas.prefix_rule import PrefixRule
 
 
-class PrefixRouter(FIFOMixin, RequestRouter):
-    """A request's first argument is the blocks of its prompt."""
+class PrefixRouter(RequestRouter):
+    """A request's first argument is the blocks of its prompt.
+
+    Serve's FIFOMixin would give a choice to whichever request waits longest, not to the one that it was made for.
+    """
 
     def initialize_state(self, *, capacity: int) -> None:
         """Serve calls this with the configuration's `request_router_kwargs`."""
@@ -37,7 +39,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         super().update_replicas(replicas)
         self._rule.keep({replica.replica_id.unique_id for replica in replicas})
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._num_open[replica_id] += 1
         self._rule.remember(replica_id.unique_id, blocks_of(pending_request))
 
