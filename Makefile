@@ -17,7 +17,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install serve test test-fast test-slow ray-test soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install wheel serve test test-fast test-slow ray-test clients soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -25,15 +25,17 @@ help:
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
 	@echo 'make ray-test          two replicas on Ray Serve: the wire, a kill, updates, scaling, what a token costs'
+	@echo 'make clients           more clients than make test runs, on the demo model; installs them on first use (PYTEST_ARGS=)'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
-	@echo 'make clean             take the environment and build/ away, with runs of gpu-proof that are not kept'
+	@echo 'make clean             take the environment, build/ and dist/ away, with runs of gpu-proof that are not kept'
 	@echo 'make check             format, lint, types, import direction, house rules, generated documents'
 	@echo 'make configuration     write docs/configuration.md from the table of flags'
 	@echo 'make format            put the format right'
 	@echo 'make install           only the environment                (TORCH_SPEC= another torch, PYTHON= another python)'
+	@echo 'make wheel             write dist/pytgi-VERSION-py3-none-any.whl'
 	@echo 'make demo-model        only the demo model; prints its folder'
 	@echo 'make demo-model-small  only the small one'
 	@echo 'make lock              write constraints.txt anew'
@@ -57,6 +59,11 @@ $(VENV)/interpreted: $(VENV)/installed
 	@echo 'Installing Triton, whose interpreter runs the kernels of GPUs on the CPU' >&2
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[interpreted]' >&2
 	@touch $@
+
+# setuptools leaves what it has built in build/lib, and would put modules that are gone since into the next wheel.
+wheel: install
+	@rm -rf build/lib build/bdist.*
+	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && ls dist/*.whl
 
 serve: install
 	@model="$(MODEL)"; test -n "$$model" || model=$$($(PY) scripts/demo_model.py | tail -n 1) && test -n "$$model" && \
@@ -102,6 +109,10 @@ $(RAY)/installed: $(VENV)/installed
 ray-test: $(RAY)/installed
 	@PYTHONPATH=. $(RAY)/bin/python -m pytest -W ignore::DeprecationWarning tests/replicas $(PYTEST_ARGS)
 
+# What CI does without: 3 GB of environments in ~/.cache/pytgi.
+clients: install
+	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
+
 # The report goes to docs/soak from 30 minutes on, below that to build/soak.
 soak: install
 	@$(PY) -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
@@ -138,4 +149,4 @@ lock: install
 	@$(PY) -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' | grep -v '^-e ' > constraints.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from server.requests.validation import ValidatedRequest
 from server.telemetry.metrics import RequestMetrics
 from server.telemetry.spans import log_extra, set_fields
 from server.text.detokenizer import Detokenizer, StopChecker, StopCutter
+from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,12 @@ class GeneratedToken:
     logprob: float
     is_special: bool
     finish_reason: FinishReason | None
-    top_tokens: Sequence[ScoredToken] = ()
+    top_tokens: Sequence[ScoredToken]
     """The likeliest tokens at this place, the likeliest first; there are none unless the request has top_n_tokens."""
+    pieces: Sequence[Piece]
+    """The pieces of the answer that the token completes; with the last token all that are left."""
+    num_calls: int
+    """Calls of functions up to here."""
 
 
 @dataclass(slots=True)
@@ -84,8 +89,9 @@ class Generation:
         metrics: RequestMetrics,
     ) -> None:
         self.seed = request.generation.sampling.seed
-        self.left_open = request.left_open
         self.num_generated_tokens = 0
+        self.num_thought_tokens = 0
+        """Tokens between the marks of a thought."""
         self.timings = timings
         self._metrics = metrics
         self._received: float | None = None
@@ -103,7 +109,7 @@ class Generation:
         stop = parameters.stop
         self._stop_checker = StopChecker(() if request.is_stop_hidden else stop)
         self._stop_cutter = StopCutter(stop, is_shown=is_stop_shown) if request.is_stop_hidden and stop else None
-        self._is_over = None if request.watch is None else request.watch()
+        self._reader = request.reader()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -178,7 +184,8 @@ class Generation:
     def _next_token(
         self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Sequence[ScoredToken]
     ) -> GeneratedToken:
-        """The next token: the last one if the engine says so or a stop string is complete (`docs/wire.md`, 4.4)."""
+        """The next token: the last one if the engine says so, a stop string is complete (`docs/wire.md`, 4.4), or the
+        reader knows that nothing new comes."""
         # Some tokenizers have an end of sequence that is no special token, and a request may have its own.
         is_end = self._is_end_hidden and reason is FinishReason.EOS_TOKEN
         text, visible = self._detokenizer.push(token_id, is_last=reason is not None, is_hidden=is_end)
@@ -188,13 +195,20 @@ class Generation:
                 reason = FinishReason.STOP_SEQUENCE
         elif reason is None and (num_kept := self._stop_checker.check(text)) is not None:
             text, visible, reason = text[:num_kept], visible[:num_kept], FinishReason.STOP_SEQUENCE
-        if reason is None and self._is_over is not None and self._is_over(visible):
+        reader = self._reader
+        was_thinking = reader.is_thinking
+        pieces = reader.push(visible)
+        self.num_thought_tokens += was_thinking and reader.is_thinking
+        if reason is None and reader.is_over:
             reason = FinishReason.EOS_TOKEN
         self.num_generated_tokens += 1
         if reason is not None:
+            pieces += reader.finish(is_cut=reason is FinishReason.LENGTH)
             self._finish()
         is_special = self._tokenizer.is_special(token_id)
-        return GeneratedToken(token_id, text, visible, logprob, is_special, reason, top_tokens)
+        return GeneratedToken(
+            token_id, text, visible, logprob, is_special, reason, top_tokens, pieces, reader.num_calls
+        )
 
     def _top_tokens(self, event: TokenEvent, index: int) -> list[ScoredToken]:
         pairs = zip(event.top_token_ids[index], event.top_logprobs[index], strict=True)
@@ -264,6 +278,10 @@ class Completion:
     tokens: list[GeneratedToken]
     text: str
     finish_reason: FinishReason
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        return (piece for token in self.tokens for piece in token.pieces)
 
     @property
     def mean_logprob(self) -> float:

@@ -21,26 +21,25 @@ def left_open_header(left_open: Sequence[str]) -> dict[str, str]:
     return {LEFT_OPEN: named(left_open)} if left_open else {}
 
 
-def plain_headers(compute_type: str, prompt: str, generation: Generation) -> dict[str, str]:
+def plain_headers(compute_type: str, prompt: str, generation: Generation, left_open: Sequence[str]) -> dict[str, str]:
     return {
         "x-compute-type": compute_type,
         "x-compute-time": f"{generation.timings.total_s:.9f}",
         "x-compute-characters": str(len(prompt)),
         **{name: str(value) for name, value in _counts(generation).items()},
-        **left_open_header(generation.left_open),
+        **left_open_header(left_open),
     }
 
 
 def plain_headers_of_prompts(
-    compute_type: str, prompts: str, generations: Sequence[Sequence[Generation]]
+    compute_type: str, prompts: str, generations: Sequence[Sequence[Generation]], left_open: Sequence[str]
 ) -> dict[str, str]:
     """Sums over the sequences of all prompts; the tokens of a prompt count once, however many sequences it has."""
     headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(prompts))}
     all_counts = [_counts(generation) for sequences in generations for generation in sequences]
     sums = {name: sum(counts[name] for counts in all_counts) for name in all_counts[0]}
     sums["x-prompt-tokens"] = sum(sequences[0].num_prompt_tokens for sequences in generations)
-    left_open = left_open_header(generations[0][0].left_open)
-    return headers | {name: str(value) for name, value in sums.items()} | left_open
+    return headers | {name: str(value) for name, value in sums.items()} | left_open_header(left_open)
 
 
 def _counts(generation: Generation) -> dict[str, int]:

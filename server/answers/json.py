@@ -74,12 +74,19 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     """Tokens whose keys and values were there from another request."""
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+    """Tokens of thoughts."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
     """TGI has no such key."""
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    """Only where thoughts are told from answers."""
 
 
 def encoded_items(items: Iterable[T]) -> list[T]:

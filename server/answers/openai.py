@@ -12,7 +12,15 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine.link.messages import FinishReason
-from server.answers.json import SYSTEM_FINGERPRINT, JsonF32, PromptTokensDetails, Scored, Usage, f32
+from server.answers.json import (
+    SYSTEM_FINGERPRINT,
+    CompletionTokensDetails,
+    JsonF32,
+    PromptTokensDetails,
+    Scored,
+    Usage,
+    f32,
+)
 from server.answers.sse import DONE, event, with_error_event
 from server.config import ServerConfig
 from server.errors import error_body, openai_error_body
@@ -99,14 +107,18 @@ class Envelope:
         return int(time.time()) if self._is_strict else self.created
 
 
-def usage_of(config: ServerConfig, prompts: Iterable[Generation], num_generated: int) -> Usage:
-    """The usage of so many tokens and of one sequence of each prompt."""
+def usage_of(
+    config: ServerConfig, prompts: Iterable[Generation], num_generated: int, num_thought: int | None = None
+) -> Usage:
+    """The usage of so many tokens, `num_thought` of them in thoughts if those count, and of a sequence of each
+    prompt."""
     num_prompt_tokens = num_cached = 0
     for generation in prompts:
         num_prompt_tokens += generation.num_prompt_tokens
         num_cached += generation.num_cached_tokens
     details = UNSET if config.is_strict_tgi else PromptTokensDetails(num_cached)
-    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated, details)
+    thoughts = UNSET if num_thought is None else CompletionTokensDetails(num_thought)
+    return Usage(num_prompt_tokens, num_generated, num_prompt_tokens + num_generated, details, thoughts)
 
 
 def num_generated_tokens(streams: Iterable[Stream]) -> int:

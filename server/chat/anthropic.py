@@ -9,8 +9,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 from server.errors import AnthropicErrorBody, anthropic_error_body
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 
 
 class TextBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
@@ -94,7 +94,7 @@ class AnthropicWriter:
         self.message.usage = MessageUsage(input_tokens=num_prompt_tokens)
         yield AnthropicEvent(type="message_start", message=self.message)
 
-    def push(self, piece: ChatPiece) -> Iterable[AnthropicEvent]:
+    def push(self, piece: Piece) -> Iterable[AnthropicEvent]:
         """The events of the next piece of the answer."""
         match piece:
             case Content(text):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class AnswerEnd:
     num_tokens: int
     num_cached_tokens: int
     """Tokens of the prompt that the prefix cache had."""
+    num_thought_tokens: int
     num_calls: int
     is_cut: bool
     """The answer has reached its length, and the model had more to say."""
@@ -69,7 +70,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
     reasoning_content: str | UnsetType = UNSET
 
 
-def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
+def message_of(pieces: Iterable[Piece]) -> ChatMessage:
     """The message in OpenAI's shape. If there are calls, content without words is null."""
     content = thoughts = ""
     calls: list[tuple[str, list[str]]] = []
@@ -92,7 +93,7 @@ def message_of(pieces: Iterable[ChatPiece]) -> ChatMessage:
     )
 
 
-def delta_of(piece: ChatPiece, role: str | UnsetType) -> ChatDelta:
+def delta_of(piece: Piece, role: str | UnsetType) -> ChatDelta:
     """The delta of a piece. In OpenAI's order a call's id and name come first, then its arguments, part by part."""
     match piece:
         case Content(text):

@@ -10,8 +10,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.chat.messages import AnswerEnd
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, Thought
 from server.errors import openai_error_body
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -143,7 +143,7 @@ class ResponseWriter:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self.response)
 
-    def push(self, piece: ChatPiece) -> Iterable[ResponseEvent]:
+    def push(self, piece: Piece) -> Iterable[ResponseEvent]:
         """The events of the next piece of the answer."""
         match piece:
             case Content(text):
@@ -174,6 +174,7 @@ class ResponseWriter:
             input_tokens=self._num_prompt_tokens,
             input_tokens_details=InputDetails(end.num_cached_tokens),
             output_tokens=end.num_tokens,
+            output_tokens_details=OutputDetails(end.num_thought_tokens),
             total_tokens=self._num_prompt_tokens + end.num_tokens,
         )
         if end.is_cut:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from server.chat.marks import CLOSE_THOUGHT, OPEN_THOUGHT
+from server.chat.marks import CLOSE_THOUGHT, OPEN_THOUGHT, split_at
 from server.chat.rendering import Ending
-from server.chat.tool_calls import AnswerReader, ChatPiece, Content, Thought
 from server.requests.messages import ContentBody, Message, TextPart
-from server.text.detokenizer import overlap
+from server.text.pieces import AnswerReader, Piece, Thought, words
 from server.text.tokenizer import TextTokenizer
 
 
@@ -25,6 +25,13 @@ class Thinking(enum.Enum):
     """The answer may begin with the mark of a thought."""
     HAS_BEGUN = enum.auto()
     """The answer begins within a thought."""
+    IS_CONTENT = enum.auto()
+    """The same, but nobody tells the thought from the answer: both are its words."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether thoughts are told from the answer."""
+        return self in (Thinking.MAY_BEGIN, Thinking.HAS_BEGUN)
 
 
 AUTO, OFF = "auto", "off"
@@ -43,21 +50,23 @@ def default_thinking(parser: str, tokenizer: TextTokenizer) -> Thinking:
 
 def thinking_after(prompt: str, messages: Sequence[Message], ending: Ending, default: Thinking) -> Thinking:
     """What the answer to `prompt`, which `messages` have become, begins with."""
+    end = prompt.rstrip()
+    is_within = end.endswith(OPEN_THOUGHT)
+    unless_apart = Thinking.IS_CONTENT if is_within else Thinking.NONE
     if default is Thinking.NONE:
-        return default
+        return unless_apart
     continued = _continued_text(messages, ending)
     if continued:  # the client's words may have marks anywhere
         is_open = continued.rfind(OPEN_THOUGHT) > continued.rfind(CLOSE_THOUGHT)
-        return Thinking.HAS_BEGUN if is_open else Thinking.NONE
-    end = prompt.rstrip()
+        return Thinking.HAS_BEGUN if is_open else unless_apart
     if end.endswith(CLOSE_THOUGHT):
         return Thinking.NONE
-    return Thinking.HAS_BEGUN if end.endswith(OPEN_THOUGHT) else default
+    return Thinking.HAS_BEGUN if is_within else default
 
 
 def grammar_preface(thinking: Thinking, tokenizer: TextTokenizer) -> str:
     """Rules by which a model that is held to a grammar may think first; empty: it does not think."""
-    if thinking is Thinking.NONE:
+    if not thinking.is_apart:
         return ""
     opening, closing = (tokenizer.token_id(mark) for mark in (OPEN_THOUGHT, CLOSE_THOUGHT))
     # A grammar knows a mark that is one token by its id alone.
@@ -78,86 +87,69 @@ def _continued_text(messages: Sequence[Message], ending: Ending) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content if isinstance(part, TextPart))
 
 
-class ThinkingReader(AnswerReader):
-    """Reads an answer that may begin with a thought, and hands what comes after it to another reader.
+class ChatReader(AnswerReader):
+    """Reads an answer that may begin with a thought; what comes after it is words.
 
     White space around a thought is part of nothing. A thought that does not end is all of the answer.
     """
 
-    def __init__(self, thinking: Thinking, after: AnswerReader) -> None:
-        self._after = after
-        self._is_open = thinking is Thinking.HAS_BEGUN
+    def __init__(self, *, thinking: Thinking = Thinking.NONE) -> None:
         self._held = ""
         """Text that came and is in no piece yet."""
-        self._read: Callable[[list[ChatPiece]], bool] = self._read_beginning
+        self.is_thinking = thinking is Thinking.HAS_BEGUN
+        self._read: Callable[[list[Piece]], bool] = self._read_beginning if thinking.is_apart else self._read_answer
+        """Moves what is certain from `_held` to the pieces. Returns whether there may be more."""
 
-    def push(self, text: str) -> list[ChatPiece]:
+    def push(self, text: str) -> list[Piece]:
         self._held += text
-        pieces: list[ChatPiece] = []
+        pieces: list[Piece] = []
         while self._held and self._read(pieces):
             pass
-        self._follow()
         return pieces
 
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        held, self._held = self._held, ""
-        is_within = self._read == self._read_thought
-        thought = _thought(held.rstrip() if is_within else held.strip())
-        pieces = thought if self._is_open else self._after.push(held)
-        pieces += self._after.finish(is_cut=is_cut)
-        self._follow()
-        return pieces
+    def finish(self, *, is_cut: bool) -> list[Piece]:
+        if self._read == self._read_beginning:  # what might have become a mark is none
+            self._begin()
+        pieces = self.push("")
+        return pieces + (_thought(self._held.rstrip()) if self.is_thinking else self._finish_answer(is_cut=is_cut))
 
-    def _follow(self) -> None:
-        self.num_calls, self.is_over = self._after.num_calls, self._after.is_over
-
-    def _read_beginning(self, pieces: list[ChatPiece]) -> bool:
-        start = self._held.lstrip()
-        if start.startswith(OPEN_THOUGHT):
-            self._is_open, self._held = True, start.removeprefix(OPEN_THOUGHT)
-        elif OPEN_THOUGHT.startswith(start):  # it may become the mark
-            return False
-        self._read = self._read_indent if self._is_open else self._read_rest
-        return True
-
-    def _read_indent(self, pieces: list[ChatPiece]) -> bool:
-        return self._skip_space(self._read_thought)
-
-    def _read_thought(self, pieces: list[ChatPiece]) -> bool:
-        thought, mark, rest = self._held.partition(CLOSE_THOUGHT)
-        if mark:
-            pieces += _thought(thought.rstrip())
-            self._is_open, self._held, self._read = False, rest, self._read_gap
-            return True
-        certain = thought[: len(thought) - overlap(thought, CLOSE_THOUGHT)].rstrip()
-        pieces += _thought(certain)
-        self._held = thought[len(certain) :]
+    def _read_answer(self, pieces: list[Piece]) -> bool:
+        """Read what comes after the thought."""
+        pieces += words(self._held)
+        self._held = ""
         return False
 
-    def _read_gap(self, pieces: list[ChatPiece]) -> bool:
-        return self._skip_space(self._read_rest)
+    def _finish_answer(self, *, is_cut: bool) -> list[Piece]:
+        return []
 
-    def _skip_space(self, then: Callable[[list[ChatPiece]], bool]) -> bool:
+    def _read_beginning(self, pieces: list[Piece]) -> bool:
+        start = self._held.lstrip()
+        if start.startswith(OPEN_THOUGHT):
+            self.is_thinking, self._held = True, start.removeprefix(OPEN_THOUGHT)
+        elif OPEN_THOUGHT.startswith(start):  # it may become the mark
+            return False
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        self._read = partial(self._skip_space, self._read_thought) if self.is_thinking else self._read_answer
+
+    def _read_thought(self, pieces: list[Piece]) -> bool:
+        thought, mark, rest = split_at(CLOSE_THOUGHT, self._held)
+        certain = thought.rstrip()
+        pieces += _thought(certain)
+        if not mark:
+            self._held = self._held[len(certain) :]
+            return False
+        self.is_thinking, self._held, self._read = False, rest, partial(self._skip_space, self._read_answer)
+        return True
+
+    def _skip_space(self, then: Callable[[list[Piece]], bool], pieces: list[Piece]) -> bool:
         self._held = self._held.lstrip()
         if self._held:
             self._read = then
         return bool(self._held)
 
-    def _read_rest(self, pieces: list[ChatPiece]) -> bool:
-        held, self._held = self._held, ""
-        pieces += self._after.push(held)
-        return False
 
-
-class WordReader(AnswerReader):
-    """Reads an answer that is words."""
-
-    def push(self, text: str) -> list[ChatPiece]:
-        return [Content(text)] if text else []
-
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        return []
-
-
-def _thought(text: str) -> list[ChatPiece]:
+def _thought(text: str) -> list[Piece]:
     return [Thought(text)] if text else []

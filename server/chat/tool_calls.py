@@ -9,81 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import msgspec
 
 from server.chat.bare_calls import BareCalls
 from server.chat.json_text import JsonText
-from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
-from server.text.detokenizer import overlap
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallStart:
-    index: int
-    """Counts the calls of one answer from 0."""
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """The next part of the JSON text of a call's arguments."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Thought:
-    """The next part of what a reasoning model thinks."""
-
-    text: str
-
-
-ChatPiece = Content | CallStart | Arguments | Thought
-
-
-class AnswerReader(ABC):
-    """Reads one answer. The pieces are the same however the text is cut, apart from their own cuts."""
-
-    num_calls = 0
-    is_over = False
-    """The model says nothing new from here on: its answer may end."""
-
-    @abstractmethod
-    def push(self, text: str) -> list[ChatPiece]:
-        """The pieces that the next part of the answer's text completes."""
-
-    @abstractmethod
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        """The last pieces. `is_cut`: the answer has reached its length, and the model had more to say."""
-
-
-class CallReader(AnswerReader):
-    """Reads the calls out of one answer."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        """Text that came and is in no piece yet."""
-
-    def push(self, text: str) -> list[ChatPiece]:
-        self._held += text
-        pieces: list[ChatPiece] = []
-        while self._read(pieces):
-            pass
-        return pieces
-
-    @abstractmethod
-    def _read(self, pieces: list[ChatPiece]) -> bool:
-        """Move what is certain from `_held` to `pieces`. Returns whether there may be more."""
+from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT, overlap, split_at
+from server.chat.thoughts import ChatReader, Thinking
+from server.text.pieces import Arguments, CallStart, Piece, words
 
 
 class _Call(msgspec.Struct):
@@ -97,7 +31,7 @@ _CUT_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"argumen
 """A call that lacks its end. Groups: the name as JSON, the arguments as far as they go."""
 
 
-class FreeCallReader(CallReader):
+class FreeCallReader(ChatReader):
     """Reads a model that may write what it likes.
 
     A call is reported once all of it is there and it is right: valid JSON, the name of an offered function, an object
@@ -110,58 +44,59 @@ class FreeCallReader(CallReader):
         names: Collection[str],
         max_calls: int | None = None,
         *,
-        bare_calls: BareCalls | None = None,
-        is_in_thought: bool = False,
+        answered: Collection[str] | None = None,
+        thinking: Thinking = Thinking.NONE,
     ) -> None:
         """`max_calls`: everything after that many calls is dropped; None: there is no limit.
 
-        `bare_calls` follows an answer that may be nothing but calls without their marks, which is read as well then.
-        `is_in_thought`: the prompt has begun a thought.
+        `answered`: calls without their marks that are none again (`server.chat.bare_calls`); None: none is a call.
         """
-        super().__init__()
+        super().__init__(thinking=thinking)
         self._names = names
         self._max_calls = max_calls
         self._gap = ""
         """White space before an opening mark, while `_held` is what comes after that mark."""
         self._body: JsonText | None = None
         """Follows `_held` after an opening mark; None outside of a call."""
-        self._is_in_thought = is_in_thought
-        self._bare = bare_calls
+        self._is_quoting = thinking is Thinking.IS_CONTENT
+        """`_held` is within a thought among the words, which is content. Only who knows that it is in no call's text
+        can tell where one begins."""
+        self._bare = None if answered is None else BareCalls(names, answered)
         """Follows `_held` as long as nothing but thoughts stands before it and it may be bare calls."""
 
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
-        held, self._held = self._held, ""
+    def _finish_answer(self, *, is_cut: bool) -> list[Piece]:
+        held = self._held
         if self._is_full:
             return []
-        if self._bare is not None and not self._is_in_thought:
+        if self._bare is not None and not self._is_quoting:
             return self._finish_bare(self._bare, held, is_cut=is_cut)
         if self._body is None:
-            return [] if self.num_calls and not held.strip() else _content(held)
+            return [] if self.num_calls and not held.strip() else words(held)
         body = held[: len(held) - overlap(held, CLOSE)]
         call = self._whole_call(body)
         if not call and is_cut:
             call = self._cut_call(body)
-        return call or _content(self._gap + OPEN + held)
+        return call or words(self._gap + OPEN + held)
 
-    def _finish_bare(self, bare: BareCalls, held: str, *, is_cut: bool) -> list[ChatPiece]:
+    def _finish_bare(self, bare: BareCalls, held: str, *, is_cut: bool) -> list[Piece]:
         rest = held[bare.end :].strip()
         pieces = [piece for call in bare.calls[: self._max_calls] for piece in self._call(*call)]
         if rest and is_cut and not self._is_full:
             pieces += self._cut_call(rest)
-        return pieces if pieces and (is_cut or self.is_over or not rest) else _content(held)
+        return pieces if pieces and (is_cut or self.is_over or not rest) else words(held)
 
     @property
     def _is_full(self) -> bool:
         return self.num_calls == self._max_calls
 
-    def _read(self, pieces: list[ChatPiece]) -> bool:
+    def _read_answer(self, pieces: list[Piece]) -> bool:
         if self.is_over:
             return False
         if self._is_full:
             self._held = ""
             return False
-        if self._is_in_thought:
-            return self._read_thought(pieces)
+        if self._is_quoting:
+            return self._read_quoted_thought(pieces)
         if self._body is not None:
             return self._read_call(self._body, pieces)
         if self._bare is not None and not self._held.lstrip().startswith(OPEN_THOUGHT):
@@ -175,39 +110,35 @@ class FreeCallReader(CallReader):
     def _may_become_thought(self) -> bool:
         return OPEN_THOUGHT.startswith(self._held.lstrip())
 
-    def _read_content(self, pieces: list[ChatPiece]) -> bool:
+    def _read_content(self, pieces: list[Piece]) -> bool:
         held = self._held
         # What is not found has the index -1, which becomes the end of the text.
         start, mark = min((held.find(mark) % (len(held) + 1), mark) for mark in (OPEN, OPEN_THOUGHT))
         is_found = start < len(held)
         if is_found and mark == OPEN_THOUGHT:
-            self._is_in_thought = True
-            return self._read_thought(pieces)
+            self._is_quoting = True
+            return True
         num_certain = start if is_found else len(held) - max(overlap(held, OPEN), overlap(held, OPEN_THOUGHT))
         content = held[:num_certain].rstrip()
-        pieces += _content(content)
+        pieces += words(content)
         if not is_found:
             self._held = held[len(content) :]
             return False
         self._gap, self._held, self._body = held[len(content) : start], held[start + len(OPEN) :], JsonText()
         return True
 
-    def _read_thought(self, pieces: list[ChatPiece]) -> bool:
-        """A thought is content, whatever it holds."""
-        held = self._held
-        end = held.find(CLOSE_THOUGHT)
-        self._is_in_thought = end < 0
-        num_certain = len(held) - overlap(held, CLOSE_THOUGHT) if end < 0 else end + len(CLOSE_THOUGHT)
-        pieces += _content(held[:num_certain])
-        self._held = held[num_certain:]
-        return end >= 0
+    def _read_quoted_thought(self, pieces: list[Piece]) -> bool:
+        thought, mark, self._held = split_at(CLOSE_THOUGHT, self._held)
+        pieces += words(thought + mark)
+        self._is_quoting = not mark
+        return bool(mark)
 
-    def _read_call(self, body: JsonText, pieces: list[ChatPiece]) -> bool:
+    def _read_call(self, body: JsonText, pieces: list[Piece]) -> bool:
         """Take a call up to its closing mark. Text that cannot become a call any more is content."""
         held = self._held
         start = held.lstrip()
         if start and not start.startswith("{"):
-            pieces += _content(self._gap + OPEN)
+            pieces += words(self._gap + OPEN)
             self._body = None
             return True
         mark, position = body.find((OPEN, CLOSE), held)
@@ -218,14 +149,14 @@ class FreeCallReader(CallReader):
         if call:
             pieces += call
         elif mark == CLOSE:
-            pieces += _content(self._gap + OPEN + inside + CLOSE)
+            pieces += words(self._gap + OPEN + inside + CLOSE)
         else:
             content = inside.rstrip()
-            pieces += _content(self._gap + OPEN + content)
+            pieces += words(self._gap + OPEN + content)
             self._gap, self._body = inside[len(content) :], JsonText()
         return True
 
-    def _whole_call(self, body: str) -> list[ChatPiece]:
+    def _whole_call(self, body: str) -> list[Piece]:
         try:
             call = _decode(body)
         except (msgspec.DecodeError, RecursionError):
@@ -233,12 +164,12 @@ class FreeCallReader(CallReader):
         arguments = bytes(call.arguments).decode()
         return self._call(call.name, arguments) if arguments.startswith("{") else []
 
-    def _cut_call(self, body: str) -> list[ChatPiece]:
+    def _cut_call(self, body: str) -> list[Piece]:
         match = _CUT_CALL.fullmatch(body)
         name = next((name for name in self._names if match and json.dumps(name, ensure_ascii=False) == match[1]), None)
         return self._call(name, match[2]) if match and name is not None else []
 
-    def _call(self, name: str, arguments: str) -> list[ChatPiece]:
+    def _call(self, name: str, arguments: str) -> list[Piece]:
         if name not in self._names:
             return []
         index = self.num_calls
@@ -246,7 +177,7 @@ class FreeCallReader(CallReader):
         return [CallStart(index, name), Arguments(index, arguments)]
 
 
-class ForcedCallReader(CallReader):
+class ForcedCallReader(ChatReader):
     """Reads a model that a grammar holds to the format, so that the arguments can be reported as they come.
 
     `header` matches the text before the arguments and has the function's name, as JSON, in its first group. A call that
@@ -254,9 +185,9 @@ class ForcedCallReader(CallReader):
     does.
     """
 
-    def __init__(self, header: re.Pattern[str], first: str = "") -> None:
+    def __init__(self, header: re.Pattern[str], first: str = "", *, thinking: Thinking = Thinking.NONE) -> None:
         """`first`: the beginning of the arguments, if the header has swallowed it."""
-        super().__init__()
+        super().__init__(thinking=thinking)
         self._header = header
         self._first = first
         self._arguments: JsonText | None = None
@@ -268,11 +199,11 @@ class ForcedCallReader(CallReader):
         self._calls: list[tuple[str, str]] = []
         """Names and arguments of the calls before."""
 
-    def finish(self, *, is_cut: bool) -> list[ChatPiece]:
+    def _finish_answer(self, *, is_cut: bool) -> list[Piece]:
         """What is cut before the arguments of the first call tells nobody anything: it is neither a call nor words."""
-        return [] if self.num_calls or is_cut else _content(self._held)
+        return [] if self.num_calls or is_cut else words(self._held)
 
-    def _read(self, pieces: list[ChatPiece]) -> bool:
+    def _read_answer(self, pieces: list[Piece]) -> bool:
         if self.is_over:
             return False
         if self._arguments is None:
@@ -294,7 +225,7 @@ class ForcedCallReader(CallReader):
             self._calls.append((self._name, self._text))
         return end is not None
 
-    def _report(self, text: str, pieces: list[ChatPiece], *, is_whole: bool) -> None:
+    def _report(self, text: str, pieces: list[Piece], *, is_whole: bool) -> None:
         """Report the call, or its next part, unless it may be one of those before."""
         if not self._is_reported:
             before = [call for name, call in self._calls if name == self._name]
@@ -305,7 +236,3 @@ class ForcedCallReader(CallReader):
             self._is_reported, text = True, self._text
         if text:
             pieces.append(Arguments(self.num_calls - 1, text))
-
-
-def _content(text: str) -> list[ChatPiece]:
-    return [Content(text)] if text else []

@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from server.chat.bare_calls import BareCalls, call_key
+from server.chat.bare_calls import call_key
 from server.chat.marks import CLOSE, CLOSE_THOUGHT, OPEN, OPEN_THOUGHT
 from server.chat.rendering import Ending
 from server.chat.template import NO_TOOLS, OfferedTools
-from server.chat.thoughts import Thinking, ThinkingReader, WordReader
-from server.chat.tool_calls import AnswerReader, ForcedCallReader, FreeCallReader
+from server.chat.thoughts import ChatReader, Thinking
+from server.chat.tool_calls import ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
@@ -46,16 +47,13 @@ TGI_HEADER = re.compile(r'\{"function": \{"_name": ("(?:[^"\\]|\\.)*")(?:, |(?=\
 class ToolUse:
     """How one chat uses its tools."""
 
-    names: tuple[str, ...] = ()
-    """Names of the functions that may be called."""
+    read: Callable[..., ChatReader] = ChatReader
+    """Makes a reader of an answer, given its `thinking`."""
+    call_marks: tuple[str, ...] = ()
+    """The marks by which that tells calls."""
     offered: OfferedTools = NO_TOOLS
     grammar: Check | None = None
     """What the model is held to, if it is not free."""
-    max_calls: int | None = None
-    is_free: bool = False
-    """The model may answer in words, or in the schema of the answer."""
-    answered: frozenset[str] = frozenset()
-    """Calls that the conversation has answered since the user spoke (`server.chat.bare_calls`)."""
     is_named: bool = False
     """The request names the function, so that a call is no decision of the model."""
     has_no_tool: bool = False
@@ -64,33 +62,12 @@ class ToolUse:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The marks by which an answer is read."""
-        of_calls = (OPEN, CLOSE) if self.names else ()
-        return of_calls if self.thinking is Thinking.NONE else (*of_calls, OPEN_THOUGHT, CLOSE_THOUGHT)
+        """The marks by which an answer is read; none: all of it is words."""
+        return (*self.call_marks, OPEN_THOUGHT, CLOSE_THOUGHT) if self.thinking.is_apart else self.call_marks
 
-    def reader(self, prompt: str) -> AnswerReader | None:
-        """A reader of one answer to the prompt, in the model's own format; None: all of it is words."""
-        if self.thinking is Thinking.NONE:
-            return self._call_reader(prompt) if self.names else None
-        return ThinkingReader(self.thinking, self._call_reader("") if self.names else WordReader())
-
-    def _call_reader(self, prompt: str) -> AnswerReader:
-        if not self.is_free:
-            return ForcedCallReader(HERMES_HEADER)
-        bare_calls = BareCalls(self.names, self.answered) if self.grammar is None else None
-        is_in_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
-        return FreeCallReader(self.names, self.max_calls, bare_calls=bare_calls, is_in_thought=is_in_thought)
-
-    def watch(self, prompt: str) -> Callable[[str], bool]:
-        """Something that is told an answer piece by piece, and says when nothing new comes."""
-        reader = self.reader(prompt)
-        assert reader is not None
-
-        def is_over(text: str) -> bool:
-            reader.push(text)
-            return reader.is_over
-
-        return is_over
+    def reader(self) -> ChatReader:
+        """A reader of one answer, in the model's own format."""
+        return self.read(thinking=self.thinking)
 
 
 NO_TOOL_USE = ToolUse()
@@ -159,22 +136,24 @@ def _template_use(tools: Sequence[Tool], request: ChatRequest, tokenizer: TextTo
     is_free, is_named = mode == "auto", mode == "named"
     max_calls = 1 if is_named or not request.parallel_tool_calls else None
     is_held = not is_free or request.response_format is not None
+    names = [tool.function.name for tool in tools]
+    answered = None if is_held else _answered_calls(request.messages)
+    read_freely = partial(FreeCallReader, names, max_calls, answered=answered)
     return ToolUse(
-        names=tuple(tool.function.name for tool in tools),
+        read=read_freely if is_free else partial(ForcedCallReader, HERMES_HEADER),
+        call_marks=(OPEN, CLOSE),
         offered=OfferedTools(
             tools=sent,
             prompt=prompt,
             listed_prompt=f"\n---\n{listed}\n{request.tool_prompt or HERMES_PROMPT}",
         ),
         grammar=_hermes_grammar(request, tools, tokenizer, is_single=max_calls == 1) if is_held else None,
-        max_calls=max_calls,
-        is_free=is_free,
-        answered=_answered_calls(request.messages),
         is_named=is_named,
     )
 
 
 def _answered_calls(messages: Sequence[Message]) -> frozenset[str]:
+    """The calls that the conversation has answered since the user spoke."""
     calls: list[str] = []
     for message in messages:
         if message.role == "user":
@@ -255,6 +234,7 @@ def _tgi_use(tools: Sequence[Tool], request: ChatRequest) -> ToolUse:
     bodies = [f"schema_{index}" for index in range(len(tools))]
     lark = _lark(f"{_literal(TGI_START)} body {_literal('}')}", bodies)
     return ToolUse(
+        read=partial(ForcedCallReader, TGI_HEADER, "{"),
         offered=OfferedTools(tools=shown, prompt=f"\n---\n{prompt}", listed_prompt=f"\n---\n{listed}\n{prompt}"),
         grammar=Check(lark=lark, schemas=tuple(HeldSchema(_tgi_schema(tool), "tgi") for tool in tools)),
         has_no_tool=is_free,

@@ -19,20 +19,20 @@ from server.launcher.children import Signals, supervise
 from server.launcher.errors import ArgumentError, LaunchError, Stopped
 from server.launcher.host import describe_runtime
 from server.launcher.shard_check import check_model
-from server.launcher.sockets import bind, rendezvous_socket
+from server.launcher.sockets import bind, describe_address, rendezvous_socket
 from server.launcher.start import find_model, start_ranks, start_webserver
 
 logger = logging.getLogger("launcher")
 
 
-def main() -> None:
-    """Console script."""
+def main(listener: socket.socket | None = None) -> None:
+    """Console script. A `listener`, bound already, is served in place of --hostname and --port."""
     open_standard_streams()
     use_utf8()
     try:
         args = parse_args(sys.argv[1:], os.environ)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)
-        run(args)
+        run(args, listener)
     except ArgumentError as error:
         sys.exit(f"Error: {error}")
     except (LaunchError, StartError) as error:
@@ -57,7 +57,7 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def run(args: LauncherArgs) -> None:
+def run(args: LauncherArgs, listener: socket.socket | None = None) -> None:
     """Serve until a signal (raises Stopped) or a failure (raises LaunchError)."""
     signals = Signals()
     if args.is_runtime_logged:
@@ -69,12 +69,12 @@ def run(args: LauncherArgs) -> None:
         folders = find_model(args, signals)
         check_model(folders.model, args.sharding)
         supervise(None, start_ranks(args, folders), signals, args.graceful_termination_timeout_s)
-    with bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
+    with listener or bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
         folders = find_model(args, signals)
         check_model(folders.model, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:
             engines = start_ranks(args, folders, engine_end, rendezvous)
-            logger.info("Starting Webserver for %s on port %d", args.model_id, listener.getsockname()[1])
+            logger.info("Starting Webserver for %s on %s", args.model_id, describe_address(listener))
             http = start_webserver(args, folders, listener, http_end)
     supervise(http, engines, signals, args.graceful_termination_timeout_s)

@@ -44,6 +44,12 @@ def bound_socket(
         return listener
 
 
+def describe_address(listener: socket.socket) -> str:
+    """Where clients find the server, as the log has it."""
+    address = listener.getsockname()
+    return address if isinstance(address, str) else f"port {address[1]}"
+
+
 @contextlib.contextmanager
 def rendezvous_socket(sharding: Sharding) -> Iterator[socket.socket | None]:
     """The socket where the ranks will meet, listening already. None: another process holds it, or there is one rank."""

@@ -29,12 +29,13 @@ def read_guided(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constraints(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Kind and value of each constraint."""
+    """Kind and value of each constraint. Clients for old and new servers say the same in both spellings."""
     constraints = [(key.removeprefix(PREFIX), value) for key, value in values.items() if key != STRUCTURED_OUTPUTS]
     nested = values.get(STRUCTURED_OUTPUTS, {})
     if not isinstance(nested, dict):
         raise wrong(f"{STRUCTURED_OUTPUTS}: invalid type: {unexpected(nested)}, expected a map")
-    return constraints + [(kind, nested[kind]) for kind in _KINDS if nested.get(kind) not in (None, False)]
+    further = [(kind, nested[kind]) for kind in _KINDS if nested.get(kind) not in (None, False)]
+    return constraints + [constraint for constraint in further if constraint not in constraints]
 
 
 def _format(kind: str, value: Any) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class WireModel(BaseModel):
         for name, spellings in spellings_of(cls):
             keys = [spelling for spelling in spellings if spelling in data]
             if not repeated.isdisjoint(spellings) or (len(keys) > 1 and not is_lenient):
-                raise wrong(f"duplicate field `{name}`")
+                repeated_key = next((key for key in spellings if key in repeated), name)
+                raise wrong(f"duplicate field `{repeated_key if is_lenient else name}`")
             for older in keys[:-1]:
                 del data[older]
         return data

@@ -22,6 +22,7 @@ from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, WHOLE_WINDOW, Parameters
 from server.requests.wording import TGI_WORDING, Wording
+from server.text.pieces import AnswerReader
 from server.text.tokenizer import TextTokenizer
 
 MAX_CHECKED_NEW_TOKENS = 1024
@@ -42,10 +43,6 @@ _REFUSALS: list[tuple[str, Row, Refusal]] = sorted(
 """Name, row and refusal of each parameter that has one, in the order of the checks."""
 
 
-Watch = Callable[[], Callable[[str], bool]]
-"""Makes, for one sequence, what is told its text piece by piece and says when the sequence is to end."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationInput:
     """What a route asks for, whatever the route: a prompt and parameters."""
@@ -62,8 +59,6 @@ class GenerationInput:
     """Whose words the parameters are in; under --strict-tgi they mean the same in all."""
     wording: Wording = TGI_WORDING
     """The words of refusals."""
-    is_prompt_scored: bool = False
-    """The answer has the logprobs of the prompt's tokens, whatever the parameters say."""
     num_prompt_top_tokens: int = 0
     """Number of the likeliest tokens to report for each token of a prompt that has logprobs."""
     tool_grammar: Check | None = None
@@ -71,13 +66,13 @@ class GenerationInput:
     grammar_preface: str = ""
     """Rules for what the model may write before it is held to a grammar (`server.requests.grammar.after`)."""
     shown_ids: frozenset[int] = frozenset()
-    """Special tokens whose text whoever reads the answer needs."""
-    watch: Watch | None = None
+    """Special tokens whose text the reader needs."""
+    reader: Callable[[], AnswerReader] = AnswerReader
+    """Makes the reader of one answer."""
 
     @property
     def has_prompt_logprobs(self) -> bool:
-        parameters = self.parameters
-        return self.is_prompt_scored or parameters.decoder_input_details or parameters.prompt_logprobs is not None
+        return self.parameters.decoder_input_details or self.parameters.prompt_logprobs is not None
 
     @property
     def max_prompt_top_tokens(self) -> int:
@@ -111,7 +106,7 @@ class ValidatedRequest:
     """Places of its schemas that the model is not held to."""
     shown_ids: frozenset[int] = frozenset()
     """Special tokens whose text is a part of the answer."""
-    watch: Watch | None = None
+    reader: Callable[[], AnswerReader] = AnswerReader
 
 
 def _grammar_text(grammar: Checked | None, preface: str) -> str | None:
@@ -165,7 +160,7 @@ class Validator:
         if request.is_stream:
             refuse_if(best_of not in (None, 1), "`best_of` != 1 is not supported when streaming tokens")  # text 3
             refuse_if(
-                parameters.decoder_input_details,
+                parameters.decoder_input_details and not request.is_openai,  # whose first chunk has them
                 "`decoder_input_details` == true is not supported when streaming tokens",
             )  # text 4
         elif best_of is not None and best_of > 1:
@@ -213,7 +208,7 @@ class Validator:
                 is_stop_hidden=request.is_openai,
                 left_open=grammar.left_open if grammar else (),
                 shown_ids=request.shown_ids,
-                watch=request.watch,
+                reader=request.reader,
             )
             for index in range(request.num_sequences)
         ]

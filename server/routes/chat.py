@@ -40,8 +40,7 @@ from server.chat.messages import (
     message_of,
 )
 from server.chat.thoughts import grammar_preface, thinking_after
-from server.chat.tool_calls import AnswerReader, Arguments, CallStart, ChatPiece, ForcedCallReader
-from server.chat.tools import NO_TOOL, TGI_HEADER, ToolUse, ending, use_tools
+from server.chat.tools import NO_TOOL, ToolUse, ending, use_tools
 from server.edge.disconnect import cancel_if_gone
 from server.errors import OpenAIErrorBody, TemplateError, ToolError, ValidationError
 from server.generation import Completion, GeneratedToken, Stream, collect, interleave
@@ -52,6 +51,7 @@ from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.requests.wording import CHAT_WORDINGS, TGI_WORDING
 from server.service import AdmittedRequest, GenerationService, service_of
+from server.text.pieces import Arguments, CallStart
 
 area = Area()
 
@@ -145,19 +145,11 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         wording=TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key],
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
-        watch=(lambda: use.watch(prompt)) if use.names else None,
+        reader=use.reader,
         # Some tokenizers have the marks as special tokens, which no text shows otherwise.
         shown_ids=service.tokenizer.token_ids(*use.marks),
     )
     return generation_input, use
-
-
-def read_token(reader: AnswerReader, token: GeneratedToken) -> list[ChatPiece]:
-    """The pieces that the next token completes; with the last token all that are left."""
-    pieces = reader.push(token.visible)
-    if token.finish_reason is not None:
-        pieces += reader.finish(is_cut=token.finish_reason is FinishReason.LENGTH)
-    return pieces
 
 
 class _Chat:
@@ -176,13 +168,14 @@ class _Chat:
         self._model = model_name(body.model, service.config)
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(self._input) as streams:
+        opening = self._service.open(self._input)
+        async with opening as streams:
             answers = await collect(streams)
         content = await self._service.written(answers, lambda: self._written(answers, streams))
-        return content, self._headers(answers)
+        return content, self._headers(answers, opening)
 
     def _written(self, answers: Sequence[Completion], streams: Sequence[Stream]) -> bytes:
-        choices = (self._choice(index, answer) for index, answer in enumerate(answers))
+        choices = (self._choice(index, answer, message_of(answer.pieces)) for index, answer in enumerate(answers))
         return encoder.encode(self._completion(encoded_items(choices), streams))
 
     def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
@@ -197,21 +190,13 @@ class _Chat:
             prompt_logprobs=UNSET if num_top is None else prompt_logprobs(streams[0].generation, num_top),
         )
 
-    def _headers(self, answers: Sequence[Completion]) -> dict[str, str]:
-        return plain_headers(self._service.config.compute_type, self._input.inputs, answers[0].generation)
+    def _headers(self, answers: Sequence[Completion], opening: AdmittedRequest) -> dict[str, str]:
+        compute_type, prompt = self._service.config.compute_type, self._input.inputs
+        return plain_headers(compute_type, prompt, answers[0].generation, opening.left_open)
 
-    def _choice(self, index: int, answer: Completion) -> ChatChoice:
-        reader = self._use.reader(self._input.inputs)
-        if reader is None:
-            message = ChatMessage("assistant", answer.text)
-            return self._whole_choice(index, answer, message, self._envelope.finish_reasons[answer.finish_reason])
-        pieces = reader.push(answer.text) + reader.finish(is_cut=answer.finish_reason is FinishReason.LENGTH)
-        return self._whole_choice(
-            index, answer, message_of(pieces), self._finish_reason(reader.num_calls, answer.finish_reason)
-        )
-
-    def _whole_choice(self, index: int, answer: Completion, message: ChatMessage, finish_reason: str) -> ChatChoice:
+    def _choice(self, index: int, answer: Completion, message: ChatMessage) -> ChatChoice:
         logprobs = self._logprobs(answer.tokens)
+        finish_reason = self._finish_reason(answer.tokens[-1].num_calls, answer.finish_reason)
         return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
 
     def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
@@ -228,19 +213,20 @@ class _Chat:
         return chat_logprobs(tokens, self._service.tokenizer.name, self._body.top_logprobs or 0)
 
     def _usage(self, streams: Sequence[Stream]) -> Usage:
-        return usage_of(self._service.config, [streams[0].generation], num_generated_tokens(streams))
+        num_thought = sum(stream.generation.num_thought_tokens for stream in streams)
+        return usage_of(
+            self._service.config,
+            [streams[0].generation],
+            num_generated_tokens(streams),
+            num_thought if self._use.thinking.is_apart else None,
+        )
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
-        """An event or more for each token of each choice, and one with the usage if the request includes it."""
-        readers = [self._use.reader(self._input.inputs) for _ in range(self._input.num_choices)]
+        """The events of all choices, and one with the usage if the request includes it."""
         async with opening as streams:
             async with contextlib.aclosing(interleave(streams)) as tokens:
                 async for index, token in tokens:
-                    reader = readers[index]
-                    if reader is None:
-                        yield event(self._chunk([self._chunk_choice(index, token)], None))
-                        continue
-                    for choice in self._read_choices(index, token, reader):
+                    for choice in self._chunk_choices(index, token):
                         yield event(self._chunk([choice], None))
             usage = self._usage(streams)
         if self._body.stream_options.include_usage:
@@ -256,15 +242,6 @@ class _Chat:
             usage=usage,
         )
 
-    def _chunk_choice(self, index: int, token: GeneratedToken) -> ChunkChoice:
-        reason = token.finish_reason
-        return ChunkChoice(
-            index=index,
-            delta=ChatDelta(self._role(index), token.visible),
-            logprobs=self._logprobs([token]),
-            finish_reason=None if reason is None else self._envelope.finish_reasons[reason],
-        )
-
     def _role(self, index: int) -> str | UnsetType:
         """TGI has the role in every chunk. OpenAI's client would join the roles to one text: there it comes once."""
         if index in self._begun and not self._service.config.is_strict_tgi:
@@ -272,13 +249,16 @@ class _Chat:
         self._begun.add(index)
         return "assistant"
 
-    def _read_choices(self, index: int, token: GeneratedToken, reader: AnswerReader) -> list[ChunkChoice]:
-        """Any number of chunks for a token. The first has the logprobs; the finish reason has a chunk of its own."""
+    def _chunk_choices(self, index: int, token: GeneratedToken) -> list[ChunkChoice]:
+        """The chunks of a token: one, if the answer is words; else any number, and one for the finish reason."""
         reason = token.finish_reason
-        deltas = [delta_of(piece, self._role(index)) for piece in read_token(reader, token)]
-        if reason is not None or (self._body.logprobs and not deltas):
-            deltas.append(ChatDelta(self._role(index), UNSET if reader.num_calls else ""))
-        finish_reason = None if reason is None else self._finish_reason(reader.num_calls, reason)
+        if self._use.marks:
+            deltas = [delta_of(piece, self._role(index)) for piece in token.pieces]
+            if reason is not None or (self._body.logprobs and not deltas):
+                deltas.append(ChatDelta(self._role(index), UNSET if token.num_calls else ""))
+        else:
+            deltas = [ChatDelta(self._role(index), token.visible)]
+        finish_reason = None if reason is None else self._finish_reason(token.num_calls, reason)
         logprobs = self._logprobs([token])
         last = len(deltas) - 1
         return [
@@ -296,29 +276,28 @@ class _TgiToolChat(_Chat):
     """Tools as TGI has them: one call in JSON of TGI's own or, with `no_tool`, a second run in words."""
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(self._input) as streams:
+        opening = self._service.open(self._input)
+        async with opening as streams:
             answers = await collect(streams)
         call = _read_tgi_call(answers[0].text)
         if call.name == NO_TOOL and self._use.has_no_tool:
             return await (await self._in_words()).complete()
         message = ChatMessage("assistant", tool_calls=[ToolCallAnswer(id="0", function=call)])
-        reason = self._envelope.finish_reasons[answers[0].finish_reason]
-        choices = [self._whole_choice(0, answers[0], message, reason)]
-        return encoder.encode(self._completion(choices, streams)), self._headers(answers)
+        choices = [self._choice(0, answers[0], message)]
+        return encoder.encode(self._completion(choices, streams)), self._headers(answers, opening)
+
+    def _finish_reason(self, num_calls: int, reason: FinishReason) -> str:
+        return self._envelope.finish_reasons[reason]
 
     async def chunks(self, opening: AdmittedRequest) -> AsyncGenerator[bytes]:
-        reader = ForcedCallReader(TGI_HEADER, "{")
         call_id = _next_call_id(self._body.messages)
         is_in_words = False
         async with opening as streams:
             async for token in streams[0].tokens:
-                pieces = reader.push(token.visible)
-                is_in_words = self._use.has_no_tool and any(
-                    isinstance(p, CallStart) and p.name == NO_TOOL for p in pieces
-                )
+                is_in_words = self._use.has_no_tool and CallStart(0, NO_TOOL) in token.pieces
                 if is_in_words:
                     break
-                for choice in self._tgi_choices(token, pieces, call_id):
+                for choice in self._tgi_choices(token, call_id):
                     yield event(self._chunk([choice], None))
             usage = self._usage(streams)
         if is_in_words:
@@ -334,25 +313,29 @@ class _TgiToolChat(_Chat):
         body = self._body.model_copy(update={"tools": None})
         return _Chat(self._service, body, *(await chat_input(self._service, body)))
 
-    def _tgi_choices(self, token: GeneratedToken, pieces: Sequence[ChatPiece], call_id: str) -> list[ChunkChoice]:
+    def _tgi_choices(self, token: GeneratedToken, call_id: str) -> list[ChunkChoice]:
         """A chunk with the name and the opening brace, one for each further part, one with the finish reason."""
         choices = []
-        for piece in pieces:
+        for piece in token.pieces:
             if isinstance(piece, CallStart):
-                choices.append(self._tgi_choice(token, call_id, piece.name, "{"))
+                choices.append(self._tgi_choice(token, _tgi_delta(call_id, piece.name, "{")))
             elif isinstance(piece, Arguments):
                 text = piece.text.removeprefix("{") if choices else piece.text
                 if text:
-                    choices.append(self._tgi_choice(token, call_id, None, text))
+                    choices.append(self._tgi_choice(token, _tgi_delta(call_id, None, text)))
         if token.finish_reason is not None:
-            choices.append(self._chunk_choice(0, dataclasses.replace(token, visible="")))
+            reason = self._envelope.finish_reasons[token.finish_reason]
+            choices.append(self._tgi_choice(token, ChatDelta("assistant", ""), reason))
         return choices
 
-    def _tgi_choice(self, token: GeneratedToken, call_id: str, name: str | None, arguments: str) -> ChunkChoice:
-        function = FunctionDelta(name=name, arguments=arguments)
-        call = ToolCallDelta(index=0, id=call_id, type="function", function=function)
-        delta = ChatDelta("assistant", tool_calls=[call])
-        return ChunkChoice(index=0, delta=delta, logprobs=self._logprobs([token]), finish_reason=None)
+    def _tgi_choice(self, token: GeneratedToken, delta: ChatDelta, finish_reason: str | None = None) -> ChunkChoice:
+        return ChunkChoice(index=0, delta=delta, logprobs=self._logprobs([token]), finish_reason=finish_reason)
+
+
+def _tgi_delta(call_id: str, name: str | None, arguments: str) -> ChatDelta:
+    function = FunctionDelta(name=name, arguments=arguments)
+    call = ToolCallDelta(index=0, id=call_id, type="function", function=function)
+    return ChatDelta("assistant", tool_calls=[call])
 
 
 def _read_tgi_call(text: str) -> FunctionCall:

@@ -186,17 +186,17 @@ class _Completion:
         return GenerationInput(
             inputs=prompt if isinstance(prompt, str) else await self._service.tokenizer.decode_all(prompt),
             token_ids=None if isinstance(prompt, str) else prompt,
-            parameters=parameters,
+            parameters=dataclasses.replace(parameters, decoder_input_details=self._has_prompt_logprobs),
             is_stream=self._body.stream,
             num_choices=self._num_sequences,
-            is_prompt_scored=self._has_prompt_logprobs,
             num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
             wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING,
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:
-        async with self._service.open(*self.prompts) as streams:
+        opening = self._service.open(*self.prompts)
+        async with opening as streams:
             answers = await collect(streams)
         by_prompt = [
             answers[start : start + self._num_sequences] for start in range(0, len(answers), self._num_sequences)
@@ -205,6 +205,7 @@ class _Completion:
             self._service.config.compute_type,
             self.text_of_prompts,
             [[answer.generation for answer in candidates] for candidates in by_prompt],
+            opening.left_open,
         )
         return await self._service.written(answers, lambda: self._written(by_prompt, streams)), headers
 

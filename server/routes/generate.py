@@ -148,10 +148,11 @@ def _echoing(request: GenerationInput) -> GenerationInput:
 
 
 async def _generate(service: GenerationService, request: GenerationInput) -> tuple[bytes, dict[str, str]]:
-    async with service.open(request) as streams:
+    opening = service.open(request)
+    async with opening as streams:
         answers = await collect(streams)
     best = best_of(answers)
-    headers = plain_headers(service.config.compute_type, request.inputs, best.generation)
+    headers = plain_headers(service.config.compute_type, request.inputs, best.generation, opening.left_open)
     return await service.written(answers, lambda: encoder.encode(_response(request, answers, best))), headers
 
 

@@ -157,9 +157,3 @@ def _longest_match(stop: str, shorter: Sequence[int], num_matched: int, characte
     while num_matched and stop[num_matched] != character:
         num_matched = shorter[num_matched - 1]
     return num_matched + (stop[num_matched] == character)
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
-    max_length = min(len(text), len(stop) - 1)
-    return next((length for length in range(max_length, 0, -1) if text.endswith(stop[:length])), 0)

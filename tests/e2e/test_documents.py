@@ -180,7 +180,7 @@ def stop_at(text: str, process: subprocess.Popen[bytes], log_path: Path) -> None
     launchers = [
         candidate
         for candidate in (here, *here.children(recursive=True))
-        if any(part.endswith("/text-generation-launcher") for part in candidate.cmdline())
+        if any(part.endswith(("/text-generation-launcher", "/pytgi")) for part in candidate.cmdline())
     ]
     launchers[-1].send_signal(signal.SIGTERM)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("server", "engine", "parallel", "quant")
+PACKAGES = ("pytgi", "server", "engine", "parallel", "quant")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
@@ -81,7 +81,7 @@ def text_files() -> list[Path]:
     """Every file of the tree in which people read sentences."""
     files = [
         *ROOT.glob("*.md"),
-        *(ROOT / name for name in "Makefile Dockerfile pyproject.toml .ci/run".split()),
+        *(ROOT / name for name in "Makefile Dockerfile pyproject.toml setup.py .ci/run".split()),
         *(path for folder in ("docs", "examples") for path in (ROOT / folder).iterdir() if path.is_file()),
         *source_files([*PACKAGES, *"tests scripts benchmarks".split()]),
         *(path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.md")),

@@ -1,4 +1,4 @@
-"""Imports point one way: server -> engine -> {parallel, quant}, and within a package from room to room.
+"""Imports point one way: pytgi -> server -> engine -> {parallel, quant}, and within a package from room to room.
 
 Imports inside functions count: those hide cycles.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("server", "engine", "parallel", "quant")
+PACKAGES = ("pytgi", "server", "engine", "parallel", "quant")
+FLAT = ("pytgi", "parallel", "quant")
+"""Packages that are one room each."""
 
 ROOMS: dict[str, str] = {
     # server
@@ -83,7 +85,8 @@ ROOMS: dict[str, str] = {
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
-    # the other two are flat
+    # the others are flat
+    "pytgi": "server.launcher engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -101,6 +104,8 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
+    "pytgi.commands": "pytgi server.launcher engine.cli engine.compile",
+    "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "server.schemas": "server.schemas",
@@ -143,7 +148,7 @@ MODULES = {name_of(path): path for path in source_files()}
 def room_of(module: str) -> str:
     """`engine.scheduling` for engine.scheduling.batch, `engine.core` for itself, `quant` for all files below it."""
     parts = module.split(".")
-    if parts[0] in ("parallel", "quant") or len(parts) == 1:
+    if parts[0] in FLAT or len(parts) == 1:
         return parts[0]
     return ".".join(parts[:2])
 
@@ -171,7 +176,7 @@ def test_direction(module: str) -> None:
 
 
 def test_every_room_has_a_rule_and_every_rule_a_room() -> None:
-    rooms = {room_of(module) for module in MODULES if module not in PACKAGES} | {"parallel", "quant"}
+    rooms = {room_of(module) for module in MODULES if module not in PACKAGES} | set(FLAT)
     assert rooms == set(ROOMS)
 
 
@@ -209,6 +214,9 @@ def is_upward(order: list[str], room: str, other: str) -> bool:
         ("parallel.linear", "quant.base.LinearMethod", True),
         ("parallel.linear", "quant.dense.DenseMethod", False),
         ("quant.config", "parallel.state", False),
+        ("pytgi.commands", "server.launcher.main.main", True),
+        ("pytgi.llm", "server.app.create_app", False),
+        ("server.app", "pytgi.rooms", False),
         ("quant.config", "tests.tiny_model", False),
     ],
 )
@@ -244,6 +252,14 @@ def test_the_launcher_needs_the_standard_library_only() -> None:
     bare = modules_after("pass")  # what a site hook of this environment may load by itself
     loaded = {name.split(".")[0] for name in modules_after("import server.launcher.main") - bare}
     assert loaded - set(sys.stdlib_module_names) == {"server", "engine", "parallel"}
+
+
+def test_a_program_that_imports_pytgi_loads_no_more_than_it_uses() -> None:
+    """The engine's process has the libraries, and nobody's program gets a module called `server`."""
+    bare = modules_after("pass")
+    loaded = {name.split(".")[0] for name in modules_after("from pytgi import LLM, RequestError") - bare}
+    assert loaded - set(sys.stdlib_module_names) == {"pytgi"}
+    assert {"pytgi.llm", "importlib.metadata", "argparse"}.isdisjoint(modules_after("import pytgi") - bare)
 
 
 def test_the_command_line_tool_answers_without_loading_the_hub_or_torch() -> None:

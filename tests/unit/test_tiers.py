@@ -16,7 +16,7 @@ def test_every_test_is_in_a_tier() -> None:
     `make test-slow` runs tests/slow, `make ray-test` tests/replicas.
     """
     settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    tiers = {*settings["testpaths"], "tests/interpreted", "tests/slow", "tests/replicas"}
+    tiers = {*settings["testpaths"], *(f"tests/{name}" for name in "interpreted slow replicas clients".split())}
     folders = {f"tests/{path.relative_to(TESTS).parts[0]}" for path in TESTS.rglob("test_*.py")}
     assert tiers == folders
 

@@ -178,6 +178,13 @@ def test_every_refusal_of_a_parameter_has_the_name_of_the_dialect(dialect: Diale
             assert wording.name(name) in row.keys(name, dialect)
 
 
+async def test_a_key_that_comes_twice_is_named(client: httpx.AsyncClient, strict_client: httpx.AsyncClient) -> None:
+    content = '{"messages": [], "max_completion_tokens": 5, "max_completion_tokens": 5}'
+    for http, name in ((client, "max_completion_tokens"), (strict_client, "max_tokens")):
+        response = await http.post(CHAT, content=content, headers={"content-type": "application/json"})
+        assert f"duplicate field `{name}`" in response.text
+
+
 async def test_the_log_has_the_words_of_the_request(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:

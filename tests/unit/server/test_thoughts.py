@@ -15,10 +15,11 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.link.messages import FinishReason
 from server.app import create_app
 from server.chat.rendering import Ending
-from server.chat.thoughts import AUTO, PARSERS, Thinking, ThinkingReader, WordReader, default_thinking, thinking_after
-from server.chat.tool_calls import Arguments, CallStart, ChatPiece, Content, FreeCallReader, Thought
+from server.chat.thoughts import AUTO, PARSERS, ChatReader, Thinking, default_thinking, thinking_after
+from server.chat.tool_calls import FreeCallReader
 from server.launcher.flags import every_flag
 from server.requests.messages import Message
+from server.text.pieces import Arguments, CallStart, Content, Piece, Thought
 from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import (
     CHATML,
@@ -37,8 +38,8 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 
 def read(text: str, size: int, thinking: Thinking, *, is_cut: bool = False) -> tuple[str, str, list[str]]:
     """The thought, the words and the calls of an answer that comes in parts of `size` characters."""
-    reader = ThinkingReader(thinking, FreeCallReader(["f"]))
-    pieces: list[ChatPiece] = []
+    reader = FreeCallReader(["f"], thinking=thinking)
+    pieces: list[Piece] = []
     for start in range(0, len(text), size):
         pieces += reader.push(text[start : start + size])
     pieces += reader.finish(is_cut=is_cut)
@@ -79,7 +80,7 @@ def test_thoughts_however_the_text_is_cut(
 
 
 def test_words_after_a_thought_come_as_they_are_written() -> None:
-    reader = ThinkingReader(Thinking.MAY_BEGIN, WordReader())
+    reader = ChatReader(thinking=Thinking.MAY_BEGIN)
     parts = ["<th", "ink>", "\n", "Hm", ".", "</", "think>", "\n\n", "Fo", "ur. "]
     pieces = [reader.push(part) for part in parts]
     assert pieces == [[], [], [], [Thought("Hm")], [Thought(".")], [], [], [], [Content("Fo")], [Content("ur. ")]]
@@ -92,7 +93,7 @@ def test_words_after_a_thought_come_as_they_are_written() -> None:
         ("assistant\n", "user", Ending.AUTOMATIC, Thinking.MAY_BEGIN, Thinking.MAY_BEGIN),
         ("assistant\n", "user", Ending.NEW, Thinking.HAS_BEGUN, Thinking.HAS_BEGUN),
         ("<think>\n\n</think>\n\n", "user", Ending.AUTOMATIC, Thinking.HAS_BEGUN, Thinking.NONE),
-        ("assistant\n<think>\n", "user", Ending.AUTOMATIC, Thinking.NONE, Thinking.NONE),
+        ("assistant\n<think>\n", "user", Ending.AUTOMATIC, Thinking.NONE, Thinking.IS_CONTENT),
         ("...", "The tag <think> begins", Ending.AUTOMATIC, Thinking.NONE, Thinking.NONE),
         ("...", "<think>a</think>b", Ending.AUTOMATIC, Thinking.HAS_BEGUN, Thinking.NONE),
         ("...", "<think>\nOkay, ", Ending.CONTINUED, Thinking.MAY_BEGIN, Thinking.HAS_BEGUN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ USER = {"role": "user", "content": "Weather?"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = [WEATHER, CLOCK]
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ROME = PARIS.replace("Paris", "Rome")
 TGI_PARIS = '{"function": {"_name": "get_weather", "city": "Paris"}}'
@@ -28,7 +30,7 @@ IdsOf = Callable[[str], list[int]]
 
 
 async def chat(http: httpx.AsyncClient, **body: Any) -> httpx.Response:
-    return await http.post(PATH, json={"messages": [USER], "tools": [WEATHER, CLOCK]} | body)
+    return await http.post(PATH, json={"messages": [USER], "tools": TOOLS} | body)
 
 
 async def stream(http: httpx.AsyncClient, **body: Any) -> list[dict[str, Any]]:
@@ -248,6 +250,38 @@ async def test_bare_calls_that_repeat_themselves(client: httpx.AsyncClient, engi
     assert (await chat(client, messages=answered)).json()["choices"][0]["message"]["content"] == BARE_PARIS
     again = (await chat(client, messages=[*answered, USER])).json()["choices"][0]["message"]
     assert names_and_arguments(again) == [("get_weather", '{"city": "Paris"}')]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_every_shape_tells_the_same_calls_of_as_many_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf, choice: str
+) -> None:
+    texts = [f"{PARIS}\n{PARIS}\n{ROME}", PARIS[:-16], f"{BARE_PARIS}\n{BARE_PARIS}", "It rains."]
+    for text, reason in itertools.product(texts, (FinishReason.EOS_TOKEN, FinishReason.LENGTH)):
+        says(engine, ids_of, *[text] * 4, reason=reason)
+        await compare_shapes(client, choice)
+
+
+async def compare_shapes(client: httpx.AsyncClient, choice: str) -> None:
+    whole = (await chat(client, tool_choice=choice)).json()
+    *chunks, last = await stream(client, tool_choice=choice, stream_options={"include_usage": True})
+    flat = {"input": "Weather?", "tools": [{"type": "function"} | tool["function"] for tool in TOOLS]}
+    response = (await client.post("/v1/responses", json=flat | {"tool_choice": choice})).json()
+    tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+    wanted = {"type": {"required": "any"}.get(choice, choice)}
+    body = {"messages": [USER], "max_tokens": 99, "tools": tools, "tool_choice": wanted}
+    message = (await client.post("/v1/messages", json=body)).json()
+
+    calls = names_and_arguments({"tool_calls": []} | whole["choices"][0]["message"])
+    parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert "".join(part["function"]["arguments"] for part in parts) == "".join(arguments for _, arguments in calls)
+    items = [item for item in response["output"] if item["type"] == "function_call"]
+    assert [(item["name"], item["arguments"]) for item in items] == calls
+    blocks = [block for block in message["content"] if block["type"] == "tool_use"]
+    assert [block["name"] for block in blocks] == [name for name, _ in calls]
+    num_tokens = whole["usage"]["completion_tokens"]
+    assert last["usage"]["completion_tokens"] == num_tokens
+    assert response["usage"]["output_tokens"] == message["usage"]["output_tokens"] == num_tokens
 
 
 async def test_a_call_or_an_answer_in_the_schema(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

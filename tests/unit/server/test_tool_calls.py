@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.chat.bare_calls import BareCalls, call_key
-from server.chat.tool_calls import (
-    Arguments,
-    CallReader,
-    CallStart,
-    ChatPiece,
-    Content,
-    ForcedCallReader,
-    FreeCallReader,
-)
-from server.chat.tools import HERMES_HEADER, TGI_HEADER, ToolUse
+from server.chat.bare_calls import call_key
+from server.chat.thoughts import ChatReader, Thinking
+from server.chat.tool_calls import ForcedCallReader, FreeCallReader
+from server.chat.tools import HERMES_HEADER, TGI_HEADER
+from server.text.pieces import AnswerReader, Arguments, CallStart, Content, Piece
 
 NAMES = ("f", "get_weather")
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -28,13 +25,13 @@ NOTHING = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 Calls = list[tuple[str, str]]
 
 
-def read(reader: CallReader, parts: list[str], *, is_cut: bool = False) -> Iterator[ChatPiece]:
+def read(reader: AnswerReader, parts: list[str], *, is_cut: bool = False) -> Iterator[Piece]:
     for part in parts:
         yield from reader.push(part)
     yield from reader.finish(is_cut=is_cut)
 
 
-def summary(pieces: Iterator[ChatPiece]) -> tuple[str, Calls]:
+def summary(pieces: Iterator[Piece]) -> tuple[str, Calls]:
     """The content and the calls that `pieces` add up to; checks their order."""
     content, calls = "", []
     for piece in pieces:
@@ -56,7 +53,7 @@ def free(text: str, *, is_cut: bool = False, max_calls: int | None = None) -> tu
 
 
 def free_reader(max_calls: int | None = None, answered: Collection[str] = ()) -> FreeCallReader:
-    return FreeCallReader(NAMES, max_calls, bare_calls=BareCalls(NAMES, answered))
+    return FreeCallReader(NAMES, max_calls, answered=answered)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +127,7 @@ def test_a_thought_holds_no_calls(text: str, content: str, calls: Calls) -> None
 
 
 def test_a_thought_that_the_prompt_has_begun() -> None:
-    reader = ToolUse(names=NAMES, is_free=True).reader("Well?<think>\n")
+    reader = FreeCallReader(NAMES, answered=(), thinking=Thinking.IS_CONTENT)
     assert summary(read(reader, list(f"{PARIS}</think>{G}"))) == (f"{PARIS}</think>", [("f", '{"a": 1}')])
 
 
@@ -280,15 +277,50 @@ FRAGMENTS = [
 ]
 
 
-@given(st.data())
-def test_the_cuts_make_no_difference(data: st.DataObject) -> None:
-    text = "".join(data.draw(st.lists(st.sampled_from(FRAGMENTS), max_size=12)))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
-    is_cut, max_calls = data.draw(st.booleans()), data.draw(st.sampled_from([None, 1]))
-    parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-    cut_up = summary(read(free_reader(max_calls), parts, is_cut=is_cut))
-    assert cut_up == free(text, is_cut=is_cut, max_calls=max_calls)
-    content, calls = cut_up
+READERS: list[Callable[..., ChatReader]] = [
+    ChatReader,
+    partial(ForcedCallReader, HERMES_HEADER),
+    partial(FreeCallReader, NAMES),
+    partial(FreeCallReader, NAMES, answered=()),
+    partial(FreeCallReader, NAMES, 1, answered=()),
+    partial(FreeCallReader, NAMES, answered={call_key("f", {"a": 1})}),
+]
+
+
+def joined(pieces: Iterator[Piece]) -> list[tuple[Any, ...]]:
+    """The pieces without their cuts: those of one kind that follow each other are one."""
+    groups = itertools.groupby(map(_with_kind, pieces), key=lambda piece: piece[:-1])
+    return [(*kind, "".join(piece[-1] for piece in group)) for kind, group in groups]
+
+
+def _with_kind(piece: Piece) -> tuple[Any, ...]:
+    return (type(piece), *dataclasses.astuple(piece))
+
+
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.lists(st.integers(0, 300), max_size=20),
+    st.booleans(),
+    st.sampled_from(READERS),
+    st.sampled_from(Thinking),
+)
+def test_the_cuts_make_no_difference(
+    text: str, cuts: list[int], is_cut: bool, reader_of: Callable[..., ChatReader], thinking: Thinking
+) -> None:
+    places = sorted(min(cut, len(text)) for cut in cuts)
+    parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
+    readers = [reader_of(thinking=thinking) for _ in range(3)]
+    whole, *others = (
+        joined(read(reader, pieces, is_cut=is_cut))
+        for reader, pieces in zip(readers, ([text], parts, list(text)), strict=True)
+    )
+    assert others == [whole] * 2
+    assert len({(reader.num_calls, reader.is_over) for reader in readers}) == 1
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.booleans(), st.sampled_from([None, 1]))
+def test_nothing_of_a_free_answer_is_lost(text: str, is_cut: bool, max_calls: int | None) -> None:
+    content, calls = free(text, is_cut=is_cut, max_calls=max_calls)
     if not calls:
         assert content == text
     if not is_cut:

@@ -1,0 +1,112 @@
+"""The commands: `pytgi` and the two of TGI.
+
+Each looks at the host first and finds our packages (`pytgi.rooms`); only then does it import what does the work.
+"""
+
+import sys
+
+from pytgi import rooms
+from pytgi.host import UnsupportedHostError, check_host
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+USAGE_EXIT_CODE = 2
+
+HELP = """\
+Usage: pytgi COMMAND ...
+
+Commands:
+  serve MODEL [flags]     serve a model, a folder or an id on the Hub; the flags are those of text-generation-launcher
+  download MODEL          fetch a model ahead of the start (text-generation-server download-weights)
+  quantize MODEL OUTPUT   write a quantised checkpoint (text-generation-server quantize)
+  compile                 compile the CPU kernels, so that the first start need not
+
+`pytgi COMMAND --help` says more; `pytgi --version` prints the version. In Python: `from pytgi import LLM`.
+"""
+
+
+def main() -> None:
+    """The command `pytgi`, also as `python -m pytgi`."""
+    _prepare()
+    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(HELP, end="")
+    elif name in ("-V", "--version"):
+        import pytgi
+
+        print("pytgi", pytgi.__version__)
+    elif name in COMMANDS:
+        COMMANDS[name](arguments)
+    else:
+        print(_complaint(name), file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)
+
+
+def text_generation_launcher() -> None:
+    """TGI's command that serves."""
+    _prepare()
+    from server.launcher.main import main as launch
+
+    launch()
+
+
+def text_generation_server() -> None:
+    """TGI's command with the tools around the engine."""
+    _prepare()
+    from engine.cli import main as run_tool
+
+    run_tool()
+
+
+def _prepare() -> None:
+    try:
+        check_host()
+    except UnsupportedHostError as error:
+        sys.exit(str(error))
+    rooms.put_first()
+
+
+def _complaint(name: str) -> str:
+    import difflib
+
+    if not name:
+        return HELP.rstrip()
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    guess = f" Did you mean {near[0]}?" if near else ""
+    return f"error: {name!r} is no command of pytgi, which has {', '.join(COMMANDS)}.{guess}"
+
+
+def _serve(arguments: "list[str]") -> None:
+    """`pytgi serve MODEL [flags]`."""
+    is_model = arguments and not arguments[0].startswith("-")
+    sys.argv = ["text-generation-launcher", *(["--model-id"] if is_model else []), *arguments]
+    text_generation_launcher()
+
+
+def _download(arguments: "list[str]") -> None:
+    sys.argv = ["text-generation-server", "download-weights", *arguments]
+    text_generation_server()
+
+
+def _quantize(arguments: "list[str]") -> None:
+    sys.argv = ["text-generation-server", "quantize", *arguments]
+    text_generation_server()
+
+
+def _compile(arguments: "list[str]") -> None:
+    if arguments:
+        sys.exit("pytgi compile takes no arguments: it compiles the CPU kernels into the user's cache")
+    from engine.compile import main as compile_kernels
+
+    compile_kernels()
+
+
+COMMANDS: "dict[str, Callable[[list[str]], None]]" = {
+    "serve": _serve,
+    "download": _download,
+    "quantize": _quantize,
+    "compile": _compile,
+}
+"""Name -> what runs it with the arguments that follow."""

@@ -1,0 +1,186 @@
+"""`LLM`: a model to be called from Python, its engine in a process of its own."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, Unpack, overload
+
+from pytgi.child import Server
+from pytgi.errors import RequestError, ServerDiedError
+from pytgi.parameters import ChatParameters, GenerateParameters, check_names
+from pytgi.results import ChatPiece, ChatResult, GenerateResult, Token
+from pytgi.wire import Calls
+
+Message = Mapping[str, Any]
+"""A message as OpenAI has it: `{"role": "user", "content": "Hello"}`."""
+
+Texts = list[str] | tuple[str, ...]
+
+MAX_AT_ONCE = 256
+"""Requests of one batch that are under way together; the engine batches them as it has room."""
+MAX_CONCURRENT_REQUESTS = 4096
+"""The server's limit unless the caller sets another: whoever has the LLM may use it from many threads."""
+PROGRESS_S = 0.1
+CHAT_ROUTE = "/v1/chat/completions"
+
+
+class LLM:
+    """A model that is served to this process alone.
+
+    Any thread may call it. A call that is interrupted, and a stream that is left, end on the server, too. The server
+    ends with `close`, with the `with` block, with this object, and with this process.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, show_progress: bool | None = None, **options: object) -> None:
+        """Start the server and wait until it answers. Raises StartError with the cause from its log.
+
+        `model` is a folder or an id on the Hub. `options` are the launcher's flags with underscores: `quantize="int4"`,
+        `num_shard=2`, `max_total_tokens=4096`, `disable_grammar_support=True`. `show_progress` writes the latest line
+        of the log to stderr while the server starts; None: if that is a terminal.
+        """
+        options = {"max_concurrent_requests": MAX_CONCURRENT_REQUESTS, **options}
+        self._server = Server(os.fspath(model), options)
+        self._stop = weakref.finalize(self, self._server.stop)
+        is_shown = sys.stderr.isatty() if show_progress is None else show_progress
+        try:
+            with _progress(self._server) if is_shown else contextlib.nullcontext():
+                self._server.wait_until_ready()
+            self._max_concurrent_requests: int = json.loads(Calls().get(self._server.path, "/info"))[
+                "max_concurrent_requests"
+            ]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server; running requests have three seconds."""
+        self._stop()
+
+    @overload
+    def generate(self, prompts: str, **parameters: Unpack[GenerateParameters]) -> GenerateResult: ...
+    @overload
+    def generate(self, prompts: Texts, **parameters: Unpack[GenerateParameters]) -> list[GenerateResult]: ...
+    def generate(
+        self, prompts: str | Texts, **parameters: Unpack[GenerateParameters]
+    ) -> GenerateResult | list[GenerateResult]:
+        """Text for a prompt, or for each prompt of a batch in its order. The parameters are those of /generate.
+
+        Raises RequestError for the first refused or failed request; the others of its batch then end.
+        """
+        check_names(parameters, GenerateParameters)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        bodies = [{"inputs": text, "parameters": {**parameters, "details": True}} for text in texts]
+        answers = self._post_all("/generate", bodies, parameters.get("best_of"))
+        results = [GenerateResult.from_body(answer) for answer in answers]
+        return results[0] if isinstance(prompts, str) else results
+
+    def stream(self, prompt: str, **parameters: Unpack[GenerateParameters]) -> Iterator[Token]:
+        """The tokens of a text as they come. Leaving the loop ends the generation."""
+        check_names(parameters, GenerateParameters)
+        body = {"inputs": prompt, "parameters": {**parameters, "details": True}}
+        return map(Token.from_event, self._stream("/generate_stream", body))
+
+    @overload
+    def chat(self, messages: Sequence[Message], **parameters: Unpack[ChatParameters]) -> ChatResult: ...
+    @overload
+    def chat(self, messages: Sequence[Sequence[Message]], **parameters: Unpack[ChatParameters]) -> list[ChatResult]: ...
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **parameters: Unpack[ChatParameters]
+    ) -> ChatResult | list[ChatResult]:
+        """The assistant's next message in a chat, or in each chat of a batch in its order.
+
+        The parameters are those of /v1/chat/completions: `tools`, `response_format`, `n`... Raises as `generate`.
+        """
+        check_names(parameters, ChatParameters)
+        is_single = not messages or isinstance(messages[0], Mapping)
+        chats = [messages] if is_single else messages
+        answers = self._post_all(CHAT_ROUTE, [{"messages": chat, **parameters} for chat in chats], parameters.get("n"))
+        results = [ChatResult.from_body(answer) for answer in answers]
+        return results[0] if is_single else results
+
+    def stream_chat(self, messages: Sequence[Message], **parameters: Unpack[ChatParameters]) -> Iterator[ChatPiece]:
+        """The assistant's next message in parts, as they come. Leaving the loop ends the generation."""
+        check_names(parameters, ChatParameters)
+        return map(ChatPiece.from_event, self._stream(CHAT_ROUTE, {"messages": messages, "stream": True, **parameters}))
+
+    def _post_all(self, route: str, bodies: Sequence[dict[str, Any]], num_choices: int | None) -> list[Any]:
+        """The answers, in the order of the bodies; `num_choices` sequences come of each."""
+        self._check_use()
+        num_at_once = min(MAX_AT_ONCE, self._max_concurrent_requests // max(1, num_choices or 1), len(bodies))
+        calls = Calls()
+        with concurrent.futures.ThreadPoolExecutor(max(1, num_at_once), "pytgi") as pool, self._naming_causes():
+            futures = [pool.submit(calls.post, self._server.path, route, body) for body in bodies]
+            try:
+                ended, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+                for future in filter(ended.__contains__, futures):
+                    future.result()  # raises for the first that failed
+                return [future.result() for future in futures]
+            except BaseException:  # also the caller's KeyboardInterrupt
+                pool.shutdown(wait=False, cancel_futures=True)
+                calls.break_off()
+                raise
+
+    def _stream(self, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self._check_use()
+        with self._naming_causes():
+            yield from Calls().stream(self._server.path, route, body)
+
+    def _check_use(self) -> None:
+        if os.getpid() != self._server.owner_pid:
+            raise RuntimeError("this LLM belongs to the process that this one was forked from: make another one here")
+        if not self._stop.alive:
+            raise RuntimeError("this LLM is closed")
+
+    @contextlib.contextmanager
+    def _naming_causes(self) -> Iterator[None]:
+        """Raise ServerDiedError with the cause in place of what a request sees when the server ends."""
+        try:
+            yield
+        except RequestError as error:
+            if error.error_type != "generation" or self._is_healthy():
+                raise
+            raise ServerDiedError(self._server.cause_of_end()) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerDiedError(self._server.cause_of_end()) from error
+
+    def _is_healthy(self) -> bool:
+        try:
+            Calls().get(self._server.path, "/health")
+        except (RequestError, OSError, http.client.HTTPException):
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _progress(server: Server) -> Iterator[None]:
+    """The newest line of the log on one line of the terminal, which is empty again at the end."""
+    is_over = threading.Event()
+
+    def show() -> None:
+        while not is_over.wait(PROGRESS_S):
+            sys.stderr.write(f"\r\033[K{server.log.latest.partition(chr(10))[0][:100]}")
+            sys.stderr.flush()
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=show, name="pytgi-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
