@@ -58,12 +58,12 @@ NOT_RUN = {
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     (
         "docs/replicas.md",
-        "python -m server.replicas --replicas 2 --model-id my-model --port 8080",
+        "pytgi serve my-model --replicas 2 --port 8080",
     ): "tests/replicas does",
     (
         "docs/replicas.md",
-        "RAY_AUTH_MODE=token RAY_ADDRESS=... python -m server.replicas --deploy-only --replica-host 127.0.0.1 "
-        "--replicas 2 --model-id another-model",
+        "RAY_AUTH_MODE=token RAY_ADDRESS=... pytgi serve another-model --replicas 2 --deploy-only "
+        "--replica-host 127.0.0.1",
     ): "tests/replicas does",
     ("docs/migrating.md", "docker build --target cpu -t pytgi ."): "no Docker engine here",
 }

@@ -84,10 +84,10 @@ class Fleet:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model, port = build_demo_model("--small"), free_port()
     log_path = tmp_path_factory.mktemp("fleet") / "log"
-    command = [sys.executable, "-P", "-m", "server.replicas", "--replicas", "2", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "pytgi", "serve", str(model), "--replicas", "2", "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--hostname", "127.0.0.1", "--model-id", str(model), *FLAGS],
+            [*command, "--hostname", "127.0.0.1", *FLAGS],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},

@@ -86,7 +86,7 @@ ROOMS: dict[str, str] = {
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
     # the others are flat
-    "pytgi": "server.launcher engine.cli engine.compile",
+    "pytgi": "server.launcher server.replicas engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -104,7 +104,7 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "pytgi.commands": "pytgi server.launcher engine.cli engine.compile",
+    "pytgi.commands": "pytgi server.launcher server.replicas engine.cli engine.compile",
     "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",

@@ -1,4 +1,4 @@
-"""`python -m server.replicas --replicas N` and the launcher's flags: N servers on Ray behind one port."""
+"""`pytgi serve MODEL --replicas N` and the launcher's flags: N servers on Ray behind one port."""
 
 from __future__ import annotations
 
@@ -27,13 +27,9 @@ OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory, of which leases need next to nothing."""
 
 
-def main() -> None:
-    sys.exit(serve_replicas(sys.argv[1:]))
-
-
 def serve_replicas(argv: Sequence[str]) -> int:
     """Serve until a signal; the exit code. `argv` has flags of the launcher beside those of the parser here."""
-    parser = argparse.ArgumentParser("server.replicas", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("pytgi serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--replicas", default="2", type=_replicas)
     parser.add_argument("--replica-host")
     parser.add_argument("--deploy-only", action="store_true")
@@ -128,7 +124,3 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     await stopped.wait()
     logger.info("Stopping: running requests may end within %g s", args.graceful_termination_timeout_s)
     await runner.cleanup()
-
-
-if __name__ == "__main__":
-    main()
