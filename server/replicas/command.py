@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
@@ -22,6 +23,8 @@ from server.launcher.sockets import bind
 
 logger = logging.getLogger("front")
 
+ROOMS = Path(__file__).parents[2]
+"""The folder of our packages. Ray's workers look for modules first where it was started."""
 LISTEN_BACKLOG = 2048
 OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory, of which leases need next to nothing."""
@@ -45,7 +48,8 @@ def serve_replicas(argv: Sequence[str]) -> int:
             listener = None if own.deploy_only else stack.enter_context(bind(args.hostname, args.port))
             is_own_ray = stack.enter_context(_ray())
             host = own.replica_host or ("127.0.0.1" if is_own_ray else None)
-            handle = _deploy({"flags": flags, "replicas": own.replicas, "host": host})
+            directory = os.getcwd() if host else None  # relative folders of models mean something on this host only
+            handle = _deploy({"flags": flags, "replicas": own.replicas, "host": host, "directory": directory})
             if listener is not None:
                 asyncio.run(_serve(handle, listener, args))
     except ArgumentError as error:
@@ -81,7 +85,8 @@ def _ray() -> Iterator[bool]:
     is_own = "RAY_ADDRESS" not in os.environ
     options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_own else {}
     try:
-        ray.init(namespace="serve", logging_level=logging.WARNING, **options)
+        with contextlib.chdir(ROOMS):
+            ray.init(namespace="serve", logging_level=logging.WARNING, **options)
     except (ConnectionError, RuntimeError) as error:
         raise LaunchError(f"There is no Ray: {error}") from error
     logger.info("Ray runs: RAY_AUTH_MODE=token RAY_ADDRESS=%s reaches it", ray.get_runtime_context().gcs_address)

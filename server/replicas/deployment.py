@@ -38,10 +38,11 @@ SPARE_CALLS = 1_000
 class Replica:
     """One server in a process tree of its own. It ends with this actor, and this actor with it."""
 
-    async def __init__(self, flags: Sequence[str], host: str | None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, flags: Sequence[str], host: str | None, directory: str | None) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the server and wait until it serves. Raises RuntimeError if it ends before.
 
-        It listens at `host`; None: at its node's address, where fronts on other nodes reach it.
+        It listens at `host`; None: at its node's address, where fronts on other nodes reach it. Relative folders are
+        those of `directory`; None: Ray's own.
         """
         host = host or ray.util.get_node_ip_address()
         with socket.socket() as probe:
@@ -50,7 +51,7 @@ class Replica:
         self._address = f"{host}:{port}"
         self._is_stopping = False
         command = [*PYTHON, "server.replicas.held_launcher", *flags, "--hostname", host, "--port", str(port)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=directory)
         while not await self._answers():
             if self._process.poll() is not None:
                 raise RuntimeError(f"the launcher ended with {self._process.returncode}; Ray's log has its words")
@@ -102,11 +103,13 @@ def build_app(args: Mapping[str, Any]) -> Any:
     """The application, for `serve.run` and for `import_path` of a Serve config file.
 
     `flags` are the launcher's, `replicas` is `N` or `MIN:MAX`, `host` where replicas listen (left out: at their nodes'
-    addresses); `options` overrides options of the Serve deployment.
+    addresses), `directory` where relative folders are; `options` overrides options of the Serve deployment.
     """
     flags = [str(flag) for flag in args["flags"]]
     options = deployment_options(parse_args(flags, os.environ), str(args.get("replicas", 1)))
-    return serve.deployment(Replica, **options | dict(args.get("options", {}))).bind(flags, args.get("host"))
+    return serve.deployment(Replica, **options | dict(args.get("options", {}))).bind(
+        flags, args.get("host"), args.get("directory")
+    )
 
 
 def deployment_options(args: LauncherArgs, replicas: str) -> dict[str, Any]:

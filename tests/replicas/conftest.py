@@ -83,13 +83,17 @@ class Fleet:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model, port = build_demo_model("--small"), free_port()
-    log_path = tmp_path_factory.mktemp("fleet") / "log"
+    folder = tmp_path_factory.mktemp("fleet")
+    log_path = folder / "log"
+    (folder / "server").mkdir()
+    (folder / "server" / "__init__.py").write_text("raise ImportError('somebody else's')")
     command = [sys.executable, "-P", "-m", "pytgi", "serve", str(model), "--replicas", "2", "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [*command, "--hostname", "127.0.0.1", *FLAGS],
             stdout=log,
             stderr=subprocess.STDOUT,
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
         )
     fleet = Fleet(process, port, log_path, model)
