@@ -79,18 +79,20 @@ demo-model-small: install
 test-fast: install
 	@$(PY) -m pytest -q -n 3 --dist loadfile tests/unit $(PYTEST_ARGS)
 
-# Two processes for two cores; then what is measured in time, which has the machine for itself.
+# Two processes for two cores, of equal length; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
-UNTIMED := $(patsubst %,tests/e2e/test_%.py,bucket documents download examples flags platforms real_clients reference_ids recipes rope_ids tool_loop)
+e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
+BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes)
+WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids tool_loop)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
 	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
-	$(PY) -m pytest -q $(UNTIMED); } > $$log 2>&1 & beside=$$!; \
-	$(PY) -m pytest -q tests/unit tests/contract; status=$$?; \
+	$(PY) -m pytest -q $(BESIDE); } > $$log 2>&1 & beside=$$!; \
+	$(PY) -m pytest -q tests/unit tests/contract $(WITH_UNIT); status=$$?; \
 	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
-	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(UNTIMED))
+	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(BESIDE) $(WITH_UNIT))
 else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
