@@ -17,13 +17,14 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install wheel serve test test-fast test-slow clients soak peers kernels-aot gpu-proof check configuration format demo-model demo-model-small lock image image-test clean
+.PHONY: help install wheel serve test test-fast test-slow ray-test clients soak peers image image-test kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
 	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
+	@echo 'make ray-test          two replicas on Ray Serve: the wire, a kill, updates, scaling, what a token costs'
 	@echo 'make clients           more clients than make test runs, on the demo model; installs them on first use (PYTEST_ARGS=)'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
 	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
@@ -100,6 +101,17 @@ endif
 
 test-slow: install
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
+
+# Ray has an environment of its own, which sees .venv's packages: nothing that serves without replicas needs it.
+RAY := build/ray
+$(RAY)/installed: $(VENV)/installed
+	@rm -rf $(RAY) && $(PYTHON) -m venv $(RAY)
+	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > $$($(RAY)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pytgi.pth
+	@$(RAY)/bin/python -m pip --disable-pip-version-check install -c $(VENV)/constraints.txt "$$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])')" >&2
+	@touch $@
+
+ray-test: $(RAY)/installed
+	@PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest -W ignore::DeprecationWarning tests/replicas $(PYTEST_ARGS)
 
 # What CI does without: 3 GB of environments in ~/.cache/pytgi.
 clients: install

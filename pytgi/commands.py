@@ -19,6 +19,7 @@ Usage: pytgi COMMAND ...
 
 Commands:
   serve MODEL [flags]     serve a model, a folder or an id on the Hub; the flags are those of text-generation-launcher
+                          (--replicas N: so many servers behind one port, with the extra `ray`)
   download MODEL          fetch a model ahead of the start (text-generation-server download-weights)
   quantize MODEL OUTPUT   write a quantised checkpoint (text-generation-server quantize)
   compile                 compile the CPU kernels, so that the first start need not
@@ -81,7 +82,12 @@ def _complaint(name: str) -> str:
 def _serve(arguments: "list[str]") -> None:
     """`pytgi serve MODEL [flags]`."""
     is_model = arguments and not arguments[0].startswith("-")
-    sys.argv = ["text-generation-launcher", *(["--model-id"] if is_model else []), *arguments]
+    flags = [*(["--model-id"] if is_model else []), *arguments]
+    if any(flag.partition("=")[0] == "--replicas" for flag in flags):
+        from server.replicas.command import serve_replicas
+
+        sys.exit(serve_replicas(flags))
+    sys.argv = ["text-generation-launcher", *flags]
     text_generation_launcher()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 COMMAND_LANGUAGES = ("sh", "python", "js")
-OTHER_LANGUAGES = ("text", "json")
+OTHER_LANGUAGES = ("text", "json", "yaml")
 """Every block names one of these languages, so that no command hides in a block without one."""
 
 BLOCK = re.compile(r"^(?P<marker><!-- .*-->\n)?```(?P<language>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)

@@ -60,6 +60,15 @@ NOT_RUN = {
     ("docs/other-apis.md", "from anthropic import Anthropic"): "not in .venv; test_tool_loop.py has a loop with it",
     ("docs/migrating.md", MAKE_IMAGE): "as above",
     ("docs/deployment.md", MAKE_IMAGE): "as above",
+    (
+        "docs/replicas.md",
+        "pytgi serve my-model --replicas 2 --port 8080",
+    ): "tests/replicas does",
+    (
+        "docs/replicas.md",
+        "RAY_AUTH_MODE=token RAY_ADDRESS=... pytgi serve another-model --replicas 2 --deploy-only "
+        "--replica-host 127.0.0.1",
+    ): "tests/replicas does",
 }
 """Commands without a marker, by document and first line, and why they are not run here."""
 

@@ -173,3 +173,28 @@ def test_every_dependency_has_an_upper_bound_that_the_tested_versions_keep() -> 
         assert any(bound.operator == "<" for bound in requirement.specifier), requirement
         pin = pins.get(requirement.name.lower())
         assert pin is None or pin in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize("flags", [["--replicas", "3"], ["--replicas=3", "--max-best-of", "2"]])
+def test_replicas_are_served_by_their_own_command(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("server.replicas.command.serve_replicas", lambda arguments: seen.append(arguments) or 0)
+    with pytest.raises(SystemExit) as end:
+        COMMANDS["serve"](["my-model", *flags])
+    assert (end.value.code, seen) == (0, [["--model-id", "my-model", *flags]])
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "last_line"),
+    [
+        (["--replicas", "0"], 2, "argument --replicas: 0 is neither a number of replicas nor MIN:MAX"),
+        (["--replicas", "3:2"], 2, "argument --replicas: 3:2: the first number is the smaller one"),
+        (["--replicas", "2"], 1, "--replicas needs Ray Serve: pip install 'pytgi[ray]'"),
+    ],
+)
+def test_replicas_that_cant_be_are_refused_in_a_sentence(flags: list[str], exit_code: int, last_line: str) -> None:
+    """Ray is not in this environment."""
+    command = [sys.executable, "-m", "pytgi", "serve", "my-model", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == exit_code
+    assert (done.stdout + done.stderr).splitlines()[-1].endswith(last_line)
