@@ -13,10 +13,10 @@ TESTS = Path(__file__).parents[1]
 def test_every_test_is_in_a_tier() -> None:
     """`make test` runs the folders of pyproject.toml, of which tests/unit is the fast tier, then tests/interpreted.
 
-    `make test-slow` runs tests/slow, `make ray-test` tests/replicas.
+    `make test-slow` runs tests/slow, `make ray-test` tests/replicas, `make clients` and `make image-test` theirs.
     """
     settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    tiers = {*settings["testpaths"], *(f"tests/{name}" for name in "interpreted slow replicas clients".split())}
+    tiers = {*settings["testpaths"], *(f"tests/{name}" for name in "interpreted slow replicas clients image".split())}
     folders = {f"tests/{path.relative_to(TESTS).parts[0]}" for path in TESTS.rglob("test_*.py")}
     assert tiers == folders
 
