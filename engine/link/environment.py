@@ -6,6 +6,8 @@ import atexit
 import errno
 import hashlib
 import logging
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from engine.link.errors import StartError
 logger = logging.getLogger(__name__)
 
 
+CPUINFO = Path("/proc/cpuinfo")
 MIN_FREE_BYTES = 32 << 20
 """Space that a cache folder needs: the kernels of one model and device take 2 to 7 MB."""
 SHARED_MEMORY = "/dev/shm"
@@ -91,6 +94,21 @@ def _numba_folder(cache: Path, shipped: Path) -> Path:
     return folder
 
 
+def arm_features(cpuinfo: str) -> str | None:
+    """LLVM's features for Numba on 64-bit ARM with dot products, None without them; `cpuinfo` is /proc/cpuinfo.
+
+    LLVM knows the features of processors that it knows by name. Of others it may not list dot products, which the
+    integer kernels are made of.
+    """
+    has_dot_products = re.search(r"^Features\s*:.*\basimddp\b", cpuinfo, re.MULTILINE)
+    return "+fp-armv8,+neon,+dotprod" if has_dot_products else None
+
+
+def _processor_variables() -> dict[str, str]:
+    features = arm_features(CPUINFO.read_text()) if platform.machine() == "aarch64" else None
+    return {} if features is None else {"NUMBA_CPU_FEATURES": features}
+
+
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:
     """Variables that the user has not set and an engine process needs before its libraries are first imported.
 
@@ -104,6 +122,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
     defaults = {
         "NUMBA_CACHE_DIR": str(_numba_folder(cache, shipped_kernels(Path(sys.prefix)))),
         "TRITON_CACHE_DIR": str(cache / "triton"),
+        **_processor_variables(),
         "NUMBA_THREADING_LAYER": "omp",
         "NUMBA_NUM_THREADS": str(num_threads),
         "OMP_NUM_THREADS": str(num_threads),

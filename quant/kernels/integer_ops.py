@@ -1,9 +1,9 @@
 """The inner products of `integer_cpu`, made of LLVM's own operations for the instruction set that the machine has.
 
 A vector holds `lanes` outputs of four inputs each; it is multiplied with four inputs of a row, broadcast, and the four
-products of a lane are added to a 32-bit integer: in one instruction with AVX512-VNNI or AVX-VNNI, in two or three with
-AVX2. Numba's own types know none of these. All functions here work inside `numba.njit` only, on flat C-contiguous
-arrays and element offsets; nothing is bounds-checked.
+products of a lane are added to a 32-bit integer: in one instruction with AVX512-VNNI, AVX-VNNI or the dot products of
+64-bit ARM, in two or three with AVX2. Numba's own types know none of these. All functions here work inside `numba.njit`
+only, on flat C-contiguous arrays and element offsets; nothing is bounds-checked.
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ class Instructions:
     units: int
     is_signed: bool = False
     """Whether weights of 8 bits are taken as they are, not plus 128."""
+    product: str | None = None
+    """LLVM's name of the one instruction that adds four products to every lane, if there is one."""
 
 
 INSTRUCTIONS = (
-    Instructions("avx512vnni", lanes=16, rows=6, units=2),
-    Instructions("avxvnni", lanes=8, rows=4, units=2),
+    Instructions("avx512vnni", lanes=16, rows=6, units=2, product="llvm.x86.avx512.vpdpbusd.512"),
+    Instructions("avxvnni", lanes=8, rows=4, units=2, product="llvm.x86.avx512.vpdpbusd.256"),
     Instructions("avx2", lanes=8, rows=4, units=2, is_signed=True),
+    Instructions("dotprod", lanes=4, rows=4, units=4, is_signed=True, product="llvm.aarch64.neon.sdot.v4i32.v16i8"),
 )
 
 
@@ -141,13 +144,15 @@ class _Builder:
         ]
 
     def add_products(self, totals: Any, w: Any, x: Any, bits: int) -> Any:
-        """totals + four products for every lane; w is unsigned, but for AVX2's 8 bits.
+        """totals + four products for every lane; w is unsigned, but for 8 bits where the set is signed.
 
         AVX2 with 4 bits: totals are 16 bits wide, two for each lane, which hold the products of a chunk.
         """
-        if not self.isa.is_signed:
-            return self.call(f"llvm.x86.avx512.vpdpbusd.{32 * self.isa.lanes}", self.i32, totals, w, x)
+        if self.isa.product is not None and not self.isa.is_signed:
+            return self.call(self.isa.product, self.i32, totals, w, x)
         w, x = self.b.bitcast(w, self.i8), self.b.bitcast(x, self.i8)
+        if self.isa.product is not None:
+            return self.call(self.isa.product, self.i32, totals, w, x)
         if bits == 4:
             return self.b.add(totals, self.call("llvm.x86.avx2.pmadd.ub.sw", self.i16, w, x))
         # the first factor is taken for unsigned: its sign goes to the other one
@@ -211,7 +216,7 @@ def make_tile(isa: Instructions, rows: int) -> Any:
             def group_numbers(g: Any, u: int) -> Any:
                 return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
 
-            is_halved = isa.is_signed and bits == 4
+            is_halved = isa.product is None and bits == 4
 
             def start_chunk(place: Any) -> Any:
                 return v.constant(v.i16, 0) if is_halved else b.load(place)

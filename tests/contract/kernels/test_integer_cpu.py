@@ -211,4 +211,5 @@ def test_the_best_instruction_set_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert found("+avx2,+avx512vnni,+avxvnni") == "avx512vnni"
     assert found("+avx2,-avx512vnni,+avxvnni") == "avxvnni"
     assert found("+avx2,-avxvnni") == "avx2"
+    assert found("+neon,+dotprod") == "dotprod"
     assert found("+neon") is None

@@ -144,6 +144,28 @@ def shipped_kernel(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return kernel
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "features"),
+    [
+        ("processor\t: 0\nFeatures\t: fp asimd aes asimddp\nCPU part\t: 0xd0c\n", "+fp-armv8,+neon,+dotprod"),
+        ("processor\t: 0\nFeatures\t: fp asimd aes\n", None),
+        ("model name\t: asimddp\n", None),
+        ("", None),
+    ],
+)
+def test_dot_products_of_arm_are_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str, features: str | None
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr("engine.link.environment.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert engine_environment(2, environ).get("NUMBA_CPU_FEATURES") == features
+    assert "NUMBA_CPU_FEATURES" not in engine_environment(2, {**environ, "NUMBA_CPU_FEATURES": "+neon"})
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert "NUMBA_CPU_FEATURES" not in engine_environment(2, environ)
+
+
 def test_a_new_cache_begins_with_the_kernels_that_were_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = shipped_kernel(tmp_path / "prefix", monkeypatch)
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
