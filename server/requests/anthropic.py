@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import pydantic
 
-from server.requests.chat_shapes import Json, chat_request, unsupported
+from server.errors import ValidationError
+from server.requests.chat_shapes import Json, TextOrItems, chat_request, unsupported
 from server.requests.messages import OpenAIModel
 from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
-from server.requests.serde import F32, I32, U32, ListOf, max_items
+from server.requests.serde import F32, I32, MISSING, U32, ListOf, max_items
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 """Anthropic's word for a choice of tools -> OpenAI's."""
@@ -20,7 +21,7 @@ _OWN_TOOLS = (None, "custom")
 
 class AnthropicMessage(OpenAIModel):
     role: str
-    content: str | ListOf[Json]
+    content: TextOrItems
 
 
 class ToolChoice(OpenAIModel):
@@ -38,7 +39,7 @@ class CountTokensRequest(OpenAIBody):
 
     messages: Annotated[ListOf[AnthropicMessage], max_items(MAX_MESSAGES)]
     model: str | None = None
-    system: str | ListOf[Json] | None = None
+    system: TextOrItems | None = None
     tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Json | None = None
@@ -92,6 +93,8 @@ def _conversation(request: CountTokensRequest) -> Json:
     for message in request.messages:
         messages += _assistant(message) if message.role == "assistant" else _from_user(message)
     choice = request.tool_choice
+    if choice.type == "tool" and choice.name is None:
+        raise ValidationError("tool_choice: missing field `name`", param="tool_choice.name", code=MISSING)
     named = {"type": "function", "function": {"name": choice.name}}
     if choice.type != "tool" and choice.type not in _CHOICES:
         raise unsupported("tool choices", choice.type)
@@ -99,7 +102,7 @@ def _conversation(request: CountTokensRequest) -> Json:
         "messages": messages,
         "model": request.model,
         "tools": [_tool(tool) for tool in request.tools] or None,
-        "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type] if request.tools else None,
+        "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type],
         "parallel_tool_calls": not choice.disable_parallel_tool_use,
         "chat_template_kwargs": _template_variables(request),
     }

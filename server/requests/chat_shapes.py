@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -11,6 +11,17 @@ from server.requests import serde
 from server.requests.openai import ChatRequest
 
 Json = dict[str, Any]
+
+
+def _member_of(value: object) -> str:
+    return "text" if isinstance(value, str) else ""
+
+
+TextOrItems = Annotated[
+    Annotated[str, pydantic.Tag("text")] | Annotated[serde.ListOf[Json], pydantic.Tag("")],
+    pydantic.Discriminator(_member_of),
+]
+"""What is wrong with one of the items is told of that item; the empty tag is no part of its path."""
 
 
 def chat_request(body: Json) -> ChatRequest:

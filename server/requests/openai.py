@@ -123,7 +123,11 @@ class StreamOptions(OpenAIModel):
 
 
 def _read_stop(value: Any, info: ValidationInfo) -> Any:
-    return [value] if isinstance(value, str) and not is_strict(info) else value
+    """Forms send an empty text where nobody has written one. To TGI it ends every answer at once."""
+    if is_strict(info):
+        return value
+    texts = [value] if isinstance(value, str) else value
+    return [text for text in texts if text != ""] if isinstance(texts, list) else texts
 
 
 def _read_bias(value: Any, info: ValidationInfo) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pydantic
 
 from server.errors import ValidationError
-from server.requests.chat_shapes import Json, chat_request, unsupported
+from server.requests.chat_shapes import Json, TextOrItems, chat_request, unsupported
 from server.requests.messages import OpenAIModel
 from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
 from server.requests.serde import F32, U32, ListOf, max_items
@@ -38,7 +38,7 @@ class TextOptions(OpenAIModel):
 class ResponsesRequest(OpenAIBody):
     """Body of /v1/responses."""
 
-    input: str | Annotated[ListOf[Json], max_items(MAX_MESSAGES)]
+    input: Annotated[TextOrItems, max_items(MAX_MESSAGES)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: U32 | None = None
@@ -61,9 +61,13 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
     """The chat that is asked for. Raises ValidationError."""
     stored = next((name for name in _STORED if getattr(request, name) is not None), None)
     if stored is not None:
-        raise ValidationError(f"`{stored}` is not supported: responses are not stored, send all of the input")
+        raise ValidationError(
+            f"`{stored}` is not supported: responses are not stored, send all of the input", param=stored
+        )
     if request.background:
-        raise ValidationError("`background` is not supported: ask for a stream or wait for the answer")
+        raise ValidationError(
+            "`background` is not supported: ask for a stream or wait for the answer", param="background"
+        )
     body: Json = {
         "messages": _messages(request),
         "model": request.model,

@@ -257,7 +257,8 @@ def check_parameters(parameters: Parameters, config: ServerConfig, dialect: Dial
             continue
         for number in row.bounds.measure(getattr(parameters, name)):
             if not row.bounds.hold(number, config, dialect):
-                text = refusal.text.format(limit=row.bounds.max_in(config, dialect), given=number)
+                words = refusal.text if dialect is Dialect.NATIVE else refusal.openai_text or refusal.text
+                text = words.format(limit=row.bounds.max_in(config, dialect), given=number)
                 raise ValidationError(text, param=name, code=row.bounds.code(number))
 
 

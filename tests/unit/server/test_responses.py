@@ -177,6 +177,8 @@ async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) ->
         ({"input": [{"role": 5, "content": "x"}]}, "input[].role: invalid type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool choices of type `mcp`"),
         ({"max_output_tokens": 0}, "`max_output_tokens` must be"),
+        ({"input": 5}, "input: invalid type"),
+        ({"input": ["x"]}, "input[0]: invalid type"),
     ],
 )
 async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], words: str) -> None:
@@ -184,6 +186,12 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert not engine.requests
+
+
+@pytest.mark.parametrize(("param", "value"), [("previous_response_id", "resp_1"), ("background", True), ("input", 5)])
+async def test_a_refusal_names_its_field(client: httpx.AsyncClient, param: str, value: Any) -> None:
+    answer = await client.post(PATH, json={"input": "hey"} | {param: value})
+    assert answer.json()["error"]["param"] == param
 
 
 async def test_a_failing_stream_ends_in_words(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:
