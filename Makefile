@@ -85,8 +85,8 @@ test-fast: install
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
-BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes)
-WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids tool_loop)
+BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
+WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
