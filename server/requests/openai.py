@@ -53,6 +53,7 @@ from server.requests.values import Grammar, LogitBias
 
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 1_024
+FORMAT_KEY = "response_format"
 LENGTH_KEYS = ("max_tokens", "max_completion_tokens")
 """Keys of a chat for the number of new tokens; of two the last counts."""
 
@@ -211,10 +212,17 @@ class GenerationBody(OpenAIBody):
 
     further_keys: ClassVar[frozenset[str]] = GUIDED_KEYS
 
+    format_key: SkipJsonSchema[str] = FORMAT_KEY
+    """The key that the request has for its `response_format`."""
+
     @model_validator(mode="before")
     @classmethod
     def _read_guided(cls, data: Any, info: ValidationInfo) -> Any:
-        return read_guided(data) if isinstance(data, dict) and not is_strict(info) else data
+        if not isinstance(data, dict):
+            return data
+        data = copy.copy(data)
+        data["format_key"] = FORMAT_KEY
+        return data if is_strict(info) else read_guided(data)
 
 
 @speaking(Dialect.CHAT)

@@ -128,7 +128,8 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
 async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
-    with service.metrics.refusing(TemplateError, ValidationError):
+    wording = TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key].with_format(request.format_key)
+    with service.metrics.refusing(TemplateError, ValidationError), wording.speaking():
         if not request.messages and not is_strict:
             raise ValidationError("there are no messages", param="messages")
         use = use_tools(request, service.tokenizer, is_strict=is_strict)
@@ -142,7 +143,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
-        wording=TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key],
+        wording=wording,
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
         reader=use.reader,

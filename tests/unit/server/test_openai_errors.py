@@ -121,6 +121,11 @@ USER = [{"role": "user", "content": "hey"}]
     ("path", "body", "named"),
     [
         (CHAT, chat(max_tokens=1020), "`messages` tokens + `max_tokens` must be <= 1024"),
+        (CHAT, chat(max_tokens=1025), " and 1025 `max_tokens`"),
+        (CHAT, chat(max_completion_tokens=2**32 - 1), f" and {2**32 - 1} `max_completion_tokens`"),
+        (COMPLETIONS, completion(max_tokens=5000), " and 5000 `max_tokens`"),
+        (RESPONSES, {"input": "x", "max_output_tokens": 5000}, " and 5000 `max_output_tokens`"),
+        (MESSAGES, {"messages": USER, "max_tokens": 5000}, " and 5000 `max_tokens`"),
         (CHAT, chat(max_completion_tokens=1020), "`messages` tokens + `max_completion_tokens` must be <= 1024"),
         (CHAT, chat(min_tokens=5, max_completion_tokens=3), "`min_tokens` must be <= `max_completion_tokens`"),
         (CHAT, chat(top_logprobs=100), "`top_logprobs` must be"),
