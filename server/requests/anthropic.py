@@ -10,8 +10,9 @@ import pydantic
 from server.errors import ValidationError
 from server.requests.chat_shapes import Json, TextOrItems, chat_request, unsupported
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
+from server.requests.openai import MAX_MESSAGES, ChatRequest, OpenAIBody
 from server.requests.serde import F32, I32, MISSING, U32, ListOf, max_items
+from server.requests.tool_choice import MAX_TOOLS
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 """Anthropic's word for a choice of tools -> OpenAI's."""
