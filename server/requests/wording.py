@@ -66,14 +66,10 @@ CHAT_WORDINGS = {
 """By the key that a chat has for its length."""
 COMPLETIONS_WORDING = _wording_of(Dialect.COMPLETIONS, "max_tokens")
 
-_MESSAGE = r"messages\[\d+\](?:\.tool_calls\[\d+\](?:\.function)?)?(.*)"
-"""A place in a message. Items and blocks become messages of another number, and calls are items or blocks."""
-
 RESPONSES_WORDING = Wording(
     {
         "max_tokens": "max_output_tokens",
         "messages": "input",
-        _MESSAGE: r"input[]\1",
         r"(tools\[\d+\])\.function(.*)": r"\1\2",
         r"response_format(?:\.json_schema)?(.*)": r"text.format\1",
     }
@@ -83,7 +79,6 @@ RESPONSES_WORDING = Wording(
 ANTHROPIC_WORDING = Wording(
     {
         "stop": "stop_sequences",
-        _MESSAGE: r"messages[]\1",
         r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
         r"(tools\[\d+\])\.function(.*)": r"\1\2",
     }
