@@ -1,8 +1,8 @@
-"""OpenAI's older `functions` and `function_call` of a chat become `tools` and a `tool_choice`."""
+"""Functions that a chat offers. OpenAI's older `functions` and `function_call` become `tools` and a `tool_choice`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -13,7 +13,17 @@ from server.requests.serde import ListOf, WrongShape, describe, wrong_within
 
 NEWER_KEYS = {"functions": "tools", "function_call": "tool_choice"}
 
-_FUNCTIONS: TypeAdapter[list[CalledFunction]] = TypeAdapter(ListOf[CalledFunction])
+
+class OfferedFunction(CalledFunction):
+    """Its `arguments` are a JSON schema. If that is left out, as OpenAI allows, the function takes none."""
+
+    strict: bool = False
+    """A schema that the model cannot be held to in full is refused where a call is required."""
+
+    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
+
+
+_FUNCTIONS: TypeAdapter[list[OfferedFunction]] = TypeAdapter(ListOf[OfferedFunction])
 
 
 def read_functions(body: dict[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from server.requests.dialects import parameters_of, speaking
-from server.requests.functions import NEWER_KEYS, read_functions
+from server.requests.functions import NEWER_KEYS, OfferedFunction, read_functions
 from server.requests.guided import GUIDED_KEYS, read_guided
 from server.requests.ignored import note_ignored
-from server.requests.messages import CalledFunction, Message, OpenAIModel
+from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
 from server.requests.sampling_defaults import filled
@@ -58,15 +58,6 @@ MAX_MESSAGES = 16_384
 FORMAT_KEY = "response_format"
 LENGTH_KEYS = ("max_tokens", "max_completion_tokens")
 """Keys of a chat for the number of new tokens; of two the last counts."""
-
-
-class OfferedFunction(CalledFunction):
-    """Its `arguments` are a JSON schema. If that is left out, as OpenAI allows, the function takes none."""
-
-    strict: bool = False
-    """A schema that the model cannot be held to in full is refused where a call is required."""
-
-    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
 
 
 class Tool(WireModel):

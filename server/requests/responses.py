@@ -48,7 +48,7 @@ class ResponsesRequest(OpenAIBody):
     temperature: F32 | None = None
     top_p: F32 | None = None
     tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
-    tool_choice: str | Json | None = None
+    tool_choice: Annotated[str | Json | None, pydantic.SkipValidation] = None  # the chat's reading says what is wrong
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions = ReasoningOptions()
@@ -58,7 +58,7 @@ class ResponsesRequest(OpenAIBody):
     background: bool = False
     metadata: Json | None = None
     previous_response_id: str | None = None
-    conversation: str | Json | None = None
+    conversation: Annotated[str | Json | None, pydantic.SkipValidation] = None
     prompt: Json | None = None
 
 
@@ -106,9 +106,13 @@ def _messages(request: ResponsesRequest) -> tuple[list[Json], dict[str, str]]:
     for index, item in enumerate(request.input):
         kind = item.get("type", "message")
         read = _ITEMS.get(kind) if isinstance(kind, str) else None
-        if read is None:
-            raise unsupported("input items", kind)
-        read(item, messages)
+        try:
+            if read is None:
+                raise unsupported("input items", kind)
+            read(item, messages)
+        except ValidationError as error:
+            error.param = f"input[{index}]"
+            raise
         call = len(messages[-1].get("tool_calls", ())) - 1 if messages else -1
         for place, key in _PLACES[kind].items():
             places[f"messages[{len(messages) - 1}]{place.format(call=call)}"] = f"input[{index}]{key}"

@@ -80,6 +80,7 @@ async def test_older_keys_are_other_words(engine: FakeEngine, tmp_path: Path, ol
         ({"functions": 5}, "functions"),
         ({"functions": [{}]}, "functions[0].name"),
         ({"functions": [F, 5]}, "functions[1]"),
+        ({"functions": [F | {"strict": 5}]}, "functions[0].strict"),
         ({"functions": [F], "tools": tools(F)}, "functions"),
         ({"functions": [F], "function_call": "f"}, "function_call"),
         ({"functions": [F], "function_call": {}}, "function_call"),

@@ -192,6 +192,19 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
     assert not engine.requests
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "mcp_call"},
+        {"role": "user", "content": [{"type": "input_file"}]},
+        {"type": "function_call_output", "call_id": "c", "output": [5]},
+    ],
+)
+async def test_an_item_that_is_not_supported_is_named(client: httpx.AsyncClient, item: Any) -> None:
+    answer = await client.post(PATH, json={"input": [{"role": "user", "content": "hey"}, item]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[1]")
+
+
 async def test_what_asks_for_no_logprobs_is_answered(client: httpx.AsyncClient) -> None:
     for said in ({"top_logprobs": 0, "include": ["reasoning.encrypted_content"]}, {"include": []}, {"include": None}):
         assert (await client.post(PATH, json={"input": "hey"} | said)).status_code == 200
@@ -203,6 +216,11 @@ async def test_what_asks_for_no_logprobs_is_answered(client: httpx.AsyncClient) 
         ("previous_response_id", "resp_1"),
         ("background", True),
         ("input", 5),
+        ("conversation", 5),
+        ("tool_choice", 5),
+        ("tool_choice", ["auto"]),
+        ("tool_choice", {"type": "function"}),
+        ("tool_choice", {"type": "allowed_tools"}),
         ("top_logprobs", 1),
         ("include", ["message.output_text.logprobs"]),
     ],
