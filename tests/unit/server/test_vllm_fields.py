@@ -147,7 +147,7 @@ async def test_constraints_that_cannot_be_held_to(
 
 async def test_constraints_beside_tools_are_called_as_they_were_sent(client: httpx.AsyncClient) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    for key, value in (("guided_json", 5), ("guided_regex", 5)):
+    for key, value in (("guided_json", 5), ("guided_regex", 5), ("guided_regex", "(")):
         response = await ask(client, CHAT, tools=tools, **{key: value})
         assert (response.status_code, response.json()["error"]["param"]) == (400, key)
 
