@@ -18,8 +18,9 @@ from server.chat.tool_calls import ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
-from server.requests.openai import AllowedToolsChoice, ChatRequest, NamedToolChoice, Tool, ToolChoice
+from server.requests.openai import ChatRequest, Tool
 from server.requests.schemas import read_schema
+from server.requests.tool_choice import AllowedToolsChoice, NamedToolChoice, ToolChoice
 from server.requests.values import GrammarSpec
 from server.text.tokenizer import TextTokenizer
 

@@ -89,34 +89,67 @@ async def test_constraints(
 
 @both_routes
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("said", "reason", "param"),
     [
-        ({"guided_grammar": "root ::= 'a'"}, "`grammar` is not supported"),
-        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "`grammar` is not supported"),
-        ({"structured_outputs": {"structural_tag": "{}"}}, "`structural_tag` is not supported"),
+        ({"guided_grammar": "root ::= 'a'"}, "guided_grammar: `grammar` is not supported", "guided_grammar"),
+        (
+            {"structured_outputs": {"grammar": "root ::= 'a'"}},
+            "structured_outputs.grammar: `grammar` is not supported",
+            "structured_outputs.grammar",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": "{}"}},
+            "`structural_tag` is not supported",
+            "structured_outputs.structural_tag",
+        ),
         (
             {"guided_grammar": "start: /a/", "structured_outputs": {"grammar": "start: /a/"}},
             "`grammar` is not supported",
+            "guided_grammar",
         ),
-        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "only one constraint"),
-        ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one constraint"),
-        ({"structured_outputs": {"json": CITY, "regex": "a"}}, "structured_outputs: only one constraint"),
-        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex: only one constraint"),
-        ({"guided_choice": []}, "`choice`: invalid value"),
-        ({"guided_choice": "yes"}, "`choice`: invalid value"),
-        ({"guided_choice": ["yes", ""]}, "`choice`: invalid value"),
-        ({"structured_outputs": "json"}, "structured_outputs: invalid type"),
-        ({"guided_regex": "("}, "grammar is not valid"),
-        ({"guided_json": 5}, "grammar is not supported"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "only one constraint", "guided_regex"),
+        ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one", "guided_json"),
+        ({"structured_outputs": {"json": CITY, "regex": "a"}}, ": only one constraint", "structured_outputs"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, ": only one constraint", "guided_regex"),
+        ({"guided_choice": []}, "guided_choice: invalid value", "guided_choice"),
+        ({"guided_choice": "yes"}, "guided_choice: invalid value", "guided_choice"),
+        ({"guided_choice": ["yes", ""]}, "guided_choice: invalid value", "guided_choice"),
+        (
+            {"structured_outputs": {"choice": [5]}},
+            "structured_outputs.choice: invalid value",
+            "structured_outputs.choice",
+        ),
+        ({"structured_outputs": "json"}, "structured_outputs: invalid type", "structured_outputs"),
+        ({"structured_outputs": []}, "structured_outputs: invalid type", "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs: there is no constraint", "structured_outputs"),
+        ({"structured_outputs": {"foo": 1}}, "structured_outputs: there is no constraint", "structured_outputs"),
+        (
+            {"guided_regex": "a", "structured_outputs": {"disable_any_whitespace": True}},
+            "structured_outputs: there is no constraint",
+            "structured_outputs",
+        ),
+        ({"guided_regex": "("}, "grammar is not valid", "guided_regex"),
+        ({"structured_outputs": {"regex": "("}}, "grammar is not valid", "structured_outputs.regex"),
+        ({"guided_json": 5}, "grammar is not supported", "guided_json"),
+        ({"guided_json": 5, "format_key": "x"}, "grammar is not supported", "guided_json"),
+        ({"response_format": {"type": "regex", "value": "("}, "format_key": 5}, "not valid", "response_format"),
     ],
 )
 async def test_constraints_that_cannot_be_held_to(
-    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, reason: str
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, reason: str, param: str
 ) -> None:
     response = await ask(client, path, **said)
-    assert response.status_code == 400
-    assert reason in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert reason in error["message"]
     assert not engine.requests
+
+
+async def test_constraints_beside_tools_are_called_as_they_were_sent(client: httpx.AsyncClient) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for key, value in (("guided_json", 5), ("guided_regex", 5), ("guided_regex", "(")):
+        response = await ask(client, CHAT, tools=tools, **{key: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, key)
 
 
 @both_routes
