@@ -187,6 +187,8 @@ def _answer_rule(answer: GrammarSpec, index: int) -> tuple[str, list[HeldSchema]
     try:
         if answer.type == "regex":
             return f"answer: {_regex(answer.value)}", []
+        if answer.type == "grammar":
+            raise ValidationError("a grammar can't be held to beside `tools`: take a regular expression or a schema")
         return f"answer: schema_{index}", [read_schema(answer, is_strict=False)]
     except ValidationError as error:
         error.param = "response_format"

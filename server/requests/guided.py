@@ -13,8 +13,8 @@ from server.requests.serde import WrongShape, unexpected, wrong_within
 
 STRUCTURED_OUTPUTS = "structured_outputs"
 PREFIX = "guided_"
-_HELD_KINDS = ("json", "json_object", "regex", "choice")
-_KINDS = (*_HELD_KINDS, "grammar", "structural_tag")
+_HELD_KINDS = ("json", "json_object", "regex", "choice", "grammar")
+_KINDS = (*_HELD_KINDS, "structural_tag")
 GUIDED_KEYS = frozenset({STRUCTURED_OUTPUTS, *(f"{PREFIX}{kind}" for kind in ("json", "regex", "choice", "grammar"))})
 
 
@@ -81,8 +81,12 @@ def _format(constraint: _Constraint) -> dict[str, Any]:
             return {"type": "regex", "value": constraint.value}
         case "choice":
             return {"type": "regex", "value": _alternatives(constraint)}
+        case "grammar":
+            if not isinstance(constraint.value, str):
+                raise constraint.wrong(f"invalid type: {unexpected(constraint.value)}, expected a string")
+            return {"type": "grammar", "grammar": constraint.value}
     raise constraint.wrong(
-        f"`{constraint.kind}` is not supported: give a JSON schema, a regular expression or a choice"
+        f"`{constraint.kind}` is not supported: give a JSON schema, a regular expression, a choice or a grammar"
     )
 
 

@@ -102,8 +102,10 @@ Stop = Annotated[ListOf[str] | None, BeforeValidator(_read_stop, json_schema_inp
 class OpenAIFormat(OpenAIModel):
     """`response_format` in OpenAI's shape; read here only to be described."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Any = None
+    grammar: str | None = None
+    """In GBNF or in llguidance's form of Lark."""
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
@@ -123,6 +125,10 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
             if isinstance(schema, dict) and schema.get("schema") is None:
                 raise missing("json_schema", "schema")
             return {"type": "json_schema", "value": schema}
+        case "grammar":  # as vLLM and hosted services take it; TGI's own shape does not know the type
+            if not isinstance(value.get("grammar"), str):
+                raise wrong_within("grammar", WrongShape("a grammar is a string", "", "", "invalid_type"))
+            return Grammar.model_construct(type="grammar", value=value["grammar"])
     return value
 
 
