@@ -77,16 +77,22 @@ demo-model: install
 demo-model-small: install
 	@$(PY) scripts/demo_model.py --small
 
-# Three processes for two cores: tests of the server wait for its processes and clocks a third of their time.
+# Three processes for two cores: tests of the server wait for its processes and clocks a third of their time. What two of
+# them print comes when all have ended.
 test-fast: install
-	@$(PY) -m pytest -q -n 3 --dist loadfile tests/unit $(PYTEST_ARGS)
+	@started=$$(date +%s); logs=$$(mktemp -d); \
+	$(PY) -m pytest -q tests/unit/server/test_[a-o]*.py $(PYTEST_ARGS) > $$logs/1 2>&1 & first=$$!; \
+	$(PY) -m pytest -q tests/unit/server/test_[p-z]*.py $(PYTEST_ARGS) > $$logs/2 2>&1 & second=$$!; \
+	$(PY) -m pytest -q tests/unit --ignore tests/unit/server $(PYTEST_ARGS); status=$$?; \
+	wait $$first || status=$$?; wait $$second || status=$$?; cat $$logs/*; rm -r $$logs; \
+	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
 # Two processes for two cores, of equal length; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
-BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes)
-WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids tool_loop)
+BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
+WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids)
 test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \

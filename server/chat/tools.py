@@ -18,8 +18,9 @@ from server.chat.tool_calls import ForcedCallReader, FreeCallReader
 from server.errors import ToolError, ValidationError
 from server.requests.grammar_check import Check, HeldSchema
 from server.requests.messages import Message
-from server.requests.openai import AllowedToolsChoice, ChatRequest, NamedToolChoice, Tool, ToolChoice
+from server.requests.openai import ChatRequest, Tool
 from server.requests.schemas import read_schema
+from server.requests.tool_choice import AllowedToolsChoice, NamedToolChoice, ToolChoice
 from server.requests.values import GrammarSpec
 from server.text.tokenizer import TextTokenizer
 
@@ -186,6 +187,8 @@ def _answer_rule(answer: GrammarSpec, index: int) -> tuple[str, list[HeldSchema]
     try:
         if answer.type == "regex":
             return f"answer: {_regex(answer.value)}", []
+        if answer.type == "grammar":
+            raise ValidationError("a grammar can't be held to beside `tools`: take a regular expression or a schema")
         return f"answer: schema_{index}", [read_schema(answer, is_strict=False)]
     except ValidationError as error:
         error.param = "response_format"

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import pydantic
 
-from server.requests.chat_shapes import Json, chat_request, unsupported
+from server.errors import ValidationError
+from server.requests.chat_shapes import Json, TextOrItems, chat_request, unsupported
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
-from server.requests.serde import F32, I32, U32, ListOf, max_items
+from server.requests.openai import MAX_MESSAGES, ChatRequest, OpenAIBody
+from server.requests.serde import F32, I32, MISSING, U32, ListOf, max_items
+from server.requests.tool_choice import MAX_TOOLS
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 """Anthropic's word for a choice of tools -> OpenAI's."""
@@ -20,7 +22,7 @@ _OWN_TOOLS = (None, "custom")
 
 class AnthropicMessage(OpenAIModel):
     role: str
-    content: str | ListOf[Json]
+    content: TextOrItems
 
 
 class ToolChoice(OpenAIModel):
@@ -38,7 +40,7 @@ class CountTokensRequest(OpenAIBody):
 
     messages: Annotated[ListOf[AnthropicMessage], max_items(MAX_MESSAGES)]
     model: str | None = None
-    system: str | ListOf[Json] | None = None
+    system: TextOrItems | None = None
     tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Json | None = None
@@ -67,13 +69,14 @@ class AnthropicRequest(CountTokensRequest):
 
 def counted_chat(request: CountTokensRequest) -> ChatRequest:
     """The chat whose tokens are counted. Raises ValidationError."""
-    return chat_request(_conversation(request))
+    return chat_request(*_conversation(request))
 
 
 def answered_chat(request: AnthropicRequest) -> ChatRequest:
     """The chat that is asked for. Raises ValidationError."""
+    body, places = _conversation(request)
     return chat_request(
-        _conversation(request)
+        body
         | {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -81,28 +84,38 @@ def answered_chat(request: AnthropicRequest) -> ChatRequest:
             "top_p": request.top_p,
             "stop": request.stop_sequences or None,
             "stream": request.stream,
-        }
+        },
+        places,
     )
 
 
-def _conversation(request: CountTokensRequest) -> Json:
+def _conversation(request: CountTokensRequest) -> tuple[Json, dict[str, str]]:
+    """A chat's body, and where its messages come from (`chat_request`)."""
     messages: list[Json] = []
+    places: dict[str, str] = {}
     if request.system:
         messages.append({"role": "system", "content": _content(request.system)})
-    for message in request.messages:
-        messages += _assistant(message) if message.role == "assistant" else _from_user(message)
+        places["messages[0].content"] = "system"
+    for index, message in enumerate(request.messages):
+        for read, keys in _assistant(message) if message.role == "assistant" else _from_user(message):
+            for place, key in ({"": ""} | keys).items():
+                places[f"messages[{len(messages)}]{place}"] = f"messages[{index}]{key}"
+            messages.append(read)
     choice = request.tool_choice
+    if choice.type == "tool" and choice.name is None:
+        raise ValidationError("tool_choice: missing field `name`", param="tool_choice.name", code=MISSING)
     named = {"type": "function", "function": {"name": choice.name}}
     if choice.type != "tool" and choice.type not in _CHOICES:
         raise unsupported("tool choices", choice.type)
-    return {
+    body: Json = {
         "messages": messages,
         "model": request.model,
         "tools": [_tool(tool) for tool in request.tools] or None,
-        "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type] if request.tools else None,
+        "tool_choice": named if choice.type == "tool" else _CHOICES[choice.type],
         "parallel_tool_calls": not choice.disable_parallel_tool_use,
         "chat_template_kwargs": _template_variables(request),
     }
+    return body, places
 
 
 def _template_variables(request: CountTokensRequest) -> Json:
@@ -112,39 +125,56 @@ def _template_variables(request: CountTokensRequest) -> Json:
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def _assistant(message: AnthropicMessage) -> list[Json]:
+_Read = tuple[Json, dict[str, str]]
+"""A message, and places in it that come from other keys."""
+
+
+def _assistant(message: AnthropicMessage) -> list[_Read]:
     """The assistant's words, thoughts and calls, which are one message of a chat."""
     if isinstance(message.content, str):
-        return [{"role": "assistant", "content": message.content}]
-    words, thoughts, calls = [], "", []
-    for block in message.content:
+        return [({"role": "assistant", "content": message.content}, {})]
+    words: list[Json] = []
+    thoughts = ""
+    calls: list[Json] = []
+    keys: dict[str, str] = {}
+    for index, block in enumerate(message.content):
+        here = f".content[{index}]"
         match block.get("type"):
             case "thinking":
                 thoughts += str(block.get("thinking") or "")
             case "redacted_thinking":
                 pass
             case "tool_use":
+                keys |= {f".tool_calls[{len(calls)}]{place}": here for place in (".function", "")}
                 function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
                 calls.append({"id": block.get("id"), "type": "function", "function": function})
             case _:
+                keys[f".content[{len(words)}]"] = here
                 words.append(_part(block))
     shown: Json = {"role": "assistant", "content": words or None}
     if thoughts:
         shown["reasoning_content"] = thoughts
-    return [shown | {"tool_calls": calls} if calls else shown]
+    return [(shown | {"tool_calls": calls} if calls else shown, keys)]
 
 
-def _from_user(message: AnthropicMessage) -> list[Json]:
+def _from_user(message: AnthropicMessage) -> list[_Read]:
     """Results of tools, each a message of its own, and then the words."""
     if isinstance(message.content, str):
-        return [{"role": message.role, "content": message.content}]
-    results = [block for block in message.content if block.get("type") == "tool_result"]
-    words = [_part(block) for block in message.content if block.get("type") != "tool_result"]
-    messages: list[Json] = [
-        {"role": "tool", "tool_call_id": result.get("tool_use_id"), "content": _content(result.get("content") or "")}
-        for result in results
-    ]
-    return [*messages, {"role": message.role, "content": words}] if words or not results else messages
+        return [({"role": message.role, "content": message.content}, {})]
+    results: list[_Read] = []
+    words: list[Json] = []
+    keys: dict[str, str] = {}
+    for index, block in enumerate(message.content):
+        here = f".content[{index}]"
+        if block.get("type") == "tool_result":
+            content = _content(block.get("content") or "")
+            result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
+            results.append((result, {"": here, ".tool_call_id": f"{here}.tool_use_id"}))
+        else:
+            keys[f".content[{len(words)}]"] = here
+            words.append(_part(block))
+    said: _Read = ({"role": message.role, "content": words}, keys)
+    return [*results, said] if words or not results else results
 
 
 def _content(content: Any) -> Any:

@@ -48,6 +48,11 @@ def unforced(grammar: str) -> str:
     return grammar if is_short else '%llguidance {"no_forcing": true}\n' + _as_lark(grammar)
 
 
+def forcing_nothing(lark: str) -> str:
+    """A client's grammar, whose rules may multiply: no bound of what it forces is known."""
+    return f'{lark}\n%llguidance {{"no_forcing": true}}\n'  # the last of several directives counts
+
+
 def forced_chars(grammar: str) -> float:
     """An upper bound of the characters that llguidance's `grammar` forces at a time."""
     schema, lark = _parts(grammar)

@@ -40,10 +40,11 @@ class GrammarCompiler:
 
         `is_strict`: as in TGI, keywords that cannot be held to are ignored, and a schema needs `properties` at its top.
         """
-        if grammar.type == "regex":
+        if grammar.type in ("regex", "grammar"):
             if not isinstance(grammar.value, str):
                 raise ValidationError("grammar is not valid: a regex is a string")
-            checked = await self._check(Check(regex=grammar.value))
+            is_regex = grammar.type == "regex"
+            checked = await self._check(Check(regex=grammar.value) if is_regex else Check(free=grammar.value))
             if checked.error is not None:
                 raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")
             return checked

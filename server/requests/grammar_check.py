@@ -23,7 +23,7 @@ import msgspec
 
 from engine.link.config import GRAMMAR_LIMITS
 from server.piped_process import prepare_child
-from server.requests.forced_text import unforced
+from server.requests.forced_text import forcing_nothing, unforced
 from server.schemas.closing import closed
 from server.schemas.opening import Opening, without_idle_keywords
 from server.schemas.parts import MAX_KEY_CHARS
@@ -75,12 +75,14 @@ class HeldSchema(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A thing to compile: a regular expression, or schemas.
+    """A thing to compile: a regular expression, a client's grammar, or schemas.
 
     Several schemas are parts of a grammar of llguidance's own, which calls them `schema_0`, `schema_1`, ...
     """
 
     regex: str | None = None
+    free: str | None = None
+    """A client's own grammar, in GBNF or in llguidance's form of Lark."""
     lark: str | None = None
     schemas: tuple[HeldSchema, ...] = ()
 
@@ -103,7 +105,9 @@ class Checker:
 
     def __init__(self) -> None:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+        from llguidance.gbnf_to_lark import any_to_lark
 
+        self._to_lark = any_to_lark
         self._matcher = LLMatcher
         self._limits = LLParserLimits(**GRAMMAR_LIMITS)
         self._tokenizer: LLTokenizer = LLTokenizer("byte")
@@ -111,6 +115,8 @@ class Checker:
     def check(self, request: Check) -> Checked:
         if request.regex is not None:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
+        if request.free is not None:
+            return self._of_client(request.free)
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
         if all(held.mode != "open" for held in request.schemas):
@@ -141,11 +147,23 @@ class Checker:
             rules.append(f"schema_{index}: %json {json.dumps(closed(schema) | options, ensure_ascii=False)}")
         return self._compiled(self._matcher.grammar_from_lark("\n".join(rules)), left_open)
 
-    def _compiled(self, grammar: str, left_open: tuple[str, ...] = ()) -> Checked:
+    def _of_client(self, text: str) -> Checked:
+        try:
+            lark = self._to_lark(text)
+        except RecursionError:
+            raise
+        except Exception as error:  # what this parser raises has no class of its own
+            return Checked(error=str(error))
+        # The directive keeps a text from being read as a whole grammar in JSON.
+        return self._compiled(f"%llguidance {{}}\n{lark}", without_forcing=forcing_nothing)
+
+    def _compiled(
+        self, grammar: str, left_open: tuple[str, ...] = (), without_forcing: Callable[[str], str] = unforced
+    ) -> Checked:
         error = self._matcher.validate_grammar(grammar, limits=self._limits)
         if error:
             return Checked(error=error)
-        grammar = unforced(grammar)
+        grammar = without_forcing(grammar)
         before = resident_bytes()
         matcher = self._matcher(self._tokenizer, _TOKEN.sub("<[1]>", grammar), log_level=0, limits=self._limits)
         matcher.compute_bitmask()

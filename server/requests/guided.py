@@ -3,56 +3,96 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
-from server.requests.serde import unexpected, wrong
+from pydantic_core import PydanticCustomError
+
+from server.errors import INVALID_VALUE
+from server.requests.serde import WrongShape, unexpected, wrong_within
 
 STRUCTURED_OUTPUTS = "structured_outputs"
 PREFIX = "guided_"
-_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_HELD_KINDS = ("json", "json_object", "regex", "choice", "grammar")
+_KINDS = (*_HELD_KINDS, "structural_tag")
 GUIDED_KEYS = frozenset({STRUCTURED_OUTPUTS, *(f"{PREFIX}{kind}" for kind in ("json", "regex", "choice", "grammar"))})
 
 
+@dataclass(frozen=True, slots=True)
+class _Constraint:
+    kind: str
+    value: Any
+    key: str = field(compare=False)
+    """The place in the body. Clients for old and new servers say the same in both spellings."""
+
+    def wrong(self, reason: str) -> PydanticCustomError:
+        return wrong_within(self.key, WrongShape(reason, "", "", INVALID_VALUE))
+
+
 def read_guided(body: dict[str, Any]) -> dict[str, Any]:
-    """The body with a `response_format` in place of vLLM's keys; null is none of them. Raises what `wrong` makes."""
+    """The body with a `response_format` in place of vLLM's keys, and in `format_key` the key that stood for it.
+
+    Null is none of the keys. Raises what `wrong_within` makes.
+    """
     values = {key: body[key] for key in GUIDED_KEYS & body.keys() if body[key] is not None}
     if not values:
         return body
     constraints = _constraints(values)
     is_formatted = body.get("response_format") not in (None, {"type": "text"})
     if len(constraints) > 1 or (constraints and is_formatted):
-        raise wrong(f"{' and '.join(sorted(values))}: only one constraint on the output can be held to")
+        names = sorted(values)
+        reason = f"{' and '.join(names)}: only one constraint on the output can be held to"
+        raise wrong_within("", WrongShape(reason, "", names[0], INVALID_VALUE))
     rest = {key: value for key, value in body.items() if key not in GUIDED_KEYS}
     if constraints:
-        rest["response_format"] = _format(*constraints[0])
+        rest |= {"response_format": _format(constraints[0]), "format_key": constraints[0].key}
     return rest
 
 
-def _constraints(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Kind and value of each constraint. Clients for old and new servers say the same in both spellings."""
-    constraints = [(key.removeprefix(PREFIX), value) for key, value in values.items() if key != STRUCTURED_OUTPUTS]
-    nested = values.get(STRUCTURED_OUTPUTS, {})
+def _constraints(values: dict[str, Any]) -> list[_Constraint]:
+    found = [
+        _Constraint(key.removeprefix(PREFIX), value, key)
+        for key, value in sorted(values.items())
+        if key != STRUCTURED_OUTPUTS
+    ]
+    nested = values.get(STRUCTURED_OUTPUTS)
+    if nested is None:
+        return found
     if not isinstance(nested, dict):
-        raise wrong(f"{STRUCTURED_OUTPUTS}: invalid type: {unexpected(nested)}, expected a map")
-    further = [(kind, nested[kind]) for kind in _KINDS if nested.get(kind) not in (None, False)]
-    return constraints + [constraint for constraint in further if constraint not in constraints]
+        reason = f"invalid type: {unexpected(nested)}, expected a map"
+        raise wrong_within(STRUCTURED_OUTPUTS, WrongShape(reason, "", "", "invalid_type"))
+    if nested.keys().isdisjoint(_KINDS):
+        reason = "there is no constraint, expected one of " + ", ".join(f"`{kind}`" for kind in _HELD_KINDS)
+        raise wrong_within(STRUCTURED_OUTPUTS, WrongShape(reason, "", "", INVALID_VALUE))
+    for kind in _KINDS:
+        constraint = _Constraint(kind, nested.get(kind), f"{STRUCTURED_OUTPUTS}.{kind}")
+        if constraint.value not in (None, False) and constraint not in found:
+            found.append(constraint)
+    return found
 
 
-def _format(kind: str, value: Any) -> dict[str, Any]:
-    match kind:
+def _format(constraint: _Constraint) -> dict[str, Any]:
+    match constraint.kind:
         case "json":
-            return {"type": "json", "value": value}
+            return {"type": "json", "value": constraint.value}
         case "json_object":
             return {"type": "json_object"}
         case "regex":
-            return {"type": "regex", "value": value}
+            return {"type": "regex", "value": constraint.value}
         case "choice":
-            return {"type": "regex", "value": _alternatives(value)}
-    raise wrong(f"`{kind}` is not supported: give a JSON schema, a regular expression or a choice")
+            return {"type": "regex", "value": _alternatives(constraint)}
+        case "grammar":
+            if not isinstance(constraint.value, str):
+                raise constraint.wrong(f"invalid type: {unexpected(constraint.value)}, expected a string")
+            return {"type": "grammar", "grammar": constraint.value}
+    raise constraint.wrong(
+        f"`{constraint.kind}` is not supported: give a JSON schema, a regular expression, a choice or a grammar"
+    )
 
 
-def _alternatives(value: Any) -> str:
+def _alternatives(constraint: _Constraint) -> str:
     """A regular expression for one of several texts."""
+    value = constraint.value
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-        raise wrong("`choice`: invalid value, expected a list of texts that are not empty")
+        raise constraint.wrong("invalid value, expected a list of texts that are not empty")
     return "|".join(map(re.escape, value))

@@ -138,6 +138,8 @@ class Message(OpenAIModel):
     def _read_body(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
+        if not is_strict(info):
+            _read_older_call(data)
         sent = dict(data)
         for key in ("body", "sent"):  # ours, from another reading of the same object
             sent.pop(key, None)
@@ -146,6 +148,20 @@ class Message(OpenAIModel):
             data["tool_calls"] = body.tool_calls
         data["body"], data["sent"] = body, sent
         return data
+
+
+def _read_older_call(message: dict[str, Any]) -> None:
+    """OpenAI's older `function_call` and role become a call and its answer, which have no id."""
+    if message.get("role") == "function":
+        message["role"] = "tool"
+    call = message.pop("function_call", None)
+    if call is None or message.get("tool_calls"):
+        return
+    try:
+        CalledFunction.model_validate(call)
+    except ValidationError as error:
+        raise wrong_within("function_call", describe(error)) from None
+    message["tool_calls"] = [{"type": "function", "function": call}]
 
 
 def _read_strictly(message: dict[str, Any], context: dict[str, Any] | None) -> ContentBody | ToolCallBody:

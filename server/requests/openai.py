@@ -27,9 +27,10 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from server.requests.dialects import parameters_of, speaking
+from server.requests.functions import NEWER_KEYS, OfferedFunction, read_functions
 from server.requests.guided import GUIDED_KEYS, read_guided
 from server.requests.ignored import note_ignored
-from server.requests.messages import CalledFunction, Message, OpenAIModel
+from server.requests.messages import Message, OpenAIModel
 from server.requests.rows import Dialect
 from server.requests.sampling import Parameters
 from server.requests.sampling_defaults import filled
@@ -41,29 +42,22 @@ from server.requests.serde import (
     U64,
     ListOf,
     WireModel,
+    WrongShape,
     is_strict,
     max_items,
     missing,
     round_to_f32,
     spellings_of,
-    untagged,
     wrong,
+    wrong_within,
 )
+from server.requests.tool_choice import MAX_TOOLS, ReadToolChoice
 from server.requests.values import Grammar, LogitBias
 
 MAX_MESSAGES = 16_384
-MAX_TOOLS = 1_024
+FORMAT_KEY = "response_format"
 LENGTH_KEYS = ("max_tokens", "max_completion_tokens")
 """Keys of a chat for the number of new tokens; of two the last counts."""
-
-
-class OfferedFunction(CalledFunction):
-    """Its `arguments` are a JSON schema. If that is left out, as OpenAI allows, the function takes none."""
-
-    strict: bool = False
-    """A schema that the model cannot be held to in full is refused where a call is required."""
-
-    extensions: ClassVar[frozenset[str]] = frozenset({"strict"})
 
 
 class Tool(WireModel):
@@ -80,50 +74,16 @@ class Tool(WireModel):
         return data
 
 
-class FunctionName(WireModel):
-    name: str
-
-
-class NamedToolChoice(WireModel):
-    function: FunctionName
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
-        """The shape of /v1/responses has no object around the name."""
-        is_flat = isinstance(data, dict) and "function" not in data and not is_strict(info)
-        return {"function": data} if is_flat else data
-
-
-class AllowedTools(WireModel):
-    mode: Literal["auto", "required"] = "auto"
-    tools: Annotated[ListOf[NamedToolChoice], max_items(MAX_TOOLS)]
-
-
-class AllowedToolsChoice(WireModel):
-    """Some of the tools, which alone may be called."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flat(cls, data: Any, info: ValidationInfo) -> Any:
-        if is_strict(info):
-            raise wrong("TGI has no such choice")
-        is_flat = isinstance(data, dict) and "allowed_tools" not in data
-        return {"type": data.get("type"), "allowed_tools": data} if is_flat else data
-
-
-ToolChoice = str | NamedToolChoice | AllowedToolsChoice | None
-
-
 class StreamOptions(OpenAIModel):
     include_usage: bool = False
 
 
 def _read_stop(value: Any, info: ValidationInfo) -> Any:
-    return [value] if isinstance(value, str) and not is_strict(info) else value
+    """Forms send an empty text where nobody has written one. To TGI it ends every answer at once."""
+    if is_strict(info):
+        return value
+    texts = [value] if isinstance(value, str) else value
+    return [text for text in texts if text != ""] if isinstance(texts, list) else texts
 
 
 def _read_bias(value: Any, info: ValidationInfo) -> Any:
@@ -142,8 +102,10 @@ Stop = Annotated[ListOf[str] | None, BeforeValidator(_read_stop, json_schema_inp
 class OpenAIFormat(OpenAIModel):
     """`response_format` in OpenAI's shape; read here only to be described."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Any = None
+    grammar: str | None = None
+    """In GBNF or in llguidance's form of Lark."""
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
@@ -163,6 +125,10 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
             if isinstance(schema, dict) and schema.get("schema") is None:
                 raise missing("json_schema", "schema")
             return {"type": "json_schema", "value": schema}
+        case "grammar":  # as vLLM and hosted services take it; TGI's own shape does not know the type
+            if not isinstance(value.get("grammar"), str):
+                raise wrong_within("grammar", WrongShape("a grammar is a string", "", "", "invalid_type"))
+            return Grammar.model_construct(type="grammar", value=value["grammar"])
     return value
 
 
@@ -207,15 +173,24 @@ class GenerationBody(OpenAIBody):
 
     further_keys: ClassVar[frozenset[str]] = GUIDED_KEYS
 
+    format_key: SkipJsonSchema[str] = FORMAT_KEY
+    """The key that the request has for its `response_format`."""
+
     @model_validator(mode="before")
     @classmethod
     def _read_guided(cls, data: Any, info: ValidationInfo) -> Any:
-        return read_guided(data) if isinstance(data, dict) and not is_strict(info) else data
+        if not isinstance(data, dict):
+            return data
+        data = copy.copy(data)
+        data["format_key"] = FORMAT_KEY
+        return data if is_strict(info) else read_guided(data)
 
 
 @speaking(Dialect.CHAT)
 class ChatRequest(GenerationBody):
     """Body of /v1/chat/completions."""
+
+    further_keys: ClassVar[frozenset[str]] = GUIDED_KEYS.union(NEWER_KEYS)
 
     messages: Annotated[ListOf[Message], max_items(MAX_MESSAGES)]
     model: str | None = None
@@ -231,7 +206,7 @@ class ChatRequest(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: Annotated[ListOf[Tool] | None, max_items(MAX_TOOLS)] = None
-    tool_choice: Annotated[ToolChoice, untagged("ToolTypeDeserializer")] = None
+    tool_choice: ReadToolChoice = None
     tool_prompt: str | None = None
     response_format: ResponseFormat = None
     n: U32 | None = None
@@ -247,11 +222,16 @@ class ChatRequest(GenerationBody):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What else the chat template may look at, such as `enable_thinking`."""
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
+    """The answer has its thoughts."""
     length_key: SkipJsonSchema[str] = "max_tokens"
     """The key that the request has for its length."""
 
     extensions: ClassVar[frozenset[str]] = frozenset(
-        "parallel_tool_calls continue_final_message add_generation_prompt chat_template_kwargs reasoning_effort".split()
+        (
+            "parallel_tool_calls continue_final_message add_generation_prompt chat_template_kwargs reasoning_effort "
+            "include_reasoning"
+        ).split()
     )
 
     @property
@@ -260,6 +240,16 @@ class ChatRequest(GenerationBody):
         effort = self.reasoning_effort
         switches = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
         return switches | self.chat_template_kwargs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older_keys(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict) or is_strict(info):
+            return data
+        if data.get("chat_template") is not None:
+            reason = "chats are rendered with the model's own template"
+            raise wrong_within("chat_template", WrongShape(reason, "", "", "unsupported_parameter"))
+        return read_functions(data)
 
     @model_validator(mode="before")
     @classmethod

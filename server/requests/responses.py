@@ -11,11 +11,14 @@ from typing import Annotated, Any
 import pydantic
 
 from server.errors import ValidationError
-from server.requests.chat_shapes import Json, chat_request, unsupported
+from server.requests.chat_shapes import Json, TextOrItems, chat_request, unsupported
 from server.requests.messages import OpenAIModel
-from server.requests.openai import MAX_MESSAGES, MAX_TOOLS, ChatRequest, OpenAIBody
+from server.requests.openai import MAX_MESSAGES, ChatRequest, OpenAIBody
 from server.requests.serde import F32, U32, ListOf, max_items
+from server.requests.tool_choice import MAX_TOOLS
 
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` has to name for logprobs."""
 _STORED = ("previous_response_id", "conversation", "prompt")
 """Fields that name something which a server has kept."""
 
@@ -38,22 +41,24 @@ class TextOptions(OpenAIModel):
 class ResponsesRequest(OpenAIBody):
     """Body of /v1/responses."""
 
-    input: str | Annotated[ListOf[Json], max_items(MAX_MESSAGES)]
+    input: Annotated[TextOrItems, max_items(MAX_MESSAGES)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: U32 | None = None
     temperature: F32 | None = None
     top_p: F32 | None = None
     tools: Annotated[ListOf[Json], max_items(MAX_TOOLS)] = pydantic.Field(default_factory=list)
-    tool_choice: str | Json | None = None
+    tool_choice: Annotated[str | Json | None, pydantic.SkipValidation] = None  # the chat's reading says what is wrong
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions = ReasoningOptions()
+    top_logprobs: U32 | None = None
+    include: ListOf[str] = pydantic.Field(default_factory=list)
     stream: bool = False
     background: bool = False
     metadata: Json | None = None
     previous_response_id: str | None = None
-    conversation: str | Json | None = None
+    conversation: Annotated[str | Json | None, pydantic.SkipValidation] = None
     prompt: Json | None = None
 
 
@@ -61,11 +66,21 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
     """The chat that is asked for. Raises ValidationError."""
     stored = next((name for name in _STORED if getattr(request, name) is not None), None)
     if stored is not None:
-        raise ValidationError(f"`{stored}` is not supported: responses are not stored, send all of the input")
+        raise ValidationError(
+            f"`{stored}` is not supported: responses are not stored, send all of the input", param=stored
+        )
     if request.background:
-        raise ValidationError("`background` is not supported: ask for a stream or wait for the answer")
+        raise ValidationError(
+            "`background` is not supported: ask for a stream or wait for the answer", param="background"
+        )
+    if request.top_logprobs or LOGPROBS in request.include:
+        raise ValidationError(
+            "logprobs are not supported here: ask /v1/chat/completions for them",
+            param="top_logprobs" if request.top_logprobs else "include",
+        )
+    messages, places = _messages(request)
     body: Json = {
-        "messages": _messages(request),
+        "messages": messages,
         "model": request.model,
         "max_tokens": request.max_output_tokens,
         "temperature": request.temperature,
@@ -77,22 +92,31 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         "response_format": _response_format(request.text.format),
         "stream": request.stream,
     }
-    return chat_request(body)
+    return chat_request(body, places)
 
 
-def _messages(request: ResponsesRequest) -> list[Json]:
+def _messages(request: ResponsesRequest) -> tuple[list[Json], dict[str, str]]:
+    """The messages, and the items that they come from (`chat_request`)."""
     messages: list[Json] = []
+    places: dict[str, str] = {}
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
     if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for item in request.input:
+        return [*messages, {"role": "user", "content": request.input}], places
+    for index, item in enumerate(request.input):
         kind = item.get("type", "message")
         read = _ITEMS.get(kind) if isinstance(kind, str) else None
-        if read is None:
-            raise unsupported("input items", kind)
-        read(item, messages)
-    return messages
+        try:
+            if read is None:
+                raise unsupported("input items", kind)
+            read(item, messages)
+        except ValidationError as error:
+            error.param = f"input[{index}]"
+            raise
+        call = len(messages[-1].get("tool_calls", ())) - 1 if messages else -1
+        for place, key in _PLACES[kind].items():
+            places[f"messages[{len(messages) - 1}]{place.format(call=call)}"] = f"input[{index}]{key}"
+    return messages, places
 
 
 def _add_message(item: Json, messages: list[Json]) -> None:
@@ -135,6 +159,14 @@ _ITEMS: dict[str, Callable[[Json, list[Json]], None]] = {
     "reasoning": _add_reasoning,
 }
 """Type of an input item -> what adds it to the messages."""
+
+_PLACES: dict[str, dict[str, str]] = {
+    "message": {"": ""},
+    "function_call": {".tool_calls[{call}].function": "", ".tool_calls[{call}].id": ".call_id"},
+    "function_call_output": {"": "", ".content": ".output", ".tool_call_id": ".call_id"},
+    "reasoning": {},
+}
+"""Type of an input item -> places in the message that it has become or is a part of, and the keys of these places."""
 
 
 def _assistant(messages: list[Json], *taken: str) -> Json:

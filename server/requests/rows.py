@@ -120,6 +120,8 @@ class Refusal:
     """`{limit}` stands for the maximum, `{given}` for the number that was measured."""
     applies: Callable[[Any], bool] | None = None
     """Whether it is due for these Parameters; None: it is due if the value is out of bounds."""
+    openai_text: str | None = None
+    """The text in OpenAI's dialects, if their bounds are others."""
 
 
 @dataclass(frozen=True, slots=True)

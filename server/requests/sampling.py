@@ -71,7 +71,7 @@ class Parameters:
             IN_ALL_OF_TGI,
             bounds=Bounds(above=0),
             openai_bounds=Bounds(min=0),
-            refusal=Refusal(6, "`temperature` must be strictly positive"),
+            refusal=Refusal(6, "`temperature` must be strictly positive", openai_text="`temperature` must be >= 0.0"),
             engine_field="temperature",
             is_for_drawing=True,
         )
@@ -101,7 +101,7 @@ class Parameters:
             {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS},
             bounds=Bounds(min=1),
             openai_bounds=Bounds(min=-1),
-            refusal=Refusal(11, "`top_k` must be strictly positive"),
+            refusal=Refusal(11, "`top_k` must be strictly positive", openai_text="`top_k` must be >= -1"),
             engine_field="top_k",
             is_for_drawing=True,
             is_filter=True,
@@ -113,7 +113,7 @@ class Parameters:
             IN_ALL_OF_TGI,
             bounds=_FRACTION,
             openai_bounds=Bounds(min=0, max=1),
-            refusal=Refusal(9, "`top_p` must be > 0.0 and < 1.0"),
+            refusal=Refusal(9, "`top_p` must be > 0.0 and < 1.0", openai_text="`top_p` must be >= 0.0 and <= 1.0"),
             engine_field="top_p",
             is_for_drawing=True,
             is_filter=True,
@@ -125,7 +125,9 @@ class Parameters:
             {Dialect.NATIVE: TGI, Dialect.CHAT: OURS, Dialect.COMPLETIONS: OURS},
             bounds=_FRACTION,
             openai_bounds=Bounds(above=0, max=1),
-            refusal=Refusal(10, "`typical_p` must be > 0.0 and < 1.0"),
+            refusal=Refusal(
+                10, "`typical_p` must be > 0.0 and < 1.0", openai_text="`typical_p` must be > 0.0 and <= 1.0"
+            ),
             engine_field="typical_p",
             is_for_drawing=True,
             is_filter=True,

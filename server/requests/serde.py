@@ -261,7 +261,7 @@ def describe(error: ValidationError) -> WrongShape:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location if part != "").lstrip(".")
 
 
 def _joined(path: str, below: str) -> str:

@@ -21,6 +21,7 @@ from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
 from server.requests.rows import Dialect, Refusal, Row
 from server.requests.sampling import ROWS, WHOLE_WINDOW, Parameters
+from server.requests.values import GrammarSpec
 from server.requests.wording import TGI_WORDING, Wording
 from server.text.pieces import AnswerReader
 from server.text.tokenizer import TextTokenizer
@@ -215,16 +216,23 @@ class Validator:
 
     async def _grammar(self, request: GenerationInput) -> Checked | None:
         spec, tool_grammar = request.parameters.grammar, request.tool_grammar
-        if spec is None and tool_grammar is None:
-            return None
+        if tool_grammar is None:
+            return None if spec is None else await self._format(spec)
         try:
             refuse_if(self._config.is_grammar_disabled, "grammar is not supported")  # text 21
-            if tool_grammar is not None:
-                return await self._grammars.compile_tools(tool_grammar)
-            assert spec is not None
+            return await self._grammars.compile_tools(tool_grammar)
+        except ValidationError as error:
+            if spec is not None and not self._config.is_strict_tgi:  # the answer's format may be what is wrong
+                await self._format(spec)
+            error.param = "tools"
+            raise
+
+    async def _format(self, spec: GrammarSpec) -> Checked:
+        try:
+            refuse_if(self._config.is_grammar_disabled, "grammar is not supported")
             return await self._grammars.compile(spec, is_strict=self._config.is_strict_tgi)
         except ValidationError as error:
-            error.param = "grammar" if tool_grammar is None else "tools"
+            error.param = "grammar"
             raise
 
     async def _banned_sequences(self, bad_words: Sequence[str]) -> list[list[int]]:
@@ -257,7 +265,8 @@ def check_parameters(parameters: Parameters, config: ServerConfig, dialect: Dial
             continue
         for number in row.bounds.measure(getattr(parameters, name)):
             if not row.bounds.hold(number, config, dialect):
-                text = refusal.text.format(limit=row.bounds.max_in(config, dialect), given=number)
+                words = refusal.text if dialect is Dialect.NATIVE else refusal.openai_text or refusal.text
+                text = words.format(limit=row.bounds.max_in(config, dialect), given=number)
                 raise ValidationError(text, param=name, code=row.bounds.code(number))
 
 
@@ -312,10 +321,11 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
     max_new_tokens = request.parameters.max_new_tokens
     room = max(0, max_total - num_input)
     counted = room if max_new_tokens is None else min(max_new_tokens, MAX_CHECKED_NEW_TOKENS)
+    given = max_new_tokens if request.is_openai and max_new_tokens is not None else counted
     refuse_if(
         num_input + counted > max_total,
         f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. "
-        f"Given: {num_input} `inputs` tokens and {counted} `max_new_tokens`",
+        f"Given: {num_input} `inputs` tokens and {given} `max_new_tokens`",
         param="inputs",
         code=TOO_LONG,
     )  # text 19

@@ -35,7 +35,8 @@ GrammarType = Literal["json", "json_object", "json_schema", "regex"]
 class GrammarSpec:
     """A constraint on the output, in the words of the request."""
 
-    type: GrammarType
+    type: GrammarType | Literal["grammar"]
+    """`grammar`: a text in GBNF or in llguidance's form of Lark, which only OpenAI's routes take."""
     value: Any
 
 

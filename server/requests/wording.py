@@ -19,12 +19,18 @@ class Wording:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         """`names`: a regular expression for a thing's name here -> its name there, which may refer to groups."""
+        self._sent = {**names}
         self._names = {re.compile(pattern): there for pattern, there in names.items()}
 
     def name(self, here: str) -> str:
         """The name of a field, which may be a path."""
         matches = ((pattern.fullmatch(here), there) for pattern, there in self._names.items())
         return next((match.expand(there) for match, there in matches if match), here)
+
+    def with_format(self, key: str) -> Wording:
+        """These words, for a request that has `key` in place of `response_format`."""
+        here = self.name("grammar")
+        return self if here == key else Wording(self._sent | dict.fromkeys(("grammar", here), key))
 
     def text(self, text: str) -> str:
         return _NAME.sub(lambda match: self.name(match[0]), text)
@@ -60,14 +66,10 @@ CHAT_WORDINGS = {
 """By the key that a chat has for its length."""
 COMPLETIONS_WORDING = _wording_of(Dialect.COMPLETIONS, "max_tokens")
 
-_MESSAGE = r"messages\[\d+\](?:\.tool_calls\[\d+\](?:\.function)?)?(.*)"
-"""A place in a message. Items and blocks become messages of another number, and calls are items or blocks."""
-
 RESPONSES_WORDING = Wording(
     {
         "max_tokens": "max_output_tokens",
         "messages": "input",
-        _MESSAGE: r"input[]\1",
         r"(tools\[\d+\])\.function(.*)": r"\1\2",
         r"response_format(?:\.json_schema)?(.*)": r"text.format\1",
     }
@@ -77,7 +79,6 @@ RESPONSES_WORDING = Wording(
 ANTHROPIC_WORDING = Wording(
     {
         "stop": "stop_sequences",
-        _MESSAGE: r"messages[]\1",
         r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
         r"(tools\[\d+\])\.function(.*)": r"\1\2",
     }

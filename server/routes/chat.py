@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -51,7 +51,7 @@ from server.requests.rows import Dialect
 from server.requests.validation import GenerationInput
 from server.requests.wording import CHAT_WORDINGS, TGI_WORDING
 from server.service import AdmittedRequest, GenerationService, service_of
-from server.text.pieces import Arguments, CallStart
+from server.text.pieces import Arguments, CallStart, Piece, Thought
 
 area = Area()
 
@@ -128,7 +128,8 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
 async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[GenerationInput, ToolUse]:
     """The prompt and parameters of a chat, and how it uses tools. Raises TemplateError, ToolError, ValidationError."""
     is_strict = service.config.is_strict_tgi
-    with service.metrics.refusing(TemplateError, ValidationError):
+    wording = TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key].with_format(request.format_key)
+    with service.metrics.refusing(TemplateError, ValidationError), wording.speaking():
         if not request.messages and not is_strict:
             raise ValidationError("there are no messages", param="messages")
         use = use_tools(request, service.tokenizer, is_strict=is_strict)
@@ -142,7 +143,7 @@ async def chat_input(service: GenerationService, request: ChatRequest) -> tuple[
         add_special_tokens=False,
         num_choices=1 if is_strict or request.n is None else request.n,
         dialect=Dialect.NATIVE if is_strict else Dialect.CHAT,
-        wording=TGI_WORDING if is_strict else CHAT_WORDINGS[request.length_key],
+        wording=wording,
         tool_grammar=use.grammar,
         grammar_preface=grammar_preface(use.thinking, service.tokenizer),
         reader=use.reader,
@@ -175,8 +176,14 @@ class _Chat:
         return content, self._headers(answers, opening)
 
     def _written(self, answers: Sequence[Completion], streams: Sequence[Stream]) -> bytes:
-        choices = (self._choice(index, answer, message_of(answer.pieces)) for index, answer in enumerate(answers))
+        choices = (
+            self._choice(index, answer, message_of(self._shown(answer.pieces))) for index, answer in enumerate(answers)
+        )
         return encoder.encode(self._completion(encoded_items(choices), streams))
+
+    def _shown(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces that the client wants to see."""
+        return [piece for piece in pieces if self._body.include_reasoning or not isinstance(piece, Thought)]
 
     def _completion(self, choices: list[ChatChoice], streams: Sequence[Stream]) -> ChatCompletion:
         num_top = self._input.parameters.prompt_logprobs
@@ -253,7 +260,7 @@ class _Chat:
         """The chunks of a token: one, if the answer is words; else any number, and one for the finish reason."""
         reason = token.finish_reason
         if self._use.marks:
-            deltas = [delta_of(piece, self._role(index)) for piece in token.pieces]
+            deltas = [delta_of(piece, self._role(index)) for piece in self._shown(token.pieces)]
             if reason is not None or (self._body.logprobs and not deltas):
                 deltas.append(ChatDelta(self._role(index), UNSET if token.num_calls else ""))
         else:

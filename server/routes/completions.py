@@ -191,7 +191,7 @@ class _Completion:
             num_choices=self._num_sequences,
             num_prompt_top_tokens=(self._body.logprobs or 0) if self._body.echo else 0,
             dialect=Dialect.NATIVE if self._is_strict else Dialect.COMPLETIONS,
-            wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING,
+            wording=TGI_WORDING if self._is_strict else COMPLETIONS_WORDING.with_format(self._body.format_key),
         )
 
     async def complete(self) -> tuple[bytes, dict[str, str]]:

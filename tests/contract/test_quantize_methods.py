@@ -323,7 +323,7 @@ def bad_dataset(name: str, content: bytes) -> Callable[[Path], None]:
         (lambda source: damaged(source, num_hidden_layers=3), {}, "lacks the tensor model.layers.2"),
         (lambda source: (source / "tokenizer.json").write_text("{}"), {}, "tokenizer.json cannot be read"),
         (lambda source: (source / "tokenizer.json").unlink(), {}, "has no tokenizer.json"),
-        (lambda source: (source / "config.json").unlink(), {}, "has no config.json"),
+        (lambda source: (source / "config.json").unlink(), {}, "has weights but no config.json"),
     ],
 )
 def test_refusals(change: Any, options: dict[str, Any], sentence: str, tmp_path: Path) -> None:

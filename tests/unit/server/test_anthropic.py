@@ -208,6 +208,11 @@ async def test_tokens_are_counted_and_nothing_is_generated(client: httpx.AsyncCl
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content blocks of type `image`"),
         ({"tool_choice": {"type": "maybe"}}, "tool choices of type `maybe`"),
         ({"top_p": 5}, "top_p"),
+        ({"tool_choice": {"type": "any"}}, "`tool_choice` asks for a call, and there are no `tools`"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice: missing field `name`"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: invalid type"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]: invalid type"),
+        ({"system": 5}, "system: invalid type"),
     ],
 )
 async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], words: str) -> None:
@@ -217,6 +222,11 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
     assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
     assert words in error["error"]["message"]
     assert not engine.requests
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+async def test_a_choice_that_needs_no_tools(client: httpx.AsyncClient, choice: str) -> None:
+    assert (await ask(client, tool_choice={"type": choice}, stop_sequences=[""]))["stop_reason"] == "end_turn"
 
 
 async def test_a_failing_stream_ends_in_words(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

@@ -147,7 +147,9 @@ async def test_wrong_parameters(client: httpx.AsyncClient, parameters: dict[str,
         (
             "/v1/chat/completions",
             '{"messages":[],"tool_choice":5}',
-            "tool_choice: data did not match any variant of untagged enum ToolTypeDeserializer",
+            'tool_choice: invalid value, expected "none", "auto", "required", '
+            '{"type": "function", "function": {"name": NAME}} or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}',
         ),
     ],
 )

@@ -158,7 +158,7 @@ async def test_row_11_error_objects(http: httpx.AsyncClient, strict: bool) -> No
         assert error == {"error": text, "error_type": "validation"}
     else:
         expected = {"type": "invalid_request_error", "code": "decimal_below_min_value", "param": "temperature"}
-        assert error == {"error": {"message": text} | expected}
+        assert error == {"error": {"message": "Input validation error: `temperature` must be >= 0.0"} | expected}
     assert (await generate(http, temperature=0)).json() == {"error": text, "error_type": "validation"}
 
 

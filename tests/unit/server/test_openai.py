@@ -155,11 +155,11 @@ async def test_sdk_stream(sdk: openai.AsyncOpenAI, engine: FakeEngine, ids_of: C
 async def test_sdk_sees_refusals(sdk: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         await sdk.chat.completions.create(model="", messages=SDK_USER, temperature=-1)
-    assert "`temperature` must be strictly positive" in raised.value.response.text
+    assert "`temperature` must be >= 0.0" in raised.value.response.text
 
 
 async def test_sdk_sees_refusals_before_the_stream(sdk: openai.AsyncOpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="`temperature` must be strictly positive"):
+    with pytest.raises(openai.BadRequestError, match="`temperature` must be >= 0.0"):
         await sdk.chat.completions.create(model="", messages=SDK_USER, temperature=-1, stream=True)
 
 

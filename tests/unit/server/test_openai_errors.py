@@ -115,12 +115,30 @@ async def test_a_body_that_is_not_read(
 
 LONG = "龘" * 1000
 USER = [{"role": "user", "content": "hey"}]
+CALL_ITEM = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+
+
+def asked(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(messages), "max_tokens": 5}
+
+
+def said(role: str, *blocks: dict[str, Any]) -> dict[str, Any]:
+    return {"role": role, "content": list(blocks)}
+
+
+def tool_result(content: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "c", "content": content}
 
 
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
         (CHAT, chat(max_tokens=1020), "`messages` tokens + `max_tokens` must be <= 1024"),
+        (CHAT, chat(max_tokens=1025), " and 1025 `max_tokens`"),
+        (CHAT, chat(max_completion_tokens=2**32 - 1), f" and {2**32 - 1} `max_completion_tokens`"),
+        (COMPLETIONS, completion(max_tokens=5000), " and 5000 `max_tokens`"),
+        (RESPONSES, {"input": "x", "max_output_tokens": 5000}, " and 5000 `max_output_tokens`"),
+        (MESSAGES, {"messages": USER, "max_tokens": 5000}, " and 5000 `max_tokens`"),
         (CHAT, chat(max_completion_tokens=1020), "`messages` tokens + `max_completion_tokens` must be <= 1024"),
         (CHAT, chat(min_tokens=5, max_completion_tokens=3), "`min_tokens` must be <= `max_completion_tokens`"),
         (CHAT, chat(top_logprobs=100), "`top_logprobs` must be"),
@@ -131,13 +149,76 @@ USER = [{"role": "user", "content": "hey"}]
         (RESPONSES, {"input": LONG}, "`input` tokens + `max_output_tokens`"),
         (RESPONSES, {"input": "x", "max_output_tokens": 0}, "`max_output_tokens` must be strictly positive"),
         (RESPONSES, {"input": []}, "there are no messages"),
-        (RESPONSES, {"input": [{"content": "x"}]}, "input[]: missing field `role`"),
-        (RESPONSES, {"input": [{"type": "function_call"}]}, "input[]: missing field `name`"),
+        (RESPONSES, {"input": [{"content": "x"}]}, "input[0]: missing field `role`"),
+        (RESPONSES, {"input": [{"type": "function_call"}]}, "input[0]: missing field `name`"),
         (
             RESPONSES,
             {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},
-            "input[].content[0].text: ",
+            "input[0].content[0].text: ",
         ),
+        (
+            RESPONSES,
+            {"input": [*USER, {"type": "function_call_output", "call_id": "c", "output": {}}]},
+            "input[1].output: invalid type: map",
+        ),
+        (
+            RESPONSES,
+            {"input": [{"type": "function_call_output", "output": [{"type": "input_text"}]}]},
+            "input[0].output[0].text: invalid type: null",
+        ),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": 5, "output": ""}]}, "input[0].call_id: "),
+        (
+            RESPONSES,
+            {"instructions": "x", "input": [*USER, CALL_ITEM, CALL_ITEM | {"call_id": 5}]},
+            "input[2].call_id: invalid type",
+        ),
+        (
+            RESPONSES,
+            {"input": [*USER, {"type": "reasoning", "id": "r"}, CALL_ITEM, CALL_ITEM | {"name": 5}]},
+            "input[3].name: invalid type",
+        ),
+        (
+            RESPONSES,
+            {"input": [CALL_ITEM, {"role": "assistant", "content": 5}]},
+            "input[1].content: invalid type",
+        ),
+        (MESSAGES, asked(*USER, said("user", tool_result(5))), "messages[1].content[0].content: invalid type"),
+        (
+            MESSAGES,
+            asked(said("user", tool_result("x"), tool_result({"a": 1}), {"type": "text", "text": "x"})),
+            "messages[0].content[1].content: invalid type: map",
+        ),
+        (
+            MESSAGES,
+            asked(said("user", tool_result("x"), {"type": "text", "text": 5})),
+            "messages[0].content[1].text: invalid type",
+        ),
+        (
+            MESSAGES,
+            asked(said("user", tool_result([{"type": "text"}]))) | {"system": "x"},
+            "messages[0].content[0].content[0].text: invalid type: null",
+        ),
+        (
+            MESSAGES,
+            asked(said("user", tool_result("x") | {"tool_use_id": 5})),
+            "messages[0].content[0].tool_use_id: invalid type",
+        ),
+        (
+            MESSAGES,
+            asked(*USER, said("assistant", {"type": "thinking"}, {"type": "text", "text": "x"}, {"type": "tool_use"})),
+            "messages[1].content[2]: missing field `name`",
+        ),
+        (
+            MESSAGES,
+            asked(said("assistant", {"type": "thinking"}, {"type": "text"})),
+            "messages[0].content[1].text: invalid type: null",
+        ),
+        (
+            MESSAGES,
+            asked(said("assistant", {"type": "tool_use", "name": "f", "id": 5})),
+            "messages[0].content[0].id: invalid type",
+        ),
+        (MESSAGES, asked(*USER) | {"system": [{"type": "text"}]}, "system[0].text: invalid type: null"),
         (RESPONSES, {"input": "x", "tools": [{"type": "function"}]}, "tools[0]: missing field `name`"),
         (RESPONSES, {"input": "x", "text": {"format": {"type": "f"}}}, "text.format.type: unknown variant"),
         (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format: missing field `schema`"),
@@ -147,7 +228,7 @@ USER = [{"role": "user", "content": "hey"}]
         (
             MESSAGES + "/count_tokens",
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages[].content[0].text: ",
+            "messages[0].content[0].text: ",
         ),
     ],
 )
@@ -165,7 +246,7 @@ async def test_a_refusal_has_the_words_of_the_request(
             word for word in words if re.match(r"messages\[|max_tokens|response_format|.*(function|tool_calls)", word)
         ]
     if path.startswith(MESSAGES):
-        assert not [word for word in words if re.match(r"messages\[\d|.*(function|tool_calls)", word)]
+        assert not [word for word in words if re.match(r".*(function|tool_calls)", word)]
 
 
 @pytest.mark.parametrize("dialect", [Dialect.CHAT, Dialect.COMPLETIONS])

@@ -39,6 +39,14 @@ async def test_the_likeliest_token(client: httpx.AsyncClient, engine: FakeEngine
 
 
 @both_routes
+@pytest.mark.parametrize("stop", ["", [""], ["", "world"]])
+async def test_an_empty_stop_string_ends_nothing(client: httpx.AsyncClient, path: str, stop: Any) -> None:
+    [choice] = (await ask(client, path, stop=stop)).json()["choices"]
+    text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
+    assert text == ("Hello, " if "world" in stop else "Hello, world!")
+
+
+@both_routes
 @pytest.mark.parametrize("said", [{"temperature": 0, "top_p": 7}, {"top_p": 0, "top_k": -5}, {"top_p": -0.1}])
 async def test_values_without_effect_are_checked(client: httpx.AsyncClient, path: str, said: Any) -> None:
     assert (await ask(client, path, **said)).status_code == 400

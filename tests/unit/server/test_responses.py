@@ -174,9 +174,15 @@ async def test_structured_text(client: httpx.AsyncClient, engine: FakeEngine) ->
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}]}]},
             "content parts of type `input_image` are not supported",
         ),
-        ({"input": [{"role": 5, "content": "x"}]}, "input[].role: invalid type"),
+        ({"top_logprobs": 2, "include": ["message.output_text.logprobs"]}, "logprobs are not supported here"),
+        ({"top_logprobs": 2}, "logprobs are not supported here"),
+        ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "logprobs are not supported"),
+        ({"include": 5}, "include: invalid type"),
+        ({"input": [{"role": 5, "content": "x"}]}, "input[0].role: invalid type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool choices of type `mcp`"),
         ({"max_output_tokens": 0}, "`max_output_tokens` must be"),
+        ({"input": 5}, "input: invalid type"),
+        ({"input": ["x"]}, "input[0]: invalid type"),
     ],
 )
 async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], words: str) -> None:
@@ -184,6 +190,44 @@ async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, body: dic
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "mcp_call"},
+        {"role": "user", "content": [{"type": "input_file"}]},
+        {"type": "function_call_output", "call_id": "c", "output": [5]},
+    ],
+)
+async def test_an_item_that_is_not_supported_is_named(client: httpx.AsyncClient, item: Any) -> None:
+    answer = await client.post(PATH, json={"input": [{"role": "user", "content": "hey"}, item]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[1]")
+
+
+async def test_what_asks_for_no_logprobs_is_answered(client: httpx.AsyncClient) -> None:
+    for said in ({"top_logprobs": 0, "include": ["reasoning.encrypted_content"]}, {"include": []}, {"include": None}):
+        assert (await client.post(PATH, json={"input": "hey"} | said)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("previous_response_id", "resp_1"),
+        ("background", True),
+        ("input", 5),
+        ("conversation", 5),
+        ("tool_choice", 5),
+        ("tool_choice", ["auto"]),
+        ("tool_choice", {"type": "function"}),
+        ("tool_choice", {"type": "allowed_tools"}),
+        ("top_logprobs", 1),
+        ("include", ["message.output_text.logprobs"]),
+    ],
+)
+async def test_a_refusal_names_its_field(client: httpx.AsyncClient, param: str, value: Any) -> None:
+    answer = await client.post(PATH, json={"input": "hey"} | {param: value})
+    assert answer.json()["error"]["param"] == param
 
 
 async def test_a_failing_stream_ends_in_words(client: httpx.AsyncClient, engine: FakeEngine, ids_of: IdsOf) -> None:

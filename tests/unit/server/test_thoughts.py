@@ -199,6 +199,23 @@ async def test_a_thought_stands_beside_the_words(http: httpx.AsyncClient, says: 
     assert message == {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
 
 
+@pytest.mark.parametrize(("text", "content"), [("Two and two.\n</think>\n\nFour.", "Four."), ("Two and", "")])
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_a_thought_is_left_out_for_who_does_not_want_it(
+    http: httpx.AsyncClient,
+    engine: FakeEngine,
+    model: TextTokenizer,
+    text: str,
+    content: str,
+    logprobs: bool,
+) -> None:
+    engine.script.events = one_by_one(model._encode(text, False), FinishReason.LENGTH)
+    choice = await chat(http, include_reasoning=False, logprobs=logprobs)
+    assert choice["message"] == {"role": "assistant", "content": content}
+    seen = await chat(http, include_reasoning=None)
+    assert seen["message"]["reasoning_content"].startswith("Two and")
+
+
 async def test_an_answer_without_a_thought_has_no_key_for_it(http: httpx.AsyncClient, says: Says) -> None:
     says("</think>Four.")
     assert (await chat(http))["message"] == {"role": "assistant", "content": "Four."}

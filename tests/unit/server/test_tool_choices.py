@@ -100,9 +100,16 @@ async def test_choices_that_make_no_sense(
         choice("none", "clock"),
         choice("clock"),
         {"type": "allowed_tools"},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}},
+        {"type": "auto"} if path == CHAT else choice("clock"),
+        {"type": "function"},
+        {"type": "function", "function": {"name": 5}},
+        {"type": "function", "name": 5},
     ):
         answer = await ask(client, path, wrong)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "tool_choice")
+        assert 'tool_choice: invalid value, expected "none", "auto", "required"' in error["message"]
     assert not engine.requests
 
 

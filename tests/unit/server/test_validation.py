@@ -134,8 +134,10 @@ async def test_values_without_effect_are_accepted(client: httpx.AsyncClient, par
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"temperature": -1.0}, "`temperature` must be strictly positive"),
-        ({"top_p": 1.5}, "`top_p` must be > 0.0 and < 1.0"),
+        ({"temperature": -1.0}, "`temperature` must be >= 0.0"),
+        ({"top_p": 1.5}, "`top_p` must be >= 0.0 and <= 1.0"),
+        ({"top_k": -2}, "`top_k` must be >= -1"),
+        ({"typical_p": 0}, "`typical_p` must be > 0.0 and <= 1.0"),
         ({"max_tokens": 0}, "`max_tokens` must be strictly positive"),
         ({"max_completion_tokens": 0}, "`max_completion_tokens` must be strictly positive"),
         ({"frequency_penalty": 3}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),

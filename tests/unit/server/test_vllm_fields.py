@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from server.app import create_app
 from server.errors import ValidationError
@@ -52,6 +53,40 @@ async def text_of(client: httpx.AsyncClient, path: str, **said: Any) -> str:
     return text
 
 
+GBNF = 'root ::= "yes" | "no" [0-9]+ "!"'
+LARK = 'start: "yes" | "no" NUMBER "!"\nNUMBER: /[0-9]+/'
+
+
+@pytest.mark.parametrize("grammar", [GBNF, LARK, LARK + '\n%llguidance {"no_forcing": false}'])
+async def test_texts_are_held_to_a_grammar_and_nothing_is_forced(
+    client: httpx.AsyncClient, engine: FakeEngine, grammar: str
+) -> None:
+    response = await ask(client, CHAT, guided_grammar=grammar)
+    assert response.status_code == 200, response.text
+    made = engine.requests[-1].grammar
+    assert made is not None
+    tokenizer = LLTokenizer("byte")
+    for text, is_right in [("yes", True), ("no42!", True), ("no!", False), ("yess", False), ("no4", False)]:
+        matcher = LLMatcher(tokenizer, made, log_level=0)
+        is_taken = all(matcher.try_consume_tokens([byte]) == 1 for byte in text.encode())
+        assert (is_taken and matcher.is_accepting()) == is_right, text
+    matcher = LLMatcher(tokenizer, made, log_level=0)
+    matcher.consume_token(ord("y"))
+    assert matcher.compute_ff_tokens() == []
+
+
+async def test_a_grammar_is_for_openais_routes_alone_and_not_beside_tools(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    response = await ask(client, CHAT, guided_grammar=LARK, tools=[tool])
+    assert response.status_code == 400
+    assert "a grammar can't be held to beside `tools`" in response.json()["error"]["message"]
+    native = {"inputs": "a", "parameters": {"grammar": {"type": "grammar", "value": LARK}}}
+    assert (await client.post("/generate", json=native)).status_code == 422
+    assert (await ask(strict_client, CHAT, response_format={"type": "grammar", "grammar": LARK})).status_code == 422
+
+
 async def streamed_text(client: httpx.AsyncClient, path: str, **said: Any) -> str:
     choices = [event["choices"][0] for event in events_of((await ask(client, path, stream=True, **said)).content)]
     return "".join(choice["delta"].get("content", "") if path == CHAT else choice["text"] for choice in choices)
@@ -72,6 +107,9 @@ async def streamed_text(client: httpx.AsyncClient, path: str, **said: Any) -> st
         ({"structured_outputs": {"regex": "[a-z]{3}", "json": None}}, {"type": "regex", "value": "[a-z]{3}"}),
         ({"guided_choice": ["yes", "no"]}, {"type": "regex", "value": "yes|no"}),
         ({"structured_outputs": {"choice": ["a+b", "c. d"]}}, {"type": "regex", "value": r"a\+b|c\.\ d"}),
+        ({"guided_grammar": GBNF}, {"type": "grammar", "grammar": GBNF}),
+        ({"structured_outputs": {"grammar": LARK}}, {"type": "grammar", "grammar": LARK}),
+        ({"guided_grammar": LARK, "structured_outputs": {"grammar": LARK}}, {"type": "grammar", "grammar": LARK}),
     ],
 )
 async def test_constraints(
@@ -89,34 +127,67 @@ async def test_constraints(
 
 @both_routes
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("said", "reason", "param"),
     [
-        ({"guided_grammar": "root ::= 'a'"}, "`grammar` is not supported"),
-        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "`grammar` is not supported"),
-        ({"structured_outputs": {"structural_tag": "{}"}}, "`structural_tag` is not supported"),
+        ({"guided_grammar": "root ::= (("}, "Expected ')' at line 1", "guided_grammar"),
+        ({"guided_grammar": ""}, "No 'root' rule found", "guided_grammar"),
+        ({"guided_grammar": "root ::= " + "(" * 5000 + ")" * 5000}, "nested too deeply", "guided_grammar"),
+        ({"guided_grammar": "start: b"}, "grammar is not valid", "guided_grammar"),
+        ({"guided_grammar": '{"grammars": [{"json_schema": {}}]}'}, "grammar is not valid", "guided_grammar"),
+        ({"guided_grammar": 5}, "guided_grammar: invalid type: integer `5`, expected a string", "guided_grammar"),
         (
-            {"guided_grammar": "start: /a/", "structured_outputs": {"grammar": "start: /a/"}},
-            "`grammar` is not supported",
+            {"structured_outputs": {"structural_tag": "{}"}},
+            "`structural_tag` is not supported",
+            "structured_outputs.structural_tag",
         ),
-        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "only one constraint"),
-        ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one constraint"),
-        ({"structured_outputs": {"json": CITY, "regex": "a"}}, "structured_outputs: only one constraint"),
-        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex: only one constraint"),
-        ({"guided_choice": []}, "`choice`: invalid value"),
-        ({"guided_choice": "yes"}, "`choice`: invalid value"),
-        ({"guided_choice": ["yes", ""]}, "`choice`: invalid value"),
-        ({"structured_outputs": "json"}, "structured_outputs: invalid type"),
-        ({"guided_regex": "("}, "grammar is not valid"),
-        ({"guided_json": 5}, "grammar is not supported"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "only one constraint", "guided_regex"),
+        ({"guided_json": CITY, "guided_regex": "a"}, "guided_json and guided_regex: only one", "guided_json"),
+        ({"structured_outputs": {"json": CITY, "regex": "a"}}, ": only one constraint", "structured_outputs"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, ": only one constraint", "guided_regex"),
+        (
+            {"response_format": {"type": "grammar"}},
+            "response_format.grammar: a grammar is a string",
+            "response_format.grammar",
+        ),
+        ({"guided_choice": []}, "guided_choice: invalid value", "guided_choice"),
+        ({"guided_choice": "yes"}, "guided_choice: invalid value", "guided_choice"),
+        ({"guided_choice": ["yes", ""]}, "guided_choice: invalid value", "guided_choice"),
+        (
+            {"structured_outputs": {"choice": [5]}},
+            "structured_outputs.choice: invalid value",
+            "structured_outputs.choice",
+        ),
+        ({"structured_outputs": "json"}, "structured_outputs: invalid type", "structured_outputs"),
+        ({"structured_outputs": []}, "structured_outputs: invalid type", "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs: there is no constraint", "structured_outputs"),
+        ({"structured_outputs": {"foo": 1}}, "structured_outputs: there is no constraint", "structured_outputs"),
+        (
+            {"guided_regex": "a", "structured_outputs": {"disable_any_whitespace": True}},
+            "structured_outputs: there is no constraint",
+            "structured_outputs",
+        ),
+        ({"guided_regex": "("}, "grammar is not valid", "guided_regex"),
+        ({"structured_outputs": {"regex": "("}}, "grammar is not valid", "structured_outputs.regex"),
+        ({"guided_json": 5}, "grammar is not supported", "guided_json"),
+        ({"guided_json": 5, "format_key": "x"}, "grammar is not supported", "guided_json"),
+        ({"response_format": {"type": "regex", "value": "("}, "format_key": 5}, "not valid", "response_format"),
     ],
 )
 async def test_constraints_that_cannot_be_held_to(
-    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, reason: str
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, said: Any, reason: str, param: str
 ) -> None:
     response = await ask(client, path, **said)
-    assert response.status_code == 400
-    assert reason in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert reason in error["message"]
     assert not engine.requests
+
+
+async def test_constraints_beside_tools_are_called_as_they_were_sent(client: httpx.AsyncClient) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for key, value in (("guided_json", 5), ("guided_regex", 5), ("guided_regex", "(")):
+        response = await ask(client, CHAT, tools=tools, **{key: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, key)
 
 
 @both_routes
