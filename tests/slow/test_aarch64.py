@@ -60,5 +60,7 @@ def test_the_kernels_pass_their_tests(tmp_path: Path) -> None:
     }
     command = [emulator, "-cpu", "max", "-L", root, root / "usr/bin/python3.11", "-m", "pytest", "-q"]
     ignored = [f"--ignore={file}" for file in COMPARED]
-    done = subprocess.run([*command, "-p", "no:cacheprovider", "--timeout=3600", *TESTS, *ignored], cwd=ROOT, env=environ)
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--timeout=3600", *TESTS, *ignored], cwd=ROOT, env=environ
+    )
     assert done.returncode == 0
