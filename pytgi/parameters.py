@@ -67,6 +67,7 @@ class ChatParameters(TypedDict, total=False):
     guided_regex: str | None
     guided_choice: Sequence[str] | None
     guided_grammar: str | None
+    include_reasoning: bool
     n: int | None
     logit_bias: Mapping[str, float] | Mapping[int, float] | None
     ignore_eos: bool

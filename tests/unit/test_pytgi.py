@@ -144,7 +144,7 @@ def test_the_parameters_are_those_of_the_wire() -> None:
     native = {name for _, names in spellings_of(NativeParameters) for name in names}
     assert set(GenerateParameters.__annotations__) == native
     chat = {name for _, names in spellings_of(ChatRequest) for name in names} | GUIDED_KEYS
-    assert set(ChatParameters.__annotations__) == chat - {"messages", "stream", "length_key"}
+    assert set(ChatParameters.__annotations__) == chat - {"messages", "stream", "length_key", "format_key"}
 
 
 def test_a_parameter_that_nobody_reads_is_refused_with_the_next_best_name() -> None:
