@@ -16,32 +16,26 @@ import json
 import logging
 import os
 import re
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlencode
 
+from engine.checkpoint.retries import persistently
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, is_weight_name
+from engine.link.model_files import ADAPTER_WEIGHTS, OTHERS, is_weight_name
 
 logger = logging.getLogger(__name__)
 
 URI = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]*)/?(?P<folder>.*)", re.DOTALL)
-OTHERS = (".json", ".txt", ".jinja")
 STORAGE_URL = "https://storage.googleapis.com"
 METADATA_URL = "http://metadata.google.internal"
 TOKEN_PATH = "/computeMetadata/v1/instance/service-accounts/default/token"
 TOKEN_TIMEOUT_S = 5.0
 TIMEOUT_S = 60.0
-TRIES = 5
-FIRST_PAUSE_S = 1.0
-"""Pause before the second try; each further one is twice as long."""
 CHUNK_BYTES = 1 << 20
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +140,7 @@ def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
     folder = cache / f"gs--{bucket}--{folder_name.replace('/', '--')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = _persistently(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""))
+        files = persistently(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""), _why_again)
         chosen = [file for file in files if _is_of_a_model(file.name)]
         if not chosen:
             raise StartError(f"{uri} has no files of a model: give the folder with config.json and *.safetensors")
@@ -154,7 +148,7 @@ def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
             path = folder / file.name
             if not file.is_at(path):
                 logger.info("Download file: %s", file.name)
-                _persistently(functools.partial(storage.fetch, bucket, file, path))
+                persistently(functools.partial(storage.fetch, bucket, file, path), _why_again)
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         raise StartError(_sentence(error, uri, folder)) from error
     return folder
@@ -164,19 +158,8 @@ def _is_of_a_model(name: str) -> bool:
     return not name.startswith(".") and (name.endswith(OTHERS) or is_weight_name(name) or name == ADAPTER_WEIGHTS)
 
 
-def _persistently(fetch: Callable[[], T]) -> T:
-    """`fetch()`, again after a pause while the network or the storage fails."""
-    pause_s = FIRST_PAUSE_S
-    for number in range(2, TRIES + 1):
-        try:
-            return fetch()
-        except (OSError, http.client.HTTPException) as error:
-            if not _is_transient(error):
-                raise
-            logger.warning("%s: trying again in %g s (try %d of %d)", _reason(error), pause_s, number, TRIES)
-        time.sleep(pause_s)
-        pause_s *= 2
-    return fetch()
+def _why_again(error: Exception) -> str | None:
+    return _reason(error) if _is_transient(error) else None
 
 
 def _is_transient(error: Exception) -> bool:

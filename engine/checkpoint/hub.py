@@ -37,22 +37,17 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.kinds import refuse_other_kinds
+from engine.checkpoint.retries import persistently
 from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, is_adapter
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, OTHERS, is_adapter
 from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
 
 logger = logging.getLogger(__name__)
 
-OTHERS = (".json", ".txt", ".jinja")
-"""Endings of configuration, tokenizer and chat templates."""
-
 _TEMPLATE = re.compile(rf"{NAMED_TEMPLATES}/[^/]+\.jinja")
 
-TRIES = 5
-FIRST_PAUSE_S = 1.0
-"""Pause before the second try; each further one is twice as long."""
 API_TIMEOUT_S = 30.0
 PROGRESS_S = 5.0
 LEFTOVER_S = 3600.0
@@ -230,19 +225,8 @@ def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:
 
 
 def _persistently(fetch: Callable[[], T]) -> T:
-    """`fetch()`, again after a pause while the network or the Hub fails. The library goes on with a cut file itself."""
-    pause_s = FIRST_PAUSE_S
-    for number in range(2, TRIES + 1):
-        try:
-            return fetch()
-        except Exception as error:
-            root = _root(error)
-            if not _is_transient(root):
-                raise
-            logger.warning("%s: trying again in %g s (try %d of %d)", _reason(root), pause_s, number, TRIES)
-        time.sleep(pause_s)
-        pause_s *= 2
-    return fetch()
+    """`fetch()`, again while the network or the Hub fails. The library goes on with a cut file itself."""
+    return persistently(fetch, lambda error: _reason(_root(error)) if _is_transient(_root(error)) else None)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from engine import cli
-from engine.checkpoint import bucket
-from engine.checkpoint.bucket import TRIES, Storage, copy_model
+from engine.checkpoint import retries
+from engine.checkpoint.bucket import Storage, copy_model
+from engine.checkpoint.retries import TRIES
 from engine.link.errors import StartError
 from tests.e2e.bucket_stand_in import TOKEN, BucketStandIn, bucket_stand_in
 
@@ -30,7 +31,7 @@ def stand_in() -> Iterator[BucketStandIn]:
 
 @pytest.fixture(autouse=True)
 def is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
 
 
 def copy(stand_in: BucketStandIn, cache: Path, uri: str = URI) -> Path:

@@ -40,8 +40,8 @@ IMPATIENT = """
 import os
 from engine import cli
 cli.prepare_environment(os.environ)
-from engine.checkpoint import hub
-hub.FIRST_PAUSE_S = hub.PROGRESS_S = 0.01
+from engine.checkpoint import hub, retries
+retries.FIRST_PAUSE_S = hub.PROGRESS_S = 0.01
 cli.main()
 """
 

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from engine.checkpoint import hub
+from engine.checkpoint import hub, retries
 from engine.link.errors import StartError
 from engine.link.model_folders import refuse_names
 from tests.tiny_model import write_tiny_qwen2
@@ -188,7 +188,7 @@ def test_every_failure_names_its_mend(
         raise error
 
     monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(hub, "_list_files", lambda *_: (COMMIT, {"config.json": 1, "model.safetensors": 1}))
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     (snapshot / "config.json").unlink()
