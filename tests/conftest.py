@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 
 from engine.link.environment import engine_environment
 
@@ -34,6 +36,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-qwen2")
     write_tiny_qwen2(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def leaves_ctrl_c_alone() -> Iterator[None]:
+    """A handler that a test leaves behind would keep Ctrl-C from the run, and from later tests that press it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) == before, "this test leaves its own handler of SIGINT behind"
 
 
 def pytest_collection_finish() -> None:

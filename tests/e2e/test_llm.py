@@ -111,15 +111,6 @@ def test_leaving_a_stream_ends_it(llm: LLM) -> None:
     wait_until_idle(llm)
 
 
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """Ctrl-C is what a program starts with, whatever tests before this one did to it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_breaks_a_batch_off_and_leaves_the_server_alone(llm: LLM) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -28,7 +29,7 @@ def write(folder: Path, names: str) -> Path:
 def refusal(model_id: str | Path) -> str:
     """The launcher's sentence; it starts no process for what it refuses."""
     with pytest.raises(StartError) as caught:
-        find_model(parse_args(["--model-id", str(model_id)], {}), Signals())
+        find_model(parse_args(["--model-id", str(model_id)], {}), Mock(Signals, count=0))
     return str(caught.value)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -214,7 +215,7 @@ def write_adapter(folder: Path, base: Path) -> None:
 
 
 def find_local(folder: Path) -> ModelFolders:
-    return find_model(parse_args(["--model-id", str(folder)], {}), Signals())
+    return find_model(parse_args(["--model-id", str(folder)], {}), Mock(Signals, count=0))
 
 
 def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> None:
