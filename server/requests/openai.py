@@ -104,8 +104,8 @@ class OpenAIFormat(OpenAIModel):
 
     type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Any = None
-    grammar: str | None = None
-    """In GBNF or in llguidance's form of Lark."""
+    grammar: Any = None
+    """A text in GBNF or in llguidance's form of Lark, with the type that has its name; not looked at with others."""
 
 
 def _read_response_format(value: Any, info: ValidationInfo) -> Any:
