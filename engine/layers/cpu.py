@@ -10,7 +10,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
 PARALLEL_ELEMENTS = 1 << 15
@@ -115,21 +115,21 @@ class CpuOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, flat_out = new_output(*x.shape)
         kernel = _pick(_norm_serial, _norm_parallel, x.numel())
-        kernel(flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_out)
+        call(kernel, flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, flat_out = new_output(*x.shape)
         kernel = _pick(_add_norm_serial, _add_norm_parallel, x.numel())
         sizes = x.shape[0], x.shape[1]
-        kernel(flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
+        call(kernel, flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out, flat_out = new_output(num_rows, size)
         kernel = _pick(_silu_serial, _silu_parallel, gate_up.numel())
-        kernel(flat_view(gate_up), num_rows, size, flat_out)
+        call(kernel, flat_view(gate_up), num_rows, size, flat_out)
         return out
 
     def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:
@@ -137,4 +137,4 @@ class CpuOps:
         table = rotation.table
         kernel = _pick(_rotate_serial, _rotate_parallel, qkv.numel())
         angles = flat_view(table.cos), flat_view(table.sin)
-        kernel(flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, rotation.rows.numpy())
+        call(kernel, flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, rotation.rows.numpy())

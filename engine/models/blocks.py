@@ -6,20 +6,23 @@ has a kind of its own. Tensors are named here as the checkpoints name them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, RepeatableStep
 from engine.layers.base import Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
 from engine.models.base import CheckpointLayers, ModelContext
 from engine.models.config import DecoderConfig
+from engine.models.repeats import LayerPrograms
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
+from quant.kernels.arrays import flat_view
 
 
 class Attention:
@@ -143,6 +146,8 @@ class DecoderForCausalLM:
     def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
         """Raises SplitError for a model that can't be cut for so many ranks."""
         self._context = context
+        self.programs = LayerPrograms()
+        self.programs.is_off = context.parallel.size > 1  # ranks exchange activations within the layers
         self.vocab_size = config.vocab_size
         self.num_layers = len(config.windows)
         self.max_position_embeddings = config.max_position_embeddings
@@ -192,13 +197,25 @@ class DecoderForCausalLM:
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches
+        self.programs.clear()
 
     def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
         residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
         x = torch.zeros_like(residual)
+        if isinstance(prepared, RepeatableStep):
+            memory = residual, x, rotation.table.cos, rotation.table.sin, rotation.rows
+            parameters = [*map(flat_view, memory), *prepared.arrays]
+            work = functools.partial(self._run_layers, residual, x, rotation, prepared)
+            x = self.programs.run(len(residual), prepared.variant, parameters, work)
+        else:
+            x = self._run_layers(residual, x, rotation, prepared)
+        return residual.add_(x)
+
+    def _run_layers(self, residual: torch.Tensor, x: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
+        """The last layer's output, not yet added to `residual`, which is updated in place."""
         for layer, cache in zip(self.layers, self._caches, strict=True):
             x = layer(residual, x, rotation, self._attention, cache, prepared)
-        return residual.add_(x)
+        return x
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)

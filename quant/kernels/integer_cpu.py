@@ -15,7 +15,7 @@ import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,
@@ -154,7 +154,7 @@ class IntegerCpu:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
-        _product(flat_view(x), *self._before, flat_out, num_rows, *self._after)
+        call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after)
         return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
 
 
