@@ -21,14 +21,15 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema
 
 from server.requests.serde import (
+    INVALID_TYPE,
     ListOf,
     WireModel,
-    WrongShape,
     describe,
     is_strict,
     missing,
     unexpected,
     wrong,
+    wrong_at,
     wrong_within,
 )
 
@@ -184,7 +185,7 @@ def _read_freely(message: dict[str, Any], context: dict[str, Any] | None) -> Con
         return ContentBody.model_construct(content=[part for part in parts if part is not None])
     if content is not None:
         reason = f"invalid type: {unexpected(content)}, expected a string or a list of parts"
-        raise wrong_within("content", WrongShape(reason, "", "", "invalid_type"))
+        raise wrong_at("content", reason, INVALID_TYPE)
     if message.get("tool_calls"):
         return _read_calls(message, context)
     if "content" in message or message.get("role") == "assistant":
