@@ -1,6 +1,6 @@
 """Routing rules on a simulated fleet: which part of the prompts is found again, and how long tokens take to come.
 
-    python benchmarks/fleet.py [--replicas 1000] [--users 100000] [--rules prefix,random,round_robin] [--think-s 90]
+    python benchmarks/fleet.py [--replicas 1000] [--users 100000] [--rules prefix random round_robin] [--think-s 90]
 
 Discrete events; no model runs. The rule `prefix` is the object that routes in `server/replicas`. Users chat: they read,
 think, and send the whole chat again with something new, to replicas that compute prompts one after the other while
@@ -131,9 +131,6 @@ class Replica:
             self.cache_size -= self.cache.popitem(last=False)[1]
 
 
-Choose = Callable[[Turn], int]
-
-
 class Fleet:
     """The replicas, the users, and what a rule made of them."""
 
@@ -144,26 +141,10 @@ class Fleet:
         self.serials = itertools.count()
         self.events: list[tuple[float, int, Turn | None, int, int]] = []
         self.done: list[tuple[Turn, float]] = []
-        self.choose = self._chooser(rule)
+        self.loads = dict.fromkeys(map(str, range(num_replicas)), 0)
+        self.choose = RULES[rule](self)
         for user in range(num_users):
             self._send(Turn(user, next(self.serials), self.random.randrange(NUM_SYSTEM_PROMPTS), 0, 0.0), 0.0)
-
-    def _chooser(self, rule: str) -> Choose:
-        if rule == "random":
-            return lambda turn: self.random.randrange(len(self.replicas))
-        if rule == "round_robin":
-            order = itertools.cycle(range(len(self.replicas)))
-            return lambda turn: next(order)
-        prefix_rule = PrefixRule(capacity=CAPACITY, seed=0, max_blocks=CACHE_TOKENS // BLOCK_TOKENS)
-        self.loads = {str(index): 0 for index in range(len(self.replicas))}
-
-        def choose(turn: Turn) -> int:
-            blocks = turn.blocks()
-            name = prefix_rule.choose(blocks, self.loads)
-            prefix_rule.remember(name, blocks)
-            return int(name)
-
-        return choose
 
     def _send(self, turn: Turn, now: float) -> None:
         turn.sent = now + self.random.expovariate(1 / self.think_s)
@@ -199,8 +180,7 @@ class Fleet:
 
     def _after(self, replica: Replica, index: int) -> None:
         replica.version += 1
-        if hasattr(self, "loads"):
-            self.loads[str(index)] = replica.load
+        self.loads[str(index)] = replica.load
         if (at := replica.next_event()) < float("inf"):
             heapq.heappush(self.events, (at, next(self.serials), None, index, replica.version))
 
@@ -218,6 +198,34 @@ class Fleet:
         )
 
 
+Choose = Callable[[Turn], int]
+"""The index of the replica that gets a turn."""
+
+
+def prefix(fleet: Fleet) -> Choose:
+    rule = PrefixRule(capacity=CAPACITY, seed=0, max_blocks=CACHE_TOKENS // BLOCK_TOKENS)
+
+    def choose(turn: Turn) -> int:
+        blocks = turn.blocks()
+        name = rule.choose(blocks, fleet.loads)
+        rule.remember(name, blocks)
+        return int(name)
+
+    return choose
+
+
+def uniform(fleet: Fleet) -> Choose:
+    return lambda turn: fleet.random.randrange(len(fleet.replicas))
+
+
+def round_robin(fleet: Fleet) -> Choose:
+    order = itertools.cycle(range(len(fleet.replicas)))
+    return lambda turn: next(order)
+
+
+RULES: dict[str, Callable[[Fleet], Choose]] = {"prefix": prefix, "random": uniform, "round_robin": round_robin}
+
+
 def percentiles(values: Sequence[float]) -> str:
     cuts = statistics.quantiles(values, n=100)
     return f"{cuts[49]:.2f}, {cuts[98]:.2f}"
@@ -229,13 +237,13 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--think-s", type=float, default=90.0)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--rules", default="prefix,random,round_robin")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES])
     args = parser.parse_args()
     print(
         "| rule | turns after the first that hit | tokens found | first token, s: median, p99 | answer, s | answers/s |"
     )
     print("|---|---|---|---|---|---|")
-    for rule in args.rules.split(","):
+    for rule in args.rules:
         started = time.monotonic()
         fleet = Fleet(args.replicas, args.users, args.think_s, rule)
         fleet.run(args.seconds)
