@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 256 << 20
 """Largest file that is read whole. The largest tokenizers have about 40 MB."""
 
 WEIGHTS = ".safetensors"
-OTHERS = (".json", ".txt", ".jinja")
+TEXT_ENDINGS = (".json", ".txt", ".jinja")
 """Endings of configuration, tokenizer and chat templates."""
 STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".split()
 """A file with one of these words in its name is a trainer's, not a part of the model."""
