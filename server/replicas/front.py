@@ -20,7 +20,7 @@ from yarl import URL
 from engine.link.errors import GenerationError
 from server.errors import UnhealthyError
 from server.replicas.ends import GONE, end_of_stream, failed_answer
-from server.replicas.labels import merge_metrics
+from server.replicas.metrics import merge_metrics
 from server.replicas.prompt_blocks import prompt_blocks
 
 logger = logging.getLogger("front")
