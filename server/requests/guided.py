@@ -45,14 +45,14 @@ def read_guided(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constraints(values: dict[str, Any]) -> list[_Constraint]:
-    found = [
+    constraints = [
         _Constraint(key.removeprefix(PREFIX), value, key)
         for key, value in sorted(values.items())
         if key != STRUCTURED_OUTPUTS
     ]
     nested = values.get(STRUCTURED_OUTPUTS)
     if nested is None:
-        return found
+        return constraints
     if not isinstance(nested, dict):
         reason = f"invalid type: {unexpected(nested)}, expected a map"
         raise wrong_at(STRUCTURED_OUTPUTS, reason, INVALID_TYPE)
@@ -61,9 +61,9 @@ def _constraints(values: dict[str, Any]) -> list[_Constraint]:
         raise wrong_at(STRUCTURED_OUTPUTS, reason)
     for kind in _KINDS:
         constraint = _Constraint(kind, nested.get(kind), f"{STRUCTURED_OUTPUTS}.{kind}")
-        if constraint.value not in (None, False) and constraint not in found:
-            found.append(constraint)
-    return found
+        if constraint.value not in (None, False) and constraint not in constraints:
+            constraints.append(constraint)
+    return constraints
 
 
 def _format(constraint: _Constraint) -> dict[str, Any]:
