@@ -41,6 +41,9 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     unknown_rows: list[int] = []
     """The rows of that step which chose them."""
 
+    block_copies: list[tuple[int, int]] = []
+    """KV blocks that are copied first, in all layers: from, to. All are read before one is written."""
+
     @property
     def table_width(self) -> int:
         """Numbers that the block table has for each sequence."""
@@ -85,6 +88,7 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         has_scored_ranks=batch.has_prompt_ranks,
         unknown_places=unknown_places,
         unknown_rows=unknown_rows,
+        block_copies=batch.block_copies,
     )
 
 
