@@ -138,8 +138,9 @@ class TimedProgram:
             self._clock.add(name, value)
 
     def _labels(self, names: list[str]) -> Iterator[str]:
-        """A layer's matrices come in the order of `MATRICES`."""
-        matrices = itertools.cycle(MATRICES)
+        """A layer's matrices come in the order of `MATRICES`, the head comes last."""
+        num_layers = sum(name.startswith("_product") for name in names) // len(MATRICES)
+        matrices = itertools.chain([*MATRICES] * num_layers, [HEAD])
         for name in names:
             yield next(matrices) if name.startswith("_product") else kernel_name(name)
 

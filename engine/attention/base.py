@@ -53,7 +53,7 @@ class RepeatableStep:
 
     variant: tuple[int, ...]
     """Everything by which the calls differ, beside the number of tokens."""
-    arrays: Sequence[npt.NDArray[np.integer]]
+    tensors: Sequence[torch.Tensor]
     """The step's numbers, in the order in which each step has them. Nothing else changes from step to step."""
 
 

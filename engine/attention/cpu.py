@@ -261,8 +261,8 @@ class CpuAttention:
     def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
         num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
-        arrays = [array.numpy() for array in (metadata.work_items, metadata.block_table, metadata.slot_mapping)]
-        return RepeatableStep((len(arrays[0]), num_scores >= PARALLEL_SCORES), arrays)
+        tensors = metadata.work_items, metadata.block_table, metadata.slot_mapping
+        return RepeatableStep((len(metadata.work_items), num_scores >= PARALLEL_SCORES), tensors)
 
     def forward(
         self,
@@ -276,7 +276,7 @@ class CpuAttention:
         num_tokens, width = qkv.shape
         out, flat_out = new_output(num_tokens, shape.num_heads * shape.head_dim)
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
-        tiles, block_table, slots = prepared.arrays
+        tiles, block_table, slots = (tensor.numpy() for tensor in prepared.tensors)
         key_start = shape.num_heads * shape.head_dim
         call(_write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, keys, values)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, self._scale

@@ -58,6 +58,22 @@ def _rotate_row(qkv, start, num_heads, half, cos, sin, angle):  # type: ignore[n
 
 
 @njit(**FAST)
+def _look_up(table, num_rows, size, token_ids, out):  # type: ignore[no-untyped-def]
+    """A token that the table does not have gets NaN, which ends its request."""
+    for i in range(len(token_ids)):
+        is_known = 0 <= token_ids[i] < num_rows
+        for j in range(0, size, LANES):
+            value = load(table, token_ids[i] * size + j) if is_known else splat(np.float32(np.nan))
+            store(out, i * size + j, value)
+
+
+@njit(**FAST)
+def _add(residual, x, size):  # type: ignore[no-untyped-def]
+    for i in range(0, size, LANES):
+        store(residual, i, add(load(residual, i), load(x, i)))
+
+
+@njit(**FAST)
 def _norm_serial(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _norm_row(x, row * size, size, weight, eps, out)
@@ -111,6 +127,20 @@ def _pick(serial: Any, parallel: Any, num_elements: int) -> Any:
 
 class CpuOps:
     """`base.Ops` on float32 tensors whose row sizes are multiples of 8."""
+
+    def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        num_rows, size = table.shape
+        if len(token_ids) * size >= PARALLEL_ELEMENTS or size % LANES:
+            return table[token_ids].to(dtype)
+        out, flat_out = new_output(len(token_ids), size)
+        call(_look_up, flat_view(table), num_rows, size, token_ids.numpy(), flat_out)
+        return out
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if residual.numel() >= PARALLEL_ELEMENTS:
+            return residual.add_(x)
+        call(_add, flat_view(residual), flat_view(x), residual.numel())
+        return residual
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, flat_out = new_output(*x.shape)

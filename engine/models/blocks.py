@@ -6,23 +6,23 @@ has a kind of its own. Tensors are named here as the checkpoints name them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, RepeatableStep
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.layers.base import Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
 from engine.models.base import CheckpointLayers, ModelContext
 from engine.models.config import DecoderConfig
-from engine.models.repeats import LayerPrograms
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
-from quant.kernels.arrays import flat_view
+
+FEW_ROWS = 32
+"""Rows for which the zeros that the first layer adds are there from the start."""
 
 
 class Attention:
@@ -146,8 +146,7 @@ class DecoderForCausalLM:
     def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
         """Raises SplitError for a model that can't be cut for so many ranks."""
         self._context = context
-        self.programs = LayerPrograms()
-        self.programs.is_off = context.parallel.size > 1  # ranks exchange activations within the layers
+        self._hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.num_layers = len(config.windows)
         self.max_position_embeddings = config.max_position_embeddings
@@ -197,25 +196,18 @@ class DecoderForCausalLM:
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches
-        self.programs.clear()
+        self._zeros = torch.zeros(
+            FEW_ROWS, self._hidden_size, dtype=self._context.activation_dtype, device=self._context.device
+        )
 
     def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
-        residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
-        x = torch.zeros_like(residual)
-        if isinstance(prepared, RepeatableStep):
-            memory = residual, x, rotation.table.cos, rotation.table.sin, rotation.rows
-            parameters = [*map(flat_view, memory), *prepared.arrays]
-            work = functools.partial(self._run_layers, residual, x, rotation, prepared)
-            x = self.programs.run(len(residual), prepared.variant, parameters, work)
-        else:
-            x = self._run_layers(residual, x, rotation, prepared)
-        return residual.add_(x)
-
-    def _run_layers(self, residual: torch.Tensor, x: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
-        """The last layer's output, not yet added to `residual`, which is updated in place."""
+        ops, table = self._context.ops, self.embed_tokens
+        dtype = self._context.activation_dtype
+        residual = table.embed(input_ids, dtype) if self.num_ranks > 1 else ops.look_up(table.weight, input_ids, dtype)
+        x = self._zeros[: len(residual)] if len(residual) <= len(self._zeros) else torch.zeros_like(residual)
         for layer, cache in zip(self.layers, self._caches, strict=True):
             x = layer(residual, x, rotation, self._attention, cache, prepared)
-        return x
+        return ops.add(residual, x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)

@@ -79,6 +79,14 @@ def _product(x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size
             _single(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
 
 
+@njit(**FAST)
+def _cut(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
+    """The first n_size outputs of every row."""
+    for row in range(len(out) // n_size):
+        for n in range(n_size):
+            out[row * n_size + n] = padded[row * padded_size + n]
+
+
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
     """Bytes q [n, k] -> flat, in the order the kernel reads: a chunk of inputs for `units` times `lanes` outputs, then
     the next chunk; in a unit four inputs of every lane at a time.
@@ -155,7 +163,11 @@ class IntegerCpu:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
         call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after)
-        return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
+        if self._padded_size == self._n_size:
+            return out
+        cut, flat_cut = new_output(num_rows, self._n_size)
+        call(_cut, flat_out, self._padded_size, self._n_size, flat_cut)
+        return cut
 
 
 def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:

@@ -18,9 +18,12 @@ from typing import Any
 import llvmlite.ir as ir
 import numpy as np
 import numpy.typing as npt
+import torch
 from numba.core import cgutils, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
+
+from quant.kernels.arrays import flat_view
 
 Array = npt.NDArray[Any]
 Words = npt.NDArray[np.int64]
@@ -48,6 +51,11 @@ def words_of(value: Any) -> list[int]:
     raise NotRepeatableError(f"an argument is of type {type(value).__name__}")
 
 
+def array_of(tensor: torch.Tensor) -> Array:
+    """The memory of a tensor in its shape, as `flat_view` gives it flat."""
+    return flat_view(tensor).reshape(tensor.shape)
+
+
 def arrays_of(arguments: tuple[Any, ...], first: int = 0) -> list[tuple[int, Array]]:
     """The arrays among arguments, each with the place of its words."""
     found: list[tuple[int, Array]] = []
@@ -70,31 +78,42 @@ class Arena:
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._free: dict[int, list[Array]] = {}
+        self._memory: list[Array] = []
 
     def new_array(self, num_rows: int, size: int) -> Array:
         """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it."""
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty((self._max_rows, size), np.float32)
+        if not free:
+            self._memory.append(np.empty((self._max_rows, size), np.float32))
+            free.append(self._memory[-1])
+        memory = free.pop()
         array = memory[:num_rows]
         weakref.finalize(array, free.append, memory).atexit = False
         return array
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory, which others may get as soon as nobody holds the tensor itself."""
+        address = tensor.data_ptr()
+        for memory in self._memory:
+            if address == memory.ctypes.data and tensor.is_contiguous():
+                return torch.from_numpy(memory.reshape(-1)[: tensor.numel()]).view(tensor.shape)
+        return tensor
 
 
 class Recording:
     """The calls of one block; implements `arrays.CallObserver`. It keeps no argument alive."""
 
-    def __init__(self, arena: Arena, parameters: Sequence[Array]) -> None:
+    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor]) -> None:
         self.new_array = arena.new_array
-        self.parameters = [words_of(parameter) for parameter in parameters]
-        """Their words in the calls that were recorded."""
-        self.uses: list[list[int]] = [[] for _ in parameters]
-        """Places of each parameter among `words`."""
+        self.parameters = list(parameters)
+        self.uses: list[dict[bool, list[int]]] = [{False: [], True: []} for _ in parameters]
+        """Places of each parameter among `words`: where it has its shape, where it is flat."""
         self.words: list[int] = []
         self.calls: list[tuple[str, int, int, int]] = []
         """The kernel's name, the addresses of its passer and of itself, the place of its words."""
         self.refusal: str | None = None
         """The reason why the calls can't be made again."""
-        self._ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in parameters]
+        self._forms = [(array_of(tensor), flat_view(tensor)) for tensor in parameters]
 
     def take(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         try:
@@ -111,11 +130,13 @@ class Recording:
         self.calls.append((kernel.__name__, _passer(signature)[1], address, first))
 
     def _note_use(self, place: int, array: Array) -> None:
-        for uses, (start, end), words in zip(self.uses, self._ranges, self.parameters, strict=True):
-            if start <= array.ctypes.data < end:
-                if words_of(array) != words:
+        address, words = array.ctypes.data, words_of(array)
+        for uses, (shaped, flat) in zip(self.uses, self._forms, strict=True):
+            if shaped.ctypes.data <= address < shaped.ctypes.data + shaped.nbytes:
+                is_flat = words == words_of(flat)
+                if not is_flat and words != words_of(shaped):
                     raise NotRepeatableError("a kernel gets a part of what changes from step to step")
-                uses.append(place)
+                uses[is_flat].append(place)
 
 
 class Program:
@@ -128,25 +149,28 @@ class Program:
         start = self._words.ctypes.data
         rows = [(passer, kernel, start + self._words.itemsize * place) for _, passer, kernel, place in recording.calls]
         self._calls = np.array(rows, np.int64).reshape(-1, CALL_WORDS)
-        self._values = recording.parameters
-        self._places = [
-            np.array(uses, np.int64)[:, None] + np.arange(len(words))
-            for uses, words in zip(recording.uses, recording.parameters, strict=True)
-        ]
+        self._uses = recording.uses
+        self._parameters = recording.parameters
 
-    def run(self, parameters: Sequence[Array], stamps: Words | None = None) -> None:
+    def run(self, parameters: Sequence[torch.Tensor], stamps: Words | None = None) -> None:
         """Make the calls. `parameters` have the dtypes and dimensions of those that were recorded.
 
         `stamps` [calls + 1] gets the processor's count of cycles before each call and after the last one.
         """
-        for places, value, parameter in zip(self._places, self._values, parameters, strict=True):
-            words = words_of(parameter)
-            if words != value:
-                value[:] = words
-                self._words[places] = words
+        for index, parameter in enumerate(parameters):
+            if parameter is not self._parameters[index]:
+                self._put(index, parameter)
         address = 0 if stamps is None else stamps.ctypes.data
         if _walker()[1](self._calls.ctypes.data, len(self._calls), address):
             raise MemoryError("a kernel found no memory")  # the only thing for which one raises
+
+    def _put(self, index: int, parameter: torch.Tensor) -> None:
+        """Let the calls take another tensor."""
+        self._parameters[index] = parameter
+        for is_flat, places in self._uses[index].items():
+            words = words_of(flat_view(parameter) if is_flat else array_of(parameter))
+            for place in places:
+                self._words[place : place + len(words)] = words
 
 
 def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> tuple[tuple[types.Type, ...], int]:

@@ -1,6 +1,6 @@
-"""A step's layers as a program: the calls of its kernels are recorded once, and then made by one call from Python.
+"""Steps of few rows as programs: the calls of their kernels are recorded once, and then made by one call from Python.
 
-Layers stay as they are written, and are what a program is made of: there is nothing to keep equal by hand. Steps with
+The model stays as it is written, and is what a program is made of: there is nothing to keep equal by hand. Steps with
 the same numbers of rows and of parts of attention make the same calls, on other memory.
 """
 
@@ -14,21 +14,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.kernels.arrays import observed_calls
-from quant.kernels.program_cpu import Arena, Array, Program, Recording
+from quant.kernels.program_cpu import Arena, Program, Recording
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 32
-"""Rows of a step up to which its layers are recorded: with more of them kernels take far longer than Python."""
+"""Rows of a step up to which it is recorded: with more of them kernels take far longer than Python."""
 MAX_PROGRAMS = 32
 
 
-class LayerPrograms:
+class StepPrograms:
     """The programs of one model, by what makes the calls of a step differ."""
 
     def __init__(self) -> None:
         self.is_off = False
-        """Whether every step is computed call by call: because the layers can't be repeated, or to compare."""
+        """Whether every step is computed call by call: because the model's can't be repeated, or to compare."""
         self._arena = Arena(MAX_ROWS)
         self._programs: dict[Hashable, tuple[Program, torch.Tensor] | None] = {}
 
@@ -37,11 +37,11 @@ class LayerPrograms:
         self._programs.clear()
 
     def run(
-        self, num_rows: int, variant: Hashable, parameters: Sequence[Array], work: Callable[[], torch.Tensor]
+        self, num_rows: int, variant: Hashable, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """Do `work`, or make its calls again: its result, which the next step overwrites.
 
-        `parameters` are all memory that `work` reads or writes and neither the model nor `new_output` keeps. Steps of
+        `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. Steps of
         as many rows and of the same `variant` make the same calls. They are recorded when they come a second time.
         """
         key = num_rows, variant
@@ -57,15 +57,17 @@ class LayerPrograms:
         program.run(parameters)
         return result
 
-    def _record(self, key: Hashable, parameters: Sequence[Array], work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _record(
+        self, key: Hashable, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         recording, others = Recording(self._arena, parameters), _Operations()
         with others, observed_calls(recording):
             result = work()
         if refusal := recording.refusal or others.refusal:
-            logger.debug("Layers are computed call by call: %s", refusal)
+            logger.debug("Steps are computed call by call: %s", refusal)
             self.is_off = True
         else:
-            self._note(key, (Program(recording), result))
+            self._note(key, (Program(recording), self._arena.alias(result)))
         return result
 
     def _note(self, key: Hashable, entry: tuple[Program, torch.Tensor] | None) -> None:
