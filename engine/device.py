@@ -83,7 +83,7 @@ class Device:
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
-    """Longest step while anything else runs or waits; None: steps are short anyway."""
+    """Longest step while anything else runs or waits, unless a flag says it; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
 
@@ -208,7 +208,7 @@ def find_cpu(local_rank: int) -> Device:
         computes_in_float32=True,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
-        step_limit_s=1.0,
+        step_limit_s=0.25,
         alone_step_limit_s=5.0,
     )
 
