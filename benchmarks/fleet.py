@@ -1,6 +1,6 @@
 """Routing rules on a simulated fleet: which part of the prompts is found again, and how long tokens take to come.
 
-    python benchmarks/fleet.py [--replicas 1000] [--users 100000] [--rules prefix,random,round_robin] [--think-s 90]
+    python benchmarks/fleet.py [--replicas 1000] [--users 100000] [--rules prefix random round_robin] [--think-s 90]
 
 Discrete events; no model runs. The rule `prefix` is the object that routes in `server/replicas`. Users chat: they read,
 think, and send the whole chat again with something new, to replicas that compute prompts one after the other while
@@ -51,17 +51,17 @@ class Turn:
     chat: int
     system: int
     number: int
-    sent: float
-    cached: int = 0
-    first_token: float = 0.0
+    sent_s: float
+    num_cached_tokens: int = 0
+    first_token_s: float = 0.0
 
     @property
-    def prompt_tokens(self) -> int:
+    def num_prompt_tokens(self) -> int:
         return SYSTEM_TOKENS + QUESTION_TOKENS + self.number * (QUESTION_TOKENS + ANSWER_TOKENS)
 
     def blocks(self) -> list[bytes]:
         num_system = SYSTEM_TOKENS // BLOCK_TOKENS
-        num_own = self.prompt_tokens // BLOCK_TOKENS - num_system
+        num_own = self.num_prompt_tokens // BLOCK_TOKENS - num_system
         shared = [b"s%d %d" % (self.system, index) for index in range(num_system)]
         return shared + [b"c%d %d" % (self.chat, index) for index in range(num_own)]
 
@@ -111,27 +111,24 @@ class Replica:
 
     def finish_prompt(self, serial: int) -> None:
         turn = self.prompts.popleft()
-        turn.first_token = self.now
+        turn.first_token_s = self.now
         heapq.heappush(self.decoding, (self.steps + ANSWER_TOKENS, serial, turn))
         self._keep(("s", turn.system), SYSTEM_TOKENS)
-        self._keep(("c", turn.chat), turn.prompt_tokens + ANSWER_TOKENS - SYSTEM_TOKENS)
+        self._keep(("c", turn.chat), turn.num_prompt_tokens + ANSWER_TOKENS - SYSTEM_TOKENS)
         if self.prompts:
             self._begin()
 
     def _begin(self) -> None:
         turn = self.prompts[0]
         system, chat = self.cache.get(("s", turn.system), 0), self.cache.get(("c", turn.chat), 0)
-        turn.cached = min(system + (chat if system else 0), turn.prompt_tokens - 1)
-        self.prompt_left = turn.prompt_tokens - turn.cached
+        turn.num_cached_tokens = min(system + (chat if system else 0), turn.num_prompt_tokens - 1)
+        self.prompt_left = turn.num_prompt_tokens - turn.num_cached_tokens
 
     def _keep(self, key: tuple[str, int], tokens: int) -> None:
         self.cache_size += tokens - self.cache.pop(key, 0)
         self.cache[key] = tokens
         while self.cache_size > CACHE_TOKENS:
             self.cache_size -= self.cache.popitem(last=False)[1]
-
-
-Choose = Callable[[Turn], int]
 
 
 class Fleet:
@@ -144,30 +141,14 @@ class Fleet:
         self.serials = itertools.count()
         self.events: list[tuple[float, int, Turn | None, int, int]] = []
         self.done: list[tuple[Turn, float]] = []
-        self.choose = self._chooser(rule)
+        self.loads = dict.fromkeys(map(str, range(num_replicas)), 0)
+        self.choose = RULES[rule](self)
         for user in range(num_users):
             self._send(Turn(user, next(self.serials), self.random.randrange(NUM_SYSTEM_PROMPTS), 0, 0.0), 0.0)
 
-    def _chooser(self, rule: str) -> Choose:
-        if rule == "random":
-            return lambda turn: self.random.randrange(len(self.replicas))
-        if rule == "round_robin":
-            order = itertools.cycle(range(len(self.replicas)))
-            return lambda turn: next(order)
-        prefix_rule = PrefixRule(capacity=CAPACITY, seed=0, max_blocks=CACHE_TOKENS // BLOCK_TOKENS)
-        self.loads = {str(index): 0 for index in range(len(self.replicas))}
-
-        def choose(turn: Turn) -> int:
-            blocks = turn.blocks()
-            name = prefix_rule.choose(blocks, self.loads)
-            prefix_rule.remember(name, blocks)
-            return int(name)
-
-        return choose
-
     def _send(self, turn: Turn, now: float) -> None:
-        turn.sent = now + self.random.expovariate(1 / self.think_s)
-        heapq.heappush(self.events, (turn.sent, next(self.serials), turn, 0, 0))
+        turn.sent_s = now + self.random.expovariate(1 / self.think_s)
+        heapq.heappush(self.events, (turn.sent_s, next(self.serials), turn, 0, 0))
 
     def run(self, until_s: float) -> None:
         while self.events and self.events[0][0] < until_s:
@@ -199,8 +180,7 @@ class Fleet:
 
     def _after(self, replica: Replica, index: int) -> None:
         replica.version += 1
-        if hasattr(self, "loads"):
-            self.loads[str(index)] = replica.load
+        self.loads[str(index)] = replica.load
         if (at := replica.next_event()) < float("inf"):
             heapq.heappush(self.events, (at, next(self.serials), None, index, replica.version))
 
@@ -208,14 +188,44 @@ class Fleet:
         """A row of the table, of what ended from `since_s` on."""
         done = [(turn, end) for turn, end in self.done if end >= since_s]
         later = [turn for turn, _ in done if turn.number]
-        hits = sum(turn.cached >= turn.prompt_tokens - QUESTION_TOKENS - BLOCK_TOKENS for turn in later) / len(later)
-        cached = sum(turn.cached for turn, _ in done) / sum(turn.prompt_tokens for turn, _ in done)
-        waits = [turn.first_token - turn.sent for turn, _ in done]
-        whole = [end - turn.sent for turn, end in done]
+        hits = sum(
+            turn.num_cached_tokens >= turn.num_prompt_tokens - QUESTION_TOKENS - BLOCK_TOKENS for turn in later
+        ) / len(later)
+        cached = sum(turn.num_cached_tokens for turn, _ in done) / sum(turn.num_prompt_tokens for turn, _ in done)
+        waits = [turn.first_token_s - turn.sent_s for turn, _ in done]
+        whole = [end - turn.sent_s for turn, end in done]
         return (
             f"{hits:.1%} | {cached:.1%} | {percentiles(waits)} | {percentiles(whole)} | "
             f"{len(done) / (max(end for _, end in done) - since_s):,.0f}"
         )
+
+
+Choose = Callable[[Turn], int]
+"""The index of the replica that gets a turn."""
+
+
+def prefix(fleet: Fleet) -> Choose:
+    rule = PrefixRule(capacity=CAPACITY, seed=0, max_blocks=CACHE_TOKENS // BLOCK_TOKENS)
+
+    def choose(turn: Turn) -> int:
+        blocks = turn.blocks()
+        name = rule.choose(blocks, fleet.loads)
+        rule.remember(name, blocks)
+        return int(name)
+
+    return choose
+
+
+def uniform(fleet: Fleet) -> Choose:
+    return lambda turn: fleet.random.randrange(len(fleet.replicas))
+
+
+def round_robin(fleet: Fleet) -> Choose:
+    order = itertools.cycle(range(len(fleet.replicas)))
+    return lambda turn: next(order)
+
+
+RULES: dict[str, Callable[[Fleet], Choose]] = {"prefix": prefix, "random": uniform, "round_robin": round_robin}
 
 
 def percentiles(values: Sequence[float]) -> str:
@@ -229,13 +239,13 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--think-s", type=float, default=90.0)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--rules", default="prefix,random,round_robin")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES])
     args = parser.parse_args()
     print(
         "| rule | turns after the first that hit | tokens found | first token, s: median, p99 | answer, s | answers/s |"
     )
     print("|---|---|---|---|---|---|")
-    for rule in args.rules.split(","):
+    for rule in args.rules:
         started = time.monotonic()
         fleet = Fleet(args.replicas, args.users, args.think_s, rule)
         fleet.run(args.seconds)

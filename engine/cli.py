@@ -17,7 +17,7 @@ from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
-from engine.link.model_folders import BUCKETS
+from engine.link.model_folders import BUCKET_SCHEME
 from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
@@ -177,7 +177,7 @@ def download_weights(args: argparse.Namespace) -> Path:
     from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
     model_id, revision = args.model_id, args.revision or None
-    if model_id.startswith(BUCKETS):
+    if model_id.startswith(BUCKET_SCHEME):
         model_id = _copy_from_bucket(model_id, revision)
         revision = None
     folder = download_model(model_id, revision)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention import ATTENTION_BACKENDS
-from engine.attention.base import AttentionBackend, AttentionShape
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.device import Device
 from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
 from engine.link.registry import import_entry
@@ -53,6 +53,8 @@ class ModelRunner:
         self._buffers = StepBuffers(device.torch_device, self.block_size)
         self._graphs: StepGraphs | None = None
         self._refusals: list[str] = []
+        self._caches: list[LayerCache] = []
+        self._num_blocks = 0
 
     @property
     def block_size(self) -> int:
@@ -78,8 +80,9 @@ class ModelRunner:
     def allocate(self, num_blocks: int, dtype: torch.dtype, *, num_positions: int) -> None:
         """Memory for `num_blocks` blocks of KV in `dtype`, and for rotating positions below `num_positions`."""
         device = self._device.torch_device
-        caches = [self._attention.allocate(num_blocks, dtype, device) for _ in range(self._model.num_layers)]
-        self._model.use_attention(self._attention, caches)
+        self._num_blocks = num_blocks
+        self._caches = [self._attention.allocate(num_blocks, dtype, device) for _ in range(self._model.num_layers)]
+        self._model.use_attention(self._attention, self._caches)
         self._model.rotary.allocate(num_positions)
 
     def why_no_graphs(self) -> list[str]:
@@ -131,6 +134,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
+        if inputs.block_copies:
+            self._copy_blocks(inputs.block_copies)
         work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
         if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
@@ -141,6 +146,11 @@ class ModelRunner:
         hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
         return StepResult(logits, self._score(hidden, tensors, inputs))
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
+        for cache in self._caches:
+            cache.copy_blocks(sources, targets, self._num_blocks)
 
     def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
         """Logits of all tokens of a step, by the device alone."""

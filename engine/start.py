@@ -213,7 +213,13 @@ def _make_core(
     processors: list[LogitsProcessor] = [penalties, Bans(eos_token_ids, device.penalties), grammars]
     sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
-        BlockManager(plan.num_blocks, prepared.runner.block_size, is_prefix_caching=config.is_prefix_caching),
+        BlockManager(
+            plan.num_blocks,
+            prepared.runner.block_size,
+            is_prefix_caching=config.is_prefix_caching,
+            # A GPU computes a block's few tokens in less time than its copies in all layers take to launch.
+            is_copying=not device.is_asynchronous,
+        ),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
         eos_token_ids=eos_token_ids,
         max_running=config.max_batch_size if device.memory is None else max_measured_running(config),

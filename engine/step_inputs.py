@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 
 BLOCK_BYTES = 4
 """Bytes of a number in a block table."""
@@ -41,6 +41,9 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     unknown_rows: list[int] = []
     """The rows of that step which chose them."""
 
+    block_copies: list[tuple[int, int]] = []
+    """KV blocks that are copied first, in all layers: from, to. All are read before one is written."""
+
     @property
     def table_width(self) -> int:
         """Numbers that the block table has for each sequence."""
@@ -55,15 +58,14 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
     logits_indices: list[int] = []
     scored_indices: list[int] = []
     scored_token_ids: list[int] = []
-    unknown_places, unknown_rows = list[int](), list[int]()
+    unknown_places: list[int] = []
+    unknown_rows: list[int] = []
     for scheduled in batch.scheduled:
-        sequence, draft, num_scored = scheduled.sequence, scheduled.draft, scheduled.num_scored_tokens
-        first = scheduled.num_computed_tokens
-        if num_scored:
-            next_scored = 1 + len(sequence.prompt_logprobs)
-            row = len(input_ids) + next_scored - 1 - first
-            scored_indices += range(row, row + num_scored)
-            scored_token_ids += sequence.token_ids[next_scored : next_scored + num_scored]
+        sequence, draft, first = scheduled.sequence, scheduled.draft, scheduled.num_computed_tokens
+        if scheduled.num_scored_tokens:
+            scored, offset = _scored_positions(scheduled), len(input_ids) - first
+            scored_indices += range(offset + scored.start, offset + scored.stop)
+            scored_token_ids += sequence.token_ids[scored.start + 1 : scored.stop + 1]
         input_ids += sequence.token_ids[first : first + scheduled.num_tokens]
         if scheduled.is_completing and sequence.has_unknown_token:
             unknown_places.append(len(input_ids) - 1)
@@ -86,7 +88,14 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         has_scored_ranks=batch.has_prompt_ranks,
         unknown_places=unknown_places,
         unknown_rows=unknown_rows,
+        block_copies=batch.block_copies,
     )
+
+
+def _scored_positions(scheduled: ScheduledSequence) -> range:
+    """The places in the sequence of the prompt tokens whose successors the step scores."""
+    first = len(scheduled.sequence.prompt_logprobs)
+    return range(first, first + scheduled.num_scored_tokens)
 
 
 def _padded(tables: Collection[array[int]]) -> bytes:

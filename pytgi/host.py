@@ -19,5 +19,5 @@ def check_host(platform: str = sys.platform, version: "tuple[int, ...]" = sys.ve
         way = "WSL 2 or a container" if platform == "win32" else "a container"
         raise UnsupportedHostError(f"pytgi runs on Linux only, and this is {name}: use {way}")
     if version < MIN_PYTHON:
-        given, needed = (".".join(map(str, numbers)) for numbers in (version, MIN_PYTHON))
-        raise UnsupportedHostError(f"pytgi needs Python {needed} or newer, and this is {given}")
+        present, required = (".".join(map(str, numbers)) for numbers in (version, MIN_PYTHON))
+        raise UnsupportedHostError(f"pytgi needs Python {required} or newer, and this is {present}")

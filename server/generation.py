@@ -233,6 +233,7 @@ class Generation:
             queue_s=timings.queue_s,
             inference_s=timings.inference_s,
             num_generated_tokens=self.num_generated_tokens,
+            prefix_hit_ratio=self.num_cached_tokens / self.num_prompt_tokens,
         )
         fields = self._fields()
         set_fields(fields)

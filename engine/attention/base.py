@@ -49,13 +49,22 @@ class AttentionMetadata:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer, in a layout that only its backend knows.
+    """Keys and values of one layer, in a layout that only its backend knows but for this: a block lies in one piece.
 
     A backend that stores more with them, as the scales of rounded keys, returns a subclass.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor, num_blocks: int) -> None:
+        """Copy blocks `sources` [copies] int64 to `targets` [copies] int64; the cache has `num_blocks` in all.
+
+        All sources are read before a target is written.
+        """
+        for numbers in (self.keys, self.values):
+            blocks = numbers.view(num_blocks, -1)
+            blocks[targets] = blocks[sources]
 
 
 class AttentionBackend(Protocol):

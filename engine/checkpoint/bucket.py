@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from engine.checkpoint.retries import persistently
+from engine.checkpoint.retries import is_transient_status, with_retries
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, OTHERS, is_weight_name
+from engine.link.model_files import ADAPTER_WEIGHTS, TEXT_ENDINGS, is_weight_name
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class StoredFile:
     def is_at(self, path: Path) -> bool:
         """Whether a local file is the copy of this one."""
         with contextlib.suppress(FileNotFoundError):
-            found = path.stat()
-            return (found.st_size, int(found.st_mtime)) == (self.size, int(self.updated_s))
+            status = path.stat()
+            return (status.st_size, int(status.st_mtime)) == (self.size, int(self.updated_s))
         return False
 
 
@@ -140,7 +140,7 @@ def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
     folder = cache / f"gs--{bucket}--{folder_name.replace('/', '--')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = persistently(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""), _why_again)
+        files = with_retries(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""), _reason_to_retry)
         chosen = [file for file in files if _is_of_a_model(file.name)]
         if not chosen:
             raise StartError(f"{uri} has no files of a model: give the folder with config.json and *.safetensors")
@@ -148,23 +148,23 @@ def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
             path = folder / file.name
             if not file.is_at(path):
                 logger.info("Download file: %s", file.name)
-                persistently(functools.partial(storage.fetch, bucket, file, path), _why_again)
+                with_retries(functools.partial(storage.fetch, bucket, file, path), _reason_to_retry)
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         raise StartError(_sentence(error, uri, folder)) from error
     return folder
 
 
 def _is_of_a_model(name: str) -> bool:
-    return not name.startswith(".") and (name.endswith(OTHERS) or is_weight_name(name) or name == ADAPTER_WEIGHTS)
+    return not name.startswith(".") and (name.endswith(TEXT_ENDINGS) or is_weight_name(name) or name == ADAPTER_WEIGHTS)
 
 
-def _why_again(error: Exception) -> str | None:
+def _reason_to_retry(error: Exception) -> str | None:
     return _reason(error) if _is_transient(error) else None
 
 
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
-        return error.code >= 500 or error.code in (408, 429)
+        return is_transient_status(error.code)
     # Of system errors those of connections; a full disk does not pass.
     return isinstance(error, (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError))
 

@@ -37,11 +37,11 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.kinds import refuse_other_kinds
-from engine.checkpoint.retries import persistently
+from engine.checkpoint.retries import is_transient_status, with_retries
 from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, OTHERS, is_adapter
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, TEXT_ENDINGS, is_adapter
 from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
 
 logger = logging.getLogger(__name__)
@@ -165,9 +165,9 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     _check_may_fetch(model_id)
     _relay_library_log()
     _remove_leftovers(model_id)
-    commit, sizes = _persistently(lambda: _list_files(model_id, revision))
+    commit, sizes = _with_retries(lambda: _list_files(model_id, revision))
     refuse_names(sizes, model_id)
-    for name in sorted(name for name in sizes if name.endswith(OTHERS)):
+    for name in sorted(name for name in sizes if name.endswith(TEXT_ENDINGS)):
         folder = _fetch(model_id, commit, name, sizes[name]).parents[name.count("/")]
     weights = _weights_of(folder, sizes)
     start = time.monotonic()
@@ -219,14 +219,14 @@ def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:
         Path(cached).resolve().unlink()  # the library takes any file for a whole one
     logger.info("Download file: %s", name)
     start = time.monotonic()
-    path = _persistently(lambda: hf_hub_download(model_id, name, revision=commit, tqdm_class=_Progress))
+    path = _with_retries(lambda: hf_hub_download(model_id, name, revision=commit, tqdm_class=_Progress))
     logger.info("Downloaded %s in %s.", path, datetime.timedelta(seconds=int(time.monotonic() - start)))
     return Path(path)
 
 
-def _persistently(fetch: Callable[[], T]) -> T:
+def _with_retries(fetch: Callable[[], T]) -> T:
     """`fetch()`, again while the network or the Hub fails. The library goes on with a cut file itself."""
-    return persistently(fetch, lambda error: _reason(_root(error)) if _is_transient(_root(error)) else None)
+    return with_retries(fetch, lambda error: _reason(_root(error)) if _is_transient(_root(error)) else None)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -236,7 +236,7 @@ def _root(error: BaseException) -> BaseException:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+        return is_transient_status(error.response.status_code)
     if _is_disk_full(error) or isinstance(error, FileMetadataError):
         return False
     if isinstance(error, OSError):

@@ -16,8 +16,13 @@ FIRST_PAUSE_S = 1.0
 T = TypeVar("T")
 
 
-def persistently(fetch: Callable[[], T], why_again: Callable[[Exception], str | None]) -> T:
-    """`fetch()`, again after a pause while `why_again` has a reason to hope; None: its error will not pass.
+def is_transient_status(status: int) -> bool:
+    """Whether an HTTP status says that the same request may be answered later."""
+    return status >= 500 or status in (408, 429)
+
+
+def with_retries(fetch: Callable[[], T], reason_to_retry: Callable[[Exception], str | None]) -> T:
+    """`fetch()`, again after a pause while `reason_to_retry` has one; None: the error will not pass.
 
     Raises the last error.
     """
@@ -26,7 +31,7 @@ def persistently(fetch: Callable[[], T], why_again: Callable[[Exception], str | 
         try:
             return fetch()
         except Exception as error:
-            reason = why_again(error)
+            reason = reason_to_retry(error)
             if reason is None:
                 raise
             logger.warning("%s: trying again in %g s (try %d of %d)", reason, pause_s, number, TRIES)

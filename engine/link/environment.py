@@ -70,7 +70,7 @@ def _check_space(folder: Path) -> None:
 def shipped_kernels(prefix: Path) -> Path:
     """Where an image or an administrator keeps kernels that were compiled for everybody who uses this Python.
 
-    `XDG_CACHE_HOME=<prefix>/share python -m engine.compile` puts them there.
+    `XDG_CACHE_HOME=<prefix>/share pytgi compile` puts them there.
     """
     return prefix / "share" / "pytgi" / "numba" / _kernel_version()
 
@@ -94,19 +94,15 @@ def _numba_folder(cache: Path, shipped: Path) -> Path:
     return folder
 
 
-def arm_features(cpuinfo: str) -> str | None:
-    """LLVM's features for Numba on 64-bit ARM with dot products, None without them; `cpuinfo` is /proc/cpuinfo.
+def _processor_variables() -> dict[str, str]:
+    """LLVM's features for Numba on 64-bit ARM with dot products, nothing elsewhere.
 
     LLVM knows the features of processors that it knows by name. Of others it may not list dot products, which the
     integer kernels are made of.
     """
-    has_dot_products = re.search(r"^Features\s*:.*\basimddp\b", cpuinfo, re.MULTILINE)
-    return "+fp-armv8,+neon,+dotprod" if has_dot_products else None
-
-
-def _processor_variables() -> dict[str, str]:
-    features = arm_features(CPUINFO.read_text()) if platform.machine() == "aarch64" else None
-    return {} if features is None else {"NUMBA_CPU_FEATURES": features}
+    if platform.machine() != "aarch64" or not re.search(r"^Features\s*:.*\basimddp\b", CPUINFO.read_text(), re.M):
+        return {}
+    return {"NUMBA_CPU_FEATURES": "+fp-armv8,+neon,+dotprod"}
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:

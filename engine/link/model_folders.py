@@ -1,4 +1,4 @@
-"""What is no model although somebody gave it as one: each kind has a sentence that says what it is and what to do.
+"""Refusals of what is no model: each kind of it has a sentence that says what it is and what to do.
 
 The launcher asks before it starts a process, and the download before and after it fetches. Standard library only.
 """
@@ -12,12 +12,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, is_adapter, is_weight_name, read_file
+from engine.link.model_files import ADAPTER_WEIGHTS, INDEX, is_adapter, is_weight_name, names_in, read_file
 from engine.link.suggestions import suggestion
 
-BUCKETS = "gs://"
+BUCKET_SCHEME = "gs://"
 """The beginning of the address of a folder in Google's Cloud Storage."""
-INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth")
 GGUF = ".gguf"
 GGUF_REFUSAL = "and GGUF is not read: give a folder, or an id on the Hub, with safetensors weights"
@@ -29,7 +28,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 def refuse_other_paths(model_id: str) -> None:
     """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either."""
-    if model_id.startswith(BUCKETS):
+    if model_id.startswith(BUCKET_SCHEME):
         return
     if model_id.startswith(("http://", "https://")):
         owner_and_name = "/".join(urlsplit(model_id).path.split("/")[1:3])
@@ -41,13 +40,13 @@ def refuse_other_paths(model_id: str) -> None:
     if os.path.islink(model_id) and not os.path.exists(model_id):
         raise StartError(f"{model_id} is a link to {os.readlink(model_id)}, which does not exist: correct the link")
     if not _HUB_ID.fullmatch(model_id):
-        near = near_folder(model_id)
+        suggested = folder_suggestion(model_id)
         raise StartError(
-            f"{model_id!r} is neither a folder nor the id of a model on the Hub{near}: check the path or the id"
+            f"{model_id!r} is neither a folder nor the id of a model on the Hub{suggested}: check the path or the id"
         )
 
 
-def near_folder(model_id: str) -> str:
+def folder_suggestion(model_id: str) -> str:
     """` (did you mean X?)` with the folder whose name is nearest; empty if there is none."""
     path = os.path.expanduser(model_id).rstrip("/")  # a quoted ~ comes as it is
     parent, name = os.path.split(path)
@@ -60,10 +59,7 @@ def near_folder(model_id: str) -> str:
 
 def refuse_no_model(folder: Path) -> None:
     """Raise StartError for a local folder in which a model, or an adapter, lacks something, by its names alone."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
+    names = names_in(folder)
     if "config.json" not in names and not is_adapter(names):
         _refuse_parent(folder)
     refuse_names(names, str(folder))

@@ -46,6 +46,8 @@ class ScheduledBatch:
     """Likeliest tokens that are found for each scored token: as many as the sequence wants that wants most."""
     has_prompt_ranks: bool = False
     """Ranks are found for each scored token, since a sequence wants those of its own."""
+    block_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """KV blocks that are copied before anything is computed: from, to. All are read before one is written."""
     num_admitted: int = 0
     """Sequences that left the queue for this step."""
     is_decoding: bool = True
@@ -76,6 +78,8 @@ class ScheduledBatch:
                 rows=range(self.num_rows, end),
             )
         )
+        if sequence.block_copy is not None:
+            self.block_copies.append(sequence.block_copy)
         self.num_tokens += num_tokens + len(draft)
         self.num_rows = end
         self.is_decoding = self.is_decoding and num_tokens == 1

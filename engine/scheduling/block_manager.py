@@ -1,7 +1,8 @@
 """The KV blocks: which belong to whom, and which can be reused for a known prefix. Plain Python over counts and hashes.
 
-A block is free, or held by one sequence or by several that share a prefix. A free block may still carry the hash of its
-content: it is found again by that hash until it is needed for something else, least recently used first.
+A block is free, or held by one sequence or by several that share a prefix. The content of a free block may still be
+known to the index: it is found there until the block is needed for something else, least recently used first. A chain's
+end is always less recently used than its beginning, without which it is worth nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Collection
 
+from engine.scheduling.block_index import BlockIndex, Place
 from engine.scheduling.sequence import Sequence
 
 HASH_BYTES = 16
@@ -27,13 +29,15 @@ def hash_block(parent: bytes, token_ids: list[int], salt: bytes = b"") -> bytes:
 class BlockManager:
     """Hands out the `num_blocks` blocks of `block_size` tokens each."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, is_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, is_prefix_caching: bool = True, is_copying: bool = False
+    ) -> None:
+        """With `is_copying` the beginning of a block is reused, too: the step copies the block first."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._is_prefix_caching = is_prefix_caching
         self._num_holders = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
+        self._index = BlockIndex(has_beginnings=is_copying)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.num_cached_blocks = 0
         """Free blocks whose content can still be reused."""
@@ -59,18 +63,33 @@ class BlockManager:
 
         `num_spare_blocks` must stay free. The last token is never taken from the cache, because the step needs its
         logits. A request for prompt logprobs takes no token from it, because it needs the logits of all.
+
+        A block that is to be copied is held until `end_copy`.
         """
         reused = self._find_prefix(sequence)
         num_new = -(-sequence.num_tokens // self.block_size) - len(reused)
-        num_revived = sum(1 for block in reused if not self._num_holders[block])
-        if num_new + num_revived + num_spare_blocks > self.num_free_blocks:
+        num_places = self.num_free_blocks - num_new - num_spare_blocks
+        if self._num_revived(reused) > num_places:
             return False
+        source, num_copied = self._find_beginning(sequence, len(reused))
+        if num_copied and self._num_revived([*reused, source]) > num_places:
+            num_copied = 0
         for block in reused:
             self._hold(block)
+        if num_copied:
+            self._hold(source)
         sequence.block_table = array("i", reused)
-        sequence.num_computed_tokens = sequence.num_cached_tokens = len(reused) * self.block_size
+        sequence.num_computed_tokens = sequence.num_cached_tokens = len(reused) * self.block_size + num_copied
         self._extend(sequence, num_new)
+        if num_copied:
+            sequence.block_copy = source, sequence.block_table[len(reused)]
         return True
+
+    def end_copy(self, sequence: Sequence) -> None:
+        """Let go of the block that was to be copied for `sequence`, if there is one: the step has copied it."""
+        if sequence.block_copy is not None:
+            self._release(array("i", sequence.block_copy[:1]))
+            sequence.block_copy = None
 
     def grow(self, sequence: Sequence, num_more: int = 0, *, num_spare_blocks: int = 0) -> bool:
         """Make room for all known tokens and `num_more`; False (and no change) if too few blocks are free.
@@ -93,6 +112,7 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Give all blocks of `sequence` back. The end of a prefix is given to other content before its beginning."""
+        self.end_copy(sequence)
         self._release(sequence.block_table)
         sequence.block_table = array("i")
         sequence.num_computed_tokens = 0
@@ -102,10 +122,10 @@ class BlockManager:
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
                 self._free[block] = None
-                if self._hash_of[block] is None:
-                    self._free.move_to_end(block, last=False)
-                else:
+                if block in self._index:
                     self.num_cached_blocks += 1
+                else:
+                    self._free.move_to_end(block, last=False)
 
     def publish_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks that were filled by computing the tokens from `start` to `end` findable by others."""
@@ -114,17 +134,22 @@ class BlockManager:
         first, last = start // self.block_size, end // self.block_size
         if first >= last:
             return
-        for digest, block in zip(self._hashes(sequence, last)[first:], sequence.block_table[first:last], strict=True):
-            if digest not in self._block_of:
-                self._hash_of[block] = digest
-                self._block_of[digest] = block
+        hashes = self._hashes(sequence, last)
+        for index in range(first, last):
+            content = self._place(sequence, index), self._token_ids(sequence, index, end)
+            self._index.add_full(sequence.block_table[index], hashes[index], *content)
+
+    def publish_last_block(self, sequence: Sequence) -> None:
+        """Make the computed tokens after the last full block findable; `sequence` computes nothing more then."""
+        index, num_tokens = divmod(sequence.num_computed_tokens, self.block_size)
+        if self._is_prefix_caching and num_tokens:
+            content = self._place(sequence, index), self._token_ids(sequence, index, sequence.num_computed_tokens)
+            self._index.add_part(sequence.block_table[index], *content)
 
     def withdraw_blocks(self, sequence: Sequence) -> None:
         """Let nobody find the blocks of `sequence` any more, its prefix included: whoever filled them, it failed."""
         for block in sequence.block_table:
-            if (digest := self._hash_of[block]) is not None:
-                self._hash_of[block] = None
-                del self._block_of[digest]
+            self._index.drop(block)
 
     def num_holders(self, block: int) -> int:
         """Sequences that have `block` in their table."""
@@ -136,11 +161,11 @@ class BlockManager:
         Raises AssertionError.
         """
         held = Counter(block for sequence in sequences for block in sequence.block_table)
+        held.update(sequence.block_copy[0] for sequence in sequences if sequence.block_copy is not None)
         assert self._num_holders == [held[block] for block in range(self.num_blocks)], "holders are counted wrongly"
         assert set(self._free) == {block for block in range(self.num_blocks) if not held[block]}
-        assert self.num_cached_blocks == sum(self._hash_of[block] is not None for block in self._free)
-        hashed = {digest: block for block, digest in enumerate(self._hash_of) if digest is not None}
-        assert self._block_of == hashed, "a hash finds another block than the one that carries it"
+        assert self.num_cached_blocks == sum(block in self._index for block in self._free)
+        self._index.check_integrity()
         self._check_sharing(sequences)
 
     def _check_sharing(self, sequences: Collection[Sequence]) -> None:
@@ -156,17 +181,36 @@ class BlockManager:
                     assert meaning.setdefault(block, prefix) == prefix, "a block stands for two prefixes"
                 else:
                     assert self._num_holders[block] == 1, "a block that is not full is shared"
-                    assert self._hash_of[block] is None, "a block that is not full has a hash"
+                    assert block not in self._index, "a block that is not full can be found"
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         blocks: list[int] = []
         if self._is_prefix_caching and not sequence.request.has_prompt_logprobs:
             for digest in self._hashes(sequence, (sequence.num_tokens - 1) // self.block_size):
-                block = self._block_of.get(digest)
+                block = self._index.find(digest)
                 if block is None:
                     break
                 blocks.append(block)
         return blocks
+
+    def _find_beginning(self, sequence: Sequence, index: int) -> tuple[int, int]:
+        """The block to copy for the sequence's block at `index`, and how many tokens that gives; (-1, 0) for none."""
+        if not self._is_prefix_caching or sequence.request.has_prompt_logprobs:
+            return -1, 0
+        token_ids = self._token_ids(sequence, index, sequence.num_tokens - 1)
+        return self._index.find_beginning(self._place(sequence, index), token_ids)
+
+    def _place(self, sequence: Sequence, index: int) -> Place:
+        """What the KV in the sequence's block at `index` depends on beside the block's tokens."""
+        return Place(sequence.cache_salt, self._hashes(sequence, index)[-1] if index else b"")
+
+    def _token_ids(self, sequence: Sequence, index: int, end: int) -> list[int]:
+        """The tokens of the sequence's block at `index`, of those before `end`."""
+        return sequence.token_ids[index * self.block_size : min(end, (index + 1) * self.block_size)]
+
+    def _num_revived(self, blocks: list[int]) -> int:
+        """How many free blocks holding all of `blocks` would take."""
+        return sum(1 for block in blocks if not self._num_holders[block])
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         hashes = sequence.block_hashes
@@ -185,9 +229,8 @@ class BlockManager:
     def _extend(self, sequence: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
             block, _ = self._free.popitem(last=False)
-            if (stale := self._hash_of[block]) is not None:
-                self._hash_of[block] = None
-                del self._block_of[stale]
+            if block in self._index:
+                self._index.drop(block)
                 self.num_cached_blocks -= 1
             self._num_holders[block] = 1
             sequence.block_table.append(block)

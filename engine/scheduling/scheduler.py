@@ -80,6 +80,8 @@ class Scheduler:
         """Forget a request and free its memory at once; an unknown id may just have ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
+            if sequence.num_output_tokens and not sequence.num_launched:  # it is known to be finite, and stands still
+                self._blocks.publish_last_block(sequence)
             self._remove(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -160,6 +162,7 @@ class Scheduler:
         batch.is_launched = True
         for scheduled in batch.scheduled:
             sequence = scheduled.sequence
+            self._blocks.end_copy(sequence)  # what later steps write into the block comes after the copy
             sequence.num_computed_tokens += scheduled.num_tokens
             sequence.num_launched += 1
             if scheduled.is_completing:
@@ -188,6 +191,7 @@ class Scheduler:
                     continue
             else:
                 sequence.num_computed_tokens += scheduled.num_tokens
+                self._blocks.end_copy(sequence)
             new_events = self._accept(scheduled, sampled) if scheduled.is_completing else []
             self._share_blocks(scheduled, new_events, is_launched=batch.is_launched)
             if new_events and new_events[-1].is_terminal:
@@ -329,6 +333,8 @@ class Scheduler:
             if is_launched:
                 end = min(end, scheduled.num_computed_tokens + scheduled.num_tokens)
             self._blocks.publish_full_blocks(sequence, scheduled.num_computed_tokens, end)
+            if events and events[-1].is_terminal and not sequence.num_launched:
+                self._blocks.publish_last_block(sequence)
         elif error == NON_FINITE_ERROR:
             self._blocks.withdraw_blocks(sequence)
 

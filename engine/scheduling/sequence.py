@@ -43,6 +43,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Computed tokens that were found in the prefix cache at the last admission."""
     block_table: array[int] = dataclasses.field(default_factory=lambda: array("i"))
+    block_copy: tuple[int, int] | None = None
+    """A block of others and the own one that its next step copies it to: `num_computed_tokens` counts on that."""
     cache_salt: bytes = b""
     """Sequences share blocks only under equal salts: anything beside the tokens that their KV depends on."""
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)

@@ -3,7 +3,7 @@
 One kernel serves one row and a thousand: each output is eight lanes of fused multiply-adds along `k`, folded by a
 fixed tree, in every tile shape, so a row's bits do not depend on how many rows run with it. Few rows are bound by
 reading the weights (they are read once for four rows); many rows run at 85-95 % of MKL's float32 speed on AVX2 without
-the widened copy of the weights that MKL would need (docs/architecture.md has the figures).
+the widened copy of the weights that MKL would need (docs/performance.md has the figures).
 """
 
 from __future__ import annotations

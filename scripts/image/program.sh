@@ -11,7 +11,6 @@ find /opt/venv -newer /tmp/before -name '*.py' > /tmp/new
 xargs touch -d 2000-01-01T00:00:00Z < /tmp/new
 python -m compileall -qq -i /tmp/new --invalidation-mode unchecked-hash
 if [ "${1:-}" = compile ]; then
-    export XDG_CACHE_HOME=/opt/venv/share
-    if command -v pytgi; then pytgi compile; else python -P -m engine.compile; fi
+    XDG_CACHE_HOME=/opt/venv/share pytgi compile
 fi
 rm -rf /tmp/before /tmp/new /build/program.sh

@@ -13,7 +13,8 @@ def overlap(text: str, mark: str) -> int:
 
 
 def split_at(mark: str, text: str) -> tuple[str, str, str]:
-    """What stands before `mark`, the mark, and the rest. While there is none, the rest is what may begin it."""
-    before, found, after = text.partition(mark)
-    num_certain = len(before) if found else len(text) - overlap(text, mark)
-    return before[:num_certain], found, after if found else text[num_certain:]
+    """The text before `mark`, the mark, and the rest. While there is none, the rest is what may begin it."""
+    if mark in text:
+        return text.partition(mark)
+    num_certain = len(text) - overlap(text, mark)
+    return text[:num_certain], "", text[num_certain:]

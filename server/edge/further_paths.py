@@ -18,7 +18,7 @@ class FurtherPaths:
     def __init__(self, app: ASGIApp, finder: OperationFinder, routes: Mapping[tuple[str, str], str]) -> None:
         """`routes` has a route's path for each method and further path."""
         self._app = app
-        self._routes = {asked: route for asked, route in routes.items() if not _is_answered(finder, *asked)}
+        self._routes = {request: route for request, route in routes.items() if not _is_answered(finder, *request)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -52,17 +52,14 @@ class Platform:
 
     def settings(self, environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Setting]:
         """Our variables as this platform has them, by name."""
-        found = {name: Setting(value, self._says(name)) for name, value in self.defaults.items() if name not in environ}
-        found |= {name: Setting(value, self._says(name)) for name, value in self.fixed.items()}
+        values = {name: value for name, value in self.defaults.items() if name not in environ} | dict(self.fixed)
         if MODEL_ID not in environ and self.model_folder is not None and self.has_model(root):
-            found[MODEL_ID] = Setting(self.model_folder, self._says(MODEL_ID))
+            values[MODEL_ID] = self.model_folder
+        settings = {name: Setting(value, f"{name} of {self.name}") for name, value in values.items()}
         for name, theirs in self.variables.items():
             if theirs in environ:
-                found[name] = Setting(environ[theirs], f"the variable {theirs}")
-        return found
-
-    def _says(self, name: str) -> str:
-        return f"{name} of {self.name}"
+                settings[name] = Setting(environ[theirs], f"the variable {theirs}")
+        return settings
 
 
 PLATFORMS = (

@@ -19,7 +19,7 @@ from pathlib import Path
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
 from engine.link.model_files import ADAPTER_CONFIG, adapter_base
-from engine.link.model_folders import near_folder, refuse_no_model, refuse_other_paths
+from engine.link.model_folders import folder_suggestion, refuse_no_model, refuse_other_paths
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -98,7 +98,9 @@ def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signal
     if child.exit_code is not None and child.exit_code < 0:
         raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
-        raise LaunchError(f"DownloadError: {model_id} could not be fetched{near_folder(model_id)}; the reason is above")
+        raise LaunchError(
+            f"DownloadError: {model_id} could not be fetched{folder_suggestion(model_id)}; the reason is above"
+        )
     logger.info("Successfully downloaded weights for %s", model_id)
     return lines[-1]
 

@@ -1,4 +1,4 @@
 """Replicas on Ray Serve: one front for several whole servers, the rule that routes requests to them, their command.
 
-Everything but `prefix_rule`, `prompt_blocks` and `labels` needs the extra `ray`.
+`deployment`, `front` and `router` need the extra `ray`; `command` looks for it before it imports them.
 """

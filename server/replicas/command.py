@@ -38,18 +38,18 @@ def serve_replicas(argv: Sequence[str]) -> int:
     parser.add_argument("--deploy-only", action="store_true")
     parser.add_argument("-p", "--port", action="append", default=[])  # the front's, and no replica's
     parser.add_argument("--hostname", action="append", default=[])
-    own, flags = parser.parse_known_args(argv)
-    place = [*(f"--port={port}" for port in own.port), *(f"--hostname={name}" for name in own.hostname)]
+    options, flags = parser.parse_known_args(argv)
+    place = [*(f"--port={port}" for port in options.port), *(f"--hostname={name}" for name in options.hostname)]
     try:
         args = parse_args([*flags, *place], os.environ)
         configure_logging(args.log_level, "front", is_json=args.is_json_output)
         _check_ray()
         with contextlib.ExitStack() as stack:
-            listener = None if own.deploy_only else stack.enter_context(bind(args.hostname, args.port))
+            listener = None if options.deploy_only else stack.enter_context(bind(args.hostname, args.port))
             is_own_ray = stack.enter_context(_ray())
-            host = own.replica_host or ("127.0.0.1" if is_own_ray else None)
+            host = options.replica_host or ("127.0.0.1" if is_own_ray else None)
             directory = os.getcwd() if host else None  # relative folders of models mean something on this host only
-            handle = _deploy({"flags": flags, "replicas": own.replicas, "host": host, "directory": directory})
+            handle = _deploy({"flags": flags, "replicas": options.replicas, "host": host, "directory": directory})
             if listener is not None:
                 asyncio.run(_serve(handle, listener, args))
     except ArgumentError as error:

@@ -113,16 +113,16 @@ def build_app(args: Mapping[str, Any]) -> Any:
 
 
 def deployment_options(args: LauncherArgs, replicas: str) -> dict[str, Any]:
-    """What Serve is told: how many replicas, what each needs, when it is full, and who routes."""
-    smallest, _, largest = replicas.partition(":")
+    """Options of the Serve deployment: how many replicas, what each needs, when it is full, and who routes."""
+    min_replicas, _, max_replicas = replicas.partition(":")
     capacity = args.server["max_concurrent_requests"]
-    scale: dict[str, Any] = {"num_replicas": int(smallest)}
-    if largest:
+    scale: dict[str, Any] = {"num_replicas": int(min_replicas)}
+    if max_replicas:
         target = min(TARGET_REQUESTS, capacity)
         scale = {
             "autoscaling_config": {
-                "min_replicas": int(smallest),
-                "max_replicas": int(largest),
+                "min_replicas": int(min_replicas),
+                "max_replicas": int(max_replicas),
                 "target_ongoing_requests": target,
             }
         }
@@ -136,7 +136,7 @@ def deployment_options(args: LauncherArgs, replicas: str) -> dict[str, Any]:
         "request_router_config": RequestRouterConfig(
             request_router_class="server.replicas.router:PrefixRouter", request_router_kwargs={"capacity": capacity}
         ),
-        "ray_actor_options": actor_resources(int(largest or smallest), args.sharding.size),
+        "ray_actor_options": actor_resources(int(max_replicas or min_replicas), args.sharding.size),
         "logging_config": {"enable_access_log": False},
     }
 

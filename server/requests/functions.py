@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import TypeAdapter
 
-from server.errors import INVALID_VALUE
 from server.requests.messages import CalledFunction
-from server.requests.serde import ListOf, WrongShape, describe, wrong_within
+from server.requests.serde import ListOf, reading, wrong_at
 
 NEWER_KEYS = {"functions": "tools", "function_call": "tool_choice"}
 
@@ -27,7 +25,7 @@ _FUNCTIONS: TypeAdapter[list[OfferedFunction]] = TypeAdapter(ListOf[OfferedFunct
 
 
 def read_functions(body: dict[str, Any]) -> dict[str, Any]:
-    """The body with newer keys in place of the older ones; null is none of them. Raises what `wrong_within` makes."""
+    """The body with newer keys in place of the older ones; null is none of them. Raises what `wrong_at` makes."""
     older = {key: body[key] for key in NEWER_KEYS if body.get(key) is not None}
     if not older:
         return body
@@ -35,20 +33,14 @@ def read_functions(body: dict[str, Any]) -> dict[str, Any]:
     for key, value in older.items():
         newer = NEWER_KEYS[key]
         if rest.get(newer) is not None:
-            raise _wrong(key, f"there is `{newer}` as well, which has taken its place")
+            raise wrong_at(key, f"there is `{newer}` as well, which has taken its place")
         rest[newer] = _tools(value) if newer == "tools" else _choice(value)
     return rest
 
 
-def _wrong(key: str, reason: str) -> PydanticCustomError:
-    return wrong_within(key, WrongShape(reason, "", "", INVALID_VALUE))
-
-
 def _tools(functions: Any) -> list[dict[str, Any]]:
-    try:
+    with reading("functions"):
         _FUNCTIONS.validate_python(functions, strict=True)
-    except ValidationError as error:
-        raise wrong_within("functions", describe(error)) from None
     return [{"type": "function", "function": function} for function in functions]
 
 
@@ -57,4 +49,4 @@ def _choice(choice: Any) -> str | dict[str, Any]:
         return {"type": "function", "function": {"name": choice["name"]}}
     if isinstance(choice, str) and choice in ("auto", "none"):
         return choice
-    raise _wrong("function_call", 'invalid value, expected "auto", "none" or {"name": NAME}')
+    raise wrong_at("function_call", 'invalid value, expected "auto", "none" or {"name": NAME}')

@@ -44,7 +44,7 @@ class GrammarCompiler:
             if not isinstance(grammar.value, str):
                 raise ValidationError("grammar is not valid: a regex is a string")
             is_regex = grammar.type == "regex"
-            checked = await self._check(Check(regex=grammar.value) if is_regex else Check(free=grammar.value))
+            checked = await self._check(Check(regex=grammar.value) if is_regex else Check(client_grammar=grammar.value))
             if checked.error is not None:
                 raise ValidationError(f"grammar is not valid: {checked.error}", logged="grammar is not valid")
             return checked

@@ -81,8 +81,8 @@ class Check(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     regex: str | None = None
-    free: str | None = None
-    """A client's own grammar, in GBNF or in llguidance's form of Lark."""
+    client_grammar: str | None = None
+    """In GBNF or in llguidance's form of Lark."""
     lark: str | None = None
     schemas: tuple[HeldSchema, ...] = ()
 
@@ -115,8 +115,8 @@ class Checker:
     def check(self, request: Check) -> Checked:
         if request.regex is not None:
             return self._compiled(self._matcher.grammar_from_regex(request.regex))
-        if request.free is not None:
-            return self._of_client(request.free)
+        if request.client_grammar is not None:
+            return self._of_client(request.client_grammar)
         prepared = [_prepared(held) for held in request.schemas]
         checked = self._with_schemas(request, prepared)
         if all(held.mode != "open" for held in request.schemas):

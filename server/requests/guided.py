@@ -6,10 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import PydanticCustomError
-
 from server.errors import INVALID_VALUE
-from server.requests.serde import WrongShape, unexpected, wrong_within
+from server.requests.serde import INVALID_TYPE, WrongShape, unexpected, wrong_at, wrong_within
 
 STRUCTURED_OUTPUTS = "structured_outputs"
 PREFIX = "guided_"
@@ -25,14 +23,11 @@ class _Constraint:
     key: str = field(compare=False)
     """The place in the body. Clients for old and new servers say the same in both spellings."""
 
-    def wrong(self, reason: str) -> PydanticCustomError:
-        return wrong_within(self.key, WrongShape(reason, "", "", INVALID_VALUE))
-
 
 def read_guided(body: dict[str, Any]) -> dict[str, Any]:
     """The body with a `response_format` in place of vLLM's keys, and in `format_key` the key that stood for it.
 
-    Null is none of the keys. Raises what `wrong_within` makes.
+    Null is none of the keys. Raises what `wrong_at` makes.
     """
     values = {key: body[key] for key in GUIDED_KEYS & body.keys() if body[key] is not None}
     if not values:
@@ -50,25 +45,25 @@ def read_guided(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constraints(values: dict[str, Any]) -> list[_Constraint]:
-    found = [
+    constraints = [
         _Constraint(key.removeprefix(PREFIX), value, key)
         for key, value in sorted(values.items())
         if key != STRUCTURED_OUTPUTS
     ]
     nested = values.get(STRUCTURED_OUTPUTS)
     if nested is None:
-        return found
+        return constraints
     if not isinstance(nested, dict):
         reason = f"invalid type: {unexpected(nested)}, expected a map"
-        raise wrong_within(STRUCTURED_OUTPUTS, WrongShape(reason, "", "", "invalid_type"))
+        raise wrong_at(STRUCTURED_OUTPUTS, reason, INVALID_TYPE)
     if nested.keys().isdisjoint(_KINDS):
         reason = "there is no constraint, expected one of " + ", ".join(f"`{kind}`" for kind in _HELD_KINDS)
-        raise wrong_within(STRUCTURED_OUTPUTS, WrongShape(reason, "", "", INVALID_VALUE))
+        raise wrong_at(STRUCTURED_OUTPUTS, reason)
     for kind in _KINDS:
         constraint = _Constraint(kind, nested.get(kind), f"{STRUCTURED_OUTPUTS}.{kind}")
-        if constraint.value not in (None, False) and constraint not in found:
-            found.append(constraint)
-    return found
+        if constraint.value not in (None, False) and constraint not in constraints:
+            constraints.append(constraint)
+    return constraints
 
 
 def _format(constraint: _Constraint) -> dict[str, Any]:
@@ -83,10 +78,11 @@ def _format(constraint: _Constraint) -> dict[str, Any]:
             return {"type": "regex", "value": _alternatives(constraint)}
         case "grammar":
             if not isinstance(constraint.value, str):
-                raise constraint.wrong(f"invalid type: {unexpected(constraint.value)}, expected a string")
+                raise wrong_at(constraint.key, f"invalid type: {unexpected(constraint.value)}, expected a string")
             return {"type": "grammar", "grammar": constraint.value}
-    raise constraint.wrong(
-        f"`{constraint.kind}` is not supported: give a JSON schema, a regular expression, a choice or a grammar"
+    raise wrong_at(
+        constraint.key,
+        f"`{constraint.kind}` is not supported: give a JSON schema, a regular expression, a choice or a grammar",
     )
 
 
@@ -94,5 +90,5 @@ def _alternatives(constraint: _Constraint) -> str:
     """A regular expression for one of several texts."""
     value = constraint.value
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-        raise constraint.wrong("invalid value, expected a list of texts that are not empty")
+        raise wrong_at(constraint.key, "invalid value, expected a list of texts that are not empty")
     return "|".join(map(re.escape, value))

@@ -38,18 +38,18 @@ from server.requests.serde import (
     F32,
     I32,
     I64,
+    INVALID_TYPE,
     U32,
     U64,
     ListOf,
     WireModel,
-    WrongShape,
     is_strict,
     max_items,
     missing,
     round_to_f32,
     spellings_of,
     wrong,
-    wrong_within,
+    wrong_at,
 )
 from server.requests.tool_choice import MAX_TOOLS, ReadToolChoice
 from server.requests.values import Grammar, LogitBias
@@ -127,7 +127,7 @@ def _read_response_format(value: Any, info: ValidationInfo) -> Any:
             return {"type": "json_schema", "value": schema}
         case "grammar":  # as vLLM and hosted services take it; TGI's own shape does not know the type
             if not isinstance(value.get("grammar"), str):
-                raise wrong_within("grammar", WrongShape("a grammar is a string", "", "", "invalid_type"))
+                raise wrong_at("grammar", "a grammar is a string", INVALID_TYPE)
             return Grammar.model_construct(type="grammar", value=value["grammar"])
     return value
 
@@ -248,7 +248,7 @@ class ChatRequest(GenerationBody):
             return data
         if data.get("chat_template") is not None:
             reason = "chats are rendered with the model's own template"
-            raise wrong_within("chat_template", WrongShape(reason, "", "", "unsupported_parameter"))
+            raise wrong_at("chat_template", reason, "unsupported_parameter")
         return read_functions(data)
 
     @model_validator(mode="before")

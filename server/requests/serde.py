@@ -5,12 +5,13 @@ Knows nothing of the requests themselves: `server.requests.native` builds them f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -29,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
+
+from server.errors import INVALID_VALUE
 
 _FLOAT32 = struct.Struct("<f")
 
@@ -87,6 +90,20 @@ def wrong_within(path: str, error: WrongShape) -> PydanticCustomError:
     return PydanticCustomError(
         "serde", "{reason}", {"reason": error.reason, "location": location, "param": param, "code": error.code}
     )
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """A ValidationError of the block is one of the value at `path`, within what a validator reads."""
+    try:
+        yield
+    except ValidationError as error:
+        raise wrong_within(path, describe(error)) from None
+
+
+def wrong_at(path: str, reason: str, code: str = INVALID_VALUE) -> PydanticCustomError:
+    """The error of the value at `path`, within what a validator reads."""
+    return wrong_within(path, WrongShape(reason, "", "", code))
 
 
 def missing(path: str, field: str) -> PydanticCustomError:
@@ -229,6 +246,7 @@ def spellings_of(model: type[WireModel]) -> list[tuple[str, list[str]]]:
 
 
 MISSING = "missing_required_parameter"
+INVALID_TYPE = "invalid_type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +275,7 @@ def describe(error: ValidationError) -> WrongShape:
         return WrongShape(reason, location, param, within["code"])
     if first["type"] == "missing":
         return WrongShape(reason, _path(first["loc"][:-1]), param, MISSING)
-    return WrongShape(reason, param, param, "invalid_type" if reason.startswith("invalid type") else "invalid_value")
+    return WrongShape(reason, param, param, INVALID_TYPE if reason.startswith("invalid type") else INVALID_VALUE)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -321,11 +321,11 @@ def _check_lengths(num_input: int, request: GenerationInput, limits: EngineReady
     max_new_tokens = request.parameters.max_new_tokens
     room = max(0, max_total - num_input)
     counted = room if max_new_tokens is None else min(max_new_tokens, MAX_CHECKED_NEW_TOKENS)
-    given = max_new_tokens if request.is_openai and max_new_tokens is not None else counted
+    shown = max_new_tokens if request.is_openai and max_new_tokens is not None else counted
     refuse_if(
         num_input + counted > max_total,
         f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. "
-        f"Given: {num_input} `inputs` tokens and {given} `max_new_tokens`",
+        f"Given: {num_input} `inputs` tokens and {shown} `max_new_tokens`",
         param="inputs",
         code=TOO_LONG,
     )  # text 19

@@ -19,6 +19,7 @@ from server.errors import (
 from server.telemetry.families import Reading, Registry
 
 BATCH_BOUNDS = range(1, 1025)
+RATIO_BOUNDS = [tenth / 10 for tenth in range(11)]
 
 ERROR_LABELS: dict[type[Exception], str] = {
     ValidationError: "validation",
@@ -63,6 +64,9 @@ class RequestFamilies:
         )
         self.generated_tokens = histogram("tgi_request_generated_tokens", "Tokens of the answer", total_bounds)
         self.input_length = histogram("tgi_request_input_length", "Tokens of the prompt", input_bounds)
+        self.prefix_hit_ratio = histogram(
+            "pytgi_request_prefix_hit_ratio", "Part of the prompt that was in the prefix cache", RATIO_BOUNDS
+        )
         self.max_new_tokens = histogram("tgi_request_max_new_tokens", "Tokens that were allowed", total_bounds)
         self.skipped_tokens = registry.summary(
             "tgi_request_skipped_tokens", "Tokens of a step that speculation had guessed, per sequence"
@@ -151,9 +155,16 @@ class RequestMetrics:
             self._families.inter_token.observe(waited_s / num_tokens, times=num_tokens)
 
     def finished(
-        self, *, total_s: float, validation_s: float, queue_s: float, inference_s: float, num_generated_tokens: int
+        self,
+        *,
+        total_s: float,
+        validation_s: float,
+        queue_s: float,
+        inference_s: float,
+        num_generated_tokens: int,
+        prefix_hit_ratio: float,
     ) -> None:
-        """Note that a sequence has come to its end."""
+        """Note that a sequence has come to its end. `prefix_hit_ratio`: the part of its prompt that was cached."""
         self._num_finished += 1
         families = self._families
         families.success.increment()
@@ -163,6 +174,7 @@ class RequestMetrics:
         families.inference_duration.observe(inference_s)
         families.time_per_token.observe(inference_s / max(1, num_generated_tokens))
         families.generated_tokens.observe(num_generated_tokens)
+        families.prefix_hit_ratio.observe(prefix_hit_ratio)
 
 
 class Metrics:

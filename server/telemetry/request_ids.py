@@ -29,9 +29,9 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
-        is_given = _ID.fullmatch(given) is not None
-        request_id = given if is_given else f"req_{uuid.uuid4().hex}"
+        clients_id = Headers(scope=scope).get(HEADER, "")
+        is_clients = _ID.fullmatch(clients_id) is not None
+        request_id = clients_id if is_clients else f"req_{uuid.uuid4().hex}"
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -39,4 +39,4 @@ class RequestIds:
             await send(message)
 
         set_request_id(request_id)
-        await self._app(scope, receive, send_with_id if is_given or scope["path"].startswith("/v1/") else send)
+        await self._app(scope, receive, send_with_id if is_clients or scope["path"].startswith("/v1/") else send)

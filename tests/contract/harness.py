@@ -57,7 +57,7 @@ def make_core(
     launch_sample: LaunchSample | None = None,
 ) -> EngineCore:
     scheduler = Scheduler(
-        BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching),
+        BlockManager(num_blocks, BLOCK_SIZE, is_prefix_caching=is_prefix_caching, is_copying=True),
         max_batch_tokens=max_batch_tokens,
         eos_token_ids=EOS_TOKEN_IDS,
         drafter=speculator,

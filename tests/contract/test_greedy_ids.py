@@ -102,7 +102,7 @@ def test_with_a_warm_prefix_cache(tiny_model_dir: Path, alone: Outcome) -> None:
     requests = make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS)
     cold = run_requests(core, requests)
     warm = run_requests(core, requests)
-    assert (cold.most_cached_tokens, warm.most_cached_tokens) == (0, 64)
+    assert (cold.most_cached_tokens, warm.most_cached_tokens) == (0, 69)
     assert warm.token_ids == cold.token_ids == alone.token_ids
     assert warm.logprobs == alone.logprobs
 
@@ -112,11 +112,25 @@ def test_prompts_that_share_a_prefix(tiny_model_dir: Path) -> None:
     core = make_core(tiny_model_dir)
     first = run_requests(core, requests[:1])
     rest = run_requests(core, requests[1:])
-    assert rest.most_cached_tokens == 32
+    assert rest.most_cached_tokens == 40
     for request, token_ids in zip(requests, first.token_ids + rest.token_ids, strict=True):
         expected, smallest_gap = oracle_greedy(tiny_model_dir, request.prompt_token_ids, 8)
         assert smallest_gap > 1e-3
         assert token_ids == expected
+
+
+@pytest.mark.parametrize("num_common", [1, 15, 16, 31, 32, 33])
+def test_a_prompt_that_forks_within_a_block(tiny_model_dir: Path, num_common: int) -> None:
+    """Wherever a prompt leaves another one, all before that is reused, and no bit of the answer tells."""
+    first, second = make_prompts()[4:]
+    forked = first[:num_common] + second[num_common:40]
+    (request,) = make_requests([forked], max_new_tokens=8)
+    alone = run_requests(make_core(tiny_model_dir, is_prefix_caching=False), [request])
+    core = make_core(tiny_model_dir)
+    run_requests(core, make_requests([first], max_new_tokens=24))
+    outcome = run_requests(core, [request])
+    assert outcome.most_cached_tokens == num_common
+    assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
 def test_continuing_a_text_reuses_what_was_generated(tiny_model_dir: Path) -> None:

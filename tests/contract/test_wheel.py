@@ -12,13 +12,8 @@ from tests.wheels import ROOMS, ROOT, build, copy_tree, files_of
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("tree"))
-
-
-@pytest.fixture(scope="module")
-def wheel(tree: Path) -> Path:
-    return build("wheel", tree, tree.with_name("wheel"))
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", copy_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("wheel"))
 
 
 def test_it_has_every_module_and_every_file_of_data_under_one_name(wheel: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_download_goes_on_where_it_was_cut(stand_in: BucketStandIn, tmp_path: 
     stand_in.failures[name] = [503, 0, 429, 200]
     folder = copy(stand_in, tmp_path)
     half = len(stand_in.files[name]) // 2
-    ranges = [asked for asked_for, asked in stand_in.fetched if asked_for == name]
+    ranges = [byte_range for object_name, byte_range in stand_in.fetched if object_name == name]
     assert ranges == [None, None, f"bytes={half}-", f"bytes={half}-"]
     assert contents(folder)[WEIGHTS[1]] == stand_in.files[name]
 

@@ -133,7 +133,8 @@ def test_a_forked_process_may_not_use_it_and_does_not_end_it(llm: LLM) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert b"belongs to the process that this one was forked from" in os.read(reader, 1000)
-    os.close(reader), os.close(writer)
+    os.close(reader)
+    os.close(writer)
     assert llm.generate("Hello", max_new_tokens=2).num_tokens == 2
 
 

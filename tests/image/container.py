@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -118,9 +117,7 @@ def running(
     command = "unshare --mount --pid --net --ipc --uts --fork --kill-child sh -ec".split()
     with log_path.open("wb") as log:
         started = time.monotonic()
-        process = subprocess.Popen(
-            [*command, script], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(os.environ)
-        )
+        process = subprocess.Popen([*command, script], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     container = Container(process, log_path, environ, started)
     try:
         yield container

@@ -51,19 +51,23 @@ def ports() -> Iterator[tuple[int, int]]:
     port, direct = free_port(), server.server_address[1]
     front = subprocess.Popen([sys.executable, "-m", "tests.replicas.fixed_front", str(port), f"127.0.0.1:{direct}"])
     try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except ConnectionError:
-                time.sleep(0.1)
+        wait_for_listener(port)
         yield direct, port
     finally:
         front.kill()
         front.wait()
         server.shutdown()
         server.server_close()
+
+
+def wait_for_listener(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionError:
+            assert time.monotonic() < deadline, "the front does not listen"
+            time.sleep(0.1)
 
 
 def delays_ms(port: int) -> list[float]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import tarfile
 import time
@@ -18,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.e2e.launched import free_port
 from tests.wheels import ROOMS, build, copy_tree, environment_with, files_of
 
 FOREIGN_PACKAGE = """\
@@ -73,9 +73,7 @@ class Host:
     @contextlib.contextmanager
     def serving(self, *command: str | Path) -> Iterator[tuple[str, int]]:
         """A server's address and process id, from its first answer on; it must end well."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
         path, log = self.bin / command[0], self.directory.with_name("log")
         with log.open("w") as stream:

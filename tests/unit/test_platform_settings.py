@@ -20,10 +20,6 @@ def parse(environ: dict[str, str], *argv: str) -> LauncherArgs:
     return parse_args(argv, environ)
 
 
-def has(args: LauncherArgs, **expected: Any) -> bool:
-    return all(getattr(args, name) == value for name, value in expected.items())
-
-
 @pytest.mark.parametrize(
     ("argv", "environ", "expected"),
     [
@@ -45,7 +41,8 @@ def has(args: LauncherArgs, **expected: Any) -> bool:
     ],
 )
 def test_settings(argv: str, environ: dict[str, str], expected: dict[str, Any]) -> None:
-    assert has(parse(environ, *argv.split()), **expected)
+    args = parse(environ, *argv.split())
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_the_number_of_gpus_and_the_format() -> None:
@@ -63,7 +60,7 @@ def test_the_number_of_gpus_and_the_format() -> None:
 )
 def test_without_a_sign_nothing_is_read(argv: str, environ: dict[str, str]) -> None:
     args = parse(environ, *argv.split())
-    assert has(args, model_id="m", port=80, graceful_termination_timeout_s=90)
+    assert (args.model_id, args.port, args.graceful_termination_timeout_s) == ("m", 80, 90)
     assert "quantize" not in args.engine
 
 
@@ -84,11 +81,15 @@ def test_the_log_says_where_a_value_comes_from() -> None:
         ("", {**SAGEMAKER, "SM_NUM_GPUS": "all"}, "variable SM_NUM_GPUS: invalid count value: 'all'"),
         ("", {**VERTEX, "AIP_HTTP_PORT": "x"}, "variable AIP_HTTP_PORT: invalid port value: 'x'"),
         ("", {**VERTEX, "AIP_PREDICT_ROUTE": "x"}, "variable AIP_PREDICT_ROUTE: invalid route value: 'x'"),
-        ("serve", {}, "--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct, "
-         "on Amazon SageMaker as HF_MODEL_ID"),
+        (
+            "serve",
+            {},
+            "--model-id is missing: give a folder or a Hub id, e.g. --model-id Qwen/Qwen2.5-0.5B-Instruct, "
+            "on Amazon SageMaker as HF_MODEL_ID",
+        ),
         ("serve --port 80", SAGEMAKER, "unrecognized arguments: serve"),
     ],
-)  # fmt: skip
+)
 def test_usage_errors(argv: str, environ: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(environ, *argv.split())

@@ -19,7 +19,7 @@ def main() -> None:
     hub = ChatHuggingFace(llm=endpoint, model_id="tgi", temperature=0, max_tokens=MAX_TOKENS)
     weather = tool(get_weather)
     called = hub.bind_tools([weather], tool_choice="get_weather").invoke(QUESTION)
-    people = [hub.with_structured_output(Person, method=method).invoke(PERSON) for method in ("json_schema",)]
+    person = hub.with_structured_output(Person, method="json_schema").invoke(PERSON)
     model = ChatOpenAI(
         model="tgi", base_url=f"{URL}/v1", api_key="-", temperature=0, max_retries=0, max_tokens=MAX_TOKENS
     )
@@ -28,7 +28,7 @@ def main() -> None:
     report(
         chats=[str(hub.invoke(HELLO).content), "".join(str(chunk.content) for chunk in hub.stream(HELLO))],
         calls=[[call["name"], call["args"]] for call in called.tool_calls],
-        people=people,
+        people=[person],
         answers=[str(state["messages"][-1].content)],
     )
 

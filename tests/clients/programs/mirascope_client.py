@@ -1,4 +1,4 @@
-"""mirascope over OpenAI's chats and Responses and Anthropic's Messages."""
+"""mirascope over OpenAI's chats and Responses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import json
 from mirascope import llm
 from task import HELLO, MAX_TOKENS, PERSON, QUESTION, URL, Person, get_weather, report
 
-PROVIDERS = {"openai:completions": f"{URL}/v1", "openai:responses": f"{URL}/v1"}
-
 
 def main() -> None:
     chats, calls, people, answers = [], [], [], []
     weather = llm.tool(get_weather)
-    for provider, base_url in PROVIDERS.items():
-        llm.register_provider(provider, scope="openai/", api_key="-", base_url=base_url)
+    for provider in ("openai:completions", "openai:responses"):
+        llm.register_provider(provider, scope="openai/", api_key="-", base_url=f"{URL}/v1")
         model = llm.Model("openai/gpt-4o", temperature=0, max_tokens=MAX_TOKENS)
         chats += [model.call(HELLO).text(), "".join(model.stream(HELLO).text_stream(sep=""))]
         called = model.call(QUESTION, tools=[weather])

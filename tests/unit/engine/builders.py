@@ -86,8 +86,12 @@ class SlotMemory:
         self._slots: dict[tuple[int, int], PrefixKey] = {}
 
     def execute(self, batch: ScheduledBatch) -> None:
-        """As a layer does: write the step's KV of all sequences, then read everything each of them attends to."""
+        """As a layer does: copy blocks, write the step's KV of all sequences, read everything each attends to."""
         size = self._blocks.block_size
+        sources = [[self._slots.get((source, offset)) for offset in range(size)] for source, _ in batch.block_copies]
+        for (_, target), source in zip(batch.block_copies, sources, strict=True):
+            assert self._blocks.num_holders(target) == 1, "copied over while somebody else holds it"
+            self._slots |= {(target, offset): key for offset, key in enumerate(source) if key is not None}
         scheduled = [
             (
                 s.sequence,
@@ -118,10 +122,11 @@ class Simulation:
         max_batch_tokens: int = 64,
         max_running: int | None = None,
         is_prefix_caching: bool = True,
+        is_copying: bool = False,
         max_draft_tokens: int = 0,
         needs_tokens: Callable[[Sequence], bool] = lambda sequence: False,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching)
+        self.blocks = BlockManager(num_blocks, block_size, is_prefix_caching=is_prefix_caching, is_copying=is_copying)
         self.scheduler = Scheduler(
             self.blocks,
             max_batch_tokens=max_batch_tokens,

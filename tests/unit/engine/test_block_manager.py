@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 
 from engine.scheduling.block_manager import BlockManager, hash_block
 from engine.scheduling.sequence import Sequence
@@ -216,3 +217,99 @@ def test_prefix_caching_can_be_off() -> None:
     assert blocks.num_cached_blocks == 0
     again = computed(blocks, list(range(8)))
     assert again.num_cached_tokens == 0
+
+
+def copying(num_blocks: int) -> BlockManager:
+    return BlockManager(num_blocks, BLOCK_SIZE, is_copying=True)
+
+
+def ended(blocks: BlockManager, token_ids: list[int]) -> array[int]:
+    """The blocks of a sequence that computed all of its tokens and is gone."""
+    sequence = computed(blocks, token_ids)
+    table = sequence.block_table
+    blocks.publish_last_block(sequence)
+    blocks.end_copy(sequence)
+    blocks.free(sequence)
+    return table
+
+
+def test_the_beginning_of_a_block_is_reused_by_a_copy() -> None:
+    blocks = copying(8)
+    table = ended(blocks, [*range(8), 100, 101])
+    longer, forked = make_sequence([*range(8), 100, 101, 102]), make_sequence([*range(6), 50, 51])
+    assert blocks.admit(longer)
+    assert blocks.admit(forked)
+    assert (longer.num_cached_tokens, longer.block_copy) == (10, (table[2], longer.block_table[2]))
+    assert (forked.num_cached_tokens, forked.block_copy) == (6, (table[1], forked.block_table[1]))
+    blocks.check_integrity([longer, forked])
+
+
+def test_a_prompt_that_comes_again_computes_its_last_token_alone() -> None:
+    blocks = copying(8)
+    ended(blocks, list(range(8)))
+    again = make_sequence(list(range(8)))
+    assert blocks.admit(again)
+    assert again.num_cached_tokens == 7
+
+
+def test_the_longest_beginning_is_copied_and_of_equal_ones_the_latest() -> None:
+    blocks = copying(8)
+    for rest in ([1, 9], [1, 2, 8], [1, 2, 7], [1]):
+        ended(blocks, rest)
+    assert blocks.num_cached_blocks == 3, "a block that says nothing new is not kept"
+    sequence = make_sequence([1, 2, 3, 4])
+    assert blocks.admit(sequence)
+    assert sequence.num_cached_tokens == 2
+    last = make_sequence([1, 2, 7, 7])
+    assert blocks.admit(last)
+    assert last.num_cached_tokens == 3
+    assert sequence.block_copy is not None and last.block_copy is not None
+    assert sequence.block_copy[0] == last.block_copy[0]
+
+
+def test_a_block_stays_until_it_is_copied() -> None:
+    blocks = copying(3)
+    (source,) = ended(blocks, [1, 2, 3])
+    first = make_sequence([1, 2, 9])
+    assert blocks.admit(first)
+    other = make_sequence([7] * 8)
+    assert not blocks.admit(other), "one block is taken, one is to be copied"
+    blocks.end_copy(first)
+    assert blocks.admit(other)
+    assert source in other.block_table
+
+
+def test_without_place_for_block_and_copy_nothing_is_copied() -> None:
+    blocks = copying(2)
+    ended(blocks, [1, 2, 3])
+    sequence = make_sequence([1, 2, 9, 9, 9])
+    assert blocks.admit(sequence)
+    assert (sequence.num_cached_tokens, sequence.block_copy) == (0, None)
+
+
+def test_a_sequence_that_goes_before_its_step_lets_the_block_go() -> None:
+    blocks = copying(3)
+    ended(blocks, [1, 2, 3])
+    sequence = make_sequence([1, 2, 9])
+    assert blocks.admit(sequence)
+    blocks.free(sequence)
+    assert (blocks.num_used_blocks, blocks.num_cached_blocks) == (0, 1)
+    blocks.check_integrity([])
+
+
+def test_beginnings_are_not_shared_between_salts() -> None:
+    blocks = copying(8)
+    ended(blocks, [1, 2, 3])
+    salted = make_sequence([1, 2, 3, 4], b"a")
+    assert blocks.admit(salted)
+    assert salted.num_cached_tokens == 0
+
+
+def test_of_many_beginnings_only_the_latest_are_looked_at() -> None:
+    blocks = copying(200)
+    for number in range(100):
+        ended(blocks, [1, number, 5])
+    old, new = make_sequence([1, 0, 5, 6]), make_sequence([1, 99, 5, 6])
+    assert blocks.admit(old)
+    assert blocks.admit(new)
+    assert (old.num_cached_tokens, new.num_cached_tokens) == (1, 3)

@@ -99,8 +99,9 @@ def test_a_misspelt_path_names_the_nearest_folder(
     assert f"(did you mean {shown}my-model?)" in text
 
 
-@pytest.mark.parametrize("model_id", ["Qwen/Qwen2.5-0.5B-Instruct", "gs://bucket/models/mine"])
-def test_what_may_be_a_model_elsewhere(model_id: str) -> None:
+@pytest.mark.parametrize("model_id", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a_b/c.d-e", "gs://bucket/models/mine"])
+def test_what_may_be_a_model_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str) -> None:
+    monkeypatch.chdir(tmp_path)
     refuse_other_paths(model_id)
 
 
@@ -121,9 +122,3 @@ def test_other_things_that_are_no_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "link").endswith("is a link to /no/such/folder, which does not exist: correct the link")
     address = "https://huggingface.co/Qwen/Qwen2.5-0.5B/tree/main"
     assert refusal(address) == f"{address} is an address: give the model's id, like Qwen/Qwen2.5-0.5B"
-
-
-def test_an_id_of_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for model_id in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a_b/c.d-e"):
-        refuse_other_paths(model_id)

@@ -41,14 +41,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         max_batch_tokens=st.integers(1, 24),
         max_running=st.none() | st.integers(1, 3),
+        is_copying=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, max_batch_tokens: int, max_running: int | None) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_batch_tokens: int, max_running: int | None, is_copying: bool
+    ) -> None:
         self.simulation = self.make_simulation(
             num_blocks=num_blocks,
             block_size=block_size,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
             is_prefix_caching=self.is_prefix_caching,
+            is_copying=is_copying,
             max_draft_tokens=self.max_draft_tokens,
         )
         self.capacity = num_blocks * block_size
@@ -93,6 +97,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             event("preempted")
         if any(scheduled.sequence.num_cached_tokens for scheduled in batch.scheduled):
             event("reused a prefix")
+        if batch.block_copies:
+            event("copied a block")
         assert oldest in sequences_of(batch) or is_waiting, "the oldest request always gets on"
         self.check_batch(batch, lacking, max_tokens)
         self.simulation.finish(batch)
@@ -230,12 +236,13 @@ def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> 
     Case().runTest()
 
 
-@given(data=st.data())
-@settings(max_examples=50)
-def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None:
-    """With memory to spare, a prompt reuses exactly the full blocks that some earlier text began with."""
+@given(data=st.data(), is_copying=st.booleans())
+@settings(max_examples=100)
+def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any, is_copying: bool) -> None:
+    """With memory to spare, a prompt reuses what some earlier text began with: its full blocks, or all with copies."""
     block_size = data.draw(st.integers(1, 4))
-    simulation = Simulation(num_blocks=400, block_size=block_size, max_batch_tokens=1000)
+    simulation = Simulation(num_blocks=400, block_size=block_size, max_batch_tokens=1000, is_copying=is_copying)
+    unit = 1 if is_copying else block_size
     texts: list[list[int]] = []
     for number in range(data.draw(st.integers(2, 6))):
         beginnings = st.sampled_from(texts) | BEGINNINGS if texts else BEGINNINGS
@@ -243,14 +250,14 @@ def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any) -> None
         simulation.add(f"r{number}", prompt, data.draw(st.integers(1, 4)))
         simulation.step()
         sequence = next((s for s in simulation.live_sequences if s.request.request_id == f"r{number}"), None)
-        reusable = max((common_blocks(text, prompt, block_size) for text in texts), default=0)
+        reusable = max((common_units(text, prompt, unit) for text in texts), default=0)
         if sequence is not None:
-            assert sequence.num_cached_tokens == reusable * block_size
+            assert sequence.num_cached_tokens == reusable * unit
         simulation.drain()
         texts.append(prompt + simulation.output(f"r{number}")[:-1])  # the last token's KV is never computed
 
 
-def common_blocks(text: list[int], prompt: list[int], block_size: int) -> int:
-    """Leading full blocks of `text` that `prompt` begins with, the prompt's last token excluded."""
-    max_blocks = min(len(text), len(prompt) - 1) // block_size
-    return max(n for n in range(max_blocks + 1) if text[: n * block_size] == prompt[: n * block_size])
+def common_units(text: list[int], prompt: list[int], unit: int) -> int:
+    """Leading units of so many tokens of `text` that `prompt` begins with, the prompt's last token excluded."""
+    max_units = min(len(text), len(prompt) - 1) // unit
+    return max(n for n in range(max_units + 1) if text[: n * unit] == prompt[: n * unit])

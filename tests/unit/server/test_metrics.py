@@ -77,6 +77,7 @@ OURS = {
     "pytgi_draft_tokens_accepted": "counter",
     "pytgi_time_to_first_token_duration": "histogram",
     "pytgi_inter_token_duration": "histogram",
+    "pytgi_request_prefix_hit_ratio": "histogram",
 }
 STATS = EngineStats(
     num_running=3, num_waiting=2, num_used_blocks=5, num_blocks=9, block_size=16, num_prefix_hit_tokens=32
@@ -176,7 +177,7 @@ async def test_the_text(strict_client: httpx.AsyncClient, engine: FakeEngine) ->
 
 
 async def test_families_appear_with_their_first_observation_in_strict_mode(strict_client: httpx.AsyncClient) -> None:
-    assert (await scrape(strict_client)).keys() == {name for name in OURS if not name.endswith("duration")}
+    assert (await scrape(strict_client)).keys() == {name for name, kind in OURS.items() if kind != "histogram"}
 
 
 async def test_counters_start_at_zero_by_default(client: httpx.AsyncClient) -> None:
@@ -210,6 +211,19 @@ async def test_a_successful_request(client: httpx.AsyncClient, engine: FakeEngin
     assert value_of(families, "pytgi_time_to_first_token_duration_count") == 1
     assert value_of(families, "pytgi_inter_token_duration_count") == 4
     assert 0.02 < value_of(families, "pytgi_inter_token_duration_sum") < total
+
+
+async def test_the_part_of_each_prompt_that_was_cached(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for num_cached in (0, 1):
+        engine.script.events = [TokenEvent(request_id="", num_cached_tokens=num_cached), *one_by_one([5, 6])]
+        engine.script.events[1].num_cached_tokens = num_cached
+        prompt = {"inputs": "Hello Hello", "parameters": {"max_new_tokens": 20}}
+        assert (await client.post("/generate", json=prompt)).status_code == 200
+    families = await scrape(client)
+    ratio = families["pytgi_request_prefix_hit_ratio"]
+    assert value_of(families, "pytgi_request_prefix_hit_ratio_count") == 2
+    assert [sample.value for sample in ratio.samples if sample.labels.get("le") in ("0.0", "0")] == [1]
+    assert 0 < value_of(families, "pytgi_request_prefix_hit_ratio_sum") <= 0.5
 
 
 async def test_a_request_with_two_sequences(client: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""The routing rule of the replicas, and how prompts become its blocks."""
+"""The routing rule of the replicas, how prompts become its blocks, and the metrics of all replicas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.replicas.labels import merge_metrics
+from server.replicas.metrics import merge_metrics
 from server.replicas.prefix_rule import MAX_LEAD, PrefixRule
 from server.replicas.prompt_blocks import BLOCK_BYTES, MAX_BLOCKS, prompt_blocks
 
@@ -112,7 +112,7 @@ def test_the_next_turn_of_a_chat_begins_with_the_blocks_of_the_last_one(texts: l
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_have_blocks_or_none(body: bytes) -> None:
+def test_any_bytes_are_read_and_less_than_a_block_is_none(body: bytes) -> None:
     assert prompt_blocks(body) == []
 
 

@@ -268,8 +268,8 @@ async def compare_shapes(client: httpx.AsyncClient, choice: str) -> None:
     flat = {"input": "Weather?", "tools": [{"type": "function"} | tool["function"] for tool in TOOLS]}
     response = (await client.post("/v1/responses", json=flat | {"tool_choice": choice})).json()
     tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
-    wanted = {"type": {"required": "any"}.get(choice, choice)}
-    body = {"messages": [USER], "max_tokens": 99, "tools": tools, "tool_choice": wanted}
+    anthropic_choice = {"type": {"required": "any"}.get(choice, choice)}
+    body = {"messages": [USER], "max_tokens": 99, "tools": tools, "tool_choice": anthropic_choice}
     message = (await client.post("/v1/messages", json=body)).json()
 
     calls = names_and_arguments({"tool_calls": []} | whole["choices"][0]["message"])
