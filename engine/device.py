@@ -209,7 +209,7 @@ def find_cpu(local_rank: int) -> Device:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         step_limit_s=0.25,
-        alone_step_limit_s=5.0,
+        alone_step_limit_s=1.0,
     )
 
 

@@ -13,7 +13,7 @@ from engine.scheduling.step_times import StepTimes, StepWork, work_of
 
 MIN_PROMPT_TOKENS = 16
 """Prompts get so many tokens in every step, however short the limit: that many cost little more than one."""
-MIN_PROMPT_SHARE = 0.25
+MIN_PROMPT_SHARE = 0.5
 """Prompts make a step longer by so much of the time that it takes without them, however short the limit."""
 
 
@@ -58,10 +58,9 @@ class TimeRoom:
         """Tokens that fit whatever the time."""
 
     def begin(self, decodes: SequenceOf[Sequence]) -> None:
-        if decodes:
-            num_pairs = sum(sequence.num_tokens for sequence in decodes)
-            self._work = StepWork(len(decodes), len(decodes), 0, num_pairs)
-            self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * self._times.seconds(self._work))
+        num_pairs = sum(sequence.num_tokens for sequence in decodes)
+        self._work = StepWork(len(decodes), len(decodes), 0, num_pairs)
+        self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * self._times.seconds(self._work))
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
         so_far_s = self._times.seconds(self._work)

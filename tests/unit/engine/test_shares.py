@@ -177,7 +177,7 @@ def test_a_short_prompt_behind_long_ones_finishes_in_a_few_steps(long_sizes: lis
 def test_no_step_is_planned_beyond_the_target(
     arrivals: list[tuple[int, int, int]], few_s: float, many_s: float
 ) -> None:
-    """But for a few tokens of a prompt, or for a quarter more than decoding alone takes."""
+    """But for a few tokens of a prompt, or for half as much again as decoding alone takes."""
     limit_s, times = 0.25, StepTimes(64, few_s, many_s)
     simulation = make_simulation(num_blocks=4000)
 

@@ -75,7 +75,7 @@ def test_no_step_is_planned_beyond_its_limit(
     room = TimeRoom(times, limit_s)
     room.begin([decoding(context) for context in contexts])
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
-    max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * times.seconds(work) if contexts else 0.0)
+    max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * times.seconds(work))
     num_taken = 0
     for num_tokens, context, share in parts:
         count = room.num_fitting(num_tokens, context, share)
@@ -107,6 +107,10 @@ def test_prompts_get_on_where_decoding_alone_takes_longer_than_the_limit() -> No
     room.begin([decoding(1000) for _ in range(400)])
     room.take(room.num_fitting(MANY, 0, 1.0), 0)
     assert room.num_fitting(MANY, 0, 1.0) == 0
-    room = calibrated(0.01, None).room(is_only_sequence=False)
-    room.begin([decoding(1)])
-    assert room.num_fitting(MANY, 0, 1.0) >= MIN_PROMPT_TOKENS
+
+
+def test_prompts_get_on_where_reading_the_weights_alone_takes_longer_than_the_limit() -> None:
+    limit = StepLimit(0.25, 1.0)
+    limit.calibrate(64, few_s=4.0, many_s=4.5)
+    for is_only_sequence in (False, True):
+        assert num_fitting(limit, is_only_sequence=is_only_sequence) > MIN_PROMPT_TOKENS
