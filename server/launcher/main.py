@@ -18,6 +18,7 @@ from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.children import Signals, supervise
 from server.launcher.errors import ArgumentError, LaunchError, Stopped
 from server.launcher.host import describe_runtime
+from server.launcher.parser import USAGE
 from server.launcher.shard_check import check_model
 from server.launcher.sockets import bind, describe_address, rendezvous_socket
 from server.launcher.start import find_model, start_ranks, start_webserver
@@ -25,12 +26,12 @@ from server.launcher.start import find_model, start_ranks, start_webserver
 logger = logging.getLogger("launcher")
 
 
-def main(listener: socket.socket | None = None) -> None:
-    """Console script. A `listener`, bound already, is served in place of --hostname and --port."""
+def main(listener: socket.socket | None = None, usage: str = USAGE) -> None:
+    """Console script. A `listener`, bound, is served in place of --hostname and --port. --help says `usage`."""
     open_standard_streams()
     use_utf8()
     try:
-        args = parse_args(sys.argv[1:], os.environ)
+        args = parse_args(sys.argv[1:], os.environ, usage)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)
         run(args, listener)
     except ArgumentError as error:
