@@ -106,7 +106,7 @@ def test_bursts_are_spread_over_the_replicas(fleet: Fleet) -> None:
             streams = list(pool.map(lambda index: read_stream(fleet, index, 20), range(16)))
         counts = [count - before[name] for name, count in fleet.metrics("tgi_request_count").items()]
         assert all(map(is_whole, streams)) and sum(counts) == 16
-        assert max(counts) - min(counts) <= 4, counts
+        assert min(counts) >= 4, counts
 
 
 def test_a_client_that_leaves_frees_its_replica(fleet: Fleet) -> None:

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import pytgi
-from pytgi import rooms
+from pytgi import LLM, rooms
 from pytgi.child import RESERVED_OPTIONS, flags_of
 from pytgi.commands import COMMANDS, HELP
 from pytgi.errors import RequestError
@@ -198,6 +198,16 @@ def test_replicas_that_cant_be_are_refused_in_a_sentence(flags: list[str], exit_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == exit_code
     assert (done.stdout + done.stderr).splitlines()[-1].endswith(last_line)
+
+
+@pytest.mark.parametrize("prompts", [{"role": "user"}, b"x", 3, None, {"a", "b"}, iter("ab")])
+def test_what_is_no_prompt_and_no_list_of_prompts_is_a_type_error(prompts: Any) -> None:
+    llm = object.__new__(LLM)  # no server is needed to refuse it
+    for call, words in ((llm.generate, "a list of texts"), (llm.chat, "a list of messages")):
+        with pytest.raises(TypeError, match=f"{words}.* and this is a {type(prompts).__name__}"):
+            call(prompts)
+    with pytest.raises(TypeError, match="this is a str"):
+        llm.chat("What is a prime?")
 
 
 @pytest.mark.parametrize(
