@@ -51,17 +51,17 @@ class Turn:
     chat: int
     system: int
     number: int
-    sent: float
-    cached: int = 0
-    first_token: float = 0.0
+    sent_s: float
+    num_cached_tokens: int = 0
+    first_token_s: float = 0.0
 
     @property
-    def prompt_tokens(self) -> int:
+    def num_prompt_tokens(self) -> int:
         return SYSTEM_TOKENS + QUESTION_TOKENS + self.number * (QUESTION_TOKENS + ANSWER_TOKENS)
 
     def blocks(self) -> list[bytes]:
         num_system = SYSTEM_TOKENS // BLOCK_TOKENS
-        num_own = self.prompt_tokens // BLOCK_TOKENS - num_system
+        num_own = self.num_prompt_tokens // BLOCK_TOKENS - num_system
         shared = [b"s%d %d" % (self.system, index) for index in range(num_system)]
         return shared + [b"c%d %d" % (self.chat, index) for index in range(num_own)]
 
@@ -111,18 +111,18 @@ class Replica:
 
     def finish_prompt(self, serial: int) -> None:
         turn = self.prompts.popleft()
-        turn.first_token = self.now
+        turn.first_token_s = self.now
         heapq.heappush(self.decoding, (self.steps + ANSWER_TOKENS, serial, turn))
         self._keep(("s", turn.system), SYSTEM_TOKENS)
-        self._keep(("c", turn.chat), turn.prompt_tokens + ANSWER_TOKENS - SYSTEM_TOKENS)
+        self._keep(("c", turn.chat), turn.num_prompt_tokens + ANSWER_TOKENS - SYSTEM_TOKENS)
         if self.prompts:
             self._begin()
 
     def _begin(self) -> None:
         turn = self.prompts[0]
         system, chat = self.cache.get(("s", turn.system), 0), self.cache.get(("c", turn.chat), 0)
-        turn.cached = min(system + (chat if system else 0), turn.prompt_tokens - 1)
-        self.prompt_left = turn.prompt_tokens - turn.cached
+        turn.num_cached_tokens = min(system + (chat if system else 0), turn.num_prompt_tokens - 1)
+        self.prompt_left = turn.num_prompt_tokens - turn.num_cached_tokens
 
     def _keep(self, key: tuple[str, int], tokens: int) -> None:
         self.cache_size += tokens - self.cache.pop(key, 0)
@@ -147,8 +147,8 @@ class Fleet:
             self._send(Turn(user, next(self.serials), self.random.randrange(NUM_SYSTEM_PROMPTS), 0, 0.0), 0.0)
 
     def _send(self, turn: Turn, now: float) -> None:
-        turn.sent = now + self.random.expovariate(1 / self.think_s)
-        heapq.heappush(self.events, (turn.sent, next(self.serials), turn, 0, 0))
+        turn.sent_s = now + self.random.expovariate(1 / self.think_s)
+        heapq.heappush(self.events, (turn.sent_s, next(self.serials), turn, 0, 0))
 
     def run(self, until_s: float) -> None:
         while self.events and self.events[0][0] < until_s:
@@ -188,10 +188,12 @@ class Fleet:
         """A row of the table, of what ended from `since_s` on."""
         done = [(turn, end) for turn, end in self.done if end >= since_s]
         later = [turn for turn, _ in done if turn.number]
-        hits = sum(turn.cached >= turn.prompt_tokens - QUESTION_TOKENS - BLOCK_TOKENS for turn in later) / len(later)
-        cached = sum(turn.cached for turn, _ in done) / sum(turn.prompt_tokens for turn, _ in done)
-        waits = [turn.first_token - turn.sent for turn, _ in done]
-        whole = [end - turn.sent for turn, end in done]
+        hits = sum(
+            turn.num_cached_tokens >= turn.num_prompt_tokens - QUESTION_TOKENS - BLOCK_TOKENS for turn in later
+        ) / len(later)
+        cached = sum(turn.num_cached_tokens for turn, _ in done) / sum(turn.num_prompt_tokens for turn, _ in done)
+        waits = [turn.first_token_s - turn.sent_s for turn, _ in done]
+        whole = [end - turn.sent_s for turn, end in done]
         return (
             f"{hits:.1%} | {cached:.1%} | {percentiles(waits)} | {percentiles(whole)} | "
             f"{len(done) / (max(end for _, end in done) - since_s):,.0f}"

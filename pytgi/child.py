@@ -106,7 +106,7 @@ class Server:
                 connection.close()
 
     def cause_of_end(self) -> str:
-        """What the log says about the end, which is waited for."""
+        """The log's words about the end, which is waited for."""
         try:
             code = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

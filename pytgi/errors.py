@@ -10,7 +10,7 @@ from __future__ import annotations
 
 
 class PytgiError(Exception):
-    """What goes wrong with a server and its requests."""
+    """Any failure of a server or of its requests."""
 
 
 class StartError(PytgiError):

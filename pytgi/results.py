@@ -1,4 +1,4 @@
-"""What the Python API returns: answers and parts of answers, each with the whole JSON of the route it came by."""
+"""Answers of the Python API and their parts, each with the whole JSON of the route it came by."""
 
 from __future__ import annotations
 

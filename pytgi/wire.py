@@ -60,7 +60,7 @@ class Calls:
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
     def get(self, path: str, route: str) -> bytes:
-        """What a route answers. Raises as `post` does."""
+        """The body that a route answers. Raises as `post` does."""
         with self._connection(path) as connection:
             connection.request("GET", route)
             return _answer(connection).read()

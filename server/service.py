@@ -82,13 +82,13 @@ class GenerationService:
         return body
 
     async def written(self, answers: Sequence[Completion], write: Callable[[], bytes]) -> bytes:
-        """What `write` makes of `answers`."""
+        """The body that `write` makes of `answers`."""
         return await self.encoded(
             sum(len(answer.tokens) + answer.generation.num_prompt_scores for answer in answers), write
         )
 
     async def encoded(self, num_scores: int, write: Callable[[], bytes]) -> bytes:
-        """What `write` makes of so many logprobs; those of 128 choices are a second's work, which a thread does."""
+        """The bytes of so many logprobs, by `write`; on a thread if they are many, as those of 128 choices are."""
         if num_scores <= MAX_INLINE_TOKENS:
             return write()
         return await asyncio.get_running_loop().run_in_executor(self._writers, write)

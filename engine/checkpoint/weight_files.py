@@ -11,10 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from engine.link.errors import StartError
-from engine.link.model_files import WEIGHTS, is_weight_name, read_json
+from engine.link.model_files import INDEX, WEIGHTS, is_weight_name, names_in, read_json
 
 WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SECOND_COPIES = ("consolidated",)
 """Beginnings of the names under which some publishers add the same weights once more, for other programs."""
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -30,10 +29,7 @@ class WeightFiles:
 
 def find_weight_files(folder: Path) -> WeightFiles:
     """The weight files of a model. Raises StartError when there are none or one that is needed is missing."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
+    names = sorted(name for name in names_in(folder) if name.endswith(WEIGHTS))
     chosen = choose_weight_names(folder, names)
     for name in chosen:
         if not _is_file(folder / name):

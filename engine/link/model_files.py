@@ -6,7 +6,6 @@ A folder may hold a fifo that nobody writes to, or a link to a device that never
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +16,7 @@ from engine.link.errors import StartError
 MAX_FILE_BYTES = 256 << 20
 """Largest file that is read whole. The largest tokenizers have about 40 MB."""
 
-WEIGHTS = ".safetensors"
+WEIGHTS, INDEX = ".safetensors", "model.safetensors.index.json"
 TEXT_ENDINGS = (".json", ".txt", ".jinja")
 """Endings of configuration, tokenizer and chat templates."""
 STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".split()
@@ -33,6 +32,14 @@ class AdapterBase(NamedTuple):
     model_id: str
     """A folder, or an id on the Hub."""
     revision: str | None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of all that lies in a folder. Raises StartError."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise StartError.of_file(folder, error) from error
 
 
 def read_file(path: Path) -> bytes | None:
@@ -81,11 +88,7 @@ def is_adapter(names: Collection[str]) -> bool:
 
 def adapter_base(folder: Path) -> AdapterBase | None:
     """The model that the adapter in `folder` changes; None: the folder holds no adapter. Raises StartError."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
-    if not is_adapter(names):
+    if not is_adapter(names_in(folder)):
         return None
     path = folder / ADAPTER_CONFIG
     config = read_json(path)

@@ -12,12 +12,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, is_adapter, is_weight_name, read_file
+from engine.link.model_files import ADAPTER_WEIGHTS, INDEX, is_adapter, is_weight_name, names_in, read_file
 from engine.link.suggestions import suggestion
 
 BUCKET_SCHEME = "gs://"
 """The beginning of the address of a folder in Google's Cloud Storage."""
-INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth")
 GGUF = ".gguf"
 GGUF_REFUSAL = "and GGUF is not read: give a folder, or an id on the Hub, with safetensors weights"
@@ -60,10 +59,7 @@ def folder_suggestion(model_id: str) -> str:
 
 def refuse_no_model(folder: Path) -> None:
     """Raise StartError for a local folder in which a model, or an adapter, lacks something, by its names alone."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise StartError.of_file(folder, error) from error
+    names = names_in(folder)
     if "config.json" not in names and not is_adapter(names):
         _refuse_parent(folder)
     refuse_names(names, str(folder))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.link.errors import StartError
-from engine.link.model_files import NAMED_TEMPLATES
+from engine.link.model_files import INDEX, NAMED_TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
         if count > 1:
             weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": weight_map}
-            self._write_json("model.safetensors.index.json", index)
+            self._write_json(INDEX, index)
         templates = sorted((source / NAMED_TEMPLATES).glob("*.jinja"))
         for path in (*(source / name for name in COPIED), *templates):
             if path.is_file():

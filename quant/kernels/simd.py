@@ -1,8 +1,9 @@
-"""Eight float32 lanes as a Numba type, so that a CPU kernel states its registers and its order of additions.
+"""Eight or sixteen float32 lanes as Numba types, so that a CPU kernel states its registers and its order of additions.
 
 LLVM's own vectorizer may split a sum differently for every shape of loop; with explicit lanes every kernel adds in the
-order that is written, so a row's result is bitwise the same whatever else is in the batch. LLVM lowers the eight lanes
-to what the machine has (one AVX register, two NEON ones).
+order that is written, so a row's result is bitwise the same whatever else is in the batch. LLVM lowers the lanes to
+what the machine has: eight are one AVX register or two NEON ones, sixteen are one of AVX-512 or two of AVX. Functions
+that get no lanes make eight, or sixteen where 16 is in their name.
 
 All functions work inside `numba.njit` only. Memory is addressed as a flat C-contiguous array and an element offset;
 nothing is bounds-checked. Stored types: float32, uint16 holding bfloat16 bits, int16 holding float16 bits (Numba has no
@@ -22,35 +23,44 @@ LANES = 8
 
 F32 = ir.FloatType()
 I32 = ir.IntType(32)
-F32_LANES = ir.VectorType(F32, LANES)
-I32_LANES = ir.VectorType(I32, LANES)
 I8_LANES = ir.VectorType(ir.IntType(8), LANES)
-I16_LANES = ir.VectorType(ir.IntType(16), LANES)
-F16_LANES = ir.VectorType(ir.HalfType(), LANES)
 
 
 class LanesType(types.Type):  # type: ignore[misc]
-    """Numba's name for eight float32 lanes."""
+    """Numba's name for so many float32 lanes."""
 
-    def __init__(self) -> None:
-        super().__init__(name="f32x8")
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(name=f"f32x{count}")
 
 
-lanes = LanesType()
+lanes, lanes16 = LanesType(LANES), LanesType(16)
 
 
 @register_model(LanesType)
 class LanesModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: Any) -> None:
-        super().__init__(manager, fe_type, F32_LANES)
+        super().__init__(manager, fe_type, _floats(fe_type.count))
 
 
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(F32_LANES, [value] * LANES)
+def _floats(count: int) -> ir.VectorType:
+    return ir.VectorType(F32, count)
 
 
-def _integers(value: int) -> ir.Constant:
-    return ir.Constant(I32_LANES, [value] * LANES)
+def _constant(value: float, like: ir.VectorType) -> ir.Constant:
+    """`value` in every lane of a vector of floats."""
+    return ir.Constant(like, [value] * like.count)
+
+
+def _integers(value: int, count: int = LANES) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, count), [value] * count)
+
+
+def _spread(builder: Any, value: Any, count: int) -> Any:
+    """A number in every one of `count` lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    single = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(single, undefined, _integers(0, count))
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
@@ -59,46 +69,59 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
 
 
 def _call(builder: Any, name: str, *operands: Any) -> Any:
-    signature = ir.FunctionType(F32_LANES, [F32_LANES] * len(operands))
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v{LANES}f32"), operands)
+    vector = operands[0].type
+    signature = ir.FunctionType(vector, [vector] * len(operands))
+    full_name = f"llvm.{name}.v{vector.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), operands)
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return _call(builder, "fma", x, y, z)
 
 
-@intrinsic
-def zeros(typing_context: Any) -> Any:
-    return lanes(), lambda context, builder, sig, args: _constant(0.0)
+def _make_zeros(result: LanesType) -> Any:
+    @intrinsic
+    def zeros(typing_context: Any) -> Any:
+        return result(), lambda context, builder, sig, args: _constant(0.0, _floats(result.count))
+
+    return zeros
 
 
-@intrinsic
-def splat(typing_context: Any, value: Any) -> Any:
-    """The float32 `value` in every lane."""
+def _make_splat(result: LanesType) -> Any:
+    @intrinsic
+    def splat(typing_context: Any, value: Any) -> Any:
+        """The float32 `value` in every lane."""
+        return result(types.float32), lambda context, builder, sig, args: _spread(builder, args[0], result.count)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        single = builder.insert_element(ir.Constant(F32_LANES, ir.Undefined), args[0], ir.Constant(I32, 0))
-        return builder.shuffle_vector(single, ir.Constant(F32_LANES, ir.Undefined), _integers(0))
-
-    return lanes(types.float32), codegen
+    return splat
 
 
-@intrinsic
-def load(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Elements `offset .. offset + 8` of a flat array, widened exactly to float32."""
+def _make_load(result: LanesType) -> Any:
+    @intrinsic
+    def load(typing_context: Any, array: Any, offset: Any) -> Any:
+        """Elements from `offset` on of a flat array, one for each lane, widened exactly to float32."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        dtype = sig.args[0].dtype
-        stored = {types.float32: F32_LANES, types.int16: F16_LANES, types.uint16: I16_LANES}[dtype]
-        value = builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], stored))
-        value.align = dtype.bitwidth // 8
-        if dtype == types.int16:
-            return builder.fpext(value, F32_LANES)
-        if dtype == types.uint16:  # bfloat16 is the upper half of a float32
-            return builder.bitcast(builder.shl(builder.zext(value, I32_LANES), _integers(16)), F32_LANES)
-        return value
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            dtype, floats = sig.args[0].dtype, _floats(result.count)
+            single = {types.float32: F32, types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}[dtype]
+            stored = ir.VectorType(single, result.count)
+            value = builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], stored))
+            value.align = dtype.bitwidth // 8
+            if dtype == types.int16:
+                return builder.fpext(value, floats)
+            if dtype == types.uint16:  # bfloat16 is the upper half of a float32
+                sixteen = _integers(16, result.count)
+                return builder.bitcast(builder.shl(builder.zext(value, sixteen.type), sixteen), floats)
+            return value
 
-    return lanes(array, types.intp), codegen
+        return result(array, types.intp), codegen
+
+    return load
+
+
+zeros, zeros16 = _make_zeros(lanes), _make_zeros(lanes16)
+splat, splat16 = _make_splat(lanes), _make_splat(lanes16)
+load, load16 = _make_load(lanes), _make_load(lanes16)
 
 
 def _first_bytes(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
@@ -114,7 +137,7 @@ def load_int8(typing_context: Any, array: Any, offset: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = _first_bytes(context, builder, sig.args[0], args[0], args[1])
-        return builder.sitofp(builder.sext(value, I32_LANES), F32_LANES)
+        return builder.sitofp(builder.sext(value, _integers(0).type), _floats(LANES))
 
     return lanes(array, types.intp), codegen
 
@@ -124,8 +147,8 @@ def load_int4_low(typing_context: Any, array: Any, offset: Any) -> Any:
     """The lower halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), I32_LANES)
-        return builder.sitofp(builder.and_(value, _integers(15)), F32_LANES)
+        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), _integers(0).type)
+        return builder.sitofp(builder.and_(value, _integers(15)), _floats(LANES))
 
     return lanes(array, types.intp), codegen
 
@@ -135,8 +158,8 @@ def load_int4_high(typing_context: Any, array: Any, offset: Any) -> Any:
     """The upper halves of bytes `offset .. offset + 8` of a flat uint8 array, 0 to 15, as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), I32_LANES)
-        return builder.sitofp(builder.lshr(value, _integers(4)), F32_LANES)
+        value = builder.zext(_first_bytes(context, builder, sig.args[0], args[0], args[1]), _integers(0).type)
+        return builder.sitofp(builder.lshr(value, _integers(4)), _floats(LANES))
 
     return lanes(array, types.intp), codegen
 
@@ -178,14 +201,14 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def store(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
-    """Write eight lanes to a flat float32 array."""
+    """Write lanes to a flat float32 array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        written = builder.store(args[2], _pointer(context, builder, sig.args[0], args[0], args[1], F32_LANES))
+        written = builder.store(args[2], _pointer(context, builder, sig.args[0], args[0], args[1], args[2].type))
         written.align = 4
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, lanes), codegen
+    return types.none(array, types.intp, value), codegen
 
 
 @intrinsic
@@ -211,33 +234,33 @@ def store_one(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
 @intrinsic
 def fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     """`x * y + z`, rounded once."""
-    return lanes(lanes, lanes, lanes), lambda context, builder, sig, args: _fma(builder, *args)
+    return x(x, y, z), lambda context, builder, sig, args: _fma(builder, *args)
 
 
 @intrinsic
 def multiply(typing_context: Any, x: Any, y: Any) -> Any:
-    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fmul(*args)
+    return x(x, y), lambda context, builder, sig, args: builder.fmul(*args)
 
 
 @intrinsic
 def divide(typing_context: Any, x: Any, y: Any) -> Any:
-    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fdiv(*args)
+    return x(x, y), lambda context, builder, sig, args: builder.fdiv(*args)
 
 
 @intrinsic
 def subtract(typing_context: Any, x: Any, y: Any) -> Any:
-    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fsub(*args)
+    return x(x, y), lambda context, builder, sig, args: builder.fsub(*args)
 
 
 @intrinsic
 def add(typing_context: Any, x: Any, y: Any) -> Any:
-    return lanes(lanes, lanes), lambda context, builder, sig, args: builder.fadd(*args)
+    return x(x, y), lambda context, builder, sig, args: builder.fadd(*args)
 
 
 @intrinsic
 def max_of(typing_context: Any, x: Any, y: Any) -> Any:
     """The larger of each pair of lanes; a NaN loses."""
-    return lanes(lanes, lanes), lambda context, builder, sig, args: _call(builder, "maxnum", *args)
+    return x(x, y), lambda context, builder, sig, args: _call(builder, "maxnum", *args)
 
 
 @intrinsic
@@ -245,15 +268,12 @@ def first_lanes(typing_context: Any, count: Any, value: Any, other: float) -> An
     """Lanes with an index below `count` from `value`, the rest from the float32 `other`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        count32 = builder.trunc(args[0], I32)
-        single = builder.insert_element(ir.Constant(I32_LANES, ir.Undefined), count32, ir.Constant(I32, 0))
-        counts = builder.shuffle_vector(single, ir.Constant(I32_LANES, ir.Undefined), _integers(0))
-        is_first = builder.icmp_signed("<", ir.Constant(I32_LANES, list(range(LANES))), counts)
-        other_single = builder.insert_element(ir.Constant(F32_LANES, ir.Undefined), args[2], ir.Constant(I32, 0))
-        others = builder.shuffle_vector(other_single, ir.Constant(F32_LANES, ir.Undefined), _integers(0))
-        return builder.select(is_first, args[1], others)
+        num_lanes = args[1].type.count
+        counts = _spread(builder, builder.trunc(args[0], I32), num_lanes)
+        is_first = builder.icmp_signed("<", ir.Constant(counts.type, list(range(num_lanes))), counts)
+        return builder.select(is_first, args[1], _spread(builder, args[2], num_lanes))
 
-    return lanes(types.intp, lanes, types.float32), codegen
+    return value(types.intp, value, types.float32), codegen
 
 
 # exp(x) = 2^n * e^r with |r| <= ln(2)/2; the polynomial is the Taylor series to r^7, whose rest is under 6e-9.
@@ -269,27 +289,32 @@ def exp(typing_context: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         (argument,) = args
-        bounded = _call(
-            builder, "minnum", _call(builder, "maxnum", argument, _constant(_EXP_LOWEST)), _constant(_EXP_HIGHEST)
-        )
-        exponent = _call(builder, "rint", builder.fmul(bounded, _constant(_LOG2_E)))
-        rest = _fma(builder, exponent, _constant(-_LN2_HIGH), bounded)
-        rest = _fma(builder, exponent, _constant(-_LN2_LOW), rest)
-        total = _constant(_EXP_TERMS[0])
-        for term in _EXP_TERMS[1:]:
-            total = _fma(builder, total, rest, _constant(term))
-        bits = builder.shl(builder.add(builder.fptosi(exponent, I32_LANES), _integers(127)), _integers(23))
-        scaled = builder.fmul(total, builder.bitcast(bits, F32_LANES))
-        is_tiny = builder.fcmp_ordered("<", argument, _constant(_EXP_LOWEST))
-        is_number = builder.fcmp_ordered("ord", argument, argument)
-        return builder.select(is_number, builder.select(is_tiny, _constant(0.0), scaled), argument)
+        floats = argument.type
 
-    return lanes(lanes), codegen
+        def constant(value: float) -> ir.Constant:
+            return _constant(value, floats)
+
+        bounded = _call(builder, "maxnum", argument, constant(_EXP_LOWEST))
+        bounded = _call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
+        exponent = _call(builder, "rint", builder.fmul(bounded, constant(_LOG2_E)))
+        rest = _fma(builder, exponent, constant(-_LN2_HIGH), bounded)
+        rest = _fma(builder, exponent, constant(-_LN2_LOW), rest)
+        total = constant(_EXP_TERMS[0])
+        for term in _EXP_TERMS[1:]:
+            total = _fma(builder, total, rest, constant(term))
+        bias, places = _integers(127, floats.count), _integers(23, floats.count)
+        bits = builder.shl(builder.add(builder.fptosi(exponent, bias.type), bias), places)
+        scaled = builder.fmul(total, builder.bitcast(bits, floats))
+        is_tiny = builder.fcmp_ordered("<", argument, constant(_EXP_LOWEST))
+        is_number = builder.fcmp_ordered("ord", argument, argument)
+        return builder.select(is_number, builder.select(is_tiny, constant(0.0), scaled), argument)
+
+    return x(x), codegen
 
 
 def _fold(builder: Any, value: Any, combine: Any) -> Any:
     """Halve the vector until one lane is left: a fixed tree, so the rounding never changes."""
-    width = LANES
+    width = value.type.count
     while width > 1:
         width //= 2
         undefined = ir.Constant(value.type, ir.Undefined)
@@ -302,7 +327,7 @@ def _fold(builder: Any, value: Any, combine: Any) -> Any:
 
 @intrinsic
 def sum_lanes(typing_context: Any, value: Any) -> Any:
-    return types.float32(lanes), lambda context, builder, sig, args: _fold(builder, args[0], builder.fadd)
+    return types.float32(value), lambda context, builder, sig, args: _fold(builder, args[0], builder.fadd)
 
 
 @intrinsic
@@ -313,4 +338,4 @@ def max_lanes(typing_context: Any, value: Any) -> Any:
 
         return _fold(builder, args[0], larger)
 
-    return types.float32(lanes), codegen
+    return types.float32(value), codegen

@@ -36,7 +36,7 @@ def failed_answer(path: str, error: Exception, *, is_strict: bool) -> tuple[int,
 
 
 def end_of_stream(path: str, tail: bytes, *, is_strict: bool) -> bytes:
-    """What ends a stream of events of this path, of which `tail` came last."""
+    """The end of a stream of events of this path, of which `tail` came last."""
     if path == "/invocations" and b'"object":"' in tail:
         path = "/v1/chat/completions"
     body = error_body(GONE)

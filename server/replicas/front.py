@@ -64,7 +64,7 @@ class Front:
         return app
 
     def runner(self, drain_s: float) -> web.AppRunner:
-        """What serves the front. When it is cleaned up, running requests may end within `drain_s`."""
+        """The front's server. When it is cleaned up, running requests may end within `drain_s`."""
         return web.AppRunner(
             self.app(), handler_cancellation=True, auto_decompress=False, access_log=None, shutdown_timeout=drain_s
         )
@@ -172,7 +172,7 @@ class Front:
 
 
 async def _start_of_body(request: web.Request) -> tuple[bytes, bool]:
-    """What comes of the body within the limits on size and time, and whether that is all."""
+    """The part of the body that comes within the limits on size and time, and whether that is all."""
     parts, size = [], 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READ_TIMEOUT_S):

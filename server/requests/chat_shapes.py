@@ -23,7 +23,7 @@ TextOrItems = Annotated[
     Annotated[str, pydantic.Tag("text")] | Annotated[serde.ListOf[Json], pydantic.Tag("")],
     pydantic.Discriminator(_member_of),
 ]
-"""What is wrong with one of the items is told of that item; the empty tag is no part of its path."""
+"""An error of one of the items is told of that item; the empty tag is no part of its path."""
 
 
 def chat_request(body: Json, places: Mapping[str, str]) -> ChatRequest:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from server.requests.messages import CalledFunction
-from server.requests.serde import ListOf, describe, wrong_at, wrong_within
+from server.requests.serde import ListOf, reading, wrong_at
 
 NEWER_KEYS = {"functions": "tools", "function_call": "tool_choice"}
 
@@ -39,10 +39,8 @@ def read_functions(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tools(functions: Any) -> list[dict[str, Any]]:
-    try:
+    with reading("functions"):
         _FUNCTIONS.validate_python(functions, strict=True)
-    except ValidationError as error:
-        raise wrong_within("functions", describe(error)) from None
     return [{"type": "function", "function": function} for function in functions]
 
 

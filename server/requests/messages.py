@@ -24,13 +24,12 @@ from server.requests.serde import (
     INVALID_TYPE,
     ListOf,
     WireModel,
-    describe,
     is_strict,
     missing,
+    reading,
     unexpected,
     wrong,
     wrong_at,
-    wrong_within,
 )
 
 MEDIA = frozenset(
@@ -158,10 +157,8 @@ def _read_older_call(message: dict[str, Any]) -> None:
     call = message.pop("function_call", None)
     if call is None or message.get("tool_calls"):
         return
-    try:
+    with reading("function_call"):
         CalledFunction.model_validate(call)
-    except ValidationError as error:
-        raise wrong_within("function_call", describe(error)) from None
     message["tool_calls"] = [{"type": "function", "function": call}]
 
 
@@ -181,38 +178,26 @@ def _read_freely(message: dict[str, Any], context: dict[str, Any] | None) -> Con
     if isinstance(content, str):
         return ContentBody.model_construct(content=content)
     if isinstance(content, list):
-        parts = [_located_part(part, place) for place, part in enumerate(content)]
+        parts = [_read_part(part, place) for place, part in enumerate(content)]
         return ContentBody.model_construct(content=[part for part in parts if part is not None])
     if content is not None:
         reason = f"invalid type: {unexpected(content)}, expected a string or a list of parts"
         raise wrong_at("content", reason, INVALID_TYPE)
     if message.get("tool_calls"):
-        return _read_calls(message, context)
+        with reading(""):
+            return ToolCallBody.model_validate(message, context=context)
     if "content" in message or message.get("role") == "assistant":
         return ToolCallBody(tool_calls=[])
     raise missing("", "content")
 
 
-def _read_calls(message: dict[str, Any], context: dict[str, Any] | None) -> ToolCallBody:
-    try:
-        return ToolCallBody.model_validate(message, context=context)
-    except ValidationError as error:
-        raise wrong_within("", describe(error)) from None
-
-
-def _located_part(value: Any, place: int) -> Part | None:
-    try:
-        return _read_part(value)
-    except ValidationError as error:
-        raise wrong_within(f"content[{place}]", describe(error)) from None
-
-
-def _read_part(value: Any) -> Part | None:
+def _read_part(value: Any, place: int) -> Part | None:
     """A part of a content; None: it says nothing. A refusal is what the assistant said."""
     if isinstance(value, str):
         return TextPart(type="text", text=value)
     if not isinstance(value, dict) or value.get("type") == "text":
-        return TextPart.model_validate(value)
+        with reading(f"content[{place}]"):
+            return TextPart.model_validate(value)
     if isinstance(kind := value.get("type"), str) and kind in MEDIA:
         return MediaPart(type=kind)
     text = next((value[key] for key in ("text", "refusal") if isinstance(value.get(key), str)), None)

@@ -5,12 +5,13 @@ Knows nothing of the requests themselves: `server.requests.native` builds them f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -89,6 +90,15 @@ def wrong_within(path: str, error: WrongShape) -> PydanticCustomError:
     return PydanticCustomError(
         "serde", "{reason}", {"reason": error.reason, "location": location, "param": param, "code": error.code}
     )
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """A ValidationError of the block is one of the value at `path`, within what a validator reads."""
+    try:
+        yield
+    except ValidationError as error:
+        raise wrong_within(path, describe(error)) from None
 
 
 def wrong_at(path: str, reason: str, code: str = INVALID_VALUE) -> PydanticCustomError:

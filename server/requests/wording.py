@@ -19,7 +19,7 @@ class Wording:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         """`names`: a regular expression for a thing's name here -> its name there, which may refer to groups."""
-        self._sent = {**names}
+        self._by_pattern = dict(names)
         self._names = {re.compile(pattern): there for pattern, there in names.items()}
 
     def name(self, here: str) -> str:
@@ -30,7 +30,7 @@ class Wording:
     def with_format(self, key: str) -> Wording:
         """These words, for a request that has `key` in place of `response_format`."""
         here = self.name("grammar")
-        return self if here == key else Wording(self._sent | dict.fromkeys(("grammar", here), key))
+        return self if here == key else Wording(self._by_pattern | dict.fromkeys(("grammar", here), key))
 
     def text(self, text: str) -> str:
         return _NAME.sub(lambda match: self.name(match[0]), text)

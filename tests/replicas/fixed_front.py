@@ -41,9 +41,8 @@ class FixedHandle:
     def options(self, **options: Any) -> FixedHandle:
         return self
 
-    @property
-    def remote(self) -> Any:
-        return lambda blocks: FixedLease(self, next(self._addresses))
+    def remote(self, blocks: Any) -> FixedLease:
+        return FixedLease(self, next(self._addresses))
 
 
 async def serve(handle: FixedHandle, port: int) -> web.AppRunner:

@@ -12,7 +12,7 @@ def run_fleet(rule: str) -> Fleet:
 
 
 def cached_part(fleet: Fleet) -> float:
-    return sum(turn.cached for turn, _ in fleet.done) / sum(turn.prompt_tokens for turn, _ in fleet.done)
+    return sum(turn.num_cached_tokens for turn, _ in fleet.done) / sum(turn.num_prompt_tokens for turn, _ in fleet.done)
 
 
 def test_the_rule_finds_what_random_and_round_robin_compute_again() -> None:
@@ -25,8 +25,8 @@ def test_answers_come_once_after_their_first_token_and_in_the_order_of_a_chat() 
     fleet = run_fleet("prefix")
     turns = [(turn.chat, turn.number) for turn, _ in fleet.done]
     assert len(turns) == len(set(turns))
-    assert all(turn.sent < turn.first_token < end for turn, end in fleet.done)
-    assert all(0 <= turn.cached <= turn.prompt_tokens - 1 for turn, _ in fleet.done)
+    assert all(turn.sent_s < turn.first_token_s < end for turn, end in fleet.done)
+    assert all(0 <= turn.num_cached_tokens <= turn.num_prompt_tokens - 1 for turn, _ in fleet.done)
     assert {turn.number for turn, _ in fleet.done} == set(range(NUM_TURNS))
     chats: dict[int, list[int]] = {}
     for chat, number in turns:
