@@ -85,7 +85,7 @@ class Device:
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
-    """Longest step while anything else runs or waits; None: steps are short anyway."""
+    """Longest step while anything else runs or waits, unless a flag says it; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
 
@@ -211,8 +211,8 @@ def find_cpu(local_rank: int) -> Device:
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
         repeats_calls=True,
-        step_limit_s=1.0,
-        alone_step_limit_s=5.0,
+        step_limit_s=0.25,
+        alone_step_limit_s=1.0,
     )
 
 
