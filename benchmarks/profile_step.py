@@ -6,7 +6,7 @@ A FORM as in perplexity.py. Sequences of a context decode, as `EngineCore.serve`
 prompts that are computed. Bytes and operations of a matrix come from its sizes (floors.py), and the floor is the
 bandwidth at which all cores sum an array in the same minute. Other processes only make a part slower: shown is the
 time that a tenth of the steps stay below, part by part, and the step is their sum. Prints tables in Markdown; --write
-puts them into docs/performance.md. Needs `make install`.
+puts them into docs/performance.md. Needs `make install`, and a processor whose cycles a program may read (x86-64).
 """
 
 from __future__ import annotations
