@@ -2,13 +2,13 @@
 
 A work item is one KV head of a few neighbouring query tokens of one sequence: the query heads that share the KV head
 and the tokens together make up to 32 rows that share every load of keys and values. The order of a row's additions
-depends on the places of its keys alone: the 64 keys of a block are softened together (Dao et al. 2022), 1,024 keys make
-a part with a softmax of its own, and parts are merged from the first to the last. So a row's bits depend neither on how
-a prompt was cut into chunks nor on whether its parts were computed by one thread or by many.
+depends on the places of its keys alone: 64 keys, a span, are softened together (Dao et al. 2022), 1,024 keys make a
+part with a softmax of its own, and parts are merged from the first to the last. So a row's bits depend neither on how a
+prompt was cut into chunks nor on whether its parts were computed by one thread or by many.
 
-A head's blocks lie one after the other, `[num_kv_heads, num_blocks, ...]`, so that a sequence whose blocks are
-neighbours is one stream to the processor's prefetcher. Within a block sixteen keys at a time lie transposed,
-`[4, head_dim, 16]`, and values sixteen dimensions at a time, `[head_dim / 16, 64, 16]`: both are read as they lie.
+A head's blocks lie one after the other, so that a sequence whose blocks are neighbours is one stream to the processor's
+prefetcher: keys as `[num_kv_heads, num_blocks, head_dim, 16]`, values as `[num_kv_heads, num_blocks, head_dim / 16, 16,
+16]`, the last two being keys and dimensions. Both are read as they lie.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from quant.kernels.simd import (
 )
 
 LANES = 16
-BLOCK_SIZE = 4 * LANES
-PART_BLOCKS = 16
+BLOCK_SIZE = LANES
+SPAN_BLOCKS = 4
+SPAN = SPAN_BLOCKS * BLOCK_SIZE
+PART_BLOCKS = 64
 PART = PART_BLOCKS * BLOCK_SIZE
 HAS_WIDE_TILES = "avx512f" in enabled_features()
 """Eight rows of sums fill eight of 32 registers there; elsewhere four rows take eight of 16."""
-PARTIAL = 6
-"""The column of a tile that says where its part's results go: -1 straight into the output."""
+FIRST_PART, PARTIAL = 4, 6
+"""The columns of a tile for the first part of its keys, for where its results go: -1 straight into the output."""
 LOWEST = np.float32(-3.4e38)
 """Stands for the highest score of no scores; finite, so that differences are numbers."""
 
@@ -55,10 +57,9 @@ def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values)
         block, offset = slots[token] // BLOCK_SIZE, slots[token] % BLOCK_SIZE
         for head in range(num_kv_heads):
             base = (head * num_blocks + block) * BLOCK_SIZE * head_dim
-            first = base + offset // LANES * LANES * head_dim + offset % LANES
             source = token * width + head * head_dim
             for d in range(head_dim):
-                store_one(keys, first + d * LANES, qkv[source + key_start + d])
+                store_one(keys, base + d * BLOCK_SIZE + offset, qkv[source + key_start + d])
                 place = base + (d // LANES * BLOCK_SIZE + offset) * LANES + d % LANES
                 store_one(values, place, qkv[source + value_start + d])
 
@@ -73,9 +74,9 @@ def _score_four(q, place, num_rows, head_dim, keys, base, scores, target):  # ty
         s2, s3 = fma(splat16(q[place + 2]), k, s2), fma(splat16(q[place + 3]), k, s3)
         place += num_rows
     store(scores, target, s0)
-    store(scores, target + BLOCK_SIZE, s1)
-    store(scores, target + 2 * BLOCK_SIZE, s2)
-    store(scores, target + 3 * BLOCK_SIZE, s3)
+    store(scores, target + SPAN, s1)
+    store(scores, target + 2 * SPAN, s2)
+    store(scores, target + 3 * SPAN, s3)
 
 
 @njit(inline="always")
@@ -90,33 +91,32 @@ def _score_eight(q, place, num_rows, head_dim, keys, base, scores, target):  # t
         s6, s7 = fma(splat16(q[place + 6]), k, s6), fma(splat16(q[place + 7]), k, s7)
         place += num_rows
     store(scores, target, s0)
-    store(scores, target + BLOCK_SIZE, s1)
-    store(scores, target + 2 * BLOCK_SIZE, s2)
-    store(scores, target + 3 * BLOCK_SIZE, s3)
-    store(scores, target + 4 * BLOCK_SIZE, s4)
-    store(scores, target + 5 * BLOCK_SIZE, s5)
-    store(scores, target + 6 * BLOCK_SIZE, s6)
-    store(scores, target + 7 * BLOCK_SIZE, s7)
+    store(scores, target + SPAN, s1)
+    store(scores, target + 2 * SPAN, s2)
+    store(scores, target + 3 * SPAN, s3)
+    store(scores, target + 4 * SPAN, s4)
+    store(scores, target + 5 * SPAN, s5)
+    store(scores, target + 6 * SPAN, s6)
+    store(scores, target + 7 * SPAN, s7)
 
 
 @njit(inline="always")
-def _score_block(q, num_rows, head_dim, keys, base, num_keys, scores):  # type: ignore[no-untyped-def]
-    """Scores of all rows, a multiple of 4, against the first keys of a block."""
-    for first in range(0, num_keys, LANES):
-        place, row = base + first * head_dim, 0
-        if HAS_WIDE_TILES:
-            while row + 8 <= num_rows:
-                _score_eight(q, row, num_rows, head_dim, keys, place, scores, row * BLOCK_SIZE + first)
-                row += 8
-        while row < num_rows:
-            _score_four(q, row, num_rows, head_dim, keys, place, scores, row * BLOCK_SIZE + first)
-            row += 4
+def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ignore[no-untyped-def]
+    """Scores of all rows, a multiple of 4, against a block's keys, which are the span's from `column` on."""
+    row = 0
+    if HAS_WIDE_TILES:
+        while row + 8 <= num_rows:
+            _score_eight(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+            row += 8
+    while row < num_rows:
+        _score_four(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+        row += 4
 
 
 @njit(inline="always")
 def _hide_first(scores, row, num_hidden):  # type: ignore[no-untyped-def]
-    """Hide the first keys of the block from a row: its window begins after them."""
-    for i in range(row * BLOCK_SIZE, row * BLOCK_SIZE + min(BLOCK_SIZE, num_hidden)):
+    """Hide the first keys of the span from a row: its window begins after them."""
+    for i in range(row * SPAN, row * SPAN + min(SPAN, num_hidden)):
         scores[i] = np.float32(-np.inf)
 
 
@@ -124,7 +124,7 @@ def _hide_first(scores, row, num_hidden):  # type: ignore[no-untyped-def]
 def _soften_row(scores, row, num_visible, highest, totals, sums, head_dim):  # type: ignore[no-untyped-def]
     """Turn a row's scores into weights relative to its highest score so far, rescaling what it summed before."""
     hidden = np.float32(-np.inf)
-    place, lanes = row * BLOCK_SIZE, row * LANES
+    place, lanes = row * SPAN, row * LANES
     s0 = first_lanes(num_visible, load16(scores, place), hidden)
     s1 = first_lanes(num_visible - LANES, load16(scores, place + LANES), hidden)
     s2 = first_lanes(num_visible - 2 * LANES, load16(scores, place + 2 * LANES), hidden)
@@ -154,9 +154,9 @@ def _sum_four(scores, place, num_keys, head_dim, values, base, sums, target, d):
     for key in range(num_keys):
         v = load16(values, base + d * BLOCK_SIZE + key * LANES)
         p = place + key
-        s0, s1 = fma(splat16(scores[p]), v, s0), fma(splat16(scores[p + BLOCK_SIZE]), v, s1)
-        s2 = fma(splat16(scores[p + 2 * BLOCK_SIZE]), v, s2)
-        s3 = fma(splat16(scores[p + 3 * BLOCK_SIZE]), v, s3)
+        s0, s1 = fma(splat16(scores[p]), v, s0), fma(splat16(scores[p + SPAN]), v, s1)
+        s2 = fma(splat16(scores[p + 2 * SPAN]), v, s2)
+        s3 = fma(splat16(scores[p + 3 * SPAN]), v, s3)
     store(sums, t0, s0)
     store(sums, t1, s1)
     store(sums, t2, s2)
@@ -188,19 +188,19 @@ def _sum_eight(scores, place, num_keys, head_dim, values, base, sums, target, d)
         p = place + key
         w = splat16(scores[p])
         s0, r0 = fma(w, v, s0), fma(w, u, r0)
-        w = splat16(scores[p + BLOCK_SIZE])
+        w = splat16(scores[p + SPAN])
         s1, r1 = fma(w, v, s1), fma(w, u, r1)
-        w = splat16(scores[p + 2 * BLOCK_SIZE])
+        w = splat16(scores[p + 2 * SPAN])
         s2, r2 = fma(w, v, s2), fma(w, u, r2)
-        w = splat16(scores[p + 3 * BLOCK_SIZE])
+        w = splat16(scores[p + 3 * SPAN])
         s3, r3 = fma(w, v, s3), fma(w, u, r3)
-        w = splat16(scores[p + 4 * BLOCK_SIZE])
+        w = splat16(scores[p + 4 * SPAN])
         s4, r4 = fma(w, v, s4), fma(w, u, r4)
-        w = splat16(scores[p + 5 * BLOCK_SIZE])
+        w = splat16(scores[p + 5 * SPAN])
         s5, r5 = fma(w, v, s5), fma(w, u, r5)
-        w = splat16(scores[p + 6 * BLOCK_SIZE])
+        w = splat16(scores[p + 6 * SPAN])
         s6, r6 = fma(w, v, s6), fma(w, u, r6)
-        w = splat16(scores[p + 7 * BLOCK_SIZE])
+        w = splat16(scores[p + 7 * SPAN])
         s7, r7 = fma(w, v, s7), fma(w, u, r7)
     store(sums, t0, s0)
     store(sums, t0 + LANES, r0)
@@ -221,16 +221,16 @@ def _sum_eight(scores, place, num_keys, head_dim, values, base, sums, target, d)
 
 
 @njit(inline="always")
-def _sum_block(scores, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
+def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
     row = 0
     if HAS_WIDE_TILES and head_dim % (2 * LANES) == 0:
         while row + 8 <= num_rows:
             for d in range(0, head_dim, 2 * LANES):
-                _sum_eight(scores, row * BLOCK_SIZE, num_keys, head_dim, values, base, sums, row * head_dim, d)
+                _sum_eight(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
             row += 8
     while row < num_rows:
         for d in range(0, head_dim, LANES):
-            _sum_four(scores, row * BLOCK_SIZE, num_keys, head_dim, values, base, sums, row * head_dim, d)
+            _sum_four(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
         row += 4
 
 
@@ -260,18 +260,22 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
     scores, highest, totals, sums = state
     size = BLOCK_SIZE * head_dim
     highest[:], totals[:], sums[:] = LOWEST, 0.0, 0.0
-    for index in range(first, last):
-        base = (first_of_head + blocks[index]) * size
-        num_visible = position + 1 - index * BLOCK_SIZE  # keys of this block that the tile's first token sees
-        # Slots past the sequence's end hold anything, so their values are not touched even with weight 0.
-        num_keys = min(BLOCK_SIZE, num_visible + num_tokens - 1)
-        _score_block(q, num_rows, head_dim, keys, base, num_keys, scores)
-        if num_visible + num_tokens - 1 > window:  # the last token's window begins within this block or after it
+    for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
+        begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
+        for index in range(begin, end):
+            base = (first_of_head + blocks[index]) * size
+            _score_block(q, num_rows, head_dim, keys, base, scores, (index - span) * BLOCK_SIZE)
+        num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
+        if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
             for row in range(num_rows):
                 _hide_first(scores, row, num_visible + row // group - window)
         for row in range(num_rows):
             _soften_row(scores, row, num_visible + row // group, highest, totals, sums, head_dim)
-        _sum_block(scores, num_rows, num_keys, head_dim, values, base, sums)
+        for index in range(begin, end):
+            # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
+            num_keys = min(BLOCK_SIZE, position + num_tokens - index * BLOCK_SIZE)
+            base = (first_of_head + blocks[index]) * size
+            _sum_block(scores, (index - span) * BLOCK_SIZE, num_rows, num_keys, head_dim, values, base, sums)
 
 
 @njit(**FAST)
@@ -284,7 +288,7 @@ def _attend_item(  # type: ignore[no-untyped-def]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     num_rows = (num_tokens * group + 3) // 4 * 4
     q = np.zeros(num_rows * head_dim, np.float32)
-    scores = np.empty(num_rows * BLOCK_SIZE, np.float32)
+    scores = np.empty(num_rows * SPAN, np.float32)
     highest, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
     sums, all_sums = np.empty(num_rows * head_dim, np.float32), np.zeros(num_rows * head_dim, np.float32)
     all_highest, all_totals = np.full(num_rows, LOWEST), np.zeros(num_rows, np.float32)
@@ -328,16 +332,18 @@ def attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **FAST)
-def merge_parts(tiles, firsts, num_heads, num_kv_heads, head_dim, out, partials):  # type: ignore[no-untyped-def]
-    """Merge the parts of tiles that were computed apart; `firsts` are the places of their first ones in `tiles`."""
+def merge_parts(tiles, num_heads, num_kv_heads, head_dim, out, partials):  # type: ignore[no-untyped-def]
+    """Merge the parts of rows that were computed apart; in `tiles` they follow each other, the first one first."""
     group = num_heads // num_kv_heads
-    for item in prange(firsts.shape[0] * num_kv_heads):
-        first, head = firsts[item // num_kv_heads], item % num_kv_heads
-        first_row, num_tokens = tiles[first, 0], tiles[first, 1]
+    for item in prange(tiles.shape[0] * num_kv_heads):
+        tile, head = item // num_kv_heads, item % num_kv_heads
+        if tiles[tile, PARTIAL] < 0 or tiles[tile, FIRST_PART] > 0:
+            continue
+        first_row, num_tokens = tiles[tile, 0], tiles[tile, 1]
         for row in range(num_tokens * group):
             highest, totals = np.full(1, LOWEST), np.zeros(1, np.float32)
             sums = np.zeros(head_dim, np.float32)
-            place = first
+            place = tile
             while place < tiles.shape[0] and tiles[place, 0] == first_row:
                 part = partials[tiles[place, PARTIAL], head, row]
                 _merge_row(highest, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)

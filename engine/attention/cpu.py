@@ -25,25 +25,15 @@ from engine.attention.attend_cpu import (
     merge_parts,
     write_kv,
 )
-from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
 from engine.layers.base import Rotation
-from quant.kernels.arrays import flat_view, new_output
+from quant.kernels.arrays import call, flat_view, new_output
 
 MAX_TILE_ROWS = 32
 NO_WINDOW = 1 << 40
 """A number of tokens that no sequence has."""
 PARALLEL_SCORES = 256
 """Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _PreparedStep:
-    tiles: npt.NDArray[np.int32]
-    firsts: npt.NDArray[np.intp]
-    """Places of the tiles that are the first of several with the same rows."""
-    block_table: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int64]
-    is_parallel: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,8 +66,8 @@ class CpuAttention:
         self.block_size = block_size
         self._shape = shape
         group = shape.num_heads // shape.num_kv_heads
-        self._tile_tokens = max(1, MAX_TILE_ROWS // group)
-        self._partial_shape = shape.num_kv_heads, self._tile_tokens * group, shape.head_dim + 2
+        self.tile_tokens = max(1, MAX_TILE_ROWS // group)
+        self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
         self._scale = np.float32(1 / math.sqrt(shape.head_dim))
 
@@ -106,8 +96,8 @@ class CpuAttention:
         for sequence, seq_len in enumerate(seq_lens):
             start = query_start_loc[sequence]
             num_queries = query_start_loc[sequence + 1] - start
-            for first in range(0, num_queries, self._tile_tokens):
-                num_tokens = min(self._tile_tokens, num_queries - first)
+            for first in range(0, num_queries, self.tile_tokens):
+                num_tokens = min(self.tile_tokens, num_queries - first)
                 tiles.append((start + first, num_tokens, seq_len - num_queries + first, sequence))
         is_split = len(tiles) * self._shape.num_kv_heads < self._num_threads
         items: list[tuple[int, ...]] = []
@@ -122,24 +112,20 @@ class CpuAttention:
     def work_bytes(self, num_items: int) -> int:
         return 0
 
-    def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
+    def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
         num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
-        tiles = metadata.work_items.numpy()
-        is_first = (tiles[:, PARTIAL] >= 0) & (tiles[:, PARTIAL - 2] == 0)
-        return _PreparedStep(
-            tiles,
-            is_first.nonzero()[0],
-            metadata.block_table.numpy(),
-            metadata.slot_mapping.numpy(),
-            is_parallel=num_scores >= PARALLEL_SCORES,
-        )
+        tiles = metadata.work_items
+        is_split = bool((tiles[:, PARTIAL] >= 0).any())
+        partials = torch.empty(len(tiles) if is_split else 0, *self._partial_shape)
+        tensors = tiles, metadata.block_table, metadata.slot_mapping, partials
+        return RepeatableStep((len(tiles), num_scores >= PARALLEL_SCORES, is_split), tensors)
 
     def forward(
         self,
         qkv: torch.Tensor,
         cache: LayerCache,
-        prepared: _PreparedStep,
+        prepared: RepeatableStep,
         window: int | None = None,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
@@ -148,14 +134,13 @@ class CpuAttention:
         out, flat_out = new_output(num_tokens, shape.num_heads * shape.head_dim)
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
         key_start = shape.num_heads * shape.head_dim
-        write_kv(flat, width, key_start, shape.num_kv_heads, shape.head_dim, prepared.slots, keys, values)
+        num_tiles, is_parallel, is_split = prepared.variant
+        tiles, block_table, slots, partials = (tensor.numpy() for tensor in prepared.tensors)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        tiles = prepared.tiles
-        partials = np.empty((tiles[:, PARTIAL].max() + 1, *self._partial_shape), np.float32)
-        attend = attend_parallel if prepared.is_parallel else attend_serial
-        tensors = prepared.block_table, keys, values, flat_out, partials
-        limits = self._scale, window or NO_WINDOW
-        attend(len(tiles) * shape.num_kv_heads, (flat, width, *sizes, *limits, tiles, *tensors))
-        if len(prepared.firsts):
-            merge_parts(tiles, prepared.firsts, *sizes, flat_out, partials)
+        call(write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, keys, values)
+        tensors = tiles, block_table, keys, values, flat_out, partials
+        arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, *tensors
+        call(attend_parallel if is_parallel else attend_serial, num_tiles * shape.num_kv_heads, arguments)
+        if is_split:
+            call(merge_parts, tiles, *sizes, flat_out, partials)
         return out
