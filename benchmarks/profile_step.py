@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import platform
 import socket
@@ -81,9 +82,21 @@ class Clock:
             part.calls += 1
             self._within[-1] += seconds
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count a part that somebody else has timed, within the one that runs now."""
+        part = self.parts.setdefault(name, Part())
+        part.seconds += seconds
+        part.calls += 1
+        self._within[-1] += seconds
+
     def take(self) -> dict[str, Part]:
         parts, self.parts = self.parts, {}
         return parts
+
+
+def kernel_name(name: str) -> str:
+    """What a compiled function is called in the table."""
+    return name.strip("_").removesuffix("_serial").removesuffix("_parallel")
 
 
 class TimedKernel:
@@ -91,12 +104,45 @@ class TimedKernel:
 
     def __init__(self, kernel: Any, clock: Clock) -> None:
         self._kernel, self._clock = kernel, clock
-        self._name = kernel.__name__.strip("_").removesuffix("_serial").removesuffix("_parallel")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
 
     def __call__(self, *args: Any) -> Any:
-        name = self._clock.label or self._name
+        name = self._clock.label or kernel_name(self._kernel.__name__)
         self._clock.kernels.add(name)
         return self._clock.call(name, self._kernel, *args)
+
+
+class TimedProgram:
+    """Stands for `Program.run`: every call of a program is timed by the processor's count of cycles."""
+
+    def __init__(self, clock: Clock) -> None:
+        from quant.kernels.program_cpu import Program
+
+        self._clock, self._run = clock, Program.run
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, program: Any, parameters: Any) -> None:
+        import numpy as np
+
+        stamps = np.empty(len(program.names) + 1, np.int64)
+        self._run(program, parameters, stamps)
+        end = time.perf_counter(), int(stamps[-1])
+        if self._first is None:  # there is nothing yet to tell the counter's frequency by
+            self._first = end
+            return
+        seconds = np.diff(stamps) * (end[0] - self._first[0]) / (end[1] - self._first[1])
+        for name, value in zip(self._labels(program.names), seconds.tolist(), strict=True):
+            self._clock.kernels.add(name)
+            self._clock.add(name, value)
+
+    def _labels(self, names: list[str]) -> Iterator[str]:
+        """A layer's matrices come in the order of `MATRICES`, the head comes last."""
+        num_layers = sum(name.startswith("_product") for name in names) // len(MATRICES)
+        matrices = itertools.chain([*MATRICES] * num_layers, [HEAD])
+        for name in names:
+            yield next(matrices) if name.startswith("_product") else kernel_name(name)
 
 
 class LabelledMatrix:
@@ -115,11 +161,15 @@ class LabelledMatrix:
 
 @contextlib.contextmanager
 def timed_kernels(model: Any, clock: Clock) -> Iterator[None]:
-    """Time every compiled function that Python calls. All of them must have been compiled."""
+    """Time every compiled function that Python or a program calls. All of them must have been compiled."""
     from numba.core.dispatcher import Dispatcher
 
+    from quant.kernels.program_cpu import Program
+
     owners = [sys.modules[name] for name in KERNEL_MODULES if name in sys.modules]
-    kept = []
+    kept: list[tuple[Any, str, Any]] = [(Program, "run", Program.run)]
+    timed_program = TimedProgram(clock)
+    Program.run = lambda *args: timed_program(*args)  # type: ignore[method-assign]
     for owner in [*owners, *label_matrices(model, clock)]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, Dispatcher):

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.link.encoding import use_utf8
@@ -23,6 +24,8 @@ from engine.quantize import options as quantize_options
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "text-generation-server"
+AS_TGI: Mapping[str, str] = MappingProxyType({})
 INTERRUPTED_EXIT_CODE = 130
 
 DOWNLOAD_DESCRIPTION = """\
@@ -46,11 +49,14 @@ Examples:
 """
 
 
-def main() -> None:
-    """Console script. A command prints the model's folder as the last line of standard output."""
+def main(shown: Mapping[str, str] = AS_TGI) -> None:
+    """Console script. A command prints the model's folder as the last line of standard output.
+
+    `shown` has what --help and usage errors say in place of TGI's commands, for users who typed others.
+    """
     use_utf8()
     prepare_environment(os.environ)
-    args = build_parser(os.environ).parse_args()
+    args = build_parser(os.environ, shown).parse_args()
     configure_logging(args.logger_level, args.process, is_json=args.json_output)
     # SIGTERM acts as Ctrl-C: the library then removes the file it was writing. Process 1 of a container would not even
     # get the signal without a handler.
@@ -86,9 +92,9 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+def build_parser(environ: Mapping[str, str], shown: Mapping[str, str] = AS_TGI) -> argparse.ArgumentParser:
     parser = SuggestingParser(
-        prog="text-generation-server",
+        prog=PROGRAM,
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
         epilog="COMMAND --help has examples.",
         allow_abbrev=False,
@@ -97,7 +103,10 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
     def add_command(name: str, process: str, run: Callable[[argparse.Namespace], Path], **texts: Any) -> Any:
         formatter = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(name, formatter_class=formatter, allow_abbrev=False, **texts)
+        program = shown.get(f"{PROGRAM} {name}", f"{PROGRAM} {name}")
+        for words, others in shown.items():
+            texts["epilog"] = texts["epilog"].replace(words, others)
+        command = commands.add_parser(name, prog=program, formatter_class=formatter, allow_abbrev=False, **texts)
         command.set_defaults(run=run, process=process)
         return command
 

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 USAGE_EXIT_CODE = 2
 
+SERVE_USAGE = """\
+pytgi serve MODEL [flags]
+       pytgi serve MODEL --replicas N|MIN:MAX [--replica-host IP] [--deploy-only] [flags]"""
+OUR_WORDS = {
+    "text-generation-server download-weights": "pytgi download",
+    "text-generation-server quantize": "pytgi quantize",
+    "text-generation-launcher --model-id": "pytgi serve",
+}
+"""What --help says in place of TGI's commands."""
+REPLICA_FLAGS = ("--replicas", "--replica-host", "--deploy-only")
+
 HELP = """\
 Usage: pytgi COMMAND ...
 
@@ -83,27 +94,37 @@ def _serve(arguments: "list[str]") -> None:
     """`pytgi serve MODEL [flags]`."""
     is_model = arguments and not arguments[0].startswith("-")
     flags = [*(["--model-id"] if is_model else []), *arguments]
-    if any(flag.partition("=")[0] == "--replicas" for flag in flags):
+    if any(flag.partition("=")[0] in REPLICA_FLAGS for flag in flags) and not {"-h", "--help"} & set(flags):
         from server.replicas.command import serve_replicas
 
-        sys.exit(serve_replicas(flags))
-    sys.argv = ["text-generation-launcher", *flags]
-    text_generation_launcher()
+        sys.exit(serve_replicas(flags, SERVE_USAGE))
+    from server.launcher.main import main as launch
+
+    sys.argv[1:] = flags
+    launch(usage=SERVE_USAGE)
 
 
 def _download(arguments: "list[str]") -> None:
-    sys.argv = ["text-generation-server", "download-weights", *arguments]
-    text_generation_server()
+    _run_tool("download-weights", arguments)
 
 
 def _quantize(arguments: "list[str]") -> None:
-    sys.argv = ["text-generation-server", "quantize", *arguments]
-    text_generation_server()
+    _run_tool("quantize", arguments)
+
+
+def _run_tool(command: str, arguments: "list[str]") -> None:
+    from engine.cli import main as run_tool
+
+    sys.argv[1:] = [command, *arguments]
+    run_tool(OUR_WORDS)
 
 
 def _compile(arguments: "list[str]") -> None:
     if arguments:
-        sys.exit("pytgi compile takes no arguments: it compiles the CPU kernels into the user's cache")
+        is_help = arguments in (["-h"], ["--help"])
+        text = "pytgi compile takes no arguments: it compiles the CPU kernels into the user's cache"
+        print(text, file=sys.stdout if is_help else sys.stderr)
+        sys.exit(0 if is_help else USAGE_EXIT_CODE)
     from engine.compile import main as compile_kernels
 
     compile_kernels()

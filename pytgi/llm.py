@@ -82,6 +82,8 @@ class LLM:
         Raises RequestError for the first refused or failed request; the others of its batch then end.
         """
         check_names(parameters, GenerateParameters)
+        if not isinstance(prompts, (str, list, tuple)):
+            raise TypeError(f"generate takes a text or a list of texts, and this is a {type(prompts).__name__}")
         texts = [prompts] if isinstance(prompts, str) else prompts
         bodies = [{"inputs": text, "parameters": {**parameters, "details": True}} for text in texts]
         answers = self._post_all("/generate", bodies, parameters.get("best_of"))
@@ -106,6 +108,9 @@ class LLM:
         The parameters are those of /v1/chat/completions: `tools`, `response_format`, `n`... Raises as `generate`.
         """
         check_names(parameters, ChatParameters)
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+            name = type(messages).__name__
+            raise TypeError(f"chat takes a list of messages or a list of such lists, and this is a {name}")
         is_single = not messages or isinstance(messages[0], Mapping)
         chats = [messages] if is_single else messages
         answers = self._post_all(CHAT_ROUTE, [{"messages": chat, **parameters} for chat in chats], parameters.get("n"))

@@ -39,14 +39,15 @@ LAST_EVENTS_S = 3.0
 class DrainingServer(uvicorn.Server):
     """Logs the readiness line that scripts look for, and ends the requests that outlast the drain."""
 
-    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float, ready_line: str) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_s = drain_s
+        self._ready_line = ready_line
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        logger.info("Connected")
+        logger.info(self._ready_line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let nobody in any more, and wait until the running requests have ended or their time is over."""
@@ -116,7 +117,7 @@ async def serve(config: ServerConfig) -> None:
         timeout_graceful_shutdown=math.ceil(drain_s + LAST_EVENTS_S),
     )
     tune_garbage_collection()
-    server = DrainingServer(uvicorn_config, engine, drain_s)
+    server = DrainingServer(uvicorn_config, engine, drain_s, config.ready_line)
     watcher = asyncio.create_task(_stop_without_engine(engine, server))
     await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()

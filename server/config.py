@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 TGI_CLIENT_BATCH_SIZE = 4
+READY_LINE = "Connected"
+"""Scripts wait for it, as for TGI's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class ServerConfig:
     """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
+    ready_line: str = READY_LINE
+    """What the log says once the server answers."""
     predict_route: str | None = None
     """A further path of /vertex."""
     health_route: str | None = None

@@ -48,6 +48,16 @@ class AttentionMetadata:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RepeatableStep:
+    """What `AttentionBackend.prepare` returns if calls of kernels, made again, compute another step of a `variant`."""
+
+    variant: tuple[int, ...]
+    """Everything by which the calls differ, beside the number of tokens."""
+    tensors: Sequence[torch.Tensor]
+    """The step's numbers, in the order in which each step has them. Nothing else changes from step to step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LayerCache:
     """Keys and values of one layer, in a layout that only its backend knows but for this: a block lies in one piece.
 

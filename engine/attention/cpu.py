@@ -12,7 +12,6 @@ make one register; values lie as `[num_blocks, num_kv_heads, block_size, head_di
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -21,9 +20,9 @@ import numpy.typing as npt
 import torch
 from numba import njit, prange
 
-from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
+from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
 from engine.layers.base import Rotation
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.simd import (
     LANES,
     add,
@@ -209,14 +208,6 @@ def _attend_serial(num_items, args):  # type: ignore[no-untyped-def]
         _attend_item(item, *args)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _PreparedStep:
-    tiles: npt.NDArray[np.int32]
-    block_table: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int64]
-    is_parallel: bool
-
-
 class CpuAttention:
     """`base.AttentionBackend` for float32 activations with a float32 or bfloat16 cache."""
 
@@ -267,21 +258,17 @@ class CpuAttention:
     def work_bytes(self, num_items: int) -> int:
         return 0
 
-    def prepare(self, metadata: AttentionMetadata) -> _PreparedStep:
+    def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
         num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
-        return _PreparedStep(
-            metadata.work_items.numpy(),
-            metadata.block_table.numpy(),
-            metadata.slot_mapping.numpy(),
-            is_parallel=num_scores >= PARALLEL_SCORES,
-        )
+        tensors = metadata.work_items, metadata.block_table, metadata.slot_mapping
+        return RepeatableStep((len(metadata.work_items), num_scores >= PARALLEL_SCORES), tensors)
 
     def forward(
         self,
         qkv: torch.Tensor,
         cache: LayerCache,
-        prepared: _PreparedStep,
+        prepared: RepeatableStep,
         window: int | None = None,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
@@ -289,11 +276,13 @@ class CpuAttention:
         num_tokens, width = qkv.shape
         out, flat_out = new_output(num_tokens, shape.num_heads * shape.head_dim)
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
+        tiles, block_table, slots = (tensor.numpy() for tensor in prepared.tensors)
         key_start = shape.num_heads * shape.head_dim
-        _write_kv(flat, width, key_start, shape.num_kv_heads, shape.head_dim, prepared.slots, keys, values)
+        call(_write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, keys, values)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, self._scale
-        steps = prepared.tiles, prepared.block_table
+        steps = tiles, block_table
         tensors = keys, values, flat_out
-        attend = _attend_parallel if prepared.is_parallel else _attend_serial
-        attend(len(prepared.tiles) * shape.num_kv_heads, (flat, width, *sizes, window or NO_WINDOW, *steps, *tensors))
+        attend = _attend_parallel if prepared.variant[1] else _attend_serial
+        arguments = flat, width, *sizes, window or NO_WINDOW, *steps, *tensors
+        call(attend, len(tiles) * shape.num_kv_heads, arguments)
         return out

@@ -12,7 +12,7 @@ import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import WIDTH, make_tile
 from quant.kernels.simd import LANES
 
@@ -96,5 +96,5 @@ class DenseCpu:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
         sizes = num_rows, self._n_size, self._k_size, self._row_block
-        _product(flat_view(x), self._weight, self._bias, flat_out, *sizes)
+        call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

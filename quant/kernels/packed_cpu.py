@@ -17,7 +17,7 @@ import torch
 from numba import config, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, multiply_tile
 from quant.kernels.dense_ops import WIDTH, add_int4, add_int8
 from quant.kernels.dense_ops import splat as wide_splat
@@ -194,5 +194,5 @@ class PackedCpu:
         out, flat_out = new_output(num_rows, self._n_size)
         weight = self._weight, self._scales, self._zero_points, self._bias
         sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
-        self._product(flat_view(x), *weight, flat_out, self._scratch, *sizes)
+        call(self._product, flat_view(x), *weight, flat_out, self._scratch, *sizes)
         return out

@@ -12,7 +12,7 @@ from typing import Any
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import PORT, Effect
 from server.launcher.flags import VARIABLES, every_flag
-from server.launcher.parser import build_parser, flag_type, parse_value
+from server.launcher.parser import USAGE, build_parser, flag_type, parse_value
 from server.launcher.platforms import MODEL_ID, Platform, Setting, find_platform
 from server.launcher.sharding import Sharding, resolve_sharding
 
@@ -49,8 +49,11 @@ class LauncherArgs:
     """Sentences about values without effect, to be logged once."""
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
-    """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination."""
+def parse_args(argv: Sequence[str], environ: Mapping[str, str], usage: str = USAGE) -> LauncherArgs:
+    """Resolve flags and variables. Exits with 2 on a usage error; raises ArgumentError on a bad combination.
+
+    `usage` is how --help says that the command is called.
+    """
     services = _service_variables(environ)
     # Empty is as good as unset.
     environ = {name: value for name, value in environ.items() if value and name not in services}
@@ -59,7 +62,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> LauncherArgs:
     if platform is not None:
         settings |= platform.settings(environ)
         argv = [] if list(argv) == [platform.argument] else argv
-    parser = build_parser()
+    parser = build_parser(usage)
     values, sources = _read_flags(parser, argv, settings)
     variables = _read_variables(parser, settings)
     if "model_id" not in values:

@@ -6,6 +6,7 @@ after a signal, 1 when something failed, 2 for a usage error.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -14,10 +15,12 @@ import sys
 from engine.link.encoding import use_utf8
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
+from server.config import READY_LINE
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.children import Signals, supervise
 from server.launcher.errors import ArgumentError, LaunchError, Stopped
 from server.launcher.host import describe_runtime
+from server.launcher.parser import USAGE
 from server.launcher.shard_check import check_model
 from server.launcher.sockets import bind, describe_address, rendezvous_socket
 from server.launcher.start import find_model, start_ranks, start_webserver
@@ -25,14 +28,17 @@ from server.launcher.start import find_model, start_ranks, start_webserver
 logger = logging.getLogger("launcher")
 
 
-def main(listener: socket.socket | None = None) -> None:
-    """Console script. A `listener`, bound already, is served in place of --hostname and --port."""
+def main(listener: socket.socket | None = None, usage: str = USAGE, ready_line: str = READY_LINE) -> None:
+    """Console script. A `listener`, bound, is served in place of --hostname and --port. --help says `usage`.
+
+    `ready_line` is what the log says once the server answers.
+    """
     open_standard_streams()
     use_utf8()
     try:
-        args = parse_args(sys.argv[1:], os.environ)
+        args = parse_args(sys.argv[1:], os.environ, usage)
         configure_logging(args.log_level, "launcher", is_json=args.is_json_output)
-        run(args, listener)
+        run(dataclasses.replace(args, server={**args.server, "ready_line": ready_line}), listener)
     except ArgumentError as error:
         sys.exit(f"Error: {error}")
     except (LaunchError, StartError) as error:

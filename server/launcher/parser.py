@@ -24,6 +24,9 @@ Examples:
 """
 
 
+USAGE = "text-generation-launcher --model-id MODEL [flags]"
+
+
 class _Parser(SuggestingParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_EXIT_CODE, f"error: {message}\n\nFor more information, try '--help'.\n")
@@ -40,13 +43,13 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(usage: str = USAGE) -> argparse.ArgumentParser:
     """The parser of the table. A value stays None when it is not given, so that the environment can be asked."""
     parser = _Parser(
         prog="text-generation-launcher",
-        usage="%(prog)s --model-id MODEL [flags]",
+        usage=usage,
         description="Serve a Qwen2-family model over TGI's and OpenAI's routes.",
-        epilog=EPILOG,
+        epilog=EPILOG.replace(_command(USAGE), _command(usage)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -57,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
         for flag in flags:
             _add_flag(group, flag)
     return parser
+
+
+def _command(usage: str) -> str:
+    return usage.partition(" MODEL")[0]
 
 
 def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:

@@ -30,10 +30,13 @@ OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory, of which leases need next to nothing."""
 
 
-def serve_replicas(argv: Sequence[str]) -> int:
-    """Serve until a signal; the exit code. `argv` has flags of the launcher beside those of the parser here."""
-    parser = argparse.ArgumentParser("pytgi serve", add_help=False, allow_abbrev=False)
-    parser.add_argument("--replicas", default="2", type=_replicas)
+def serve_replicas(argv: Sequence[str], usage: str) -> int:
+    """Serve until a signal; the exit code. `argv` has flags of the launcher beside those of the parser here.
+
+    `usage` is how a usage error says that the command is called.
+    """
+    parser = argparse.ArgumentParser("pytgi serve", usage=usage, add_help=False, allow_abbrev=False)
+    parser.add_argument("--replicas", required=True, type=_replicas)
     parser.add_argument("--replica-host")
     parser.add_argument("--deploy-only", action="store_true")
     parser.add_argument("-p", "--port", action="append", default=[])  # the front's, and no replica's

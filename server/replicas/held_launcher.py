@@ -8,6 +8,9 @@ import sys
 from engine.link.ipc import exit_when_closed
 from server.launcher.main import main as launch
 
+READY_LINE = "Ready, behind the front"
+"""Not `Connected`, which scripts wait for and which the front says once all replicas are ready."""
+
 if __name__ == "__main__":
     exit_when_closed(sys.stdin.fileno(), logging.getLogger("launcher").error)
-    launch()
+    launch(ready_line=READY_LINE)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from server.replicas.open_requests import OpenRequests
 from server.replicas.prefix_rule import PrefixRule
 
 
@@ -20,7 +20,7 @@ class PrefixRouter(RequestRouter):
     def initialize_state(self, *, capacity: int) -> None:
         """Serve calls this with the configuration's `request_router_kwargs`."""
         self._rule = PrefixRule(capacity=capacity)
-        self._num_open: Counter[ReplicaID] = Counter()
+        self._open_requests = OpenRequests()
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
@@ -33,24 +33,27 @@ class PrefixRouter(RequestRouter):
             return []
         loads = {name: self._load(replica.replica_id) for name, replica in replicas.items()}
         chosen = self._rule.choose(blocks_of(pending_request), loads)
+        if pending_request is not None:
+            self._open_requests.choose(pending_request.metadata.internal_request_id, chosen)
         return [[replicas[chosen]], list(replicas.values())]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._rule.keep({replica.replica_id.unique_id for replica in replicas})
+        names = {replica.replica_id.unique_id for replica in replicas}
+        self._rule.keep(names)
+        self._open_requests.keep(names)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._num_open[replica_id] += 1
+        self._open_requests.send(pending_request.metadata.internal_request_id, replica_id.unique_id)
         self._rule.remember(replica_id.unique_id, blocks_of(pending_request))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._num_open[replica_id] -= 1
-        if self._num_open[replica_id] <= 0:
-            del self._num_open[replica_id]
+        """Serve calls this for every call that was sent, also to all replicas, and for those that were refused."""
+        self._open_requests.complete(internal_request_id)
 
     def _load(self, replica_id: ReplicaID) -> int:
         """Requests of this front, or of all fronts where Serve knows them: what it knows is forgotten after 10 s."""
-        return max(self._num_open[replica_id], self.replica_queue_len_cache.get(replica_id) or 0)
+        return max(self._open_requests.count(replica_id.unique_id), self.replica_queue_len_cache.get(replica_id) or 0)
 
 
 def blocks_of(request: PendingRequest | None) -> Sequence[bytes]:

@@ -53,7 +53,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     building.remove_all()
     building.FOLDER.mkdir(parents=True)
     try:
+        print("Making the base with debootstrap", flush=True)  # each of these takes minutes
         building.make_base()
+        print("Building the target cpu", flush=True)
         built_s = building.build("cpu")
         root = building.unpack()
         yield Image(root, building.configuration(), built_s, building.num_bytes(root), tmp_path_factory.mktemp("logs"))
@@ -71,6 +73,7 @@ def volume(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method, model_id in (("gptq", GPTQ_MODEL), ("awq", AWQ_MODEL)):
         arguments = ["quantize", MODEL, f"/data/{method}", "--method", method, "--dataset", "/data/text.txt", *SMALL]
         entrypoint = ("text-generation-server",)
+        print(f"Making the {method} checkpoint", flush=True)
         with image.run(*arguments, volumes={folder: "/data"}, entrypoint=entrypoint) as container:
             assert container.process.wait(QUANTIZE_TIMEOUT_S) == 0, container.log
         os.rename(folder / method, snapshot_folder(folder / "hub", model_id))

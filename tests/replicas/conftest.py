@@ -99,9 +99,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(process, port, log_path, model)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while "front: Connected" not in fleet.log:
+        while "Connected" not in fleet.log:
             assert process.poll() is None and time.monotonic() < deadline, fleet.log
             time.sleep(0.2)
+        assert httpx.get(f"{fleet.url}/health").status_code == 200  # no replica says so before the front
         yield fleet
         process.terminate()
         assert process.wait(120) == 0, fleet.log

@@ -162,6 +162,17 @@ def test_a_killed_replica_takes_only_its_own_streams_along(fleet: Fleet) -> None
     fleet.wait_for_replicas(2)
 
 
+def test_bursts_are_spread_over_the_replicas(fleet: Fleet) -> None:
+    """Short prompts, so that only the load decides. A replica has just been replaced: its counts must not matter."""
+    for _ in range(4):
+        before = fleet.metrics("tgi_request_count")
+        with ThreadPoolExecutor(16) as pool:
+            streams = list(pool.map(lambda index: read_stream(fleet, index, 20), range(16)))
+        counts = [count - before[name] for name, count in fleet.metrics("tgi_request_count").items()]
+        assert all(map(is_whole, streams)) and sum(counts) == 16
+        assert min(counts) >= 4, counts
+
+
 def flags_of(fleet: Fleet, *more: str) -> list[str]:
     return ["--model-id", str(fleet.model), *FLAGS, *more]
 

@@ -63,7 +63,9 @@ ROOMS: dict[str, str] = {
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel quant",
-    "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
+    "engine.programs": "quant",
+    "engine.runner": "engine.attention engine.device engine.graphs engine.layers engine.link engine.models "
+    "engine.programs engine.scheduling "
     "engine.step_buffers engine.step_inputs quant",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
     "engine.scheduling engine.step_inputs parallel",

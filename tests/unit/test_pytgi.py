@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import pytgi
-from pytgi import rooms
+from pytgi import LLM, rooms
 from pytgi.child import RESERVED_OPTIONS, flags_of
 from pytgi.commands import COMMANDS, HELP
 from pytgi.errors import RequestError
@@ -178,7 +178,7 @@ def test_every_dependency_has_an_upper_bound_that_the_tested_versions_keep() -> 
 @pytest.mark.parametrize("flags", [["--replicas", "3"], ["--replicas=3", "--max-best-of", "2"]])
 def test_replicas_are_served_by_their_own_command(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr("server.replicas.command.serve_replicas", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr("server.replicas.command.serve_replicas", lambda arguments, _: seen.append(arguments) or 0)
     with pytest.raises(SystemExit) as end:
         COMMANDS["serve"](["my-model", *flags])
     assert (end.value.code, seen) == (0, [["--model-id", "my-model", *flags]])
@@ -198,3 +198,43 @@ def test_replicas_that_cant_be_are_refused_in_a_sentence(flags: list[str], exit_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == exit_code
     assert (done.stdout + done.stderr).splitlines()[-1].endswith(last_line)
+
+
+@pytest.mark.parametrize("prompts", [{"role": "user"}, b"x", 3, None, {"a", "b"}, iter("ab")])
+def test_what_is_no_prompt_and_no_list_of_prompts_is_a_type_error(prompts: Any) -> None:
+    llm = object.__new__(LLM)  # no server is needed to refuse it
+    for call, words in ((llm.generate, "a list of texts"), (llm.chat, "a list of messages")):
+        with pytest.raises(TypeError, match=f"{words}.* and this is a {type(prompts).__name__}"):
+            call(prompts)
+    with pytest.raises(TypeError, match="this is a str"):
+        llm.chat("What is a prime?")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["serve --help", "serve m --replicas 2 --help", "download --help", "quantize --help"]
+)
+def test_help_shows_the_command_that_was_typed(arguments: str) -> None:
+    done = run_pytgi(arguments)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: pytgi {arguments.split()[0]} ")
+    assert f"\n  pytgi {arguments.split()[0]} " in done.stdout.partition("Examples:")[2]
+    assert "text-generation-" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("download", "pytgi download: error: the following arguments are required: MODEL_ID"),
+        ("quantize --nothing", "pytgi quantize: error:"),
+        ("serve m --replicas", "pytgi serve: error: argument --replicas: expected one argument"),
+        ("serve m --deploy-only", "pytgi serve: error: the following arguments are required: --replicas"),
+        ("compile x", "pytgi compile takes no arguments"),
+    ],
+)
+def test_usage_errors_name_the_command_that_was_typed(arguments: str, words: str) -> None:
+    done = run_pytgi(arguments)
+    assert done.returncode == 2 and words in done.stderr and "text-generation-" not in done.stderr
+
+
+def run_pytgi(arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "pytgi", *arguments.split()]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
