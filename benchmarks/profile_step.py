@@ -69,6 +69,7 @@ class Clock:
         self.label: str | None = None
         """What the kernels are called that run now; None: by their functions."""
         self._within = [0.0]
+        self._splits: list[Callable[[], Iterator[tuple[str, float]]]] = []
 
     def call(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self._within.append(0.0)
@@ -82,14 +83,20 @@ class Clock:
             part.calls += 1
             self._within[-1] += seconds
 
-    def add(self, name: str, seconds: float) -> None:
-        """Count a part that somebody else has timed, within the one that runs now."""
-        part = self.parts.setdefault(name, Part())
-        part.seconds += seconds
-        part.calls += 1
+    def add(self, seconds: float, split: Callable[[], Iterator[tuple[str, float]]]) -> None:
+        """Count kernels that somebody else has timed, within the part that runs now; `split` waits for `take`."""
         self._within[-1] += seconds
+        self._splits.append(split)
 
     def take(self) -> dict[str, Part]:
+        """The parts since the last time."""
+        for split in self._splits:
+            for name, seconds in split():
+                self.kernels.add(name)
+                part = self.parts.setdefault(name, Part())
+                part.seconds += seconds
+                part.calls += 1
+        self._splits.clear()
         parts, self.parts = self.parts, {}
         return parts
 
@@ -132,10 +139,11 @@ class TimedProgram:
         if self._first is None:  # there is nothing yet to tell the counter's frequency by
             self._first = end
             return
-        seconds = np.diff(stamps) * (end[0] - self._first[0]) / (end[1] - self._first[1])
-        for name, value in zip(self._labels(program.names), seconds.tolist(), strict=True):
-            self._clock.kernels.add(name)
-            self._clock.add(name, value)
+        cycle_s = (end[0] - self._first[0]) / (end[1] - self._first[1])
+        self._clock.add(
+            int(stamps[-1] - stamps[0]) * cycle_s,
+            lambda: zip(self._labels(program.names), (np.diff(stamps) * cycle_s).tolist(), strict=True),
+        )
 
     def _labels(self, names: list[str]) -> Iterator[str]:
         """A layer's matrices come in the order of `MATRICES`, the head comes last."""

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 32
 """Rows of a step up to which it is recorded: with more of them kernels take far longer than Python."""
-MAX_PROGRAMS = 32
+MAX_PROGRAMS = 64
 
 
 class StepPrograms:

@@ -175,6 +175,8 @@ class Program:
 
 def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> tuple[tuple[types.Type, ...], int]:
     """The types for which a kernel that was called so is compiled, and its address."""
+    if not hasattr(kernel, "overloads"):
+        raise NotRepeatableError(f"{kernel.__name__} is no compiled function, so there is no version of it")
     signature = tuple(kernel.typeof_pyval(argument) for argument in arguments)
     result = kernel.overloads.get(signature)
     if result is None or result.signature.return_type != types.none:
