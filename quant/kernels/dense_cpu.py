@@ -22,6 +22,9 @@ LONG_STREAM = 2048
 """From this many inputs on the processor's own prefetching is 10 % faster than ours, which evicts what is in use."""
 ROW_BLOCK_BYTES = 1 << 18
 """Activations that stay in the L2 cache while a thread walks over its weights."""
+MIN_ROW_BLOCK = 64
+"""Rows that share a reading of the weights even where their activations do not fit: they come from the L3 cache in
+time, and the weights of a large model from memory do not."""
 
 
 _single = make_tile(1, 1, ahead=0)
@@ -90,7 +93,7 @@ class DenseCpu:
         self._n_size, self._k_size = weight.shape
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
-        self._row_block = max(4, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]

@@ -8,7 +8,7 @@ import torch
 from quant.base import PackedWeight
 from quant.dense import DenseMethod
 from quant.kernels import choose_kernel
-from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_torch import DenseTorch
 
@@ -79,10 +79,10 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_
             assert torch.equal(kernel(part), whole[start : start + rows])
 
 
-def test_rows_beyond_one_row_block() -> None:
-    """Activations are taken in blocks that fit the L2 cache; the rows of the second block are rows like any other."""
-    k_size = 4096
-    rows_per_block = ROW_BLOCK_BYTES // (4 * k_size)
+@pytest.mark.parametrize("k_size", [512, 4096])
+def test_rows_beyond_one_row_block(k_size: int) -> None:
+    """Activations are taken in blocks; the rows of the second block are rows like any other."""
+    rows_per_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * k_size))
     x, weight = random(2 * rows_per_block + 3, k_size), random(24, k_size, seed=1)
     kernel = DenseCpu(packed(weight, None))
     whole = kernel(x)
