@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.layers.base import FEW_ROWS
 from quant.kernels.arrays import observed_calls
 from quant.kernels.program_cpu import Arena, Program, Recording
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 32
-"""Rows of a step up to which it is recorded: with more of them kernels take far longer than Python."""
 MAX_PROGRAMS = 64
 
 
@@ -29,7 +28,7 @@ class StepPrograms:
     def __init__(self) -> None:
         self.is_off = False
         """Whether every step is computed call by call: because the model's can't be repeated, or to compare."""
-        self._arena = Arena(MAX_ROWS)
+        self._arena = Arena(FEW_ROWS)
         self._programs: dict[Hashable, tuple[Program, torch.Tensor] | None] = {}
 
     def clear(self) -> None:
@@ -45,7 +44,7 @@ class StepPrograms:
         as many rows and of the same `variant` make the same calls. They are recorded when they come a second time.
         """
         key = num_rows, variant
-        if self.is_off or num_rows > MAX_ROWS:
+        if self.is_off or num_rows > FEW_ROWS:
             return work()
         if key not in self._programs:
             self._note(key, None)

@@ -2,7 +2,7 @@
 
 A work item is one KV head of a few neighbouring query tokens of one sequence: the query heads that share the KV head
 and the tokens together make up to 32 rows that share every load of keys and values. The order of a row's additions
-depends on the places of its keys alone: 64 keys, a span, are softened together (Dao et al. 2022), 1,024 keys make a
+depends on the places of its keys alone: 64 keys, a span, go into a row's softmax together, 1,024 keys make a
 part with a softmax of its own, and parts are merged from the first to the last. So a row's bits depend neither on how a
 prompt was cut into chunks nor on whether its parts were computed by one thread or by many.
 
@@ -17,8 +17,8 @@ import numpy as np
 from numba import njit, prange
 
 from quant.kernels.arrays import FAST
-from quant.kernels.integer_ops import enabled_features
 from quant.kernels.simd import (
+    HAS_AVX512,
     add,
     exp,
     first_lanes,
@@ -41,16 +41,15 @@ SPAN_BLOCKS = 4
 SPAN = SPAN_BLOCKS * BLOCK_SIZE
 PART_BLOCKS = 64
 PART = PART_BLOCKS * BLOCK_SIZE
-HAS_WIDE_TILES = "avx512f" in enabled_features()
-"""Eight rows of sums fill eight of 32 registers there; elsewhere four rows take eight of 16."""
-FIRST_PART, PARTIAL = 4, 6
-"""The columns of a tile for the first part of its keys, for where its results go: -1 straight into the output."""
-LOWEST = np.float32(-3.4e38)
-"""Stands for the highest score of no scores; finite, so that differences are numbers."""
+FIRST_ROW, NUM_TOKENS, FIRST_PART, PARTIAL = 0, 1, 4, 6
+"""Columns of a tile (`CpuAttention.work_items`). Its results go straight into the output where PARTIAL is -1."""
+MIN_SCORE = np.float32(-3.4e38)
+"""The highest of no scores; finite, so that differences are numbers."""
 
 
 @njit(**FAST)
 def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
+    """Write the keys and values of qkv, flat [tokens, width], into their slots [tokens] of the cache."""
     value_start = key_start + num_kv_heads * head_dim
     num_blocks = keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim)
     for token in range(slots.shape[0]):
@@ -66,7 +65,10 @@ def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values)
 
 @njit(inline="always")
 def _score_four(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
-    """Scores of 4 rows against 16 keys; q [head_dim, num_rows], of which the first row begins at `place`."""
+    """Scores of 4 rows against 16 keys.
+
+    q flat [head_dim, num_rows], of which the first row begins at `place`; scores flat [num_rows, SPAN].
+    """
     s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
     for d in range(head_dim):
         k = load16(keys, base + d * LANES)
@@ -81,6 +83,7 @@ def _score_four(q, place, num_rows, head_dim, keys, base, scores, target):  # ty
 
 @njit(inline="always")
 def _score_eight(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
+    """The same for 8 rows, which share each load of keys."""
     s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
     s4, s5, s6, s7 = zeros16(), zeros16(), zeros16(), zeros16()
     for d in range(head_dim):
@@ -104,7 +107,7 @@ def _score_eight(q, place, num_rows, head_dim, keys, base, scores, target):  # t
 def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ignore[no-untyped-def]
     """Scores of all rows, a multiple of 4, against a block's keys, which are the span's from `column` on."""
     row = 0
-    if HAS_WIDE_TILES:
+    if HAS_AVX512:  # eight rows of sums fill eight of 32 registers there; elsewhere four rows take eight of 16
         while row + 8 <= num_rows:
             _score_eight(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
             row += 8
@@ -114,29 +117,29 @@ def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ig
 
 
 @njit(inline="always")
-def _hide_first(scores, row, num_hidden):  # type: ignore[no-untyped-def]
+def _mask_first(scores, row, num_masked):  # type: ignore[no-untyped-def]
     """Hide the first keys of the span from a row: its window begins after them."""
-    for i in range(row * SPAN, row * SPAN + min(SPAN, num_hidden)):
+    for i in range(row * SPAN, row * SPAN + min(SPAN, num_masked)):
         scores[i] = np.float32(-np.inf)
 
 
 @njit(inline="always")
-def _soften_row(scores, row, num_visible, highest, totals, sums, head_dim):  # type: ignore[no-untyped-def]
+def _softmax_row(scores, row, num_visible, max_scores, totals, sums, head_dim):  # type: ignore[no-untyped-def]
     """Turn a row's scores into weights relative to its highest score so far, rescaling what it summed before."""
-    hidden = np.float32(-np.inf)
+    masked = np.float32(-np.inf)
     place, lanes = row * SPAN, row * LANES
-    s0 = first_lanes(num_visible, load16(scores, place), hidden)
-    s1 = first_lanes(num_visible - LANES, load16(scores, place + LANES), hidden)
-    s2 = first_lanes(num_visible - 2 * LANES, load16(scores, place + 2 * LANES), hidden)
-    s3 = first_lanes(num_visible - 3 * LANES, load16(scores, place + 3 * LANES), hidden)
+    s0 = first_lanes(num_visible, load16(scores, place), masked)
+    s1 = first_lanes(num_visible - LANES, load16(scores, place + LANES), masked)
+    s2 = first_lanes(num_visible - 2 * LANES, load16(scores, place + 2 * LANES), masked)
+    s3 = first_lanes(num_visible - 3 * LANES, load16(scores, place + 3 * LANES), masked)
     top = max_lanes(max_of(max_of(s0, s1), max_of(s2, s3)))
-    if top > highest[row]:
-        shrink = exp(splat16(highest[row] - top))
-        highest[row] = top
-        store(totals, lanes, multiply(load16(totals, lanes), shrink))
+    if top > max_scores[row]:
+        rescale = exp(splat16(max_scores[row] - top))
+        max_scores[row] = top
+        store(totals, lanes, multiply(load16(totals, lanes), rescale))
         for d in range(row * head_dim, (row + 1) * head_dim, LANES):
-            store(sums, d, multiply(load16(sums, d), shrink))
-    base = splat16(highest[row])
+            store(sums, d, multiply(load16(sums, d), rescale))
+    base = splat16(max_scores[row])
     w0, w1 = exp(subtract(s0, base)), exp(subtract(s1, base))
     w2, w3 = exp(subtract(s2, base)), exp(subtract(s3, base))
     store(totals, lanes, add(load16(totals, lanes), add(add(w0, w1), add(w2, w3))))
@@ -222,8 +225,9 @@ def _sum_eight(scores, place, num_keys, head_dim, values, base, sums, target, d)
 
 @njit(inline="always")
 def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
+    """Add the weighted values of a block's first keys to the sums of all rows, flat [num_rows, head_dim]."""
     row = 0
-    if HAS_WIDE_TILES and head_dim % (2 * LANES) == 0:
+    if HAS_AVX512 and head_dim % (2 * LANES) == 0:
         while row + 8 <= num_rows:
             for d in range(0, head_dim, 2 * LANES):
                 _sum_eight(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
@@ -235,11 +239,11 @@ def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums)
 
 
 @njit(inline="always")
-def _merge_row(highest, totals, sums, row, top, total, part_sums, place, head_dim):  # type: ignore[no-untyped-def]
+def _merge_row(max_scores, totals, sums, row, top, total, part_sums, place, head_dim):  # type: ignore[no-untyped-def]
     """Merge a part of a row's softmax into those before it. What saw no key changes nothing, on either side."""
-    joint = max(highest[row], top)
-    before, after = exp(splat16(highest[row] - joint)), exp(splat16(top - joint))
-    highest[row] = joint
+    joint = max(max_scores[row], top)
+    before, after = exp(splat16(max_scores[row] - joint)), exp(splat16(top - joint))
+    max_scores[row] = joint
     totals[row] = totals[row] * max_lanes(before) + total * max_lanes(after)
     target = row * head_dim
     for d in range(0, head_dim, LANES):
@@ -248,6 +252,7 @@ def _merge_row(highest, totals, sums, row, top, total, part_sums, place, head_di
 
 @njit(inline="always")
 def _finish_row(sums, row, total, head_dim, out, target):  # type: ignore[no-untyped-def]
+    """Write a row's sums over the total of its weights to the output."""
     inverse = splat16(np.float32(1.0) / total)
     for d in range(0, head_dim, LANES):
         store(out, target + d, multiply(load16(sums, row * head_dim + d), inverse))
@@ -257,9 +262,9 @@ def _finish_row(sums, row, total, head_dim, out, target):  # type: ignore[no-unt
 def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, first, last, kv, state):  # type: ignore[no-untyped-def]
     """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
     keys, values, first_of_head = kv
-    scores, highest, totals, sums = state
+    scores, max_scores, totals, sums = state
     size = BLOCK_SIZE * head_dim
-    highest[:], totals[:], sums[:] = LOWEST, 0.0, 0.0
+    max_scores[:], totals[:], sums[:] = MIN_SCORE, 0.0, 0.0
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
         for index in range(begin, end):
@@ -268,9 +273,9 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
             for row in range(num_rows):
-                _hide_first(scores, row, num_visible + row // group - window)
+                _mask_first(scores, row, num_visible + row // group - window)
         for row in range(num_rows):
-            _soften_row(scores, row, num_visible + row // group, highest, totals, sums, head_dim)
+            _softmax_row(scores, row, num_visible + row // group, max_scores, totals, sums, head_dim)
         for index in range(begin, end):
             # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
             num_keys = min(BLOCK_SIZE, position + num_tokens - index * BLOCK_SIZE)
@@ -282,16 +287,19 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
 def _attend_item(  # type: ignore[no-untyped-def]
     item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out, partials
 ):
-    """tiles, partials: as `CpuAttention.work_items` and `CpuAttention.forward` make them."""
+    """One KV head of one tile.
+
+    qkv flat [tokens, width], out flat [tokens, num_heads, head_dim]; tiles, partials, block_table as in `CpuAttention`.
+    """
     group = num_heads // num_kv_heads
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     num_rows = (num_tokens * group + 3) // 4 * 4
     q = np.zeros(num_rows * head_dim, np.float32)
     scores = np.empty(num_rows * SPAN, np.float32)
-    highest, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
+    max_scores, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
     sums, all_sums = np.empty(num_rows * head_dim, np.float32), np.zeros(num_rows * head_dim, np.float32)
-    all_highest, all_totals = np.full(num_rows, LOWEST), np.zeros(num_rows, np.float32)
+    all_max, all_totals = np.full(num_rows, MIN_SCORE), np.zeros(num_rows, np.float32)
     for row in range(num_tokens * group):
         source = (first_row + row // group) * width + (head * group + row % group) * head_dim
         for d in range(head_dim):
@@ -299,34 +307,34 @@ def _attend_item(  # type: ignore[no-untyped-def]
     first_of_head = head * (keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
-    kv, state = (keys, values, first_of_head), (scores, highest, totals, sums)
+    kv, state = (keys, values, first_of_head), (scores, max_scores, totals, sums)
     for part in range(max(first_part, first // PART_BLOCKS), last_part):
         begin, end = max(first, part * PART_BLOCKS), min(last, (part + 1) * PART_BLOCKS)
         blocks = block_table[sequence]
         _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, begin, end, kv, state)
         for row in range(num_rows):
             total = sum_lanes(load16(totals, row * LANES))
-            _merge_row(all_highest, all_totals, all_sums, row, highest[row], total, sums, row * head_dim, head_dim)
+            _merge_row(all_max, all_totals, all_sums, row, max_scores[row], total, sums, row * head_dim, head_dim)
     for row in range(num_tokens * group):
         if partial < 0:
             target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
             _finish_row(all_sums, row, all_totals[row], head_dim, out, target)
         else:
             partials[partial, head, row, :head_dim] = all_sums[row * head_dim : (row + 1) * head_dim]
-            partials[partial, head, row, head_dim], partials[partial, head, row, head_dim + 1] = (
-                all_highest[row],
-                all_totals[row],
-            )
+            partials[partial, head, row, head_dim] = all_max[row]
+            partials[partial, head, row, head_dim + 1] = all_totals[row]
 
 
 @njit(**FAST)
 def attend_serial(num_items, args):  # type: ignore[no-untyped-def]
+    """All items, one after the other; args as `_attend_item` takes them after the item."""
     for item in range(num_items):
         _attend_item(item, *args)
 
 
 @njit(parallel=True, **FAST)
 def attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
+    """All items, shared by the threads."""
     for item in prange(num_items):
         _attend_item(item, *args)
 
@@ -339,14 +347,14 @@ def merge_parts(tiles, num_heads, num_kv_heads, head_dim, out, partials):  # typ
         tile, head = item // num_kv_heads, item % num_kv_heads
         if tiles[tile, PARTIAL] < 0 or tiles[tile, FIRST_PART] > 0:
             continue
-        first_row, num_tokens = tiles[tile, 0], tiles[tile, 1]
+        first_row, num_tokens = tiles[tile, FIRST_ROW], tiles[tile, NUM_TOKENS]
         for row in range(num_tokens * group):
-            highest, totals = np.full(1, LOWEST), np.zeros(1, np.float32)
+            max_scores, totals = np.full(1, MIN_SCORE), np.zeros(1, np.float32)
             sums = np.zeros(head_dim, np.float32)
             place = tile
-            while place < tiles.shape[0] and tiles[place, 0] == first_row:
+            while place < tiles.shape[0] and tiles[place, FIRST_ROW] == first_row:
                 part = partials[tiles[place, PARTIAL], head, row]
-                _merge_row(highest, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)
+                _merge_row(max_scores, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)
                 place += 1
             target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
             _finish_row(sums, 0, totals[0], head_dim, out, target)

@@ -7,6 +7,12 @@ from typing import Protocol
 
 import torch
 
+FEW_ROWS = 32
+"""Rows of a step up to which Python takes longer than kernels on a CPU.
+
+For as many a model calls nothing of torch that is no view, so that the step can be a program (`engine.programs`).
+"""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RotaryTable:

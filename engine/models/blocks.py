@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
-from engine.layers.base import Rotation
+from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
 from engine.models.base import CheckpointLayers, ModelContext
@@ -20,9 +20,6 @@ from engine.models.config import DecoderConfig
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
-
-FEW_ROWS = 32
-"""Rows for which the zeros that the first layer adds are there from the start."""
 
 
 class Attention:
@@ -196,6 +193,7 @@ class DecoderForCausalLM:
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches
+        # What the first layer adds to steps of few rows; larger ones make their own.
         self._zeros = torch.zeros(
             FEW_ROWS, self._hidden_size, dtype=self._context.activation_dtype, device=self._context.device
         )

@@ -15,29 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quant.kernels.integer_ops import enabled_features
-from quant.kernels.simd import (
-    F32,
-    I32,
-    LANES,
-    fold_sum,
-    lanes,
-    lanes16,
-    lanes_at,
-    prefetch_at,
-    splat16,
-    vector_call,
-    zeros16,
-)
-from quant.kernels.simd import splat as splat8
-from quant.kernels.simd import zeros as zeros8
+from quant.kernels.simd import F32, HAS_AVX512, LANES, array_data, fold_sum, lanes_at, prefetch_at, vector_call
 
-WIDTH = 2 * LANES if "avx512f" in enabled_features() else LANES
+WIDTH = 2 * LANES if HAS_AVX512 else LANES
 """Lanes of an accumulator: one register with AVX-512 and with AVX, two with NEON."""
-
-
-def _data(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
-    return context.make_array(signature.args[index])(context, builder, value=args[index]).data
 
 
 def make_tile(rows: int, outputs: int, ahead: int) -> Any:
@@ -50,7 +31,7 @@ def make_tile(rows: int, outputs: int, ahead: int) -> Any:
     @intrinsic
     def tile(typing_context, x, x0, w, w0, k_size, bias, n, out, o0, n_size):  # type: ignore[no-untyped-def]
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x_data, w_data, bias_data, out_data = (_data(context, b, signature, args, i) for i in (0, 2, 5, 7))
+            x_data, w_data, bias_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 2, 5, 7))
             x_type, w_type = signature.args[0].dtype, signature.args[2].dtype
             x0, w0, k_size, n, o0, n_size = (args[i] for i in (1, 3, 4, 6, 8, 9))
 
@@ -92,55 +73,3 @@ def make_tile(rows: int, outputs: int, ahead: int) -> Any:
         return types.none(x, at, w, at, at, bias, at, out, at, at), codegen
 
     return tile
-
-
-zeros, splat, accumulator = (zeros16, splat16, lanes16) if WIDTH > LANES else (zeros8, splat8, lanes)
-
-
-def _widened(builder: Any, integers: Any, scale: Any, shift: Any) -> Any:
-    """`integers * scale + shift`, rounded once."""
-    return vector_call(builder, "fma", builder.sitofp(integers, scale.type), scale, shift)
-
-
-@intrinsic
-def add_int8(typing_context: Any, x: Any, x0: Any, w: Any, w0: Any, scale: Any, shift: Any, total: Any) -> Any:
-    """`total` plus the products of `WIDTH` inputs from x0 on and as many int8 weights from w0 on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_data, w_data = (_data(context, builder, signature, args, index) for index in (0, 2))
-        integers = builder.sext(_bytes_at(builder, w_data, args[3], WIDTH), ir.VectorType(I32, WIDTH))
-        a = lanes_at(builder, x_data, signature.args[0].dtype, args[1], WIDTH, WIDTH)
-        return vector_call(builder, "fma", a, _widened(builder, integers, args[4], args[5]), args[6])
-
-    at = types.intp
-    return accumulator(x, at, w, at, accumulator, accumulator, accumulator), codegen
-
-
-@intrinsic
-def add_int4(typing_context: Any, x: Any, x0: Any, w: Any, w0: Any, scale: Any, shift: Any, total: Any) -> Any:
-    """`total` plus the products of 16 inputs from x0 on and the halves of 8 bytes of weights from w0 on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_data, w_data = (_data(context, builder, signature, args, index) for index in (0, 2))
-        pairs = _bytes_at(builder, w_data, args[3], LANES)
-        low = builder.and_(pairs, ir.Constant(pairs.type, [15] * LANES))
-        high = builder.lshr(pairs, ir.Constant(pairs.type, [4] * LANES))
-        order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
-        parts = [builder.shuffle_vector(low, high, order)] if WIDTH > LANES else [low, high]
-        sums = args[6]
-        for index, part in enumerate(parts):
-            weight = _widened(builder, builder.zext(part, ir.VectorType(I32, WIDTH)), args[4], args[5])
-            place = builder.add(args[1], ir.Constant(args[1].type, index * WIDTH))
-            a = lanes_at(builder, x_data, signature.args[0].dtype, place, WIDTH, WIDTH)
-            sums = vector_call(builder, "fma", a, weight, sums)
-        return sums
-
-    at = types.intp
-    return accumulator(x, at, w, at, accumulator, accumulator, accumulator), codegen
-
-
-def _bytes_at(builder: Any, data: Any, offset: Any, count: int) -> Any:
-    vector = ir.VectorType(ir.IntType(8), count)
-    value = builder.load(builder.bitcast(builder.gep(data, [offset]), vector.as_pointer()))
-    value.align = 1
-    return value

@@ -13,12 +13,12 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import config, types
+from numba import types
 from numba.core import cgutils
-from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from quant.kernels.rounded_torch import MIN_ROUNDED
+from quant.kernels.simd import enabled_features
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -56,12 +56,6 @@ INSTRUCTIONS = (
     Instructions("avx2", lanes=8, rows=4, units=2, is_signed=True),
     Instructions("dotprod", lanes=4, rows=4, units=4, is_signed=True, product="llvm.aarch64.neon.sdot.v4i32.v16i8"),
 )
-
-
-def enabled_features() -> set[str]:
-    """LLVM's names of what Numba compiles for: what the machine has, or NUMBA_CPU_FEATURES."""
-    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return {feature.removeprefix("+") for feature in features.split(",") if feature.startswith("+")}
 
 
 def find_instructions() -> Instructions | None:

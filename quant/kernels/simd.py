@@ -15,8 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.ir as ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 LANES = 8
@@ -24,6 +25,16 @@ LANES = 8
 F32 = ir.FloatType()
 I32 = ir.IntType(32)
 I8_LANES = ir.VectorType(ir.IntType(8), LANES)
+
+
+def enabled_features() -> set[str]:
+    """LLVM's names of what Numba compiles for: what the machine has, or NUMBA_CPU_FEATURES."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {feature.removeprefix("+") for feature in features.split(",") if feature.startswith("+")}
+
+
+HAS_AVX512 = "avx512f" in enabled_features()
+"""Whether there are 32 registers of sixteen lanes; elsewhere on x86 there are 16 of eight."""
 
 
 class LanesType(types.Type):  # type: ignore[misc]
@@ -61,6 +72,11 @@ def _spread(builder: Any, value: Any, count: int) -> Any:
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     single = builder.insert_element(undefined, value, ir.Constant(I32, 0))
     return builder.shuffle_vector(single, undefined, _integers(0, count))
+
+
+def array_data(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
+    """The typed pointer to the elements of the array that is argument `index` of an intrinsic."""
+    return context.make_array(signature.args[index])(context, builder, value=args[index]).data
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
@@ -120,7 +136,7 @@ def _make_load(result: LanesType) -> Any:
         """Elements from `offset` on of a flat array, one for each lane, widened exactly to float32."""
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+            data = array_data(context, builder, sig, args, 0)
             return lanes_at(builder, data, sig.args[0].dtype, args[1], result.count, result.count)
 
         return result(array, types.intp), codegen
@@ -179,7 +195,7 @@ def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         dtype = sig.args[0].dtype
-        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        data = array_data(context, builder, sig, args, 0)
         value = builder.load(builder.gep(data, [args[1]]))
         if dtype in (types.int8, types.int32):
             return builder.sitofp(value, F32)
@@ -206,7 +222,7 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
     """Ask for the cache line of an element, into the L2 cache; harmless past the end."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        data = array_data(context, builder, sig, args, 0)
         prefetch_at(builder, data, args[1])
         return context.get_dummy_value()
 
@@ -238,7 +254,7 @@ def store_one(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
             is_number = builder.fcmp_ordered("ord", stored, stored)
             kept = builder.select(is_number, builder.lshr(rounded, ir.Constant(I32, 16)), ir.Constant(I32, 0x7FC0))
             stored = builder.trunc(kept, ir.IntType(16))
-        data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+        data = array_data(context, builder, sig, args, 0)
         builder.store(stored, builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 

@@ -11,7 +11,8 @@ import torch
 from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
-from engine.programs import MAX_PROGRAMS, MAX_ROWS, StepPrograms
+from engine.layers.base import FEW_ROWS
+from engine.programs import MAX_PROGRAMS, StepPrograms
 from engine.runner import ModelRunner
 from engine.scheduling.sequence import Sequence
 from quant.kernels.program_cpu import Program
@@ -107,11 +108,18 @@ def test_work_with_an_operation_of_torch_keeps_its_result() -> None:
     assert programs.is_off
 
 
-def test_large_steps_and_all_variants_but_the_last_ones_are_forgotten() -> None:
+def test_the_variants_that_came_last_are_kept() -> None:
     programs = StepPrograms()
     x = torch.zeros(1, 8)
     for variant in range(2 * MAX_PROGRAMS):
         for _ in range(2):
             programs.run(1, variant, [x], lambda: x)
-    programs.run(MAX_ROWS + 1, 0, [x], lambda: x)
-    assert len(programs._programs) == MAX_PROGRAMS
+    assert list(programs._programs) == [(1, variant) for variant in range(MAX_PROGRAMS, 2 * MAX_PROGRAMS)]
+
+
+def test_a_step_of_many_rows_is_never_recorded() -> None:
+    programs = StepPrograms()
+    x = torch.zeros(1, 8)
+    for _ in range(3):
+        programs.run(FEW_ROWS + 1, 0, [x], lambda: x)
+    assert not programs._programs

@@ -64,7 +64,7 @@ ROOMS: dict[str, str] = {
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel quant",
-    "engine.programs": "quant",
+    "engine.programs": "engine.layers quant",
     "engine.runner": "engine.attention engine.device engine.graphs engine.layers engine.link engine.models "
     "engine.programs engine.scheduling "
     "engine.step_buffers engine.step_inputs quant",

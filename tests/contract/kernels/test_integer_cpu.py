@@ -18,13 +18,13 @@ from quant.kernels.integer_ops import (
     CHUNK,
     INSTRUCTIONS,
     Instructions,
-    enabled_features,
     find_instructions,
     make_tile,
     round_group,
 )
 from quant.kernels.packed_cpu import PackedCpu
 from quant.kernels.rounded_torch import RoundedTorch, activation_group, round_activations
+from quant.kernels.simd import enabled_features
 from quant.packing import widen
 from tests.contract.kernels.test_packed_cpu import random_weight
 
