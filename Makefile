@@ -27,7 +27,7 @@ help:
 	@echo 'make ray-test          two replicas on Ray Serve: the wire, a kill, updates, scaling, what a token costs'
 	@echo 'make clients           more clients than make test runs, on the demo model; installs them on first use (PYTEST_ARGS=)'
 	@echo 'make soak              mixed load on the small demo model for 8 hours, judged   (MINUTES=, ARGS= flags of benchmarks/soak)'
-	@echo 'make peers             speed against llama.cpp; builds it on first use (ARGS= flags of benchmarks/peers.py)'
+	@echo 'make peers             speed against other engines; installs them on first use (ARGS= flags of benchmarks/peers)'
 	@echo 'make kernels-aot       compile the GPU kernels for cards that are not there   (ARGS= flags of scripts/kernels_aot.py)'
 	@echo 'make gpu-proof         check and measure everything on the GPU of this host   (ARGS= flags of benchmarks/gpu_proof)'
 	@echo 'make image             build a container image   (TARGET= cuda, rocm, cpu or sagemaker, IMAGE= its name, ARGS= build arguments)'
@@ -128,7 +128,7 @@ soak: install
 	@$(PY) -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
 peers: install
-	@$(PY) benchmarks/peers.py $(ARGS)
+	@$(PY) -m benchmarks.peers $(ARGS)
 
 kernels-aot: install $(VENV)/interpreted
 	@PYTHONPATH=. $(PY) scripts/kernels_aot.py $(ARGS)

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,20 @@ class Pytgi:
                 assert event.finish_reason is not FinishReason.EOS_TOKEN, "the prompt must not end early"
             ends.append(time.perf_counter() - started)
         return ends
+
+    def generate(self, prompts: Sequence[list[int]], num_tokens: int, report: Callable[[int, int], None]) -> None:
+        """Decode so many tokens after each of the prompts, past every end, and report each."""
+        from engine.link.messages import GenerationRequest
+
+        for index, prompt in enumerate(prompts):
+            request = GenerationRequest(
+                request_id=str(index), prompt_token_ids=prompt, max_new_tokens=num_tokens, is_ignoring_eos=True
+            )
+            self._core.take(request)
+        while self._core.scheduler.has_work:
+            for event in self._core.step():
+                for token_id in event.token_ids:
+                    report(int(event.request_id), token_id)
 
     def decode_rate(self, prompt_ids: list[int], num_tokens: int) -> float:
         ends = self.run(prompt_ids, 1, num_tokens)

@@ -23,10 +23,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.offline import demo_model, num_cores, restart_with_environment  # noqa: E402
-from benchmarks.peers import NEW_TOKENS, PROMPT_TOKENS, pytgi_side  # noqa: E402
+from benchmarks.peers.table import pytgi_side  # noqa: E402
 from benchmarks.perplexity import TEXT, engine_config, text_ids  # noqa: E402
 from engine.link.environment import user_cache_dir  # noqa: E402
 
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
 MADE = ("gptq", "awq")
 FORMS = ["bfloat16", "eetq", "int4", *MADE]
 CALIBRATION_TEXT = TEXT.with_name("pride_and_prejudice.txt")

@@ -1,13 +1,12 @@
 """pytgi as one side of a comparison: speaks JSON lines as `sides.Side` expects.
 
-    python side_pytgi.py FORM FOLDER
+    python side_pytgi.py FORM FOLDER [KV_TOKENS]
 
 FORM as in perplexity.py. Started with the variables of `engine_environment`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.offline import Pytgi  # noqa: E402
+from benchmarks.peers.answers import Generate, serve  # noqa: E402
 from benchmarks.perplexity import engine_config  # noqa: E402
 
 KV_TOKENS = 1024
@@ -68,17 +68,15 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    form, folder = sys.argv[1:]
-    started = time.monotonic()
-    engine = Pytgi(engine_config(form, folder, max_batch_total_tokens=KV_TOKENS))
-    about = {"load_s": time.monotonic() - started, **weight_bytes(engine.model)}
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        message = json.loads(line)
-        ends = engine.run(message["prompt_ids"], 1, message["num_tokens"])
-        first = ends[-message["num_tokens"]]
-        answer = {"prefill_s": first, "decode_s": ends[-1] - first, "peak_bytes": peak_bytes()}
-        print(json.dumps(answer), flush=True)
+    form, folder = sys.argv[1:3]
+    kv_tokens = int(sys.argv[3]) if len(sys.argv) > 3 else KV_TOKENS
+
+    def start() -> tuple[dict[str, Any], Generate]:
+        started = time.monotonic()
+        engine = Pytgi(engine_config(form, folder, max_batch_total_tokens=kv_tokens))
+        return {"load_s": time.monotonic() - started, **weight_bytes(engine.model)}, engine.generate
+
+    serve(start, lambda: {"peak_bytes": peak_bytes()})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_clock import StepClock
 from engine.scheduling.step_costs import CostObserver
-from engine.scheduling.step_limit import StepLimit
+from engine.scheduling.step_limit import StepLimit, StepRoom
 from engine.shedding import Shedder
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class EngineCore:
         clock = StepClock()
         self.report = clock.report
         with clock.scheduling():
-            batch = self.scheduler.schedule(self._max_tokens())
+            batch = self.scheduler.schedule(self._room())
         with clock.computing(batch):
             try:
                 result = self.runner.execute(batch)
@@ -83,12 +83,12 @@ class EngineCore:
         self._learn(batch, clock.finish(events))
         return events
 
-    def _max_tokens(self) -> int | None:
-        """Tokens that the next step may compute so that it ends in time."""
-        return self.limit.max_tokens(is_only_sequence=self.scheduler.num_sequences == 1)
+    def _room(self) -> StepRoom:
+        """The next step's room for prompts, so that it ends in time."""
+        return self.limit.room(is_only_sequence=self.scheduler.num_sequences == 1)
 
     def _learn(self, batch: ScheduledBatch, seconds: float) -> None:
-        self.limit.observe(batch.num_tokens, seconds)
+        self.limit.observe(batch, seconds)
         if batch.is_decoding:
             self.costs.observe(batch.num_tokens, seconds)
 

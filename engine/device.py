@@ -76,6 +76,8 @@ class Device:
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
+    repeats_calls: bool = False
+    """Whether the calls of compiled functions that make up a step can be recorded, and made again by one call."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
     is_asynchronous: bool = False
@@ -83,7 +85,7 @@ class Device:
     half_dtype: str = "bfloat16"
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
-    """Longest step while anything else runs or waits; None: steps are short anyway."""
+    """Longest step while anything else runs or waits, unless a flag says it; None: steps are short anyway."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
 
@@ -208,8 +210,9 @@ def find_cpu(local_rank: int) -> Device:
         computes_in_float32=True,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
-        step_limit_s=1.0,
-        alone_step_limit_s=5.0,
+        repeats_calls=True,
+        step_limit_s=0.25,
+        alone_step_limit_s=1.0,
     )
 
 

@@ -97,7 +97,7 @@ class OverlappedCore(EngineCore):
         clock = StepClock(None if last is None else last.clock)
         self.report = clock.report
         with clock.scheduling():
-            batch = self.scheduler.schedule(self._max_tokens())
+            batch = self.scheduler.schedule(self._room())
         try:
             self._launched = self._launch(batch, clock, last) if batch.scheduled else None
         except torch.OutOfMemoryError as error:

@@ -50,7 +50,7 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     prepared = _prepare(config, ranks)
     device, limits = prepared.device, prepared.plan.limits
     runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
-    step_limit = StepLimit(device.step_limit_s, device.alone_step_limit_s)
+    step_limit = make_step_limit(config, device)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
     block_size = prepared.runner.block_size
     num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
@@ -74,9 +74,17 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         shards=None if ranks is None else ranks.describe(),
         graphs=prepared.runner.describe_graphs(),
         overlap=describe_overlap(prepared.why_not_overlap) if device.is_asynchronous else None,
+        steps=step_limit.describe(),
     )
     log_row_invariance(is_row_invariant)
     return core, EngineReady(**dataclasses.asdict(limits), vocab_size=prepared.loaded.model.vocab_size)
+
+
+def make_step_limit(config: EngineConfig, device: Device) -> StepLimit:
+    """The limit that the flag says, or the device's."""
+    target_s = config.target_inter_token_latency_s
+    limit_s = device.step_limit_s if target_s is None else target_s or None
+    return StepLimit(limit_s, device.alone_step_limit_s)
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:

@@ -23,8 +23,9 @@ def log_summary(
     shards: str | None,
     graphs: str | None,
     overlap: str | None,
+    steps: str | None,
 ) -> None:
-    """Log model, shards, memory, limits, kernels, graphs and overlap, those that are sentences unless None."""
+    """Log model, shards, memory, limits, kernels, graphs, overlap and length of steps; the last ones unless None."""
     logger.info(
         "Model %s on %s: dtype %s, %s",
         config.model_path,
@@ -49,7 +50,7 @@ def log_summary(
         limits.max_batch_prefill_tokens,
     )
     logger.info("Kernels: %s, %d threads", device.attention, config.num_threads)
-    for line in filter(None, (graphs, overlap)):
+    for line in filter(None, (graphs, overlap, steps)):
         logger.info("%s", line)
     if (rounding := loaded.quantization.rounding) is not None:
         logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)

@@ -25,9 +25,10 @@ MEASUREMENTS = 3
 
 
 def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int) -> bool:
-    """Run a prompt, its last token alone, the prompt again; True if that token's logits had the same bits each time.
+    """Run a prompt and its last token alone, twice; True if that token's logits had the same bits each time.
 
-    Compiles the kernels (a first start only) and teaches `limit` a token's cost. Raises StartError out of memory.
+    The token alone comes once more: call by call, while its calls are recorded, and as a program. Compiles the kernels
+    (a first start only) and tells `limit` what the last steps of each kind took. Raises StartError out of memory.
     """
     started = time.monotonic()
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
@@ -35,8 +36,8 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
     request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = array("i", range(-(-num_tokens // block_size)))
-    results = []
-    for count in (num_tokens, 1, num_tokens):
+    results, seconds = [], {}
+    for count in (num_tokens, 1, 1, num_tokens, 1):
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
         batch = ScheduledBatch()
@@ -50,8 +51,8 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
             ) from error
         results.append(logits.clone())
         sample(logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)], [0])
-        seconds = time.monotonic() - step_started
-    limit.observe(num_tokens, seconds)
+        seconds[count] = time.monotonic() - step_started
+    limit.calibrate(num_tokens, few_s=seconds[1], many_s=seconds[num_tokens])
     logger.info("Warm-up took %.1f s", time.monotonic() - started)
     return all(torch.equal(results[0], other) for other in results[1:])
 

@@ -54,6 +54,10 @@ class BlockManager:
         """Blocks still to be allocated before `sequence` has room for its first `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
 
+    def num_findable_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that need not be computed if it is admitted now."""
+        return len(self._find_prefix(sequence)) * self.block_size
+
     def admit(self, sequence: Sequence, *, num_spare_blocks: int = 0) -> bool:
         """Give a waiting sequence room for all its tokens, reusing cached blocks; False (and no change) if it can't.
 

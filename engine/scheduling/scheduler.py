@@ -2,7 +2,7 @@
 
 There is no prefill or decode phase: a sequence has tokens, some of which are computed; a step computes some more under
 a budget. One token for every sequence that only lacks its newest comes first, so decoding never starves; then prompts
-that are under way; then the waiting ones, first come first served.
+share what is left (`engine.scheduling.shares`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from engine.link.messages import EngineStats, FinishReason, GenerationRequest, T
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.sequence import UNKNOWN_TOKEN, OutputGrammar, Sequence
+from engine.scheduling.shares import turns
 from engine.scheduling.speculate import Drafter, NoDrafter
+from engine.scheduling.step_limit import EndlessRoom, StepRoom
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
 
@@ -89,21 +91,21 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self._num_preemptions += 1
 
-    def schedule(self, max_tokens: int | None = None) -> ScheduledBatch:
-        """Decide the next step: at most `max_batch_tokens` tokens, and prompt chunks within `max_tokens`."""
+    def schedule(self, room: StepRoom | None = None) -> ScheduledBatch:
+        """Decide the next step: at most `max_batch_tokens` tokens, and prompts within `room`; None: that is endless."""
+        room = room or EndlessRoom()
         num_admissions = self.num_admissions
         decodes = self._decodes()
         # Those that wait for results come back: their places are not for newcomers.
         budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
-        if max_tokens is not None:  # some progress is always made on a prompt
-            budget = min(budget, max(1, max_tokens - len(decodes)))
-        chunks = self._chunks(budget)
+        room.begin(decodes)
+        chunks = self._chunks(budget, room)
         # A prompt makes the step long anyway.
-        drafts = self._draft(decodes, budget) if not chunks else [[] for _ in decodes]
+        drafts = [[] for _ in decodes] if chunks else self._draft(decodes, room.num_fitting(budget, 0, 1.0))
         batch = ScheduledBatch(num_admitted=self.num_admissions - num_admissions)
         for sequence, draft in zip(decodes, drafts, strict=True):
             batch.add(sequence, 1, draft)
-        for sequence, count in chunks:
+        for sequence, count in chunks.items():
             batch.add(sequence, count)
         return batch
 
@@ -111,27 +113,37 @@ class Scheduler:
         """The running sequences that lack only their newest token, with a block for it."""
         decodes: list[Sequence] = []
         for sequence in list(self.running):
-            if sequence.num_uncomputed_tokens != 1 or sequence.is_waiting_for_results:
+            if sequence.is_prompt or sequence.is_waiting_for_results:
                 continue
             if self._make_room(sequence):
                 decodes.append(sequence)
         return decodes
 
-    def _chunks(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Sequences that compute more than their newest token, and how many tokens of each; `budget` together."""
-        chunks: list[tuple[Sequence, int]] = []
-        prompts = self._prompts()
-        while budget > 0 and (sequence := next(prompts, None)) is not None:
-            count = min(budget, sequence.num_uncomputed_tokens)
-            chunks.append((sequence, count))
-            budget -= count
-        return chunks
+    def _chunks(self, budget: int, room: StepRoom) -> dict[Sequence, int]:
+        """Prompts, and how many tokens of each the step computes: `budget` together, within `room`."""
+        counts: dict[Sequence, int] = {}
+        under_way = [s for s in self.running if s.is_prompt and not s.is_waiting_for_results]
+        is_open = True
 
-    def _prompts(self) -> Iterator[Sequence]:
-        """Prompts under way, then waiting sequences; each of those is admitted when the caller takes it."""
-        yield from [s for s in self.running if s.num_uncomputed_tokens > 1 and not s.is_waiting_for_results]
-        while self.waiting and self._admit_first():
-            yield self.running[-1]
+        def num_missing(sequence: Sequence) -> int:
+            if sequence.block_table:
+                return sequence.num_uncomputed_tokens - counts.get(sequence, 0)
+            # One that can't be admitted has no use for room.
+            return sequence.num_tokens - self._blocks.num_findable_tokens(sequence) if is_open else 0
+
+        for sequence, share in turns([*under_way, *self.waiting], num_missing):
+            if budget <= 0:
+                break
+            is_open = is_open and self._prepare(sequence, is_served=sequence in counts)
+            if sequence.block_table and (missing := num_missing(sequence)):
+                context = sequence.num_computed_tokens + counts.get(sequence, 0)
+                if count := room.num_fitting(min(missing, math.ceil(share * budget)), context, share):
+                    room.take(count, context)
+                    counts[sequence] = counts.get(sequence, 0) + count
+                    budget -= count
+        for sequence in counts:
+            self._note_begin(sequence)
+        return counts
 
     def _draft(self, sequences: list[Sequence], budget: int) -> list[list[int]]:
         """A draft for each sequence, within its request's limit and the free blocks: nobody is preempted for one."""
@@ -239,6 +251,21 @@ class Scheduler:
                 return False
         return True
 
+    def _prepare(self, sequence: Sequence, *, is_served: bool) -> bool:
+        """Give a sequence its memory, after all that wait before it; False if there is none.
+
+        One that was admitted only because it stood before another may share the prefix of those computed meanwhile.
+        """
+        if sequence.block_table:
+            if sequence.queue_time_s is None and not is_served:
+                self._blocks.free(sequence)
+                self._blocks.admit(sequence)
+            return True
+        while self._admit_first():
+            if sequence.block_table:
+                return True
+        return False
+
     def _admit_first(self) -> bool:
         """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
 
@@ -246,17 +273,20 @@ class Scheduler:
         A sequence that was preempted while a step was launched with it waits for that step's results.
         """
         sequence = self.waiting[0]
-        if len(self.running) == self._max_running or sequence.num_launched:
+        if len(self.running) in (self._max_running, self._max_batch_tokens) or sequence.num_launched:
             return False
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
             return False
         self.running.append(self.waiting.popleft())
         self.num_admissions += 1
+        return True
+
+    def _note_begin(self, sequence: Sequence) -> None:
+        """A step computes some of the sequence, for the first time if that was not noted yet."""
         if sequence.queue_time_s is None:
             self._num_prefix_hit_tokens += sequence.num_computed_tokens
             sequence.num_prefix_hit_tokens = sequence.num_computed_tokens
             sequence.queue_time_s = time.monotonic() - sequence.arrival_time
-        return True
 
     def _accept(self, scheduled: ScheduledSequence, sampled: SampledBatch) -> list[TokenEvent]:
         """Take the next token, and one more for each token of the draft that was right; an error is an event alone."""

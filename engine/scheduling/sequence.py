@@ -60,9 +60,9 @@ class Sequence:
     """The likeliest tokens at the places of `prompt_logprobs`, if the request has them."""
     prompt_top_logprobs: list[list[float]] = dataclasses.field(default_factory=list)
     num_prefix_hit_tokens: int = 0
-    """Computed tokens that were found in the prefix cache at the first admission."""
+    """Computed tokens that were found in the prefix cache before the first step."""
     queue_time_s: float | None = None
-    """Seconds from arrival to the first admission, None before it; the first event says it."""
+    """Seconds from arrival to the first step that computes something of it, None before; the first event says it."""
     grammar: OutputGrammar | None = None
     needs_tokens: bool = False
     """Whether the choice of a token takes the tokens before it on the host."""
@@ -105,6 +105,11 @@ class Sequence:
         event.prompt_ranks, self.prompt_ranks = self.prompt_ranks, []
         event.prompt_top_token_ids, self.prompt_top_token_ids = self.prompt_top_token_ids, []
         event.prompt_top_logprobs, self.prompt_top_logprobs = self.prompt_top_logprobs, []
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it lacks more than its newest token, or nothing of it was computed yet."""
+        return self.num_uncomputed_tokens > 1 or self.queue_time_s is None
 
     @property
     def has_unknown_token(self) -> bool:

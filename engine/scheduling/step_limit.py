@@ -1,35 +1,109 @@
-"""The number of tokens that a step may compute so that it ends in time, learnt from the steps so far."""
+"""The room that a step has for prompts, so that it ends in time for those who wait for their next token."""
 
 from __future__ import annotations
 
-MIN_TOKENS_LEARNT_FROM = 16
-"""Smaller steps are bound by reading the weights and say nothing about the cost of a token."""
-MIN_CHUNK_TOKENS = 16
-"""A prompt makes some progress in every step, however short the limit."""
-SMOOTHING = 0.3
+import bisect
+import math
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_times import StepTimes, StepWork, work_of
+
+MIN_PROMPT_TOKENS = 16
+"""Prompts get so many tokens in every step, however short the limit: that many cost little more than one."""
+MIN_PROMPT_SHARE = 0.5
+"""Prompts make a step longer by so much of the time that it takes without them, however short the limit."""
+
+
+class StepRoom(Protocol):
+    """The room of one step: the scheduler takes it up for one prompt after the other."""
+
+    def begin(self, decodes: SequenceOf[Sequence]) -> None:
+        """The step computes one token of each of `decodes`, whatever the room."""
+
+    def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
+        """As many of a prompt's next `num_tokens` tokens, after `context` others, as fit into `share` of the room.
+
+        At least one while nothing was taken.
+        """
+
+    def take(self, num_tokens: int, context: int) -> None:
+        """The step computes `num_tokens` tokens of a prompt after `context` others."""
+
+
+class EndlessRoom:
+    """Room for any step."""
+
+    def begin(self, decodes: SequenceOf[Sequence]) -> None:
+        pass
+
+    def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
+        return num_tokens
+
+    def take(self, num_tokens: int, context: int) -> None:
+        pass
+
+
+class TimeRoom:
+    """Room for what is predicted to end in time."""
+
+    def __init__(self, times: StepTimes, limit_s: float) -> None:
+        self._times = times
+        self._limit_s = limit_s
+        self._work = StepWork()
+        """What the step computes so far."""
+        self._num_granted = MIN_PROMPT_TOKENS
+        """Tokens that fit whatever the time."""
+
+    def begin(self, decodes: SequenceOf[Sequence]) -> None:
+        num_pairs = sum(sequence.num_tokens for sequence in decodes)
+        self._work = StepWork(len(decodes), len(decodes), 0, num_pairs)
+        self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * self._times.seconds(self._work))
+
+    def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
+        so_far_s = self._times.seconds(self._work)
+        end_s = so_far_s + share * (self._limit_s - so_far_s)
+
+        def seconds(count: int) -> float:
+            return self._times.seconds(self._work.with_chunk(count, context))
+
+        num_in_time = bisect.bisect_right(range(1, num_tokens + 1), end_s, key=seconds)
+        return min(num_tokens, max(num_in_time, math.ceil(share * self._num_granted)))
+
+    def take(self, num_tokens: int, context: int) -> None:
+        self._work = self._work.with_chunk(num_tokens, context)
+        self._num_granted = max(0, self._num_granted - num_tokens)
 
 
 class StepLimit:
-    """Predicts a step's seconds as tokens x seconds per token."""
+    """How long a step may take, and what that is in tokens."""
 
     def __init__(self, limit_s: float | None, alone_limit_s: float | None) -> None:
         """`limit_s` holds for a step of several sequences, `alone_limit_s` for that of one; None: there is no limit."""
         self._limit_s = limit_s
         self._alone_limit_s = alone_limit_s
-        self._seconds_per_token: float | None = None
+        self._times: StepTimes | None = None
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of `num_tokens` tokens took `seconds`."""
-        if num_tokens < MIN_TOKENS_LEARNT_FROM:
-            return
-        cost = seconds / num_tokens
-        if self._seconds_per_token is None:
-            self._seconds_per_token = cost
-        self._seconds_per_token += SMOOTHING * (cost - self._seconds_per_token)
-
-    def max_tokens(self, *, is_only_sequence: bool) -> int | None:
-        """Tokens that fit the limit, `MIN_CHUNK_TOKENS` at least; None: there is no limit, or nothing is learnt yet."""
-        limit_s = self._alone_limit_s if is_only_sequence else self._limit_s
-        if limit_s is None or self._seconds_per_token is None:
+    def describe(self) -> str | None:
+        """A line for the summary of the start; None without a limit."""
+        if self._limit_s is None:
             return None
-        return max(MIN_CHUNK_TOKENS, int(limit_s / self._seconds_per_token))
+        return f"Steps of several requests are planned to take {self._limit_s:g} s at most (target between two tokens)"
+
+    def calibrate(self, num_tokens: int, few_s: float, many_s: float) -> None:
+        """A step of one token took `few_s`, one of `num_tokens` tokens of a prompt `many_s`."""
+        self._times = StepTimes(num_tokens, few_s, many_s)
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """The step of `batch` took `seconds`."""
+        if self._times is not None and self._limit_s is not None:
+            self._times.observe(work_of(batch), seconds)
+
+    def room(self, *, is_only_sequence: bool) -> StepRoom:
+        """The next step's room: endless without a limit, or before anything is known."""
+        limit_s = self._alone_limit_s if is_only_sequence else self._limit_s
+        if limit_s is None or self._times is None:
+            return EndlessRoom()
+        return TimeRoom(self._times, limit_s)

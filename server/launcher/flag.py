@@ -62,6 +62,13 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _duration(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
 def _factor(text: str) -> float:
     value = _number(text)
     if value < 1:
@@ -135,6 +142,7 @@ NAMES = Value(name="list of names", parse=_names)
 THREADS = Value(name="thread count", parse=_first_integer)
 LOG_FILTER = Value(name="log filter", parse=_log_filter)
 SECONDS = Value(name="seconds", parse=_integer(0))
+DURATION = Value(name="duration", parse=_duration)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

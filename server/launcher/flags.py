@@ -12,6 +12,7 @@ from server.launcher.flag import (
     BOOLEAN,
     COUNT,
     DRAFT,
+    DURATION,
     FACTOR,
     FRACTION,
     HEADER_TEXT,
@@ -314,6 +315,13 @@ BATCHING = (
         fills="engine.max_batch_size",
         help="Most requests that run at a time (default: 256 on a GPU, no limit of its own on a CPU)",
         value=COUNT,
+    ),
+    Flag(
+        name="target-inter-token-latency",
+        fills="engine.target_inter_token_latency_s",
+        help="Seconds that a step is planned to take at most while several requests are there, so that streams get "
+        "their next token in time; 0 sets no target (ours; default: 0.25 on a CPU, none on a GPU)",
+        value=DURATION,
     ),
     Flag(
         name="cuda-memory-fraction",

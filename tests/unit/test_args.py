@@ -201,6 +201,8 @@ def outcome(argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixt
         ),
         ("--max-batch-size 3", {}, {"max_batch_size": 3}),
         ("", {"MAX_BATCH_SIZE": "3"}, {"max_batch_size": 3}),
+        ("--target-inter-token-latency 0.1", {}, {"target_inter_token_latency_s": 0.1}),
+        ("", {"TARGET_INTER_TOKEN_LATENCY": "0"}, {"target_inter_token_latency_s": 0.0}),
         ("--cuda-memory-fraction 0.5", {}, {"memory_fraction": 0.5}),
         ("", {"CUDA_MEMORY_FRACTION": "0.5"}, {"memory_fraction": 0.5}),
         ("--huggingface-hub-cache /data", {}, {"huggingface_hub_cache": "/data"}),
@@ -752,7 +754,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
         served-model-name speculative-decoding max-logit-bias generation-config
-        reasoning-parser"""
+        reasoning-parser target-inter-token-latency"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -57,6 +58,22 @@ def guess(token_ids: IntArray, max_tokens: int) -> Proposal:
 def make_speculator(max_draft_tokens: int, propose: Proposer = guess) -> Speculator:
     """One for which every draft pays: more rows cost nothing."""
     return Speculator(propose, StepCosts({1: 1.0, 64: 1.0}), max_draft_tokens)
+
+
+class TokenRoom:
+    """Room for a number of tokens, whatever they attend to; one token of a prompt is always in it."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def begin(self, decodes: SequenceOf[Sequence]) -> None:
+        self.max_tokens = max(1, self.max_tokens - len(decodes))
+
+    def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
+        return min(num_tokens, math.ceil(share * self.max_tokens))
+
+    def take(self, num_tokens: int, context: int) -> None:
+        self.max_tokens -= num_tokens
 
 
 class SlotMemory:
@@ -139,7 +156,7 @@ class Simulation:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
     def step(self, max_tokens: int | None = None) -> ScheduledBatch:
-        batch = self.scheduler.schedule(max_tokens)
+        batch = self.scheduler.schedule(None if max_tokens is None else TokenRoom(max_tokens))
         self.finish(batch)
         return batch
 

@@ -142,19 +142,20 @@ def test_an_abort_between_steps_frees_the_request() -> None:
 def test_prompts_are_cut_to_the_step_limit_unless_their_request_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CountingRunner()
     core = make_core(runner)
-    core.limit.observe(100, 5.0)  # 20 tokens a second: 20 fit the limit, 100 that of a request that is alone
-    monkeypatch.setattr(core.limit, "observe", lambda num_tokens, seconds: None)
+    # 20 tokens a second: 20 fit the limit, one of which is decoded and has a row; 100 that of a request alone.
+    core.limit.calibrate(100, few_s=0.001, many_s=5.0)
+    monkeypatch.setattr(core.limit, "observe", lambda batch, seconds: None)
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
     core.take(make_request("b", [2] * 25, max_new_tokens=2))
     core.step()
-    assert runner.batches == [{"a": 30}, {"a": 1, "b": 19}]
+    assert runner.batches == [{"a": 30}, {"a": 1, "b": 18}]
 
 
 def test_the_step_limit_learns_from_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core(CountingRunner())
     seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr(core.limit, "observe", lambda num_tokens, seconds: seen.append((num_tokens, seconds > 0)))
+    monkeypatch.setattr(core.limit, "observe", lambda batch, seconds: seen.append((batch.num_tokens, seconds > 0)))
     core.take(make_request("a", [1] * 30, max_new_tokens=2))
     core.step()
     core.step()

@@ -14,6 +14,7 @@ from engine.scheduling.sequence import Sequence
 from tests.unit.engine.builders import (
     EOS,
     Simulation,
+    TokenRoom,
     ids_of,
     make_batch,
     scheduled_counts,
@@ -64,7 +65,7 @@ def test_queue_time_is_told_once_with_the_first_token() -> None:
 def test_queue_time_is_of_the_first_admission_even_after_a_preemption() -> None:
     simulation = make_simulation()
     simulation.add("a", prompt_of(5))
-    simulation.scheduler.schedule(2)
+    simulation.scheduler.schedule(TokenRoom(2))
     sequence = simulation.scheduler.running[0]
     queue_time_s = sequence.queue_time_s
     simulation.scheduler.preempt(sequence)
@@ -135,15 +136,15 @@ def test_non_finite_logits_fail_only_their_request() -> None:
 
 def test_decodes_come_first_then_chunks_then_arrivals() -> None:
     simulation = make_simulation(max_batch_tokens=10)
-    simulation.add("long", prompt_of(25, 1))
+    simulation.add("long", prompt_of(18, 1))
     simulation.step(max_tokens=8)
-    simulation.add("short", prompt_of(3, 2))
+    simulation.add("short", prompt_of(6, 2))
     assert scheduled_counts(simulation.step(max_tokens=10)) == {"long": 10}
-    assert scheduled_counts(simulation.step()) == {"long": 7, "short": 3}
+    assert scheduled_counts(simulation.step(max_tokens=5)) == {"long": 1, "short": 4}
     simulation.add("late", prompt_of(25, 3))
     batch = simulation.step()
-    assert list(scheduled_counts(batch).items()) == [("long", 1), ("short", 1), ("late", 8)]
-    simulation.add("later", prompt_of(4, 4))
+    assert list(scheduled_counts(batch).items()) == [("long", 1), ("short", 2), ("late", 7)]
+    simulation.add("later", prompt_of(18, 4))
     batch = simulation.step()
     assert list(scheduled_counts(batch).items()) == [("long", 1), ("short", 1), ("late", 8)]
 

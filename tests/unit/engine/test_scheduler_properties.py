@@ -16,6 +16,7 @@ from tests.unit.engine.builders import (
     EOS,
     OverlappedSimulation,
     Simulation,
+    TokenRoom,
     expected_output,
     expected_scores,
     ids_of,
@@ -91,7 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_waiting = oldest.is_waiting_for_results or (oldest in scheduler.waiting and oldest.num_launched > 0)
         running = list(scheduler.running)
         lacking = [s for s in running if s.num_uncomputed_tokens == 1 and not s.is_waiting_for_results]
-        batch = scheduler.schedule(max_tokens)
+        batch = scheduler.schedule(None if max_tokens is None else TokenRoom(max_tokens))
         if any(sequence not in scheduler.running for sequence in running):
             event("preempted")
         if any(scheduled.sequence.num_cached_tokens for scheduled in batch.scheduled):

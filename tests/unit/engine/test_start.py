@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any, cast
 
+import pytest
 import torch
 
+from engine.device import Device, find_cpu
+from engine.link.config import EngineConfig
 from engine.runner import ModelRunner, StepResult
 from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.step_limit import StepLimit
+from engine.start import make_step_limit
 from engine.warm_up import warm_up
 
 SECONDS_PER_TOKEN = 0.001
@@ -28,10 +33,31 @@ class SleepingRunner:
         return StepResult(torch.zeros(1, 8), [])
 
 
+GPU = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
+
+
+@pytest.mark.parametrize(
+    ("device", "target_s", "line"),
+    [
+        (find_cpu(0), None, "0.25 s"),
+        (find_cpu(0), 0.1, "0.1 s"),
+        (find_cpu(0), 0.0, None),
+        (GPU, None, None),
+        (GPU, 0.1, "0.1 s"),
+    ],
+)
+def test_steps_are_as_long_as_the_flag_says_or_the_device(
+    device: Device, target_s: float | None, line: str | None
+) -> None:
+    config = EngineConfig(model_path="", target_inter_token_latency_s=target_s)
+    described = make_step_limit(config, device).describe()
+    assert described is line if line is None else f" {line} at most" in str(described)
+
+
 def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:
     limit = StepLimit(1.0, 5.0)
     warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64, block_size=16)
-    max_tokens = limit.max_tokens(is_only_sequence=False)
+    room = limit.room(is_only_sequence=False)
+    room.begin([])
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
-    assert max_tokens is not None
-    assert 300 < max_tokens <= 1000
+    assert 300 < room.num_fitting(10_000, 0, 1.0) <= 1000

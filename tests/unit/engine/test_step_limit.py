@@ -1,50 +1,116 @@
-"""How many tokens a step may have, learnt from what steps cost."""
+"""How much of prompts a step has room for."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.scheduling.step_limit import MIN_CHUNK_TOKENS, MIN_TOKENS_LEARNT_FROM, StepLimit
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_limit import MIN_PROMPT_SHARE, MIN_PROMPT_TOKENS, StepLimit, TimeRoom
+from engine.scheduling.step_times import StepTimes, StepWork
+from tests.unit.engine.builders import make_batch, make_request
+
+MANY = 10**6
+
+
+def decoding(num_tokens: int) -> Sequence:
+    return Sequence(make_request("a", [1] * num_tokens), arrival_time=0.0)
+
+
+def calibrated(limit_s: float | None, alone_limit_s: float | None) -> StepLimit:
+    """A token takes a millisecond, reading the weights 20 ms."""
+    limit = StepLimit(limit_s, alone_limit_s)
+    limit.calibrate(100, few_s=0.02, many_s=0.1)
+    return limit
+
+
+def num_fitting(limit: StepLimit, *, is_only_sequence: bool = False) -> int:
+    room = limit.room(is_only_sequence=is_only_sequence)
+    room.begin([])
+    return room.num_fitting(MANY, 0, 1.0)
 
 
 def test_nothing_is_limited_before_anything_is_known() -> None:
-    limit = StepLimit(1.0, 5.0)
-    assert limit.max_tokens(is_only_sequence=False) is None
-
-
-def test_a_request_that_is_alone_may_take_longer() -> None:
-    limit = StepLimit(1.0, 5.0)
-    limit.observe(100, 1.0)
-    assert limit.max_tokens(is_only_sequence=False) == 100
-    assert limit.max_tokens(is_only_sequence=True) == 500
+    assert num_fitting(StepLimit(1.0, 5.0)) == MANY
 
 
 def test_no_limit_on_devices_whose_steps_are_short() -> None:
-    limit = StepLimit(None, None)
-    limit.observe(100, 1000.0)
-    assert limit.max_tokens(is_only_sequence=False) is None
-    assert limit.max_tokens(is_only_sequence=True) is None
+    assert num_fitting(calibrated(None, None)) == MANY
+    assert num_fitting(calibrated(None, None), is_only_sequence=True) == MANY
 
 
-def test_small_steps_teach_nothing() -> None:
-    limit = StepLimit(1.0, 5.0)
-    limit.observe(MIN_TOKENS_LEARNT_FROM - 1, 10.0)
-    assert limit.max_tokens(is_only_sequence=False) is None
-    limit.observe(MIN_TOKENS_LEARNT_FROM, 0.16)
-    assert limit.max_tokens(is_only_sequence=False) == 100
+def test_a_request_that_is_alone_may_take_longer() -> None:
+    limit = calibrated(0.25, 5.0)
+    assert 200 < num_fitting(limit) < 250
+    assert 1500 < num_fitting(limit, is_only_sequence=True) < 5000
 
 
-def test_a_chunk_is_never_tiny() -> None:
-    limit = StepLimit(1.0, 5.0)
-    limit.observe(100, 1e6)
-    assert limit.max_tokens(is_only_sequence=False) == MIN_CHUNK_TOKENS
+def test_the_summary_tells_the_target() -> None:
+    assert StepLimit(None, 5.0).describe() is None
+    assert "0.25 s" in str(StepLimit(0.25, 5.0).describe())
 
 
-def test_the_estimate_follows_slowly() -> None:
-    limit = StepLimit(1.0, None)
-    limit.observe(100, 1.0)
-    limit.observe(100, 2.0)
-    assert limit.max_tokens(is_only_sequence=False) == int(1 / 0.013)
-    for _ in range(50):
-        limit.observe(100, 2.0)
-    assert limit.max_tokens(is_only_sequence=False) == pytest.approx(50, abs=1)
+def test_the_limit_learns_from_what_steps_took() -> None:
+    limit = calibrated(0.25, 5.0)
+    before = num_fitting(limit)
+    sequence = Sequence(make_request("a", [1] * 100), arrival_time=0.0)
+    for _ in range(20):
+        limit.observe(make_batch([sequence], [100]), 0.2)
+    assert num_fitting(limit) == pytest.approx(before / 2, rel=0.1)
+
+
+SECONDS = st.floats(1e-4, 2.0)
+TIMES = st.builds(
+    lambda few_s, more_s: StepTimes(64, few_s, few_s + more_s), few_s=SECONDS, more_s=st.floats(0.0, 10.0)
+)
+PARTS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30_000), st.sampled_from([0.5, 1.0])), max_size=6)
+
+
+@given(times=TIMES, limit_s=SECONDS, contexts=st.lists(st.integers(1, 3000), max_size=5), parts=PARTS)
+def test_no_step_is_planned_beyond_its_limit(
+    times: StepTimes, limit_s: float, contexts: list[int], parts: list[tuple[int, int, float]]
+) -> None:
+    """But for tokens that are always granted, and a part of the time that decoding alone takes."""
+    room = TimeRoom(times, limit_s)
+    room.begin([decoding(context) for context in contexts])
+    work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
+    max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * times.seconds(work))
+    num_taken = 0
+    for num_tokens, context, share in parts:
+        count = room.num_fitting(num_tokens, context, share)
+        assert 0 <= count <= num_tokens
+        assert count or num_taken, "the first one gets something"
+        room.take(count, context)
+        num_taken += count
+        work = work.with_chunk(count, context)
+        if num_taken > MIN_PROMPT_TOKENS and count:
+            assert times.seconds(work) <= max_s * (1 + 1e-9)
+
+
+@given(times=TIMES, limit_s=SECONDS, context=st.integers(0, 30_000))
+def test_the_room_is_used(times: StepTimes, limit_s: float, context: int) -> None:
+    room = TimeRoom(times, limit_s)
+    room.begin([])
+    count = room.num_fitting(MANY, context, 1.0)
+    assert count == MANY or times.seconds(StepWork().with_chunk(count + 1, context)) > limit_s
+
+
+def test_a_prompt_far_into_its_context_gets_fewer_tokens() -> None:
+    room = calibrated(0.25, 5.0).room(is_only_sequence=False)
+    room.begin([])
+    assert room.num_fitting(MANY, 30_000, 1.0) < room.num_fitting(MANY, 0, 1.0) / 3
+
+
+def test_prompts_get_on_where_decoding_alone_takes_longer_than_the_limit() -> None:
+    room = calibrated(0.01, None).room(is_only_sequence=False)
+    room.begin([decoding(1000) for _ in range(400)])
+    room.take(room.num_fitting(MANY, 0, 1.0), 0)
+    assert room.num_fitting(MANY, 0, 1.0) == 0
+
+
+def test_prompts_get_on_where_reading_the_weights_alone_takes_longer_than_the_limit() -> None:
+    limit = StepLimit(0.25, 1.0)
+    limit.calibrate(64, few_s=4.0, many_s=4.5)
+    for is_only_sequence in (False, True):
+        assert num_fitting(limit, is_only_sequence=is_only_sequence) > MIN_PROMPT_TOKENS

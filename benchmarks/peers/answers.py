@@ -1,0 +1,69 @@
+"""The end of a comparison that a side runs: JSON lines in and out, and a clock. Knows nothing but the standard library.
+
+A message has `prompt_ids`, `num_tokens` and perhaps `num_sequences`, which all get that prompt. The answer has the
+seconds until each of them had its first token, seconds and number of the tokens after that, and the first one's ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = Callable[[int, int], None]
+"""Called with each token as it is there: the index of its sequence, its id."""
+Generate = Callable[[Sequence[list[int]], int, Report], None]
+"""Decode so many tokens after each of the prompts, greedily and past every end, and report each."""
+
+
+class Clock:
+    """Notes when each sequence got which token."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self._started = time.perf_counter()
+        self._tokens: list[list[tuple[float, int]]] = [[] for _ in range(num_sequences)]
+
+    def __call__(self, sequence: int, token_id: int) -> None:
+        self._tokens[sequence].append((time.perf_counter() - self._started, token_id))
+
+    def answer(self) -> dict[str, Any]:
+        prefill_s = max(tokens[0][0] for tokens in self._tokens)
+        later = [at for tokens in self._tokens for at, _ in tokens if at > prefill_s]
+        return {
+            "prefill_s": prefill_s,
+            "decode_s": max(later, default=prefill_s) - prefill_s,
+            "num_decoded": len(later),
+            "token_ids": [token_id for _, token_id in self._tokens[0]],
+        }
+
+
+def timed(generate: Generate, message: Mapping[str, Any]) -> dict[str, Any]:
+    prompts = [list(message["prompt_ids"]) for _ in range(message.get("num_sequences", 1))]
+    clock = Clock(len(prompts))
+    generate(prompts, message["num_tokens"], clock)
+    return clock.answer()
+
+
+def serve(
+    start: Callable[[], tuple[Mapping[str, Any], Generate]], more: Callable[[], Mapping[str, Any]] = dict
+) -> None:
+    """Start the engine, tell about it and answer until the input ends; `more` is added to each answer.
+
+    What libraries print meanwhile, in C++ too, goes to standard error.
+    """
+    with os.fdopen(os.dup(1), "w", buffering=1) as output:
+        os.dup2(2, 1)
+        about, generate = start()
+        print(json.dumps(about), file=output)
+        for line in sys.stdin:
+            print(json.dumps({**timed(generate, json.loads(line)), **more()}), file=output)
+
+
+def file_bytes(path: str) -> int:
+    """Size of a file, or of the files in a folder."""
+    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

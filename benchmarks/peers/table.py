@@ -1,0 +1,126 @@
+"""The peers: which environment and program each one has, what it calls our forms, and the settings it runs with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks.offline import num_cores
+from benchmarks.sides import BENCHMARKS, Side
+from engine.link.environment import engine_environment, user_cache_dir
+from tests.e2e.cached_environment import cached_environment
+
+OUR_FORMS = {"16-bit": "bfloat16", "int8": "eetq", "int4": "int4"}
+"""Form of the comparison -> ours, as in perplexity.py."""
+OUR_ISA: dict[str, dict[str, str]] = {
+    "native": {},
+    "avx2": {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    },
+}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+NUM_SEQUENCES, KV_TOKENS = 32, 8192
+"""What a side must have place for."""
+
+
+def short_spin() -> dict[str, str]:
+    """What keeps libgomp's threads from spinning for milliseconds where they wait, as we keep ours.
+
+    On a host with neighbours the spinning costs llama.cpp most of its speed, on a quiet one it may help.
+    """
+    return {"GOMP_SPINCOUNT": engine_environment(num_cores(), {})["GOMP_SPINCOUNT"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """An engine that we compare with."""
+
+    environment: str
+    """Its pins, in tests/e2e/environments."""
+    script: str
+    forms: Mapping[str, str]
+    """Form of the comparison -> the peer's. A form that is not here is one that it has not got, see `lacks`."""
+    flags: str
+    """What it runs with, for the table; it has as many threads as there are cores."""
+    lacks: str = ""
+    builds: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"native": ""})
+    """Instruction sets that it can be held to -> CMAKE_ARGS of its build."""
+    settings: Mapping[str, Callable[[], Mapping[str, str]]] = dataclasses.field(default_factory=lambda: {"": dict})
+    """Name -> variables of a side; the best one counts."""
+    source: Callable[[Path, Path], None] | None = None
+    """Makes what the peer's own converter takes; None: it takes the folder."""
+
+
+def write_f16(folder: Path, path: Path) -> None:
+    from benchmarks.peers.gguf_model import write_gguf
+
+    write_gguf(folder, path)
+
+
+PEERS = {
+    "llama.cpp": Peer(
+        environment="llama",
+        script="peers/side_llama.py",
+        forms={"16-bit": "F16", "int8": "Q8_0", "int4": "Q4_0"},
+        flags="llama-cpp-python built with GGML_NATIVE; flash attention, batch 2048, ubatch 512, unified KV; the "
+        "better of libgomp's own spinning and a short one",
+        builds={
+            "native": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
+            "avx2": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF",
+        },
+        settings={"": dict, "short spin": short_spin},
+        source=write_f16,
+    ),
+    "OpenVINO": Peer(
+        environment="openvino",
+        script="peers/side_openvino.py",
+        forms={"16-bit": "fp16", "int8": "int8", "int4": "int4"},
+        flags="OpenVINO GenAI, continuous batches in one step, performance hint LATENCY, 1 stream, precision of the "
+        "activations and of the KV cache left to it; int8 asymmetric per channel, int4 symmetric in groups of 128 with "
+        "an int8 head",
+    ),
+}
+
+
+def python_of(peer: Peer, isa: str) -> str:
+    print(f"the environment `{peer.environment}` is made on first use", file=sys.stderr)
+    return str(cached_environment(peer.environment, peer.builds[isa]) / "bin" / "python")
+
+
+def converted(peer: Peer, folder: Path, form: str, python: str) -> Path:
+    """The folder's weights as the peer's own converter makes them, kept in the user's cache."""
+    path = user_cache_dir(dict(os.environ)) / "peers" / f"{peer.environment}-{folder.name}-{form}"
+    if path.exists():
+        return path
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    source = folder
+    if peer.source:
+        source = path.with_name(f"{peer.environment}-{folder.name}-{next(iter(peer.forms.values()))}")
+        if not source.exists():
+            peer.source(folder, partial)
+            partial.rename(source)
+    if source != path:
+        command = [python, str(BENCHMARKS / peer.script), "convert", str(source), str(partial), form]
+        subprocess.run(command, stdout=sys.stderr, env={**os.environ, **OFFLINE}, check=True)
+        partial.rename(path)
+    return path
+
+
+def peer_side(peer: Peer, setting: str, model: Path, python: str) -> Side:
+    arguments = ["serve", str(model), str(num_cores()), str(NUM_SEQUENCES), str(KV_TOKENS)]
+    return Side(python, peer.script, arguments, {**os.environ, **OFFLINE, **peer.settings[setting]()})
+
+
+def pytgi_side(form: str, folder: str, isa: str, kv_tokens: int = 1024) -> Side:
+    environ = {**os.environ, **OUR_ISA[isa]}
+    environ |= engine_environment(num_cores(), environ)
+    return Side(sys.executable, "side_pytgi.py", [form, folder, str(kv_tokens)], environ)
