@@ -1,4 +1,4 @@
-"""Attention on one core of a CPU: bytes of keys and values per second over what a plain read reaches; prompts in FLOP/s.
+"""Attention on one core of a CPU: keys and values per second over what a plain read reaches; prompts in FLOP/s.
 
 `python benchmarks/attention_cpu.py` prints a row for each shape, context and number of query tokens. Blocks are
 neighbours, as those of a long prompt in an empty cache are, or scattered, as after a day of serving. The read sums the
@@ -104,9 +104,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     numba.set_num_threads(1)
-    print(
-        "| model | context | tokens | blocks | ms a layer | GB/s | of a read | GFLOP/s |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | context | tokens | blocks | ms a layer | GB/s | of a read | GFLOP/s |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for context in arguments.contexts:
             for queries in arguments.queries:
