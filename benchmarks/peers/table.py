@@ -86,6 +86,20 @@ PEERS = {
         "activations and of the KV cache left to it; int8 asymmetric per channel, int4 symmetric in groups of 128 with "
         "an int8 head",
     ),
+    "CTranslate2": Peer(
+        environment="ctranslate2",
+        script="peers/side_ctranslate2.py",
+        forms={"int8": "int8"},
+        lacks="its kernels for CPUs are float32 and int8",
+        flags="compute type auto (int8 with float32), 1 inter thread, prompts forwarded at once, static batches",
+    ),
+    "onnxruntime-genai": Peer(
+        environment="onnxruntime",
+        script="peers/side_onnxruntime.py",
+        forms={"int8": "int8", "int4": "int4"},
+        lacks="its builder makes float32, int8 and int4 for CPUs",
+        flags="built with accuracy level 4 (int8 activations), blocks of 32, 1 inter-op thread, static batches",
+    ),
 }
 
 
