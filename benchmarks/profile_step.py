@@ -6,7 +6,7 @@ A FORM as in perplexity.py. Sequences of a context decode, as `EngineCore.serve`
 prompts that are computed. Bytes and operations of a matrix come from its sizes (floors.py), and the floor is the
 bandwidth at which all cores sum an array in the same minute. Other processes only make a part slower: shown is the
 time that a tenth of the steps stay below, part by part, and the step is their sum. Prints tables in Markdown; --write
-puts them into docs/performance.md. Needs `make install`.
+puts them into docs/performance.md. Needs `make install`, and a processor whose cycles a program may read (x86-64).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import platform
 import socket
@@ -68,6 +69,7 @@ class Clock:
         self.label: str | None = None
         """What the kernels are called that run now; None: by their functions."""
         self._within = [0.0]
+        self._splits: list[Callable[[], Iterator[tuple[str, float]]]] = []
 
     def call(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self._within.append(0.0)
@@ -81,9 +83,27 @@ class Clock:
             part.calls += 1
             self._within[-1] += seconds
 
+    def add(self, seconds: float, split: Callable[[], Iterator[tuple[str, float]]]) -> None:
+        """Count kernels that somebody else has timed, within the part that runs now; `split` waits for `take`."""
+        self._within[-1] += seconds
+        self._splits.append(split)
+
     def take(self) -> dict[str, Part]:
+        """The parts since the last time."""
+        for split in self._splits:
+            for name, seconds in split():
+                self.kernels.add(name)
+                part = self.parts.setdefault(name, Part())
+                part.seconds += seconds
+                part.calls += 1
+        self._splits.clear()
         parts, self.parts = self.parts, {}
         return parts
+
+
+def kernel_name(name: str) -> str:
+    """What a compiled function is called in the table."""
+    return name.strip("_").removesuffix("_serial").removesuffix("_parallel")
 
 
 class TimedKernel:
@@ -91,12 +111,46 @@ class TimedKernel:
 
     def __init__(self, kernel: Any, clock: Clock) -> None:
         self._kernel, self._clock = kernel, clock
-        self._name = kernel.__name__.strip("_").removesuffix("_serial").removesuffix("_parallel")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
 
     def __call__(self, *args: Any) -> Any:
-        name = self._clock.label or self._name
+        name = self._clock.label or kernel_name(self._kernel.__name__)
         self._clock.kernels.add(name)
         return self._clock.call(name, self._kernel, *args)
+
+
+class TimedProgram:
+    """Stands for `Program.run`: every call of a program is timed by the processor's count of cycles."""
+
+    def __init__(self, clock: Clock) -> None:
+        from quant.kernels.program_cpu import Program
+
+        self._clock, self._run = clock, Program.run
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, program: Any, parameters: Any) -> None:
+        import numpy as np
+
+        stamps = np.empty(len(program.names) + 1, np.int64)
+        self._run(program, parameters, stamps)
+        end = time.perf_counter(), int(stamps[-1])
+        if self._first is None:  # there is nothing yet to tell the counter's frequency by
+            self._first = end
+            return
+        cycle_s = (end[0] - self._first[0]) / (end[1] - self._first[1])
+        self._clock.add(
+            int(stamps[-1] - stamps[0]) * cycle_s,
+            lambda: zip(self._labels(program.names), (np.diff(stamps) * cycle_s).tolist(), strict=True),
+        )
+
+    def _labels(self, names: list[str]) -> Iterator[str]:
+        """A layer's matrices come in the order of `MATRICES`, the head comes last."""
+        num_layers = sum(name.startswith("_product") for name in names) // len(MATRICES)
+        matrices = itertools.chain([*MATRICES] * num_layers, [HEAD])
+        for name in names:
+            yield next(matrices) if name.startswith("_product") else kernel_name(name)
 
 
 class LabelledMatrix:
@@ -115,11 +169,15 @@ class LabelledMatrix:
 
 @contextlib.contextmanager
 def timed_kernels(model: Any, clock: Clock) -> Iterator[None]:
-    """Time every compiled function that Python calls. All of them must have been compiled."""
+    """Time every compiled function that Python or a program calls. All of them must have been compiled."""
     from numba.core.dispatcher import Dispatcher
 
+    from quant.kernels.program_cpu import Program
+
     owners = [sys.modules[name] for name in KERNEL_MODULES if name in sys.modules]
-    kept = []
+    kept: list[tuple[Any, str, Any]] = [(Program, "run", Program.run)]
+    timed_program = TimedProgram(clock)
+    Program.run = lambda *args: timed_program(*args)  # type: ignore[method-assign]
     for owner in [*owners, *label_matrices(model, clock)]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, Dispatcher):

@@ -76,6 +76,8 @@ class Device:
     """What captures the work of a step as a graph; None: there is nothing like it."""
     has_graph_collectives: bool = False
     """Whether what the ranks send each other is captured, too."""
+    repeats_calls: bool = False
+    """Whether the calls of compiled functions that make up a step can be recorded, and made again by one call."""
     row_variants: Sequence[int] = ()
     """Row counts of which each has kernels of its own, which are compiled when they are first used."""
     is_asynchronous: bool = False
@@ -208,6 +210,7 @@ def find_cpu(local_rank: int) -> Device:
         computes_in_float32=True,
         is_memory_shared=True,
         free_memory_bytes=host_free_bytes,
+        repeats_calls=True,
         step_limit_s=0.25,
         alone_step_limit_s=1.0,
     )

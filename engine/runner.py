@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention import ATTENTION_BACKENDS
-from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
+from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, RepeatableStep
 from engine.device import Device
 from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
+from engine.layers.base import Rotation
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
+from engine.programs import StepPrograms
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_buffers import StepBuffers, StepTensors
 from engine.step_inputs import StepInputs, step_inputs
@@ -53,6 +55,7 @@ class ModelRunner:
         self._buffers = StepBuffers(device.torch_device, self.block_size)
         self._graphs: StepGraphs | None = None
         self._refusals: list[str] = []
+        self._programs = StepPrograms() if device.repeats_calls and model.num_ranks == 1 else None
         self._caches: list[LayerCache] = []
         self._num_blocks = 0
 
@@ -83,6 +86,8 @@ class ModelRunner:
         self._num_blocks = num_blocks
         self._caches = [self._attention.allocate(num_blocks, dtype, device) for _ in range(self._model.num_layers)]
         self._model.use_attention(self._attention, self._caches)
+        if self._programs is not None:
+            self._programs.clear()
         self._model.rotary.allocate(num_positions)
 
     def why_no_graphs(self) -> list[str]:
@@ -143,7 +148,11 @@ class ModelRunner:
         rotation = self._model.rotary.prepare(
             tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
         )
-        hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
+        prepared = self._attention.prepare(tensors.attention)
+        is_decoding = len(inputs.logits_indices) == len(inputs.input_ids) and not inputs.scored_indices
+        if is_decoding and self._programs is not None and isinstance(prepared, RepeatableStep):
+            return StepResult(self._run_program(tensors, rotation, prepared))
+        hidden = self._model.forward(tensors.input_ids, rotation, prepared)
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
         return StepResult(logits, self._score(hidden, tensors, inputs))
 
@@ -151,6 +160,17 @@ class ModelRunner:
         sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
         for cache in self._caches:
             cache.copy_blocks(sources, targets, self._num_blocks)
+
+    def _run_program(self, tensors: StepTensors, rotation: Rotation, prepared: RepeatableStep) -> torch.Tensor:
+        """Logits of all tokens of a step."""
+        assert self._programs is not None
+        parameters = tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors
+        return self._programs.run(
+            len(tensors.input_ids),
+            prepared.variant,
+            parameters,
+            lambda: self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared)),
+        )
 
     def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
         """Logits of all tokens of a step, by the device alone."""

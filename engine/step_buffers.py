@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ SECTIONS: dict[str, torch.dtype] = {
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array: the one that differs most in size is the last."""
+NO_INTEGERS = np.empty(0, np.int64)
 ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""
@@ -75,7 +77,8 @@ class StepBuffers:
             self._make_views(shapes)
         self._wait()
         for array, value in zip(self._arrays, values, strict=True):
-            array[...] = value
+            if value.size:
+                array[...] = value
         self._send()
         self._take_unknown(len(inputs.unknown_places), last_token_ids)
         tensors = self._tensors
@@ -127,12 +130,12 @@ class StepBuffers:
         return [
             starts,
             seq_lens,
-            np.array(inputs.logits_indices, np.int64),
-            np.array(inputs.scored_indices, np.int64),
-            np.array(inputs.scored_token_ids, np.int64),
-            np.array(inputs.unknown_places, np.int64),
-            np.array(inputs.unknown_rows, np.int64),
-            np.array(inputs.input_ids, np.int64),
+            _integers(inputs.logits_indices),
+            _integers(inputs.scored_indices),
+            _integers(inputs.scored_token_ids),
+            _integers(inputs.unknown_places),
+            _integers(inputs.unknown_rows),
+            _integers(inputs.input_ids),
             positions,
             slots,
             work_items,
@@ -170,6 +173,10 @@ class StepBuffers:
             self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
             self._num_words = first + size
             first += self._capacities[name]
+
+
+def _integers(values: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.array(values, np.int64) if values else NO_INTEGERS
 
 
 def num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -27,8 +27,8 @@ MEASUREMENTS = 3
 def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int) -> bool:
     """Run a prompt and its last token alone, twice; True if that token's logits had the same bits each time.
 
-    Compiles the kernels (a first start only) and tells `limit` what the second round took. Raises StartError out of
-    memory.
+    The token alone comes once more: call by call, while its calls are recorded, and as a program. Compiles the kernels
+    (a first start only) and tells `limit` what the last steps of each kind took. Raises StartError out of memory.
     """
     started = time.monotonic()
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
@@ -37,7 +37,7 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = array("i", range(-(-num_tokens // block_size)))
     results, seconds = [], {}
-    for count in (num_tokens, 1) * 2:
+    for count in (num_tokens, 1, 1, num_tokens, 1):
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
         batch = ScheduledBatch()

@@ -69,6 +69,12 @@ class VocabTable:
         if self._head_method is not None:
             self._head = self._kernels(self._head_method.pack({"weight": self._weight}))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """This rank's rows, as they are stored."""
+        assert self._weight is not None
+        return self._weight
+
     def embed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """token_ids [tokens] int64 -> [tokens, hidden_size]."""
         assert self._weight is not None

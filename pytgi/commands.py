@@ -1,4 +1,4 @@
-"""The commands: `pytgi` and the two of TGI.
+"""The commands: `pytgi` and the three of TGI.
 
 Each looks at the host first and finds our packages (`pytgi.rooms`); only then does it import what does the work.
 """
@@ -33,6 +33,7 @@ Commands:
                           (--replicas N: so many servers behind one port, with the extra `ray`)
   download MODEL          fetch a model ahead of the start (text-generation-server download-weights)
   quantize MODEL OUTPUT   write a quantised checkpoint (text-generation-server quantize)
+  bench --url URL         load on a server and its latencies, or on an engine alone (text-generation-benchmark)
   compile                 compile the CPU kernels, so that the first start need not
 
 `pytgi COMMAND --help` says more; `pytgi --version` prints the version. In Python: `from pytgi import LLM`.
@@ -70,6 +71,14 @@ def text_generation_server() -> None:
     from engine.cli import main as run_tool
 
     run_tool()
+
+
+def text_generation_benchmark() -> None:
+    """TGI's command that measures."""
+    _prepare()
+    from server.bench.command import main as measure
+
+    sys.exit(measure(sys.argv[1:]))
 
 
 def _prepare() -> None:
@@ -119,6 +128,12 @@ def _run_tool(command: str, arguments: "list[str]") -> None:
     run_tool(OUR_WORDS)
 
 
+def _bench(arguments: "list[str]") -> None:
+    from server.bench.command import main as measure
+
+    sys.exit(measure(arguments, "pytgi bench"))
+
+
 def _compile(arguments: "list[str]") -> None:
     if arguments:
         is_help = arguments in (["-h"], ["--help"])
@@ -134,6 +149,7 @@ COMMANDS: "dict[str, Callable[[list[str]], None]]" = {
     "serve": _serve,
     "download": _download,
     "quantize": _quantize,
+    "bench": _bench,
     "compile": _compile,
 }
 """Name -> what runs it with the arguments that follow."""

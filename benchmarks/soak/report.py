@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.soak.clients import KINDS
 from benchmarks.soak.judging import Check, Soak
-from benchmarks.soak.plots import Points, line_chart
+from server.bench.charts import Points, line_chart
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_WINDOWS = 60

@@ -48,22 +48,36 @@ class AttentionMetadata:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys and values of one layer, in a layout that only its backend knows but for this: a block lies in one piece.
+class RepeatableStep:
+    """What `AttentionBackend.prepare` returns if calls of kernels, made again, compute another step of a `variant`."""
 
-    A backend that stores more with them, as the scales of rounded keys, returns a subclass.
+    variant: tuple[int, ...]
+    """Everything by which the calls differ, beside the number of tokens."""
+    tensors: Sequence[torch.Tensor]
+    """The step's numbers, in the order in which each step has them. Nothing else changes from step to step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, in a layout that only its backend knows.
+
+    A backend that stores more with them, as the scales of rounded keys, or whose blocks don't lie one after the other,
+    returns a subclass.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+
+    def by_block(self, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [num_blocks, ...] of keys and values."""
+        return self.keys.view(num_blocks, -1), self.values.view(num_blocks, -1)
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor, num_blocks: int) -> None:
         """Copy blocks `sources` [copies] int64 to `targets` [copies] int64; the cache has `num_blocks` in all.
 
         All sources are read before a target is written.
         """
-        for numbers in (self.keys, self.values):
-            blocks = numbers.view(num_blocks, -1)
+        for blocks in self.by_block(num_blocks):
             blocks[targets] = blocks[sources]
 
 

@@ -27,6 +27,12 @@ class Rotation:
 class Ops(Protocol):
     """Row-wise operations: a row's result does not depend on the other rows."""
 
+    def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows token_ids [tokens] int64 of table [vocab, hidden], in `dtype`: [tokens, hidden]."""
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add x to `residual` [rows, hidden] in place; return it."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [rows, hidden] -> x / rms(x) * weight."""
 

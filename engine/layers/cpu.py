@@ -10,7 +10,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
 PARALLEL_ELEMENTS = 1 << 15
@@ -55,6 +55,22 @@ def _rotate_row(qkv, start, num_heads, half, cos, sin, angle):  # type: ignore[n
             a, b = qkv[first + i], qkv[first + half + i]
             qkv[first + i] = a * c - b * s
             qkv[first + half + i] = b * c + a * s
+
+
+@njit(**FAST)
+def _look_up(table, num_rows, size, token_ids, out):  # type: ignore[no-untyped-def]
+    """A token that the table does not have gets NaN, which ends its request."""
+    for i in range(len(token_ids)):
+        is_known = 0 <= token_ids[i] < num_rows
+        for j in range(0, size, LANES):
+            value = load(table, token_ids[i] * size + j) if is_known else splat(np.float32(np.nan))
+            store(out, i * size + j, value)
+
+
+@njit(**FAST)
+def _add(residual, x, size):  # type: ignore[no-untyped-def]
+    for i in range(0, size, LANES):
+        store(residual, i, add(load(residual, i), load(x, i)))
 
 
 @njit(**FAST)
@@ -112,24 +128,38 @@ def _pick(serial: Any, parallel: Any, num_elements: int) -> Any:
 class CpuOps:
     """`base.Ops` on float32 tensors whose row sizes are multiples of 8."""
 
+    def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        num_rows, size = table.shape
+        if len(token_ids) * size >= PARALLEL_ELEMENTS or size % LANES:
+            return table[token_ids].to(dtype)
+        out, flat_out = new_output(len(token_ids), size)
+        call(_look_up, flat_view(table), num_rows, size, token_ids.numpy(), flat_out)
+        return out
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if residual.numel() >= PARALLEL_ELEMENTS:
+            return residual.add_(x)
+        call(_add, flat_view(residual), flat_view(x), residual.numel())
+        return residual
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, flat_out = new_output(*x.shape)
         kernel = _pick(_norm_serial, _norm_parallel, x.numel())
-        kernel(flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_out)
+        call(kernel, flat_view(x), x.shape[0], x.shape[1], flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, flat_out = new_output(*x.shape)
         kernel = _pick(_add_norm_serial, _add_norm_parallel, x.numel())
         sizes = x.shape[0], x.shape[1]
-        kernel(flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
+        call(kernel, flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out, flat_out = new_output(num_rows, size)
         kernel = _pick(_silu_serial, _silu_parallel, gate_up.numel())
-        kernel(flat_view(gate_up), num_rows, size, flat_out)
+        call(kernel, flat_view(gate_up), num_rows, size, flat_out)
         return out
 
     def rotate(self, qkv: torch.Tensor, rotation: Rotation, num_heads: int) -> None:
@@ -137,4 +167,4 @@ class CpuOps:
         table = rotation.table
         kernel = _pick(_rotate_serial, _rotate_parallel, qkv.numel())
         angles = flat_view(table.cos), flat_view(table.sin)
-        kernel(flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, rotation.rows.numpy())
+        call(kernel, flat_view(qkv), num_rows, width, num_heads, table.cos.shape[1], *angles, rotation.rows.numpy())

@@ -11,6 +11,12 @@ from engine.layers.base import Rotation
 class TorchOps:
     """`base.Ops` in torch; norms and rotations in float32 whatever the dtype of x."""
 
+    def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return table[token_ids].to(dtype)
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual.add_(x)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.to(torch.float32)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -86,6 +86,12 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 class TritonOps:
     """`base.Ops` in Triton."""
 
+    def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return table[token_ids].to(dtype)
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual.add_(x)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return _norm(x, None, weight, eps)
 

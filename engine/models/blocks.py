@@ -21,6 +21,9 @@ from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
 
+FEW_ROWS = 32
+"""Rows for which the zeros that the first layer adds are there from the start."""
+
 
 class Attention:
     """Queries, keys and values with rotary positions, attention over them, and the projection of its output."""
@@ -143,6 +146,7 @@ class DecoderForCausalLM:
     def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
         """Raises SplitError for a model that can't be cut for so many ranks."""
         self._context = context
+        self._hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.num_layers = len(config.windows)
         self.max_position_embeddings = config.max_position_embeddings
@@ -192,13 +196,17 @@ class DecoderForCausalLM:
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches
+        shape, dtype = (FEW_ROWS, self._hidden_size), self._context.activation_dtype
+        self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
     def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
-        residual = self.embed_tokens.embed(input_ids, self._context.activation_dtype)
-        x = torch.zeros_like(residual)
+        ops, table = self._context.ops, self.embed_tokens
+        dtype = self._context.activation_dtype
+        residual = table.embed(input_ids, dtype) if self.num_ranks > 1 else ops.look_up(table.weight, input_ids, dtype)
+        x = self._zeros[: len(residual)] if len(residual) <= len(self._zeros) else torch.zeros_like(residual)
         for layer, cache in zip(self.layers, self._caches, strict=True):
             x = layer(residual, x, rotation, self._attention, cache, prepared)
-        return residual.add_(x)
+        return ops.add(residual, x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)

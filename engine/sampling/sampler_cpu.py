@@ -35,6 +35,7 @@ GREEDY = 0.0
 
 NO_MIN, NO_MAX = np.float32(-np.inf), np.float32(np.inf)
 """The bounds of allowed logits where nothing is filtered."""
+NO_ENDS = np.empty(0, np.int64)
 MIN_FINITE = np.finfo(np.float32).min
 
 PARAMETERS: dict[str, tuple[type, Callable[[SamplingParams], float]]] = {
@@ -354,7 +355,8 @@ def sample(
     raw_rows = [-1] * num_rows
     for index, row in enumerate(raw.rows if raw else ()):
         raw_rows[row] = index
-    numbers = uniform([p.seed or 0 for p in params], positions).tolist()
+    is_drawing = any(p.seed is not None for p in params)
+    numbers = uniform([p.seed or 0 for p in params], positions).tolist() if is_drawing else [0.0] * num_rows
     specs = np.array(
         [
             (*(value(p) for _, value in PARAMETERS.values()), number, raw_row)
@@ -368,8 +370,8 @@ def sample(
     batch = SampledBatch(
         results["token"].tolist(), results["logprob"].tolist(), results["is_finite"].astype(bool).tolist()
     )
-    ends = results["num_listed"].cumsum()
-    if num_rows and ends[-1]:
+    ends = results["num_listed"].cumsum() if any(p.num_top_tokens for p in params) else NO_ENDS
+    if ends.any():
         token_ids, logprobs = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.float64)
         _list_rows(flat, copies, size, specs, results, ends, token_ids, logprobs)
         batch.top_token_ids.extend(part.tolist() for part in np.split(token_ids, ends[:-1]))

@@ -15,7 +15,7 @@ import torch
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,
@@ -77,6 +77,14 @@ def _product(x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size
             row += 2
         if row < last:
             _single(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
+
+
+@njit(**FAST)
+def _cut(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
+    """The first n_size outputs of every row."""
+    for row in range(len(out) // n_size):
+        for n in range(n_size):
+            out[row * n_size + n] = padded[row * padded_size + n]
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
@@ -154,8 +162,12 @@ class IntegerCpu:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
-        _product(flat_view(x), *self._before, flat_out, num_rows, *self._after)
-        return out if self._padded_size == self._n_size else out[:, : self._n_size].contiguous()
+        call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after)
+        if self._padded_size == self._n_size:
+            return out
+        cut, flat_cut = new_output(num_rows, self._n_size)
+        call(_cut, flat_out, self._padded_size, self._n_size, flat_cut)
+        return cut
 
 
 def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:

@@ -17,12 +17,14 @@ import torch
 from numba import config, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, multiply_tile
+from quant.kernels.dense_ops import WIDTH, add_int4, add_int8
+from quant.kernels.dense_ops import splat as wide_splat
+from quant.kernels.dense_ops import zeros as wide_zeros
 from quant.kernels.simd import (
     LANES,
     fma,
-    load,
     load_int4_high,
     load_int4_low,
     load_int8,
@@ -31,7 +33,6 @@ from quant.kernels.simd import (
     splat,
     store,
     sum_lanes,
-    zeros,
 )
 from quant.packing import NIBBLE_CHUNK
 
@@ -44,20 +45,19 @@ def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     group_size = k_size // num_groups
     w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
-    s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+    s0, s1, s2, s3 = wide_zeros(), wide_zeros(), wide_zeros(), wide_zeros()
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = splat(-(a0 * load_one(zero_points, g0 + g))), splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = splat(-(a2 * load_one(zero_points, g2 + g))), splat(-(a3 * load_one(zero_points, g3 + g)))
-        b0, b1, b2, b3 = splat(a0), splat(a1), splat(a2), splat(a3)
-        for k in range(g * group_size, (g + 1) * group_size, LANES):
+        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
+        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
+        for k in range(g * group_size, (g + 1) * group_size, WIDTH):
             prefetch(w, w0 + 4 * (k_size + k))
-            a = load(x, x0 + k)
-            s0 = fma(a, fma(load_int8(w, w0 + k), b0, z0), s0)
-            s1 = fma(a, fma(load_int8(w, w1 + k), b1, z1), s1)
-            s2 = fma(a, fma(load_int8(w, w2 + k), b2, z2), s2)
-            s3 = fma(a, fma(load_int8(w, w3 + k), b3, z3), s3)
+            s0 = add_int8(x, x0 + k, w, w0 + k, b0, z0, s0)
+            s1 = add_int8(x, x0 + k, w, w1 + k, b1, z1, s1)
+            s2 = add_int8(x, x0 + k, w, w2 + k, b2, z2, s2)
+            s3 = add_int8(x, x0 + k, w, w3 + k, b3, z3, s3)
     out[o0] = sum_lanes(s0) + bias[n]
     out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
     out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
@@ -70,26 +70,20 @@ def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     stride = k_size // 2
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
-    s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+    s0, s1, s2, s3 = wide_zeros(), wide_zeros(), wide_zeros(), wide_zeros()
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = splat(-(a0 * load_one(zero_points, g0 + g))), splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = splat(-(a2 * load_one(zero_points, g2 + g))), splat(-(a3 * load_one(zero_points, g3 + g)))
-        b0, b1, b2, b3 = splat(a0), splat(a1), splat(a2), splat(a3)
+        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
+        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             byte = k // 2
             prefetch(w, w0 + 4 * (stride + byte))
-            a = load(x, x0 + k)
-            s0 = fma(a, fma(load_int4_low(w, w0 + byte), b0, z0), s0)
-            s1 = fma(a, fma(load_int4_low(w, w1 + byte), b1, z1), s1)
-            s2 = fma(a, fma(load_int4_low(w, w2 + byte), b2, z2), s2)
-            s3 = fma(a, fma(load_int4_low(w, w3 + byte), b3, z3), s3)
-            a = load(x, x0 + k + LANES)
-            s0 = fma(a, fma(load_int4_high(w, w0 + byte), b0, z0), s0)
-            s1 = fma(a, fma(load_int4_high(w, w1 + byte), b1, z1), s1)
-            s2 = fma(a, fma(load_int4_high(w, w2 + byte), b2, z2), s2)
-            s3 = fma(a, fma(load_int4_high(w, w3 + byte), b3, z3), s3)
+            s0 = add_int4(x, x0 + k, w, w0 + byte, b0, z0, s0)
+            s1 = add_int4(x, x0 + k, w, w1 + byte, b1, z1, s1)
+            s2 = add_int4(x, x0 + k, w, w2 + byte, b2, z2, s2)
+            s3 = add_int4(x, x0 + k, w, w3 + byte, b3, z3, s3)
     out[o0] = sum_lanes(s0) + bias[n]
     out[o0 + 1] = sum_lanes(s1) + bias[n + 1]
     out[o0 + 2] = sum_lanes(s2) + bias[n + 2]
@@ -126,7 +120,7 @@ def _product_int8(x, w, scales, zero_points, bias, out, scratch, num_rows, n_siz
         last_row = min(num_rows, first_row + row_block)
         first_n = item % num_tiles * TILE_OUTPUTS
         last_n = min(n_size, first_n + TILE_OUTPUTS)
-        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
+        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
             for n in range(first_n, last_n, 4):
                 _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
         else:
@@ -200,5 +194,5 @@ class PackedCpu:
         out, flat_out = new_output(num_rows, self._n_size)
         weight = self._weight, self._scales, self._zero_points, self._bias
         sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
-        self._product(flat_view(x), *weight, flat_out, self._scratch, *sizes)
+        call(self._product, flat_view(x), *weight, flat_out, self._scratch, *sizes)
         return out

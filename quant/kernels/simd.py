@@ -68,7 +68,8 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
     return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
 
 
-def _call(builder: Any, name: str, *operands: Any) -> Any:
+def vector_call(builder: Any, name: str, *operands: Any) -> Any:
+    """LLVM's own function `name` on vectors of floats."""
     vector = operands[0].type
     signature = ir.FunctionType(vector, [vector] * len(operands))
     full_name = f"llvm.{name}.v{vector.count}f32"
@@ -76,7 +77,7 @@ def _call(builder: Any, name: str, *operands: Any) -> Any:
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    return _call(builder, "fma", x, y, z)
+    return vector_call(builder, "fma", x, y, z)
 
 
 def _make_zeros(result: LanesType) -> Any:
@@ -96,23 +97,31 @@ def _make_splat(result: LanesType) -> Any:
     return splat
 
 
+def lanes_at(builder: Any, data: Any, dtype: Any, offset: Any, count: int, width: int) -> Any:
+    """Elements `offset .. offset + count` of a typed pointer, widened exactly to float32; zeros fill up to `width`."""
+    single = {types.float32: F32, types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}[dtype]
+    stored = ir.VectorType(single, count)
+    value = builder.load(builder.bitcast(builder.gep(data, [offset]), stored.as_pointer()))
+    value.align = dtype.bitwidth // 8
+    if count < width:
+        index = ir.Constant(ir.VectorType(I32, width), [min(i, count) for i in range(width)])
+        value = builder.shuffle_vector(value, ir.Constant(stored, None), index)
+    if dtype == types.int16:
+        return builder.fpext(value, _floats(width))
+    if dtype == types.uint16:  # bfloat16 is the upper half of a float32
+        sixteen = _integers(16, width)
+        return builder.bitcast(builder.shl(builder.zext(value, sixteen.type), sixteen), _floats(width))
+    return value
+
+
 def _make_load(result: LanesType) -> Any:
     @intrinsic
     def load(typing_context: Any, array: Any, offset: Any) -> Any:
         """Elements from `offset` on of a flat array, one for each lane, widened exactly to float32."""
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            dtype, floats = sig.args[0].dtype, _floats(result.count)
-            single = {types.float32: F32, types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}[dtype]
-            stored = ir.VectorType(single, result.count)
-            value = builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], stored))
-            value.align = dtype.bitwidth // 8
-            if dtype == types.int16:
-                return builder.fpext(value, floats)
-            if dtype == types.uint16:  # bfloat16 is the upper half of a float32
-                sixteen = _integers(16, result.count)
-                return builder.bitcast(builder.shl(builder.zext(value, sixteen.type), sixteen), floats)
-            return value
+            data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
+            return lanes_at(builder, data, sig.args[0].dtype, args[1], result.count, result.count)
 
         return result(array, types.intp), codegen
 
@@ -183,17 +192,22 @@ def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
     return types.float32(array, types.intp), codegen
 
 
+def prefetch_at(builder: Any, data: Any, offset: Any) -> None:
+    """Ask for the cache line of an element of a typed pointer, into the L2 cache; harmless past the end."""
+    byte = ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    address = builder.bitcast(builder.gep(data, [offset]), byte)
+    builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
 @intrinsic
 def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
     """Ask for the cache line of an element, into the L2 cache; harmless past the end."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
         data = context.make_array(sig.args[0])(context, builder, value=args[0]).data
-        signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        prefetch_at(builder, data, args[1])
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
@@ -260,7 +274,7 @@ def add(typing_context: Any, x: Any, y: Any) -> Any:
 @intrinsic
 def max_of(typing_context: Any, x: Any, y: Any) -> Any:
     """The larger of each pair of lanes; a NaN loses."""
-    return x(x, y), lambda context, builder, sig, args: _call(builder, "maxnum", *args)
+    return x(x, y), lambda context, builder, sig, args: vector_call(builder, "maxnum", *args)
 
 
 @intrinsic
@@ -294,9 +308,9 @@ def exp(typing_context: Any, x: Any) -> Any:
         def constant(value: float) -> ir.Constant:
             return _constant(value, floats)
 
-        bounded = _call(builder, "maxnum", argument, constant(_EXP_LOWEST))
-        bounded = _call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
-        exponent = _call(builder, "rint", builder.fmul(bounded, constant(_LOG2_E)))
+        bounded = vector_call(builder, "maxnum", argument, constant(_EXP_LOWEST))
+        bounded = vector_call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
+        exponent = vector_call(builder, "rint", builder.fmul(bounded, constant(_LOG2_E)))
         rest = _fma(builder, exponent, constant(-_LN2_HIGH), bounded)
         rest = _fma(builder, exponent, constant(-_LN2_LOW), rest)
         total = constant(_EXP_TERMS[0])
@@ -325,9 +339,14 @@ def _fold(builder: Any, value: Any, combine: Any) -> Any:
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
+def fold_sum(builder: Any, value: Any) -> Any:
+    """The sum of all lanes."""
+    return _fold(builder, value, builder.fadd)
+
+
 @intrinsic
 def sum_lanes(typing_context: Any, value: Any) -> Any:
-    return types.float32(value), lambda context, builder, sig, args: _fold(builder, args[0], builder.fadd)
+    return types.float32(value), lambda context, builder, sig, args: fold_sum(builder, args[0])
 
 
 @intrinsic

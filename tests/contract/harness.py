@@ -80,7 +80,7 @@ def make_sequence(token_ids: list[int], blocks: list[int]) -> Sequence:
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> torch.Tensor:
-    logits = runner.execute(make_batch(sequences, counts)).logits
+    logits = runner.execute(make_batch(sequences, counts)).logits.clone()
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed_tokens += count
     return logits

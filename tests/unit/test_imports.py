@@ -45,6 +45,7 @@ ROOMS: dict[str, str] = {
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
+    "server.bench": "engine.link",
     "server.replicas": "engine.link server.answers server.errors server.launcher",
     # engine
     "engine.link": "",
@@ -63,7 +64,9 @@ ROOMS: dict[str, str] = {
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel quant",
-    "engine.runner": "engine.attention engine.device engine.graphs engine.link engine.models engine.scheduling "
+    "engine.programs": "quant",
+    "engine.runner": "engine.attention engine.device engine.graphs engine.layers engine.link engine.models "
+    "engine.programs engine.scheduling "
     "engine.step_buffers engine.step_inputs quant",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
     "engine.scheduling engine.step_inputs parallel",
@@ -81,12 +84,13 @@ ROOMS: dict[str, str] = {
     "engine.sampling "
     "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.memory engine.ranks engine.start parallel",
+    "engine.bench": "engine.checkpoint engine.core engine.link engine.start",
     "engine.compile": "engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
     # the others are flat
-    "pytgi": "server.launcher server.replicas engine.cli engine.compile",
+    "pytgi": "server.bench server.launcher server.replicas engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -104,7 +108,7 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "pytgi.commands": "pytgi server.launcher server.replicas engine.cli engine.compile",
+    "pytgi.commands": "pytgi server.bench server.launcher server.replicas engine.cli engine.compile",
     "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",

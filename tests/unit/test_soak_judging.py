@@ -15,10 +15,10 @@ from benchmarks.soak.bodies import essence
 from benchmarks.soak.clients import KINDS, OTHER_ANSWER, Repeats
 from benchmarks.soak.judging import Soak, growth_of, judge, resident
 from benchmarks.soak.load import Tally, choose_kind
-from benchmarks.soak.plots import MAX_POINTS, line_chart, nice_step, thinned
 from benchmarks.soak.report import percentile, write_report
 from benchmarks.soak.samples import METRICS, ProcessSample, Sample, parse_metrics
 from benchmarks.soak.wire import Answer
+from server.bench.charts import MAX_POINTS, line_chart, nice_step, thinned
 
 HOURS = 8 * 3600.0
 SIZES = {"server.launcher": 24e6, "server": 98e6, "engine": 1500e6}

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from engine.attention import ATTENTION_BACKENDS
+from engine.attention.attend_cpu import BLOCK_SIZE, LANES
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
-from engine.attention.cpu import BLOCK_SIZE, CpuAttention
+from engine.attention.cpu import CpuAttention
 from engine.attention.torch import TorchAttention
 from engine.link.registry import import_entry
 from tests.contract.oracles import backends_here
@@ -79,9 +80,9 @@ def make_metadata(backend: Any, parts: list[Part]) -> AttentionMetadata:
     )
 
 
-def stale_cache(backend: Any, dtype: torch.dtype) -> LayerCache:
+def stale_cache(backend: Any, dtype: torch.dtype, num_blocks: int = NUM_BLOCKS) -> LayerCache:
     """KV memory that is full of NaN, as other sequences may have left it."""
-    cache: LayerCache = backend.allocate(NUM_BLOCKS, dtype, torch.device("cpu"))
+    cache: LayerCache = backend.allocate(num_blocks, dtype, torch.device("cpu"))
     assert not cache.keys.any() and not cache.values.any()
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
@@ -108,6 +109,31 @@ def whole_attention(
     is_visible = (distance >= 0) & (distance < window)
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=is_visible, enable_gqa=True)
     return out.transpose(0, 1).reshape(len(qkv), -1)
+
+
+@pytest.mark.parametrize("window", [None, 1500, 30])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
+def test_long_contexts_have_the_same_bits_on_any_number_of_threads(
+    shape: AttentionShape, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one thread all parts of the keys are one work item, with many each is one; a chunk ends within a part."""
+    length, edges = 2100, [0, 1030, 2096, 2099, 2100]
+    num_blocks = -(-length // BLOCK_SIZE)
+    blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
+    qkv = random_qkv(shape, length, 7)
+    outputs = []
+    for num_threads, cuts in ((1, [0, length]), (1, edges), (64, edges)):
+        monkeypatch.setattr("engine.attention.cpu.get_num_threads", lambda count=num_threads: count)
+        backend = CpuAttention(shape, BLOCK_SIZE)
+        cache = stale_cache(backend, torch.bfloat16, num_blocks)
+        parts = [Part(qkv, first, last, blocks) for first, last in zip(cuts, cuts[1:], strict=False)]
+        outputs.append(torch.cat([run(backend, cache, [part], window)[0] for part in parts]))
+        num_items = len(make_metadata(backend, parts[-1:]).work_items)
+        assert num_items == (3 if num_threads == 64 else -(-(cuts[-1] - cuts[-2]) // backend.tile_tokens))
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[0])
+    expected = whole_attention(shape, qkv, torch.bfloat16, window or 10**6)
+    torch.testing.assert_close(outputs[0], expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend_class", BACKENDS, ids=backends_here(ATTENTION_BACKENDS))
@@ -203,29 +229,29 @@ def test_blocks_before_the_window_are_not_read(window: int, num_read: int) -> No
     cache = stale_cache(backend, torch.float32)
     (whole,) = run(backend, cache, [Part(qkv, 0, length, blocks)], window)
     for index, block in enumerate(blocks):
-        broken = LayerCache(cache.keys.clone(), cache.values.clone())
-        broken.keys.view(NUM_BLOCKS, -1)[block] = torch.nan
-        broken.values.view(NUM_BLOCKS, -1)[block] = torch.nan
+        broken = dataclasses.replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
+        for blocks_of_cache in broken.by_block(NUM_BLOCKS):
+            blocks_of_cache[block] = torch.nan
         (last,) = run(backend, broken, [Part(qkv, length - 1, length, blocks)], window)
         assert torch.equal(last, whole[-1:]) == (index < len(blocks) - num_read)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
 def test_what_a_step_writes_is_what_the_slots_hold(length: int) -> None:
-    """Keys and values in the layouts of `CpuAttention`: keys transposed within a block, values not."""
+    """Keys and values in the layouts of `CpuAttention`: keys transposed in a block, values 16 dimensions at a time."""
     shape = SHAPES[0]
     backend = CpuAttention(shape, BLOCK_SIZE)
     cache = stale_cache(backend, torch.bfloat16)
     qkv = random_qkv(shape, length, 3)
     (blocks,) = deal_blocks([length])
     run(backend, cache, [Part(qkv, 0, length, blocks)])
-    keys = cache.keys.view(NUM_BLOCKS, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
-    values = cache.values.view(NUM_BLOCKS, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+    keys = cache.keys.view(shape.num_kv_heads, NUM_BLOCKS, shape.head_dim, BLOCK_SIZE)
+    values = cache.values.view(shape.num_kv_heads, NUM_BLOCKS, -1, BLOCK_SIZE, LANES).transpose(2, 3).flatten(3)
     _, key, value = qkv.view(length, -1, shape.head_dim).split([4, 2, 2], dim=1)
     for position in range(length):
         block, offset = blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
-        assert torch.equal(keys[block, :, :, offset], key[position].bfloat16())
-        assert torch.equal(values[block, :, offset], value[position].bfloat16())
+        assert torch.equal(keys[:, block, :, offset], key[position].bfloat16())
+        assert torch.equal(values[:, block, offset], value[position].bfloat16())
     assert int(keys.isfinite().sum()) == length * shape.num_kv_heads * shape.head_dim
     assert int(values.isfinite().sum()) == length * shape.num_kv_heads * shape.head_dim
 

@@ -8,7 +8,8 @@ import torch
 from quant.base import PackedWeight
 from quant.dense import DenseMethod
 from quant.kernels import choose_kernel
-from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_torch import DenseTorch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -51,11 +52,26 @@ def test_without_a_bias() -> None:
     assert torch.equal(DenseCpu(packed(weight, None))(x), DenseCpu(packed(weight, torch.zeros(13)))(x))
 
 
+@pytest.mark.parametrize("k_size", [8, 96, 104])
+def test_an_output_is_lanes_of_sums_folded_by_halves(k_size: int) -> None:
+    """Factors of 8 bits make products exact in float32, so that the order of additions alone decides the bits."""
+    x, weight = (random(3, k_size, seed=seed).bfloat16().float() for seed in (0, 1))
+    padded = -k_size % WIDTH
+    products = torch.nn.functional.pad(x[:, None] * weight[None], (0, padded)).reshape(3, 3, -1, WIDTH)
+    lanes = torch.zeros(3, 3, WIDTH)
+    for step in range(products.shape[2]):
+        lanes = lanes + products[:, :, step]
+    while lanes.shape[-1] > 1:
+        low, high = lanes.chunk(2, dim=-1)
+        lanes = low + high
+    assert torch.equal(DenseCpu(packed(weight.bfloat16(), None))(x), lanes[..., 0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n_size", [7, 12, 31, 48])
-def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_size: int) -> None:
-    kernel = DenseCpu(packed(random(n_size, 96, seed=1).to(dtype), random(n_size, seed=2)))
-    x = random(64, 96)
+@pytest.mark.parametrize(("n_size", "k_size"), [(7, 96), (12, 104), (31, 96), (48, 96)])
+def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_size: int, k_size: int) -> None:
+    kernel = DenseCpu(packed(random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)))
+    x = random(64, k_size)
     whole = kernel(x)
     for rows in ROWS:
         for start in (0, 1, 64 - rows):
@@ -63,10 +79,10 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_
             assert torch.equal(kernel(part), whole[start : start + rows])
 
 
-def test_rows_beyond_one_row_block() -> None:
-    """Activations are taken in blocks that fit the L2 cache; the rows of the second block are rows like any other."""
-    k_size = 4096
-    rows_per_block = ROW_BLOCK_BYTES // (4 * k_size)
+@pytest.mark.parametrize("k_size", [512, 4096])
+def test_rows_beyond_one_row_block(k_size: int) -> None:
+    """Activations are taken in blocks; the rows of the second block are rows like any other."""
+    rows_per_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * k_size))
     x, weight = random(2 * rows_per_block + 3, k_size), random(24, k_size, seed=1)
     kernel = DenseCpu(packed(weight, None))
     whole = kernel(x)

@@ -1,0 +1,352 @@
+"""The Numba kernels of attention on a CPU. `engine.attention.cpu` says how they divide a step and what they read.
+
+A work item is one KV head of a few neighbouring query tokens of one sequence: the query heads that share the KV head
+and the tokens together make up to 32 rows that share every load of keys and values. The order of a row's additions
+depends on the places of its keys alone: 64 keys, a span, are softened together (Dao et al. 2022), 1,024 keys make a
+part with a softmax of its own, and parts are merged from the first to the last. So a row's bits depend neither on how a
+prompt was cut into chunks nor on whether its parts were computed by one thread or by many.
+
+A head's blocks lie one after the other, so that a sequence whose blocks are neighbours is one stream to the processor's
+prefetcher: keys as `[num_kv_heads, num_blocks, head_dim, 16]`, values as `[num_kv_heads, num_blocks, head_dim / 16, 16,
+16]`, the last two being keys and dimensions. Both are read as they lie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from quant.kernels.arrays import FAST
+from quant.kernels.integer_ops import enabled_features
+from quant.kernels.simd import (
+    add,
+    exp,
+    first_lanes,
+    fma,
+    load16,
+    max_lanes,
+    max_of,
+    multiply,
+    splat16,
+    store,
+    store_one,
+    subtract,
+    sum_lanes,
+    zeros16,
+)
+
+LANES = 16
+BLOCK_SIZE = LANES
+SPAN_BLOCKS = 4
+SPAN = SPAN_BLOCKS * BLOCK_SIZE
+PART_BLOCKS = 64
+PART = PART_BLOCKS * BLOCK_SIZE
+HAS_WIDE_TILES = "avx512f" in enabled_features()
+"""Eight rows of sums fill eight of 32 registers there; elsewhere four rows take eight of 16."""
+FIRST_PART, PARTIAL = 4, 6
+"""The columns of a tile for the first part of its keys, for where its results go: -1 straight into the output."""
+LOWEST = np.float32(-3.4e38)
+"""Stands for the highest score of no scores; finite, so that differences are numbers."""
+
+
+@njit(**FAST)
+def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
+    value_start = key_start + num_kv_heads * head_dim
+    num_blocks = keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim)
+    for token in range(slots.shape[0]):
+        block, offset = slots[token] // BLOCK_SIZE, slots[token] % BLOCK_SIZE
+        for head in range(num_kv_heads):
+            base = (head * num_blocks + block) * BLOCK_SIZE * head_dim
+            source = token * width + head * head_dim
+            for d in range(head_dim):
+                store_one(keys, base + d * BLOCK_SIZE + offset, qkv[source + key_start + d])
+                place = base + (d // LANES * BLOCK_SIZE + offset) * LANES + d % LANES
+                store_one(values, place, qkv[source + value_start + d])
+
+
+@njit(inline="always")
+def _score_four(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
+    """Scores of 4 rows against 16 keys; q [head_dim, num_rows], of which the first row begins at `place`."""
+    s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
+    for d in range(head_dim):
+        k = load16(keys, base + d * LANES)
+        s0, s1 = fma(splat16(q[place]), k, s0), fma(splat16(q[place + 1]), k, s1)
+        s2, s3 = fma(splat16(q[place + 2]), k, s2), fma(splat16(q[place + 3]), k, s3)
+        place += num_rows
+    store(scores, target, s0)
+    store(scores, target + SPAN, s1)
+    store(scores, target + 2 * SPAN, s2)
+    store(scores, target + 3 * SPAN, s3)
+
+
+@njit(inline="always")
+def _score_eight(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
+    s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
+    s4, s5, s6, s7 = zeros16(), zeros16(), zeros16(), zeros16()
+    for d in range(head_dim):
+        k = load16(keys, base + d * LANES)
+        s0, s1 = fma(splat16(q[place]), k, s0), fma(splat16(q[place + 1]), k, s1)
+        s2, s3 = fma(splat16(q[place + 2]), k, s2), fma(splat16(q[place + 3]), k, s3)
+        s4, s5 = fma(splat16(q[place + 4]), k, s4), fma(splat16(q[place + 5]), k, s5)
+        s6, s7 = fma(splat16(q[place + 6]), k, s6), fma(splat16(q[place + 7]), k, s7)
+        place += num_rows
+    store(scores, target, s0)
+    store(scores, target + SPAN, s1)
+    store(scores, target + 2 * SPAN, s2)
+    store(scores, target + 3 * SPAN, s3)
+    store(scores, target + 4 * SPAN, s4)
+    store(scores, target + 5 * SPAN, s5)
+    store(scores, target + 6 * SPAN, s6)
+    store(scores, target + 7 * SPAN, s7)
+
+
+@njit(inline="always")
+def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ignore[no-untyped-def]
+    """Scores of all rows, a multiple of 4, against a block's keys, which are the span's from `column` on."""
+    row = 0
+    if HAS_WIDE_TILES:
+        while row + 8 <= num_rows:
+            _score_eight(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+            row += 8
+    while row < num_rows:
+        _score_four(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+        row += 4
+
+
+@njit(inline="always")
+def _hide_first(scores, row, num_hidden):  # type: ignore[no-untyped-def]
+    """Hide the first keys of the span from a row: its window begins after them."""
+    for i in range(row * SPAN, row * SPAN + min(SPAN, num_hidden)):
+        scores[i] = np.float32(-np.inf)
+
+
+@njit(inline="always")
+def _soften_row(scores, row, num_visible, highest, totals, sums, head_dim):  # type: ignore[no-untyped-def]
+    """Turn a row's scores into weights relative to its highest score so far, rescaling what it summed before."""
+    hidden = np.float32(-np.inf)
+    place, lanes = row * SPAN, row * LANES
+    s0 = first_lanes(num_visible, load16(scores, place), hidden)
+    s1 = first_lanes(num_visible - LANES, load16(scores, place + LANES), hidden)
+    s2 = first_lanes(num_visible - 2 * LANES, load16(scores, place + 2 * LANES), hidden)
+    s3 = first_lanes(num_visible - 3 * LANES, load16(scores, place + 3 * LANES), hidden)
+    top = max_lanes(max_of(max_of(s0, s1), max_of(s2, s3)))
+    if top > highest[row]:
+        shrink = exp(splat16(highest[row] - top))
+        highest[row] = top
+        store(totals, lanes, multiply(load16(totals, lanes), shrink))
+        for d in range(row * head_dim, (row + 1) * head_dim, LANES):
+            store(sums, d, multiply(load16(sums, d), shrink))
+    base = splat16(highest[row])
+    w0, w1 = exp(subtract(s0, base)), exp(subtract(s1, base))
+    w2, w3 = exp(subtract(s2, base)), exp(subtract(s3, base))
+    store(totals, lanes, add(load16(totals, lanes), add(add(w0, w1), add(w2, w3))))
+    store(scores, place, w0)
+    store(scores, place + LANES, w1)
+    store(scores, place + 2 * LANES, w2)
+    store(scores, place + 3 * LANES, w3)
+
+
+@njit(inline="always")
+def _sum_four(scores, place, num_keys, head_dim, values, base, sums, target, d):  # type: ignore[no-untyped-def]
+    """Add the weighted values of a block's first keys to the sums of 4 rows: 16 dimensions, from `d` on."""
+    t0, t1, t2, t3 = target + d, target + head_dim + d, target + 2 * head_dim + d, target + 3 * head_dim + d
+    s0, s1, s2, s3 = load16(sums, t0), load16(sums, t1), load16(sums, t2), load16(sums, t3)
+    for key in range(num_keys):
+        v = load16(values, base + d * BLOCK_SIZE + key * LANES)
+        p = place + key
+        s0, s1 = fma(splat16(scores[p]), v, s0), fma(splat16(scores[p + SPAN]), v, s1)
+        s2 = fma(splat16(scores[p + 2 * SPAN]), v, s2)
+        s3 = fma(splat16(scores[p + 3 * SPAN]), v, s3)
+    store(sums, t0, s0)
+    store(sums, t1, s1)
+    store(sums, t2, s2)
+    store(sums, t3, s3)
+
+
+@njit(inline="always")
+def _sum_eight(scores, place, num_keys, head_dim, values, base, sums, target, d):  # type: ignore[no-untyped-def]
+    """The same for 8 rows, and 32 dimensions: a weight is spread over a register once for two of them."""
+    t0, t1, t2, t3 = target + d, target + head_dim + d, target + 2 * head_dim + d, target + 3 * head_dim + d
+    t4, t5, t6, t7 = t0 + 4 * head_dim, t1 + 4 * head_dim, t2 + 4 * head_dim, t3 + 4 * head_dim
+    s0, s1, s2, s3 = load16(sums, t0), load16(sums, t1), load16(sums, t2), load16(sums, t3)
+    s4, s5, s6, s7 = load16(sums, t4), load16(sums, t5), load16(sums, t6), load16(sums, t7)
+    r0, r1, r2, r3 = (
+        load16(sums, t0 + LANES),
+        load16(sums, t1 + LANES),
+        load16(sums, t2 + LANES),
+        load16(sums, t3 + LANES),
+    )
+    r4, r5, r6, r7 = (
+        load16(sums, t4 + LANES),
+        load16(sums, t5 + LANES),
+        load16(sums, t6 + LANES),
+        load16(sums, t7 + LANES),
+    )
+    for key in range(num_keys):
+        v = load16(values, base + d * BLOCK_SIZE + key * LANES)
+        u = load16(values, base + (d + LANES) * BLOCK_SIZE + key * LANES)
+        p = place + key
+        w = splat16(scores[p])
+        s0, r0 = fma(w, v, s0), fma(w, u, r0)
+        w = splat16(scores[p + SPAN])
+        s1, r1 = fma(w, v, s1), fma(w, u, r1)
+        w = splat16(scores[p + 2 * SPAN])
+        s2, r2 = fma(w, v, s2), fma(w, u, r2)
+        w = splat16(scores[p + 3 * SPAN])
+        s3, r3 = fma(w, v, s3), fma(w, u, r3)
+        w = splat16(scores[p + 4 * SPAN])
+        s4, r4 = fma(w, v, s4), fma(w, u, r4)
+        w = splat16(scores[p + 5 * SPAN])
+        s5, r5 = fma(w, v, s5), fma(w, u, r5)
+        w = splat16(scores[p + 6 * SPAN])
+        s6, r6 = fma(w, v, s6), fma(w, u, r6)
+        w = splat16(scores[p + 7 * SPAN])
+        s7, r7 = fma(w, v, s7), fma(w, u, r7)
+    store(sums, t0, s0)
+    store(sums, t0 + LANES, r0)
+    store(sums, t1, s1)
+    store(sums, t1 + LANES, r1)
+    store(sums, t2, s2)
+    store(sums, t2 + LANES, r2)
+    store(sums, t3, s3)
+    store(sums, t3 + LANES, r3)
+    store(sums, t4, s4)
+    store(sums, t4 + LANES, r4)
+    store(sums, t5, s5)
+    store(sums, t5 + LANES, r5)
+    store(sums, t6, s6)
+    store(sums, t6 + LANES, r6)
+    store(sums, t7, s7)
+    store(sums, t7 + LANES, r7)
+
+
+@njit(inline="always")
+def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
+    row = 0
+    if HAS_WIDE_TILES and head_dim % (2 * LANES) == 0:
+        while row + 8 <= num_rows:
+            for d in range(0, head_dim, 2 * LANES):
+                _sum_eight(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
+            row += 8
+    while row < num_rows:
+        for d in range(0, head_dim, LANES):
+            _sum_four(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
+        row += 4
+
+
+@njit(inline="always")
+def _merge_row(highest, totals, sums, row, top, total, part_sums, place, head_dim):  # type: ignore[no-untyped-def]
+    """Merge a part of a row's softmax into those before it. What saw no key changes nothing, on either side."""
+    joint = max(highest[row], top)
+    before, after = exp(splat16(highest[row] - joint)), exp(splat16(top - joint))
+    highest[row] = joint
+    totals[row] = totals[row] * max_lanes(before) + total * max_lanes(after)
+    target = row * head_dim
+    for d in range(0, head_dim, LANES):
+        store(sums, target + d, fma(load16(part_sums, place + d), after, multiply(load16(sums, target + d), before)))
+
+
+@njit(inline="always")
+def _finish_row(sums, row, total, head_dim, out, target):  # type: ignore[no-untyped-def]
+    inverse = splat16(np.float32(1.0) / total)
+    for d in range(0, head_dim, LANES):
+        store(out, target + d, multiply(load16(sums, row * head_dim + d), inverse))
+
+
+@njit(**FAST)
+def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, first, last, kv, state):  # type: ignore[no-untyped-def]
+    """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
+    keys, values, first_of_head = kv
+    scores, highest, totals, sums = state
+    size = BLOCK_SIZE * head_dim
+    highest[:], totals[:], sums[:] = LOWEST, 0.0, 0.0
+    for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
+        begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
+        for index in range(begin, end):
+            base = (first_of_head + blocks[index]) * size
+            _score_block(q, num_rows, head_dim, keys, base, scores, (index - span) * BLOCK_SIZE)
+        num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
+        if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
+            for row in range(num_rows):
+                _hide_first(scores, row, num_visible + row // group - window)
+        for row in range(num_rows):
+            _soften_row(scores, row, num_visible + row // group, highest, totals, sums, head_dim)
+        for index in range(begin, end):
+            # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
+            num_keys = min(BLOCK_SIZE, position + num_tokens - index * BLOCK_SIZE)
+            base = (first_of_head + blocks[index]) * size
+            _sum_block(scores, (index - span) * BLOCK_SIZE, num_rows, num_keys, head_dim, values, base, sums)
+
+
+@njit(**FAST)
+def _attend_item(  # type: ignore[no-untyped-def]
+    item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out, partials
+):
+    """tiles, partials: as `CpuAttention.work_items` and `CpuAttention.forward` make them."""
+    group = num_heads // num_kv_heads
+    head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
+    first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
+    num_rows = (num_tokens * group + 3) // 4 * 4
+    q = np.zeros(num_rows * head_dim, np.float32)
+    scores = np.empty(num_rows * SPAN, np.float32)
+    highest, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
+    sums, all_sums = np.empty(num_rows * head_dim, np.float32), np.zeros(num_rows * head_dim, np.float32)
+    all_highest, all_totals = np.full(num_rows, LOWEST), np.zeros(num_rows, np.float32)
+    for row in range(num_tokens * group):
+        source = (first_row + row // group) * width + (head * group + row % group) * head_dim
+        for d in range(head_dim):
+            q[d * num_rows + row] = qkv[source + d] * scale
+    first_of_head = head * (keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim))
+    first = max(0, position + 1 - window) // BLOCK_SIZE
+    last = (position + num_tokens - 1) // BLOCK_SIZE + 1
+    kv, state = (keys, values, first_of_head), (scores, highest, totals, sums)
+    for part in range(max(first_part, first // PART_BLOCKS), last_part):
+        begin, end = max(first, part * PART_BLOCKS), min(last, (part + 1) * PART_BLOCKS)
+        blocks = block_table[sequence]
+        _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, begin, end, kv, state)
+        for row in range(num_rows):
+            total = sum_lanes(load16(totals, row * LANES))
+            _merge_row(all_highest, all_totals, all_sums, row, highest[row], total, sums, row * head_dim, head_dim)
+    for row in range(num_tokens * group):
+        if partial < 0:
+            target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
+            _finish_row(all_sums, row, all_totals[row], head_dim, out, target)
+        else:
+            partials[partial, head, row, :head_dim] = all_sums[row * head_dim : (row + 1) * head_dim]
+            partials[partial, head, row, head_dim], partials[partial, head, row, head_dim + 1] = (
+                all_highest[row],
+                all_totals[row],
+            )
+
+
+@njit(**FAST)
+def attend_serial(num_items, args):  # type: ignore[no-untyped-def]
+    for item in range(num_items):
+        _attend_item(item, *args)
+
+
+@njit(parallel=True, **FAST)
+def attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
+    for item in prange(num_items):
+        _attend_item(item, *args)
+
+
+@njit(parallel=True, **FAST)
+def merge_parts(tiles, num_heads, num_kv_heads, head_dim, out, partials):  # type: ignore[no-untyped-def]
+    """Merge the parts of rows that were computed apart; in `tiles` they follow each other, the first one first."""
+    group = num_heads // num_kv_heads
+    for item in prange(tiles.shape[0] * num_kv_heads):
+        tile, head = item // num_kv_heads, item % num_kv_heads
+        if tiles[tile, PARTIAL] < 0 or tiles[tile, FIRST_PART] > 0:
+            continue
+        first_row, num_tokens = tiles[tile, 0], tiles[tile, 1]
+        for row in range(num_tokens * group):
+            highest, totals = np.full(1, LOWEST), np.zeros(1, np.float32)
+            sums = np.zeros(head_dim, np.float32)
+            place = tile
+            while place < tiles.shape[0] and tiles[place, 0] == first_row:
+                part = partials[tiles[place, PARTIAL], head, row]
+                _merge_row(highest, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)
+                place += 1
+            target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
+            _finish_row(sums, 0, totals[0], head_dim, out, target)

@@ -1,0 +1,248 @@
+"""Programs: recorded calls of compiled functions, made again by one call from Python.
+
+Between two kernels of a step Python takes longer than some kernels do: it makes views of tensors and Numba looks at the
+type of each argument. A program has taken the arguments apart already. It keeps them as 64-bit words, as Numba passes
+them to its own functions, and walks over a list of functions and their words.
+
+What differs from step to step is a parameter: an array whose address and sizes are put in before each run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba.core import cgutils, types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+from quant.kernels.arrays import flat_view
+
+Array = npt.NDArray[Any]
+Words = npt.NDArray[np.int64]
+
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+WORDS = I64.as_pointer()
+CALL_WORDS = 3
+"""Words of a call: the function that passes the words on, the kernel, the address of its words."""
+
+
+class NotRepeatableError(Exception):
+    """Calls that can't be made again; the text says why."""
+
+
+def words_of(value: Any) -> list[int]:
+    """An argument as Numba passes it: an array without an owner, a tuple as its members. Raises NotRepeatableError."""
+    if isinstance(value, np.ndarray):
+        return [0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides]
+    if isinstance(value, tuple):
+        return [word for member in value for word in words_of(member)]
+    if isinstance(value, np.float32):
+        return [int(value.view(np.uint32))]
+    if isinstance(value, int):
+        return [value]
+    raise NotRepeatableError(f"an argument is of type {type(value).__name__}")
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """The memory of a tensor in its shape, as `flat_view` gives it flat."""
+    return flat_view(tensor).reshape(tensor.shape)
+
+
+def arrays_of(arguments: tuple[Any, ...], first: int = 0) -> list[tuple[int, Array]]:
+    """The arrays among arguments, each with the place of its words."""
+    found: list[tuple[int, Array]] = []
+    for value in arguments:
+        if isinstance(value, np.ndarray):
+            found.append((first, value))
+        elif isinstance(value, tuple):
+            found += arrays_of(value, first)
+        first += len(words_of(value))
+    return found
+
+
+class Arena:
+    """Memory for what kernels write while calls are recorded. It outlives its arrays, and their successors share it.
+
+    Calls that are made again in the same order find every array as it was when they were recorded. Programs that are
+    never run at once may share an arena.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._free: dict[int, list[Array]] = {}
+        self._memory: list[Array] = []
+
+    def new_array(self, num_rows: int, size: int) -> Array:
+        """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it."""
+        free = self._free.setdefault(size, [])
+        if not free:
+            self._memory.append(np.empty((self._max_rows, size), np.float32))
+            free.append(self._memory[-1])
+        memory = free.pop()
+        array = memory[:num_rows]
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory, which others may get as soon as nobody holds the tensor itself."""
+        address = tensor.data_ptr()
+        for memory in self._memory:
+            if address == memory.ctypes.data and tensor.is_contiguous():
+                return torch.from_numpy(memory.reshape(-1)[: tensor.numel()]).view(tensor.shape)
+        return tensor
+
+
+class Recording:
+    """The calls of one block; implements `arrays.CallObserver`. It keeps no argument alive."""
+
+    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor]) -> None:
+        self.new_array = arena.new_array
+        self.parameters = list(parameters)
+        self.uses: list[dict[bool, list[int]]] = [{False: [], True: []} for _ in parameters]
+        """Places of each parameter among `words`: where it has its shape, where it is flat."""
+        self.words: list[int] = []
+        self.calls: list[tuple[str, int, int, int]] = []
+        """The kernel's name, the addresses of its passer and of itself, the place of its words."""
+        self.refusal: str | None = None
+        """The reason why the calls can't be made again."""
+        self._forms = [(array_of(tensor), flat_view(tensor)) for tensor in parameters]
+
+    def take(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        try:
+            self._take(kernel, arguments)
+        except NotRepeatableError as error:  # the block goes on
+            self.refusal = str(error)
+
+    def _take(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        signature, address = _compiled(kernel, arguments)
+        first = len(self.words)
+        for place, array in arrays_of(arguments, first):
+            self._note_use(place, array)
+        self.words += words_of(arguments)
+        self.calls.append((kernel.__name__, _passer(signature)[1], address, first))
+
+    def _note_use(self, place: int, array: Array) -> None:
+        address, words = array.ctypes.data, words_of(array)
+        for uses, (shaped, flat) in zip(self.uses, self._forms, strict=True):
+            if shaped.ctypes.data <= address < shaped.ctypes.data + shaped.nbytes:
+                is_flat = words == words_of(flat)
+                if not is_flat and words != words_of(shaped):
+                    raise NotRepeatableError("a kernel gets a part of what changes from step to step")
+                uses[is_flat].append(place)
+
+
+class Program:
+    """Recorded calls. Memory that is no parameter must stay where it is as long as the program is used."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.names = [name for name, *_ in recording.calls]
+        """The kernels' names, in order."""
+        self._words = np.array(recording.words, np.int64)
+        start = self._words.ctypes.data
+        rows = [(passer, kernel, start + self._words.itemsize * place) for _, passer, kernel, place in recording.calls]
+        self._calls = np.array(rows, np.int64).reshape(-1, CALL_WORDS)
+        self._uses = recording.uses
+        self._parameters = recording.parameters
+
+    def run(self, parameters: Sequence[torch.Tensor], stamps: Words | None = None) -> None:
+        """Make the calls. `parameters` have the dtypes and dimensions of those that were recorded.
+
+        `stamps` [calls + 1] gets the processor's count of cycles before each call and after the last one.
+        """
+        for index, parameter in enumerate(parameters):
+            if parameter is not self._parameters[index]:
+                self._put(index, parameter)
+        address = 0 if stamps is None else stamps.ctypes.data
+        if _walker()[1](self._calls.ctypes.data, len(self._calls), address):
+            raise MemoryError("a kernel found no memory")  # the only thing for which one raises
+
+    def _put(self, index: int, parameter: torch.Tensor) -> None:
+        """Let the calls take another tensor."""
+        self._parameters[index] = parameter
+        for is_flat, places in self._uses[index].items():
+            words = words_of(flat_view(parameter) if is_flat else array_of(parameter))
+            for place in places:
+                self._words[place : place + len(words)] = words
+
+
+def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> tuple[tuple[types.Type, ...], int]:
+    """The types for which a kernel that was called so is compiled, and its address."""
+    if not hasattr(kernel, "overloads"):
+        raise NotRepeatableError(f"{kernel.__name__} is no compiled function, so there is no version of it")
+    signature = tuple(kernel.typeof_pyval(argument) for argument in arguments)
+    result = kernel.overloads.get(signature)
+    if result is None or result.signature.return_type != types.none:
+        raise NotRepeatableError(f"{kernel.__name__} has no version for exactly these types, or returns something")
+    return signature, result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+
+
+@functools.cache
+def _passer(signature: tuple[types.Type, ...]) -> tuple[Any, int]:
+    """A function (kernel, words) -> status, which calls the kernel with its arguments; what keeps it, its address."""
+    context = cpu_target.target_context
+    kind = context.call_conv.get_function_type(types.none, signature)
+
+    def write(builder: ir.IRBuilder, kernel: Any, words: Any) -> Any:
+        arguments = []
+        for index, argument in enumerate(kind.args[2:]):
+            place = builder.gep(builder.inttoptr(words, WORDS), [ir.Constant(I64, index)])
+            arguments.append(builder.load(builder.bitcast(place, argument.as_pointer())))
+        result, error = (cgutils.alloca_once(builder, pointer.pointee) for pointer in kind.args[:2])
+        return builder.call(builder.inttoptr(kernel, kind.as_pointer()), [result, error, *arguments])
+
+    function: tuple[Any, int] = _function("pass_words", 2, write)
+    return function
+
+
+@functools.cache
+def _walker() -> tuple[Any, Any]:
+    """A function (calls, number of calls, stamps) -> status; it stops at the first call that fails."""
+    passer = ir.FunctionType(I32, [I64, I64])
+    counter = ir.FunctionType(I64, [])
+
+    def write(builder: ir.IRBuilder, calls: Any, count: Any, stamps: Any) -> Any:
+        read = cgutils.get_or_insert_function(builder.module, counter, "llvm.readcyclecounter")
+        rows, marks = builder.inttoptr(calls, WORDS), builder.inttoptr(stamps, WORDS)
+        is_stamped = builder.icmp_unsigned("!=", stamps, ir.Constant(I64, 0))
+        status = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
+
+        def stamp(index: Any) -> None:
+            with builder.if_then(is_stamped):
+                builder.store(builder.call(read, []), builder.gep(marks, [index]))
+
+        with cgutils.for_range(builder, count) as loop:
+            stamp(loop.index)
+            first = builder.mul(loop.index, ir.Constant(I64, CALL_WORDS))
+            places = [builder.add(first, ir.Constant(I64, offset)) for offset in range(CALL_WORDS)]
+            function, kernel, words = (builder.load(builder.gep(rows, [place])) for place in places)
+            failed = builder.call(builder.inttoptr(function, passer.as_pointer()), [kernel, words])
+            with builder.if_then(builder.icmp_unsigned("!=", failed, ir.Constant(I32, 0))):
+                builder.store(failed, status)
+                loop.do_break()
+        stamp(count)
+        return builder.load(status)
+
+    library, address = _function("walk", 3, write)
+    return library, ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(address)
+
+
+@global_compiler_lock
+def _function(name: str, num_arguments: int, write: Any) -> tuple[Any, int]:
+    """Compile a function of integers that returns a status; the library that keeps it, and its address."""
+    library = cpu_target.target_context.codegen().create_library(name)
+    module = library.create_ir_module(name)
+    name = f"{name}_{id(library)}"  # unique in this process: libraries are never let go
+    function = ir.Function(module, ir.FunctionType(I32, [I64] * num_arguments), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    builder.ret(write(builder, *function.args))
+    library.add_ir_module(module)
+    library.finalize()
+    return library, library.get_pointer_to_function(name)

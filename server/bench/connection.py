@@ -1,0 +1,112 @@
+"""A server's address, and one request on a connection of its own: bytes out, reads with their moments in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from server.bench.answers import Read
+
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+CONNECT_TIMEOUT_S = 10.0
+
+
+class NoServerError(Exception):
+    """The text says which server, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """An http or https URL; routes are below its path."""
+
+    url: str
+    host: str
+    port: int
+    path: str
+    is_tls: bool
+    api_key: str | None = None
+
+    @classmethod
+    def parse(cls, url: str, api_key: str | None = None) -> Address:
+        """Raises ValueError."""
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url} is no http:// or https:// address")
+        is_tls = parts.scheme == "https"
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(url, parts.hostname, parts.port or (443 if is_tls else 80), path, is_tls, api_key)
+
+    def request(self, route: str, body: Any = None) -> bytes:
+        """A whole request, after whose answer the server closes the connection."""
+        data = b"" if body is None else json.dumps(body).encode()
+        lines = [
+            f"{'GET' if body is None else 'POST'} {self.path}{route} HTTP/1.1",
+            f"Host: {self.host}:{self.port}",
+            "Connection: close",
+            f"Content-Length: {len(data)}",
+            *([] if body is None else ["Content-Type: application/json"]),
+            *([f"Authorization: Bearer {self.api_key}"] if self.api_key else []),
+        ]
+        return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+class _Reader(asyncio.Protocol):
+    """Keeps every read and its moment."""
+
+    def __init__(self) -> None:
+        self.reads: list[Read] = []
+        self.ended = asyncio.Event()
+        self.last = 0.0
+        self._tail = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.last = time.perf_counter()
+        self.reads.append((self.last, data))
+        self._tail = (self._tail + data[-len(LAST_CHUNK) :])[-len(LAST_CHUNK) :]
+        if self._tail == LAST_CHUNK:  # not every proxy closes
+            self.ended.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request's moment and all that came of it."""
+
+    sent_at: float
+    reads: list[Read]
+    failure: str | None = None
+
+
+async def exchange(address: Address, request: bytes, timeout_s: float) -> Exchange:
+    """Send and read to the end. Times begin when the request is written, on an open connection."""
+    loop = asyncio.get_running_loop()
+    sent_at = time.perf_counter()
+    try:
+        context = ssl.create_default_context() if address.is_tls else None
+        connecting = loop.create_connection(_Reader, address.host, address.port, ssl=context)
+        transport, reader = await asyncio.wait_for(connecting, min(timeout_s, CONNECT_TIMEOUT_S))
+    except TimeoutError:
+        return Exchange(sent_at, [], f"{address.url} takes no connection")
+    except OSError as error:
+        return Exchange(sent_at, [], f"{address.url} can't be reached: {error.strerror or error}")
+    try:
+        sent_at = reader.last = time.perf_counter()
+        transport.write(request)
+        while not reader.ended.is_set():
+            left_s = reader.last + timeout_s - time.perf_counter()
+            if left_s <= 0:
+                return Exchange(sent_at, reader.reads, f"no byte came for {timeout_s:g} s")
+            try:
+                await asyncio.wait_for(reader.ended.wait(), left_s)
+            except TimeoutError:
+                continue
+        return Exchange(sent_at, reader.reads)
+    finally:
+        transport.abort()
