@@ -55,7 +55,7 @@ class BlockManager:
         return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
 
     def num_findable_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence that need not be computed if it is admitted now."""
+        """Tokens in the full blocks that a waiting sequence would reuse if admitted now; a copy may save a few more."""
         return len(self._find_prefix(sequence)) * self.block_size
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int = 0) -> bool:
@@ -183,9 +183,12 @@ class BlockManager:
                     assert self._num_holders[block] == 1, "a block that is not full is shared"
                     assert block not in self._index, "a block that is not full can be found"
 
+    def _may_reuse(self, sequence: Sequence) -> bool:
+        return self._is_prefix_caching and not sequence.request.has_prompt_logprobs
+
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         blocks: list[int] = []
-        if self._is_prefix_caching and not sequence.request.has_prompt_logprobs:
+        if self._may_reuse(sequence):
             for digest in self._hashes(sequence, (sequence.num_tokens - 1) // self.block_size):
                 block = self._index.find(digest)
                 if block is None:
@@ -195,7 +198,7 @@ class BlockManager:
 
     def _find_beginning(self, sequence: Sequence, index: int) -> tuple[int, int]:
         """The block to copy for the sequence's block at `index`, and how many tokens that gives; (-1, 0) for none."""
-        if not self._is_prefix_caching or sequence.request.has_prompt_logprobs:
+        if not self._may_reuse(sequence):
             return -1, 0
         token_ids = self._token_ids(sequence, index, sequence.num_tokens - 1)
         return self._index.find_beginning(self._place(sequence, index), token_ids)

@@ -100,7 +100,7 @@ class Scheduler:
         budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
         room.begin(decodes)
         chunks = self._chunks(budget, room)
-        # A prompt makes the step long anyway.
+        # A prompt makes the step long anyway. That drafts attend to what is before them is not counted: they are few.
         drafts = [[] for _ in decodes] if chunks else self._draft(decodes, room.num_fitting(budget, 0, 1.0))
         batch = ScheduledBatch(num_admitted=self.num_admissions - num_admissions)
         for sequence, draft in zip(decodes, drafts, strict=True):

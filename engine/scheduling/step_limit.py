@@ -94,11 +94,12 @@ class StepLimit:
 
     def calibrate(self, num_tokens: int, few_s: float, many_s: float) -> None:
         """A step of one token took `few_s`, one of `num_tokens` tokens of a prompt `many_s`."""
-        self._times = StepTimes(num_tokens, few_s, many_s)
+        if self._limit_s is not None or self._alone_limit_s is not None:
+            self._times = StepTimes(num_tokens, few_s, many_s)
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """The step of `batch` took `seconds`."""
-        if self._times is not None and self._limit_s is not None:
+        if self._times is not None:
             self._times.observe(work_of(batch), seconds)
 
     def room(self, *, is_only_sequence: bool) -> StepRoom:

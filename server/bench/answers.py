@@ -6,6 +6,7 @@ Parsing waits until a measurement is over: while it runs, a read costs a timesta
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ class Answer:
 
     def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Moment and data of each event. Raises BrokenAnswerError for what is no JSON object."""
-        read_ends = _ends(len(data) for _, data in self.reads)
+        read_ends = list(itertools.accumulate(len(data) for _, data in self.reads))
         span_ends = [body_end for body_end, _ in self.spans]
         place = 0
         for match in EVENT_END.finditer(self.body):
@@ -60,16 +61,19 @@ def _object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _ends(sizes: Iterator[int]) -> list[int]:
-    ends, end = [], 0
-    for size in sizes:
-        end += size
-        ends.append(end)
-    return ends
+def _number(text: bytes, base: int) -> int:
+    """Raises BrokenAnswerError for what is no number from 0 on."""
+    try:
+        number = int(text, base)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise BrokenAnswerError(f"{text[:50].decode(errors='replace')!r} is no length: no HTTP answer")
+    return number
 
 
 def read_answer(reads: Sequence[Read]) -> Answer:
-    """Raises BrokenAnswerError."""
+    """The answer in what was read of one connection. Raises BrokenAnswerError if it is not whole, or no HTTP."""
     raw = b"".join(data for _, data in reads)
     head, end, _ = raw.partition(HEAD_END)
     words = head.split(None, 2)
@@ -81,13 +85,14 @@ def read_answer(reads: Sequence[Read]) -> Answer:
         body, spans = _chunks(raw, start)
     else:
         body, spans = raw[start:], [(len(raw) - start, len(raw))]
-        lengths = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
+        lengths = [_number(line[15:], 10) for line in lines if line.startswith(b"content-length:")]
         if lengths and len(body) < lengths[0]:
             raise BrokenAnswerError("the server closed the connection in the middle of its answer")
     return Answer(int(words[1]), body, spans, reads)
 
 
 def _chunks(raw: bytes, place: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """The body whose first chunk begins at `place`, and `Answer.spans`. Raises BrokenAnswerError."""
     parts: list[bytes] = []
     spans: list[tuple[int, int]] = []
     length = 0
@@ -96,7 +101,7 @@ def _chunks(raw: bytes, place: int) -> tuple[bytes, list[tuple[int, int]]]:
         size_text = raw[place:line_end].partition(b";")[0]
         if line_end < 0 or not size_text:
             raise BrokenAnswerError("the server closed the connection in the middle of its answer")
-        size, start = int(size_text, 16), line_end + 2
+        size, start = _number(size_text, 16), line_end + 2
         if size == 0:
             return b"".join(parts), spans
         place = start + size + 2

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from server.bench.connection import NoServerError
 from server.bench.engine_alone import measure_engine
+from server.bench.errors import BenchmarkError
 from server.bench.measure import measure_servers
 from server.bench.options import PROGRAM, build_parser, complaint_of
 from server.bench.reports import Report, as_markdown, write_report
@@ -23,14 +23,14 @@ def main(arguments: Sequence[str], shown_as: str = PROGRAM, environ: Mapping[str
     """The exit code: 0, 1 if nothing could be measured, 130 after Ctrl-C, when what was measured is printed."""
     parser = build_parser(environ, shown_as)
     args = parser.parse_args(arguments)
-    given = [argument.partition("=")[0] for argument in arguments]
-    if (complaint := complaint_of(args, given)) is not None:
+    flags = [argument.partition("=")[0] for argument in arguments]
+    if (complaint := complaint_of(args, flags)) is not None:
         parser.error(complaint)
     if args.seed is None:
         args.seed = random.SystemRandom().getrandbits(SEED_BITS)
     try:
         report, is_whole = _measure(args)
-    except NoServerError as error:
+    except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return _publish(report, args.output, is_whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import ssl
 import time
@@ -16,13 +17,9 @@ LAST_CHUNK = b"\r\n0\r\n\r\n"
 CONNECT_TIMEOUT_S = 10.0
 
 
-class NoServerError(Exception):
-    """The text says which server, and what is wrong with it."""
-
-
 @dataclass(frozen=True)
 class Address:
-    """An http or https URL; routes are below its path."""
+    """An http or https URL; routes are below its path, of which they have a last `/v1` themselves."""
 
     url: str
     host: str
@@ -46,7 +43,7 @@ class Address:
         data = b"" if body is None else json.dumps(body).encode()
         lines = [
             f"{'GET' if body is None else 'POST'} {self.path}{route} HTTP/1.1",
-            f"Host: {self.host}:{self.port}",
+            f"Host: {f'[{self.host}]' if ':' in self.host else self.host}:{self.port}",
             "Connection: close",
             f"Content-Length: {len(data)}",
             *([] if body is None else ["Content-Type: application/json"]),
@@ -84,13 +81,22 @@ class Exchange:
     failure: str | None = None
 
 
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """Read once: the certificates take milliseconds, while other requests are timed."""
+    return ssl.create_default_context()
+
+
 async def exchange(address: Address, request: bytes, timeout_s: float) -> Exchange:
-    """Send and read to the end. Times begin when the request is written, on an open connection."""
+    """Send and read to the end. Times begin when the request is written, on an open connection.
+
+    `timeout_s` is the longest time without a byte. A failure is in the result; nothing is raised.
+    """
     loop = asyncio.get_running_loop()
     sent_at = time.perf_counter()
     try:
-        context = ssl.create_default_context() if address.is_tls else None
-        connecting = loop.create_connection(_Reader, address.host, address.port, ssl=context)
+        tls = tls_context() if address.is_tls else None
+        connecting = loop.create_connection(_Reader, address.host, address.port, ssl=tls)
         transport, reader = await asyncio.wait_for(connecting, min(timeout_s, CONNECT_TIMEOUT_S))
     except TimeoutError:
         return Exchange(sent_at, [], f"{address.url} takes no connection")

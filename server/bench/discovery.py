@@ -6,33 +6,34 @@ import json
 from typing import Any
 
 from server.bench.answers import OK, BrokenAnswerError, read_answer
-from server.bench.connection import Address, NoServerError, exchange
+from server.bench.connection import Address, exchange
+from server.bench.errors import BenchmarkError
 
 
 async def _ask(address: Address, route: str, timeout_s: float) -> Any:
-    """The JSON of a route; None if there is no such answer. Raises NoServerError without any answer."""
+    """The JSON of a route; None if there is no such answer. Raises BenchmarkError without any answer."""
     result = await exchange(address, address.request(route), timeout_s)
     if result.failure is not None:
-        raise NoServerError(f"{result.failure} (asked for {route})")
+        raise BenchmarkError(f"{result.failure} (asked for {route})")
     try:
         answer = read_answer(result.reads)
         return json.loads(answer.body) if answer.status == OK else None
     except BrokenAnswerError as error:
-        raise NoServerError(f"{address.url}: {error}") from error
+        raise BenchmarkError(f"{address.url}: {error}") from error
     except ValueError:
         return None
 
 
 async def find_wire(address: Address, timeout_s: float) -> str:
-    """Key of WIRES. Raises NoServerError."""
+    """Key of WIRES. Raises BenchmarkError."""
     info = await _ask(address, "/info", timeout_s)
     return "tgi" if isinstance(info, dict) and "model_id" in info else "completions"
 
 
 async def find_model(address: Address, timeout_s: float) -> str:
-    """The first model that the server lists. Raises NoServerError."""
+    """The first model that the server lists. Raises BenchmarkError."""
     models = await _ask(address, "/v1/models", timeout_s)
     try:
         return str(models["data"][0]["id"])
     except (LookupError, TypeError):
-        raise NoServerError(f"{address.url} lists no model at /v1/models: name it with --model") from None
+        raise BenchmarkError(f"{address.url} lists no model at /v1/models: name it with --model") from None

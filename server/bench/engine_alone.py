@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.link.environment import engine_environment
-from server.bench.connection import NoServerError
+from server.bench.errors import BenchmarkError
 from server.bench.options import BATCH_SIZES, sampling_of
 from server.bench.progress import Progress
 from server.bench.reports import Report, Table
@@ -37,7 +37,7 @@ class Run:
 
 
 def measure_engine(args: argparse.Namespace) -> tuple[Report, bool]:
-    """The report, and whether it is whole. Raises NoServerError if the engine can't start."""
+    """The report, and whether it is whole. Raises BenchmarkError if the engine can't start."""
     runs: list[Run] = []
     progress = Progress()
     is_whole = True
@@ -82,7 +82,7 @@ def _runs(task: Mapping[str, Any], progress: Progress) -> Iterator[Run]:
             for line in process.stdout:
                 result = json.loads(line)
                 if "error" in result:
-                    raise NoServerError(result["error"])
+                    raise BenchmarkError(result["error"])
                 if result["batch_size"] != batch_size:
                     batch_size = result["batch_size"]
                     progress.begin(f"batch size {batch_size}", task["warmups"] + task["runs"])
@@ -90,7 +90,7 @@ def _runs(task: Mapping[str, Any], progress: Progress) -> Iterator[Run]:
                 if not result.pop("is_warm_up"):
                     yield Run(**result)
             if process.wait() != 0:
-                raise NoServerError(f"the engine ended with exit code {process.returncode}; its log is above")
+                raise BenchmarkError(f"the engine ended with exit code {process.returncode}; its log is above")
         finally:
             process.kill()
 

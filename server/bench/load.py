@@ -26,29 +26,30 @@ class Target:
         return await exchange(self.address, request, self.timeout_s)
 
 
-Report = Callable[[Exchange], None]
+OnExchange = Callable[[Exchange], None]
+"""Takes an exchange once it has ended."""
 
 
-async def run_closed(target: Target, plans: Sequence[Plan], num_streams: int, report: Report) -> None:
+async def run_closed(target: Target, plans: Sequence[Plan], num_streams: int, on_exchange: OnExchange) -> None:
     """Keep `num_streams` requests under way until all are sent."""
     waiting = iter(plans)
 
     async def work() -> None:
         for plan in waiting:
-            report(await target.send(plan))
+            on_exchange(await target.send(plan))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(num_streams, len(plans))):
             group.create_task(work())
 
 
-async def run_open(target: Target, plans: Sequence[Plan], report: Report) -> None:
+async def run_open(target: Target, plans: Sequence[Plan], on_exchange: OnExchange) -> None:
     """Send each request at its moment, however many are under way."""
     loop = asyncio.get_running_loop()
     started = loop.time()
 
     async def work(plan: Plan) -> None:
-        report(await target.send(plan))
+        on_exchange(await target.send(plan))
 
     async with asyncio.TaskGroup() as group:
         for plan in plans:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.bench.connection import Address, Exchange, NoServerError
+from server.bench.connection import Address, Exchange
 from server.bench.discovery import find_model, find_wire
+from server.bench.errors import BenchmarkError
 from server.bench.load import Target, run_closed, run_open
 from server.bench.options import BATCH_SIZES, sampling_of
 from server.bench.progress import Progress
@@ -52,7 +53,7 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
 
 
 def measure_servers(args: argparse.Namespace) -> tuple[Report, bool]:
-    """The report, and whether it is whole. Raises NoServerError."""
+    """The report, and whether it is whole. Raises BenchmarkError."""
     tokenize = None if args.tokenizer_name is None else open_tokenizer(args.tokenizer_name, args.revision)
     targets: dict[str, Target] = {}
     measured: list[Measured] = []
@@ -109,28 +110,28 @@ async def _warm_up(
     targets: dict[str, Target],
     progress: Progress,
 ) -> None:
-    """Send other prompts than those that count. Raises NoServerError if a server answers none of them."""
+    """Send other prompts than those that count. Raises BenchmarkError if a server answers none of them."""
     plans = make_trace(shape, args.warmups * load.num_streams, None, f"{args.seed} warm-up {load.name}", tokenize)
     for name, target in targets.items():
         exchanges: list[Exchange] = []
         await _send(target, plans, Load(load.num_streams, None, len(plans)), exchanges, progress, f"{name}: warm-up")
         failures = [failure for each in exchanges if (failure := record_of(each, target.wire).failure) is not None]
         if exchanges and len(failures) == len(exchanges):
-            raise NoServerError(f"{name} answers no request at {target.wire.route}: {failures[0]}")
+            raise BenchmarkError(f"{name} answers no request at {target.wire.route}: {failures[0]}")
 
 
 async def _send(
     target: Target, plans: Sequence[Plan], load: Load, exchanges: list[Exchange], progress: Progress, text: str
 ) -> None:
-    def report(exchange: Exchange) -> None:
+    def on_exchange(exchange: Exchange) -> None:
         exchanges.append(exchange)
         progress.advance()
 
     progress.begin(text, len(plans))
     if load.rate is None:
-        await run_closed(target, plans, load.num_streams, report)
+        await run_closed(target, plans, load.num_streams, on_exchange)
     else:
-        await run_open(target, plans, report)
+        await run_open(target, plans, on_exchange)
 
 
 async def _target(url: str, args: argparse.Namespace) -> Target:
@@ -138,7 +139,7 @@ async def _target(url: str, args: argparse.Namespace) -> Target:
     wire = WIRES[args.wire or await find_wire(address, args.timeout)]
     sampling = sampling_of(args)
     if unknown := sampling.keys() - wire.sampling:
-        raise NoServerError(f"{url} has no {min(unknown)} at {wire.route}")
+        raise BenchmarkError(f"{url} has no {min(unknown)} at {wire.route}")
     needs_model = wire is not WIRES["tgi"] and args.model is None
     model = await find_model(address, args.timeout) if needs_model else args.model or ""
     return Target(address, wire, Options(model, not args.stop_at_eos, sampling), args.timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.link.suggestions import SuggestingParser
 from server.bench.connection import Address
@@ -86,22 +87,39 @@ def _add_work(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> No
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("load on a server").add_argument
-    add("--url", help="address of the server")
-    add("--compare", metavar="URL", help="address of a second server, which takes turns with the first")
-    add("--rounds", type=positive, default=5, help="turns of each server with --compare (default 5)")
+    group = parser.add_argument_group("load on a server")
+    group.add_argument("--url", help="address of the server")
+    for flag, options in server_flags().items():
+        group.add_argument(flag, **options)
+
+
+def server_flags() -> dict[str, dict[str, Any]]:
+    """The flags that mean nothing without --url -> what argparse is told of them."""
     wire = "routes to call (default: tgi if the server has TGI's /info, completions otherwise)"
-    add("--wire", choices=sorted(WIRES), help=wire)
-    add("--model", help="model to name on OpenAI's routes (default: the first of /v1/models)")
-    add("--api-key", help="sent as a bearer token")
     rate = "requests per second, arriving at random however many are under way; may be repeated; replaces --batch-size"
-    add("--request-rate", type=rate_of, action="append", help=rate)
-    add("--num-requests", type=positive, help="requests of each load (default: runs times batch size; 100 for a rate)")
-    add("--shared-prefix", type=not_negative, default=0, metavar="TOKENS", help="that all prompts begin with")
+    count = "requests of each load (default: runs times batch size; 100 for a rate)"
     slo = f"METRIC:MS, one of {', '.join(METRICS)}: what a request must keep for the goodput; may be repeated"
-    add("--slo", type=objective_of, action="append", default=[], help=slo)
-    add("--timeout", type=rate_of, default=120.0, help="seconds without a byte after which a request has failed (120)")
-    add("--stop-at-eos", action="store_true", help="let outputs end by themselves, and send no ignore_eos, min_tokens")
+    timeout = "seconds without a byte after which a request has failed (120)"
+    eos = "let outputs end by themselves, and send no ignore_eos, min_tokens"
+    compare = "address of a second server, which takes turns with the first"
+    return {
+        "--compare": {"metavar": "URL", "help": compare},
+        "--rounds": {"type": positive, "default": 5, "help": "turns of each server with --compare (default 5)"},
+        "--wire": {"choices": sorted(WIRES), "help": wire},
+        "--model": {"help": "model to name on OpenAI's routes (default: the first of /v1/models)"},
+        "--api-key": {"help": "sent as a bearer token"},
+        "--request-rate": {"type": positive_number, "action": "append", "help": rate},
+        "--num-requests": {"type": positive, "help": count},
+        "--shared-prefix": {
+            "type": not_negative,
+            "default": 0,
+            "metavar": "TOKENS",
+            "help": "that all prompts begin with",
+        },
+        "--slo": {"type": objective_of, "action": "append", "default": [], "help": slo},
+        "--timeout": {"type": positive_number, "default": 120.0, "help": timeout},
+        "--stop-at-eos": {"action": "store_true", "help": eos},
+    }
 
 
 def _add_sampling(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -119,19 +137,16 @@ def sampling_of(args: argparse.Namespace) -> dict[str, float | int | bool]:
     return {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
 
 
-def complaint_of(args: argparse.Namespace, given: Sequence[str]) -> str | None:
-    """Why the flags don't go together, with the next step; None if they do."""
+def complaint_of(args: argparse.Namespace, flags: Sequence[str]) -> str | None:
+    """Why the flags don't go together, with the next step; None if they do. `flags` are those of the command line."""
     if args.master_shard_uds_path is not None:
         return (
             "--master-shard-uds-path: shards have no socket for others here. Name a running server with --url, or "
             "leave the flag out: the engine is then loaded from --tokenizer-name"
         )
     if args.url is None:
-        needs_url = [
-            flag for flag in given if flag in ("--compare", "--request-rate", "--wire", "--num-requests", "--slo")
-        ]
-        if needs_url:
-            return f"{needs_url[0]} is for a server: name it with --url"
+        if needing := [flag for flag in flags if flag in server_flags()]:
+            return f"{needing[0]} is for a server: name it with --url"
         if args.tokenizer_name is None:
             return "name a running server with --url, or a model to load with --tokenizer-name"
         if None in (args.sequence_length.length, args.decode_length.length):
@@ -141,6 +156,8 @@ def complaint_of(args: argparse.Namespace, given: Sequence[str]) -> str | None:
             Address.parse(url)
     except ValueError as error:
         return str(error)
+    if "--rounds" in flags and args.compare is None:
+        return "--rounds is for two servers in turns: name the second with --compare"
     if args.batch_size and args.request_rate:
         return "--batch-size and --request-rate exclude each other: so many requests at a time, or so many a second"
     if args.wire and (unknown := sampling_of(args).keys() - WIRES[args.wire].sampling):
@@ -162,14 +179,14 @@ def _whole(text: str, minimum: int) -> int:
     return int(text)
 
 
-def rate_of(text: str) -> float:
+def positive_number(text: str) -> float:
     try:
-        rate = float(text)
+        number = float(text)
     except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1e6:
+        number = 0.0
+    if not 0 < number < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return rate
+    return number
 
 
 def lengths_of(text: str) -> Lengths:
@@ -184,7 +201,7 @@ def objective_of(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in METRICS:
         raise argparse.ArgumentTypeError(f"{text} is not METRIC:MS with one of {', '.join(METRICS)}")
-    return name, rate_of(limit) / 1000
+    return name, positive_number(limit) / 1000
 
 
 def output_path(text: str) -> Path:

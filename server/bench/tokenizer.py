@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.bench.connection import NoServerError
+from server.bench.errors import BenchmarkError
 from server.bench.trace import Tokenize
 
 FILE = "tokenizer.json"
 
 
 def open_tokenizer(name: str, revision: str | None) -> Tokenize:
-    """Raises NoServerError if there is none."""
+    """Raises BenchmarkError if there is none."""
     from tokenizers import Tokenizer
 
     try:
@@ -23,5 +23,5 @@ def open_tokenizer(name: str, revision: str | None) -> Tokenize:
             path = hf_hub_download(name, FILE, revision=revision)
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises plain exceptions for files that it can't read
-        raise NoServerError(f"--tokenizer-name {name}: no tokenizer ({error})") from error
+        raise BenchmarkError(f"--tokenizer-name {name}: no tokenizer ({error})") from error
     return lambda text: len(tokenizer.encode(text).ids)

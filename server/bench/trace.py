@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from server.bench.errors import BenchmarkError
+
 Tokenize = Callable[[str], int]
 """Text -> number of its tokens."""
 
@@ -81,7 +83,10 @@ class Shape:
 
 
 def make_trace(shape: Shape, num_requests: int, rate: float | None, seed: str, tokenize: Tokenize | None) -> list[Plan]:
-    """Requests that arrive as a Poisson process of `rate` per second, or, with None, whenever there is room."""
+    """Requests that arrive as a Poisson process of `rate` per second, or, with None, whenever there is room.
+
+    Raises BenchmarkError if no text has a length that was drawn.
+    """
     rng = random.Random(seed)
     shared = make_prompt(shape.num_shared, rng, tokenize)
     plans, at_s = [], 0.0
@@ -94,7 +99,7 @@ def make_trace(shape: Shape, num_requests: int, rate: float | None, seed: str, t
 
 
 def make_prompt(num_tokens: int, rng: random.Random, tokenize: Tokenize | None) -> str:
-    """A text of exactly so many tokens; without a tokenizer, of so many words."""
+    """A text of exactly so many tokens, or, without a tokenizer, words. Raises BenchmarkError if there is none."""
     words = rng.choices(WORDS, k=num_tokens)
     if tokenize is None or not words:
         return " ".join(words)
@@ -102,7 +107,7 @@ def make_prompt(num_tokens: int, rng: random.Random, tokenize: Tokenize | None) 
 
 
 def _fitted(words: list[str], num_tokens: int, rng: random.Random, tokenize: Tokenize) -> str:
-    """The words with some taken off or added until they are `num_tokens` tokens. Raises ValueError if they can't be."""
+    """The words with some taken off or added until they are `num_tokens` tokens. Raises BenchmarkError."""
     for _ in range(MAX_FITTINGS):
         num_now = tokenize(" ".join(words))
         if num_now == num_tokens:
@@ -110,4 +115,4 @@ def _fitted(words: list[str], num_tokens: int, rng: random.Random, tokenize: Tok
         num_words = max(1, round(abs(num_now - num_tokens) * len(words) / num_now))
         words = words[num_words:] if num_now > num_tokens else words + rng.choices(WORDS, k=num_words)
         words = words or rng.choices(WORDS, k=1)
-    raise ValueError(f"no text of {num_tokens} tokens was found: this tokenizer adds tokens of its own")
+    raise BenchmarkError(f"no text of {num_tokens} tokens was found: this tokenizer adds tokens of its own")

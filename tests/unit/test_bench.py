@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from server.bench.answers import BrokenAnswerError, Read, read_answer
 from server.bench.command import main
 from server.bench.connection import Address, Exchange, exchange
+from server.bench.errors import BenchmarkError
+from server.bench.options import server_flags
 from server.bench.records import Record, record_of
 from server.bench.reports import WRITERS
 from server.bench.results import Level, build_report, compare
@@ -86,7 +88,7 @@ def test_a_prompt_has_exactly_so_many_tokens(per_word: int) -> None:
 
 
 def test_a_length_that_no_text_has_ends_with_a_sentence() -> None:
-    with pytest.raises(ValueError, match="no text of 3 tokens"):
+    with pytest.raises(BenchmarkError, match="no text of 3 tokens"):
         make_trace(Shape(Lengths.parse("3"), Lengths.parse("1")), 1, None, "1", lambda text: 2 * len(text.split()))
 
 
@@ -300,6 +302,9 @@ def test_without_a_usage_events_are_counted_and_the_report_says_so(
         (STREAM[:-30], "in the middle of its answer"),
         (b"", "without an answer"),
         (b"SSH-2.0\r\n\r\n", "no HTTP answer"),
+        (HEAD + b"-2\r\n", "'-2' is no length"),
+        (HEAD + b"{}\r\n", "'{}' is no length"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "'many' is no length"),
         (None, "no byte came for 0.2 s"),
     ],
 )
@@ -310,6 +315,22 @@ def test_a_server_that_refuses_breaks_or_hangs_is_told_in_a_sentence(
     assert main(["--url", serve(lambda path: answer), *flags], environ={}) == 1
     printed = capsys.readouterr()
     assert words in printed.err and "Traceback" not in printed.err and not printed.out
+
+
+def test_a_length_that_no_text_has_is_told_in_a_sentence(
+    serve: Callable[[Reply], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with a tokenizer that puts a token of its own before every text."""
+    monkeypatch.setattr("server.bench.measure.open_tokenizer", lambda *_: lambda text: 1 + len(text.split()))
+    assert main(["--url", serve(tgi), "-t", "m", "-s1", "-b1"], environ={}) == 1
+    assert "no text of 1 tokens was found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "host"), [("http://[::1]:80/v1", "[::1]:80"), ("https://example.org", "example.org:443")]
+)
+def test_a_request_names_its_host_as_the_address_does(url: str, host: str) -> None:
+    assert f"\r\nHost: {host}\r\n".encode() in Address.parse(url).request("/info")
 
 
 def test_an_address_where_nobody_listens_is_told() -> None:
@@ -345,6 +366,7 @@ def test_ctrl_c_prints_what_was_measured(
         ("-t m -m /tmp/socket", "shards have no socket"),
         ("-t m -s uniform:1:2", "are numbers"),
         ("-t m --compare http://x", "--compare is for a server"),
+        ("--url x --rounds 2", "name the second with --compare"),
         ("--url x -b 1 --request-rate 2", "exclude each other"),
         ("--url x -b 0", "no whole number from 1 on"),
         ("--url x --slo ttfb:3", "METRIC:MS"),
@@ -360,6 +382,14 @@ def test_flags_that_make_no_sense_are_refused_with_the_next_step(
     with pytest.raises(SystemExit, match="2"):
         main(flags.split(), environ={})
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", server_flags())
+def test_no_flag_for_a_server_is_ignored_without_one(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"--wire": "=chat", "--slo": "=e2e:1", "--stop-at-eos": ""}.get(flag, "=1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["-t", "m", f"{flag}{value}"], environ={})
+    assert f"{flag} is for a server: name it with --url" in capsys.readouterr().err
 
 
 def test_tgis_variables_are_read_and_flags_beat_them(serve: Callable[[Reply], str], tmp_path: Path) -> None:

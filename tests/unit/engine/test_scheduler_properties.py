@@ -35,6 +35,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     is_prefix_caching = True
     max_draft_tokens = 0
     steps_per_token = 1
+    num_histories = 100
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -162,6 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 class UncachedSchedulerMachine(SchedulerMachine):
     is_prefix_caching = False
+    num_histories = 50
 
     @invariant()
     def nothing_is_shared(self) -> None:
@@ -217,6 +219,7 @@ class OverlappedSchedulerMachine(SchedulerMachine):
 
 class UncachedOverlappedSchedulerMachine(OverlappedSchedulerMachine):
     is_prefix_caching = False
+    num_histories = 50
 
 
 MACHINES = [
@@ -231,7 +234,7 @@ MACHINES = [
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> None:
     class Case(machine.TestCase):  # type: ignore[name-defined,misc]
-        settings = settings(max_examples=100, stateful_step_count=40)
+        settings = settings(max_examples=machine.num_histories, stateful_step_count=40)
 
     Case().runTest()
 

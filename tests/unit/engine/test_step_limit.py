@@ -51,13 +51,14 @@ def test_the_summary_tells_the_target() -> None:
     assert "0.25 s" in str(StepLimit(0.25, 5.0).describe())
 
 
-def test_the_limit_learns_from_what_steps_took() -> None:
-    limit = calibrated(0.25, 5.0)
-    before = num_fitting(limit)
+@pytest.mark.parametrize(("limit_s", "alone_limit_s"), [(0.25, 5.0), (0.25, None), (None, 0.25)])
+def test_the_limit_learns_from_what_steps_took(limit_s: float | None, alone_limit_s: float | None) -> None:
+    limit, is_only = calibrated(limit_s, alone_limit_s), limit_s is None
+    before = num_fitting(limit, is_only_sequence=is_only)
     sequence = Sequence(make_request("a", [1] * 100), arrival_time=0.0)
     for _ in range(20):
         limit.observe(make_batch([sequence], [100]), 0.2)
-    assert num_fitting(limit) == pytest.approx(before / 2, rel=0.1)
+    assert num_fitting(limit, is_only_sequence=is_only) == pytest.approx(before / 2, rel=0.1)
 
 
 SECONDS = st.floats(1e-4, 2.0)
