@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -27,6 +30,7 @@ logger = logging.getLogger("pytgi")
 POLL_S = 0.05
 END_TIMEOUT_S = 15.0
 """The time of a server to end once it is asked to, or once its engine is gone."""
+STDERR = 2
 NUM_LINES = 20
 """Lines of the log that are kept to name a cause."""
 RESERVED_OPTIONS = {
@@ -68,7 +72,7 @@ class Server:
         environ = {**os.environ, **rooms.child_environ()}
         environ.pop("API_KEY", None)  # the launcher would take it for the key of this server
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            with _listener() as listener:
                 listener.bind(self.path)
                 command = [sys.executable, "-P", "-m", "server.launcher.embedded", str(listener.fileno()), *flags]
                 self._process = subprocess.Popen(
@@ -106,11 +110,13 @@ class Server:
                 connection.close()
 
     def cause_of_end(self) -> str:
-        """The log's words about the end, which is waited for."""
+        """The log's words about the end, which is waited for, and the signal if there was one."""
         try:
             code = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return "the server does not answer"
+        if code < 0:
+            return "\n".join([f"the server was ended by signal {-code}, {signal.strsignal(-code)}", *self.log.errors()])
         return self.log.last_words() or f"the server ended with exit code {code} and said nothing"
 
     def stop(self) -> None:
@@ -133,6 +139,12 @@ class Server:
             self._process.stdin.close()
 
 
+def _listener() -> socket.socket:
+    """A Unix socket that is none of the child's standard streams, should some of this process's be closed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+        return socket.socket(fileno=fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, STDERR + 1))
+
+
 class Log:
     """The server's log, read on a thread: it goes to the logger `pytgi`, and its last lines are kept."""
 
@@ -147,7 +159,10 @@ class Log:
 
     def _read(self) -> None:
         for line in self._stream:
-            self._take(line.decode(errors="replace").rstrip())
+            try:
+                self._take(line.decode(errors="replace").rstrip())
+            except Exception:  # of a handler that the program has; unless this goes on, the server waits for its log
+                traceback.print_exc()
 
     def _take(self, line: str) -> None:
         try:
@@ -163,15 +178,24 @@ class Log:
                 self._errors.append(message)
             logger.log(logging.getLevelNamesMapping().get(level, logging.INFO), "%s", message)
 
+    def errors(self) -> list[str]:
+        """The errors, once the server has ended."""
+        self._wait_for_end()
+        return list(self._errors)
+
     def last_words(self) -> str:
         """The errors, or what came last, once the server has ended."""
-        self._reader.join(1.0)  # it is at the end by then, unless somebody else still holds the pipe
-        return "\n".join(self._errors or self._lines)
+        return "\n".join(self.errors() or self._lines)
 
     def close(self) -> None:
-        self._reader.join(1.0)
+        self._wait_for_end()
         if not self._reader.is_alive():
             self._stream.close()
+
+    def _wait_for_end(self) -> None:
+        """The reader is at the end once the server has ended, unless somebody else still holds the pipe."""
+        if threading.current_thread() is not self._reader:  # where an unused LLM may be collected, too
+            self._reader.join(1.0)
 
 
 def _let_go_in_forked_child() -> None:

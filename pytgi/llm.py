@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import http.client
 import json
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack, overload
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar, Unpack, overload
 
 from pytgi.child import Server
 from pytgi.errors import RequestError, ServerDiedError
 from pytgi.parameters import ChatParameters, GenerateParameters, check_names
+from pytgi.permits import Permits, max_connections
 from pytgi.results import ChatPiece, ChatResult, GenerateResult, Token
 from pytgi.wire import Calls
 
@@ -23,11 +25,13 @@ Message = Mapping[str, Any]
 """A message as OpenAI has it: `{"role": "user", "content": "Hello"}`."""
 
 Texts = list[str] | tuple[str, ...]
+Part = TypeVar("Part")
 
 MAX_AT_ONCE = 256
 """Requests of one batch that are under way together; the engine batches them as it has room."""
 MAX_CONCURRENT_REQUESTS = 4096
 """The server's limit unless the caller sets another: whoever has the LLM may use it from many threads."""
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 PROGRESS_S = 0.1
 CHAT_ROUTE = "/v1/chat/completions"
 
@@ -49,13 +53,12 @@ class LLM:
         options = {"max_concurrent_requests": MAX_CONCURRENT_REQUESTS, **options}
         self._server = Server(os.fspath(model), options)
         self._stop = weakref.finalize(self, self._server.stop)
-        is_shown = sys.stderr.isatty() if show_progress is None else show_progress
+        is_shown = sys.stderr is not None and (sys.stderr.isatty() if show_progress is None else show_progress)
         try:
             with _progress(self._server) if is_shown else contextlib.nullcontext():
                 self._server.wait_until_ready()
-            self._max_concurrent_requests: int = json.loads(Calls().get(self._server.path, "/info"))[
-                "max_concurrent_requests"
-            ]
+            limit: int = json.loads(Calls().get(self._server.path, "/info"))["max_concurrent_requests"]
+            self._permits = Permits(min(limit, max_connections()))
         except BaseException:
             self.close()
             raise
@@ -90,11 +93,14 @@ class LLM:
         results = [GenerateResult.from_body(answer) for answer in answers]
         return results[0] if isinstance(prompts, str) else results
 
-    def stream(self, prompt: str, **parameters: Unpack[GenerateParameters]) -> Iterator[Token]:
-        """The tokens of a text as they come. Leaving the loop ends the generation."""
+    def stream(self, prompt: str, **parameters: Unpack[GenerateParameters]) -> Generator[Token, None, None]:
+        """The tokens of a text as they come. Leaving the loop ends the generation.
+
+        A stream that something still refers to ends with its `close()`.
+        """
         check_names(parameters, GenerateParameters)
         body = {"inputs": prompt, "parameters": {**parameters, "details": True}}
-        return map(Token.from_event, self._stream("/generate_stream", body))
+        return self._stream("/generate_stream", body, Token.from_event)
 
     @overload
     def chat(self, messages: Sequence[Message], **parameters: Unpack[ChatParameters]) -> ChatResult: ...
@@ -117,18 +123,27 @@ class LLM:
         results = [ChatResult.from_body(answer) for answer in answers]
         return results[0] if is_single else results
 
-    def stream_chat(self, messages: Sequence[Message], **parameters: Unpack[ChatParameters]) -> Iterator[ChatPiece]:
-        """The assistant's next message in parts, as they come. Leaving the loop ends the generation."""
+    def stream_chat(
+        self, messages: Sequence[Message], **parameters: Unpack[ChatParameters]
+    ) -> Generator[ChatPiece, None, None]:
+        """The assistant's next message in parts, as they come. It ends as `stream` does."""
         check_names(parameters, ChatParameters)
-        return map(ChatPiece.from_event, self._stream(CHAT_ROUTE, {"messages": messages, "stream": True, **parameters}))
+        body = {"messages": messages, "stream": True, **parameters}
+        return self._stream(CHAT_ROUTE, body, ChatPiece.from_event)
 
-    def _post_all(self, route: str, bodies: Sequence[dict[str, Any]], num_choices: int | None) -> list[Any]:
-        """The answers, in the order of the bodies; `num_choices` sequences come of each."""
+    def _post_all(self, route: str, bodies: Sequence[dict[str, Any]], num_choices: object) -> list[Any]:
+        """The answers, in the order of the bodies; `num_choices` sequences come of each, or one if it is no number."""
         self._check_use()
-        num_at_once = min(MAX_AT_ONCE, self._max_concurrent_requests // max(1, num_choices or 1), len(bodies))
+        num_permits = max(1, num_choices) if isinstance(num_choices, int) else 1
         calls = Calls()
-        with concurrent.futures.ThreadPoolExecutor(max(1, num_at_once), "pytgi") as pool, self._naming_causes():
-            futures = [pool.submit(calls.post, self._server.path, route, body) for body in bodies]
+
+        def post(body: dict[str, Any]) -> Any:
+            with self._permits.wait(num_permits, lambda: calls.is_broken_off):
+                return calls.post(self._server.path, route, body)
+
+        num_at_once = max(1, min(MAX_AT_ONCE, len(bodies)))
+        with self._naming_causes(), concurrent.futures.ThreadPoolExecutor(num_at_once, "pytgi") as pool:
+            futures = [pool.submit(post, body) for body in bodies]
             try:
                 ended, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
                 for future in filter(ended.__contains__, futures):
@@ -139,10 +154,16 @@ class LLM:
                 calls.break_off()
                 raise
 
-    def _stream(self, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _stream(
+        self, route: str, body: dict[str, Any], part_of: Callable[[dict[str, Any]], Part]
+    ) -> Generator[Part, None, None]:
         self._check_use()
-        with self._naming_causes():
-            yield from Calls().stream(self._server.path, route, body)
+
+        def parts() -> Generator[Part, None, None]:
+            with self._naming_causes(), self._permits.take():
+                yield from map(part_of, Calls().stream(self._server.path, route, body))
+
+        return parts()
 
     def _check_use(self) -> None:
         if os.getpid() != self._server.owner_pid:
@@ -160,6 +181,10 @@ class LLM:
                 raise
             raise ServerDiedError(self._server.cause_of_end()) from error
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+                raise
+            if not self._stop.alive:
+                raise RuntimeError("this LLM was closed while it answered") from error
             raise ServerDiedError(self._server.cause_of_end()) from error
 
     def _is_healthy(self) -> bool:

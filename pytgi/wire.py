@@ -56,8 +56,14 @@ class Calls:
         with self._lock:
             self._is_broken_off = True
             for connection in self._open:
+                if (sock := connection.sock) is None:  # the answer has announced the connection's end
+                    continue
                 with contextlib.suppress(OSError):  # it has ended by itself
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def is_broken_off(self) -> bool:
+        return self._is_broken_off
 
     def get(self, path: str, route: str) -> bytes:
         """The body that a route answers. Raises as `post` does."""

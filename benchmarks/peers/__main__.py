@@ -22,6 +22,7 @@ from benchmarks.offline import demo_model, num_cores, read_bandwidth
 from benchmarks.peers import table
 from benchmarks.peers.report import print_row, write_documents
 from benchmarks.peers.rounds import take_turns
+from benchmarks.peers.served import SERVERS, served_rows, started
 from benchmarks.peers.table import OUR_FORMS, OUR_ISA, PEERS
 from benchmarks.peers.works import (
     FLOOR,
@@ -84,6 +85,22 @@ class Comparison:
                     share = rates["decode"][OURS] * ours.about["read_bytes"] / 1e9 / bandwidth
                     self._add(Row(form, FLOOR_WORK, {OURS: round(share, 3), FLOOR: 1.0}, FLOOR_SHARES[form]))
 
+    def measure_served(self) -> None:
+        """The rows over HTTP, in 16 bits."""
+        pythons = {OURS: sys.executable, **self._pythons}
+        with contextlib.ExitStack() as stack:
+            urls = {}
+            for name in (name for name in SERVERS if name in pythons):
+                try:
+                    urls[name] = stack.enter_context(started(name, pythons[name], self._folder))
+                except FAILURES as error:
+                    self._tell(f"{name}: does not serve: {error}")
+            rows, failures = served_rows(urls, text_ids(self._folder), self._folder, self._args)
+        for name, reason in failures.items():
+            self._tell(f"{name}: served row failed: {reason}")
+        for row in rows:
+            self._add(row)
+
     def _started(self, name: str, form: str, stack: contextlib.ExitStack) -> dict[tuple[str, str], Side]:
         """The sides of a peer, one for each of its settings."""
         peer = PEERS[name]
@@ -128,7 +145,7 @@ def arguments() -> argparse.Namespace:
         prog="benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--isa", choices=list(OUR_ISA), default="native")
-    parser.add_argument("--rows", nargs="+", choices=list(OUR_FORMS), default=list(OUR_FORMS))
+    parser.add_argument("--rows", nargs="+", choices=[*OUR_FORMS, "served"], default=[*OUR_FORMS, "served"])
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -143,7 +160,10 @@ def main() -> None:
     folder = demo_model()
     comparison = Comparison(folder, args)
     for form in args.rows:
-        comparison.measure(form)
+        if form == "served":
+            comparison.measure_served()
+        else:
+            comparison.measure(form)
     about = {"model": Path(folder).name, "isa": args.isa, "cores": num_cores(), "rounds": args.rounds}
     if args.write:
         write_documents(comparison.rows, comparison.not_measured, about)

@@ -30,7 +30,11 @@ NUM_SEQUENCES, KV_TOKENS = 32, 8192
 """What a side must have place for."""
 
 
-def short_spin() -> dict[str, str]:
+def no_variables(environment: Path) -> dict[str, str]:
+    return {}
+
+
+def short_spin(environment: Path) -> dict[str, str]:
     """What keeps libgomp's threads from spinning for milliseconds where they wait, as we keep ours.
 
     On a host with neighbours the spinning costs llama.cpp most of its speed, on a quiet one it may help.
@@ -52,10 +56,25 @@ class Peer:
     lacks: str = ""
     builds: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"native": ""})
     """Instruction sets that it can be held to -> CMAKE_ARGS of its build."""
-    settings: Mapping[str, Callable[[], Mapping[str, str]]] = dataclasses.field(default_factory=lambda: {"": dict})
-    """Name -> variables of a side; the best one counts."""
+    settings: Mapping[str, Callable[[Path], Mapping[str, str]]] = dataclasses.field(
+        default_factory=lambda: {"": no_variables}
+    )
+    """Name -> variables of a side whose environment is in that folder; the best one counts."""
     source: Callable[[Path, Path], None] | None = None
     """Makes what the peer's own converter takes; None: it takes the folder."""
+
+
+def vllm_variables(environment: Path) -> dict[str, str]:
+    """What vLLM's pages on CPUs advise; its engine runs in the side's own process, so OpenMP is loaded first."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        "LD_PRELOAD": str(environment / "lib" / "libiomp5.so"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "OMP_NUM_THREADS": str(len(cores)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def write_f16(folder: Path, path: Path) -> None:
@@ -75,7 +94,7 @@ PEERS = {
             "native": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
             "avx2": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF",
         },
-        settings={"": dict, "short spin": short_spin},
+        settings={"": no_variables, "short spin": short_spin},
         source=write_f16,
     ),
     "OpenVINO": Peer(
@@ -85,6 +104,29 @@ PEERS = {
         flags="OpenVINO GenAI, continuous batches in one step, performance hint LATENCY, 1 stream, precision of the "
         "activations and of the KV cache left to it; int8 asymmetric per channel, int4 symmetric in groups of 128 with "
         "an int8 head",
+    ),
+    "CTranslate2": Peer(
+        environment="ctranslate2",
+        script="peers/side_ctranslate2.py",
+        forms={"int8": "int8"},
+        lacks="its kernels for CPUs are float32 and int8",
+        flags="compute type auto (int8 with float32), 1 inter thread, prompts forwarded at once, static batches",
+    ),
+    "onnxruntime-genai": Peer(
+        environment="onnxruntime",
+        script="peers/side_onnxruntime.py",
+        forms={"int8": "int8", "int4": "int4"},
+        lacks="its builder makes float32, int8 and int4 for CPUs",
+        flags="built with accuracy level 4 (int8 activations), blocks of 32, 1 inter-op thread, static batches",
+    ),
+    "vLLM": Peer(
+        environment="vllm",
+        script="peers/side_vllm.py",
+        forms={"16-bit": "bfloat16", "int8": "w8a8"},
+        lacks="it takes int4 from GPTQ and AWQ checkpoints, which are not made here",
+        flags="vllm-cpu compiled, VLLM_CPU_KVCACHE_SPACE=1, VLLM_CPU_OMP_THREADS_BIND to all cores, libiomp5 first, "
+        "no prefix cache, a step takes any prompt whole; int8 is W8A8 in compressed-tensors with the head in bfloat16",
+        settings={"": vllm_variables},
     ),
 }
 
@@ -117,7 +159,9 @@ def converted(peer: Peer, folder: Path, form: str, python: str) -> Path:
 
 def peer_side(peer: Peer, setting: str, model: Path, python: str) -> Side:
     arguments = ["serve", str(model), str(num_cores()), str(NUM_SEQUENCES), str(KV_TOKENS)]
-    return Side(python, peer.script, arguments, {**os.environ, **OFFLINE, **peer.settings[setting]()})
+    return Side(
+        python, peer.script, arguments, {**os.environ, **OFFLINE, **peer.settings[setting](Path(python).parents[1])}
+    )
 
 
 def pytgi_side(form: str, folder: str, isa: str, kv_tokens: int = 1024) -> Side:

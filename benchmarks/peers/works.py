@@ -58,18 +58,20 @@ def demanded(form: str, work: Work, kind: str, is_vnni: bool) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A work in one form: what we and each peer reached, more being better, and the ratio to the best that passes."""
+    """A work in one form: what we and each peer reached, and the ratio to the best that passes."""
 
     form: str
     label: str
     rates: Mapping[str, float]
     demanded: float
+    is_time: bool = False
+    """Whether less is better."""
 
     @property
     def best_peer(self) -> str | None:
         """None: no peer could do it."""
         peers = [name for name in self.rates if name != OURS]
-        return max(peers, key=lambda name: self.rates[name], default=None)
+        return (min if self.is_time else max)(peers, key=lambda name: self.rates[name], default=None)
 
     @property
     def ratio(self) -> float | None:
@@ -77,4 +79,6 @@ class Row:
 
     @property
     def has_passed(self) -> bool:
-        return self.ratio is None or self.ratio >= self.demanded
+        if self.ratio is None:
+            return True
+        return self.ratio <= self.demanded if self.is_time else self.ratio >= self.demanded

@@ -116,7 +116,7 @@ class CpuAttention:
         starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
         num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
         tiles = metadata.work_items
-        is_split = bool((tiles[:, PARTIAL] >= 0).any())
+        is_split = bool((tiles.numpy()[:, PARTIAL] >= 0).any())
         # Of each row of a part: sums [head_dim], highest score, total of the weights.
         partials = torch.empty(len(tiles) if is_split else 0, *self._partial_shape)
         tensors = tiles, metadata.block_table, metadata.slot_mapping, partials

@@ -194,9 +194,8 @@ class DecoderForCausalLM:
         self._attention = backend
         self._caches = caches
         # What the first layer adds to steps of few rows; larger ones make their own.
-        self._zeros = torch.zeros(
-            FEW_ROWS, self._hidden_size, dtype=self._context.activation_dtype, device=self._context.device
-        )
+        shape, dtype = (FEW_ROWS, self._hidden_size), self._context.activation_dtype
+        self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
     def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
         ops, table = self._context.ops, self.embed_tokens

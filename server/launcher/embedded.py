@@ -6,6 +6,7 @@ its wish: the running requests then have a short time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -32,7 +33,18 @@ def end_with_program() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def remove_socket(path: str) -> None:
+    """Remove the socket and its folder, which a program that was killed leaves behind."""
+    with contextlib.suppress(OSError):  # the program has removed them
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+
+
 if __name__ == "__main__":
     listener = socket.socket(fileno=int(sys.argv.pop(1)))
+    path = listener.getsockname()
     threading.Thread(target=end_with_program, name="lifeline", daemon=True).start()
-    main(listener)
+    try:
+        main(listener)
+    finally:
+        remove_socket(path)

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
@@ -81,25 +81,35 @@ def _check_ray() -> None:
 @contextlib.contextmanager
 def _ray() -> Iterator[bool]:
     """The Ray that RAY_ADDRESS names, or one that ends with the block; whether it is the latter."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit)  # until the front serves
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # read on import; a line for each request is meant, however alike
     import ray
     from ray import serve
 
-    is_own = "RAY_ADDRESS" not in os.environ
-    options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_own else {}
+    is_own = not os.environ.get("RAY_ADDRESS")
+    # Without an address Ray would join a cluster that somebody else has started here, or look for one that is gone.
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         with contextlib.chdir(ROOMS):
-            ray.init(namespace="serve", logging_level=logging.WARNING, **options)
+            ray.init(namespace="serve", logging_level=logging.WARNING, **(own if is_own else {}))
+    except SystemExit as stop:
+        sys.exit(0 if stop.code == signal.SIGTERM else stop.code)  # Ray's own handler exits with the number
     except (ConnectionError, RuntimeError) as error:
         raise LaunchError(f"There is no Ray: {error}") from error
+    signal.signal(signal.SIGTERM, _exit)  # in place of Ray's
     logger.info("Ray runs: RAY_AUTH_MODE=token RAY_ADDRESS=%s reaches it", ray.get_runtime_context().gcs_address)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the front serves; Ray's own handler exits with 15
     try:
         yield is_own
     finally:
         if is_own:
             serve.shutdown()
         ray.shutdown()
+
+
+def _exit(*_: object) -> NoReturn:
+    """End as after any signal. What was started ends on the way out."""
+    sys.exit(0)
 
 
 def _deploy(app_args: Mapping[str, Any]) -> Any:

@@ -66,7 +66,10 @@ class Replica:
     async def metrics(self) -> tuple[str, str]:
         """This replica's name, and its metrics."""
         name = serve.get_replica_context().replica_id.unique_id
-        async with aiohttp.ClientSession() as session, session.get(f"http://{self._address}/metrics") as response:
+        async with (
+            aiohttp.ClientSession(timeout=PROBE_TIMEOUT) as session,  # Serve hands on what all have given, or nothing
+            session.get(f"http://{self._address}/metrics") as response,
+        ):
             return name, await response.text()
 
     async def check_health(self) -> None:

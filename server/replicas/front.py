@@ -116,7 +116,9 @@ class Front:
     ) -> web.StreamResponse:
         session: aiohttp.ClientSession = request.app[SESSION]
         headers = _passing(request.raw_headers)
-        url = URL(f"http://{address}{request.raw_path}", encoded=True)
+        # A proxy's client sends the whole URL.
+        target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
+        url = URL(f"http://{address}{target}", encoded=True)
         try:
             upstream = await session.request(
                 request.method, url, headers=headers, data=body or None, allow_redirects=False

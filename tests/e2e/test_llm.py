@@ -86,6 +86,7 @@ def test_structured_output_and_choices_come_through(llm: LLM) -> None:
         (lambda llm: llm.generate("x", temperature=-1.0), 422, "`temperature` must be strictly positive"),
         (lambda llm: llm.generate([*PROMPTS, "word " * 600], max_new_tokens=4), 422, "must be <= 512"),
         (lambda llm: llm.generate("x", seed="many"), 422, 'invalid type: string "many"'),
+        (lambda llm: llm.generate("x", best_of="3"), 422, 'invalid type: string "3"'),
         (lambda llm: llm.chat(CHAT, temperature=-1.0), 400, "`temperature` must be"),
         (lambda llm: list(llm.stream("x", top_p=3.0)), 200, "`top_p` must be"),
         (lambda llm: list(llm.stream_chat(CHAT, top_p=3.0)), 400, "`top_p` must be"),
@@ -108,6 +109,18 @@ def test_a_refused_request_ends_its_batch(llm: LLM) -> None:
 def test_leaving_a_stream_ends_it(llm: LLM) -> None:
     for _ in llm.stream("Hello", max_new_tokens=LONG, ignore_eos=True):
         break
+    wait_until_idle(llm)
+
+
+def test_a_stream_that_is_kept_can_be_closed(llm: LLM) -> None:
+    streams = [
+        llm.stream("Hello", max_new_tokens=LONG, ignore_eos=True),
+        llm.stream_chat(CHAT, max_tokens=LONG, ignore_eos=True),
+    ]
+    for stream in streams:
+        next(stream)
+        stream.close()
+        assert list(stream) == []
     wait_until_idle(llm)
 
 

@@ -197,3 +197,11 @@ async def test_without_a_replica_a_probe_is_told_so(monkeypatch: pytest.MonkeyPa
     answer = await ask(handle, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 503 ") and answer.endswith(b'"error_type":"healthcheck"}')
     assert handle.num_open == 0
+
+
+@pytest.mark.parametrize("target", ["http://front.example:81/a%2Fb?c=%20d", "//x/y"])
+async def test_a_proxys_whole_url_is_its_path_for_the_replica(target: str) -> None:
+    async with replica(echo) as address:
+        answer = await ask(FixedHandle(address), post(target, b"{}"))
+    path = target.removeprefix("http://front.example:81")
+    assert f"\r\n\r\nPOST {path} HTTP/1.1\r\n".encode() in answer

@@ -173,6 +173,17 @@ def test_bursts_are_spread_over_the_replicas(fleet: Fleet) -> None:
         assert min(counts) >= 4, counts
 
 
+def test_a_replica_that_hangs_takes_nobody_elses_metrics_along(fleet: Fleet) -> None:
+    launcher = next(child for child in min(fleet.replicas().items())[1].children() if "--hostname" in child.cmdline())
+    [http] = [process for process in launcher.children() if process.cmdline()[-1] == "server"]
+    http.suspend()
+    try:
+        assert len(fleet.metrics("tgi_request_count")) == 1
+    finally:
+        http.resume()
+    fleet.wait_for_replicas(2)
+
+
 def flags_of(fleet: Fleet, *more: str) -> list[str]:
     return ["--model-id", str(fleet.model), *FLAGS, *more]
 

@@ -93,6 +93,31 @@ IN_A_THREAD = """
     thread.start(); thread.join(); time.sleep(1)
     print(made[0].generate("Hello", max_new_tokens=3).num_tokens, flush=True)
 """
+SHARED = """
+    from concurrent.futures import ThreadPoolExecutor
+    with LLM(sys.argv[1], dtype="float32", max_concurrent_requests=4) as small, ThreadPoolExecutor(5) as pool:
+        batches = pool.map(lambda _: small.generate(["Hello"] * 5, max_new_tokens=50, ignore_eos=True), range(5))
+        print(sum(map(len, batches)), flush=True)
+"""
+ENDED_MEANWHILE = """
+    def answer():
+        try:
+            llm.generate(["Hello"] * 600, max_new_tokens=400, ignore_eos=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+    thread = threading.Thread(target=answer)
+    thread.start(); time.sleep(0.5)
+    {end}
+    thread.join()
+"""
+WITHOUT_STREAMS = """
+    import os, sys
+    for number in (0, 1, 2):
+        os.close(number)
+    from pytgi import LLM
+    with LLM(sys.argv[1], dtype="float32") as llm, open(sys.argv[1] + "/said", "w") as output:
+        output.write(str(llm.generate("Hello", max_new_tokens=3).num_tokens))
+"""
 AT_EXIT = "    print(llm._server._folder, flush=True)\n"
 
 
@@ -107,3 +132,34 @@ def test_a_server_outlives_the_thread_that_started_it(tiny_model_dir: Path) -> N
 def test_nothing_is_left_at_the_end_of_a_program(tiny_model_dir: Path) -> None:
     folder = printed_by(START + AT_EXIT, tiny_model_dir).strip()
     assert folder.startswith("/") and not Path(folder).exists()
+
+
+def test_threads_that_share_an_llm_wait_for_each_other(tiny_model_dir: Path) -> None:
+    assert printed_by(START + SHARED, tiny_model_dir) == "25\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("llm.close()", "RuntimeError this LLM was closed while it answered"),
+        ("os.kill(llm._server._process.pid, 9)", "ServerDiedError the server was ended by signal 9, Killed"),
+    ],
+)
+def test_requests_are_told_how_the_server_ended_under_them(end: str, words: str, tiny_model_dir: Path) -> None:
+    assert printed_by(START + ENDED_MEANWHILE.format(end=end), tiny_model_dir).startswith(words)
+
+
+def test_a_program_without_standard_streams_has_answers(tiny_model_dir: Path) -> None:
+    printed_by(WITHOUT_STREAMS, tiny_model_dir)
+    assert (tiny_model_dir / "said").read_text() == "3"
+
+
+def test_nothing_is_left_by_a_program_that_is_killed(tiny_model_dir: Path) -> None:
+    tell = "    print(llm._server._folder, flush=True); time.sleep(600)\n"
+    with running(START + tell, tiny_model_dir) as (program, output):
+        folder = Path(output.readline().strip())
+        assert folder.is_dir()
+        server = server_of(program)
+        program.kill()
+        assert psutil.wait_procs(server, timeout=20)[1] == []
+    assert not folder.exists()

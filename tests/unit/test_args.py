@@ -774,7 +774,7 @@ def test_a_flag_is_a_row_and_the_field_it_names(
 DERIVED = {
     "launcher": "sharding engine server echo warnings".split(),
     "engine": "model_path adapter_path num_threads socket_fd listen_fd may_share_memory".split(),
-    "server": "model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here".split(),
+    "server": "model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here ready_line".split(),
 }
 """Fields that no single flag fills."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import httpx
 import pytest
 
 from benchmarks.peers import rounds
 from benchmarks.peers.answers import timed
+from benchmarks.peers.load import closed_loop, percentile
 from benchmarks.peers.report import BEGIN, END, measured_table, readme_table, with_tables
 from benchmarks.peers.rounds import TooLoadedError, quiet_rounds, take_turns
 from benchmarks.peers.works import FLOOR, WORKS, Row, demanded
@@ -96,6 +100,46 @@ def test_what_is_demanded_depends_on_the_work_and_the_machine() -> None:
     assert [demanded("16-bit", work, kind, True) for work in WORKS for kind in work.kinds] == [1.2] * 4 + [1.5] * 2
     assert [demanded("int8", work, "decode", True) for work in WORKS] == [1.5] * 4
     assert [demanded("int4", work, "decode", False) for work in WORKS] == [1.2, 1.2, 1.0, 1.0]
+
+
+def test_a_time_is_better_when_it_is_less() -> None:
+    row = Row("16-bit", "first token", {"pytgi": 0.6, "vLLM": 1.0, "llama.cpp": 3.0}, 0.5, is_time=True)
+    assert (row.best_peer, row.ratio, row.has_passed) == ("vLLM", 0.6, False)
+    assert dataclasses.replace(row, demanded=0.6).has_passed
+
+
+def served(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> list[dict[str, Any]]:
+    """The bodies that a server got, which answers each with so many tokens in as many chunks and the usage last."""
+    bodies = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        chunks: list[dict[str, Any]] = [{"choices": [{"text": "a"}]}] * num_tokens
+        chunks.append({"choices": [], "usage": {"completion_tokens": num_tokens}})
+        lines = [f"data: {json.dumps(chunk)}" for chunk in chunks]
+        return httpx.Response(200, text="\n\n".join([*lines, "data: [DONE]", ""]))
+
+    client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr("benchmarks.peers.load.httpx.AsyncClient", client)
+    return bodies
+
+
+def test_each_prompt_is_asked_once_by_some_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = served(monkeypatch, 3)
+    load = closed_loop("http://server", ["one", "two", "three"], 2, 3)
+    assert sorted(body["prompt"] for body in bodies) == ["one", "three", "two"]
+    assert {(body["max_tokens"], body["ignore_eos"], body["stream"]) for body in bodies} == {(3, True, True)}
+    assert (load.num_tokens, len(load.first_s), len(load.gaps_s)) == (9, 3, 6)
+
+
+def test_an_answer_that_is_too_short_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    served(monkeypatch, 3)
+    with pytest.raises(ValueError, match="3 tokens came, 4 were asked for"):
+        closed_loop("http://server", ["one"], 1, 4)
+
+
+def test_percentiles_are_values_that_were_there() -> None:
+    assert [percentile([4.0, 1.0, 3.0, 2.0], percent) for percent in (50, 75, 99)] == [2.0, 3.0, 4.0]
 
 
 def test_the_tables_are_written_between_their_marks_again_and_again() -> None:
