@@ -72,7 +72,7 @@ def words_of(cache: LayerCache) -> np.ndarray[Any, Any]:
     return both.numpy().view(np.uint64)
 
 
-def measure(shape: AttentionShape, context: int, num_queries: int, *, is_scattered: bool, repeats: int) -> str:
+def measure(shape: AttentionShape, context: int, num_queries: int, *, is_shuffled: bool, repeats: int) -> str:
     """The columns of a row: milliseconds of a layer, GB/s, part of the read's, GFLOP/s."""
     backend = CpuAttention(shape, CpuAttention.block_sizes[0])
     num_blocks = -(-context // backend.block_size)
@@ -80,7 +80,7 @@ def measure(shape: AttentionShape, context: int, num_queries: int, *, is_scatter
     for cache in caches:
         cache.keys.copy_(torch.randn(cache.keys.shape))
         cache.values.copy_(torch.randn(cache.values.shape))
-    blocks = np.random.default_rng(0).permutation(num_blocks) if is_scattered else np.arange(num_blocks)
+    blocks = np.random.default_rng(0).permutation(num_blocks) if is_shuffled else np.arange(num_blocks)
     step = make_step(backend, context, num_queries, blocks)
     qkv = torch.randn(num_queries, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
     words = [words_of(cache) for cache in caches]
@@ -109,9 +109,9 @@ def main() -> None:
     for name, shape in SHAPES.items():
         for context in arguments.contexts:
             for queries in arguments.queries:
-                for is_scattered in (False, True) if queries == 1 else (False,):
-                    row = measure(shape, context, queries, is_scattered=is_scattered, repeats=arguments.repeats)
-                    place = "scattered" if is_scattered else "neighbours"
+                for is_shuffled in (False, True) if queries == 1 else (False,):
+                    row = measure(shape, context, queries, is_shuffled=is_shuffled, repeats=arguments.repeats)
+                    place = "scattered" if is_shuffled else "neighbours"
                     print(f"| {name} | {context} | {queries} | {place} | {row} |", flush=True)
 
 
