@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +16,13 @@ from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
 from engine.layers.base import Rotation
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
-from engine.programs import StepPrograms
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_buffers import StepBuffers, StepTensors
 from engine.step_inputs import StepInputs, step_inputs
 from quant.kernels.transfer import HostCopy
+
+if TYPE_CHECKING:
+    from engine.programs import StepPrograms
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class ModelRunner:
         self._buffers = StepBuffers(device.torch_device, self.block_size)
         self._graphs: StepGraphs | None = None
         self._refusals: list[str] = []
-        self._programs = StepPrograms() if device.repeats_calls and model.num_ranks == 1 else None
+        self._programs = _step_programs() if device.repeats_calls and model.num_ranks == 1 else None
         self._caches: list[LayerCache] = []
         self._num_blocks = 0
 
@@ -188,6 +191,12 @@ class ModelRunner:
                 ids, num_top = tensors.scored_token_ids[part], inputs.num_scored_top_tokens
                 scores.append(_scores(logits, ids, num_top, has_ranks=inputs.has_scored_ranks))
         return scores
+
+
+def _step_programs() -> StepPrograms:
+    from engine.programs import StepPrograms  # with Numba's compiler, which a GPU does without
+
+    return StepPrograms()
 
 
 def _attention_backend(name: str, shape: AttentionShape) -> AttentionBackend:
