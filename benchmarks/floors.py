@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.documents import with_part  # noqa: E402
+
 DOCUMENT = REPOSITORY / "docs" / "gpu-results" / "README.md"
 BEGIN = "<!-- made by benchmarks/floors.py -->"
 END = "<!-- until here -->"
@@ -198,9 +202,7 @@ def tables() -> str:
 
 def with_tables(document: str) -> str:
     """The document with the tables between its two marks."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return with_part(document, BEGIN, END, tables())
 
 
 def main() -> int:

@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import platform
 import socket
 import statistics
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.documents import processor, with_part  # noqa: E402
 from benchmarks.floors import DENSE, ModelShape, step_bytes, step_flops  # noqa: E402
 from benchmarks.offline import demo_model, num_cores, read_bandwidth, restart_with_environment  # noqa: E402
 from benchmarks.perplexity import engine_config, text_ids  # noqa: E402
@@ -347,20 +347,6 @@ def profile(form: str, folder: str, args: argparse.Namespace) -> str:
     return "\n".join([f"### {name}", "", *table(steps, engine.clock.kernels, work, max(bandwidths))])
 
 
-def with_tables(document: str, tables: str) -> str:
-    """The document with the tables between its two marks."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
-
-
-def processor() -> str:
-    """The processor's name, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("forms", metavar="FORM", nargs="*", default=FORMS, help=f"default: {' '.join(FORMS)}")
@@ -381,7 +367,7 @@ def main() -> None:
         sections += ["", profile(form, folder, args)]
     print("\n".join(sections))
     if args.write:
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), "\n".join(sections)))
+        DOCUMENT.write_text(with_part(DOCUMENT.read_text(), BEGIN, END, "\n".join(sections)))
 
 
 if __name__ == "__main__":

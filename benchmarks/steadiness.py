@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.offline import demo_model, num_cores, restart_in_venv  # noqa: E402
 from benchmarks.sides import Side  # noqa: E402
 from engine.link.environment import engine_environment  # noqa: E402
+from server.bench.statistics import percentile  # noqa: E402
 
 LOADS = {"intrude": 4096, "serve": 24}
 
@@ -34,16 +35,12 @@ def steady_side(checkout: Path, form: str, folder: str) -> Side:
     return Side(sys.executable, "side_steadiness.py", [form, folder], environ)
 
 
-def percentile(values: list[float], percent: int) -> float:
-    return sorted(values)[min(len(values) - 1, percent * len(values) // 100)]
-
-
 def figures(answer: dict[str, Any]) -> dict[str, float]:
     """Seconds, and tokens per second where the load measures them."""
-    values = {f"gap_p{percent}": percentile(answer["gaps"], percent) for percent in (50, 90, 99)}
-    values |= {f"first_token_p{percent}": percentile(answer["first_token_s"], percent) for percent in (50, 90)}
+    values = {f"gap_p{percent}": percentile(sorted(answer["gaps"]), percent) for percent in (50, 90, 99)}
+    values |= {f"first_token_p{percent}": percentile(sorted(answer["first_token_s"]), percent) for percent in (50, 90)}
     if "quiet_gaps" in answer:
-        values["quiet_gap_p50"] = percentile(answer["quiet_gaps"], 50)
+        values["quiet_gap_p50"] = percentile(sorted(answer["quiet_gaps"]), 50)
     if "tokens_per_s" in answer:
         values["tokens_per_s"] = answer["tokens_per_s"]
     return values

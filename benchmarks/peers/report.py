@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents import processor, with_part
 from benchmarks.peers.table import PEERS
 from benchmarks.peers.works import FLOOR, OURS, Row
-from benchmarks.profile_step import processor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- made by make peers -->", "<!-- end of what make peers made -->"
@@ -64,13 +64,6 @@ def readme_table(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def with_tables(document: str, lines: Sequence[str]) -> str:
-    """The document with the lines between its two marks."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return "\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"])
-
-
 def write_documents(rows: Sequence[Row], not_measured: Sequence[str], about: Mapping[str, Any]) -> None:
     today = datetime.datetime.now(datetime.UTC).date()
     head = f"{about['cores']} cores of {processor()}, {about['model']}, {today}, medians of {about['rounds']} rounds."
@@ -78,4 +71,4 @@ def write_documents(rows: Sequence[Row], not_measured: Sequence[str], about: Map
     details += ["", "Not measured:", "", *(f"- {line}" for line in not_measured)] if not_measured else []
     for name, lines in {"docs/performance.md": details, "README.md": [head, "", *readme_table(rows)]}.items():
         path = REPOSITORY / name
-        path.write_text(with_tables(path.read_text(), lines))
+        path.write_text(with_part(path.read_text(), BEGIN, END, "\n".join(lines)))

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.documents import processor
 from benchmarks.soak.clients import KINDS
 from benchmarks.soak.judging import Check, Soak
 from server.bench.charts import Points, line_chart
@@ -66,11 +67,6 @@ def commit() -> str:
     """The commit that ran, and whether files differed from it."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table_of(checks: Sequence[Check]) -> list[str]:

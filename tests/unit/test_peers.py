@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.documents import with_part
 from benchmarks.peers import rounds
 from benchmarks.peers.answers import timed
 from benchmarks.peers.load import closed_loop, percentile
-from benchmarks.peers.report import BEGIN, END, measured_table, readme_table, with_tables
+from benchmarks.peers.report import BEGIN, END, measured_table, readme_table
 from benchmarks.peers.rounds import TooLoadedError, quiet_rounds, take_turns
 from benchmarks.peers.works import FLOOR, WORKS, Row, demanded
 
@@ -144,10 +145,18 @@ def test_percentiles_are_values_that_were_there() -> None:
 
 def test_the_tables_are_written_between_their_marks_again_and_again() -> None:
     document = f"# Speed\n\n{BEGIN}\n{END}\n\nMore.\n"
-    once = with_tables(document, measured_table(ROWS))
+    table = "\n".join(measured_table(ROWS))
+    once = with_part(document, BEGIN, END, table)
     assert "| int8 | prompt of 512 | 600 | 300 | 400 |  | 1.5 | 1.2 |" in once.splitlines()
-    assert with_tables(once, measured_table(ROWS)) == once
+    assert with_part(once, BEGIN, END, table) == once
     assert once.endswith(f"{END}\n\nMore.\n")
+
+
+@pytest.mark.parametrize("document", ["More.", f"{BEGIN}\nMore.", f"{END}\n{BEGIN}\nMore."])
+def test_a_document_without_its_marks_is_left_alone(document: str) -> None:
+    """What is after a mark that is not there would be lost."""
+    with pytest.raises(ValueError, match="the document has no"):
+        with_part(document, BEGIN, END, "table")
 
 
 def test_the_readme_has_one_sequence_against_the_best() -> None:
