@@ -43,7 +43,7 @@ CHAINS = 12
 LOOPS = 1_000_000
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _multiply_adds(typing_context: Any, count: Any, factor: Any) -> Any:
     """Adds `factor` squared `count` times to each lane of every chain; the sum of all."""
 
