@@ -124,11 +124,11 @@ class Comparison:
             "num_tokens": NEW_TOKENS,
             "num_sequences": work.num_sequences,
         }
-        turns = {name: functools.partial(side.ask, **message) for name, side in sides.items()}
+        turns = {key: functools.partial(side.ask, **message) for key, side in sides.items()}
         answers, failures = take_turns(turns, self._args.rounds, self._args.max_load)
-        for name, reason in failures.items():
-            del sides[name]
-            self._tell(f"{name[0]}: {form}, {work.label('decode')} failed: {reason}")
+        for side, reason in failures.items():
+            del sides[side]
+            self._tell(f"{side[0]}: {form}, {work.label('decode')} failed: {reason}")
         rates: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
         for (name, _), took in answers.items():
             medians = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import psutil
 
+Name = TypeVar("Name", bound=Hashable)
 MAX_DISCARDED = 3
 """Rounds that may be discarded for each one that is wanted."""
 
@@ -67,13 +68,13 @@ def quiet_rounds(play: Callable[[], Any], num_rounds: int, max_load: float) -> I
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], Any]], num_rounds: int, max_load: float
-) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    sides: Mapping[Name, Callable[[], Any]], num_rounds: int, max_load: float
+) -> tuple[dict[Name, list[Any]], dict[Name, str]]:
     """What each side returned, by round, and why those that failed did; a failure ends its side's turns only."""
-    failures: dict[str, str] = {}
+    failures: dict[Name, str] = {}
 
-    def play() -> dict[str, Any]:
-        answers = {}
+    def play() -> dict[Name, Any]:
+        answers: dict[Name, Any] = {}
         for name, turn in sides.items():
             if name not in failures:
                 try:
