@@ -134,10 +134,9 @@ class BlockManager:
         first, last = start // self.block_size, end // self.block_size
         if first >= last:
             return
-        hashes = self._hashes(sequence, last)
-        for index in range(first, last):
+        for index, digest in enumerate(self._hashes(sequence, last)[first:], first):
             content = self._place(sequence, index), self._token_ids(sequence, index, end)
-            self._index.add_full(sequence.block_table[index], hashes[index], *content)
+            self._index.add_full(sequence.block_table[index], digest, *content)
 
     def publish_last_block(self, sequence: Sequence) -> None:
         """Make the computed tokens after the last full block findable; `sequence` computes nothing more then."""
@@ -205,7 +204,8 @@ class BlockManager:
 
     def _place(self, sequence: Sequence, index: int) -> Place:
         """What the KV in the sequence's block at `index` depends on beside the block's tokens."""
-        return Place(sequence.cache_salt, self._hashes(sequence, index)[-1] if index else b"")
+        self._compute_hashes(sequence, index)
+        return Place(sequence.cache_salt, sequence.block_hashes[index - 1] if index else b"")
 
     def _token_ids(self, sequence: Sequence, index: int, end: int) -> list[int]:
         """The tokens of the sequence's block at `index`, of those before `end`."""
@@ -216,12 +216,16 @@ class BlockManager:
         return sum(1 for block in blocks if not self._num_holders[block])
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        self._compute_hashes(sequence, num_blocks)
+        return sequence.block_hashes[:num_blocks]
+
+    def _compute_hashes(self, sequence: Sequence, num_blocks: int) -> None:
+        """Let the sequence know the hashes of so many first blocks at least."""
         hashes = sequence.block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
             parent = hashes[-1] if hashes else b""
             hashes.append(hash_block(parent, sequence.token_ids[start : start + self.block_size], sequence.cache_salt))
-        return hashes[:num_blocks]
 
     def _hold(self, block: int) -> None:
         if not self._num_holders[block]:
