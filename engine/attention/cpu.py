@@ -107,7 +107,7 @@ class CpuAttention:
                 items += [(*tile, part, part + 1, len(items) + part) for part in range(num_parts)]
             else:
                 items.append((*tile, 0, num_parts, -1))
-        return np.array(items, np.int32)
+        return np.array(items, np.int32).reshape(-1, PARTIAL + 1)
 
     def work_bytes(self, num_items: int) -> int:
         return 0
