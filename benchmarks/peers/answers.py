@@ -63,6 +63,14 @@ def serve(
             print(json.dumps({**timed(generate, json.loads(line)), **more()}), file=output)
 
 
+def run_side(convert: Callable[..., None], start: Callable[[], tuple[Mapping[str, Any], Generate]]) -> None:
+    """The program of a side: `convert` with the arguments that follow that word, or `serve`."""
+    if sys.argv[1] == "convert":
+        convert(*sys.argv[2:])
+    else:
+        serve(start)
+
+
 def file_bytes(path: str) -> int:
     """Size of a file, or of the files in a folder."""
     files = [Path(path)] if Path(path).is_file() else Path(path).rglob("*")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
-from answers import Generate, Report, file_bytes, serve
+from answers import Generate, Report, file_bytes, run_side
 
 
 def convert(source: str, target: str, form: str) -> None:
@@ -43,12 +43,5 @@ def start() -> tuple[dict[str, Any], Generate]:
     return {"read_bytes": file_bytes(f"{folder}/model.bin")}, generate
 
 
-def main() -> None:
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
-    else:
-        serve(start)
-
-
 if __name__ == "__main__":
-    main()
+    run_side(convert, start)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
-from answers import Report, serve
+from answers import Generate, Report, run_side
 
 BATCH_TOKENS, MICRO_BATCH_TOKENS = 2048, 512
 """Tokens that go to one call, and tokens that are evaluated in one go: the defaults of llama.cpp's own programs."""
@@ -84,15 +85,16 @@ def convert(source: str, target: str, kind: str) -> None:
     assert status == 0, f"llama_model_quantize says {status}"
 
 
+def start() -> tuple[dict[str, Any], Generate]:
+    llama = Llama(sys.argv[2], *map(int, sys.argv[3:]))
+    about = llama_cpp.llama_print_system_info().decode()
+    return {"read_bytes": llama.weight_bytes, "about": about}, llama.generate
+
+
 def main() -> None:
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
-        return
-    llama = Llama(sys.argv[2], *map(int, sys.argv[3:]))
-    about = llama_cpp.llama_print_system_info().decode()
-    serve(lambda: ({"read_bytes": llama.weight_bytes, "about": about}, llama.generate))
+    run_side(convert, start)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from answers import Generate, Report, file_bytes, serve
+from answers import Generate, Report, file_bytes, run_side
 
 OPTIONS = ["accuracy_level=4", "hf_token=false"]
 """Activations are quantized to int8, which is the fastest; nothing is asked of the Hub."""
@@ -51,12 +51,5 @@ def start() -> tuple[dict[str, Any], Generate]:
     return {"read_bytes": file_bytes(f"{folder}/model.onnx.data")}, generate
 
 
-def main() -> None:
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
-    else:
-        serve(start)
-
-
 if __name__ == "__main__":
-    main()
+    run_side(convert, start)

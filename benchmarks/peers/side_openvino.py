@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from answers import Report, file_bytes, serve
+from answers import Generate, Report, file_bytes, run_side
 
 INT4 = {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0}
 BLOCK_TOKENS = 32
@@ -71,14 +71,10 @@ class OpenVino:
                         report(index, token_id)
 
 
-def main() -> None:
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
-        return
+def start() -> tuple[dict[str, Any], Generate]:
     folder, sizes = sys.argv[2], map(int, sys.argv[3:])
-    about = {"read_bytes": file_bytes(f"{folder}/openvino_model.bin")}
-    serve(lambda: (about, OpenVino(folder, *sizes).generate))
+    return {"read_bytes": file_bytes(f"{folder}/openvino_model.bin")}, OpenVino(folder, *sizes).generate
 
 
 if __name__ == "__main__":
-    main()
+    run_side(convert, start)

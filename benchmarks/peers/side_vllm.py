@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from answers import Generate, Report, serve
+from answers import Generate, Report, run_side
 
 W8A8 = {
     "quant_method": "compressed-tensors",
@@ -104,12 +104,5 @@ def start() -> tuple[dict[str, Any], Generate]:
     return {"read_bytes": None}, generate
 
 
-def main() -> None:
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
-    else:
-        serve(start)
-
-
 if __name__ == "__main__":
-    main()
+    run_side(convert, start)
