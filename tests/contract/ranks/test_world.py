@@ -195,7 +195,8 @@ def test_strangers_are_ignored(nonsense: bytes, two: Ranks, caplog: pytest.LogCa
     with socket.create_connection((ADDRESS, two.port)) as stranger:
         stranger.send(nonsense)
         if not nonsense.endswith(b"\n"):
-            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # rank 0 may have reset the connection, as the line is too long
+                stranger.shutdown(socket.SHUT_WR)
         while not is_closed(stranger):
             pass
     second = two.start(1)
