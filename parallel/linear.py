@@ -177,6 +177,7 @@ class RowParallelLinear(ParallelMatrices):
         method: LinearMethod,
         kernels: KernelChooser,
         parallel: ParallelState,
+        has_bias: bool = False,
         is_gathered: bool = False,
     ) -> None:
         self._widths = lengths(shards)
@@ -184,7 +185,7 @@ class RowParallelLinear(ParallelMatrices):
         super().__init__(
             shards[-1].stop,
             [out_features],
-            has_bias=False,
+            has_bias=has_bias,
             methods=[method],
             kernels=kernels,
             parallel=parallel,
