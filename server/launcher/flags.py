@@ -33,8 +33,8 @@ from server.launcher.flag import (
     Variable,
 )
 
-QUANTIZE = ("awq", "compressed-tensors", "eetq", "gptq", "int4", "int8")
-QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "fp8", "marlin")
+QUANTIZE = ("awq", "compressed-tensors", "eetq", "fp8", "gptq", "int4", "int8")
+QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "marlin")
 """TGI's methods that are refused. The flag's reason says what to do instead."""
 
 MODEL = (
@@ -71,8 +71,8 @@ MODEL = (
     Flag(
         name="quantize",
         fills="engine.quantize",
-        help="awq, gptq and compressed-tensors load such a checkpoint (also without the flag); eetq and int8 (8 bits) "
-        "and int4 quantise a dense one while it loads",
+        help="awq, gptq, compressed-tensors and fp8 load such a checkpoint (also without the flag); eetq and int8 "
+        "(8 bits) and int4 quantise a dense one while it loads",
         choices=(*QUANTIZE, *QUANTIZE_OF_TGI),
         refused_choices=QUANTIZE_OF_TGI,
         reason=f"serve a checkpoint in another format; {', '.join(QUANTIZE)} are supported",

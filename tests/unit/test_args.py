@@ -494,7 +494,7 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         (
             "--quantize q4",
             {},
-            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, gptq, int4, int8)",
+            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, fp8, gptq, int4, int8)",
         ),
         (
             "-g soon",
@@ -575,7 +575,7 @@ def test_a_missing_model_is_a_usage_error_with_an_example(
 
 QUANTIZE_WE_HAVE = (
     "is not supported: serve a checkpoint in another format; "
-    "awq, compressed-tensors, eetq, gptq, int4, int8 are supported"
+    "awq, compressed-tensors, eetq, fp8, gptq, int4, int8 are supported"
 )
 NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
 
@@ -585,7 +585,7 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
     [
         ("--quantize exl2", {}, f"--quantize exl2 {QUANTIZE_WE_HAVE}"),
         ("--quantize bitsandbytes-nf4", {}, f"--quantize bitsandbytes-nf4 {QUANTIZE_WE_HAVE}"),
-        ("", {"QUANTIZE": "fp8"}, f"the variable QUANTIZE fp8 {QUANTIZE_WE_HAVE}"),
+        ("", {"QUANTIZE": "marlin"}, f"the variable QUANTIZE marlin {QUANTIZE_WE_HAVE}"),
         (
             "--quantize awq --dtype float16 --strict-tgi",
             {},
