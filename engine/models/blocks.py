@@ -247,7 +247,7 @@ def row_parallel(name: str, inputs: Sequence[slice], out_features: int, context:
         inputs,
         out_features,
         method=quantization.method_for(name),
-        is_gathered=quantization.rounding is not None,
+        is_gathered=bool(quantization.roundings),
         kernels=quantization.kernel_for,
         parallel=context.parallel,
     )
