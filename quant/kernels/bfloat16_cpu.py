@@ -13,18 +13,18 @@ from numba import njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS
-from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_tile
+from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_part_tile, make_tile
+from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
 from quant.kernels.simd import HAS_AVX512, load16, store
-
-ROWS = 4
-"""Rows of the largest tile. Fewer are rounded on the calling thread, as a parallel region takes longer to start."""
 
 # None asks for weights ahead of their use: the processor's own guesses are faster on Zen 5.
 _single, _one_row, _two_rows = (make_tile(*shape, ahead=0, products=PAIRS) for shape in ((1, 1), (1, 4), (2, 4)))
 _MANY_OUTPUTS = 6 if HAS_PAIRS else 4
 """Without the instruction a tile also needs registers for inputs that are taken apart."""
 _many_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=0, products=PAIRS)
+_part_rows = make_part_tile(ROWS, _MANY_OUTPUTS, PAIRS)
+_MAX_PART = 2048
+"""Inputs of six weights and four rows that the L1 cache has place for."""
 
 
 @njit(inline="always")
@@ -33,32 +33,10 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
         store(rounded, k, load16(x, k))
 
 
-@njit(inline="always")
-def _multiply_tile(x, w, bias, out, first_row, last_row, first_n, last_n, n_size, k_size):  # type: ignore[no-untyped-def]
-    """Rows of x times at most TILE_OUTPUTS rows of w."""
-    row = first_row
-    if last_n - first_n < TILE_OUTPUTS:
-        for r in range(first_row, last_row):
-            for n in range(first_n, last_n):
-                _single(x, r * k_size, w, n * k_size, k_size, bias, n, out, r * n_size + n, n_size)
-        row = last_row
-    while row + ROWS <= last_row:
-        for n in range(first_n, last_n, _MANY_OUTPUTS):
-            _many_rows(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n, n_size)
-        row += ROWS
-    if row + 2 <= last_row:
-        for n in range(first_n, last_n, 4):
-            _two_rows(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n, n_size)
-        row += 2
-    if row < last_row:
-        for n in range(first_n, last_n, 4):
-            _one_row(x, row * k_size, w, n * k_size, k_size, bias, n, out, row * n_size + n, n_size)
-
-
 @njit(parallel=True, **FAST)
 def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
     rounded = np.empty(num_rows * k_size, np.uint16)
-    if num_rows < ROWS:
+    if num_rows < ROWS:  # a parallel region takes longer to start
         for row in range(num_rows):
             _round_row(x, row, k_size, rounded)
     else:
@@ -71,7 +49,10 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ign
         last_row = min(num_rows, first_row + row_block)
         first_n = item % num_tiles * TILE_OUTPUTS
         last_n = min(n_size, first_n + TILE_OUTPUTS)
-        _multiply_tile(rounded, w, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+        multiply_rows(
+            _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART,
+            rounded, w, first_n * k_size, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
+        )  # fmt: skip
 
 
 class Bfloat16Cpu:
@@ -96,7 +77,7 @@ class Bfloat16Cpu:
         self._n_size, self._k_size = weight.shape
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (2 * self._k_size) // ROWS * ROWS)
+        self._row_block = rows_per_block(2 * self._k_size)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]

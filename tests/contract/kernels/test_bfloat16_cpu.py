@@ -13,8 +13,9 @@ from quant.base import PackedWeight
 from quant.kernels import MATRICES, choose_kernel, dense_ops
 from quant.kernels.arrays import flat_view
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu
-from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import PAIRS, make_tile
+from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
 
@@ -53,13 +54,14 @@ def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int) -> None:
             assert torch.equal(kernel(x[part].contiguous()), expected[part]), "whatever runs beside it"
 
 
-@pytest.mark.parametrize("k_size", [1024, 4896, 8960])
+@pytest.mark.parametrize("k_size", [1024, 2080, 8960])
 def test_rows_beyond_one_row_block(k_size: int) -> None:
-    rows_per_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (2 * k_size))
-    x, weight = random(rows_per_block + 7, k_size), packed(TILE_OUTPUTS + 1, k_size)
+    """Rows of the second block are rows like any other, and so are rows that take their inputs in parts."""
+    block = rows_per_block(2 * k_size)
+    x, weight = random(block + 7, k_size), packed(TILE_OUTPUTS + 1, k_size)
     kernel = Bfloat16Cpu(weight)
     whole = kernel(x)
-    for row in (0, rows_per_block - 1, rows_per_block, rows_per_block + 6):
+    for row in (0, block - 1, block, block + 6):
         one = x[row : row + 1]
         assert torch.equal(whole[row], kernel(one)[0])
         assert torch.equal(whole[row], by_the_rule(one, weight)[0])
