@@ -37,6 +37,7 @@ DEQUANTIZERS: dict[str, Callable[..., Any]] = {
     "gptq": dequantize.gptq_weight,
     "awq": dequantize.awq_weight,
     "compressed-tensors": dequantize.compressed_weight,
+    "fp8": dequantize.scaled_weight,
 }
 """Key of `FORMATS` -> the independent reading of a matrix in NumPy, for checkpoints of the format's own tools."""
 
