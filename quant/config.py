@@ -78,7 +78,8 @@ class Quantization:
 
     def grouped_kernel_for(self, matrices: Sequence[PackedWeight]) -> GroupedKernel:
         """Choose the kernel for matrices of one shape, of which a row meets one."""
-        return choose_grouped(self.matrices, matrices, self.kernel_for, is_exact=self.is_exact)
+        is_exact = matrices[0].layout not in self.rounded_layouts
+        return choose_grouped(self.matrices, matrices, self.kernel_for, is_exact=is_exact)
 
     def head_kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """As `kernel_for`, for the output head: logits come in float32 from kernels that have them so."""
