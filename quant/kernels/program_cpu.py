@@ -77,14 +77,15 @@ class Arena:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._free: dict[int, list[Array]] = {}
+        self._free: dict[tuple[int, int], list[Array]] = {}
         self._memory: list[Array] = []
 
     def new_array(self, num_rows: int, size: int) -> Array:
         """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it."""
-        free = self._free.setdefault(size, [])
+        max_rows = max(num_rows, self._max_rows)  # a token may have several rows, one for each of its experts
+        free = self._free.setdefault((max_rows, size), [])
         if not free:
-            self._memory.append(np.empty((self._max_rows, size), np.float32))
+            self._memory.append(np.empty((max_rows, size), np.float32))
             free.append(self._memory[-1])
         memory = free.pop()
         array = memory[:num_rows]
