@@ -115,7 +115,9 @@ class IntegerCpu:
         reasons = []
         if FOUND is None:
             reasons.append("the processor has none of " + ", ".join(isa.feature for isa in INSTRUCTIONS))
-        assert packed.scales is not None
+        assert packed.scales is not None and packed.zero_points is not None
+        if packed.zero_points.is_floating_point():
+            reasons.append("weights have offsets in place of zero points")
         if activation_group(packed.num_inputs // packed.scales.shape[1]) is None:
             reasons.append(f"groups of weights must be a multiple of {GROUPS[-1]} inputs")
         return reasons

@@ -2,8 +2,9 @@
 
 A weight is `scale * (q - zero)`, a scale and a zero point for every `group_size` inputs of an output. It is widened as
 `fma(q, scale, -scale * zero)`: exact for 16-bit scales, since their 11 bits times at most 9 bits of `q` or `zero` fit a
-float32. The sums then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights,
-whatever the number of rows.
+float32. Offsets that are stored as floats take the place of `scale * zero`, and the weight is rounded once. The sums
+then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights, whatever the
+number of rows.
 
 One row is bound by reading the weights, and multiplies as it widens. More rows share the widening: a thread writes a
 tile of widened weights into a scratch of its own, which stays in its cache, and the dense kernel's tiles read it.
@@ -21,7 +22,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import ROW_BLOCK_BYTES, TILE_OUTPUTS
-from quant.kernels.packed_ops import add_int4, add_int8
+from quant.kernels.packed_ops import add_int4, add_int8, load_shift
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros
 from quant.kernels.simd import (
@@ -51,8 +52,8 @@ def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
+        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
         b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
         for k in range(g * group_size, (g + 1) * group_size, WIDTH):
             prefetch(w, w0 + 4 * (k_size + k))
@@ -76,8 +77,8 @@ def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
+        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
         b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             byte = k // 2
@@ -97,7 +98,7 @@ def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, LANES):
             store(scratch, s0 + k, fma(load_int8(w, w0 + k), b, z))
 
@@ -107,7 +108,7 @@ def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             store(scratch, s0 + k, fma(load_int4_low(w, w0 + k // 2), b, z))
             store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))

@@ -59,7 +59,7 @@ ROOMS: dict[str, str] = {
     "engine.layers": "engine.link parallel quant",
     "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
-    "engine.checkpoint": "engine.link engine.memory engine.models",
+    "engine.checkpoint": "engine.link engine.memory engine.models quant",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
