@@ -39,16 +39,26 @@ ALONE = ParallelState()
 
 
 def choose_quantization(
-    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: Device,
+    flag: str | None,
+    head_flag: str | None,
+    *,
+    is_bfloat16: bool = False,
 ) -> Quantization:
-    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError."""
+    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError.
+
+    `is_bfloat16`: the user asked for that dtype by name, so that activations may be rounded to it.
+    """
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
-            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact
+            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact, is_bfloat16=is_bfloat16
         )
         return quantization.tuned_for(device.architecture)
     except FormatError as error:
@@ -163,14 +173,17 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     num_sharing = siblings.local_size if device.is_memory_shared else 1
     free_bytes = device.usable_bytes(config.memory_fraction) // num_sharing
     siblings.wait_for_all()
-    quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    flags = config.quantize, config.quantize_head
+    is_bfloat16 = config.dtype == "bfloat16"
+    quantization = choose_quantization(model_config, folder, dtype, device, *flags, is_bfloat16=is_bfloat16)
     file_bytes = sum(path.stat().st_size for path in find_weight_files(folder).paths)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     started = time.monotonic()
     device_bytes = device.free_memory_bytes()
     try:
-        with _packing_threads(config.num_threads, device):
+        # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
+        with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
             model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
@@ -195,14 +208,13 @@ def _log_unused(folder: Path, model_config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _packing_threads(num_threads: int, device: Device) -> Iterator[None]:
-    """Let torch pack matrices for a device with its own memory on `num_threads` of the host's threads.
+def _packing_threads(num_threads: int) -> Iterator[None]:
+    """Let torch copy and pack matrices on `num_threads` of the host's threads.
 
-    Elsewhere they are Numba's (`engine.start.set_threads`).
+    Afterwards they are Numba's (`engine.start.set_threads`), whose pool does nothing yet.
     """
     before = torch.get_num_threads()
-    if device.memory is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:

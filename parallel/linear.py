@@ -65,12 +65,14 @@ class ParallelMatrices:
     def _cut(self, spec: ParamSpec, part: int) -> Cut | None:
         total, shard = self._out_features[part], self._outputs[part]
         if spec.output_dim is not None and length(shard) < total:
+            if spec.output_group_size is not None:
+                return spec.output_dim, _stored_groups(shard, spec.output_group_size)
             return spec.output_dim, _stored_range(shard, total, spec.shape[spec.output_dim])
         if spec.input_dim is None or not self._is_input_cut:
             return None
         shard = self._inputs
         if spec.group_size is not None:
-            return spec.input_dim, slice(shard.start // spec.group_size, -(-shard.stop // spec.group_size))
+            return spec.input_dim, _stored_groups(shard, spec.group_size)
         return spec.input_dim, _stored_range(shard, self._in_features, spec.shape[spec.input_dim])
 
     def decides_order(self, name: str, part: int) -> bool:
@@ -97,7 +99,9 @@ class ParallelMatrices:
         if tensor.is_floating_point() == spec.is_integer:
             raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
         if cut and spec.group_size is not None and cut[0] == spec.input_dim:
-            tensor = _for_inputs(tensor, cut, spec.group_size, self._inputs)
+            tensor = _for_shard(tensor, cut, spec.group_size, self._inputs)
+        elif cut and spec.output_group_size is not None and cut[0] == spec.output_dim:
+            tensor = _for_shard(tensor, cut, spec.output_group_size, self._outputs[part])
         if cut and cut[0] > 0:
             tensor = tensor.contiguous()
         self._params[part][name] = tensor
@@ -130,15 +134,17 @@ class ParallelMatrices:
 
     def finish(self, device: torch.device) -> None:
         """Move to the device and choose the kernels; the stored form is dropped. Raises ValueError."""
+        self._matrix_kernels = [self._kernels(packed) for packed in self.packed(device)]
+
+    def packed(self, device: torch.device) -> list[PackedWeight]:
+        """Everything that was loaded, in the form that kernels read, on the device. The stored form is dropped."""
         for part, params in enumerate(self._params):
             if params:
                 self._pack(part)
-        for packed in self._merged:
-            on_device = packed.to(device)
-            if self._is_input_cut and self._parallel.rank > 0:
-                on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
-            self._matrix_kernels.append(self._kernels(on_device))
-        self._merged = []
+        merged, self._merged = self._merged, []
+        if self._is_input_cut and self._parallel.rank > 0:
+            merged = [packed.without_bias() for packed in merged]  # the ranks' results are summed: rank 0 alone adds it
+        return [packed.to(device) for packed in merged]
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
@@ -177,25 +183,28 @@ class RowParallelLinear(ParallelMatrices):
         method: LinearMethod,
         kernels: KernelChooser,
         parallel: ParallelState,
+        has_bias: bool = False,
         is_gathered: bool = False,
     ) -> None:
-        self._widths = lengths(shards)
-        self._output_widths: list[int] | None = None
+        self.input_widths = lengths(shards)
+        self.output_widths: list[int] | None = None
+        """Outputs of each rank if all inputs are gathered; None: the ranks' results are summed."""
         super().__init__(
             shards[-1].stop,
             [out_features],
-            has_bias=False,
+            has_bias=has_bias,
             methods=[method],
             kernels=kernels,
             parallel=parallel,
             inputs=shards[parallel.rank],
         )
         if is_gathered and parallel.size > 1:
-            self._gather()
+            self.gather()
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Have all inputs gathered. No tensor but those that decide the order of the inputs may be loaded yet."""
         shards = split_features(self._out_features[0], self._parallel.size)
-        self._output_widths = lengths(shards)
+        self.output_widths = lengths(shards)
         self._set_shards([shards[self._parallel.rank]], None)
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
@@ -206,19 +215,24 @@ class RowParallelLinear(ParallelMatrices):
         """Take in a tensor as the base class does; those that decide the order of inputs must come first, and whole."""
         if self._is_input_cut and self._methods[part].has_unordered_groups(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
-            self._gather()
+            self.gather()
         super().load(name, part, tensor)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, out_features], the same on every rank"""
-        if self._output_widths is None:
+        if self.output_widths is None:
             return self._parallel.all_reduce(self._product(x))
-        return self._parallel.all_gather(self._product(self._parallel.all_gather(x, self._widths)), self._output_widths)
+        return self._parallel.all_gather(
+            self._product(self._parallel.all_gather(x, self.input_widths)), self.output_widths
+        )
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise ValueError if a checkpoint's tensor does not have the shape that the model needs."""
-    if list(shape) != list(expected):
+    """Raise ValueError if a checkpoint's tensor does not have the shape that the model needs.
+
+    A single number may be stored with any number of dimensions.
+    """
+    if list(shape) != list(expected) and not math.prod(shape) == math.prod(expected) == 1:
         raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
 
 
@@ -230,16 +244,21 @@ def _stored_range(shard: slice, total: int, stored: int) -> slice:
     return slice(start // total, stop // total)
 
 
-def _for_inputs(tensor: torch.Tensor, cut: Cut, group_size: int, inputs: slice) -> torch.Tensor:
-    """The groups of a shard of the inputs, all of one size: smaller ones if the shard begins or ends within a group.
+def _stored_groups(shard: slice, group_size: int) -> slice:
+    """The groups that a shard has features of."""
+    return slice(shard.start // group_size, -(-shard.stop // group_size))
+
+
+def _for_shard(tensor: torch.Tensor, cut: Cut, group_size: int, shard: slice) -> torch.Tensor:
+    """The groups of a shard of the features, all of one size: smaller ones if it begins or ends within a group.
 
     14 heads of 64 are 7 groups of 128. The first 7 heads end in the middle of the fourth, so they get 7 groups of 64.
     """
     dim, stored = cut
-    size = math.gcd(inputs.start, length(inputs), group_size)
+    size = math.gcd(shard.start, length(shard), group_size)
     if size == group_size:
         return tensor
-    groups = torch.arange(inputs.start, inputs.stop, size) // group_size - stored.start
+    groups = torch.arange(shard.start, shard.stop, size) // group_size - stored.start
     return tensor.index_select(dim, groups)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional
 
 from engine.layers.base import Rotation
+from engine.layers.experts_torch import TorchExpertOps
 
 
-class TorchOps:
+class TorchOps(TorchExpertOps):
     """`base.Ops` in torch; norms and rotations in float32 whatever the dtype of x."""
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -25,6 +26,10 @@ class TorchOps:
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         residual += x
         return self.rms_norm(residual, weight, eps)
+
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        heads = qkv[:, : weight.numel()].view(qkv.shape[0], *weight.shape)
+        heads.copy_(self.rms_norm(heads, weight, eps))
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ NUM_BLOCKS = 64
 
 def make_runner(folder: Path, dtype: torch.dtype, method: str | None) -> tuple[ModelRunner, StepPrograms]:
     config = read_model_config(folder)
-    quantization = choose_quantization(config, folder, dtype, KERNELS, method, None)
+    flag, is_bfloat16 = (None, True) if method == "bfloat16" else (method, False)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None, is_bfloat16=is_bfloat16)
     model = build_model(config, folder, dtype, KERNELS, quantization)
     runner = ModelRunner(model, KERNELS)
     runner.allocate(NUM_BLOCKS, KERNELS.kv_dtype(dtype), num_positions=NUM_BLOCKS * BLOCK_SIZE)
@@ -55,9 +57,18 @@ def steps_of(runner: ModelRunner) -> list[torch.Tensor]:
     return logits
 
 
+def test_recording_does_not_import_the_compiler_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hundreds of modules, for which a start would wait most of a second."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    write_tiny_qwen2(tmp_path, dtype=torch.bfloat16)
+    runner, programs = make_runner(tmp_path, torch.bfloat16, None)
+    steps_of(runner)
+    assert any(program is not None for program in programs._programs.values())
+
+
 @pytest.mark.parametrize(
     ("dtype", "method"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "eetq"), (torch.bfloat16, "int4")],
+    [(torch.float32, None), *((torch.bfloat16, method) for method in (None, "bfloat16", "eetq", "int4"))],
 )
 def test_a_program_gives_the_bits_of_its_calls(
     dtype: torch.dtype, method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

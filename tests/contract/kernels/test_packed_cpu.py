@@ -9,7 +9,8 @@ import torch
 
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
-from quant.kernels.dense_cpu import TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import DenseCpu
+from quant.kernels.dense_rows import TILE_OUTPUTS
 from quant.kernels.packed_cpu import MIN_ROW_BLOCK, PackedCpu
 from quant.kernels.packed_torch import PackedTorch
 from quant.packing import pack_groups, widen
@@ -54,6 +55,23 @@ def test_bits_are_those_of_the_dense_kernel(bits: int, group_size: int, n: int, 
             assert torch.equal(kernel(x)[0], kernel(x[:1])[0])
         else:
             assert torch.equal(kernel(x), dense(x))
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 256])
+@pytest.mark.parametrize("n", [4 * TILE_OUTPUTS + 5, 2 * TILE_OUTPUTS])
+def test_every_8_bit_float_is_widened_exactly(n: int, group_size: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 1  # the two NaN: no checkpoint with them is loaded
+    weight = torch.stack([codes[torch.randperm(256, generator=generator)] for _ in range(n)])
+    scales = torch.rand(n, 256 // group_size, generator=generator).mul_(1e-3)
+    zero_points = torch.zeros(scales.shape, dtype=torch.int32)
+    packed = PackedWeight("fp8", weight, torch.randn(n, generator=generator), scales, zero_points)
+    dense = DenseCpu(PackedWeight("dense", widen(packed), packed.bias))
+    for rows in ROWS:
+        x = torch.randn(rows, 256, generator=generator)
+        assert torch.equal(choose_kernel("cpu", packed)(x), dense(x))
+        torch.testing.assert_close(PackedTorch(packed)(x), dense(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
