@@ -22,6 +22,7 @@ FORMATS: dict[str, str] = {
     "gptq": "quant.gptq:GptqFormat",
     "awq": "quant.awq:AwqFormat",
     "compressed-tensors": "quant.compressed_tensors:CompressedTensorsFormat",
+    "fp8": "quant.fp8:Fp8Format",
 }
 """`quant_method` of a checkpoint -> lazy "module:Class" of a `quant.base.CheckpointFormat`."""
 
@@ -173,6 +174,8 @@ def _where_marked(
     The lists of modules that the tools write are not asked: autoawq matches its own against shorter names than
     transformers does.
     """
-    ending = f".{stored_format.MARKER}"
-    quantized = {name.removesuffix(ending) for name in tensor_names if name.endswith(ending)}
+    marker = stored_format.MARKER
+    markers = (marker,) if isinstance(marker, str) else marker
+    split_names = (name.rpartition(".") for name in tensor_names)
+    quantized = {module for module, _, leaf in split_names if leaf in markers}
     return lambda module: stored_format.method_for(module) if module in quantized else None
