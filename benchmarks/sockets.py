@@ -58,7 +58,7 @@ class Machine:
     collective_s: float = 6e-6
     """A sum of a token's numbers over two shards, measured; four a layer where activations are rounded."""
     summed_s: float = 2.4e-9
-    """A number of such a sum, from 1.1 ms for 512 tokens of 896."""
+    """A number of such a sum on one thread, from 1.1 ms for 512 tokens of 896; the threads share them."""
 
 
 MACHINE = Machine()
@@ -88,7 +88,7 @@ def step_s(shape: ModelShape, num_rows: int, num_threads: int, num_shards: int =
     head = product_s(-(-shape.vocabulary // num_shards), shape.hidden, min(num_rows, 8), num_threads)
     layer += MACHINE.region_s * MACHINE.regions_per_layer * max(1.0, math.log2(num_threads)) + MACHINE.serial_s
     if num_shards > 1:
-        layer += 4 * max(MACHINE.collective_s, num_rows * shape.hidden * MACHINE.summed_s)
+        layer += 4 * (MACHINE.collective_s + num_rows * shape.hidden * MACHINE.summed_s / num_threads)
     return shape.num_layers * layer + head
 
 
