@@ -74,6 +74,7 @@ class CpuAttention:
         self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
         self._scale = np.float32(1 / math.sqrt(shape.head_dim))
+        self._no_partials = torch.empty(0, *self._partial_shape)
 
     def block_bytes(self, dtype: torch.dtype) -> int:
         return 2 * self._cache_size(1) * dtype.itemsize
@@ -100,12 +101,12 @@ class CpuAttention:
                 tiles.append((start + first, num_tokens, seq_len - num_queries + first, sequence))
         whole = [(*tile, 0, -(-(tile[1] + tile[2]) // PART), -1) for tile in tiles]
         items = np.array(whole, np.int32).reshape(-1, PARTIAL + 1)
-        return items if self._is_balanced(items) else np.array(_in_parts(whole), np.int32)
+        if self._num_threads == 1 or all(tile[LAST_PART] < 2 for tile in whole) or self._is_balanced(items):
+            return items
+        return np.array(_in_parts(whole), np.int32)
 
     def _is_balanced(self, tiles: npt.NDArray[np.int32]) -> bool:
-        """Whether no thread has much more to do than another, or parts would not change it."""
-        if self._num_threads == 1 or not (tiles[:, LAST_PART] > 1).any():
-            return True
+        """Whether no thread has much more to do than another."""
         _, longest, total = share_items(tiles, self._shape.num_kv_heads, NO_WINDOW, self._num_threads)
         return bool(longest * self._num_threads <= MAX_IMBALANCE * total)
 
@@ -113,14 +114,18 @@ class CpuAttention:
         return 0
 
     def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
-        starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
-        num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
-        tiles = metadata.work_items
-        is_split = bool((tiles.numpy()[:, PARTIAL] >= 0).any())
+        starts, tiles = metadata.host_query_start_loc, metadata.work_items
+        num_scores = num_whole_tiles = 0
+        for sequence, seq_len in enumerate(metadata.host_seq_lens):
+            num_queries = starts[sequence + 1] - starts[sequence]
+            num_scores += num_queries * seq_len
+            num_whole_tiles += -(-num_queries // self.tile_tokens)
+        num_tiles = tiles.shape[0]
+        is_split = num_tiles > num_whole_tiles
         # Of each row of a part: sums [head_dim], highest score, total of the weights.
-        partials = torch.empty(len(tiles) if is_split else 0, *self._partial_shape)
+        partials = torch.empty(num_tiles, *self._partial_shape) if is_split else self._no_partials
         tensors = tiles, metadata.block_table, metadata.slot_mapping, partials
-        return RepeatableStep((len(tiles), num_scores >= PARALLEL_SCORES, is_split), tensors)
+        return RepeatableStep((num_tiles, num_scores >= PARALLEL_SCORES, is_split), tensors)
 
     def forward(
         self,

@@ -10,6 +10,8 @@ The instruction set is chosen once (`integer_ops`). Where the machine has none o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
@@ -150,6 +152,11 @@ class IntegerCpu:
         row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
         self._after = self._padded_size, k_size, row_block
         self._num_threads = get_num_threads()
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The kernel's arguments between x and out: group, weight, scales, zero points, groups of weights, bias."""
+        return self._before
 
     def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
         """Put some rows of a packed weight, filled up to whole tiles, in the order of the kernel."""

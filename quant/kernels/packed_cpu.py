@@ -18,8 +18,9 @@ from numba import config, get_num_threads, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, UNIT_ROWS, multiply_tile
+from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS
 from quant.kernels.packed_ops import add_int4, add_int8
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros
@@ -137,8 +138,8 @@ def _product_int8(  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, UNIT_ROWS)
-        size = even_block(end - first_row, row_block, UNIT_ROWS)
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
         for row in range(first_row, end, size):
             last_row = min(end, row + size)
             for tile in range(first_tile, last_tile):
@@ -185,8 +186,8 @@ def _product_int4(  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, UNIT_ROWS)
-        size = even_block(end - first_row, row_block, UNIT_ROWS)
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
         for row in range(first_row, end, size):
             last_row = min(end, row + size)
             for tile in range(first_tile, last_tile):
@@ -242,7 +243,7 @@ class PackedCpu:
         self._bias = flat_view(bias)
         self._input_order = packed.input_order
         self._scratch = _scratch(self._k_size)
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // UNIT_ROWS * UNIT_ROWS)
+        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // ROWS * ROWS)
         self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quant.base import PackedWeight
+from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.integer_cpu import FOUND, IntegerCpu
 from quant.kernels.packed_cpu import PackedCpu
@@ -19,6 +20,8 @@ CASES: dict[str, tuple[Any, PackedWeight]] = {
     "widened int8": (PackedCpu, WEIGHTS["8 bits, groups of 64"]),
     "widened int4": (PackedCpu, WEIGHTS["4 bits, groups of 64"]),
 }
+if Bfloat16Cpu.rounding is not None:
+    CASES["bfloat16"] = Bfloat16Cpu, DENSE
 if FOUND is not None:
     CASES |= {name: (IntegerCpu, WEIGHTS[name]) for name in ("eetq", "eetq, odd", "4 bits, groups of 64")}
 
