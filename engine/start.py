@@ -222,12 +222,13 @@ def _alone(needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
 
 @contextlib.contextmanager
 def _written_caches(prepared: _Prepared) -> Iterator[None]:
-    """Write all KV memory by the end of the block: it must be there before the server says that it is ready.
+    """Write all KV memory of the host by the end of the block: it must be there before the server is ready.
 
     Each thread makes one call, which does not need the GIL, and brings in what it writes: where the host has several
     nodes of memory, the cache is on all of them.
     """
-    tensors, num_threads = prepared.runner.cache_tensors, prepared.config.num_threads
+    tensors = prepared.runner.cache_tensors if prepared.device.memory is None else []
+    num_threads = prepared.config.num_threads
     with ThreadPoolExecutor(num_threads, "caches") as threads:
         parts = [tensors[index::num_threads] for index in range(num_threads)]
         writing = [threads.submit(torch._foreach_zero_, part) for part in parts if part]
