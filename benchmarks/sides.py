@@ -40,11 +40,14 @@ class Side:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def stop(self) -> None:
+        """End the process, by closing its input."""
+        self._process.communicate()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the process, by closing its input."""
-        self._process.communicate()
+        self.stop()

@@ -182,7 +182,8 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     started = time.monotonic()
     device_bytes = device.free_memory_bytes()
     try:
-        with _packing_threads(config.num_threads, device):
+        # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
+        with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
             model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
@@ -207,14 +208,13 @@ def _log_unused(folder: Path, model_config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _packing_threads(num_threads: int, device: Device) -> Iterator[None]:
-    """Let torch pack matrices for a device with its own memory on `num_threads` of the host's threads.
+def _packing_threads(num_threads: int) -> Iterator[None]:
+    """Let torch copy and pack matrices on `num_threads` of the host's threads.
 
-    Elsewhere they are Numba's (`engine.start.set_threads`).
+    Afterwards they are Numba's (`engine.start.set_threads`), whose pool does nothing yet.
     """
     before = torch.get_num_threads()
-    if device.memory is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:

@@ -93,6 +93,11 @@ class ModelRunner:
             self._programs.clear()
         self._model.rotary.allocate(num_positions)
 
+    @property
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """The keys and the values of every layer, whose memory nobody may have written yet."""
+        return [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
+
     def why_no_graphs(self) -> list[str]:
         """Reasons why this model's steps can't run as graphs here; empty if they can."""
         reasons = [] if self._device.make_recorder else ["the device has none"]

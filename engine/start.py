@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,6 +52,10 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     """
     prepared = _prepare(config, ranks)
     device, limits = prepared.device, prepared.plan.limits
+    grammars = _make_grammars(prepared)
+    with _written_caches(prepared):
+        if not config.is_grammar_disabled:
+            grammars.prepare()  # it holds the GIL most of a second: nothing else could run but what needs none
     runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
     step_limit = make_step_limit(config, device)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
@@ -60,9 +67,7 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
-    core = _make_core(prepared, runner, sample, step_limit, costs)
-    if not config.is_grammar_disabled:
-        core.grammars.prepare()
+    core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
@@ -89,7 +94,10 @@ def make_step_limit(config: EngineConfig, device: Device) -> StepLimit:
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
     """The part of the start that every rank makes, for ranks other than 0. Raises StartError in words."""
-    return Follower(_prepare(config, ranks).runner, ranks)
+    prepared = _prepare(config, ranks)
+    with _written_caches(prepared):
+        pass
+    return Follower(prepared.runner, ranks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,18 +213,42 @@ def _alone(needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
     return needs, free_bytes
 
 
-def _make_core(
-    prepared: _Prepared, runner: ModelRunner | Leader, sample: Sample, step_limit: StepLimit, costs: StepCosts | None
-) -> EngineCore:
-    config, device, plan = prepared.config, prepared.device, prepared.plan
+@contextlib.contextmanager
+def _written_caches(prepared: _Prepared) -> Iterator[None]:
+    """Write all KV memory by the end of the block: it must be there before the server says that it is ready.
+
+    Each thread makes one call, which does not need the GIL, and brings in what it writes: where the host has several
+    nodes of memory, the cache is on all of them.
+    """
+    tensors, num_threads = prepared.runner.cache_tensors, prepared.config.num_threads
+    with ThreadPoolExecutor(num_threads, "caches") as threads:
+        parts = [tensors[index::num_threads] for index in range(num_threads)]
+        writing = [threads.submit(torch._foreach_zero_, part) for part in parts if part]
+        yield
+    for part in writing:
+        part.result()
+
+
+def _make_grammars(prepared: _Prepared) -> Grammars:
+    config, vocab_size = prepared.config, prepared.loaded.model.vocab_size
     folder = Path(config.model_path)
-    vocab_size = prepared.loaded.model.vocab_size
     named_ids = read_eos_token_ids(folder, prepared.loaded.config, is_strict=config.is_strict_tgi)
     eos_token_ids = [token_id for token_id in named_ids if 0 <= token_id < vocab_size]
-    apply_masks = functools.partial(import_entry, MASKS, device.masks, "mask")
-    grammars = Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
+    apply_masks = functools.partial(import_entry, MASKS, prepared.device.masks, "mask")
+    return Grammars(folder / "tokenizer.json", vocab_size, eos_token_ids, config.num_threads, apply_masks)
+
+
+def _make_core(
+    prepared: _Prepared,
+    runner: ModelRunner | Leader,
+    sample: Sample,
+    grammars: Grammars,
+    step_limit: StepLimit,
+    costs: StepCosts | None,
+) -> EngineCore:
+    config, device, plan = prepared.config, prepared.device, prepared.plan
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
-    processors: list[LogitsProcessor] = [penalties, Bans(eos_token_ids, device.penalties), grammars]
+    processors: list[LogitsProcessor] = [penalties, Bans(grammars.eos_token_ids, device.penalties), grammars]
     sampler = BatchSampler(sample, processors)
     scheduler = Scheduler(
         BlockManager(
@@ -227,7 +259,7 @@ def _make_core(
             is_copying=not device.is_asynchronous,
         ),
         max_batch_tokens=plan.limits.max_batch_prefill_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=grammars.eos_token_ids,
         max_running=config.max_batch_size if device.memory is None else max_measured_running(config),
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
         needs_tokens=sampler.needs_tokens,

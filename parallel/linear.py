@@ -65,12 +65,14 @@ class ParallelMatrices:
     def _cut(self, spec: ParamSpec, part: int) -> Cut | None:
         total, shard = self._out_features[part], self._outputs[part]
         if spec.output_dim is not None and length(shard) < total:
+            if spec.output_group_size is not None:
+                return spec.output_dim, _stored_groups(shard, spec.output_group_size)
             return spec.output_dim, _stored_range(shard, total, spec.shape[spec.output_dim])
         if spec.input_dim is None or not self._is_input_cut:
             return None
         shard = self._inputs
         if spec.group_size is not None:
-            return spec.input_dim, slice(shard.start // spec.group_size, -(-shard.stop // spec.group_size))
+            return spec.input_dim, _stored_groups(shard, spec.group_size)
         return spec.input_dim, _stored_range(shard, self._in_features, spec.shape[spec.input_dim])
 
     def decides_order(self, name: str, part: int) -> bool:
@@ -97,7 +99,9 @@ class ParallelMatrices:
         if tensor.is_floating_point() == spec.is_integer:
             raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
         if cut and spec.group_size is not None and cut[0] == spec.input_dim:
-            tensor = _for_inputs(tensor, cut, spec.group_size, self._inputs)
+            tensor = _for_shard(tensor, cut, spec.group_size, self._inputs)
+        elif cut and spec.output_group_size is not None and cut[0] == spec.output_dim:
+            tensor = _for_shard(tensor, cut, spec.output_group_size, self._outputs[part])
         if cut and cut[0] > 0:
             tensor = tensor.contiguous()
         self._params[part][name] = tensor
@@ -177,6 +181,7 @@ class RowParallelLinear(ParallelMatrices):
         method: LinearMethod,
         kernels: KernelChooser,
         parallel: ParallelState,
+        has_bias: bool = False,
         is_gathered: bool = False,
     ) -> None:
         self._widths = lengths(shards)
@@ -184,7 +189,7 @@ class RowParallelLinear(ParallelMatrices):
         super().__init__(
             shards[-1].stop,
             [out_features],
-            has_bias=False,
+            has_bias=has_bias,
             methods=[method],
             kernels=kernels,
             parallel=parallel,
@@ -217,8 +222,11 @@ class RowParallelLinear(ParallelMatrices):
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise ValueError if a checkpoint's tensor does not have the shape that the model needs."""
-    if list(shape) != list(expected):
+    """Raise ValueError if a checkpoint's tensor does not have the shape that the model needs.
+
+    A single number may be stored with any number of dimensions.
+    """
+    if list(shape) != list(expected) and not math.prod(shape) == math.prod(expected) == 1:
         raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
 
 
@@ -230,16 +238,21 @@ def _stored_range(shard: slice, total: int, stored: int) -> slice:
     return slice(start // total, stop // total)
 
 
-def _for_inputs(tensor: torch.Tensor, cut: Cut, group_size: int, inputs: slice) -> torch.Tensor:
-    """The groups of a shard of the inputs, all of one size: smaller ones if the shard begins or ends within a group.
+def _stored_groups(shard: slice, group_size: int) -> slice:
+    """The groups that a shard has features of."""
+    return slice(shard.start // group_size, -(-shard.stop // group_size))
+
+
+def _for_shard(tensor: torch.Tensor, cut: Cut, group_size: int, shard: slice) -> torch.Tensor:
+    """The groups of a shard of the features, all of one size: smaller ones if it begins or ends within a group.
 
     14 heads of 64 are 7 groups of 128. The first 7 heads end in the middle of the fourth, so they get 7 groups of 64.
     """
     dim, stored = cut
-    size = math.gcd(inputs.start, length(inputs), group_size)
+    size = math.gcd(shard.start, length(shard), group_size)
     if size == group_size:
         return tensor
-    groups = torch.arange(inputs.start, inputs.stop, size) // group_size - stored.start
+    groups = torch.arange(shard.start, shard.stop, size) // group_size - stored.start
     return tensor.index_select(dim, groups)
 
 

@@ -30,6 +30,8 @@ logger = logging.getLogger("pytgi")
 POLL_S = 0.05
 END_TIMEOUT_S = 15.0
 """The time of a server to end once it is asked to, or once its engine is gone."""
+MAX_CONCURRENT_REQUESTS = "4096"
+"""The server's limit unless the program sets another: whoever has the LLM may use it from many threads."""
 STDERR = 2
 NUM_LINES = 20
 """Lines of the log that are kept to name a cause."""
@@ -60,17 +62,28 @@ def flags_of(options: Mapping[str, object]) -> list[str]:
     return flags
 
 
+def command_line(model: str, options: Mapping[str, object]) -> list[str]:
+    """The server's flags. Its port is none, also where a variable names one: that is another server's."""
+    return [f"--model-id={model}", *flags_of(options), "--json-output", "--port=0"]
+
+
+def environment() -> dict[str, str]:
+    """The server's variables: this program's, without the one that the launcher would take for the key to it."""
+    environ = {**os.environ, **rooms.child_environ()}
+    environ.pop("API_KEY", None)
+    environ["MAX_CONCURRENT_REQUESTS"] = environ.get("MAX_CONCURRENT_REQUESTS") or MAX_CONCURRENT_REQUESTS
+    return environ
+
+
 class Server:
     """A running server. It belongs to the process that made it, and ends with it however that ends."""
 
     def __init__(self, model: str, options: Mapping[str, object]) -> None:
         """Start it, without waiting until it answers. Raises StartError, or TypeError for an option that is ours."""
-        flags = [f"--model-id={model}", *flags_of(options), "--json-output"]
+        flags = command_line(model, options)
         self.owner_pid = os.getpid()
         self._folder = tempfile.mkdtemp(prefix="pytgi-")
         self.path = os.path.join(self._folder, "socket")
-        environ = {**os.environ, **rooms.child_environ()}
-        environ.pop("API_KEY", None)  # the launcher would take it for the key of this server
         try:
             with _listener() as listener:
                 listener.bind(self.path)
@@ -81,7 +94,7 @@ class Server:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     pass_fds=[listener.fileno()],
-                    env=environ,
+                    env=environment(),
                     start_new_session=True,  # Ctrl-C breaks requests off and leaves the server alone
                 )
         except OSError as error:

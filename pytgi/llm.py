@@ -29,8 +29,6 @@ Part = TypeVar("Part")
 
 MAX_AT_ONCE = 256
 """Requests of one batch that are under way together; the engine batches them as it has room."""
-MAX_CONCURRENT_REQUESTS = 4096
-"""The server's limit unless the caller sets another: whoever has the LLM may use it from many threads."""
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 PROGRESS_S = 0.1
 CHAT_ROUTE = "/v1/chat/completions"
@@ -50,7 +48,6 @@ class LLM:
         `num_shard=2`, `max_total_tokens=4096`, `disable_grammar_support=True`. `show_progress` writes the latest line
         of the log to stderr while the server starts; None: if that is a terminal.
         """
-        options = {"max_concurrent_requests": MAX_CONCURRENT_REQUESTS, **options}
         self._server = Server(os.fspath(model), options)
         self._stop = weakref.finalize(self, self._server.stop)
         is_shown = sys.stderr is not None and (sys.stderr.isatty() if show_progress is None else show_progress)

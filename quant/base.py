@@ -19,7 +19,8 @@ class ParamSpec:
 
     `output_dim` and `input_dim` say which dimension is cut if outputs or inputs are sharded (None: not cut). A
     dimension holds as many numbers as there are outputs or inputs, or packs several into one. With a `group_size` the
-    input dimension holds one number for each group of that many inputs.
+    input dimension holds one number for each group of that many inputs, and so does the output dimension with an
+    `output_group_size`.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class ParamSpec:
     is_integer: bool = False
     is_optional: bool = False
     group_size: int | None = None
+    output_group_size: int | None = None
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,8 @@ class PackedWeight:
     """A matrix in the form that its kernel reads, whatever the checkpoint's format was.
 
     In the `layout` "dense", `weight` is [n, k] floating; in "int8" it is int8 [n, k]; in "int4" it is uint8 [n, k / 2],
-    where each eight bytes hold sixteen inputs, the first eight in the lower halves. A quantized weight stands for
+    where each eight bytes hold sixteen inputs, the first eight in the lower halves; in "fp8" it is uint8 [n, k], the
+    bits of 8-bit floats (e4m3), whose zero points are 0. A quantized weight stands for
     `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
     for k / groups inputs each. Column i of `weight` belongs to input `input_order[i]`, [k] int64; None: in order.
     Kernels that can give the product in `out_dtype` without rounding it do so; None: the dtype of x. `architecture` is
@@ -138,8 +141,8 @@ class OnLoadMethod(LinearMethod, Protocol):
 class CheckpointFormat(Protocol):
     """A format of quantized checkpoints, as the settings of one checkpoint describe it."""
 
-    MARKER: str
-    """The name of a tensor that every quantized matrix has, and only those."""
+    MARKER: str | tuple[str, ...]
+    """The name of a tensor that every quantized matrix has, and only those; several: every one has one of them."""
     description: str
     """For the start-up summary: the format, bits and groups."""
 

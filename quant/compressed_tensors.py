@@ -1,17 +1,22 @@
-"""compressed-tensors "pack-quantized" checkpoints, W4A16, W8A16 and their like, as llm-compressor writes them."""
+"""compressed-tensors checkpoints as llm-compressor writes them.
+
+The forms are "pack-quantized" (W4A16, W8A16 and their like), "int-quantized" (W8A8), "float-quantized" (FP8), and
+"naive-quantized", which is the same as one of these two. What they say about activations stays unread.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
-from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, pack_groups, unpack_words
-from quant.settings import compile_pattern, describe, read_group_size, read_integer, read_map, read_maps
+from quant.scaled import WHOLE, ScaledMethod
+from quant.settings import compile_pattern, describe, read_block, read_group_size, read_integer, read_map, read_maps
 
 Target = str | re.Pattern[str]
 
@@ -91,44 +96,87 @@ class CompressedTensorsMethod:
 class CompressedTensorsFormat:
     """Implements `quant.base.CheckpointFormat`. Each of `config_groups` names the modules that it is for."""
 
-    MARKER = "weight_packed"
+    MARKER = "weight_scale"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._groups: list[tuple[list[Target], CompressedTensorsMethod]] = [
-            (_targets(group), _group_method(settings, group)) for group in read_maps(settings, "config_groups").values()
-        ]
-        if not self._groups:
+        groups = read_maps(settings, "config_groups").values()
+        if not groups:
             raise FormatError("the compressed-tensors configuration has no config_groups: fetch the model again")
-        _, first = self._groups[0]
-        self.description = describe("compressed-tensors", first.bits, first.group_size)
+        self._groups: list[tuple[list[Target], LinearMethod]] = []
+        descriptions = []
+        for group in groups:
+            form = group.get("format") or settings.get("format")
+            if form not in FORMS:
+                raise FormatError(
+                    f"the checkpoint is compressed-tensors in the form {form!r}; only {', '.join(FORMS)} can be loaded"
+                )
+            method, description = FORMS[form](read_map(group, "weights"))
+            self._groups.append((_targets(group), method))
+            descriptions.append(description)
+        self.description = descriptions[0]
 
     @staticmethod
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         return False
 
-    def method_for(self, module: str) -> CompressedTensorsMethod | None:
+    def method_for(self, module: str) -> LinearMethod | None:
         for targets, method in self._groups:
             if any(_is_target(target, module) for target in targets):
                 return method
         return None
 
 
-def _group_method(settings: Mapping[str, Any], group: Mapping[str, Any]) -> CompressedTensorsMethod:
-    weights = read_map(group, "weights")
-    form = group.get("format") or settings.get("format")
-    strategy = weights.get("strategy")
-    if form != "pack-quantized" or weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
-        raise FormatError(
-            f"the checkpoint is compressed-tensors in the form {form!r} with strategy {strategy!r}; only integers in "
-            "pack-quantized form, by group or channel, can be loaded"
-        )
-    if group.get("input_activations"):
-        raise FormatError("the checkpoint wants quantised activations, which are not supported: give a W4A16 or W8A16")
-    return CompressedTensorsMethod(
-        bits=read_integer(weights, "num_bits", BITS.__contains__),
-        group_size=-1 if strategy == "channel" else read_group_size(weights),
-        is_symmetric=bool(weights.get("symmetric", True)),
+def _packed_integers(weights: Mapping[str, Any]) -> tuple[LinearMethod, str]:
+    """The method of "pack-quantized" weights, and its words. Raises FormatError."""
+    strategy = _read_choice(weights, "strategy", ("group", "channel"))
+    _read_choice(weights, "type", ("int",))
+    bits = read_integer(weights, "num_bits", BITS.__contains__)
+    group_size = -1 if strategy == "channel" else read_group_size(weights)
+    method = CompressedTensorsMethod(bits, group_size, is_symmetric=bool(weights.get("symmetric", True)))
+    return method, describe("compressed-tensors", bits, group_size)
+
+
+def _bytes(weights: Mapping[str, Any]) -> tuple[LinearMethod, str]:
+    """The method of weights that are stored as integers or floats of 8 bits, and its words. Raises FormatError."""
+    strategy = _read_choice(weights, "strategy", ("tensor", "channel", "group", "block"))
+    is_float = _read_choice(weights, "type", ("int", "float")) == "float"
+    read_integer(weights, "num_bits", lambda bits: bits == 8)
+    block, words = (WHOLE, WHOLE), "one scale a matrix"
+    if strategy == "channel":
+        block, words = (1, WHOLE), "a scale for each output"
+    elif strategy == "group":
+        block = (1, read_integer(weights, "group_size", lambda size: size > 0))
+        words = f"groups of {block[1]}"
+    elif strategy == "block":
+        block = read_block(weights, "block_structure")
+        words = f"blocks of {block[0]} x {block[1]}"
+    has_zero_points = not is_float and not weights.get("symmetric", True)
+    method = ScaledMethod(
+        block,
+        is_float,
+        ignored_names=("input_scale", "input_zero_point", *(() if has_zero_points else ("weight_zero_point",))),
+        zero_point_name="weight_zero_point" if has_zero_points else None,
     )
+    return method, f"compressed-tensors, {'fp8' if is_float else '8 bits'}, {words}, weights only"
+
+
+def _read_choice(weights: Mapping[str, Any], key: str, choices: Collection[str]) -> str:
+    """The value at `key`, the first choice where it is missing and is the only one. Raises FormatError."""
+    value = weights.get(key, next(iter(choices)) if len(choices) == 1 else None)
+    if value not in choices:
+        raise FormatError(
+            f"the quantisation's {key} is {value!r}; only {', '.join(choices)} can be loaded in this form"
+        )
+    return str(value)
+
+
+FORMS: dict[str, Callable[[Mapping[str, Any]], tuple[LinearMethod, str]]] = {
+    "pack-quantized": _packed_integers,
+    "int-quantized": _bytes,
+    "float-quantized": _bytes,
+    "naive-quantized": _bytes,
+}
+"""How the weights of a group are stored -> its method, read from what the group says about weights."""
 
 
 def _targets(group: Mapping[str, Any]) -> list[Target]:

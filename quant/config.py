@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
-from quant.kernels import choose_kernel, rounding_instructions
+from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
 from quant.registry import load_entry
 
@@ -22,6 +22,7 @@ FORMATS: dict[str, str] = {
     "gptq": "quant.gptq:GptqFormat",
     "awq": "quant.awq:AwqFormat",
     "compressed-tensors": "quant.compressed_tensors:CompressedTensorsFormat",
+    "fp8": "quant.fp8:Fp8Format",
 }
 """`quant_method` of a checkpoint -> lazy "module:Class" of a `quant.base.CheckpointFormat`."""
 
@@ -128,7 +129,8 @@ def resolve_quantization(
 
 
 def _rounded_layouts(is_exact: bool, is_bfloat16: bool) -> list[str]:
-    return [*(["dense"] if is_bfloat16 else []), *([] if is_exact else ["int8", "int4"])]
+    """The layouts before which activations are rounded; the reference implementation has all layouts."""
+    return [layout for layout in MATRICES["torch"] if (is_bfloat16 if layout == "dense" else not is_exact)]
 
 
 def _check_flag(flag: str | None, stored_name: str | None) -> None:
@@ -179,6 +181,8 @@ def _where_marked(
     The lists of modules that the tools write are not asked: autoawq matches its own against shorter names than
     transformers does.
     """
-    ending = f".{stored_format.MARKER}"
-    quantized = {name.removesuffix(ending) for name in tensor_names if name.endswith(ending)}
+    marker = stored_format.MARKER
+    markers = (marker,) if isinstance(marker, str) else marker
+    split_names = (name.rpartition(".") for name in tensor_names)
+    quantized = {module for module, _, leaf in split_names if leaf in markers}
     return lambda module: stored_format.method_for(module) if module in quantized else None

@@ -143,7 +143,10 @@ def widen(packed: PackedWeight) -> torch.Tensor:
     if packed.layout == "dense":
         return packed.weight.to(torch.float32)
     assert packed.scales is not None and packed.zero_points is not None
-    q = unpack_nibbles(packed.weight) if packed.layout == "int4" else packed.weight
+    if packed.layout == "fp8":
+        q = packed.weight.view(torch.float8_e4m3fn)
+    else:
+        q = unpack_nibbles(packed.weight) if packed.layout == "int4" else packed.weight
     grouped = q.to(torch.float32).reshape(*packed.scales.shape, -1) - packed.zero_points.to(torch.float32)[:, :, None]
     weight = (grouped * packed.scales.to(torch.float32)[:, :, None]).flatten(1)
     if packed.input_order is None:

@@ -57,6 +57,17 @@ def read_group_size(settings: Mapping[str, Any]) -> int:
     return read_integer(settings, "group_size", lambda value: value == -1 or value > 0)
 
 
+def read_block(settings: Mapping[str, Any], key: str) -> tuple[int, int]:
+    """The outputs and inputs that share a scale. Raises FormatError."""
+    value = settings.get(key)
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or not all(isinstance(size, int) and size > 0 for size in value):  # type: ignore[union-attr]
+        raise FormatError(
+            f"the quantisation's {key} is {_shortened(value)}, which can't be loaded: fetch the model again"
+        )
+    return value[0], value[1]  # type: ignore[index]
+
+
 def describe(name: str, bits: int, group_size: int) -> str:
     """A format as the start-up summary names it."""
     groups = "one group" if group_size == -1 else f"groups of {group_size}"

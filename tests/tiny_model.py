@@ -43,6 +43,9 @@ CONFIG: dict[str, Any] = {
     "use_sliding_window": False,
 }
 
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
+"""The differences of a tiny Qwen3."""
+
 
 def write_tiny_qwen2(
     folder: Path,
@@ -62,6 +65,11 @@ def write_tiny_qwen2(
     write_tokenizer(folder)
 
 
+def write_tiny_qwen3(folder: Path, *, seed: int = 3, **changes: Any) -> None:
+    """A Qwen3 whose heads together are wider than its hidden states; `changes` as in `write_tiny_qwen2`."""
+    write_tiny_qwen2(folder, seed=seed, **{**QWEN3, **changes})
+
+
 def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     """Every tensor by name; spread so that activations stay near 1 and every bias and norm weight matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +81,11 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dic
         return torch.randn(size, generator=generator).mul(0.3).add(mean).to(dtype)
 
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or hidden // num_heads
+    size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+    is_qwen2 = config["model_type"].startswith("qwen2")
+    has_bias = config.get("attention_bias", is_qwen2)
     weights = {
         "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
         "model.norm.weight": vector(hidden, 1),
@@ -82,10 +94,18 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dic
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
     for index in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
-        for name, size in (("q", hidden), ("k", kv_size), ("v", kv_size)):
-            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(size, hidden)
-            weights[f"{prefix}.self_attn.{name}_proj.bias"] = vector(size, 0)
-        weights[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, hidden)
+        for name, num_outputs, num_inputs in (
+            ("q", size, hidden),
+            ("k", kv_size, hidden),
+            ("v", kv_size, hidden),
+            ("o", hidden, size),
+        ):
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(num_outputs, num_inputs)
+            if has_bias and not (is_qwen2 and name == "o"):
+                weights[f"{prefix}.self_attn.{name}_proj.bias"] = vector(num_outputs, 0)
+        if not is_qwen2:
+            weights[f"{prefix}.self_attn.q_norm.weight"] = vector(head_dim, 1)
+            weights[f"{prefix}.self_attn.k_norm.weight"] = vector(head_dim, 1)
         weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)

@@ -1,4 +1,4 @@
-"""A dense Qwen2 folder as a GGUF file, so that llama.cpp can run the same weights."""
+"""A dense Qwen2 folder as a GGUF file, so that llama.cpp can run and serve the same weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Matrices in float16, vectors in float32, no vocabulary: llama.cpp is given token ids."""
+    """Matrices in float16, vectors in float32, and the vocabulary, which llama.cpp's server needs."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     num_heads, num_layers = config["num_attention_heads"], config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -26,7 +26,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, folder, config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, num_layers)
     for file in sorted(folder.glob("*.safetensors")):
@@ -39,3 +39,21 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """The folder's byte-level BPE and its chat template; rows of the embedding without a token get names as well."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    names = {token_id: token for token, token_id in (tokenizer["model"]["vocab"] | special).items()}
+    kinds = dict.fromkeys(names, gguf.TokenType.NORMAL)
+    kinds |= dict.fromkeys(special.values(), gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([names.get(token_id, f"<unused {token_id}>") for token_id in range(vocab_size)])
+    writer.add_token_types([kinds.get(token_id, gguf.TokenType.UNUSED) for token_id in range(vocab_size)])
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(special[settings["eos_token"]])
+    writer.add_chat_template(settings["chat_template"])

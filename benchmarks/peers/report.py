@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import processor, with_part
+from benchmarks.peers.servers import SERVERS
 from benchmarks.peers.table import PEERS
-from benchmarks.peers.works import FLOOR, OURS, Row
+from benchmarks.peers.works import BOUND, LONG_ROUNDS, OURS, Row
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- made by make peers -->", "<!-- end of what make peers made -->"
-README_WORKS = ("prompt of 512", "decode 1 sequence after 512")
+README_WORKS = ("prompt of 512", "decode 1 sequence after 512", "HTTP, 16 streams: tokens/s")
 
 
 def print_row(row: Row) -> None:
@@ -28,7 +29,7 @@ def table_lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
 
 def measured_table(rows: Sequence[Row]) -> list[str]:
     """A line for each work and form, a column for each engine."""
-    names = [OURS, *(name for name in (*PEERS, FLOOR) if any(name in row.rates for row in rows))]
+    names = [OURS, *(name for name in (*PEERS, BOUND) if any(name in row.rates for row in rows))]
     return table_lines(
         ["form", "work", *names, "ratio", "demanded"],
         (
@@ -41,14 +42,15 @@ def measured_table(rows: Sequence[Row]) -> list[str]:
 
 
 def peers_table() -> list[str]:
-    """A line for each peer: what the forms are there, and what it runs with."""
-    return table_lines(
-        ["peer", "16-bit, int8, int4", "runs with"],
-        (
-            [name, ", ".join(peer.forms.get(form, "none") for form in ("16-bit", "int8", "int4")), peer.flags]
-            for name, peer in PEERS.items()
-        ),
-    )
+    """A line for each peer: what the forms are there, and what it runs with; then the servers among them."""
+    engines = [
+        [name, ", ".join(peer.forms.get(form, "none") for form in ("16-bit", "int8", "int4")), peer.flags]
+        for name, peer in PEERS.items()
+    ]
+    served = [
+        [f"{name}, served", PEERS[name].forms["16-bit"], SERVERS[name].flags] for name in SERVERS if name in PEERS
+    ]
+    return table_lines(["peer", "16-bit, int8, int4", "runs with"], [*engines, *served])
 
 
 def readme_table(rows: Sequence[Row]) -> list[str]:
@@ -66,7 +68,8 @@ def readme_table(rows: Sequence[Row]) -> list[str]:
 
 def write_documents(rows: Sequence[Row], not_measured: Sequence[str], about: Mapping[str, Any]) -> None:
     today = datetime.datetime.now(datetime.UTC).date()
-    head = f"{about['cores']} cores of {processor()}, {about['model']}, {today}, medians of {about['rounds']} rounds."
+    head = f"{about['cores']} cores of {processor()}, {about['model']}, {today}, medians of {about['rounds']} rounds, "
+    head += f"of {LONG_ROUNDS} at most where they take long."
     details = [head, "", *measured_table(rows), "", *peers_table()]
     details += ["", "Not measured:", "", *(f"- {line}" for line in not_measured)] if not_measured else []
     for name, lines in {"docs/performance.md": details, "README.md": [head, "", *readme_table(rows)]}.items():

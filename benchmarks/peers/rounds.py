@@ -51,8 +51,7 @@ class OtherLoad:
 
 
 def quiet_rounds(play: Callable[[], Any], num_rounds: int, max_load: float) -> Iterator[Any]:
-    """What `play` returns in each of `num_rounds` quiet rounds, after one for warming up. Raises TooLoadedError."""
-    play()
+    """What `play` returns in each of `num_rounds` quiet rounds. Raises TooLoadedError."""
     discarded = 0
     while num_rounds:
         load = OtherLoad()

@@ -1,117 +1,179 @@
-"""Servers in turns: 16 streams over HTTP, 256 tokens in and 128 out, in 16 bits."""
+"""Servers in turns, in 16 bits: many streams at a time, a chat of several turns, a prompt that begins as one before.
+
+The load is that of `text-generation-benchmark`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import functools
 import itertools
-import os
-import signal
+import json
+import random
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import httpx
-
-from benchmarks.peers.load import Load, closed_loop, percentile
+from benchmarks.peers.engines import FAILURES
+from benchmarks.peers.progress import Progress
+from benchmarks.peers.results import Results
 from benchmarks.peers.rounds import take_turns
-from benchmarks.peers.table import OFFLINE, vllm_variables
-from benchmarks.peers.works import OURS, Row
-from tests.e2e.launched import free_port
+from benchmarks.peers.servers import NUM_STREAMS, SERVERS, started
+from benchmarks.peers.works import BOUND, LONG_ROUNDS, OURS, Row
+from server.bench.answers import read_answer
+from server.bench.connection import Address, Exchange
+from server.bench.load import Target, run_closed
+from server.bench.records import Record, record_of
+from server.bench.statistics import summarize
+from server.bench.tokenizer import open_tokenizer
+from server.bench.trace import Lengths, Plan, Shape, Tokenize, make_prompt, make_trace
+from server.bench.wires import WIRES, Body, Options, Wire
 
-NUM_STREAMS, NUM_REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 24, 256, 128
-START_TIMEOUT_S = 900.0
-"""vLLM compiles when it starts for the first time."""
-END_TIMEOUT_S = 60.0
+TIMEOUT_S = 600.0
+NUM_REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 24, 256, 128
+NUM_TURNS, TURN_TOKENS, TURN_NEW_TOKENS = 8, 200, 32
+PREFIX_TOKENS, OWN_TOKENS = 2000, 16
+
+Figures = Mapping[str, float]
+Turn = Callable[[str, str, Tokenize], Figures]
+"""Asks the server of an address, with the prompts of a seed."""
+
+
+def exchanges_with(url: str, wire: Wire, plans: Sequence[Plan], num_streams: int) -> list[Exchange]:
+    target = Target(Address.parse(url), wire, Options("demo", ignores_eos=True, sampling={}), TIMEOUT_S)
+    exchanges: list[Exchange] = []
+    asyncio.run(run_closed(target, plans, num_streams, exchanges.append))
+    return exchanges
+
+
+def whole_record(exchange: Exchange, wire: Wire, num_new: int) -> Record:
+    """Raises ValueError unless the answer has as many tokens as it should."""
+    record = record_of(exchange, wire)
+    if record.failure is not None:
+        raise ValueError(record.failure)
+    if record.num_output_tokens != num_new:
+        raise ValueError(f"{record.num_output_tokens} tokens came, {num_new} were asked for")
+    return record
+
+
+def many_streams(url: str, seed: str, tokenize: Tokenize) -> Figures:
+    shape = Shape(Lengths.parse(str(PROMPT_TOKENS)), Lengths.parse(str(NEW_TOKENS)))
+    wire = WIRES["completions"]
+    exchanges = exchanges_with(url, wire, make_trace(shape, NUM_REQUESTS, None, seed, tokenize), NUM_STREAMS)
+    summary = summarize([[whole_record(exchange, wire, NEW_TOKENS) for exchange in exchanges]], {}, 0)
+    return {
+        "tokens/s": summary.output_tokens_per_s,
+        "first token, p50, s": summary.latencies["ttft"][50].value,
+        "between tokens, p99, s": summary.latencies["inter_token"][99].value,
+    }
+
+
+def _messages_body(plan: Plan, options: Options) -> Body:
+    """A chat of several messages, which the plan has as JSON."""
+    return {**WIRES["chat"].body(plan, options), "messages": json.loads(plan.prompt)}
+
+
+MESSAGES = dataclasses.replace(WIRES["chat"], body=_messages_body)
+
+
+def text_of(exchange: Exchange) -> str:
+    events = [event for _, event in read_answer(exchange.reads).events()]
+    deltas = [choice["delta"].get("content") for event in events for choice in event.get("choices") or ()]
+    return "".join(filter(None, deltas))
+
+
+def chat(url: str, seed: str, tokenize: Tokenize) -> Figures:
+    """A chat whose every turn has all turns before it in its prompt."""
+    rng, messages = random.Random(seed), []
+    for _ in range(NUM_TURNS):
+        messages.append({"role": "user", "content": make_prompt(TURN_TOKENS, rng, tokenize)})
+        (exchange,) = exchanges_with(url, MESSAGES, [Plan(0.0, json.dumps(messages), TURN_NEW_TOKENS)], 1)
+        record = whole_record(exchange, MESSAGES, TURN_NEW_TOKENS)
+        messages.append({"role": "assistant", "content": text_of(exchange)})
+    return {"first token, s": record.time_to_first_token_s}
+
+
+def same_prefix(url: str, seed: str, tokenize: Tokenize) -> Figures:
+    """Two prompts that begin alike, one after the other."""
+    rng, wire = random.Random(seed), WIRES["completions"]
+    prefix = make_prompt(PREFIX_TOKENS, rng, tokenize)
+    plans = [Plan(0.0, f"{prefix} {make_prompt(OWN_TOKENS, rng, None)}", 1) for _ in range(2)]
+    cold, warm = (whole_record(exchange, wire, 1) for exchange in exchanges_with(url, wire, plans, 1))
+    return {BOUND: cold.time_to_first_token_s, "first token, s": warm.time_to_first_token_s}
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
-    """How a server is started, behind the Python of its environment and before the folder and the port."""
+class ServedWork:
+    """What servers are asked in turns; each of its figures is a row."""
 
-    arguments: Sequence[str]
-    variables: Callable[[Path], Mapping[str, str]]
+    label: str
+    turn: Turn
+    demanded: Mapping[str, float]
+    """Figure -> the ratio that passes; all but tokens per second are times."""
+    servers: Sequence[str] = tuple(SERVERS)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Figure -> label of its row."""
+        return {figure: f"{self.label}: {figure}" for figure in self.demanded}
 
 
-def served_by_vllm(environment: Path) -> dict[str, str]:
-    """As in the other rows, but its engine has a process of its own, for which it chooses OpenMP's library itself."""
-    variables = vllm_variables(environment)
-    return {name: variables[name] for name in variables if name.startswith("VLLM_CPU_")}
-
-
-SERVERS = {
-    OURS: Server(["-m", "pytgi", "serve", "--dtype", "bfloat16", "--model-id"], lambda environment: {}),
-    "vLLM": Server(
-        ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "demo", "--dtype", "bfloat16"]
-        + ["--max-model-len", "4096", "--model"],
-        served_by_vllm,
+SERVED_WORKS = (
+    ServedWork(
+        f"HTTP, {NUM_STREAMS} streams",
+        many_streams,
+        {"tokens/s": 1.4, "first token, p50, s": 0.5, "between tokens, p99, s": 1.0},
     ),
-}
-FIGURES: dict[str, tuple[Callable[[Load], float], float, bool]] = {
-    "tokens/s": (lambda load: load.num_tokens / load.seconds, 1.4, False),
-    "first token, p50, s": (lambda load: percentile(load.first_s, 50), 0.5, True),
-    "between tokens, p99, s": (lambda load: percentile(load.gaps_s, 99), 1.0, True),
-}
-"""Name of a row -> its figure, the ratio that passes, whether it is a time."""
+    ServedWork(f"last of {NUM_TURNS} turns of a chat", chat, {"first token, s": 1.0}),
+    ServedWork(f"{PREFIX_TOKENS:,} tokens as before", same_prefix, {"first token, s": 0.08}, [OURS]),
+)
 
 
-@contextlib.contextmanager
-def started(name: str, python: str, folder: str) -> Iterator[str]:
-    """A server's URL. Raises RuntimeError if it does not get ready."""
-    server, port = SERVERS[name], free_port()
-    environ = {**os.environ, **OFFLINE, **server.variables(Path(python).parents[1])}
-    command = [python, *server.arguments, folder, "--port", str(port)]
-    process = subprocess.Popen(command, env=environ, stdout=sys.stderr, start_new_session=True)
-    try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+class Served:
+    """Our server and its peers with one model."""
 
+    def __init__(self, folder: str, args: argparse.Namespace, results: Results, progress: Progress) -> None:
+        self._folder, self._args, self._results, self._progress = folder, args, results, progress
+        self._tokenize = open_tokenizer(folder, None)
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < until and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        time.sleep(1.0)
-    raise RuntimeError("the server ended" if process.poll() is not None else "the server does not get ready")
+    def measure(self) -> None:
+        """The rows that are not there yet."""
+        works = [work for work in SERVED_WORKS if not self._results.has("16-bit", work.labels.values())]
+        if not works:
+            return
+        with contextlib.ExitStack() as stack:
+            urls: dict[str, str] = {}
+            for name in SERVERS:
+                if name != OURS and name not in self._args.peers:
+                    continue
+                try:
+                    urls[name] = stack.enter_context(started(name, self._folder))
+                except FAILURES as error:
+                    self._results.tell(f"{name}: does not serve: {error}")
+            for work in works:
+                self._measure_work(work, urls)
+                self._progress.advance(("served", work.label))
 
+    def _measure_work(self, work: ServedWork, urls: Mapping[str, str]) -> None:
+        def turn(url: str, numbers: Iterator[int]) -> Figures:
+            return work.turn(url, f"{work.label} {next(numbers)}", self._tokenize)
 
-def prompt_groups(ids: Sequence[int], folder: str) -> Iterator[list[str]]:
-    """The prompts of one round after the other, each a part of the text that the rounds before had not."""
-    from tokenizers import Tokenizer
+        turns = {
+            name: functools.partial(turn, url, itertools.count()) for name, url in urls.items() if name in work.servers
+        }
+        taken, failures = take_turns(turns, min(self._args.rounds, LONG_ROUNDS), self._args.max_load)
+        for name, reason in failures.items():
+            self._results.tell(f"{name}: {work.label} failed: {reason}")
+        for row in self._rows(work, taken) if OURS in taken else ():
+            self._results.add(row)
 
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    firsts = itertools.cycle(range(0, len(ids) - PROMPT_TOKENS, PROMPT_TOKENS))
-    parts = (list(ids[first : first + PROMPT_TOKENS]) for first in firsts)
-    while True:
-        yield [tokenizer.decode(part) for part in itertools.islice(parts, NUM_REQUESTS)]
-
-
-def served_rows(
-    urls: Mapping[str, str], ids: Sequence[int], folder: str, args: argparse.Namespace
-) -> tuple[list[Row], dict[str, str]]:
-    """A row for each of `FIGURES`, medians of the rounds, and why a server has none."""
-
-    def turn(url: str, groups: Iterator[list[str]]) -> Load:
-        return closed_loop(url, next(groups), NUM_STREAMS, NEW_TOKENS)
-
-    turns = {name: functools.partial(turn, url, prompt_groups(ids, folder)) for name, url in urls.items()}
-    loads, failures = take_turns(turns, args.rounds, args.max_load)
-    rows = []
-    for label, (figure, ratio, is_time) in FIGURES.items() if OURS in loads else ():
-        rates = {name: round(statistics.median(map(figure, taken)), 3) for name, taken in loads.items()}
-        rows.append(Row("16-bit", f"HTTP, {NUM_STREAMS} streams: {label}", rates, ratio, is_time))
-    return rows, failures
+    def _rows(self, work: ServedWork, taken: Mapping[str, Sequence[Figures]]) -> Iterator[Row]:
+        for figure, ratio in work.demanded.items():
+            rates: dict[str, Any] = {name: statistics.median(f[figure] for f in got) for name, got in taken.items()}
+            if BOUND in taken[OURS][0]:
+                rates[BOUND] = statistics.median(figures[BOUND] for figures in taken[OURS])
+            rounded = {name: round(rate, 3) for name, rate in rates.items()}
+            yield Row("16-bit", work.labels[figure], rounded, ratio, is_time=figure != "tokens/s")

@@ -62,6 +62,8 @@ class Peer:
     """Name -> variables of a side whose environment is in that folder; the best one counts."""
     source: Callable[[Path, Path], None] | None = None
     """Makes what the peer's own converter takes; None: it takes the folder."""
+    suffix: str = ""
+    """The ending of a converted model's name."""
 
 
 def vllm_variables(environment: Path) -> dict[str, str]:
@@ -96,6 +98,7 @@ PEERS = {
         },
         settings={"": no_variables, "short spin": short_spin},
         source=write_f16,
+        suffix=".gguf",
     ),
     "OpenVINO": Peer(
         environment="openvino",
@@ -138,15 +141,15 @@ def python_of(peer: Peer, isa: str) -> str:
 
 def converted(peer: Peer, folder: Path, form: str, python: str) -> Path:
     """The folder's weights as the peer's own converter makes them, kept in the user's cache."""
-    path = user_cache_dir(dict(os.environ)) / "peers" / f"{peer.environment}-{folder.name}-{form}"
+    path = user_cache_dir(dict(os.environ)) / "peers" / f"{peer.environment}-{folder.name}-{form}{peer.suffix}"
     if path.exists():
         return path
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     source = folder
     if peer.source:
-        source = path.with_name(f"{peer.environment}-{folder.name}-{next(iter(peer.forms.values()))}")
+        source = path.with_name(f"{peer.environment}-{folder.name}-{next(iter(peer.forms.values()))}{peer.suffix}")
         if not source.exists():
             peer.source(folder, partial)
             partial.rename(source)

@@ -1,4 +1,4 @@
-"""What is measured, and the smallest ratio to the best peer that passes."""
+"""What is measured, how often, and the smallest ratio to the best peer that passes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OURS = "pytgi"
-NEW_TOKENS = 64
+LONG_ROUNDS = 3
+"""Rounds at most of what takes long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Prompts of one length, and `NEW_TOKENS` decoded after each; `kinds` of its two parts are compared."""
+    """Prompts of one length, and `num_new` tokens decoded after each; `kinds` of its two parts are compared."""
 
     num_sequences: int
     prompt_tokens: int
+    num_new: int
     kinds: tuple[str, ...]
+    is_long: bool = False
+    """Whether a turn takes so long that there are `LONG_ROUNDS` at most."""
 
     def label(self, kind: str) -> str:
         if kind == "prefill":
@@ -24,19 +28,28 @@ class Work:
         sequences = "1 sequence" if self.num_sequences == 1 else f"{self.num_sequences} sequences"
         return f"decode {sequences} after {self.prompt_tokens:,}"
 
+    @property
+    def labels(self) -> list[str]:
+        return [self.label(kind) for kind in self.kinds]
+
+    def num_rounds(self, num_rounds: int) -> int:
+        return min(num_rounds, LONG_ROUNDS) if self.is_long else num_rounds
+
 
 WORKS = (
-    Work(1, 512, ("prefill", "decode")),
-    Work(1, 4096, ("prefill", "decode")),
-    Work(8, 128, ("decode",)),
-    Work(32, 128, ("decode",)),
+    Work(1, 512, 64, ("prefill", "decode")),
+    Work(1, 4096, 32, ("prefill", "decode"), is_long=True),
+    Work(8, 128, 32, ("decode",)),
+    Work(32, 128, 24, ("decode",), is_long=True),
 )
 DECODE_RATIOS = {"16-bit": 1.2, "int8": 1.5, "int4": 1.5}
 BATCH_RATIO = 1.5
 PREFILL_RATIO = 1.2
 AVX2_DECODE_RATIOS = {"16-bit": 1.0, "int8": 1.5, "int4": 1.2}
 """One sequence on machines without VNNI and AMX; everything else there must be 1.0."""
-FLOOR, FLOOR_WORK = "the memory", "share of the memory's bandwidth"
+BOUND = "bound"
+"""The column of what is not another engine: the memory, or our own figure that ours is compared with."""
+FLOOR_WORK = "share of the memory's bandwidth"
 FLOOR_SHARES = {"16-bit": 0.80, "int8": 0.82, "int4": 0.75}
 """Smallest share of the bandwidth that passes, while one sequence decodes after 512 tokens."""
 

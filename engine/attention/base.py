@@ -105,7 +105,7 @@ class AttentionBackend(Protocol):
         """Memory that a block of one layer takes if keys and values are stored in `dtype`, scales included."""
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Zeroed memory for one layer. Writing the zeros also makes it resident from the start."""
+        """Memory for one layer. A slot is read once a token was written there, and may hold anything before."""
 
     def work_items(
         self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int

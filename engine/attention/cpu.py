@@ -76,8 +76,7 @@ class CpuAttention:
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         size = self._cache_size(num_blocks)
-        # Written, not calloc'ed: the memory must be there before the server says that it is ready.
-        keys, values = torch.empty(size, dtype=dtype).fill_(0), torch.empty(size, dtype=dtype).fill_(0)
+        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
         return HeadMajorCache(keys, values, self._shape.num_kv_heads)
 
     def _cache_size(self, num_blocks: int) -> int:

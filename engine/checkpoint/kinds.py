@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from engine.link.errors import StartError
 
+ONLY_TEXT = "only models that read text and write text are served here"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """Models that are not served."""
+
+    what: str
+    """What a folder with such a model is, as the end of a sentence about it."""
+    servers: str
+    """What serves such models, or makes one of them that is served here."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.servers}"
+
+
 EMBEDDING_FILES = ("modules.json", "config_sentence_transformers.json")
 """Files that `sentence-transformers` writes beside a model of embeddings."""
 
-EMBEDDING_MODEL = "is a model of embeddings, which turns a text into a vector and writes none"
-REWARD_MODEL = "is a reward model, which gives a text a score and writes none"
-UNMERGED = "holds an adapter (LoRA) that is not merged: merge it with `peft`, merge_and_unload()"
-CLASSIFIER = "is a classifier, which labels a text and writes none"
+VLLM_OR_SGLANG = "vLLM and SGLang serve such models"
 
-ARCHITECTURES: tuple[tuple[str, str], ...] = (
+EMBEDDING_MODEL = Kind(
+    "is a model of embeddings, which turns a text into a vector and writes none",
+    "Text Embeddings Inference, vLLM and SGLang serve such models",
+)
+HEADLESS_MODEL = Kind(f"{EMBEDDING_MODEL.what}, or a decoder that was saved without its head", EMBEDDING_MODEL.servers)
+REWARD_MODEL = Kind("is a reward model, which gives a text a score and writes none", VLLM_OR_SGLANG)
+SEQUENCE_CLASSIFIER = Kind(
+    "is a classifier, which labels a text and writes none (reward models and rerankers are saved like this, too)",
+    "Text Embeddings Inference, vLLM and SGLang serve such models",
+)
+CLASSIFIER = Kind("is a classifier, which labels a text and writes none", "vLLM serves such models")
+UNMERGED = Kind("holds an adapter (LoRA) that is not merged", "merge it with `peft`, merge_and_unload()")
+
+ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
     ("RewardModel", REWARD_MODEL),
-    ("ForSequenceClassification", CLASSIFIER + " (reward models are saved like this, too)"),
+    ("ForSequenceClassification", SEQUENCE_CLASSIFIER),
     ("ForTokenClassification", CLASSIFIER),
-    ("ForQuestionAnswering", "is a model that marks answers in a text and writes none"),
-    ("Model", EMBEDDING_MODEL + ", or a decoder that was saved without its head"),
+    (
+        "ForQuestionAnswering",
+        Kind(
+            "is a model that marks answers in a text and writes none", "the pipelines of `transformers` run such models"
+        ),
+    ),
+    ("Model", HEADLESS_MODEL),
 )
 """The end of a name in config.json's `architectures` -> what such a model is; the first that fits counts."""
 
 LANGUAGE_MODEL = "LMHeadModel"
 """The end of a name that ends like one of `ARCHITECTURES` by chance."""
 
-VISION_MODEL = "is a vision-language model, which reads images as well"
-AUDIO_MODEL = "is an audio-language model, which reads sound as well"
-MODEL_TYPES: tuple[tuple[str, str], ...] = (
+VISION_MODEL = Kind("is a vision-language model, which reads images as well", VLLM_OR_SGLANG)
+AUDIO_MODEL = Kind("is an audio-language model, which reads sound as well", VLLM_OR_SGLANG)
+MODEL_TYPES: tuple[tuple[str, Kind], ...] = (
     ("_vl", VISION_MODEL),
     ("_audio", AUDIO_MODEL),
-    ("_omni", "is a model of text, images and sound"),
+    ("_omni", Kind("is a model of text, images and sound", VLLM_OR_SGLANG)),
 )
 """A part of config.json's `model_type` -> what such a model is."""
-PARTS: tuple[tuple[str, str], ...] = (("vision_config", VISION_MODEL), ("audio_config", AUDIO_MODEL))
+PARTS: tuple[tuple[str, Kind], ...] = (("vision_config", VISION_MODEL), ("audio_config", AUDIO_MODEL))
 """A key of config.json, for a part that a language model lacks -> what such a model is."""
 
-TENSORS: tuple[tuple[str, str], ...] = (
+TENSORS: tuple[tuple[str, Kind], ...] = (
     (".base_layer.", UNMERGED),
     (".lora_", UNMERGED),
     (".score.", REWARD_MODEL),
@@ -61,10 +93,12 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
         kinds += [kind for end, kind in ARCHITECTURES if name.endswith(end) and not name.endswith(LANGUAGE_MODEL)]
     if any((folder / name).is_file() for name in EMBEDDING_FILES):
         kinds.append(EMBEDDING_MODEL)
+    if config.get("is_causal") is False:  # gte-Qwen2: every token sees all others
+        kinds.append(EMBEDDING_MODEL)
     if kinds:
-        raise StartError(f"{folder} {kinds[0]}: only models that read text and write text are served")
+        raise StartError(f"{folder} {kinds[0].what}: {ONLY_TEXT}, {kinds[0].servers}")
 
 
-def kind_of_tensor(name: str) -> str | None:
+def kind_of_tensor(name: str) -> Kind | None:
     """What a model with such a tensor is, if it tells."""
     return next((kind for part, kind in TENSORS if part in f".{name}"), None)

@@ -38,6 +38,8 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
 }
@@ -162,6 +164,8 @@ def _finish(layer: Loadable, layers: CheckpointLayers, device: torch.device) -> 
 
 
 def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:  # torch sums none of these, and they have no infinity
+        tensor = tensor.to(torch.float16)
     # The sum takes one fast pass and is not finite if any value isn't; sums of finite values may overflow, though.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise StartError(f"{path} has a tensor {name} with NaN or infinite values: fetch the model again")

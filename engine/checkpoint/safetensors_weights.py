@@ -44,7 +44,6 @@ class SafetensorsWeights:
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
         with self._opened(name) as file:
-            index = index or (slice(None),)
             tensor: torch.Tensor = file.kept.get_slice(name)[index] if is_kept else file.read_dropped(name, index)
             return tensor
 

@@ -45,6 +45,12 @@ class Ops(Protocol):
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Add x to `residual` [rows, hidden] in place; return the norm of the sum."""
 
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """Norm the first heads of qkv [rows, all heads * head_dim] in place, each with its row of `weight`.
+
+        weight [num_heads, head_dim].
+        """
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 * size] -> silu(first half) * second half, [rows, size]."""
 

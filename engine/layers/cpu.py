@@ -10,6 +10,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
+from engine.layers.torch import TorchOps
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
 
@@ -27,6 +28,20 @@ def _norm_row(x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
     scale = splat(np.float32(1.0) / np.float32(math.sqrt(mean + eps)))
     for i in range(0, size, LANES):
         store(out, start + i, multiply(multiply(load(x, start + i), scale), load(weight, i)))
+
+
+@njit(inline="always")
+def _norm_heads_row(qkv, start, num_heads, size, weight, eps):  # type: ignore[no-untyped-def]
+    for head in range(num_heads):
+        first = start + head * size
+        total = zeros()
+        for i in range(first, first + size, LANES):
+            value = load(qkv, i)
+            total = fma(value, value, total)
+        mean = sum_lanes(total) / np.float32(size)
+        scale = splat(np.float32(1.0) / np.float32(math.sqrt(mean + eps)))
+        for i in range(0, size, LANES):
+            store(qkv, first + i, multiply(multiply(load(qkv, first + i), scale), load(weight, head * size + i)))
 
 
 @njit(inline="always")
@@ -98,6 +113,18 @@ def _add_norm_parallel(residual, x, num_rows, size, weight, eps, out):  # type: 
 
 
 @njit(**FAST)
+def _norm_heads_serial(qkv, num_rows, width, num_heads, size, weight, eps):  # type: ignore[no-untyped-def]
+    for row in range(num_rows):
+        _norm_heads_row(qkv, row * width, num_heads, size, weight, eps)
+
+
+@njit(parallel=True, **FAST)
+def _norm_heads_parallel(qkv, num_rows, width, num_heads, size, weight, eps):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
+        _norm_heads_row(qkv, row * width, num_heads, size, weight, eps)
+
+
+@njit(**FAST)
 def _silu_serial(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         _silu_row(gate_up, row, size, out)
@@ -126,7 +153,7 @@ def _pick(serial: Any, parallel: Any, num_elements: int) -> Any:
 
 
 class CpuOps:
-    """`base.Ops` on float32 tensors whose row sizes are multiples of 8."""
+    """`base.Ops` on float32 tensors whose row sizes are multiples of 8, those of heads aside."""
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         num_rows, size = table.shape
@@ -154,6 +181,14 @@ class CpuOps:
         sizes = x.shape[0], x.shape[1]
         call(kernel, flat_view(residual), flat_view(x), *sizes, flat_view(weight), np.float32(eps), flat_out)
         return out
+
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        num_heads, size = weight.shape
+        if size % LANES:
+            return TorchOps().norm_heads(qkv, weight, eps)
+        kernel = _pick(_norm_heads_serial, _norm_heads_parallel, qkv.numel())
+        sizes = qkv.shape[0], qkv.shape[1], num_heads, size
+        call(kernel, flat_view(qkv), *sizes, flat_view(weight), np.float32(eps))
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2

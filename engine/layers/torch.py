@@ -26,6 +26,10 @@ class TorchOps:
         residual += x
         return self.rms_norm(residual, weight, eps)
 
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        heads = qkv[:, : weight.numel()].view(qkv.shape[0], *weight.shape)
+        heads.copy_(self.rms_norm(heads, weight, eps))
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up

@@ -42,6 +42,26 @@ def norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row + columns, (normed * weight).to(dtype), mask=is_inside)
 
 
+@triton.jit(do_not_specialize=["width"])
+def head_norm_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr,  # [tokens, width], the first heads are normed in place
+    weight_ptr,  # [heads, SIZE]
+    width,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(1)
+    place = tl.arange(0, BLOCK)
+    is_inside = place < SIZE
+    first = qkv_ptr + tl.program_id(0).to(tl.int64) * width + head * SIZE + place
+    wide = tl.load(first, mask=is_inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + head * SIZE + place, mask=is_inside, other=0.0).to(tl.float32)
+    tl.store(first, (normed * weight).to(dtype), mask=is_inside)
+
+
 @triton.jit
 def product_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr,  # [rows, 2 * SIZE]
@@ -97,6 +117,12 @@ class TritonOps:
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return _norm(residual, x, weight, eps)
+
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        num_heads, size = weight.shape
+        grid = qkv.shape[0], num_heads
+        arguments = qkv, weight, qkv.shape[1], eps
+        launch(head_norm_kernel, grid, *arguments, SIZE=size, BLOCK=_power_of_two(size), num_warps=1)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2

@@ -5,5 +5,6 @@ Beside its own files the room may import `engine.attention`, `engine.layers`, `e
 
 MODELS: dict[str, str] = {
     "qwen2": "engine.models.qwen2:Qwen2ForCausalLM",
+    "qwen3": "engine.models.qwen3:Qwen3ForCausalLM",
 }
 """`model_type` of config.json -> lazy "module:Class" of an `engine.models.base.CausalLM`."""

@@ -43,7 +43,9 @@ class Attention:
             context,
             has_bias=config.has_qkv_bias,
         )
-        self.o_proj = row_parallel(f"{name}.o_proj", heads, config.hidden_size, context)
+        self.o_proj = row_parallel(
+            f"{name}.o_proj", heads, config.hidden_size, context, has_bias=config.has_output_bias
+        )
 
     def checkpoint_layers(self) -> CheckpointLayers:
         return {
@@ -240,12 +242,15 @@ def column_parallel(
     )
 
 
-def row_parallel(name: str, inputs: Sequence[slice], out_features: int, context: ModelContext) -> RowParallelLinear:
+def row_parallel(
+    name: str, inputs: Sequence[slice], out_features: int, context: ModelContext, *, has_bias: bool = False
+) -> RowParallelLinear:
     """The checkpoint's matrix `name`; `inputs` are those of each rank."""
     quantization = context.quantization
     return RowParallelLinear(
         inputs,
         out_features,
+        has_bias=has_bias,
         method=quantization.method_for(name),
         is_gathered=bool(quantization.roundings),
         kernels=quantization.kernel_for,

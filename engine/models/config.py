@@ -38,11 +38,15 @@ class DecoderConfig:
     is_tied: bool
     """Whether the table of embeddings is the output head, too."""
     has_qkv_bias: bool
+    has_output_bias: bool = False
+    """Whether the projection of what attention gives has a bias."""
     windows: list[int | None]
     """For each layer how many tokens a token sees, itself included; None: all up to itself."""
 
 
-def read_decoder_config(config: Mapping[str, Any], *, has_qkv_bias: bool, windows: list[int | None]) -> DecoderConfig:
+def read_decoder_config(
+    config: Mapping[str, Any], *, has_qkv_bias: bool, windows: list[int | None], has_output_bias: bool = False
+) -> DecoderConfig:
     """Read a config.json that `check_sizes` has let through."""
     return DecoderConfig(
         vocab_size=config["vocab_size"],
@@ -55,6 +59,7 @@ def read_decoder_config(config: Mapping[str, Any], *, has_qkv_bias: bool, window
         norm_eps=config["rms_norm_eps"],
         is_tied=bool(config.get("tie_word_embeddings")),
         has_qkv_bias=has_qkv_bias,
+        has_output_bias=has_output_bias,
         windows=windows,
     )
 
@@ -70,6 +75,12 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     eps = config["rms_norm_eps"]
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise StartError(f"rms_norm_eps {eps!r} in config.json is not a number between 0 and 1: fetch the model again")
+
+
+def check_activation(config: Mapping[str, Any]) -> None:
+    """Raises StartError unless the gated MLP has the activation that all Qwen have."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen has silu")
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int | None]:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.layers.rope import make_rotary
-from engine.link.errors import StartError
 from engine.models.base import ModelContext
 from engine.models.blocks import DecoderForCausalLM
-from engine.models.config import attention_windows, check_sizes, read_decoder_config
+from engine.models.config import attention_windows, check_activation, check_sizes, read_decoder_config
 
 
 class Qwen2ForCausalLM(DecoderForCausalLM):
@@ -18,7 +17,6 @@ class Qwen2ForCausalLM(DecoderForCausalLM):
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
         check_sizes(config)
-        if config.get("hidden_act", "silu") != "silu":
-            raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen2 has silu")
+        check_activation(config)
         decoder = read_decoder_config(config, has_qkv_bias=True, windows=attention_windows(config))
         super().__init__(decoder, make_rotary(config, decoder.head_dim, context.device), context)

@@ -141,7 +141,7 @@ class Grammars:
         """Called whenever a compilation has ended, on any thread."""
         self._tokenizer_file = tokenizer_file
         self._vocab_size = vocab_size
-        self._eos_token_ids = list(eos_token_ids)
+        self.eos_token_ids = list(eos_token_ids)
         self._num_threads = num_threads
         self._make_apply_masks = apply_masks
         self._threads = ThreadPoolExecutor(NUM_COMPILING_THREADS, "grammars", _give_way)
@@ -247,11 +247,11 @@ class Grammars:
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
         """Whoever reads it first also compiles the kernel of `apply_masks`. Raises GenerationError."""
-        if not self._eos_token_ids:
+        if not self.eos_token_ids:
             raise GenerationError("the model has no end-of-sequence token, so no grammar could end")
         try:
             text = self._tokenizer_file.read_text(encoding="utf-8")
-            tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+            tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self.eos_token_ids)
         except (OSError, ValueError) as error:
             raise GenerationError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from error
         no_rows, no_masks = np.empty(0, np.int32), np.empty((0, num_words(self._vocab_size)), np.int32)

@@ -19,11 +19,13 @@ MATRICES: dict[str, dict[str, list[str]]] = {
         "dense": ["quant.kernels.bfloat16_cpu:Bfloat16Cpu", "quant.kernels.dense_cpu:DenseCpu"],
         "int8": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
         "int4": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
+        "fp8": ["quant.kernels.packed_cpu:PackedCpu"],
     },
     "torch": {
         "dense": ["quant.kernels.dense_torch:DenseTorch"],
         "int8": ["quant.kernels.packed_torch:PackedTorch"],
         "int4": ["quant.kernels.packed_torch:PackedTorch"],
+        "fp8": ["quant.kernels.packed_torch:PackedTorch"],
     },
     "triton": {
         "dense": ["quant.kernels.matrix_triton:MatrixTriton"],

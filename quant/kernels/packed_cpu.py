@@ -166,7 +166,7 @@ def _scratch(k_size: int) -> npt.NDArray[np.float32]:
 
 
 class PackedCpu:
-    """`x @ weight.T + bias` for the layouts "int8" and "int4": x [rows, k] float32 -> [rows, n] float32."""
+    """`x @ weight.T + bias` for "int8", "int4" and "fp8": x [rows, k] float32 -> [rows, n] float32."""
 
     rounding = None
     row_counts = ()
@@ -177,11 +177,12 @@ class PackedCpu:
 
     def __init__(self, packed: PackedWeight) -> None:
         assert packed.scales is not None and packed.zero_points is not None
-        self._product = {"int8": _product_int8, "int4": _product_int4}[packed.layout]
+        self._product = _product_int4 if packed.layout == "int4" else _product_int8
         self._n_size, self._num_groups = packed.scales.shape
         self._k_size = packed.num_inputs
         self._weight = flat_view(packed.weight)
-        self._scales = flat_view(packed.scales)
+        # The kernel reads an 8-bit float as 1/256 of it (`simd.widened_bytes`).
+        self._scales = flat_view(packed.scales.float() * 256 if packed.layout == "fp8" else packed.scales)
         self._zero_points = flat_view(packed.zero_points)
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
         self._bias = flat_view(bias)

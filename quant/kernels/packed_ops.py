@@ -13,27 +13,34 @@ from numba import types
 from numba.extending import intrinsic
 
 from quant.kernels.dense_ops import WIDTH
-from quant.kernels.simd import I32, LANES, array_data, lanes, lanes16, lanes_at, splat16, vector_call, zeros16
+from quant.kernels.simd import (
+    I32,
+    LANES,
+    array_data,
+    lanes,
+    lanes16,
+    lanes_at,
+    splat16,
+    vector_call,
+    widened_bytes,
+    zeros16,
+)
 from quant.kernels.simd import splat as splat8
 from quant.kernels.simd import zeros as zeros8
 
 zeros, splat, accumulator = (zeros16, splat16, lanes16) if WIDTH > LANES else (zeros8, splat8, lanes)
 
 
-def _widened(builder: Any, integers: Any, scale: Any, shift: Any) -> Any:
-    """`integers * scale + shift`, rounded once."""
-    return vector_call(builder, "fma", builder.sitofp(integers, scale.type), scale, shift)
-
-
 @intrinsic
 def add_int8(typing_context: Any, x: Any, x0: Any, w: Any, w0: Any, scale: Any, shift: Any, total: Any) -> Any:
-    """`total` plus the products of `WIDTH` inputs from x0 on and as many int8 weights from w0 on."""
+    """`total` plus the products of `WIDTH` inputs from x0 on and as many int8 weights from w0 on, or 8-bit floats."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x_data, w_data = (array_data(context, builder, signature, args, index) for index in (0, 2))
-        integers = builder.sext(_bytes_at(builder, w_data, args[3], WIDTH), ir.VectorType(I32, WIDTH))
+        numbers = widened_bytes(builder, _bytes_at(builder, w_data, args[3], WIDTH), signature.args[2].dtype)
         a = lanes_at(builder, x_data, signature.args[0].dtype, args[1], WIDTH, WIDTH)
-        return vector_call(builder, "fma", a, _widened(builder, integers, args[4], args[5]), args[6])
+        weight = vector_call(builder, "fma", numbers, args[4], args[5])
+        return vector_call(builder, "fma", a, weight, args[6])
 
     at = types.intp
     return accumulator(x, at, w, at, accumulator, accumulator, accumulator), codegen
@@ -52,7 +59,8 @@ def add_int4(typing_context: Any, x: Any, x0: Any, w: Any, w0: Any, scale: Any, 
         parts = [builder.shuffle_vector(low, high, order)] if WIDTH > LANES else [low, high]
         sums = args[6]
         for index, part in enumerate(parts):
-            weight = _widened(builder, builder.zext(part, ir.VectorType(I32, WIDTH)), args[4], args[5])
+            integers = builder.zext(part, ir.VectorType(I32, WIDTH))
+            weight = vector_call(builder, "fma", builder.sitofp(integers, args[4].type), args[4], args[5])
             place = builder.add(args[1], ir.Constant(args[1].type, index * WIDTH))
             a = lanes_at(builder, x_data, signature.args[0].dtype, place, WIDTH, WIDTH)
             sums = vector_call(builder, "fma", a, weight, sums)

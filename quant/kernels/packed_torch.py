@@ -1,4 +1,4 @@
-"""The "int8" and "int4" layouts in plain torch: the reference implementation, for every device without a kernel."""
+"""The quantized layouts in plain torch: the reference implementation, for every device without a kernel."""
 
 from __future__ import annotations
 

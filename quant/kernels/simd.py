@@ -156,13 +156,28 @@ def _first_bytes(context: Any, builder: Any, array_type: Any, array: Any, offset
     return value
 
 
+def widened_bytes(builder: Any, value: Any, dtype: Any) -> Any:
+    """A vector of int8 as float32, or, where the stored type is uint8, of 8-bit floats (e4m3) as float32 / 256.
+
+    Such a float has four bits of exponent, in the place where a float16 has the lower four of its five. A float16 whose
+    exponent has so many bits less stands for 2^-8 of it, its subnormals included.
+    """
+    count = value.type.count
+    if dtype == types.int8:
+        return builder.sitofp(builder.sext(value, ir.VectorType(I32, count)), _floats(count))
+    halves = ir.VectorType(ir.IntType(16), count)
+    shifted = builder.shl(builder.sext(value, halves), ir.Constant(halves, [7] * count))
+    bits = builder.and_(shifted, ir.Constant(halves, [0xBFFF] * count))
+    return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), count)), _floats(count))
+
+
 @intrinsic
 def load_int8(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Elements `offset .. offset + 8` of a flat int8 array as float32."""
+    """Elements `offset .. offset + 8` of a flat int8 array as float32; of a uint8 array see `widened_bytes`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = _first_bytes(context, builder, sig.args[0], args[0], args[1])
-        return builder.sitofp(builder.sext(value, _integers(0).type), _floats(LANES))
+        return widened_bytes(builder, value, sig.args[0].dtype)
 
     return lanes(array, types.intp), codegen
 

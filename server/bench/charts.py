@@ -10,13 +10,19 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 34, 40
+"""Pixels around the plot; a legend with long names or many of them makes the chart larger."""
+NAME_LEFT, CHARACTER, LINE = 42, 6.2, 18
+"""Pixels from the plot to a name of the legend, of a character at most on average, and from name to name."""
 COLORS = "#4363d8 #e6194b #3cb44b #f58231 #911eb4 #008080 #9a6324 #808000".split()
 MAX_POINTS = 400
 NUM_TICKS = 5
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str = "minutes") -> str:
-    """A chart of all `series`, whose y axis begins at 0; each has a name and points from left to right."""
+    """A chart of all `series`, whose y axis begins at 0; each has a name and points from left to right.
+
+    Colors come again, with dashes, when there are more series than colors.
+    """
     max_x = max((x for points in series.values() for x, _ in points), default=0.0) or 1.0
     x_step = nice_step(max_x)
     step = nice_step(max((y for points in series.values() for _, y in points), default=0.0) or 1.0)
@@ -35,12 +41,15 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "minutes
         x, _ = place(x_step * number, 0)
         parts.append(text(x, HEIGHT - BOTTOM + 16, f"{x_step * number:,.6g}", "middle"))
     for index, (name, points) in enumerate(series.items()):
-        color = COLORS[index % len(COLORS)]
+        dashes = ' stroke-dasharray="5 3"' if index // len(COLORS) % 2 else ""
+        style = f'fill="none" stroke="{COLORS[index % len(COLORS)]}" stroke-width="1.5"{dashes}'
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thinned(points)))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{TOP + 18 * index}" width="10" height="10" fill="{color}"/>')
-        parts.append(text(WIDTH - RIGHT + 28, TOP + 9 + 18 * index, name, "start"))
-    size = f'width="{WIDTH}" height="{HEIGHT}"'
+        left, up = WIDTH - RIGHT, TOP + LINE * index
+        parts.append(f'<polyline points="{path}" {style}/>')
+        parts.append(f'<line x1="{left + 12}" x2="{left + NAME_LEFT - 6}" y1="{up + 5}" y2="{up + 5}" {style}/>')
+        parts.append(text(left + NAME_LEFT, up + 9, name, "start"))
+    right = max([RIGHT, *(math.ceil(NAME_LEFT + CHARACTER * len(name)) for name in series)])
+    size = f'width="{WIDTH - RIGHT + right}" height="{max(HEIGHT, TOP + LINE * len(series) + 8)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
 

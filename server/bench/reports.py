@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -13,8 +14,12 @@ from server.bench.charts import Points, line_chart
 
 TITLE = "text-generation-benchmark"
 STYLE = (
-    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}"
+    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}tr{border-bottom:1px solid #ddd}"
+    "td,th{padding:.2em .8em;text-align:left;white-space:nowrap}"
+    ".number{text-align:right;font-variant-numeric:tabular-nums}svg{display:block;margin-top:2em}"
 )
+NUMBER = re.compile(r"[\d.]+( \(.+ to .+\))?|not said|")
+"""What stands in a column of numbers: one, perhaps with its interval, or none."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,11 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def are_numbers(self) -> list[bool]:
+        """Whether a column has numbers, which stand on the right."""
+        return [all(NUMBER.fullmatch(row[index]) for row in self.rows) for index in range(len(self.columns))]
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def as_json(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     parts = [f"# {TITLE}"]
     for table in report.tables:
-        cells = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+        cells = [table.columns, ["---:" if is_number else "---" for is_number in table.are_numbers], *table.rows]
         lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells]
         parts.append(f"## {table.title}\n\n" + "\n".join(lines))
     return "\n\n".join([*parts, *report.notes]) + "\n"
@@ -59,12 +69,20 @@ def as_markdown(report: Report) -> str:
 def as_html(report: Report) -> str:
     parts = [f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style><h1>{TITLE}</h1>']
     for table in report.tables:
-        head = "".join(f"<th>{escape(text)}</th>" for text in table.columns)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in table.rows)
-        parts.append(f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>")
+        kinds = [' class="number"' if is_number else "" for is_number in table.are_numbers]
+        rows = [
+            _html_row(cells, kinds, tag) for tag, cells in [("th", table.columns), *(("td", r) for r in table.rows)]
+        ]
+        parts.append(f"<h2>{escape(table.title)}</h2><table>{''.join(rows)}</table>")
     parts += [f"<p>{escape(note)}</p>" for note in report.notes]
     parts += [line_chart(chart.title, chart.series, chart.x_label) for chart in report.charts]
     return "\n".join(parts) + "\n"
+
+
+def _html_row(cells: Sequence[str], kinds: Sequence[str], tag: str) -> str:
+    return (
+        f"<tr>{''.join(f'<{tag}{kind}>{escape(text)}</{tag}>' for text, kind in zip(cells, kinds, strict=True))}</tr>"
+    )
 
 
 WRITERS: dict[str, Callable[[Report], str]] = {".json": as_json, ".md": as_markdown, ".html": as_html}

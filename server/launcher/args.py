@@ -72,12 +72,14 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str], usage: str = USA
     _check_combinations(values)
     warnings = (*services.values(), *_refuse_and_warn(values, sources), *_idle_variables(variables))
     _check_draft_lengths(values)
+    echo = _echo(values, sources)
+    values = _with_stand_ins(values)
     return LauncherArgs(
         **fields_of("launcher", values | variables),
         sharding=sharding,
         engine=fields_of("engine", values | variables),
         server=fields_of("server", values | variables),
-        echo=_echo(values, sources),
+        echo=echo,
         warnings=warnings,
     )
 
@@ -157,13 +159,22 @@ def _refuse_and_warn(values: Mapping[str, Any], sources: Mapping[str, str]) -> l
         if value is None or value in flag.harmless or (flag.is_switch and not value):
             continue
         source = sources[flag.attribute]
-        if value in flag.refused_choices:
+        stand_in = flag.stand_ins.get(value) if isinstance(value, str) else None
+        if value in flag.refused_choices or (stand_in is not None and values.get("strict_tgi")):
             raise ArgumentError(f"{source} {value} is not supported: {flag.reason}")
+        if stand_in is not None:
+            warnings.append(f"{source} {value} is not there and is served as {stand_in}")
         if flag.effect is Effect.REFUSED:
             raise ArgumentError(f"{source} is not supported: {flag.reason}")
         if flag.effect is Effect.NONE:
             warnings.append(f"{source} has no effect: {flag.reason}")
     return warnings
+
+
+def _with_stand_ins(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those that are served in their place."""
+    stand_ins = {flag.attribute: flag.stand_ins for flag in every_flag() if flag.stand_ins}
+    return {name: stand_ins[name].get(value, value) if name in stand_ins else value for name, value in values.items()}
 
 
 def _idle_variables(variables: Mapping[str, Any]) -> list[str]:

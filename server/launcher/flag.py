@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.link.logs import parse_log_filter
@@ -184,6 +184,9 @@ class Flag(Row):
     """The reason why there is no effect, or what to do instead of giving a refused flag."""
     refused_choices: tuple[str, ...] = ()
     """Choices of TGI that a served flag refuses."""
+    stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Choices of TGI that are not there -> the one that is served in its place, with a warning. With --strict-tgi they
+    are refused."""
 
     @property
     def served_choices(self) -> tuple[str, ...]:

@@ -33,8 +33,9 @@ from server.launcher.flag import (
     Variable,
 )
 
-QUANTIZE = ("awq", "compressed-tensors", "eetq", "gptq", "int4", "int8")
-QUANTIZE_OF_TGI = ("bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "exl2", "fp8", "marlin")
+QUANTIZE = ("awq", "compressed-tensors", "eetq", "fp8", "gptq", "int4", "int8")
+QUANTIZE_STAND_INS = {"bitsandbytes": "int8", "bitsandbytes-fp4": "int4", "bitsandbytes-nf4": "int4"}
+QUANTIZE_OF_TGI = ("exl2", "marlin")
 """TGI's methods that are refused. The flag's reason says what to do instead."""
 
 MODEL = (
@@ -72,10 +73,12 @@ MODEL = (
     Flag(
         name="quantize",
         fills="engine.quantize",
-        help="awq, gptq and compressed-tensors load such a checkpoint (also without the flag); eetq and int8 (8 bits) "
-        "and int4 quantise a dense one while it loads",
-        choices=(*QUANTIZE, *QUANTIZE_OF_TGI),
+        help="awq, gptq, compressed-tensors and fp8 load such a checkpoint (also without the flag); eetq and int8 "
+        "(8 bits) and int4 quantise a dense one while it loads; bitsandbytes is served as int8, bitsandbytes-nf4 and "
+        "-fp4 as int4, unless --strict-tgi is given, which refuses them",
+        choices=(*QUANTIZE, *QUANTIZE_STAND_INS, *QUANTIZE_OF_TGI),
         refused_choices=QUANTIZE_OF_TGI,
+        stand_ins=QUANTIZE_STAND_INS,
         reason=f"serve a checkpoint in another format; {', '.join(QUANTIZE)} are supported",
     ),
     Flag(

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from engine.attention.cpu import BLOCK_SIZE
-from engine.build import build_model
+from engine.build import build_model, choose_quantization
 from engine.checkpoint.files import read_model_config
 from engine.core import EngineCore
 from engine.device import Device, find_cpu
@@ -37,9 +37,16 @@ REFERENCES = dataclasses.replace(KERNELS, attention="torch", ops="torch")
 
 
 def make_runner(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: Device = KERNELS, num_blocks: int = 64
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: Device = KERNELS,
+    num_blocks: int = 64,
+    quantize: str | None = None,
 ) -> ModelRunner:
-    runner = ModelRunner(build_model(read_model_config(folder), folder, dtype, device), device)
+    config = read_model_config(folder)
+    quantization = choose_quantization(config, folder, dtype, device, quantize, None)
+    runner = ModelRunner(build_model(config, folder, dtype, device, quantization), device)
     runner.allocate(num_blocks, device.kv_dtype(dtype), num_positions=num_blocks * BLOCK_SIZE)
     return runner
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.oracles import dequantize
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,13 +25,17 @@ class Family:
     """Writes a folder with a tiny random model of the family."""
 
 
-FAMILIES: dict[str, Family] = {"qwen2": Family("Qwen2ForCausalLM", write_tiny_qwen2)}
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family("Qwen2ForCausalLM", write_tiny_qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", write_tiny_qwen3),
+}
 """Key of `MODELS` -> its proof."""
 
 DEQUANTIZERS: dict[str, Callable[..., Any]] = {
     "gptq": dequantize.gptq_weight,
     "awq": dequantize.awq_weight,
     "compressed-tensors": dequantize.compressed_weight,
+    "fp8": dequantize.scaled_weight,
 }
 """Key of `FORMATS` -> the independent reading of a matrix in NumPy, for checkpoints of the format's own tools."""
 

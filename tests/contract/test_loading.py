@@ -212,7 +212,7 @@ def test_no_weights_at_all(folder: Path) -> None:
             {"use_sliding_window": True, "sliding_window": 0},
             "sliding_window 0 in config.json is not a number of tokens: correct it or remove it",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' in config.json is not supported; Qwen2 has silu"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' in config.json is not supported; Qwen has silu"),
     ],
 )
 def test_models_that_cannot_be_served(folder: Path, changes: dict[str, Any], message: str) -> None:

@@ -21,7 +21,7 @@ from tests.contract.harness import (
     random_ids,
     run_step,
 )
-from tests.tiny_model import VOCAB_SIZE, write_tiny_qwen2
+from tests.tiny_model import VOCAB_SIZE, write_tiny_qwen2, write_tiny_qwen3
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "tied": {},
@@ -48,6 +48,34 @@ def test_logits_equal_transformers(checkpoint: str, device: Device, tmp_path: Pa
     expected = oracle_logits(tmp_path, token_ids)[39:]
     assert expected.std() > 0.3, "the tiny model has something to say"
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+QWEN3_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "untied, bfloat16": {"is_tied": False, "dtype": torch.bfloat16},
+    "heads of 12": {"head_dim": 12},  # no kernel norms them, nor attends with them
+    "biases": {"attention_bias": True},
+    "windows": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+}
+
+
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
+@pytest.mark.parametrize("checkpoint", QWEN3_CHECKPOINTS)
+def test_logits_of_every_qwen3_equal_transformers(checkpoint: str, device: Device, tmp_path: Path) -> None:
+    changes = QWEN3_CHECKPOINTS[checkpoint]
+    write_tiny_qwen3(tmp_path, **changes)
+    token_ids = random_ids(60)
+    logits = all_logits(make_runner(tmp_path, device=device), token_ids, 40, [7, 16, 33])
+    torch.testing.assert_close(logits, oracle_logits(tmp_path, token_ids)[39:], atol=2e-5, rtol=1e-4)
+
+
+def test_heads_of_a_qwen3_that_does_not_say_have_128_features(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path, head_dim=128, num_hidden_layers=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    logits = all_logits(make_runner(tmp_path), random_ids(20), 20, [])
+    torch.testing.assert_close(logits, oracle_logits(tmp_path, random_ids(20))[19:], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["biases", "norms"])
@@ -109,8 +137,9 @@ def test_bfloat16_is_near(stored: torch.dtype, tmp_path: Path) -> None:
 
 def test_bytes_of_a_block(tiny_model_dir: Path) -> None:
     runner = make_runner(tiny_model_dir)
-    # keys and values, 2 layers, 2 KV heads of 16 dimensions, 16 tokens
-    assert runner.kv_bytes_per_block(torch.bfloat16) == 2 * 2 * 2 * 16 * 16 * 2
+    head_dim = json.loads((tiny_model_dir / "config.json").read_text()).get("head_dim", 16)
+    # keys and values, 2 layers, 2 KV heads, 16 tokens
+    assert runner.kv_bytes_per_block(torch.bfloat16) == 2 * 2 * 2 * head_dim * 16 * 2
     assert runner.kv_bytes_per_block(torch.float32) == 2 * runner.kv_bytes_per_block(torch.bfloat16)
 
 

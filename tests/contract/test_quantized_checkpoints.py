@@ -65,5 +65,6 @@ def test_greedy_ids_equal_transformers_on_the_dequantized_weights(folder: Path) 
 
 def test_all_tools_are_there() -> None:
     provenance = json.loads((CHECKPOINTS / "provenance.json").read_text())
-    assert {folder.name.split("-")[0] for folder in FOLDERS} == {"auto", "autoawq", "gptqmodel", "llmcompressor"}
+    tools = {folder.name.split("-")[0] for folder in FOLDERS}
+    assert tools == {"auto", "autoawq", "gptqmodel", "llmcompressor", "transformers"}
     assert provenance

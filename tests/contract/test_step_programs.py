@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def steps_of(runner: ModelRunner) -> list[torch.Tensor]:
         for _ in range(5):
             decode(decoding, draft)
     return logits
+
+
+def test_recording_does_not_import_the_compiler_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hundreds of modules, for which a start would wait most of a second."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    write_tiny_qwen2(tmp_path, dtype=torch.bfloat16)
+    runner, programs = make_runner(tmp_path, torch.bfloat16, None)
+    steps_of(runner)
+    assert any(program is not None for program in programs._programs.values())
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tests.contract.harness import (
     run_requests,
     run_step,
 )
-from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
+from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2, write_tiny_qwen3
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 MAX_NEW_TOKENS = 4
@@ -130,6 +130,14 @@ def test_a_sliding_window(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path, **window)
     prompts = make_prompts(sizes=[37])
     assert run(core_of(tmp_path), prompts).token_ids == expected_ids(tmp_path, prompts)
+
+
+def test_a_qwen3(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path, num_hidden_layers=1, is_tied=False)
+    prompts = make_prompts(sizes=[1, 20])
+    assert run(core_of(tmp_path), prompts, max_new_tokens=2).token_ids == [
+        ids[:2] for ids in expected_ids(tmp_path, prompts)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_norms_of_heads(dtype: torch.dtype, head_dim: int) -> None:
+    qkv, weight = random(3, 5 * head_dim).to(dtype), random(4, head_dim, seed=1).to(dtype)
+    heads = qkv.view(3, 5, head_dim)
+    expected = torch.stack([_norm(heads[:, i], weight[i]) for i in range(4)], dim=1)
+    normed = qkv.clone()
+    OPS.norm_heads(normed, weight, EPS)
+    assert_close(normed.view(3, 5, head_dim)[:, :4], expected, num_roundings=2)
+    assert torch.equal(normed[:, 4 * head_dim :], qkv[:, 4 * head_dim :]), "other heads are not normed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [8, PRODUCT_BLOCK, PRODUCT_BLOCK + 1])
 def test_silu_and_mul(dtype: torch.dtype, size: int) -> None:
     gate_up = random(3, 2 * size)
@@ -72,3 +84,4 @@ def test_no_rows() -> None:
     nothing = torch.empty(0, 16)
     assert OPS.rms_norm(nothing, torch.ones(16), EPS).shape == (0, 16)
     assert OPS.silu_and_mul(nothing).shape == (0, 8)
+    OPS.norm_heads(nothing, torch.ones(1, 16), EPS)

@@ -27,7 +27,16 @@ field     (field + 1) modulo 2**bits: AutoGPTQ's torch path for 2, 4 and 8 bits 
 unmasked  field + 1, up to 2**bits: AutoGPTQ's torch path with act-order, and for 3 bits.
 """
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.uint32, "BF16": np.uint16}
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.uint32,
+    "BF16": np.uint16,
+    "I8": np.int8,
+    "F8_E4M3": np.uint8,
+}
+SCALES = ("weight_scale", "weight_scale_inv")
 AWQ_FIELD_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -45,6 +54,8 @@ def dequantize(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
             dense[f"{module}.weight"] = awq_weight(stored, module)
         elif kind == "weight_packed":
             dense[f"{module}.weight"] = compressed_weight(stored, module)
+        elif kind == "weight" and any(f"{module}.{scale}" in stored for scale in SCALES):
+            dense[name] = scaled_weight(stored, module, block_size(quantization, module, tensor.shape))
         elif kind == "bias" and not module.endswith(("q_proj", "k_proj", "v_proj")):
             assert not tensor.any(), f"{name}: Qwen2 has no such bias, and this one is not zero"  # AutoGPTQ's
         elif kind in ("weight", "bias"):
@@ -77,6 +88,8 @@ def read_tensors(folder: Path) -> dict[str, Array]:
             tensor = np.frombuffer(data[8 + size + begin : 8 + size + end], DTYPES[entry["dtype"]])
             if entry["dtype"] == "BF16":
                 tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+            elif entry["dtype"] == "F8_E4M3":
+                tensor = E4M3[tensor]
             tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
@@ -149,6 +162,47 @@ def compressed_weight(stored: dict[str, Array], module: str) -> Floats:
     for k in range(columns):
         group = k // group_size
         weight[:, k] = scales[:, group] * (values[:, k] - zero_points[:, group]).astype(np.float32)
+    return weight
+
+
+def e4m3_values() -> Floats:
+    """The number behind each byte: a sign, four bits of exponent (bias 7), three of mantissa."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    values = np.where(byte < 128, 1, -1) * np.where(byte & 127 == 127, np.nan, size)
+    return values.astype(np.float32)
+
+
+E4M3 = e4m3_values()
+
+
+def block_size(quantization: dict[str, Any], module: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Outputs and inputs of a matrix that share a scale."""
+    block = quantization.get("weight_block_size")
+    for group in quantization.get("config_groups", {}).values():  # the stored checkpoints have one
+        weights = group["weights"]
+        block = {
+            "tensor": shape,
+            "channel": (1, shape[1]),
+            "group": (1, weights["group_size"]),
+            "block": weights["block_structure"],
+        }[weights["strategy"]]
+    return tuple(block or shape)  # type: ignore[return-value]
+
+
+def scaled_weight(stored: dict[str, Array], module: str, block: tuple[int, int]) -> Floats:
+    """weight[n, k] = scale[n // block[0], k // block[1]] * (q[n, k] - z), in 8-bit floats or integers."""
+    values = stored[f"{module}.weight"].astype(np.float32)
+    scales = next(stored[f"{module}.{name}"] for name in SCALES if f"{module}.{name}" in stored).astype(np.float32)
+    zero_points = stored.get(f"{module}.weight_zero_point", np.zeros(scales.shape)).astype(np.float32)
+    grid = [-(-size // of_block) for size, of_block in zip(values.shape, block, strict=True)]
+    scales, zero_points = scales.reshape(grid), zero_points.reshape(grid)
+    weight = np.empty(values.shape, np.float32)
+    for n in range(values.shape[0]):
+        for k in range(values.shape[1]):
+            place = n // block[0], k // block[1]
+            weight[n, k] = scales[place] * (values[n, k] - zero_points[place])
     return weight
 
 

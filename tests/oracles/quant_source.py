@@ -116,7 +116,7 @@ def write_cases(
             continue
         target = work_folder() / f"{tool}-{case.name}"
         shutil.rmtree(target, ignore_errors=True)
-        command = f"PYTHONPATH=tests python tests/oracles/quant_{tool.replace('-', '_')}.py {case.name}"
+        command = f"PYTHONPATH=tests:. python tests/oracles/quant_{tool.replace('-', '_')}.py {case.name}"
         try:
             facts = write(case, write_source(case.source, case.dtype), target)
         except Exception as error:  # the point is to learn what a tool refuses, and in which words

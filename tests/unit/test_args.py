@@ -23,7 +23,7 @@ from server.config import ServerConfig
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
-from server.launcher.flags import QUANTIZE, SECTIONS, VARIABLES, every_flag
+from server.launcher.flags import QUANTIZE, QUANTIZE_STAND_INS, SECTIONS, VARIABLES, every_flag
 from server.launcher.host import can_use_gpus
 from server.launcher.sharding import Sharding
 
@@ -494,7 +494,8 @@ DTYPES = "(choose from auto, float32, bfloat16, float16)"
         (
             "--quantize q4",
             {},
-            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, gptq, int4, int8)",
+            "argument --quantize: invalid choice: 'q4' (choose from awq, compressed-tensors, eetq, fp8, gptq, int4, "
+            "int8, bitsandbytes, bitsandbytes-fp4, bitsandbytes-nf4)",
         ),
         (
             "-g soon",
@@ -575,7 +576,7 @@ def test_a_missing_model_is_a_usage_error_with_an_example(
 
 QUANTIZE_WE_HAVE = (
     "is not supported: serve a checkpoint in another format; "
-    "awq, compressed-tensors, eetq, gptq, int4, int8 are supported"
+    "awq, compressed-tensors, eetq, fp8, gptq, int4, int8 are supported"
 )
 NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
 
@@ -584,8 +585,9 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
     ("line", "environ", "message"),
     [
         ("--quantize exl2", {}, f"--quantize exl2 {QUANTIZE_WE_HAVE}"),
-        ("--quantize bitsandbytes-nf4", {}, f"--quantize bitsandbytes-nf4 {QUANTIZE_WE_HAVE}"),
-        ("", {"QUANTIZE": "fp8"}, f"the variable QUANTIZE fp8 {QUANTIZE_WE_HAVE}"),
+        ("--quantize bitsandbytes-nf4 --strict-tgi", {}, f"--quantize bitsandbytes-nf4 {QUANTIZE_WE_HAVE}"),
+        ("--strict-tgi", {"QUANTIZE": "bitsandbytes"}, f"the variable QUANTIZE bitsandbytes {QUANTIZE_WE_HAVE}"),
+        ("", {"QUANTIZE": "marlin"}, f"the variable QUANTIZE marlin {QUANTIZE_WE_HAVE}"),
         (
             "--quantize awq --dtype float16 --strict-tgi",
             {},
@@ -796,9 +798,23 @@ def test_the_table_is_honest() -> None:
         assert not (flag.choices and flag.default) or flag.default in flag.choices
 
 
+@pytest.mark.parametrize(
+    ("name", "stand_in"), [("bitsandbytes", "int8"), ("bitsandbytes-nf4", "int4"), ("bitsandbytes-fp4", "int4")]
+)
+def test_bitsandbytes_is_served_as_what_is_nearest_with_one_warning(name: str, stand_in: str) -> None:
+    for args, source in (
+        (parse(f"--quantize {name}"), "--quantize"),
+        (parse("", QUANTIZE=name), "the variable QUANTIZE"),
+    ):
+        assert args.engine["quantize"] == stand_in
+        assert args.warnings == (f"{source} {name} is not there and is served as {stand_in}",)
+        assert f"{source} = '{name}'" in args.echo
+
+
 def test_quantizations_are_those_of_the_engine() -> None:
     """A checkpoint in one of FORMATS loads without the flag, which may repeat its name; ON_LOAD needs the flag."""
     assert set(ON_LOAD) <= set(QUANTIZE) <= {*FORMATS, *ON_LOAD}
+    assert set(QUANTIZE_STAND_INS.values()) <= set(ON_LOAD)
 
 
 def test_the_echo_says_what_was_given_and_how_but_no_secret() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import random
@@ -23,7 +24,7 @@ from server.bench.connection import Address, Exchange, exchange
 from server.bench.errors import BenchmarkError
 from server.bench.options import server_flags
 from server.bench.records import Record, record_of
-from server.bench.reports import WRITERS
+from server.bench.reports import WRITERS, Report, Table, as_html, as_markdown
 from server.bench.results import Level, build_report, compare
 from server.bench.statistics import estimates, is_good, percentile, summarize
 from server.bench.trace import Lengths, Shape, make_trace
@@ -186,6 +187,21 @@ def test_every_report_has_its_numbers_and_no_reference_to_elsewhere(ending: str)
         data = json.loads(text)
         assert data["levels"][0]["latencies"]["inter_token"]["p50"]["value"] == 0.25
         assert data["levels"][0]["failures"] == {"no <byte>": 1}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_report_in_which_everything_failed_is_written(ending: str) -> None:
+    failed = Level("1 at a time", {"http://host": [[Record(0.0, 1.0, "status 503: no")]]})
+    assert "status 503: no" in WRITERS[ending](build_report({"seed": 7}, [failed], {}, 0))
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left() -> None:
+    table = Table("T", ["load", "tokens", "p50", "empty"], [["4 at a time", "12", "1.5 (1.0 to 2.0)", ""]])
+    both = dataclasses.replace(table, rows=[*table.rows, ["16 at a time", "not said", "2", ""]])
+    assert both.are_numbers == [False, True, True, True]
+    assert "| --- | ---: | ---: | ---: |" in as_markdown(Report({}, [both])).splitlines()
+    html = as_html(Report({}, [table]))
+    assert '<td>4 at a time</td><td class="number">12</td>' in html
 
 
 # ---- servers ----

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from benchmarks.documents import with_part
 from benchmarks.peers import rounds
 from benchmarks.peers.answers import timed
-from benchmarks.peers.load import closed_loop, percentile
+from benchmarks.peers.plan import planned_parts
+from benchmarks.peers.progress import Progress
 from benchmarks.peers.report import BEGIN, END, measured_table, readme_table
+from benchmarks.peers.results import OtherRunError, Results
 from benchmarks.peers.rounds import TooLoadedError, quiet_rounds, take_turns
-from benchmarks.peers.works import FLOOR, WORKS, Row, demanded
+from benchmarks.peers.served import text_of, whole_record
+from benchmarks.peers.works import BOUND, WORKS, Row, Work, demanded
+from server.bench.connection import Exchange
+from server.bench.wires import WIRES
 
 ROWS = [
     Row("int8", "prompt of 512", {"pytgi": 600.0, "llama.cpp": 300.0, "OpenVINO": 400.0}, 1.2),
     Row("int8", "decode 1 sequence after 512", {"pytgi": 44.0, "llama.cpp": 40.0}, 1.5),
-    Row("int8", "share of the memory's bandwidth", {"pytgi": 0.81, FLOOR: 1.0}, 0.82),
+    Row("int8", "share of the memory's bandwidth", {"pytgi": 0.81, BOUND: 1.0}, 0.82),
     Row("int4", "decode 8 sequences after 128", {"pytgi": 100.0}, 1.5),
 ]
 
@@ -64,7 +70,7 @@ def test_a_round_beside_others_is_repeated(monkeypatch: pytest.MonkeyPatch) -> N
     loads = Loads(0.1, 1.4, 0.9, 0.0)
     monkeypatch.setattr(rounds, "OtherLoad", lambda: loads)
     played = iter(range(10))
-    assert list(quiet_rounds(functools.partial(next, played), 3, max_load=1.0)) == [1, 3, 4]
+    assert list(quiet_rounds(functools.partial(next, played), 3, max_load=1.0)) == [0, 2, 3]
 
 
 def test_a_machine_that_is_never_quiet_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +90,7 @@ def test_a_side_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
         return name
 
     sides: dict[str, Callable[[], Any]] = {name: functools.partial(turn, name) for name in ("good", "bad")}
-    assert take_turns(sides, 2, 1.0) == ({"good": ["good", "good"]}, {"bad": "out of memory"})
+    assert take_turns(sides, 3, 1.0) == ({"good": ["good", "good", "good"]}, {"bad": "out of memory"})
     assert calls == "good bad good bad good".split()
 
 
@@ -92,7 +98,7 @@ def test_a_row_is_judged_by_the_best_peer() -> None:
     assert [(row.best_peer, row.ratio, row.has_passed) for row in ROWS] == [
         ("OpenVINO", 1.5, True),
         ("llama.cpp", 1.1, False),
-        (FLOOR, 0.81, False),
+        (BOUND, 0.81, False),
         (None, None, True),
     ]
 
@@ -109,38 +115,28 @@ def test_a_time_is_better_when_it_is_less() -> None:
     assert dataclasses.replace(row, demanded=0.6).has_passed
 
 
-def served(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> list[dict[str, Any]]:
-    """The bodies that a server got, which answers each with so many tokens in as many chunks and the usage last."""
-    bodies = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        bodies.append(json.loads(request.content))
-        chunks: list[dict[str, Any]] = [{"choices": [{"text": "a"}]}] * num_tokens
-        chunks.append({"choices": [], "usage": {"completion_tokens": num_tokens}})
-        lines = [f"data: {json.dumps(chunk)}" for chunk in chunks]
-        return httpx.Response(200, text="\n\n".join([*lines, "data: [DONE]", ""]))
-
-    client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
-    monkeypatch.setattr("benchmarks.peers.load.httpx.AsyncClient", client)
-    return bodies
+def answer_of(*chunks: dict[str, Any]) -> Exchange:
+    """A streamed answer as the load has it."""
+    lines = [f"data: {json.dumps(chunk)}" for chunk in chunks]
+    body = "\n\n".join([*lines, "data: [DONE]", "", ""])
+    head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    return Exchange(0.0, [(1.0, (head + body).encode())])
 
 
-def test_each_prompt_is_asked_once_by_some_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies = served(monkeypatch, 3)
-    load = closed_loop("http://server", ["one", "two", "three"], 2, 3)
-    assert sorted(body["prompt"] for body in bodies) == ["one", "three", "two"]
-    assert {(body["max_tokens"], body["ignore_eos"], body["stream"]) for body in bodies} == {(3, True, True)}
-    assert (load.num_tokens, len(load.first_s), len(load.gaps_s)) == (9, 3, 6)
+def test_an_answer_that_is_too_short_is_no_answer() -> None:
+    text: dict[str, Any] = {"choices": [{"text": "a"}]}
+    answer = answer_of(text, text, {"choices": [], "usage": {"completion_tokens": 2}})
+    assert whole_record(answer, WIRES["completions"], 2).num_output_tokens == 2
+    with pytest.raises(ValueError, match="2 tokens came, 4 were asked for"):
+        whole_record(answer, WIRES["completions"], 4)
+    with pytest.raises(ValueError, match="out of memory"):
+        whole_record(answer_of({"error": {"message": "out of memory"}}), WIRES["completions"], 2)
 
 
-def test_an_answer_that_is_too_short_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    served(monkeypatch, 3)
-    with pytest.raises(ValueError, match="3 tokens came, 4 were asked for"):
-        closed_loop("http://server", ["one"], 1, 4)
-
-
-def test_percentiles_are_values_that_were_there() -> None:
-    assert [percentile([4.0, 1.0, 3.0, 2.0], percent) for percent in (50, 75, 99)] == [2.0, 3.0, 4.0]
+def test_the_next_turn_of_a_chat_has_the_text_of_the_last() -> None:
+    deltas = [{"role": "assistant", "content": ""}, {"content": "one"}, {"content": " two"}, {}]
+    answer = answer_of(*({"choices": [{"delta": delta}]} for delta in deltas), {"choices": []})
+    assert text_of(answer) == "one two"
 
 
 def test_the_tables_are_written_between_their_marks_again_and_again() -> None:
@@ -163,4 +159,63 @@ def test_the_readme_has_one_sequence_against_the_best() -> None:
     assert readme_table(ROWS)[2:] == [
         "| int8, prompt of 512 | 600 | OpenVINO: 400 | 1.5 |",
         "| int8, decode 1 sequence after 512 | 44 | llama.cpp: 40 | 1.1 |",
+    ]
+
+
+ABOUT = {"model": "demo", "rounds": 5}
+
+
+def test_an_interrupted_run_goes_on_with_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "peers" / "results.json"
+    first = Results(path, ABOUT)
+    first.add(ROWS[0])
+    first.tell("vLLM: not installed")
+    again = Results(path, ABOUT, is_continued=True)
+    assert (again.rows, again.not_measured) == (ROWS[:1], ["vLLM: not installed"])
+    assert again.has("int8", ["prompt of 512"])
+    assert not again.has("int4", ["prompt of 512"])
+    assert not again.has("int8", ["prompt of 512", "decode 1 sequence after 512"])
+    again.tell("vLLM: not installed")
+    assert again.not_measured == ["vLLM: not installed"]
+    assert not Results(path, ABOUT).rows
+
+
+def test_a_run_does_not_go_on_with_rows_of_another_kind(tmp_path: Path) -> None:
+    Results(tmp_path / "results.json", ABOUT).add(ROWS[0])
+    with pytest.raises(OtherRunError, match="'rounds': 5"):
+        Results(tmp_path / "results.json", {**ABOUT, "rounds": 3}, is_continued=True)
+
+
+def test_a_run_plans_what_it_has_not_got(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json", ABOUT)
+    args = argparse.Namespace(rows=["16-bit", "served", "steady"], peers=["llama.cpp", "vLLM"], rounds=5)
+    everything = planned_parts(args, results)
+    assert [part for part in everything if part[0] == "16-bit"] == [("16-bit", work) for work in WORKS]
+    assert sorted({group for group, _ in everything}) == ["16-bit", "served", "steady"]
+    for label in WORKS[0].labels:
+        results.add(Row("16-bit", label, {"pytgi": 1.0}, 1.0))
+    assert everything.keys() - planned_parts(args, results).keys() == {("16-bit", WORKS[0])}
+    args.rounds = 2
+    assert sum(planned_parts(args, results).values()) < sum(everything.values())
+
+
+def test_what_takes_long_has_fewer_rounds() -> None:
+    assert [Work(1, 8, 8, (), is_long=is_long).num_rounds(5) for is_long in (False, True)] == [5, 3]
+    assert Work(1, 8, 8, (), is_long=True).num_rounds(2) == 2
+
+
+def test_what_is_left_is_told_by_how_long_the_parts_before_took(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.peers.progress.time.monotonic", lambda: now[0])
+    progress = Progress({("int8", "a"): 60.0, ("int8", "b"): 120.0})
+    now[0] = 120.0  # twice what was planned
+    progress.advance(("int8", "a"))
+    now[0] = 360.0
+    progress.advance(("int8", "b"))
+    assert capsys.readouterr().out.splitlines() == [
+        "2 parts, about 3.0 min on two quiet cores",
+        "-- 1 of 2 parts in 2.0 min, about 4.0 min left",
+        "-- 2 of 2 parts in 6.0 min, about 0.0 min left",
     ]

@@ -12,8 +12,9 @@ from typing import IO
 
 import pytest
 
-from pytgi.child import Log
+from pytgi.child import Log, command_line, environment
 from pytgi.wire import Calls
+from server.launcher.args import parse_args
 from server.launcher.embedded import remove_socket
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,32 @@ with _listener() as listener:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and (tmp_path / "socket").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "limit"),
+    [
+        ({}, {}, 4096),
+        ({"MAX_CONCURRENT_REQUESTS": ""}, {}, 4096),
+        ({"MAX_CONCURRENT_REQUESTS": "7"}, {}, 7),
+        ({"MAX_CONCURRENT_REQUESTS": "7"}, {"max_concurrent_requests": 8}, 8),
+        ({"MAX_CONCURRENT_REQUESTS": "many"}, {"max_concurrent_requests": 8}, 8),
+        ({"PORT": "abc"}, {}, 4096),
+        ({"PORT": "99999", "HOSTNAME": "my host", "MODEL_ID": "another", "JSON_OUTPUT": "maybe"}, {}, 4096),
+        ({"API_KEY": "\n"}, {}, 4096),
+        ({"AIP_HTTP_PORT": "abc", "AIP_MODE": "PREDICTION"}, {}, 4096),
+        ({"SM_NUM_GPUS": "1", "SAGEMAKER_BIND_TO_PORT": "http"}, {}, 4096),
+        ({"ENV": "production"}, {}, 4096),
+    ],
+)
+def test_variables_that_are_another_servers_do_not_count(
+    variables: dict[str, str], options: dict[str, object], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    args = parse_args(command_line("model", options), environment())
+    assert args.model_id == "model" and args.is_json_output and "api_key" not in args.server
+    assert args.server["max_concurrent_requests"] == limit
 
 
 def test_requests_whose_answers_close_the_connection_are_broken_off(tmp_path: Path) -> None:

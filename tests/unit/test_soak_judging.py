@@ -158,6 +158,15 @@ def test_a_chart_has_a_line_for_each_series_and_escapes_names() -> None:
     assert 'points="64.0,260.0 570.0,34.0"' in chart
 
 
+def test_a_chart_has_room_for_its_legend_and_no_two_lines_look_alike() -> None:
+    names = [f"http://host-{index}.example.org:8080, 16 at a time, a long name" for index in range(16)]
+    chart = xml.etree.ElementTree.fromstring(line_chart("many", {name: [(0, 0), (1, 1)] for name in names}))
+    assert float(chart.get("width", "0")) > 570 + 6 * len(names[0])
+    assert float(chart.get("height", "0")) > max(float(part.get("y", "0")) for part in chart)
+    lines = [part for part in chart if part.tag.endswith("polyline")]
+    assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == len(names)
+
+
 @pytest.mark.parametrize(("value", "step"), [(10, 2), (11, 2.5), (1, 0.2), (1534, 500), (0.03, 0.01)])
 def test_axes_have_round_numbers(value: float, step: float) -> None:
     assert nice_step(value) == pytest.approx(step)

@@ -57,6 +57,20 @@ def test_add_rms_norm(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [8, 12, 16])
+def test_norm_heads(rows: int, size: int) -> None:
+    """Three of five heads, each with a weight of its own; 12 features are none of the CPU kernel's."""
+    qkv, weight = random(rows, 5 * size), random(3, size, seed=1)
+    heads = qkv.view(rows, 5, size)[:, :3]
+    expected = torch.stack([functional.rms_norm(heads[:, i], (size,), weight[i], EPS) for i in range(3)], dim=1)
+    for ops in ALL:
+        normed = qkv.clone()
+        ops.norm_heads(normed, weight, EPS)
+        torch.testing.assert_close(normed.view(rows, 5, size)[:, :3], expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(normed[:, 3 * size :], qkv[:, 3 * size :]), "the other heads are not normed"
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", [8, 96])
 def test_silu_and_mul(rows: int, size: int) -> None:
     gate_up = random(rows, 2 * size)
@@ -107,7 +121,7 @@ def test_rotation_tells_only_the_distance() -> None:
     torch.testing.assert_close(products[0], products[1], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "silu_and_mul", "rotate"])
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "norm_heads", "silu_and_mul", "rotate"])
 def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
     """Rows have the same bits on both sides of the border between one thread and many."""
     x, weight = random(MANY, 64), random(64, seed=1)
@@ -119,6 +133,9 @@ def test_a_row_does_not_depend_on_the_others(operation: str) -> None:
             return CPU.rms_norm(part, weight, EPS)
         if operation == "add_rms_norm":
             return CPU.add_rms_norm(part, x[rows] * 0.5, weight, EPS)
+        if operation == "norm_heads":
+            CPU.norm_heads(part, weight[:48].view(3, 16), EPS)
+            return part
         if operation == "silu_and_mul":
             return CPU.silu_and_mul(part)
         CPU.rotate(part, Rotation(table, torch.arange(MANY)[rows]), 4)

@@ -57,6 +57,23 @@ def test_bits_are_those_of_the_dense_kernel(bits: int, group_size: int, n: int, 
             assert torch.equal(kernel(x), dense(x))
 
 
+@pytest.mark.parametrize("group_size", [8, 32, 256])
+@pytest.mark.parametrize("n", [4 * TILE_OUTPUTS + 5, 2 * TILE_OUTPUTS])
+def test_every_8_bit_float_is_widened_exactly(n: int, group_size: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 1  # the two NaN: no checkpoint with them is loaded
+    weight = torch.stack([codes[torch.randperm(256, generator=generator)] for _ in range(n)])
+    scales = torch.rand(n, 256 // group_size, generator=generator).mul_(1e-3)
+    zero_points = torch.zeros(scales.shape, dtype=torch.int32)
+    packed = PackedWeight("fp8", weight, torch.randn(n, generator=generator), scales, zero_points)
+    dense = DenseCpu(PackedWeight("dense", widen(packed), packed.bias))
+    for rows in ROWS:
+        x = torch.randn(rows, 256, generator=generator)
+        assert torch.equal(choose_kernel("cpu", packed)(x), dense(x))
+        torch.testing.assert_close(PackedTorch(packed)(x), dense(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scattered_groups_gather_the_inputs(bits: int) -> None:
     packed = random_weight(bits, 24, 128, 32, has_unordered_groups=True)

@@ -280,6 +280,10 @@ def test_names_that_fit_no_rule_stay(stored: list[str]) -> None:
         ({"model_type": "qwen2", "vision_config": {}}, None, "is a vision-language model"),
         ({"model_type": "qwen2_audio"}, None, "is an audio-language model"),
         ({"model_type": "qwen2_5_omni"}, None, "is a model of text, images and sound"),
+        ({"model_type": "qwen3_vl_moe"}, None, "is a vision-language model"),
+        ({"model_type": "qwen3_omni_moe"}, None, "is a model of text, images and sound"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, None, "is a classifier, .*rerankers"),
+        ({"architectures": ["Qwen2ForCausalLM"], "is_causal": False}, None, "is a model of embeddings"),
     ],
 )
 def test_models_that_write_no_text_are_called_by_their_name(
@@ -287,7 +291,8 @@ def test_models_that_write_no_text_are_called_by_their_name(
 ) -> None:
     if file:
         (tmp_path / file).write_text("{}")
-    with pytest.raises(StartError, match=f"^{tmp_path} {sentence}.*: only models that read text and write text are"):
+    reason = "only models that read text and write text are served here"
+    with pytest.raises(StartError, match=f"^{tmp_path} {sentence}.*: {reason}, .* serves? such models$"):
         refuse_other_kinds(tmp_path, config)
 
 
@@ -299,6 +304,7 @@ def test_models_that_write_no_text_are_called_by_their_name(
         {"architectures": ["QWenLMHeadModel"]},
         {"architectures": 5, "model_type": 5},
         {"architectures": [None]},
+        {"architectures": ["Qwen2ForCausalLM"], "is_causal": True},
     ],
 )
 def test_models_of_text_are_not_refused(tmp_path: Path, config: dict[str, Any]) -> None:

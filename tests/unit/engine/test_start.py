@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from engine.runner import ModelRunner, StepResult
 from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.step_limit import StepLimit
-from engine.start import make_step_limit
+from engine.start import _written_caches, make_step_limit
 from engine.warm_up import warm_up
 
 SECONDS_PER_TOKEN = 0.001
@@ -61,3 +62,14 @@ def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None
     room.begin([])
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
     assert 300 < room.num_fitting(10_000, 0, 1.0) <= 1000
+
+
+@pytest.mark.parametrize("num_threads", [1, 3, 8])
+def test_all_memory_of_the_caches_is_written_before_the_engine_is_ready(num_threads: int) -> None:
+    tensors = [torch.full((5,), torch.nan) for _ in range(4)]
+    prepared = SimpleNamespace(
+        runner=SimpleNamespace(cache_tensors=tensors), config=EngineConfig(model_path="", num_threads=num_threads)
+    )
+    with _written_caches(cast(Any, prepared)):
+        pass
+    assert not any(tensor.any() for tensor in tensors)

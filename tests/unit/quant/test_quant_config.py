@@ -21,6 +21,7 @@ Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj
 TENSORS = {f"{Q}.qweight", f"{Q}.scales", f"{K}.weight", "lm_head.weight"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
@@ -31,6 +32,10 @@ COMPRESSED = {
 
 def compressed_for(targets: Any) -> dict[str, Any]:
     return {**COMPRESSED, "config_groups": {"group_0": {"targets": targets, "weights": WEIGHTS}}}
+
+
+def compressed_with(**changes: Any) -> dict[str, Any]:
+    return {**COMPRESSED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**WEIGHTS, **changes}}}}
 
 
 def resolve(
@@ -131,13 +136,13 @@ def test_act_order_of_compressed_tensors_gathers_the_inputs() -> None:
 def test_a_channel_is_one_group() -> None:
     weights = {**WEIGHTS, "strategy": "channel", "group_size": None, "symmetric": False}
     stored = {**COMPRESSED, "config_groups": {"group_0": {"targets": ["re:.*q_proj$"], "weights": weights}}}
-    made = resolve_quantization(None, None, stored, {f"{Q}.weight_packed"}, DENSE, matrices="cpu", is_exact=False)
+    made = resolve_quantization(None, None, stored, {f"{Q}.weight_scale"}, DENSE, matrices="cpu", is_exact=False)
     assert made.method_for(Q) == CompressedTensorsMethod(4, -1, is_symmetric=False)
 
 
 @pytest.mark.parametrize("flag", [*FORMATS])
 def test_the_flag_may_say_what_the_checkpoint_says(flag: str) -> None:
-    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED}[flag]
+    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED, "fp8": FP8}[flag]
     assert resolve(flag, stored).description == resolve(None, stored).description
 
 
@@ -155,7 +160,10 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
             "--quantize gptq needs a checkpoint in that format, this one is dense: give a checkpoint quantised with "
             "gptq, or --quantize one of eetq, int8, int4",
         ),
-        (None, {"quant_method": "fp8"}, f"the checkpoint is quantised with 'fp8', which can't be loaded; {HAVE}"),
+        (None, {"quant_method": "exl2"}, f"the checkpoint is quantised with 'exl2', which can't be loaded; {HAVE}"),
+        (None, {**FP8, "fmt": "e5m2"}, "the checkpoint has 8-bit floats 'e5m2'; only e4m3 can be loaded"),
+        (None, {**FP8, "weight_block_size": 128}, "the quantisation's weight_block_size is 128, which can't be loaded"),
+        (None, {**FP8, "weight_block_size": [0, 9]}, "the quantisation's weight_block_size is [0, 9], which can't be"),
         (None, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised with 'bitsandbytes', which can't"),
         (None, {**GPTQ, "bits": 5}, "the quantisation's bits is 5, which can't be loaded"),
         (None, {**GPTQ, "bits": None}, "the quantisation's bits is None, which can't be loaded"),
@@ -164,7 +172,14 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
         (None, {**GPTQ, "format": "gptq_p"}, "GPTQ in the form 'gptq_p'; gptq and gptq_v2 can be loaded"),
         (None, {**AWQ, "version": "gemv"}, "AWQ in the form 'gemv'; only gemm can be loaded"),
         (None, {**AWQ, "bits": 8}, "the quantisation's bits is 8, which can't be loaded"),
-        (None, {**COMPRESSED, "format": "float-quantized"}, "in the form 'float-quantized' with strategy 'group'"),
+        (
+            None,
+            {**COMPRESSED, "format": "nvfp4-pack-quantized"},
+            "compressed-tensors in the form 'nvfp4-pack-quantized'; only pack-quantized, int-quantized, float-quant",
+        ),
+        (None, {**COMPRESSED, "format": "float-quantized"}, "the quantisation's num_bits is 4, which can't be loaded"),
+        (None, compressed_with(strategy="tensor"), "the quantisation's strategy is 'tensor'; only group, channel can"),
+        (None, compressed_with(type="float"), "the quantisation's type is 'float'; only int can be loaded"),
         (None, {**COMPRESSED, "config_groups": {}}, "has no config_groups"),
         (None, {**COMPRESSED, "config_groups": [1]}, "the quantisation's config_groups is [1], not a map"),
         (None, {**COMPRESSED, "config_groups": "x" * 10_000}, "not a map"),

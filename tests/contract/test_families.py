@@ -1,0 +1,106 @@
+"""What every family must do: all formats, shards, steps as programs. Other tests have logits of dense models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.contract.harness import KERNELS, REFERENCES, all_logits, make_runner, oracle_logits, random_ids
+from tests.contract.oracles import FAMILIES
+from tests.contract.test_sharded import LAYOUTS, QUANTIZED, distance, logits_of
+from tests.contract.test_step_programs import make_runner as make_repeating_runner
+from tests.contract.test_step_programs import steps_of
+from tests.oracles.dequantize import dequantize
+from tests.tiny_model import VOCAB_SIZE
+
+GROUP_SIZE = 32
+SIZES = (2, 3, 4)
+STORED = [name for name in LAYOUTS if LAYOUTS[name].config(GROUP_SIZE)]
+SHARDED = [name for name in ("float32", *QUANTIZED) if name not in ("int4 on load", "gptq 3 bits")]
+"""These tiny matrices are cut within a group of the one and within a word of the other: `test_sharded` has both."""
+FolderOf = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """Family and layout -> the folder of a tiny model whose matrices are stored so, which is written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def write(family: str, layout: str) -> Path:
+        folder = root / f"{family} {layout}"
+        if not folder.exists():
+            FAMILIES[family].write(folder)
+            store_as(folder, layout)
+        return folder
+
+    return write
+
+
+def store_as(folder: Path, name: str) -> None:
+    """Put random matrices in the form of the layout in place of the dense ones."""
+    layout, path = LAYOUTS[name], folder / "model.safetensors"
+    settings, generator = layout.config(GROUP_SIZE), torch.Generator().manual_seed(0)
+    tensors = {key: tensor.to(layout.dtype) for key, tensor in load_file(path).items()}
+    for key in [key for key in tensors if key.endswith("_proj.weight") and settings]:
+        matrix = layout.stored(*tensors.pop(key).shape, GROUP_SIZE, generator)
+        tensors |= {f"{key.removesuffix('.weight')}.{leaf}": part.contiguous() for leaf, part in matrix.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"torch_dtype": str(layout.dtype).removeprefix("torch.")}
+    config |= {"quantization_config": settings} if settings else {}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("layout", STORED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_checkpoints_are_the_model_of_their_weights(
+    family: str, layout: str, folder_of: FolderOf, tmp_path: Path
+) -> None:
+    folder = folder_of(family, layout)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dense = {name: torch.from_numpy(weight) for name, weight in dequantize(folder).items()}
+    save_file(dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    token_ids = random_ids(30)
+    logits = all_logits(make_runner(folder), token_ids, 20, [7])
+    torch.testing.assert_close(logits, oracle_logits(tmp_path, token_ids)[19:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_while_loading_by_kernels_and_references(family: str, method: str, folder_of: FolderOf) -> None:
+    folder, rows = folder_of(family, "float32"), []
+    for device in (KERNELS, dataclasses.replace(REFERENCES, matrices="torch")):
+        runner = make_runner(folder, device=device, quantize=method)
+        rows.append(all_logits(runner, random_ids(30), 20, [7]))
+    assert distance(rows[0], rows[1]) < 3e-6
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_give_the_logits_of_the_whole(family: str, layout: str, folder_of: FolderOf) -> None:
+    folder, quantize = folder_of(family, layout), LAYOUTS[layout].quantize
+    for dtype in {torch.float32, LAYOUTS[layout].dtype}:
+        whole = logits_of(folder, dtype, quantize, 1, VOCAB_SIZE)
+        for size in SIZES:
+            assert distance(logits_of(folder, dtype, quantize, size, VOCAB_SIZE), whole) < 3e-6, (dtype, size)
+
+
+@pytest.mark.parametrize("method", [None, "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_give_the_bits_of_calls(family: str, method: str | None, folder_of: FolderOf) -> None:
+    folder, runs = folder_of(family, "bfloat16"), []
+    for is_off in (True, False):
+        runner, programs = make_repeating_runner(folder, torch.bfloat16, method)
+        programs.is_off = is_off
+        runs.append(steps_of(runner))
+        assert programs.is_off == is_off
+    for plain, repeated in zip(*runs, strict=True):
+        assert torch.equal(plain, repeated)
