@@ -109,6 +109,25 @@ class MatrixKernel(Protocol):
         """x [rows, in_features] -> [rows, out_features], in the dtype of x; `PackedWeight.out_dtype` if it can."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Rows in the order of the matrices that they meet."""
+
+    starts: torch.Tensor
+    """The first row of each matrix, and the number of rows: [num_matrices + 1] int32."""
+    active: torch.Tensor
+    """How many matrices have rows, then which ones: [num_matrices + 1] int32, the rest without meaning."""
+    matrices: torch.Tensor
+    """The matrix of each row: [num_rows] int32."""
+
+
+class GroupedKernel(Protocol):
+    """The packed weights of many matrices with their kernel."""
+
+    def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """x [rows, in_features] -> [rows, out_features]. A row's result does not depend on the other rows."""
+
+
 class LinearMethod(Protocol):
     """Makes packed weights of stored tensors, one matrix at a time."""
 

@@ -8,12 +8,21 @@ they load.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
+from quant.base import (
+    CheckpointFormat,
+    FormatError,
+    GroupedKernel,
+    LinearMethod,
+    MatrixKernel,
+    OnLoadMethod,
+    PackedWeight,
+)
+from quant.grouped import choose_grouped
 from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
 from quant.registry import load_entry
@@ -66,6 +75,11 @@ class Quantization:
         """Choose the kernel for one of the model's matrices; implements `quant.base.KernelChooser`."""
         packed = dataclasses.replace(packed, architecture=self.architecture)
         return choose_kernel(self.matrices, packed, is_exact=packed.layout not in self.rounded_layouts)
+
+    def grouped_kernel_for(self, matrices: Sequence[PackedWeight]) -> GroupedKernel:
+        """Choose the kernel for matrices of one shape, of which a row meets one."""
+        is_exact = matrices[0].layout not in self.rounded_layouts
+        return choose_grouped(self.matrices, matrices, self.kernel_for, is_exact=is_exact)
 
     def head_kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """As `kernel_for`, for the output head: logits come in float32 from kernels that have them so."""
