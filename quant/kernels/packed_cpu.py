@@ -15,12 +15,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import config, get_thread_id, njit, prange
+from numba import config, get_num_threads, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import ROW_BLOCK_BYTES, TILE_OUTPUTS, multiply_tile
+from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS
 from quant.kernels.packed_ops import add_int4, add_int8, load_shift
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros
@@ -36,6 +37,7 @@ from quant.kernels.simd import (
     store,
     sum_lanes,
 )
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 from quant.packing import NIBBLE_CHUNK
 
 MIN_ROW_BLOCK = 48
@@ -113,45 +115,99 @@ def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
             store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))
 
 
-@njit(parallel=True, **FAST)
-def _product_int8(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
-    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
-            for n in range(first_n, last_n, 4):
-                _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-        else:
-            s0 = get_thread_id() * TILE_OUTPUTS * k_size
-            for n in range(first_n, last_n):
-                place = s0 + (n - first_n) * k_size
-                _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+@njit(inline="always")
+def _tile_int8(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
+):
+    first_n = tile * TILE_OUTPUTS
+    last_n = min(n_size, first_n + TILE_OUTPUTS)
+    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
+        for n in range(first_n, last_n, 4):
+            _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+    else:
+        s0 = get_thread_id() * TILE_OUTPUTS * k_size
+        for n in range(first_n, last_n):
+            place = s0 + (n - first_n) * k_size
+            _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)
-def _product_int4(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+def _product_int8(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile):
+                _tile_int8(
+                    x,
+                    w,
+                    scales,
+                    zero_points,
+                    bias,
+                    out,
+                    scratch,
+                    row,
+                    last_row,
+                    tile,
+                    num_rows,
+                    n_size,
+                    k_size,
+                    num_groups,
+                )
+
+
+@njit(inline="always")
+def _tile_int4(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
+):
     stride = k_size // 2
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
-            for n in range(first_n, last_n, 4):
-                _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-        else:
-            s0 = get_thread_id() * TILE_OUTPUTS * k_size
-            for n in range(first_n, last_n):
-                place = s0 + (n - first_n) * k_size
-                _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+    first_n = tile * TILE_OUTPUTS
+    last_n = min(n_size, first_n + TILE_OUTPUTS)
+    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
+        for n in range(first_n, last_n, 4):
+            _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+    else:
+        s0 = get_thread_id() * TILE_OUTPUTS * k_size
+        for n in range(first_n, last_n):
+            place = s0 + (n - first_n) * k_size
+            _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+
+
+@njit(parallel=True, **FAST)
+def _product_int4(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+):
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile):
+                _tile_int4(
+                    x,
+                    w,
+                    scales,
+                    zero_points,
+                    bias,
+                    out,
+                    scratch,
+                    row,
+                    last_row,
+                    tile,
+                    num_rows,
+                    n_size,
+                    k_size,
+                    num_groups,
+                )
 
 
 _scratches: dict[int, npt.NDArray[np.float32]] = {}
@@ -188,7 +244,8 @@ class PackedCpu:
         self._bias = flat_view(bias)
         self._input_order = packed.input_order
         self._scratch = _scratch(self._k_size)
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // ROWS * ROWS)
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._input_order is not None:
@@ -196,6 +253,6 @@ class PackedCpu:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
         weight = self._weight, self._scales, self._zero_points, self._bias
-        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
+        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block, self._num_threads
         call(self._product, flat_view(x), *weight, flat_out, self._scratch, *sizes)
         return out
