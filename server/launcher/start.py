@@ -74,7 +74,7 @@ def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
 def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signals: Signals) -> str:
     """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder."""
     if gguf_files(model_id):
-        logger.info("%s is in GGUF: a folder beside the Hub's cache gets its configuration and tokenizer", model_id)
+        logger.info("%s is in GGUF: configuration and tokenizer are read from the file", model_id)
     elif os.path.isdir(model_id):
         if revision is None:
             refuse_no_model(Path(model_id))
