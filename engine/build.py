@@ -39,16 +39,26 @@ ALONE = ParallelState()
 
 
 def choose_quantization(
-    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: Device,
+    flag: str | None,
+    head_flag: str | None,
+    *,
+    is_bfloat16: bool = False,
 ) -> Quantization:
-    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError."""
+    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError.
+
+    `is_bfloat16`: the user asked for that dtype by name, so that activations may be rounded to it.
+    """
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
-            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact
+            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact, is_bfloat16=is_bfloat16
         )
         return quantization.tuned_for(device.architecture)
     except FormatError as error:
@@ -163,7 +173,9 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     num_sharing = siblings.local_size if device.is_memory_shared else 1
     free_bytes = device.usable_bytes(config.memory_fraction) // num_sharing
     siblings.wait_for_all()
-    quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    flags = config.quantize, config.quantize_head
+    is_bfloat16 = config.dtype == "bfloat16"
+    quantization = choose_quantization(model_config, folder, dtype, device, *flags, is_bfloat16=is_bfloat16)
     file_bytes = sum(path.stat().st_size for path in find_weight_files(folder).paths)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)

@@ -94,7 +94,8 @@ class MatrixKernel(Protocol):
     """A packed weight with its kernel."""
 
     rounding: ClassVar[str | None]
-    """The instructions with which it rounds activations to 8 bits; None: it takes them as they are."""
+    """The instructions with which it rounds activations, to bfloat16 in the layout "dense" and to 8 bits in others;
+    None: it takes them as they are."""
     row_counts: ClassVar[Sequence[int]]
     """A number of rows for each program that is compiled when it is first needed; none where rows decide nothing."""
 

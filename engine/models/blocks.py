@@ -265,7 +265,7 @@ def row_parallel(
         out_features,
         has_bias=has_bias,
         method=quantization.method_for(name),
-        is_gathered=quantization.rounding is not None,
+        is_gathered=bool(quantization.roundings),
         kernels=quantization.kernel_for,
         parallel=context.parallel,
     )

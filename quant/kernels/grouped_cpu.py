@@ -16,8 +16,9 @@ from numba import get_thread_id, njit, prange
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu, multiply_tile
+from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _round_row, _single
 from quant.kernels.packed_cpu import PackedCpu, _int4_1x4, _int8_1x4, _widen_int4, _widen_int8
 
@@ -122,7 +123,7 @@ class GroupedDenseCpu:
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         self._n_size, self._k_size = matrices[0].weight.shape
         self._weights = flat_view(torch.cat([packed.weight for packed in matrices])), flat_view(_biases(matrices))
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+        self._row_block = rows_per_block(4 * self._k_size)
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], self._n_size)
