@@ -19,7 +19,8 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
-from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _round_row, _single
+from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _single
+from quant.kernels.integer_ops import round_group
 from quant.kernels.packed_cpu import PackedCpu, _int4_1x4, _int8_1x4, _widen_int4, _widen_int8
 
 
@@ -43,11 +44,11 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
     x_scales = np.empty(num_rows * k_size // group, np.float32)
     x_sums = np.empty(num_rows * k_size // group, np.int32)
     if num_rows < ROWS:
-        for row in range(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+        for g in range(num_rows * k_size // group):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
     else:
-        for row in prange(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+        for g in prange(num_rows * k_size // group):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for item in prange(active[0] * num_tiles):
