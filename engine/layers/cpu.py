@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from engine.layers.base import Rotation
+from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.experts_cpu import CpuExpertOps
 from engine.layers.torch import TorchOps
 from quant.kernels.arrays import FAST, call, flat_view, new_output
@@ -162,14 +162,14 @@ class CpuOps(CpuExpertOps):
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         num_rows, size = table.shape
-        if len(token_ids) * size >= PARALLEL_ELEMENTS or size % LANES:
+        if (len(token_ids) > FEW_ROWS and len(token_ids) * size >= PARALLEL_ELEMENTS) or size % LANES:
             return table[token_ids].to(dtype)
         out, flat_out = new_output(len(token_ids), size)
         call(_look_up, flat_view(table), num_rows, size, token_ids.numpy(), flat_out)
         return out
 
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if residual.numel() >= PARALLEL_ELEMENTS:
+        if len(residual) > FEW_ROWS and residual.numel() >= PARALLEL_ELEMENTS:
             return residual.add_(x)
         call(_add, flat_view(residual), flat_view(x), residual.numel())
         return residual

@@ -7,11 +7,12 @@ import torch
 from torch.nn import functional
 
 from engine.layers import OPS
-from engine.layers.base import Rotation
+from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
 from engine.layers.rope import Rotary, make_rotary
 from engine.layers.torch import TorchOps
 from engine.link.registry import import_entry
+from engine.programs import _Operations
 from tests.contract.oracles import backends_here
 
 ALL = [import_entry(OPS, name, "ops")() for name in backends_here(OPS)]
@@ -54,6 +55,18 @@ def test_add_rms_norm(rows: int) -> None:
         torch.testing.assert_close(ops.add_rms_norm(updated, x, weight, EPS), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(updated, total)
         assert torch.equal(x, before)
+
+
+def test_few_rows_of_any_width_need_nothing_of_torch() -> None:
+    """A step that is a program has no operation of torch between its kernels, also with hidden states of 4,096."""
+    table, x = random(40, 4096), random(FEW_ROWS, 4096, seed=1)
+    expected = table[:FEW_ROWS] + x
+    ids, operations = torch.arange(FEW_ROWS), _Operations()
+    with operations:
+        residual = CPU.look_up(table, ids, torch.float32)
+        CPU.add(residual, x)
+    assert torch.equal(residual, expected)
+    assert operations.refusal is None
 
 
 @pytest.mark.parametrize("rows", ROWS)
