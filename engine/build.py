@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.adapters import AdapterSlots
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
@@ -128,6 +129,8 @@ class LoadedModel:
     """Memory of this rank's weights: measured on a device with its own memory, elsewhere a rough estimate."""
     free_bytes: int
     """Memory that could be used before the weights were there."""
+    adapters: AdapterSlots | None = None
+    """Adapters beside the model; None: requests can't name any."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,13 +176,38 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
         # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
         with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
             model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
+            adapters = make_adapter_slots(config, model, dtype, device) if config.has_adapters else None
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
     if device.memory is not None:
         device.memory.release_cached()
         weight_bytes = device_bytes - device.free_memory_bytes()
+    elif adapters is not None:
+        weight_bytes += adapters.num_bytes
+        check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
-    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
+    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes, adapters)
+
+
+def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: Device) -> AdapterSlots:
+    """Memory for the adapters of `config` beside the model; the first of them are in it. Raises StartError."""
+    adapters = AdapterSlots(
+        model,
+        config.lora_adapters,
+        backend=device.matrices,
+        num_slots=config.max_loras,
+        max_rank=config.max_lora_rank,
+        dtype=dtype,
+        device=device.torch_device,
+    )
+    logger.info(
+        "Adapters: %d known, %d in memory at a time (%.0f MB), of rank %d at most",
+        len(config.lora_adapters),
+        adapters.num_slots,
+        adapters.num_bytes / 1e6,
+        adapters.max_rank,
+    )
+    return adapters
 
 
 def _log_unused(folder: Path, model_config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.adapters import AdapterSlots
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, RepeatableStep
 from engine.device import Device
@@ -51,8 +52,10 @@ class StepResult:
 class ModelRunner:
     """Runs steps of one model."""
 
-    def __init__(self, model: CausalLM, device: Device) -> None:
+    def __init__(self, model: CausalLM, device: Device, adapters: AdapterSlots | None = None) -> None:
+        """`adapters` None: no step has any."""
         self._model = model
+        self.adapters = adapters
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
@@ -149,8 +152,11 @@ class ModelRunner:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
         if inputs.block_copies:
             self._copy_blocks(inputs.block_copies)
+        if self.adapters is not None:
+            self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc)
         work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
-        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
+        graphs = None if inputs.adapters else self._graphs  # which were captured without any
+        if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         rotation = self._model.rotary.prepare(
@@ -159,7 +165,7 @@ class ModelRunner:
         prepared = self._attention.prepare(tensors.attention)
         is_decoding = len(inputs.logits_indices) == len(inputs.input_ids) and not inputs.scored_indices
         if is_decoding and self._programs is not None and isinstance(prepared, RepeatableStep):
-            return StepResult(self._run_program(tensors, rotation, prepared))
+            return StepResult(self._run_program(tensors, rotation, prepared, has_adapters=bool(inputs.adapters)))
         hidden = self._model.forward(tensors.input_ids, rotation, prepared)
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
         return StepResult(logits, self._score(hidden, tensors, inputs))
@@ -169,13 +175,15 @@ class ModelRunner:
         for cache in self._caches:
             cache.copy_blocks(sources, targets, self._num_blocks)
 
-    def _run_program(self, tensors: StepTensors, rotation: Rotation, prepared: RepeatableStep) -> torch.Tensor:
+    def _run_program(
+        self, tensors: StepTensors, rotation: Rotation, prepared: RepeatableStep, *, has_adapters: bool
+    ) -> torch.Tensor:
         """Logits of all tokens of a step."""
         assert self._programs is not None
         parameters = tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors
         return self._programs.run(
             len(tensors.input_ids),
-            prepared.variant,
+            (prepared.variant, has_adapters),
             parameters,
             lambda: self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared)),
         )

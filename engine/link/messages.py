@@ -80,6 +80,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Whether the first event has the ranks of the tokens whose logprobs it has."""
     grammar: str | None = None
     """The grammar that the output is held to, in llguidance's text; None: any output."""
+    adapter_id: str | None = None
+    """The name of an adapter that the engine has; None: the model as it is."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
