@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 LANES = 8
 """Inputs and outputs of the smallest matrix that every kernel takes."""
+MAX_OPEN = 256
+"""Adapters whose files are open. What was loaded once stays loadable if somebody deletes its folder."""
 DEFAULT_MAX_RANK = 16
 """Largest rank where no adapter is named at the start."""
 
@@ -77,9 +79,13 @@ class AdapterSlots:
     def num_slots(self) -> int:
         return len(self._in_slot)
 
-    def check(self, folder: str) -> None:
-        """Raise StartError unless the folder has an adapter that fits the model, and the memory of a slot."""
-        self._check(AdapterWeights(Path(folder)))
+    def open(self, number: int, folder: str) -> None:
+        """Open the files of an adapter. Raises StartError for one that does not fit the model, or a slot."""
+        weights = AdapterWeights(Path(folder))
+        self._check(weights)
+        while len(self._weights) >= MAX_OPEN:
+            del self._weights[next(iter(self._weights))]
+        self._weights[number] = weights
 
     def begin_step(
         self, adapters: Sequence[tuple[int, int, str]], slots: list[int], query_start_loc: list[int]
@@ -104,10 +110,6 @@ class AdapterSlots:
         kernel.add_to(*torch.zeros(2, 1, LANES, device=self._device))
         self._step.rows = None
 
-    def forget(self, number: int) -> None:
-        """Close the files of an adapter that nobody names any more."""
-        self._weights.pop(number, None)
-
     def _set_rows(self, slots: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         order = np.argsort(slots, kind="stable")
         both = self._few[:, : len(order)] if len(order) <= FEW_ROWS else np.empty((2, len(order)), np.int64)
@@ -130,10 +132,7 @@ class AdapterSlots:
     def _load(self, slot: int, number: int, folder: str) -> None:
         if number not in self._weights:
             # Folders that the start named may lie elsewhere on other hosts.
-            path = self._folders[number] if number < len(self._folders) else Path(folder)
-            weights = AdapterWeights(path)
-            self._check(weights)
-            self._weights[number] = weights
+            self.open(number, str(self._folders[number]) if number < len(self._folders) else folder)
         weights, changed = self._weights[number], set(self._weights[number].modules)
         self._in_slot[slot] = None
         for layer, modules in self._modules.items():

@@ -69,6 +69,8 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
+    if prepared.loaded.adapters is not None:
+        core.open_adapter = prepared.loaded.adapters.open
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()

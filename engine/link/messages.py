@@ -90,6 +90,27 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
+    """Let requests name the adapter in a folder; one of that name is replaced. An `AdapterReply` follows."""
+
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
+    """No request will name the adapter any more; those that have it go on. An `AdapterReply` follows."""
+
+    name: str
+
+
+class AdapterReply(msgspec.Struct, frozen=True):
+    """An adapter was loaded or unloaded, or could not be. Replies come in the order of what they answer."""
+
+    name: str
+    error: str | None = None
+    """The reason, in words for the user."""
+
+
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     """The last message: the HTTP process ends in good order, so the ranks of other hosts may, too."""
 
@@ -194,7 +215,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     stats: EngineStats
     reports: list[StepReport] = []
     """The steps since the last frame: one, or none while idle, or several after the reader has lagged."""
+    replies: list[AdapterReply] = []
 
 
-Down = GenerationRequest | AbortRequest | Goodbye
+Down = GenerationRequest | AbortRequest | LoadAdapter | UnloadAdapter | Goodbye
 Up = EngineReady | StepOutput

@@ -37,7 +37,8 @@ class AdapterCache:
 
     def __init__(self, num_slots: int = 0) -> None:
         self._by_name: dict[str, Adapter] = {}
-        self._num_added = 0
+        self.next_number = 0
+        """The number of the next adapter."""
         self._in_slot: list[Adapter | None] = [None] * num_slots
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_slots))
         """Slots that no running sequence holds, the least recently used first."""
@@ -53,8 +54,8 @@ class AdapterCache:
 
         It gets a slot if there is one that was never used.
         """
-        adapter = self._by_name[name] = Adapter(name, self._num_added, path)
-        self._num_added += 1
+        adapter = self._by_name[name] = Adapter(name, self.next_number, path)
+        self.next_number += 1
         if None in self._in_slot:
             self._put(adapter, self._in_slot.index(None))
         return adapter
@@ -62,6 +63,15 @@ class AdapterCache:
     def find(self, name: str) -> Adapter:
         """Raises KeyError for a name that was never added."""
         return self._by_name[name]
+
+    def retire(self, name: str) -> None:
+        """Let an adapter that nobody will name any more be the first to make place.
+
+        It stays known: a request that named it before may still be on its way.
+        """
+        adapter = self._by_name.get(name)
+        if adapter is not None and adapter.slot in self._idle:
+            self._idle.move_to_end(adapter.slot, last=False)
 
     def hold(self, adapter: Adapter | None) -> bool:
         """Give the adapter of a sequence that begins to run a slot; False, and no change, if all are held.
