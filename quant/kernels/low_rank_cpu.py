@@ -45,6 +45,17 @@ def _segment_end(slots, first, last):  # type: ignore[no-untyped-def]
     return end
 
 
+@njit(inline="always")
+def _add_tile(out, o0, total, count, rest, rest0):  # type: ignore[no-untyped-def]
+    """out[o0 + n] += total[n] for the first `count` lanes; `rest` has place for a tile that is not full."""
+    if count == TILE:
+        store(out, o0, add(load16(out, o0), total))
+    else:
+        store(rest, rest0, total)
+        for n in range(count):
+            out[o0 + n] += rest[rest0 + n]
+
+
 @njit(parallel=True, **FAST)
 def shrink(x, a, slot_size, scalings, ranks, rows, slots, zeros, out, width, num_parts, k_size):  # type: ignore[no-untyped-def]
     """out[row, rank of all parts] = scaling * A x."""
@@ -88,19 +99,28 @@ def expand(t, b, slot_size, tiles, ranks, rows, slots, rest, out, width, num_par
             if rank > 0:
                 for tile in range(chunk, min(num_tiles, chunk + ITEM_TILES)):
                     first, count, part = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
-                    b0 = slot * slot_size + tile * rank * TILE
-                    for i in range(place, end):
-                        total, t0 = zeros16(), rows[i] * width + part * rank
+                    b0, i = slot * slot_size + tile * rank * TILE, place
+                    while i + 4 <= end:  # widening B takes longer than multiplying by it
+                        a0, a1, a2, a3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+                        s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
                         for r in range(rank):
-                            total = fma(splat16(load_one(t, t0 + r)), load16(b, b0 + r * TILE), total)
-                        o0 = rows[i] * n_size + first
-                        if count == TILE:
-                            store(out, o0, add(load16(out, o0), total))
-                        else:
-                            rest0 = (rows[i] * num_parts + part) * TILE
-                            store(rest, rest0, total)
-                            for n in range(count):
-                                out[o0 + n] += rest[rest0 + n]
+                            weight, t0 = load16(b, b0 + r * TILE), part * rank + r
+                            s0 = fma(splat16(load_one(t, a0 * width + t0)), weight, s0)
+                            s1 = fma(splat16(load_one(t, a1 * width + t0)), weight, s1)
+                            s2 = fma(splat16(load_one(t, a2 * width + t0)), weight, s2)
+                            s3 = fma(splat16(load_one(t, a3 * width + t0)), weight, s3)
+                        _add_tile(out, a0 * n_size + first, s0, count, rest, (a0 * num_parts + part) * TILE)
+                        _add_tile(out, a1 * n_size + first, s1, count, rest, (a1 * num_parts + part) * TILE)
+                        _add_tile(out, a2 * n_size + first, s2, count, rest, (a2 * num_parts + part) * TILE)
+                        _add_tile(out, a3 * n_size + first, s3, count, rest, (a3 * num_parts + part) * TILE)
+                        i += 4
+                    while i < end:
+                        a0, s0 = rows[i], zeros16()
+                        for r in range(rank):
+                            t0 = a0 * width + part * rank + r
+                            s0 = fma(splat16(load_one(t, t0)), load16(b, b0 + r * TILE), s0)
+                        _add_tile(out, a0 * n_size + first, s0, count, rest, (a0 * num_parts + part) * TILE)
+                        i += 1
             place = end
 
 
