@@ -1,7 +1,8 @@
 """Floating-point operations per second of the dense CPU product on one core, over the peak of its multiply-adds.
 
 `python benchmarks/dense_product.py` prints a row for each matrix of Qwen2 0.5B and 1.5B and each number of rows. The
-peak is what a loop of nothing but independent fused multiply-adds reaches in the same minute, as wide as the kernel's.
+peak is what a loop of nothing but independent multiply-adds reaches in the same minute, those of the kernel. With
+--rounded it is the kernel that rounds activations to bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numba
-import numpy as np
 import torch
 from numba import njit, types
 from numba.core import cgutils
@@ -25,9 +25,10 @@ from numba.extending import intrinsic
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from quant.base import PackedWeight  # noqa: E402
+from quant.kernels.bfloat16_cpu import Bfloat16Cpu  # noqa: E402
 from quant.kernels.dense_cpu import DenseCpu  # noqa: E402
-from quant.kernels.dense_ops import WIDTH  # noqa: E402
-from quant.kernels.simd import F32, fold_sum, vector_call  # noqa: E402
+from quant.kernels.dense_ops import FLOATS, PAIRS, Products  # noqa: E402
+from quant.kernels.simd import F32, I32, fold_sum  # noqa: E402
 
 SHAPES = {
     "0.5B qkv": (1152, 896),
@@ -43,31 +44,35 @@ CHAINS = 12
 LOOPS = 1_000_000
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _multiply_adds(typing_context: Any, count: Any, factor: Any) -> Any:
-    """Adds `factor` squared `count` times to each lane of every chain; the sum of all."""
+def make_peak_loop(products: Products) -> Callable[[int], Any]:
+    """A function of a count: so many steps of `products` on each of some independent sums."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(F32, WIDTH)
-        x = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * WIDTH))
-        for lane in range(WIDTH):
-            builder.store(builder.insert_element(builder.load(x), args[1], ir.Constant(ir.IntType(32), lane)), x)
-        chains = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * WIDTH)) for _ in range(CHAINS)]
-        with cgutils.for_range(builder, args[0]):
-            for chain in chains:
-                value = builder.load(x)
-                builder.store(vector_call(builder, "fma", value, value, builder.load(chain)), chain)
-        total = builder.load(chains[0])
-        for chain in chains[1:]:
-            total = builder.fadd(total, builder.load(chain))
-        return fold_sum(builder, total)
+    @intrinsic  # type: ignore[untyped-decorator]
+    def multiply_adds(typing_context: Any, count: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            sums = ir.VectorType(F32, products.lanes)
+            kind = ir.VectorType(I32, products.lanes) if products is PAIRS else sums
+            x = cgutils.alloca_once_value(builder, ir.Constant(kind, [1] * products.lanes))
+            chains = [
+                cgutils.alloca_once_value(builder, ir.Constant(sums, [0.0] * products.lanes)) for _ in range(CHAINS)
+            ]
+            with cgutils.for_range(builder, args[0]):
+                for chain in chains:
+                    value = builder.load(x)
+                    builder.store(products.add(builder, value, value, builder.load(chain)), chain)
+            total = builder.load(chains[0])
+            for chain in chains[1:]:
+                total = builder.fadd(total, builder.load(chain))
+            return fold_sum(builder, total)
 
-    return types.float32(types.intp, types.float32), codegen
+        return types.float32(types.intp), codegen
 
+    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    def peak_loop(count: int) -> Any:
+        return multiply_adds(count)
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _peak_loop(count: int, factor: Any) -> Any:
-    return _multiply_adds(count, factor)
+    loop: Callable[[int], Any] = peak_loop
+    return loop
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -85,15 +90,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 512, 4096])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rounded", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     numba.set_num_threads(1)
-    peak = 2 * WIDTH * CHAINS * LOOPS / seconds(lambda: _peak_loop(LOOPS, np.float32(1e-3)), 9)
-    print(f"peak of {WIDTH} lanes: {peak / 1e9:.0f} GFLOP/s\n")
+    products, kernel_class = (PAIRS, Bfloat16Cpu) if arguments.rounded else (FLOATS, DenseCpu)
+    peak_loop = make_peak_loop(products)
+    peak = 2 * products.inputs * CHAINS * LOOPS / seconds(lambda: peak_loop(LOOPS), 9)
+    print(f"peak of {products.lanes} lanes, {products.inputs} inputs: {peak / 1e9:.0f} GFLOP/s\n")
     print("| matrix | rows | GFLOP/s | of the peak |\n|---|---|---|---|")
     for name, (num_outputs, num_inputs) in SHAPES.items():
         weight = torch.randn(num_outputs, num_inputs).to(getattr(torch, arguments.dtype))
-        kernel = DenseCpu(PackedWeight("dense", weight))
+        kernel = kernel_class(PackedWeight("dense", weight))
         for rows in arguments.rows:
             x = torch.randn(rows, num_inputs)
             rate = 2 * rows * weight.numel() / seconds(lambda: kernel(x), arguments.repeats)  # noqa: B023

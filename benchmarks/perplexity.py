@@ -24,7 +24,7 @@ from benchmarks.offline import demo_model, num_cores, restart_with_environment  
 from engine.link.config import EngineConfig  # noqa: E402
 
 TEXT = REPOSITORY / "benchmarks" / "texts" / "persuasion.txt"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMS = ["bfloat16", "eetq/none", "eetq", "int4/none", "int4", "int4/int4"]
 
 

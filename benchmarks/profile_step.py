@@ -37,7 +37,7 @@ DOCUMENT = REPOSITORY / "docs" / "performance.md"
 BEGIN, END = "<!-- made by benchmarks/profile_step.py -->", "<!-- until here -->"
 FORMS = ["bfloat16", "eetq", "int4"]
 KERNEL_MODULES = """
-    quant.kernels.dense_cpu quant.kernels.integer_cpu quant.kernels.packed_cpu
+    quant.kernels.bfloat16_cpu quant.kernels.dense_cpu quant.kernels.integer_cpu quant.kernels.packed_cpu
     engine.layers.cpu engine.attention.cpu engine.sampling.sampler_cpu
 """.split()
 MATRICES = {

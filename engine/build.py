@@ -40,16 +40,26 @@ ALONE = ParallelState()
 
 
 def choose_quantization(
-    config: dict[str, Any], folder: Path, dtype: torch.dtype, device: Device, flag: str | None, head_flag: str | None
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: Device,
+    flag: str | None,
+    head_flag: str | None,
+    *,
+    is_bfloat16: bool = False,
 ) -> Quantization:
-    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError."""
+    """The method of each matrix of the folder's model, by the flags and the checkpoint. Raises StartError.
+
+    `is_bfloat16`: the user asked for that dtype by name, so that activations may be rounded to it.
+    """
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
-            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact
+            flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact, is_bfloat16=is_bfloat16
         )
         return quantization.tuned_for(device.architecture)
     except FormatError as error:
@@ -152,12 +162,7 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     refuse_other_kinds(folder, model_config)
-    adapter = None if config.adapter_path is None else Path(config.adapter_path)
-    if adapter is not None and read_quantization_config(folder, model_config):
-        raise StartError(
-            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
-            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
-        )
+    adapter = _merged_adapter(config, folder, model_config)
     if parallel.rank == 0:
         _log_unused(folder, model_config)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
@@ -166,7 +171,9 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     num_sharing = siblings.local_size if device.is_memory_shared else 1
     free_bytes = device.usable_bytes(config.memory_fraction) // num_sharing
     siblings.wait_for_all()
-    quantization = choose_quantization(model_config, folder, dtype, device, config.quantize, config.quantize_head)
+    flags = config.quantize, config.quantize_head
+    is_bfloat16 = config.dtype == "bfloat16"
+    quantization = choose_quantization(model_config, folder, dtype, device, *flags, is_bfloat16=is_bfloat16)
     file_bytes = sum(path.stat().st_size for path in find_weight_files(folder).paths)
     weight_bytes = int(file_bytes * quantization.size_factor) // parallel.size
     check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
@@ -187,6 +194,19 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
         check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
     return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes, adapters)
+
+
+def _merged_adapter(config: EngineConfig, folder: Path, model_config: dict[str, Any]) -> Path | None:
+    """The folder of the adapter that is merged into the model. Raises StartError for a model that is quantised."""
+    if config.adapter_path is None:
+        return None
+    adapter = Path(config.adapter_path)
+    if read_quantization_config(folder, model_config):
+        raise StartError(
+            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
+            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
+        )
+    return adapter
 
 
 def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: Device) -> AdapterSlots:

@@ -99,7 +99,6 @@ class StaticStepBuffers(StepBuffers):
         self._first_of_table = sum(self._capacities.values()) - self._capacities["block_table"]
         self._allocate()
         self._make_views([(max_sizes[name],) for name in SECTIONS])
-        self._sections = dict(zip(SECTIONS, self._arrays, strict=True))
 
     def fits(self, inputs: StepInputs, work_items: Integers) -> bool:
         """Whether there is place for a step that has no more rows than the largest bucket."""
@@ -110,12 +109,12 @@ class StaticStepBuffers(StepBuffers):
         self, inputs: StepInputs, work_items: Integers, num_rows: int, last_token_ids: torch.Tensor | None = None
     ) -> None:
         """Take in the numbers of a step, padded to `num_rows` tokens, as `fill` does."""
-        values = self._values(inputs, work_items)
-        self._wait()
-        for (name, section), value in zip(self._sections.items(), values, strict=True):
-            section[: value.size] = value.reshape(-1)
+        lists = self._lists(inputs)
+        for index, name in enumerate(SECTIONS):
             if name in PADDING:
-                section[value.size : num_rows] = PADDING[name]
+                lists[index] = [*lists[index], *[PADDING[name]] * (num_rows - len(lists[index]))]
+        self._wait()
+        self._write(lists, work_items, inputs.block_table)
         # The block table comes last, and is far from full in most steps.
         self._num_words = self._first_of_table + num_words((len(inputs.block_table),), torch.uint8)
         self._send()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,8 +35,8 @@ SECTIONS: dict[str, torch.dtype] = {
     "block_table": torch.int32,
 }
 """Name -> dtype, in the order in which the sections lie in the array: the one that differs most in size is the last."""
-NO_INTEGERS = np.empty(0, np.int64)
-ARRAY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64}
+TYPE_CODES = ["i" if dtype == torch.int32 else "q" for dtype in SECTIONS.values()]
+"""What `array` calls the sections' dtypes."""
 MIN_SECTION_WORDS = 64
 """Words of 8 bytes that a section has from the start."""
 
@@ -62,6 +63,8 @@ class StepBuffers:
         self._block_size = block_size
         self._capacities = dict.fromkeys(SECTIONS, MIN_SECTION_WORDS)
         self._shapes: list[tuple[int, ...]] = []
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._first_bytes = [0] * len(SECTIONS)
         self._allocate()
 
     def fill(
@@ -71,14 +74,13 @@ class StepBuffers:
 
         `last_token_ids` [rows] are what the step before chose, if the host doesn't know all of `input_ids`.
         """
-        values = self._values(inputs, work_items)
-        shapes = [value.shape for value in values]
+        lists = self._lists(inputs)
+        shapes: list[tuple[int, ...]] = [(len(numbers),) for numbers in lists]
+        shapes += [work_items.shape, (len(inputs.seq_lens), inputs.table_width)]
         if shapes != self._shapes:
             self._make_views(shapes)
         self._wait()
-        for array, value in zip(self._arrays, values, strict=True):
-            if value.size:
-                array[...] = value
+        self._write(lists, work_items, inputs.block_table)
         self._send()
         self._take_unknown(len(inputs.unknown_places), last_token_ids)
         tensors = self._tensors
@@ -119,28 +121,48 @@ class StepBuffers:
         token_ids = last_token_ids.index_select(0, rows[:num_unknown]).to(input_ids.dtype)
         input_ids.index_copy_(0, places[:num_unknown], token_ids)
 
-    def _values(self, inputs: StepInputs, work_items: npt.NDArray[np.int32]) -> list[npt.NDArray[np.integer]]:
-        """The numbers of all sections, in their order."""
-        starts, seq_lens = np.array(inputs.query_start_loc), np.array(inputs.seq_lens)
-        block_table = np.frombuffer(inputs.block_table, np.int32).reshape(len(seq_lens), -1)
-        rows = np.arange(len(seq_lens)).repeat(starts[1:] - starts[:-1])
-        positions = np.arange(len(rows)) + (seq_lens - starts[1:])[rows]
-        places = positions // self._block_size  # of their blocks in the table
-        slots = positions + (block_table[rows, places] - places) * self._block_size
+    def _lists(self, inputs: StepInputs) -> list[Sequence[int]]:
+        """The numbers of all sections but the last two, in their order.
+
+        They are plain Python, as is the way in which they are written: between two steps the weights take the caches,
+        and what then has to come back for a few numbers takes longer than the numbers.
+        """
+        positions, slots = self._places(inputs)
         return [
-            starts,
-            seq_lens,
-            _integers(inputs.logits_indices),
-            _integers(inputs.scored_indices),
-            _integers(inputs.scored_token_ids),
-            _integers(inputs.unknown_places),
-            _integers(inputs.unknown_rows),
-            _integers(inputs.input_ids),
+            inputs.query_start_loc,
+            inputs.seq_lens,
+            inputs.logits_indices,
+            inputs.scored_indices,
+            inputs.scored_token_ids,
+            inputs.unknown_places,
+            inputs.unknown_rows,
+            inputs.input_ids,
             positions,
             slots,
-            work_items,
-            block_table,
         ]
+
+    def _places(self, inputs: StepInputs) -> tuple[list[int], list[int]]:
+        """The position and the slot of each token."""
+        size, width, starts = self._block_size, inputs.table_width, inputs.query_start_loc
+        blocks = memoryview(inputs.block_table).cast("i")
+        positions: list[int] = []
+        slots: list[int] = []
+        for index, seq_len in enumerate(inputs.seq_lens):
+            first = seq_len - starts[index + 1] + starts[index]
+            positions += range(first, seq_len)
+            while first < seq_len:
+                place, offset = divmod(first, size)
+                count = min(size - offset, seq_len - first)
+                slot = blocks[index * width + place] * size + offset
+                slots += range(slot, slot + count)
+                first += count
+        return positions, slots
+
+    def _write(self, lists: Sequence[Sequence[int]], work_items: npt.NDArray[np.int32], block_table: bytes) -> None:
+        """Put the numbers of all sections into the host's array."""
+        parts = [array(code, numbers).tobytes() for code, numbers in zip(TYPE_CODES, lists, strict=False)]
+        for first, part in zip(self._first_bytes, [*parts, work_items.tobytes(), block_table], strict=True):
+            self._host_bytes[first : first + len(part)] = part
 
     def _allocate(self) -> None:
         num_words = sum(self._capacities.values())
@@ -152,31 +174,27 @@ class StepBuffers:
         else:
             self._host_array = np.zeros(num_words, np.int64)
             self._host_words = torch.from_numpy(self._host_array)
+        self._host_bytes = self._host_array.data.cast("B")
+        self._shapes = []
         self._copied = torch.Event(self._device) if is_pinned else None
         self._words = self._host_words if is_host else torch.zeros(num_words, dtype=torch.int64, device=self._device)
 
     def _make_views(self, shapes: list[tuple[int, ...]]) -> None:
-        """Arrays to write to and tensors to read from, of these shapes; sections that are too small grow first."""
+        """Tensors of these shapes, and where their numbers are written; sections that are too small grow first."""
         sizes = [num_words(shape, dtype) for shape, dtype in zip(shapes, SECTIONS.values(), strict=True)]
         if any(size > capacity for size, capacity in zip(sizes, self._capacities.values(), strict=True)):
             for name, size in zip(SECTIONS, sizes, strict=True):
                 while self._capacities[name] < size:
                     self._capacities[name] *= 2
             self._allocate()
-        self._shapes = shapes
-        self._arrays: list[npt.NDArray[np.generic]] = []
-        self._tensors: dict[str, torch.Tensor] = {}
         first = 0
-        for name, shape, size in zip(SECTIONS, shapes, sizes, strict=True):
-            numbers = self._host_array[first:].view(ARRAY_DTYPES[SECTIONS[name]])
-            self._arrays.append(numbers[: math.prod(shape)].reshape(shape))
-            self._tensors[name] = _view(self._words, first, shape, SECTIONS[name])
-            self._num_words = first + size
+        for index, (name, dtype) in enumerate(SECTIONS.items()):
+            if not self._shapes or shapes[index] != self._shapes[index]:  # the others' tensors stay what they are
+                self._tensors[name] = _view(self._words, first, shapes[index], dtype)
+            self._first_bytes[index] = torch.int64.itemsize * first
+            self._num_words = first + sizes[index]
             first += self._capacities[name]
-
-
-def _integers(values: Sequence[int]) -> npt.NDArray[np.int64]:
-    return np.array(values, np.int64) if values else NO_INTEGERS
+        self._shapes = shapes
 
 
 def num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -52,8 +52,16 @@ def log_summary(
     logger.info("Kernels: %s, %d threads", device.attention, config.num_threads)
     for line in filter(None, (graphs, overlap, steps)):
         logger.info("%s", line)
-    if (rounding := loaded.quantization.rounding) is not None:
-        logger.info("Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", rounding)
+    _log_roundings(dict(loaded.quantization.roundings))
+
+
+def _log_roundings(roundings: dict[str, str]) -> None:
+    if (instructions := roundings.pop("dense", None)) is not None:
+        logger.info("Dense matrices: activations are rounded to bfloat16 (%s); --dtype auto keeps them", instructions)
+    for instructions in set(roundings.values()):
+        logger.info(
+            "Quantised matrices: activations are rounded to 8 bits (%s); --dtype float32 keeps them", instructions
+        )
 
 
 def log_row_invariance(is_row_invariant: bool) -> None:

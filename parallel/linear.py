@@ -145,15 +145,17 @@ class ParallelMatrices:
 
     def finish(self, device: torch.device) -> None:
         """Move to the device and choose the kernels; the stored form is dropped. Raises ValueError."""
+        self._matrix_kernels = [self._kernels(packed) for packed in self.packed(device)]
+
+    def packed(self, device: torch.device) -> list[PackedWeight]:
+        """Everything that was loaded, in the form that kernels read, on the device. The stored form is dropped."""
         for part, params in enumerate(self._params):
             if params:
                 self._pack(part)
-        for packed in self._merged:
-            on_device = packed.to(device)
-            if self._is_input_cut and self._parallel.rank > 0:
-                on_device = on_device.without_bias()  # the ranks' results are summed: rank 0 alone adds it
-            self._matrix_kernels.append(self._kernels(on_device))
-        self._merged = []
+        merged, self._merged = self._merged, []
+        if self._is_input_cut and self._parallel.rank > 0:
+            merged = [packed.without_bias() for packed in merged]  # the ranks' results are summed: rank 0 alone adds it
+        return [packed.to(device) for packed in merged]
 
     def allocate_adapters(self, make: Callable[[int, Sequence[int]], LowRankKernel]) -> int:
         """Have memory for adapters, once the weights are there: its bytes.
@@ -220,8 +222,9 @@ class RowParallelLinear(ParallelMatrices):
         has_bias: bool = False,
         is_gathered: bool = False,
     ) -> None:
-        self._widths = lengths(shards)
-        self._output_widths: list[int] | None = None
+        self.input_widths = lengths(shards)
+        self.output_widths: list[int] | None = None
+        """Outputs of each rank if all inputs are gathered; None: the ranks' results are summed."""
         super().__init__(
             shards[-1].stop,
             [out_features],
@@ -232,11 +235,12 @@ class RowParallelLinear(ParallelMatrices):
             inputs=shards[parallel.rank],
         )
         if is_gathered and parallel.size > 1:
-            self._gather()
+            self.gather()
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Have all inputs gathered. No tensor but those that decide the order of the inputs may be loaded yet."""
         shards = split_features(self._out_features[0], self._parallel.size)
-        self._output_widths = lengths(shards)
+        self.output_widths = lengths(shards)
         self._set_shards([shards[self._parallel.rank]], None)
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
@@ -247,14 +251,16 @@ class RowParallelLinear(ParallelMatrices):
         """Take in a tensor as the base class does; those that decide the order of inputs must come first, and whole."""
         if self._is_input_cut and self._methods[part].has_unordered_groups(name, tensor):
             assert not self._params[0], "the order of the inputs comes first"
-            self._gather()
+            self.gather()
         super().load(name, part, tensor)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, out_features], the same on every rank"""
-        if self._output_widths is None:
+        if self.output_widths is None:
             return self._parallel.all_reduce(self._product(x))
-        return self._parallel.all_gather(self._product(self._parallel.all_gather(x, self._widths)), self._output_widths)
+        return self._parallel.all_gather(
+            self._product(self._parallel.all_gather(x, self.input_widths)), self.output_widths
+        )
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:

@@ -94,7 +94,8 @@ class MatrixKernel(Protocol):
     """A packed weight with its kernel."""
 
     rounding: ClassVar[str | None]
-    """The instructions with which it rounds activations to 8 bits; None: it takes them as they are."""
+    """The instructions with which it rounds activations, to bfloat16 in the layout "dense" and to 8 bits in others;
+    None: it takes them as they are."""
     row_counts: ClassVar[Sequence[int]]
     """A number of rows for each program that is compiled when it is first needed; none where rows decide nothing."""
 
@@ -159,6 +160,25 @@ class LowRankKernel(Protocol):
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add to y [rows, outputs of all matrices] what the adapters of the step's rows make of x [rows, inputs]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Rows in the order of the matrices that they meet."""
+
+    starts: torch.Tensor
+    """The first row of each matrix, and the number of rows: [num_matrices + 1] int32."""
+    active: torch.Tensor
+    """How many matrices have rows, then which ones: [num_matrices + 1] int32, the rest without meaning."""
+    matrices: torch.Tensor
+    """The matrix of each row: [num_rows] int32."""
+
+
+class GroupedKernel(Protocol):
+    """The packed weights of many matrices with their kernel."""
+
+    def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """x [rows, in_features] -> [rows, out_features]. A row's result does not depend on the other rows."""
 
 
 class LinearMethod(Protocol):

@@ -8,12 +8,21 @@ they load.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from quant.base import CheckpointFormat, FormatError, LinearMethod, MatrixKernel, OnLoadMethod, PackedWeight
+from quant.base import (
+    CheckpointFormat,
+    FormatError,
+    GroupedKernel,
+    LinearMethod,
+    MatrixKernel,
+    OnLoadMethod,
+    PackedWeight,
+)
+from quant.grouped import choose_grouped
 from quant.kernels import choose_kernel, rounding_instructions
 from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
 from quant.registry import load_entry
@@ -50,8 +59,8 @@ class Quantization:
     """The name of a matrix -> its method; None: the checkpoint stores it dense."""
     matrices: str
     """The backend of the matrix kernels, a key of `quant.kernels.MATRICES`."""
-    is_exact: bool = True
-    """Whether the activations that meet quantized weights stay float32; they are rounded to 8 bits otherwise."""
+    rounded_layouts: Collection[str] = ()
+    """The layouts of `PackedWeight` before which activations are rounded where there are kernels that do."""
     size_factor: float = 1.0
     """Memory of the weights over the size of the files, roughly."""
     architecture: str | None = None
@@ -65,16 +74,22 @@ class Quantization:
     def kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """Choose the kernel for one of the model's matrices; implements `quant.base.KernelChooser`."""
         packed = dataclasses.replace(packed, architecture=self.architecture)
-        return choose_kernel(self.matrices, packed, is_exact=self.is_exact)
+        return choose_kernel(self.matrices, packed, is_exact=packed.layout not in self.rounded_layouts)
+
+    def grouped_kernel_for(self, matrices: Sequence[PackedWeight]) -> GroupedKernel:
+        """Choose the kernel for matrices of one shape, of which a row meets one."""
+        is_exact = matrices[0].layout not in self.rounded_layouts
+        return choose_grouped(self.matrices, matrices, self.kernel_for, is_exact=is_exact)
 
     def head_kernel_for(self, packed: PackedWeight) -> MatrixKernel:
         """As `kernel_for`, for the output head: logits come in float32 from kernels that have them so."""
         return self.kernel_for(dataclasses.replace(packed, out_dtype=torch.float32))
 
     @property
-    def rounding(self) -> str | None:
-        """The instructions with which kernels of the model round activations to 8 bits; None: none of them does."""
-        return None if self.is_exact else rounding_instructions(self.matrices)
+    def roundings(self) -> dict[str, str]:
+        """Layout -> the instructions with which its kernels round activations; only layouts where they do."""
+        found = {layout: rounding_instructions(self.matrices, layout) for layout in self.rounded_layouts}
+        return {layout: instructions for layout, instructions in found.items() if instructions is not None}
 
     def method_for(self, module: str) -> LinearMethod:
         """The method of a matrix, by the checkpoint's name for it, `model.layers.0.mlp.up_proj`."""
@@ -94,10 +109,12 @@ def resolve_quantization(
     *,
     matrices: str,
     is_exact: bool,
+    is_bfloat16: bool = False,
 ) -> Quantization:
     """Choose the methods of a model by the flags and by `settings`, the checkpoint's own configuration (None: dense).
 
-    `is_exact` (--dtype float32) leaves the head dense and activations unrounded. Raises FormatError, in a sentence.
+    `is_exact` (--dtype float32) leaves the head dense and activations unrounded; with `is_bfloat16` (--dtype bfloat16)
+    those of dense matrices are rounded. Raises FormatError, in a sentence.
     """
     stored_name = _stored_name(settings or {})
     _check_flag(flag, stored_name)
@@ -111,8 +128,7 @@ def resolve_quantization(
         method = _on_load_method(flag)
         description, linear, size_factor = flag, method, method.SIZE_FACTOR
     is_dense = stored_name is None and flag is None
-    if head_flag is None:
-        head_flag = "none" if is_dense or is_exact else "int8"
+    head_flag = head_flag or ("none" if is_dense or is_exact else "int8")
     head = dense if head_flag == "none" else _on_load_method(head_flag)
     return Quantization(
         description=f"{description}, head {'dense' if head_flag == 'none' else head_flag}",
@@ -121,9 +137,13 @@ def resolve_quantization(
         head=head,
         quantized_method=quantized_method,
         matrices=matrices,
-        is_exact=is_exact or (is_dense and head is dense),
+        rounded_layouts=_rounded_layouts(is_exact or (is_dense and head is dense), is_bfloat16),
         size_factor=size_factor,
     )
+
+
+def _rounded_layouts(is_exact: bool, is_bfloat16: bool) -> list[str]:
+    return [*(["dense"] if is_bfloat16 else []), *([] if is_exact else ["int8", "int4"])]
 
 
 def _check_flag(flag: str | None, stored_name: str | None) -> None:

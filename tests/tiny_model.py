@@ -46,6 +46,27 @@ CONFIG: dict[str, Any] = {
 QWEN3: dict[str, Any] = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
 """The differences of a tiny Qwen3."""
 
+QWEN2_MOE: dict[str, Any] = {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+    "decoder_sparse_step": 2,
+}
+"""The differences of a tiny Qwen2 with experts."""
+QWEN3_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+"""The differences of a tiny Qwen3 with experts."""
+
 
 def write_tiny_qwen2(
     folder: Path,
@@ -68,6 +89,31 @@ def write_tiny_qwen2(
 def write_tiny_qwen3(folder: Path, *, seed: int = 3, **changes: Any) -> None:
     """A Qwen3 whose heads together are wider than its hidden states; `changes` as in `write_tiny_qwen2`."""
     write_tiny_qwen2(folder, seed=seed, **{**QWEN3, **changes})
+
+
+def write_tiny_qwen2_moe(folder: Path, *, seed: int = 0, **changes: Any) -> None:
+    """A Qwen2 with experts in its second layer; `changes` as in `write_tiny_qwen2`."""
+    write_tiny_qwen2(folder, seed=seed, **{**QWEN2_MOE, **changes})
+
+
+def write_tiny_qwen3_moe(folder: Path, *, seed: int = 4, **changes: Any) -> None:
+    """A Qwen3 with experts in both layers; `changes` as in `write_tiny_qwen2`."""
+    write_tiny_qwen2(folder, seed=seed, **{**QWEN3_MOE, **changes})
+
+
+def has_experts(config: dict[str, Any], index: int) -> bool:
+    """Whether layer `index` has experts."""
+    is_sparse = (index + 1) % config.get("decoder_sparse_step", 1) == 0 and index not in config.get(
+        "mlp_only_layers", ()
+    )
+    return "num_experts" in config and is_sparse
+
+
+def expert_sizes(config: dict[str, Any]) -> dict[str, int]:
+    """The prefixes of the experts of a layer, and their inner features."""
+    sizes = {f"experts.{number}.": config["moe_intermediate_size"] for number in range(config["num_experts"])}
+    shared = config.get("shared_expert_intermediate_size")
+    return sizes if shared is None else {**sizes, "shared_expert.": shared}
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
@@ -106,9 +152,14 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dic
         if not is_qwen2:
             weights[f"{prefix}.self_attn.q_norm.weight"] = vector(head_dim, 1)
             weights[f"{prefix}.self_attn.k_norm.weight"] = vector(head_dim, 1)
-        weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
-        weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
-        weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+        for name, num_rows in (expert_sizes(config) if has_experts(config, index) else {"": inner}).items():
+            weights[f"{prefix}.mlp.{name}gate_proj.weight"] = matrix(num_rows, hidden)
+            weights[f"{prefix}.mlp.{name}up_proj.weight"] = matrix(num_rows, hidden)
+            weights[f"{prefix}.mlp.{name}down_proj.weight"] = matrix(hidden, num_rows)
+        if has_experts(config, index):
+            weights[f"{prefix}.mlp.gate.weight"] = matrix(config["num_experts"], hidden)
+            if "shared_expert_intermediate_size" in config:
+                weights[f"{prefix}.mlp.shared_expert_gate.weight"] = matrix(1, hidden)
         weights[f"{prefix}.input_layernorm.weight"] = vector(hidden, 1)
         weights[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, 1)
     return weights

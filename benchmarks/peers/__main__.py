@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -52,14 +53,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # no server outlives a stopped run
     folder = demo_model()
     about = {"model": Path(folder).name, "isa": args.isa, "cores": num_cores(), "rounds": args.rounds}
     path = user_cache_dir(dict(os.environ)) / "peers" / "results.json"
     try:
         results = Results(path, about, is_continued=args.is_continued)
         measure(folder, args, results)
-    except (OtherRunError, TooLoadedError) as error:
-        sys.exit(f"{error}; rows so far are in {path}")
+    except OtherRunError as error:
+        sys.exit(f"{error}: start without --continue")
+    except TooLoadedError as error:
+        sys.exit(f"{error}; rows so far are in {path}, and --continue goes on with them")
     if args.write:
         write_documents(results.rows, results.not_measured, about)
     print(json.dumps(results.as_json()))

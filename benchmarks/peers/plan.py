@@ -17,7 +17,7 @@ PROMPT_TOKENS_PER_S = {"16-bit": 300.0, "int8": 500.0, "int4": 500.0}
 STEP_S, SEQUENCE_S = 0.03, 0.004
 """Seconds of a decoding step, and what each of its sequences adds."""
 ENGINE_START_S, SERVER_START_S = 8.0, 30.0
-SERVED_TURN_S, STEADY_TURN_S = 25.0, 20.0
+STEADY_TURN_S = 20.0
 
 
 def planned_parts(args: argparse.Namespace, results: Results) -> dict[Part, float]:
@@ -50,7 +50,7 @@ def _served_parts(group: str, args: argparse.Namespace, results: Results) -> dic
     works = [work for work in SERVED_WORKS if not results.has("16-bit", work.labels.values())]
     rounds = min(args.rounds, LONG_ROUNDS)
     costs: dict[Part, float] = {
-        (group, work.label): rounds * len(names & set(work.servers)) * SERVED_TURN_S for work in works
+        (group, work.label): rounds * len(names & set(work.servers)) * work.turn_s for work in works
     }
     if works:
         costs[group, works[0].label] += len(names & set(SERVERS)) * SERVER_START_S

@@ -30,6 +30,7 @@ class Results:
                 raise OtherRunError(f"{path} has a run with {saved['about']}, not with {about}")
             self.rows = [Row(**row) for row in saved["rows"]]
             self.not_measured = saved["not_measured"]
+        self._save()
 
     def has(self, form: str, labels: Iterable[str]) -> bool:
         return {(form, label) for label in labels} <= {(row.form, row.label) for row in self.rows}

@@ -70,6 +70,7 @@ class CpuAttention:
         self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
         self._scale = np.float32(1 / math.sqrt(shape.head_dim))
+        self._no_partials = torch.empty(0, *self._partial_shape)
 
     def block_bytes(self, dtype: torch.dtype) -> int:
         return 2 * self._cache_size(1) * dtype.itemsize
@@ -112,14 +113,18 @@ class CpuAttention:
         return 0
 
     def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
-        starts, seq_lens = metadata.host_query_start_loc, metadata.host_seq_lens
-        num_scores = sum((starts[index + 1] - starts[index]) * seq_len for index, seq_len in enumerate(seq_lens))
-        tiles = metadata.work_items
-        is_split = bool((tiles.numpy()[:, PARTIAL] >= 0).any())
+        starts, tiles = metadata.host_query_start_loc, metadata.work_items
+        num_scores = num_whole_tiles = 0
+        for sequence, seq_len in enumerate(metadata.host_seq_lens):
+            num_queries = starts[sequence + 1] - starts[sequence]
+            num_scores += num_queries * seq_len
+            num_whole_tiles += -(-num_queries // self.tile_tokens)
+        num_tiles = tiles.shape[0]
+        is_split = num_tiles > num_whole_tiles
         # Of each row of a part: sums [head_dim], highest score, total of the weights.
-        partials = torch.empty(len(tiles) if is_split else 0, *self._partial_shape)
+        partials = torch.empty(num_tiles, *self._partial_shape) if is_split else self._no_partials
         tensors = tiles, metadata.block_table, metadata.slot_mapping, partials
-        return RepeatableStep((len(tiles), num_scores >= PARALLEL_SCORES, is_split), tensors)
+        return RepeatableStep((num_tiles, num_scores >= PARALLEL_SCORES, is_split), tensors)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
+from engine.layers.experts_cpu import CpuExpertOps
 from engine.layers.torch import TorchOps
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, splat, store, subtract, sum_lanes, zeros
@@ -152,7 +153,7 @@ def _pick(serial: Any, parallel: Any, num_elements: int) -> Any:
     return serial if num_elements < PARALLEL_ELEMENTS else parallel
 
 
-class CpuOps:
+class CpuOps(CpuExpertOps):
     """`base.Ops` on float32 tensors whose row sizes are multiples of 8, those of heads aside."""
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional
 
 from engine.layers.base import Rotation
+from engine.layers.experts_torch import TorchExpertOps
 
 
-class TorchOps:
+class TorchOps(TorchExpertOps):
     """`base.Ops` in torch; norms and rotations in float32 whatever the dtype of x."""
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from engine.layers.base import Rotation
+from engine.layers.experts_torch import TorchExpertOps
 from quant.kernels.launch import launch
 
 PRODUCT_BLOCK = 1024
@@ -103,8 +104,8 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     tl.store(first + HALF, (high * cos + low * sin).to(dtype), mask=is_inside)
 
 
-class TritonOps:
-    """`base.Ops` in Triton."""
+class TritonOps(TorchExpertOps):
+    """`base.Ops` in Triton; the operations of experts in torch."""
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return table[token_ids].to(dtype)

@@ -7,7 +7,7 @@ has a kind of its own. Tensors are named here as the checkpoints name them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -75,6 +75,15 @@ class Attention:
         return self.o_proj(backend.forward(qkv, cache, prepared, self._window, rotation_left))
 
 
+class FeedForward(Protocol):
+    """The block behind attention."""
+
+    def checkpoint_layers(self) -> CheckpointLayers: ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden_size] -> [tokens, hidden_size]"""
+
+
 class GatedMLP:
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -104,7 +113,7 @@ class GatedMLP:
 class DecoderLayer:
     """A norm before attention and one before the MLP; `residual` [tokens, hidden_size] is updated in place."""
 
-    def __init__(self, attention: Attention, mlp: GatedMLP, config: DecoderConfig, context: ModelContext) -> None:
+    def __init__(self, attention: Attention, mlp: FeedForward, config: DecoderConfig, context: ModelContext) -> None:
         self._ops = context.ops
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
         self.self_attn = attention
@@ -165,8 +174,7 @@ class DecoderForCausalLM:
         self._logits_widths = lengths(rows)
         self.embed_tokens = vocab_table(rows, config, context)
         self.layers = [
-            self.make_layer(f"model.layers.{index}", config, shards, window, context)
-            for index, window in enumerate(config.windows)
+            self.make_layer(index, config, shards, window, context) for index, window in enumerate(config.windows)
         ]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, context.activation_dtype)
         self._is_tied = config.is_tied
@@ -175,10 +183,15 @@ class DecoderForCausalLM:
         )
 
     def make_layer(
-        self, name: str, config: DecoderConfig, shards: Sequence[HeadShard], window: int | None, context: ModelContext
+        self, index: int, config: DecoderConfig, shards: Sequence[HeadShard], window: int | None, context: ModelContext
     ) -> DecoderLayer:
+        name = f"model.layers.{index}"
         attention = self.attention_class(f"{name}.self_attn", config, shards, window, context)
-        return DecoderLayer(attention, GatedMLP(f"{name}.mlp", config, context), config, context)
+        return DecoderLayer(attention, self.make_mlp(index, f"{name}.mlp", config, context), config, context)
+
+    def make_mlp(self, index: int, name: str, config: DecoderConfig, context: ModelContext) -> FeedForward:
+        """The second block of layer `index`, whose prefix in the checkpoint is `name`."""
+        return GatedMLP(name, config, context)
 
     def checkpoint_layers(self) -> CheckpointLayers:
         layers: CheckpointLayers = {"model.embed_tokens": (self.embed_tokens, 0), "model.norm": (self.norm, 0)}
@@ -252,7 +265,7 @@ def row_parallel(
         out_features,
         has_bias=has_bias,
         method=quantization.method_for(name),
-        is_gathered=quantization.rounding is not None,
+        is_gathered=bool(quantization.roundings),
         kernels=quantization.kernel_for,
         parallel=context.parallel,
     )

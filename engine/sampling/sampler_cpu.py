@@ -8,6 +8,7 @@ model's own distribution take another look at the row, or at its copy, where it 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -35,7 +36,6 @@ GREEDY = 0.0
 
 NO_MIN, NO_MAX = np.float32(-np.inf), np.float32(np.inf)
 """The bounds of allowed logits where nothing is filtered."""
-NO_ENDS = np.empty(0, np.int64)
 MIN_FINITE = np.finfo(np.float32).min
 
 PARAMETERS: dict[str, tuple[type, Callable[[SamplingParams], float]]] = {
@@ -72,6 +72,15 @@ RESULT = np.dtype(
     ],
     align=True,
 )
+
+
+def _packing(kind: np.dtype[np.void]) -> struct.Struct:
+    """Packs numbers as C and an aligned dtype do. NumPy takes several times as long for few where caches are empty."""
+    assert kind.fields is not None
+    return struct.Struct("".join(field[0].char for field in kind.fields.values()) + "0q")
+
+
+PACKED_SPEC, PACKED_RESULT = _packing(SPEC), _packing(RESULT)
 
 
 @njit(inline="always")
@@ -357,23 +366,20 @@ def sample(
         raw_rows[row] = index
     is_drawing = any(p.seed is not None for p in params)
     numbers = uniform([p.seed or 0 for p in params], positions).tolist() if is_drawing else [0.0] * num_rows
-    specs = np.array(
-        [
-            (*(value(p) for _, value in PARAMETERS.values()), number, raw_row)
-            for p, number, raw_row in zip(params, numbers, raw_rows, strict=True)
-        ],
-        SPEC,
-    )
-    results = np.empty(num_rows, RESULT)
+    specs = [
+        PACKED_SPEC.pack(*[value(p) for _, value in PARAMETERS.values()], number, raw_row)
+        for p, number, raw_row in zip(params, numbers, raw_rows, strict=True)
+    ]
+    results = bytearray(num_rows * RESULT.itemsize)
     flat, copies = flat_view(logits), flat_view(raw.logits if raw else logits)
-    _sample_rows(flat, copies, size, specs, results)
-    batch = SampledBatch(
-        results["token"].tolist(), results["logprob"].tolist(), results["is_finite"].astype(bool).tolist()
-    )
-    ends = results["num_listed"].cumsum() if any(p.num_top_tokens for p in params) else NO_ENDS
-    if ends.any():
+    arrays = np.frombuffer(bytearray().join(specs), SPEC), np.frombuffer(results, RESULT)
+    _sample_rows(flat, copies, size, *arrays)
+    rows = [*PACKED_RESULT.iter_unpack(results)]
+    batch = SampledBatch([row[0] for row in rows], [row[1] for row in rows], [bool(row[2]) for row in rows])
+    if any(p.num_top_tokens for p in params):
+        ends = arrays[1]["num_listed"].cumsum()
         token_ids, logprobs = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.float64)
-        _list_rows(flat, copies, size, specs, results, ends, token_ids, logprobs)
+        _list_rows(flat, copies, size, *arrays, ends, token_ids, logprobs)
         batch.top_token_ids.extend(part.tolist() for part in np.split(token_ids, ends[:-1]))
         batch.top_logprobs.extend(part.tolist() for part in np.split(logprobs, ends[:-1]))
     return batch

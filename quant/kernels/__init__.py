@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 MATRICES: dict[str, dict[str, list[str]]] = {
     "cpu": {
-        "dense": ["quant.kernels.dense_cpu:DenseCpu"],
+        "dense": ["quant.kernels.bfloat16_cpu:Bfloat16Cpu", "quant.kernels.dense_cpu:DenseCpu"],
         "int8": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
         "int4": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
         "fp8": ["quant.kernels.packed_cpu:PackedCpu"],
@@ -69,10 +69,9 @@ def choose_kernel(backend: str, packed: PackedWeight, *, is_exact: bool = True) 
     raise ValueError("; ".join(refusals))
 
 
-def rounding_instructions(backend: str) -> str | None:
-    """The instructions with which the backend's kernels round activations; None: none of them does."""
-    kernels = (kernel for layout in MATRICES[backend] for kernel in _kernels(backend, layout))
-    return next((kernel.rounding for kernel in kernels if kernel.rounding is not None), None)
+def rounding_instructions(backend: str, layout: str) -> str | None:
+    """The instructions with which the backend's kernels for a layout round activations; None: none of them does."""
+    return next((kernel.rounding for kernel in _kernels(backend, layout) if kernel.rounding is not None), None)
 
 
 def compiled_row_counts(backend: str) -> list[int]:

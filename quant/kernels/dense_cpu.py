@@ -13,55 +13,28 @@ from numba import njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_ops import WIDTH, make_tile
+from quant.kernels.dense_ops import WIDTH, make_part_tile, make_tile
+from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
 from quant.kernels.simd import LANES
 
-TILE_OUTPUTS = 12
-"""Outputs per parallel item: a multiple of what the tiles below have."""
-LONG_STREAM = 2048
-"""From this many inputs on the processor's own prefetching is 10 % faster than ours, which evicts what is in use."""
-ROW_BLOCK_BYTES = 1 << 18
-"""Activations that stay in the L2 cache while a thread walks over its weights."""
-MIN_ROW_BLOCK = 64
-"""Rows that share a reading of the weights even where their activations do not fit: they come from the L3 cache in
-time, and the weights of a large model from memory do not."""
-
-
 _single = make_tile(1, 1, ahead=0)
-_one_row, _one_long_row = make_tile(1, 2, ahead=2), make_tile(1, 4, ahead=0)
+_ONE_OUTPUTS = 2
+_one_row, _one_long_row = make_tile(1, _ONE_OUTPUTS, ahead=2), make_tile(1, 4, ahead=0)
 _two_rows = make_tile(2, 4, ahead=4)
 _MANY_OUTPUTS = 6 if WIDTH > LANES else 3
-_many_rows = make_tile(4, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS)
+_many_rows, _part_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS), make_part_tile(ROWS, _MANY_OUTPUTS)
+_MAX_PART = 1024
+"""Inputs of six weights and four rows that the L1 cache has place for."""
 
 
 @njit(inline="always")
 def multiply_tile(x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size):  # type: ignore[no-untyped-def]
     """Rows of x times at most TILE_OUTPUTS rows of w, of which the first lies at `w_first`."""
-    row = first_row
-    if last_n - first_n < TILE_OUTPUTS:
-        for r in range(first_row, last_row):
-            for n in range(first_n, last_n):
-                w0 = w_first + (n - first_n) * k_size
-                _single(x, r * k_size, w, w0, k_size, bias, n, out, r * n_size + n, n_size)
-        row = last_row
-    while row + 4 <= last_row:
-        for n in range(first_n, last_n, _MANY_OUTPUTS):
-            w0 = w_first + (n - first_n) * k_size
-            _many_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
-        row += 4
-    if row + 2 <= last_row:
-        for n in range(first_n, last_n, 4):
-            w0 = w_first + (n - first_n) * k_size
-            _two_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
-        row += 2
-    if row < last_row and k_size < LONG_STREAM:
-        for n in range(first_n, last_n, 2):
-            w0 = w_first + (n - first_n) * k_size
-            _one_row(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
-    elif row < last_row:
-        for n in range(first_n, last_n, 4):
-            w0 = w_first + (n - first_n) * k_size
-            _one_long_row(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+    multiply_rows(
+        _single, _one_row, _one_long_row, _two_rows, _many_rows, _part_rows,
+        _ONE_OUTPUTS, _MANY_OUTPUTS, _MAX_PART,
+        x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
+    )  # fmt: skip
 
 
 @njit(parallel=True, **FAST)
@@ -93,7 +66,7 @@ class DenseCpu:
         self._n_size, self._k_size = weight.shape
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+        self._row_block = rows_per_block(4 * self._k_size)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]

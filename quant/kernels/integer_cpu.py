@@ -10,6 +10,8 @@ The instruction set is chosen once (`integer_ops`). Where the machine has none o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -140,6 +142,11 @@ class IntegerCpu:
         numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(self._padded(bias))
         self._before = group, flat_view(weight), *numbers
         self._after = self._padded_size, k_size, max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The kernel's arguments between x and out: group, weight, scales, zero points, groups of weights, bias."""
+        return self._before
 
     def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
         """Put some rows of a packed weight, filled up to whole tiles, in the order of the kernel."""

@@ -77,14 +77,15 @@ class Arena:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._free: dict[int, list[Array]] = {}
+        self._free: dict[tuple[int, int], list[Array]] = {}
         self._memory: list[Array] = []
 
     def new_array(self, num_rows: int, size: int) -> Array:
         """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it."""
-        free = self._free.setdefault(size, [])
+        max_rows = max(num_rows, self._max_rows)  # a token may have several rows, one for each of its experts
+        free = self._free.setdefault((max_rows, size), [])
         if not free:
-            self._memory.append(np.empty((self._max_rows, size), np.float32))
+            self._memory.append(np.empty((max_rows, size), np.float32))
             free.append(self._memory[-1])
         memory = free.pop()
         array = memory[:num_rows]
@@ -149,8 +150,12 @@ class Program:
         start = self._words.ctypes.data
         rows = [(passer, kernel, start + self._words.itemsize * place) for _, passer, kernel, place in recording.calls]
         self._calls = np.array(rows, np.int64).reshape(-1, CALL_WORDS)
-        self._uses = recording.uses
+        self._calls_address = self._calls.ctypes.data
         self._parameters = recording.parameters
+        self._uses = [
+            [(is_flat, _word_places(places, 1 if is_flat else parameter.dim())) for is_flat, places in uses.items()]
+            for parameter, uses in zip(recording.parameters, recording.uses, strict=True)
+        ]
 
     def run(self, parameters: Sequence[torch.Tensor], stamps: Words | None = None) -> None:
         """Make the calls. `parameters` have the dtypes and dimensions of those that were recorded.
@@ -161,16 +166,21 @@ class Program:
             if parameter is not self._parameters[index]:
                 self._put(index, parameter)
         address = 0 if stamps is None else stamps.ctypes.data
-        if _walker()[1](self._calls.ctypes.data, len(self._calls), address):
+        if _walker()[1](self._calls_address, len(self._calls), address):
             raise MemoryError("a kernel found no memory")  # the only thing for which one raises
 
     def _put(self, index: int, parameter: torch.Tensor) -> None:
         """Let the calls take another tensor."""
         self._parameters[index] = parameter
-        for is_flat, places in self._uses[index].items():
-            words = words_of(flat_view(parameter) if is_flat else array_of(parameter))
-            for place in places:
-                self._words[place : place + len(words)] = words
+        for is_flat, places in self._uses[index]:
+            if len(places):
+                self._words[places] = words_of(flat_view(parameter) if is_flat else array_of(parameter))
+
+
+def _word_places(starts: list[int], num_dimensions: int) -> Words:
+    """Places [arrays, words] of the words of arrays of so many dimensions, which begin at `starts`."""
+    num_words = len(words_of(np.empty((0,) * num_dimensions)))
+    return np.array(starts, np.int64)[:, None] + np.arange(num_words)
 
 
 def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> tuple[tuple[types.Type, ...], int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.oracles import dequantize
-from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen2_moe, write_tiny_qwen3, write_tiny_qwen3_moe
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +27,9 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", write_tiny_qwen2),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", write_tiny_qwen2_moe),
     "qwen3": Family("Qwen3ForCausalLM", write_tiny_qwen3),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", write_tiny_qwen3_moe),
 }
 """Key of `MODELS` -> its proof."""
 

@@ -134,6 +134,7 @@ LAYOUTS: dict[str, tuple[str | None, str | None]] = {
     "compressed-tensors": ("llmcompressor-w4-g32", None),
     "int8": (None, "int8"),
     "int4": (None, "int4"),
+    "dense": (None, None),
 }
 """The folder of a stored checkpoint, or the one that a method makes of the dense model."""
 
@@ -143,7 +144,8 @@ LAYOUTS: dict[str, tuple[str | None, str | None]] = {
 def test_layouts(tiny_model_dir: Path, name: str | None, flag: str | None, dtype: torch.dtype) -> None:
     folder = tiny_model_dir if name is None else CHECKPOINTS / name
     config = read_model_config(folder)
-    quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None)
+    is_bfloat16 = dtype == torch.bfloat16
+    quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None, is_bfloat16=is_bfloat16)
     runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization), KERNELS)
     runner.allocate(NUM_BLOCKS, KERNELS.kv_dtype(dtype), num_positions=256)
     speculator = eager()

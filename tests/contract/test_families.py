@@ -24,6 +24,9 @@ SIZES = (2, 3, 4)
 STORED = [name for name in LAYOUTS if LAYOUTS[name].config(GROUP_SIZE)]
 SHARDED = [name for name in ("float32", *QUANTIZED) if name not in ("int4 on load", "gptq 3 bits")]
 """These tiny matrices are cut within a group of the one and within a word of the other: `test_sharded` has both."""
+SPARSE = [family for family in FAMILIES if family.endswith("_moe")]
+DENSE = [family for family in FAMILIES if family not in SPARSE]
+"""All formats of `SPARSE` are with the slow tests, as each is some kernels more to compile."""
 FolderOf = Callable[[str, str], Path]
 
 
@@ -58,45 +61,68 @@ def store_as(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", STORED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_quantised_checkpoints_are_the_model_of_their_weights(
     family: str, layout: str, folder_of: FolderOf, tmp_path: Path
 ) -> None:
-    folder = folder_of(family, layout)
+    check_stored_weights(folder_of(family, layout), tmp_path)
+
+
+def check_stored_weights(folder: Path, dense_folder: Path) -> None:
+    """Logits are those of `transformers` with the weights that an independent reading finds."""
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (dense_folder / "config.json").write_text(json.dumps(config))
     dense = {name: torch.from_numpy(weight) for name, weight in dequantize(folder).items()}
-    save_file(dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, dense_folder / "model.safetensors", metadata={"format": "pt"})
     token_ids = random_ids(30)
     logits = all_logits(make_runner(folder), token_ids, 20, [7])
-    torch.testing.assert_close(logits, oracle_logits(tmp_path, token_ids)[19:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, oracle_logits(dense_folder, token_ids)[19:], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_quantized_while_loading_by_kernels_and_references(family: str, method: str, folder_of: FolderOf) -> None:
-    folder, rows = folder_of(family, "float32"), []
+    check_references(folder_of(family, "float32"), method)
+
+
+def check_references(folder: Path, method: str) -> None:
+    """The kernels give the logits of the reference implementations."""
+    rows = []
     for device in (KERNELS, dataclasses.replace(REFERENCES, matrices="torch")):
         runner = make_runner(folder, device=device, quantize=method)
         rows.append(all_logits(runner, random_ids(30), 20, [7]))
     assert distance(rows[0], rows[1]) < 3e-6
 
 
-@pytest.mark.parametrize("layout", SHARDED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in FAMILIES for layout in (["float32"] if family in SPARSE else SHARDED)],
+)
 def test_shards_give_the_logits_of_the_whole(family: str, layout: str, folder_of: FolderOf) -> None:
-    folder, quantize = folder_of(family, layout), LAYOUTS[layout].quantize
+    check_shards(folder_of(family, layout), layout)
+
+
+def check_shards(folder: Path, layout: str) -> None:
+    """The logits of the whole, from 2, 3 and 4 ranks."""
+    quantize = LAYOUTS[layout].quantize
     for dtype in {torch.float32, LAYOUTS[layout].dtype}:
         whole = logits_of(folder, dtype, quantize, 1, VOCAB_SIZE)
         for size in SIZES:
             assert distance(logits_of(folder, dtype, quantize, size, VOCAB_SIZE), whole) < 3e-6, (dtype, size)
 
 
-@pytest.mark.parametrize("method", [None, "int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in FAMILIES for method in ([None] if family in SPARSE else [None, "int8", "int4"])],
+)
 def test_programs_give_the_bits_of_calls(family: str, method: str | None, folder_of: FolderOf) -> None:
-    folder, runs = folder_of(family, "bfloat16"), []
+    check_programs(folder_of(family, "bfloat16"), method)
+
+
+def check_programs(folder: Path, method: str | None) -> None:
+    """Steps as programs have the bits of steps call by call."""
+    runs = []
     for is_off in (True, False):
         runner, programs = make_repeating_runner(folder, torch.bfloat16, method)
         programs.is_off = is_off

@@ -23,6 +23,7 @@ from parallel.state import ParallelState
 from quant import awq, gptq
 from quant.config import resolve_quantization
 from quant.dense import DenseMethod
+from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.integer_cpu import FOUND
 from quant.packing import pack_words
 from quant.rounding import RoundedMatrix
@@ -235,9 +236,11 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return write
 
 
-def make_runner(folder: Path, dtype: torch.dtype, quantize: str | None, parallel: ParallelState) -> ModelRunner:
+def make_runner(
+    folder: Path, dtype: torch.dtype, quantize: str | None, parallel: ParallelState, *, is_bfloat16: bool = False
+) -> ModelRunner:
     config = read_model_config(folder)
-    quantization = choose_quantization(config, folder, dtype, KERNELS, quantize, None)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, quantize, None, is_bfloat16=is_bfloat16)
     runner = ModelRunner(build_model(config, folder, dtype, KERNELS, quantization, parallel), KERNELS)
     runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=16 * BLOCK_SIZE)
     return runner
@@ -262,13 +265,19 @@ def run_batches(runner: ModelRunner, vocab_size: int) -> torch.Tensor:
 
 
 def logits_of(
-    folder: Path, dtype: torch.dtype, quantize: str | None, size: int, vocab_size: int = VOCAB_SIZE
+    folder: Path,
+    dtype: torch.dtype,
+    quantize: str | None,
+    size: int,
+    vocab_size: int = VOCAB_SIZE,
+    *,
+    is_bfloat16: bool = False,
 ) -> torch.Tensor:
     """The logits that rank 0 of `size` ranks computes. The others have no rows."""
 
     def run(parallel: ParallelState) -> torch.Tensor:
         numba.set_num_threads(1)
-        return run_batches(make_runner(folder, dtype, quantize, parallel), vocab_size)
+        return run_batches(make_runner(folder, dtype, quantize, parallel, is_bfloat16=is_bfloat16), vocab_size)
 
     first, *others = run_ranks(size, run)
     assert first.shape == (3 * (1 + 2 + 3), vocab_size)
@@ -303,6 +312,16 @@ def test_as_stored(shape: str, layout: str, folder_of: Callable[[str, str], Path
         if layout != "bfloat16" and FOUND is not None:
             assert torch.equal(logits, whole), "where activations are rounded all inputs are gathered"
         assert distance(logits, whole) < 3e-6
+
+
+@pytest.mark.skipif(Bfloat16Cpu.rounding is None, reason="the processor has no AVX-512")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounded_to_bfloat16(shape: str, folder_of: Callable[[str, str], Path]) -> None:
+    folder = folder_of(shape, "bfloat16")
+    whole = logits_of(folder, torch.bfloat16, None, 1, is_bfloat16=True)
+    assert distance(logits_of(folder, torch.bfloat16, None, 1), whole) > 1e-5, "something is rounded"
+    for size in SIZES:
+        assert torch.equal(logits_of(folder, torch.bfloat16, None, size, is_bfloat16=True), whole)
 
 
 BIASED = ["gptq 4 bits", "gptq 4 bits, scattered", "gptq 8 bits", "awq", "compressed-tensors"]

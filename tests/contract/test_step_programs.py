@@ -26,7 +26,8 @@ NUM_BLOCKS = 64
 
 def make_runner(folder: Path, dtype: torch.dtype, method: str | None) -> tuple[ModelRunner, StepPrograms]:
     config = read_model_config(folder)
-    quantization = choose_quantization(config, folder, dtype, KERNELS, method, None)
+    flag, is_bfloat16 = (None, True) if method == "bfloat16" else (method, False)
+    quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None, is_bfloat16=is_bfloat16)
     model = build_model(config, folder, dtype, KERNELS, quantization)
     runner = ModelRunner(model, KERNELS)
     runner.allocate(NUM_BLOCKS, KERNELS.kv_dtype(dtype), num_positions=NUM_BLOCKS * BLOCK_SIZE)
@@ -67,7 +68,7 @@ def test_recording_does_not_import_the_compiler_of_torch(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("dtype", "method"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "eetq"), (torch.bfloat16, "int4")],
+    [(torch.float32, None), *((torch.bfloat16, method) for method in (None, "bfloat16", "eetq", "int4"))],
 )
 def test_a_program_gives_the_bits_of_its_calls(
     dtype: torch.dtype, method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -178,6 +178,7 @@ def test_an_interrupted_run_goes_on_with_its_rows(tmp_path: Path) -> None:
     again.tell("vLLM: not installed")
     assert again.not_measured == ["vLLM: not installed"]
     assert not Results(path, ABOUT).rows
+    assert not Results(path, ABOUT, is_continued=True).rows, "the file still has rows of a run before"
 
 
 def test_a_run_does_not_go_on_with_rows_of_another_kind(tmp_path: Path) -> None:

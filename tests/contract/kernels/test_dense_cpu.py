@@ -8,8 +8,9 @@ import torch
 from quant.base import PackedWeight
 from quant.dense import DenseMethod
 from quant.kernels import choose_kernel
-from quant.kernels.dense_cpu import MIN_ROW_BLOCK, ROW_BLOCK_BYTES, TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 from quant.kernels.dense_torch import DenseTorch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -68,7 +69,7 @@ def test_an_output_is_lanes_of_sums_folded_by_halves(k_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n_size", "k_size"), [(7, 96), (12, 104), (31, 96), (48, 96)])
+@pytest.mark.parametrize(("n_size", "k_size"), [(7, 96), (12, 104), (31, 96), (48, 96), (24, 1032)])
 def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_size: int, k_size: int) -> None:
     kernel = DenseCpu(packed(random(n_size, k_size, seed=1).to(dtype), random(n_size, seed=2)))
     x = random(64, k_size)
@@ -82,12 +83,12 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_
 @pytest.mark.parametrize("k_size", [512, 4096])
 def test_rows_beyond_one_row_block(k_size: int) -> None:
     """Activations are taken in blocks; the rows of the second block are rows like any other."""
-    rows_per_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * k_size))
-    x, weight = random(2 * rows_per_block + 3, k_size), random(24, k_size, seed=1)
+    block = rows_per_block(4 * k_size)
+    x, weight = random(2 * block + 3, k_size), random(24, k_size, seed=1)
     kernel = DenseCpu(packed(weight, None))
     whole = kernel(x)
     torch.testing.assert_close(whole, x @ weight.T, atol=1e-3, rtol=1e-5)
-    for row in (0, rows_per_block - 1, rows_per_block, 2 * rows_per_block + 2):
+    for row in (0, block - 1, block, 2 * block + 2):
         assert torch.equal(kernel(x[row : row + 1])[0], whole[row])
 
 

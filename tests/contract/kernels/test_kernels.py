@@ -37,7 +37,7 @@ def test_every_kernel_of_the_table_multiplies(backend: str, layout: str, name: s
     """The oracle is the product in float64."""
     packed = random_weight(4 if layout == "int4" else 8, 48, 192, 64)
     if layout == "dense":
-        packed = PackedWeight("dense", widen(packed), packed.bias)
+        packed = PackedWeight("dense", widen(packed).bfloat16(), packed.bias)
     assert packed.layout == layout and packed.bias is not None
     kernel_class = load_entry(name)
     if reasons := kernel_class.why_not(packed):
@@ -107,4 +107,4 @@ def test_a_strangers_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="^9 outputs are more than 8; and I am tired$"):
         choose_kernel("strange", PackedWeight("dense", torch.zeros(9, 8)))
     assert isinstance(choose_kernel("strange", random_weight(8, 8, 64, 32)), PackedTorch)  # a layout that it lacks
-    assert rounding_instructions("strange") is None
+    assert rounding_instructions("strange", "dense") is None

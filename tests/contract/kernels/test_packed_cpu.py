@@ -9,7 +9,8 @@ import torch
 
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
-from quant.kernels.dense_cpu import TILE_OUTPUTS, DenseCpu
+from quant.kernels.dense_cpu import DenseCpu
+from quant.kernels.dense_rows import TILE_OUTPUTS
 from quant.kernels.packed_cpu import MIN_ROW_BLOCK, PackedCpu
 from quant.kernels.packed_torch import PackedTorch
 from quant.packing import pack_groups, widen

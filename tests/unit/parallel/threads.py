@@ -16,7 +16,7 @@ from numba import config
 
 from parallel.state import ParallelState
 from quant.kernels import packed_cpu
-from quant.kernels.dense_cpu import TILE_OUTPUTS
+from quant.kernels.dense_rows import TILE_OUTPUTS
 
 TIMEOUT_S = 60.0
 

@@ -1,0 +1,39 @@
+"""Qwen1.5-MoE and Qwen2-57B-A14B: Qwen2 with experts that a router chooses and one that all tokens meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.layers.rope import make_rotary
+from engine.models.base import ModelContext
+from engine.models.config import (
+    FULL,
+    SLIDING,
+    attention_windows,
+    check_activation,
+    check_sizes,
+    read_decoder_config,
+)
+from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
+
+
+class Qwen2MoeForCausalLM(SparseDecoderForCausalLM):
+    """Implements `engine.models.base.CausalLM`."""
+
+    def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        check_sizes(config)
+        check_activation(config)
+        has_bias = bool(config.get("qkv_bias", True))
+        decoder = read_decoder_config(config, has_qkv_bias=has_bias, windows=_windows(config))
+        experts = read_expert_config(config, has_shared_expert=True)
+        super().__init__(decoder, experts, make_rotary(config, decoder.head_dim, context.device), context)
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """As Qwen2's, but without `layer_types` every second layer below `max_window_layers` has a window."""
+    types = config.get("layer_types")
+    if types is None and config.get("use_sliding_window"):
+        end = config.get("max_window_layers", 28)
+        types = [SLIDING if index % 2 == 0 and index < end else FULL for index in range(config["num_hidden_layers"])]
+    return attention_windows({**config, "layer_types": types})

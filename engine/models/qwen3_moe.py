@@ -1,0 +1,33 @@
+"""Qwen3-30B-A3B and Qwen3-235B-A22B: Qwen3 with experts that a router chooses, and none that all tokens meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.layers.rope import make_rotary
+from engine.models.base import ModelContext
+from engine.models.config import SLIDING, attention_windows, check_activation, check_sizes, read_decoder_config
+from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
+from engine.models.qwen3 import Qwen3Attention
+
+
+class Qwen3MoeForCausalLM(SparseDecoderForCausalLM):
+    """Implements `engine.models.base.CausalLM`."""
+
+    attention_class = Qwen3Attention
+
+    def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        check_sizes(config)
+        check_activation(config)
+        has_bias = bool(config.get("attention_bias"))
+        windows = _windows(config)
+        decoder = read_decoder_config(config, has_qkv_bias=has_bias, has_output_bias=has_bias, windows=windows)
+        experts = read_expert_config(config, has_shared_expert=False)
+        super().__init__(decoder, experts, make_rotary(config, decoder.head_dim, context.device), context)
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """A window that is used is every layer's."""
+    types = [SLIDING] * config["num_hidden_layers"] if config.get("use_sliding_window") else None
+    return attention_windows({**config, "layer_types": types})

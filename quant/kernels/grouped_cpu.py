@@ -1,0 +1,183 @@
+"""Grouped products on a CPU: rows that meet one matrix share the reading of it, and no other matrix is read.
+
+Each kernel is the one for single matrices around the same tiles, so a row's bits are those that the single matrix gives
+(`dense_cpu`, `integer_cpu`, `packed_cpu`). The matrices lie one after the other in one memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numba import get_thread_id, njit, prange
+
+from quant.base import PackedWeight, RowGroups
+from quant.kernels import packed_cpu
+from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.dense_cpu import DenseCpu, multiply_tile
+from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
+from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _round_row, _single
+from quant.kernels.packed_cpu import PackedCpu, _int4_1x4, _int8_1x4, _widen_int4, _widen_int8
+
+
+@njit(parallel=True, **FAST)
+def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    for item in prange(active[0] * num_tiles):
+        matrix = active[1 + item // num_tiles]
+        first_n = item % num_tiles * TILE_OUTPUTS
+        last_n = min(n_size, first_n + TILE_OUTPUTS)
+        own_bias, w0 = bias[matrix * n_size :], (matrix * n_size + first_n) * k_size
+        last = starts[matrix + 1]
+        for row in range(starts[matrix], last, row_block):
+            last_row = min(last, row + row_block)
+            multiply_tile(x, w, w0, own_bias, out, row, last_row, first_n, last_n, n_size, k_size)
+
+
+@njit(parallel=True, **FAST)
+def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts, active, n_size, k_size):  # type: ignore[no-untyped-def]
+    x8 = np.empty(num_rows * k_size, np.int8)
+    x_scales = np.empty(num_rows * k_size // group, np.float32)
+    x_sums = np.empty(num_rows * k_size // group, np.int32)
+    if num_rows < ROWS:
+        for row in range(num_rows):
+            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+    else:
+        for row in prange(num_rows):
+            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+    num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
+    w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
+    for item in prange(active[0] * num_tiles):
+        matrix, tile = active[1 + item // num_tiles], item % num_tiles
+        w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
+        z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
+        row, last = starts[matrix], starts[matrix + 1]
+        while row + ROWS <= last:
+            _many(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+            row += ROWS
+        while row + 2 <= last:
+            _pair(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+            row += 2
+        if row < last:
+            _single(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+
+
+def _make_packed(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) -> Any:
+    """The kernel for one of the packed layouts; a group of inputs that is no multiple of `group_unit` is widened."""
+
+    @njit(parallel=True, **FAST)
+    def packed(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
+        num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+        stride = k_size // inputs_per_byte
+        for item in prange(active[0] * num_tiles):
+            matrix = active[1 + item // num_tiles]
+            first_n = item % num_tiles * TILE_OUTPUTS
+            last_n = min(n_size, first_n + TILE_OUTPUTS)
+            own, own_bias = matrix * n_size, bias[matrix * n_size :]
+            row, last = starts[matrix], starts[matrix + 1]
+            is_full = last_n - first_n == TILE_OUTPUTS and k_size // num_groups % group_unit == 0
+            if last - row == 1 and is_full:
+                for n in range(first_n, last_n, 4):
+                    w0, g0, o0 = (own + n) * stride, (own + n) * num_groups, row * n_size + n
+                    one_row(x, row * k_size, w, w0, k_size, scales, zeros, g0, num_groups, own_bias, n, out, o0)
+            else:
+                s0 = get_thread_id() * TILE_OUTPUTS * k_size
+                for n in range(first_n, last_n):
+                    w0, g0, place = (own + n) * stride, (own + n) * num_groups, s0 + (n - first_n) * k_size
+                    widen(w, w0, k_size, scales, zeros, g0, num_groups, scratch, place)
+                multiply_tile(x, scratch, s0, own_bias, out, row, last, first_n, last_n, n_size, k_size)
+
+    return packed
+
+
+_packed_int8 = _make_packed(_int8_1x4, _widen_int8, 1, WIDTH)
+_packed_int4 = _make_packed(_int4_1x4, _widen_int4, 2, 1)
+
+
+def _numbers(groups: RowGroups) -> tuple[Any, Any]:
+    return groups.starts.numpy(), groups.active.numpy()
+
+
+def _biases(matrices: Sequence[PackedWeight]) -> torch.Tensor:
+    biases = [torch.zeros(packed.weight.shape[0]) if packed.bias is None else packed.bias for packed in matrices]
+    return torch.cat([bias.to(torch.float32) for bias in biases])
+
+
+class GroupedDenseCpu:
+    """`DenseCpu` for many matrices."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
+        return DenseCpu.why_not(matrices[0])
+
+    def __init__(self, matrices: Sequence[PackedWeight]) -> None:
+        self._n_size, self._k_size = matrices[0].weight.shape
+        self._weights = flat_view(torch.cat([packed.weight for packed in matrices])), flat_view(_biases(matrices))
+        self._row_block = rows_per_block(4 * self._k_size)
+
+    def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        out, flat_out = new_output(x.shape[0], self._n_size)
+        sizes = self._n_size, self._k_size, self._row_block
+        call(_dense, flat_view(x), *self._weights, flat_out, *_numbers(groups), *sizes)
+        return out
+
+
+class GroupedPackedCpu:
+    """`PackedCpu` for many matrices."""
+
+    rounding = None
+
+    @staticmethod
+    def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
+        return PackedCpu.why_not(matrices[0])
+
+    def __init__(self, matrices: Sequence[PackedWeight]) -> None:
+        first = matrices[0]
+        assert first.scales is not None
+        self._kernel = {"int8": _packed_int8, "int4": _packed_int4}[first.layout]
+        self._n_size, num_groups = first.scales.shape
+        self._sizes = self._n_size, first.num_inputs, num_groups
+        tensors = [(packed.weight, packed.scales, packed.zero_points) for packed in matrices]
+        parts = [torch.cat([part for part in parts if part is not None]) for parts in zip(*tensors, strict=True)]
+        self._weights = *map(flat_view, parts), flat_view(_biases(matrices))
+        self._scratch = packed_cpu._scratch(first.num_inputs)
+
+    def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        out, flat_out = new_output(x.shape[0], self._n_size)
+        call(self._kernel, flat_view(x), *self._weights, flat_out, self._scratch, *_numbers(groups), *self._sizes)
+        return out
+
+
+class GroupedIntegerCpu:
+    """`IntegerCpu` for many matrices."""
+
+    rounding = IntegerCpu.rounding
+
+    @staticmethod
+    def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
+        return IntegerCpu.why_not(matrices[0])
+
+    def __init__(self, matrices: Sequence[PackedWeight]) -> None:
+        self._n_size = matrices[0].weight.shape[0]
+        self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
+        self._k_size = matrices[0].num_inputs
+        parts = [IntegerCpu(packed).arrays for packed in matrices]
+        group, *_, num_groups, _ = parts[0]
+        weight, scales, zeros, bias = (np.concatenate([part[index] for part in parts]) for index in (1, 2, 3, 5))
+        self._before = group, weight, scales, zeros, num_groups, bias
+
+    def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        num_rows = x.shape[0]
+        out, flat_out = new_output(num_rows, self._padded_size)
+        sizes = self._padded_size, self._k_size
+        call(_integer, flat_view(x), *self._before, flat_out, num_rows, *_numbers(groups), *sizes)
+        if self._padded_size == self._n_size:
+            return out
+        cut, flat_cut = new_output(num_rows, self._n_size)
+        call(_cut, flat_out, self._padded_size, self._n_size, flat_cut)
+        return cut
