@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from tests.contract.harness import (
     run_requests,
     run_step,
 )
+from tests.contract.oracles import FAMILIES
 from tests.contract.test_adapter import ATTENTION, MLP, merged_by_hand
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
 from tests.unit.parallel.threads import run_ranks
@@ -301,6 +303,29 @@ def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) ->
     [whole], (first, *others) = run_ranks(1, work), run_ranks(size, work)
     assert all(rows.shape[0] == 0 for rows in others)
     torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_adapters(tmp_path: Path, family: str) -> None:
+    """Wherever every row passes: in attention, dense MLPs, routers and shared experts. Single experts are refused."""
+    base = tmp_path / "base"
+    FAMILIES[family].write(base)
+    weights = load_file(base / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in weights if re.search(r"layers.*(proj|gate)\.weight$", name)]
+    modules = [name for name in names if ".experts." not in name]
+    adapter = write_adapter(tmp_path / "adapter", base, modules, rank=4)
+    merged = merged_by_hand(base, adapter, tmp_path / "merged", dict.fromkeys(modules, 4.0))
+    prompt = random_ids(30, 9)
+    outcome = run_requests(
+        start({"base": base, "adapter": adapter}, ["adapter"]),
+        [request_of("r", prompt, adapter="adapter"), request_of("b", prompt, adapter=None)],
+    )
+    assert outcome.token_ids == [oracle_greedy(folder, prompt, 10)[0] for folder in (merged, base)]
+    if experts := [name for name in names if ".experts." in name]:
+        single = write_adapter(tmp_path / "single", base, experts[:1], rank=4)
+        with pytest.raises(StartError, match="beside the model only the matrices of its layers can be changed"):
+            start({"base": base, "adapter": single}, ["adapter"])
 
 
 @pytest.mark.usefixtures("kernels")
