@@ -6,7 +6,6 @@
 
 # Debian or Ubuntu with a python3 of 3.11 or newer that has venv, and its headers for the targets with Triton.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
-ARG TORCH_SPEC=torch==2.13.0
 
 FROM ${BASE_IMAGE} AS base
 # libgomp1 runs the threads of the CPU kernels. Versions of Debian's packages leave its servers when newer ones come.
@@ -40,7 +39,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir dist .
 FROM base AS cpu-packages
 WORKDIR /build
 COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
-ARG TORCH_SPEC
+ARG TORCH_SPEC=
 ARG TORCH_INDEX=
 RUN sh packages.sh cpu
 
@@ -65,7 +64,7 @@ ENV CC=gcc
 FROM gpu-base AS rocm-packages
 WORKDIR /build
 COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
-ARG TORCH_SPEC
+ARG TORCH_SPEC=
 ARG TORCH_INDEX=
 RUN sh packages.sh hip
 
@@ -81,7 +80,7 @@ LABEL org.opencontainers.image.revision=$GIT_SHA
 FROM gpu-base AS cuda-packages
 WORKDIR /build
 COPY pyproject.toml constraints.txt scripts/image/packages.sh ./
-ARG TORCH_SPEC
+ARG TORCH_SPEC=
 ARG TORCH_INDEX=
 RUN sh packages.sh cuda
 

@@ -117,7 +117,7 @@ $(RAY)/installed: $(VENV)/installed
 	@touch $@
 
 ray-test: $(RAY)/installed
-	@PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest -W ignore::DeprecationWarning tests/replicas $(PYTEST_ARGS)
+	@PYTHONPATH="$(CURDIR)" $(RAY)/bin/python -m pytest -W ignore::DeprecationWarning tests/replicas $(PYTEST_ARGS)
 
 # What CI does without: 3 GB of environments in ~/.cache/pytgi.
 clients: install

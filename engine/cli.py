@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from engine.link.errors import StartError
 from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
-from engine.link.model_folders import BUCKET_SCHEME
+from engine.link.model_folders import BUCKET_SCHEME, gguf_files
 from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
@@ -191,11 +191,24 @@ def download_weights(args: argparse.Namespace) -> Path:
     if model_id.startswith(BUCKET_SCHEME):
         model_id = _copy_from_bucket(model_id, revision)
         revision = None
+    if files := gguf_files(model_id):
+        return _read_gguf(files, revision)
     folder = download_model(model_id, revision)
     if not args.alone and (base := adapter_base(folder)) is not None:
         logger.info("%s is an adapter of %s", args.model_id, base.model_id)
         download_model(base.model_id, base.revision)
     return folder
+
+
+def _read_gguf(files: Sequence[Path], revision: str | None) -> Path:
+    """The folder of a model in GGUF files. Raises StartError."""
+    from huggingface_hub import constants
+
+    from engine.checkpoint.gguf_folder import gguf_folder
+
+    if revision is not None:
+        raise StartError("--revision is for models of the Hub: leave it out for a GGUF file")
+    return gguf_folder(files, Path(constants.HF_HUB_CACHE))
 
 
 def _copy_from_bucket(uri: str, revision: str | None) -> str:

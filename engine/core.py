@@ -83,18 +83,20 @@ class EngineCore:
         """Compute one step; the events are new tokens and ends of requests."""
         clock = StepClock()
         self.report = clock.report
-        with clock.scheduling():
-            batch = self.scheduler.schedule(self._room())
-        with clock.computing(batch):
-            try:
-                result = self.runner.execute(batch)
-                sampled = self.sampler.sample(batch, result.logits)
-            except torch.OutOfMemoryError as error:
-                self.report.is_failed = True
-                return self.shedder.shed(batch, error)
+        batch = self.scheduler.schedule(self._room())
+        clock.end_scheduling()
+        clock.begin_computing(batch)
+        try:
+            result = self.runner.execute(batch)
+            sampled = self.sampler.sample(batch, result.logits)
+        except torch.OutOfMemoryError as error:
+            self.report.is_failed = True
+            return self.shedder.shed(batch, error)
+        clock.end_computing()
         self.shedder.note_success()
-        with clock.updating():
-            events = self.scheduler.update(batch, sampled, result.copy_scores().read().tolist())
+        scores = result.copy_scores().read().tolist() if result.scores else ()
+        events = self.scheduler.update(batch, sampled, scores)
+        clock.end_updating()
         self._learn(batch, clock.finish(events))
         return events
 

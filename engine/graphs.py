@@ -163,8 +163,7 @@ class StepGraphs:
         num_rows = len(inputs.input_ids)
         bucket = next((rows for rows in self._replays if rows >= num_rows), None)
         starts = inputs.query_start_loc
-        is_decoding = len(inputs.logits_indices) == num_rows and not inputs.scored_indices
-        is_decoding = is_decoding and max(map(operator.sub, starts[1:], starts)) <= self._max_tokens
+        is_decoding = inputs.is_decoding and max(map(operator.sub, starts[1:], starts)) <= self._max_tokens
         if bucket is None or not is_decoding or not self._buffers.fits(inputs, work_items):
             return None
         self._buffers.fill_rows(inputs, work_items, bucket, last_token_ids)

@@ -96,8 +96,8 @@ class OverlappedCore(EngineCore):
         last = self._launched
         clock = StepClock(None if last is None else last.clock)
         self.report = clock.report
-        with clock.scheduling():
-            batch = self.scheduler.schedule(self._room())
+        batch = self.scheduler.schedule(self._room())
+        clock.end_scheduling()
         try:
             self._launched = self._launch(batch, clock, last) if batch.scheduled else None
         except torch.OutOfMemoryError as error:
@@ -124,8 +124,8 @@ class OverlappedCore(EngineCore):
         sampled = step.tokens.read()
         step.clock.end_computing()
         self.shedder.note_success()
-        with step.clock.updating():
-            events = self.scheduler.update(step.batch, sampled, step.scores.read().tolist())
+        events = self.scheduler.update(step.batch, sampled, step.scores.read().tolist())
+        step.clock.end_updating()
         self._learn(step.batch, step.clock.finish(events))
         return events
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.adapters import AdapterSlots
@@ -147,52 +149,63 @@ class ModelRunner:
         """What `run` needs to know of a scheduled batch."""
         return step_inputs(batch)
 
-    @torch.inference_mode()
     def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
-        if inputs.block_copies:
-            self._copy_blocks(inputs.block_copies)
         if self.adapters is not None:
             self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc)
-        work_items = self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+        if self._programs is not None and inputs.is_decoding and not inputs.block_copies:
+            return StepResult(self._run_decoding(inputs, self._programs))
+        return self._run(inputs, last_token_ids)
+
+    @torch.inference_mode()
+    def _run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> StepResult:
+        """Any step."""
+        if inputs.block_copies:
+            self._copy_blocks(inputs.block_copies)
+        work_items = self._work_items(inputs)
         graphs = None if inputs.adapters else self._graphs  # which were captured without any
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
-        rotation = self._model.rotary.prepare(
-            tensors.positions, inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
-        )
-        prepared = self._attention.prepare(tensors.attention)
-        is_decoding = len(inputs.logits_indices) == len(inputs.input_ids) and not inputs.scored_indices
-        if is_decoding and self._programs is not None and isinstance(prepared, RepeatableStep):
-            return StepResult(self._run_program(tensors, rotation, prepared, has_adapters=bool(inputs.adapters)))
-        hidden = self._model.forward(tensors.input_ids, rotation, prepared)
+        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors))
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
         return StepResult(logits, self._score(hidden, tensors, inputs))
+
+    def _run_decoding(self, inputs: StepInputs, programs: StepPrograms) -> torch.Tensor:
+        """Logits of all tokens of a step. Nothing of torch is called where the step's calls are a program already."""
+        tensors = self._buffers.fill(inputs, self._work_items(inputs))
+        rotation, prepared = self._prepare(inputs, tensors)
+        if not isinstance(prepared, RepeatableStep):
+            return self._compute(tensors, rotation, prepared)
+        return programs.run(
+            len(inputs.input_ids),
+            (prepared.variant, bool(inputs.adapters)),
+            (tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors),
+            lambda: self._compute(tensors, rotation, prepared),
+        )
+
+    def _work_items(self, inputs: StepInputs) -> npt.NDArray[np.int32]:
+        return self._attention.work_items(inputs.query_start_loc, inputs.seq_lens, inputs.table_width)
+
+    def _prepare(self, inputs: StepInputs, tensors: StepTensors) -> tuple[Rotation, Any]:
+        """What `forward` needs beside the tokens."""
+        lengths = inputs.query_start_loc, inputs.seq_lens, inputs.prompt_lens
+        return self._model.rotary.prepare(tensors.positions, *lengths), self._attention.prepare(tensors.attention)
+
+    @torch.inference_mode()
+    def _compute(self, tensors: StepTensors, rotation: Rotation, prepared: Any) -> torch.Tensor:
+        """Logits of all tokens of a step."""
+        return self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared))
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
         for cache in self._caches:
             cache.copy_blocks(sources, targets, self._num_blocks)
 
-    def _run_program(
-        self, tensors: StepTensors, rotation: Rotation, prepared: RepeatableStep, *, has_adapters: bool
-    ) -> torch.Tensor:
-        """Logits of all tokens of a step."""
-        assert self._programs is not None
-        parameters = tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors
-        return self._programs.run(
-            len(tensors.input_ids),
-            (prepared.variant, has_adapters),
-            parameters,
-            lambda: self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared)),
-        )
-
     def _compute_all(self, tensors: StepTensors) -> torch.Tensor:
         """Logits of all tokens of a step, by the device alone."""
         rotation = self._model.rotary.prepare(tensors.positions, (), (), ())
-        hidden = self._model.forward(tensors.input_ids, rotation, self._attention.prepare(tensors.attention))
-        return self._model.compute_logits(hidden)
+        return self._compute(tensors, rotation, self._attention.prepare(tensors.attention))
 
     def _score(self, hidden: torch.Tensor, tensors: StepTensors, inputs: StepInputs) -> list[torch.Tensor]:
         """The scores of the scored tokens after their rows of hidden [num_tokens, hidden_size]."""

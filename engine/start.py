@@ -25,6 +25,7 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
+from engine.numa import bind_shard
 from engine.overlap import describe_overlap, make_core, why_not_overlap
 from engine.ranks import Follower, Leader, Ranks
 from engine.runner import ModelRunner
@@ -79,7 +80,7 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         device,
         prepared.loaded,
         limits,
-        shards=None if ranks is None else ranks.describe(),
+        places=[None if ranks is None else ranks.describe(), prepared.nodes],
         graphs=prepared.runner.describe_graphs(),
         overlap=describe_overlap(prepared.why_not_overlap) if device.is_asynchronous else None,
         steps=step_limit.describe(),
@@ -114,12 +115,18 @@ class _Prepared:
     plan: MemoryPlan
     why_not_overlap: list[str]
     """Reasons why steps don't overlap."""
+    nodes: str | None
+    """A line about the nodes of the host's memory, if there are several."""
 
 
 def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
-    set_threads(config.num_threads)
     outlive_full_disk()
-    device = detect_device(0 if ranks is None else ranks.world.local_rank, config.device)
+    local_rank, local_size = (0, 1) if ranks is None else (ranks.world.local_rank, ranks.world.local_size)
+    device = detect_device(local_rank, config.device)
+    nodes = None
+    if device.memory is None and not (ranks is not None and ranks.world.has_thread_places):
+        nodes = bind_shard(local_rank, local_size, config.num_threads)  # before there are threads and weights
+    set_threads(config.num_threads)
     if device.memory is not None and config.memory_fraction < 1:
         device.memory.set_limit(config.memory_fraction)
     loaded = _load(config, device, ranks)
@@ -133,7 +140,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
     _capture_graphs(config, runner, plan, ranks)
-    return _Prepared(config, device, loaded, runner, plan, why_not_overlap(config, device))
+    return _Prepared(config, device, loaded, runner, plan, why_not_overlap(config, device), nodes)
 
 
 def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
@@ -218,12 +225,13 @@ def _alone(needs: MemoryNeeds, free_bytes: int) -> tuple[MemoryNeeds, int]:
 
 @contextlib.contextmanager
 def _written_caches(prepared: _Prepared) -> Iterator[None]:
-    """Write all KV memory by the end of the block: it must be there before the server says that it is ready.
+    """Write all KV memory of the host by the end of the block: it must be there before the server is ready.
 
     Each thread makes one call, which does not need the GIL, and brings in what it writes: where the host has several
     nodes of memory, the cache is on all of them.
     """
-    tensors, num_threads = prepared.runner.cache_tensors, prepared.config.num_threads
+    tensors = prepared.runner.cache_tensors if prepared.device.memory is None else []
+    num_threads = prepared.config.num_threads
     with ThreadPoolExecutor(num_threads, "caches") as threads:
         parts = [tensors[index::num_threads] for index in range(num_threads)]
         writing = [threads.submit(torch._foreach_zero_, part) for part in parts if part]

@@ -56,6 +56,11 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
         """Numbers that the block table has for each sequence."""
         return len(self.block_table) // BLOCK_BYTES // len(self.seq_lens)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the successor of each token is chosen, and no token is scored."""
+        return len(self.logits_indices) == len(self.input_ids) and not self.scored_indices
+
 
 def step_inputs(batch: ScheduledBatch) -> StepInputs:
     """The numbers of a scheduled batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -20,12 +21,12 @@ def log_summary(
     loaded: LoadedModel,
     limits: EngineLimits,
     *,
-    shards: str | None,
+    places: Sequence[str | None],
     graphs: str | None,
     overlap: str | None,
     steps: str | None,
 ) -> None:
-    """Log model, shards, memory, limits, kernels, graphs, overlap and length of steps; the last ones unless None."""
+    """Log model, memory, limits and kernels, and the lines that are not None; `places` is about shards and nodes."""
     logger.info(
         "Model %s on %s: dtype %s, %s",
         config.model_path,
@@ -33,8 +34,8 @@ def log_summary(
         _name(loaded.dtype),
         loaded.quantization.description,
     )
-    if shards is not None:
-        logger.info("%s", shards)
+    for line in filter(None, places):
+        logger.info("%s", line)
     logger.info("Setting max batch total tokens to %d", limits.max_batch_total_tokens)
     logger.info(
         "KV cache of %d tokens in %s (%.1f requests of full length), prefix caching %s",

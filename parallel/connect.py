@@ -66,7 +66,9 @@ def _share_memory(rendezvous: Rendezvous, num_threads: int) -> SharedMemoryColle
         if fd >= 0:
             os.close(fd)
         return None
-    is_crowded = size * num_threads > len(os.sched_getaffinity(0))
+    # Ranks that are bound to nodes of the host's memory have processors of their own.
+    processors = set[int]().union(*rendezvous.exchange(sorted(os.sched_getaffinity(0))))
+    is_crowded = size * num_threads > len(processors)
     collectives = SharedMemoryCollectives(fd, rank, size, START_TIMEOUT_S, is_crowded=is_crowded)
     rendezvous.exchange("")  # no rank starts before all have mapped it
     os.close(fd)

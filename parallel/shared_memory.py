@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 
 from parallel.atomics import load_flag, relax, store_flag
 from parallel.state import RankLostError
@@ -32,6 +32,10 @@ FLAG_STRIDE = 16
 SPINS = 20_000
 """Rounds of waiting before a rank gives its core away, about half a millisecond: the ranks are rarely further apart."""
 SLEEP_S = 50e-6
+PARALLEL_FLOATS = 1 << 16
+"""Numbers from which all threads of a rank copy and add: one thread would hold up a prompt on many cores."""
+PIECE = 1 << 12
+"""Numbers that a thread copies or adds at a time."""
 
 _FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 
@@ -77,6 +81,29 @@ def _reduce(x, start, count, slots, first, stride, flags, rank, size, number, sp
     if late < 0:
         _sum(slots, first, stride, size, x, start, count)
     return late
+
+
+@njit(parallel=True, **_FAST)
+def _copy_parallel(x, start, count, slots, slot):  # type: ignore[no-untyped-def]
+    for piece in prange((count + PIECE - 1) // PIECE):
+        for i in range(piece * PIECE, min(count, (piece + 1) * PIECE)):
+            slots[slot + i] = x[start + i]
+
+
+@njit(parallel=True, **_FAST)
+def _sum_parallel(slots, first, stride, size, out, start, count):  # type: ignore[no-untyped-def]
+    for piece in prange((count + PIECE - 1) // PIECE):
+        begin = piece * PIECE
+        _sum(slots, first + begin, stride, size, out, start + begin, min(PIECE, count - begin))
+
+
+@njit(parallel=True, **_FAST)
+def _place_parallel(slots, slot, num_rows, width, out, first_row, column, out_width):  # type: ignore[no-untyped-def]
+    """Put rows of a slot into columns of `out`, flat [rows, out_width]."""
+    for row in prange(num_rows):
+        target = (first_row + row) * out_width + column
+        for i in range(width):
+            out[target + i] = slots[slot + row * width + i]
 
 
 def memory_bytes(size: int) -> int:
@@ -133,7 +160,11 @@ class SharedMemoryCollectives:
             self._number += 1
             first = self._number % 2 * SLOT_FLOATS
             shared = (self._slots, first, stride, self._flags, self._rank, self._size, self._number, self._spins)
-            if _reduce(flat, start, count, *shared) >= 0:
+            if count >= PARALLEL_FLOATS:
+                self._give(flat, start, count, first + self._rank * stride)
+                self._wait(self._number)
+                _sum_parallel(self._slots, first, stride, self._size, flat, start, count)
+            elif _reduce(flat, start, count, *shared) >= 0:
                 self._reduce_late(flat, start, count, first)
         return x
 
@@ -141,11 +172,17 @@ class SharedMemoryCollectives:
         """Do the rest of `_reduce` once a rank is late; waits asleep."""
         stride = 2 * SLOT_FLOATS
         if self._flags[self._rank * FLAG_STRIDE] < self._number:
-            self._wait(self._number - 1)
-            slot = first + self._rank * stride
-            _contribute(flat, start, count, self._slots, slot, self._flags, self._rank, self._number)
+            self._give(flat, start, count, first + self._rank * stride)
         self._wait(self._number)
         _sum(self._slots, first, stride, self._size, flat, start, count)
+
+    def _give(self, flat: Any, start: int, count: int, slot: int) -> None:
+        """Contribute to this operation once the last one is over."""
+        self._wait(self._number - 1)
+        if count >= PARALLEL_FLOATS:
+            _copy_parallel(flat, start, count, self._slots, slot)
+            count = 0
+        _contribute(flat, start, count, self._slots, slot, self._flags, self._rank, self._number)
 
     def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         out = torch.empty(x.shape[0], sum(widths))
@@ -167,14 +204,16 @@ class SharedMemoryCollectives:
             count = min(rows_at_a_time, x.shape[0] - first)
             self._number += 1
             turn = self._number % 2
-            self._wait(self._number - 1)
-            slot = (2 * self._rank + turn) * SLOT_FLOATS
-            _contribute(flat, first * width, count * width, self._slots, slot, self._flags, self._rank, self._number)
+            self._give(flat, first * width, count * width, (2 * self._rank + turn) * SLOT_FLOATS)
             if out is None:
                 continue
             self._wait(self._number)
             column = 0
             for rank, other in enumerate(widths):
-                part = self._parts[rank, turn, : count * other].view(count, other)
-                out[first : first + count, column : column + other] = part
+                slot = (2 * rank + turn) * SLOT_FLOATS
+                if count * other >= PARALLEL_FLOATS:
+                    _place_parallel(self._slots, slot, count, other, out.view(-1).numpy(), first, column, sum(widths))
+                else:
+                    part = self._parts[rank, turn, : count * other].view(count, other)
+                    out[first : first + count, column : column + other] = part
                 column += other

@@ -46,6 +46,10 @@ class RendezvousError(RuntimeError):
     """The ranks don't come together; the text says why, and what to do."""
 
 
+THREAD_PLACES = ("GOMP_CPU_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
+"""OpenMP's variables that bind threads to processors."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class World:
     """What torchrun's variables say."""
@@ -59,6 +63,8 @@ class World:
     port: int = 0
     has_agent_store: bool = False
     """Whether torchrun itself holds the store."""
+    has_thread_places: bool = False
+    """Whether the user says on which processors threads run."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> World:
@@ -71,6 +77,7 @@ class World:
             address=environ.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environ.get("MASTER_PORT", 0)),
             has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            has_thread_places=any(environ.get(name) for name in THREAD_PLACES),
         )
 
 

@@ -55,9 +55,10 @@ class PackedWeight:
     where each eight bytes hold sixteen inputs, the first eight in the lower halves; in "fp8" it is uint8 [n, k], the
     bits of 8-bit floats (e4m3), whose zero points are 0. A quantized weight stands for
     `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
-    for k / groups inputs each. Column i of `weight` belongs to input `input_order[i]`, [k] int64; None: in order.
-    Kernels that can give the product in `out_dtype` without rounding it do so; None: the dtype of x. `architecture` is
-    that of the device, as `sm_90`, for which kernels may have been tuned; None: not known.
+    for k / groups inputs each. Float32 `zero_points` are offsets: the weight is `scales * q - zero_points`. Column i of
+    `weight` belongs to input `input_order[i]`, [k] int64; None: in order. Kernels that can give the product in
+    `out_dtype` without rounding it do so; None: the dtype of x. `architecture` is that of the device, as `sm_90`, for
+    which kernels may have been tuned; None: not known.
     """
 
     layout: str
@@ -257,7 +258,15 @@ def _is_compatible(a: PackedWeight, b: PackedWeight) -> bool:
             return False
     if a.scales is None or b.scales is None:
         return True
-    return (a.scales.shape[1], a.scales.dtype) == (b.scales.shape[1], b.scales.dtype)
+    return (a.scales.shape[1], a.scales.dtype, _dtype(a.zero_points)) == (
+        b.scales.shape[1],
+        b.scales.dtype,
+        _dtype(b.zero_points),
+    )
+
+
+def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def _side_by_side(a: PackedWeight, b: PackedWeight) -> PackedWeight:

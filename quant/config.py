@@ -32,6 +32,7 @@ FORMATS: dict[str, str] = {
     "awq": "quant.awq:AwqFormat",
     "compressed-tensors": "quant.compressed_tensors:CompressedTensorsFormat",
     "fp8": "quant.fp8:Fp8Format",
+    "gguf": "quant.gguf:GgufFormat",
 }
 """`quant_method` of a checkpoint -> lazy "module:Class" of a `quant.base.CheckpointFormat`."""
 

@@ -34,6 +34,13 @@ GROUPED: dict[str, dict[str, list[str]]] = {
         "dense": ["quant.kernels.grouped_cpu:GroupedDenseCpu"],
         "int8": ["quant.kernels.grouped_cpu:GroupedIntegerCpu", "quant.kernels.grouped_cpu:GroupedPackedCpu"],
         "int4": ["quant.kernels.grouped_cpu:GroupedIntegerCpu", "quant.kernels.grouped_cpu:GroupedPackedCpu"],
+        "fp8": ["quant.kernels.grouped_cpu:GroupedPackedCpu"],
+    },
+    "triton": {
+        "dense": ["quant.kernels.grouped_triton:GroupedTriton"],
+        "int8": ["quant.kernels.grouped_triton:GroupedTriton"],
+        "int4": ["quant.kernels.grouped_triton:GroupedTriton"],
+        "fp8": ["quant.kernels.grouped_triton:GroupedTriton"],
     },
 }
 """Backend -> layout of `quant.base.PackedWeight` -> lazy "module:Class" of grouped kernels, the preferred one first."""
@@ -71,12 +78,12 @@ def choose_grouped(
 
 
 def are_alike(matrices: Sequence[PackedWeight]) -> bool:
-    """Whether the matrices can lie one after the other in one memory, and read their inputs in order."""
+    """Whether the matrices can lie one after the other in one memory, and all or none read their inputs in order."""
 
     def form(packed: PackedWeight) -> tuple[object, ...]:
-        tensors = packed.weight, packed.scales, packed.zero_points
+        tensors = packed.weight, packed.scales, packed.zero_points, packed.bias
         forms = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
         return packed.layout, packed.input_order is None, *forms
 
     first = form(matrices[0])
-    return matrices[0].input_order is None and all(form(packed) == first for packed in matrices)
+    return all(form(packed) == first for packed in matrices)

@@ -147,8 +147,10 @@ def widen(packed: PackedWeight) -> torch.Tensor:
         q = packed.weight.view(torch.float8_e4m3fn)
     else:
         q = unpack_nibbles(packed.weight) if packed.layout == "int4" else packed.weight
-    grouped = q.to(torch.float32).reshape(*packed.scales.shape, -1) - packed.zero_points.to(torch.float32)[:, :, None]
-    weight = (grouped * packed.scales.to(torch.float32)[:, :, None]).flatten(1)
+    grouped, scales = q.to(torch.float32).reshape(*packed.scales.shape, -1), packed.scales.to(torch.float32)[:, :, None]
+    zero_points = packed.zero_points.to(torch.float32)[:, :, None]
+    has_offsets = packed.zero_points.is_floating_point()
+    weight = (grouped * scales - zero_points if has_offsets else (grouped - zero_points) * scales).flatten(1)
     if packed.input_order is None:
         return weight
     in_order = torch.empty_like(weight)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, share_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import (
     HAS_AVX512,
@@ -39,28 +40,39 @@ LANES = 16
 BLOCK_SIZE = LANES
 SPAN_BLOCKS = 4
 SPAN = SPAN_BLOCKS * BLOCK_SIZE
-PART_BLOCKS = 64
-PART = PART_BLOCKS * BLOCK_SIZE
-FIRST_ROW, NUM_TOKENS, FIRST_PART, PARTIAL = 0, 1, 4, 6
-"""Columns of a tile (`CpuAttention.work_items`). Its results go straight into the output where PARTIAL is -1."""
+PART_BLOCKS = PART // BLOCK_SIZE
 MIN_SCORE = np.float32(-3.4e38)
 """The highest of no scores; finite, so that differences are numbers."""
 
 
-@njit(**FAST)
-def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
-    """Write the keys and values of qkv, flat [tokens, width], into their slots [tokens] of the cache."""
-    value_start = key_start + num_kv_heads * head_dim
+@njit(inline="always")
+def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, head, keys, values):  # type: ignore[no-untyped-def]
+    """Write one head's key and value of a token of qkv, flat [tokens, width], into its slot of the cache."""
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     num_blocks = keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim)
+    base = (head * num_blocks + block) * BLOCK_SIZE * head_dim
+    source = token * width + key_start + head * head_dim
+    for d in range(head_dim):
+        store_one(keys, base + d * BLOCK_SIZE + offset, qkv[source + d])
+        place = base + (d // LANES * BLOCK_SIZE + offset) * LANES + d % LANES
+        store_one(values, place, qkv[source + num_kv_heads * head_dim + d])
+
+
+@njit(**FAST)
+def write_kv_serial(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
+    """Write all tokens, whose slots are `slots` [tokens]."""
     for token in range(slots.shape[0]):
-        block, offset = slots[token] // BLOCK_SIZE, slots[token] % BLOCK_SIZE
         for head in range(num_kv_heads):
-            base = (head * num_blocks + block) * BLOCK_SIZE * head_dim
-            source = token * width + head * head_dim
-            for d in range(head_dim):
-                store_one(keys, base + d * BLOCK_SIZE + offset, qkv[source + key_start + d])
-                place = base + (d // LANES * BLOCK_SIZE + offset) * LANES + d % LANES
-                store_one(values, place, qkv[source + value_start + d])
+            _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, keys, values)
+
+
+@njit(parallel=True, **FAST)
+def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
+    """The same, shared by the threads, head by head: neighbouring tokens share lines of the processor's cache."""
+    num_tokens = slots.shape[0]
+    for item in prange(num_kv_heads * num_tokens):
+        head, token = item // num_tokens, item % num_tokens
+        _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, keys, values)
 
 
 @njit(inline="always")
@@ -333,10 +345,13 @@ def attend_serial(num_items, args):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **FAST)
-def attend_parallel(num_items, args):  # type: ignore[no-untyped-def]
-    """All items, shared by the threads."""
-    for item in prange(num_items):
-        _attend_item(item, *args)
+def attend_parallel(num_threads, args):  # type: ignore[no-untyped-def]
+    """All items, shared by the threads; args as above."""
+    num_kv_heads, window, tiles = args[3], args[6], args[7]
+    starts, _, _ = share_items(tiles, num_kv_heads, window, num_threads)
+    for thread in prange(num_threads):
+        for item in range(starts[thread], starts[thread + 1]):
+            _attend_item(item, *args)
 
 
 @njit(parallel=True, **FAST)

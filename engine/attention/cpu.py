@@ -18,20 +18,24 @@ from numba import get_num_threads
 from engine.attention.attend_cpu import (
     BLOCK_SIZE,
     LANES,
-    PART,
-    PARTIAL,
     attend_parallel,
     attend_serial,
     merge_parts,
-    write_kv,
+    write_kv_parallel,
+    write_kv_serial,
 )
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
+from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, share_items
 from engine.layers.base import Rotation
 from quant.kernels.arrays import call, flat_view, new_output
 
 MAX_TILE_ROWS = 32
 NO_WINDOW = 1 << 40
 """A number of tokens that no sequence has."""
+MAX_IMBALANCE = 1.15
+"""Work of the thread that has most over the mean: parts are merged afterwards, which is not worth while for less."""
+PARALLEL_TOKENS = 64
+"""Fewer keys and values to write are not worth starting a parallel region."""
 PARALLEL_SCORES = 256
 """Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
 
@@ -87,11 +91,7 @@ class CpuAttention:
     def work_items(
         self, query_start_loc: Sequence[int], seq_lens: Sequence[int], table_width: int
     ) -> npt.NDArray[np.int32]:
-        """Tiles [num_tiles, 7]: first query row, number of query rows, position of the first, sequence, the first part
-        of its keys, the part after the last, and the place of its partial results, -1 if it has all parts.
-
-        Where there are fewer tiles than threads, each part is a tile.
-        """
+        """Tiles [num_tiles, 7] (`tiles_cpu`). Where threads would wait for others, each part of the keys is one."""
         tiles: list[tuple[int, int, int, int]] = []
         for sequence, seq_len in enumerate(seq_lens):
             start = query_start_loc[sequence]
@@ -99,15 +99,16 @@ class CpuAttention:
             for first in range(0, num_queries, self.tile_tokens):
                 num_tokens = min(self.tile_tokens, num_queries - first)
                 tiles.append((start + first, num_tokens, seq_len - num_queries + first, sequence))
-        is_split = len(tiles) * self._shape.num_kv_heads < self._num_threads
-        items: list[tuple[int, ...]] = []
-        for tile in tiles:
-            num_parts = -(-(tile[1] + tile[2]) // PART)
-            if is_split and num_parts > 1:
-                items += [(*tile, part, part + 1, len(items) + part) for part in range(num_parts)]
-            else:
-                items.append((*tile, 0, num_parts, -1))
-        return np.array(items, np.int32).reshape(-1, PARTIAL + 1)
+        whole = [(*tile, 0, -(-(tile[1] + tile[2]) // PART), -1) for tile in tiles]
+        items = np.array(whole, np.int32).reshape(-1, PARTIAL + 1)
+        if self._num_threads == 1 or all(tile[LAST_PART] < 2 for tile in whole) or self._is_balanced(items):
+            return items
+        return np.array(_in_parts(whole), np.int32)
+
+    def _is_balanced(self, tiles: npt.NDArray[np.int32]) -> bool:
+        """Whether no thread has much more to do than another."""
+        _, longest, total = share_items(tiles, self._shape.num_kv_heads, NO_WINDOW, self._num_threads)
+        return bool(longest * self._num_threads <= MAX_IMBALANCE * total)
 
     def work_bytes(self, num_items: int) -> int:
         return 0
@@ -142,10 +143,23 @@ class CpuAttention:
         num_tiles, is_parallel, is_split = prepared.variant
         tiles, block_table, slots, partials = (tensor.numpy() for tensor in prepared.tensors)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        write_kv = write_kv_serial if num_tokens < PARALLEL_TOKENS else write_kv_parallel
         call(write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, keys, values)
         tensors = tiles, block_table, keys, values, flat_out, partials
         arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, *tensors
-        call(attend_parallel if is_parallel else attend_serial, num_tiles * shape.num_kv_heads, arguments)
+        if is_parallel:
+            call(attend_parallel, self._num_threads, arguments)
+        else:
+            call(attend_serial, num_tiles * shape.num_kv_heads, arguments)
         if is_split:
             call(merge_parts, tiles, *sizes, flat_out, partials)
         return out
+
+
+def _in_parts(tiles: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """A tile for each part of each tile's keys, with a place for its partial results if there are several."""
+    items: list[tuple[int, ...]] = []
+    for *tile, first, last, _ in tiles:
+        place = len(items) if last > 1 else -1
+        items += [(*tile, part, part + 1, place if place < 0 else place + part) for part in range(first, last)]
+    return items

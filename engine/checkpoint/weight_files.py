@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.link.errors import StartError
-from engine.link.model_files import INDEX, WEIGHTS, is_weight_name, names_in, read_json
+from engine.link.model_files import GGUF_INDEX, INDEX, WEIGHTS, is_weight_name, names_in, read_json
 
 WHOLE = "model.safetensors"
 SECOND_COPIES = ("consolidated",)
@@ -27,8 +28,25 @@ class WeightFiles:
     others: Sequence[str]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufIndex:
+    """Where tensors lie in GGUF files."""
+
+    files: Sequence[Path]
+    tensors: Mapping[str, Mapping[str, Any]]
+    """Name -> `file`, a place in `files`; `offset` in bytes; `type`; `shape`."""
+
+
+def read_gguf_index(folder: Path) -> GgufIndex | None:
+    """The index of a folder whose weights are in GGUF files; None: they are not. Raises StartError."""
+    index = read_json(folder / GGUF_INDEX)
+    return GgufIndex([folder / name for name in index["files"]], index["tensors"]) if index else None
+
+
 def find_weight_files(folder: Path) -> WeightFiles:
     """The weight files of a model. Raises StartError when there are none or one that is needed is missing."""
+    if (gguf := read_gguf_index(folder)) is not None:
+        return WeightFiles(gguf.files, [])
     names = sorted(name for name in names_in(folder) if name.endswith(WEIGHTS))
     chosen = choose_weight_names(folder, names)
     for name in chosen:

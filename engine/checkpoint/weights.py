@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.checkpoint.renamed_weights import RenamedWeights, names_of_models
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
-from engine.checkpoint.weight_files import find_weight_files
+from engine.checkpoint.weight_files import find_weight_files, read_gguf_index
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,11 @@ class WeightSource(Protocol):
 
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a model's folder. Raises StartError when there are none."""
+    gguf = read_gguf_index(folder)
+    if gguf is not None:
+        from engine.checkpoint.gguf_weights import GgufWeights  # it loads torch
+
+        return GgufWeights(gguf)
     weights = SafetensorsWeights(find_weight_files(folder).paths)
     stored_names = names_of_models(weights.names)
     is_usual = all(name == stored for name, stored in stored_names.items())

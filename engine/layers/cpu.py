@@ -17,6 +17,8 @@ from quant.kernels.simd import LANES, add, divide, exp, fma, load, multiply, spl
 
 PARALLEL_ELEMENTS = 1 << 15
 """Work below this many elements is not worth a parallel region."""
+PIECE = 1024
+"""Elements of a row that one thread computes, where a row has no sum: few rows have work for many threads."""
 
 
 @njit(inline="always")
@@ -53,10 +55,10 @@ def _add_norm_row(residual, x, start, size, weight, eps, out):  # type: ignore[n
 
 
 @njit(inline="always")
-def _silu_row(gate_up, row, size, out):  # type: ignore[no-untyped-def]
+def _silu_row(gate_up, row, first, last, size, out):  # type: ignore[no-untyped-def]
     gate, up, target = row * 2 * size, row * 2 * size + size, row * size
     one, nothing = splat(np.float32(1.0)), zeros()
-    for i in range(0, size, LANES):
+    for i in range(first, last, LANES):
         value = load(gate_up, gate + i)
         value = divide(value, add(one, exp(subtract(nothing, value))))
         store(out, target + i, multiply(value, load(gate_up, up + i)))
@@ -128,13 +130,15 @@ def _norm_heads_parallel(qkv, num_rows, width, num_heads, size, weight, eps):  #
 @njit(**FAST)
 def _silu_serial(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
-        _silu_row(gate_up, row, size, out)
+        _silu_row(gate_up, row, 0, size, size, out)
 
 
 @njit(parallel=True, **FAST)
 def _silu_parallel(gate_up, num_rows, size, out):  # type: ignore[no-untyped-def]
-    for row in prange(num_rows):
-        _silu_row(gate_up, row, size, out)
+    num_pieces = (size + PIECE - 1) // PIECE
+    for item in prange(num_rows * num_pieces):
+        first = item % num_pieces * PIECE
+        _silu_row(gate_up, item // num_pieces, first, min(size, first + PIECE), size, out)
 
 
 @njit(**FAST)

@@ -23,6 +23,8 @@ STRAY_WORDS = "arguments args training trainer optimizer scheduler rng_state".sp
 """A file with one of these words in its name is a trainer's, not a part of the model."""
 NAMED_TEMPLATES = "additional_chat_templates"
 """The folder in a model's folder whose files `NAME.jinja` are further chat templates."""
+GGUF, GGUF_INDEX = ".gguf", "gguf_index.json"
+"""The ending of GGUF files, and what says where tensors lie in them (`engine.checkpoint.gguf_folder`)."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, INDEX, is_adapter, is_weight_name, names_in, read_file
+from engine.link.model_files import ADAPTER_WEIGHTS, GGUF, INDEX, is_adapter, is_weight_name, names_in, read_file
 from engine.link.suggestions import suggestion
 
 BUCKET_SCHEME = "gs://"
 """The beginning of the address of a folder in Google's Cloud Storage."""
 PICKLED = (".bin", ".pt", ".pth")
-GGUF = ".gguf"
-GGUF_REFUSAL = "and GGUF is not read: give a folder, or an id on the Hub, with safetensors weights"
+_GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 POINTER_START = b"version https://git-lfs"
 MAX_POINTER_BYTES = 1024
 """A pointer of Git LFS, which stands in place of a file that was not fetched, is smaller."""
@@ -35,7 +34,9 @@ def refuse_other_paths(model_id: str) -> None:
         raise StartError(f"{model_id} is an address: give the model's id, like {owner_and_name or 'Qwen/Qwen2.5-0.5B'}")
     if os.path.isfile(model_id):
         if model_id.endswith(GGUF):
-            raise StartError(f"{model_id} is a GGUF file, {GGUF_REFUSAL}")
+            raise StartError(
+                f"{model_id} is a GGUF file, and only a server reads those: give a folder with safetensors"
+            )
         raise StartError(f"{model_id} is a file: give the folder that it lies in, {Path(model_id).parent}")
     if os.path.islink(model_id) and not os.path.exists(model_id):
         raise StartError(f"{model_id} is a link to {os.readlink(model_id)}, which does not exist: correct the link")
@@ -44,6 +45,40 @@ def refuse_other_paths(model_id: str) -> None:
         raise StartError(
             f"{model_id!r} is neither a folder nor the id of a model on the Hub{suggested}: check the path or the id"
         )
+
+
+def gguf_files(model_id: str) -> list[Path]:
+    """The GGUF files of a model, in order: one, the parts of a split one, or those in a folder without other weights.
+
+    Empty: `model_id` names no such model. Raises StartError for a folder with several models, and for missing parts.
+    """
+    path = Path(model_id)
+    if model_id.endswith(GGUF) and os.path.isfile(model_id):
+        return _gguf_set(path)
+    if not os.path.isdir(model_id):  # Path would take an empty text for the working directory
+        return []
+    names = names_in(path)
+    files = sorted(path / name for name in names if name.endswith(GGUF) and not name.startswith("."))
+    if not files or INDEX in names or any(map(is_weight_name, names)):
+        return []
+    whole = _gguf_set(files[0])
+    if others := [file.name for file in files if file not in whole]:
+        raise StartError(
+            f"{model_id} has several models in GGUF, {whole[0].name} and {others[0]} among them: give the path of one"
+        )
+    return whole
+
+
+def _gguf_set(path: Path) -> list[Path]:
+    """All parts of the model that a file is of. Raises StartError if one is not there."""
+    match = _GGUF_PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, int(match[3]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise StartError(f"{part} is missing: {path.name} is one of {int(match[3])} parts, fetch them all")
+    return parts
 
 
 def folder_suggestion(model_id: str) -> str:
@@ -102,7 +137,9 @@ def _refuse_other_weights(names: Collection[str], model_id: str) -> None:
             "machine you trust, with `transformers`, save_pretrained(..., safe_serialization=True)"
         )
     if any(name.endswith(GGUF) for name in names):
-        raise StartError(f"{model_id} has no *.safetensors file but GGUF, {GGUF_REFUSAL}")
+        raise StartError(
+            f"{model_id} has no *.safetensors file but GGUF: fetch one of those files, and give its path as --model-id"
+        )
     if "config.json" in names or "tokenizer.json" in names:
         raise StartError(
             f"{model_id} has no *.safetensors file, the weights are missing: fetch all of the model's files"

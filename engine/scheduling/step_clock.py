@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 from engine.link.messages import StepReport, TokenEvent
@@ -27,19 +25,11 @@ class StepClock:
         self._started = time.monotonic()
         self._scheduled = self._sampled = self._ended = 0.0
 
-    @contextlib.contextmanager
-    def scheduling(self) -> Iterator[None]:
-        yield
+    def end_scheduling(self) -> None:
         self._scheduled = time.monotonic()
 
-    @contextlib.contextmanager
-    def computing(self, batch: ScheduledBatch) -> Iterator[None]:
-        """Time the model and the sampling."""
-        self.begin_computing(batch)
-        yield
-        self.end_computing()
-
     def begin_computing(self, batch: ScheduledBatch) -> None:
+        """The model and the sampling come next."""
         self.report.num_sequences = len(batch.scheduled)
         self.report.num_admitted = batch.num_admitted
         self.report.is_prefill = not batch.is_decoding or batch.num_admitted > 0
@@ -47,9 +37,7 @@ class StepClock:
     def end_computing(self) -> None:
         self._sampled = time.monotonic()
 
-    @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
-        yield
+    def end_updating(self) -> None:
         self._ended = time.monotonic()
 
     def finish(self, events: SequenceOf[TokenEvent]) -> float:

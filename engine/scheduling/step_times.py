@@ -85,13 +85,23 @@ class StepTimes:
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step of `work` took `seconds`."""
-        tokens_s, rows_s, *pairs_s = (rate * count for rate, count in zip(self._rates, work, strict=True))
+        token_s, row_s, prompt_pair_s, decode_pair_s = self._rates
+        tokens_s, rows_s = token_s * work.num_tokens, row_s * work.num_rows
+        prompts_s, decodes_s = prompt_pair_s * work.num_prompt_pairs, decode_pair_s * work.num_decode_pairs
         matrices_s = math.hypot(self._read_s, tokens_s + rows_s)
         part = (tokens_s + rows_s) / matrices_s
-        parts = [self._read_s**2 / matrices_s, part * tokens_s, part * rows_s, *pairs_s]
-        predicted = sum(parts)
+        reading_s, tokens_s, rows_s = self._read_s**2 / matrices_s, part * tokens_s, part * rows_s
+        predicted = reading_s + tokens_s + rows_s + prompts_s + decodes_s
         error = min(max(seconds - predicted, -MAX_ERROR * predicted), MAX_ERROR * predicted)
-        scale = LEARNING * error / sum(part * part for part in parts)
-        reading, *factors = (max(0.5, 1 + scale * part) for part in parts)
-        self._read_s *= reading
-        self._rates = StepRates(*(rate * factor for rate, factor in zip(self._rates, factors, strict=True)))
+        scale = LEARNING * error / (reading_s**2 + tokens_s**2 + rows_s**2 + prompts_s**2 + decodes_s**2)
+
+        def factor(part_s: float) -> float:
+            return max(0.5, 1 + scale * part_s)
+
+        self._read_s *= factor(reading_s)
+        self._rates = StepRates(
+            token_s * factor(tokens_s),
+            row_s * factor(rows_s),
+            prompt_pair_s * factor(prompts_s),
+            decode_pair_s * factor(decodes_s),
+        )

@@ -29,8 +29,8 @@ MATRICES: dict[str, dict[str, list[str]]] = {
     },
     "triton": {
         "dense": ["quant.kernels.matrix_triton:MatrixTriton"],
-        "int8": ["quant.kernels.matrix_triton:MatrixTriton"],
-        "int4": ["quant.kernels.matrix_triton:MatrixTriton"],
+        "int8": ["quant.kernels.matrix_triton:MatrixTriton", "quant.kernels.packed_torch:PackedTorch"],
+        "int4": ["quant.kernels.matrix_triton:MatrixTriton", "quant.kernels.packed_torch:PackedTorch"],
     },
 }
 """Backend -> layout of `quant.base.PackedWeight` -> lazy "module:Class" of `MatrixKernel`s, the preferred one first.

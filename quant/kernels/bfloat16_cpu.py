@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_part_tile, make_tile
 from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
 from quant.kernels.simd import HAS_AVX512, load16, store
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
 # None asks for weights ahead of their use: the processor's own guesses are faster on Zen 5.
 _single, _one_row, _two_rows = (make_tile(*shape, ahead=0, products=PAIRS) for shape in ((1, 1), (1, 4), (2, 4)))
@@ -34,7 +35,7 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
     rounded = np.empty(num_rows * k_size, np.uint16)
     if num_rows < ROWS:  # a parallel region takes longer to start
         for row in range(num_rows):
@@ -43,16 +44,19 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ign
         for row in prange(num_rows):
             _round_row(x, row, k_size, rounded)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        multiply_rows(
-            _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART,
-            rounded, w, first_n * k_size, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
-        )  # fmt: skip
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile):
+                first_n = tile * TILE_OUTPUTS
+                last_n = min(n_size, first_n + TILE_OUTPUTS)
+                multiply_rows(
+                    _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART,
+                    rounded, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size,
+                )  # fmt: skip
 
 
 class Bfloat16Cpu:
@@ -78,10 +82,11 @@ class Bfloat16Cpu:
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
         self._row_block = rows_per_block(2 * self._k_size)
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
-        sizes = num_rows, self._n_size, self._k_size, self._row_block
+        sizes = num_rows, self._n_size, self._k_size, self._row_block, self._num_threads
         call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

@@ -9,13 +9,14 @@ the weights (docs/performance.md has the figures).
 from __future__ import annotations
 
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import WIDTH, make_part_tile, make_tile
 from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
 from quant.kernels.simd import LANES
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
 _single = make_tile(1, 1, ahead=0)
 _ONE_OUTPUTS = 2
@@ -38,15 +39,17 @@ def multiply_tile(x, w, w_first, bias, out, first_row, last_row, first_n, last_n
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        multiply_tile(x, w, first_n * k_size, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            for tile in range(first_tile, last_tile):
+                first_n = tile * TILE_OUTPUTS
+                last_n, w_first = min(n_size, first_n + TILE_OUTPUTS), first_n * k_size
+                multiply_tile(x, w, w_first, bias, out, row, min(end, row + size), first_n, last_n, n_size, k_size)
 
 
 class DenseCpu:
@@ -67,10 +70,11 @@ class DenseCpu:
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
         self._row_block = rows_per_block(4 * self._k_size)
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
-        sizes = num_rows, self._n_size, self._k_size, self._row_block
+        sizes = num_rows, self._n_size, self._k_size, self._row_block, self._num_threads
         call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

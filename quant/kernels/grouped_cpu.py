@@ -19,7 +19,8 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
-from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _round_row, _single
+from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _single
+from quant.kernels.integer_ops import round_group
 from quant.kernels.packed_cpu import PackedCpu, _int4_1x4, _int8_1x4, _widen_int4, _widen_int8
 
 
@@ -43,11 +44,11 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
     x_scales = np.empty(num_rows * k_size // group, np.float32)
     x_sums = np.empty(num_rows * k_size // group, np.int32)
     if num_rows < ROWS:
-        for row in range(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+        for g in range(num_rows * k_size // group):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
     else:
-        for row in prange(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+        for g in prange(num_rows * k_size // group):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for item in prange(active[0] * num_tiles):
@@ -106,6 +107,11 @@ def _biases(matrices: Sequence[PackedWeight]) -> torch.Tensor:
     return torch.cat([bias.to(torch.float32) for bias in biases])
 
 
+def _order_reasons(matrices: Sequence[PackedWeight]) -> list[str]:
+    is_ordered = matrices[0].input_order is None
+    return [] if is_ordered else ["each matrix has its inputs in an order of its own"]
+
+
 class GroupedDenseCpu:
     """`DenseCpu` for many matrices."""
 
@@ -113,7 +119,7 @@ class GroupedDenseCpu:
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
-        return DenseCpu.why_not(matrices[0])
+        return DenseCpu.why_not(matrices[0]) + _order_reasons(matrices)
 
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         self._n_size, self._k_size = matrices[0].weight.shape
@@ -134,17 +140,19 @@ class GroupedPackedCpu:
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
-        return PackedCpu.why_not(matrices[0])
+        return PackedCpu.why_not(matrices[0]) + _order_reasons(matrices)
 
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         first = matrices[0]
         assert first.scales is not None
-        self._kernel = {"int8": _packed_int8, "int4": _packed_int4}[first.layout]
+        self._kernel = {"int8": _packed_int8, "fp8": _packed_int8, "int4": _packed_int4}[first.layout]
         self._n_size, num_groups = first.scales.shape
         self._sizes = self._n_size, first.num_inputs, num_groups
-        tensors = [(packed.weight, packed.scales, packed.zero_points) for packed in matrices]
-        parts = [torch.cat([part for part in parts if part is not None]) for parts in zip(*tensors, strict=True)]
-        self._weights = *map(flat_view, parts), flat_view(_biases(matrices))
+        scales = [packed.scales for packed in matrices if packed.scales is not None]
+        zero_points = [packed.zero_points for packed in matrices if packed.zero_points is not None]
+        joined = torch.cat(scales).float() * 256 if first.layout == "fp8" else torch.cat(scales)  # as `PackedCpu` does
+        weight = torch.cat([packed.weight for packed in matrices])
+        self._weights = *map(flat_view, (weight, joined, torch.cat(zero_points))), flat_view(_biases(matrices))
         self._scratch = packed_cpu._scratch(first.num_inputs)
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
@@ -160,7 +168,7 @@ class GroupedIntegerCpu:
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
-        return IntegerCpu.why_not(matrices[0])
+        return IntegerCpu.why_not(matrices[0]) + _order_reasons(matrices)
 
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         self._n_size = matrices[0].weight.shape[0]

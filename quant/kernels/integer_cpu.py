@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
@@ -28,10 +28,14 @@ from quant.kernels.integer_ops import (
     round_group,
 )
 from quant.kernels.rounded_torch import GROUPS, activation_group
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 from quant.packing import unpack_nibbles
 
 ROW_BLOCK_BYTES = 1 << 18
 """Rounded activations that stay in the L2 cache while a thread walks over its weights."""
+MIN_ROW_BLOCK = 48
+"""Rows that share a reading of the weights even where their activations do not fit: with 18,944 inputs a product takes
+0.75 of the time that it takes with the 12 rows that would fit."""
 
 FOUND = find_instructions()
 ISA = FOUND or INSTRUCTIONS[-1]
@@ -43,42 +47,46 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
-@njit(inline="always")
-def _round_row(x, k_size, group, row, rounded, x_scales, x_sums):  # type: ignore[no-untyped-def]
-    groups = k_size // group
-    for g in range(groups):
-        round_group(x, row * k_size + g * group, group, rounded, x_scales, x_sums, row * groups + g)
-
-
 _many, _pair, _single = make_tile(ISA, ISA.rows), make_tile(ISA, 2), make_tile(ISA, 1)
 ROWS = ISA.rows
 
 
 @njit(parallel=True, **FAST)
-def _product(x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+def _product(  # type: ignore[no-untyped-def]
+    x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, row_block, num_threads
+):
     x8 = np.empty(num_rows * k_size, np.int8)
     x_scales = np.empty(num_rows * k_size // group, np.float32)
     x_sums = np.empty(num_rows * k_size // group, np.int32)
+    num_groups_of_x = num_rows * k_size // group
     if num_rows < ROWS:
-        for row in range(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
+        for g in range(num_groups_of_x):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
     else:
-        for row in prange(num_rows):
-            _round_row(x, k_size, group, row, x8, x_scales, x_sums)
-    num_tiles = n_size // OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
-    for item in prange(num_row_blocks * num_tiles):
-        tile = item % num_tiles
-        row = item // num_tiles * row_block
-        last = min(num_rows, row + row_block)
-        while row + ROWS <= last:
-            _many(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
-            row += ROWS
-        while row + 2 <= last:
-            _pair(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
-            row += 2
-        if row < last:
-            _single(x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size)
+        for g in prange(num_groups_of_x):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, n_size // OUTPUTS, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for block_row in range(first_row, end, size):
+            last = min(end, block_row + size)
+            for tile in range(first_tile, last_tile):
+                row = block_row
+                while row + ROWS <= last:
+                    _many(
+                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+                    )
+                    row += ROWS
+                while row + 2 <= last:
+                    _pair(
+                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+                    )
+                    row += 2
+                if row < last:
+                    _single(
+                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+                    )
 
 
 @njit(**FAST)
@@ -115,7 +123,9 @@ class IntegerCpu:
         reasons = []
         if FOUND is None:
             reasons.append("the processor has none of " + ", ".join(isa.feature for isa in INSTRUCTIONS))
-        assert packed.scales is not None
+        assert packed.scales is not None and packed.zero_points is not None
+        if packed.zero_points.is_floating_point():
+            reasons.append("weights have offsets in place of zero points")
         if activation_group(packed.num_inputs // packed.scales.shape[1]) is None:
             reasons.append(f"groups of weights must be a multiple of {GROUPS[-1]} inputs")
         return reasons
@@ -141,7 +151,9 @@ class IntegerCpu:
         bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
         numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(self._padded(bias))
         self._before = group, flat_view(weight), *numbers
-        self._after = self._padded_size, k_size, max(ROWS, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
+        row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
+        self._after = self._padded_size, k_size, row_block
+        self._num_threads = get_num_threads()
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -169,7 +181,7 @@ class IntegerCpu:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
-        call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after)
+        call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after, self._num_threads)
         if self._padded_size == self._n_size:
             return out
         cut, flat_cut = new_output(num_rows, self._n_size)

@@ -206,6 +206,7 @@ def make_tile(isa: Instructions, rows: int) -> Any:
             g0 = b.mul(n, num_groups)
             unit_bytes = CHUNK * lanes * bits // 8
             group_stride = [b.mul(b.mul(number(u), num_groups), number(lanes)) for u in unit_count]
+            tile_stride = b.mul(num_groups, number(units * lanes))
             x_groups_each = b.sdiv(num_x_groups, num_groups)
             chunks_each = b.sdiv(group, number(CHUNK))
             w0 = b.mul(tile, b.mul(b.sdiv(k_size, number(CHUNK)), number(units * unit_bytes)))
@@ -226,6 +227,12 @@ def make_tile(isa: Instructions, rows: int) -> Any:
                 g = over_groups.index
                 # zero points are taken off by starting below zero
                 negative = [b.neg(v.numbers(zero_data, group_numbers(g, u), zero_type)) for u in unit_count]
+                if is_grouped and rows <= FEW_ROWS:
+                    # A tile ahead: the processor does not see by itself how these two go on beside the weights.
+                    for u in unit_count:
+                        next_numbers = b.add(group_numbers(g, u), tile_stride)
+                        v.prefetch(scale_data, next_numbers, is_near=True)
+                        v.prefetch(zero_data, next_numbers, is_near=True)
                 if is_grouped:
                     factors = [v.numbers(scale_data, group_numbers(g, u), scale_array.dtype) for u in unit_count]
                 with cgutils.for_range(b, x_groups_each) as over_x_groups:

@@ -21,6 +21,8 @@ class MatrixTriton:
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
+        if packed.zero_points is not None and packed.zero_points.is_floating_point():
+            return ["weights have offsets in place of zero points"]
         return []
 
     def __init__(self, packed: PackedWeight) -> None:

@@ -2,8 +2,9 @@
 
 A weight is `scale * (q - zero)`, a scale and a zero point for every `group_size` inputs of an output. It is widened as
 `fma(q, scale, -scale * zero)`: exact for 16-bit scales, since their 11 bits times at most 9 bits of `q` or `zero` fit a
-float32. The sums then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights,
-whatever the number of rows.
+float32. Offsets that are stored as floats take the place of `scale * zero`, and the weight is rounded once. The sums
+then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights, whatever the
+number of rows.
 
 One row is bound by reading the weights, and multiplies as it widens. More rows share the widening: a thread writes a
 tile of widened weights into a scratch of its own, which stays in its cache, and the dense kernel's tiles read it.
@@ -14,14 +15,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import config, get_thread_id, njit, prange
+from numba import config, get_num_threads, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
-from quant.kernels.dense_rows import ROW_BLOCK_BYTES, TILE_OUTPUTS
-from quant.kernels.packed_ops import add_int4, add_int8
+from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS
+from quant.kernels.packed_ops import add_int4, add_int8, load_shift
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros
 from quant.kernels.simd import (
@@ -36,6 +37,7 @@ from quant.kernels.simd import (
     store,
     sum_lanes,
 )
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 from quant.packing import NIBBLE_CHUNK
 
 MIN_ROW_BLOCK = 48
@@ -51,8 +53,8 @@ def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
+        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
         b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
         for k in range(g * group_size, (g + 1) * group_size, WIDTH):
             prefetch(w, w0 + 4 * (k_size + k))
@@ -76,8 +78,8 @@ def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
     for g in range(num_groups):
         a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
         a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(-(a0 * load_one(zero_points, g0 + g))), wide_splat(-(a1 * load_one(zero_points, g1 + g)))
-        z2, z3 = wide_splat(-(a2 * load_one(zero_points, g2 + g))), wide_splat(-(a3 * load_one(zero_points, g3 + g)))
+        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
+        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
         b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             byte = k // 2
@@ -97,7 +99,7 @@ def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, LANES):
             store(scratch, s0 + k, fma(load_int8(w, w0 + k), b, z))
 
@@ -107,51 +109,105 @@ def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(-(a * load_one(zero_points, g0 + g)))
+        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             store(scratch, s0 + k, fma(load_int4_low(w, w0 + k // 2), b, z))
             store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))
 
 
-@njit(parallel=True, **FAST)
-def _product_int8(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
-    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
-            for n in range(first_n, last_n, 4):
-                _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-        else:
-            s0 = get_thread_id() * TILE_OUTPUTS * k_size
-            for n in range(first_n, last_n):
-                place = s0 + (n - first_n) * k_size
-                _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+@njit(inline="always")
+def _tile_int8(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
+):
+    first_n = tile * TILE_OUTPUTS
+    last_n = min(n_size, first_n + TILE_OUTPUTS)
+    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
+        for n in range(first_n, last_n, 4):
+            _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+    else:
+        s0 = get_thread_id() * TILE_OUTPUTS * k_size
+        for n in range(first_n, last_n):
+            place = s0 + (n - first_n) * k_size
+            _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)
-def _product_int4(x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block):  # type: ignore[no-untyped-def]
+def _product_int8(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    num_row_blocks = (num_rows + row_block - 1) // row_block
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile):
+                _tile_int8(
+                    x,
+                    w,
+                    scales,
+                    zero_points,
+                    bias,
+                    out,
+                    scratch,
+                    row,
+                    last_row,
+                    tile,
+                    num_rows,
+                    n_size,
+                    k_size,
+                    num_groups,
+                )
+
+
+@njit(inline="always")
+def _tile_int4(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
+):
     stride = k_size // 2
-    for item in prange(num_row_blocks * num_tiles):
-        first_row = item // num_tiles * row_block
-        last_row = min(num_rows, first_row + row_block)
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
-            for n in range(first_n, last_n, 4):
-                _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-        else:
-            s0 = get_thread_id() * TILE_OUTPUTS * k_size
-            for n in range(first_n, last_n):
-                place = s0 + (n - first_n) * k_size
-                _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+    first_n = tile * TILE_OUTPUTS
+    last_n = min(n_size, first_n + TILE_OUTPUTS)
+    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
+        for n in range(first_n, last_n, 4):
+            _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+    else:
+        s0 = get_thread_id() * TILE_OUTPUTS * k_size
+        for n in range(first_n, last_n):
+            place = s0 + (n - first_n) * k_size
+            _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+
+
+@njit(parallel=True, **FAST)
+def _product_int4(  # type: ignore[no-untyped-def]
+    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+):
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    for item in prange(num_threads * NUM_RECTANGLES):
+        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
+        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
+        size = even_block(end - first_row, row_block, ROWS)
+        for row in range(first_row, end, size):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile):
+                _tile_int4(
+                    x,
+                    w,
+                    scales,
+                    zero_points,
+                    bias,
+                    out,
+                    scratch,
+                    row,
+                    last_row,
+                    tile,
+                    num_rows,
+                    n_size,
+                    k_size,
+                    num_groups,
+                )
 
 
 _scratches: dict[int, npt.NDArray[np.float32]] = {}
@@ -188,7 +244,8 @@ class PackedCpu:
         self._bias = flat_view(bias)
         self._input_order = packed.input_order
         self._scratch = _scratch(self._k_size)
-        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // 4 * 4)
+        self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // ROWS * ROWS)
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._input_order is not None:
@@ -196,6 +253,6 @@ class PackedCpu:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
         weight = self._weight, self._scales, self._zero_points, self._bias
-        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block
+        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block, self._num_threads
         call(self._product, flat_view(x), *weight, flat_out, self._scratch, *sizes)
         return out

@@ -1,13 +1,16 @@
 #!/bin/sh
-# packages.sh cpu|cuda|hip: make /opt/venv with torch in that build and what pyproject.toml asks for.
-# TORCH_SPEC and TORCH_INDEX say which torch, and where beside PyPI pip looks for it. Run by the Dockerfile.
+# packages.sh cpu|cuda|hip: make /opt/venv with torch in that build and what pyproject.toml asks for. Run by the Dockerfile.
+# TORCH_SPEC says which torch, in place of the one in constraints.txt, and TORCH_INDEX where beside PyPI pip looks for it.
 set -eu
 build=$1
 
+default=$(grep '^torch==' constraints.txt)
+# PyPI's last CPU build for 64-bit ARM: newer ones there are for CUDA.
+if [ "$build $(uname -m) ${TORCH_INDEX:-}" = 'cpu aarch64 ' ]; then default=torch==2.9.1; fi
 python3 -m venv /opt/venv
 # torch is TORCH_SPEC's, and brings the Triton that it was made with.
 grep -Ev '^(torch|triton)==' constraints.txt > others.txt
-pip install --no-cache-dir --no-compile -c others.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH_SPEC"
+pip install --no-cache-dir --no-compile -c others.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${TORCH_SPEC:-$default}"
 python - "$build" <<'PYTHON'
 import sys
 from torch import version

@@ -42,8 +42,8 @@ MODEL = (
     Flag(
         name="model-id",
         fills="launcher.model_id server.model_id",
-        help="Folder of a Hugging Face model, its id on the Hub, or gs://BUCKET/FOLDER in Google's Cloud Storage "
-        "(ours); an adapter (LoRA) is merged into the model that it names",
+        help="Folder of a Hugging Face model, its id on the Hub, a GGUF file or a folder with one (ours), or "
+        "gs://BUCKET/FOLDER in Google's Cloud Storage (ours); an adapter (LoRA) is merged into the model that it names",
     ),
     Flag(
         name="served-model-name",

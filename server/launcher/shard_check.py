@@ -37,8 +37,9 @@ def check_model(model_path: str, sharding: Sharding) -> None:
 
 def _split(config: Any, size: int) -> None:
     """Raise SplitError as the engine will, whatever the weights' form; say nothing where numbers are missing."""
-    names = "num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
     sizes: Mapping[str, Any] = config if isinstance(config, dict) else {}
+    inner = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
+    names = "num_attention_heads num_key_value_heads".split() + [inner, "vocab_size"]
     values: list[Any] = [sizes.get(name) for name in names]
     if not all(type(value) is int and value > 0 for value in values):
         return

@@ -19,7 +19,7 @@ from pathlib import Path
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
 from engine.link.model_files import ADAPTER_CONFIG, adapter_base
-from engine.link.model_folders import folder_suggestion, refuse_no_model, refuse_other_paths
+from engine.link.model_folders import folder_suggestion, gguf_files, refuse_no_model, refuse_other_paths
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -98,7 +98,9 @@ def _find_folder(
 
     With an adapter comes its model, unless it `is_alone`.
     """
-    if os.path.isdir(model_id):
+    if gguf_files(model_id):
+        logger.info("%s is in GGUF: a folder beside the Hub's cache gets its configuration and tokenizer", model_id)
+    elif os.path.isdir(model_id):
         if revision is None:
             refuse_no_model(Path(model_id))
             return model_id

@@ -38,6 +38,7 @@ DEQUANTIZERS: dict[str, Callable[..., Any]] = {
     "awq": dequantize.awq_weight,
     "compressed-tensors": dequantize.compressed_weight,
     "fp8": dequantize.scaled_weight,
+    "gguf": dequantize.gguf_weights,
 }
 """Key of `FORMATS` -> the independent reading of a matrix in NumPy, for checkpoints of the format's own tools."""
 

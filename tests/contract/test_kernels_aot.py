@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.layers.triton import TritonOps
+from quant.base import PackedWeight, RowGroups
 from quant.kernels import compiled_row_counts
-from quant.kernels.launch import Launch
+from quant.kernels.grouped_triton import GroupedTriton
+from quant.kernels.launch import Launch, recorded_launches
 from scripts.kernels_aot import (
     CARDS,
     FORMS,
@@ -97,6 +100,20 @@ def test_float32_fits_with_the_tiles_that_it_gets(card_name: str, kernel: str, f
     resources = compile_launch(largest, card)
     assert resources.shared_bytes > 0
     assert complaints_of(resources, card, is_decoding=True) == []
+
+
+def test_the_kernels_of_other_families_compile() -> None:
+    """The norm of heads, and experts of 4 bits whose inputs are in an order of their own."""
+    scales = torch.empty(64, 4, dtype=torch.float16)
+    weight = torch.empty(64, 128, dtype=torch.uint8)
+    packed = PackedWeight("int4", weight, None, scales, scales.to(torch.int32), torch.empty(256, dtype=torch.int64))
+    with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
+        TritonOps().norm_heads(torch.empty(4, 48 * 128), torch.empty(40, 128), 1e-6)
+        starts, rows = torch.empty(3, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
+        GroupedTriton([packed] * 2)(torch.empty(8, 256, dtype=torch.bfloat16), RowGroups(starts, starts, rows))
+    assert [launch.name for launch in launches] == ["head_norm_kernel", "grouped_kernel"]
+    for launch in launches:
+        assert complaints_of(compile_launch(launch, CARDS["sm_90"]), CARDS["sm_90"], is_decoding=True) == []
 
 
 def test_an_oversize_tile_is_caught() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
 from engine.checkpoint.files import read_model_config, read_quantization_config
+from engine.checkpoint.weights import open_weights
 from engine.runner import ModelRunner
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.block_manager import BlockManager
@@ -37,7 +37,8 @@ NEAR_TIE = 1e-4
 def test_every_matrix_has_the_numbers_of_the_dequantization(folder: Path) -> None:
     config = read_model_config(folder)
     stored = read_quantization_config(folder, config)
-    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    weights = open_weights(folder)
+    tensors = {name: weights.read(name) for name in weights.names}
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, stored, tensors, dense, matrices="cpu", is_exact=True)
     expected = dequantize(folder)
@@ -66,5 +67,5 @@ def test_greedy_ids_equal_transformers_on_the_dequantized_weights(folder: Path) 
 def test_all_tools_are_there() -> None:
     provenance = json.loads((CHECKPOINTS / "provenance.json").read_text())
     tools = {folder.name.split("-")[0] for folder in FOLDERS}
-    assert tools == {"auto", "autoawq", "gptqmodel", "llmcompressor", "transformers"}
+    assert tools == {"auto", "autoawq", "gptqmodel", "llama", "llmcompressor", "transformers"}
     assert provenance

@@ -37,7 +37,7 @@ from tests.interpreted.test_engine import (
     make_quantized_runner,
     run,
 )
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen2_moe
 
 BLOCK_SIZE = 16
 LIMITS = GraphLimits(sizes=(1, 2, 4, 8), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
@@ -127,6 +127,14 @@ def test_a_sliding_window(tmp_path: Path, used: list[int]) -> None:
     outcome = run(core_of(tmp_path, make_graphed_runner(tmp_path)), prompts)
     assert outcome.token_ids == expected_ids(tmp_path, prompts)
     assert used
+
+
+def test_experts(tmp_path: Path, used: list[int]) -> None:
+    """The router's choice is data, and rows of padding, which choose experts, too, reach no other row."""
+    write_tiny_qwen2_moe(tmp_path)
+    prompts = make_prompts(sizes=[3])
+    assert run(core_of(tmp_path, make_graphed_runner(tmp_path)), prompts).token_ids == expected_ids(tmp_path, prompts)
+    assert used == [1] * (MAX_NEW_TOKENS - 1)
 
 
 @pytest.mark.parametrize("name", ["auto-gptq-4bit-g32-act", "autoawq-g32-zeros"])

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/oracles/dequantize.py FOLDER [word|field|unmasked]
 
-Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ and llmcompressor write (shapes and packing:
-tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2 checkpoint.
+Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ, llmcompressor and transformers write, and GGUF files (shapes and
+packing: tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2 checkpoint.
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ DTYPES = {
     "F8_E4M3": np.uint8,
 }
 SCALES = ("weight_scale", "weight_scale_inv")
+LAYER_MODULES = [
+    *(f"self_attn.{name}" for name in "q_proj k_proj v_proj o_proj q_norm k_norm".split()),
+    *(f"mlp.{name}" for name in "gate_proj up_proj down_proj".split()),
+    "input_layernorm",
+    "post_attention_layernorm",
+]
 AWQ_FIELD_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def dequantize(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
     """Every tensor of the model in float32; a tied model has no lm_head.weight."""
+    for path in folder.glob("*.gguf"):
+        return gguf_weights(path)
     config = json.loads((folder / "config.json").read_text())
     quantization = quantization_config(folder, config)
     stored = read_tensors(folder)
@@ -163,6 +171,26 @@ def compressed_weight(stored: dict[str, Array], module: str) -> Floats:
         group = k // group_size
         weight[:, k] = scales[:, group] * (values[:, k] - zero_points[:, group]).astype(np.float32)
     return weight
+
+
+def gguf_weights(path: Path) -> dict[str, Floats]:
+    """Every tensor of a GGUF file, dequantised by the package `gguf`, which llama.cpp's authors write."""
+    import gguf
+    from gguf.quants import dequantize as dequantize_blocks
+
+    reader = gguf.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    num_layers = reader.fields[f"{architecture}.block_count"].contents()
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), num_layers)
+    layers = [f"model.layers.{index}.{module}" for index in range(num_layers) for module in LAYER_MODULES]
+    ours = {names.get_name(name): name for name in ("model.embed_tokens", "model.norm", "lm_head", *layers)}
+    weights: dict[str, Floats] = {}
+    for tensor in reader.tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        shape = [int(size) for size in reversed(tensor.shape)]
+        values = dequantize_blocks(tensor.data, tensor.tensor_type).astype(np.float32)
+        weights[f"{ours[module]}.{leaf}"] = values.reshape(shape)
+    return weights
 
 
 def e4m3_values() -> Floats:

@@ -31,6 +31,8 @@ SOURCES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 64, "intermediate_size": 160, "is_tied": False},  # down_proj: 5 groups of 32
     "base": {"hidden_size": 128, "intermediate_size": 256, "is_tied": True, "num_hidden_layers": 1},
     "ragged": {"hidden_size": 128, "intermediate_size": 192, "is_tied": True, "num_hidden_layers": 1},  # 1.5 groups
+    "wide": {"hidden_size": 256, "intermediate_size": 256, "is_tied": True, "num_hidden_layers": 1},
+    "wide-untied": {"hidden_size": 256, "intermediate_size": 256, "is_tied": False, "num_hidden_layers": 1},
 }
 """2 layers if not said otherwise, 4 heads, 2 KV heads, and biases other than zero; the place is the seed."""
 POSITIVE_ROWS = {"q_proj": (0, 9), "k_proj": (31,), "o_proj": (3, 4, 17), "gate_proj": (5, 63), "down_proj": (8, 30)}
@@ -83,7 +85,8 @@ def store(written: Path, case: Case, tool: str, tool_versions: dict[str, str], c
     folder = CHECKPOINTS / f"{tool}-{case.name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    names = ["config.json", "quantize_config.json", *sorted(path.name for path in written.glob("*.safetensors*"))]
+    weights = [path.name for pattern in ("*.safetensors*", "*.gguf") for path in written.glob(pattern)]
+    names = ["config.json", "quantize_config.json", "gguf_index.json", *sorted(weights)]
     for name in names:
         if (written / name).exists():
             shutil.copyfile(written / name, folder / name)

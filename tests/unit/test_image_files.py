@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,39 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 def test_the_health_check_asks_the_port_of_the_launcher(words: str, port: int) -> None:
     port_of = runpy.run_path(str(ROOT / "scripts" / "image" / "health.py"))["port_of"]
     assert port_of("".join(f"{word}\0" for word in words.split()), "80") == port
+
+
+INDEX = "file:///an index/simple"
+(TORCH,) = re.findall(r"^torch==.+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("build", "machine", "variables", "expected"),
+    [
+        ("cpu", "x86_64", {}, [TORCH]),
+        ("cpu", "aarch64", {}, ["torch==2.9.1"]),
+        ("cuda", "aarch64", {}, [TORCH]),
+        ("hip", "aarch64", {"TORCH_INDEX": INDEX}, ["--extra-index-url", INDEX, TORCH]),
+        ("cpu", "aarch64", {"TORCH_INDEX": INDEX}, ["--extra-index-url", INDEX, TORCH]),
+        ("cpu", "x86_64", {"TORCH_INDEX": INDEX}, ["--extra-index-url", INDEX, TORCH]),
+        ("cpu", "aarch64", {"TORCH_SPEC": "torch >= 2.8, < 2.10"}, ["torch >= 2.8, < 2.10"]),
+        ("cuda", "x86_64", {"TORCH_SPEC": "torch==2.14.1"}, ["torch==2.14.1"]),
+    ],
+)
+def test_the_torch_that_a_target_installs(
+    build: str, machine: str, variables: dict[str, str], expected: list[str], tmp_path: Path
+) -> None:
+    """`packages.sh` with programs that only say how they are called."""
+    programs = {"uname": f"echo {machine}", "pip": 'printf "%s\\n" "$@" >> calls', "python": ":", "python3": ":"}
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "constraints.txt").write_bytes((ROOT / "constraints.txt").read_bytes())
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_SPEC": "", "TORCH_INDEX": "", **variables}
+    script = ROOT / "scripts" / "image" / "packages.sh"
+    subprocess.run(["sh", script, build], cwd=tmp_path, env=environ, check=True)
+    first_call = (tmp_path / "calls").read_text().split("\ninstall\n")[0].splitlines()
+    assert first_call == ["install", "--no-cache-dir", "--no-compile", "-c", "others.txt", *expected]
 
 
 def test_the_default_target_is_the_last_stage() -> None:

@@ -50,6 +50,7 @@ ROOMS: dict[str, str] = {
     # engine
     "engine.link": "",
     "engine.kernel_cache": "",
+    "engine.numa": "",
     "engine.limits": "engine.link",
     "engine.memory": "engine.link",
     "engine.graph_capture": "quant",
@@ -59,7 +60,7 @@ ROOMS: dict[str, str] = {
     "engine.layers": "engine.link parallel quant",
     "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
-    "engine.checkpoint": "engine.link engine.memory engine.models",
+    "engine.checkpoint": "engine.link engine.memory engine.models quant",
     "engine.adapters": "engine.checkpoint engine.layers engine.link engine.models engine.scheduling parallel quant",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
@@ -81,7 +82,8 @@ ROOMS: dict[str, str] = {
     "engine.kernel_variants": "engine.core engine.link engine.sampling engine.scheduling",
     "engine.warm_up": "engine.core engine.link engine.runner engine.sampling engine.scheduling",
     "engine.start": "engine.build engine.checkpoint engine.core engine.device engine.full_step engine.graphs "
-    "engine.kernel_cache engine.kernel_variants engine.limits engine.link engine.overlap engine.ranks engine.runner "
+    "engine.kernel_cache engine.kernel_variants engine.limits engine.link engine.numa engine.overlap engine.ranks "
+    "engine.runner "
     "engine.sampling "
     "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.memory engine.ranks engine.start parallel",

@@ -168,7 +168,7 @@ def test_both_error_objects_become_exceptions(body: dict[str, Any], told: tuple[
 
 def test_every_dependency_has_an_upper_bound_that_the_tested_versions_keep() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().splitlines())
-    extras = [text for name in ("cuda", "interpreted", "demo") for text in PROJECT["optional-dependencies"][name]]
+    extras = [text for name in ("cuda", "interpreted") for text in PROJECT["optional-dependencies"][name]]
     for requirement in map(Requirement, [*PROJECT["dependencies"], *extras]):
         assert any(bound.operator == "<" for bound in requirement.specifier), requirement
         pin = pins.get(requirement.name.lower())

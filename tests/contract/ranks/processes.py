@@ -17,6 +17,8 @@ from tests.rank_processes import RankProcesses
 
 SLOT_FLOATS = 64
 """Numbers in one turn, in place of a million, so that a few numbers take several turns."""
+PARALLEL_FLOATS = 40
+"""Numbers from which threads share a turn, in place of many thousands."""
 TIMEOUT_S = 30.0
 KINDS = ("shared memory", "shared memory, crowded", "gloo")
 
@@ -49,7 +51,7 @@ class Processes(RankProcesses):
 
 def _serve(rank: int, pipe: Connection, size: int, port: int, paths: list[str], backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    shared_memory.SLOT_FLOATS = SLOT_FLOATS
+    shared_memory.SLOT_FLOATS, shared_memory.PARALLEL_FLOATS = SLOT_FLOATS, PARALLEL_FLOATS
     shared = [
         SharedMemoryCollectives(os.open(path, os.O_RDWR), rank, size, TIMEOUT_S, is_crowded=bool(crowded))
         for crowded, path in enumerate(paths)

@@ -63,6 +63,18 @@ def test_sums_are_in_the_order_of_the_ranks(kind: str, ranks: Processes) -> None
             np.testing.assert_array_equal(summed, expected)
 
 
+def test_threads_copy_and_add_as_one_does() -> None:
+    """Several pieces, the last of them not whole, from the middle of an array."""
+    count, stride = 2 * shared_memory.PIECE + 5, 3 * shared_memory.PIECE
+    x = part(0, count + 7).numpy()
+    slots, out = np.zeros(3 * stride, np.float32), np.zeros(count + 7, np.float32)
+    for rank in range(3):
+        shared_memory._copy_parallel(x * (rank + 1), 7, count, slots, rank * stride)
+    shared_memory._sum_parallel(slots, 0, stride, 3, out, 7, count)
+    np.testing.assert_array_equal(out[7:], (x + x * 2 + x * 3)[7:])
+    assert not out[:7].any()
+
+
 def do_sum_rows(collectives: Collectives, rank: int, size: int, num_rows: int) -> int:
     """The number of rows whose bits differ from those of the same row alone."""
     x = part(rank, num_rows, 300)

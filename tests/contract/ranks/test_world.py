@@ -88,6 +88,7 @@ def two() -> Iterator[Ranks]:
 
 def test_without_torchruns_variables_there_is_one_rank() -> None:
     assert World.from_environ({}) == World(rank=0, size=1, local_rank=0, local_size=1, address="127.0.0.1", port=0)
+    assert World.from_environ({"OMP_PLACES": "cores"}).has_thread_places
 
 
 def test_torchruns_variables() -> None:

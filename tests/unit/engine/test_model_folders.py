@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from engine.link.errors import StartError
-from engine.link.model_folders import refuse_no_model, refuse_other_paths
+from engine.link.model_folders import gguf_files, refuse_no_model, refuse_other_paths
 from server.launcher.args import parse_args
 from server.launcher.children import Signals
 from server.launcher.start import find_model
@@ -56,7 +56,8 @@ def test_a_model_is_not_refused(tmp_path: Path, names: str) -> None:
         ("config.json tokenizer.json", "has no *.safetensors file, the weights are missing: fetch all"),
         ("tokenizer.json tokenizer_config.json", "has no *.safetensors file, the weights are missing: fetch all"),
         ("config.json model.safetensors", "has no tokenizer.json: fetch it"),
-        ("config.json tokenizer.json model.gguf", "has no *.safetensors file but GGUF, and GGUF is not read"),
+        ("config.json a.gguf b.gguf", "has several models in GGUF, a.gguf and b.gguf among them: give the path of one"),
+        ("m-00001-of-00002.gguf n.gguf", "/m-00002-of-00002.gguf is missing: m-00001-of-00002.gguf is one of 2 parts"),
         ("config.json tokenizer.json pytorch_model.bin", "has only pickled weights"),
         ("data.parquet README.md", "has no *.safetensors file and no config.json: it is no model, check --model-id"),
         ("adapter_config.json", "has no *.safetensors file and no config.json"),
@@ -67,7 +68,7 @@ def test_a_model_is_not_refused(tmp_path: Path, names: str) -> None:
 def test_a_folder_that_is_no_model(tmp_path: Path, names: str, sentence: str) -> None:
     folder = write(tmp_path / "folder", names)
     text = refusal(folder)
-    assert text.startswith(f"{folder} ") and sentence.format(folder) in text
+    assert text.startswith(str(folder)) and sentence.format(folder) in text
 
 
 @pytest.mark.parametrize("name", MODEL.split())
@@ -80,7 +81,35 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", f"{MODEL} model-q4.gguf")
     for name in MODEL.split():
         assert refusal(folder / name) == f"{folder / name} is a file: give the folder that it lies in, {folder}"
-    assert "is a GGUF file, and GGUF is not read: give a folder" in refusal(folder / "model-q4.gguf")
+    with pytest.raises(StartError, match="is a GGUF file, and only a server reads those: give a folder"):
+        refuse_other_paths(str(folder / "model-q4.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("names", "model_id", "files"),
+    [
+        (f"{MODEL} model.gguf", "", ""),
+        (f"{MODEL} model.gguf", "model.gguf", "model.gguf"),
+        ("config.json tokenizer.json model.gguf .hidden.gguf README.md", "", "model.gguf"),
+        ("m-00002-of-00002.gguf m-00001-of-00002.gguf", "", "m-00001-of-00002.gguf m-00002-of-00002.gguf"),
+        (
+            "m-00002-of-00002.gguf m-00001-of-00002.gguf other.gguf",
+            "m-00002-of-00002.gguf",
+            "m-00001-of-00002.gguf m-00002-of-00002.gguf",
+        ),
+        ("a.gguf b.gguf", "b.gguf", "b.gguf"),
+        ("model.gguf/config.json", "model.gguf", ""),
+        ("README.md", "", ""),
+    ],
+)
+def test_the_gguf_files_of_a_model(tmp_path: Path, names: str, model_id: str, files: str) -> None:
+    write(tmp_path, names)
+    assert gguf_files(str(tmp_path / model_id)) == [tmp_path / name for name in files.split()]
+
+
+def test_no_text_but_a_path_names_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path, "model.gguf"))
+    assert [gguf_files(text) for text in ("", "a/b", "\0", "gs://bucket/model.gguf")] == [[], [], [], []]
 
 
 @pytest.mark.parametrize("prefix", ["./", "{}/", "../here/", "~/"])

@@ -261,16 +261,13 @@ def test_times_of_steps_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(started + read_and_taken_in)
     monkeypatch.setattr(step_clock.time, "monotonic", lambda: next(now))
     first = step_clock.StepClock()
-    with first.scheduling():
-        pass
+    first.end_scheduling()
     second = step_clock.StepClock(first)
-    with second.scheduling():
-        pass
+    second.end_scheduling()
     for clock in (first, second):
         clock.begin_computing(ScheduledBatch())
         clock.end_computing()
-        with clock.updating():
-            pass
+        clock.end_updating()
         clock.finish([])
     reports = [first.report, second.report]
     assert [(r.total_s, r.schedule_s, r.forward_s, r.update_s) for r in reports] == [(11, 1, 9, 1), (11, 1, 10, 2)]

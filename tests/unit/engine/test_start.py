@@ -68,7 +68,9 @@ def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None
 def test_all_memory_of_the_caches_is_written_before_the_engine_is_ready(num_threads: int) -> None:
     tensors = [torch.full((5,), torch.nan) for _ in range(4)]
     prepared = SimpleNamespace(
-        runner=SimpleNamespace(cache_tensors=tensors), config=EngineConfig(model_path="", num_threads=num_threads)
+        device=find_cpu(0),
+        runner=SimpleNamespace(cache_tensors=tensors),
+        config=EngineConfig(model_path="", num_threads=num_threads),
     )
     with _written_caches(cast(Any, prepared)):
         pass

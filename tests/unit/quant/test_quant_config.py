@@ -22,6 +22,7 @@ TENSORS = {f"{Q}.qweight", f"{Q}.scales", f"{K}.weight", "lm_head.weight"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+GGUF = {"quant_method": "gguf", "types": {Q: "Q4_K"}}
 WEIGHTS = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
@@ -142,7 +143,7 @@ def test_a_channel_is_one_group() -> None:
 
 @pytest.mark.parametrize("flag", [*FORMATS])
 def test_the_flag_may_say_what_the_checkpoint_says(flag: str) -> None:
-    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED, "fp8": FP8}[flag]
+    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED, "fp8": FP8, "gguf": GGUF}[flag]
     assert resolve(flag, stored).description == resolve(None, stored).description
 
 

@@ -183,6 +183,8 @@ CONFIG = {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_siz
         ),
         ({"intermediate_size": 24}, 4, "24 can't be split over 4 shards in units of 64 or 32 or 16 or 8: start with"),
         ({"num_key_value_heads": 3}, 2, "14 heads don't divide into 3 groups: correct config.json"),
+        ({"intermediate_size": 24, "moe_intermediate_size": 64}, 4, None),
+        ({"moe_intermediate_size": 24}, 4, "24 can't be split over 4 shards in units of 64 or 32 or 16 or 8: start"),
         ({"num_attention_heads": "many"}, 64, None),  # for the engine to say
         ({"num_key_value_heads": None}, 64, None),
         ({"num_key_value_heads": 0}, 64, None),

@@ -1,0 +1,228 @@
+"""A GGUF file, or the parts of a split one -> a model's folder: its JSON files, and an index of the tensors.
+
+The weights stay where they are. The folder is written below the Hub's cache, and anew when a file has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, tokenizer_config
+from engine.checkpoint.renamed_weights import EMBEDDING
+from engine.link.errors import StartError
+from engine.link.model_files import GGUF_INDEX
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of a folder's name: one that an older version wrote is not used."""
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
+}
+"""GGUF's architecture -> what its config.json has of its own."""
+FLOATS = ("F32", "F16", "BF16")
+"""Types that are not quantized. The widest one that a matrix has is the model's dtype."""
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
+ENDS = ("<|endoftext|>",)
+"""Tokens that end a text beside those that the file names."""
+
+
+def gguf_folder(files: Sequence[Path], cache: Path) -> Path:
+    """The folder below `cache` of the model in some files, the first of which has the metadata. Raises StartError."""
+    try:
+        folder = cache / f"gguf--{files[0].stem}--{_fingerprint(files)}"
+        if not (folder / GGUF_INDEX).is_file():
+            _write(files, folder)
+    except OSError as error:
+        raise StartError(
+            f"{error.filename or cache} can't be read or written ({error.strerror}): mend that, or set "
+            "HUGGINGFACE_HUB_CACHE to another folder"
+        ) from error
+    logger.info("Reading %s by way of %s", files[0], folder)
+    return folder
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(f"{FORMAT}".encode(), digest_size=8)
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(files: Sequence[Path], folder: Path) -> None:
+    """Write the whole folder under another name first: it is there completely, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    contents = _read_model(files)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}", dir=folder.parent))
+    try:
+        for name, content in contents.items():
+            (unfinished / name).write_text(content, encoding="utf-8")
+        unfinished.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _read_model(files: Sequence[Path]) -> dict[str, str]:
+    """The names and contents of the folder's files. Raises StartError."""
+    readers = [_open(path) for path in files]
+    metadata = _metadata(readers[0])
+    tensors = index_tensors(readers)
+    added = added_tokens(metadata)
+    objects = {
+        "config.json": model_config(metadata, tensors),
+        "generation_config.json": {"eos_token_id": end_ids(metadata)},
+        "tokenizer_config.json": tokenizer_config(metadata, added),
+        GGUF_INDEX: {"files": [str(path.resolve()) for path in files], "tensors": tensors},
+    }
+    texts = {name: json.dumps(content, ensure_ascii=False, indent=1) for name, content in objects.items()}
+    return {**texts, "tokenizer.json": build_tokenizer(metadata, added).to_str()}
+
+
+def _open(path: Path) -> GGUFReader:
+    from gguf import GGUFReader  # NumPy's arrays of every token take a second: nobody else waits for that
+
+    try:
+        return GGUFReader(path)
+    except OSError:
+        raise
+    except Exception as error:  # the library has no class for files that are cut off or damaged
+        raise StartError(f"{path} is not a whole GGUF file ({error}): fetch it again") from error
+
+
+def _metadata(reader: GGUFReader) -> dict[str, Any]:
+    """The file's keys and values, the architecture's own keys without their prefix. Raises StartError."""
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise StartError(
+            f"the GGUF file has a model of the architecture {architecture!r}, only {', '.join(ARCHITECTURES)} can be "
+            "served: choose another model"
+        )
+    return {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+
+
+def index_tensors(readers: Sequence[GGUFReader]) -> dict[str, dict[str, Any]]:
+    """Hugging Face's name of every tensor -> where it lies, its type and its shape. Raises StartError."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for number, reader in enumerate(readers):
+        for tensor in reader.tensors:
+            if tensor.name != "rope_freqs.weight":
+                tensors[name_of_model(tensor.name)] = {
+                    "file": number,
+                    "offset": int(tensor.data_offset),
+                    "type": tensor.tensor_type.name,
+                    "shape": [int(size) for size in reversed(tensor.shape)],
+                }
+    if f"model.{EMBEDDING}" not in tensors:
+        raise StartError(
+            "the GGUF file has no table of embeddings: give the first file of a split model's complete set"
+        )
+    return tensors
+
+
+def name_of_model(name: str) -> str:
+    """A tensor's name in Hugging Face's checkpoints. Raises StartError."""
+    module, _, leaf = name.rpartition(".")
+    if match := _LAYER.fullmatch(module):
+        known = LAYER_MODULES.get(match[2])
+        renamed = None if known is None else f"model.layers.{match[1]}.{known}"
+    else:
+        renamed = MODULES.get(module)
+    if renamed is None:
+        raise StartError(f"the GGUF file has a tensor {name} that the model does not know: fetch the file again")
+    return f"{renamed}.{leaf}"
+
+
+def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """config.json. Raises StartError for a file without the numbers that make a model."""
+    matrices = {name: entry["type"] for name, entry in tensors.items() if len(entry["shape"]) > 1}
+    types = {
+        name.removesuffix(".weight"): kind
+        for name, kind in matrices.items()
+        if kind not in FLOATS and not name.endswith(EMBEDDING)
+    }
+    widest = next((kind for kind in FLOATS if kind in matrices.values()), "F16")
+    try:
+        config = {
+            **ARCHITECTURES[metadata["general.architecture"]],
+            "hidden_act": "silu",
+            "hidden_size": metadata["embedding_length"],
+            "intermediate_size": metadata["feed_forward_length"],
+            "max_position_embeddings": metadata["context_length"],
+            "num_attention_heads": metadata["attention.head_count"],
+            "num_hidden_layers": metadata["block_count"],
+            "num_key_value_heads": metadata.get("attention.head_count_kv", metadata["attention.head_count"]),
+            # stored as float32: 9.99999997e-07 stands for 1e-06
+            "rms_norm_eps": float(f"{metadata['attention.layer_norm_rms_epsilon']:.6g}"),
+            "rope_theta": metadata.get("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "lm_head.weight" not in tensors,
+            "torch_dtype": DTYPES[widest],
+            "vocab_size": tensors[f"model.{EMBEDDING}"]["shape"][0],
+            "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+            **_head_dim(metadata),
+            **_rope_scaling(metadata),
+        }
+    except KeyError as error:
+        raise StartError(f"the GGUF file does not say {error.args[0]}: fetch it again, or another one") from error
+    return {**config, "quantization_config": {"quant_method": "gguf", "types": types}} if types else config
+
+
+def _head_dim(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    size = metadata.get("attention.key_length")
+    return {} if size is None else {"head_dim": size}
+
+
+def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """How rotary positions are stretched. Kinds that are not known are refused where config.json is read."""
+    kind = metadata.get("rope.scaling.type", "none")
+    if kind == "none":
+        return {}
+    scaling = {"rope_type": kind, "factor": metadata["rope.scaling.factor"]}
+    original = metadata.get("rope.scaling.original_context_length")
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    return {"rope_scaling": scaling}
+
+
+def end_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text: those that the file names, and `ENDS`."""
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    known = [index for index, token in enumerate(tokens) if token in ENDS and types[index] == 3]
+    return list(dict.fromkeys([token_id for token_id in [*named, *known] if token_id is not None]))

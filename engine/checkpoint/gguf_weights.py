@@ -1,0 +1,164 @@
+"""Weights in GGUF files, under the names of Hugging Face's checkpoints.
+
+An index in the model's folder says where each tensor lies (`engine.checkpoint.gguf_folder` writes it). A quantized
+matrix comes as the tensors of `quant.gguf`, and a quantized table of embeddings, whose rows are looked up, as float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.checkpoint.renamed_weights import EMBEDDING
+from engine.checkpoint.weight_files import GgufIndex
+from engine.link.errors import StartError
+from quant.gguf import OFFSETS, SCALES, Q
+from quant.gguf_blocks import TYPES, Unpacked, unpack_rows, widen_rows
+
+FLOATS: dict[str, tuple[str, torch.dtype]] = {
+    "F32": ("<f4", torch.float32),
+    "F16": ("<f2", torch.float16),
+    "BF16": ("<i2", torch.bfloat16),
+}
+"""A type that is not quantized -> NumPy's name of its numbers (of their bits), and torch's."""
+ROWS_AT_A_TIME = 8192
+"""Outputs that are unpacked together, which takes several times their memory."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a file."""
+
+    path: Path
+    offset: int
+    type_name: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        kind = TYPES.get(self.type_name)
+        if kind is None:
+            return self.shape[-1] * np.dtype(FLOATS[self.type_name][0]).itemsize
+        return self.shape[-1] // kind.inputs * kind.bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape[:-1]) * self.row_bytes
+
+
+class GgufWeights:
+    """Implements `engine.checkpoint.weights.WeightSource`."""
+
+    def __init__(self, index: GgufIndex) -> None:
+        """Raises StartError for a file that is not as long as the index says."""
+        self.files = index.files
+        self._parts: dict[str, tuple[_Stored, str]] = {}
+        for name, entry in index.tensors.items():
+            stored = _Stored(index.files[entry["file"]], entry["offset"], entry["type"], tuple(entry["shape"]))
+            module, _, leaf = name.rpartition(".")
+            if stored.type_name in FLOATS or name.endswith(EMBEDDING):
+                self._parts[name] = stored, leaf
+                continue
+            has_offsets = TYPES[stored.type_name].zero_point is None
+            for part in (Q, SCALES, OFFSETS) if has_offsets else (Q, SCALES):
+                self._parts[f"{module}.{part}"] = stored, part
+        self._last: tuple[Any, Unpacked] | None = None
+        for path in self.files:
+            _refuse_cut_off(path, max(stored.end for stored, _ in self._parts.values() if stored.path == path))
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [*self._parts]
+
+    def file(self, name: str) -> Path:
+        return self._parts[name][0].path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored, part = self._parts[name]
+        if part not in (SCALES, OFFSETS):
+            return stored.shape
+        return (stored.shape[0], stored.shape[1] // TYPES[stored.type_name].group)
+
+    def dtype(self, name: str) -> str:
+        stored, part = self._parts[name]
+        if part == Q:
+            return "I8"
+        if stored.type_name in FLOATS:
+            return stored.type_name
+        kind = TYPES[stored.type_name]
+        return "F16" if part == SCALES and kind.group == kind.inputs else "F32"  # else it is a product of two numbers
+
+    def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
+        stored, part = self._parts[name]
+        rows, columns = (*index, slice(None), slice(None))[:2]
+        if stored.type_name in FLOATS:
+            return _floats(stored, index, is_kept=is_kept)
+        if part not in (Q, SCALES, OFFSETS):
+            return _widened(stored, rows)
+        kind = TYPES[stored.type_name]
+        inputs = kind.inputs if part == Q else kind.inputs // kind.group
+        num_blocks = stored.shape[1] // kind.inputs
+        first, last, _ = columns.indices(num_blocks * inputs)
+        blocks = slice(first // inputs, -(-last // inputs))
+        unpacked = self._unpacked(stored, rows, blocks)
+        tensor = unpacked[(Q, SCALES, OFFSETS).index(part)]
+        assert tensor is not None
+        start = blocks.start * inputs
+        return tensor[:, first - start : last - start]
+
+    def _unpacked(self, stored: _Stored, rows: slice, blocks: slice) -> Unpacked:
+        """What the blocks of some rows hold. Kept until others are read: the tensors of a matrix follow each other."""
+        key = stored, rows.indices(stored.shape[0]), (blocks.start, blocks.stop)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            size = TYPES[stored.type_name].bytes
+            chunks = [
+                unpack_rows(chunk[:, blocks.start * size : blocks.stop * size].contiguous(), stored.type_name)
+                for chunk in _chunks(stored, rows)
+            ]
+            q, scales, offsets = zip(*chunks, strict=True)
+            joined = torch.cat(q), torch.cat(scales), None if offsets[0] is None else torch.cat(offsets)
+            self._last = key, joined
+        return self._last[1]
+
+
+def _refuse_cut_off(path: Path, size: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise StartError.of_file(path, error) from error
+    if actual < size:
+        raise StartError(f"{path} is cut off: it has {actual} bytes, its tensors end at {size}: fetch the file again")
+
+
+def _floats(stored: _Stored, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
+    numbers, dtype = FLOATS[stored.type_name]
+    # Copy-on-write, for torch wants memory that can be written.
+    array = np.memmap(stored.path, numbers, "c", stored.offset, stored.shape)[index]
+    tensor = torch.from_numpy(np.asarray(array) if is_kept else np.array(array))
+    return tensor.view(dtype) if tensor.dtype != dtype else tensor
+
+
+def _widened(stored: _Stored, rows: slice) -> torch.Tensor:
+    first, last, _ = rows.indices(stored.shape[0])
+    out = torch.empty(last - first, stored.shape[1])
+    done = 0
+    for chunk in _chunks(stored, rows):
+        out[done : done + len(chunk)] = widen_rows(chunk, stored.type_name)
+        done += len(chunk)
+    return out
+
+
+def _chunks(stored: _Stored, rows: slice) -> list[torch.Tensor]:
+    """The bytes of some rows, uint8 [rows, bytes], some at a time."""
+    first, last, _ = rows.indices(stored.shape[0])
+    array = np.fromfile(
+        stored.path, np.uint8, (last - first) * stored.row_bytes, offset=stored.offset + first * stored.row_bytes
+    )
+    return list(torch.split(torch.from_numpy(array).reshape(last - first, -1), ROWS_AT_A_TIME))

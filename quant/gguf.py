@@ -1,0 +1,88 @@
+"""GGUF files: matrices of blocks, as llama.cpp writes them. `engine.checkpoint.gguf_weights` reads the blocks.
+
+It hands them on as three tensors: `q` int8 [n, k], `scales` [n, groups], and `offsets` [n, groups] where the type has
+some. Types differ from matrix to matrix, so the settings have one for each.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.gguf_blocks import TYPES, widen_groups
+from quant.packing import BYTE_CHUNK, NIBBLE_CHUNK, pack_nibbles
+from quant.settings import read_map
+
+Q, SCALES, OFFSETS = "q", "scales", "offsets"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufMethod:
+    """Integers with groups as a type has them, without a detour through floats."""
+
+    type_name: str
+
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
+        kind = TYPES[self.type_name]
+        if in_features % kind.inputs:
+            raise FormatError(
+                f"a matrix of {in_features} inputs can't be in blocks of {kind.inputs}, as {self.type_name} has them: "
+                "fetch the file again"
+            )
+        grouped = ParamSpec((out_features, in_features // kind.group), 0, 1, group_size=kind.group)
+        specs = {
+            Q: ParamSpec((out_features, in_features), output_dim=0, input_dim=1, is_integer=True),
+            SCALES: grouped,
+            "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
+        }
+        return specs if kind.zero_point is not None else {**specs, OFFSETS: grouped}
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
+
+    def decides_order(self, name: str) -> bool:
+        return False
+
+    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
+        return False
+
+    def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
+        kind = TYPES[self.type_name]
+        q, scales, zero_points, bias = params[Q], params[SCALES], params.get(OFFSETS), params.get("bias")
+        group_size = q.shape[1] // scales.shape[1]
+        if group_size % (NIBBLE_CHUNK if kind.bits == 4 else BYTE_CHUNK):  # a shard that ends within a group
+            return PackedWeight("dense", widen_groups(q, scales, zero_points, kind.zero_point), bias)
+        if zero_points is None:
+            assert kind.zero_point is not None
+            dtype = torch.int8 if kind.bits == 4 else torch.int32
+            zero_points = torch.full(scales.shape, kind.zero_point, dtype=dtype, device=q.device)
+        if kind.bits == 4:
+            return PackedWeight("int4", pack_nibbles(q), bias, scales, zero_points)
+        return PackedWeight("int8", q, bias, scales, zero_points)
+
+
+class GgufFormat:
+    """Implements `quant.base.CheckpointFormat`. `types` in the settings maps each quantized matrix to its type."""
+
+    MARKER = Q
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._types = read_map(settings, "types")
+        for type_name in self._types.values():
+            if type_name not in TYPES:
+                raise FormatError(f"the file has matrices of type {type_name}; only {', '.join(TYPES)} can be run")
+        counts = collections.Counter(self._types.values())
+        self.description = "gguf, " + ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+
+    @staticmethod
+    def is_recognized(settings: Mapping[str, Any]) -> bool:
+        return False
+
+    def method_for(self, module: str) -> GgufMethod | None:
+        type_name = self._types.get(module)
+        return None if type_name is None else GgufMethod(type_name)

@@ -1,0 +1,189 @@
+"""GGUF files as a model's folder: configuration, tokenizer, tensors by name and in parts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from engine.checkpoint.gguf_folder import gguf_folder, name_of_model
+from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer
+from engine.checkpoint.weights import open_weights
+from engine.cli import download_weights
+from engine.link.errors import StartError
+from tests.oracles.dequantize import gguf_weights
+from tests.oracles.quant_stored import CHECKPOINTS
+from tests.tiny_gguf import write_gguf
+from tests.tiny_model import write_tiny_qwen2
+from tests.unit.test_seams import generate, reference_device
+
+STORED = sorted(CHECKPOINTS.glob("llama-cpp-*"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    write_tiny_qwen2(folder, dtype=torch.float16, is_tied=False)
+    return folder
+
+
+def served(source: Path, target: Path, kind: str = "F16", **changes: Any) -> Path:
+    target.mkdir(exist_ok=True)
+    write_gguf(source, target / "model.gguf", kind, **changes)
+    return gguf_folder([target / "model.gguf"], target / "cache")
+
+
+def refusal(source: Path, target: Path, **changes: Any) -> str:
+    with pytest.raises(StartError) as caught:
+        served(source, target, **changes)
+    return str(caught.value)
+
+
+def test_a_file_in_16_bits_has_the_ids_of_the_folder_that_it_is_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the launcher's child finds it, with a folder in place of the file."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "files").mkdir()
+    write_gguf(source, tmp_path / "files" / "model.gguf")
+    options = {"extension": ".safetensors", "merge_lora": False, "revision": None}
+    folder = download_weights(argparse.Namespace(model_id=str(tmp_path / "files"), **options))
+    assert generate(folder, reference_device()) == generate(source, reference_device())
+    assert folder.parent == tmp_path / "cache" and not list(folder.parent.glob(".*"))
+    with pytest.raises(StartError, match="--revision is for models of the Hub"):
+        download_weights(argparse.Namespace(model_id=str(tmp_path / "files"), **{**options, "revision": "main"}))
+
+
+def test_configuration_and_tokenizer_are_those_of_the_source(source: Path, tmp_path: Path) -> None:
+    folder = served(source, tmp_path)
+    config, expected = (json.loads((path / "config.json").read_text()) for path in (folder, source))
+    same = (
+        "hidden_size intermediate_size num_attention_heads num_key_value_heads num_hidden_layers vocab_size model_type"
+    )
+    assert {key: config[key] for key in same.split()} == {key: expected[key] for key in same.split()}
+    assert (config["rms_norm_eps"], config["tie_word_embeddings"], config["torch_dtype"]) == (1e-6, False, "float16")
+    assert "quantization_config" not in config
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [258, 256]}
+    ours, theirs = (Tokenizer.from_file(str(path / "tokenizer.json")) for path in (folder, source))
+    text = "<|im_start|>user\nGrüße, 12 cafe\u0301s!<|im_end|>"
+    assert ours.encode(text).ids == theirs.encode(text.replace("e\u0301", "é")).ids, "Qwen2 composes letters"
+    settings, expected = (json.loads((path / "tokenizer_config.json").read_text()) for path in (folder, source))
+    assert all(settings[key] == expected[key] for key in ("chat_template", "eos_token", "bos_token", "tokenizer_class"))
+
+
+def test_texts_begin_with_a_token_where_the_file_says_so(source: Path) -> None:
+    tokens, kinds = ["a", "b", "ab", "<s>"], [1, 1, 1, 3]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "deepseek-r1-qwen",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": 3,
+    }
+    tokenizer = build_tokenizer(metadata, added_tokens(metadata))
+    assert tokenizer.encode("ab<s>b").ids == [3, 2, 3, 1]
+    assert tokenizer.encode("ab", add_special_tokens=False).ids == [2]
+    with pytest.raises(StartError, match="merges 'b' and 'b', which are no tokens of it"):
+        build_tokenizer({**metadata, "tokenizer.ggml.merges": ["b b"]}, {})
+    with pytest.raises(StartError, match="a tokenizer of the kind 'llama', None; only 'gpt2' with qwen2, deepseek"):
+        build_tokenizer({**metadata, "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": None}, {})
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_the_stored_folders_are_what_a_server_makes_of_the_files(folder: Path, tmp_path: Path) -> None:
+    made = gguf_folder([folder / "model.gguf"], tmp_path)
+    assert (made / "config.json").read_text() == (folder / "config.json").read_text()
+    index, stored = (json.loads((path / "gguf_index.json").read_text()) for path in (made, folder))
+    assert index == {**stored, "files": [str(folder / "model.gguf")]}
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1"])
+def test_parts_of_tensors_are_those_of_the_whole(source: Path, tmp_path: Path, kind: str) -> None:
+    weights = open_weights(served(source, tmp_path, kind))
+    cuts = [(slice(8, 40),), (slice(None), slice(1, 2)), (slice(3, 9), slice(None))]
+    for name in weights.names:
+        whole = weights.read(name)
+        assert whole.shape == weights.shape(name)
+        assert {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}[
+            weights.dtype(name)
+        ] == whole.dtype
+        is_table = name == "model.embed_tokens.weight"  # which is cut by rows alone
+        for cut in cuts if whole.dim() == 2 and not is_table else cuts[:1]:
+            assert torch.equal(weights.read(name, cut), whole[cut]), (name, cut)
+            assert torch.equal(weights.read(name, cut, is_kept=True), whole[cut])
+
+
+def test_a_split_set_is_one_model(source: Path, tmp_path: Path) -> None:
+    whole = gguf_weights_of(served(source, tmp_path / "whole", "Q8_0"))
+    parts = [tmp_path / f"model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    tensors = load_file(source / "model.safetensors")
+    for path, is_first in zip(parts, (True, False), strict=True):
+        write_gguf(source, path, "Q8_0", chosen=[name for name in tensors if ("layers.1" in name) != is_first])
+    assert gguf_weights_of(gguf_folder(parts, tmp_path / "cache")) == whole
+
+
+def gguf_weights_of(folder: Path) -> dict[str, bytes]:
+    weights = open_weights(folder)
+    return {name: weights.read(name).numpy().tobytes() for name in sorted(weights.names)}
+
+
+def test_a_changed_file_gets_a_new_folder_and_an_unchanged_one_does_not(source: Path, tmp_path: Path) -> None:
+    first = served(source, tmp_path)
+    assert gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache") == first
+    assert served(source, tmp_path, "Q8_0") != first
+
+
+def test_rope_scaling(source: Path, tmp_path: Path) -> None:
+    changes = {"qwen2__rope__scaling__type": "yarn", "qwen2__rope__scaling__factor": 4.0}
+    config = json.loads((served(source, tmp_path, **changes) / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
+
+
+def test_what_is_no_model_of_ours_is_refused_in_a_sentence(source: Path, tmp_path: Path) -> None:
+    assert "has a model of the architecture 'llama', only qwen2, qwen3 can be" in refusal(
+        source, tmp_path, architecture="llama"
+    )
+    tensors = load_file(source / "model.safetensors")
+    some = [name for name in tensors if "embed" not in name]
+    assert "has no table of embeddings: give the first file" in refusal(source, tmp_path, chosen=some)
+    (tmp_path / "cut.gguf").write_bytes((STORED[0] / "model.gguf").read_bytes()[:5000])
+    with pytest.raises(StartError, match=r"cut\.gguf is not a whole GGUF file \(.*\): fetch it again"):
+        gguf_folder([tmp_path / "cut.gguf"], tmp_path)
+    (tmp_path / "other.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(StartError, match=r"other\.gguf is not a whole GGUF file"):
+        gguf_folder([tmp_path / "other.gguf"], tmp_path)
+
+
+def test_a_file_that_was_cut_off_later_is_refused(source: Path, tmp_path: Path) -> None:
+    folder, path = served(source, tmp_path), tmp_path / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StartError, match=r"model\.gguf is cut off: it has \d+ bytes, its tensors end at \d+"):
+        open_weights(folder)
+    path.unlink()
+    with pytest.raises(StartError, match="cannot be read"):
+        open_weights(folder)
+
+
+def test_a_table_of_embeddings_in_blocks_is_widened_exactly() -> None:
+    for folder in STORED:
+        expected = gguf_weights(folder / "model.gguf")["model.embed_tokens.weight"]
+        np.testing.assert_array_equal(open_weights(folder).read("model.embed_tokens.weight").numpy(), expected)
+
+
+def test_the_tensors_of_qwen3_have_their_names() -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1)
+    for module in ("self_attn.q_norm", "self_attn.k_norm", "mlp.up_proj", "input_layernorm"):
+        name = names.get_name(f"model.layers.0.{module}")
+        assert name_of_model(f"{name}.weight") == f"model.layers.0.{module}.weight"
+    with pytest.raises(StartError, match="has a tensor blk.0.ssm_a that the model does not know"):
+        name_of_model("blk.0.ssm_a")

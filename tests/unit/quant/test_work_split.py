@@ -1,0 +1,96 @@
+"""The split of a matrix product among threads: everything is computed once, and no thread waits long for another."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quant.kernels import work_split
+
+THREADS = [*range(1, 65), 96, 128]
+RECTANGLE: Any = work_split.rectangle.py_func
+EVEN_BLOCK: Any = work_split.even_block.py_func
+
+LARGE_MATRICES = {
+    "0.5B": {"gate and up": 9728},
+    "7B": {"gate and up": 37888, "down": 3584},
+    "72B": {"gate and up": 59136, "down": 8192},
+}
+"""Outputs of the matrices that have at least a sixth of a model's weights each, the head aside."""
+UNITS = {"float32": (12, 4), "integers": (32, 6)}
+"""Outputs of a tile and rows of a unit; the widest there are, AVX512-VNNI's for integers."""
+
+
+def rectangles(thread: int, num_threads: int, num_tiles: int, num_rows: int, unit_rows: int) -> list[Any]:
+    return [
+        RECTANGLE(index, thread, num_threads, num_tiles, num_rows, unit_rows)
+        for index in range(work_split.NUM_RECTANGLES)
+    ]
+
+
+def efficiency(num_threads: int, num_outputs: int, num_rows: int, unit: tuple[int, int]) -> float:
+    """The mean work of the threads over that of the one that has most."""
+    tile_outputs, unit_rows = unit
+    num_tiles = -(-num_outputs // tile_outputs)
+    loads = [
+        sum(
+            (last - first) * (end - row)
+            for first, last, row, end in rectangles(thread, num_threads, num_tiles, num_rows, unit_rows)
+        )
+        for thread in range(num_threads)
+    ]
+    return sum(loads) / num_threads / max(loads)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5, 7, 8, 13, 64, 96, 128])
+def test_every_output_of_every_row_is_computed_by_one_thread(num_threads: int) -> None:
+    for num_tiles, num_rows, unit_rows in itertools.product((1, 2, 3, 28, 112), (0, 1, 7, 31, 32, 65, 100), (4, 6)):
+        times = np.zeros((num_tiles, num_rows), int)
+        for thread in range(num_threads):
+            for first, last, row, end in rectangles(thread, num_threads, num_tiles, num_rows, unit_rows):
+                times[first:last, row:end] += 1
+                assert row % unit_rows == 0 or row == 0
+        assert (times == 1).all()
+
+
+@pytest.mark.parametrize("unit", UNITS.values(), ids=list(UNITS))
+def test_many_rows_keep_all_threads_busy(unit: tuple[int, int]) -> None:
+    """However few tiles there are: rows are cut, too."""
+    for num_threads in THREADS:
+        for num_outputs in (896, 1152, *(n for matrices in LARGE_MATRICES.values() for n in matrices.values())):
+            assert efficiency(num_threads, num_outputs, 512, unit) > 0.85, (num_threads, num_outputs)
+
+
+@pytest.mark.parametrize("unit", UNITS.values(), ids=list(UNITS))
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_few_rows_of_large_matrices_keep_all_threads_of_a_socket_busy(unit: tuple[int, int], num_rows: int) -> None:
+    """Tiles are not cut: their number bounds what is reached."""
+    for num_threads in THREADS:
+        for name, matrices in LARGE_MATRICES.items():
+            total = sum(matrices.values())
+            time = sum(n / efficiency(num_threads, n, num_rows, unit) for n in matrices.values())
+            is_socket = num_threads <= 64
+            assert total / time > (0.84 if is_socket else 0.75), (num_threads, name)
+
+
+def test_no_thread_has_more_than_one_unit_more_than_another() -> None:
+    for num_threads, num_tiles, num_rows in itertools.product((2, 7, 64, 96), (28, 36, 112), (1, 8, 64, 510)):
+        units = [
+            sum(
+                (last - first) * -(-(end - row) // 6)
+                for first, last, row, end in rectangles(thread, num_threads, num_tiles, num_rows, 6)
+            )
+            for thread in range(num_threads)
+        ]
+        per_unit = 1 if num_rows >= work_split.MIN_CUT_ROWS else -(-num_rows // 6)
+        assert max(units) - min(units) <= per_unit
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "max_rows", "size"), [(512, 288, 258), (512, 72, 64), (288, 288, 288), (1, 48, 6), (0, 48, 6)]
+)
+def test_rows_that_do_not_fit_the_cache_make_blocks_that_are_alike(num_rows: int, max_rows: int, size: int) -> None:
+    assert EVEN_BLOCK(num_rows, max_rows, 4 if max_rows == 72 else 6) == size
