@@ -72,11 +72,12 @@ class Steps:
 
         limits = {"max_batch_total_tokens": POOL_TOKENS, "max_total_tokens": CONTEXTS[-1] + 1}
         self._core, _ = start_engine(engine_config(form, folder, **limits), None)
-        self._runner: Any = self._core.runner
+        runner: Any = self._core.runner
+        self._runner = runner
         self._sample = sample
-        self.model = self._runner._model
+        self.model = runner._model
         pattern = torch.randn(PATTERN)
-        for tensor in self._runner.cache_tensors:
+        for tensor in runner.cache_tensors:
             for part in tensor.view(-1).split(PATTERN):
                 part.copy_(pattern[: len(part)])
 

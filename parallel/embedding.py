@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from parallel.linear import Cut, check_shape
+from parallel.linear import Cut, check_kind, check_shape
 from parallel.partition import length
 from parallel.state import ParallelState
 from quant.base import KernelChooser, LinearMethod, MatrixKernel
@@ -55,7 +55,8 @@ class VocabTable:
         return self._table_method.is_copied(name, checkpoint_dtype)
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
-        """Take in the `cut` of a checkpoint tensor."""
+        """Take in the `cut` of a checkpoint tensor. Raises ValueError for one that can't be used."""
+        check_kind(tensor)
         self._weight = self._table_method.pack({"weight": tensor}).weight
 
     def missing(self, part: int) -> list[str]:

@@ -107,8 +107,7 @@ class ParallelMatrices:
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
         """Take in the `cut` of a checkpoint tensor. Raises ValueError for one that can't be used."""
         spec, cut = self._specs[part][name], self._cuts[part][name]
-        if tensor.is_floating_point() == spec.is_integer:
-            raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
+        check_kind(tensor, is_integer=spec.is_integer)
         if cut and spec.group_size is not None and cut[0] == spec.input_dim:
             tensor = _for_shard(tensor, cut, spec.group_size, self._inputs)
         elif cut and spec.output_group_size is not None and cut[0] == spec.output_dim:
@@ -270,6 +269,12 @@ def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
     """
     if list(shape) != list(expected) and not math.prod(shape) == math.prod(expected) == 1:
         raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
+
+
+def check_kind(tensor: torch.Tensor, *, is_integer: bool = False) -> None:
+    """Raise ValueError if a checkpoint's tensor has integers where the model needs other numbers, or the reverse."""
+    if tensor.is_floating_point() == is_integer:
+        raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
 
 
 def _stored_range(shard: slice, total: int, stored: int) -> slice:

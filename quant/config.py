@@ -23,7 +23,7 @@ from quant.base import (
     PackedWeight,
 )
 from quant.grouped import choose_grouped
-from quant.kernels import choose_kernel, rounding_instructions
+from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
 from quant.registry import load_entry
 
@@ -144,7 +144,8 @@ def resolve_quantization(
 
 
 def _rounded_layouts(is_exact: bool, is_bfloat16: bool) -> list[str]:
-    return [*(["dense"] if is_bfloat16 else []), *([] if is_exact else ["int8", "int4"])]
+    """The layouts before which activations are rounded; the reference implementation has all layouts."""
+    return [layout for layout in MATRICES["torch"] if (is_bfloat16 if layout == "dense" else not is_exact)]
 
 
 def _check_flag(flag: str | None, stored_name: str | None) -> None:

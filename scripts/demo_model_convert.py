@@ -1,7 +1,7 @@
 """Turns a GGUF file of a Qwen2 or Llama model into a Hugging Face Qwen2 folder in bfloat16.
 
-Owns the tensor names, the number formats and the tokenizer. It doesn't know where the file came from, nor the cache the
-folder goes to: that is `demo_model.py`, which imports this only when it has to build.
+Owns the tensor names and the number formats. It doesn't know where the file came from, nor the cache the folder goes
+to: that is `demo_model.py`, which imports this only when it has to build.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers
+
+from engine.checkpoint.gguf_tokenizer import SCHEMES, added_tokens, build_tokenizer, tokenizer_config
 
 CHUNK_ROWS = 8192
 """Rows dequantised at a time: the float32 copy of a 151,936-row embedding would take 545 MB."""
-NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
-"""GGUF token types: in the merges' vocabulary; added and special; added and merely matched whole."""
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
@@ -159,78 +159,10 @@ def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def added_tokens(metadata: Mapping[str, Any], plain_tokens: frozenset[str]) -> dict[int, dict[str, Any]]:
-    """Each added token by id, as both tokenizer files spell it."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    types = metadata["tokenizer.ggml.token_type"]
-    return {
-        token_id: {"content": token, **flags, "special": kind == CONTROL_TOKEN and token not in plain_tokens}
-        for token_id, (token, kind) in enumerate(zip(metadata["tokenizer.ggml.tokens"], types, strict=True))
-        if kind in (CONTROL_TOKEN, USER_TOKEN)
-    }
-
-
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def split_text(tokenizer: Tokenizer, scheme: str) -> None:
-    """Set what happens to text before the merges. GGUF only names the scheme: llama.cpp knows it by that name."""
-    first: pre_tokenizers.PreTokenizer
-    if scheme == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-        first = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
-        second = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-        tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    elif scheme == "smollm":
-        first = pre_tokenizers.Digits(individual_digits=True)
-        second = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        raise ValueError(f"unknown GGUF pre-tokenizer {scheme!r}; known: qwen2, smollm")
+def split_as_smollm(tokenizer: Tokenizer) -> None:
+    first = pre_tokenizers.Digits(individual_digits=True)
+    second = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, second])
-
-
-def build_tokenizer(metadata: Mapping[str, Any], added: Mapping[int, dict[str, Any]]) -> Tokenizer:
-    """The tokenizer from the GGUF file's own lists.
-
-    Not by transformers' GGUF reader: it leaves out Qwen2's NFC, splits SmolLM2's digits wrongly, takes the padding rows
-    of the embedding for tokens, and changes between versions.
-    """
-    kinds = metadata["tokenizer.ggml.token_type"]
-    tokens = metadata["tokenizer.ggml.tokens"]
-    # Added tokens past the end of the vocabulary get their ids from add_tokens; those at its start belong to it.
-    size = 1 + max(token_id for token_id, kind in enumerate(kinds) if kind == NORMAL_TOKEN)
-    vocab = {token: token_id for token_id, token in enumerate(tokens[:size])}
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"])]
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    split_text(tokenizer, metadata["tokenizer.ggml.pre"])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(**fields) for fields in added.values()])
-    for token_id, fields in added.items():
-        assert tokenizer.token_to_id(fields["content"]) == token_id, fields
-    return tokenizer
-
-
-def tokenizer_config(metadata: Mapping[str, Any], added: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    pad = tokens[metadata["tokenizer.ggml.padding_token_id"]]
-    return {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(token_id): fields for token_id, fields in added.items()},
-        "additional_special_tokens": [f["content"] for f in added.values() if f["special"] and f["content"] != pad],
-        "bos_token": None,
-        "chat_template": metadata["tokenizer.chat_template"],
-        "clean_up_tokenization_spaces": False,
-        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
-        "errors": "replace",
-        "model_max_length": metadata["context_length"],
-        "pad_token": pad,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer" if metadata["tokenizer.ggml.pre"] == "qwen2" else "PreTrainedTokenizerFast",
-        "unk_token": None,
-    }
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -254,7 +186,8 @@ def convert(
     special and the published tokenizer does not.
     """
     reader = GGUFReader(gguf_path)
-    metadata = read_metadata(reader)
+    # The published tokenizers put nothing before a text, whatever the file says.
+    metadata = {**read_metadata(reader), "tokenizer.ggml.add_bos_token": False}
     config = model_config(metadata)
     write_json(folder / "config.json", config)
     eos_ids = list(eos_token_ids) or [metadata["tokenizer.ggml.eos_token_id"]]
@@ -262,7 +195,7 @@ def convert(
     # No sampling defaults: a comparison of greedy output would have to undo them.
     write_json(folder / "generation_config.json", {"eos_token_id": eos_ids, "pad_token_id": pad_id})
     added = added_tokens(metadata, plain_tokens)
-    build_tokenizer(metadata, added).save(str(folder / "tokenizer.json"))
+    build_tokenizer(metadata, added, {**SCHEMES, "smollm": split_as_smollm}).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config(metadata, added))
     is_llama = metadata["general.architecture"] == "llama"
     write_safetensors(folder / "model.safetensors", plan_tensors(reader.tensors, config, is_llama), report)

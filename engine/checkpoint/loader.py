@@ -13,6 +13,7 @@ second core is free it costs no time, as it brings in pages of the tensors used 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def load_weights(
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
-    progress = _Progress(sum(path.stat().st_size for path in weights.files) // num_shards)
+    progress = _Progress(sum(_num_bytes(weights, name) for name in names) // num_shards)
     checks: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
         for name in names:
@@ -81,6 +82,12 @@ def load_weights(
     if is_host:
         for layer in {id(layer): layer for layer, _ in layers.values()}.values():
             _finish(layer, layers, device)
+
+
+def _num_bytes(weights: WeightSource, name: str) -> int:
+    """The size of a tensor as it is read: blocks of a GGUF file are smaller."""
+    dtype = TORCH_DTYPES.get(weights.dtype(name), torch.float32)
+    return math.prod(weights.shape(name)) * dtype.itemsize
 
 
 def _merged_weights(model: CausalLM, folder: Path, adapter: Path) -> WeightSource:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from parallel.linear import Cut, check_shape
+from parallel.linear import Cut, check_kind, check_shape
 
 
 class RMSNorm:
@@ -30,6 +30,7 @@ class RMSNorm:
         return True
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        check_kind(tensor)
         self.weight.copy_(tensor)
         self._is_missing = False
 
@@ -63,6 +64,7 @@ class HeadNorms:
         return True
 
     def load(self, name: str, part: int, tensor: torch.Tensor) -> None:
+        check_kind(tensor)
         self.weight[self._ends[0] * part : self._ends[part]] = tensor
         self._is_missing[part] = False
 

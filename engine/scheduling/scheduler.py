@@ -140,6 +140,8 @@ class Scheduler:
             if budget <= 0:
                 break
             is_open = is_open and self._prepare(sequence, is_served=sequence in counts)
+            if not (is_open or under_way or counts):
+                break  # none of those that wait can be admitted
             if sequence.block_table and (missing := num_missing(sequence)):
                 context = sequence.num_computed_tokens + counts.get(sequence, 0)
                 if count := room.num_fitting(min(missing, math.ceil(share * budget)), context, share):

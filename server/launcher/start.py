@@ -99,7 +99,7 @@ def _find_folder(
     With an adapter comes its model, unless it `is_alone`.
     """
     if gguf_files(model_id):
-        logger.info("%s is in GGUF: a folder beside the Hub's cache gets its configuration and tokenizer", model_id)
+        logger.info("%s is in GGUF: configuration and tokenizer are read from the file", model_id)
     elif os.path.isdir(model_id):
         if revision is None:
             refuse_no_model(Path(model_id))

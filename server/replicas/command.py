@@ -95,7 +95,8 @@ def _ray() -> Iterator[bool]:
             ray.init(namespace="serve", logging_level=logging.WARNING, **(own if is_own else {}))
     except SystemExit as stop:
         sys.exit(0 if stop.code == signal.SIGTERM else stop.code)  # Ray's own handler exits with the number
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        # ValueError: RAY_ADDRESS is no address. RayError: it asks for a token that is not there.
         raise LaunchError(f"There is no Ray: {error}") from error
     signal.signal(signal.SIGTERM, _exit)  # in place of Ray's
     logger.info("Ray runs: RAY_AUTH_MODE=token RAY_ADDRESS=%s reaches it", ray.get_runtime_context().gcs_address)
@@ -115,12 +116,15 @@ def _exit(*_: object) -> NoReturn:
 def _deploy(app_args: Mapping[str, Any]) -> Any:
     """Give Serve the application; a handle once all replicas of this version run. Raises LaunchError."""
     from ray import serve
+    from ray.exceptions import RayError
 
     from server.replicas.deployment import APP_NAME, build_app
 
-    serve.start(proxy_location="Disabled")
     try:
+        serve.start(proxy_location="Disabled")
         return serve.run(build_app(app_args), name=APP_NAME, route_prefix=None)
+    except RayError as error:  # who started this Ray has ended it
+        raise LaunchError(f"Ray was gone before all replicas ran: {str(error).partition(chr(10))[0]}") from error
     except RuntimeError as error:
         raise LaunchError(f"The replicas can't start, for a reason that their launchers say above: {error}") from error
 

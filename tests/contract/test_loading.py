@@ -120,11 +120,21 @@ def test_a_wrong_shape_is_named(folder: Path, name: str, shape: list[int], wante
     )
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float64, "F64")])
-def test_a_dtype_that_is_not_loaded(folder: Path, dtype: torch.dtype, name: str) -> None:
+def test_a_dtype_that_is_not_loaded(folder: Path) -> None:
     tensor = f"{LAYER}.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights.update({tensor: weights[tensor].to(torch.float64)}))
+    loaded = "F32, F16, BF16, F8_E4M3, I8, I32, I64"
+    assert refusal(folder) == f"tensor {tensor} is stored as F64: only {loaded} are loaded"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+@pytest.mark.parametrize(
+    "tensor", [f"{LAYER}.mlp.up_proj.weight", f"{LAYER}.input_layernorm.weight", "model.embed_tokens.weight"]
+)
+def test_integers_without_a_scale(folder: Path, dtype: torch.dtype, tensor: str) -> None:
     change_weights(folder, lambda weights: weights.update({tensor: weights[tensor].to(dtype)}))
-    assert refusal(folder) == f"tensor {tensor} is stored as {name}: only F32, F16, BF16, I32, I64 are loaded"
+    stored = f"tensor {tensor} is stored as {dtype}, which the model can't use there"
+    assert refusal(folder) == f"{stored}: config.json and the weights do not belong together"
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 10_000, -1])
@@ -193,8 +203,8 @@ def test_no_weights_at_all(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: qwen2"),
-        ({"model_type": ...}, "model_type '' is not supported; supported: qwen2"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: qwen2, qwen2_moe, qwen3, qwen3_moe"),
+        ({"model_type": ...}, "model_type '' is not supported; supported: qwen2, qwen2_moe, qwen3, qwen3_moe"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             "the quantisation's bits is None, which can't be loaded: fetch the model again",
@@ -250,7 +260,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 8}
             {"rms_norm_eps": float("nan")},
             "rms_norm_eps nan in config.json is not a number between 0 and 1: fetch the model again",
         ),
-        ({"model_type": []}, "model_type '[]' is not supported; supported: qwen2"),
+        ({"model_type": []}, "model_type '[]' is not supported; supported: qwen2, qwen2_moe, qwen3, qwen3_moe"),
         ({"torch_dtype": 1}, "dtype '1' is not supported: give --dtype one of float32, bfloat16, float16"),
         (
             {"layer_types": 5},
@@ -474,7 +484,7 @@ def test_a_model_larger_than_the_memory(tiny_model_dir: Path) -> None:
 
 
 def test_a_step_larger_than_the_memory(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = dataclasses.replace(KERNELS, free_memory_bytes=lambda: 100_000_000)
+    small = dataclasses.replace(KERNELS, free_memory_bytes=lambda: 150_000_000)
     monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: small)
     with pytest.raises(StartError, match=r"Not enough memory to handle 100000 prefill tokens\. You need to decrease"):
         start(tiny_model_dir, max_batch_prefill_tokens=100_000, max_batch_total_tokens=100_000)

@@ -154,7 +154,7 @@ def test_a_bad_model_type_is_one_sentence_and_exit_1(tiny_model_dir: Path, tmp_p
     (model / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with launched(model, tmp_path, is_awaited=False) as server:
         assert server.wait_for_end() == 1
-        assert "model_type 'llama' is not supported; supported: qwen2" in server.log
+        assert "model_type 'llama' is not supported; supported: qwen2, qwen2_moe, qwen3, qwen3_moe" in server.log
         assert "Traceback" not in server.log
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
 from quant.kernels.matrix_triton import MatrixTriton
+from quant.kernels.packed_torch import PackedTorch
 from quant.kernels.skinny_triton import BLOCK_ROWS, MAX_ROWS, min_block_inputs, skinny_product
 from quant.kernels.tuning import Tile, WeightShape, tile_for
 from quant.packing import OUTPUTS_AT_A_TIME, pack_groups, widen
@@ -130,6 +131,17 @@ def test_widened_weights_in_bfloat16(layout: str) -> None:
     packed = Matrix(layout, 17, 32, 3, has_order=True, has_bias=False).pack(torch.float16)
     units = torch.eye(packed.num_inputs).to(torch.bfloat16)
     assert_close(MatrixTriton(packed)(units), exact_weight(packed).T)
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+def test_weights_with_offsets_run_in_the_reference(layout: str) -> None:
+    packed = Matrix(layout, 40, 64, 2).pack(torch.float16)
+    assert packed.scales is not None
+    packed = dataclasses.replace(packed, zero_points=torch.rand(packed.scales.shape))
+    kernel = choose_kernel("triton", packed)
+    assert isinstance(kernel, PackedTorch)
+    x = random_x(3, packed.num_inputs, torch.float32)
+    torch.testing.assert_close(kernel(x), product(packed, x).float())
 
 
 def test_many_outputs_are_widened_part_by_part() -> None:

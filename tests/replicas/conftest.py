@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -80,17 +81,16 @@ class Fleet:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    model, port = build_demo_model("--small"), free_port()
-    folder = tmp_path_factory.mktemp("fleet")
-    log_path = folder / "log"
+@contextlib.contextmanager
+def running_fleet(model: Path, folder: Path, *flags: str) -> Iterator[Fleet]:
+    """Two replicas of the model, one thread each, where `folder` has a package with the name of one of ours."""
+    port, log_path = free_port(), folder / "log"
     (folder / "server").mkdir()
     (folder / "server" / "__init__.py").write_text("raise ImportError('somebody else's')")
     command = [sys.executable, "-P", "-m", "pytgi", "serve", str(model), "--replicas", "2", "--port", str(port)]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--hostname", "127.0.0.1", *FLAGS],
+            [*command, "--hostname", "127.0.0.1", *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
@@ -102,10 +102,17 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         while "Connected" not in fleet.log:
             assert process.poll() is None and time.monotonic() < deadline, fleet.log
             time.sleep(0.2)
-        assert httpx.get(f"{fleet.url}/health").status_code == 200  # no replica says so before the front
         yield fleet
-        process.terminate()
-        assert process.wait(120) == 0, fleet.log
-        assert not fleet.replicas()
     finally:
         process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with running_fleet(build_demo_model("--small"), tmp_path_factory.mktemp("fleet"), *FLAGS) as fleet:
+        assert httpx.get(f"{fleet.url}/health").status_code == 200  # no replica says so before the front
+        yield fleet
+        fleet.process.terminate()
+        assert fleet.process.wait(120) == 0, fleet.log
+        assert not fleet.replicas()

@@ -22,6 +22,8 @@ import demo_model
 import demo_model_convert
 from demo_model import DemoModel, DemoModelError, Fetch, Wheel
 
+from engine.checkpoint import gguf_tokenizer
+
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 96
 TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "in"]
 
@@ -57,7 +59,7 @@ def add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(special + TOKENS)
-    writer.add_token_types([demo_model_convert.CONTROL_TOKEN] * 3 + [demo_model_convert.NORMAL_TOKEN] * len(TOKENS))
+    writer.add_token_types([gguf_tokenizer.CONTROL_TOKEN] * 3 + [gguf_tokenizer.NORMAL_TOKEN] * len(TOKENS))
     writer.add_token_merges(["i n"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -183,12 +185,12 @@ def test_tokenizer_gives_the_text_back(model: DemoModel, cache: Path, index: Fak
 
 
 def test_published_plain_tokens_are_not_special() -> None:
-    control = demo_model_convert.CONTROL_TOKEN
+    control = gguf_tokenizer.CONTROL_TOKEN
     metadata = {
         "tokenizer.ggml.tokens": ["a", "<|im_end|>", "<|fim_prefix|>", "<tool_call>", "[PAD4]"],
-        "tokenizer.ggml.token_type": [1, control, control, demo_model_convert.USER_TOKEN, 5],
+        "tokenizer.ggml.token_type": [1, control, control, gguf_tokenizer.USER_TOKEN, 5],
     }
-    added = demo_model_convert.added_tokens(metadata, demo_model.QWEN.plain_tokens)
+    added = gguf_tokenizer.added_tokens(metadata, demo_model.QWEN.plain_tokens)
     assert {fields["content"]: fields["special"] for fields in added.values()} == {
         "<|im_end|>": True,
         "<|fim_prefix|>": False,

@@ -38,6 +38,11 @@ def test_every_kernel_of_the_table_multiplies(backend: str, layout: str, name: s
     packed = random_weight(4 if layout == "int4" else 8, 48, 192, 64)
     if layout == "dense":
         packed = PackedWeight("dense", widen(packed).bfloat16(), packed.bias)
+    elif layout == "fp8":
+        assert packed.zero_points is not None
+        codes = packed.weight.float().to(torch.float8_e4m3fn).view(torch.uint8)
+        zero_points = torch.zeros_like(packed.zero_points)
+        packed = dataclasses.replace(packed, layout=layout, weight=codes, zero_points=zero_points)
     assert packed.layout == layout and packed.bias is not None
     kernel_class = load_entry(name)
     if reasons := kernel_class.why_not(packed):

@@ -22,7 +22,7 @@ from engine.link.errors import StartError
 from tests.oracles.dequantize import gguf_weights
 from tests.oracles.quant_stored import CHECKPOINTS
 from tests.tiny_gguf import write_gguf
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3
 from tests.unit.test_seams import generate, reference_device
 
 STORED = sorted(CHECKPOINTS.glob("llama-cpp-*"))
@@ -60,6 +60,12 @@ def test_a_file_in_16_bits_has_the_ids_of_the_folder_that_it_is_from(
     assert folder.parent == tmp_path / "cache" and not list(folder.parent.glob(".*"))
     with pytest.raises(StartError, match="--revision is for models of the Hub"):
         download_weights(argparse.Namespace(model_id=str(tmp_path / "files"), **{**options, "revision": "main"}))
+
+
+def test_qwen3_is_served_too(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model")
+    folder = served(tmp_path / "model", tmp_path, "F32", architecture="qwen3")
+    assert generate(folder, reference_device()) == generate(tmp_path / "model", reference_device())
 
 
 def test_configuration_and_tokenizer_are_those_of_the_source(source: Path, tmp_path: Path) -> None:

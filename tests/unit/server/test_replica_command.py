@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from server.launcher.errors import LaunchError
 from server.replicas import command
+
+
+class FakeRayError(Exception):
+    """The base of Ray's own errors, which are of no kind that Python has."""
 
 
 class FakeRay(ModuleType):
@@ -18,6 +23,7 @@ class FakeRay(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("ray")
+        self.exceptions = SimpleNamespace(RayError=FakeRayError)
         self.serve = SimpleNamespace(shutdown=lambda: self.calls.append("serve.shutdown"))
         self.calls: list[str] = []
         self.options: dict[str, Any] = {}
@@ -61,6 +67,18 @@ def test_a_ray_that_has_an_address_is_joined_and_left_running(ray: FakeRay, monk
     with command._ray() as is_own:
         assert not is_own and not {"address", "object_store_memory"} & ray.options.keys()
     assert ray.calls == ["shutdown"]
+
+
+@pytest.mark.parametrize("error", [FakeRayError, ConnectionError, RuntimeError, ValueError])
+def test_a_ray_that_cannot_be_reached_is_refused_in_its_words(
+    ray: FakeRay, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise error("Invalid address format: abc")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(LaunchError, match="^There is no Ray: Invalid address format: abc$"), command._ray():
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
