@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.adapters import AdapterSlots
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
@@ -138,6 +139,8 @@ class LoadedModel:
     """Memory of this rank's weights: measured on a device with its own memory, elsewhere a rough estimate."""
     free_bytes: int
     """Memory that could be used before the weights were there."""
+    adapters: AdapterSlots | None = None
+    """Adapters beside the model; None: requests can't name any."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,12 +162,7 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
     refuse_other_kinds(folder, model_config)
-    adapter = None if config.adapter_path is None else Path(config.adapter_path)
-    if adapter is not None and read_quantization_config(folder, model_config):
-        raise StartError(
-            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
-            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
-        )
+    adapter = _merged_adapter(config, folder, model_config)
     if parallel.rank == 0:
         _log_unused(folder, model_config)
     dtype = resolve_dtype(config.dtype, model_config.get("dtype") or model_config.get("torch_dtype"), device)
@@ -185,13 +183,51 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
         # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
         with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
             model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
+            adapters = make_adapter_slots(config, model, dtype, device) if config.has_adapters else None
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
     if device.memory is not None:
         device.memory.release_cached()
         weight_bytes = device_bytes - device.free_memory_bytes()
+    elif adapters is not None:
+        weight_bytes += adapters.num_bytes
+        check_weights_fit(weight_bytes, free_bytes, config.memory_fraction)
     logger.info("Weights loaded in %.1f s", time.monotonic() - started)
-    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes)
+    return LoadedModel(model, model_config, dtype, quantization, weight_bytes, free_bytes, adapters)
+
+
+def _merged_adapter(config: EngineConfig, folder: Path, model_config: dict[str, Any]) -> Path | None:
+    """The folder of the adapter that is merged into the model. Raises StartError for a model that is quantised."""
+    if config.adapter_path is None:
+        return None
+    adapter = Path(config.adapter_path)
+    if read_quantization_config(folder, model_config):
+        raise StartError(
+            f"{folder} is quantised, and no adapter can be merged into it: name the dense model as "
+            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG}, and give --quantize"
+        )
+    return adapter
+
+
+def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: Device) -> AdapterSlots:
+    """Memory for the adapters of `config` beside the model; the first of them are in it. Raises StartError."""
+    adapters = AdapterSlots(
+        model,
+        config.lora_adapters,
+        backend=device.matrices,
+        num_slots=config.max_loras,
+        max_rank=config.max_lora_rank,
+        dtype=dtype,
+        device=device.torch_device,
+    )
+    logger.info(
+        "Adapters: %d known, %d in memory at a time (%.0f MB), of rank %d at most",
+        len(config.lora_adapters),
+        adapters.num_slots,
+        adapters.num_bytes / 1e6,
+        adapters.max_rank,
+    )
+    return adapters
 
 
 def _log_unused(folder: Path, model_config: dict[str, Any]) -> None:

@@ -147,7 +147,9 @@ def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     for name, (default, help_text) in switches.items():
         action = argparse.BooleanOptionalAction
         download.add_argument(f"--{name}", action=action, default=default, help=help_text)
-    # Only the launcher gives this: the end of standard input is its end. By hand it may be closed from the start.
+    # Only the launcher gives these: an adapter beside its model has no use for a model of its own, and the end of
+    # standard input is the launcher's end. By hand it may be closed from the start.
+    download.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     download.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -192,7 +194,7 @@ def download_weights(args: argparse.Namespace) -> Path:
     if files := gguf_files(model_id):
         return _read_gguf(files, revision)
     folder = download_model(model_id, revision)
-    if (base := adapter_base(folder)) is not None:
+    if not args.alone and (base := adapter_base(folder)) is not None:
         logger.info("%s is an adapter of %s", args.model_id, base.model_id)
         download_model(base.model_id, base.revision)
     return folder

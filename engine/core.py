@@ -8,8 +8,19 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint
-from engine.link.messages import AbortRequest, Down, Goodbye, StepOutput, StepReport, TokenEvent
+from engine.link.messages import (
+    AbortRequest,
+    AdapterReply,
+    Down,
+    Goodbye,
+    LoadAdapter,
+    StepOutput,
+    StepReport,
+    TokenEvent,
+    UnloadAdapter,
+)
 from engine.runner import StepResult
 from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import Grammars
@@ -57,6 +68,10 @@ class EngineCore:
         self.shedder = Shedder(scheduler)
         self.report = StepReport()
         """The report of the last step."""
+        self.open_adapter: Callable[[int, str], None] = lambda number, folder: None
+        """Opens the files of the adapter that will have that number; raises StartError for one that can't be had."""
+        self.replies: list[AdapterReply] = []
+        """The replies that wait to be sent."""
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
 
@@ -101,10 +116,25 @@ class EngineCore:
             self.grammars.abort(message.request_id)
         elif isinstance(message, Goodbye):
             self.is_dismissed = True
+        elif isinstance(message, LoadAdapter | UnloadAdapter):
+            self.replies.append(self._change_adapters(message))
         elif message.grammar is not None:
             self.grammars.compile(message)
         else:
             self.scheduler.add(message)
+
+    def _change_adapters(self, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
+        adapters = self.scheduler.adapters
+        if isinstance(message, UnloadAdapter):
+            adapters.retire(message.name)
+            return AdapterReply(message.name)
+        try:
+            self.open_adapter(adapters.next_number, message.path)
+        except StartError as error:
+            return AdapterReply(message.name, str(error))
+        adapters.add(message.name, message.path)
+        logger.info("Adapter %s loaded from %s", message.name, message.path)
+        return AdapterReply(message.name)
 
     def take_compiled(self) -> list[TokenEvent]:
         """Schedule the requests whose grammars are ready; the events end those whose grammars cannot be compiled."""
@@ -142,5 +172,7 @@ class EngineCore:
                     self.report.is_failed = True
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise
-            if events or reports or not self.has_work:
-                endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=reports))
+            if events or reports or self.replies or not self.has_work:
+                replies, self.replies = self.replies, []
+                stats = self.scheduler.stats()
+                endpoint.send(StepOutput(events=events, stats=stats, reports=reports, replies=replies))

@@ -47,8 +47,9 @@ CAUSE_S = 2.0
 """Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
 SETTINGS_OF_EACH_RANK = (
-    "model_path adapter_path num_threads socket_fd listen_fd shard_secret log_level is_json_output".split()
-)
+    "model_path adapter_path lora_adapters num_threads "  # paths and threads of a host
+    "socket_fd listen_fd shard_secret log_level is_json_output"
+).split()
 """Fields of `EngineConfig` in which ranks may differ."""
 
 
@@ -280,10 +281,12 @@ def _fingerprint(config: EngineConfig) -> dict[str, str]:
         del settings[name.replace("_", "-")]
     folder = Path(config.model_path)
     digest = hashlib.blake2b(digest_size=8)
-    adapter = [] if config.adapter_path is None else [Path(config.adapter_path) / ADAPTER_WEIGHTS]
-    for path in (folder / "config.json", *find_weight_files(folder).paths, *adapter):
+    merged = [] if config.adapter_path is None else [config.adapter_path]
+    adapters = [Path(path) / ADAPTER_WEIGHTS for path in (*merged, *(path for _, path in config.lora_adapters))]
+    for path in (folder / "config.json", *find_weight_files(folder).paths, *adapters):
         try:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         except OSError as error:
             raise StartError.of_file(path, error) from error
-    return {"version": importlib.metadata.version("pytgi"), "model files": digest.hexdigest(), **settings}
+    names = {"lora-adapters": ",".join(name for name, _ in config.lora_adapters)}
+    return {"version": importlib.metadata.version("pytgi"), "model files": digest.hexdigest(), **settings, **names}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.adapters import AdapterSlots
 from engine.attention import ATTENTION_BACKENDS
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, RepeatableStep
 from engine.device import Device
@@ -53,8 +54,10 @@ class StepResult:
 class ModelRunner:
     """Runs steps of one model."""
 
-    def __init__(self, model: CausalLM, device: Device) -> None:
+    def __init__(self, model: CausalLM, device: Device, adapters: AdapterSlots | None = None) -> None:
+        """`adapters` None: no step has any."""
         self._model = model
+        self.adapters = adapters
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
@@ -148,6 +151,8 @@ class ModelRunner:
 
     def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
+        if self.adapters is not None:
+            self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc)
         if self._programs is not None and inputs.is_decoding and not inputs.block_copies:
             return StepResult(self._run_decoding(inputs, self._programs))
         return self._run(inputs, last_token_ids)
@@ -158,7 +163,8 @@ class ModelRunner:
         if inputs.block_copies:
             self._copy_blocks(inputs.block_copies)
         work_items = self._work_items(inputs)
-        if self._graphs is not None and (logits := self._graphs.run(inputs, work_items, last_token_ids)) is not None:
+        graphs = None if inputs.adapters else self._graphs  # which were captured without any
+        if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors))
@@ -173,7 +179,7 @@ class ModelRunner:
             return self._compute(tensors, rotation, prepared)
         return programs.run(
             len(inputs.input_ids),
-            prepared.variant,
+            (prepared.variant, bool(inputs.adapters)),
             (tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors),
             lambda: self._compute(tensors, rotation, prepared),
         )

@@ -34,6 +34,7 @@ from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
 from engine.sampling.grammar import BYTES_PER_TOKEN, MASKS, Grammars
 from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import SAMPLERS, Sample
+from engine.scheduling.adapters import AdapterCache
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.ngram import propose_ngram
 from engine.scheduling.scheduler import Scheduler
@@ -69,6 +70,8 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
+    if prepared.loaded.adapters is not None:
+        core.open_adapter = prepared.loaded.adapters.open
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
@@ -130,7 +133,7 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
-    runner = ModelRunner(loaded.model, device)
+    runner = ModelRunner(loaded.model, device, loaded.adapters)
     plan = _plan(config, device, loaded, runner, ranks)
     try:
         runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
@@ -271,7 +274,10 @@ def _make_core(
         max_running=config.max_batch_size if device.memory is None else max_measured_running(config),
         drafter=None if costs is None else Speculator(propose_ngram, costs, config.max_draft_tokens),
         needs_tokens=sampler.needs_tokens,
+        adapters=AdapterCache(config.max_loras if config.has_adapters else 0),
     )
+    for name, folder_of_adapter in config.lora_adapters:
+        scheduler.adapters.add(name, folder_of_adapter)
     return make_core(
         device,
         scheduler,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 
+from engine.scheduling.adapters import NO_SLOT
 from engine.scheduling.batch import ScheduledBatch, ScheduledSequence
 
 BLOCK_BYTES = 4
@@ -41,6 +43,11 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     unknown_rows: list[int] = []
     """The rows of that step which chose them."""
 
+    adapters: list[tuple[int, int, str]] = []
+    """The adapters of the step: slot, number and folder of each; empty: no sequence has one."""
+    adapter_slots: list[int] = []
+    """The slot of each sequence's adapter, -1 for none; empty where `adapters` is."""
+
     block_copies: list[tuple[int, int]] = []
     """KV blocks that are copied first, in all layers: from, to. All are read before one is written."""
 
@@ -63,8 +70,7 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
     logits_indices: list[int] = []
     scored_indices: list[int] = []
     scored_token_ids: list[int] = []
-    unknown_places: list[int] = []
-    unknown_rows: list[int] = []
+    unknown_places, unknown_rows = list[int](), list[int]()
     for scheduled in batch.scheduled:
         sequence, draft, first = scheduled.sequence, scheduled.draft, scheduled.num_computed_tokens
         if scheduled.num_scored_tokens:
@@ -94,7 +100,20 @@ def step_inputs(batch: ScheduledBatch) -> StepInputs:
         unknown_places=unknown_places,
         unknown_rows=unknown_rows,
         block_copies=batch.block_copies,
+        **_adapters(batch),
     )
+
+
+def _adapters(batch: ScheduledBatch) -> dict[str, Any]:
+    """The fields about adapters; nothing where no sequence has one."""
+    adapters = [scheduled.sequence.adapter for scheduled in batch.scheduled]
+    known = {adapter for adapter in adapters if adapter is not None}
+    if not known:
+        return {}
+    return {
+        "adapters": sorted((adapter.slot, adapter.number, adapter.path) for adapter in known),
+        "adapter_slots": [NO_SLOT if adapter is None else adapter.slot for adapter in adapters],
+    }
 
 
 def _scored_positions(scheduled: ScheduledSequence) -> range:

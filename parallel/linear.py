@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from parallel.partition import UNITS, SplitError, length, lengths, split_features
 from parallel.state import ParallelState
-from quant.base import KernelChooser, LinearMethod, MatrixKernel, MatrixShard, PackedWeight, ParamSpec, merge
+from quant.base import (
+    KernelChooser,
+    LinearMethod,
+    LowRankKernel,
+    LowRankUpdate,
+    MatrixKernel,
+    MatrixShard,
+    PackedWeight,
+    ParamSpec,
+    merge,
+)
 
 Cut = tuple[int, slice]
 """A dimension of a stored tensor, and the part of it that is read."""
@@ -49,6 +59,7 @@ class ParallelMatrices:
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
         self._matrix_kernels: list[MatrixKernel] = []
+        self._adapters: LowRankKernel | None = None
 
     def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
         """Set what this rank holds. Raises SplitError for shards that stored tensors can't be cut at."""
@@ -145,12 +156,37 @@ class ParallelMatrices:
             merged = [packed.without_bias() for packed in merged]  # the ranks' results are summed: rank 0 alone adds it
         return [packed.to(device) for packed in merged]
 
+    def allocate_adapters(self, make: Callable[[int, Sequence[int]], LowRankKernel]) -> int:
+        """Have memory for adapters, once the weights are there: its bytes.
+
+        `make` makes the kernel for so many inputs and outputs of each part.
+        """
+        self._adapters = make(length(self._inputs), lengths(self._outputs))
+        return self._adapters.num_bytes
+
+    def matrix_shape(self, part: int) -> tuple[int, int]:
+        """Outputs and inputs of the whole matrix."""
+        return self._out_features[part], self._in_features
+
+    def put_adapter(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
+        """Let a slot have this rank's part of the changes of each whole matrix; None: that one is not changed."""
+        assert self._adapters is not None, "called before allocate_adapters"
+        parts = [
+            update and LowRankUpdate(update.a[:, self._inputs], update.b[outputs], update.scaling)
+            for update, outputs in zip(updates, self._outputs, strict=True)
+        ]
+        self._adapters.put(slot, parts)
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
         assert self._matrix_kernels, "called before finish"
         if len(self._matrix_kernels) == 1:
-            return self._matrix_kernels[0](x)
-        return torch.cat([kernel(x) for kernel in self._matrix_kernels], dim=1)
+            y = self._matrix_kernels[0](x)
+        else:
+            y = torch.cat([kernel(x) for kernel in self._matrix_kernels], dim=1)
+        if self._adapters is not None:
+            self._adapters.add_to(y, x)
+        return y
 
 
 class ColumnParallelLinear(ParallelMatrices):

@@ -111,6 +111,59 @@ class MatrixKernel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """The change that an adapter makes to one matrix: `scaling * b @ a`, a [rank, inputs] and b [outputs, rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclasses.dataclass(slots=True)
+class AdapterRows:
+    """The rows of the running step by adapter. One object for all layers; whoever runs steps fills it before each."""
+
+    rows: torch.Tensor | None = None
+    """[num_rows] int64: all rows of the step, in their order for each adapter; None: no row has one."""
+    slots: torch.Tensor | None = None
+    """[num_rows] int64: the slot of the adapter of each of `rows`; -1: it has none."""
+    segments: Sequence[tuple[int, int, int]] = ()
+    """Slot, first and last (exclusive) place among `rows` of each adapter."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LowRankShape:
+    """Matrices side by side that adapters change, as one rank has them, and the memory for the changes."""
+
+    num_inputs: int
+    num_outputs: Sequence[int]
+    """The number of each matrix."""
+    num_slots: int
+    max_rank: int
+    dtype: torch.dtype
+    """What the changes are kept in; sums are float32."""
+    device: torch.device
+
+
+class LowRankKernel(Protocol):
+    """The changes that the adapters in all slots make to matrices side by side."""
+
+    num_bytes: int
+
+    @staticmethod
+    def why_not(shape: LowRankShape) -> list[str]:
+        """Reasons why the kernel can't run such matrices; empty if it can."""
+
+    def __init__(self, shape: LowRankShape, step: AdapterRows) -> None: ...
+
+    def put(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
+        """Let the slot have a change for each matrix; None: that matrix is not changed."""
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to y [rows, outputs of all matrices] what the adapters of the step's rows make of x [rows, inputs]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RowGroups:
     """Rows in the order of the matrices that they meet."""
 

@@ -18,6 +18,7 @@ from server.error_handlers import install_error_handlers
 from server.openapi import build_openapi
 from server.operation import OperationFinder, operations_of
 from server.routes import (
+    adapters,
     anthropic,
     chat,
     cloud,
@@ -48,7 +49,7 @@ AREAS = (
     health.area,
     docs.area,
 )
-"""Every route of the server, in the order of the description."""
+"""Every route of the server that needs no flag, in the order of the description."""
 AREAS_BESIDE_TGI = (responses.area, anthropic.area)
 """Areas that are not there under --strict-tgi, whose tools have a form of their own."""
 
@@ -68,6 +69,8 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
     areas = [area for area in AREAS if area not in AREAS_BESIDE_TGI or not config.is_strict_tgi]
+    if config.is_lora_updating:
+        areas.append(adapters.area)
     operations = operations_of(areas)
     app.state.openapi = build_openapi(operations, config)
     install_error_handlers(app)

@@ -14,12 +14,15 @@ from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.link.ipc import RECEIVE_BYTES, decode_up, encode_frame, take_frames
 from engine.link.messages import (
     AbortRequest,
+    AdapterReply,
     EngineReady,
     EngineStats,
     GenerationRequest,
     Goodbye,
+    LoadAdapter,
     StepOutput,
     TokenEvent,
+    UnloadAdapter,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,8 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._limits: asyncio.Future[EngineReady] | None = None
+        self._replies: collections.deque[asyncio.Future[AdapterReply]] = collections.deque()
+        """The calls that wait for a reply, in the order of their messages."""
         self._reader_task: asyncio.Task[None] | None = None
         self._last_heard = 0.0
         self._refusal: Exception | None = None
@@ -114,6 +119,15 @@ class EngineClient:
             if self._inboxes.pop(request.request_id, None) is not None:
                 self._send(encode_frame(AbortRequest(request.request_id)))
 
+    async def change_adapters(self, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
+        """Tell the engine of an adapter that comes or goes. Raises what `refuse` was called with."""
+        if self._refusal is not None:
+            raise self._refusal
+        reply: asyncio.Future[AdapterReply] = asyncio.get_running_loop().create_future()
+        self._replies.append(reply)
+        self._send(encode_frame(message))
+        return await asyncio.shield(reply)
+
     @staticmethod
     async def _events(inbox: Inbox) -> AsyncIterator[TokenEvent]:
         while True:
@@ -131,6 +145,8 @@ class EngineClient:
         self._refusal = error
         for inbox in self._inboxes.values():
             inbox.put(error)
+        while self._replies:
+            self._replies.popleft().set_exception(error)
 
     async def watch(self) -> None:
         """Return when the engine is dead, or has been silent for so long that it must hang.
@@ -187,6 +203,8 @@ class EngineClient:
             if event.is_terminal:  # the engine has forgotten the request: nothing is left to abort
                 del self._inboxes[event.request_id]
             inbox.put(event)
+        for reply in message.replies:
+            self._replies.popleft().set_result(reply)
         self.observe_output(message, time.perf_counter() - started)
 
     def _mark_dead(self, death: Exception) -> None:

@@ -19,6 +19,10 @@ class ServerConfig:
     """The user's word for the model; /info shows it."""
     served_model_names: tuple[str, ...] = ()
     """Names of the model on OpenAI's routes. Empty: `model_id` alone."""
+    lora_adapters: tuple[str, ...] = ()
+    """Names of the adapters that the engine has when it is ready."""
+    is_lora_updating: bool = False
+    """Whether there are the routes by which adapters come and go."""
     model_path: str
     """Local folder with tokenizer.json and tokenizer_config.json."""
     model_sha: str | None = None

@@ -111,6 +111,43 @@ class MergedWeights:
             )
 
 
+class AdapterWeights:
+    """The changes of an adapter that is kept apart from its model. The file is mapped as long as this lives."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StartError for a folder without an adapter, or with one of another kind."""
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise StartError(f"{folder} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
+        self.folder = folder
+        self._weights = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
+        self._updates = {
+            name.removesuffix(".weight"): update for name, update in _read_updates(folder, self._weights).items()
+        }
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """The matrices that it changes, by the names that checkpoints have for them."""
+        return [*self._updates]
+
+    def is_of_embeddings(self, module: str) -> bool:
+        return self._updates[module].is_embedding
+
+    def shapes(self, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B."""
+        update = self._updates[module]
+        return self._weights.shape(update.a), self._weights.shape(update.b)
+
+    @property
+    def max_rank(self) -> int:
+        return max((self.shapes(module)[0][0] for module in self._updates), default=0)
+
+    def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A, B and the factor of their product."""
+        update = self._updates[module]
+        a, b = (self._weights.read(name, is_kept=True) for name in (update.a, update.b))
+        return a, b, update.scaling
+
+
 def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
     """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
     config = read_json(folder / ADAPTER_CONFIG)

@@ -19,6 +19,14 @@ class EngineConfig:
     """Local folder with config.json and safetensors files."""
     adapter_path: str | None = None
     """Local folder of an adapter (LoRA) that is merged into the model; None: there is none."""
+    lora_adapters: Sequence[Sequence[str]] = dataclasses.field(default_factory=list)
+    """Name and local folder of each adapter that requests may name, as this host has it."""
+    max_loras: int = 8
+    """Adapters in memory at a time."""
+    max_lora_rank: int | None = None
+    """Largest rank of an adapter; None: that of the largest of `lora_adapters`, or 16 without any."""
+    is_lora_updating: bool = False
+    """Whether adapters may come and go while the engine serves."""
     device: str = "auto"
     """Key of `engine.device.DEVICES`; `auto`: the first that is there."""
     dtype: str = "auto"
@@ -79,6 +87,11 @@ class EngineConfig:
     """A filter as `engine.link.logs.parse_log_filter` reads it."""
     is_json_output: bool = False
     """Whether log lines are JSON objects."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether requests may ever name an adapter."""
+        return bool(self.lora_adapters) or self.is_lora_updating
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

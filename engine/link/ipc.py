@@ -21,7 +21,16 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.link.messages import Down, EngineReady, EngineStats, StepOutput, StepReport, TokenEvent, Up
+from engine.link.messages import (
+    AdapterReply,
+    Down,
+    EngineReady,
+    EngineStats,
+    StepOutput,
+    StepReport,
+    TokenEvent,
+    Up,
+)
 
 HEADER = struct.Struct(">I")
 RECEIVE_BYTES = 1 << 16
@@ -77,6 +86,7 @@ class EngineEndpoint:
         self._lagging: dict[str, TokenEvent] = {}
         self._lagging_stats: EngineStats | None = None
         self._lagging_reports: list[StepReport] = []
+        self._lagging_replies: list[AdapterReply] = []
         self._is_closed = False
         self._wake_fd = os.eventfd(0)
 
@@ -141,6 +151,7 @@ class EngineEndpoint:
             else:
                 held.extend(event)
         self._lagging_stats = output.stats
+        self._lagging_replies += output.replies
         self._lagging_reports += output.reports  # each computed a token of an open request, so they are bounded too
 
     def _flush(self) -> None:
@@ -151,9 +162,13 @@ class EngineEndpoint:
                 if self._lagging_stats is None:
                     return
                 held = StepOutput(
-                    events=list(self._lagging.values()), stats=self._lagging_stats, reports=self._lagging_reports
+                    events=list(self._lagging.values()),
+                    stats=self._lagging_stats,
+                    reports=self._lagging_reports,
+                    replies=self._lagging_replies,
                 )
-                self._lagging, self._lagging_stats, self._lagging_reports = {}, None, []
+                self._lagging, self._lagging_stats = {}, None
+                self._lagging_reports, self._lagging_replies = [], []
                 self._outbox = memoryview(encode_frame(held))
         except BlockingIOError:
             return

@@ -80,12 +80,35 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Whether the first event has the ranks of the tokens whose logprobs it has."""
     grammar: str | None = None
     """The grammar that the output is held to, in llguidance's text; None: any output."""
+    adapter_id: str | None = None
+    """The name of an adapter that the engine has; None: the model as it is."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     """The caller no longer wants `request_id`: free its memory. Unknown ids are ignored (it may just have ended)."""
 
     request_id: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
+    """Let requests name the adapter in a folder; one of that name is replaced. An `AdapterReply` follows."""
+
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
+    """No request will name the adapter any more; those that have it go on. An `AdapterReply` follows."""
+
+    name: str
+
+
+class AdapterReply(msgspec.Struct, frozen=True):
+    """An adapter was loaded or unloaded, or could not be. Replies come in the order of what they answer."""
+
+    name: str
+    error: str | None = None
+    """The reason, in words for the user."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
@@ -192,7 +215,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     stats: EngineStats
     reports: list[StepReport] = []
     """The steps since the last frame: one, or none while idle, or several after the reader has lagged."""
+    replies: list[AdapterReply] = []
 
 
-Down = GenerationRequest | AbortRequest | Goodbye
+Down = GenerationRequest | AbortRequest | LoadAdapter | UnloadAdapter | Goodbye
 Up = EngineReady | StepOutput

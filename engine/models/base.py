@@ -72,6 +72,11 @@ class CausalLM(Protocol):
     attention_shape: AttentionShape
     """The heads of this rank."""
     rotary: Rotary
+
+    @property
+    def lm_head(self) -> Loadable:
+        """The layer that makes logits, of those rows only that need them."""
+
     num_ranks: int
     """Ranks that compute a forward pass together."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from engine.link.messages import EngineStats, FinishReason, GenerationRequest, TokenEvent
+from engine.scheduling.adapters import AdapterCache
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.sequence import UNKNOWN_TOKEN, OutputGrammar, Sequence
@@ -37,16 +38,19 @@ class Scheduler:
         max_running: int | None = None,
         drafter: Drafter | None = None,
         needs_tokens: Callable[[Sequence], bool] = lambda sequence: False,
+        adapters: AdapterCache | None = None,
     ) -> None:
         """`max_running` None: only memory limits the running sequences. `drafter` None: nothing is drafted.
 
-        `needs_tokens` tells a sequence whose next token can't be chosen before the host knows all others.
+        `needs_tokens` tells a sequence whose next token can't be chosen before the host knows all others. `adapters`
+        None: no request names one.
         """
         self._blocks = block_manager
         self._drafter = drafter or NoDrafter()
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self._needs_tokens = needs_tokens
+        self.adapters = adapters or AdapterCache()
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -71,7 +75,9 @@ class Scheduler:
 
         `arrival_time` by `time.monotonic()` is that of a request that had to wait for its `grammar`; None: now.
         """
-        sequence = Sequence(request, arrival_time=arrival_time or time.monotonic(), grammar=grammar)
+        adapter = None if request.adapter_id is None else self.adapters.find(request.adapter_id)
+        arrival_time = arrival_time or time.monotonic()
+        sequence = Sequence(request, arrival_time=arrival_time, grammar=grammar, adapter=adapter)
         sequence.needs_tokens = self._needs_tokens(sequence)
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
@@ -86,8 +92,7 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks away; it waits again, before all others."""
-        self.running.remove(sequence)
-        self._blocks.free(sequence)
+        self._stop_running(sequence)
         self.waiting.appendleft(sequence)
         self._num_preemptions += 1
 
@@ -243,6 +248,7 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.block_table and not sequence.num_computed_tokens, "a waiting sequence holds memory"
         self._blocks.check_integrity(self.running)
+        self.adapters.check_integrity([sequence.adapter for sequence in self.running])
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Get a block for the newest token, preempting the latest arrivals; False if `sequence` itself had to go."""
@@ -269,7 +275,7 @@ class Scheduler:
         return False
 
     def _admit_first(self) -> bool:
-        """Move the first waiting sequence to the running ones if there is a place for it and its tokens fit.
+        """Move the first waiting sequence to the running ones if there is a place for it and its adapter, and it fits.
 
         A block for each running sequence stays free: they will want one soon, and would preempt the newcomer for it.
         A sequence that was preempted while a step was launched with it waits for that step's results.
@@ -277,7 +283,10 @@ class Scheduler:
         sequence = self.waiting[0]
         if len(self.running) in (self._max_running, self._max_batch_tokens) or sequence.num_launched:
             return False
+        if not self.adapters.hold(sequence.adapter):
+            return False
         if not self._blocks.admit(sequence, num_spare_blocks=len(self.running)):
+            self.adapters.release(sequence.adapter)
             return False
         self.running.append(self.waiting.popleft())
         self.num_admissions += 1
@@ -358,10 +367,14 @@ class Scheduler:
         del self._sequences[sequence.request.request_id]
         self._drafter.forget(sequence)
         if sequence.block_table:
-            self.running.remove(sequence)
-            self._blocks.free(sequence)
+            self._stop_running(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        self.adapters.release(sequence.adapter)
 
 
 def _take_tops(scores: Iterator[float], num_top: int) -> tuple[list[int], list[float]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from engine.link.messages import GenerationRequest, TokenEvent
+from engine.scheduling.adapters import Adapter
 
 UNKNOWN_TOKEN = -1
 """Stands in `Sequence.token_ids` for the token that a launched step chooses, until the host knows it."""
@@ -64,6 +65,8 @@ class Sequence:
     queue_time_s: float | None = None
     """Seconds from arrival to the first step that computes something of it, None before; the first event says it."""
     grammar: OutputGrammar | None = None
+    adapter: Adapter | None = None
+    """None: the model as it is."""
     needs_tokens: bool = False
     """Whether the choice of a token takes the tokens before it on the host."""
     num_launched: int = 0
@@ -74,6 +77,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        if self.adapter is not None:
+            self.cache_salt = self.adapter.salt
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from quant.base import MatrixKernel, PackedWeight
+from quant.base import AdapterRows, LowRankKernel, LowRankShape, MatrixKernel, PackedWeight
 from quant.registry import load_entry
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,18 @@ MATRICES: dict[str, dict[str, list[str]]] = {
 
 "torch" is the reference implementation, on which a layout runs that another backend does not list.
 """
+
+LOW_RANK: dict[str, list[str]] = {
+    "cpu": ["quant.kernels.low_rank_cpu:LowRankCpu", "quant.kernels.low_rank_torch:LowRankTorch"],
+}
+"""Backend -> lazy "module:Class" of `LowRankKernel`s for adapters, the preferred one first; others have torch's."""
+
+
+def make_low_rank_kernel(backend: str, shape: LowRankShape, step: AdapterRows) -> LowRankKernel:
+    """The first kernel of the backend that takes matrices of this shape; the reference implementation takes any."""
+    entries = LOW_RANK.get(backend, ["quant.kernels.low_rank_torch:LowRankTorch"])
+    kernel: type[LowRankKernel] = next(kernel for kernel in map(load_entry, entries) if not kernel.why_not(shape))
+    return kernel(shape, step)
 
 
 def choose_kernel(backend: str, packed: PackedWeight, *, is_exact: bool = True) -> MatrixKernel:

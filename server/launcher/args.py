@@ -12,6 +12,7 @@ from typing import Any
 from server.launcher.errors import ArgumentError
 from server.launcher.flag import PORT, Effect
 from server.launcher.flags import VARIABLES, every_flag
+from server.launcher.lora_adapters import parse_adapters
 from server.launcher.parser import USAGE, build_parser, flag_type, parse_value
 from server.launcher.platforms import MODEL_ID, Platform, Setting, find_platform
 from server.launcher.sharding import Sharding, resolve_sharding
@@ -27,6 +28,8 @@ class LauncherArgs:
     model_id: str
     revision: str | None = None
     huggingface_hub_cache: str | None = None
+    lora_adapters: str | None = None
+    """What `server.launcher.lora_adapters` reads."""
     hostname: str
     port: int
     shard_timeout_s: int
@@ -213,9 +216,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise ArgumentError(
             "Only 1 can be set between dtype and quantize, as they both decide how goes the final model."
         )
-    for adapter in (values.get("lora_adapters") or "").split(","):
-        if adapter.count("@") > 1:
-            raise ArgumentError(f"Invalid LoRA adapter format: {adapter}")
+    parse_adapters(values.get("lora_adapters"), values.get("served_model_name") or (values["model_id"],))
     if values.get("ngrok"):
         for name in ("ngrok_authtoken", "ngrok_edge"):
             if values.get(name) is None:

@@ -163,9 +163,29 @@ MODEL = (
     ),
     Flag(
         name="lora-adapters",
-        help="Adapters to load beside the model",
-        effect=Effect.REFUSED,
-        reason="merge the adapter into the model and serve the result",
+        fills="launcher.lora_adapters",
+        help="Adapters (LoRA) beside the model, between commas: a folder or an id on the Hub, NAME=SOURCE to give it a "
+        "name, SOURCE@REVISION. Requests choose one as adapter_id, or as model on OpenAI's routes",
+    ),
+    Flag(
+        name="max-loras",
+        fills="engine.max_loras",
+        help="Adapters in memory at a time; the least recently used makes place for another (ours)",
+        value=POSITIVE,
+        default=8,
+    ),
+    Flag(
+        name="max-lora-rank",
+        fills="engine.max_lora_rank",
+        help="Largest rank of an adapter (ours; default: that of the largest of --lora-adapters, 16 without any)",
+        value=POSITIVE,
+    ),
+    Flag(
+        name="allow-runtime-lora-updating",
+        fills="engine.is_lora_updating server.is_lora_updating",
+        help="Let POST /v1/load_lora_adapter and /v1/unload_lora_adapter change the adapters while it serves: whoever "
+        "may send requests then names folders of this host (ours)",
+        is_switch=True,
     ),
     Flag(
         name="huggingface-hub-cache",

@@ -23,7 +23,7 @@ from server.launcher.host import describe_runtime
 from server.launcher.parser import USAGE
 from server.launcher.shard_check import check_model
 from server.launcher.sockets import bind, describe_address, rendezvous_socket
-from server.launcher.start import find_model, start_ranks, start_webserver
+from server.launcher.start import find_folders, start_ranks, start_webserver
 
 logger = logging.getLogger("launcher")
 
@@ -72,11 +72,11 @@ def run(args: LauncherArgs, listener: socket.socket | None = None) -> None:
     for warning in args.warnings:
         logger.warning("%s", warning)
     if 0 not in args.sharding.ranks:
-        folders = find_model(args, signals)
+        folders = find_folders(args, signals)
         check_model(folders.model, args.sharding)
         supervise(None, start_ranks(args, folders), signals, args.graceful_termination_timeout_s)
     with listener or bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
-        folders = find_model(args, signals)
+        folders = find_folders(args, signals)
         check_model(folders.model, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:

@@ -25,6 +25,7 @@ from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
 from server.launcher.errors import LaunchError, Stopped
 from server.launcher.host import available_cores
+from server.launcher.lora_adapters import parse_adapters
 from server.launcher.sockets import ip_address_of
 
 logger = logging.getLogger("launcher")
@@ -50,6 +51,25 @@ class ModelFolders:
     model: str
     adapter: str | None = None
     """The adapter that is merged into the model, if --model-id names one."""
+    loras: tuple[tuple[str, str], ...] = ()
+    """Name and folder of each adapter beside the model."""
+
+
+def find_folders(args: LauncherArgs, signals: Signals) -> ModelFolders:
+    """The folders of the model and of the adapters beside it. Raises LaunchError, StartError, Stopped."""
+    folders = find_model(args, signals)
+    loras = []
+    for adapter in parse_adapters(args.lora_adapters):
+        if os.path.isdir(adapter.source):
+            if adapter.revision is not None:
+                raise LaunchError(
+                    f"{adapter.source} is a folder here and has no revision: leave @{adapter.revision} out"
+                )
+            folder = adapter.source
+        else:
+            folder = _find_folder(args, adapter.source, adapter.revision, signals, is_alone=True)
+        loras.append((adapter.name, folder))
+    return dataclasses.replace(folders, loras=tuple(loras))
 
 
 def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
@@ -71,8 +91,13 @@ def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
     return ModelFolders(model, folder)
 
 
-def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signals: Signals) -> str:
-    """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder."""
+def _find_folder(
+    args: LauncherArgs, model_id: str, revision: str | None, signals: Signals, *, is_alone: bool = False
+) -> str:
+    """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder.
+
+    With an adapter comes its model, unless it `is_alone`.
+    """
     if gguf_files(model_id):
         logger.info("%s is in GGUF: configuration and tokenizer are read from the file", model_id)
     elif os.path.isdir(model_id):
@@ -85,9 +110,7 @@ def _find_folder(args: LauncherArgs, model_id: str, revision: str | None, signal
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
     if revision is not None:
         command.append(f"--revision={revision}")
-    if args.is_json_output:
-        command.append("--json-output")
-    command += ["--", model_id]
+    command += ["--json-output"] * args.is_json_output + ["--alone"] * is_alone + ["--", model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
     child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
     while child.exit_code is None:
@@ -135,7 +158,7 @@ def start_ranks(
         logger.info("Starting shard")
         sockets = {"socket_fd": engine_end, "listen_fd": rendezvous} if rank == 0 else {}
         fds = {name: sock.fileno() for name, sock in sockets.items() if sock is not None}
-        given = {**args.engine, **fds, "shard_secret": secret}
+        given = {**args.engine, **fds, "shard_secret": secret, "lora_adapters": folders.loras}
         config = EngineConfig(**given, model_path=folders.model, adapter_path=folders.adapter, num_threads=num_threads)
         ranks.append(
             Child(
@@ -180,6 +203,7 @@ def start_webserver(
     config = ServerConfig(
         **args.server,
         model_path=folders.model,
+        lora_adapters=tuple(name for name, _ in folders.loras),
         model_sha=snapshot_commit(folders.adapter or folders.model),
         listen_fd=listener.fileno(),
         engine_fd=http_end.fileno(),

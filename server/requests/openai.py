@@ -347,4 +347,5 @@ def openai_parameters(
         presence_penalty=presence,
         repetition_penalty=repetition,
         details=True,
+        adapter_id=request.model,
     )

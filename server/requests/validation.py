@@ -16,6 +16,7 @@ import msgspec
 from engine.link.messages import EngineReady, GenerationRequest, SamplingParams
 from server.config import ServerConfig
 from server.errors import INVALID_VALUE, ValidationError
+from server.requests.adapters import AdapterNames
 from server.requests.dialects import MAX_CHOICES
 from server.requests.grammar import GrammarCompiler, after
 from server.requests.grammar_check import Check, Checked
@@ -128,6 +129,7 @@ class Validator:
         self._config = config
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self.adapters = AdapterNames(config)
 
     def check_before_admission(self, request: GenerationInput) -> None:
         """The checks that TGI makes before it asks for a permit, and ours of sizes. Raises ValidationError."""
@@ -180,6 +182,7 @@ class Validator:
 
     async def _validate(self, request: GenerationInput, limits: EngineReady) -> list[ValidatedRequest]:
         parameters = request.parameters
+        adapter = self.adapters.resolve(parameters.adapter_id, is_openai=request.is_openai)
         check_parameters(parameters, self._config, request.dialect)
         _check_bans(parameters)
         _check_text(request, limits.max_input_tokens)
@@ -201,6 +204,7 @@ class Validator:
             num_prompt_top_tokens=request.max_prompt_top_tokens,
             has_prompt_ranks=parameters.prompt_logprobs is not None,
             grammar=_grammar_text(grammar, request.grammar_preface),
+            adapter_id=adapter,
         )
         return [
             ValidatedRequest(

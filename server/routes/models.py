@@ -30,6 +30,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str
     max_model_len: int | msgspec.UnsetType = msgspec.UNSET
     """Tokens of a prompt and its answer together. TGI has no such key."""
+    parent: str | msgspec.UnsetType = msgspec.UNSET
+    """The model that an adapter changes."""
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +50,7 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 async def models(request: Request) -> Response:
-    names = service_of(request).config.model_names
-    return json_answer(ModelList(data=[_served(request, name) for name in names]))
+    return json_answer(ModelList(data=[_served(request, name) for name in _names(request)]))
 
 
 @area.serve(
@@ -63,9 +64,16 @@ async def models(request: Request) -> Response:
     )
 )
 async def model(request: Request, model_id: str) -> Response:
-    if model_id not in service_of(request).config.model_names:
+    if model_id not in _names(request):
         raise ModelNotFoundError(model_id)
     return json_answer(_served(request, model_id))
+
+
+def _names(request: Request) -> list[str]:
+    """The names of the model and, which TGI does not list, of the adapters."""
+    service = service_of(request)
+    adapters = () if service.config.is_strict_tgi else service.validator.adapters
+    return [*service.config.model_names, *adapters]
 
 
 def _served(request: Request, name: str) -> Model:
@@ -74,4 +82,5 @@ def _served(request: Request, name: str) -> Model:
     if service.config.is_strict_tgi:
         return Model(id=name, created=0, owned_by=owner)
     limit = service.engine.limits.max_total_tokens
-    return Model(id=name, created=service.started_at, owned_by=owner, max_model_len=limit)
+    parent = service.config.model_names[0] if name in service.validator.adapters else msgspec.UNSET
+    return Model(id=name, created=service.started_at, owned_by=owner, max_model_len=limit, parent=parent)

@@ -62,6 +62,10 @@ NOT_RUN = {
     ("docs/migrating.md", MAKE_IMAGE): "as above",
     ("docs/deployment.md", MAKE_IMAGE): "as above",
     (
+        "docs/models.md",
+        "pytgi serve Qwen/Qwen2.5-0.5B-Instruct --lora-adapters sql=/data/sql-lora,prose=/data/prose-lora",
+    ): "tests/slow/test_lora.py serves adapters",
+    (
         "docs/replicas.md",
         "pytgi serve my-model --replicas 2 --port 8080",
     ): "tests/replicas does",

@@ -639,12 +639,15 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
             "--kv-cache-dtype is not supported: keys and values are kept in 16 bits (float32 with --dtype float32), "
             "start without it",
         ),
-        (
-            "--lora-adapters a",
-            {},
-            "--lora-adapters is not supported: merge the adapter into the model and serve the result",
-        ),
         ("--lora-adapters a@b,c@d@e", {}, "Invalid LoRA adapter format: c@d@e"),
+        ("--lora-adapters a=b=c", {}, "Invalid LoRA adapter format: a=b=c"),
+        ("--lora-adapters a,,b", {}, "Invalid LoRA adapter format: "),
+        ("--lora-adapters a=x,a=y", {}, "--lora-adapters a: that name is taken, give the adapter another, NAME=y"),
+        (
+            "--served-model-name a,b --lora-adapters b",
+            {},
+            "--lora-adapters b: that name is taken, give the adapter another, NAME=b",
+        ),
         ("--ngrok", {}, "`ngrok-authtoken` must be set when using ngrok tunneling"),
         ("--ngrok --ngrok-authtoken t", {}, "`ngrok-edge` must be set when using ngrok tunneling"),
         ("--ngrok --ngrok-authtoken t --ngrok-edge e", {}, f"--ngrok {NO_TUNNEL}"),
@@ -756,7 +759,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         graceful-termination-timeout"""
     ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
         served-model-name speculative-decoding max-logit-bias generation-config
-        reasoning-parser target-inter-token-latency"""
+        max-loras max-lora-rank allow-runtime-lora-updating reasoning-parser target-inter-token-latency"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
 
 
@@ -775,8 +778,9 @@ def test_a_flag_is_a_row_and_the_field_it_names(
 
 DERIVED = {
     "launcher": "sharding engine server echo warnings".split(),
-    "engine": "model_path adapter_path num_threads socket_fd listen_fd may_share_memory".split(),
-    "server": "model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here ready_line".split(),
+    "engine": "model_path adapter_path lora_adapters num_threads socket_fd listen_fd may_share_memory".split(),
+    "server": "lora_adapters model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here "
+    "ready_line".split(),
 }
 """Fields that no single flag fills."""
 

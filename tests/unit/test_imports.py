@@ -61,18 +61,19 @@ ROOMS: dict[str, str] = {
     "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models quant",
+    "engine.adapters": "engine.checkpoint engine.layers engine.link engine.models engine.scheduling parallel quant",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "
     "parallel quant",
     "engine.programs": "engine.layers quant",
-    "engine.runner": "engine.attention engine.device engine.graphs engine.layers engine.link engine.models "
-    "engine.programs engine.scheduling "
+    "engine.runner": "engine.adapters engine.attention engine.device engine.graphs engine.layers engine.link "
+    "engine.models engine.programs engine.scheduling "
     "engine.step_buffers engine.step_inputs quant",
     "engine.ranks": "engine.checkpoint engine.device engine.graphs engine.limits engine.link engine.runner "
     "engine.scheduling engine.step_inputs parallel",
-    "engine.build": "engine.checkpoint engine.device engine.layers engine.limits engine.link engine.models "
-    "parallel quant",
+    "engine.build": "engine.adapters engine.checkpoint engine.device engine.layers engine.limits engine.link "
+    "engine.models parallel quant",
     "engine.full_step": "engine.device engine.limits engine.link engine.runner engine.sampling engine.step_inputs",
     "engine.summary": "engine.build engine.device engine.limits engine.link quant",
     "engine.shedding": "engine.link engine.scheduling",

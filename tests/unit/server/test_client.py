@@ -13,13 +13,16 @@ from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 from engine.link.ipc import EngineEndpoint
 from engine.link.messages import (
     AbortRequest,
+    AdapterReply,
     Down,
     EngineStats,
     FinishReason,
     GenerationRequest,
+    LoadAdapter,
     StepOutput,
     StepReport,
     TokenEvent,
+    UnloadAdapter,
 )
 from server import client as client_module
 from server.client import EngineClient
@@ -206,3 +209,26 @@ async def test_waiting_for_a_slow_start_is_told(
     assert await connecting == LIMITS
     pair.socket.close()
     await pair.client.close()
+
+
+async def test_replies_about_adapters_come_in_the_order_of_the_calls(pair: Pair) -> None:
+    calls = [LoadAdapter("a", "/a"), UnloadAdapter("a"), LoadAdapter("b", "/b")]
+    tasks = [asyncio.create_task(pair.client.change_adapters(call)) for call in calls]
+    received: list[Down] = []
+    while len(received) < len(calls):
+        received += await pair.received()
+    assert received == calls
+    replies = [AdapterReply("a"), AdapterReply("a"), AdapterReply("b", "no")]
+    for part in (replies[:1], replies[1:]):
+        pair.endpoint.send(StepOutput(events=[], stats=EngineStats(), replies=part))
+    assert await asyncio.gather(*tasks) == replies
+
+
+async def test_a_call_about_adapters_ends_with_the_engine(pair: Pair) -> None:
+    task = asyncio.create_task(pair.client.change_adapters(UnloadAdapter("a")))
+    await pair.received()
+    pair.socket.close()
+    with pytest.raises(EngineDeadError):
+        await task
+    with pytest.raises(EngineDeadError):
+        await pair.client.change_adapters(UnloadAdapter("a"))

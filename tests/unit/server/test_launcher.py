@@ -20,7 +20,7 @@ from server.launcher.errors import LaunchError
 from server.launcher.shard_check import check_model
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, ModelFolders, find_model, snapshot_commit
+from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, ModelFolders, find_folders, snapshot_commit
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -216,8 +216,8 @@ def write_adapter(folder: Path, base: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "revision": "v1"}))
 
 
-def find_local(folder: Path) -> ModelFolders:
-    return find_model(parse_args(["--model-id", str(folder)], {}), Mock(Signals, count=0))
+def find_local(folder: Path, *flags: str) -> ModelFolders:
+    return find_folders(parse_args(["--model-id", str(folder), *flags], {}), Mock(Signals, count=0))
 
 
 def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> None:
@@ -231,6 +231,12 @@ def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> No
     assert find_local(adapter) == ModelFolders(str(model), str(adapter))
     with pytest.raises(LaunchError, match=f"{second} is an adapter of {adapter}, which is one itself"):
         find_local(second)
+    assert find_local(model, "--lora-adapters", f"sql={adapter},{second}").loras == (
+        ("sql", str(adapter)),
+        (str(second), str(second)),
+    )
+    with pytest.raises(LaunchError, match=f"{adapter} is a folder here and has no revision: leave @main out"):
+        find_local(model, "--lora-adapters", f"sql={adapter}@main")
     write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
     with pytest.raises(LaunchError, match="/elsewhere, which is no folder here: correct base_model_name_or_path in"):
         find_local(tmp_path / "moved")

@@ -1,0 +1,174 @@
+"""Adapters (LoRA) beside the model: the slots of memory in which steps find them, filled as steps need them.
+
+Each matrix of the decoder's layers has a change for each slot, and adds those of a step's rows to its own product
+(`parallel.linear`). The scheduler says which adapter is in which slot (`engine.scheduling.adapters`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.checkpoint.adapter import AdapterWeights
+from engine.layers.base import FEW_ROWS
+from engine.link.errors import StartError
+from engine.models.base import CausalLM
+from engine.scheduling.adapters import NO_SLOT
+from parallel.linear import ParallelMatrices
+from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate
+from quant.kernels import make_low_rank_kernel
+
+logger = logging.getLogger(__name__)
+
+LANES = 8
+"""Inputs and outputs of the smallest matrix that every kernel takes."""
+MAX_OPEN = 256
+"""Adapters whose files are open. What was loaded once stays loadable if somebody deletes its folder."""
+DEFAULT_MAX_RANK = 16
+"""Largest rank where no adapter is named at the start."""
+
+
+class AdapterSlots:
+    """This rank's memory for adapters."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        adapters: Sequence[Sequence[str]],
+        *,
+        backend: str,
+        num_slots: int,
+        max_rank: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`adapters`: name and folder of those that the start names, which have the numbers from 0 on.
+
+        `max_rank` None: that of the largest of them. Raises StartError for an adapter that does not fit the model.
+        """
+        self._device = device
+        self._matrices = _adaptable_matrices(model)
+        self._folders = [Path(folder) for _, folder in adapters]
+        self._weights = {number: AdapterWeights(folder) for number, folder in enumerate(self._folders)}
+        ranks = [weights.max_rank for weights in self._weights.values()]
+        self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
+        for weights in self._weights.values():
+            self._check(weights)
+        self._in_slot: list[int | None] = [None] * num_slots
+        self._step = AdapterRows()
+        self._step_key: tuple[list[int], list[int]] | None = None
+        self._few = np.zeros((2, FEW_ROWS), np.int64)
+        """Rows and slots of a step of few rows, always in the same place: see `engine.programs`."""
+
+        def make(num_inputs: int, num_outputs: Sequence[int]) -> LowRankKernel:
+            shape = LowRankShape(num_inputs, num_outputs, num_slots, self.max_rank, dtype, device)
+            return make_low_rank_kernel(backend, shape, self._step)
+
+        self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
+        self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
+        for number in range(min(num_slots, len(adapters))):
+            self._load(number, number, "")
+        self._compile(make(LANES, [LANES]))
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._in_slot)
+
+    def open(self, number: int, folder: str) -> None:
+        """Open the files of an adapter. Raises StartError for one that does not fit the model, or a slot."""
+        weights = AdapterWeights(Path(folder))
+        self._check(weights)
+        while len(self._weights) >= MAX_OPEN:
+            del self._weights[next(iter(self._weights))]
+        self._weights[number] = weights
+
+    def begin_step(
+        self, adapters: Sequence[tuple[int, int, str]], slots: list[int], query_start_loc: list[int]
+    ) -> None:
+        """Take in the adapters of a step, slot, number and folder of each, and the slot of each sequence.
+
+        What is not in its slot yet is loaded. Raises StartError where that can't be done.
+        """
+        if not adapters:
+            self._step.rows, self._step_key = None, None
+            return
+        for slot, number, folder in adapters:
+            if self._in_slot[slot] != number:
+                self._load(slot, number, folder)
+        if (slots, query_start_loc) != self._step_key:
+            self._step_key = slots, query_start_loc
+            self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
+
+    def _compile(self, kernel: LowRankKernel) -> None:
+        """Compile the kernels that are compiled when they are first used: requests would wait for that."""
+        self._set_rows(np.array([NO_SLOT]))
+        kernel.add_to(*torch.zeros(2, 1, LANES, device=self._device))
+        self._step.rows = None
+
+    def _set_rows(self, slots: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        order = np.argsort(slots, kind="stable")
+        both = self._few[:, : len(order)] if len(order) <= FEW_ROWS else np.empty((2, len(order)), np.int64)
+        both[0], both[1] = order, slots[order]
+        self._step.rows, self._step.slots = (torch.from_numpy(part).to(self._device) for part in both)
+        ends = [*np.flatnonzero(np.diff(both[1])) + 1, len(order)]
+        segments = [
+            (int(both[1][first]), int(first), int(end)) for first, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+        self._step.segments = [segment for segment in segments if segment[0] >= 0]
+
+    @functools.cached_property
+    def _modules(self) -> dict[ParallelMatrices, dict[int, str]]:
+        """The module of each part of each layer."""
+        modules: dict[ParallelMatrices, dict[int, str]] = {layer: {} for layer in self._layers}
+        for module, (layer, part) in self._matrices.items():
+            modules[layer][part] = module
+        return modules
+
+    def _load(self, slot: int, number: int, folder: str) -> None:
+        if number not in self._weights:
+            # Folders that the start named may lie elsewhere on other hosts.
+            self.open(number, str(self._folders[number]) if number < len(self._folders) else folder)
+        weights, changed = self._weights[number], set(self._weights[number].modules)
+        self._in_slot[slot] = None
+        for layer, modules in self._modules.items():
+            names = [modules[part] for part in sorted(modules)]
+            layer.put_adapter(slot, [LowRankUpdate(*weights.read(name)) if name in changed else None for name in names])
+        self._in_slot[slot] = number
+
+    def _check(self, weights: AdapterWeights) -> None:
+        folder = weights.folder
+        if weights.max_rank > self.max_rank:
+            raise StartError(
+                f"{folder} has rank {weights.max_rank}, and there is memory for {self.max_rank}: start with "
+                f"--max-lora-rank {weights.max_rank}"
+            )
+        for module in weights.modules:
+            if weights.is_of_embeddings(module) or module not in self._matrices:
+                raise StartError(
+                    f"{folder} changes {module}, and beside the model only the matrices of its layers can be changed: "
+                    "give the adapter as --model-id, which merges it, or merge it with `peft`"
+                )
+            layer, part = self._matrices[module]
+            (a, b), (outputs, inputs) = weights.shapes(module), layer.matrix_shape(part)
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != (outputs, inputs):
+                raise StartError(
+                    f"{folder} changes {module} by B {list(b)} and A {list(a)}, the model has {[outputs, inputs]}: "
+                    "they do not belong together"
+                )
+            if not all(tensor.isfinite().all() for tensor in weights.read(module)[:2]):
+                raise StartError(f"{folder} has NaN or infinite values for {module}: fetch the adapter again")
+
+
+def _adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:
+    """The matrices that see every row of a step, by their names in checkpoints: all but the output head."""
+    layers = model.checkpoint_layers()
+    return {
+        name: (layer, part)
+        for name, (layer, part) in layers.items()
+        if isinstance(layer, ParallelMatrices) and layer is not model.lm_head
+    }

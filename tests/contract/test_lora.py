@@ -1,0 +1,374 @@
+"""Adapters (LoRA) beside the model: every row of a step has the ids of its own merged model, whoever is beside it.
+
+The oracle is `transformers` with weights that the test has merged in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine.start
+from engine.build import build_model, choose_quantization, make_adapter_slots
+from engine.checkpoint.files import read_model_config
+from engine.core import EngineCore
+from engine.device import Device
+from engine.link.config import EngineConfig
+from engine.link.errors import StartError
+from engine.link.messages import GenerationRequest, SamplingParams
+from engine.runner import ModelRunner
+from engine.scheduling.adapters import AdapterCache
+from engine.start import start_engine
+from parallel.state import ParallelState
+from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate
+from quant.kernels.low_rank_cpu import LowRankCpu
+from quant.kernels.low_rank_torch import LowRankTorch
+from quant.kernels.program_cpu import Program
+from tests.contract.harness import (
+    KERNELS,
+    REFERENCES,
+    make_sequence,
+    oracle_greedy,
+    oracle_logits,
+    random_ids,
+    run_requests,
+    run_step,
+)
+from tests.contract.oracles import FAMILIES
+from tests.contract.test_adapter import ATTENTION, MLP, merged_by_hand
+from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
+from tests.unit.parallel.threads import run_ranks
+
+FIRST_MLP = [name.replace("layers.1", "layers.0") for name in MLP]
+TARGETS = {
+    "all": [*ATTENTION, *FIRST_MLP, *MLP],
+    "queries": [name for name in ATTENTION if name.endswith(("q_proj", "v_proj"))],
+    "down": [MLP[2]],
+}
+RANKS = {"all": 4, "queries": 16, "down": 3}
+SCALINGS = {name: 16 / rank for name, rank in RANKS.items()}
+TORCH_MATRICES = dataclasses.replace(REFERENCES, matrices="torch")
+
+
+def write_adapter(folder: Path, base: Path, modules: list[str], *, rank: int, seed: int = 0, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "lora_alpha": 16, "r": rank, "base_model_name_or_path": str(base), **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator, weights, tensors = torch.Generator().manual_seed(seed), load_file(base / "model.safetensors"), {}
+    for module in modules:
+        outputs, inputs = weights[f"{module}.weight"].shape
+        for part, size in {"A": (rank, inputs), "B": (outputs, rank)}.items():
+            tensors[f"base_model.model.{module}.lora_{part}.weight"] = torch.randn(size, generator=generator) / 8
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base model, its adapters, and the merged models, which are called `merged-NAME`."""
+    root = tmp_path_factory.mktemp("lora")
+    base = root / "base"
+    write_tiny_qwen2(base, dtype=torch.float32)
+    found = {"base": base}
+    for seed, (name, modules) in enumerate(TARGETS.items()):
+        found[name] = write_adapter(root / name, base, modules, rank=RANKS[name], seed=seed)
+        scaling = dict.fromkeys(modules, SCALINGS[name])
+        found[f"merged-{name}"] = merged_by_hand(base, found[name], root / f"merged-{name}", scaling)
+    return found
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    chosen = KERNELS if request.param == "kernels" else TORCH_MATRICES
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: chosen)
+    return chosen
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
+
+
+def start(folders: dict[str, Path], names: list[str], **flags: Any) -> EngineCore:
+    adapters = [(name, str(folders[name])) for name in names]
+    fields = {"dtype": "float32", "max_batch_total_tokens": 1024, "num_threads": 1, **flags}
+    return start_engine(EngineConfig(model_path=str(folders["base"]), lora_adapters=adapters, **fields))[0]
+
+
+def request_of(name: str, prompt: list[int], *, adapter: str | None, num_tokens: int = 10) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=name,
+        prompt_token_ids=prompt,
+        max_new_tokens=num_tokens,
+        sampling=SamplingParams(),
+        adapter_id=adapter,
+    )
+
+
+def expected_ids(folders: dict[str, Path], adapter: str | None, prompt: list[int], num_tokens: int = 10) -> list[int]:
+    return oracle_greedy(folders["base" if adapter is None else f"merged-{adapter}"], prompt, num_tokens)[0]
+
+
+MIXED: list[tuple[str | None, list[int]]] = [
+    ("all", random_ids(40, 1)),
+    (None, random_ids(40, 1)),
+    ("queries", random_ids(40, 1)),
+    ("down", random_ids(7, 2)),
+    ("all", random_ids(3, 3)),
+    (None, random_ids(70, 4)),
+]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("is_staggered", [False, True])
+def test_three_adapters_and_the_base_in_one_batch(folders: dict[str, Path], is_staggered: bool) -> None:
+    core = start(folders, ["all", "queries", "down"])
+    requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(MIXED)]
+    outcome = run_requests(core, requests, is_staggered=is_staggered)
+    assert outcome.most_running > 3
+    assert outcome.token_ids == [expected_ids(folders, *item) for item in MIXED]
+    core.scheduler.check_integrity()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_row_does_not_depend_on_its_company(folders: dict[str, Path]) -> None:
+    """The bits of the logprobs, since ids may agree by chance; alone a step is a program, with many rows it is none."""
+    core = start(folders, ["all", "queries", "down"], dtype="bfloat16", is_prefix_caching=False)
+    crowd = [request_of(f"c{i}", random_ids(9, i), adapter=a) for i, a in enumerate(["all", None, "down", "all"] * 9)]
+    for adapter, prompt in MIXED:
+        request = request_of("mine", prompt, adapter=adapter)
+        alone = run_requests(core, [request])
+        for company in (crowd[:3], crowd):
+            beside = run_requests(core, [*company, request])
+            assert (beside.token_ids[-1], beside.logprobs[-1]) == (alone.token_ids[-1], alone.logprobs[-1])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_step_without_adapters_makes_the_calls_of_a_server_without_them(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda program, *args: called.append(program.names) or run(program, *args))
+    with_adapters, without = start(folders, ["all"]), start(folders, [])
+    names = []
+    for core, adapter in ((with_adapters, None), (without, None), (with_adapters, "all")):
+        called.clear()
+        run_requests(core, [request_of("r", random_ids(20), adapter=adapter)])
+        names.append(called[-1])
+    assert names[0] == names[1]
+    changed = 2 * 4  # layers, and places in each where matrices have a common input
+    assert [names[2].count(name) for name in ("shrink", "expand")] == [changed, changed]
+    assert [name for name in names[2] if name not in ("shrink", "expand")] == names[0]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_more_adapters_than_places_in_memory(folders: dict[str, Path]) -> None:
+    """A sequence that waits for a place gets it once a running one has ended: first come, first served."""
+    core = start(folders, ["all", "queries", "down"], max_loras=1)
+    requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(MIXED)]
+    outcome = run_requests(core, requests)
+    assert outcome.token_ids == [expected_ids(folders, *item) for item in MIXED]
+    assert core.scheduler.adapters.num_loads > 3
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_prompt_finds_the_blocks_of_its_own_adapter_alone(folders: dict[str, Path]) -> None:
+    core = start(folders, ["all", "queries"])
+    prompt = random_ids(100, 5)
+    for adapter, num_found in [("all", 0), (None, 0), ("queries", 0), ("all", 99), (None, 99), ("queries", 99)]:
+        outcome = run_requests(core, [request_of("r", prompt, adapter=adapter)])
+        assert outcome.token_ids == [expected_ids(folders, adapter, prompt)]
+        assert outcome.most_cached_tokens == num_found
+
+
+@pytest.mark.usefixtures("kernels")
+def test_drafts_are_checked_with_the_adapter(folders: dict[str, Path]) -> None:
+    core = start(folders, ["all"], max_draft_tokens=3)
+    prompt = random_ids(12, 6) * 5
+    outcome = run_requests(core, [request_of("r", prompt, adapter="all", num_tokens=30)])
+    assert outcome.token_ids == [expected_ids(folders, "all", prompt, 30)]
+
+
+def test_the_kernel_equals_the_reference_implementation() -> None:
+    """Widths that fill no tile, ranks that fill no quad, matrices of a group that an adapter leaves alone."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    sizes, num_inputs, ranks = [40, 24, 8], 64, [[16, 16, 16], [3, 0, 5], [0, 1, 0]]
+    step = AdapterRows()
+    shape = LowRankShape(num_inputs, sizes, len(ranks), 16, torch.float32, torch.device("cpu"))
+    kernels: list[LowRankKernel] = [LowRankCpu(shape, step), LowRankTorch(shape, step)]
+    for slot in (0, 1, 2, 1):  # a slot that held a larger rank has nothing left of it
+        for slot_ranks in (ranks[0], ranks[slot]):
+            updates = [
+                LowRankUpdate(random(rank, num_inputs), random(size, rank), 0.5) if rank else None
+                for rank, size in zip(slot_ranks, sizes, strict=True)
+            ]
+            for kernel in kernels:
+                kernel.put(slot, updates)
+    slots = torch.tensor([-1] * 3 + [0] * 70 + [1] * 5 + [2])
+    slots_of_rows = slots[torch.randperm(len(slots), generator=generator)]
+    step.rows, step.slots = slots_of_rows.argsort(stable=True), slots
+    step.segments = [(0, 3, 73), (1, 73, 78), (2, 78, 79)]
+    x, y = random(len(slots), num_inputs), random(len(slots), sum(sizes))
+    results = [y.clone(), y.clone()]
+    for kernel, result in zip(kernels, results, strict=True):
+        kernel.add_to(result, x)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert torch.equal(results[0][step.rows[:3]], y[step.rows[:3]])
+    assert not torch.allclose(results[0], y)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("flags", [{"dtype": "bfloat16", "quantize": "int4"}, {"dtype": "bfloat16"}, {}])
+def test_over_other_forms_of_the_base(folders: dict[str, Path], flags: dict[str, Any]) -> None:
+    """The change is added beside the base's own product, so it is the same over any form of it."""
+    core = start(folders, ["all"], **flags)
+    prompt = random_ids(40, 1)
+    logits = []
+    for adapter in (None, "all"):
+        core.take(request_of("r", prompt, adapter=adapter))
+        logits.append(core.runner.execute(core.scheduler.schedule()).logits[0].clone())
+        core.scheduler.abort("r")
+    expected = [oracle_logits(folders[name], prompt)[-1] for name in ("base", "merged-all")]
+    change, expected_change = logits[1] - logits[0], expected[1] - expected[0]
+    similarity = torch.nn.functional.cosine_similarity(change, expected_change, dim=0)
+    assert similarity > 0.95
+
+
+@pytest.mark.usefixtures("kernels")
+def test_over_a_quantised_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In float32 ids are those of the matrices that the checkpoint stands for, with the changes added."""
+    base = tmp_path / "gptq"
+    write_tiny_gptq(base)
+    plain = tmp_path / "plain"
+    widen_gptq(base, plain)
+    merged = merged_by_hand(plain, folders["all"], tmp_path / "merged", dict.fromkeys(TARGETS["all"], 4.0))
+    core = start({**folders, "base": base}, ["all"])
+    prompt = random_ids(30, 8)
+    outcome = run_requests(core, [request_of("r", prompt, adapter="all"), request_of("b", prompt, adapter=None)])
+    assert outcome.token_ids == [oracle_greedy(merged, prompt, 10)[0], oracle_greedy(plain, prompt, 10)[0]]
+
+
+def widen_gptq(quantised: Path, folder: Path) -> None:
+    """The checkpoint of `write_tiny_gptq` with its matrices in float32, and nothing else changed."""
+    shutil.copytree(quantised, folder)
+    weights = load_file(quantised / "model.safetensors")
+    for name in [name for name in weights if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        packed, scales, groups = (weights.pop(f"{module}.{part}") for part in ("qweight", "scales", "g_idx"))
+        del weights[f"{module}.qzeros"]
+        q = (packed[:, None] >> torch.arange(0, 32, 4)[None, :, None]) & 15
+        weights[f"{module}.weight"] = ((q.flatten(0, 1) - 8) * scales.float()[groups.long()]).T.contiguous()
+    save_file({name: tensor.float() for name, tensor in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+
+
+@pytest.mark.parametrize(("size", "quantize"), [(2, None), (3, None), (2, "int8")])
+def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) -> None:
+    """Each rank has its part of the changes; matrices whose kernels round gather all inputs."""
+    base, dtype = folders["base"], torch.float32 if quantize is None else torch.bfloat16
+    model_config = read_model_config(base)
+    adapters = [(name, str(folders[name])) for name in TARGETS]
+    config = EngineConfig(model_path=str(base), lora_adapters=adapters)
+
+    def work(parallel: ParallelState) -> torch.Tensor:
+        numba.set_num_threads(1)
+        quantization = choose_quantization(model_config, base, dtype, KERNELS, quantize, None)
+        model = build_model(model_config, base, dtype, KERNELS, quantization, parallel)
+        runner = ModelRunner(model, KERNELS, make_adapter_slots(config, model, dtype, KERNELS))
+        runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=256)
+        sequences = [make_sequence(prompt[:30], [2 * i, 2 * i + 1]) for i, (_, prompt) in enumerate(MIXED)]
+        cache = AdapterCache(len(TARGETS))
+        for name, folder in adapters:
+            cache.add(name, folder)
+        for sequence, (name, _) in zip(sequences, MIXED, strict=True):
+            sequence.adapter = None if name is None else cache.find(name)
+        return run_step(runner, sequences, [len(sequence.token_ids) for sequence in sequences])
+
+    [whole], (first, *others) = run_ranks(1, work), run_ranks(size, work)
+    assert all(rows.shape[0] == 0 for rows in others)
+    torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_adapters(tmp_path: Path, family: str) -> None:
+    """Wherever every row passes: in attention, dense MLPs, routers and shared experts. Single experts are refused."""
+    base = tmp_path / "base"
+    FAMILIES[family].write(base)
+    weights = load_file(base / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in weights if re.search(r"layers.*(proj|gate)\.weight$", name)]
+    modules = [name for name in names if ".experts." not in name]
+    adapter = write_adapter(tmp_path / "adapter", base, modules, rank=4)
+    merged = merged_by_hand(base, adapter, tmp_path / "merged", dict.fromkeys(modules, 4.0))
+    prompt = random_ids(30, 9)
+    outcome = run_requests(
+        start({"base": base, "adapter": adapter}, ["adapter"]),
+        [request_of("r", prompt, adapter="adapter"), request_of("b", prompt, adapter=None)],
+    )
+    assert outcome.token_ids == [oracle_greedy(folder, prompt, 10)[0] for folder in (merged, base)]
+    if experts := [name for name in names if ".experts." in name]:
+        single = write_adapter(tmp_path / "single", base, experts[:1], rank=4)
+        with pytest.raises(StartError, match="beside the model only the matrices of its layers can be changed"):
+            start({"base": base, "adapter": single}, ["adapter"])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("modules", "flags", "sentence"),
+    [
+        (["lm_head"], {}, "changes lm_head, and beside the model only the matrices of its layers can be changed"),
+        ([MLP[2]], {"max_lora_rank": 2}, "has rank 4, and there is memory for 2: start with --max-lora-rank 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_start(
+    tmp_path: Path, modules: list[str], flags: dict[str, Any], sentence: str
+) -> None:
+    base = tmp_path / "base"
+    write_tiny_qwen2(base, is_tied=False)
+    adapter = write_adapter(tmp_path / "adapter", base, modules, rank=4)
+    with pytest.raises(StartError, match=sentence):
+        start({"base": base, "adapter": adapter}, ["adapter"], **flags)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"A": (4, 32), "B": (64, 4)}, r"by B \[64, 4\] and A \[4, 32\], the model has \[64, 64\]"),
+        ({"A": (4, 64), "B": (64, 5)}, r"by B \[64, 5\] and A \[4, 64\], the model has \[64, 64\]"),
+    ],
+)
+def test_an_adapter_of_another_model(
+    folders: dict[str, Path], tmp_path: Path, tensors: dict[str, tuple[int, ...]], sentence: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", folders["base"], [], rank=4)
+    stored = {f"{ATTENTION[0]}.lora_{part}.weight": torch.zeros(size) for part, size in tensors.items()}
+    save_file(stored, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match=sentence):
+        start({**folders, "adapter": adapter}, ["adapter"])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_adapter_with_values_that_are_no_numbers(folders: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", folders["base"], ATTENTION, rank=4)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match="has NaN or infinite values for model.layers"):
+        start({**folders, "adapter": adapter}, ["adapter"])
