@@ -30,7 +30,7 @@ from scripts.kernels_aot import FormMethod, load_shapes, model_config
 GPU = torch.device("cuda", 0)
 NUM_BLOCKS, BLOCK_SIZE, NUM_POSITIONS = 300, 16, 4096
 KERNELS: Any = dict.fromkeys("attention ops matrices sampler masks penalties".split(), "triton")
-DEVICE = dataclasses.replace(find_cpu(0), torch_device=GPU, computes_in_float32=False, **KERNELS)
+DEVICE = dataclasses.replace(find_cpu(0), torch_device=GPU, computes_in_float32=False, repeats_calls=False, **KERNELS)
 
 
 @contextlib.contextmanager

@@ -237,6 +237,7 @@ def p_value(first: Counts, second: Counts) -> float:
     return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
 
 
+@pytest.mark.parametrize("tiny_model_dir", ["qwen2"], indirect=True)
 def test_samples_have_the_distribution_of_no_speculation(tiny_model_dir: Path) -> None:
     def core_of(speculator: Speculator | None) -> EngineCore:
         return make_core(tiny_model_dir, num_blocks=600, max_batch_tokens=4096, speculator=speculator)

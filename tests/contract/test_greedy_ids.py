@@ -24,22 +24,22 @@ def make_prompts(num_shared_tokens: int = 0) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model_dir: Path) -> list[list[int]]:
+def expected(family_dir: Path) -> list[list[int]]:
     """The ids that `transformers` writes. The prompts are chosen so that no near-tie decides."""
     outputs = []
     for prompt in make_prompts():
-        token_ids, smallest_gap = oracle_greedy(tiny_model_dir, prompt, MAX_NEW_TOKENS)
+        token_ids, smallest_gap = oracle_greedy(family_dir, prompt, MAX_NEW_TOKENS)
         assert smallest_gap > 1e-3
         outputs.append(token_ids)
     return outputs
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model_dir: Path) -> Outcome:
+def alone(family_dir: Path) -> Outcome:
     """The outcome of each request in an engine of its own."""
     merged = Outcome([], [], [])
     for request in make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS):
-        outcome = run_requests(make_core(tiny_model_dir, is_prefix_caching=False), [request])
+        outcome = run_requests(make_core(family_dir, is_prefix_caching=False), [request])
         merged.token_ids += outcome.token_ids
         merged.logprobs += outcome.logprobs
         merged.last_events += outcome.last_events
@@ -71,34 +71,34 @@ def test_alone(expected: list[list[int]], alone: Outcome) -> None:
 
 
 @pytest.mark.parametrize("is_prefix_caching", [True, False])
-def test_together(tiny_model_dir: Path, alone: Outcome, is_prefix_caching: bool) -> None:
-    outcome = run_all(tiny_model_dir, is_prefix_caching=is_prefix_caching)
+def test_together(family_dir: Path, alone: Outcome, is_prefix_caching: bool) -> None:
+    outcome = run_all(family_dir, is_prefix_caching=is_prefix_caching)
     assert outcome.most_running == len(SIZES)
     assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [6, 17])
-def test_with_a_tiny_budget(tiny_model_dir: Path, alone: Outcome, max_batch_tokens: int) -> None:
-    outcome = run_all(tiny_model_dir, max_batch_tokens=max_batch_tokens)
+def test_with_a_tiny_budget(family_dir: Path, alone: Outcome, max_batch_tokens: int) -> None:
+    outcome = run_all(family_dir, max_batch_tokens=max_batch_tokens)
     assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_arriving_one_after_the_other(tiny_model_dir: Path, alone: Outcome) -> None:
-    outcome = run_all(tiny_model_dir, is_staggered=True)
+def test_arriving_one_after_the_other(family_dir: Path, alone: Outcome) -> None:
+    outcome = run_all(family_dir, is_staggered=True)
     assert outcome.most_running > 1
     assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
 @pytest.mark.parametrize("is_prefix_caching", [True, False])
 @pytest.mark.parametrize("num_blocks", [6, 9])
-def test_with_preemption(tiny_model_dir: Path, alone: Outcome, num_blocks: int, is_prefix_caching: bool) -> None:
-    outcome = run_all(tiny_model_dir, num_blocks=num_blocks, is_prefix_caching=is_prefix_caching)
+def test_with_preemption(family_dir: Path, alone: Outcome, num_blocks: int, is_prefix_caching: bool) -> None:
+    outcome = run_all(family_dir, num_blocks=num_blocks, is_prefix_caching=is_prefix_caching)
     assert outcome.num_preemptions > 0
     assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_with_a_warm_prefix_cache(tiny_model_dir: Path, alone: Outcome) -> None:
-    core = make_core(tiny_model_dir)
+def test_with_a_warm_prefix_cache(family_dir: Path, alone: Outcome) -> None:
+    core = make_core(family_dir)
     requests = make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS)
     cold = run_requests(core, requests)
     warm = run_requests(core, requests)
@@ -107,64 +107,64 @@ def test_with_a_warm_prefix_cache(tiny_model_dir: Path, alone: Outcome) -> None:
     assert warm.logprobs == alone.logprobs
 
 
-def test_prompts_that_share_a_prefix(tiny_model_dir: Path) -> None:
+def test_prompts_that_share_a_prefix(family_dir: Path) -> None:
     requests = make_requests(make_prompts(num_shared_tokens=40), max_new_tokens=8)
-    core = make_core(tiny_model_dir)
+    core = make_core(family_dir)
     first = run_requests(core, requests[:1])
     rest = run_requests(core, requests[1:])
     assert rest.most_cached_tokens == 40
     for request, token_ids in zip(requests, first.token_ids + rest.token_ids, strict=True):
-        expected, smallest_gap = oracle_greedy(tiny_model_dir, request.prompt_token_ids, 8)
+        expected, smallest_gap = oracle_greedy(family_dir, request.prompt_token_ids, 8)
         assert smallest_gap > 1e-3
         assert token_ids == expected
 
 
 @pytest.mark.parametrize("num_common", [1, 15, 16, 31, 32, 33])
-def test_a_prompt_that_forks_within_a_block(tiny_model_dir: Path, num_common: int) -> None:
+def test_a_prompt_that_forks_within_a_block(family_dir: Path, num_common: int) -> None:
     """Wherever a prompt leaves another one, all before that is reused, and no bit of the answer tells."""
     first, second = make_prompts()[4:]
     forked = first[:num_common] + second[num_common:40]
     (request,) = make_requests([forked], max_new_tokens=8)
-    alone = run_requests(make_core(tiny_model_dir, is_prefix_caching=False), [request])
-    core = make_core(tiny_model_dir)
+    alone = run_requests(make_core(family_dir, is_prefix_caching=False), [request])
+    core = make_core(family_dir)
     run_requests(core, make_requests([first], max_new_tokens=24))
     outcome = run_requests(core, [request])
     assert outcome.most_cached_tokens == num_common
     assert (outcome.token_ids, outcome.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_continuing_a_text_reuses_what_was_generated(tiny_model_dir: Path) -> None:
+def test_continuing_a_text_reuses_what_was_generated(family_dir: Path) -> None:
     """The second turn of a chat: the first one's prompt and answer lie in the cache."""
-    core = make_core(tiny_model_dir)
+    core = make_core(family_dir)
     prompt = make_prompts()[4]
     (answer,) = run_requests(core, make_requests([prompt], max_new_tokens=16)).token_ids
     longer = prompt + answer + [10, 20, 30]
     outcome = run_requests(core, make_requests([longer], max_new_tokens=8))
     assert outcome.most_cached_tokens == 48
-    assert outcome.token_ids == [oracle_greedy(tiny_model_dir, longer, 8)[0]]
+    assert outcome.token_ids == [oracle_greedy(family_dir, longer, 8)[0]]
 
 
-def test_eos_ends_a_text(tiny_model_dir: Path) -> None:
+def test_eos_ends_a_text(family_dir: Path) -> None:
     """The fourth token is declared an end: the text stops where it first stands, and holds it."""
     prompt = make_prompts()[3]
-    (token_ids,) = run_requests(make_core(tiny_model_dir), make_requests([prompt], max_new_tokens=6)).token_ids
-    core = make_core(tiny_model_dir)
+    (token_ids,) = run_requests(make_core(family_dir), make_requests([prompt], max_new_tokens=6)).token_ids
+    core = make_core(family_dir)
     core.scheduler.eos_token_ids = frozenset([token_ids[3], *EOS_TOKEN_IDS])
     outcome = run_requests(core, make_requests([prompt], max_new_tokens=6))
     assert outcome.token_ids == [token_ids[: token_ids.index(token_ids[3]) + 1]]
     assert outcome.last_events[0].finish_reason is FinishReason.EOS_TOKEN
 
 
-def test_seeded_sampling_does_not_depend_on_the_batch(tiny_model_dir: Path) -> None:
+def test_seeded_sampling_does_not_depend_on_the_batch(family_dir: Path) -> None:
     requests = make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
-    alone = [run_requests(make_core(tiny_model_dir), [request]) for request in requests]
-    together = run_requests(make_core(tiny_model_dir), requests)
-    preempted = run_requests(make_core(tiny_model_dir, num_blocks=9), requests)
+    alone = [run_requests(make_core(family_dir), [request]) for request in requests]
+    together = run_requests(make_core(family_dir), requests)
+    preempted = run_requests(make_core(family_dir, num_blocks=9), requests)
     assert preempted.num_preemptions > 0
     for outcome in (together, preempted):
         assert outcome.token_ids == [one.token_ids[0] for one in alone]
         assert outcome.logprobs == [one.logprobs[0] for one in alone]
-    greedy = run_requests(make_core(tiny_model_dir), make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS))
+    greedy = run_requests(make_core(family_dir), make_requests(make_prompts(), max_new_tokens=MAX_NEW_TOKENS))
     assert all(first != second for first, second in zip(together.token_ids, greedy.token_ids, strict=True))
 
 

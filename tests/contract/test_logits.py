@@ -99,9 +99,9 @@ def test_the_oracle_would_notice(change: str, tmp_path: Path) -> None:
     assert difference.abs().max() > 0.05
 
 
-def test_sequences_side_by_side_get_the_bits_they_get_alone(tiny_model_dir: Path) -> None:
+def test_sequences_side_by_side_get_the_bits_they_get_alone(family_dir: Path) -> None:
     """Prompts, chunks and decodes in one step, over stale memory."""
-    runner = make_runner(tiny_model_dir)
+    runner = make_runner(family_dir)
     texts = [random_ids(size, seed=size) for size in (1, 16, 33, 50)]
     alone = []
     for text in texts:
@@ -116,8 +116,8 @@ def test_sequences_side_by_side_get_the_bits_they_get_alone(tiny_model_dir: Path
     assert torch.equal(together.flip(0), torch.cat(alone))
 
 
-def test_chunks_give_the_bits_of_the_whole(tiny_model_dir: Path) -> None:
-    runner = make_runner(tiny_model_dir)
+def test_chunks_give_the_bits_of_the_whole(family_dir: Path) -> None:
+    runner = make_runner(family_dir)
     token_ids = random_ids(70)
     whole = all_logits(runner, token_ids, 65, [])
     for cuts in ([1], [16, 32, 48, 64], [5, 6, 7, 40], [63, 64]):
@@ -135,9 +135,9 @@ def test_bfloat16_is_near(stored: torch.dtype, tmp_path: Path) -> None:
     assert not torch.equal(logits, all_logits(make_runner(tmp_path), token_ids, 40, [16]))
 
 
-def test_bytes_of_a_block(tiny_model_dir: Path) -> None:
-    runner = make_runner(tiny_model_dir)
-    head_dim = json.loads((tiny_model_dir / "config.json").read_text()).get("head_dim", 16)
+def test_bytes_of_a_block(family_dir: Path) -> None:
+    runner = make_runner(family_dir)
+    head_dim = json.loads((family_dir / "config.json").read_text()).get("head_dim", 16)
     # keys and values, 2 layers, 2 KV heads, 16 tokens
     assert runner.kv_bytes_per_block(torch.bfloat16) == 2 * 2 * 2 * head_dim * 16 * 2
     assert runner.kv_bytes_per_block(torch.float32) == 2 * runner.kv_bytes_per_block(torch.bfloat16)

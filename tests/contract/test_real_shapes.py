@@ -60,7 +60,7 @@ def make(shape: dict[str, int], layout: str, rank: int, size: int, *, is_exact: 
     }
     modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     modules += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    marker = "weight_packed" if layout == "compressed-tensors" else "qweight"
+    marker = "weight_scale" if layout == "compressed-tensors" else "qweight"
     names = [f"model.layers.0.{module}.{marker}" for module in modules] if layout in STORED else []
     flag = layout if layout in ("eetq", "int4") else None
     dense = DenseMethod(torch.float32, computes_in_float32=True)
@@ -84,7 +84,7 @@ def test_1_to_8_shards(shape: dict[str, int], layout: str, is_exact: bool) -> No
             heads = model.attention_shape
             assert heads.head_dim == head_dim
             assert heads.num_heads % heads.num_kv_heads == 0
-            inputs = model.layers[0].mlp.down_proj._widths
+            inputs = model.layers[0].mlp.down_proj.input_widths
             assert sum(inputs) == shape["inner"]
             widths.append((heads.num_heads, heads.num_kv_heads, inputs[rank]))
         assert sum(num_heads for num_heads, _, _ in widths) == shape["heads"]
