@@ -9,7 +9,6 @@ import pytest
 from engine.models import MODELS
 from tests.contract.oracles import FAMILIES
 
-
 PLAINEST, RICHEST = "qwen2", "qwen3_moe"
 
 
