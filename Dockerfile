@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     XDG_CACHE_HOME=/data/cache \
     PORT=80
 LABEL org.opencontainers.image.title="pytgi" \
-      org.opencontainers.image.description="Text Generation Inference's interface for Qwen2-family models, in pure Python" \
+      org.opencontainers.image.description="Text Generation Inference's interface for Qwen-family models, in pure Python" \
       org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /usr/src
 EXPOSE 80

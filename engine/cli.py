@@ -142,7 +142,7 @@ def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     switches = {
         "auto-convert": (True, "accepted, without effect: pickled weights are never loaded, so never converted"),
         "trust-remote-code": (False, "accepted, without effect: code of a repository is never run"),
-        "merge-lora": (False, "accepted, without effect: adapters are merged while they are loaded"),
+        "merge-lora": (False, "accepted, without effect: an adapter given as the model is merged while it is loaded"),
     }
     for name, (default, help_text) in switches.items():
         action = argparse.BooleanOptionalAction
@@ -184,7 +184,7 @@ def download_weights(args: argparse.Namespace) -> Path:
             f"--extension {args.extension} is not supported: only .safetensors weights are loaded, leave the option out"
         )
     if args.merge_lora:
-        logger.warning("--merge-lora has no effect: adapters are merged while they are loaded")
+        logger.warning("--merge-lora has no effect: an adapter given as the model is merged while it is loaded")
     from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
     model_id, revision = args.model_id, args.revision or None

@@ -67,7 +67,7 @@ def gguf_folder(files: Sequence[Path], cache: Path) -> Path:
             _write(files, folder)
     except OSError as error:
         raise StartError(
-            f"{error.filename or cache} can't be read or written ({error.strerror}): mend that, or set "
+            f"{error.filename or cache} can't be read or written ({error.strerror}): fix that, or set "
             "HUGGINGFACE_HUB_CACHE to another folder"
         ) from error
     logger.info("Reading %s by way of %s", files[0], folder)

@@ -282,7 +282,7 @@ def _sentence(error: BaseException, model_id: str, revision: str | None) -> str:
         return f"The disk of {constants.HF_HUB_CACHE} is full: free space, or set HUGGINGFACE_HUB_CACHE to another one"
     if isinstance(error, OSError) and error.errno is not None:
         place = error.filename or constants.HF_HUB_CACHE
-        return f"{place} can't be used ({error.strerror}): mend that, or set HUGGINGFACE_HUB_CACHE to another folder"
+        return f"{place} can't be used ({error.strerror}): fix that, or set HUGGINGFACE_HUB_CACHE to another folder"
     return (
         f"{model_id} is not in the cache and {hub} can't be reached ({_one_line(str(error))}): check the network, "
         "HF_ENDPOINT and the proxy, or give a local folder"

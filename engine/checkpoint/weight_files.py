@@ -71,7 +71,7 @@ def choose_weight_names(folder: Path, names: Collection[str]) -> list[str]:
         if name not in names:
             raise StartError(f"{folder / name} is named by {INDEX} but missing: fetch the model again")
     if not chosen:
-        raise StartError(f"{folder} has no *.safetensors file: only safetensors weights are loaded")
+        raise StartError(f"{folder} has no *.safetensors file and no *.gguf: other weights are not loaded")
     return chosen
 
 

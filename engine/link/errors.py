@@ -22,7 +22,7 @@ class StartError(EngineError):
     @classmethod
     def of_file(cls, path: Path, error: OSError) -> StartError:
         """For a file or folder of the model that the system does not let us read."""
-        return cls(f"{path} cannot be read ({error.strerror or error}): mend that, or fetch the model again")
+        return cls(f"{path} cannot be read ({error.strerror or error}): fix that, or fetch the model again")
 
 
 class GenerationError(EngineError):

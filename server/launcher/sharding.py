@@ -73,7 +73,7 @@ def _torchrun_sharding(values: Mapping[str, Any]) -> Sharding:
         if name in values:
             raise ArgumentError(f"torchrun says which hosts there are: leave --{name.replace('_', '-')} out")
     if rank >= size or port is None:
-        raise ArgumentError("RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that")
+        raise ArgumentError("RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or fix that")
     local_size = values.get("local_world_size", size)
     return Sharding(
         size=size,

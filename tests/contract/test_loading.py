@@ -197,7 +197,7 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
 
 def test_no_weights_at_all(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    assert refusal(folder) == f"{folder} has no *.safetensors file: only safetensors weights are loaded"
+    assert refusal(folder) == f"{folder} has no *.safetensors file and no *.gguf: other weights are not loaded"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_weights_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("engine.checkpoint.safetensors_weights.safe_open", refuse)
     assert refusal(folder) == (
-        f"{folder / WEIGHTS} cannot be read (Permission denied): mend that, or fetch the model again"
+        f"{folder / WEIGHTS} cannot be read (Permission denied): fix that, or fetch the model again"
     )
 
 

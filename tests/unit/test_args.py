@@ -289,7 +289,7 @@ TORCHRUN = {
     "MASTER_PORT": "29400",
 }
 """What torchrun gives the second of two processes on one host."""
-BROKEN_TORCHRUN = "RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or mend that"
+BROKEN_TORCHRUN = "RANK must be < WORLD_SIZE and MASTER_PORT set, as torchrun does: unset RANK, or fix that"
 DEVICES = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
 
 

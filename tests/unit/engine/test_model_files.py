@@ -107,7 +107,7 @@ def test_a_folder_in_place_of_a_json_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(StartError) as caught:
         read_json(tmp_path / name)
     assert str(caught.value) == (
-        f"{tmp_path / name} cannot be read (Is a directory): mend that, or fetch the model again"
+        f"{tmp_path / name} cannot be read (Is a directory): fix that, or fetch the model again"
     )
 
 
@@ -184,7 +184,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, method, refuse)
-    with pytest.raises(StartError, match=f"^{tmp_path}.* cannot be read \\(Permission denied\\): mend that, or fetch"):
+    with pytest.raises(StartError, match=f"^{tmp_path}.* cannot be read \\(Permission denied\\): fix that, or fetch"):
         find_weight_files(tmp_path)
 
 

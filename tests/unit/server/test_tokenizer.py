@@ -127,7 +127,7 @@ def test_files_that_cannot_be_read(folder: Path, name: str) -> None:
     (folder / name).mkdir()
     with pytest.raises(StartError) as caught:
         load(folder)
-    assert str(caught.value) == f"{folder / name} cannot be read (Is a directory): mend that, or fetch the model again"
+    assert str(caught.value) == f"{folder / name} cannot be read (Is a directory): fix that, or fetch the model again"
 
 
 def test_a_folder_as_tokenizer_config_path(folder: Path) -> None:
