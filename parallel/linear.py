@@ -271,9 +271,12 @@ def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
         raise ValueError(f"has shape {list(shape)}, the model needs {list(expected)}")
 
 
-def check_kind(tensor: torch.Tensor, *, is_integer: bool = False) -> None:
-    """Raise ValueError if a checkpoint's tensor has integers where the model needs other numbers, or the reverse."""
-    if tensor.is_floating_point() == is_integer:
+def check_kind(tensor: torch.Tensor, *, is_integer: bool | None = False) -> None:
+    """Raise ValueError if a checkpoint's tensor has integers where the model needs other numbers, or the reverse.
+
+    `is_integer` None: it needs neither.
+    """
+    if is_integer is not None and tensor.is_floating_point() == is_integer:
         raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
 
 

@@ -26,7 +26,8 @@ class ParamSpec:
     shape: tuple[int, ...]
     output_dim: int | None
     input_dim: int | None
-    is_integer: bool = False
+    is_integer: bool | None = False
+    """None: either will do, for nothing is made of it."""
     is_optional: bool = False
     group_size: int | None = None
     output_group_size: int | None = None

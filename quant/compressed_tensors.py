@@ -154,7 +154,8 @@ def _bytes(weights: Mapping[str, Any]) -> tuple[LinearMethod, str]:
     method = ScaledMethod(
         block,
         is_float,
-        ignored_names=("input_scale", "input_zero_point", *(() if has_zero_points else ("weight_zero_point",))),
+        ignored_names=("input_scale", "input_zero_point"),
+        ignored_zero_point_name=None if has_zero_points else "weight_zero_point",
         zero_point_name="weight_zero_point" if has_zero_points else None,
     )
     return method, f"compressed-tensors, {'fp8' if is_float else '8 bits'}, {words}, weights only"

@@ -28,7 +28,9 @@ class ScaledMethod:
     scale_names: Sequence[str] = ("weight_scale",)
     """Names that the scales may have; one of them is there."""
     ignored_names: Sequence[str] = ("input_scale",)
-    """Scales of activations: one number each."""
+    """Scales and zero points of activations: one number each."""
+    ignored_zero_point_name: str | None = None
+    """Zero points of a weight whose scales alone count, in integers or in the weight's own type."""
     zero_point_name: str | None = None
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
@@ -48,7 +50,11 @@ class ScaledMethod:
         for name in self.scale_names:
             specs[name] = ParamSpec(shape, **by_block, is_optional=has_choice)  # type: ignore[arg-type]
         for name in self.ignored_names:
-            specs[name] = ParamSpec((1,), output_dim=None, input_dim=None, is_optional=True)
+            specs[name] = ParamSpec((1,), output_dim=None, input_dim=None, is_integer=None, is_optional=True)
+        if self.ignored_zero_point_name is not None:
+            specs[self.ignored_zero_point_name] = ParamSpec(
+                shape, output_dim=None, input_dim=None, is_integer=None, is_optional=True
+            )
         if self.zero_point_name is not None:
             specs[self.zero_point_name] = ParamSpec(shape, **by_block, is_integer=True)  # type: ignore[arg-type]
         return specs
@@ -71,6 +77,9 @@ class ScaledMethod:
         stored = next((params[name] for name in self.scale_names if name in params), None)
         if stored is None:
             raise FormatError(f"has no {' or '.join(self.scale_names)}: fetch the model again")
+        dtype = torch.float8_e4m3fn if self.is_float else torch.int8
+        if weight.dtype != dtype:
+            raise FormatError(f"belongs to a weight in {weight.dtype}, which has to be {dtype}: fetch the model again")
         scales = self._by_output(stored, weight.shape)
         zero_points = torch.zeros(scales.shape, dtype=torch.int32, device=weight.device)
         if self.zero_point_name is not None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.state import ParallelState
 from quant.base import FormatError, MatrixKernel, PackedWeight
+from quant.compressed_tensors import CompressedTensorsFormat
 from quant.fp8 import Fp8Format
 from quant.packing import widen
 from quant.scaled import WHOLE, ScaledMethod
@@ -101,3 +102,50 @@ def test_a_matrix_without_a_scale_is_refused() -> None:
     method = Fp8Format({"quant_method": "fp8"}).method_for("any")
     with pytest.raises(FormatError, match="has no weight_scale_inv or weight_scale: fetch the model again"):
         method.pack({"weight": params["weight"]})
+
+
+@pytest.mark.parametrize("is_float", [True, False])
+@pytest.mark.parametrize("zero_point_dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_what_a_checkpoint_says_of_activations_is_not_read(
+    is_float: bool, zero_point_dtype: torch.dtype, strategy: str
+) -> None:
+    """And zero points of symmetric weights, which older versions of llm-compressor write in the weight's own type."""
+    weights = {"num_bits": 8, "type": "float" if is_float else "int", "strategy": strategy, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "format": "naive-quantized"}
+    method = CompressedTensorsFormat({"config_groups": {"group_0": group}}).method_for("any")
+    params, expected = stored_matrix((1 if strategy == "channel" else WHOLE, WHOLE), (8, 16), is_float=is_float)
+    stored = {
+        **params,
+        "input_scale": torch.rand(1),
+        "input_zero_point": torch.zeros(1).to(zero_point_dtype),
+        "weight_zero_point": torch.zeros(params["weight_scale"].shape).to(zero_point_dtype),
+    }
+    for shards in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+        kept, parallel = Kept(), ParallelState(0, len(shards))
+        layer = ColumnParallelLinear(
+            16, [8], has_bias=False, methods=[method], kernels=kept, parallel=parallel, outputs=shards[:1]
+        )
+        for name, tensor in stored.items():
+            cut = layer.cut(name, 0, tensor.shape)
+            layer.load(name, 0, tensor if cut is None else tensor[(*[slice(None)] * cut[0], cut[1])])
+        layer.finish(torch.device("cpu"))
+        assert torch.equal(widen(kept[0]), expected[shards[0]])
+
+
+@pytest.mark.parametrize(
+    ("is_float", "dtype"),
+    [
+        (True, torch.bfloat16),
+        (True, torch.float32),
+        (True, torch.float8_e5m2),
+        (False, torch.int32),
+        (False, torch.uint8),
+    ],
+)
+def test_a_weight_that_is_not_stored_in_8_bits_is_refused(is_float: bool, dtype: torch.dtype) -> None:
+    params, _ = stored_matrix((1, WHOLE), (8, 16), is_float=is_float)
+    params["weight"] = params["weight"].float().to(dtype)
+    expected = torch.float8_e4m3fn if is_float else torch.int8
+    with pytest.raises(FormatError, match=f"belongs to a weight in {dtype}, which has to be {expected}: fetch"):
+        ScaledMethod((1, WHOLE), is_float).pack(params)
