@@ -112,6 +112,7 @@ class ModelRunner:
             reasons.append("dynamic rope scaling makes tables while a step runs")
         if self._model.num_ranks > 1 and not self._device.has_graph_collectives:
             reasons.append("what the shards send each other can't be captured")
+        reasons += self._model.why_no_graphs()
         return reasons + [refusal for refusal in self._refusals if refusal not in reasons]
 
     def refuse_graphs(self, reasons: Sequence[str]) -> None:
@@ -154,7 +155,7 @@ class ModelRunner:
         if self.adapters is not None:
             self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc)
         if self._programs is not None and inputs.is_decoding and not inputs.block_copies:
-            return StepResult(self._run_decoding(inputs, self._programs))
+            return StepResult(self._run_decoding(inputs, last_token_ids, self._programs))
         return self._run(inputs, last_token_ids)
 
     @torch.inference_mode()
@@ -171,9 +172,11 @@ class ModelRunner:
         logits = self._model.compute_logits(hidden[tensors.logits_indices])
         return StepResult(logits, self._score(hidden, tensors, inputs))
 
-    def _run_decoding(self, inputs: StepInputs, programs: StepPrograms) -> torch.Tensor:
+    def _run_decoding(
+        self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms
+    ) -> torch.Tensor:
         """Logits of all tokens of a step. Nothing of torch is called where the step's calls are a program already."""
-        tensors = self._buffers.fill(inputs, self._work_items(inputs))
+        tensors = self._buffers.fill(inputs, self._work_items(inputs), last_token_ids)
         rotation, prepared = self._prepare(inputs, tensors)
         if not isinstance(prepared, RepeatableStep):
             return self._compute(tensors, rotation, prepared)

@@ -59,6 +59,11 @@ class ExpertMatrices:
             raise ValueError("some experts have matrices that can be joined and others have not")
         self._kernels = [self._chooser(alike) for alike in zip(*packed, strict=True)]
 
+    @property
+    def is_host_driven(self) -> bool:
+        """Whether the host reads how many rows meet each expert."""
+        return any(kernel.is_host_driven for kernel in self._kernels)
+
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs, part after part]; each row meets one expert."""
         products = [kernel(x, groups) for kernel in self._kernels]
@@ -81,7 +86,8 @@ class RowParallelExperts(ExpertMatrices):
         super().load(name, part, tensor)
         if self._matrices[part].output_widths is not None and self.decides_order(name, part):
             for matrix in self._matrices:
-                matrix.gather()
+                if matrix.output_widths is None:
+                    matrix.gather()
 
     def mixed(self, x: torch.Tensor, groups: RowGroups, mix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [tokens, out_features], alike on every rank; `mix` joins a token's rows."""

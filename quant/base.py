@@ -179,6 +179,9 @@ class RowGroups:
 class GroupedKernel(Protocol):
     """The packed weights of many matrices with their kernel."""
 
+    is_host_driven: bool
+    """Whether what the host calls depends on the rows of each matrix: it waits for the device, and no graph has it."""
+
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """x [rows, in_features] -> [rows, out_features]. A row's result does not depend on the other rows."""
 

@@ -49,6 +49,8 @@ GROUPED: dict[str, dict[str, list[str]]] = {
 class MatrixByMatrix:
     """The reference implementation. The numbers of rows are read by the host."""
 
+    is_host_driven = True
+
     def __init__(self, kernels: Sequence[MatrixKernel]) -> None:
         self._kernels = kernels
 

@@ -93,6 +93,9 @@ class CausalLM(Protocol):
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor is known and not needed."""
 
+    def why_no_graphs(self) -> list[str]:
+        """Reasons why a graph can't have a forward pass of the loaded model; empty if it can."""
+
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         """Set what `forward` attends with; one cache per layer."""
 

@@ -205,6 +205,9 @@ class DecoderForCausalLM:
         """A copy of the tied table, and the rotary frequencies that old `transformers` versions stored."""
         return (self._is_tied and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
 
+    def why_no_graphs(self) -> list[str]:
+        return []
+
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches

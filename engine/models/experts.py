@@ -95,6 +95,11 @@ class SparseMLP:
             layers |= prefixed("shared_expert", self.shared_expert.checkpoint_layers())
         return layers
 
+    @property
+    def is_host_driven(self) -> bool:
+        """Whether the host reads how many rows meet each expert."""
+        return self.gate_up_proj.is_host_driven or self.down_proj.is_host_driven
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
         ops, experts = self._ops, self._experts
@@ -156,3 +161,8 @@ class SparseDecoderForCausalLM(DecoderForCausalLM):
         if index not in self._experts.sparse_layers:
             return super().make_mlp(index, name, config, context)
         return SparseMLP(name, config, self._experts, context)
+
+    def why_no_graphs(self) -> list[str]:
+        blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        is_host_driven = any(block.is_host_driven for block in blocks)
+        return ["the host reads how many rows meet each expert"] if is_host_driven else []

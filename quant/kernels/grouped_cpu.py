@@ -116,6 +116,7 @@ class GroupedDenseCpu:
     """`DenseCpu` for many matrices."""
 
     rounding = None
+    is_host_driven = False
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
@@ -137,6 +138,7 @@ class GroupedPackedCpu:
     """`PackedCpu` for many matrices."""
 
     rounding = None
+    is_host_driven = False
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
@@ -165,6 +167,7 @@ class GroupedIntegerCpu:
     """`IntegerCpu` for many matrices."""
 
     rounding = IntegerCpu.rounding
+    is_host_driven = False
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from quant.base import PackedWeight, RowGroups
 from quant.kernels.launch import launch
+from quant.kernels.matrix_triton import MatrixTriton
 from quant.kernels.skinny_triton import load_group
 
 BLOCK_OUTPUTS, BLOCK_INPUTS = 32, 128
@@ -92,10 +93,11 @@ class GroupedTriton:
     """All layouts, summed in float32."""
 
     rounding = None
+    is_host_driven = False
 
     @staticmethod
     def why_not(matrices: Sequence[PackedWeight]) -> list[str]:
-        return []
+        return MatrixTriton.why_not(matrices[0])
 
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         first = matrices[0]

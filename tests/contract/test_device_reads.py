@@ -70,6 +70,15 @@ def test_the_references_read_nothing(
     check(tiny_model_dir, REFERENCES, lambda: no_reads("numpy", "cpu"), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("tiny_model_dir", "has_reads"), [("qwen2", False), ("qwen2_moe", True)], indirect=["tiny_model_dir"]
+)
+def test_a_model_that_reads_has_no_graphs(tiny_model_dir: Path, has_reads: bool) -> None:
+    reason = "the host reads how many rows meet each expert"
+    assert (reason in make_runner(tiny_model_dir, REFERENCES).why_no_graphs()) is has_reads
+    assert reason not in make_runner(tiny_model_dir, KERNELS).why_no_graphs()
+
+
 def check(folder: Path, device: Device, forbid: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a step after `forbid` as before it."""
     runner, batch = make_runner(folder, device), make_batch()

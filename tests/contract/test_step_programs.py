@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -87,6 +88,20 @@ def test_a_program_gives_the_bits_of_its_calls(
     assert len(runs) >= 8 and len(set(runs)) >= 3
     for step, other in zip(logits, expected, strict=True):
         assert torch.equal(step, other)
+
+
+def test_a_program_takes_tokens_that_the_host_does_not_know(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path, dtype=torch.bfloat16)
+    runner, programs = make_runner(tmp_path, torch.float32, None)
+    sequence = make_sequence(random_ids(13), list(range(6)))
+    run_step(runner, [sequence], [13])
+    sequence.token_ids.append(7)
+    known = runner.inputs(make_batch([sequence], [1]))
+    unknown = msgspec.structs.replace(known, input_ids=[0], unknown_places=[0], unknown_rows=[1])
+    for _ in range(3):
+        expected = runner.run(known).logits.clone()
+        assert torch.equal(runner.run(unknown, torch.tensor([5, 7])).logits, expected)
+    assert any(program is not None for program in programs._programs.values())
 
 
 def test_new_memory_for_keys_and_values_is_what_later_steps_use(tmp_path: Path) -> None:

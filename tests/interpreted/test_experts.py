@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from engine.device import find_interpreted
 from engine.layers.experts_torch import TorchExpertOps
-from quant.grouped import MatrixByMatrix
+from quant.grouped import MatrixByMatrix, choose_grouped
 from quant.kernels.dense_torch import DenseTorch
 from quant.kernels.grouped_triton import BLOCK_INPUTS, BLOCK_OUTPUTS, GroupedTriton
 from quant.kernels.packed_torch import PackedTorch
@@ -37,6 +38,17 @@ def test_each_row_meets_its_matrix(layout: str, has_order: bool, num_outputs: in
     product = GroupedTriton(matrices)
     assert_close(product(x, routing.groups), expected, num_roundings=4)
     assert product(x[:0], routing.groups).shape == (0, num_outputs)
+
+
+def test_matrices_with_offsets_are_left_to_those_that_know_them() -> None:
+    matrices = [random_packed("int4", BLOCK_OUTPUTS, BLOCK_INPUTS) for _ in range(2)]
+    offsets = [
+        dataclasses.replace(each, zero_points=torch.rand(BLOCK_OUTPUTS, BLOCK_INPUTS // 32)) for each in matrices
+    ]
+    assert GroupedTriton.why_not(matrices) == []
+    assert GroupedTriton.why_not(offsets) == ["weights have offsets in place of zero points"]
+    chosen = choose_grouped("triton", offsets, PackedTorch, is_exact=True)
+    assert isinstance(chosen, MatrixByMatrix)
 
 
 def test_ids_are_those_of_the_cpu(tmp_path: Path) -> None:
