@@ -88,6 +88,9 @@ class AwqFormat:
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         return "w_bit" in settings
 
+    def size_factor(self, *, is_exact: bool) -> float:
+        return 1.0
+
     def method_for(self, module: str) -> AwqMethod:
         return self._method
 

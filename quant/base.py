@@ -230,6 +230,9 @@ class CheckpointFormat(Protocol):
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         """Whether settings that name no format, as tools of old wrote them, are of this one."""
 
+    def size_factor(self, *, is_exact: bool) -> float:
+        """Memory of the weights over the size of the files, roughly; `is_exact`: in float32 as far as it can be."""
+
     def method_for(self, module: str) -> LinearMethod | None:
         """The method of a quantized matrix, by the checkpoint's name for it; None: it is dense all the same."""
 

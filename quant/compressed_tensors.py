@@ -119,6 +119,9 @@ class CompressedTensorsFormat:
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         return False
 
+    def size_factor(self, *, is_exact: bool) -> float:
+        return 1.0
+
     def method_for(self, module: str) -> LinearMethod | None:
         for targets, method in self._groups:
             if any(_is_target(target, module) for target in targets):

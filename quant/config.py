@@ -123,7 +123,7 @@ def resolve_quantization(
     quantized_method: Callable[[str], LinearMethod | None] = _no_method
     if stored_name is not None:
         stored_format: CheckpointFormat = load_entry(FORMATS[stored_name])(settings)
-        description = stored_format.description
+        description, size_factor = stored_format.description, stored_format.size_factor(is_exact=is_exact)
         quantized_method = _where_marked(stored_format, tensor_names)
     elif flag is not None:
         method = _on_load_method(flag)

@@ -35,5 +35,8 @@ class Fp8Format:
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         return False
 
+    def size_factor(self, *, is_exact: bool) -> float:
+        return 1.0
+
     def method_for(self, module: str) -> ScaledMethod:
         return self._method

@@ -67,7 +67,10 @@ class GgufMethod:
 
 
 class GgufFormat:
-    """Implements `quant.base.CheckpointFormat`. `types` in the settings maps each quantized matrix to its type."""
+    """Implements `quant.base.CheckpointFormat`. `types` in the settings maps each quantized matrix to its type.
+
+    `bytes` and `table_bytes` map each type to what the files have of it, without and in the table of embeddings.
+    """
 
     MARKER = Q
 
@@ -76,8 +79,16 @@ class GgufFormat:
         for type_name in self._types.values():
             if type_name not in TYPES:
                 raise FormatError(f"the file has matrices of type {type_name}; only {', '.join(TYPES)} can be run")
+        self._bytes, self._table_bytes = read_map(settings, "bytes"), read_map(settings, "table_bytes")
         counts = collections.Counter(self._types.values())
         self.description = "gguf, " + ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+
+    def size_factor(self, *, is_exact: bool) -> float:
+        widened = dict.fromkeys(TYPES, 32 if is_exact else 16)
+        packed = {name: kind.memory_bits for name, kind in TYPES.items()}
+        memory = _memory_bytes(self._bytes, packed) + _memory_bytes(self._table_bytes, widened)
+        total = sum(self._bytes.values()) + sum(self._table_bytes.values())
+        return memory / total if total else 1.0
 
     @staticmethod
     def is_recognized(settings: Mapping[str, Any]) -> bool:
@@ -86,3 +97,10 @@ class GgufFormat:
     def method_for(self, module: str) -> GgufMethod | None:
         type_name = self._types.get(module)
         return None if type_name is None else GgufMethod(type_name)
+
+
+def _memory_bytes(file_bytes: Mapping[str, int], bits: Mapping[str, float]) -> float:
+    """Memory of what the files have in each type, whose weights take `bits` there; other types stay as they are."""
+    return sum(
+        size * bits[name] / TYPES[name].file_bits if name in TYPES else size for name, size in file_bytes.items()
+    )

@@ -132,6 +132,22 @@ class BlockType:
     unpack: Callable[[torch.Tensor], Unpacked]
     """Blocks uint8 [blocks, bytes] -> what they hold."""
 
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a scale as it is unpacked: where a block has several, each is a product of two numbers."""
+        return 16 if self.group == self.inputs else 32
+
+    @property
+    def file_bits(self) -> float:
+        """Bits of a weight in the file."""
+        return self.bytes * 8 / self.inputs
+
+    @property
+    def memory_bits(self) -> float:
+        """Bits of a weight as it runs, with its part of a scale and of a zero point or an offset."""
+        zero_bits = 8 if self.bits == 4 and self.zero_point is not None else 32
+        return self.bits + (self.scale_bits + zero_bits) / self.group
+
 
 TYPES: dict[str, BlockType] = {
     "Q4_0": BlockType(32, 18, 32, 4, 8, _q4_0),

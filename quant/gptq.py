@@ -101,6 +101,9 @@ class GptqFormat:
     def is_recognized(settings: Mapping[str, Any]) -> bool:
         return "bits" in settings
 
+    def size_factor(self, *, is_exact: bool) -> float:
+        return 1.0
+
     def method_for(self, module: str) -> GptqMethod:
         for pattern, changes in self._dynamic:
             if pattern.match(module):

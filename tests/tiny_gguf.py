@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ def write_gguf(
     kind: str = "F16",
     architecture: str = "qwen2",
     chosen: Collection[str] | None = None,
+    kinds: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> None:
-    """Matrices as `kind`, vectors in float32; `changes` are keys and texts or numbers of the metadata.
+    """Matrices as `kind` or what `kinds` says of some, vectors in float32.
 
-    `chosen` has the names of the tensors that are written; None: all.
+    `changes` are keys and values of the metadata, `__` for each dot; None takes a key out. `chosen` has the names of
+    the tensors that are written; None: all.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
@@ -40,15 +42,17 @@ def write_gguf(
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    for key, value in changes.items():
-        (writer.add_string if isinstance(value, str) else writer.add_float32)(key.replace("__", "."), value)
     _add_tokenizer(writer, folder, config["vocab_size"])
+    for key, value in changes.items():
+        writer.kv_data[0].pop(key.replace("__", "."), None)
+        if value is not None:
+            writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if chosen is not None and name not in chosen:
                 continue
-            stored, raw_type = _stored(tensor.float().numpy(), kind)
+            stored, raw_type = _stored(tensor.float().numpy(), (kinds or {}).get(name, kind))
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert gguf_name is not None, name
             writer.add_tensor(gguf_name, stored, raw_dtype=raw_type)

@@ -6,18 +6,21 @@ The weights stay where they are. The folder is written below the Hub's cache, an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, tokenizer_config
+from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, refuse_other_tokenizers, tokenizer_config
 from engine.checkpoint.renamed_weights import EMBEDDING
+from engine.checkpoint.weight_files import GGUF_FLOATS
 from engine.link.errors import StartError
 from engine.link.model_files import GGUF_INDEX
 
@@ -26,18 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of a folder's name: one that an older version wrote is not used."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
 }
 """GGUF's architecture -> what its config.json has of its own."""
-FLOATS = ("F32", "F16", "BF16")
-"""Types that are not quantized. The widest one that a matrix has is the model's dtype."""
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TABLE = "token_embd"
 MODULES = {
-    "token_embd": "model.embed_tokens",
+    TABLE: "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
@@ -91,20 +92,43 @@ def _write(files: Sequence[Path], folder: Path) -> None:
         for name, content in contents.items():
             (unfinished / name).write_text(content, encoding="utf-8")
         unfinished.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
+        _put(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _put(unfinished: Path, folder: Path) -> None:
+    """Give a folder its name, unless another server that starts at the same time has written the same one."""
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        if (folder / GGUF_INDEX).is_file():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
 
 
 def _read_model(files: Sequence[Path]) -> dict[str, str]:
     """The names and contents of the folder's files. Raises StartError."""
     readers = [_open(path) for path in files]
+    try:
+        return _contents(files, readers)
+    except (OSError, StartError):
+        raise
+    except Exception as error:  # no check foresaw it, and the library of tokenizers has no class for its refusals
+        raise StartError(
+            f"the metadata of {files[0]} can't be used ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+
+
+def _contents(files: Sequence[Path], readers: Sequence[GGUFReader]) -> dict[str, str]:
+    """As `_read_model`. Raises StartError for what is foreseen, and anything for other metadata that is odd."""
     metadata = _metadata(readers[0])
     tensors = index_tensors(readers)
+    refuse_other_tokenizers(metadata)
     added = added_tokens(metadata)
     objects = {
-        "config.json": model_config(metadata, tensors),
+        "config.json": {**model_config(metadata, tensors), **quantization_config(tensors, readers)},
         "generation_config.json": {"eos_token_id": end_ids(metadata)},
         "tokenizer_config.json": tokenizer_config(metadata, added),
         GGUF_INDEX: {"files": [str(path.resolve()) for path in files], "tensors": tensors},
@@ -170,15 +194,10 @@ def name_of_model(name: str) -> str:
 
 def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """config.json. Raises StartError for a file without the numbers that make a model."""
-    matrices = {name: entry["type"] for name, entry in tensors.items() if len(entry["shape"]) > 1}
-    types = {
-        name.removesuffix(".weight"): kind
-        for name, kind in matrices.items()
-        if kind not in FLOATS and not name.endswith(EMBEDDING)
-    }
-    widest = next((kind for kind in FLOATS if kind in matrices.values()), "F16")
+    matrices = [entry["type"] for entry in tensors.values() if len(entry["shape"]) > 1]
+    widest = next((kind for kind in GGUF_FLOATS if kind in matrices), "F16")
     try:
-        config = {
+        return {
             **ARCHITECTURES[metadata["general.architecture"]],
             "hidden_act": "silu",
             "hidden_size": metadata["embedding_length"],
@@ -191,7 +210,7 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str,
             "rms_norm_eps": float(f"{metadata['attention.layer_norm_rms_epsilon']:.6g}"),
             "rope_theta": metadata.get("rope.freq_base", 10000.0),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
-            "torch_dtype": DTYPES[widest],
+            "torch_dtype": GGUF_FLOATS[widest][0],
             "vocab_size": tensors[f"model.{EMBEDDING}"]["shape"][0],
             "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
             **_head_dim(metadata),
@@ -199,7 +218,22 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str,
         }
     except KeyError as error:
         raise StartError(f"the GGUF file does not say {error.args[0]}: fetch it again, or another one") from error
-    return {**config, "quantization_config": {"quant_method": "gguf", "types": types}} if types else config
+
+
+def quantization_config(tensors: Mapping[str, Mapping[str, Any]], readers: Sequence[GGUFReader]) -> dict[str, Any]:
+    """What config.json says about quantized matrices, as `quant.gguf` reads it; nothing where there are none."""
+    types = {
+        name.removesuffix(".weight"): entry["type"]
+        for name, entry in tensors.items()
+        if len(entry["shape"]) > 1 and entry["type"] not in GGUF_FLOATS and not name.endswith(EMBEDDING)
+    }
+    if not types:
+        return {}
+    num_bytes: dict[str, Counter[str]] = {"bytes": Counter(), "table_bytes": Counter()}
+    for tensor in itertools.chain.from_iterable(reader.tensors for reader in readers):
+        kind = "table_bytes" if tensor.name.startswith(f"{TABLE}.") else "bytes"
+        num_bytes[kind][tensor.tensor_type.name] += int(tensor.n_bytes)
+    return {"quantization_config": {"quant_method": "gguf", "types": types, **num_bytes}}
 
 
 def _head_dim(metadata: Mapping[str, Any]) -> dict[str, Any]:

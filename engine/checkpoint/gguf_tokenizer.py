@@ -52,18 +52,24 @@ def added_tokens(metadata: Mapping[str, Any], plain_tokens: frozenset[str] = PLA
     }
 
 
-def build_tokenizer(
-    metadata: Mapping[str, Any],
-    added: Mapping[int, dict[str, Any]],
-    schemes: Mapping[str, Callable[[Tokenizer], None]] = SCHEMES,
-) -> Tokenizer:
-    """The tokenizer from the file's own lists. Raises StartError for one of another kind."""
+def refuse_other_tokenizers(
+    metadata: Mapping[str, Any], schemes: Mapping[str, Callable[[Tokenizer], None]] = SCHEMES
+) -> None:
+    """Raise StartError for a tokenizer of another kind, or none: nothing else is known to be there then."""
     model, scheme = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != BPE or scheme not in schemes:
         raise StartError(
             f"the GGUF file has a tokenizer of the kind {model!r}, {scheme!r}; only {BPE!r} with {', '.join(schemes)} "
             "can be read: give a folder with safetensors weights"
         )
+
+
+def build_tokenizer(
+    metadata: Mapping[str, Any],
+    added: Mapping[int, dict[str, Any]],
+    schemes: Mapping[str, Callable[[Tokenizer], None]] = SCHEMES,
+) -> Tokenizer:
+    """The tokenizer from the file's own lists, whose kind is known to be right. Raises StartError for other merges."""
     kinds, tokens = metadata["tokenizer.ggml.token_type"], metadata["tokenizer.ggml.tokens"]
     # Added tokens past the end of the vocabulary get their ids from add_tokens; those at its start belong to it.
     size = 1 + max(token_id for token_id, kind in enumerate(kinds) if kind == NORMAL_TOKEN)
@@ -73,7 +79,7 @@ def build_tokenizer(
         if not {left, right, left + right} <= vocab.keys():  # the library would panic
             raise StartError(f"the GGUF file merges {left!r} and {right!r}, which are no tokens of it: fetch it again")
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    schemes[str(scheme)](tokenizer)
+    schemes[metadata["tokenizer.ggml.pre"]](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(**fields) for fields in added.values()])
     for token_id, fields in added.items():

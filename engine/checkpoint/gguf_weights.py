@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,11 @@ import numpy as np
 import torch
 
 from engine.checkpoint.renamed_weights import EMBEDDING
-from engine.checkpoint.weight_files import GgufIndex
+from engine.checkpoint.weight_files import GGUF_FLOATS, GgufIndex
 from engine.link.errors import StartError
 from quant.gguf import OFFSETS, SCALES, Q
 from quant.gguf_blocks import TYPES, Unpacked, unpack_rows, widen_rows
 
-FLOATS: dict[str, tuple[str, torch.dtype]] = {
-    "F32": ("<f4", torch.float32),
-    "F16": ("<f2", torch.float16),
-    "BF16": ("<i2", torch.bfloat16),
-}
-"""A type that is not quantized -> NumPy's name of its numbers (of their bits), and torch's."""
 ROWS_AT_A_TIME = 8192
 """Outputs that are unpacked together, which takes several times their memory."""
 
@@ -44,7 +38,7 @@ class _Stored:
     def row_bytes(self) -> int:
         kind = TYPES.get(self.type_name)
         if kind is None:
-            return self.shape[-1] * np.dtype(FLOATS[self.type_name][0]).itemsize
+            return self.shape[-1] * np.dtype(GGUF_FLOATS[self.type_name][1]).itemsize
         return self.shape[-1] // kind.inputs * kind.bytes
 
     @property
@@ -56,13 +50,13 @@ class GgufWeights:
     """Implements `engine.checkpoint.weights.WeightSource`."""
 
     def __init__(self, index: GgufIndex) -> None:
-        """Raises StartError for a file that is not as long as the index says."""
+        """Raises StartError for a type that can't be run, and a file that is not as long as the index says."""
         self.files = index.files
         self._parts: dict[str, tuple[_Stored, str]] = {}
         for name, entry in index.tensors.items():
-            stored = _Stored(index.files[entry["file"]], entry["offset"], entry["type"], tuple(entry["shape"]))
+            stored = _stored(index.files[entry["file"]], name, entry)
             module, _, leaf = name.rpartition(".")
-            if stored.type_name in FLOATS or name.endswith(EMBEDDING):
+            if stored.type_name in GGUF_FLOATS or name.endswith(EMBEDDING):
                 self._parts[name] = stored, leaf
                 continue
             has_offsets = TYPES[stored.type_name].zero_point is None
@@ -70,7 +64,8 @@ class GgufWeights:
                 self._parts[f"{module}.{part}"] = stored, part
         self._last: tuple[Any, Unpacked] | None = None
         for path in self.files:
-            _refuse_cut_off(path, max(stored.end for stored, _ in self._parts.values() if stored.path == path))
+            ends = (stored.end for stored, _ in self._parts.values() if stored.path == path)
+            _refuse_cut_off(path, max(ends, default=0))  # the first part of a set may have metadata alone
 
     @property
     def names(self) -> Sequence[str]:
@@ -89,15 +84,14 @@ class GgufWeights:
         stored, part = self._parts[name]
         if part == Q:
             return "I8"
-        if stored.type_name in FLOATS:
+        if stored.type_name in GGUF_FLOATS:
             return stored.type_name
-        kind = TYPES[stored.type_name]
-        return "F16" if part == SCALES and kind.group == kind.inputs else "F32"  # else it is a product of two numbers
+        return f"F{TYPES[stored.type_name].scale_bits}" if part == SCALES else "F32"
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
         stored, part = self._parts[name]
         rows, columns = (*index, slice(None), slice(None))[:2]
-        if stored.type_name in FLOATS:
+        if stored.type_name in GGUF_FLOATS:
             return _floats(stored, index, is_kept=is_kept)
         if part not in (Q, SCALES, OFFSETS):
             return _widened(stored, rows)
@@ -128,6 +122,19 @@ class GgufWeights:
         return self._last[1]
 
 
+def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> _Stored:
+    """A tensor of `path` as the index has it. Raises StartError for one that can't be run."""
+    type_name, shape = entry["type"], tuple(entry["shape"])
+    if type_name not in GGUF_FLOATS and type_name not in TYPES:
+        raise StartError(
+            f"{path} has {name} in the type {type_name}; only {', '.join((*GGUF_FLOATS, *TYPES))} can be run: choose a "
+            "file in one of them"
+        )
+    if len(shape) < (1 if type_name in GGUF_FLOATS else 2):
+        raise StartError(f"{path} has {name} in the type {type_name}, which is no matrix: fetch the file again")
+    return _Stored(path, entry["offset"], type_name, shape)
+
+
 def _refuse_cut_off(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
@@ -138,7 +145,8 @@ def _refuse_cut_off(path: Path, size: int) -> None:
 
 
 def _floats(stored: _Stored, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
-    numbers, dtype = FLOATS[stored.type_name]
+    dtype_name, numbers = GGUF_FLOATS[stored.type_name]
+    dtype: torch.dtype = getattr(torch, dtype_name)
     # Copy-on-write, for torch wants memory that can be written.
     array = np.memmap(stored.path, numbers, "c", stored.offset, stored.shape)[index]
     tensor = torch.from_numpy(np.asarray(array) if is_kept else np.array(array))

@@ -236,6 +236,9 @@ FORMAT = """
         def is_recognized(settings):
             return False
 
+        def size_factor(self, *, is_exact):
+            return 1.0
+
         def method_for(self, module):
             return RowScaled()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from engine.build import load_model
 from engine.checkpoint.gguf_folder import gguf_folder, name_of_model
-from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer
+from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, refuse_other_tokenizers
 from engine.checkpoint.weights import open_weights
 from engine.cli import download_weights
+from engine.link.config import EngineConfig
 from engine.link.errors import StartError
+from quant.gguf import GgufFormat
 from tests.oracles.dequantize import gguf_weights
 from tests.oracles.quant_stored import CHECKPOINTS
 from tests.tiny_gguf import write_gguf
@@ -102,7 +106,7 @@ def test_texts_begin_with_a_token_where_the_file_says_so(source: Path) -> None:
     with pytest.raises(StartError, match="merges 'b' and 'b', which are no tokens of it"):
         build_tokenizer({**metadata, "tokenizer.ggml.merges": ["b b"]}, {})
     with pytest.raises(StartError, match="a tokenizer of the kind 'llama', None; only 'gpt2' with qwen2, deepseek"):
-        build_tokenizer({**metadata, "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": None}, {})
+        refuse_other_tokenizers({**metadata, "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": None})
 
 
 @pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
@@ -131,11 +135,13 @@ def test_parts_of_tensors_are_those_of_the_whole(source: Path, tmp_path: Path, k
 
 def test_a_split_set_is_one_model(source: Path, tmp_path: Path) -> None:
     whole = gguf_weights_of(served(source, tmp_path / "whole", "Q8_0"))
-    parts = [tmp_path / f"model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    parts = [tmp_path / f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
     tensors = load_file(source / "model.safetensors")
-    for path, is_first in zip(parts, (True, False), strict=True):
+    write_gguf(source, parts[0], "Q8_0", chosen=[])
+    for path, is_first in zip(parts[1:], (True, False), strict=True):
         write_gguf(source, path, "Q8_0", chosen=[name for name in tensors if ("layers.1" in name) != is_first])
-    assert gguf_weights_of(gguf_folder(parts, tmp_path / "cache")) == whole
+    assert gguf_weights_of(gguf_folder(parts[1:], tmp_path / "cache")) == whole
+    assert gguf_weights_of(gguf_folder(parts, tmp_path / "cache")) == whole, "the first part may have metadata alone"
 
 
 def gguf_weights_of(folder: Path) -> dict[str, bytes]:
@@ -147,6 +153,25 @@ def test_a_changed_file_gets_a_new_folder_and_an_unchanged_one_does_not(source: 
     first = served(source, tmp_path)
     assert gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache") == first
     assert served(source, tmp_path, "Q8_0") != first
+
+
+def test_servers_that_start_at_the_same_time_share_a_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(source, tmp_path / "model.gguf")
+    rename, others = os.rename, []
+
+    def rename_after_another_server(*paths: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        others.append(gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache").stat().st_ino)
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", rename_after_another_server)
+    folder = gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache")
+    assert [folder.stat().st_ino] == others and [*folder.parent.iterdir()] == [folder]
+    (folder / "gguf_index.json").unlink()
+    assert open_weights(gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache")).names, "a rest is written anew"
+    assert [*folder.parent.iterdir()] == [folder]
 
 
 def test_rope_scaling(source: Path, tmp_path: Path) -> None:
@@ -168,6 +193,66 @@ def test_what_is_no_model_of_ours_is_refused_in_a_sentence(source: Path, tmp_pat
     (tmp_path / "other.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(StartError, match=r"other\.gguf is not a whole GGUF file"):
         gguf_folder([tmp_path / "other.gguf"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_type_that_cannot_be_run_is_refused_in_a_sentence(source: Path, tmp_path: Path, name: str) -> None:
+    folder = served(source, tmp_path, "Q8_0", kinds={name: "MXFP4"})
+    sentence = (
+        rf"model\.gguf has {name} in the type MXFP4; only F32, .*, IQ4_XS can be run: choose a file in one of them"
+    )
+    with pytest.raises(StartError, match=sentence):
+        load_model(EngineConfig(model_path=str(folder)), reference_device())
+
+
+NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens token_type merges".split()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (NO_TOKENIZER, "has a tokenizer of the kind None, None; only"),
+        ({"tokenizer__ggml__tokens": None}, "can't be used (KeyError: 'tokenizer.ggml.tokens'): fetch it again"),
+        ({"tokenizer__ggml__token_type": None}, "can't be used (KeyError: 'tokenizer.ggml.token_type')"),
+        ({"tokenizer__ggml__token_type": [1, 1, 3]}, "can't be used (ValueError: zip() argument 2 is shorter"),
+        ({"tokenizer__ggml__tokens": [1, 2], "tokenizer__ggml__token_type": [3, 3]}, "can't be used ("),
+        ({"tokenizer__ggml__token_type": "normal"}, "can't be used ("),
+        ({"tokenizer__ggml__merges": 3}, "can't be used (TypeError"),
+        ({"tokenizer__chat_template": b"\xff\xfe"}, "can't be used (UnicodeDecodeError: 'utf-8' codec can't decode"),
+        ({"general__architecture": ["qwen2"]}, "can't be used (TypeError: unhashable type: 'list'"),
+        ({"general__architecture": None}, "has a model of the architecture None"),
+        ({"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": None}, "can't be used (KeyError"),
+        ({"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": 10**6}, "can't be used ("),
+        ({"tokenizer__ggml__eos_token_id": 10**6}, "can't be used (IndexError"),
+        ({"qwen2__attention__layer_norm_rms_epsilon": "small"}, "can't be used (ValueError"),
+        ({"qwen2__rope__scaling__type": "yarn"}, "does not say rope.scaling.factor: fetch it again"),
+    ],
+)
+def test_metadata_that_is_odd_is_refused_in_a_sentence(
+    source: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(source, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_the_memory_of_a_file_is_known_before_it_is_loaded(folder: Path, is_exact: bool) -> None:
+    weights = open_weights(folder)
+    made = GgufFormat(json.loads((folder / "config.json").read_text())["quantization_config"])
+    memory = 0
+    for module in sorted({name.rpartition(".")[0] for name in weights.names}):
+        names = [name for name in weights.names if name.rpartition(".")[0] == module]
+        params = {name.rpartition(".")[2]: weights.read(name) for name in names}
+        if (method := made.method_for(module)) is not None:
+            packed = method.pack(params)
+            tensors = [packed.weight, packed.scales, packed.zero_points, packed.bias]
+        elif module == "model.embed_tokens":
+            tensors = [params["weight"].to(torch.float32 if is_exact else torch.float16)]
+        else:
+            tensors = [*params.values()]
+        memory += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    file_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(folder / "model.gguf").tensors)
+    assert memory == pytest.approx(made.size_factor(is_exact=is_exact) * file_bytes)
 
 
 def test_a_file_that_was_cut_off_later_is_refused(source: Path, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_every_matrix_of_a_dense_checkpoint_is_quantized_on_load(flag: str, kind
     assert made.size_factor < 1
 
 
+@pytest.mark.parametrize(("is_exact", "table_bytes"), [(False, 64), (True, 128)])
+def test_blocks_take_more_memory_than_in_the_file(is_exact: bool, table_bytes: int) -> None:
+    """256 weights in Q6_K run in 12 bits each, 32 of a table in Q4_0 in 16 or 32."""
+    stored = {**GGUF, "bytes": {"Q6_K": 210, "F32": 100}, "table_bytes": {"Q4_0": 18}}
+    assert resolve(None, stored, is_exact=is_exact).size_factor == (384 + 100 + table_bytes) / 328
+    assert resolve(None, GPTQ).size_factor == 1
+
+
 @pytest.mark.parametrize(
     ("head", "is_exact", "kind"),
     [
