@@ -97,8 +97,8 @@ test: install $(VENV)/interpreted
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
 	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
-	$(PY) -m pytest -q $(BESIDE); } > $$log 2>&1 & beside=$$!; \
-	$(PY) -m pytest -q tests/unit tests/contract $(WITH_UNIT); status=$$?; \
+	$(PY) -m pytest -q $(BESIDE) tests/contract/kernels; } > $$log 2>&1 & beside=$$!; \
+	$(PY) -m pytest -q tests/unit tests/contract --ignore=tests/contract/kernels $(WITH_UNIT); status=$$?; \
 	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
 	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(BESIDE) $(WITH_UNIT))
 else

@@ -182,7 +182,7 @@ def hello(**changes: object) -> bytes:
         hello(rank=True),
         hello(nonce=None),
         hello(channel=None),
-        hello(rank=1).replace(b"1", b"9" * 500),
+        hello(rank=1).replace(b"1", b"9" * 500) + b"\n",
         hello() + b'{"proof": "guessed"}\n',
         hello() + b'{"proof": null}\n',
         hello() + b'{"proof": "\xc3\xa9"}\n',
