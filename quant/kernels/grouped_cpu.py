@@ -19,9 +19,17 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
-from quant.kernels.integer_cpu import OUTPUTS, ROWS, IntegerCpu, _cut, _many, _pair, _single
+from quant.kernels.integer_cpu import (
+    OUTPUTS,
+    ROWS,
+    IntegerCpu,
+    cut_padding,
+    multiply_many_rows,
+    multiply_one_row,
+    multiply_two_rows,
+)
 from quant.kernels.integer_ops import round_group
-from quant.kernels.packed_cpu import PackedCpu, _int4_1x4, _int8_1x4, _widen_int4, _widen_int8
+from quant.kernels.packed_cpu import PackedCpu, int4_1x4, int8_1x4, widen_int4, widen_int8
 
 
 @njit(parallel=True, **FAST)
@@ -57,13 +65,13 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
         z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
         row, last = starts[matrix], starts[matrix + 1]
         while row + ROWS <= last:
-            _many(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+            multiply_many_rows(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
             row += ROWS
         while row + 2 <= last:
-            _pair(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+            multiply_two_rows(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
             row += 2
         if row < last:
-            _single(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+            multiply_one_row(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
 
 
 def _make_packed(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) -> Any:
@@ -94,8 +102,8 @@ def _make_packed(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int
     return packed
 
 
-_packed_int8 = _make_packed(_int8_1x4, _widen_int8, 1, WIDTH)
-_packed_int4 = _make_packed(_int4_1x4, _widen_int4, 2, 1)
+_packed_int8 = _make_packed(int8_1x4, widen_int8, 1, WIDTH)
+_packed_int4 = _make_packed(int4_1x4, widen_int4, 2, 1)
 
 
 def _numbers(groups: RowGroups) -> tuple[Any, Any]:
@@ -155,7 +163,7 @@ class GroupedPackedCpu:
         joined = torch.cat(scales).float() * 256 if first.layout == "fp8" else torch.cat(scales)  # as `PackedCpu` does
         weight = torch.cat([packed.weight for packed in matrices])
         self._weights = *map(flat_view, (weight, joined, torch.cat(zero_points))), flat_view(_biases(matrices))
-        self._scratch = packed_cpu._scratch(first.num_inputs)
+        self._scratch = packed_cpu.thread_scratch(first.num_inputs)
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], self._n_size)
@@ -190,5 +198,5 @@ class GroupedIntegerCpu:
         if self._padded_size == self._n_size:
             return out
         cut, flat_cut = new_output(num_rows, self._n_size)
-        call(_cut, flat_out, self._padded_size, self._n_size, flat_cut)
+        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
         return cut

@@ -47,7 +47,7 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
-_many, _pair, _single = make_tile(ISA, ISA.rows), make_tile(ISA, 2), make_tile(ISA, 1)
+multiply_many_rows, multiply_two_rows, multiply_one_row = make_tile(ISA, ISA.rows), make_tile(ISA, 2), make_tile(ISA, 1)
 ROWS = ISA.rows
 
 
@@ -74,23 +74,23 @@ def _product(  # type: ignore[no-untyped-def]
             for tile in range(first_tile, last_tile):
                 row = block_row
                 while row + ROWS <= last:
-                    _many(
+                    multiply_many_rows(
                         x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
                     )
                     row += ROWS
                 while row + 2 <= last:
-                    _pair(
+                    multiply_two_rows(
                         x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
                     )
                     row += 2
                 if row < last:
-                    _single(
+                    multiply_one_row(
                         x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
                     )
 
 
 @njit(**FAST)
-def _cut(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
+def cut_padding(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
     """The first n_size outputs of every row."""
     for row in range(len(out) // n_size):
         for n in range(n_size):
@@ -185,7 +185,7 @@ class IntegerCpu:
         if self._padded_size == self._n_size:
             return out
         cut, flat_cut = new_output(num_rows, self._n_size)
-        call(_cut, flat_out, self._padded_size, self._n_size, flat_cut)
+        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
         return cut
 
 

@@ -45,7 +45,7 @@ MIN_ROW_BLOCK = 48
 
 
 @njit(inline="always")
-def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
@@ -69,7 +69,7 @@ def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
 
 
 @njit(inline="always")
-def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     stride = k_size // 2
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
@@ -95,7 +95,7 @@ def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
 
 
 @njit(inline="always")
-def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
@@ -105,7 +105,7 @@ def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0)
 
 
 @njit(inline="always")
-def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
@@ -123,12 +123,12 @@ def _tile_int8(  # type: ignore[no-untyped-def]
     last_n = min(n_size, first_n + TILE_OUTPUTS)
     if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
         for n in range(first_n, last_n, 4):
-            _int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+            int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
     else:
         s0 = get_thread_id() * TILE_OUTPUTS * k_size
         for n in range(first_n, last_n):
             place = s0 + (n - first_n) * k_size
-            _widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+            widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
         multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
@@ -171,12 +171,12 @@ def _tile_int4(  # type: ignore[no-untyped-def]
     last_n = min(n_size, first_n + TILE_OUTPUTS)
     if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
         for n in range(first_n, last_n, 4):
-            _int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
+            int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
     else:
         s0 = get_thread_id() * TILE_OUTPUTS * k_size
         for n in range(first_n, last_n):
             place = s0 + (n - first_n) * k_size
-            _widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
+            widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
         multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
 
@@ -213,7 +213,7 @@ def _product_int4(  # type: ignore[no-untyped-def]
 _scratches: dict[int, npt.NDArray[np.float32]] = {}
 
 
-def _scratch(k_size: int) -> npt.NDArray[np.float32]:
+def thread_scratch(k_size: int) -> npt.NDArray[np.float32]:
     """Memory for a tile of widened weights for every thread; layers run one after the other and share it."""
     size = config.NUMBA_NUM_THREADS * TILE_OUTPUTS * k_size
     if k_size not in _scratches:
@@ -243,7 +243,7 @@ class PackedCpu:
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
         self._bias = flat_view(bias)
         self._input_order = packed.input_order
-        self._scratch = _scratch(self._k_size)
+        self._scratch = thread_scratch(self._k_size)
         self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // ROWS * ROWS)
         self._num_threads = get_num_threads()
 

@@ -80,7 +80,7 @@ def run_ranks(size: int, work: Callable[[ParallelState], T]) -> list[T]:
             raise
 
     # Layers of one process share this memory, as they run one after the other; here ranks run side by side.
-    with mock.patch.object(packed_cpu, "_scratch", _own_scratch), ThreadPoolExecutor(size) as pool:
+    with mock.patch.object(packed_cpu, "thread_scratch", _own_scratch), ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
     if errors:
         raise errors[0]
