@@ -205,6 +205,17 @@ def test_a_type_that_cannot_be_run_is_refused_in_a_sentence(source: Path, tmp_pa
         load_model(EngineConfig(model_path=str(folder)), reference_device())
 
 
+def test_a_vector_in_blocks_is_refused_in_a_sentence(source: Path, tmp_path: Path) -> None:
+    folder = served(source, tmp_path)
+    index = json.loads((folder / "gguf_index.json").read_text())
+    index["tensors"]["model.norm.weight"]["type"] = "Q8_0"
+    (folder / "gguf_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        StartError, match=r"has model\.norm\.weight in the type Q8_0, which is no matrix: fetch the file"
+    ):
+        open_weights(folder)
+
+
 NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens token_type merges".split()}
 
 
