@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 LANES = 8
 """Inputs and outputs of the smallest matrix that every kernel takes."""
 MAX_OPEN = 256
-"""Adapters whose files are open. What was loaded once stays loadable if somebody deletes its folder."""
+"""Adapters whose files are open before no more are opened while steps run. The start may name more.
+
+Files stay open until nobody can name the adapter: what was loaded once stays loadable if somebody deletes its folder.
+"""
 DEFAULT_MAX_RANK = 16
 """Largest rank where no adapter is named at the start."""
 
@@ -53,8 +56,7 @@ class AdapterSlots:
         """
         self._device = device
         self._matrices = _adaptable_matrices(model)
-        self._folders = [Path(folder) for _, folder in adapters]
-        self._weights = {number: AdapterWeights(folder) for number, folder in enumerate(self._folders)}
+        self._weights = {number: AdapterWeights(Path(folder)) for number, (_, folder) in enumerate(adapters)}
         ranks = [weights.max_rank for weights in self._weights.values()]
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
         for weights in self._weights.values():
@@ -72,7 +74,7 @@ class AdapterSlots:
         self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
         self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
         for number in range(min(num_slots, len(adapters))):
-            self._load(number, number, "")
+            self._load(number, number)
         self._compile(make(LANES, [LANES]))
 
     @property
@@ -80,26 +82,32 @@ class AdapterSlots:
         return len(self._in_slot)
 
     def open(self, number: int, folder: str) -> None:
-        """Open the files of an adapter. Raises StartError for one that does not fit the model, or a slot."""
-        weights = AdapterWeights(Path(folder))
-        self._check(weights)
-        while len(self._weights) >= MAX_OPEN:
-            del self._weights[next(iter(self._weights))]
+        """Open the files of an adapter. Raises StartError for one that can't be had or does not fit, whatever it is."""
+        if len(self._weights) >= MAX_OPEN:
+            raise StartError(f"{len(self._weights)} adapters are open: unload one")
+        try:
+            weights = AdapterWeights(Path(folder))
+            self._check(weights)
+        except (OSError, RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            # No check foresaw it. Requests that run shall not end with it.
+            raise StartError(f"{folder} can't be used ({error!r}): fetch the adapter again") from error
         self._weights[number] = weights
 
-    def begin_step(
-        self, adapters: Sequence[tuple[int, int, str]], slots: list[int], query_start_loc: list[int]
-    ) -> None:
-        """Take in the adapters of a step, slot, number and folder of each, and the slot of each sequence.
+    def close(self, number: int) -> None:
+        """Close the files of an adapter that no step will name any more."""
+        self._weights.pop(number, None)
 
-        What is not in its slot yet is loaded. Raises StartError where that can't be done.
+    def begin_step(self, adapters: Sequence[tuple[int, int]], slots: list[int], query_start_loc: list[int]) -> None:
+        """Take in the open adapters of a step, slot and number of each, and the slot of each sequence.
+
+        What is not in its slot yet is loaded.
         """
         if not adapters:
             self._step.rows, self._step_key = None, None
             return
-        for slot, number, folder in adapters:
+        for slot, number in adapters:
             if self._in_slot[slot] != number:
-                self._load(slot, number, folder)
+                self._load(slot, number)
         if (slots, query_start_loc) != self._step_key:
             self._step_key = slots, query_start_loc
             self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
@@ -129,10 +137,7 @@ class AdapterSlots:
             modules[layer][part] = module
         return modules
 
-    def _load(self, slot: int, number: int, folder: str) -> None:
-        if number not in self._weights:
-            # Folders that the start named may lie elsewhere on other hosts.
-            self.open(number, str(self._folders[number]) if number < len(self._folders) else folder)
+    def _load(self, slot: int, number: int) -> None:
         weights, changed = self._weights[number], set(self._weights[number].modules)
         self._in_slot[slot] = None
         for layer, modules in self._modules.items():
@@ -155,7 +160,7 @@ class AdapterSlots:
                 )
             layer, part = self._matrices[module]
             (a, b), (outputs, inputs) = weights.shapes(module), layer.matrix_shape(part)
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != (outputs, inputs):
+            if a[0] != b[1] or (b[0], a[1]) != (outputs, inputs):
                 raise StartError(
                     f"{folder} changes {module} by B {list(b)} and A {list(a)}, the model has {[outputs, inputs]}: "
                     "they do not belong together"

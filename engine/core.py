@@ -34,6 +34,7 @@ from engine.shedding import Shedder
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+UNLOADED_ERROR = "the request's adapter was unloaded before it came"
 
 
 class Runner(Protocol):
@@ -41,6 +42,16 @@ class Runner(Protocol):
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """The logits of the batch's rows, and the logprobs of its scored tokens."""
+
+
+class AdapterFiles(Protocol):
+    """The open files of adapters: `engine.adapters.AdapterSlots`, or rank 0's, which has the other ranks follow."""
+
+    def open(self, number: int, folder: str) -> None:
+        """Open those of the adapter that will have that number. Raises StartError for one that can't be had."""
+
+    def close(self, number: int) -> None:
+        """Close those of an adapter that no step will name any more."""
 
 
 class EngineCore:
@@ -68,10 +79,12 @@ class EngineCore:
         self.shedder = Shedder(scheduler)
         self.report = StepReport()
         """The report of the last step."""
-        self.open_adapter: Callable[[int, str], None] = lambda number, folder: None
-        """Opens the files of the adapter that will have that number; raises StartError for one that can't be had."""
+        self.adapter_files: AdapterFiles | None = None
+        """None: no adapter comes or goes."""
         self.replies: list[AdapterReply] = []
         """The replies that wait to be sent."""
+        self._refused: list[TokenEvent] = []
+        """The ends, which wait to be sent, of requests that came too late."""
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
 
@@ -118,6 +131,8 @@ class EngineCore:
             self.is_dismissed = True
         elif isinstance(message, LoadAdapter | UnloadAdapter):
             self.replies.append(self._change_adapters(message))
+        elif message.adapter_id is not None and message.adapter_id not in self.scheduler.adapters:
+            self._refused.append(TokenEvent(request_id=message.request_id, error=UNLOADED_ERROR))
         elif message.grammar is not None:
             self.grammars.compile(message)
         else:
@@ -127,18 +142,30 @@ class EngineCore:
         adapters = self.scheduler.adapters
         if isinstance(message, UnloadAdapter):
             adapters.retire(message.name)
-            return AdapterReply(message.name)
+            return AdapterReply()
+        assert self.adapter_files is not None
         try:
-            self.open_adapter(adapters.next_number, message.path)
+            self.adapter_files.open(adapters.next_number, message.path)
         except StartError as error:
-            return AdapterReply(message.name, str(error))
-        adapters.add(message.name, message.path)
-        logger.info("Adapter %s loaded from %s", message.name, message.path)
-        return AdapterReply(message.name)
+            return AdapterReply(str(error).encode(errors="replace").decode())  # texts of files may not be Unicode
+        adapters.add(message.name)
+        logger.info("An adapter was loaded: there are %d", adapters.num_adapters)
+        return AdapterReply()
+
+    def close_unused_adapters(self) -> None:
+        """Close the files of adapters that were unloaded or replaced, once no request has them."""
+        scheduler = self.scheduler
+        if self.adapter_files is not None and scheduler.adapters.has_retired:
+            users = {sequence.adapter for sequence in (*scheduler.running, *scheduler.waiting)}
+            for number in scheduler.adapters.forget_unused(users, self.grammars.adapter_names):
+                self.adapter_files.close(number)
 
     def take_compiled(self) -> list[TokenEvent]:
-        """Schedule the requests whose grammars are ready; the events end those whose grammars cannot be compiled."""
-        events = []
+        """Schedule the requests whose grammars are ready; the events end those that can't run.
+
+        Those are requests whose grammars can't be compiled, and whose adapters were unloaded before they came.
+        """
+        events, self._refused = self._refused, []
         for compiled in self.grammars.take_compiled():
             if compiled.error is not None:
                 events.append(TokenEvent(request_id=compiled.request.request_id, error=compiled.error))
@@ -172,6 +199,7 @@ class EngineCore:
                     self.report.is_failed = True
                     endpoint.send(StepOutput(events=events, stats=self.scheduler.stats(), reports=[self.report]))
                     raise
+            self.close_unused_adapters()
             if events or reports or self.replies or not self.has_work:
                 replies, self.replies = self.replies, []
                 stats = self.scheduler.stats()

@@ -33,9 +33,10 @@ from engine.runner import ModelRunner, StepResult
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_inputs import StepInputs
 from parallel.connect import make_collectives
+from parallel.greeting import send_line
 from parallel.heartbeat import Heartbeat
 from parallel.state import ParallelState, RankLostError
-from parallel.world import Peer, Rendezvous
+from parallel.world import Peer, Rendezvous, read_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,25 @@ SETTINGS_OF_EACH_RANK = (
 """Fields of `EngineConfig` in which ranks may differ."""
 
 
+class OpenAdapter(msgspec.Struct, frozen=True, tag="open"):
+    """An adapter comes: open its files, and send a line with the reason why that can't be done, or null."""
+
+    number: int
+    folder: str
+    """The path of its folder on this host."""
+
+
+class CloseAdapter(msgspec.Struct, frozen=True, tag="close"):
+    """No step will name that adapter any more."""
+
+    number: int
+
+
 class StopFollowing(msgspec.Struct, frozen=True, tag="stop"):
     """The last message: the engine ends in good order."""
 
 
-Decision = StepInputs | StopFollowing
+Decision = StepInputs | OpenAdapter | CloseAdapter | StopFollowing
 
 _decode: Callable[[bytes], Decision] = msgspec.msgpack.Decoder(Decision).decode
 
@@ -211,6 +226,13 @@ def _send(sock: socket.socket, message: Decision) -> None:
         raise RankLostError(f"another rank takes no more steps ({error})") from error
 
 
+def _send_line(sock: socket.socket, value: str | None) -> None:
+    try:
+        send_line(sock, value)
+    except OSError as error:
+        raise RankLostError(f"rank 0 takes no answer any more ({error})") from error
+
+
 class Leader:
     """Rank 0's runner: every step goes to the followers first."""
 
@@ -232,6 +254,38 @@ class Leader:
             raise RankLostError(out_of_memory_cause(0)) from error
 
 
+class SharedAdapters:
+    """Rank 0's `engine.core.AdapterFiles`: an adapter is open on every rank, or on none."""
+
+    def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
+        """`runner` has memory for adapters."""
+        assert runner.adapters is not None
+        self._adapters = runner.adapters
+        self._ranks = ranks
+
+    def open(self, number: int, folder: str) -> None:
+        """Open them on all ranks, for which steps wait. Raises StartError and RankLostError."""
+        self._ranks.check()
+        self._adapters.open(number, folder)
+        self._send(OpenAdapter(number, folder))
+        try:
+            errors = [read_line(peer.control) for peer in self._ranks.peers]
+        except RankLostError as error:
+            raise self._ranks.explain(RankLostError("another rank is gone: its own log may say why")) from error
+        for peer, text in zip(self._ranks.peers, errors, strict=True):
+            if text is not None:
+                self.close(number)
+                raise StartError(f"rank {peer.rank} on {peer.host}: {text}")
+
+    def close(self, number: int) -> None:
+        self._adapters.close(number)
+        self._send(CloseAdapter(number))
+
+    def _send(self, decision: Decision) -> None:
+        for peer in self._ranks.peers:
+            _send(peer.control, decision)
+
+
 class Follower:
     """The runner of any other rank."""
 
@@ -245,12 +299,28 @@ class Follower:
             for decision in _decisions(self._ranks.peers[0].control):
                 if isinstance(decision, StopFollowing):
                     break
-                self._runner.run(decision, self._ranks.share_token_ids(decision, None))
+                self._follow(decision)
         except RankLostError as error:
             raise self._ranks.explain(error) from error
         except torch.OutOfMemoryError as error:
             raise RankLostError(out_of_memory_cause(self._ranks.world.rank)) from error
         self._ranks.end()
+
+    def _follow(self, decision: StepInputs | OpenAdapter | CloseAdapter) -> None:
+        if not isinstance(decision, OpenAdapter | CloseAdapter):
+            self._runner.run(decision, self._ranks.share_token_ids(decision, None))
+            return
+        adapters = self._runner.adapters
+        assert adapters is not None, "every rank has memory for adapters, or none has"
+        if isinstance(decision, CloseAdapter):
+            adapters.close(decision.number)
+            return
+        text = None
+        try:
+            adapters.open(decision.number, decision.folder)
+        except StartError as error:
+            text = str(error)
+        _send_line(self._ranks.peers[0].control, text)
 
 
 def out_of_memory_cause(rank: int) -> str:

@@ -27,7 +27,7 @@ from engine.link.messages import EngineReady
 from engine.link.registry import import_entry
 from engine.numa import bind_shard
 from engine.overlap import describe_overlap, make_core, why_not_overlap
-from engine.ranks import Follower, Leader, Ranks
+from engine.ranks import Follower, Leader, Ranks, SharedAdapters
 from engine.runner import ModelRunner
 from engine.sampling.bans import Bans
 from engine.sampling.batch_sampler import BatchSampler, LogitsProcessor
@@ -71,7 +71,7 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
     core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
     if prepared.loaded.adapters is not None:
-        core.open_adapter = prepared.loaded.adapters.open
+        core.adapter_files = prepared.loaded.adapters if ranks is None else SharedAdapters(prepared.runner, ranks)
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
@@ -276,8 +276,8 @@ def _make_core(
         needs_tokens=sampler.needs_tokens,
         adapters=AdapterCache(config.max_loras if config.has_adapters else 0),
     )
-    for name, folder_of_adapter in config.lora_adapters:
-        scheduler.adapters.add(name, folder_of_adapter)
+    for name, _ in config.lora_adapters:
+        scheduler.adapters.add(name)
     return make_core(
         device,
         scheduler,

@@ -43,8 +43,8 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     unknown_rows: list[int] = []
     """The rows of that step which chose them."""
 
-    adapters: list[tuple[int, int, str]] = []
-    """The adapters of the step: slot, number and folder of each; empty: no sequence has one."""
+    adapters: list[tuple[int, int]] = []
+    """The adapters of the step: slot and number of each; empty: no sequence has one."""
     adapter_slots: list[int] = []
     """The slot of each sequence's adapter, -1 for none; empty where `adapters` is."""
 
@@ -111,7 +111,7 @@ def _adapters(batch: ScheduledBatch) -> dict[str, Any]:
     if not known:
         return {}
     return {
-        "adapters": sorted((adapter.slot, adapter.number, adapter.path) for adapter in known),
+        "adapters": sorted((adapter.slot, adapter.number) for adapter in known),
         "adapter_slots": [NO_SLOT if adapter is None else adapter.slot for adapter in adapters],
     }
 

@@ -74,7 +74,7 @@ class EngineClient:
         self._inboxes: dict[str, Inbox] = {}
         self._limits: asyncio.Future[EngineReady] | None = None
         self._replies: collections.deque[asyncio.Future[AdapterReply]] = collections.deque()
-        """The calls that wait for a reply, in the order of their messages."""
+        """The calls whose reply has not come, in the order of their messages, those that have ended among them."""
         self._reader_task: asyncio.Task[None] | None = None
         self._last_heard = 0.0
         self._refusal: Exception | None = None
@@ -123,9 +123,11 @@ class EngineClient:
         """Tell the engine of an adapter that comes or goes. Raises what `refuse` was called with."""
         if self._refusal is not None:
             raise self._refusal
+        frame = encode_frame(message)
         reply: asyncio.Future[AdapterReply] = asyncio.get_running_loop().create_future()
+        reply.add_done_callback(asyncio.Future.exception)  # the caller may have gone: nobody else would look at it
         self._replies.append(reply)
-        self._send(encode_frame(message))
+        self._send(frame)
         return await asyncio.shield(reply)
 
     @staticmethod
@@ -145,8 +147,9 @@ class EngineClient:
         self._refusal = error
         for inbox in self._inboxes.values():
             inbox.put(error)
-        while self._replies:
-            self._replies.popleft().set_exception(error)
+        for reply in self._replies:  # an engine that lives replies all the same
+            if not reply.done():
+                reply.set_exception(error)
 
     async def watch(self) -> None:
         """Return when the engine is dead, or has been silent for so long that it must hang.
@@ -204,7 +207,9 @@ class EngineClient:
                 del self._inboxes[event.request_id]
             inbox.put(event)
         for reply in message.replies:
-            self._replies.popleft().set_result(reply)
+            waiting = self._replies.popleft()
+            if not waiting.done():
+                waiting.set_result(reply)
         self.observe_output(message, time.perf_counter() - started)
 
     def _mark_dead(self, death: Exception) -> None:

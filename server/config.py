@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 TGI_CLIENT_BATCH_SIZE = 4
+TGI_MODEL_NAME = "tgi"
+"""TGI's word for the model as it is."""
 READY_LINE = "Connected"
 """Scripts wait for it, as for TGI's."""
 

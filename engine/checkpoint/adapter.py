@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ OTHER_KINDS: tuple[tuple[str, str], ...] = (
 """A key of adapter_config.json that must say nothing -> what the adapter is made of where it says something."""
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` of adapters whose training has begun by changing the base model."""
+DTYPES = ("F32", "F16", "BF16")
+MAX_SCALING = 3.4028234e38
+"""The largest number in float32."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class MergedWeights:
             )
         a, b, shape = self._adapter.shape(update.a), self._adapter.shape(update.b), self._base.shape(name)
         outputs_inputs = (a[-1], b[0]) if update.is_embedding else (b[0], a[-1])
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or outputs_inputs != shape:
+        if a[0] != b[1] or outputs_inputs != shape:
             raise StartError(
                 f"{folder} changes {name} by {update.b} {list(b)} and {update.a} {list(a)}, the base model has "
                 f"{list(shape)}: they do not belong together"
@@ -116,7 +120,7 @@ class AdapterWeights:
 
     def __init__(self, folder: Path) -> None:
         """Raises StartError for a folder without an adapter, or with one of another kind."""
-        if not (folder / ADAPTER_CONFIG).is_file():
+        if not os.path.isfile(folder / ADAPTER_CONFIG):  # Path's raises for a name that is too long
             raise StartError(f"{folder} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
         self.folder = folder
         self._weights = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
@@ -151,7 +155,7 @@ class AdapterWeights:
 def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
     """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
     config = read_json(folder / ADAPTER_CONFIG)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not os.path.isfile(folder / ADAPTER_WEIGHTS):
         raise StartError(
             f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
             "save it once more with `peft`, save_pretrained(...)"
@@ -167,9 +171,21 @@ def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
     for (module, is_embedding), tensors in modules.items():
         if tensors.keys() != {"A", "B"}:
             raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
+        for name in tensors.values():
+            _check_stored(folder, name, adapter)
         scaling = _scaling(folder, config, module, rank=adapter.shape(tensors["A"])[0])
         updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
     return updates
+
+
+def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:
+    """Raise StartError for a tensor that is no matrix, or of numbers that adapters are never saved in."""
+    shape, dtype = adapter.shape(name), adapter.dtype(name)
+    if len(shape) != 2 or dtype not in DTYPES:
+        raise StartError(
+            f"{folder} has {name} as {dtype} {list(shape)}, and an adapter is made of matrices in {', '.join(DTYPES)}: "
+            "save it once more with `peft`"
+        )
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
@@ -199,6 +215,9 @@ def _scaling(folder: Path, config: Mapping[str, Any], module: str, *, rank: int)
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
                 break
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)  # type: ignore[arg-type]
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)  # type: ignore[arg-type]
+        if not abs(scaling) <= MAX_SCALING:  # nor NaN
+            raise ValueError(f"the change of {module} would be multiplied by {scaling:g}")
+        return scaling
+    except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as error:
         raise StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again") from error

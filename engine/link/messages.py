@@ -106,7 +106,6 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
 class AdapterReply(msgspec.Struct, frozen=True):
     """An adapter was loaded or unloaded, or could not be. Replies come in the order of what they answer."""
 
-    name: str
     error: str | None = None
     """The reason, in words for the user."""
 
@@ -175,6 +174,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that speculation guessed and steps checked."""
     num_accepted_tokens: int = 0
     """Drafted tokens that were right."""
+    num_adapter_loads: int = 0
+    """Times that an adapter got a place in memory, those of the start included."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

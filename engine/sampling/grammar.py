@@ -166,6 +166,11 @@ class Grammars:
         self._compiling[request.request_id] = _Compilation(request, time.monotonic(), grammar)
         grammar.add_done_callback(lambda _: self.on_compiled())
 
+    @property
+    def adapter_names(self) -> set[str | None]:
+        """The adapters that the requests name whose grammars are not ready."""
+        return {compilation.request.adapter_id for compilation in self._compiling.values()}
+
     def take_compiled(self) -> list[Compiled]:
         """Hand out the requests whose grammars are ready or cannot be compiled."""
         ended = [name for name, compilation in self._compiling.items() if compilation.grammar.done()]

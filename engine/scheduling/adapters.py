@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Collection
 
 NO_SLOT = -1
 
@@ -20,8 +21,6 @@ class Adapter:
     name: str
     number: int
     """Unique in this process."""
-    path: str
-    """Its folder."""
     slot: int = NO_SLOT
     num_holders: int = 0
     """Running sequences that have it."""
@@ -42,6 +41,8 @@ class AdapterCache:
         self._in_slot: list[Adapter | None] = [None] * num_slots
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_slots))
         """Slots that no running sequence holds, the least recently used first."""
+        self._retired: dict[Adapter, None] = {}
+        """Adapters that no further request is to name, and that some may still have."""
         self.num_loads = 0
         """Times that an adapter got a slot."""
 
@@ -49,29 +50,51 @@ class AdapterCache:
     def num_slots(self) -> int:
         return len(self._in_slot)
 
-    def add(self, name: str, path: str) -> Adapter:
-        """Let requests name an adapter; one of that name is replaced, and sequences that have it go on with it.
+    @property
+    def num_adapters(self) -> int:
+        """Adapters that requests may name."""
+        return sum(adapter not in self._retired for adapter in self._by_name.values())
+
+    @property
+    def has_retired(self) -> bool:
+        """Whether there is something to forget."""
+        return bool(self._retired)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def add(self, name: str) -> Adapter:
+        """Let requests name an adapter; one of that name is retired, and sequences that have it go on with it.
 
         It gets a slot if there is one that was never used.
         """
-        adapter = self._by_name[name] = Adapter(name, self.next_number, path)
+        self.retire(name)
+        adapter = self._by_name[name] = Adapter(name, self.next_number)
         self.next_number += 1
         if None in self._in_slot:
             self._put(adapter, self._in_slot.index(None))
         return adapter
 
     def find(self, name: str) -> Adapter:
-        """Raises KeyError for a name that was never added."""
+        """Raises KeyError for a name that was never added, or is forgotten."""
         return self._by_name[name]
 
     def retire(self, name: str) -> None:
-        """Let an adapter that nobody will name any more be the first to make place.
-
-        It stays known: a request that named it before may still be on its way.
-        """
+        """Let an adapter that nobody is to name any more be the first to make place. It stays known until forgotten."""
         adapter = self._by_name.get(name)
-        if adapter is not None and adapter.slot in self._idle:
-            self._idle.move_to_end(adapter.slot, last=False)
+        if adapter is not None:
+            self._retired[adapter] = None
+            if adapter.slot in self._idle:
+                self._idle.move_to_end(adapter.slot, last=False)
+
+    def forget_unused(self, users: Collection[Adapter | None], names: Collection[str | None]) -> list[int]:
+        """Forget the retired adapters that are none of `users` and have none of `names`: their numbers."""
+        unused = [adapter for adapter in self._retired if adapter not in users and adapter.name not in names]
+        for adapter in unused:
+            del self._retired[adapter]
+            if self._by_name.get(adapter.name) is adapter:
+                del self._by_name[adapter.name]
+        return [adapter.number for adapter in unused]
 
     def hold(self, adapter: Adapter | None) -> bool:
         """Give the adapter of a sequence that begins to run a slot; False, and no change, if all are held.
@@ -94,6 +117,8 @@ class AdapterCache:
             adapter.num_holders -= 1
             if not adapter.num_holders:
                 self._idle[adapter.slot] = None
+                if adapter in self._retired:
+                    self._idle.move_to_end(adapter.slot, last=False)
 
     def check_integrity(self, running: list[Adapter | None]) -> None:
         """Check what holds between any two operations, if `running` are those of all running sequences. For tests.

@@ -236,6 +236,7 @@ class Scheduler:
             num_draft_steps=self._drafter.num_drafts,
             num_drafted_tokens=self._drafter.num_drafted,
             num_accepted_tokens=self._drafter.num_accepted,
+            num_adapter_loads=self.adapters.num_loads,
         )
 
     def check_integrity(self) -> None:

@@ -22,7 +22,7 @@ from server.answers.json import (
     f32,
 )
 from server.answers.sse import DONE, event, with_error_event
-from server.config import ServerConfig
+from server.config import TGI_MODEL_NAME, ServerConfig
 from server.errors import error_body, openai_error_body
 from server.generation import GeneratedToken, Generation, Stream
 from server.text.token_names import TokenName
@@ -85,7 +85,7 @@ def model_name(name: str | None, config: ServerConfig) -> str:
 
     Each chunk of a stream tells it: a name that is no name, but a text of megabytes, is not told.
     """
-    if name is None or name == "tgi" or len(name) > MAX_MODEL_CHARS:
+    if name is None or name == TGI_MODEL_NAME or len(name) > MAX_MODEL_CHARS:
         return config.model_names[0]
     return name
 

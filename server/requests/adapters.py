@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
-from server.config import ServerConfig
+from server.config import TGI_MODEL_NAME, ServerConfig
 from server.errors import ModelNotFoundError, ValidationError
 from server.requests.openai import OpenAIBody
 
-TGI_NAME = "tgi"
-"""TGI's word for the model as it is."""
 MAX_SHOWN_CHARS = 200
 """Characters of an unknown name that its refusal tells again."""
 
@@ -36,6 +35,8 @@ class AdapterNames:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._names = dict.fromkeys(config.lora_adapters)
+        self.changing = asyncio.Lock()
+        """Whoever changes the engine's adapters holds it from the look at the names to their change."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -59,7 +60,7 @@ class AdapterNames:
             return name or None
         config = self._config
         has_adapters = config.is_lora_updating or bool(config.lora_adapters)
-        if config.is_strict_tgi or not has_adapters or name in (*config.model_names, TGI_NAME):
+        if config.is_strict_tgi or not has_adapters or name in (*config.model_names, TGI_MODEL_NAME):
             return None
         shown = name[:MAX_SHOWN_CHARS]
         if is_openai:
@@ -71,7 +72,7 @@ class AdapterNames:
     def check_new(self, body: LoadAdapterRequest) -> None:
         """Raise ValidationError for a name that is taken."""
         name = body.lora_name
-        if not name.strip() or len(name) > MAX_SHOWN_CHARS or name in (*self._config.model_names, TGI_NAME):
+        if not name.strip() or len(name) > MAX_SHOWN_CHARS or name in (*self._config.model_names, TGI_MODEL_NAME):
             raise ValidationError(
                 f"`lora_name` must be a name of 1 to {MAX_SHOWN_CHARS} characters that is not the model's",
                 param="lora_name",

@@ -29,11 +29,12 @@ async def load_lora_adapter(request: Request) -> Response:
     service = service_of(request)
     body = await service.read_body(request, LoadAdapterRequest)
     names, name = service.validator.adapters, body.lora_name
-    names.check_new(body)
-    reply = await service.engine.change_adapters(LoadAdapter(name, body.lora_path))
-    if reply.error is not None:
-        raise ValidationError(reply.error, logged="the adapter can't be loaded", param="lora_path")
-    names.add(name)
+    async with names.changing:
+        names.check_new(body)
+        reply = await service.engine.change_adapters(LoadAdapter(name, body.lora_path))
+        if reply.error is not None:
+            raise ValidationError(reply.error, logged="the adapter can't be loaded", param="lora_path")
+        names.add(name)
     return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type=TEXT)
 
 
@@ -52,8 +53,9 @@ async def unload_lora_adapter(request: Request) -> Response:
     service = service_of(request)
     body = await service.read_body(request, UnloadAdapterRequest)
     names, name = service.validator.adapters, body.lora_name
-    if name not in names:
-        raise ModelNotFoundError(name)
-    names.remove(name)
-    await service.engine.change_adapters(UnloadAdapter(name))
+    async with names.changing:
+        if name not in names:
+            raise ModelNotFoundError(name)
+        names.remove(name)
+        await service.engine.change_adapters(UnloadAdapter(name))
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type=TEXT)

@@ -238,6 +238,7 @@ class Metrics:
             ("kv_blocks_total", "gauge", "KV blocks that there are", stats.num_blocks),
             ("prefix_hit_tokens", "counter", "Prompt tokens found in the prefix cache", stats.num_prefix_hit_tokens),
             ("preemptions", "counter", "Requests that had to give their KV blocks back", stats.num_preemptions),
+            ("adapter_loads", "counter", "Times that an adapter got a place in memory", stats.num_adapter_loads),
             ("draft_steps", "counter", "How often a request had a draft in a step", stats.num_draft_steps),
             ("draft_tokens", "counter", "Tokens that speculation guessed", stats.num_drafted_tokens),
             ("draft_tokens_accepted", "counter", "Of those, the ones that were right", stats.num_accepted_tokens),

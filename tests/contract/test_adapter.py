@@ -182,7 +182,7 @@ def q_proj(part: str) -> str:
         ({q_proj("A"): (4, 64)}, "has only one half of the change of model.layers.1.self_attn.q_proj"),
         ({q_proj("A"): (4, 63), q_proj("B"): (64, 4)}, r"they do not belong together"),
         ({q_proj("A"): (4, 64), q_proj("B"): (64, 5)}, r"they do not belong together"),
-        ({q_proj("A"): (64,), q_proj("B"): (64, 4)}, r"they do not belong together"),
+        ({q_proj("A"): (64,), q_proj("B"): (64, 4)}, r"as F32 \[64\], and an adapter is made of matrices in F32"),
         ({"base_model.model.lm_head.weight": (4, 4)}, "has a tensor base_model.model.lm_head.weight, which is no part"),
         ({q_proj("magnitude_vector"): (64,)}, "which is no part of a LoRA"),
         (

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import engine.adapters
 import engine.start
 from engine.build import build_model, choose_quantization, make_adapter_slots
 from engine.checkpoint.files import read_model_config
-from engine.core import EngineCore
+from engine.core import UNLOADED_ERROR, EngineCore
 from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
-from engine.link.messages import GenerationRequest, SamplingParams
+from engine.link.messages import GenerationRequest, LoadAdapter, SamplingParams, UnloadAdapter
 from engine.runner import ModelRunner
 from engine.scheduling.adapters import AdapterCache
 from engine.start import start_engine
@@ -294,8 +296,8 @@ def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) ->
         runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=256)
         sequences = [make_sequence(prompt[:30], [2 * i, 2 * i + 1]) for i, (_, prompt) in enumerate(MIXED)]
         cache = AdapterCache(len(TARGETS))
-        for name, folder in adapters:
-            cache.add(name, folder)
+        for name, _ in adapters:
+            cache.add(name)
         for sequence, (name, _) in zip(sequences, MIXED, strict=True):
             sequence.adapter = None if name is None else cache.find(name)
         return run_step(runner, sequences, [len(sequence.token_ids) for sequence in sequences])
@@ -372,3 +374,133 @@ def test_an_adapter_with_values_that_are_no_numbers(folders: dict[str, Path], tm
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(StartError, match="has NaN or infinite values for model.layers"):
         start({**folders, "adapter": adapter}, ["adapter"])
+
+
+def replies_to(core: EngineCore, *messages: LoadAdapter | UnloadAdapter) -> list[str | None]:
+    """The errors of the replies."""
+    for message in messages:
+        core.take(message)
+    core.close_unused_adapters()
+    replies, core.replies = core.replies, []
+    return [reply.error for reply in replies]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_adapters_come_go_and_are_replaced_while_requests_run(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence has the adapter that its name meant when it came, to its end; files are closed after that."""
+    monkeypatch.setattr(engine.adapters, "MAX_OPEN", 2)
+    core = start(folders, [], is_lora_updating=True, max_loras=2)
+    prompt, events = random_ids(20, 7), dict[str, list[int]]()
+
+    def run(num_steps: int) -> None:
+        while num_steps and core.has_work:
+            num_steps -= 1
+            for event in core.step():
+                events.setdefault(event.request_id, []).extend(event.token_ids)
+
+    copy = shutil.copytree(folders["all"], tmp_path / "copy")
+    assert replies_to(core, LoadAdapter("x", str(copy))) == [None]
+    shutil.rmtree(copy)
+    core.take(request_of("former", prompt, adapter="x"))
+    run(3)
+    queries, down = (LoadAdapter(name, str(folders[name])) for name in ("queries", "down"))
+    assert replies_to(core, LoadAdapter("x", queries.path)) == [None]
+    core.take(request_of("latter", prompt, adapter="x"))
+    run(3)
+    assert replies_to(core, UnloadAdapter("x"), down) == [None, "2 adapters are open: unload one"]
+    core.scheduler.preempt(core.scheduler.running[1])
+    run(20)
+    assert not core.has_work
+    assert events == {
+        "former": expected_ids(folders, "all", prompt),
+        "latter": expected_ids(folders, "queries", prompt),
+    }
+    assert replies_to(core) == []
+    assert replies_to(core, down, queries) == [None, None]
+    for name in ("down", "queries"):
+        outcome = run_requests(core, [request_of("r", prompt, adapter=name)])
+        assert outcome.token_ids == [expected_ids(folders, name, prompt)]
+    core.take(request_of("late", prompt, adapter="x"))
+    assert [event.error for event in core.take_compiled()] == [UNLOADED_ERROR]
+
+
+def change_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+
+
+def change_config(text: str) -> Callable[[Path], None]:
+    """`text`, members of a JSON object, comes after the others and counts."""
+    return change_file("adapter_config.json", lambda content: content.strip()[:-1] + f", {text}}}".encode())
+
+
+def change_a(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        name = next(name for name in tensors if "lora_A" in name)
+        save_file({**tensors, name: change(tensors[name])}, folder / "adapter_model.safetensors")
+
+    return write
+
+
+WEIGHTS = "adapter_model.safetensors"
+BROKEN: list[tuple[Callable[[Path], None], str]] = [
+    (lambda folder: (folder / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    (lambda folder: (folder / WEIGHTS).unlink() or (folder / WEIGHTS).mkdir(), f"has no {WEIGHTS}"),
+    (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    (change_file("adapter_config.json", lambda content: b"[]"), "is not a JSON object"),
+    (change_file("adapter_config.json", lambda content: content[:-5]), "cannot be read"),
+    (change_file(WEIGHTS, lambda content: b""), "is not a whole safetensors file"),
+    (change_file(WEIGHTS, lambda content: content[:-9]), "is not a whole safetensors file"),
+    (change_file(WEIGHTS, lambda content: b"\xff" * 8 + content[8:]), "is not a whole safetensors file"),
+    (change_file(WEIGHTS, lambda content: content[:8] + b"?" + content[9:]), "is not a whole safetensors file"),
+    (change_config('"peft_type": "\\ud800"'), "is an adapter of ?"),
+    (change_config('"peft_type": ["LORA"]'), "is an adapter of"),
+    (change_config('"lora_alpha": 1' + 400 * "0"), "cannot be used"),
+    (change_config('"lora_alpha": 1' + 5000 * "0"), "cannot be read"),
+    (change_config('"lora_alpha": 1e400'), "would be multiplied by inf"),
+    (change_config('"lora_alpha": -1e40'), "would be multiplied by -2.5e+39"),
+    (change_config('"lora_alpha": NaN'), "would be multiplied by nan"),
+    (change_config('"lora_alpha": {}'), "cannot be used"),
+    (change_config('"alpha_pattern": [1]'), "cannot be used"),
+    (change_config('"alpha_pattern": {"(": 1}'), "cannot be used"),
+    (change_config('"alpha_pattern": {"a{99999999999}": 1}'), "cannot be used"),
+    (change_a(lambda a: a.sum()), "as F32 [], and an adapter is made of matrices in F32, F16, BF16"),
+    (change_a(lambda a: a[0].clone()), "as F32 [64], and"),
+    (change_a(lambda a: a[None].clone()), "as F32 [1, 4, 64], and"),
+    (change_a(lambda a: a.to(torch.float8_e4m3fn)), "as F8_E4M3 [4, 64], and"),
+    (change_a(lambda a: a.to(torch.int64)), "as I64 [4, 64], and"),
+    (change_a(lambda a: a[:0].clone()), "cannot be used"),
+    (change_a(lambda a: a[:3].clone()), "they do not belong together"),
+    (change_a(lambda a: a[:, :32].clone()), "they do not belong together"),
+    (change_a(lambda a: a.repeat(5, 1)), "has rank 20, and there is memory for 16"),
+    (change_a(lambda a: a / 0), "has NaN or infinite values"),
+]
+NO_FOLDERS = ["a" * 300, "/proc/1/root/x", "/dev/null", "\0", "", "~", 2000 * "a/"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_can_not_be_loaded_is_told_in_a_sentence_and_ends_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(folders, ["down"], is_lora_updating=True, max_lora_rank=16)
+    prompt = random_ids(20, 7)
+    core.take(request_of("r", prompt, adapter="down"))
+    ids = [token_id for event in core.step() for token_id in event.token_ids]
+    cases = [(path, "has no adapter_config.json") for path in NO_FOLDERS]
+    for number, (damage, sentence) in enumerate(BROKEN):
+        folder = write_adapter(tmp_path / str(number), folders["base"], MLP[:1], rank=4)
+        damage(folder)
+        cases.append((str(folder), sentence))
+    for path, sentence in cases:
+        (error,) = replies_to(core, LoadAdapter("x", path))
+        assert error is not None and sentence in error, (error, sentence)
+        assert len(error.splitlines()) == 1
+    monkeypatch.setattr(engine.adapters, "AdapterWeights", lambda folder: {}[folder])
+    (error,) = replies_to(core, LoadAdapter("x", "/good"))
+    assert error is not None and error.startswith("/good can't be used (KeyError")
+    while core.has_work:
+        ids += [token_id for event in core.step() for token_id in event.token_ids]
+    assert ids == expected_ids(folders, "down", prompt)
+    assert "x" not in core.scheduler.adapters

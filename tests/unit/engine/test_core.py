@@ -5,16 +5,29 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import pytest
 import torch
 
 import engine.core
-from engine.core import EngineCore
+from engine.core import UNLOADED_ERROR, EngineCore
+from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
-from engine.link.messages import AbortRequest, Down, EngineReady, FinishReason, SamplingParams, StepOutput
+from engine.link.messages import (
+    AbortRequest,
+    Down,
+    EngineReady,
+    FinishReason,
+    GenerationRequest,
+    LoadAdapter,
+    SamplingParams,
+    StepOutput,
+    UnloadAdapter,
+)
 from engine.runner import StepResult
 from engine.sampling.sampler import RawRows, Sample
 from engine.sampling.sampler_torch import sample
+from engine.scheduling.adapters import AdapterCache
 from engine.scheduling.batch import SampledBatch, ScheduledBatch
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.scheduler import NON_FINITE_ERROR, Scheduler
@@ -201,6 +214,57 @@ def test_serve_waits_for_messages_only_when_there_is_nothing_to_do(
     endpoint, peer = sockets
     peer.sendall(encode_frame(make_request("a", [1, 2], max_new_tokens=2)))
     assert serve_for(make_core(CountingRunner()), endpoint, 4) == [0.01, 0.0, 0.01, 0.01]
+
+
+class FakeFiles:
+    """Adapter files, without any in folders that begin with `/bad`."""
+
+    def __init__(self) -> None:
+        self.is_open: dict[int, str] = {}
+
+    def open(self, number: int, folder: str) -> None:
+        if folder.startswith("/bad"):
+            raise StartError(f"{folder} \ud800")
+        self.is_open[number] = folder
+
+    def close(self, number: int) -> None:
+        del self.is_open[number]
+
+
+def with_adapter(name: str, adapter: str, max_new_tokens: int = 2) -> GenerationRequest:
+    return msgspec.structs.replace(make_request(name, [1, 2], max_new_tokens=max_new_tokens), adapter_id=adapter)
+
+
+def test_adapters_come_and_go_between_steps(
+    sockets: tuple[EngineEndpoint, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their files are closed once no request has them; whoever names one after that is told, and nobody else ends."""
+    endpoint, peer = sockets
+    core = make_core(CountingRunner())
+    core.scheduler.adapters = AdapterCache(2)
+    core.adapter_files = files = FakeFiles()
+    open_files = []
+    rounds: list[list[Down]] = [
+        [LoadAdapter("secret", "/good/secret"), LoadAdapter("x", "/bad"), with_adapter("a", "secret")],
+        [UnloadAdapter("secret"), with_adapter("b", "secret", 1), LoadAdapter("y", "/good/y")],
+        [with_adapter("c", "secret"), LoadAdapter("y", "/good/z")],
+    ]
+
+    def receive(timeout_s: float) -> list[Down]:
+        open_files.append([*files.is_open.values()])
+        return rounds.pop(0)
+
+    endpoint.receive = receive  # type: ignore[method-assign]
+    caplog.set_level("INFO")
+    with pytest.raises(IndexError):
+        core.serve(endpoint)
+    outputs = outputs_of(peer)
+    assert open_files == [[], ["/good/secret"], ["/good/y"], ["/good/z"]]
+    assert [[reply.error for reply in output.replies] for output in outputs] == [[None, "/bad ?"], [None, None], [None]]
+    events = [(event.request_id, event.error) for output in outputs for event in output.events]
+    assert events == [("a", None), ("a", None), ("b", None), ("c", UNLOADED_ERROR)]
+    assert outputs[-1].stats.num_adapter_loads == 2
+    assert "secret" not in caplog.text and "An adapter was loaded: there are 1" in caplog.text
 
 
 def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[EngineEndpoint, socket.socket]) -> None:

@@ -1,18 +1,25 @@
-"""What ranks agree on: all of them have the same graphs, or none; and the tokens that only rank 0's device knows."""
+"""What ranks agree on: all of them have the same graphs, or none; the same adapters; and the tokens that only rank 0's
+device knows.
+"""
 
 from __future__ import annotations
 
+import socket
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from engine.graphs import GraphLimits
-from engine.ranks import Ranks
+from engine.link.errors import StartError
+from engine.link.ipc import encode_frame
+from engine.ranks import Follower, Leader, Ranks, SharedAdapters, StopFollowing
+from engine.scheduling.batch import ScheduledBatch
 from engine.step_inputs import StepInputs
-from parallel.state import ParallelState
-from parallel.world import World
+from parallel.state import ParallelState, RankLostError
+from parallel.world import Peer, World
 from tests.unit.parallel.threads import run_ranks
 
 LIMITS = GraphLimits(sizes=(1, 2), max_seq_len=64, num_kv_tokens=64)
@@ -79,3 +86,82 @@ def test_tokens_that_the_host_does_not_know_reach_every_rank(size: int) -> None:
 
     assert run_ranks(size, work) == [([0, 151_935], None)] * size
     assert chosen.tolist() == [5, 151_935, 0, 7]
+
+
+class Adapters:
+    """Adapter files, without any in folders whose names have this rank's number."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.is_open: dict[int, str] = {}
+
+    def open(self, number: int, folder: str) -> None:
+        if str(self.rank) in folder:
+            raise StartError(f"{folder} is not there")
+        self.is_open[number] = folder
+
+    def close(self, number: int) -> None:
+        self.is_open.pop(number, None)
+
+
+class Stepper:
+    """A runner that counts the steps."""
+
+    def __init__(self, rank: int) -> None:
+        self.adapters = Adapters(rank)
+        self.num_steps = 0
+
+    def inputs(self, batch: ScheduledBatch) -> StepInputs:
+        return make_inputs([])
+
+    def run(self, inputs: StepInputs, last_token_ids: object) -> None:
+        self.num_steps += 1
+
+
+def fake_ranks(*peers: Peer) -> Any:
+    """Connections without a heartbeat."""
+    return types.SimpleNamespace(
+        peers=peers,
+        check=lambda: None,
+        end=lambda: None,
+        explain=lambda error: error,
+        share_token_ids=lambda inputs, last_token_ids: None,
+    )
+
+
+def test_an_adapter_is_open_on_every_rank_or_on_none() -> None:
+    """Whichever can't open it says so, and the next step finds all ranks there."""
+    pairs = [socket.socketpair() for _ in range(2)]
+    runners: list[Any] = [Stepper(rank) for rank in range(3)]
+    peers = [Peer(rank, "host", ours, ours) for rank, (ours, _) in enumerate(pairs, 1)]
+    others = [fake_ranks(Peer(0, "host", theirs, theirs)) for _, theirs in pairs]
+    with ThreadPoolExecutor(2) as threads:
+        serving = [threads.submit(Follower(*pair).serve) for pair in zip(runners[1:], others, strict=True)]
+        ranks = fake_ranks(*peers)
+        adapters, leader = SharedAdapters(runners[0], ranks), Leader(runners[0], ranks)
+        adapters.open(0, "/good")
+        for rank, place in enumerate(["", "rank 1 on host: ", "rank 2 on host: "]):
+            with pytest.raises(StartError, match=f"^{place}/bad{rank} is not there$"):
+                adapters.open(1, f"/bad{rank}")
+            assert runners[0].adapters.is_open == {0: "/good"}
+            leader.execute(ScheduledBatch())
+        adapters.open(1, "/better")
+        adapters.close(0)
+        for peer in peers:
+            peer.control.sendall(encode_frame(StopFollowing()))
+        for future in serving:
+            future.result(10)
+    assert [runner.adapters.is_open for runner in runners] == [{1: "/better"}] * 3
+    assert [runner.num_steps for runner in runners] == [3] * 3
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+def test_a_rank_that_ends_before_it_has_opened_an_adapter() -> None:
+    ours, theirs = socket.socketpair()
+    runner: Any = Stepper(0)
+    with ours, theirs:
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(RankLostError, match="another rank is gone"):
+            SharedAdapters(runner, fake_ranks(Peer(1, "host", ours, ours))).open(0, "/good")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,8 +38,9 @@ class AdapterEngine(FakeEngine):
 
     async def change_adapters(self, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
         self.changes.append(message)
+        await asyncio.sleep(0.01)
         is_bad = isinstance(message, LoadAdapter) and not message.path.startswith("/good")
-        return AdapterReply(message.name, "/bad has no adapter_config.json" if is_bad else None)
+        return AdapterReply("/bad has no adapter_config.json" if is_bad else None)
 
 
 @pytest.fixture
@@ -139,6 +141,25 @@ async def test_an_adapter_comes_and_goes(adapters: AdapterEngine, model_folder: 
         assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'sql' removed successfully.")
         assert (await client.post("/v1/chat/completions", json=named)).status_code == 404
     assert adapters.changes == [LoadAdapter("sql", "/good/sql"), UnloadAdapter("sql")]
+
+
+async def test_changes_of_one_name_come_one_after_the_other(adapters: AdapterEngine, model_folder: Path) -> None:
+    """What a call has seen of the names holds until it has changed them."""
+    body = {"lora_name": "sql", "lora_path": "/good/sql"}
+    async with serving(adapters, model_folder, is_lora_updating=True) as (_, client):
+
+        async def post(*paths: str) -> list[int]:
+            return [
+                response.status_code for response in await asyncio.gather(*(client.post(p, json=body) for p in paths))
+            ]
+
+        assert sorted(await post(LOAD, LOAD, LOAD)) == [200, 400, 400]
+        assert sorted(await post(UNLOAD, UNLOAD)) == [200, 404]
+        statuses = await post(LOAD, UNLOAD, LOAD, UNLOAD)
+        listed = "sql" in [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+    kinds = [type(change) for change in adapters.changes]
+    assert kinds == [LoadAdapter, UnloadAdapter] * (len(kinds) // 2) + [LoadAdapter] * (len(kinds) % 2)
+    assert len(kinds) == 2 + statuses.count(200) and listed == (kinds[-1] is LoadAdapter)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -218,7 +219,7 @@ async def test_replies_about_adapters_come_in_the_order_of_the_calls(pair: Pair)
     while len(received) < len(calls):
         received += await pair.received()
     assert received == calls
-    replies = [AdapterReply("a"), AdapterReply("a"), AdapterReply("b", "no")]
+    replies = [AdapterReply(), AdapterReply("no"), AdapterReply("nor that")]
     for part in (replies[:1], replies[1:]):
         pair.endpoint.send(StepOutput(events=[], stats=EngineStats(), replies=part))
     assert await asyncio.gather(*tasks) == replies
@@ -232,3 +233,31 @@ async def test_a_call_about_adapters_ends_with_the_engine(pair: Pair) -> None:
         await task
     with pytest.raises(EngineDeadError):
         await pair.client.change_adapters(UnloadAdapter("a"))
+
+
+async def test_replies_that_come_after_a_refusal_are_dropped(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """The engine lives: it does not know that nobody waits any more. Nor is an error logged that nobody took."""
+    tasks = [asyncio.create_task(pair.client.change_adapters(UnloadAdapter(name))) for name in "ab"]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    pair.client.refuse(GenerationError("the server is stopping"))
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError, GenerationError]
+    pair.endpoint.send(StepOutput(events=[], stats=EngineStats(num_running=7), replies=[AdapterReply()] * 2))
+    while pair.client.stats.num_running != 7:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    assert not pair.client.dead.is_set() and not pair.client._replies
+    del outcomes, tasks
+    gc.collect()
+    assert not caplog.records
+
+
+async def test_a_call_that_can_not_be_sent_takes_nobody_else_s_reply(pair: Pair) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        await pair.client.change_adapters(LoadAdapter("a", "\ud800"))
+    task = asyncio.create_task(pair.client.change_adapters(UnloadAdapter("b")))
+    assert await pair.received() == [UnloadAdapter("b")]
+    pair.endpoint.send(StepOutput(events=[], stats=EngineStats(), replies=[AdapterReply("no")]))
+    assert await asyncio.wait_for(task, 5) == AdapterReply("no")

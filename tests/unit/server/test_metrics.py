@@ -72,6 +72,7 @@ OURS = {
     "pytgi_kv_blocks_total": "gauge",
     "pytgi_prefix_hit_tokens": "counter",
     "pytgi_preemptions": "counter",
+    "pytgi_adapter_loads": "counter",
     "pytgi_draft_steps": "counter",
     "pytgi_draft_tokens": "counter",
     "pytgi_draft_tokens_accepted": "counter",
