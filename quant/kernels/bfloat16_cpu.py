@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange
+from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.arrays import FAST
+from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_part_tile, make_tile
-from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
+from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows
 from quant.kernels.simd import HAS_AVX512, load16, store
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
@@ -59,11 +60,12 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):
                 )  # fmt: skip
 
 
-class Bfloat16Cpu:
+class Bfloat16Cpu(DenseCpu):
     """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32."""
 
     rounding = ("AVX512-BF16" if HAS_PAIRS else "AVX-512") if HAS_AVX512 else None
-    row_counts = ()
+    product = staticmethod(_product)
+    input_bytes = 2
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
@@ -75,18 +77,3 @@ class Bfloat16Cpu:
         if packed.num_inputs % PAIRS.inputs:
             reasons.append(f"input sizes must be a multiple of {PAIRS.inputs}, not {packed.num_inputs}")
         return reasons
-
-    def __init__(self, packed: PackedWeight) -> None:
-        weight, bias = packed.weight, packed.bias
-        self._n_size, self._k_size = weight.shape
-        self._weight = flat_view(weight)
-        self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
-        self._row_block = rows_per_block(2 * self._k_size)
-        self._num_threads = get_num_threads()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, self._n_size)
-        sizes = num_rows, self._n_size, self._k_size, self._row_block, self._num_threads
-        call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
-        return out

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import get_thread_id, njit, prange
+from numba import njit, prange
 
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
-from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 from quant.kernels.integer_cpu import (
     OUTPUTS,
@@ -29,7 +28,7 @@ from quant.kernels.integer_cpu import (
     multiply_two_rows,
 )
 from quant.kernels.integer_ops import round_group
-from quant.kernels.packed_cpu import PackedCpu, int4_1x4, int8_1x4, widen_int4, widen_int8
+from quant.kernels.packed_cpu import PackedCpu, kernel_scales, multiply_int4, multiply_int8
 
 
 @njit(parallel=True, **FAST)
@@ -74,36 +73,24 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
             multiply_one_row(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
 
 
-def _make_packed(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) -> Any:
-    """The kernel for one of the packed layouts; a group of inputs that is no multiple of `group_unit` is widened."""
-
-    @njit(parallel=True, **FAST)
-    def packed(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
-        num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-        stride = k_size // inputs_per_byte
-        for item in prange(active[0] * num_tiles):
-            matrix = active[1 + item // num_tiles]
-            first_n = item % num_tiles * TILE_OUTPUTS
-            last_n = min(n_size, first_n + TILE_OUTPUTS)
-            own, own_bias = matrix * n_size, bias[matrix * n_size :]
-            row, last = starts[matrix], starts[matrix + 1]
-            is_full = last_n - first_n == TILE_OUTPUTS and k_size // num_groups % group_unit == 0
-            if last - row == 1 and is_full:
-                for n in range(first_n, last_n, 4):
-                    w0, g0, o0 = (own + n) * stride, (own + n) * num_groups, row * n_size + n
-                    one_row(x, row * k_size, w, w0, k_size, scales, zeros, g0, num_groups, own_bias, n, out, o0)
-            else:
-                s0 = get_thread_id() * TILE_OUTPUTS * k_size
-                for n in range(first_n, last_n):
-                    w0, g0, place = (own + n) * stride, (own + n) * num_groups, s0 + (n - first_n) * k_size
-                    widen(w, w0, k_size, scales, zeros, g0, num_groups, scratch, place)
-                multiply_tile(x, scratch, s0, own_bias, out, row, last, first_n, last_n, n_size, k_size)
-
-    return packed
+@njit(parallel=True, **FAST)
+def _packed_int8(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    for item in prange(active[0] * num_tiles):
+        matrix, tile = active[1 + item // num_tiles], item % num_tiles
+        matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
+        b1 = bias[matrix_n:]
+        multiply_int8(x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups)
 
 
-_packed_int8 = _make_packed(int8_1x4, widen_int8, 1, WIDTH)
-_packed_int4 = _make_packed(int4_1x4, widen_int4, 2, 1)
+@njit(parallel=True, **FAST)
+def _packed_int4(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
+    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    for item in prange(active[0] * num_tiles):
+        matrix, tile = active[1 + item // num_tiles], item % num_tiles
+        matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
+        b1 = bias[matrix_n:]
+        multiply_int4(x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups)
 
 
 def _numbers(groups: RowGroups) -> tuple[Any, Any]:
@@ -160,7 +147,7 @@ class GroupedPackedCpu:
         self._sizes = self._n_size, first.num_inputs, num_groups
         scales = [packed.scales for packed in matrices if packed.scales is not None]
         zero_points = [packed.zero_points for packed in matrices if packed.zero_points is not None]
-        joined = torch.cat(scales).float() * 256 if first.layout == "fp8" else torch.cat(scales)  # as `PackedCpu` does
+        joined = kernel_scales(first.layout, torch.cat(scales))
         weight = torch.cat([packed.weight for packed in matrices])
         self._weights = *map(flat_view, (weight, joined, torch.cat(zero_points))), flat_view(_biases(matrices))
         self._scratch = packed_cpu.thread_scratch(first.num_inputs)

@@ -12,6 +12,8 @@ tile of widened weights into a scratch of its own, which stays in its cache, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,7 +47,7 @@ MIN_ROW_BLOCK = 48
 
 
 @njit(inline="always")
-def int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
@@ -69,7 +71,7 @@ def int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n,
 
 
 @njit(inline="always")
-def int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     stride = k_size // 2
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
@@ -95,7 +97,7 @@ def int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n,
 
 
 @njit(inline="always")
-def widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
@@ -105,7 +107,7 @@ def widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):
 
 
 @njit(inline="always")
-def widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
         a = load_one(scales, g0 + g)
@@ -115,26 +117,42 @@ def widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):
             store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))
 
 
-@njit(inline="always")
-def _tile_int8(  # type: ignore[no-untyped-def]
-    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
-):
-    first_n = tile * TILE_OUTPUTS
-    last_n = min(n_size, first_n + TILE_OUTPUTS)
-    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS and k_size // num_groups % WIDTH == 0:
-        for n in range(first_n, last_n, 4):
-            int8_1x4(x, 0, w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-    else:
-        s0 = get_thread_id() * TILE_OUTPUTS * k_size
-        for n in range(first_n, last_n):
-            place = s0 + (n - first_n) * k_size
-            widen_int8(w, n * k_size, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+def _make_tile(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) -> Any:
+    """A tile of one of the layouts; a group of inputs that is no multiple of `group_unit` is widened.
+
+    `matrix_n` counts the outputs of the matrices that lie before this one in the same memory.
+    """
+
+    @njit(inline="always")
+    def multiply(  # type: ignore[no-untyped-def]
+        x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, matrix_n, n_size, k_size, num_groups
+    ):
+        stride = k_size // inputs_per_byte
+        first_n = tile * TILE_OUTPUTS
+        last_n = min(n_size, first_n + TILE_OUTPUTS)
+        is_full = last_n - first_n == TILE_OUTPUTS and k_size // num_groups % group_unit == 0
+        if last_row - first_row == 1 and is_full:
+            for n in range(first_n, last_n, 4):
+                w0, g0, o0 = (matrix_n + n) * stride, (matrix_n + n) * num_groups, first_row * n_size + n
+                x0 = first_row * k_size
+                one_row(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0)
+        else:
+            s0 = get_thread_id() * TILE_OUTPUTS * k_size
+            for n in range(first_n, last_n):
+                w0, g0, place = (matrix_n + n) * stride, (matrix_n + n) * num_groups, s0 + (n - first_n) * k_size
+                widen(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, place)
+            multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+
+    return multiply
+
+
+multiply_int8 = _make_tile(_int8_1x4, _widen_int8, 1, WIDTH)
+multiply_int4 = _make_tile(_int4_1x4, _widen_int4, 2, 1)
 
 
 @njit(parallel=True, **FAST)
 def _product_int8(  # type: ignore[no-untyped-def]
-    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, zeros, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
@@ -142,47 +160,14 @@ def _product_int8(  # type: ignore[no-untyped-def]
         first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
         size = even_block(end - first_row, row_block, ROWS)
         for row in range(first_row, end, size):
-            last_row = min(end, row + size)
+            last = min(end, row + size)
             for tile in range(first_tile, last_tile):
-                _tile_int8(
-                    x,
-                    w,
-                    scales,
-                    zero_points,
-                    bias,
-                    out,
-                    scratch,
-                    row,
-                    last_row,
-                    tile,
-                    num_rows,
-                    n_size,
-                    k_size,
-                    num_groups,
-                )
-
-
-@njit(inline="always")
-def _tile_int4(  # type: ignore[no-untyped-def]
-    x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, num_rows, n_size, k_size, num_groups
-):
-    stride = k_size // 2
-    first_n = tile * TILE_OUTPUTS
-    last_n = min(n_size, first_n + TILE_OUTPUTS)
-    if num_rows == 1 and last_n - first_n == TILE_OUTPUTS:
-        for n in range(first_n, last_n, 4):
-            int4_1x4(x, 0, w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, bias, n, out, n)
-    else:
-        s0 = get_thread_id() * TILE_OUTPUTS * k_size
-        for n in range(first_n, last_n):
-            place = s0 + (n - first_n) * k_size
-            widen_int4(w, n * stride, k_size, scales, zero_points, n * num_groups, num_groups, scratch, place)
-        multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
+                multiply_int8(x, w, scales, zeros, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
 
 
 @njit(parallel=True, **FAST)
 def _product_int4(  # type: ignore[no-untyped-def]
-    x, w, scales, zero_points, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, zeros, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
@@ -190,24 +175,9 @@ def _product_int4(  # type: ignore[no-untyped-def]
         first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
         size = even_block(end - first_row, row_block, ROWS)
         for row in range(first_row, end, size):
-            last_row = min(end, row + size)
+            last = min(end, row + size)
             for tile in range(first_tile, last_tile):
-                _tile_int4(
-                    x,
-                    w,
-                    scales,
-                    zero_points,
-                    bias,
-                    out,
-                    scratch,
-                    row,
-                    last_row,
-                    tile,
-                    num_rows,
-                    n_size,
-                    k_size,
-                    num_groups,
-                )
+                multiply_int4(x, w, scales, zeros, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
 
 
 _scratches: dict[int, npt.NDArray[np.float32]] = {}
@@ -219,6 +189,11 @@ def thread_scratch(k_size: int) -> npt.NDArray[np.float32]:
     if k_size not in _scratches:
         _scratches[k_size] = np.empty(size, dtype=np.float32)
     return _scratches[k_size]
+
+
+def kernel_scales(layout: str, scales: torch.Tensor) -> torch.Tensor:
+    """Scales as the kernels want them: they read an 8-bit float as 1/256 of it (`simd.widened_bytes`)."""
+    return scales.float() * 256 if layout == "fp8" else scales
 
 
 class PackedCpu:
@@ -237,8 +212,7 @@ class PackedCpu:
         self._n_size, self._num_groups = packed.scales.shape
         self._k_size = packed.num_inputs
         self._weight = flat_view(packed.weight)
-        # The kernel reads an 8-bit float as 1/256 of it (`simd.widened_bytes`).
-        self._scales = flat_view(packed.scales.float() * 256 if packed.layout == "fp8" else packed.scales)
+        self._scales = flat_view(kernel_scales(packed.layout, packed.scales))
         self._zero_points = flat_view(packed.zero_points)
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
         self._bias = flat_view(bias)

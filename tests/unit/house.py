@@ -178,6 +178,18 @@ def imported_libraries(tree: ast.Module) -> set[str]:
 # ---- lists, docstrings, names ----
 
 
+def cached_closure_complaints(text: str) -> list[str]:
+    """A compiled function that a function makes is never found in the cache of Numba: its key changes."""
+    return [
+        f"line {inner.lineno}: {inner.name} is compiled again at each start, as a function makes it"
+        for outer in ast.walk(ast.parse(text))
+        if isinstance(outer, ast.FunctionDef)
+        for inner in ast.walk(outer)
+        if isinstance(inner, ast.FunctionDef) and inner is not outer
+        if any("FAST" in ast.unparse(decorator) for decorator in inner.decorator_list)
+    ]
+
+
 def star_complaints(text: str) -> list[str]:
     """Lists held together by stars before literal tuples."""
     return [

@@ -14,6 +14,7 @@ from tests.unit.house import (
     PACKAGES,
     ROOT,
     TABLES,
+    cached_closure_complaints,
     citation_complaints,
     complaints_of,
     docstring_complaints,
@@ -110,12 +111,13 @@ def test_every_table_that_may_be_long_is_long() -> None:
     ("paths", "check"),
     [
         (source_files(), function_size_complaints),
+        (source_files(), cached_closure_complaints),
         (PROGRAMS, star_complaints),
         (PROGRAMS, docstring_complaints),
         (PROGRAMS, module_docstring_complaints),
         (source_files([*PACKAGES, "scripts", "benchmarks"]), name_complaints),
     ],
-    ids="functions lists docstrings modules names".split(),
+    ids="functions kernels lists docstrings modules names".split(),
 )
 def test_the_tree_keeps_the_rule_on(paths: list[Path], check: Callable[[str], list[str]]) -> None:
     complaints = complaints_of(paths, check)
@@ -191,6 +193,11 @@ def test_a_long_function_is_found_unless_it_is_a_kernel() -> None:
 @pytest.mark.parametrize(
     ("check", "bad", "good"),
     [
+        (
+            cached_closure_complaints,
+            "def make():\n    @njit(parallel=True, **FAST)\n    def multiply(): ...",
+            "@njit(**FAST)\ndef multiply(): ...\n\ndef make():\n    @njit\n    def tile(): ...",
+        ),
         (star_complaints, 'NAMES = {*("a", "b"), *("c",)}', 'NAMES = {*"a b".split(), *OTHERS}'),
         (star_complaints, "run(*[1, 2])", "run(*numbers)"),
         (docstring_complaints, 'SIZE = 3\n"""Of addresses, in bytes."""', 'SIZE = 3\n"""Address space in bytes."""'),
