@@ -22,7 +22,7 @@ PIECE = 1024
 
 
 @njit(inline="always")
-def _norm_row(x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
+def _norm_row(x, start, size, weight, w0, eps, out):  # type: ignore[no-untyped-def]
     total = zeros()
     for i in range(start, start + size, LANES):
         value = load(x, i)
@@ -30,28 +30,20 @@ def _norm_row(x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
     mean = sum_lanes(total) / np.float32(size)
     scale = splat(np.float32(1.0) / np.float32(math.sqrt(mean + eps)))
     for i in range(0, size, LANES):
-        store(out, start + i, multiply(multiply(load(x, start + i), scale), load(weight, i)))
+        store(out, start + i, multiply(multiply(load(x, start + i), scale), load(weight, w0 + i)))
 
 
 @njit(inline="always")
 def _norm_heads_row(qkv, start, num_heads, size, weight, eps):  # type: ignore[no-untyped-def]
     for head in range(num_heads):
-        first = start + head * size
-        total = zeros()
-        for i in range(first, first + size, LANES):
-            value = load(qkv, i)
-            total = fma(value, value, total)
-        mean = sum_lanes(total) / np.float32(size)
-        scale = splat(np.float32(1.0) / np.float32(math.sqrt(mean + eps)))
-        for i in range(0, size, LANES):
-            store(qkv, first + i, multiply(multiply(load(qkv, first + i), scale), load(weight, head * size + i)))
+        _norm_row(qkv, start + head * size, size, weight, head * size, eps, qkv)
 
 
 @njit(inline="always")
 def _add_norm_row(residual, x, start, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for i in range(start, start + size, LANES):
         store(residual, i, add(load(residual, i), load(x, i)))
-    _norm_row(residual, start, size, weight, eps, out)
+    _norm_row(residual, start, size, weight, 0, eps, out)
 
 
 @njit(inline="always")
@@ -94,13 +86,13 @@ def _add(residual, x, size):  # type: ignore[no-untyped-def]
 @njit(**FAST)
 def _norm_serial(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
-        _norm_row(x, row * size, size, weight, eps, out)
+        _norm_row(x, row * size, size, weight, 0, eps, out)
 
 
 @njit(parallel=True, **FAST)
 def _norm_parallel(x, num_rows, size, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
-        _norm_row(x, row * size, size, weight, eps, out)
+        _norm_row(x, row * size, size, weight, 0, eps, out)
 
 
 @njit(**FAST)
