@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -20,3 +23,17 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def measured_on(num_cores: int, folder: str) -> str:
+    """Where, with which model, when and by which command the figures below were taken."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return f"{num_cores} cores of {processor()}, {Path(folder).name}, {today}: `{command}`."
+
+
+def print_and_write(lines: Sequence[str], document: Path | None, begin: str, end: str) -> None:
+    """Print the lines, and put them between the marks of a document, if there is one. Raises as `with_part`."""
+    print("\n".join(lines))
+    if document is not None:
+        document.write_text(with_part(document.read_text(), begin, end, "\n".join(lines)))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import itertools
 import json
 import socket
@@ -28,7 +27,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.documents import processor, with_part  # noqa: E402
+from benchmarks.documents import measured_on, print_and_write  # noqa: E402
 from benchmarks.floors import DENSE, ModelShape, step_bytes, step_flops  # noqa: E402
 from benchmarks.offline import demo_model, num_cores, read_bandwidth, restart_with_environment  # noqa: E402
 from benchmarks.perplexity import engine_config, text_ids  # noqa: E402
@@ -360,14 +359,10 @@ def main() -> None:
     args = parser.parse_args()
     restart_with_environment()
     folder = args.model or demo_model()
-    today = datetime.datetime.now(datetime.UTC).date()
-    command = " ".join(["python benchmarks/profile_step.py", *sys.argv[1:]])
-    sections = [f"{num_cores()} cores of {processor()}, {Path(folder).name}, {today}: `{command}`."]
+    sections = [measured_on(num_cores(), folder)]
     for form in args.forms:
         sections += ["", profile(form, folder, args)]
-    print("\n".join(sections))
-    if args.write:
-        DOCUMENT.write_text(with_part(DOCUMENT.read_text(), BEGIN, END, "\n".join(sections)))
+    print_and_write(sections, DOCUMENT if args.write else None, BEGIN, END)
 
 
 if __name__ == "__main__":

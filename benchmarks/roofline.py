@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.documents import processor, with_part  # noqa: E402
+from benchmarks.documents import measured_on, print_and_write  # noqa: E402
 from benchmarks.offline import demo_model, num_cores, read_bandwidth, restart_with_environment  # noqa: E402
 from benchmarks.perplexity import engine_config  # noqa: E402
 from benchmarks.profile_step import Work, matrix_work  # noqa: E402
@@ -179,9 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     restart_with_environment()
     folder = args.model or demo_model()
-    today = datetime.datetime.now(datetime.UTC).date()
-    command = " ".join(["python benchmarks/roofline.py", *sys.argv[1:]])
-    sections = [f"{num_cores()} cores of {processor()}, {Path(folder).name}, {today}: `{command}`."]
+    sections = [measured_on(num_cores(), folder)]
     for form in args.forms:
         cells, bandwidth, rate = measure(form, folder, args.rounds)
         files = plots(form, cells, bandwidth, rate)
@@ -196,9 +193,7 @@ def main() -> None:
             sections.append(f"![{name.removesuffix('.svg')}]({name})")
             if args.write:
                 (DOCUMENT.parent / name).write_text(svg)
-    print("\n".join(sections))
-    if args.write:
-        DOCUMENT.write_text(with_part(DOCUMENT.read_text(), BEGIN, END, "\n".join(sections)))
+    print_and_write(sections, DOCUMENT if args.write else None, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import resource
 import signal
@@ -26,7 +25,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.documents import processor, with_part  # noqa: E402
+from benchmarks.documents import measured_on, print_and_write  # noqa: E402
 from benchmarks.offline import demo_model, num_cores, restart_in_venv  # noqa: E402
 
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
@@ -135,13 +134,9 @@ def main() -> None:
     args = parser.parse_args()
     restart_in_venv()
     folder = args.model or demo_model()
-    today = datetime.datetime.now(datetime.UTC).date()
-    command = " ".join(["python benchmarks/start.py", *sys.argv[1:]])
-    lines = [f"{num_cores()} cores of {processor()}, {Path(folder).name}, {today}: `{command}`.", ""]
+    lines = [measured_on(num_cores(), folder), ""]
     lines += report(*measure(folder, args.rounds, any_load=args.any_load))
-    print("\n".join(lines))
-    if args.write:
-        DOCUMENT.write_text(with_part(DOCUMENT.read_text(), BEGIN, END, "\n".join(lines)))
+    print_and_write(lines, DOCUMENT if args.write else None, BEGIN, END)
 
 
 if __name__ == "__main__":
