@@ -27,7 +27,8 @@ function isConversation(one) {
 function isTurn(turn) {
   const { role, text, reasoning, calls } = turn ?? {};
   if (typeof text !== "string" || !["user", "assistant", "tool"].includes(role)) return false;
-  return role !== "assistant" || (typeof reasoning === "string" && Array.isArray(calls));
+  if (role !== "assistant") return true;
+  return typeof reasoning === "string" && Array.isArray(calls) && calls.every((call) => typeof call?.arguments === "string");
 }
 
 /** Keep a conversation. Returns whether the browser took it. */
