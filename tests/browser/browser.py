@@ -75,7 +75,8 @@ class Watch:
 
     def check(self, page: Page) -> None:
         violations: list[str] = page.evaluate("window.__violations")
-        assert not [*self.faults, *violations]
+        faults = [*self.faults, *violations]
+        assert not faults, "\n".join(faults)
 
 
 @contextlib.contextmanager

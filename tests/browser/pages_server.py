@@ -1,4 +1,4 @@
-"""The server of the pages: the HTTP process as the launcher starts it, and an engine that writes what a test chooses."""
+"""The server of the pages: the HTTP process as the launcher starts it, behind it an engine of the test's."""
 
 from __future__ import annotations
 
