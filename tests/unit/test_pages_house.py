@@ -19,7 +19,7 @@ FORBIDDEN = {
     r"\bdocument\s*\.\s*write": "makes elements of a text",
     r"\beval\b|\bFunction\s*\(|\bset(?:Timeout|Interval)\(\s*[\"'`]|\bimport\s*\(": "makes a program of a text",
     r"(?i:\bjavascript:)": "makes a program of a text",
-    r"(?i:<script(?![^>]*\ssrc=)|<style\b|\sstyle=|<[^>]*\son\w+\s*=)": "stands in the page, where the policy forbids it",
+    r"(?i:<script(?![^>]*\ssrc=)|<style\b|\sstyle=|<[^>]*\son\w+\s*=)": "stands in the page, which the policy forbids",
     r"(?:https?:|wss?:|[\"'(]\s*)//\w": "leads to another origin",
     r"@import\b|\burl\((?!\s*[\"']?#)": "asks for more than the page names",
     r"\bdocument\s*\.\s*cookie\b|\bsendBeacon\b|\bWebSocket\b|\bWorker\b|\bpostMessage\b": "has no use here",
