@@ -93,7 +93,7 @@ browser:
 	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
 	if test $$(id -u) = 0 && command -v apt-get >/dev/null; then \
 	echo 'Installing Chromium, which the tests of the pages drive' >&2; \
-	if $(APT_GET) update >&2 && $(APT_GET) install -y --no-install-recommends chromium >&2; then exit 0; fi; fi; \
+	if $(APT_GET) update >&2 && $(APT_GET) install -y --no-install-recommends chromium >/dev/null; then exit 0; fi; fi; \
 	echo 'The tests of the pages need Chromium on PATH: install it as root (Debian: apt-get install --no-install-recommends chromium)' >&2; \
 	exit 1
 

@@ -52,13 +52,20 @@ MARKDOWN = [
     f'//elsewhere.invalid [click](//elsewhere.invalid/x) {ELSEWHERE} [click]({ELSEWHERE} "<img onerror={RUN}>")',
 ]
 TEXTS = [*HTML, *MARKDOWN]
-SPLIT = "<scr<script>ipt>" + RUN + "</scr</script>ipt>"
-LONG = [
-    "[" * 3000 + "](javascript:" * 20,
-    "*" * 3000 + "_" * 3000,
-    "> " * 1500 + "x",
-    "`" * 2999 + "x" + "`" * 2998,
-    "".join(f"{'  ' * depth}- x\n" for depth in range(150)),
-    "<" * 5000,
-]
-"""Texts that take a parser of Markdown a long time or a deep stack."""
+LONG = {
+    "brackets": "[" * 9000 + "](javascript:" * 20,
+    "stars": "*" * 9000 + "_" * 9000,
+    "openings": "**a " * 4000,
+    "lines": "_a " * 5000,
+    "quotes": "> " * 3000 + "x",
+    "backticks": "`" * 2999 + "x" + "`" * 2998,
+    "fences": "`" * 3000 + " " * 3000 + "`",
+    "headings": "# a" + " " * 3000 + "b",
+    "tables": f"| a\n{' ' * 3000}-{' ' * 3000}x",
+    "lists": "".join(f"{'  ' * depth}- x\n" for depth in range(150)),
+    "blanks": "- x" + "\n" * 9000 + "x",
+    "tags": "<" * 9000,
+    "code": "```html\n" + "a" * 40_000 + "\n```",
+    "strings": "```python\n" + "'\"`" * 9000 + "\n```",
+}
+"""Texts that take a careless parser of Markdown minutes, or a deep stack."""

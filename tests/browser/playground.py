@@ -61,6 +61,19 @@ class Playground:
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 
+    def conversation(self, title: str) -> Locator:
+        return self.conversations.get_by_role("button", name=title, exact=True)
+
+    def show_settings(self) -> None:
+        """Open the settings where the page is too narrow to show them always, and those that are seldom wanted."""
+        self.page.evaluate("for (const box of document.querySelectorAll('details')) box.open = true")
+        expect(self.settings).to_be_visible()
+
+    def clipboard(self) -> str:
+        self.page.context.grant_permissions(["clipboard-read"])
+        text: str = self.page.evaluate("navigator.clipboard.readText()")
+        return text
+
     def setting(self, name: str) -> Locator:
         return self.settings.get_by_label(name, exact=True)
 

@@ -59,7 +59,7 @@ def http_process(
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         fds: dict[str, Any] = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
-        settings = ServerConfig(model_id="org/model", model_path=str(model), **fds, **config)
+        settings = ServerConfig(**{"model_id": "org/model", "model_path": str(model), **fds, **config})
         process = psutil.Popen(
             [sys.executable, "-P", "-m", "server"],
             stdin=subprocess.PIPE,

@@ -17,7 +17,7 @@ FORBIDDEN = {
     r"\b(?:inner|outer)HTML\b|\binsertAdjacentHTML\b|\bsetHTML(?:Unsafe)?\b|\bsrcdoc\b": "makes elements of a text",
     r"\bDOMParser\b|\bparseFromString\b|\bparseHTMLUnsafe\b|\bcreateContextualFragment\b": "makes elements of a text",
     r"\bdocument\s*\.\s*write": "makes elements of a text",
-    r"\beval\b|\bFunction\s*\(|\bset(?:Timeout|Interval)\(\s*[\"'`]|\bimport\s*\(": "makes a program of a text",
+    r"\beval\s*\(|\bFunction\s*\(|\bset(?:Timeout|Interval)\(\s*[\"'`]|\bimport\s*\(": "makes a program of a text",
     r"(?i:\bjavascript:)": "makes a program of a text",
     r"(?i:<script(?![^>]*\ssrc=)|<style\b|\sstyle=|<[^>]*\son\w+\s*=)": "stands in the page, which the policy forbids",
     r"(?:https?:|wss?:|[\"'(]\s*)//\w": "leads to another origin",
