@@ -77,6 +77,8 @@ class WritingEngine:
         """The error that ends the answers to requests from now on."""
         self.requests: list[GenerationRequest] = []
         self.num_aborted = 0
+        self.num_tokens = 0
+        """Tokens that were written since the start."""
         self.step_s = STEP_S
 
     @property
@@ -135,7 +137,10 @@ class WritingEngine:
                 del self._writings[event.request_id]
         if events and self._num_allowed is not None:
             self._num_allowed -= 1
-        report = StepReport(num_sequences=len(events), total_s=time.perf_counter() - started)
+        self.num_tokens += len(events)
+        report = StepReport(
+            num_sequences=len(events), num_draft_hits=[0] * len(events), total_s=time.perf_counter() - started
+        )
         self._endpoint.send(StepOutput(events=events, stats=self.stats, reports=[report] if events else []))
         if events:
             time.sleep(self.step_s)
