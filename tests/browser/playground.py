@@ -45,7 +45,10 @@ class Playground:
         self.answers = self.log.get_by_role("article", name="Model", exact=True)
         self.system_prompt = page.get_by_role("textbox", name="System prompt", exact=True)
         self.settings = page.get_by_role("region", name="Settings", exact=True)
+        self.tools = page.get_by_role("textbox", name="Functions", exact=True)
+        self.answer_format = page.get_by_role("combobox", name="response_format", exact=True)
         self.api_key = page.get_by_role("textbox", name="API key", exact=True)
+        self.alert = self.log.get_by_role("alert")
         self.server = page.get_by_role("status", name="Server", exact=True)
 
     @classmethod
@@ -65,12 +68,13 @@ class Playground:
         return self.conversations.get_by_role("button", name=title, exact=True)
 
     def show_settings(self) -> None:
-        """Open the settings where the page is too narrow to show them always, and those that are seldom wanted."""
-        self.page.evaluate("for (const box of document.querySelectorAll('details')) box.open = true")
-        expect(self.settings).to_be_visible()
+        """Bring the settings out where there is little room, those that are seldom wanted as well."""
+        if not self.settings.is_visible():
+            self.button("Settings").click()
+        self.settings.evaluate("(region) => region.querySelectorAll('details').forEach((box) => { box.open = true; })")
 
     def clipboard(self) -> str:
-        self.page.context.grant_permissions(["clipboard-read"])
+        self.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         text: str = self.page.evaluate("navigator.clipboard.readText()")
         return text
 
@@ -81,6 +85,33 @@ class Playground:
         """Send a message, and don't wait for the answer."""
         self.message.fill(text)
         self.send.click()
+
+    def complete(self, prompt: str) -> Locator:
+        """Let the model go on with a text and wait for the end of the answer, which comes back."""
+        self.page.get_by_role("textbox", name="Prompt", exact=True).fill(prompt)
+        return self.written("Complete", "Completion")
+
+    def fill_in(self, before: str, after: str) -> Locator:
+        """Let the model write what is between two texts, which comes back."""
+        self.page.get_by_role("textbox", name="Before", exact=True).fill(before)
+        self.page.get_by_role("textbox", name="After", exact=True).fill(after)
+        return self.written("Fill in", "Middle")
+
+    def written(self, button: str, result: str) -> Locator:
+        """Press a button and wait until the tokens that it makes have come."""
+        self.button(button).click()
+        expect(self.stop).not_to_be_visible()
+        return self.page.get_by_role("listbox", name=result, exact=True)
+
+    def put_in_example(self, place: str) -> None:
+        """Fill the field of tools or of the schema with the page's own example."""
+        examples = {"tools": "#examples-of-tools", "schema": "#examples-of-schemas"}
+        self.page.locator(examples[place]).get_by_role("button").click()
+
+    def copy_as(self, language: str) -> str:
+        """The program that the page copies."""
+        self.button(f"Copy as {language}").click()
+        return self.clipboard()
 
     def chat(self, text: str) -> Locator:
         """Send a message and wait for the end of the answer, which comes back."""

@@ -20,7 +20,7 @@ def test_the_page_opens_and_says_what_it_is_connected_to(playground: Playground,
     """The watch's faults are a console error, a violation of the policy, a dialog, a foreign origin."""
     expect(playground.page).to_have_title(re.compile("pytgi"))
     expect(playground.server).to_contain_text("org/model")
-    assert {url.split("/")[3].split("?")[0] for url in watch.urls} <= {"", "ui", "info", "health", "readyz", "v1"}
+    assert {url.split("/")[3].split("?")[0] for url in watch.urls} <= {"", "ui", "info", "health", "openapi.json", "v1"}
 
 
 def test_sixty_tokens_come_one_by_one(playground: Playground, server: PagesServer) -> None:
@@ -64,7 +64,7 @@ def test_a_reload_keeps_conversations(playground: Playground) -> None:
     playground.chat("The second question.")
     playground.page.reload()
     expect(playground.questions).to_contain_text(["The second question."])
-    playground.conversations.get_by_role("button", name=re.compile("The first question")).first.click()
+    playground.conversation("The first question.").click()
     expect(playground.questions).to_contain_text(["The first question."])
     expect(playground.answers).to_contain_text(["Hello, world!"])
 

@@ -33,12 +33,11 @@ def test_an_answer_as_thought_json_and_completion(playground: Playground, server
     server.engine.answers = [f"<think>\n{attack}\n</think>\n\n{attack}", json.dumps({"name": attack, "age": 1}), attack]
     playground.chat("Attack me.").get_by_text("Reasoning", exact=True).click()
     assert playground.faults() == []
-    playground.page.locator("#answer-format").select_option("json_object")
+    playground.answer_format.select_option("json_object")
     playground.chat("Attack me.")
     assert playground.faults() == []
     playground.tab("Completion").click()
-    playground.complete("Attack me.")
-    playground.first_token().hover()
+    playground.complete("Attack me.").get_by_role("option").nth(3).hover()
     assert playground.faults() == []
 
 
@@ -46,7 +45,7 @@ def test_calls_of_tools_with_hostile_names_and_arguments(playground: Playground,
     attack = " ".join(hostile.TEXTS)
     playground.show_settings()
     tool = {"name": "f", "description": attack, "parameters": {"type": "object", "properties": {}}}
-    playground.page.locator("#tools").fill(json.dumps(tool))
+    playground.tools.fill(json.dumps(tool))
     call = json.dumps({"name": "f", "arguments": {"x": attack, attack: 1}})
     server.engine.answers = [f"<tool_call>\n{call}\n</tool_call>"]
     answer = playground.chat("Attack me.")
@@ -72,7 +71,7 @@ def test_a_persons_own_words_become_titles_and_questions(playground: Playground)
 def test_errors_of_the_server(playground: Playground, server: PagesServer, text: str) -> None:
     server.engine.error = f"no: {text}"
     playground.chat("Fail.")
-    expect(playground.log.get_by_role("alert")).to_contain_text(text)
+    expect(playground.alert).to_contain_text(text)
     assert playground.faults() == []
 
 

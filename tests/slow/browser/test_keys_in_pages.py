@@ -35,12 +35,12 @@ def is_stored(page: Page) -> bool:
 def test_a_key_is_asked_for_and_kept_in_memory_only(opened: tuple[Playground, Watch], guarded: PagesServer) -> None:
     playground, watch = opened
     playground.chat("Hello without a key")
-    expect(playground.log.get_by_role("alert")).to_contain_text("key")
+    expect(playground.alert).to_contain_text("key")
     assert guarded.engine.requests == []
     playground.show_settings()
     playground.api_key.fill(KEY)
     playground.api_key.press("Tab")
-    playground.log.get_by_role("button", name="Try again").click()
+    playground.alert.get_by_role("button", name="Try again").click()
     playground.settled()
     expect(playground.answers.last).to_contain_text("Hello, world!")
     assert not is_stored(playground.page)

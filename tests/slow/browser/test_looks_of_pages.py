@@ -70,7 +70,7 @@ def test_everything_that_can_be_opened(browser: Browser, server: PagesServer, lo
         assert serious_faults(page) == []
         server.engine.error = "the engine could not go on"
         playground.chat("Fail.")
-        expect(playground.log.get_by_role("alert")).to_be_visible()
+        expect(playground.alert).to_be_visible()
         playground.questions.first.get_by_role("button", name="Edit", exact=True).click()
         assert serious_faults(page) == []
         server.engine.reset()
@@ -107,7 +107,7 @@ def test_colours_follow_the_persons_choice(playground: Playground) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     before = playground.page.evaluate(background)
     playground.show_settings()
-    playground.page.get_by_label("Theme").or_(playground.page.locator("#theme")).select_option("dark")
+    playground.page.get_by_role("combobox", name="Theme").select_option("dark")
     assert playground.page.evaluate(background) != before
     playground.page.reload()
     expect(playground.send).to_be_visible()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from playwright.sync_api import expect
 
 from engine.link.messages import GenerationRequest
+from tests.browser.browser import Watch
 from tests.browser.pages_server import MAX_TOTAL_TOKENS, PagesServer
 from tests.browser.playground import Playground
 
@@ -78,18 +78,17 @@ def test_limits_are_the_servers_own(playground: Playground, server: PagesServer)
     assert len(server.engine.requests) == 1, "the message was kept while the settings were wrong"
 
 
-def test_a_refusal_of_the_server_is_shown_in_its_words(playground: Playground, server: PagesServer) -> None:
+def test_a_refusal_of_the_server_is_shown_in_its_words(playground: Playground, watch: Watch) -> None:
     playground.show_settings()
     playground.setting("logit_bias").fill('{"999999999": 1}')
     playground.ask("Hello")
-    expect(playground.log.get_by_role("alert")).to_contain_text("logit_bias")
-    playground.watch_forgets("400", "422")
+    expect(playground.alert).to_contain_text("logit_bias")
+    watch.forget("status of 4")
 
 
 def test_a_tool_is_defined_called_and_answered(playground: Playground, server: PagesServer) -> None:
     playground.show_settings()
-    tools = playground.page.get_by_role("group", name="Tools").or_(playground.page.locator("#examples-of-tools"))
-    tools.get_by_role("button", name="Put in an example").click()
+    playground.put_in_example("tools")
     server.engine.answers = [f"Let me look.\n{CALL}", "It is sunny in Paris."]
     answer = playground.chat("What is the weather in Paris?")
     assert "get_weather" in server.engine.prompt()
@@ -105,7 +104,7 @@ def test_a_tool_is_defined_called_and_answered(playground: Playground, server: P
 
 def test_tools_that_are_no_json_are_told(playground: Playground, server: PagesServer) -> None:
     playground.show_settings()
-    playground.page.locator("#tools").fill("{")
+    playground.tools.fill("{")
     playground.ask("Hello")
     expect(playground.settings.get_by_role("alert")).to_contain_text("no JSON")
     assert server.engine.requests == []
@@ -113,8 +112,8 @@ def test_tools_that_are_no_json_are_told(playground: Playground, server: PagesSe
 
 def test_an_answer_is_held_to_a_schema(playground: Playground, server: PagesServer) -> None:
     playground.show_settings()
-    playground.page.locator("#answer-format").select_option("json_schema")
-    playground.page.locator("#examples-of-schemas").get_by_role("button").click()
+    playground.answer_format.select_option("json_schema")
+    playground.put_in_example("schema")
     server.engine.answers = ['{"name": "Ada", "age": 36}']
     answer = playground.chat("Who?")
     [request] = server.engine.requests
@@ -128,44 +127,74 @@ def test_an_answer_is_held_to_a_schema(playground: Playground, server: PagesServ
 def test_a_completion_shows_how_likely_each_token_was(playground: Playground, server: PagesServer) -> None:
     playground.tab("Completion").click()
     server.engine.answers = [" blue because of light."]
-    playground.complete("The sky is")
+    tokens = playground.complete("The sky is")
     assert server.engine.prompt() == "The sky is"
-    assert server.engine.requests[-1].sampling.num_top_tokens > 0
-    expect(playground.page.get_by_role("tabpanel", name="Completion")).to_contain_text("blue because of light.")
-    playground.first_token().hover()
-    tip = playground.page.get_by_role("tooltip")
-    expect(tip).to_be_visible()
-    expect(tip).to_contain_text(re.compile(r"60[.,]7\s*%"))  # exp(-0.5)
-    expect(tip).to_contain_text(re.compile(r"22[.,]3\s*%"))  # exp(-1.5), an alternative
+    assert server.engine.requests[-1].sampling.num_top_tokens == 5
+    expect(tokens).to_have_text(" blue because of light.")
+    tokens.get_by_role("option").first.hover()
+    card = playground.page.get_by_role("group", name="Alternatives")
+    expect(card).to_contain_text("60.7 %")  # exp(-0.5)
+    expect(card).to_contain_text("22.3 %")  # exp(-1.5), an alternative
+    expect(card.get_by_role("button")).to_have_count(4)
+
+
+def test_the_model_goes_on_behind_another_token(playground: Playground, server: PagesServer) -> None:
+    playground.tab("Completion").click()
+    server.engine.answers = ["abc", "xyz"]
+    tokens = playground.complete("The letters: ")
+    tokens.get_by_role("option").nth(1).hover()
+    other = playground.page.get_by_role("group", name="Alternatives").get_by_role("button").first
+    [name] = re.findall("Go on with (.*), ", other.get_attribute("aria-label") or "")
+    other.click()
+    expect(tokens).to_have_text(f"a{name}xyz")
+    assert server.engine.prompt() == f"The letters: a{name}"
+
+
+def test_the_keyboard_tells_the_tokens_as_well(playground: Playground, server: PagesServer) -> None:
+    playground.tab("Completion").click()
+    server.engine.answers = ["abc"]
+    tokens = playground.complete("The letters: ")
+    tokens.focus()
+    playground.page.keyboard.press("End")
+    expect(tokens.get_by_role("option", selected=True)).to_have_accessible_name(re.compile("^c, 60.7 %$"))
+    playground.page.keyboard.press("Escape")
+    expect(playground.page.get_by_role("group", name="Alternatives")).not_to_be_visible()
+
+
+def test_a_completion_is_stopped(playground: Playground, server: PagesServer) -> None:
+    playground.tab("Completion").click()
+    server.engine.answers = ["a long answer that nobody waits for"]
+    server.engine.allow(3)
+    playground.page.get_by_role("textbox", name="Prompt", exact=True).fill("The sky is")
+    playground.button("Complete").click()
+    playground.stop.click()
+    server.until(lambda: server.engine.num_aborted == 1)
+    expect(playground.button("Complete")).to_be_enabled()
 
 
 def test_the_middle_is_filled_in(playground: Playground, server: PagesServer) -> None:
     playground.tab("Fill in the middle").click()
     server.engine.answers = ["return a"]
-    panel = playground.page.get_by_role("tabpanel", name="Fill in the middle")
-    before, after = panel.get_by_role("textbox").all()[:2]
-    before.fill("def add(a, b):\n    ")
-    after.fill(" + b\n")
-    playground.run()
+    middle = playground.fill_in("def add(a, b):\n    ", " + b\n")
     assert server.engine.prompt() == "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|> + b\n<|fim_middle|>"
-    expect(panel).to_contain_text("return a")
+    expect(middle).to_have_text("return a")
 
 
 # ---- the same from a program ----
 
 
-def ask_by(language: str, program: str, folder: Path, environ: dict[str, str]) -> str:
-    """Run a copied program; what it prints."""
-    suffix, command = {
-        "curl": ("sh", ["sh"]),
-        "Python": ("py", [sys.executable]),
-        "JavaScript": ("mjs", ["node"]),
-    }[language]
-    path = folder / f"request.{suffix}"
-    path.write_text(program)
-    done = subprocess.run(
-        [*command, str(path)], capture_output=True, text=True, timeout=60, env={**os.environ, **environ}, check=False
-    )
+PROGRAMS = {
+    "curl": ("request.sh", ["sh"]),
+    "Python": ("request.py", [sys.executable]),
+    "JavaScript": ("request.mjs", ["node"]),
+}
+
+
+def run_program(language: str, program: str, folder: Path) -> str:
+    """Run what was copied; what it prints."""
+    name, command = PROGRAMS[language]
+    (folder / name).write_text(program)
+    done = subprocess.run([*command, str(folder / name)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -190,21 +219,17 @@ def test_what_is_copied_asks_exactly_the_same(
     playground.setting("stop").fill("it's\n\\n\\n\\n")
     if mode == "Chat":
         playground.system_prompt.fill("Be 'brief'.")
-        playground.page.locator("#examples-of-tools").get_by_role("button").click()
+        playground.put_in_example("tools")
         playground.message.fill(QUESTION)
-    elif mode == "Completion":
-        playground.prompt.fill(QUESTION)
-    else:
-        panel = playground.page.get_by_role("tabpanel", name=mode)
-        for field, text in zip(panel.get_by_role("textbox").all(), (QUESTION, "after"), strict=False):
-            field.fill(text)
-    program = playground.copy_as(language)
-    if mode == "Chat":
+        program = playground.copy_as(language)
         playground.send.click()
         playground.settled()
+    elif mode == "Completion":
+        playground.complete(QUESTION)
+        program = playground.copy_as(language)
     else:
-        playground.run()
-    printed = ask_by(language, program, tmp_path, {})
-    assert "Hello, world!" in printed or "content" in printed
+        playground.fill_in(QUESTION, QUESTION)
+        program = playground.copy_as(language)
+    assert "world" in run_program(language, program, tmp_path)
     ours, theirs = map(without_id, server.engine.requests)
     assert ours == theirs
