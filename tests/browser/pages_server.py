@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -76,19 +75,19 @@ class PagesServer:
         self.stop()
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
-        lines = httpx.get(f"{self.url}/metrics", headers=self._headers, timeout=10).text.splitlines()
-        [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")]
-        return float(value)
+        """The value of a metric without labels, of a server without a key."""
+        return metric(self.url, name)
 
     def info(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(httpx.get(f"{self.url}/info", timeout=10).content)
+        answer: dict[str, Any] = httpx.get(f"{self.url}/info", timeout=10).json()
         return answer
 
-    @property
-    def _headers(self) -> dict[str, str]:
-        api_key = self._config.get("api_key")
-        return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+def metric(url: str, name: str) -> float:
+    """The value of a metric without labels, of the server at `url`."""
+    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")]
+    return float(value)
 
 
 @contextlib.contextmanager
