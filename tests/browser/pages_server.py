@@ -76,18 +76,13 @@ class PagesServer:
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels, of a server without a key."""
-        return metric(self.url, name)
+        lines = httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")]
+        return float(value)
 
     def info(self) -> dict[str, Any]:
         answer: dict[str, Any] = httpx.get(f"{self.url}/info", timeout=10).json()
         return answer
-
-
-def metric(url: str, name: str) -> float:
-    """The value of a metric without labels, of the server at `url`."""
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    [value] = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")]
-    return float(value)
 
 
 @contextlib.contextmanager

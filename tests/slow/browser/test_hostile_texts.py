@@ -92,10 +92,12 @@ def test_conversations_that_somebody_else_has_put_into_the_storage(playground: P
     attack = "".join(hostile.HTML)
     turns = [{"role": "user", "text": attack}, {"role": "assistant", "text": attack, "reasoning": attack, "calls": []}]
     kept = {"id": "1-2", "changed": 1, "turns": turns, "draft": attack, "settings": {"system": attack}}
-    for number, value in enumerate([kept, {"turns": 5}, [], None, {**kept, "id": "3-4", "turns": [{"role": attack}]}]):
+    broken = [{"role": attack}, {"role": "user"}, {"role": "assistant", "text": attack}, {"role": "tool"}, None]
+    others = [{**kept, "id": f"2-{number}", "turns": [turn]} for number, turn in enumerate(broken)]
+    for number, value in enumerate([kept, {"turns": 5}, [], None, *others]):
         pair = [f"pytgi/conversation/{number}", json.dumps(value)]
         playground.page.evaluate("([name, value]) => localStorage.setItem(name, value)", pair)
-    playground.page.evaluate("localStorage.setItem('pytgi/conversation/5', '{')")
+    playground.page.evaluate("localStorage.setItem('pytgi/conversation/x', '{')")
     playground.page.reload()
     expect(playground.send).to_be_visible()
     playground.new_conversation.click()

@@ -8,7 +8,6 @@ from pathlib import Path
 from playwright.sync_api import Browser, expect
 
 from tests.browser.browser import watched_page
-from tests.browser.pages_server import metric
 from tests.browser.playground import Playground
 from tests.e2e.conftest import build_demo_model
 from tests.e2e.launched import launched
@@ -35,10 +34,10 @@ def test_sixty_tokens_are_seen_as_they_come_and_stop_frees_blocks(browser: Brows
         playground.note_growth()
         playground.ask("Count from 1 to 400.")
         page.wait_for_function("window.__growth.length > 5")
-        assert metric(server.url, "pytgi_kv_blocks_used") > 0
+        assert server.metrics()["pytgi_kv_blocks_used"] > 0
         playground.stop.click()
         stopped = time.perf_counter()
-        while metric(server.url, "pytgi_kv_blocks_used") > 0:
+        while server.metrics()["pytgi_kv_blocks_used"] > 0:
             assert time.perf_counter() - stopped < MAX_FREEING_S
             time.sleep(0.02)
         print(f"blocks were free {time.perf_counter() - stopped:.2f} s after stop")
