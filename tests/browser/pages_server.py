@@ -90,8 +90,8 @@ def pages_server(folder: Path, **config: Any) -> Iterator[PagesServer]:
     """A server that has a folder for itself; `config`: more fields of ServerConfig."""
     write_pages_model(folder)
     server = PagesServer(folder, **config)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()
