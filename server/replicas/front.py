@@ -188,9 +188,7 @@ class Front:
         elif request.transport is not None:
             request.transport.abort()
 
-    def _failed(
-        self, request: web.Request, error: GenerationError | OverloadedError | UnhealthyError
-    ) -> web.Response:
+    def _failed(self, request: web.Request, error: GenerationError | OverloadedError | UnhealthyError) -> web.Response:
         status, body = failed_answer(request.path, error, is_strict=self._is_strict)
         return web.Response(status=status, body=body, headers={"content-type": "application/json"})
 

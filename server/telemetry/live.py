@@ -91,10 +91,17 @@ class _Counts:
 class Sampler:
     """Reads the families once a period, and tells what has changed."""
 
-    def __init__(self, metrics: Metrics, read_stats: Callable[[], EngineStats], engine_pid: int | None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        read_stats: Callable[[], EngineStats],
+        engine_pid: int | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """The first period begins now. `engine_pid` is the process of the engine's first rank, if that is known."""
         self._read_stats = read_stats
         self._engine_pid = engine_pid
+        self._clock = clock
         self._metrics = metrics
         requests, steps = metrics.requests, metrics.steps
         self._histograms: dict[str, tuple[Histogram, str]] = {
@@ -103,7 +110,7 @@ class Sampler:
             "prefill_step_s": (steps.duration, "prefill"),
             "decode_step_s": (steps.duration, "decode"),
         }
-        self._window = collections.deque([self._count(read_stats())], WINDOW_PERIODS + 1)
+        self._window = collections.deque([self._count(read_stats())], WINDOW_PERIODS)
 
     def sample(self) -> Figures:
         """The figures of the period that ends now."""
@@ -135,7 +142,8 @@ class Sampler:
         counters = {
             "requests_finished_per_s": requests.success.total,
             "requests_failed_per_s": requests.failure.total,
-            "tokens_per_s": hits.count + hits.total,  # a sequence's step gives the draft's tokens that hit, and one more
+            "tokens_per_s": hits.count
+            + hits.total,  # a sequence's step gives the draft's tokens that hit, and one more
             "prompt_tokens_per_s": requests.input_length.total,
             "prefix_hit_tokens_per_s": stats.num_prefix_hit_tokens,
             "draft_tokens_per_s": stats.num_drafted_tokens,
@@ -144,7 +152,7 @@ class Sampler:
             "steps_per_s": steps.count.total,
         }
         buckets = {name: histogram.counts(label) for name, (histogram, label) in self._histograms.items()}
-        return _Counts(time.perf_counter(), counters, buckets)
+        return _Counts(self._clock(), counters, buckets)
 
 
 def _quantiles(bounds: Sequence[float], before: Sequence[int], now: Sequence[int]) -> Quantiles | None:
