@@ -121,6 +121,10 @@ class Playground:
         expect(self.answers).to_have_count(number + 1)
         return self.answers.nth(number)
 
+    def last_answer(self) -> str:
+        """The text of the last answer as it is now."""
+        return self.answers.last.text_content() or ""
+
     def settled(self) -> None:
         """Wait until no answer is being written."""
         expect(self.send).to_be_enabled()
