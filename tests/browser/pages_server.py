@@ -53,11 +53,19 @@ class PagesServer:
         self.url: str
 
     def start(self) -> None:
-        tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        self.begin()
+        self.become_ready()
+
+    def begin(self) -> None:
+        """Start the HTTP process; its engine is still loading."""
         http = self._stack.enter_context(http_process(self._folder, self._log_path, port=self._port, **self._config))
         self.process, self._port, self.url = http.process, http.port, http.url
-        http.endpoint.send(LIMITS)
-        self.engine = self._stack.enter_context(writing_engine(http.endpoint, tokenizer))
+        self._endpoint = http.endpoint
+
+    def become_ready(self) -> None:
+        tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        self._endpoint.send(LIMITS)
+        self.engine = self._stack.enter_context(writing_engine(self._endpoint, tokenizer))
         self.until(lambda: "Connected" in self._log_path.read_text(), START_TIMEOUT_S)
 
     def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
