@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 
@@ -210,6 +211,29 @@ async def test_no_sample_is_taken_when_the_last_client_has_gone(keyed_url: str, 
         while keyed.state.figures._sharing is not None:
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_does_not_read_is_dropped_and_the_others_go_on(
+    keyed_url: str, keyed: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "PERIOD_S", 0.0005)
+    readers = keyed.state.figures._readers
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", int(keyed_url.rpartition(":")[2])))
+        silent.sendall(f"GET {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer s3cret\r\n\r\n".encode())
+        async with (
+            httpx.AsyncClient(base_url=keyed_url) as client,
+            stream(client, authorization="Bearer s3cret") as lines,
+            asyncio.timeout(10),
+        ):
+            while len(readers) < 2:
+                await read_data(lines)
+            while len(readers) == 2:
+                await read_data(lines)
+            for _ in range(2 * broadcast.MAX_WAITING):
+                await read_data(lines)
+            assert len(readers) == 1
 
 
 async def test_one_reader_too_many_is_told_so(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
