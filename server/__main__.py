@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 
 import uvicorn
 
@@ -40,16 +39,8 @@ LAST_EVENTS_S = 3.0
 class DrainingServer(uvicorn.Server):
     """Logs the readiness line that scripts look for, and ends the requests that outlast the drain."""
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        engine: EngineClient,
-        drain_s: float,
-        ready_line: str,
-        end_dashboards: Callable[[], None],
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float, ready_line: str) -> None:
         super().__init__(config)
-        self._end_dashboards = end_dashboards
         self._engine = engine
         self._drain_s = drain_s
         self._ready_line = ready_line
@@ -60,7 +51,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let nobody in any more, and wait until the running requests have ended or their time is over."""
-        self._end_dashboards()  # they would not end by themselves
+        self._engine.is_stopping = True
         timer = asyncio.get_running_loop().call_later(self._drain_s, self._end_requests)
         try:
             await super().shutdown(sockets)
@@ -127,7 +118,7 @@ async def serve(config: ServerConfig) -> None:
         timeout_graceful_shutdown=math.ceil(drain_s + LAST_EVENTS_S),
     )
     tune_garbage_collection()
-    server = DrainingServer(uvicorn_config, engine, drain_s, config.ready_line, app.state.figures.close)
+    server = DrainingServer(uvicorn_config, engine, drain_s, config.ready_line)
     watcher = asyncio.create_task(_stop_without_engine(engine, server))
     await server.serve(sockets=[_listening(config.listen_fd)])
     watcher.cancel()

@@ -27,7 +27,7 @@ def broadcast_figures(service: GenerationService) -> Broadcast:
 
     async def lines() -> AsyncGenerator[bytes]:
         sampler = Sampler(service.metrics, lambda: service.engine.stats, service.engine.limits.pid)
-        while True:
+        while not service.engine.is_stopping:
             await asyncio.sleep(PERIOD_S)
             yield event(Line({SERVER: sampler.sample()}))
 

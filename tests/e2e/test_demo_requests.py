@@ -43,7 +43,6 @@ def test_the_dashboard_tells_what_a_stream_does(server: LaunchedServer) -> None:
         next(events)
         lines = (line for line in dashboard.iter_lines() if line)
         figures = json.loads(next(lines).removeprefix("data: "))["replicas"]["server"]
-        events.close()
     assert figures["requests_running"] == 1
     assert figures["tokens_per_s"] > 1
     assert 0 < figures["inter_token_s"]["p50"] <= figures["inter_token_s"]["p99"] < 1

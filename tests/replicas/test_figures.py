@@ -1,4 +1,4 @@
-"""The dashboard's stream at the front, without Ray: every replica's figures, its key, replicas that end or are silent."""
+"""The dashboard's stream at the front, without Ray: all figures, the key, replicas that end or are silent."""
 
 from __future__ import annotations
 
