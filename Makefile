@@ -17,7 +17,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install wheel serve test test-fast test-slow ray-test clients soak peers image image-test kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install wheel serve test test-fast test-slow browser ray-test clients soak peers image image-test kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -87,17 +87,27 @@ test-fast: install
 	wait $$first || status=$$?; wait $$second || status=$$?; cat $$logs/*; rm -r $$logs; \
 	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
+# The tests of the pages drive a Chromium that is on PATH. Debian's takes 20 s to install, once and only as root.
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -qq
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if test $$(id -u) = 0 && command -v apt-get >/dev/null; then \
+	echo 'Installing Chromium, which the tests of the pages drive' >&2; \
+	if $(APT_GET) update >&2 && $(APT_GET) install -y --no-install-recommends chromium >/dev/null; then exit 0; fi; fi; \
+	echo 'The tests of the pages need Chromium on PATH: install it as root (Debian: apt-get install --no-install-recommends chromium)' >&2; \
+	exit 1
+
 # Two processes for two cores, of equal length; then what is measured in time, which has the machine for itself.
 # A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
 # the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
 WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids)
-test: install $(VENV)/interpreted
+test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
 	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
 	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
-	$(PY) -m pytest -q $(BESIDE) tests/contract/kernels; } > $$log 2>&1 & beside=$$!; \
+	$(PY) -m pytest -q tests/browser && $(PY) -m pytest -q $(BESIDE) tests/contract/kernels; } > $$log 2>&1 & beside=$$!; \
 	$(PY) -m pytest -q tests/unit tests/contract --ignore=tests/contract/kernels $(WITH_UNIT); status=$$?; \
 	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
 	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(BESIDE) $(WITH_UNIT))
@@ -105,7 +115,7 @@ else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
 
-test-slow: install
+test-slow: install browser
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
 
 # Ray has an environment of its own, which sees .venv's packages: nothing that serves without replicas needs it.
