@@ -20,7 +20,7 @@ def test_the_page_opens_and_says_what_it_is_connected_to(playground: Playground,
     """The watch's faults are a console error, a violation of the policy, a dialog, a foreign origin."""
     expect(playground.page).to_have_title(re.compile("pytgi"))
     expect(playground.server).to_contain_text("org/model")
-    assert {url.split("/")[3].split("?")[0] for url in watch.urls} <= {"", "ui", "info", "health", "openapi.json", "v1"}
+    assert {url.split("/")[3].split("?")[0] for url in watch.urls} <= {"", "ui", "info", "openapi.json", "readyz", "v1"}
 
 
 def test_sixty_tokens_come_one_by_one(playground: Playground, server: PagesServer) -> None:
