@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 NO_BROWSER = (
     "tests of the pages need Chromium on PATH (Debian, as root: apt-get install --no-install-recommends chromium)"
 )
-TIMEOUT_MS = 5_000
+TIMEOUT_MS = 20_000
+"""Much, as tests share two cores with others."""
 SERIOUS = ("serious", "critical")
 
 NOTE_VIOLATIONS = """
@@ -33,6 +34,7 @@ def chromium() -> Iterator[Browser]:
     assert path, NO_BROWSER
     # Its sandbox needs a user who is not root.
     args = ["--no-sandbox"] if os.geteuid() == 0 else []
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=args)
         try:

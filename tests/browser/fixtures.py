@@ -29,6 +29,8 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PagesSer
 def server(shared_server: PagesServer) -> Iterator[PagesServer]:
     """A server whose engine writes as it does by default."""
     yield shared_server
+    shared_server.engine.allow(None)
+    shared_server.until(lambda: shared_server.engine.num_open == 0)
     shared_server.engine.reset()
 
 

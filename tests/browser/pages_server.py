@@ -68,7 +68,7 @@ class PagesServer:
         self.engine = self._stack.enter_context(writing_engine(self._endpoint, tokenizer))
         self.until(lambda: "Connected" in self._log_path.read_text(), START_TIMEOUT_S)
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, self._log_path.read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from playwright.sync_api import Locator, Page, expect
 
+from tests.browser.browser import TIMEOUT_MS
+
 HTML = {"Accept": "text/html"}
 
 NOTE_GROWTH = """(log) => {
@@ -11,6 +13,13 @@ NOTE_GROWTH = """(log) => {
     new MutationObserver(() => window.__growth.push(log.textContent.length))
         .observe(log, {childList: true, subtree: true, characterData: true});
 }"""
+
+SEE = """(answer, [text, timeout]) => new Promise((resolve, reject) => {
+    const look = () => answer.textContent.includes(text) && resolve();
+    new MutationObserver(look).observe(answer, {childList: true, subtree: true, characterData: true});
+    setTimeout(() => reject(new Error(`${text} is not in ${answer.textContent}`)), timeout);
+    look();
+})"""
 
 AUDIT = r"""() => [...document.querySelectorAll("*")].flatMap((element) => {
     const name = element.localName;
@@ -121,9 +130,9 @@ class Playground:
         expect(self.answers).to_have_count(number + 1)
         return self.answers.nth(number)
 
-    def last_answer(self) -> str:
-        """The text of the last answer as it is now."""
-        return self.answers.last.text_content() or ""
+    def see(self, text: str) -> None:
+        """Wait until the last answer has `text`, looking at every change."""
+        self.answers.last.evaluate(SEE, [text, TIMEOUT_MS])
 
     def settled(self) -> None:
         """Wait until no answer is being written."""
