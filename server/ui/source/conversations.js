@@ -24,7 +24,8 @@ function isConversation(one) {
   return typeof one?.id === "string" && Array.isArray(one.turns) && one.turns.every(isTurn);
 }
 
-function isTurn({ role, text, reasoning, calls }) {
+function isTurn(turn) {
+  const { role, text, reasoning, calls } = turn ?? {};
   if (typeof text !== "string" || !["user", "assistant", "tool"].includes(role)) return false;
   return role !== "assistant" || (typeof reasoning === "string" && Array.isArray(calls));
 }

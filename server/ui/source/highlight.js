@@ -38,7 +38,7 @@ const MARKUP = {
   words: new Set(),
 };
 
-const LANGUAGES = {};
+const LANGUAGES = Object.create(null); // a model may name the language “constructor”
 function speak(known, names) {
   for (const name of names.split(" ")) LANGUAGES[name] = known;
 }
