@@ -24,6 +24,7 @@ from server.routes import (
     chat,
     cloud,
     completions,
+    dashboard,
     docs,
     generate,
     health,
@@ -51,11 +52,12 @@ AREAS = (
     health.area,
     docs.area,
     ui.area,
+    dashboard.area,
 )
 """Every route of the server that needs no flag, in the order of the description."""
 AREAS_BESIDE_TGI = (responses.area, anthropic.area)
 """Areas that are not there under --strict-tgi, whose tools have a form of their own."""
-PAGES = (ui.area,)
+PAGES = (ui.area, dashboard.area)
 """Areas of the pages for browsers."""
 
 
@@ -73,6 +75,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
+    app.state.figures = dashboard.broadcast_figures(app.state.service)
     areas = areas_of(config)
     operations = operations_of(areas)
     app.state.openapi = build_openapi(operations, config)

@@ -41,7 +41,7 @@ ROOMS: dict[str, str] = {
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
     "server.requests server.schemas server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
-    "server.operation server.requests server.service server.text server.ui",
+    "server.operation server.requests server.service server.telemetry server.text server.ui",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
