@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.launched import LaunchedServer, free_port, launched, read_streams
+from tests.e2e.launched import START_TIMEOUT_S, LaunchedServer, free_port, launched, read_streams
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -221,9 +221,9 @@ def test_a_log_that_nobody_reads_stops_nothing(tiny_model_dir: Path, tmp_path: P
 
 
 def wait_until_served(port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        with contextlib.suppress(httpx.ConnectError):
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
         assert time.monotonic() < deadline
