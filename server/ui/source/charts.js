@@ -10,6 +10,7 @@ const LEFT = 62;
 const RIGHT = 8;
 const TOP = 10;
 const BOTTOM = 22;
+const MINUTE_S = 60;
 const MAX_GAP_MS = 3000;
 /** Points further apart than this are not joined: the server was away in between. */
 const STEPS = [1, 2, 2.5, 5, 10];
@@ -23,13 +24,14 @@ export class Chart {
     this.pointed = null;
     this.grid = [0, 1, 2].map((third) => this.#gridLine(third));
     this.paths = lines.map((_, index) => svg("path", { class: `line line-${index}` }));
+    this.start = svg("text", { class: "tick", x: LEFT, y: HEIGHT - 6 });
     this.cursor = svg("path", { class: "cursor" });
     this.values = lines.map(() => element("span", { class: "value" }, "–"));
     this.image = svg(
       "svg",
       { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" },
       ...this.grid.flatMap(({ line, label }) => [line, label]),
-      svg("text", { class: "tick", x: LEFT, y: HEIGHT - 6 }, "5 minutes ago"),
+      this.start,
       svg("text", { class: "tick", x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, "now"),
       this.cursor,
       ...this.paths,
@@ -43,6 +45,9 @@ export class Chart {
   /** Draw points, each a `time` in milliseconds and a value or null for each line; the last one is the latest. */
   draw(points) {
     this.points = points;
+    const isShort = points.at(-1).time - points[0].time <= MINUTE_S * 1000;
+    this.span = isShort ? MINUTE_S : SPAN_S;
+    this.start.textContent = isShort ? "1 minute ago" : "5 minutes ago";
     this.top = niceTop(Math.max(0, ...points.flatMap(({ values }) => values)), this.unit);
     this.grid.forEach(({ label }, third) => (label.textContent = written((this.top * third) / 2, this.unit)));
     this.paths.forEach((path, index) => path.setAttribute("d", this.#pathOf(index)));
@@ -70,7 +75,7 @@ export class Chart {
 
   #x(time) {
     const seconds = (this.points.at(-1).time - time) / 1000;
-    return WIDTH - RIGHT - ((WIDTH - LEFT - RIGHT) * seconds) / SPAN_S;
+    return WIDTH - RIGHT - ((WIDTH - LEFT - RIGHT) * seconds) / this.span;
   }
 
   #y(value) {
@@ -111,7 +116,7 @@ export class Chart {
     this.values.forEach((value, index) => (value.textContent = written(shown.values[index], this.unit)));
     setAttribute(this.cursor, "d", this.pointed && `M${this.#x(shown.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}`);
     const parts = this.lines.map(({ label }, index) => `${label} ${written(this.points.at(-1).values[index], this.unit)}`);
-    this.image.setAttribute("aria-label", `${this.title}, the last five minutes. Now: ${parts.join(", ")}.`);
+    this.image.setAttribute("aria-label", `${this.title}, ${this.span === MINUTE_S ? "the last minute" : "the last five minutes"}. Now: ${parts.join(", ")}.`);
   }
 }
 

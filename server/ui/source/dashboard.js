@@ -3,7 +3,7 @@
 import { Chart } from "./charts.js";
 import { byId, element } from "./dom.js";
 import { eventsOf } from "./events.js";
-import { CHARTS, SPAN_S, TILES, combined, valueAt, written } from "./figures.js";
+import { CHARTS, SPAN_S, TILES, combined, tilesOf, valueAt, written } from "./figures.js";
 import { askForKey, authorization, hasKey, keyFields } from "./key.js";
 
 const RETRY_MS = 2000;
@@ -87,10 +87,11 @@ function draw() {
     .map(({ time, all }) => ({ time, figures: combined(all) }));
   byId("combined").hidden = names.length < 2 || chosen !== ALL;
   if (moments.length === 0) return;
-  tiles.forEach(({ value }, index) => (value.textContent = written(TILES[index].read(moments.at(-1).figures), TILES[index].unit)));
+  const told = tilesOf(moments.map(({ figures }) => figures));
+  tiles.forEach(({ value }, index) => (value.textContent = told[index]));
   if (byId("table").hidden) drawCharts(moments);
   else writeTable(moments);
-  writeReplicas(history.at(-1).replicas);
+  writeReplicas(names);
 }
 
 function drawCharts(moments) {
@@ -121,12 +122,13 @@ function offer(names) {
   choice.value = before;
 }
 
-function writeReplicas(replicas) {
+function writeReplicas(names) {
   if (byId("replicas").hidden) return;
   const head = element("tr", {}, element("th", { scope: "col" }, "Replica"), TILES.map(({ label }) => element("th", { scope: "col" }, label)));
-  const body = Object.entries(replicas).map(([name, figures]) =>
-    element("tr", {}, element("th", { scope: "row" }, name), TILES.map(({ read, unit }) => element("td", {}, written(read(figures), unit)))),
-  );
+  const body = names.map((name) => {
+    const moments = history.map(({ replicas }) => replicas[name]).filter(Boolean);
+    return element("tr", {}, element("th", { scope: "row" }, name), tilesOf(moments).map((text) => element("td", {}, text)));
+  });
   byId("replica-table").replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, body)));
 }
 

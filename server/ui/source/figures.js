@@ -1,6 +1,8 @@
 // The figures that the server streams: which there are, how they are written, and what several replicas make together.
 
 export const SPAN_S = 300;
+const RECENT = 10;
+/** Moments that make up a part of tokens: in one second there may be none. */
 
 /** Title, unit, and for each line its label and its place in a replica's figures. */
 export const CHARTS = [
@@ -20,7 +22,7 @@ export const CHARTS = [
     ["requests failed", "requests_failed_per_s"], ["preemptions", "preemptions_per_s"]),
 ];
 
-/** What stands at the top of the page: label, unit, and what is made of a replica's figures. */
+/** What stands at the top of the page: label, unit, and what is made of a replica's figures and of its recent ones. */
 export const TILES = [
   tile("Running", "number", (figures) => figures.requests_running),
   tile("Waiting", "number", (figures) => figures.requests_waiting),
@@ -30,10 +32,16 @@ export const TILES = [
   tile("Decode step, median", "seconds", (figures) => valueAt(figures, "decode_step_s.p50")),
   tile("Steps per second", "number", (figures) => figures.steps_per_s),
   tile("KV cache in use", "part", (figures) => part(figures.kv_tokens_used, figures.kv_tokens_total)),
-  tile("Prompt found in cache", "part", (figures) => part(figures.prefix_hit_tokens_per_s, figures.prompt_tokens_per_s)),
-  tile("Guesses accepted", "part", (figures) => part(figures.draft_tokens_accepted_per_s, figures.draft_tokens_per_s)),
+  tile("Prompt found in cache", "part", (_, recent) => part(recent.prefix_hit_tokens_per_s, recent.prompt_tokens_per_s)),
+  tile("Guesses accepted", "part", (_, recent) => part(recent.draft_tokens_accepted_per_s, recent.draft_tokens_per_s)),
   tile("Memory", "bytes", (figures) => sum([figures.server_memory_bytes, figures.engine_memory_bytes])),
 ];
+
+/** What the tiles show, written, of the figures of some moments in a row; the last moment is the latest. */
+export function tilesOf(moments) {
+  const recent = combined(moments.slice(-RECENT));
+  return TILES.map(({ unit, read }) => written(read(moments.at(-1), recent), unit));
+}
 
 function chart(title, unit, ...lines) {
   return { title, unit, lines: lines.map(([label, place]) => ({ label, place })) };
@@ -52,7 +60,7 @@ export function valueAt(figures, place) {
   return place.split(".").reduce((value, name) => value?.[name] ?? null, figures);
 }
 
-/** The figures of several replicas as those of one: sums, and of times those of the slowest. */
+/** Several figures as one: sums, and of times those of the slowest. */
 export function combined(all) {
   if (all.length === 1) return all[0];
   const names = Object.keys(all[0] ?? {});
