@@ -9,6 +9,8 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.exit_codes import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE
@@ -93,7 +95,7 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
     endpoint = EngineEndpoint(socket.socket(fileno=config.socket_fd))
     core, ready = start_engine(config, ranks)
     ignore_signals()
-    endpoint.send(ready)
+    endpoint.send(msgspec.structs.replace(ready, pid=os.getpid()))
     if ranks is None:
         core.serve(endpoint)
     try:

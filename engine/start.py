@@ -14,7 +14,7 @@ import torch
 
 from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore
+from engine.core import AdapterFiles, EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import StepMeter, max_measured_running, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, MAX_GRAPH_ROWS, GraphLimits
@@ -69,9 +69,10 @@ def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[Engi
     costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
-    core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
-    if prepared.loaded.adapters is not None:
-        core.adapter_files = prepared.loaded.adapters if ranks is None else SharedAdapters(prepared.runner, ranks)
+    adapter_files: AdapterFiles | None = prepared.loaded.adapters
+    if adapter_files is not None and ranks is not None:
+        adapter_files = SharedAdapters(prepared.runner, ranks)
+    core = _make_core(prepared, runner, sample, grammars, step_limit, costs, adapter_files)
     _compile_variants(prepared, core)
     if ranks is not None:
         ranks.start_serving()
@@ -256,6 +257,7 @@ def _make_core(
     grammars: Grammars,
     step_limit: StepLimit,
     costs: StepCosts | None,
+    adapter_files: AdapterFiles | None,
 ) -> EngineCore:
     config, device, plan = prepared.config, prepared.device, prepared.plan
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
@@ -286,6 +288,7 @@ def _make_core(
         grammars,
         step_limit,
         costs or UnusedCosts(),
+        adapter_files,
         is_overlapped=not prepared.why_not_overlap,
     )
 

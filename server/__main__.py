@@ -51,6 +51,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let nobody in any more, and wait until the running requests have ended or their time is over."""
+        self._engine.is_stopping = True
         timer = asyncio.get_running_loop().call_later(self._drain_s, self._end_requests)
         try:
             await super().shutdown(sockets)

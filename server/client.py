@@ -65,6 +65,9 @@ class Inbox:
 class EngineClient:
     """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
 
+    is_stopping = False
+    """Whether the server lets nobody in any more: a stream that would have no end ends now."""
+
     def __init__(self, sock: socket.socket, hung_silence_s: float = 20.0) -> None:
         """An engine that is silent for `hung_silence_s` counts as hung."""
         sock.setblocking(False)

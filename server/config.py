@@ -62,6 +62,7 @@ class ServerConfig:
     """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
+    is_ui_disabled: bool = False
     ready_line: str = READY_LINE
     """What the log says once the server answers."""
     predict_route: str | None = None
@@ -85,6 +86,11 @@ class ServerConfig:
     def model_names(self) -> tuple[str, ...]:
         """Names of the model, the one first that answers have where a request names none."""
         return self.served_model_names or (self.model_id,)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether browsers get pages; TGI has none."""
+        return not (self.is_ui_disabled or self.is_strict_tgi)
 
     @property
     def max_prompts(self) -> int:

@@ -187,6 +187,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_batch_total_tokens: int
     vocab_size: int
     """Token ids are below this; the HTTP process refuses to start with a tokenizer that has more tokens."""
+    pid: int | None = None
+    """The process of the engine's first rank, whose memory the dashboard shows; None: unknown."""
 
 
 class StepReport(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -40,18 +40,26 @@ class HttpProcess:
 
 @contextlib.contextmanager
 def http_process(
-    model: Path, log_path: Path, *, send_buffer: int | None = None, max_descriptors: int | None = None, **config: Any
+    model: Path,
+    log_path: Path,
+    *,
+    port: int = 0,
+    send_buffer: int | None = None,
+    max_descriptors: int | None = None,
+    **config: Any,
 ) -> Iterator[HttpProcess]:
-    """`config`: more fields of ServerConfig; `send_buffer`: what the kernel keeps for a client that does not read, in
-    bytes; `max_descriptors`: `ulimit -n` of the process. At the end of the block the process is gone.
+    """`config`: more fields of ServerConfig; `port`: 0 is a free one; `send_buffer`: what the kernel keeps for a client
+    that does not read, in bytes; `max_descriptors`: `ulimit -n` of the process. At the end of the block the process is
+    gone.
     """
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs, log_path.open("wb") as log:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         fds: dict[str, Any] = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
-        settings = ServerConfig(model_id="org/model", model_path=str(model), **fds, **config)
+        settings = ServerConfig(**{"model_id": "org/model", "model_path": str(model), **fds, **config})
         process = psutil.Popen(
             [sys.executable, "-P", "-m", "server"],
             stdin=subprocess.PIPE,

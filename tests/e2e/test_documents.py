@@ -110,8 +110,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     link_all((path for path in ROOT.iterdir() if not (path / "__init__.py").is_file()), folder)
     (folder / ".venv").unlink(missing_ok=True)
     link_all(Path(sys.prefix).iterdir(), folder / ".venv")
-    (folder / ".venv" / "installed").unlink(missing_ok=True)
-    (folder / ".venv" / "installed").touch()  # newer than all that make compares it with: nothing is installed here
+    for name in ("installed", "compiled"):  # newer than all that make compares them with: nothing is installed here
+        (folder / ".venv" / name).unlink(missing_ok=True)
+        (folder / ".venv" / name).touch()
     write_tiny_qwen2(folder / "my-model", max_position_embeddings=32768, hidden_size=128, intermediate_size=256)
     (folder / "my.txt").write_text((ROOT / "LICENSE").read_text() * 3)
     write_tiny_gptq(folder / "my-gptq-model", max_position_embeddings=32768)

@@ -106,11 +106,14 @@ def test_closed_standard_input_is_no_obstacle(tiny_model_dir: Path, tmp_path: Pa
 
 
 def test_sigterm_lets_a_running_stream_end_and_exits_with_0(server: LaunchedServer) -> None:
-    events = server.stream("hello", max_new_tokens=400, details=True)
-    next(events)
-    server.process.send_signal(signal.SIGTERM)
-    *_, last = events
-    assert last["details"]["generated_tokens"] == 400
+    """An open dashboard, whose stream has no end, does not hold that up."""
+    with httpx.stream("GET", f"{server.url}/dashboard/events", timeout=60) as dashboard:
+        events = server.stream("hello", max_new_tokens=400, details=True)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last = events
+        assert last["details"]["generated_tokens"] == 400
+        dashboard.read()
     assert server.wait_for_end() == 0
 
 

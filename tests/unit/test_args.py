@@ -757,7 +757,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
+    ours = """device disable-overlap disable-ui strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
         served-model-name speculative-decoding max-logit-bias generation-config
         max-loras max-lora-rank allow-runtime-lora-updating reasoning-parser target-inter-token-latency"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])

@@ -30,7 +30,8 @@ ROOMS: dict[str, str] = {
     "server.telemetry": "engine.link server.errors server.operation",
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
-    "server.edge": "server.errors server.operation",
+    "server.ui": "",
+    "server.edge": "server.errors server.operation server.ui",
     "server.schemas": "",
     "server.requests": "engine.link server.config server.errors server.piped_process server.schemas server.text",
     "server.chat": "server.errors server.piped_process server.requests server.text",
@@ -40,7 +41,7 @@ ROOMS: dict[str, str] = {
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
     "server.requests server.schemas server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
-    "server.operation server.requests server.service server.text",
+    "server.operation server.requests server.service server.telemetry server.text server.ui",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
@@ -117,6 +118,7 @@ STANDARD_LIBRARY_ONLY = {
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "server.schemas": "server.schemas",
+    "server.ui": "server.ui",
     "engine.link.config": "",
     "engine.link.encoding": "",
     "engine.link.environment": "engine.link.errors",
