@@ -10,6 +10,10 @@ ARGS ?=
 PYTEST_ARGS ?=
 MINUTES ?= 480
 
+# What a process compiles of our modules the next one finds, also where the environment bids Python write nothing:
+# a server is three processes, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The pinned CPU build unless the host has an NVIDIA driver; TORCH_SPEC= chooses another one.
 ifeq ($(wildcard /dev/nvidiactl),)
 TORCH_SPEC ?= torch==2.13.0
@@ -17,7 +21,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install wheel serve test test-fast test-slow ray-test clients soak peers image image-test kernels-aot gpu-proof check configuration format demo-model demo-model-small lock clean
+.PHONY: help install wheel serve test test-fast test-slow browser ray-test clients soak peers image image-test kernels-aot gpu-proof check check-types check-house configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -50,11 +54,15 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	@echo 'Installing $(TORCH_SPEC) and what pytgi needs into $(VENV)' >&2
 	@$(PIP) install -c $(VENV)/constraints.txt '$(TORCH_SPEC)' >&2
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]' >&2
+	@touch $@
+
+# Beside the checks, which do without (`.ci/run`).
+$(VENV)/compiled: $(VENV)/installed
 	@echo 'Compiling the CPU kernels' >&2
 	@$(PY) -m engine.compile >&2
 	@touch $@
 
-install: $(VENV)/installed
+install: $(VENV)/compiled
 
 # 290 MB that only the proofs of the GPU's kernels need: `make serve` does without.
 $(VENV)/interpreted: $(VENV)/installed
@@ -77,35 +85,44 @@ demo-model: install
 demo-model-small: install
 	@$(PY) scripts/demo_model.py --small
 
-# Three processes for two cores: tests of the server wait for its processes and clocks a third of their time. What two of
-# them print comes when all have ended.
+# Three commands beside each other, for two cores: whoever starts a server, or measures a clock, waits much of its time.
+# What the second and the third print comes when all have ended. Then status is 0, or that of one that failed.
+beside = logs=$$(mktemp -d); { $(2); } > $$logs/2 2>&1 & second=$$!; { $(3); } > $$logs/3 2>&1 & third=$$!; $(1); status=$$?; \
+	wait $$second || status=$$?; wait $$third || status=$$?; cat $$logs/2 $$logs/3; rm -r $$logs
+TEST := $(PY) -m pytest -q
+
 test-fast: install
-	@started=$$(date +%s); logs=$$(mktemp -d); \
-	$(PY) -m pytest -q tests/unit/server/test_[a-o]*.py $(PYTEST_ARGS) > $$logs/1 2>&1 & first=$$!; \
-	$(PY) -m pytest -q tests/unit/server/test_[p-z]*.py $(PYTEST_ARGS) > $$logs/2 2>&1 & second=$$!; \
-	$(PY) -m pytest -q tests/unit --ignore tests/unit/server $(PYTEST_ARGS); status=$$?; \
-	wait $$first || status=$$?; wait $$second || status=$$?; cat $$logs/*; rm -r $$logs; \
+	@started=$$(date +%s); $(call beside,$(TEST) tests/unit --ignore tests/unit/server $(PYTEST_ARGS),\
+	$(TEST) tests/unit/server/test_[a-o]*.py $(PYTEST_ARGS),$(TEST) tests/unit/server/test_[p-z]*.py $(PYTEST_ARGS)); \
 	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
-# Two processes for two cores, of equal length; then what is measured in time, which has the machine for itself.
-# A shell ignores SIGINT for what it lets run beside itself: tests of it are not among those. With PYTEST_ARGS only
-# the tests that they choose.
+# The tests of the pages drive a Chromium that is on PATH. Debian's takes 20 s to install, once and only as root.
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -qq
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if test $$(id -u) = 0 && command -v apt-get >/dev/null; then \
+	echo 'Installing Chromium, which the tests of the pages drive' >&2; \
+	if $(APT_GET) update >&2 && $(APT_GET) install -y --no-install-recommends chromium >/dev/null; then exit 0; fi; fi; \
+	echo 'The tests of the pages need Chromium on PATH: install it as root (Debian: apt-get install --no-install-recommends chromium)' >&2; \
+	exit 1
+
+# First all that measures no time, in three commands of equal length; then what does, with the machine for itself. With
+# PYTEST_ARGS only the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
-BESIDE := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
-WITH_UNIT := $(call e2e,llm platforms reference_ids rope_ids)
-test: install $(VENV)/interpreted
+TIMED := $(call e2e,abuse canary overload soak)
+WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
+test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
-	@log=$$(mktemp); { $(PY) -m pytest -q tests/interpreted && \
-	$(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
-	$(PY) -m pytest -q $(BESIDE) tests/contract/kernels; } > $$log 2>&1 & beside=$$!; \
-	$(PY) -m pytest -q tests/unit tests/contract --ignore=tests/contract/kernels $(WITH_UNIT); status=$$?; \
-	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
-	@$(PY) -m pytest -q tests/e2e $(addprefix --ignore=,$(BESIDE) $(WITH_UNIT))
+	@$(call beside,$(TEST) tests/unit tests/contract --ignore=tests/contract/kernels,\
+	$(TEST) tests/interpreted && $(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
+	$(TEST) tests/contract/kernels $(WITH_KERNELS),\
+	$(TEST) tests/e2e $(addprefix --ignore=,$(TIMED) $(WITH_KERNELS))); exit $$status
+	@$(TEST) $(TIMED) tests/browser
 else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
 
-test-slow: install
+test-slow: install browser
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
 
 # Ray has an environment of its own, which sees .venv's packages: nothing that serves without replicas needs it.
@@ -116,7 +133,7 @@ $(RAY)/installed: $(VENV)/installed
 	@$(RAY)/bin/python -m pip --disable-pip-version-check install -c $(VENV)/constraints.txt "$$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])')" >&2
 	@touch $@
 
-ray-test: $(RAY)/installed
+ray-test: install $(RAY)/installed
 	@PYTHONPATH="$(CURDIR)" $(RAY)/bin/python -m pytest -W ignore::DeprecationWarning tests/replicas $(PYTEST_ARGS)
 
 # What CI does without: 3 GB of environments in ~/.cache/pytgi.
@@ -151,13 +168,17 @@ image:
 image-test: install
 	@$(PY) -m pytest -q -s tests/image $(PYTEST_ARGS)
 
-check: install
-	@$(PY) -m ruff format --check .
-	@$(PY) -m ruff check .
+check: check-house check-types
+
+check-types: $(VENV)/installed
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py scripts/kernels_aot.py scripts/image/health.py
 	@$(PY) -m mypy benchmarks/*.py benchmarks/peers/*.py benchmarks/gpu_proof/*.py benchmarks/soak/*.py benchmarks/soak/probe/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
+
+check-house: $(VENV)/installed
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
 	@$(PY) scripts/configuration.py --check
 	@$(PY) benchmarks/gpu_results.py --check
 	@$(PY) -m pytest -q tests/unit/test_imports.py tests/unit/test_house.py

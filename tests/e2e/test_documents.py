@@ -37,6 +37,8 @@ HOST_NETWORK = "docker run --gpus all --shm-size 1g --network host -v $PWD/data:
 TORCHRUN = "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.77.0.1 --master-port 29500 \\"
 NOT_RUN = {
     ("README.md", "make test"): "runs all tests, this one too",
+    ("README.md", "pytgi chat http://localhost:8080"): "test_terminal.py types into it",
+    ("docs/terminal.md", "pytgi chat http://localhost:8080"): "as above",
     ("README.md", "pip install dist/pytgi-*.whl"): "tests/slow/test_wheel.py installs it and serves",
     ("README.md", MAKE_IMAGE): "no Docker engine here; make image-test builds the same target",
     (
@@ -108,8 +110,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     link_all((path for path in ROOT.iterdir() if not (path / "__init__.py").is_file()), folder)
     (folder / ".venv").unlink(missing_ok=True)
     link_all(Path(sys.prefix).iterdir(), folder / ".venv")
-    (folder / ".venv" / "installed").unlink(missing_ok=True)
-    (folder / ".venv" / "installed").touch()  # newer than all that make compares it with: nothing is installed here
+    for name in ("installed", "compiled"):  # newer than all that make compares them with: nothing is installed here
+        (folder / ".venv" / name).unlink(missing_ok=True)
+        (folder / ".venv" / name).touch()
     write_tiny_qwen2(folder / "my-model", max_position_embeddings=32768, hidden_size=128, intermediate_size=256)
     (folder / "my.txt").write_text((ROOT / "LICENSE").read_text() * 3)
     write_tiny_gptq(folder / "my-gptq-model", max_position_embeddings=32768)

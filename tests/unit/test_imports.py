@@ -31,7 +31,7 @@ ROOMS: dict[str, str] = {
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
     "server.ui": "",
-    "server.edge": "server.errors server.operation server.ui",
+    "server.edge": "engine.link server.errors server.operation server.ui",
     "server.schemas": "",
     "server.requests": "engine.link server.config server.errors server.piped_process server.schemas server.text",
     "server.chat": "server.errors server.piped_process server.requests server.text",
@@ -47,6 +47,7 @@ ROOMS: dict[str, str] = {
     "server.routes server.service server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
     "server.bench": "engine.link",
+    "server.terminal": "engine.link server.bench",
     "server.replicas": "engine.link server.answers server.errors server.launcher",
     # engine
     "engine.link": "",
@@ -94,7 +95,7 @@ ROOMS: dict[str, str] = {
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
     # the others are flat
-    "pytgi": "server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi": "server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -112,7 +113,7 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "pytgi.commands": "pytgi server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi.commands": "pytgi server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
@@ -123,7 +124,8 @@ STANDARD_LIBRARY_ONLY = {
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "engine.link.repeats",
+    "engine.link.logs": "engine.link.progress engine.link.repeats",
+    "engine.link.progress": "",
     "engine.link.repeats": "",
     "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",

@@ -26,7 +26,10 @@ export class Chat {
     this._views = [];
     this._frame = null;
     this.conversation = null;
-    const whenIdle = (act) => (...words) => this.isRunning || act(...words);
+    const whenIdle =
+      (act) =>
+      (...words) =>
+        this.isRunning || act(...words);
     this._actions = {
       edit: (turn, text) => this._edit(turn, text),
       regenerate: whenIdle((turn) => this._runFrom(this._place(turn))),
@@ -179,7 +182,17 @@ export class Chat {
 }
 
 function newTurn(isJson) {
-  return { role: "assistant", text: "", reasoning: "", calls: [], isJson, error: null, note: null, finish: null, stats: null };
+  return {
+    role: "assistant",
+    text: "",
+    reasoning: "",
+    calls: [],
+    isJson,
+    error: null,
+    note: null,
+    finish: null,
+    stats: null,
+  };
 }
 
 /** Add what an event brings to the turn. A call's id and name come first, its arguments part by part. */

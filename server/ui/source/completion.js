@@ -32,9 +32,19 @@ export class Completion {
     this._failure = element("div", { class: "failure", role: "alert", hidden: true });
     const fields = [this._prompt, this._suffix].filter((field) => field !== null);
     panel.append(
-      element("div", { class: "texts" }, fields.map((field) => field.parentElement)),
+      element(
+        "div",
+        { class: "texts" },
+        fields.map((field) => field.parentElement),
+      ),
       element("div", { class: "acts" }, this._act, this._stop, this._take, this._alternatives.parentElement),
-      element("section", { class: "result", "aria-label": words.result }, this._view.element, this._failure, this._facts),
+      element(
+        "section",
+        { class: "result", "aria-label": words.result },
+        this._view.element,
+        this._failure,
+        this._facts,
+      ),
     );
     panel.addEventListener("input", () => this._keep());
     for (const field of fields) field.addEventListener("keydown", (event) => this._onKey(event));
@@ -91,7 +101,9 @@ export class Completion {
 
   async _follow(request) {
     try {
-      const { error } = await this._run.follow(request, (choice) => tokensOf(choice).forEach((token) => this._view.add(token)));
+      const { error } = await this._run.follow(request, (choice) =>
+        tokensOf(choice).forEach((token) => this._view.add(token)),
+      );
       this._show(error);
       if (error !== null) this._onFailure(error);
     } finally {
@@ -102,7 +114,9 @@ export class Completion {
 
   _show(error) {
     this._failure.hidden = error === null;
-    this._failure.replaceChildren(...(error === null ? [] : [error.message, button("Try again", () => this.run(), { class: "small" })]));
+    this._failure.replaceChildren(
+      ...(error === null ? [] : [error.message, button("Try again", () => this.run(), { class: "small" })]),
+    );
     this._facts.textContent = this._run.stats.totalMs === undefined ? "" : factsOf(this._run.stats).join(" · ");
     this._showButtons();
   }

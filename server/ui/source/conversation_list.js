@@ -31,9 +31,15 @@ export class ConversationList {
     const title = titleOf(conversation);
     const attributes = { class: "bare title", "aria-current": isOpen ? "true" : null };
     const opener = button(title, () => this._open(conversation), attributes);
-    if (this._isRunningIn(conversation)) opener.append(element("span", { class: "dot" }), element("span", { class: "for-readers" }, "is being written"));
+    if (this._isRunningIn(conversation)) {
+      opener.prepend(element("span", { class: "dot" }), element("span", { class: "for-readers" }, "Being written: "));
+    }
     const label = `Delete ${title}`;
-    const remover = button("×", () => this._forget(conversation), { class: "bare small remove", "aria-label": label, title: label });
+    const remover = button("×", () => this._forget(conversation), {
+      class: "bare small remove",
+      "aria-label": label,
+      title: label,
+    });
     return element("li", {}, opener, remover);
   }
 }

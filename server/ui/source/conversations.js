@@ -12,12 +12,21 @@ const MAX_TITLE = 60;
  * `{role: "tool", id, name, text}`.
  */
 export function newConversation(settings) {
-  return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), changed: Date.now(), turns: [], draft: "", settings };
+  return {
+    id: crypto.getRandomValues(new Uint32Array(2)).join("-"),
+    changed: Date.now(),
+    turns: [],
+    draft: "",
+    settings,
+  };
 }
 
 /** All of them, the one that changed last first. What is not ours or damaged is left out. */
 export function allConversations() {
-  return names(PLACE).map(load).filter(isConversation).sort((one, other) => other.changed - one.changed);
+  return names(PLACE)
+    .map(load)
+    .filter(isConversation)
+    .sort((one, other) => other.changed - one.changed);
 }
 
 function isConversation(one) {
@@ -27,7 +36,10 @@ function isConversation(one) {
 function isTurn(turn) {
   const { role, text, reasoning, calls } = turn ?? {};
   if (typeof text !== "string" || !["user", "assistant", "tool"].includes(role)) return false;
-  return role !== "assistant" || (typeof reasoning === "string" && Array.isArray(calls));
+  if (role !== "assistant") return true;
+  return (
+    typeof reasoning === "string" && Array.isArray(calls) && calls.every((call) => typeof call?.arguments === "string")
+  );
 }
 
 /** Keep a conversation. Returns whether the browser took it. */

@@ -68,7 +68,8 @@ export class ParameterField {
 
   _makeControl(id, { kind, step }) {
     if (kind === "box") return element("input", { id, type: "checkbox" });
-    if (kind === "lines" || kind === "object") return element("textarea", { id, rows: "2", spellcheck: "false", class: "code" });
+    if (kind === "lines" || kind === "object")
+      return element("textarea", { id, rows: "2", spellcheck: "false", class: "code" });
     if (kind === "number" || kind === "integer") {
       return element("input", { id, type: "number", step: step ?? 1, placeholder: "default", inputmode: "decimal" });
     }
@@ -99,7 +100,9 @@ export class ParameterField {
   }
 
   get _fallback() {
-    return this._limit.fallback ?? ["skip_special_tokens", "parallel_tool_calls", "include_reasoning"].includes(this.name);
+    return (
+      this._limit.fallback ?? ["skip_special_tokens", "parallel_tool_calls", "include_reasoning"].includes(this.name)
+    );
   }
 
   /** The value for a request, or undefined. Raises FieldError. */

@@ -28,13 +28,18 @@ function family(words, comment, strings, flags = "g") {
 }
 
 const C = family(C_WORDS, SLASHES, [DOUBLE, SINGLE, BACKTICK].join("|"));
-const PYTHON = family(PYTHON_WORDS, "#[^\\n]*", [`"""[\\s\\S]*?(?:"""|$)`, `'''[\\s\\S]*?(?:'''|$)`, DOUBLE, SINGLE].join("|"));
+const PYTHON = family(
+  PYTHON_WORDS,
+  "#[^\\n]*",
+  [`"""[\\s\\S]*?(?:"""|$)`, `'''[\\s\\S]*?(?:'''|$)`, DOUBLE, SINGLE].join("|"),
+);
 const SHELL = family(SHELL_WORDS, "(?<![\\w$&])#[^\\n]*", `"(?:\\\\.|[^"\\\\])*"?|'[^']*'?`);
 const RUBY = family(RUBY_WORDS, "#[^\\n]*", `${DOUBLE}|${SINGLE}`);
 const SQL = family(SQL_WORDS, "--[^\\n]*", `${DOUBLE}|${SINGLE}`);
 const JSON_TEXT = family("true false null", "\\/\\/[^\\n]*", DOUBLE);
 const MARKUP = {
-  pattern: /(?<comment><!--[\s\S]*?(?:-->|$))|(?<keyword><\/?[\w:-]+|\/?>)|(?<string>"[^"]*"|'[^']*')|(?<name>(?<![\w:-])[\w:-]+(?==))/g,
+  pattern:
+    /(?<comment><!--[\s\S]*?(?:-->|$))|(?<keyword><\/?[\w:-]+|\/?>)|(?<string>"[^"]*"|'[^']*')|(?<name>(?<![\w:-])[\w:-]+(?==))/g,
   words: new Set(),
 };
 
@@ -42,7 +47,10 @@ const LANGUAGES = Object.create(null); // a model may name the language “const
 function speak(known, names) {
   for (const name of names.split(" ")) LANGUAGES[name] = known;
 }
-speak(C, "js javascript jsx ts typescript tsx mjs java c h cpp c++ cc cs csharp go golang rust rs swift kotlin kt php dart");
+speak(
+  C,
+  "js javascript jsx ts typescript tsx mjs java c h cpp c++ cc cs csharp go golang rust rs swift kotlin kt php dart",
+);
 speak(C, "scala css scss less proto");
 speak(PYTHON, "py python python3 pycon");
 speak(SHELL, "sh bash shell zsh console yaml yml toml ini dockerfile makefile");

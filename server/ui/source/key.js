@@ -19,7 +19,13 @@ export function hasKey() {
 export function keyFields(onChange = () => {}) {
   const isRemembered = key !== "";
   // Not a password field, whose content browsers offer to keep; the style hides it.
-  const field = element("input", { id: "api-key", type: "text", class: "secret", autocomplete: "off", spellcheck: "false" });
+  const field = element("input", {
+    id: "api-key",
+    type: "text",
+    class: "secret",
+    autocomplete: "off",
+    spellcheck: "false",
+  });
   const box = element("input", { id: "remember-key", type: "checkbox", checked: isRemembered });
   field.value = key;
   const keep = () => {

@@ -21,7 +21,7 @@ export function blocksOf(text) {
 
 function readBlocks(lines, depth) {
   const blocks = [];
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     if (BLANK.test(lines[at])) {
       at += 1;
       continue;
@@ -62,17 +62,33 @@ function readMath(lines, at) {
   const closing = mark === "$$" ? "$$" : "\\]";
   const isClosed = lines[at].indexOf(closing, lines[at].indexOf(mark) + 2) > 0;
   const end = isClosed ? at : lineAfter(lines, at + 1, (line) => line.includes(closing) || BLANK.test(line));
-  return [{ type: "math", text: lines.slice(at, end + 1).join("\n").trim() }, Math.min(end + 1, lines.length)];
+  return [
+    {
+      type: "math",
+      text: lines
+        .slice(at, end + 1)
+        .join("\n")
+        .trim(),
+    },
+    Math.min(end + 1, lines.length),
+  ];
 }
 
 function readHeading(lines, at) {
   const [, marks, text = ""] = HEADING.exec(lines[at]);
-  const words = text.trim().replace(/(?:^|[ \t])#+$/, "").trimEnd();
+  const words = text
+    .trim()
+    .replace(/(?:^|[ \t])#+$/, "")
+    .trimEnd();
   return [{ type: "heading", level: marks.length, children: inlineOf(words) }, at + 1];
 }
 
 function readQuote(lines, at, depth) {
-  const end = lineAfter(lines, at, (line, place) => !QUOTE.test(line) && (BLANK.test(line) || beginsBlock(lines, place)));
+  const end = lineAfter(
+    lines,
+    at,
+    (line, place) => !QUOTE.test(line) && (BLANK.test(line) || beginsBlock(lines, place)),
+  );
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
   return [{ type: "quote", children: readBlocks(inner, depth + 1) }, end];
 }
@@ -94,7 +110,12 @@ function readList(lines, at, depth) {
     const first = end;
     end = endOfItem(lines, first, match[1].length + 2);
     const inner = [lines[first].slice(match[0].length), ...lines.slice(first + 1, end)];
-    items.push(readBlocks(inner.map((line, place) => (place ? withoutIndent(line, width) : line)), depth + 1));
+    items.push(
+      readBlocks(
+        inner.map((line, place) => (place ? withoutIndent(line, width) : line)),
+        depth + 1,
+      ),
+    );
     const next = lineAfter(lines, end, (line) => !BLANK.test(line));
     if (next < lines.length && ITEM.test(lines[next])) end = next;
   }
@@ -129,13 +150,19 @@ function readTable(lines, at) {
 }
 
 function cellsOf(line) {
-  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  const inner = line
+    .trim()
+    .replace(/^\|/, "")
+    .replace(/(?<!\\)\|$/, "");
   return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
 }
 
 function readParagraph(lines, at) {
   const end = lineAfter(lines, at + 1, (line, place) => BLANK.test(line) || beginsBlock(lines, place));
-  const text = lines.slice(at, end).map((line) => line.trimStart()).join("\n");
+  const text = lines
+    .slice(at, end)
+    .map((line) => line.trimStart())
+    .join("\n");
   return [{ type: "paragraph", children: inlineOf(text.trimEnd()) }, end];
 }
 

@@ -20,7 +20,10 @@ export function showMarkdown(container, text) {
     else container.append(made);
   }
   while (container.children.length > blocks.length) container.lastElementChild.remove();
-  shownSources.set(container, blocks.map((block) => block.source));
+  shownSources.set(
+    container,
+    blocks.map((block) => block.source),
+  );
 }
 
 function blockElement(block) {
@@ -63,7 +66,11 @@ function tableElement({ alignments, head, rows }) {
       "table",
       {},
       element("thead", {}, element("tr", {}, cells("th", head))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, cells("td", row)))),
+      element(
+        "tbody",
+        {},
+        rows.map((row) => element("tr", {}, cells("td", row))),
+      ),
     ),
   );
 }
@@ -74,14 +81,21 @@ export function codeBlock(text, language) {
   return element(
     "figure",
     { class: "code-block", "aria-label": `Code, ${name}` },
-    element("figcaption", {}, element("span", {}, name), copyButton("Copy code", () => text)),
+    element(
+      "figcaption",
+      {},
+      element("span", {}, name),
+      copyButton("Copy code", () => text),
+    ),
     element("pre", { tabindex: "0" }, element("code", {}, codeNodes(text, language))),
   );
 }
 
 /** Elements and texts for code. */
 export function codeNodes(text, language) {
-  return partsOf(text, language).map(([kind, part]) => (kind === null ? part : element("span", { class: `is-${kind}` }, part)));
+  return partsOf(text, language).map(([kind, part]) =>
+    kind === null ? part : element("span", { class: `is-${kind}` }, part),
+  );
 }
 
 function inlineNodes(nodes) {

@@ -36,8 +36,20 @@ export const READERS = {
   number: (text) => numberOf(text),
   integer: (text) => numberOf(text),
   text: (text) => text.trim() || undefined,
-  lines: (text) => filled(text.split("\n").filter((line) => line !== "").map(withoutEscapes)),
-  integers: (text) => filled(text.split(/[\s,]+/).filter((id) => id !== "").map(integerOf)),
+  lines: (text) =>
+    filled(
+      text
+        .split("\n")
+        .filter((line) => line !== "")
+        .map(withoutEscapes),
+    ),
+  integers: (text) =>
+    filled(
+      text
+        .split(/[\s,]+/)
+        .filter((id) => id !== "")
+        .map(integerOf),
+    ),
   object: (text) => (text.trim() === "" ? undefined : objectOf(text)),
 };
 

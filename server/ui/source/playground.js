@@ -205,7 +205,10 @@ showShortcuts({
   Escape: { words: "stop the model, or put the settings away where they lie over the page", act: leave },
   "Alt+Shift+N": { words: "new conversation", act: begin },
   "Alt+Shift+S": { words: "show or hide the settings", act: () => byId("show-settings").click() },
-  "Alt+Shift+M": { words: "go to the message, or the prompt", act: () => (tabs.mode === "chat" ? message : writer()).focus() },
+  "Alt+Shift+M": {
+    words: "go to the message, or the prompt",
+    act: () => (tabs.mode === "chat" ? message : writer()).focus(),
+  },
   "Alt+Shift+1": { words: "chat", act: () => tabs.choose("chat") },
   "Alt+Shift+2": { words: "completion", act: () => tabs.choose("completion") },
   "Alt+Shift+3": { words: "fill in the middle", act: () => tabs.choose("infill") },

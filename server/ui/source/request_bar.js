@@ -28,10 +28,14 @@ export class RequestBar {
   show() {
     if (!byId("request").open) return;
     const settings = this._settings.readQuietly();
-    const parts = settings === null ? [element("p", { class: "fault" }, "A setting is wrong: there is no request.")] : [];
+    const parts =
+      settings === null ? [element("p", { class: "fault" }, "A setting is wrong: there is no request.")] : [];
     if (settings !== null) {
       const { path, body } = this._request(settings);
-      parts.push(element("p", { class: "code" }, `POST ${addressOf(path)}`), codeBlock(JSON.stringify(body, null, 2), "json"));
+      parts.push(
+        element("p", { class: "code" }, `POST ${addressOf(path)}`),
+        codeBlock(JSON.stringify(body, null, 2), "json"),
+      );
     }
     byId("request-text").replaceChildren(...parts);
   }

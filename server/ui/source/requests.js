@@ -24,7 +24,11 @@ export function chatRequest(model, turns, settings) {
 function messageOf(turn) {
   if (turn.role === "tool") return { role: "tool", tool_call_id: turn.id, content: turn.text };
   if (turn.role === "user" || turn.calls.length === 0) return { role: turn.role, content: turn.text };
-  const calls = turn.calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } }));
+  const calls = turn.calls.map(({ id, name, arguments: text }) => ({
+    id,
+    type: "function",
+    function: { name, arguments: text },
+  }));
   return { role: "assistant", content: turn.text || null, tool_calls: calls };
 }
 

@@ -61,6 +61,6 @@ export class ServerStatus {
   _say(kind, words) {
     if (this._line.textContent === words) return;
     this._line.className = `server ${kind}`;
-    this._line.replaceChildren(element("span", { class: "dot" }), words);
+    this._line.replaceChildren(element("span", { class: "dot" }), element("span", { class: "words" }, words));
   }
 }

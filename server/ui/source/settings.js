@@ -17,7 +17,15 @@ const EXAMPLE_SCHEMA = {
 };
 
 /** What a new conversation begins with. */
-export const NO_SETTINGS = { model: "", system: "", tools: "", toolChoice: "auto", format: "text", schema: "", parameters: {} };
+export const NO_SETTINGS = {
+  model: "",
+  system: "",
+  tools: "",
+  toolChoice: "auto",
+  format: "text",
+  schema: "",
+  parameters: {},
+};
 
 export class Settings {
   /** `onChange` is called whenever the person has changed something, `onFault(error)` with the FieldError of a setting. */
@@ -58,7 +66,8 @@ export class Settings {
     const raw = this.raw;
     for (const field of this._fields) field.limitTo(limits);
     this.raw = raw; // boxes have other defaults now
-    for (const part of document.querySelectorAll("[data-modes]")) part.hidden = !part.dataset.modes.split(" ").includes(mode);
+    for (const part of document.querySelectorAll("[data-modes]"))
+      part.hidden = !part.dataset.modes.split(" ").includes(mode);
   }
 
   /** Let the person choose among the model's names and its adapters, if there are several. */
@@ -147,7 +156,9 @@ function isInMode(control) {
 /** One function or a list of them, bare or as tools. */
 function toolsOf(text) {
   if (text.trim() === "") return [];
-  const tools = [jsonOf(text)].flat().map((one) => (one?.function === undefined ? { type: "function", function: one } : one));
+  const tools = [jsonOf(text)]
+    .flat()
+    .map((one) => (one?.function === undefined ? { type: "function", function: one } : one));
   for (const tool of tools) {
     if (typeof tool.function?.name !== "string") throw new Error("A function needs a name.");
   }

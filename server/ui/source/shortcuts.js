@@ -14,7 +14,9 @@ const OF_FIELDS = [
 export function showShortcuts(shortcuts) {
   const dialog = byId("shortcuts");
   const rows = [...OF_FIELDS, ...Object.entries(shortcuts).map(([keys, { words }]) => [keys, words])];
-  byId("shortcut-list").append(...rows.map(([keys, words]) => [element("dt", {}, kbd(keys)), element("dd", {}, words)]).flat());
+  byId("shortcut-list").append(
+    ...rows.map(([keys, words]) => [element("dt", {}, kbd(keys)), element("dd", {}, words)]).flat(),
+  );
   byId("show-shortcuts").addEventListener("click", () => dialog.showModal());
   byId("hide-shortcuts").addEventListener("click", () => dialog.close());
   document.addEventListener("keydown", (event) => {
@@ -33,5 +35,7 @@ function nameOf({ key, code, altKey, shiftKey, ctrlKey, metaKey }) {
 }
 
 function kbd(keys) {
-  return keys.split("+").flatMap((key, place) => (place === 0 ? [element("kbd", {}, key)] : ["+", element("kbd", {}, key)]));
+  return keys
+    .split("+")
+    .flatMap((key, place) => (place === 0 ? [element("kbd", {}, key)] : ["+", element("kbd", {}, key)]));
 }

@@ -46,7 +46,9 @@ function pythonOf(value, indent) {
   if (value === null) return "None";
   if (typeof value !== "object") return JSON.stringify(value);
   const isList = Array.isArray(value);
-  const items = isList ? value.map((item) => ["", item]) : Object.entries(value).map(([key, item]) => [`${JSON.stringify(key)}: `, item]);
+  const items = isList
+    ? value.map((item) => ["", item])
+    : Object.entries(value).map(([key, item]) => [`${JSON.stringify(key)}: `, item]);
   const [open, close] = isList ? "[]" : "{}";
   const short = open + items.map(([key, item]) => key + pythonOf(item, 0)).join(", ") + close;
   if (short.length + indent <= LINE && !short.includes("\n")) return short;

@@ -15,7 +15,10 @@ export class TokenView {
     this.element = element("div", { class: "token-box" }, this._text, this._card);
     this._tokens = [];
     this._at = null;
-    this._text.addEventListener("pointerover", ({ target }) => this._isToken(target) && this._show(Number(target.dataset.place)));
+    this._text.addEventListener(
+      "pointerover",
+      ({ target }) => this._isToken(target) && this._show(Number(target.dataset.place)),
+    );
     this._text.addEventListener("keydown", (event) => this._onKey(event));
     this._text.addEventListener("focusout", () => this._leaveSoon());
     this._card.addEventListener("keydown", (event) => this._onKey(event));
@@ -112,7 +115,8 @@ export class TokenView {
       event.stopPropagation();
       this._hide(true);
     }
-    if (event.currentTarget === this._text && event.key === "Enter") this._card.querySelector("button:not(:disabled)")?.focus();
+    if (event.currentTarget === this._text && event.key === "Enter")
+      this._card.querySelector("button:not(:disabled)")?.focus();
   }
 
   _leaveSoon() {

@@ -29,7 +29,7 @@ export class TurnView {
     this._words = element("div", { class: "markdown" });
     this._calls = element("div", { class: "calls" });
     this._end = element("div");
-    this._body.append(this._reasoning, this._words, this._calls, this._end);
+    this._body.append(this._words, this._calls, this._end);
   }
 
   /** Show the turn as it is now. `isLast` and `isRunning` (is it being written?) decide what can be done. */
@@ -44,7 +44,7 @@ export class TurnView {
 
   _updateModel(isLast, isRunning) {
     const { text, reasoning, isJson } = this.turn;
-    this._reasoning.hidden = reasoning === "";
+    if (reasoning !== "" && !this._reasoning.isConnected) this._body.prepend(this._reasoning);
     showMarkdown(this._thoughts, reasoning);
     if (isJson) this._words.replaceChildren(...(text === "" ? [] : [codeBlock(text, "json")]));
     else showMarkdown(this._words, text);
@@ -66,7 +66,11 @@ export class TurnView {
       const field = element("textarea", { id, rows: "2", class: "code", spellcheck: "false" });
       return { field, label: element("label", { for: id }, `Answer of ${name}`) };
     });
-    const send = () => this._actions.answer(this.turn, fields.map(({ field }) => field.value));
+    const send = () =>
+      this._actions.answer(
+        this.turn,
+        fields.map(({ field }) => field.value),
+      );
     const parts = calls.map((call, place) => {
       const { field, label } = fields[place];
       return [callElement(call), element("div", { class: "field" }, label, field)];
@@ -81,7 +85,9 @@ export class TurnView {
     const parts = note ? [element("p", { class: "note" }, note)] : [];
     if (error) {
       const words = element("span", {}, error);
-      parts.push(element("div", { class: "failure", role: "alert" }, words, button("Try again", again, { class: "small" })));
+      parts.push(
+        element("div", { class: "failure", role: "alert" }, words, button("Try again", again, { class: "small" })),
+      );
     }
     return parts;
   }
@@ -105,11 +111,15 @@ export class TurnView {
   edit() {
     this._isEditing = true;
     const isOwn = this.turn.role === "user";
-    const field = element("textarea", { "aria-label": isOwn ? "Edit message" : "Edit answer", rows: "4", class: "editor" });
+    const field = element("textarea", {
+      "aria-label": isOwn ? "Edit message" : "Edit answer",
+      rows: "4",
+      class: "editor",
+    });
     field.value = this.turn.text;
     const end = () => {
       this._isEditing = false;
-      if (!isOwn) this._body.replaceChildren(this._reasoning, this._words, this._calls, this._end);
+      if (!isOwn) this._body.replaceChildren(this._words, this._calls, this._end);
     };
     const save = () => {
       end();
@@ -130,7 +140,10 @@ export class TurnView {
     });
     this._body.replaceChildren(field);
     const label = isOwn ? "Send again" : "Save";
-    this._foot.replaceChildren(button(label, save, { class: "main small" }), button("Cancel", cancel, { class: "small" }));
+    this._foot.replaceChildren(
+      button(label, save, { class: "main small" }),
+      button("Cancel", cancel, { class: "small" }),
+    );
     field.focus();
   }
 }

@@ -29,6 +29,7 @@ RUNS_TEXT = re.compile(
 )
 """Ways from a text to HTML or a program. What a model writes becomes elements and text one by one."""
 INLINE = re.compile(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=")
+NAMED = re.compile(r"(?:href=\"ui/|src=\"ui/|from \"\./)([\w.]+)\"")
 OTHER_ORIGIN = re.compile(r"https?://(?!www\.w3\.org/)|[\"'(=]//\w")
 """A namespace of the W3C is a name, nothing is fetched from it."""
 
@@ -157,6 +158,12 @@ def test_a_file_is_short_and_of_no_other_origin(path: Path) -> None:
     assert OTHER_ORIGIN.findall(text) == []
     if path.suffix == ".html":
         assert INLINE.findall(text) == []
+
+
+def test_every_file_that_a_file_names_is_there_and_every_file_is_named() -> None:
+    names = {path.name for path in FILES}
+    named = {name for path in FILES for name in NAMED.findall(path.read_text())}
+    assert named == {name for name in names if not name.endswith(".html")}
 
 
 def test_the_pages_together_are_small() -> None:
