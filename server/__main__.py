@@ -19,10 +19,11 @@ from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging
 from server.app import create_app
 from server.client import EngineClient
-from server.config import ServerConfig
+from server.config import READY_LINE, ServerConfig
 from server.edge.connection import Connection
 from server.edge.connections import ConnectionLimits, ConnectionTable, raise_descriptor_limit
 from server.text.tokenizer import TextTokenizer
+from server.ui.address import page_address
 
 logger = logging.getLogger("server.main")
 
@@ -39,15 +40,16 @@ LAST_EVENTS_S = 3.0
 class DrainingServer(uvicorn.Server):
     """Logs the readiness line that scripts look for, and ends the requests that outlast the drain."""
 
-    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float, ready_line: str) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_s: float, ready_lines: list[str]) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_s = drain_s
-        self._ready_line = ready_line
+        self._ready_lines = ready_lines
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        logger.info(self._ready_line)
+        for line in self._ready_lines:
+            logger.info(line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let nobody in any more, and wait until the running requests have ended or their time is over."""
@@ -118,12 +120,20 @@ async def serve(config: ServerConfig) -> None:
         timeout_graceful_shutdown=math.ceil(drain_s + LAST_EVENTS_S),
     )
     tune_garbage_collection()
-    server = DrainingServer(uvicorn_config, engine, drain_s, config.ready_line)
+    listener = _listening(config.listen_fd)
+    server = DrainingServer(uvicorn_config, engine, drain_s, ready_lines(config, listener))
     watcher = asyncio.create_task(_stop_without_engine(engine, server))
-    await server.serve(sockets=[_listening(config.listen_fd)])
+    await server.serve(sockets=[listener])
     watcher.cancel()
     engine.raise_if_dead()
     await engine.close()
+
+
+def ready_lines(config: ServerConfig, listener: socket.socket) -> list[str]:
+    """What the log says once the server answers. Replicas, whose line is another, listen on ports that nobody calls."""
+    has_page = config.has_pages and config.ready_line == READY_LINE
+    address = page_address(listener) if has_page else None
+    return [*([] if address is None else [f"A page for browsers is at {address}"]), config.ready_line]
 
 
 def tune_garbage_collection() -> None:
