@@ -11,6 +11,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "source"
 PLAYGROUND = "playground.html"
 DASHBOARD = "dashboard.html"
+STARTING = "starting.html"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -27,6 +27,7 @@ LIMITS = EngineReady(
     max_batch_total_tokens=1 << 20,
     vocab_size=1 << 20,
 )
+LONG_REQUEST = {"inputs": "Tell me a story.", "parameters": {"max_new_tokens": 4000}}
 START_TIMEOUT_S = 30.0
 
 
@@ -81,6 +82,18 @@ class PagesServer:
         """End it as the kernel does when memory is short."""
         self.process.send_signal(signal.SIGKILL)
         self.stop()
+
+    @contextlib.contextmanager
+    def streaming(self, count: int) -> Iterator[None]:
+        """So many requests that are being answered in the block, of which each has its first token."""
+        self.engine.answers = ["once upon a time " * 1000] * count
+        self.engine.step_s = 0.02
+        with contextlib.ExitStack() as stack:
+            client = stack.enter_context(httpx.Client(base_url=self.url, timeout=30))
+            for _ in range(count):
+                response = stack.enter_context(client.stream("POST", "/generate_stream", json=LONG_REQUEST))
+                assert next(response.iter_lines()).startswith("data:")
+            yield
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels, of a server without a key."""

@@ -27,11 +27,16 @@ STOP_TIMEOUT_S = 20.0
 
 @dataclasses.dataclass
 class HttpProcess:
-    """A running `python -m server`; it listens once the engine has said that it is ready."""
+    """A running `python -m server`; it listens once the engine has said that it is ready, or early."""
 
     process: psutil.Popen
     port: int
     endpoint: EngineEndpoint
+
+    def tell(self, **fields: Any) -> None:
+        """Send a line as the launcher does."""
+        self.process.stdin.write(json.dumps(fields).encode() + b"\n")
+        self.process.stdin.flush()
 
     @property
     def url(self) -> str:
@@ -40,7 +45,7 @@ class HttpProcess:
 
 @contextlib.contextmanager
 def http_process(
-    model: Path,
+    model: Path | str,
     log_path: Path,
     *,
     port: int = 0,
@@ -48,9 +53,9 @@ def http_process(
     max_descriptors: int | None = None,
     **config: Any,
 ) -> Iterator[HttpProcess]:
-    """`config`: more fields of ServerConfig; `port`: 0 is a free one; `send_buffer`: what the kernel keeps for a client
-    that does not read, in bytes; `max_descriptors`: `ulimit -n` of the process. At the end of the block the process is
-    gone.
+    """`model` is empty: the caller will tell. `config`: more fields of ServerConfig; `port`: 0 is a free one;
+    `send_buffer`: what the kernel keeps for a client that does not read, in bytes; `max_descriptors`: `ulimit -n` of the
+    process. At the end of the block the process is gone.
     """
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs, log_path.open("wb") as log:
@@ -75,7 +80,8 @@ def http_process(
     try:
         yield HttpProcess(process, port, EngineEndpoint(ours))
     finally:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:

@@ -36,15 +36,9 @@ def children_of(server: LaunchedServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
 
-def test_ready_line_means_ready(server: LaunchedServer) -> None:
-    response = httpx.get(f"{server.url}/health")
-    assert (response.status_code, response.content) == (200, b"")
-    assert httpx.get(f"{server.url}/info").json()["max_input_tokens"] > 0
-
-
-def test_port_is_closed_until_ready_and_busy_from_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
-        server.wait_for_log("Starting")
+def test_port_of_strict_tgi_is_closed_until_ready(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, "--strict-tgi", is_awaited=False) as server:
+        server.wait_for_log("Starting shard")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
         server.wait_for_log("Connected")

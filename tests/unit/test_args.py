@@ -779,8 +779,8 @@ def test_a_flag_is_a_row_and_the_field_it_names(
 DERIVED = {
     "launcher": "sharding engine server echo warnings".split(),
     "engine": "model_path adapter_path lora_adapters num_threads socket_fd listen_fd may_share_memory".split(),
-    "server": "lora_adapters model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here "
-    "ready_line".split(),
+    "server": "lora_adapters model_path model_sha listen_fd is_listening_early engine_fd engine_silence_s "
+    "is_rendering_here ready_line".split(),
 }
 """Fields that no single flag fills."""
 
