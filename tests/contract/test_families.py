@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from engine.checkpoint.weights import open_weights
+from engine.link.errors import StartError
 from tests.contract.harness import KERNELS, REFERENCES, all_logits, make_runner, oracle_logits, random_ids
 from tests.contract.oracles import FAMILIES
 from tests.contract.test_sharded import LAYOUTS, QUANTIZED, distance, logits_of
@@ -110,6 +113,26 @@ def check_shards(folder: Path, layout: str) -> None:
         whole = logits_of(folder, dtype, quantize, 1, VOCAB_SIZE)
         for size in SIZES:
             assert distance(logits_of(folder, dtype, quantize, size, VOCAB_SIZE), whole) < 3e-6, (dtype, size)
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_experts_that_are_stored_together(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
+    """As `transformers` keeps them in memory, and saves them if it is told so: the same tensors, whole and cut."""
+    folder = folder_of(family, "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    stored = load_file(tmp_path / "model.safetensors")
+    fused = [name for name in stored if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    assert len(fused) == sum(name.endswith(".experts.0.up_proj.weight") for name in open_weights(folder).names) * 2 > 0
+    single, together = open_weights(folder), open_weights(tmp_path)
+    assert sorted(together.names) == sorted(single.names)
+    for name in single.names:
+        assert together.shape(name) == single.shape(name) and together.dtype(name) == single.dtype(name)
+        for index in [(), (slice(3, 8),), (slice(None), slice(8, 24))][: 1 + len(single.shape(name))]:
+            assert torch.equal(together.read(name, index), single.read(name, index))
+    save_file({**stored, fused[0]: stored[fused[0]][0].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(StartError, match=f"has a tensor {fused[0]} of shape .*: save the model once more"):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
