@@ -21,7 +21,7 @@ else
 TORCH_SPEC ?= torch
 endif
 
-.PHONY: help install wheel serve test test-fast test-slow ray-test clients soak peers image image-test kernels-aot gpu-proof check check-types check-house configuration format demo-model demo-model-small lock clean
+.PHONY: help install wheel serve test test-fast test-slow browser ray-test clients soak peers image image-test kernels-aot gpu-proof check check-types check-house configuration format demo-model demo-model-small lock clean
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
@@ -96,24 +96,34 @@ test-fast: install
 	$(TEST) tests/unit/server/test_[a-o]*.py $(PYTEST_ARGS),$(TEST) tests/unit/server/test_[p-z]*.py $(PYTEST_ARGS)); \
 	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
+# The tests of the pages drive a Chromium that is on PATH. Debian's takes 20 s to install, once and only as root.
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -qq
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if test $$(id -u) = 0 && command -v apt-get >/dev/null; then \
+	echo 'Installing Chromium, which the tests of the pages drive' >&2; \
+	if $(APT_GET) update >&2 && $(APT_GET) install -y --no-install-recommends chromium >/dev/null; then exit 0; fi; fi; \
+	echo 'The tests of the pages need Chromium on PATH: install it as root (Debian: apt-get install --no-install-recommends chromium)' >&2; \
+	exit 1
+
 # First all that measures no time, in three commands of equal length; then what does, with the machine for itself. With
 # PYTEST_ARGS only the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
 WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
-test: install $(VENV)/interpreted
+test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
 	@$(call beside,$(TEST) tests/unit tests/contract --ignore=tests/contract/kernels,\
 	$(TEST) tests/interpreted && $(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
 	$(TEST) tests/contract/kernels $(WITH_KERNELS),\
 	$(TEST) tests/e2e $(addprefix --ignore=,$(TIMED) $(WITH_KERNELS))); exit $$status
-	@$(TEST) $(TIMED)
+	@$(TEST) $(TIMED) tests/browser
 else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
 
 # The property tests once more, with ten times as many examples, and others each time.
-test-slow: install
+test-slow: install browser
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
 ifeq ($(PYTEST_ARGS),)
 	@HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit

@@ -12,5 +12,5 @@ folders = find_packages(include=[pattern for room in ROOMS for pattern in (room,
 setup(
     packages=["pytgi", *(f"{PLACE}.{folder}" for folder in folders)],
     package_dir={f"{PLACE}.{room}": room for room in ROOMS},
-    package_data={"pytgi": ["py.typed"], f"{PLACE}.quant.kernels": ["*.json"]},
+    package_data={"pytgi": ["py.typed"], f"{PLACE}.quant.kernels": ["*.json"], f"{PLACE}.server.ui": ["source/*"]},
 )

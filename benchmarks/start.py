@@ -38,7 +38,7 @@ STEPS = {
     "weights are loaded": "Weights loaded",
     "caches and vocabulary are there": "Warming up",
     "warm-up is over": "Warm-up took",
-    "the port answers": READY,
+    "requests are answered": READY,
 }
 """What has been done -> the beginning of the line that tells it."""
 

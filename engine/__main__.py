@@ -9,11 +9,15 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.exit_codes import PEER_GONE_EXIT_CODE, RANK_LOST_EXIT_CODE, START_FAILED_EXIT_CODE
 from engine.link.ipc import EngineEndpoint, exit_when_closed
 from engine.link.logs import configure_logging
+from engine.link.messages import EngineStarting
+from engine.link.progress import Stage, StartProgress
 from engine.memory import check_address_space
 
 if TYPE_CHECKING:
@@ -91,9 +95,13 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
 
     assert config.socket_fd is not None
     endpoint = EngineEndpoint(socket.socket(fileno=config.socket_fd))
-    core, ready = start_engine(config, ranks)
+
+    def tell(stage: Stage, done: float | None, text: str) -> None:
+        endpoint.send(EngineStarting(stage=stage, done=done, text=text))
+
+    core, ready = start_engine(config, ranks, StartProgress(tell))
     ignore_signals()
-    endpoint.send(ready)
+    endpoint.send(msgspec.structs.replace(ready, pid=os.getpid()))
     if ranks is None:
         core.serve(endpoint)
     try:

@@ -25,6 +25,7 @@ from engine.limits import check_weights_fit, weights_refusal
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG
+from engine.link.progress import StartProgress
 from engine.link.registry import import_entry
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
@@ -74,6 +75,7 @@ def build_model(
     quantization: Quantization | None = None,
     parallel: ParallelState = ALONE,
     adapter: Path | None = None,
+    progress: StartProgress | None = None,
 ) -> CausalLM:
     """The model of a folder with this rank's part of the weights on the device.
 
@@ -81,7 +83,7 @@ def build_model(
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
-    load_weights(model, folder, device.torch_device, parallel.size, adapter)
+    load_weights(model, folder, device.torch_device, parallel.size, adapter, progress)
     return model
 
 
@@ -157,7 +159,9 @@ class Siblings:
 NO_SIBLINGS = Siblings()
 
 
-def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIBLINGS) -> LoadedModel:
+def load_model(
+    config: EngineConfig, device: Device, siblings: Siblings = NO_SIBLINGS, progress: StartProgress | None = None
+) -> LoadedModel:
     """The rank's part of the model as `config` describes it. Raises StartError in words."""
     parallel, folder = siblings.parallel, Path(config.model_path)
     model_config = replace_rope_scaling(read_model_config(folder), config.rope_scaling, config.rope_factor)
@@ -182,7 +186,7 @@ def load_model(config: EngineConfig, device: Device, siblings: Siblings = NO_SIB
     try:
         # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
         with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
-            model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter)
+            model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter, progress)
             adapters = make_adapter_slots(config, model, dtype, device) if config.has_adapters else None
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from engine.link.ipc import exit_when_closed
 from engine.link.logs import configure_logging, parse_log_filter
 from engine.link.model_files import adapter_base
 from engine.link.model_folders import BUCKET_SCHEME, gguf_files
+from engine.link.progress import Stage, StartProgress, tell_nobody
 from engine.link.suggestions import SuggestingParser
 from engine.quantize import options as quantize_options
 
@@ -96,7 +98,7 @@ def build_parser(environ: Mapping[str, str], shown: Mapping[str, str] = AS_TGI) 
     parser = SuggestingParser(
         prog=PROGRAM,
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
-        epilog="COMMAND --help has examples.",
+        epilog="COMMAND --help has examples. `text-generation-server chat URL` talks with a running server.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -188,16 +190,22 @@ def download_weights(args: argparse.Namespace) -> Path:
     from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
 
     model_id, revision = args.model_id, args.revision or None
+    progress = StartProgress(_tell_launcher if args.lifeline else tell_nobody)
     if model_id.startswith(BUCKET_SCHEME):
-        model_id = _copy_from_bucket(model_id, revision)
+        model_id = _copy_from_bucket(model_id, revision, progress)
         revision = None
     if files := gguf_files(model_id):
         return _read_gguf(files, revision)
-    folder = download_model(model_id, revision)
+    folder = download_model(model_id, revision, progress)
     if not args.alone and (base := adapter_base(folder)) is not None:
         logger.info("%s is an adapter of %s", args.model_id, base.model_id)
-        download_model(base.model_id, base.revision)
+        download_model(base.model_id, base.revision, progress)
     return folder
+
+
+def _tell_launcher(stage: Stage, done: float | None, text: str) -> None:
+    """Print a line of JSON, which no folder's line looks like."""
+    print(json.dumps({"stage": stage, "done": done, "text": text}), flush=True)
 
 
 def _read_gguf(files: Sequence[Path], revision: str | None) -> Path:
@@ -211,7 +219,7 @@ def _read_gguf(files: Sequence[Path], revision: str | None) -> Path:
     return gguf_folder(files, Path(constants.HF_HUB_CACHE))
 
 
-def _copy_from_bucket(uri: str, revision: str | None) -> str:
+def _copy_from_bucket(uri: str, revision: str | None, progress: StartProgress) -> str:
     """The local copy of a model in a bucket. Raises StartError."""
     from huggingface_hub import constants, is_offline_mode
 
@@ -221,7 +229,7 @@ def _copy_from_bucket(uri: str, revision: str | None) -> str:
         raise StartError("--revision is for models of the Hub: leave it out for a bucket")
     if is_offline_mode():
         raise StartError(f"{uri} needs a network, and HF_HUB_OFFLINE is set: give a local folder")
-    return str(copy_model(uri, Path(constants.HF_HUB_CACHE), Storage.of(os.environ)))
+    return str(copy_model(uri, Path(constants.HF_HUB_CACHE), Storage.of(os.environ), progress))
 
 
 def quantize_model(args: argparse.Namespace) -> Path:

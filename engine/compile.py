@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
+from engine.link.logs import configure_logging
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ def main() -> None:
     if "NUMBA_CACHE_DIR" not in os.environ:  # Numba reads its variables on import: start over with them
         environ = {**os.environ, **engine_environment(1, dict(os.environ))}
         sys.exit(subprocess.run([sys.executable, "-P", "-m", "engine.compile"], env=environ, check=False).returncode)
+    configure_logging("warn,engine.link.progress=info", "compile")  # what a start says of itself is about a toy
     import torch
 
     for stored, dtype, quantize in (

@@ -65,10 +65,12 @@ class EngineCore:
         grammars: Grammars,
         limit: StepLimit,
         costs: CostObserver,
+        adapter_files: AdapterFiles | None = None,
     ) -> None:
         """`grammars` are compiled here and are among the sampler's processors.
 
-        `limit` and `costs`, which the scheduler's speculation goes by, are kept true here.
+        `limit` and `costs`, which the scheduler's speculation goes by, are kept true here. `adapter_files` None: no
+        adapter comes or goes.
         """
         self.scheduler = scheduler
         self.runner = runner
@@ -79,8 +81,7 @@ class EngineCore:
         self.shedder = Shedder(scheduler)
         self.report = StepReport()
         """The report of the last step."""
-        self.adapter_files: AdapterFiles | None = None
-        """None: no adapter comes or goes."""
+        self._adapter_files = adapter_files
         self.replies: list[AdapterReply] = []
         """The replies that wait to be sent."""
         self._refused: list[TokenEvent] = []
@@ -143,9 +144,9 @@ class EngineCore:
         if isinstance(message, UnloadAdapter):
             adapters.retire(message.name)
             return AdapterReply()
-        assert self.adapter_files is not None
+        assert self._adapter_files is not None
         try:
-            self.adapter_files.open(adapters.next_number, message.path)
+            self._adapter_files.open(adapters.next_number, message.path)
         except StartError as error:
             return AdapterReply(str(error).encode(errors="replace").decode())  # texts of files may not be Unicode
         adapters.add(message.name)
@@ -155,10 +156,10 @@ class EngineCore:
     def close_unused_adapters(self) -> None:
         """Close the files of adapters that were unloaded or replaced, once no request has them."""
         scheduler = self.scheduler
-        if self.adapter_files is not None and scheduler.adapters.has_retired:
+        if self._adapter_files is not None and scheduler.adapters.has_retired:
             users = {sequence.adapter for sequence in (*scheduler.running, *scheduler.waiting)}
             for number in scheduler.adapters.forget_unused(users, self.grammars.adapter_names):
-                self.adapter_files.close(number)
+                self._adapter_files.close(number)
 
     def take_compiled(self) -> list[TokenEvent]:
         """Schedule the requests whose grammars are ready; the events end those that can't run.

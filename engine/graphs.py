@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +20,11 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.graph_capture import Recorder, Work
 from engine.link.errors import StartError
+from engine.link.progress import Stage, StartProgress
 from engine.step_buffers import MIN_SECTION_WORDS, SECTIONS, StepBuffers, StepTensors, num_words
 from engine.step_inputs import BLOCK_BYTES, StepInputs
 from parallel.state import RankLostError
 from quant.packing import OUTPUTS_AT_A_TIME
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 MAX_GRAPH_ROWS = 512
@@ -35,8 +33,6 @@ GRAPH_BYTES = 16 << 20
 """Memory set aside for what a driver keeps of each graph. Not measured: a graph of Qwen2-7B has some 400 launches."""
 MAX_PACKED_ROWS, WIDENED_BYTES = 64, 2
 """Rows up to which kernels multiply with packed weights. Beyond, `OUTPUTS_AT_A_TIME` are widened to 16 bits."""
-PROGRESS_S = 1.0
-"""Time between lines of the log while graphs are captured."""
 PADDING = {"input_ids": 0, "positions": 0, "slot_mapping": -1}
 """The sections with a number for each token, and that of a row of padding."""
 
@@ -176,6 +172,7 @@ def capture_graphs(
     attention: AttentionBackend,
     limits: GraphLimits,
     device: torch.device,
+    progress: StartProgress | None = None,
 ) -> StepGraphs:
     """Capture `compute`, from a step's tensors to the logits of all of its rows, for every bucket.
 
@@ -183,7 +180,9 @@ def capture_graphs(
     on the captured stream and its pool of memory open, where no later step would be safe; and other ranks may wait in
     the collectives of that graph.
     """
-    started = reported = time.monotonic()
+    started = time.monotonic()
+    progress = progress or StartProgress()
+    progress.begin(Stage.CAPTURING)
     buckets = limits.buckets
     items = max_work_items(attention, limits)
     buffers = StaticStepBuffers(device, attention.block_size, section_sizes(attention.block_size, limits, items))
@@ -201,9 +200,7 @@ def capture_graphs(
                 f"No graph can be captured for steps of {rows} rows ({reason}): give --cuda-graphs 0, or fewer or "
                 "smaller sizes"
             ) from error
-        if time.monotonic() - reported > PROGRESS_S:
-            reported = time.monotonic()
-            logger.info("Captured %d of %d graphs", len(replays), len(buckets))
+        progress.advance(len(replays) / len(buckets), f"Captured {len(replays)} of {len(buckets)} graphs")
     return StepGraphs(buffers, replays, attention.max_captured_tokens, time.monotonic() - started)
 
 

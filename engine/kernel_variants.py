@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 
 from engine.core import Runner
 from engine.link.messages import GenerationRequest, SamplingParams
+from engine.link.progress import Stage, StartProgress
 from engine.sampling.batch_sampler import BatchSampler
 from engine.sampling.grammar import ApplyMasks, num_words
 from engine.scheduling.batch import ScheduledBatch
@@ -38,14 +39,21 @@ PARAMS = (
 
 
 def compile_variants(
-    runner: Runner, sampler: BatchSampler, apply_masks: ApplyMasks, row_counts: Iterable[int], *, block_size: int
+    runner: Runner,
+    sampler: BatchSampler,
+    apply_masks: ApplyMasks,
+    row_counts: Collection[int],
+    *,
+    block_size: int,
+    progress: StartProgress,
 ) -> None:
     """Run a step with each number of rows, and choose tokens in every way that a request may ask for."""
     started = time.monotonic()
-    for num_rows in row_counts:
+    progress.begin(Stage.COMPILING)
+    for num_done, num_rows in enumerate(row_counts, start=1):
         batch = make_batch(num_rows, SamplingParams(num_top_tokens=1), block_size)
         sampler.sample(batch, runner.execute(batch).logits)
-        logger.info("Compiled kernels for %d rows (%.1f s)", num_rows, time.monotonic() - started)
+        progress.advance(num_done / len(row_counts), f"Compiled kernels for {num_rows} rows")
     for params in PARAMS:
         batch = make_batch(1, params, block_size)
         logits = runner.execute(batch).logits

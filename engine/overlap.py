@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from engine.core import EngineCore
+from engine.core import AdapterFiles, EngineCore
 from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.messages import StepReport, TokenEvent
@@ -82,9 +82,10 @@ class OverlappedCore(EngineCore):
         grammars: Grammars,
         limit: StepLimit,
         costs: CostObserver,
+        adapter_files: AdapterFiles | None = None,
     ) -> None:
         """As `EngineCore`; the scheduler drafts nothing and knows from the sampler who needs tokens."""
-        super().__init__(scheduler, runner, sampler, grammars, limit, costs)
+        super().__init__(scheduler, runner, sampler, grammars, limit, costs, adapter_files)
         self._launched: LaunchedStep | None = None
 
     @property
@@ -138,11 +139,13 @@ def make_core(
     grammars: Grammars,
     limit: StepLimit,
     costs: CostObserver,
+    adapter_files: AdapterFiles | None = None,
     *,
     is_overlapped: bool,
 ) -> EngineCore:
     """A core with steps that overlap, where there is no reason against it, or with steps one after the other."""
     if not is_overlapped:
-        return EngineCore(scheduler, runner, sampler, grammars, limit, costs)
+        return EngineCore(scheduler, runner, sampler, grammars, limit, costs, adapter_files)
     launch_sample: LaunchSample = import_entry(LAUNCHED_SAMPLERS, device.sampler, "sampler")
-    return OverlappedCore(scheduler, runner, sampler.launching(launch_sample), grammars, limit, costs)
+    launching = sampler.launching(launch_sample)
+    return OverlappedCore(scheduler, runner, launching, grammars, limit, costs, adapter_files)

@@ -29,6 +29,7 @@ from engine.link.errors import StartError
 from engine.link.exit_codes import RANK_LOST_EXIT_CODE
 from engine.link.ipc import RECEIVE_BYTES, encode_frame, take_frames
 from engine.link.model_files import ADAPTER_WEIGHTS
+from engine.link.progress import StartProgress
 from engine.runner import ModelRunner, StepResult
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_inputs import StepInputs
@@ -130,11 +131,11 @@ class Ranks:
         max_needs = {name: max(other[name] for other, _ in all_ranks) for name in all_ranks[0][0]}
         return MemoryNeeds(**max_needs), min(free for _, free in all_ranks)
 
-    def capture(self, runner: ModelRunner, limits: GraphLimits) -> None:
+    def capture(self, runner: ModelRunner, limits: GraphLimits, progress: StartProgress) -> None:
         """Let all ranks have the same graphs, or none, so that they run each step alike. Raises StartError."""
         reasons = self._rendezvous.exchange(runner.why_no_graphs())
         runner.refuse_graphs(list(dict.fromkeys(reason for of_rank in reasons for reason in of_rank)))
-        runner.capture(limits)
+        runner.capture(limits, progress)
 
     @torch.inference_mode()
     def share_token_ids(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from engine.attention.base import AttentionBackend, AttentionShape, LayerCache, 
 from engine.device import Device
 from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
 from engine.layers.base import Rotation
+from engine.link.progress import StartProgress
 from engine.link.registry import import_entry
 from engine.models.base import CausalLM
 from engine.scheduling.batch import ScheduledBatch
@@ -120,7 +121,7 @@ class ModelRunner:
         self._refusals = list(reasons)
 
     @torch.inference_mode()
-    def capture(self, limits: GraphLimits) -> None:
+    def capture(self, limits: GraphLimits, progress: StartProgress | None = None) -> None:
         """Capture graphs, if nothing speaks against it and `limits` has buckets. All ranks do so together.
 
         Raises StartError for a graph that can't be captured.
@@ -128,7 +129,7 @@ class ModelRunner:
         recorder = self._device.make_recorder
         if recorder is not None and limits.buckets and not self.why_no_graphs():
             self._graphs = capture_graphs(
-                recorder(), self._compute_all, self._attention, limits, self._device.torch_device
+                recorder(), self._compute_all, self._attention, limits, self._device.torch_device, progress
             )
 
     def describe_graphs(self) -> str | None:

@@ -14,7 +14,7 @@ import torch
 
 from engine.build import LoadedModel, Siblings, load_model
 from engine.checkpoint.files import read_eos_token_ids
-from engine.core import EngineCore
+from engine.core import AdapterFiles, EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import StepMeter, max_measured_running, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, MAX_GRAPH_ROWS, GraphLimits
@@ -24,6 +24,7 @@ from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import EngineReady
+from engine.link.progress import Stage, StartProgress
 from engine.link.registry import import_entry
 from engine.numa import bind_shard
 from engine.overlap import describe_overlap, make_core, why_not_overlap
@@ -42,37 +43,43 @@ from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_costs import StepCosts, UnusedCosts
 from engine.scheduling.step_limit import StepLimit
 from engine.summary import log_row_invariance, log_summary
-from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up
+from engine.warm_up import WARM_UP_TOKENS, measure_steps, warm_up, watch_compiler
 
 logger = logging.getLogger(__name__)
 
 
-def start_engine(config: EngineConfig, ranks: Ranks | None = None) -> tuple[EngineCore, EngineReady]:
+def start_engine(
+    config: EngineConfig, ranks: Ranks | None = None, progress: StartProgress | None = None
+) -> tuple[EngineCore, EngineReady]:
     """Load the model and make everything ready for the first step; also return what the HTTP process must know.
 
     With `ranks` this is rank 0, and the others call `start_follower` at the same time. Raises StartError in words.
     """
-    prepared = _prepare(config, ranks)
+    progress = progress or StartProgress()
+    prepared = _prepare(config, ranks, progress)
     device, limits = prepared.device, prepared.plan.limits
     grammars = _make_grammars(prepared)
     with _written_caches(prepared):
         if not config.is_grammar_disabled:
+            progress.begin(Stage.READING_VOCABULARY)
             grammars.prepare()  # it holds the GIL most of a second: nothing else could run but what needs none
     runner = prepared.runner if ranks is None else Leader(prepared.runner, ranks)
     step_limit = make_step_limit(config, device)
     sample: Sample = import_entry(SAMPLERS, device.sampler, "sampler")
     block_size = prepared.runner.block_size
     num_tokens = min(WARM_UP_TOKENS, limits.max_batch_prefill_tokens, limits.max_total_tokens)
-    is_row_invariant = warm_up(runner, sample, step_limit, num_tokens, block_size=block_size)
     # A step of one token has no place for a draft.
     has_drafts = config.max_draft_tokens and num_tokens > 1
-    costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
+    with watch_compiler(progress):
+        is_row_invariant = warm_up(runner, sample, step_limit, num_tokens, block_size=block_size, progress=progress)
+        costs = measure_steps(runner, sample, num_tokens, block_size=block_size) if has_drafts else None
     if costs is not None:
         logger.info("Using speculation n-gram with %d input ids", config.max_draft_tokens)
-    core = _make_core(prepared, runner, sample, grammars, step_limit, costs)
-    if prepared.loaded.adapters is not None:
-        core.adapter_files = prepared.loaded.adapters if ranks is None else SharedAdapters(prepared.runner, ranks)
-    _compile_variants(prepared, core)
+    adapter_files: AdapterFiles | None = prepared.loaded.adapters
+    if adapter_files is not None and ranks is not None:
+        adapter_files = SharedAdapters(prepared.runner, ranks)
+    core = _make_core(prepared, runner, sample, grammars, step_limit, costs, adapter_files)
+    _compile_variants(prepared, core, progress)
     if ranks is not None:
         ranks.start_serving()
     log_summary(
@@ -98,7 +105,7 @@ def make_step_limit(config: EngineConfig, device: Device) -> StepLimit:
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:
     """The part of the start that every rank makes, for ranks other than 0. Raises StartError in words."""
-    prepared = _prepare(config, ranks)
+    prepared = _prepare(config, ranks, StartProgress())
     with _written_caches(prepared):
         pass
     return Follower(prepared.runner, ranks)
@@ -119,7 +126,7 @@ class _Prepared:
     """A line about the nodes of the host's memory, if there are several."""
 
 
-def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
+def _prepare(config: EngineConfig, ranks: Ranks | None, progress: StartProgress) -> _Prepared:
     outlive_full_disk()
     local_rank, local_size = (0, 1) if ranks is None else (ranks.world.local_rank, ranks.world.local_size)
     device = detect_device(local_rank, config.device)
@@ -129,27 +136,30 @@ def _prepare(config: EngineConfig, ranks: Ranks | None) -> _Prepared:
     set_threads(config.num_threads)
     if device.memory is not None and config.memory_fraction < 1:
         device.memory.set_limit(config.memory_fraction)
-    loaded = _load(config, device, ranks)
+    loaded = _load(config, device, ranks, progress)
     if config.is_prefix_caching and loaded.model.rotary.is_prompt_dependent:
         logger.info("Prefix caching is turned off: with dynamic rope scaling keys depend on the prompt's length")
         config = dataclasses.replace(config, is_prefix_caching=False)
     runner = ModelRunner(loaded.model, device, loaded.adapters)
+    progress.begin(Stage.PLANNING)
     plan = _plan(config, device, loaded, runner, ranks)
     try:
         runner.allocate(plan.num_blocks, device.kv_dtype(loaded.dtype), num_positions=plan.limits.max_total_tokens)
     except torch.OutOfMemoryError as error:
         raise StartError(kv_allocation_refusal(plan.limits.max_batch_total_tokens)) from error
-    _capture_graphs(config, runner, plan, ranks)
+    _capture_graphs(config, runner, plan, ranks, progress)
     return _Prepared(config, device, loaded, runner, plan, why_not_overlap(config, device), nodes)
 
 
-def _capture_graphs(config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None) -> None:
+def _capture_graphs(
+    config: EngineConfig, runner: ModelRunner, plan: MemoryPlan, ranks: Ranks | None, progress: StartProgress
+) -> None:
     """Capture graphs where the device and the model let it; the log says why not if a flag asks for them."""
     limits = _graph_limits(config, plan.limits.max_total_tokens, plan.limits.max_batch_total_tokens)
     if ranks is None:
-        runner.capture(limits)
+        runner.capture(limits, progress)
     else:
-        ranks.capture(runner, limits)
+        ranks.capture(runner, limits, progress)
     if config.graph_sizes is not None and limits.buckets and (reasons := runner.why_no_graphs()):
         logger.warning("--cuda-graphs has no effect: %s", "; ".join(reasons))
 
@@ -166,11 +176,12 @@ def _graph_limits(config: EngineConfig, max_seq_len: int, num_kv_tokens: int) ->
     )
 
 
-def _load(config: EngineConfig, device: Device, ranks: Ranks | None) -> LoadedModel:
+def _load(config: EngineConfig, device: Device, ranks: Ranks | None, progress: StartProgress) -> LoadedModel:
     if ranks is None:
-        return load_model(config, device)
+        return load_model(config, device, progress=progress)
     ranks.connect(device, config)
-    return load_model(config, device, Siblings(ranks.state, ranks.world.local_size, ranks.wait_for_all))
+    siblings = Siblings(ranks.state, ranks.world.local_size, ranks.wait_for_all)
+    return load_model(config, device, siblings, progress)
 
 
 def _plan(
@@ -256,6 +267,7 @@ def _make_core(
     grammars: Grammars,
     step_limit: StepLimit,
     costs: StepCosts | None,
+    adapter_files: AdapterFiles | None,
 ) -> EngineCore:
     config, device, plan = prepared.config, prepared.device, prepared.plan
     penalties = Penalties(config.watermark_gamma, config.watermark_delta, device.penalties)
@@ -286,18 +298,19 @@ def _make_core(
         grammars,
         step_limit,
         costs or UnusedCosts(),
+        adapter_files,
         is_overlapped=not prepared.why_not_overlap,
     )
 
 
-def _compile_variants(prepared: _Prepared, core: EngineCore) -> None:
+def _compile_variants(prepared: _Prepared, core: EngineCore, progress: StartProgress) -> None:
     """Compile the kernels that the warm-up has not met, where kernels are compiled at first use."""
     device, limits = prepared.device, prepared.plan.limits
     max_rows = min(limits.max_batch_prefill_tokens, limits.max_total_tokens)
     if row_counts := [rows for rows in device.row_variants if rows <= max_rows]:
         apply_masks = import_entry(MASKS, device.masks, "mask")
         block_size = prepared.runner.block_size
-        compile_variants(core.runner, core.sampler, apply_masks, row_counts, block_size=block_size)
+        compile_variants(core.runner, core.sampler, apply_masks, row_counts, block_size=block_size, progress=progress)
 
 
 def set_threads(num_threads: int) -> None:

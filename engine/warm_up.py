@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from array import array
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from numba.core import event
 
 from engine.core import Runner
 from engine.link.errors import StartError
 from engine.link.messages import GenerationRequest, SamplingParams
+from engine.link.progress import Stage, StartProgress
 from engine.sampling.sampler import Sample
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
@@ -24,20 +29,25 @@ MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 MEASUREMENTS = 3
 
 
-def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int) -> bool:
+def warm_up(
+    runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int, progress: StartProgress
+) -> bool:
     """Run a prompt and its last token alone, twice; True if that token's logits had the same bits each time.
 
     The token alone comes once more: call by call, while its calls are recorded, and as a program. Compiles the kernels
     (a first start only) and tells `limit` what the last steps of each kind took. Raises StartError out of memory.
     """
     started = time.monotonic()
+    progress.begin(Stage.WARMING_UP)
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
     prompt = [index % 16 for index in range(num_tokens)]
     request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = array("i", range(-(-num_tokens // block_size)))
     results, seconds = [], {}
-    for count in (num_tokens, 1, 1, num_tokens, 1):
+    counts = (num_tokens, 1, 1, num_tokens, 1)
+    for num_done, count in enumerate(counts):
+        progress.advance(num_done / len(counts), f"Warming up: {num_done} of {len(counts)} steps")
         sequence.num_computed_tokens = num_tokens - count
         step_started = time.monotonic()
         batch = ScheduledBatch()
@@ -55,6 +65,27 @@ def warm_up(runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *
     limit.calibrate(num_tokens, few_s=seconds[1], many_s=seconds[num_tokens])
     logger.info("Warm-up took %.1f s", time.monotonic() - started)
     return all(torch.equal(results[0], other) for other in results[1:])
+
+
+@contextlib.contextmanager
+def watch_compiler(progress: StartProgress) -> Iterator[None]:
+    """Report each kernel that Numba compiles in the block. How many there will be is not known.
+
+    A kernel that is in the folder of compiled ones is none of them.
+    """
+
+    class Counter(event.Listener):  # type: ignore[misc]  # Numba has no types
+        num_begun = 0
+
+        def on_start(self, event: Any) -> None:
+            self.num_begun += 1
+            progress.advance(None, f"Compiling kernels: {self.num_begun} so far")
+
+        def on_end(self, event: Any) -> None:
+            """Nothing: the next one tells, or the next step."""
+
+    with event.install_listener("numba:compile", Counter()):
+        yield
 
 
 def measure_steps(runner: Runner, sample: Sample, max_rows: int, *, block_size: int) -> StepCosts:

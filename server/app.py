@@ -12,17 +12,19 @@ from sse_starlette.sse import AppStatus
 from server.client import EngineClient
 from server.config import ServerConfig
 from server.edge.access import ApiKeyGuard, CorsHeaders
+from server.edge.browser_home import BrowserHome
 from server.edge.further_paths import FurtherPaths
 from server.edge.intake import IntakeRelease
 from server.error_handlers import install_error_handlers
 from server.openapi import build_openapi
-from server.operation import OperationFinder, operations_of
+from server.operation import Area, OperationFinder, operations_of
 from server.routes import (
     adapters,
     anthropic,
     chat,
     cloud,
     completions,
+    dashboard,
     docs,
     generate,
     health,
@@ -30,6 +32,7 @@ from server.routes import (
     models,
     responses,
     tokenize,
+    ui,
 )
 from server.service import GenerationService
 from server.telemetry.request_ids import RequestIds
@@ -48,10 +51,14 @@ AREAS = (
     models.area,
     health.area,
     docs.area,
+    ui.area,
+    dashboard.area,
 )
 """Every route of the server that needs no flag, in the order of the description."""
 AREAS_BESIDE_TGI = (responses.area, anthropic.area)
 """Areas that are not there under --strict-tgi, whose tools have a form of their own."""
+PAGES = (ui.area, dashboard.area)
+"""Areas of the pages for browsers."""
 
 
 @contextlib.asynccontextmanager
@@ -68,9 +75,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokenizer) -> FastAPI:
     app = FastAPI(lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = GenerationService(engine, config, tokenizer)
-    areas = [area for area in AREAS if area not in AREAS_BESIDE_TGI or not config.is_strict_tgi]
-    if config.is_lora_updating:
-        areas.append(adapters.area)
+    app.state.figures = dashboard.broadcast_figures(app.state.service)
+    areas = areas_of(config)
     operations = operations_of(areas)
     app.state.openapi = build_openapi(operations, config)
     install_error_handlers(app)
@@ -89,7 +95,16 @@ def create_app(engine: EngineClient, config: ServerConfig, tokenizer: TextTokeni
     further = (("POST", config.predict_route, "/vertex"), ("GET", config.health_route, "/health"))
     routes = {(method, path): route for method, path, route in further if path is not None}
     app.add_middleware(FurtherPaths, finder=finder, routes=routes)
+    if config.has_pages:
+        app.add_middleware(BrowserHome, page=ui.PLAYGROUND_PATH)
     return app
+
+
+def areas_of(config: ServerConfig) -> list[Area]:
+    """The areas that a server of this configuration has."""
+    absent = [*(AREAS_BESIDE_TGI if config.is_strict_tgi else ()), *(() if config.has_pages else PAGES)]
+    areas = [area for area in AREAS if area not in absent]
+    return [*areas, adapters.area] if config.is_lora_updating else areas
 
 
 def _tracer(config: ServerConfig) -> Tracer | None:

@@ -16,6 +16,7 @@ from engine.link.messages import (
     AbortRequest,
     AdapterReply,
     EngineReady,
+    EngineStarting,
     EngineStats,
     GenerationRequest,
     Goodbye,
@@ -23,6 +24,7 @@ from engine.link.messages import (
     StepOutput,
     TokenEvent,
     UnloadAdapter,
+    Up,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,9 @@ class Inbox:
 class EngineClient:
     """Submits requests and hands their events out; also knows the engine's limits, counters and health."""
 
+    is_stopping = False
+    """Whether the server lets nobody in any more: a stream that would have no end ends now."""
+
     def __init__(self, sock: socket.socket, hung_silence_s: float = 20.0) -> None:
         """An engine that is silent for `hung_silence_s` counts as hung."""
         sock.setblocking(False)
@@ -83,6 +88,8 @@ class EngineClient:
         self.dead = asyncio.Event()
         self.observe_output: Callable[[StepOutput, float], None] = lambda output, seconds: None
         """Called with every frame and the seconds that handing its events out took."""
+        self.observe_start: Callable[[EngineStarting], None] = lambda message: None
+        """Called with what the engine says before it is ready."""
 
     async def connect(self) -> EngineReady:
         """Start reading and wait until the engine is ready. Raises EngineDeadError if it ends before that."""
@@ -191,8 +198,11 @@ class EngineClient:
             if not self.dead.is_set():
                 self._mark_dead(EngineDeadError("the engine has ended"))
 
-    def _take(self, message: EngineReady | StepOutput) -> None:
+    def _take(self, message: Up) -> None:
         self._last_heard = time.monotonic()
+        if isinstance(message, EngineStarting):
+            self.observe_start(message)
+            return
         if isinstance(message, EngineReady):
             assert self._limits is not None
             self._limits.set_result(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 TGI_CLIENT_BATCH_SIZE = 4
@@ -26,11 +27,13 @@ class ServerConfig:
     is_lora_updating: bool = False
     """Whether there are the routes by which adapters come and go."""
     model_path: str
-    """Local folder with tokenizer.json and tokenizer_config.json."""
+    """Local folder with tokenizer.json and tokenizer_config.json. Empty: the launcher will tell, it is on its way."""
     model_sha: str | None = None
     """Commit of the Hub snapshot, if there is one."""
     listen_fd: int
-    """Bound TCP socket; listening starts when the engine is ready."""
+    """Bound socket."""
+    is_listening_early: bool = False
+    """Whether the server listens before the engine is ready, and answers then that it isn't."""
     engine_fd: int
     """Inherited end of the socket pair to the engine."""
     engine_silence_s: float = 20.0
@@ -62,6 +65,7 @@ class ServerConfig:
     """How thoughts are told from answers; a key of `PARSERS` in `server.chat.thoughts`, or `auto`."""
     is_strict_tgi: bool = False
     """TGI's behaviour also where it breaks clients."""
+    is_ui_disabled: bool = False
     ready_line: str = READY_LINE
     """What the log says once the server answers."""
     predict_route: str | None = None
@@ -87,6 +91,11 @@ class ServerConfig:
         return self.served_model_names or (self.model_id,)
 
     @property
+    def has_pages(self) -> bool:
+        """Whether browsers get pages; TGI has none."""
+        return not (self.is_ui_disabled or self.is_strict_tgi)
+
+    @property
     def max_prompts(self) -> int:
         """Prompts in one call of /v1/completions; each takes a permit."""
         if self.max_client_batch_size is not None:
@@ -98,8 +107,13 @@ class ServerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ServerConfig:
-        # JSON has no tuples. With a list the configuration could not be the key of a cache.
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-        }
-        return cls(**fields)
+        return cls(**_with_tuples(json.loads(text)))
+
+    def completed(self, fields: Mapping[str, Any]) -> ServerConfig:
+        """The configuration with fields that the launcher has told later."""
+        return dataclasses.replace(self, **_with_tuples(fields))
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples. With a list the configuration could not be the key of a cache."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -12,6 +12,7 @@ Exception
  ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
  ├─ OverloadedError            no permit is free, or too many grammars wait
  ├─ UnhealthyError             a probe fails
+ ├─ StartingError              the model is on its way
  ├─ IncompleteGenerationError  the engine ended without a final token
  ├─ FailedInstanceError        /vertex with --strict-tgi: an instance failed, for whatever reason
  └─ of the engine (`engine.link.errors`)
@@ -116,6 +117,12 @@ class UnhealthyError(Exception):
         super().__init__("unhealthy")
 
 
+class StartingError(Exception):
+    def __init__(self, text: str) -> None:
+        """`text`: how far the start is."""
+        super().__init__(f"The model is not there yet. {text}")
+
+
 class UnauthorizedError(Exception):
     """The API key is absent or wrong."""
 
@@ -183,6 +190,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     FailedInstanceError: ErrorKind(500, "Incomplete generation"),
     IncompleteGenerationError: ErrorKind(500, "incomplete_generation"),
     UnhealthyError: ErrorKind(503, "healthcheck"),
+    StartingError: ErrorKind(503, "starting"),
     GenerationError: _GENERATION,
     EngineDeadError: _GENERATION,
     EngineHungError: _GENERATION,

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from engine.checkpoint.download import Download
 from engine.checkpoint.retries import is_transient_status, with_retries
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_WEIGHTS, TEXT_ENDINGS, is_weight_name
+from engine.link.progress import Stage, StartProgress
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class Storage:
             page = listing.get("nextPageToken")
         return files
 
-    def fetch(self, bucket: str, file: StoredFile, path: Path) -> None:
+    def fetch(self, bucket: str, file: StoredFile, path: Path, download: Download) -> None:
         """Write a file to `path`, and go on where an earlier try ended."""
         part = path.with_name(f".{path.name}.{int(file.updated_s)}.part")
         start = part.stat().st_size if part.exists() else 0
@@ -98,6 +100,8 @@ class Storage:
                 with part.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as target:
                     while chunk := response.read(CHUNK_BYTES):
                         target.write(chunk)
+                        num_bytes = target.tell()
+                        download.report(num_bytes, f"{file.name}: {100 * num_bytes / file.size:.0f} %")
         if part.stat().st_size != file.size:
             raise http.client.IncompleteRead(b"", file.size - part.stat().st_size)
         os.utime(part, (file.updated_s, file.updated_s))
@@ -131,7 +135,7 @@ def _stored_file(item: Mapping[str, str]) -> StoredFile:
     return StoredFile(item["name"], int(item["size"]), updated.timestamp())
 
 
-def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
+def copy_model(uri: str, cache: Path, storage: Storage, progress: StartProgress | None = None) -> Path:
     """The local copy of a model's folder in a bucket, below `cache`. Raises StartError in words."""
     match = URI.fullmatch(uri)
     if match is None:
@@ -144,11 +148,15 @@ def copy_model(uri: str, cache: Path, storage: Storage) -> Path:
         chosen = [file for file in files if _is_of_a_model(file.name)]
         if not chosen:
             raise StartError(f"{uri} has no files of a model: give the folder with config.json and *.safetensors")
-        for file in sorted(chosen, key=lambda file: is_weight_name(file.name)):  # the weights last, as from the Hub
-            path = folder / file.name
-            if not file.is_at(path):
-                logger.info("Download file: %s", file.name)
-                with_retries(functools.partial(storage.fetch, bucket, file, path), _reason_to_retry)
+        absent = [file for file in chosen if not file.is_at(folder / file.name)]
+        if absent and progress is not None:
+            progress.begin(Stage.DOWNLOADING)
+        download = Download(progress or StartProgress(), sum(file.size for file in absent))
+        for file in sorted(absent, key=lambda file: is_weight_name(file.name)):  # the weights last, as from the Hub
+            logger.info("Download file: %s", file.name)
+            fetch = functools.partial(storage.fetch, bucket, file, folder / file.name, download)
+            with_retries(fetch, _reason_to_retry)
+            download.num_whole_bytes += file.size
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         raise StartError(_sentence(error, uri, folder)) from error
     return folder

@@ -35,6 +35,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
+from engine.checkpoint.download import Download
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.retries import is_transient_status, with_retries
@@ -43,20 +44,22 @@ from engine.checkpoint.weight_files import choose_weight_names, find_weight_file
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, TEXT_ENDINGS, is_adapter
 from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
+from engine.link.progress import Stage, StartProgress
 
 logger = logging.getLogger(__name__)
 
 _TEMPLATE = re.compile(rf"{NAMED_TEMPLATES}/[^/]+\.jinja")
 
 API_TIMEOUT_S = 30.0
-PROGRESS_S = 5.0
+PROGRESS_S = 0.2
+"""Seconds between two reports of a file that is on its way."""
 LEFTOVER_S = 3600.0
 """Age at which a temporary file is taken for the rest of a download that was killed."""
 
 T = TypeVar("T")
 
 
-def download_model(model_id: str, revision: str | None) -> Path:
+def download_model(model_id: str, revision: str | None, progress: StartProgress | None = None) -> Path:
     """The model's folder; the Hub is asked only if the cache does not have it whole. Raises StartError in words."""
     try:
         if os.path.isdir(model_id):  # Path would take an empty text for the working directory
@@ -66,7 +69,7 @@ def download_model(model_id: str, revision: str | None) -> Path:
                 raise StartError("--revision is for models of the Hub: leave it out for a local folder")
         else:
             refuse_other_paths(model_id)
-        return _cached(model_id, revision) or _fetched(model_id, revision)
+        return _cached(model_id, revision) or _fetched(model_id, revision, progress or StartProgress())
     except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
         raise StartError(_sentence(_root(error), model_id, revision)) from error
 
@@ -160,19 +163,23 @@ def _refuse_damage(path: Path) -> None:
         raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
 
 
-def _fetched(model_id: str, revision: str | None) -> Path:
+def _fetched(model_id: str, revision: str | None, progress: StartProgress) -> Path:
     """Fetch the files that the cache lacks, the weights last: a snapshot with all of them has the rest too."""
     _check_may_fetch(model_id)
+    progress.begin(Stage.DOWNLOADING)
     _relay_library_log()
     _remove_leftovers(model_id)
     commit, sizes = _with_retries(lambda: _list_files(model_id, revision))
     refuse_names(sizes, model_id)
+    texts, download = Download(progress), Download(progress)
     for name in sorted(name for name in sizes if name.endswith(TEXT_ENDINGS)):
-        folder = _fetch(model_id, commit, name, sizes[name]).parents[name.count("/")]
+        folder = _fetch(model_id, commit, name, sizes[name], texts).parents[name.count("/")]
     weights = _weights_of(folder, sizes)
+    download.num_bytes = sum(sizes[name] or 0 for name in weights)
     start = time.monotonic()
     for num_done, name in enumerate(weights, start=1):
-        _fetch(model_id, commit, name, sizes[name])
+        _fetch(model_id, commit, name, sizes[name], download)
+        download.num_whole_bytes += sizes[name] or 0
         eta_s = (time.monotonic() - start) / num_done * (len(weights) - num_done)
         logger.info("Download: [%d/%d] -- ETA: %s", num_done, len(weights), datetime.timedelta(seconds=int(eta_s)))
     _check_whole(folder)
@@ -210,7 +217,7 @@ def _list_files(model_id: str, revision: str | None) -> tuple[str, dict[str, int
     return info.sha, {name: size for name, size in sizes.items() if "/" not in name or _TEMPLATE.fullmatch(name)}
 
 
-def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:
+def _fetch(model_id: str, commit: str, name: str, size: int | None, download: Download) -> Path:
     """One file of a snapshot, from the cache if it is there in its full size."""
     cached = try_to_load_from_cache(model_id, name, revision=commit)
     if isinstance(cached, str):
@@ -219,7 +226,8 @@ def _fetch(model_id: str, commit: str, name: str, size: int | None) -> Path:
         Path(cached).resolve().unlink()  # the library takes any file for a whole one
     logger.info("Download file: %s", name)
     start = time.monotonic()
-    path = _with_retries(lambda: hf_hub_download(model_id, name, revision=commit, tqdm_class=_Progress))
+    bars = type("Progress", (_Progress,), {"download": download})
+    path = _with_retries(lambda: hf_hub_download(model_id, name, revision=commit, tqdm_class=bars))
     logger.info("Downloaded %s in %s.", path, datetime.timedelta(seconds=int(time.monotonic() - start)))
     return Path(path)
 
@@ -328,9 +336,11 @@ def _remove_leftovers(model_id: str) -> None:
 
 
 class _Progress(tqdm):
-    """A log line every few seconds in place of the library's progress bar."""
+    """Reports to a download in place of the library's progress bar."""
 
     monitor_interval = 0  # no thread
+    download: Download
+    """Set in a class of its own for each file: the library makes the instances."""
 
     def __init__(self, **options: Any) -> None:
         options |= {"disable": False, "file": io.StringIO(), "leave": False, "miniters": 1}
@@ -341,7 +351,7 @@ class _Progress(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:
-            logger.info("Download: %s", str(self))  # now: it goes on changing
+            self.download.report(self.n, str(self))
 
     # Xet reports what came over the network beside what was written; with these there is one line for both.
     def update_transfer(self, num_bytes: float) -> None:

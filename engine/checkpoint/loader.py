@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +25,12 @@ from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.kinds import kind_of_tensor
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
+from engine.link.progress import Stage, StartProgress
 from engine.memory import release_freed_memory
 from engine.models.base import CausalLM, CheckpointLayers, Loadable
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_S = 1.0
 MAX_UNCHECKED = 8
 """Tensors on their way to another device that may wait to be looked through: the host keeps them so long."""
 
@@ -47,7 +46,12 @@ TORCH_DTYPES = {
 
 
 def load_weights(
-    model: CausalLM, folder: Path, device: torch.device, num_shards: int = 1, adapter: Path | None = None
+    model: CausalLM,
+    folder: Path,
+    device: torch.device,
+    num_shards: int = 1,
+    adapter: Path | None = None,
+    progress: StartProgress | None = None,
 ) -> None:
     """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
 
@@ -59,12 +63,13 @@ def load_weights(
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
-    progress = _Progress(sum(_num_bytes(weights, name) for name in names) // num_shards)
+    progress = progress or StartProgress()
+    loaded = _LoadedBytes(progress, sum(_num_bytes(weights, name) for name in names) // num_shards)
     checks: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checker:
         for name in names:
             tensor = _load_tensor(weights, name, layers, is_host=is_host)
-            progress.add_bytes(tensor.nbytes)
+            loaded.add(tensor.nbytes)
             if tensor.is_floating_point():
                 checks.append(checker.submit(_refuse_non_finite, weights.file(name), name, tensor))
             del tensor
@@ -76,12 +81,23 @@ def load_weights(
                 _finish(layer, layers, device)
     for check in checks:
         check.result()
+    _refuse_missing(folder, layers)
+    if is_host:
+        _finish_all(layers, device, progress)
+
+
+def _refuse_missing(folder: Path, layers: CheckpointLayers) -> None:
     for prefix, (layer, part) in layers.items():
         if missing := layer.missing(part):
             raise StartError(f"{folder} lacks the tensor {prefix}.{missing[0]}: the checkpoint is not complete")
-    if is_host:
-        for layer in {id(layer): layer for layer, _ in layers.values()}.values():
-            _finish(layer, layers, device)
+
+
+def _finish_all(layers: CheckpointLayers, device: torch.device, progress: StartProgress) -> None:
+    progress.begin(Stage.PACKING)
+    distinct = {id(layer): layer for layer, _ in layers.values()}.values()
+    for num_done, layer in enumerate(distinct, start=1):
+        _finish(layer, layers, device)
+        progress.advance(num_done / len(distinct), f"Packing weights: {num_done} of {len(distinct)} layers")
 
 
 def _num_bytes(weights: WeightSource, name: str) -> int:
@@ -178,17 +194,16 @@ def _refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise StartError(f"{path} has a tensor {name} with NaN or infinite values: fetch the model again")
 
 
-class _Progress:
-    """Logs how many bytes are loaded, at most once a second."""
+class _LoadedBytes:
+    """Reports how many bytes of how many are loaded."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self._total = max(total_bytes, 1)
-        self._done = 0
-        self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
+    def __init__(self, progress: StartProgress, num_bytes: int) -> None:
+        self._progress = progress
+        self._num_bytes = max(num_bytes, 1)
+        self._num_loaded = 0
+        progress.begin(Stage.LOADING)
 
-    def add_bytes(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        if time.monotonic() >= self._next_time:
-            self._next_time = time.monotonic() + PROGRESS_INTERVAL_S
-            percent = 100 * self._done / self._total
-            logger.info("Loading weights: %.0f %% of %.2f GB", percent, self._total / 1e9)
+    def add(self, num_bytes: int) -> None:
+        self._num_loaded += num_bytes
+        done = min(1.0, self._num_loaded / self._num_bytes)
+        self._progress.advance(done, f"Loading weights: {100 * done:.0f} % of {self._num_bytes / 1e9:.2f} GB")

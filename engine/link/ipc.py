@@ -25,6 +25,7 @@ from engine.link.messages import (
     AdapterReply,
     Down,
     EngineReady,
+    EngineStarting,
     EngineStats,
     StepOutput,
     StepReport,
@@ -133,10 +134,13 @@ class EngineEndpoint:
                 return
             self._inbox += data
 
-    def send(self, message: EngineReady | StepOutput) -> None:
+    def send(self, message: Up) -> None:
         """Queue one message and write what the socket takes now."""
         if isinstance(message, EngineReady):
-            self._outbox = memoryview(encode_frame(message))
+            self._outbox = memoryview(bytes(self._outbox) + encode_frame(message))
+        elif isinstance(message, EngineStarting):
+            if not self._outbox:  # else nobody reads, and the next one says more
+                self._outbox = memoryview(encode_frame(message))
         elif self._outbox:
             self._hold(message)
         else:
@@ -176,17 +180,31 @@ class EngineEndpoint:
             self._outbox = memoryview(b"")
 
 
-def exit_when_closed(fd: int, log: Callable[[str], None]) -> None:
+def read_line(fd: int) -> str:
+    """The first line of the lifeline, byte by byte: what follows is left for `exit_when_closed`."""
+    line = bytearray()
+    while (byte := os.read(fd, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode()
+
+
+def exit_when_closed(
+    fd: int, log: Callable[[str], None], take_line: Callable[[bytes], None] = lambda line: None
+) -> None:
     """Watch the lifeline `fd` on a thread: at its end (the launcher is gone) end this process at once.
 
     It takes a thread and `os._exit`, because the main thread may be deep in a kernel or in a download. Linux is asked
-    for a signal as well, which also ends a process that is stopped.
+    for a signal as well, which also ends a process that is stopped. `take_line` gets each line that comes, on that
+    thread.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.read(fd, 1024):
-            pass
+        rest = b""
+        while data := os.read(fd, 1024):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                take_line(line)
         log("the launcher is gone: exiting")
         logging.shutdown()
         os._exit(1)

@@ -1,7 +1,8 @@
 """Log lines of every process: for people, or one JSON object per line as in TGI. Standard library only.
 
 A record may carry more fields, `logger.info("Success", extra={"span": {"name": "generate", ...}})`: JSON has them under
-`span`, and in `spans` after those of `outer_spans`; the human line ends in `key="value"` pairs.
+`span`, and in `spans` after those of `outer_spans`; the human line ends in `key="value"` pairs. A record may have a
+`bar` (`engine.link.progress`): a terminal shows it in one place again and again, a log has a line of it now and then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.link.progress import Bar
 from engine.link.repeats import RepeatCounter
 
 TARGETS = {
@@ -50,6 +52,12 @@ ESCAPES = CONTROL_CHARACTERS | BREAKS_AND_DIRECTIONS | {10: "\n  "}
 """A message may quote names; with these replaced it can't colour the log, begin a line or turn its direction."""
 MAX_CHARS = 16_384
 """Characters of a message with its fields; what is longer is cut."""
+PROGRESS_LINE_S = 5.0
+"""Seconds between two lines of a log about the same thing that takes its time."""
+CLEAR = "\r\033[2K"
+"""Takes away the bar in the terminal's last line, whichever process has drawn it."""
+BAR_CELLS = 24
+USUAL_COLUMNS = 80
 QUIET_LIBRARIES = "numba asyncio uvicorn httpx httpcore httpx2 httpcore2 huggingface_hub filelock urllib3".split()
 """Libraries that would drown our lines; some of them log whole addresses."""
 
@@ -74,7 +82,7 @@ def configure_logging(log_filter: str, process: str, *, is_json: bool = False, h
     """
     levels = parse_log_filter(log_filter)
     is_hiding = has_user_text and logging.DEBUG not in levels.values()
-    handler = PatientHandler()
+    handler = PatientHandler(has_bars=not is_json and _is_terminal())
     handler.setFormatter(
         JsonFormatter(is_hiding_words=is_hiding)
         if is_json
@@ -99,49 +107,89 @@ class PatientHandler(logging.Handler):
     FLUSH_S = 1.0
     COUNTS_S = 1.0
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_bars: bool = False) -> None:
+        """`has_bars`: stderr is a terminal, where bars can be drawn."""
         super().__init__()
-        self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        self._texts: queue.Queue[str] = queue.Queue(self.MAX_LINES)
         self._repeats = RepeatCounter()
+        self._has_bars = has_bars
+        self._bar: tuple[str, Bar] | None = None
+        """The bar that the terminal shows, with its text."""
+        self._next_progress = 0.0
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
         self._write_counts(now)
-        if self._repeats.admits(record, now):
+        bar: Bar | None = getattr(record, "bar", None)
+        if bar is not None and self._has_bars:
+            self._bar = record.getMessage(), bar
+            self._draw(now)
+        elif bar is not None:
+            if now >= max(self._next_progress, bar.since + PROGRESS_LINE_S):
+                self._next_progress = now + PROGRESS_LINE_S
+                self._put(record)
+        elif self._repeats.admits(record, now):
+            self._bar = None  # what it told of has ended, or draws it again at once
             self._put(record)
 
     def _put(self, record: logging.LogRecord) -> None:
+        self._put_text(f"{CLEAR if self._has_bars else ''}{self.format(record)}\n")
+
+    def _put_text(self, text: str) -> None:
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(self.format(record))
+            self._texts.put_nowait(text)
+
+    def _draw(self, now: float) -> None:
+        if self._bar is not None:
+            self._put_text(CLEAR + drawn(*self._bar, now, _num_columns()))
 
     def _write_counts(self, now: float) -> None:
         for line in self._repeats.take_counts(now):
             self._put(line)
 
-    def _next_line(self) -> str:
+    def _next_text(self) -> str:
         while True:
             try:
-                return self._lines.get(timeout=self.COUNTS_S)
+                return self._texts.get(timeout=self.COUNTS_S)
             except queue.Empty:
                 with self.lock or contextlib.nullcontext():  # logging's type allows a handler without a lock
-                    self._write_counts(time.monotonic())
+                    now = time.monotonic()
+                    self._write_counts(now)
+                    self._draw(now)
 
     def _write_all(self) -> None:
         while True:
-            data = (self._next_line() + "\n").encode(errors="backslashreplace")
+            data = self._next_text().encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # the reader is gone, or stderr is closed
                 # Not through sys.stderr: its lock, held by a write without end, would hold up the interpreter's end.
                 while data:
                     data = data[os.write(STDERR, data) :]
-            self._lines.task_done()
+            self._texts.task_done()
 
     def flush(self) -> None:
         with self.lock or contextlib.nullcontext():
             self._write_counts(math.inf)
         deadline = time.monotonic() + self.FLUSH_S
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self._texts.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
+
+
+def drawn(text: str, bar: Bar, now: float, num_columns: int) -> str:
+    """One line of a terminal: the bar, unless nobody knows how much is done, the text, and the seconds so far."""
+    cells = "" if bar.done is None else f"[{'#' * int(BAR_CELLS * bar.done):-<{BAR_CELLS}}] "
+    line = f"{cells}{text}, {now - bar.since:.0f} s".replace("\n", " ").translate(ESCAPES)
+    return line[: num_columns - 1]  # a full line would make the terminal begin another one
+
+
+def _num_columns() -> int:
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(STDERR).columns or USUAL_COLUMNS
+    return USUAL_COLUMNS
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _has_colours() -> bool:

@@ -10,6 +10,8 @@ import enum
 
 import msgspec
 
+from engine.link.progress import Stage
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended, in the spelling of TGI's wire."""
@@ -178,6 +180,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Times that an adapter got a place in memory, those of the start included."""
 
 
+class EngineStarting(msgspec.Struct, frozen=True, kw_only=True, tag="starting"):
+    """How far the start has come, before the engine is ready."""
+
+    stage: Stage
+    done: float | None = None
+    """The part of the stage that is done, 0 to 1; None: nobody knows."""
+    text: str = ""
+    """The same in words."""
+
+
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine can serve, within the limits that it resolved from the model, the flags and the memory."""
 
@@ -187,6 +199,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_batch_total_tokens: int
     vocab_size: int
     """Token ids are below this; the HTTP process refuses to start with a tokenizer that has more tokens."""
+    pid: int | None = None
+    """The process of the engine's first rank, whose memory the dashboard shows; None: unknown."""
 
 
 class StepReport(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -220,4 +234,4 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 Down = GenerationRequest | AbortRequest | LoadAdapter | UnloadAdapter | Goodbye
-Up = EngineReady | StepOutput
+Up = EngineStarting | EngineReady | StepOutput

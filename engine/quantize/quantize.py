@@ -24,6 +24,7 @@ from engine.device import Device, detect_device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.model_files import adapter_base
+from engine.link.progress import Bar
 from engine.link.registry import import_entry
 from engine.memory import host_free_bytes
 from engine.models.base import CausalLM
@@ -41,7 +42,6 @@ from quant.packing import WORD_BITS
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_S = 5.0
 OFFERED_GROUP_SIZES = (128, 64, 32, 16, -1)
 """Values of --groupsize that a refusal suggests, if they divide."""
 AWQ_OUTPUTS = 8
@@ -289,19 +289,17 @@ def _with_quantization(config: dict[str, Any], settings: dict[str, Any]) -> dict
 
 @dataclasses.dataclass(slots=True)
 class _Progress:
-    """Logs how far the model is done, at most every few seconds."""
+    """Logs how far the model is done."""
 
     total: int
     num_done: int = 0
     start: float = dataclasses.field(default_factory=time.monotonic)
-    next_time: float = dataclasses.field(default_factory=lambda: time.monotonic() + PROGRESS_INTERVAL_S)
 
     def step(self, what: str, count: int = 1) -> None:
         """Log that `what` begins now, and count it as `count` of `total`."""
-        now = time.monotonic()
-        if now >= self.next_time and self.num_done:
-            self.next_time = now + PROGRESS_INTERVAL_S
-            eta_s = (now - self.start) / self.num_done * (self.total - self.num_done)
-            percent = 100 * self.num_done / self.total
-            logger.info("Quantising: %.0f %%, %s, ETA: %s", percent, what, datetime.timedelta(seconds=int(eta_s)))
+        if self.num_done:
+            done = self.num_done / self.total
+            eta = datetime.timedelta(seconds=int((time.monotonic() - self.start) * (1 / done - 1)))
+            bar = {"bar": Bar(done, self.start)}
+            logger.info("Quantising: %.0f %%, %s, ETA: %s", 100 * done, what, eta, extra=bar)
         self.num_done += count

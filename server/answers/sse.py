@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
+EVENT_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
 
 class Typed(Protocol):
@@ -63,8 +64,7 @@ class EventStream(EventSourceResponse):
     send_timeout_s = 120.0
 
     def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]) -> None:
-        stream_headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        super().__init__(events, headers=headers | stream_headers, ping=0, send_timeout=self.send_timeout_s)
+        super().__init__(events, headers=headers | EVENT_HEADERS, ping=0, send_timeout=self.send_timeout_s)
         self._close = close
         self._last_sent = 0.0
 

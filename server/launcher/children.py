@@ -101,9 +101,13 @@ class Child:
             env={**without_secrets(os.environ, kept_secrets), **(environ or {})},
             start_new_session=True,
         )
+        self.tell(config)
+
+    def tell(self, line: str) -> None:
+        """Send a further line on standard input. A child that has ended misses it: the main loop will see that."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the child died at once: the main loop will see that
-            self.process.stdin.write(config.encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     @property

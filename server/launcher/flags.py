@@ -417,6 +417,12 @@ SERVING = (
         default=90,
     ),
     Flag(
+        name="disable-ui",
+        fills="server.is_ui_disabled",
+        help="Give browsers no pages: / answers them as it answers everybody, /ui and /dashboard are not there (ours)",
+        is_switch=True,
+    ),
+    Flag(
         name="strict-tgi",
         fills="server.is_strict_tgi engine.is_strict_tgi",
         help="Behave as TGI also where that breaks clients (ours; TGI doesn't have it)",

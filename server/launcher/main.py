@@ -6,24 +6,26 @@ after a signal, 1 when something failed, 2 for a usage error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 
 from engine.link.encoding import use_utf8
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
 from server.config import READY_LINE
 from server.launcher.args import LauncherArgs, parse_args
-from server.launcher.children import Signals, supervise
+from server.launcher.children import STOP_TIMEOUT_S, Child, Signals, supervise
 from server.launcher.errors import ArgumentError, LaunchError, Stopped
 from server.launcher.host import describe_runtime
 from server.launcher.parser import USAGE
 from server.launcher.shard_check import check_model
 from server.launcher.sockets import bind, describe_address, rendezvous_socket
-from server.launcher.start import find_folders, start_ranks, start_webserver
+from server.launcher.start import find_folders, start_ranks, start_webserver, tell_folders
 
 logger = logging.getLogger("launcher")
 
@@ -63,6 +65,16 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
+@contextlib.contextmanager
+def stopped_on_failure(webserver: Child, signals: Signals) -> Iterator[None]:
+    """Stop the webserver if the block fails, so that the cause is told last."""
+    try:
+        yield
+    except BaseException:
+        webserver.stop(STOP_TIMEOUT_S, lambda: signals.count > 1)
+        raise
+
+
 def run(args: LauncherArgs, listener: socket.socket | None = None) -> None:
     """Serve until a signal (raises Stopped) or a failure (raises LaunchError)."""
     signals = Signals()
@@ -76,11 +88,13 @@ def run(args: LauncherArgs, listener: socket.socket | None = None) -> None:
         check_model(folders.model, args.sharding)
         supervise(None, start_ranks(args, folders), signals, args.graceful_termination_timeout_s)
     with listener or bind(args.hostname, args.port) as listener, rendezvous_socket(args.sharding) as rendezvous:
-        folders = find_folders(args, signals)
-        check_model(folders.model, args.sharding)
         http_end, engine_end = socket.socketpair()
         with http_end, engine_end:
-            engines = start_ranks(args, folders, engine_end, rendezvous)
             logger.info("Starting Webserver for %s on %s", args.model_id, describe_address(listener))
-            http = start_webserver(args, folders, listener, http_end)
+            http = start_webserver(args, listener, http_end)
+            with stopped_on_failure(http, signals):
+                folders = find_folders(args, signals, http)
+                check_model(folders.model, args.sharding)
+                tell_folders(http, folders)
+                engines = start_ranks(args, folders, engine_end, rendezvous)
     supervise(http, engines, signals, args.graceful_termination_timeout_s)

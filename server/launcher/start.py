@@ -7,6 +7,8 @@ and `.server`), the launcher the rest: paths, sockets, threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
 import os
 import secrets
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.link.config import EngineConfig
@@ -55,9 +58,13 @@ class ModelFolders:
     """Name and folder of each adapter beside the model."""
 
 
-def find_folders(args: LauncherArgs, signals: Signals) -> ModelFolders:
-    """The folders of the model and of the adapters beside it. Raises LaunchError, StartError, Stopped."""
-    folders = find_model(args, signals)
+def find_folders(args: LauncherArgs, signals: Signals, webserver: Child | None = None) -> ModelFolders:
+    """The folders of the model and of the adapters beside it. Raises LaunchError, StartError, Stopped.
+
+    The `webserver` is told how far a download is; it goes on only as long as the webserver lives.
+    """
+    fetch = functools.partial(_find_folder, args, signals=signals, webserver=webserver)
+    folders = find_model(args, fetch)
     loras = []
     for adapter in parse_adapters(args.lora_adapters):
         if os.path.isdir(adapter.source):
@@ -67,14 +74,14 @@ def find_folders(args: LauncherArgs, signals: Signals) -> ModelFolders:
                 )
             folder = adapter.source
         else:
-            folder = _find_folder(args, adapter.source, adapter.revision, signals, is_alone=True)
+            folder = fetch(adapter.source, adapter.revision, is_alone=True)
         loras.append((adapter.name, folder))
     return dataclasses.replace(folders, loras=tuple(loras))
 
 
-def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
+def find_model(args: LauncherArgs, fetch: Callable[[str, str | None], str]) -> ModelFolders:
     """The folders that --model-id names, with those of an adapter's model. Raises LaunchError, StartError, Stopped."""
-    folder = _find_folder(args, args.model_id, args.revision, signals)
+    folder = fetch(args.model_id, args.revision)
     base = adapter_base(Path(folder))
     if base is None:
         return ModelFolders(folder)
@@ -85,14 +92,20 @@ def find_model(args: LauncherArgs, signals: Signals) -> ModelFolders:
             f"{args.model_id} is an adapter of {base.model_id}, which is no folder here: correct "
             f"base_model_name_or_path in {Path(folder, ADAPTER_CONFIG)}"
         )
-    model = _find_folder(args, base.model_id, None if is_local else base.revision, signals)
+    model = fetch(base.model_id, None if is_local else base.revision)
     if adapter_base(Path(model)) is not None:
         raise LaunchError(f"{args.model_id} is an adapter of {base.model_id}, which is one itself: merge that first")
     return ModelFolders(model, folder)
 
 
 def _find_folder(
-    args: LauncherArgs, model_id: str, revision: str | None, signals: Signals, *, is_alone: bool = False
+    args: LauncherArgs,
+    model_id: str,
+    revision: str | None,
+    *,
+    signals: Signals,
+    webserver: Child | None,
+    is_alone: bool = False,
 ) -> str:
     """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder.
 
@@ -113,13 +126,7 @@ def _find_folder(
     command += ["--json-output"] * args.is_json_output + ["--alone"] * is_alone + ["--", model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
     child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
-    while child.exit_code is None:
-        if signals.count:
-            child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
-            raise Stopped
-        time.sleep(POLL_S)
-    assert child.process.stdout is not None
-    lines = child.process.stdout.read().decode().splitlines()
+    lines = _follow_download(child, signals, webserver)
     if child.exit_code is not None and child.exit_code < 0:
         raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
@@ -128,6 +135,33 @@ def _find_folder(
         )
     logger.info("Successfully downloaded weights for %s", model_id)
     return lines[-1]
+
+
+def _follow_download(child: Child, signals: Signals, webserver: Child | None) -> list[str]:
+    """The lines that the child has written at its end, but for its reports, which go on to the webserver.
+
+    Raises Stopped, or LaunchError if the webserver ends before.
+    """
+    assert child.process.stdout is not None
+    os.set_blocking(child.process.stdout.fileno(), False)
+    output, lines = b"", []
+    is_over = False
+    while not is_over:
+        is_over = child.exit_code is not None  # what it has written by then is read below
+        if signals.count or (webserver is not None and webserver.exit_code is not None):
+            child.stop(DOWNLOAD_STOP_TIMEOUT_S, lambda: signals.count > 1)
+            if signals.count or webserver is None:
+                raise Stopped
+            logger.error("Webserver Crashed")
+            raise LaunchError(f"WebserverFailed: {webserver.describe_end()}")
+        *whole, output = (output + (child.process.stdout.read() or b"")).split(b"\n")
+        reports = [line for line in whole if line.startswith(b"{")]
+        lines += [line.decode() for line in whole if line not in reports]
+        if reports and webserver is not None and not webserver.is_stopped:  # it would not read
+            webserver.tell(reports[-1].decode())
+        if not is_over:
+            time.sleep(POLL_S)
+    return lines
 
 
 def start_ranks(
@@ -196,16 +230,17 @@ def shard_secret(args: LauncherArgs) -> str:
     return ""
 
 
-def start_webserver(
-    args: LauncherArgs, folders: ModelFolders, listener: socket.socket, http_end: socket.socket
-) -> Child:
-    """Start the HTTP process."""
+def start_webserver(args: LauncherArgs, listener: socket.socket, http_end: socket.socket) -> Child:
+    """Start the HTTP process, which waits for `tell_folders`.
+
+    It listens early on a port, where browsers and probes ask; at a private socket a program waits until it listens, as
+    TGI's clients do at the port.
+    """
     config = ServerConfig(
         **args.server,
-        model_path=folders.model,
-        lora_adapters=tuple(name for name, _ in folders.loras),
-        model_sha=snapshot_commit(folders.adapter or folders.model),
+        model_path="",
         listen_fd=listener.fileno(),
+        is_listening_early=listener.family != socket.AF_UNIX and not args.server.get("is_strict_tgi"),
         engine_fd=http_end.fileno(),
         engine_silence_s=engine_silence_s(args),
     )
@@ -217,6 +252,16 @@ def start_webserver(
         environ=WEBSERVER_ENVIRON,
         kept_secrets=COLLECTOR_SECRETS if args.server.get("otlp_endpoint") else (),
     )
+
+
+def tell_folders(webserver: Child, folders: ModelFolders) -> None:
+    """Tell the webserver what it serves, as fields of its configuration."""
+    fields = {
+        "model_path": folders.model,
+        "lora_adapters": [name for name, _ in folders.loras],
+        "model_sha": snapshot_commit(folders.adapter or folders.model),
+    }
+    webserver.tell(json.dumps(fields))
 
 
 def engine_silence_s(args: LauncherArgs) -> float:

@@ -63,12 +63,16 @@ class Replica:
         yield self._address
         await asyncio.Event().wait()
 
+    async def place(self) -> tuple[str, str]:
+        """This replica's name, and where its server is."""
+        return serve.get_replica_context().replica_id.unique_id, self._address
+
     async def metrics(self) -> tuple[str, str]:
         """This replica's name, and its metrics."""
-        name = serve.get_replica_context().replica_id.unique_id
+        name, address = await self.place()
         async with (
             aiohttp.ClientSession(timeout=PROBE_TIMEOUT) as session,  # Serve hands on what all have given, or nothing
-            session.get(f"http://{self._address}/metrics") as response,
+            session.get(f"http://{address}/metrics") as response,
         ):
             return name, await response.text()
 

@@ -18,8 +18,11 @@ from ray.exceptions import RayError
 from yarl import URL
 
 from engine.link.errors import GenerationError
-from server.errors import UnhealthyError
+from server.answers.broadcast import Broadcast
+from server.answers.sse import EVENT_HEADERS
+from server.errors import OverloadedError, UnhealthyError
 from server.replicas.ends import GONE, end_of_stream, failed_answer
+from server.replicas.figures import EVENTS_PATH, KEY_HEADERS, ReplicaFigures
 from server.replicas.metrics import merge_metrics
 from server.replicas.prompt_blocks import prompt_blocks
 
@@ -33,6 +36,8 @@ LEASE_TIMEOUT_S = 300.0
 """The time of a request to wait while there is no replica, as during an update of a single one."""
 PROBE_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 10.0
+UNREAD_TIMEOUT_S = 30.0
+"""A dashboard that takes nothing for so long is given up."""
 MAX_TRIES = 5
 RETRY_PAUSE_S = 0.2
 CONNECT_TIMEOUT_S = 5.0
@@ -54,12 +59,16 @@ class Front:
         self._leases = handle.options(method_name="lease", stream=True)
         self._handle = handle
         self._is_strict = is_strict
+        self._figures = ReplicaFigures(handle)
+        self._dashboards = Broadcast(self._figures.lines)
 
     def app(self) -> web.Application:
         app = web.Application()
         app.cleanup_ctx.append(self._client)
         app.on_response_prepare.append(_shape_headers)
+        app.on_shutdown.append(self._end_dashboards)
         app.router.add_get("/metrics", self.metrics)
+        app.router.add_get(EVENTS_PATH, self.figures, allow_head=False)
         app.router.add_route("*", "/{path:.*}", self.forward)
         return app
 
@@ -77,6 +86,28 @@ class Front:
         texts = [result for result in results if not isinstance(result, BaseException)]  # one may just be ending
         headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(text=merge_metrics(sorted(texts)), headers=headers)
+
+    async def figures(self, request: web.Request) -> web.StreamResponse:
+        """The figures of all replicas, once a second, for whom a replica would give its own; else its refusal."""
+        if not await self._may_watch(request):
+            return await self.forward(request)
+        self._figures.key = {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
+        try:
+            reader = self._dashboards.join()
+        except (OverloadedError, UnhealthyError) as error:
+            return self._failed(request, error)
+        response = web.StreamResponse(headers=EVENT_HEADERS | {"x-accel-buffering": "no"})
+        try:
+            await response.prepare(request)
+            async for line in reader.events():
+                async with asyncio.timeout(UNREAD_TIMEOUT_S):
+                    await response.write(line)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            self._dashboards.leave(reader)
+        return response
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """The answer of a replica, or ours if there is none."""
@@ -157,9 +188,22 @@ class Front:
         elif request.transport is not None:
             request.transport.abort()
 
-    def _failed(self, request: web.Request, error: GenerationError | UnhealthyError) -> web.Response:
+    def _failed(self, request: web.Request, error: GenerationError | OverloadedError | UnhealthyError) -> web.Response:
         status, body = failed_answer(request.path, error, is_strict=self._is_strict)
         return web.Response(status=status, body=body, headers={"content-type": "application/json"})
+
+    async def _may_watch(self, request: web.Request) -> bool:
+        session: aiohttp.ClientSession = request.app[SESSION]
+        try:
+            async with self._lease([], PROBE_TIMEOUT_S) as address:
+                url = URL(f"http://{address}{EVENTS_PATH}")
+                async with session.head(url, headers=_passing(request.raw_headers)) as answer:
+                    return bool(answer.status == 200)
+        except (UnreachableError, TimeoutError, aiohttp.ClientError, ConnectionError):
+            return False
+
+    async def _end_dashboards(self, app: web.Application) -> None:
+        self._dashboards.close()
 
     async def _client(self, app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)

@@ -41,6 +41,11 @@ class Counter:
     def increment(self, label_value: str = "") -> None:
         self._counts[label_value] = self._counts.get(label_value, 0) + 1
 
+    @property
+    def total(self) -> int:
+        """The count over all values of the label."""
+        return sum(self._counts.values())
+
     def samples(self) -> Iterator[str]:
         for value, count in self._counts.items():
             labels = f'{{{self._label}="{value}"}}' if self._label else ""
@@ -54,23 +59,32 @@ class Histogram:
 
     def __init__(self, name: str, help: str, bounds: Sequence[float] = DURATION_BOUNDS, label: str = "") -> None:
         self.name, self.help, self._label = name, help, label
-        self._bounds = bounds
+        self.bounds = bounds
         self._counts: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
 
     def observe(self, value: float, label_value: str = "", times: int = 1) -> None:
         counts = self._counts.get(label_value)
         if counts is None:
-            counts = self._counts[label_value] = [0] * (len(self._bounds) + 1)
+            counts = self._counts[label_value] = [0] * (len(self.bounds) + 1)
             self._sums[label_value] = 0
-        counts[bisect.bisect_left(self._bounds, value)] += times
+        counts[bisect.bisect_left(self.bounds, value)] += times
         self._sums[label_value] += value * times
+
+    def counts(self, label_value: str = "") -> Sequence[int]:
+        """Observations per bucket up to now, the last one above all bounds; empty before the first."""
+        return tuple(self._counts.get(label_value, ()))
+
+    @property
+    def total(self) -> float:
+        """The sum of all that was observed."""
+        return sum(self._sums.values())
 
     def samples(self) -> Iterator[str]:
         for value, counts in self._counts.items():
             labels = f'{self._label}="{value}"' if self._label else ""
             separator, braced = ("," if labels else ""), (f"{{{labels}}}" if labels else "")
-            for bound, count in zip([*map(_number, self._bounds), "+Inf"], itertools.accumulate(counts), strict=True):
+            for bound, count in zip([*map(_number, self.bounds), "+Inf"], itertools.accumulate(counts), strict=True):
                 yield f'{self.name}_bucket{{{labels}{separator}le="{bound}"}} {count}'
             yield f"{self.name}_sum{braced} {_number(self._sums[value])}"
             yield f"{self.name}_count{braced} {sum(counts)}"
@@ -88,17 +102,25 @@ class Summary:
     def observe(self, values: Iterable[int]) -> None:
         self._counts.update(values)
 
+    @property
+    def count(self) -> int:
+        return self._counts.total()
+
+    @property
+    def total(self) -> int:
+        """The sum of all that was observed."""
+        return sum(value * count for value, count in self._counts.items())
+
     def samples(self) -> Iterator[str]:
-        total = self._counts.total()
-        if not total:
+        if not self.count:
             return
         values = sorted(self._counts)
         ends = list(itertools.accumulate(self._counts[value] for value in values))
         for quantile in QUANTILES:
-            rank = max(1, quantile * total)
+            rank = max(1, quantile * self.count)
             yield f'{self.name}{{quantile="{_number(quantile)}"}} {values[bisect.bisect_left(ends, rank)]}'
-        yield f"{self.name}_sum {sum(value * count for value, count in self._counts.items())}"
-        yield f"{self.name}_count {total}"
+        yield f"{self.name}_sum {self.total}"
+        yield f"{self.name}_count {self.count}"
 
 
 class Reading:

@@ -189,13 +189,13 @@ class Metrics:
         self._is_strict = is_strict
         self._has_stepped = False
         self._registry = Registry(has_presets=not is_strict)
-        self._requests = RequestFamilies(self._registry, limits)
-        self._steps = StepFamilies(self._registry)
+        self.requests = RequestFamilies(self._registry, limits)
+        self.steps = StepFamilies(self._registry)
 
     def entered(self) -> RequestMetrics:
         """Note that a request asks for a generation."""
-        self._requests.count.increment()
-        return RequestMetrics(self._requests)
+        self.requests.count.increment()
+        return RequestMetrics(self.requests)
 
     @contextlib.contextmanager
     def refusing(self, *kinds: type[Exception]) -> Iterator[None]:
@@ -203,19 +203,19 @@ class Metrics:
         try:
             yield
         except kinds as error:
-            self._requests.count.increment()
-            self._requests.failure.increment(_error_label(error))
+            self.requests.count.increment()
+            self.requests.failure.increment(_error_label(error))
             raise
 
     def observe_output(self, output: StepOutput, seconds: float) -> None:
         """Take the engine's reports in. Handing the events of `output` out took `seconds`."""
         for report in output.reports:
             self._has_stepped = True
-            self._steps.observe_step(report)
+            self.steps.observe_step(report)
             if not report.is_failed:
-                self._requests.skipped_tokens.observe(report.num_draft_hits)
+                self.requests.skipped_tokens.observe(report.num_draft_hits)
         if output.reports:
-            self._steps.filter_duration.observe(seconds, _method(output.reports[-1]))
+            self.steps.filter_duration.observe(seconds, _method(output.reports[-1]))
 
     def render(self, stats: EngineStats) -> str:
         """The exposition: the observations so far, and `stats` as it is."""

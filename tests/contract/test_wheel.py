@@ -21,8 +21,9 @@ def test_it_has_every_module_and_every_file_of_data_under_one_name(wheel: Path) 
     rooms = {f"pytgi/_rooms/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     data = {f"pytgi/_rooms/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.json")}
     assert data, "the tables of the GPU's kernels are data"
+    pages = {f"pytgi/_rooms/{path.relative_to(ROOT)}" for path in (ROOT / "server" / "ui" / "source").iterdir()}
     files = {name for name in files_of(wheel) if ".dist-info/" not in name}
-    assert files == {*modules, *rooms, *data, "pytgi/py.typed"}
+    assert files == {*modules, *rooms, *data, *pages, "pytgi/py.typed"}
 
 
 def test_its_metadata_names_license_system_and_bounds(wheel: Path) -> None:

@@ -27,11 +27,16 @@ STOP_TIMEOUT_S = 20.0
 
 @dataclasses.dataclass
 class HttpProcess:
-    """A running `python -m server`; it listens once the engine has said that it is ready."""
+    """A running `python -m server`; it listens once the engine has said that it is ready, or early."""
 
     process: psutil.Popen
     port: int
     endpoint: EngineEndpoint
+
+    def tell(self, **fields: Any) -> None:
+        """Send a line as the launcher does."""
+        self.process.stdin.write(json.dumps(fields).encode() + b"\n")
+        self.process.stdin.flush()
 
     @property
     def url(self) -> str:
@@ -40,18 +45,26 @@ class HttpProcess:
 
 @contextlib.contextmanager
 def http_process(
-    model: Path, log_path: Path, *, send_buffer: int | None = None, max_descriptors: int | None = None, **config: Any
+    model: Path | str,
+    log_path: Path,
+    *,
+    port: int = 0,
+    send_buffer: int | None = None,
+    max_descriptors: int | None = None,
+    **config: Any,
 ) -> Iterator[HttpProcess]:
-    """`config`: more fields of ServerConfig; `send_buffer`: what the kernel keeps for a client that does not read, in
-    bytes; `max_descriptors`: `ulimit -n` of the process. At the end of the block the process is gone.
+    """`model` is empty: the caller will tell. `config`: more fields of ServerConfig; `port`: 0 is a free one;
+    `send_buffer`: what the kernel keeps for a client that does not read, in bytes; `max_descriptors`: `ulimit -n` of the
+    process. At the end of the block the process is gone.
     """
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs, log_path.open("wb") as log:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         fds: dict[str, Any] = {"listen_fd": listener.fileno(), "engine_fd": theirs.fileno()}
-        settings = ServerConfig(model_id="org/model", model_path=str(model), **fds, **config)
+        settings = ServerConfig(**{"model_id": "org/model", "model_path": str(model), **fds, **config})
         process = psutil.Popen(
             [sys.executable, "-P", "-m", "server"],
             stdin=subprocess.PIPE,
@@ -67,7 +80,8 @@ def http_process(
     try:
         yield HttpProcess(process, port, EngineEndpoint(ours))
     finally:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:

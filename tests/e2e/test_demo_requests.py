@@ -37,6 +37,20 @@ def test_generate_stream(server: LaunchedServer) -> None:
     assert last["generated_text"] == "".join(event["token"]["text"] for event in [*tokens, last])
 
 
+def test_the_dashboard_tells_what_a_stream_does(server: LaunchedServer) -> None:
+    with httpx.stream("GET", f"{server.url}/dashboard/events", timeout=60) as dashboard:
+        events = server.stream("Tell me something about large language models.", max_new_tokens=200, ignore_eos=True)
+        next(events)
+        lines = (line for line in dashboard.iter_lines() if line)
+        figures = json.loads(next(lines).removeprefix("data: "))["replicas"]["server"]
+    assert figures["requests_running"] == 1
+    assert figures["tokens_per_s"] > 1
+    assert 0 < figures["inter_token_s"]["p50"] <= figures["inter_token_s"]["p99"] < 1
+    assert 0 < figures["kv_tokens_used"] < figures["kv_tokens_total"]
+    true = server.child("engine").memory_info().rss
+    assert figures["engine_memory_bytes"] == pytest.approx(true, rel=0.1)
+
+
 def test_chat_by_curl(server: LaunchedServer) -> None:
     body = {"model": "", "messages": MESSAGES, "max_tokens": 32}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()

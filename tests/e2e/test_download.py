@@ -41,7 +41,8 @@ import os
 from engine import cli
 cli.prepare_environment(os.environ)
 from engine.checkpoint import hub, retries
-retries.FIRST_PAUSE_S = hub.PROGRESS_S = 0.01
+from engine.link import logs, progress
+retries.FIRST_PAUSE_S = hub.PROGRESS_S = logs.PROGRESS_LINE_S = progress.TELL_S = 0.01
 cli.main()
 """
 

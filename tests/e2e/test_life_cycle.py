@@ -58,9 +58,9 @@ def test_the_http_process_has_no_libtorch_and_is_small(lasting_server: LaunchedS
     assert process.memory_info().rss < 300e6
 
 
-def test_port_is_closed_until_ready_and_busy_from_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
-        server.wait_for_log("Starting")
+def test_port_of_strict_tgi_is_closed_until_ready(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with launched(tiny_model_dir, tmp_path, "--strict-tgi", is_awaited=False) as server:
+        server.wait_for_log("Starting shard")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
         server.wait_for_log("Connected")
@@ -107,11 +107,14 @@ def test_code_where_it_is_started_is_not_run(tiny_model_dir: Path, tmp_path: Pat
 
 
 def test_sigterm_lets_a_running_stream_end_and_exits_with_0(server: LaunchedServer) -> None:
-    events = server.stream("hello", max_new_tokens=400, details=True)
-    next(events)
-    server.process.send_signal(signal.SIGTERM)
-    *_, last = events
-    assert last["details"]["generated_tokens"] == 400
+    """An open dashboard, whose stream has no end, does not hold that up."""
+    with httpx.stream("GET", f"{server.url}/dashboard/events", timeout=60) as dashboard:
+        events = server.stream("hello", max_new_tokens=400, details=True)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last = events
+        assert last["details"]["generated_tokens"] == 400
+        dashboard.read()
     assert server.wait_for_end() == 0
 
 

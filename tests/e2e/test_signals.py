@@ -136,13 +136,7 @@ def test_debug_shows_nothing_of_the_libraries_and_error_is_quiet(tiny_model_dir:
 
 def _log_of_a_short_life(model: Path, log_dir: Path, level: str) -> str:
     with launched(model, log_dir, environ={"LOG_LEVEL": level}, is_awaited=False) as server:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                httpx.get(f"{server.url}/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.1)
+        wait_until_served(server.port)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_for_end() == 0
         return server.log
@@ -181,7 +175,7 @@ def test_a_log_that_nobody_reads_stops_nothing(tiny_model_dir: Path, tmp_path: P
     process = subprocess.Popen(command, stderr=writer)
     try:
         server = LaunchedServer(process, port, tmp_path / "none")
-        wait_for_port(port)
+        wait_until_served(port)
         children = psutil.Process(process.pid).children(recursive=True)
         os.set_blocking(writer, False)
         with contextlib.suppress(BlockingIOError):
@@ -200,11 +194,11 @@ def test_a_log_that_nobody_reads_stops_nothing(tiny_model_dir: Path, tmp_path: P
         os.close(writer)
 
 
-def wait_for_port(port: int) -> None:
+def wait_until_served(port: int) -> None:
     deadline = time.monotonic() + 60
     while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+        with contextlib.suppress(httpx.ConnectError):
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -230,7 +224,7 @@ def check_closed_streams(redirection: str, model: Path) -> None:
     ]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], stderr=subprocess.DEVNULL)
     try:
-        wait_for_port(port)
+        wait_until_served(port)
         for child in psutil.Process(process.pid).children(recursive=True):
             for number in ("0", "1", "2"):
                 target = os.readlink(f"/proc/{child.pid}/fd/{number}")
@@ -242,8 +236,8 @@ def check_closed_streams(redirection: str, model: Path) -> None:
 
 def test_an_engine_stopped_while_it_loads_is_detected(tiny_model_dir: Path, tmp_path: Path) -> None:
     with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
-        server.wait_for_log("Starting Webserver")
-        while not (children := psutil.Process(server.process.pid).children(recursive=True)):
+        server.wait_for_log("Starting shard")
+        while len(children := psutil.Process(server.process.pid).children(recursive=True)) < 2:
             time.sleep(0.01)
         server.child("engine").suspend()
         assert server.wait_for_end(35) == 1

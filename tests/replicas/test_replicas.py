@@ -71,6 +71,19 @@ def answer_of(method: str, url: str, body: bytes | None) -> tuple[int, bytes, li
     return answer.status_code, answer.content, sorted(kept)
 
 
+def test_a_dashboard_shows_both_replicas(fleet: Fleet) -> None:
+    assert "<title>pytgi dashboard" in httpx.get(f"{fleet.url}/dashboard").text
+    deadline = time.monotonic() + 30
+    names: set[str] = set()
+    with httpx.stream("GET", f"{fleet.url}/dashboard/events", timeout=30) as response:
+        lines = response.iter_lines()
+        while len(names) < 2:
+            assert time.monotonic() < deadline
+            line = next(lines)
+            names = set(json.loads(line.removeprefix("data: "))["replicas"]) if line else names
+    assert names == set(fleet.metrics("tgi_request_count"))
+
+
 def test_eight_turns_find_their_prefix_again(fleet: Fleet) -> None:
     """A turn finds the whole prompt of the turn before, but for a last partial block, and a first turn the system's.
 

@@ -757,7 +757,7 @@ def test_every_flag_of_tgi_is_known() -> None:
         watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support env
         max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
         graceful-termination-timeout"""
-    ours = """device disable-overlap strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
+    ours = """device disable-overlap disable-ui strict-tgi quantize-head nnodes node-rank shard-secret shard-timeout
         served-model-name speculative-decoding max-logit-bias generation-config
         max-loras max-lora-rank allow-runtime-lora-updating reasoning-parser target-inter-token-latency"""
     assert sorted(flag.name for flag in FLAGS) == sorted([*tgi.split(), *ours.split()])
@@ -779,8 +779,8 @@ def test_a_flag_is_a_row_and_the_field_it_names(
 DERIVED = {
     "launcher": "sharding engine server echo warnings".split(),
     "engine": "model_path adapter_path lora_adapters num_threads socket_fd listen_fd may_share_memory".split(),
-    "server": "lora_adapters model_path model_sha listen_fd engine_fd engine_silence_s is_rendering_here "
-    "ready_line".split(),
+    "server": "lora_adapters model_path model_sha listen_fd is_listening_early engine_fd engine_silence_s "
+    "is_rendering_here ready_line".split(),
 }
 """Fields that no single flag fills."""
 

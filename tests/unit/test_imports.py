@@ -30,7 +30,8 @@ ROOMS: dict[str, str] = {
     "server.telemetry": "engine.link server.errors server.operation",
     "server.error_handlers": "server.errors server.telemetry",
     "server.client": "engine.link",
-    "server.edge": "server.errors server.operation",
+    "server.ui": "",
+    "server.edge": "engine.link server.errors server.operation server.ui",
     "server.schemas": "",
     "server.requests": "engine.link server.config server.errors server.piped_process server.schemas server.text",
     "server.chat": "server.errors server.piped_process server.requests server.text",
@@ -40,12 +41,13 @@ ROOMS: dict[str, str] = {
     "server.answers": "engine.link server.config server.edge server.errors server.generation "
     "server.requests server.schemas server.telemetry server.text",
     "server.routes": "engine.link server.answers server.chat server.edge server.errors server.generation "
-    "server.operation server.requests server.service server.text",
+    "server.operation server.requests server.service server.telemetry server.text server.ui",
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
     "server.bench": "engine.link",
+    "server.terminal": "engine.link server.bench",
     "server.replicas": "engine.link server.answers server.errors server.launcher",
     # engine
     "engine.link": "",
@@ -93,7 +95,7 @@ ROOMS: dict[str, str] = {
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
     # the others are flat
-    "pytgi": "server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi": "server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -111,17 +113,19 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "pytgi.commands": "pytgi server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi.commands": "pytgi server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",
     "server.schemas": "server.schemas",
+    "server.ui": "server.ui",
     "engine.link.config": "",
     "engine.link.encoding": "",
     "engine.link.environment": "engine.link.errors",
     "engine.link.errors": "",
     "engine.link.exit_codes": "",
-    "engine.link.logs": "engine.link.repeats",
+    "engine.link.logs": "engine.link.progress engine.link.repeats",
+    "engine.link.progress": "",
     "engine.link.repeats": "",
     "engine.link.model_files": "engine.link.errors",
     "engine.link.registry": "engine.link.errors",

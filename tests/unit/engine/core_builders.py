@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from engine.core import EngineCore, Runner
+from engine.core import AdapterFiles, EngineCore, Runner
 from engine.overlap import OverlappedCore, OverlappedRunner
 from engine.sampling.bans import Bans
 from engine.sampling.batch_sampler import BatchSampler, LaunchingBatchSampler, LogitsProcessor
@@ -29,6 +29,7 @@ def assemble_core(
     penalties: Penalties | None = None,
     grammars: Grammars | None = None,
     launch_sample: LaunchSample | None = None,
+    adapter_files: AdapterFiles | None = None,
 ) -> EngineCore:
     """A core without step limits; `grammars` left out have no tokenizer, and every grammar is an error.
 
@@ -38,9 +39,10 @@ def assemble_core(
     processors: list[LogitsProcessor] = [penalties or Penalties(), Bans([*scheduler.eos_token_ids]), grammars]
     limit, costs = limit or StepLimit(None, None), UnusedCosts()
     if launch_sample is None:
-        return EngineCore(scheduler, runner, BatchSampler(sample, processors), grammars, limit, costs)
+        return EngineCore(scheduler, runner, BatchSampler(sample, processors), grammars, limit, costs, adapter_files)
     sampler = LaunchingBatchSampler(sample, processors, launch_sample)
-    return OverlappedCore(scheduler, cast(OverlappedRunner, runner), sampler, grammars, limit, costs)
+    overlapped_runner = cast(OverlappedRunner, runner)
+    return OverlappedCore(scheduler, overlapped_runner, sampler, grammars, limit, costs, adapter_files)
 
 
 def needs_tokens(sequence: Sequence) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import engine.core
-from engine.core import UNLOADED_ERROR, EngineCore
+from engine.core import UNLOADED_ERROR, AdapterFiles, EngineCore
 from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint, decode_up, encode_frame, take_frames
 from engine.link.messages import (
@@ -57,9 +57,10 @@ class CountingRunner:
         return StepResult(logits, [])
 
 
-def make_core(runner: CountingRunner, sample: Sample = sample) -> EngineCore:
-    scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=[EOS])
-    return assemble_core(scheduler, runner, sample=sample, limit=StepLimit(1.0, 5.0))
+def make_core(runner: CountingRunner, sample: Sample = sample, adapter_files: AdapterFiles | None = None) -> EngineCore:
+    adapters = AdapterCache(0 if adapter_files is None else 2)
+    scheduler = Scheduler(BlockManager(16, 4), max_batch_tokens=32, eos_token_ids=[EOS], adapters=adapters)
+    return assemble_core(scheduler, runner, sample=sample, limit=StepLimit(1.0, 5.0), adapter_files=adapter_files)
 
 
 @pytest.fixture
@@ -240,9 +241,8 @@ def test_adapters_come_and_go_between_steps(
 ) -> None:
     """Their files are closed once no request has them; whoever names one after that is told, and nobody else ends."""
     endpoint, peer = sockets
-    core = make_core(CountingRunner())
-    core.scheduler.adapters = AdapterCache(2)
-    core.adapter_files = files = FakeFiles()
+    files = FakeFiles()
+    core = make_core(CountingRunner(), adapter_files=files)
     open_files = []
     rounds: list[list[Down]] = [
         [LoadAdapter("secret", "/good/secret"), LoadAdapter("x", "/bad"), with_adapter("a", "secret")],

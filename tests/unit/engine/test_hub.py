@@ -18,6 +18,8 @@ from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from engine.checkpoint import hub, retries
+from engine.checkpoint.download import Download
+from engine.link import progress
 from engine.link.errors import StartError
 from engine.link.model_folders import refuse_names
 from tests.tiny_model import write_tiny_qwen2
@@ -226,19 +228,22 @@ def test_the_librarys_warnings_are_one_line_without_signatures(caplog: pytest.Lo
     assert caplog.messages == ["Error while downloading from https://cdn/x reset Trying to resume"]
 
 
-def test_progress_is_a_log_line_every_few_seconds(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_progress_is_that_of_all_files_and_tells_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TELL_S", 0.0)
+    heard: list[tuple[str, float | None, str]] = []
+    start = progress.StartProgress(lambda *report: heard.append(report))
+    start.begin(progress.Stage.DOWNLOADING)
+    hub._Progress.download = Download(start, num_bytes=8_000_000, num_whole_bytes=4_000_000)
     for progress_s in (3600.0, 0.001):
         monkeypatch.setattr(hub, "PROGRESS_S", progress_s)
-        with hub._Progress(desc="(…)0123/model.safetensors", total=4_000_000, unit="B", unit_scale=True) as progress:
+        with hub._Progress(desc="(…)0123/model.safetensors", total=4_000_000, unit="B", unit_scale=True) as bar:
             for _ in range(2):
                 time.sleep(0.002)
-                progress.update(1_000_000)
-    assert [line.split(" of ")[0] for line in caplog.messages] == [
-        "Download: model.safetensors: 25 %",
-        "Download: model.safetensors: 50 %",
+                bar.update(1_000_000)
+    assert [(stage, done, text.split(" of ")[0]) for stage, done, text in heard] == [
+        ("downloading", None, "Downloading"),
+        ("downloading", 0.625, "Download: model.safetensors: 25 %"),
+        ("downloading", 0.75, "Download: model.safetensors: 50 %"),
     ]
 
 

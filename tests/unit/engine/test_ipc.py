@@ -30,6 +30,7 @@ from engine.link.messages import (
     AbortRequest,
     Down,
     EngineReady,
+    EngineStarting,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -38,7 +39,9 @@ from engine.link.messages import (
     StepOutput,
     StepReport,
     TokenEvent,
+    Up,
 )
+from engine.link.progress import Stage
 
 READY = EngineReady(
     max_input_tokens=1, max_total_tokens=2, max_batch_prefill_tokens=3, max_batch_total_tokens=4, vocab_size=5
@@ -69,14 +72,14 @@ def step_output(*events: TokenEvent, num_running: int = 0) -> StepOutput:
     return StepOutput(events=list(events), stats=EngineStats(num_running=num_running), reports=reports)
 
 
-def read_all(sock: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
+def read_all(sock: socket.socket, buffer: bytearray) -> list[Up]:
     """The messages that can be read without waiting."""
     while select.select([sock], [], [], 0)[0]:
         buffer += sock.recv(1 << 16)
     return take_frames(buffer, decode_up)
 
 
-def drain(endpoint: EngineEndpoint, peer: socket.socket, buffer: bytearray) -> list[StepOutput | EngineReady]:
+def drain(endpoint: EngineEndpoint, peer: socket.socket, buffer: bytearray) -> list[Up]:
     """The messages that come while the reader catches up and the engine is idle."""
     received = read_all(peer, buffer)
     for _ in range(10_000):
@@ -85,6 +88,20 @@ def drain(endpoint: EngineEndpoint, peer: socket.socket, buffer: bytearray) -> l
         endpoint.receive(0.01)
         received += read_all(peer, buffer)
     raise AssertionError("what is pending is never written")
+
+
+def test_reports_of_the_start_wait_for_nobody_and_what_is_said_last_comes_whole(
+    pair: tuple[EngineEndpoint, socket.socket],
+) -> None:
+    endpoint, peer = pair
+    reports = [EngineStarting(stage=Stage.LOADING, done=number / 1000, text="x" * 50) for number in range(1000)]
+    for report in reports:
+        endpoint.send(report)
+    endpoint.send(READY)
+    received = drain(endpoint, peer, bytearray())
+    assert received[-1] == READY
+    assert 1 < len(received) < 1000, "most of them found no room"
+    assert received[:-1] == reports[: len(received) - 1]
 
 
 def test_a_frame_is_a_big_endian_length_and_a_body() -> None:
@@ -170,7 +187,7 @@ def test_a_lagging_reader_gets_merged_tokens_and_loses_nothing(pair: tuple[Engin
     chance = random.Random(0)
     names = [f"request-{number}" for number in range(5)]
     num_steps = 3000
-    received: list[StepOutput | EngineReady] = []
+    received: list[Up] = []
     buffer = bytearray()
     most_held = 0
     endpoint.send(READY)

@@ -12,7 +12,7 @@ from engine.link.errors import StartError
 from engine.link.model_folders import gguf_files, refuse_no_model, refuse_other_paths
 from server.launcher.args import parse_args
 from server.launcher.children import Signals
-from server.launcher.start import find_model
+from server.launcher.start import find_folders
 
 MODEL = "config.json tokenizer.json model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -29,7 +29,7 @@ def write(folder: Path, names: str) -> Path:
 def refusal(model_id: str | Path) -> str:
     """The launcher's sentence; it starts no process for what it refuses."""
     with pytest.raises(StartError) as caught:
-        find_model(parse_args(["--model-id", str(model_id)], {}), Mock(Signals, count=0))
+        find_folders(parse_args(["--model-id", str(model_id)], {}), Mock(Signals, count=0))
     return str(caught.value)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.device import Device, find_cpu
 from engine.link.config import EngineConfig
+from engine.link.progress import StartProgress
 from engine.runner import ModelRunner, StepResult
 from engine.sampling.sampler_torch import sample
 from engine.scheduling.batch import ScheduledBatch
@@ -57,7 +58,7 @@ def test_steps_are_as_long_as_the_flag_says_or_the_device(
 
 def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:
     limit = StepLimit(1.0, 5.0)
-    warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64, block_size=16)
+    warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64, block_size=16, progress=StartProgress())
     room = limit.room(is_only_sequence=False)
     room.begin([])
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).

@@ -16,6 +16,7 @@ from engine.link.messages import (
     AbortRequest,
     AdapterReply,
     Down,
+    EngineStarting,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -25,6 +26,7 @@ from engine.link.messages import (
     TokenEvent,
     UnloadAdapter,
 )
+from engine.link.progress import Stage
 from server import client as client_module
 from server.client import EngineClient
 from tests.unit.server.harness import LIMITS
@@ -87,6 +89,23 @@ async def test_every_frame_is_told_with_the_time_of_handing_it_out(pair: Pair) -
         await anext(events)
     ((seen, seconds),) = told
     assert seen == output and 0 < seconds < 1
+
+
+async def test_what_an_engine_says_while_it_starts_is_told() -> None:
+    pair = Pair()
+    told: list[EngineStarting] = []
+    pair.client.observe_start = told.append
+    report = EngineStarting(stage=Stage.LOADING, done=0.5, text="half")
+    pair.endpoint.send(report)
+    connecting = asyncio.create_task(pair.client.connect())
+    while not told:
+        await asyncio.sleep(0.01)
+    assert not connecting.done()
+    pair.endpoint.send(LIMITS)
+    await connecting
+    assert told == [report]
+    pair.socket.close()
+    await pair.client.close()
 
 
 async def test_leaving_early_aborts(pair: Pair) -> None:

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 DOCUMENT = REPOSITORY / "docs" / "compatibility.md"
 TESTED_ELSEWHERE = {
     34: ("tests/contract/test_sampling_parameters.py", "test_company_and_preemption_change_nothing"),
-    37: ("tests/e2e/test_life_cycle.py", "test_port_is_closed_until_ready_and_busy_from_the_start"),
+    37: ("tests/e2e/test_life_cycle.py", "test_port_of_strict_tgi_is_closed_until_ready"),
 }
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

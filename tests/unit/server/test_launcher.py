@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,14 @@ from server.launcher.errors import LaunchError
 from server.launcher.shard_check import check_model
 from server.launcher.sharding import Sharding
 from server.launcher.sockets import bind, ip_address_of, rendezvous_socket
-from server.launcher.start import COLLECTOR_SECRETS, HUB_SECRETS, ModelFolders, find_folders, snapshot_commit
+from server.launcher.start import (
+    COLLECTOR_SECRETS,
+    HUB_SECRETS,
+    ModelFolders,
+    _follow_download,
+    find_folders,
+    snapshot_commit,
+)
 
 TWO = Sharding(size=2, ranks=(0, 1), local_size=2)
 
@@ -166,6 +174,31 @@ def test_children_get_no_secrets_but_those_that_they_need(monkeypatch: pytest.Mo
     assert {"TOKENIZERS_PARALLELISM", "HF_HOME", "RANK", "PATH"} <= bare
     assert variables(HUB_SECRETS) - bare == {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
     assert variables(COLLECTOR_SECRETS) - bare == {"OTEL_EXPORTER_OTLP_HEADERS"}
+
+
+def test_reports_of_a_download_go_on_to_the_webserver_and_its_last_line_is_the_folder() -> None:
+    report = '{"stage": "downloading", "done": 0.5, "text": "half"}'
+    download = Child("download", ["printf", "%s\\n", report, "/folder"], stdout=subprocess.PIPE)
+    webserver = Child("webserver", ["cat"], config="the configuration", stdout=subprocess.PIPE)
+    assert _follow_download(download, Mock(Signals, count=0), webserver) == ["/folder"]
+    written, _ = webserver.process.communicate()
+    assert written.decode().splitlines() == ["the configuration", report]
+    close_pipes(download)
+
+
+def test_a_download_ends_with_the_webserver_that_waits_for_it() -> None:
+    download = Child("download", ["sleep", "60"], stdout=subprocess.PIPE)
+    webserver = Child("webserver", ["false"])
+    with pytest.raises(LaunchError, match="WebserverFailed: webserver ended with exit code 1"):
+        _follow_download(download, Mock(Signals, count=0), webserver)
+    assert download.exit_code == -signal.SIGTERM
+    close_pipes(download, webserver)
+
+
+def close_pipes(*children: Child) -> None:
+    for child in children:
+        for stream in filter(None, (child.process.stdin, child.process.stdout)):
+            stream.close()
 
 
 CONFIG = {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936}

@@ -1,0 +1,43 @@
+"""The playground and the files of all pages. Not there under --strict-tgi, nor with --disable-ui."""
+
+from __future__ import annotations
+
+from fastapi import HTTPException, Request, Response
+
+from server.operation import Area, Operation
+from server.ui.pages import PLAYGROUND, PageFile, page_files
+
+area = Area()
+
+PLAYGROUND_PATH = "/ui"
+
+
+@area.serve(
+    Operation(
+        method="GET",
+        path=PLAYGROUND_PATH,
+        summary="A page to try the model on, which browsers get at / as well",
+        text="text/html; charset=utf-8",
+        is_open=True,
+    )
+)
+async def playground(request: Request) -> Response:
+    return page_answer(request, page_files()[PLAYGROUND])
+
+
+@area.serve(
+    Operation(method="GET", path="/ui/{name}", summary="A script or style of a page", text="*/*", is_open=True),
+)
+async def file(request: Request, name: str) -> Response:
+    found = page_files().get(name)
+    if found is None or found.is_page:
+        raise HTTPException(404)
+    return page_answer(request, found)
+
+
+def page_answer(request: Request, page: PageFile) -> Response:
+    """The file, or 304 for a browser that has it."""
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if page.etag in known:
+        return Response(status_code=304, headers=page.headers)
+    return Response(page.body, headers=page.headers)

@@ -1,0 +1,176 @@
+// The dashboard: reads the stream of figures, keeps the last five minutes of them, and draws.
+
+import { Chart } from "./charts.js";
+import { byId, element } from "./dom.js";
+import { eventsOf } from "./events.js";
+import { CHARTS, SPAN_S, TILES, combined, tilesOf, valueAt, written } from "./figures.js";
+import { askForKey, authorization, hasKey, keyFields } from "./key.js";
+
+const RETRY_MS = 2000;
+const SILENCE_MS = 10_000;
+/** A stream that says nothing for so long is opened anew. */
+const ALL = "";
+const COLUMNS = ["Now", "Lowest", "Mean", "Highest"];
+
+/** Moments, each a `time` in milliseconds and the figures by name of replica. */
+const history = [];
+const charts = CHARTS.map((chart) => new Chart(chart));
+const tiles = TILES.map(({ label }) => ({ label, value: element("dd", {}, "–") }));
+const rows = CHARTS.flatMap((chart) => chart.lines.map((line) => ({ chart, line, cells: COLUMNS.map(() => element("td")) })));
+let isPaused = false;
+let keyChanged = () => {};
+
+// ---- the stream ----
+
+async function watch() {
+  for (;;) {
+    const control = new AbortController();
+    const changed = new Promise((resolve) => (keyChanged = resolve));
+    changed.then(() => control.abort());
+    const { words, needsKey = false } = await read(control).catch((error) => ({ words: wordsOf(error) }));
+    say(words);
+    await Promise.race([changed, ...(needsKey ? [] : [new Promise((resolve) => setTimeout(resolve, RETRY_MS))])]);
+  }
+}
+
+/** Read one stream to its end; the reason why it ended in words, and whether another key is needed. */
+async function read(control) {
+  let timer = setTimeout(() => control.abort(), SILENCE_MS);
+  try {
+    const response = await fetch("dashboard/events", { headers: authorization(), cache: "no-store", signal: control.signal });
+    if (!response.ok) return refusalOf(response.status);
+    say("Connected");
+    for await (const { data } of eventsOf(response.body)) {
+      clearTimeout(timer);
+      timer = setTimeout(() => control.abort(), SILENCE_MS);
+      take(JSON.parse(data).replicas);
+    }
+    return { words: "The server has ended the stream. Asking again…" };
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+function refusalOf(status) {
+  if (status === 401) {
+    byId("key").hidden = false;
+    askForKey();
+    return { words: "The server asks for an API key, and this one is missing or wrong.", needsKey: true };
+  }
+  return { words: status === 429 ? "Too many dashboards are open. Asking again…" : `The server answers ${status}. Asking again…` };
+}
+
+function wordsOf(error) {
+  return error.name === "AbortError" ? "The server says nothing. Asking again…" : "The server is not there. Asking again…";
+}
+
+function say(words) {
+  if (byId("server").textContent !== words) byId("server").textContent = words;
+}
+
+function take(replicas) {
+  history.push({ time: Date.now(), replicas });
+  while (history[0].time < Date.now() - SPAN_S * 1000) history.shift();
+  if (!isPaused && !document.hidden) draw();
+}
+
+// ---- the page ----
+
+function draw() {
+  if (history.length === 0) return;
+  const names = Object.keys(history.at(-1).replicas);
+  offer(names);
+  const chosen = byId("replica").value;
+  const moments = history
+    .map(({ time, replicas }) => ({ time, all: chosen === ALL ? Object.values(replicas) : [replicas[chosen]].filter(Boolean) }))
+    .filter(({ all }) => all.length > 0)
+    .map(({ time, all }) => ({ time, figures: combined(all) }));
+  byId("combined").hidden = names.length < 2 || chosen !== ALL;
+  if (moments.length === 0) return;
+  const told = tilesOf(moments.map(({ figures }) => figures));
+  tiles.forEach(({ value }, index) => (value.textContent = told[index]));
+  if (byId("table").hidden) drawCharts(moments);
+  else writeTable(moments);
+  writeReplicas(names);
+}
+
+function drawCharts(moments) {
+  for (const chart of charts) {
+    chart.draw(moments.map(({ time, figures }) => ({ time, values: chart.lines.map(({ place }) => valueAt(figures, place)) })));
+  }
+}
+
+function writeTable(moments) {
+  for (const { chart, line, cells } of rows) {
+    const values = moments.map(({ figures }) => valueAt(figures, line.place));
+    const known = values.filter((value) => value !== null);
+    const mean = known.reduce((total, value) => total + value, 0) / known.length;
+    const told = known.length === 0 ? [null, null, null, null] : [values.at(-1), Math.min(...known), mean, Math.max(...known)];
+    cells.forEach((cell, index) => (cell.textContent = written(told[index], chart.unit)));
+  }
+}
+
+/** Let the person choose among these replicas. One that is gone stays while it is chosen. */
+function offer(names) {
+  const choice = byId("replica");
+  const offered = [ALL, ...new Set([...names, choice.value].filter((name) => name !== ALL))];
+  byId("replica-choice").hidden = offered.length < 3;
+  byId("replicas").hidden = names.length < 2;
+  if (offered.join("\n") === [...choice.options].map((option) => option.value).join("\n")) return;
+  const before = choice.value;
+  choice.replaceChildren(...offered.map((name) => element("option", { value: name }, name === ALL ? "All replicas" : name)));
+  choice.value = before;
+}
+
+function writeReplicas(names) {
+  if (byId("replicas").hidden) return;
+  const head = element("tr", {}, element("th", { scope: "col" }, "Replica"), TILES.map(({ label }) => element("th", { scope: "col" }, label)));
+  const body = names.map((name) => {
+    const moments = history.map(({ replicas }) => replicas[name]).filter(Boolean);
+    return element("tr", {}, element("th", { scope: "row" }, name), tilesOf(moments).map((text) => element("td", {}, text)));
+  });
+  byId("replica-table").replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, body)));
+}
+
+function tableOfRows() {
+  const head = element("tr", {}, ["Figure", ...COLUMNS].map((name) => element("th", { scope: "col" }, name)));
+  const bodies = CHARTS.map((chart) => {
+    const own = rows.filter((row) => row.chart === chart);
+    const title = element("tr", {}, element("th", { scope: "rowgroup", colspan: COLUMNS.length + 1 }, chart.title));
+    return element("tbody", {}, title, own.map(({ line, cells }) => element("tr", {}, element("th", { scope: "row" }, line.label), cells)));
+  });
+  return element("table", {}, element("thead", {}, head), bodies);
+}
+
+function toggle(button, act) {
+  byId(button).addEventListener("click", () => {
+    const isOn = byId(button).getAttribute("aria-pressed") !== "true";
+    byId(button).setAttribute("aria-pressed", String(isOn));
+    act(isOn);
+    draw();
+  });
+}
+
+async function nameModel() {
+  const response = await fetch("info", { headers: authorization() });
+  if (response.ok) byId("model").textContent = (await response.json()).model_id;
+}
+
+function start() {
+  byId("now").append(...tiles.map(({ label, value }) => element("div", {}, element("dt", {}, label), value)));
+  byId("charts").append(...charts.map(({ root }) => root));
+  byId("table").append(tableOfRows());
+  byId("key").append(keyFields(() => keyChanged()));
+  byId("key").hidden = !hasKey();
+  byId("replica").addEventListener("change", draw);
+  document.addEventListener("visibilitychange", () => isPaused || draw());
+  toggle("pause", (isOn) => (isPaused = isOn));
+  toggle("as-table", (isOn) => {
+    byId("table").hidden = !isOn;
+    byId("charts").hidden = isOn;
+  });
+  nameModel().catch(() => {}); // the stream's own trouble is told
+  watch();
+}
+
+start();

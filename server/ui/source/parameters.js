@@ -1,0 +1,118 @@
+// The sampling parameters: what each is for and how its field is read. Limits come from the server's description.
+
+const SCHEMAS = { chat: "ChatRequest", completion: "CompletionRequest", infill: "CompletionRequest" };
+const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
+
+/** Name, kind and hint; the first ones are always in sight. */
+export const PARAMETERS = [
+  { name: "temperature", kind: "number", step: 0.1, hint: "0 is greedy" },
+  { name: "top_p", kind: "number", step: 0.05, hint: "share of the likeliest" },
+  { name: "max_tokens", kind: "integer", hint: "length of the answer" },
+  { name: "seed", kind: "integer", hint: "the same answer again" },
+  { name: "top_k", kind: "integer", isMore: true, hint: "how many of the likeliest" },
+  { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "beside the likeliest one" },
+  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "share of the typical" },
+  { name: "repetition_penalty", kind: "number", step: 0.05, isMore: true, hint: "above 1 repeats less" },
+  { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "for each time" },
+  { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "once" },
+  { name: "min_tokens", kind: "integer", isMore: true, hint: "no end before" },
+  { name: "truncate_prompt_tokens", kind: "integer", isMore: true, hint: "only the prompt's last" },
+  { name: "stop", kind: "lines", isMore: true, hint: "one on each line; \\n is a line break" },
+  { name: "bad_words", kind: "lines", isMore: true, hint: "one on each line" },
+  { name: "stop_token_ids", kind: "integers", isMore: true, hint: "ids and commas" },
+  { name: "allowed_token_ids", kind: "integers", isMore: true, hint: "ids and commas" },
+  { name: "logit_bias", kind: "object", isMore: true, hint: 'JSON: {"1234": -100}' },
+  { name: "reasoning_effort", kind: "text", isMore: true, hint: "none, low, medium, high" },
+  { name: "chat_template_kwargs", kind: "object", isMore: true, hint: 'JSON: {"enable_thinking": false}' },
+  { name: "include_stop_str_in_output", kind: "box", isMore: true },
+  { name: "skip_special_tokens", kind: "box", isMore: true },
+  { name: "ignore_eos", kind: "box", isMore: true },
+  { name: "parallel_tool_calls", kind: "box", isMore: true },
+  { name: "include_reasoning", kind: "box", isMore: true },
+];
+
+/** The value in a field's text; undefined where there is none. Raises Error with the reason in words. */
+export const READERS = {
+  number: (text) => numberOf(text),
+  integer: (text) => numberOf(text),
+  text: (text) => text.trim() || undefined,
+  lines: (text) =>
+    filled(
+      text
+        .split("\n")
+        .filter((line) => line !== "")
+        .map(withoutEscapes),
+    ),
+  integers: (text) =>
+    filled(
+      text
+        .split(/[\s,]+/)
+        .filter((id) => id !== "")
+        .map(integerOf),
+    ),
+  object: (text) => (text.trim() === "" ? undefined : objectOf(text)),
+};
+
+function numberOf(text) {
+  return text.trim() === "" ? undefined : Number(text);
+}
+
+function filled(list) {
+  return list.length === 0 ? undefined : list;
+}
+
+function integerOf(text) {
+  if (!/^-?\d+$/.test(text)) throw new Error(`“${text}” is no whole number.`);
+  return Number(text);
+}
+
+function withoutEscapes(line) {
+  return line.replace(/\\[nt\\]/g, (escape) => ESCAPES[escape]);
+}
+
+function objectOf(text) {
+  const value = jsonOf(text);
+  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("This is no JSON object.");
+  return value;
+}
+
+/** JSON out of a person's text. Raises Error with the reason in words. */
+export function jsonOf(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`This is no JSON: ${error.message}`);
+  }
+}
+
+/** What a mode's requests may say: name -> `{min, max, fallback}`. Null if the server has not said so. */
+export function limitsOf(mode, description, info) {
+  const properties = description?.components?.schemas?.[SCHEMAS[mode]]?.properties;
+  if (properties === undefined) return null;
+  const limits = Object.fromEntries(Object.entries(properties).map(([name, schema]) => [name, limitOf(schema)]));
+  const window = info?.max_total_tokens;
+  for (const name of ["max_tokens", "min_tokens", "truncate_prompt_tokens"]) {
+    if (limits[name] !== undefined && window !== undefined) limits[name].max = window;
+  }
+  return limits;
+}
+
+function limitOf(schema) {
+  const parts = [schema, ...(schema.anyOf ?? [])];
+  const bound = (key) => parts.map((part) => part[key]).find((value) => value !== undefined);
+  const most = bound("maximum");
+  return {
+    min: bound("minimum") ?? bound("exclusiveMinimum"),
+    max: most !== undefined && most > Number.MAX_SAFE_INTEGER ? undefined : most,
+    isMinExcluded: bound("minimum") === undefined,
+    fallback: schema.default,
+  };
+}
+
+/** The limits in words. */
+export function rangeOf({ min, max, isMinExcluded } = {}) {
+  const low = min === undefined || min < -Number.MAX_SAFE_INTEGER ? null : `${isMinExcluded ? "above " : ""}${min}`;
+  const high = max === undefined || max >= 2 ** 31 - 1 ? null : String(max);
+  if (low !== null && high !== null) return `${low} to ${high}`;
+  return low === null ? (high === null ? "" : `up to ${high}`) : isMinExcluded ? low : `from ${low}`;
+}

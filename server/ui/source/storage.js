@@ -1,0 +1,33 @@
+// What a browser keeps for this origin. A browser that keeps nothing is as good, until the page is left.
+
+const PREFIX = "pytgi/";
+
+/** The value under a name, or null. */
+export function load(name) {
+  try {
+    return JSON.parse(localStorage.getItem(PREFIX + name));
+  } catch {
+    return null;
+  }
+}
+
+/** Keep a value; null is forgotten. Returns whether the browser took it. */
+export function save(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(PREFIX + name);
+    else localStorage.setItem(PREFIX + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** The names that begin with `start`. */
+export function names(start) {
+  try {
+    const all = Object.keys(localStorage).filter((name) => name.startsWith(PREFIX + start));
+    return all.map((name) => name.slice(PREFIX.length));
+  } catch {
+    return [];
+  }
+}

@@ -1,0 +1,188 @@
+"""The pages for browsers: who gets them, their headers, what their files may hold, and how they are turned off."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.text.tokenizer import TextTokenizer
+from server.ui.accept import prefers_html
+from server.ui.pages import SOURCE, page_files
+from tests.unit.house import MAX_FILE_LINES
+from tests.unit.server.harness import FakeEngine, client_of, make_config
+
+CHROMIUM = (
+    "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,*/*;q=0.8,"
+    "application/signed-exchange;v=b3;q=0.7"
+)
+FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
+MAX_PAGES_BYTES = 200_000
+RUNS_TEXT = re.compile(
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|setHTML|srcdoc|\beval\b"
+    r"|new Function|setAttribute\(\s*[\"']on|javascript:"
+)
+"""Ways from a text to HTML or a program. What a model writes becomes elements and text one by one."""
+INLINE = re.compile(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=")
+NAMED = re.compile(r"(?:href=\"ui/|src=\"ui/|from \"\./)([\w.]+)\"")
+OTHER_ORIGIN = re.compile(r"https?://(?!www\.w3\.org/)|[\"'(=]//\w")
+"""A namespace of the W3C is a name, nothing is fetched from it."""
+
+
+@pytest.mark.parametrize("accept", [CHROMIUM, FIREFOX, "text/html", "Text/HTML, */*; q=0.01"])
+async def test_a_browser_gets_the_playground_at_the_root(client: httpx.AsyncClient, accept: str) -> None:
+    response = await client.get("/", headers={"accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text == (SOURCE / "playground.html").read_text() == (await client.get("/ui")).text
+    asked = await client.head("/", headers={"accept": accept})
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["etag"] == response.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        None,
+        "",
+        "*/*",
+        "application/json",
+        "text/html, */*",
+        "text/html;q=0.5, application/json",
+        "text/html;q=0",
+        "text/html;q=much",
+        "text/*",
+        JAVA,
+    ],
+)
+async def test_anybody_else_gets_tgis_answer(client: httpx.AsyncClient, engine: FakeEngine, accept: str | None) -> None:
+    headers = {} if accept is None else {"accept": accept}
+    response, health = await client.get("/", headers=headers), await client.get("/health")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers.keys() == health.headers.keys()
+    engine.healthy = False
+    assert (await client.get("/", headers=headers)).status_code == 503
+
+
+async def test_a_browsers_post_is_a_prompt(client: httpx.AsyncClient) -> None:
+    response = await client.post("/", json={"inputs": "x"}, headers={"accept": CHROMIUM})
+    assert response.json() == [{"generated_text": "xHello, world!"}]
+
+
+async def test_a_page_comes_also_from_a_server_that_cannot_answer(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.healthy = False
+    assert (await client.get("/", headers={"accept": CHROMIUM})).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/ui", *(f"/ui/{name}" for name in page_files() if not name.endswith(".html"))])
+async def test_the_files_run_nothing_that_is_not_theirs(client: httpx.AsyncClient, path: str) -> None:
+    headers = (await client.get(path)).headers
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self'",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("etags", ["{}", "W/{}", '"other", {}'])
+async def test_a_browser_that_has_a_file_is_not_sent_it_again(client: httpx.AsyncClient, etags: str) -> None:
+    first = await client.get("/ui/pages.css")
+    again = await client.get("/ui/pages.css", headers={"if-none-match": etags.format(first.headers["etag"])})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["etag"] == first.headers["etag"]
+    other = await client.get("/ui/pages.css", headers={"if-none-match": '"other"'})
+    assert (other.status_code, other.content) == (200, first.content)
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "playground.html", "..%2Fpages.py", "", "a/b"])
+async def test_there_are_no_other_files(client: httpx.AsyncClient, name: str) -> None:
+    response = await client.get(f"/ui/{name}")
+    assert (response.status_code, response.content) == (404, b"")
+
+
+@pytest.mark.parametrize("changes", [{"is_ui_disabled": True}, {"is_strict_tgi": True}], ids=["flag", "strict"])
+async def test_without_pages_a_browser_is_like_anybody(
+    engine: FakeEngine, model_folder: Path, changes: dict[str, Any]
+) -> None:
+    app = create_app(engine, make_config(**changes), TextTokenizer.from_folder(str(model_folder), 1))
+    async with client_of(app) as client:
+        response = await client.get("/", headers={"accept": CHROMIUM})
+        assert (response.status_code, response.content) == (200, b"")
+        for path in ("/ui", "/ui/pages.css"):
+            assert (await client.get(path)).status_code == 404
+        assert not [path for path in (await client.get("/openapi.json")).json()["paths"] if path.startswith("/ui")]
+
+
+async def test_the_pages_need_no_key_and_do_not_hold_it(engine: FakeEngine, model_folder: Path) -> None:
+    app = create_app(engine, make_config(api_key="s3cret"), TextTokenizer.from_folder(str(model_folder), 1))
+    async with client_of(app) as client:
+        page = await client.get("/", headers={"accept": CHROMIUM})
+        assert page.status_code == 200 and "s3cret" not in page.text
+        assert (await client.get("/ui/pages.css")).status_code == 200
+
+
+def test_the_qualities_of_a_header_decide() -> None:
+    assert prefers_html("text/html;q=0.9, application/json;q=0.8, */*;q=0.7")
+    assert not prefers_html("text/html;q=0.8, application/json;q=0.9")
+
+
+# ---- the files ----
+
+FILES = sorted(SOURCE.iterdir())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_never_makes_a_program_of_a_text(path: Path) -> None:
+    assert RUNS_TEXT.findall(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_is_short_and_of_no_other_origin(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE_LINES
+    assert OTHER_ORIGIN.findall(text) == []
+    if path.suffix == ".html":
+        assert INLINE.findall(text) == []
+
+
+def test_every_file_that_a_file_names_is_there_and_every_file_is_named() -> None:
+    names = {path.name for path in FILES}
+    named = {name for path in FILES for name in NAMED.findall(path.read_text())}
+    assert named == {name for name in names if not name.endswith(".html")}
+
+
+def test_the_pages_together_are_small() -> None:
+    assert sum(len(file.body) for file in page_files().values()) < MAX_PAGES_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (RUNS_TEXT, "cell.innerHTML = text"),
+        (RUNS_TEXT, "eval(text)"),
+        (RUNS_TEXT, 'link.setAttribute("onclick", text)'),
+        (INLINE, "<script>run()</script>"),
+        (INLINE, '<p style="color: red">'),
+        (INLINE, "<button onclick='run()'>"),
+        (OTHER_ORIGIN, 'import x from "https://example.com/x.js"'),
+        (OTHER_ORIGIN, '<script src="//example.com/x.js">'),
+        (OTHER_ORIGIN, "url(https://example.com/x.woff)"),
+    ],
+)
+def test_a_planted_fault_is_found(rule: re.Pattern[str], text: str) -> None:
+    assert rule.search(text)
