@@ -30,6 +30,8 @@ SHARDED = [name for name in ("float32", *QUANTIZED) if name not in ("int4 on loa
 SPARSE = [family for family in FAMILIES if family.endswith("_moe")]
 DENSE = [family for family in FAMILIES if family not in SPARSE]
 """All formats of `SPARSE` are with the slow tests, as each is some kernels more to compile."""
+CUT = [(family, "float32") for family in FAMILIES] + [("qwen3", "int8 on load"), ("qwen3", "gptq 4 bits")]
+"""`test_sharded` cuts every layout of a Qwen2, as the layers of all families do; the slow tests have the others."""
 FolderOf = Callable[[str, str], Path]
 
 
@@ -98,10 +100,7 @@ def check_references(folder: Path, method: str) -> None:
     assert distance(rows[0], rows[1]) < 3e-6
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in (["float32"] if family in SPARSE else SHARDED)],
-)
+@pytest.mark.parametrize(("family", "layout"), CUT)
 def test_shards_give_the_logits_of_the_whole(family: str, layout: str, folder_of: FolderOf) -> None:
     check_shards(folder_of(family, layout), layout)
 
