@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import tokenizers
 
-from engine.link.messages import EngineReady
+from engine.link.messages import EngineReady, EngineStarting
+from engine.link.progress import Stage
 from server.requests.infill import MARKS
 from tests.browser.writing_engine import WritingEngine, writing_engine
 from tests.e2e.http_process import http_process
@@ -63,6 +64,10 @@ class PagesServer:
         self.process, self._port, self.url = http.process, http.port, http.url
         self._endpoint = http.endpoint
 
+    def tell(self, stage: Stage, done: float, text: str) -> None:
+        """Say how far the start of the engine is, as the engine does before it is ready."""
+        self._endpoint.send(EngineStarting(stage=stage, done=done, text=text))
+
     def become_ready(self) -> None:
         tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         self._endpoint.send(LIMITS)
@@ -92,7 +97,9 @@ class PagesServer:
             client = stack.enter_context(httpx.Client(base_url=self.url, timeout=30))
             for _ in range(count):
                 response = stack.enter_context(client.stream("POST", "/generate_stream", json=LONG_REQUEST))
-                assert next(response.iter_lines()).startswith("data:")
+                lines = response.iter_lines()
+                stack.callback(lines.close)  # a stream whose iterator is forgotten is closed
+                assert next(lines).startswith("data:")
             yield
 
     def metric(self, name: str) -> float:
