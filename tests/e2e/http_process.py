@@ -54,8 +54,8 @@ def http_process(
     **config: Any,
 ) -> Iterator[HttpProcess]:
     """`model` is empty: the caller will tell. `config`: more fields of ServerConfig; `port`: 0 is a free one;
-    `send_buffer`: what the kernel keeps for a client that does not read, in bytes; `max_descriptors`: `ulimit -n` of the
-    process. At the end of the block the process is gone.
+    `send_buffer`: what the kernel keeps for a client that does not read, in bytes; `max_descriptors`: `ulimit -n` of
+    the process. At the end of the block the process is gone.
     """
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs, log_path.open("wb") as log:
@@ -80,8 +80,7 @@ def http_process(
     try:
         yield HttpProcess(process, port, EngineEndpoint(ours))
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
-            process.terminate()
+        process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:

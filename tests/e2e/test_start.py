@@ -93,18 +93,6 @@ def test_stages_are_told_until_the_same_connection_serves(
     assert log.count("Connected") == 1 and "Traceback" not in log
 
 
-def test_an_engine_that_ends_while_it_loads_ends_the_answers(
-    http_alone: HttpProcess, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    with contextlib.closing(Browser(http_alone.port)) as browser:
-        http_alone.tell(model_path=str(tiny_model_dir))
-        http_alone.endpoint.send(EngineStarting(stage=Stage.LOADING))
-        browser.wait_for(Stage.LOADING)
-        http_alone.endpoint._sock.close()
-        assert http_alone.process.wait(10) == 3
-    assert "the engine ended before it was ready" in (tmp_path / "log").read_text()
-
-
 def test_a_start_goes_through_its_stages_in_order_and_the_ready_line_means_ready(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -45,7 +45,7 @@ ROOMS: dict[str, str] = {
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
-    "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
+    "server.__main__": "engine.link server.app server.client server.config server.edge server.text server.ui",
     "server.bench": "engine.link",
     "server.terminal": "engine.link server.bench",
     "server.replicas": "engine.link server.answers server.errors server.launcher",
