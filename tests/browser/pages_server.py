@@ -29,7 +29,7 @@ LIMITS = EngineReady(
     vocab_size=1 << 20,
 )
 LONG_REQUEST = {"inputs": "Tell me a story.", "parameters": {"max_new_tokens": 4000}}
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 
 
 def write_pages_model(folder: Path) -> None:

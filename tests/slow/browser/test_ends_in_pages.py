@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, expect
 
 from engine.link.progress import Stage
 from tests.browser.browser import serious_faults, watched_page
-from tests.browser.pages_server import PagesServer, pages_server, write_pages_model
+from tests.browser.pages_server import START_TIMEOUT_S, PagesServer, pages_server, write_pages_model
 from tests.browser.playground import Playground
 
 BACK_MS = 15_000
@@ -85,7 +85,7 @@ def test_a_page_that_is_opened_while_the_model_loads_goes_on_by_itself(
     server = PagesServer(tmp_path, is_listening_early=True)
     try:
         server.begin()
-        server.until(lambda: is_alive(server.url))
+        server.until(lambda: is_alive(server.url), START_TIMEOUT_S)
         with watched_page(browser, server.url) as (page, watch):
             page.goto(path)
             expect(page.get_by_role("heading", name="pytgi is starting")).to_be_visible()
