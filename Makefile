@@ -122,8 +122,12 @@ else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
 
+# The property tests once more, with ten times as many examples, and others each time.
 test-slow: install browser
 	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
+ifeq ($(PYTEST_ARGS),)
+	@HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit
+endif
 
 # Ray has an environment of its own, which sees .venv's packages: nothing that serves without replicas needs it.
 RAY := build/ray

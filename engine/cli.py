@@ -98,7 +98,7 @@ def build_parser(environ: Mapping[str, str], shown: Mapping[str, str] = AS_TGI) 
     parser = SuggestingParser(
         prog=PROGRAM,
         description="Tools around the engine. The server itself is started with text-generation-launcher.",
-        epilog="COMMAND --help has examples.",
+        epilog="COMMAND --help has examples. `text-generation-server chat URL` talks with a running server.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -33,6 +33,7 @@ Commands:
                           (--replicas N: so many servers behind one port, with the extra `ray`)
   download MODEL          fetch a model ahead of the start (text-generation-server download-weights)
   quantize MODEL OUTPUT   write a quantised checkpoint (text-generation-server quantize)
+  chat URL                talk with a running server in the terminal (text-generation-server chat)
   bench --url URL         load on a server and its latencies, or on an engine alone (text-generation-benchmark)
   compile                 compile the CPU kernels, so that the first start need not
 
@@ -66,8 +67,12 @@ def text_generation_launcher() -> None:
 
 
 def text_generation_server() -> None:
-    """TGI's command with the tools around the engine."""
+    """TGI's command with the tools around the engine, and ours that talks with a server."""
     _prepare()
+    if sys.argv[1:2] == ["chat"]:
+        from server.terminal.command import main as chat
+
+        sys.exit(chat(sys.argv[2:]))
     from engine.cli import main as run_tool
 
     run_tool()
@@ -134,6 +139,12 @@ def _bench(arguments: "list[str]") -> None:
     sys.exit(measure(arguments, "pytgi bench"))
 
 
+def _chat(arguments: "list[str]") -> None:
+    from server.terminal.command import main as chat
+
+    sys.exit(chat(arguments, "pytgi chat"))
+
+
 def _compile(arguments: "list[str]") -> None:
     if arguments:
         is_help = arguments in (["-h"], ["--help"])
@@ -149,6 +160,7 @@ COMMANDS: "dict[str, Callable[[list[str]], None]]" = {
     "serve": _serve,
     "download": _download,
     "quantize": _quantize,
+    "chat": _chat,
     "bench": _bench,
     "compile": _compile,
 }

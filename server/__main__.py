@@ -24,12 +24,13 @@ from engine.link.logs import configure_logging
 from engine.link.progress import Stage
 from server.app import create_app
 from server.client import EngineClient
-from server.config import ServerConfig
+from server.config import READY_LINE, ServerConfig
 from server.edge.access import CorsHeaders
 from server.edge.connection import Connection
 from server.edge.connections import ConnectionLimits, ConnectionTable, raise_descriptor_limit
 from server.edge.starting import Gate, StartingApp, StartState
 from server.text.tokenizer import TextTokenizer
+from server.ui.address import page_address
 
 logger = logging.getLogger("server.main")
 
@@ -137,8 +138,9 @@ async def serve(config: ServerConfig) -> None:
     opening = asyncio.create_task(open_gate(gate, launcher, engine))
     if not config.is_listening_early:
         await opening
-    watcher = asyncio.create_task(_watch(opening, engine, server, config.ready_line))
-    await server.serve(sockets=[_listening(config.listen_fd)])
+    listener = _listening(config.listen_fd)
+    watcher = asyncio.create_task(_watch(opening, engine, server, ready_lines(config, listener)))
+    await server.serve(sockets=[listener])
     watcher.cancel()
     if opening.done():
         opening.result()
@@ -200,12 +202,20 @@ def _listening(fd: int) -> socket.socket:
     return listener
 
 
-async def _watch(opening: asyncio.Task[None], engine: EngineClient, server: DrainingServer, ready_line: str) -> None:
+def ready_lines(config: ServerConfig, listener: socket.socket) -> list[str]:
+    """What the log says once the server answers. Replicas, whose line is another, listen on ports that nobody calls."""
+    has_page = config.has_pages and config.ready_line == READY_LINE
+    address = page_address(listener) if has_page else None
+    return [*([] if address is None else [f"A page for browsers is at {address}"]), config.ready_line]
+
+
+async def _watch(opening: asyncio.Task[None], engine: EngineClient, server: DrainingServer, lines: list[str]) -> None:
     """Log the readiness line that scripts look for; end the server when the start fails, or the engine is gone."""
     await asyncio.wait([opening])
     if opening.exception() is None:
         await server.is_listening.wait()
-        logger.info(ready_line)
+        for line in lines:
+            logger.info(line)
         await engine.watch()
         logger.error("There is no engine any more: stopping")
     server.config.timeout_graceful_shutdown = DEAD_ENGINE_DRAIN_S

@@ -86,7 +86,10 @@ class _OpenFile:
             self._num_bytes = 0
         stored = self._dropped.get_slice(name)
         tensor: torch.Tensor = stored[index]
-        self._num_bytes += math.prod(stored.get_shape()) * tensor.element_size()
+        shape = stored.get_shape()
+        if index:  # no page of other rows is touched
+            shape = [len(range(*index[0].indices(shape[0]))), *shape[1:]]
+        self._num_bytes += math.prod(shape) * tensor.element_size()
         return tensor
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from engine.checkpoint.fused_experts import SplitExperts, has_fused_experts
 from engine.checkpoint.renamed_weights import RenamedWeights, names_of_models
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weight_files import find_weight_files, read_gguf_index
@@ -52,7 +53,8 @@ def open_weights(folder: Path) -> WeightSource:
         from engine.checkpoint.gguf_weights import GgufWeights  # it loads torch
 
         return GgufWeights(gguf)
-    weights = SafetensorsWeights(find_weight_files(folder).paths)
+    weights: WeightSource = SafetensorsWeights(find_weight_files(folder).paths)
     stored_names = names_of_models(weights.names)
-    is_usual = all(name == stored for name, stored in stored_names.items())
-    return weights if is_usual else RenamedWeights(weights, stored_names)
+    if any(name != stored for name, stored in stored_names.items()):
+        weights = RenamedWeights(weights, stored_names)
+    return SplitExperts(weights) if has_fused_experts(weights.names) else weights

@@ -20,6 +20,7 @@ HEAD_END = b"\r\n\r\n"
 EVENT_END = re.compile(rb"\r?\n\r?\n")
 DONE = b"[DONE]"
 OK = 200
+MAX_REFUSAL_CHARACTERS = 300
 
 
 class BrokenAnswerError(Exception):
@@ -48,10 +49,11 @@ class Answer:
                 continue
             body_end, raw_end = self.spans[bisect.bisect_left(span_ends, place)]
             index = bisect.bisect_left(read_ends, raw_end - (body_end - place))
-            yield self.reads[index][0], _object(data)
+            yield self.reads[index][0], event_object(data)
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def event_object(data: bytes) -> dict[str, Any]:
+    """An event's data. Raises BrokenAnswerError for what is no JSON object."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -59,6 +61,19 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BrokenAnswerError(f"an event is no JSON object: {data[:200].decode(errors='replace')}")
     return value
+
+
+def refusal_text(body: bytes) -> str:
+    """The words of an answer that is an error: those of its error object, or else the body."""
+    text = body.decode(errors="replace").strip()
+    try:
+        error = json.loads(text)
+    except ValueError:
+        error = None
+    for name in ("error", "message", "detail"):
+        if isinstance(error, dict) and name in error:
+            error = error[name]
+    return (error if isinstance(error, str) else text)[:MAX_REFUSAL_CHARACTERS]
 
 
 def _number(text: bytes, base: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
+import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -87,6 +89,12 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
+def _reason(error: OSError) -> str:
+    """asyncio's own words name every address that it tried."""
+    is_refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
+    return os.strerror(errno.ECONNREFUSED) if is_refused else error.strerror or str(error)
+
+
 async def exchange(address: Address, request: bytes, timeout_s: float) -> Exchange:
     """Send and read to the end. Times begin when the request is written, on an open connection.
 
@@ -101,7 +109,7 @@ async def exchange(address: Address, request: bytes, timeout_s: float) -> Exchan
     except TimeoutError:
         return Exchange(sent_at, [], f"{address.url} takes no connection")
     except OSError as error:
-        return Exchange(sent_at, [], f"{address.url} can't be reached: {error.strerror or error}")
+        return Exchange(sent_at, [], f"{address.url} can't be reached: {_reason(error)}")
     try:
         sent_at = reader.last = time.perf_counter()
         transport.write(request)

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from server.bench.answers import OK, BrokenAnswerError, read_answer
+from server.bench.answers import OK, Answer, BrokenAnswerError, read_answer
 from server.bench.connection import Address, exchange
 from server.bench.errors import BenchmarkError
+from server.bench.records import refusal_of
+
+NEXT_STEPS = {
+    401: "give its key with --api-key",
+    403: "give its key with --api-key",
+    503: "it is not ready, try again in a moment",
+}
+"""Status of an answer without models -> what to do; for any other the model can be named."""
 
 
-async def _ask(address: Address, route: str, timeout_s: float) -> Any:
-    """The JSON of a route; None if there is no such answer. Raises BenchmarkError without any answer."""
+async def _ask(address: Address, route: str, timeout_s: float) -> Answer:
+    """What a route answers. Raises BenchmarkError without any answer."""
     result = await exchange(address, address.request(route), timeout_s)
     if result.failure is not None:
-        raise BenchmarkError(f"{result.failure} (asked for {route})")
+        raise BenchmarkError(f"{result.failure} (asked for {route}): is a server there?")
     try:
-        answer = read_answer(result.reads)
-        return json.loads(answer.body) if answer.status == OK else None
+        return read_answer(result.reads)
     except BrokenAnswerError as error:
         raise BenchmarkError(f"{address.url}: {error}") from error
-    except ValueError:
-        return None
 
 
 async def find_wire(address: Address, timeout_s: float) -> str:
     """Key of WIRES. Raises BenchmarkError."""
-    info = await _ask(address, "/info", timeout_s)
+    answer = await _ask(address, "/info", timeout_s)
+    try:
+        info = json.loads(answer.body) if answer.status == OK else None
+    except ValueError:
+        info = None
     return "tgi" if isinstance(info, dict) and "model_id" in info else "completions"
 
 
 async def find_model(address: Address, timeout_s: float) -> str:
     """The first model that the server lists. Raises BenchmarkError."""
-    models = await _ask(address, "/v1/models", timeout_s)
+    answer = await _ask(address, "/v1/models", timeout_s)
     try:
-        return str(models["data"][0]["id"])
-    except (LookupError, TypeError):
-        raise BenchmarkError(f"{address.url} lists no model at /v1/models: name it with --model") from None
+        return str(json.loads(answer.body)["data"][0]["id"])
+    except (LookupError, TypeError, ValueError):
+        why = "" if answer.status == OK else f" ({refusal_of(answer)})"
+        step = NEXT_STEPS.get(answer.status, "name it with --model")
+        raise BenchmarkError(f"{address.url} lists no model at /v1/models{why}: {step}") from None

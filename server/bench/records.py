@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, field
 
-from server.bench.answers import OK, Answer, BrokenAnswerError, read_answer
+from server.bench.answers import OK, Answer, BrokenAnswerError, read_answer, refusal_text
 from server.bench.connection import Exchange
 from server.bench.wires import Wire
 
@@ -78,12 +77,4 @@ def _completed(started: float, answer: Answer, wire: Wire) -> Record:
 
 def refusal_of(answer: Answer) -> str:
     """Status and text of an answer that is none."""
-    text = answer.body.decode(errors="replace").strip()
-    try:
-        error = json.loads(text)
-    except ValueError:
-        error = None
-    for name in ("error", "message", "detail"):
-        if isinstance(error, dict) and name in error:
-            error = error[name]
-    return f"status {answer.status}: {(error if isinstance(error, str) else text)[:300]}"
+    return f"status {answer.status}: {refusal_text(answer.body)}"

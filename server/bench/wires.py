@@ -40,7 +40,8 @@ class Wire:
     """The sampling parameters that it knows."""
 
 
-def _error_of(event: Body) -> str | None:
+def error_of(event: Body) -> str | None:
+    """The words of an event that ends a stream with an error, TGI's or OpenAI's; None for any other."""
     error = event.get("error")
     if isinstance(error, dict):
         return str(error.get("message", error))
@@ -57,7 +58,7 @@ def _native_body(plan: Plan, options: Options) -> Body:
 def _native_event(event: Body) -> Event:
     details = event.get("details") or {}
     usage = (details.get("input_length") or 0, details["generated_tokens"]) if "generated_tokens" in details else None
-    return Event("token" in event, usage, _error_of(event))
+    return Event("token" in event, usage, error_of(event))
 
 
 def _openai_body(plan: Plan, options: Options) -> Body:
@@ -91,7 +92,7 @@ def _chat_event(event: Body) -> Event:
 def _openai_event(event: Body, has_token: bool) -> Event:
     usage = event.get("usage") or {}
     counts = (usage.get("prompt_tokens") or 0, usage["completion_tokens"]) if "completion_tokens" in usage else None
-    return Event(has_token, counts, _error_of(event))
+    return Event(has_token, counts, error_of(event))
 
 
 OPENAI_SAMPLING = frozenset("temperature top_k top_p repetition_penalty frequency_penalty do_sample".split())

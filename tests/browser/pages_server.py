@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import tokenizers
 
-from engine.link.messages import EngineReady
+from engine.link.messages import EngineReady, EngineStarting
+from engine.link.progress import Stage
 from server.requests.infill import MARKS
 from tests.browser.writing_engine import WritingEngine, writing_engine
 from tests.e2e.http_process import http_process
@@ -27,7 +28,8 @@ LIMITS = EngineReady(
     max_batch_total_tokens=1 << 20,
     vocab_size=1 << 20,
 )
-START_TIMEOUT_S = 30.0
+LONG_REQUEST = {"inputs": "Tell me a story.", "parameters": {"max_new_tokens": 4000}}
+START_TIMEOUT_S = 60.0
 
 
 def write_pages_model(folder: Path) -> None:
@@ -62,6 +64,10 @@ class PagesServer:
         self.process, self._port, self.url = http.process, http.port, http.url
         self._endpoint = http.endpoint
 
+    def tell(self, stage: Stage, done: float, text: str) -> None:
+        """Say how far the start of the engine is, as the engine does before it is ready."""
+        self._endpoint.send(EngineStarting(stage=stage, done=done, text=text))
+
     def become_ready(self) -> None:
         tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         self._endpoint.send(LIMITS)
@@ -81,6 +87,20 @@ class PagesServer:
         """End it as the kernel does when memory is short."""
         self.process.send_signal(signal.SIGKILL)
         self.stop()
+
+    @contextlib.contextmanager
+    def streaming(self, count: int) -> Iterator[None]:
+        """So many requests that are being answered in the block, of which each has its first token."""
+        self.engine.answers = ["once upon a time " * 1000] * count
+        self.engine.step_s = 0.02
+        with contextlib.ExitStack() as stack:
+            client = stack.enter_context(httpx.Client(base_url=self.url, timeout=30))
+            for _ in range(count):
+                response = stack.enter_context(client.stream("POST", "/generate_stream", json=LONG_REQUEST))
+                lines = response.iter_lines()
+                stack.callback(lines.close)  # a stream whose iterator is forgotten is closed
+                assert next(lines).startswith("data:")
+            yield
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels, of a server without a key."""

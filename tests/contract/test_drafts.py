@@ -89,8 +89,14 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize("max_draft_tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize("max_draft_tokens", [1, 8])
 def test_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: SamplingParams | None) -> None:
+    """The shortest and the longest; `tests/slow` has others, and most samplings under conditions."""
+    check_together(tiny_model_dir, max_draft_tokens, sampling)
+
+
+def check_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: SamplingParams | None) -> None:
+    """Sequences beside each other have the tokens and logprobs of a run without drafts."""
     speculator = eager(max_draft_tokens)
     outcome = run(make_core(tiny_model_dir, speculator=speculator), sampling)
     assert_same(outcome, run(make_core(tiny_model_dir), sampling))
@@ -106,11 +112,19 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize(("options", "history"), CONDITIONS.values(), ids=CONDITIONS)
-def test_under_conditions(
-    tiny_model_dir: Path, options: dict[str, Any], history: dict[str, Any], sampling: SamplingParams | None
-) -> None:
+ENDS = ["greedy", "everything"]
+"""The samplings with the least and the most to keep."""
+
+
+@pytest.mark.parametrize("sampling", ENDS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_under_conditions(tiny_model_dir: Path, condition: str, sampling: str) -> None:
+    check_under_condition(tiny_model_dir, condition, SAMPLING[sampling])
+
+
+def check_under_condition(tiny_model_dir: Path, condition: str, sampling: SamplingParams | None) -> None:
+    """With little memory, small steps or late arrivals tokens and logprobs are those of a plain run without drafts."""
+    options, history = CONDITIONS[condition]
     speculator = eager()
     outcome = run(make_core(tiny_model_dir, speculator=speculator, **options), sampling, **history)
     assert_same(outcome, run(make_core(tiny_model_dir), sampling))
@@ -127,22 +141,34 @@ def test_with_a_warm_prefix_cache(tiny_model_dir: Path) -> None:
     assert_same(warm, cold)
 
 
-LAYOUTS: dict[str, tuple[str | None, str | None]] = {
-    "gptq": ("gptqmodel-v1-4bit-g32-static", None),
-    "gptq, act-order": ("auto-gptq-4bit-g32-act", None),
-    "awq": ("gptqmodel-awq-g32", None),
-    "compressed-tensors": ("llmcompressor-w4-g32", None),
-    "int8": (None, "int8"),
-    "int4": (None, "int4"),
-    "dense": (None, None),
+CHECKPOINT_OF = {
+    "gptq": "gptqmodel-v1-4bit-g32-static",
+    "gptq, act-order": "auto-gptq-4bit-g32-act",
+    "awq": "gptqmodel-awq-g32",
+    "compressed-tensors": "llmcompressor-w4-g32",
 }
-"""The folder of a stored checkpoint, or the one that a method makes of the dense model."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounding"])
-@pytest.mark.parametrize(("name", "flag"), LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(tiny_model_dir: Path, name: str | None, flag: str | None, dtype: torch.dtype) -> None:
-    folder = tiny_model_dir if name is None else CHECKPOINTS / name
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounding"])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CHECKPOINT_OF.values(), ids=CHECKPOINT_OF)
+def test_stored_layouts(name: str, dtype: torch.dtype) -> None:
+    check_layout(CHECKPOINTS / name, None, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("flag", ["int8", "int4", None])
+def test_layouts_made_on_load(tiny_model_dir: Path, flag: str | None, dtype: torch.dtype) -> None:
+    check_layout(tiny_model_dir, flag, dtype)
+
+
+def check_layout(folder: Path, flag: str | None, dtype: torch.dtype) -> None:
+    """Drafts change nothing, whatever kernels a model's matrices have.
+
+    `flag` says what is made of dense matrices on load, None: they stay dense.
+    """
     config = read_model_config(folder)
     is_bfloat16 = dtype == torch.bfloat16
     quantization = choose_quantization(config, folder, dtype, KERNELS, flag, None, is_bfloat16=is_bfloat16)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from engine.checkpoint.weights import open_weights
+from engine.link.errors import StartError
 from tests.contract.harness import KERNELS, REFERENCES, all_logits, make_runner, oracle_logits, random_ids
 from tests.contract.oracles import FAMILIES
 from tests.contract.test_sharded import LAYOUTS, QUANTIZED, distance, logits_of
@@ -27,6 +30,8 @@ SHARDED = [name for name in ("float32", *QUANTIZED) if name not in ("int4 on loa
 SPARSE = [family for family in FAMILIES if family.endswith("_moe")]
 DENSE = [family for family in FAMILIES if family not in SPARSE]
 """All formats of `SPARSE` are with the slow tests, as each is some kernels more to compile."""
+CUT = [(family, "float32") for family in FAMILIES] + [("qwen3", "int8 on load"), ("qwen3", "gptq 4 bits")]
+"""`test_sharded` cuts every layout of a Qwen2, as the layers of all families do; the slow tests have the others."""
 FolderOf = Callable[[str, str], Path]
 
 
@@ -95,10 +100,7 @@ def check_references(folder: Path, method: str) -> None:
     assert distance(rows[0], rows[1]) < 3e-6
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in (["float32"] if family in SPARSE else SHARDED)],
-)
+@pytest.mark.parametrize(("family", "layout"), CUT)
 def test_shards_give_the_logits_of_the_whole(family: str, layout: str, folder_of: FolderOf) -> None:
     check_shards(folder_of(family, layout), layout)
 
@@ -110,6 +112,26 @@ def check_shards(folder: Path, layout: str) -> None:
         whole = logits_of(folder, dtype, quantize, 1, VOCAB_SIZE)
         for size in SIZES:
             assert distance(logits_of(folder, dtype, quantize, size, VOCAB_SIZE), whole) < 3e-6, (dtype, size)
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_experts_that_are_stored_together(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
+    """As `transformers` keeps them in memory, and saves them if it is told so: the same tensors, whole and cut."""
+    folder = folder_of(family, "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    stored = load_file(tmp_path / "model.safetensors")
+    fused = [name for name in stored if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    assert len(fused) == sum(name.endswith(".experts.0.up_proj.weight") for name in open_weights(folder).names) * 2 > 0
+    single, together = open_weights(folder), open_weights(tmp_path)
+    assert sorted(together.names) == sorted(single.names)
+    for name in single.names:
+        assert together.shape(name) == single.shape(name) and together.dtype(name) == single.dtype(name)
+        for index in [(), (slice(3, 8),), (slice(None), slice(8, 24))][: 1 + len(single.shape(name))]:
+            assert torch.equal(together.read(name, index), single.read(name, index))
+    save_file({**stored, fused[0]: stored[fused[0]][0].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(StartError, match=f"has a tensor {fused[0]} of shape .*: save the model once more"):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ SIZES = (2, 3, 4, 7, 8)
 PROMPT_LENGTHS = (5, 18, 11)
 
 Tensors = dict[str, torch.Tensor]
+FolderOf = Callable[[str, str], Path]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ SHAPES = {
     "7B": Shape(28, 4, 148),
     "72B": Shape(64, 8, 231),
 }
+FEW_SHAPES = ["0.5B", "7B"]
+"""Few heads and many of them, tied and not; the slow tests have the other shapes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,7 +226,7 @@ def write_model(folder: Path, shape: Shape, layout: Layout) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
     """Shape and layout -> the model's folder, which is written once."""
     root = tmp_path_factory.mktemp("sharded")
 
@@ -291,9 +294,14 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_float32(shape: str, layout: str, folder_of: Callable[[str, str], Path]) -> None:
-    folder, quantize = folder_of(shape, layout), LAYOUTS[layout].quantize
+@pytest.mark.parametrize("shape", FEW_SHAPES)
+def test_float32(shape: str, layout: str, folder_of: FolderOf) -> None:
+    check_float32(folder_of(shape, layout), layout)
+
+
+def check_float32(folder: Path, layout: str) -> None:
+    """In float32 all numbers of ranks give the logits of one rank."""
+    quantize = LAYOUTS[layout].quantize
     whole = logits_of(folder, torch.float32, quantize, 1)
     for size in SIZES:
         logits = logits_of(folder, torch.float32, quantize, size)
@@ -303,9 +311,14 @@ def test_float32(shape: str, layout: str, folder_of: Callable[[str, str], Path])
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", *QUANTIZED])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_as_stored(shape: str, layout: str, folder_of: Callable[[str, str], Path]) -> None:
-    folder, quantize, dtype = folder_of(shape, layout), LAYOUTS[layout].quantize, LAYOUTS[layout].dtype
+@pytest.mark.parametrize("shape", FEW_SHAPES)
+def test_as_stored(shape: str, layout: str, folder_of: FolderOf) -> None:
+    check_as_stored(folder_of(shape, layout), layout)
+
+
+def check_as_stored(folder: Path, layout: str) -> None:
+    """In the dtype of the checkpoint all numbers of ranks give the logits of one rank, or its bits."""
+    quantize, dtype = LAYOUTS[layout].quantize, LAYOUTS[layout].dtype
     whole = logits_of(folder, dtype, quantize, 1)
     for size in SIZES:
         logits = logits_of(folder, dtype, quantize, size)
@@ -316,7 +329,7 @@ def test_as_stored(shape: str, layout: str, folder_of: Callable[[str, str], Path
 
 @pytest.mark.skipif(Bfloat16Cpu.rounding is None, reason="the processor has no AVX-512")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rounded_to_bfloat16(shape: str, folder_of: Callable[[str, str], Path]) -> None:
+def test_rounded_to_bfloat16(shape: str, folder_of: FolderOf) -> None:
     folder = folder_of(shape, "bfloat16")
     whole = logits_of(folder, torch.bfloat16, None, 1, is_bfloat16=True)
     assert distance(logits_of(folder, torch.bfloat16, None, 1), whole) > 1e-5, "something is rounded"
@@ -328,9 +341,7 @@ BIASED = ["gptq 4 bits", "gptq 4 bits, scattered", "gptq 8 bits", "awq", "compre
 
 
 @pytest.mark.parametrize("layout", BIASED)
-def test_the_biases_of_matrices_whose_inputs_are_cut_matter(
-    layout: str, folder_of: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_the_biases_of_matrices_whose_inputs_are_cut_matter(layout: str, folder_of: FolderOf, tmp_path: Path) -> None:
     folder = folder_of("0.5B", layout)
     tensors = load_file(folder / "model.safetensors")
     for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -469,7 +480,7 @@ def bytes_read(folder: Path, size: int) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", "gptq 4 bits", "gptq 4 bits, scattered", "awq", "compressed-tensors"])
-def test_each_rank_reads_its_share(layout: str, folder_of: Callable[[str, str], Path]) -> None:
+def test_each_rank_reads_its_share(layout: str, folder_of: FolderOf) -> None:
     folder, size = folder_of("72B", layout), 8
     stored = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
     counts = bytes_read(folder, size)
@@ -482,7 +493,7 @@ def test_each_rank_reads_its_share(layout: str, folder_of: Callable[[str, str], 
     assert max(sum(rank.values()) for rank in counts) < 1.2 * sum(stored.values()) / size
 
 
-def test_kv_heads_are_read_by_each_rank_that_needs_them(folder_of: Callable[[str, str], Path]) -> None:
+def test_kv_heads_are_read_by_each_rank_that_needs_them(folder_of: FolderOf) -> None:
     folder = folder_of("0.5B", "gptq 4 bits")
     stored = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
     counts = bytes_read(folder, 3)  # two ranks have the first KV head, one the second

@@ -37,6 +37,8 @@ HOST_NETWORK = "docker run --gpus all --shm-size 1g --network host -v $PWD/data:
 TORCHRUN = "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.77.0.1 --master-port 29500 \\"
 NOT_RUN = {
     ("README.md", "make test"): "runs all tests, this one too",
+    ("README.md", "pytgi chat http://localhost:8080"): "test_terminal.py types into it",
+    ("docs/terminal.md", "pytgi chat http://localhost:8080"): "as above",
     ("README.md", "pip install dist/pytgi-*.whl"): "tests/slow/test_wheel.py installs it and serves",
     ("README.md", MAKE_IMAGE): "no Docker engine here; make image-test builds the same target",
     (

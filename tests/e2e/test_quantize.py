@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine import cli
+from engine.link.errors import StartError
 from tests.e2e.launched import launched
 from tests.tiny_model import write_tiny_qwen2
 
@@ -87,7 +89,25 @@ def test_the_log_in_json_and_without_effect(model_dir: Path, tmp_path: Path) -> 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_refusal_is_one_sentence(args: Sequence[str], sentence: str, model_dir: Path, tmp_path: Path) -> None:
-    result = run(model_dir, tmp_path / "out", *(arg.replace("{}", str(tmp_path)) for arg in args))
+    """What the command raises. A process would load torch for each of them."""
+    arguments = [model_dir, tmp_path / "out", *(arg.replace("{}", str(tmp_path)) for arg in args)]
+    parsed = cli.build_parser({}).parse_args(["quantize", *map(str, arguments)])
+    with pytest.raises(StartError) as refusal:
+        parsed.run(parsed)
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--bits", "5"], "--method gptq has 2 or 3 or 4 or 8 bits, not 5"),
+        (["--dataset", "/none.txt", "--groupsize", "32"], "none.txt is not there: give the path of a text file"),
+    ],
+    ids=["before the model is read", "after it"],
+)
+def test_a_refusal_ends_the_process(args: Sequence[str], sentence: str, model_dir: Path, tmp_path: Path) -> None:
+    result = run(model_dir, tmp_path / "out", *args)
     assert result.returncode == 1, result.stderr
     errors = [line for line in result.stderr.splitlines() if "ERROR" in line]
     assert len(errors) == 1 and sentence in errors[0], result.stderr

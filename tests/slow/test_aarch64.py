@@ -17,7 +17,7 @@ from tests.slow.arm import FEATURES, ROOT, arm_command, emulator, packages, syst
 from tests.tiny_model import write_tiny_qwen2
 
 TESTS = ("tests/contract/kernels", "tests/unit/quant", "tests/unit/parallel/test_partition.py")
-COMPARED = ("tests/contract/kernels/test_sampler.py", "tests/unit/quant/test_oracle_files.py")
+COMPARED = ("tests/contract/kernels/test_sampler.py", "tests/contract/test_oracle_files.py")
 """Not among them: they compare with transformers, which this environment does without."""
 FORMS: dict[str, list[str]] = {
     "float32": [],

@@ -1,4 +1,4 @@
-"""Models with experts in every format: the checks of `tests/contract/test_families.py`, and some kernels to compile."""
+"""Families in every format: the checks of `tests/contract/test_families.py`, and some kernels to compile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.contract.kernels.test_grouped_cpu import check_bits
+from tests.contract.oracles import FAMILIES
 from tests.contract.test_families import (
+    CUT,
     SHARDED,
     SPARSE,
     STORED,
@@ -34,8 +36,10 @@ def test_quantized_while_loading(family: str, method: str, folder_of: FolderOf) 
     check_references(folder_of(family, "float32"), method)
 
 
-@pytest.mark.parametrize("layout", SHARDED)
-@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in FAMILIES for layout in SHARDED if (family, layout) not in CUT],
+)
 def test_shards(family: str, layout: str, folder_of: FolderOf) -> None:
     check_shards(folder_of(family, layout), layout)
 

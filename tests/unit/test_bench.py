@@ -333,6 +333,23 @@ def test_a_server_that_refuses_breaks_or_hangs_is_told_in_a_sentence(
     assert words in printed.err and "Traceback" not in printed.err and not printed.out
 
 
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (plain(401, '{"error": "no key"}'), " (status 401: no key): give its key with --api-key"),
+        (plain(503, '{"error": "loading"}'), " (status 503: loading): it is not ready, try again in a moment"),
+        (plain(404, "no"), " (status 404: no): name it with --model"),
+        (plain(200, '{"data": []}'), ": name it with --model"),
+    ],
+)
+def test_a_server_that_lists_no_model_is_told_with_what_to_do(
+    serve: Callable[[Reply], str], models: bytes, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = serve(lambda path: models)
+    assert main(["--url", url, "--wire=chat"], environ={}) == 1
+    assert capsys.readouterr().err == f"error: {url} lists no model at /v1/models{words}\n"
+
+
 def test_a_length_that_no_text_has_is_told_in_a_sentence(
     serve: Callable[[Reply], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,8 +45,9 @@ ROOMS: dict[str, str] = {
     "server.openapi": "server.answers server.config server.errors server.operation server.requests",
     "server.app": "server.client server.config server.edge server.error_handlers server.openapi server.operation "
     "server.routes server.service server.telemetry server.text",
-    "server.__main__": "engine.link server.app server.client server.config server.edge server.text",
+    "server.__main__": "engine.link server.app server.client server.config server.edge server.text server.ui",
     "server.bench": "engine.link",
+    "server.terminal": "engine.link server.bench",
     "server.replicas": "engine.link server.answers server.errors server.launcher",
     # engine
     "engine.link": "",
@@ -94,7 +95,7 @@ ROOMS: dict[str, str] = {
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",
     # the others are flat
-    "pytgi": "server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi": "server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "parallel": "quant.base",
     "quant": "",
 }
@@ -112,7 +113,7 @@ FOREIGN: dict[str, set[str]] = {
 """A package or room -> libraries that none of its files may import."""
 
 STANDARD_LIBRARY_ONLY = {
-    "pytgi.commands": "pytgi server.bench server.launcher server.replicas engine.cli engine.compile",
+    "pytgi.commands": "pytgi server.bench server.launcher server.replicas server.terminal engine.cli engine.compile",
     "pytgi": "pytgi",
     "server.launcher": "engine.link parallel.partition server.config server.launcher",
     "server.config": "",

@@ -211,7 +211,8 @@ def test_what_is_no_prompt_and_no_list_of_prompts_is_a_type_error(prompts: Any) 
 
 
 @pytest.mark.parametrize(
-    "arguments", ["serve --help", "serve m --replicas 2 --help", "download --help", "quantize --help"]
+    "arguments",
+    ["serve --help", "serve m --replicas 2 --help", "download --help", "quantize --help", "chat --help"],
 )
 def test_help_shows_the_command_that_was_typed(arguments: str) -> None:
     done = run_pytgi(arguments)
@@ -227,6 +228,12 @@ def test_help_shows_the_command_that_was_typed(arguments: str) -> None:
         ("quantize --nothing", "pytgi quantize: error:"),
         ("serve m --replicas", "pytgi serve: error: argument --replicas: expected one argument"),
         ("serve m --deploy-only", "pytgi serve: error: the following arguments are required: --replicas"),
+        ("chat --sytem x", "pytgi chat: error: unrecognized arguments: --sytem (did you mean --system?)"),
+        ("chat ftp://x", "pytgi chat: error: ftp://x is no http:// or https:// address"),
+        (
+            "chat x --api-key é",
+            "pytgi chat: error: the address and the API key may have printable ASCII characters only",
+        ),
         ("compile x", "pytgi compile takes no arguments"),
     ],
 )

@@ -21,7 +21,7 @@ export class Chart {
     this.unit = unit;
     this.lines = lines;
     this.points = [];
-    this.pointed = null;
+    this.pointer = null;
     this.grid = [0, 1, 2].map((third) => this.#gridLine(third));
     this.paths = lines.map((_, index) => svg("path", { class: `line line-${index}` }));
     this.start = svg("text", { class: "tick", x: LEFT, y: HEIGHT - 6 });
@@ -65,7 +65,7 @@ export class Chart {
       element(
         "li",
         {},
-        svg("svg", { class: "sample", viewBox: "0 0 24 8", "aria-hidden": "true" }, svg("path", { class: `line line-${index}`, d: "M1 4H23" })),
+        sampleOf(index),
         `${label} `,
         this.values[index],
       ),
@@ -98,26 +98,35 @@ export class Chart {
   }
 
   #point(event) {
-    this.pointed = null;
-    if (event !== null && this.points.length > 0) {
-      const box = this.image.getBoundingClientRect();
-      const x = ((event.clientX - box.left) / box.width) * WIDTH;
-      const distance = ({ time }) => Math.abs(this.#x(time) - x);
-      this.pointed = this.points.reduce((best, point) => (distance(point) < distance(best) ? point : best));
-    }
+    const box = this.image.getBoundingClientRect();
+    this.pointer = event && ((event.clientX - box.left) / box.width) * WIDTH;
     this.#tell();
+  }
+
+  /** The point nearest to the pointer, or null. */
+  get #pointed() {
+    if (this.pointer === null) return null;
+    const distance = ({ time }) => Math.abs(this.#x(time) - this.pointer);
+    return this.points.reduce((best, point) => (distance(point) < distance(best) ? point : best));
   }
 
   /** Write the legend's values, and what the picture shows in words. */
   #tell() {
     if (this.points.length === 0) return;
-    if (!this.points.includes(this.pointed)) this.pointed = null;
-    const shown = this.pointed ?? this.points.at(-1);
+    const pointed = this.#pointed;
+    const shown = pointed ?? this.points.at(-1);
     this.values.forEach((value, index) => (value.textContent = written(shown.values[index], this.unit)));
-    setAttribute(this.cursor, "d", this.pointed && `M${this.#x(shown.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}`);
-    const parts = this.lines.map(({ label }, index) => `${label} ${written(this.points.at(-1).values[index], this.unit)}`);
-    this.image.setAttribute("aria-label", `${this.title}, ${this.span === MINUTE_S ? "the last minute" : "the last five minutes"}. Now: ${parts.join(", ")}.`);
+    setAttribute(this.cursor, "d", pointed && `M${this.#x(pointed.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}`);
+    const latest = this.points.at(-1).values;
+    const parts = this.lines.map(({ label }, index) => `${label} ${written(latest[index], this.unit)}`);
+    const span = this.span === MINUTE_S ? "the last minute" : "the last five minutes";
+    this.image.setAttribute("aria-label", `${this.title}, ${span}. Now: ${parts.join(", ")}.`);
   }
+}
+
+function sampleOf(index) {
+  const line = svg("path", { class: `line line-${index}`, d: "M1 4H23" });
+  return svg("svg", { class: "sample", viewBox: "0 0 24 8", "aria-hidden": "true" }, line);
 }
 
 /** The end of an axis: a round number that is not below `value`. */

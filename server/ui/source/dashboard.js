@@ -16,8 +16,11 @@ const COLUMNS = ["Now", "Lowest", "Mean", "Highest"];
 const history = [];
 const charts = CHARTS.map((chart) => new Chart(chart));
 const tiles = TILES.map(({ label }) => ({ label, value: element("dd", {}, "–") }));
-const rows = CHARTS.flatMap((chart) => chart.lines.map((line) => ({ chart, line, cells: COLUMNS.map(() => element("td")) })));
+const rows = CHARTS.flatMap((chart) =>
+  chart.lines.map((line) => ({ chart, line, cells: COLUMNS.map(() => element("td")) })),
+);
 let isPaused = false;
+let isDrawingSoon = false;
 let keyChanged = () => {};
 
 // ---- the stream ----
@@ -37,7 +40,8 @@ async function watch() {
 async function read(control) {
   let timer = setTimeout(() => control.abort(), SILENCE_MS);
   try {
-    const response = await fetch("dashboard/events", { headers: authorization(), cache: "no-store", signal: control.signal });
+    const options = { headers: authorization(), cache: "no-store", signal: control.signal };
+    const response = await fetch("dashboard/events", options);
     if (!response.ok) return refusalOf(response.status);
     say("Connected");
     for await (const { data } of eventsOf(response.body)) {
@@ -57,11 +61,12 @@ function refusalOf(status) {
     askForKey();
     return { words: "The server asks for an API key, and this one is missing or wrong.", needsKey: true };
   }
-  return { words: status === 429 ? "Too many dashboards are open. Asking again…" : `The server answers ${status}. Asking again…` };
+  if (status === 429) return { words: "Too many dashboards are open. Asking again…" };
+  return { words: `The server answers ${status}. Asking again…` };
 }
 
 function wordsOf(error) {
-  return error.name === "AbortError" ? "The server says nothing. Asking again…" : "The server is not there. Asking again…";
+  return `${error.name === "AbortError" ? "The server says nothing." : "The server is not there."} Asking again…`;
 }
 
 function say(words) {
@@ -71,10 +76,20 @@ function say(words) {
 function take(replicas) {
   history.push({ time: Date.now(), replicas });
   while (history[0].time < Date.now() - SPAN_S * 1000) history.shift();
-  if (!isPaused && !document.hidden) draw();
+  if (!isPaused) drawSoon();
 }
 
 // ---- the page ----
+
+/** Draw with the next frame: once however much comes until then, and not while nobody sees it. */
+function drawSoon() {
+  if (isDrawingSoon) return;
+  isDrawingSoon = true;
+  requestAnimationFrame(() => {
+    isDrawingSoon = false;
+    draw();
+  });
+}
 
 function draw() {
   if (history.length === 0) return;
@@ -82,7 +97,7 @@ function draw() {
   offer(names);
   const chosen = byId("replica").value;
   const moments = history
-    .map(({ time, replicas }) => ({ time, all: chosen === ALL ? Object.values(replicas) : [replicas[chosen]].filter(Boolean) }))
+    .map(({ time, replicas }) => ({ time, all: chosen === ALL ? Object.values(replicas) : [replicas[chosen] ?? []].flat() }))
     .filter(({ all }) => all.length > 0)
     .map(({ time, all }) => ({ time, figures: combined(all) }));
   byId("combined").hidden = names.length < 2 || chosen !== ALL;
@@ -96,7 +111,8 @@ function draw() {
 
 function drawCharts(moments) {
   for (const chart of charts) {
-    chart.draw(moments.map(({ time, figures }) => ({ time, values: chart.lines.map(({ place }) => valueAt(figures, place)) })));
+    const valuesOf = (figures) => chart.lines.map(({ place }) => valueAt(figures, place));
+    chart.draw(moments.map(({ time, figures }) => ({ time, values: valuesOf(figures) })));
   }
 }
 
@@ -105,26 +121,29 @@ function writeTable(moments) {
     const values = moments.map(({ figures }) => valueAt(figures, line.place));
     const known = values.filter((value) => value !== null);
     const mean = known.reduce((total, value) => total + value, 0) / known.length;
-    const told = known.length === 0 ? [null, null, null, null] : [values.at(-1), Math.min(...known), mean, Math.max(...known)];
+    const all = [values.at(-1), Math.min(...known), mean, Math.max(...known)];
+    const told = known.length === 0 ? all.map(() => null) : all;
     cells.forEach((cell, index) => (cell.textContent = written(told[index], chart.unit)));
   }
 }
 
-/** Let the person choose among these replicas. One that is gone stays while it is chosen. */
+/** Let the person choose among these replicas, but if there is only one. The choice of one that is gone is of all. */
 function offer(names) {
   const choice = byId("replica");
-  const offered = [ALL, ...new Set([...names, choice.value].filter((name) => name !== ALL))];
-  byId("replica-choice").hidden = offered.length < 3;
-  byId("replicas").hidden = names.length < 2;
+  byId("replica-choice").hidden = byId("replicas").hidden = names.length < 2;
+  const offered = [ALL, ...names];
   if (offered.join("\n") === [...choice.options].map((option) => option.value).join("\n")) return;
   const before = choice.value;
-  choice.replaceChildren(...offered.map((name) => element("option", { value: name }, name === ALL ? "All replicas" : name)));
-  choice.value = before;
+  choice.replaceChildren(
+    ...offered.map((name) => element("option", { value: name }, name === ALL ? "All replicas" : name)),
+  );
+  choice.value = names.includes(before) ? before : ALL;
 }
 
 function writeReplicas(names) {
   if (byId("replicas").hidden) return;
-  const head = element("tr", {}, element("th", { scope: "col" }, "Replica"), TILES.map(({ label }) => element("th", { scope: "col" }, label)));
+  const columns = ["Replica", ...TILES.map(({ label }) => label)];
+  const head = element("tr", {}, columns.map((name) => element("th", { scope: "col" }, name)));
   const body = names.map((name) => {
     const moments = history.map(({ replicas }) => replicas[name]).filter(Boolean);
     return element("tr", {}, element("th", { scope: "row" }, name), tilesOf(moments).map((text) => element("td", {}, text)));
@@ -137,7 +156,8 @@ function tableOfRows() {
   const bodies = CHARTS.map((chart) => {
     const own = rows.filter((row) => row.chart === chart);
     const title = element("tr", {}, element("th", { scope: "rowgroup", colspan: COLUMNS.length + 1 }, chart.title));
-    return element("tbody", {}, title, own.map(({ line, cells }) => element("tr", {}, element("th", { scope: "row" }, line.label), cells)));
+    const lines = own.map(({ line, cells }) => element("tr", {}, element("th", { scope: "row" }, line.label), cells));
+    return element("tbody", {}, title, lines);
   });
   return element("table", {}, element("thead", {}, head), bodies);
 }
@@ -147,7 +167,7 @@ function toggle(button, act) {
     const isOn = byId(button).getAttribute("aria-pressed") !== "true";
     byId(button).setAttribute("aria-pressed", String(isOn));
     act(isOn);
-    draw();
+    drawSoon();
   });
 }
 
@@ -162,8 +182,7 @@ function start() {
   byId("table").append(tableOfRows());
   byId("key").append(keyFields(() => keyChanged()));
   byId("key").hidden = !hasKey();
-  byId("replica").addEventListener("change", draw);
-  document.addEventListener("visibilitychange", () => isPaused || draw());
+  byId("replica").addEventListener("change", drawSoon);
   toggle("pause", (isOn) => (isPaused = isOn));
   toggle("as-table", (isOn) => {
     byId("table").hidden = !isOn;

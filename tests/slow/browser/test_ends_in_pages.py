@@ -1,14 +1,16 @@
-"""A server that dies, is full or stops is told, and a page goes on by itself when it is back."""
+"""A server that starts, dies or is full is told, and a page goes on by itself when it is there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.browser import watched_page
-from tests.browser.pages_server import pages_server
+from engine.link.progress import Stage
+from tests.browser.browser import serious_faults, watched_page
+from tests.browser.pages_server import START_TIMEOUT_S, PagesServer, pages_server, write_pages_model
 from tests.browser.playground import Playground
 
 BACK_MS = 15_000
@@ -73,3 +75,34 @@ def test_a_full_server_says_so(browser: Browser, tmp_path: Path) -> None:
         server.engine.allow(None)
         expect(second.answers.last).to_contain_text("Hello, world!")
         watch.forget("429")
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard"])
+def test_a_page_that_is_opened_while_the_model_loads_goes_on_by_itself(
+    browser: Browser, tmp_path: Path, path: str
+) -> None:
+    write_pages_model(tmp_path)
+    server = PagesServer(tmp_path, is_listening_early=True)
+    try:
+        server.begin()
+        server.until(lambda: is_alive(server.url), START_TIMEOUT_S)
+        with watched_page(browser, server.url) as (page, watch):
+            page.goto(path)
+            expect(page.get_by_role("heading", name="pytgi is starting")).to_be_visible()
+            server.tell(Stage.LOADING, 0.25, "Loading weights: 2 of 8 files")
+            expect(page.get_by_role("status", name="Server")).to_have_text("Loading weights: 2 of 8 files")
+            expect(page.get_by_role("progressbar")).to_have_js_property("value", 0.25)
+            assert serious_faults(page) == []
+            server.become_ready()
+            there = Playground(page).send if path == "/" else page.get_by_role("heading", name="Dashboard")
+            expect(there).to_be_visible(timeout=BACK_MS)
+            watch.forget("503")
+    finally:
+        server.stop()
+
+
+def is_alive(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/livez", timeout=10).status_code == 200
+    except httpx.ConnectError:
+        return False

@@ -35,6 +35,8 @@ def is_prime(n: int) -> bool:
 | 7 | `True` |
 | 9 | `False` |
 """
+PERIOD_MS = 6_000
+"""The time for which the dashboard shows a load."""
 WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 
 
@@ -68,6 +70,8 @@ def test_everything_that_can_be_opened(browser: Browser, server: PagesServer, lo
         playground = Playground.open(page)
         playground.show_settings()
         assert serious_faults(page) == []
+        if look == "phone":  # where the settings lie over the rest
+            playground.button("Settings").click()
         server.engine.error = "the engine could not go on"
         playground.chat("Fail.")
         expect(playground.alert).to_be_visible()
@@ -86,11 +90,15 @@ def test_the_dashboard(browser: Browser, server: PagesServer, look: str) -> None
     with watched_page(browser, server.url, **LOOKS[look]) as (page, _):
         page.goto("/dashboard")
         expect(page.get_by_role("heading", level=1)).to_be_visible()
-        page.wait_for_timeout(2500)
-        assert serious_faults(page) == []
-        width, limit = page.evaluate(WIDTHS)
-        assert width <= limit, "the page is wider than the screen"
-        keep(page, f"dashboard-{look}")
+        for num_streams in (2, 5):
+            with server.streaming(num_streams):
+                page.wait_for_timeout(PERIOD_MS)
+        with server.streaming(3):
+            page.wait_for_timeout(PERIOD_MS)
+            keep(page, f"dashboard-{look}")
+            assert serious_faults(page) == []
+            width, limit = page.evaluate(WIDTHS)
+            assert width <= limit, "the page is wider than the screen"
 
 
 def test_a_screen_that_is_zoomed_in_four_times_loses_nothing(browser: Browser, server: PagesServer) -> None:

@@ -35,7 +35,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     is_prefix_caching = True
     max_draft_tokens = 0
     steps_per_token = 1
-    num_histories = 100
+    histories_per_example = 1.0
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -163,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 class UncachedSchedulerMachine(SchedulerMachine):
     is_prefix_caching = False
-    num_histories = 50
+    histories_per_example = 0.5
 
     @invariant()
     def nothing_is_shared(self) -> None:
@@ -219,7 +219,7 @@ class OverlappedSchedulerMachine(SchedulerMachine):
 
 class UncachedOverlappedSchedulerMachine(OverlappedSchedulerMachine):
     is_prefix_caching = False
-    num_histories = 50
+    histories_per_example = 0.5
 
 
 MACHINES = [
@@ -231,16 +231,18 @@ MACHINES = [
 ]
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_history_keeps_the_invariants(machine: type[SchedulerMachine]) -> None:
+    num_histories = int(machine.histories_per_example * settings().max_examples)
+
     class Case(machine.TestCase):  # type: ignore[name-defined,misc]
-        settings = settings(max_examples=machine.num_histories, stateful_step_count=40)
+        settings = settings(max_examples=num_histories, stateful_step_count=40)
 
     Case().runTest()
 
 
 @given(data=st.data(), is_copying=st.booleans())
-@settings(max_examples=100)
 def test_cached_tokens_are_the_longest_computed_common_prefix(data: Any, is_copying: bool) -> None:
     """With memory to spare, a prompt reuses what some earlier text began with: its full blocks, or all with copies."""
     block_size = data.draw(st.integers(1, 4))

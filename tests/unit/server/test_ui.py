@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.__main__ import ready_lines
 from server.app import create_app
 from server.text.tokenizer import TextTokenizer
 from server.ui.accept import prefers_html
@@ -186,3 +189,43 @@ def test_the_pages_together_are_small() -> None:
 )
 def test_a_planted_fault_is_found(rule: re.Pattern[str], text: str) -> None:
     assert rule.search(text)
+
+
+@dataclasses.dataclass
+class Listener:
+    """A socket that is bound, also on hosts without IPv6."""
+
+    family: int
+    name: tuple[Any, ...]
+
+    def getsockname(self) -> tuple[Any, ...]:
+        return self.name
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("0.0.0.0", "http://localhost:80/"),
+        ("::", "http://localhost:80/"),
+        ("10.0.0.7", "http://10.0.0.7:80/"),
+        ("fd00::7", "http://[fd00::7]:80/"),
+    ],
+)
+def test_a_start_says_where_the_page_is_before_it_says_that_it_is_ready(host: str, address: str) -> None:
+    listener: Any = Listener(socket.AF_INET6, (host, 80, 0, 0)) if ":" in host else Listener(socket.AF_INET, (host, 80))
+    assert ready_lines(make_config(), listener) == [f"A page for browsers is at {address}", "Connected"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (socket.AF_INET, {"is_ui_disabled": True}),
+        (socket.AF_INET, {"is_strict_tgi": True}),
+        (socket.AF_INET, {"ready_line": "A replica is ready"}),
+        (socket.AF_UNIX, {}),
+    ],
+)
+def test_a_start_names_no_page_where_there_is_none_for_people(family: int, changes: dict[str, Any]) -> None:
+    listener: Any = Listener(family, ("0.0.0.0", 80))
+    config = make_config(**changes)
+    assert ready_lines(config, listener) == [config.ready_line]

@@ -1,0 +1,7 @@
+"""The error that ends a turn of a chat, a command, or the chat."""
+
+from __future__ import annotations
+
+
+class ChatError(Exception):
+    """Something can't be done; the text says in one sentence what, and what to do next."""
