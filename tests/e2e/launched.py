@@ -63,6 +63,14 @@ class LaunchedServer:
                 return process
         raise AssertionError(f"no process is rank {rank}; log:\n{self.log}")
 
+    def wait_for_ranks(self, number: int = 1) -> list[psutil.Process]:
+        """All children, once so many ranks of the engine are among them."""
+        while True:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            if sum(child.cmdline()[-2:] == ["-m", "engine"] for child in children) == number:
+                return children
+            time.sleep(0.01)
+
     def wait_for_log(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.log:

@@ -215,8 +215,7 @@ def test_too_few_gpus_are_one_sentence_under_torchrun(model: Path, tmp_path: Pat
 
 def test_a_rank_killed_while_it_starts_is_named(model: Path, tmp_path: Path) -> None:
     with launched(model, tmp_path, *TWO, is_awaited=False) as server:
-        server.wait_for_log("Starting Webserver")
-        processes = processes_of(server)
+        processes = server.wait_for_ranks(2)
         server.rank(1).kill()
         assert server.wait_for_end(END_S) == 1
         assert not psutil.wait_procs(processes, timeout=1)[1]

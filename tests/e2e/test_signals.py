@@ -236,9 +236,7 @@ def check_closed_streams(redirection: str, model: Path) -> None:
 
 def test_an_engine_stopped_while_it_loads_is_detected(tiny_model_dir: Path, tmp_path: Path) -> None:
     with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
-        server.wait_for_log("Starting shard")
-        while len(children := psutil.Process(server.process.pid).children(recursive=True)) < 2:
-            time.sleep(0.01)
+        children = server.wait_for_ranks()
         server.child("engine").suspend()
         assert server.wait_for_end(35) == 1
         assert not psutil.wait_procs(children, timeout=1)[1]

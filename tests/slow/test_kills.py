@@ -130,9 +130,7 @@ def test_kills_of_ranks_while_starting(tiny_model_dir: Path, tmp_path: Path) -> 
     chance = random.Random(SEED)
     for rank in [0, 1] * (NUM_RANK_KILLS // 2):
         with launched(tiny_model_dir, tmp_path, "--num-shard", "2", is_awaited=False) as server:
-            server.wait_for_log("Starting Webserver")
-            while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 3:
-                time.sleep(0.01)
+            processes = server.wait_for_ranks(2)
             time.sleep(chance.uniform(0.0, 3.0))
             killed = time.monotonic()
             server.rank(rank).kill()
@@ -147,9 +145,7 @@ def test_kills_while_starting(victim: str, tiny_model_dir: Path, tmp_path: Path)
     chance = random.Random(SEED)
     for _ in range(10):
         with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
-            server.wait_for_log("Starting Webserver")
-            while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 2:
-                time.sleep(0.01)
+            processes = server.wait_for_ranks()
             time.sleep(chance.uniform(0.0, 2.0))
             killed = time.monotonic()
             if victim == "launcher":
