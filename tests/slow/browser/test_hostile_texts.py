@@ -14,7 +14,7 @@ from tests.browser.pages_server import PagesServer, pages_server
 from tests.browser.playground import Playground
 
 MAX_PARSE_MS = 3_000
-"""Ten times what the longest one takes: others may use the cores. Quadratic and cubic patterns took 8 s to minutes."""
+"""Ten times what the longest one takes, as others may use the cores. Careless patterns took 8 s to minutes."""
 
 
 @pytest.mark.parametrize("text", hostile.TEXTS)
