@@ -1,4 +1,4 @@
-"""The shapes of Qwen2 that `tests/contract/test_sharded.py` leaves out, cut in every layout."""
+"""The shapes of Qwen2, and numbers of ranks, that `tests/contract/test_sharded.py` leaves out, in every layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests.contract.test_sharded import (
     LAYOUTS,
     QUANTIZED,
     SHAPES,
+    SIZES,
     FolderOf,
     check_as_stored,
     check_float32,
@@ -27,6 +28,6 @@ def test_float32(shape: str, layout: str, folder_of: FolderOf) -> None:
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", *QUANTIZED])
-@pytest.mark.parametrize("shape", OTHERS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_as_stored(shape: str, layout: str, folder_of: FolderOf) -> None:
-    check_as_stored(folder_of(shape, layout), layout)
+    check_as_stored(folder_of(shape, layout), layout, SIZES)
