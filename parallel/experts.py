@@ -61,11 +61,11 @@ class ExpertMatrices:
 
     @property
     def is_host_driven(self) -> bool:
-        """Whether the host reads how many rows meet each expert."""
+        """Whether the host reads how many rows each expert has."""
         return any(kernel.is_host_driven for kernel in self._kernels)
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """x [rows, this rank's inputs] -> [rows, this rank's outputs, part after part]; each row meets one expert."""
+        """x [rows, this rank's inputs] -> [rows, this rank's outputs, part after part]; each row has one expert."""
         products = [kernel(x, groups) for kernel in self._kernels]
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 

@@ -166,7 +166,7 @@ class LowRankKernel(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowGroups:
-    """Rows in the order of the matrices that they meet."""
+    """Rows in the order of their matrices."""
 
     starts: torch.Tensor
     """The first row of each matrix, and the number of rows: [num_matrices + 1] int32."""

@@ -78,7 +78,7 @@ class Quantization:
         return choose_kernel(self.matrices, packed, is_exact=packed.layout not in self.rounded_layouts)
 
     def grouped_kernel_for(self, matrices: Sequence[PackedWeight]) -> GroupedKernel:
-        """Choose the kernel for matrices of one shape, of which a row meets one."""
+        """Choose the kernel for matrices of one shape, of which each row has one."""
         is_exact = matrices[0].layout not in self.rounded_layouts
         return choose_grouped(self.matrices, matrices, self.kernel_for, is_exact=is_exact)
 

@@ -1,4 +1,4 @@
-"""Products with many matrices of one shape, of which each row meets one: what a layer of experts needs.
+"""Products with many matrices of one shape, of which each row has one: what a layer of experts needs.
 
 The device's backend has grouped kernels for some layouts. Everything else is computed matrix by matrix, by the kernels
 that single matrices have: the reference implementation.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, share_items
+from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, split_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import (
     HAS_AVX512,
@@ -348,7 +348,7 @@ def attend_serial(num_items, args):  # type: ignore[no-untyped-def]
 def attend_parallel(num_threads, args):  # type: ignore[no-untyped-def]
     """All items, shared by the threads; args as above."""
     num_kv_heads, window, tiles = args[3], args[6], args[7]
-    starts, _, _ = share_items(tiles, num_kv_heads, window, num_threads)
+    starts, _, _ = split_items(tiles, num_kv_heads, window, num_threads)
     for thread in prange(num_threads):
         for item in range(starts[thread], starts[thread + 1]):
             _attend_item(item, *args)

@@ -25,7 +25,7 @@ from engine.attention.attend_cpu import (
     write_kv_serial,
 )
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
-from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, share_items
+from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, split_items
 from engine.layers.base import Rotation
 from quant.kernels.arrays import call, flat_view, new_output
 
@@ -107,7 +107,7 @@ class CpuAttention:
 
     def _is_balanced(self, tiles: npt.NDArray[np.int32]) -> bool:
         """Whether no thread has much more to do than another."""
-        _, longest, total = share_items(tiles, self._shape.num_kv_heads, NO_WINDOW, self._num_threads)
+        _, longest, total = split_items(tiles, self._shape.num_kv_heads, NO_WINDOW, self._num_threads)
         return bool(longest * self._num_threads <= MAX_IMBALANCE * total)
 
     def work_bytes(self, num_items: int) -> int:

@@ -21,7 +21,7 @@ ITEM_KEYS = 16
 
 
 @njit(**FAST)
-def share_items(tiles, num_kv_heads, window, num_threads):  # type: ignore[no-untyped-def]
+def split_items(tiles, num_kv_heads, window, num_threads):  # type: ignore[no-untyped-def]
     """Cut the items into a range for each thread, all with about as many pairs of query and key.
 
     Returns the first item of each range and at last the number of items, the pairs of the longest range, and all pairs.

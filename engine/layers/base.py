@@ -34,32 +34,32 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Routing:
-    """The experts of a step's tokens. A meeting is a token with one of its experts; meetings are sorted by expert."""
+    """The experts of a step's tokens. A pair is a token with one of its experts; pairs are sorted by expert."""
 
     groups: RowGroups
-    """The meetings as a grouped product takes them."""
+    """The pairs as a grouped product takes them."""
     tokens: torch.Tensor
-    """The token of each meeting: [meetings] int32."""
+    """The token of each pair: [pairs] int32."""
     places: torch.Tensor
-    """Where each token's meetings are, the likeliest expert first: [tokens, chosen] int32."""
+    """Where each token's pairs are, the likeliest expert first: [tokens, top_k] int32."""
     weights: torch.Tensor
-    """The experts' weights in the same order: [tokens, chosen] float32."""
+    """The experts' weights in the same order: [tokens, top_k] float32."""
 
 
 class ExpertOps(Protocol):
     """The operations of models with experts."""
 
-    def route(self, logits: torch.Tensor, num_experts: int, num_chosen: int, *, is_normalized: bool) -> Routing:
-        """Choose the likeliest experts by the first `num_experts` columns of logits [tokens, columns].
+    def route(self, logits: torch.Tensor, num_experts: int, top_k: int, *, is_normalized: bool) -> Routing:
+        """Choose the `top_k` likeliest experts by the first `num_experts` columns of logits [tokens, columns].
 
         `is_normalized`: the weights of a token's experts add up to one; else they are their shares of all experts'.
         """
 
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [tokens, size] -> [meetings, size]."""
+        """x [tokens, size] -> [pairs, size]."""
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """outputs [meetings, size] -> the weighted sums of each token's, [tokens, size]."""
+        """outputs [pairs, size] -> the weighted sums of each token's, [tokens, size]."""
 
     def add_gated(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor, column: int) -> torch.Tensor:
         """Add y times the sigmoid of a column of logits [rows, columns] to x [rows, size] in place; return x."""

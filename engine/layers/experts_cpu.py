@@ -1,4 +1,4 @@
-"""The operations of experts as Numba kernels: who meets whom, rows for each meeting, and what comes of them.
+"""The operations of experts as Numba kernels: the choice of each token's, rows for each pair, and what comes of them.
 
 What a token's experts say is added in the order of their weights, the largest first, whoever else is in the step.
 """
@@ -18,10 +18,10 @@ from quant.kernels.simd import LANES, add, fma, load, multiply, splat, store, ze
 
 
 @njit(**FAST)
-def _choose(logits, width, num_experts, num_chosen, is_normalized, scratch, weights, chosen):  # type: ignore[no-untyped-def]
+def _choose(logits, width, num_experts, top_k, is_normalized, scratch, weights, chosen):  # type: ignore[no-untyped-def]
     """The likeliest experts of each row, of equals the first."""
-    for row in range(len(chosen) // num_chosen):
-        l0, p0, c0 = row * width, row * num_experts, row * num_chosen
+    for row in range(len(chosen) // top_k):
+        l0, p0, c0 = row * width, row * num_experts, row * top_k
         top = logits[l0]
         for e in range(1, num_experts):
             top = max(top, logits[l0 + e])
@@ -30,7 +30,7 @@ def _choose(logits, width, num_experts, num_chosen, is_normalized, scratch, weig
             scratch[p0 + e] = np.float32(math.exp(logits[l0 + e] - top))
             total = np.float32(total + scratch[p0 + e])
         share = np.float32(0.0)
-        for i in range(num_chosen):
+        for i in range(top_k):
             best = 0
             for e in range(1, num_experts):
                 if scratch[p0 + e] > scratch[p0 + best]:
@@ -40,12 +40,12 @@ def _choose(logits, width, num_experts, num_chosen, is_normalized, scratch, weig
             share = np.float32(share + weights[c0 + i])
             scratch[p0 + best] = np.float32(-1.0)
         if is_normalized:
-            for i in range(num_chosen):
+            for i in range(top_k):
                 weights[c0 + i] = weights[c0 + i] / share
 
 
 @njit(**FAST)
-def _group(chosen, num_chosen, num_experts, starts, active, matrices, tokens, places):  # type: ignore[no-untyped-def]
+def _group(chosen, top_k, num_experts, starts, active, matrices, tokens, places):  # type: ignore[no-untyped-def]
     """Sort by expert; tokens of one expert stay in their order."""
     for e in range(num_experts + 1):
         starts[e] = 0
@@ -60,7 +60,7 @@ def _group(chosen, num_chosen, num_experts, starts, active, matrices, tokens, pl
     for i in range(len(chosen)):
         place = starts[chosen[i]]
         starts[chosen[i]] += 1
-        matrices[place], tokens[place], places[i] = chosen[i], i // num_chosen, place
+        matrices[place], tokens[place], places[i] = chosen[i], i // top_k, place
     for e in range(num_experts, 0, -1):
         starts[e] = starts[e - 1]
     starts[0] = 0
@@ -73,10 +73,10 @@ def _gather_row(x, source, size, out, target):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _mix_row(outputs, places, weights, first, num_chosen, size, out, target):  # type: ignore[no-untyped-def]
+def _mix_row(outputs, places, weights, first, top_k, size, out, target):  # type: ignore[no-untyped-def]
     for i in range(0, size, LANES):
         total = zeros()
-        for k in range(first, first + num_chosen):
+        for k in range(first, first + top_k):
             total = fma(load(outputs, places[k] * size + i), splat(weights[k]), total)
         store(out, target + i, total)
 
@@ -88,9 +88,9 @@ def _gather(x, tokens, size, out):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **FAST)
-def _mix(outputs, places, weights, num_rows, num_chosen, size, out):  # type: ignore[no-untyped-def]
+def _mix(outputs, places, weights, num_rows, top_k, size, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
-        _mix_row(outputs, places, weights, row * num_chosen, num_chosen, size, out, row * size)
+        _mix_row(outputs, places, weights, row * top_k, top_k, size, out, row * size)
 
 
 @njit(parallel=True, **FAST)
@@ -104,16 +104,16 @@ def _add_gated(x, y, logits, width, column, num_rows, size):  # type: ignore[no-
 class CpuExpertOps:
     """The part of `base.Ops` that only models with experts call, on float32 tensors as `CpuOps` takes them."""
 
-    def route(self, logits: torch.Tensor, num_experts: int, num_chosen: int, *, is_normalized: bool) -> Routing:
+    def route(self, logits: torch.Tensor, num_experts: int, top_k: int, *, is_normalized: bool) -> Routing:
         num_rows, width = logits.shape
-        scratch, weights = new_output(num_rows, num_experts)[1], new_output(num_rows, num_chosen)[0]
-        chosen, matrices, tokens, places = (_integers(num_rows, num_chosen) for _ in range(4))
+        scratch, weights = new_output(num_rows, num_experts)[1], new_output(num_rows, top_k)[0]
+        chosen, matrices, tokens, places = (_integers(num_rows, top_k) for _ in range(4))
         starts, active = _integers(1, num_experts + 1), _integers(1, num_experts + 1)
-        sizes = width, num_experts, num_chosen, int(is_normalized)
+        sizes = width, num_experts, top_k, int(is_normalized)
         call(_choose, flat_view(logits), *sizes, scratch, flat_view(weights), chosen.numpy())
         grouped = starts, active, matrices, tokens, places
-        call(_group, chosen.numpy(), num_chosen, num_experts, *(numbers.numpy() for numbers in grouped))
-        return Routing(RowGroups(starts, active, matrices), tokens, places.view(num_rows, num_chosen), weights)
+        call(_group, chosen.numpy(), top_k, num_experts, *(numbers.numpy() for numbers in grouped))
+        return Routing(RowGroups(starts, active, matrices), tokens, places.view(num_rows, top_k), weights)
 
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         out, flat_out = new_output(len(routing.tokens), x.shape[1])
@@ -121,11 +121,11 @@ class CpuExpertOps:
         return out
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
-        num_rows, num_chosen = routing.places.shape
+        num_rows, top_k = routing.places.shape
         size = outputs.shape[1]
         out, flat_out = new_output(num_rows, size)
-        meetings = flat_view(routing.places), flat_view(routing.weights), num_rows, num_chosen
-        call(_mix, flat_view(outputs), *meetings, size, flat_out)
+        pairs = flat_view(routing.places), flat_view(routing.weights), num_rows, top_k
+        call(_mix, flat_view(outputs), *pairs, size, flat_out)
         return out
 
     def add_gated(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor, column: int) -> torch.Tensor:

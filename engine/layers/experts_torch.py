@@ -11,9 +11,9 @@ from quant.base import RowGroups
 class TorchExpertOps:
     """The part of `base.Ops` that only models with experts call."""
 
-    def route(self, logits: torch.Tensor, num_experts: int, num_chosen: int, *, is_normalized: bool) -> Routing:
+    def route(self, logits: torch.Tensor, num_experts: int, top_k: int, *, is_normalized: bool) -> Routing:
         probabilities = logits[:, :num_experts].to(torch.float32).softmax(dim=1)
-        weights, chosen = probabilities.topk(num_chosen, dim=1)
+        weights, chosen = probabilities.topk(top_k, dim=1)
         if is_normalized:
             weights = weights / weights.sum(dim=1, keepdim=True)
         experts, order = chosen.flatten().sort(stable=True)
@@ -24,7 +24,7 @@ class TorchExpertOps:
         active = torch.cat([is_active.sum().view(1), is_active.logical_not().sort(stable=True).indices])
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=logits.device))
         groups = RowGroups(_as_int32(starts), _as_int32(active), _as_int32(experts))
-        return Routing(groups, _as_int32(order // num_chosen), _as_int32(places.view_as(chosen)), weights)
+        return Routing(groups, _as_int32(order // top_k), _as_int32(places.view_as(chosen)), weights)
 
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return x[routing.tokens]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: blocks of which a token meets the few experts that a router chooses, and perhaps one for all."""
+"""Mixtures of experts: blocks in which a router sends each token to a few experts, and perhaps one has all tokens."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ExpertConfig:
     """The numbers of a model's experts."""
 
     num_experts: int
-    num_chosen: int
-    """Experts that a token meets."""
+    top_k: int
+    """Experts of each token."""
     intermediate_size: int
     """The inner features of one expert."""
     shared_size: int | None
-    """The inner features of the expert that all tokens meet; None: there is none."""
+    """The inner features of the expert that has all tokens; None: there is none."""
     is_normalized: bool
     """Whether the weights of a token's experts add up to one."""
     sparse_layers: frozenset[int]
@@ -52,7 +52,7 @@ def read_expert_config(config: Mapping[str, Any], *, has_shared_expert: bool) ->
             raise StartError(f"{key} {values.get(key)!r} in config.json is not a size: fetch the model again")
     return ExpertConfig(
         num_experts=values["num_experts"],
-        num_chosen=values["num_experts_per_tok"],
+        top_k=values["num_experts_per_tok"],
         intermediate_size=values["moe_intermediate_size"],
         shared_size=values["shared_expert_intermediate_size"] if has_shared_expert else None,
         is_normalized=bool(config.get("norm_topk_prob")),
@@ -97,14 +97,14 @@ class SparseMLP:
 
     @property
     def is_host_driven(self) -> bool:
-        """Whether the host reads how many rows meet each expert."""
+        """Whether the host reads how many rows each expert has."""
         return self.gate_up_proj.is_host_driven or self.down_proj.is_host_driven
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
         ops, experts = self._ops, self._experts
         logits = self.router(x)
-        routing = ops.route(logits, experts.num_experts, experts.num_chosen, is_normalized=experts.is_normalized)
+        routing = ops.route(logits, experts.num_experts, experts.top_k, is_normalized=experts.is_normalized)
         inner = ops.silu_and_mul(self.gate_up_proj(ops.gather(x, routing), routing.groups))
         mixed = self.down_proj.mixed(inner, routing.groups, lambda outputs: ops.mix(outputs, routing))
         if self.shared_expert is None:
@@ -155,7 +155,7 @@ class SparseDecoderForCausalLM(DecoderForCausalLM):
         self._experts = experts
         super().__init__(config, rotary, context)
         inner = 3 * -(-experts.intermediate_size // context.parallel.size)
-        self.activations_per_token += experts.num_chosen * (2 * config.hidden_size + inner)
+        self.activations_per_token += experts.top_k * (2 * config.hidden_size + inner)
 
     def make_mlp(self, index: int, name: str, config: DecoderConfig, context: ModelContext) -> FeedForward:
         if index not in self._experts.sparse_layers:
@@ -165,4 +165,4 @@ class SparseDecoderForCausalLM(DecoderForCausalLM):
     def why_no_graphs(self) -> list[str]:
         blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
         is_host_driven = any(block.is_host_driven for block in blocks)
-        return ["the host reads how many rows meet each expert"] if is_host_driven else []
+        return ["the host reads how many rows each expert has"] if is_host_driven else []

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-57B-A14B: Qwen2 with experts that a router chooses and one that all tokens meet."""
+"""Qwen1.5-MoE and Qwen2-57B-A14B: Qwen2 with experts that a router chooses and one that has all tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B and Qwen3-235B-A22B: Qwen3 with experts that a router chooses, and none that all tokens meet."""
+"""Qwen3-30B-A3B and Qwen3-235B-A22B: Qwen3 with experts that a router chooses, and none that has all tokens."""
 
 from __future__ import annotations
 

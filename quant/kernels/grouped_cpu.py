@@ -1,4 +1,4 @@
-"""Grouped products on a CPU: rows that meet one matrix share the reading of it, and no other matrix is read.
+"""Grouped products on a CPU: rows of one matrix share the reading of it, and no other matrix is read.
 
 Each kernel is the one for single matrices around the same tiles, so a row's bits are those that the single matrix gives
 (`dense_cpu`, `integer_cpu`, `packed_cpu`). The matrices lie one after the other in one memory.

@@ -1,6 +1,6 @@
-"""Grouped products in Triton: a program for some outputs of one row, by the matrix that the row meets.
+"""Grouped products in Triton: a program for some outputs of one row, by the row's matrix.
 
-Which rows meet which matrix is data on the device: the launch depends on the number of rows alone, and reads nothing
+Which row has which matrix is data on the device: the launch depends on the number of rows alone, and reads nothing
 back. Rows of one matrix read it each for itself, through the cache, and nothing uses tensor cores: that suits decoding,
 and makes prompts take long. A row's sums are in one order whatever rows are beside it.
 """

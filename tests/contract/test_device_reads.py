@@ -74,7 +74,7 @@ def test_the_references_read_nothing(
     ("tiny_model_dir", "has_reads"), [("qwen2", False), ("qwen2_moe", True)], indirect=["tiny_model_dir"]
 )
 def test_a_model_that_reads_has_no_graphs(tiny_model_dir: Path, has_reads: bool) -> None:
-    reason = "the host reads how many rows meet each expert"
+    reason = "the host reads how many rows each expert has"
     assert (reason in make_runner(tiny_model_dir, REFERENCES).why_no_graphs()) is has_reads
     assert reason not in make_runner(tiny_model_dir, KERNELS).why_no_graphs()
 

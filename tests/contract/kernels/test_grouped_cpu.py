@@ -1,4 +1,4 @@
-"""Grouped products on a CPU have the bits of the single matrices' kernels, whoever meets whom."""
+"""Grouped products on a CPU have the bits of the single matrices' kernels, whatever row has which matrix."""
 
 from __future__ import annotations
 

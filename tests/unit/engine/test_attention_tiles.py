@@ -20,13 +20,13 @@ THREADS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128]
 
 def share(tiles: npt.NDArray[np.int32], *sizes: int) -> Any:
     """Compiled code computes in 64 bits, whatever the array holds."""
-    return tiles_cpu.share_items.py_func(tiles.astype(np.int64), *sizes)
+    return tiles_cpu.split_items.py_func(tiles.astype(np.int64), *sizes)
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled here."""
-    monkeypatch.setattr(cpu, "share_items", share)
+    monkeypatch.setattr(cpu, "split_items", share)
 
 
 def tiles_of(shape: AttentionShape, num_threads: int, queries: list[int], seq_lens: list[int]) -> npt.NDArray[np.int32]:
