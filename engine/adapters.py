@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,6 @@ from quant.kernels import make_low_rank_kernel
 
 logger = logging.getLogger(__name__)
 
-LANES = 8
-"""Inputs and outputs of the smallest matrix that every kernel takes."""
 MAX_OPEN = 256
 """Adapters whose files are open before no more are opened while steps run. The start may name more.
 
@@ -48,14 +46,16 @@ class AdapterSlots:
         num_slots: int,
         max_rank: int | None,
         dtype: torch.dtype,
+        activation_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """`adapters`: name and folder of those that the start names, which have the numbers from 0 on.
 
-        `max_rank` None: that of the largest of them. Raises StartError for an adapter that does not fit the model.
+        They are kept in `dtype`, and meet rows in `activation_dtype`. `max_rank` None: that of the largest of them.
+        Raises StartError for an adapter that does not fit the model.
         """
         self._device = device
-        self._matrices = _adaptable_matrices(model)
+        self._matrices = adaptable_matrices(model)
         self._weights = {number: AdapterWeights(Path(folder)) for number, (_, folder) in enumerate(adapters)}
         ranks = [weights.max_rank for weights in self._weights.values()]
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
@@ -66,16 +66,23 @@ class AdapterSlots:
         self._step_key: tuple[list[int], list[int]] | None = None
         self._few = np.zeros((2, FEW_ROWS), np.int64)
         """Rows and slots of a step of few rows, always in the same place: see `engine.programs`."""
+        self._captured: torch.Tensor | None = None
+        """The same for graphs, on the device: [2, rows of the largest graph] int64; None: there are none."""
+
+        kernels: dict[tuple[int, ...], LowRankKernel] = {}
 
         def make(num_inputs: int, num_outputs: Sequence[int]) -> LowRankKernel:
             shape = LowRankShape(num_inputs, num_outputs, num_slots, self.max_rank, dtype, device)
-            return make_low_rank_kernel(backend, shape, self._step)
+            kernel = kernels[num_inputs, *num_outputs] = make_low_rank_kernel(backend, shape, self._step)
+            return kernel
 
         self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
         self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
         for number in range(min(num_slots, len(adapters))):
             self._load(number, number)
-        self._compile(make(LANES, [LANES]))
+        self._compile(kernels, activation_dtype)
+        self.is_host_driven = any(kernel.is_host_driven for kernel in kernels.values())
+        """Whether what the host calls depends on the adapters of a step's rows: no graph has them."""
 
     @property
     def num_slots(self) -> int:
@@ -112,22 +119,44 @@ class AdapterSlots:
             self._step_key = slots, query_start_loc
             self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
 
-    def _compile(self, kernel: LowRankKernel) -> None:
-        """Compile the kernels that are compiled when they are first used: requests would wait for that."""
+    def _compile(self, kernels: Mapping[tuple[int, ...], LowRankKernel], dtype: torch.dtype) -> None:
+        """Start a kernel of each size, inputs and outputs: some are compiled then, for which requests would wait."""
         self._set_rows(np.array([NO_SLOT]))
-        kernel.add_to(*torch.zeros(2, 1, LANES, device=self._device))
+        for (num_inputs, *num_outputs), kernel in kernels.items():
+            y, x = (torch.zeros(1, size, dtype=dtype, device=self._device) for size in (sum(num_outputs), num_inputs))
+            kernel.add_to(y, x)
         self._step.rows = None
+
+    @torch.inference_mode(False)
+    def keep_rows(self, max_rows: int) -> None:
+        """Have the rows of steps of up to so many in one place on the device from now on, for graphs to read."""
+        self._captured = torch.full((2, max_rows), NO_SLOT, dtype=torch.int64, device=self._device)
+        self._captured[0] = torch.arange(max_rows)
+
+    def select_rows(self, num_rows: int) -> None:
+        """Let a graph of so many rows, which is captured now, read those of the steps that it will compute."""
+        assert self._captured is not None, "called before keep_rows"
+        self._step.rows, self._step.slots = self._captured[:, :num_rows]
 
     def _set_rows(self, slots: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         order = np.argsort(slots, kind="stable")
         both = self._few[:, : len(order)] if len(order) <= FEW_ROWS else np.empty((2, len(order)), np.int64)
         both[0], both[1] = order, slots[order]
-        self._step.rows, self._step.slots = (torch.from_numpy(part).to(self._device) for part in both)
+        self._step.rows, self._step.slots = self._on_device(torch.from_numpy(both))
         ends = [*np.flatnonzero(np.diff(both[1])) + 1, len(order)]
         segments = [
             (int(both[1][first]), int(first), int(end)) for first, end in zip([0, *ends[:-1]], ends, strict=True)
         ]
         self._step.segments = [segment for segment in segments if segment[0] >= 0]
+
+    def _on_device(self, both: torch.Tensor) -> torch.Tensor:
+        """Rows and slots [2, num_rows] int64 where kernels read them."""
+        num_rows = both.shape[1]
+        if self._captured is None or num_rows > self._captured.shape[1]:
+            return both.to(self._device)
+        self._captured[:, :num_rows] = both.to(self._device)
+        self._captured[1, num_rows:] = NO_SLOT  # rows of padding
+        return self._captured[:, :num_rows]
 
     @functools.cached_property
     def _modules(self) -> dict[ParallelMatrices, dict[int, str]]:
@@ -169,7 +198,7 @@ class AdapterSlots:
                 raise StartError(f"{folder} has NaN or infinite values for {module}: fetch the adapter again")
 
 
-def _adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:
+def adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:
     """The matrices that see every row of a step, by their names in checkpoints: all but the output head."""
     layers = model.checkpoint_layers()
     return {

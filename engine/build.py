@@ -222,6 +222,7 @@ def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype
         num_slots=config.max_loras,
         max_rank=config.max_lora_rank,
         dtype=dtype,
+        activation_dtype=device.activation_dtype(dtype),
         device=device.torch_device,
     )
     logger.info(

@@ -62,7 +62,8 @@ class ModelRunner:
         self._device = device
         self._attention = _attention_backend(device.attention, model.attention_shape)
         self._buffers = StepBuffers(device.torch_device, self.block_size)
-        self._graphs: StepGraphs | None = None
+        self._graphs: dict[bool, StepGraphs] = {}
+        """By whether any of a step's rows has an adapter."""
         self._refusals: list[str] = []
         self._programs = _step_programs() if device.repeats_calls and model.num_ranks == 1 else None
         self._caches: list[LayerCache] = []
@@ -81,7 +82,7 @@ class ModelRunner:
         """Memory that graphs take, beside what a step takes anyway; 0 where there are none."""
         if self.why_no_graphs():
             return 0
-        return graph_bytes(
+        return len(self._graph_kinds) * graph_bytes(
             limits,
             self._attention,
             activation_bytes_per_row=activation_bytes_per_row,
@@ -103,6 +104,12 @@ class ModelRunner:
     def cache_tensors(self) -> list[torch.Tensor]:
         """The keys and the values of every layer, whose memory nobody may have written yet."""
         return [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
+
+    @property
+    def _graph_kinds(self) -> Sequence[bool]:
+        """The keys of the graphs that are captured."""
+        has_both = self.adapters is not None and not self.adapters.is_host_driven
+        return (False, True) if has_both else (False,)
 
     def why_no_graphs(self) -> list[str]:
         """Reasons why this model's steps can't run as graphs here; empty if they can."""
@@ -126,16 +133,24 @@ class ModelRunner:
 
         Raises StartError for a graph that can't be captured.
         """
-        recorder = self._device.make_recorder
-        if recorder is not None and limits.buckets and not self.why_no_graphs():
-            self._graphs = capture_graphs(
-                recorder(), self._compute_all, self._attention, limits, self._device.torch_device, progress
+        make_recorder = self._device.make_recorder
+        if make_recorder is None or not limits.buckets or self.why_no_graphs():
+            return
+        recorder = make_recorder()
+        for has_adapters in self._graph_kinds:
+            if has_adapters:
+                assert self.adapters is not None
+                self.adapters.keep_rows(limits.buckets[0])
+            compute = self._compute_adapted if has_adapters else self._compute_all
+            self._graphs[has_adapters] = capture_graphs(
+                recorder, compute, self._attention, limits, self._device.torch_device, progress
             )
 
     def describe_graphs(self) -> str | None:
         """A line for the summary of the start; None on a device that has no graphs anyway."""
-        if self._graphs is not None:
-            return self._graphs.describe()
+        if self._graphs:
+            with_adapters = ", and as many with adapters" if True in self._graphs else ""
+            return self._graphs[False].describe() + with_adapters
         if self._device.make_recorder is None:
             return None
         return f"No graphs: {'; '.join(self.why_no_graphs()) or '--cuda-graphs 0'}"
@@ -165,7 +180,7 @@ class ModelRunner:
         if inputs.block_copies:
             self._copy_blocks(inputs.block_copies)
         work_items = self._work_items(inputs)
-        graphs = None if inputs.adapters else self._graphs  # which were captured without any
+        graphs = self._graphs.get(bool(inputs.adapters))
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
@@ -210,6 +225,12 @@ class ModelRunner:
         """Logits of all tokens of a step, by the device alone."""
         rotation = self._model.rotary.prepare(tensors.positions, (), (), ())
         return self._compute(tensors, rotation, self._attention.prepare(tensors.attention))
+
+    def _compute_adapted(self, tensors: StepTensors) -> torch.Tensor:
+        """The same with the adapters of the step's rows."""
+        assert self.adapters is not None
+        self.adapters.select_rows(len(tensors.input_ids))
+        return self._compute_all(tensors)
 
     def _score(self, hidden: torch.Tensor, tensors: StepTensors, inputs: StepInputs) -> list[torch.Tensor]:
         """The scores of the scored tokens after their rows of hidden [num_tokens, hidden_size]."""

@@ -149,6 +149,8 @@ class LowRankShape:
 class LowRankKernel(Protocol):
     """The changes that the adapters in all slots make to matrices side by side."""
 
+    is_host_driven: ClassVar[bool]
+    """Whether what the host calls depends on the adapters of a step's rows: no graph has it."""
     num_bytes: int
 
     @staticmethod

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engine.adapters import adaptable_matrices
 from engine.attention.base import AttentionMetadata
 from engine.attention.triton import TritonAttention
 from engine.build import make_model
@@ -41,14 +42,20 @@ from engine.sampling.grammar_triton import apply_masks
 from engine.sampling.penalties import Adjustments, GreenList, Places
 from engine.sampling.penalties_triton import adjust_logits
 from engine.sampling.sampler_triton import SPARE_PLACES, ChosenRows, make_specs
-from quant.base import MatrixShard, PackedWeight
+from quant.base import AdapterRows, LowRankShape, MatrixShard, PackedWeight
 from quant.config import Quantization
 from quant.dense import DenseMethod
+from quant.kernels import make_low_rank_kernel
 from quant.kernels.launch import ALIGNMENT, FP_FUSION, Launch, recorded_launches
 
 KB = 1024
 MAX_LAUNCHES_PER_LAYER = 10
 """Launches that a layer makes in a decode step."""
+MAX_ADAPTER_LAUNCHES = 8
+"""Those that adapters add to them: two for each place where matrices have a common input."""
+ADAPTER_RANKS = (16, 64)
+NUM_SLOTS = 8
+"""Adapters that there is memory for."""
 GROUP_SIZE = 128
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -142,8 +149,11 @@ class FormMethod:
         return self.orders[num_inputs]
 
 
-def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, num_layers: int = 1) -> list[Launch]:
-    """Every launch of one step of a model with that many layers."""
+def record_launches(
+    model_name: str, form: str, dtype: torch.dtype, step: Step, num_layers: int = 1, rank: int | None = None
+) -> list[Launch]:
+    """Every launch of one step of a model with that many layers; `rank` is that of its rows' adapters, None: no row
+    has one."""
     config = model_config(model_name, num_layers)
     method: Any = FormMethod(form)
     head: Any = FormMethod("dense" if form == "dense" else "int8")
@@ -153,6 +163,8 @@ def record_launches(model_name: str, form: str, dtype: torch.dtype, step: Step, 
     model = make_model(config, quantization, dtype, device)
     with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
         load_shapes(model, config, dtype, torch.device("cpu"))
+        if rank is not None:
+            have_adapters(model, dtype, rank, sum(num_queries for num_queries, _ in step))
         run_step(model, step, dtype)
     return launches
 
@@ -204,6 +216,18 @@ def load_shapes(model: CausalLM, config: Mapping[str, Any], dtype: torch.dtype, 
         layers[id(layer)] = layer
     for layer in layers.values():
         layer.finish(device)
+
+
+def have_adapters(model: CausalLM, dtype: torch.dtype, rank: int, num_rows: int) -> None:
+    """Let steps of so many rows have adapters in every matrix of the layers."""
+    rows = AdapterRows(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.int64))
+    device = torch.device("cpu")
+    for layer in {id(layer): layer for layer, _ in adaptable_matrices(model).values()}.values():
+        layer.allocate_adapters(
+            lambda num_inputs, num_outputs: make_low_rank_kernel(
+                "triton", LowRankShape(num_inputs, num_outputs, NUM_SLOTS, rank, dtype, device), rows
+            )
+        )
 
 
 def choose_tokens(logits: torch.Tensor) -> None:
@@ -300,15 +324,18 @@ def complaints_of(resources: Resources, card: Card, *, is_decoding: bool) -> lis
     return complaints
 
 
-def launch_complaints(num_launches: int) -> list[str]:
+def launch_complaints(num_launches: int, *, has_adapters: bool = False) -> list[str]:
     """Why a layer of a decode step must not have so many launches."""
-    if num_launches > MAX_LAUNCHES_PER_LAYER:
-        return [f"{num_launches} launches a layer, at most {MAX_LAUNCHES_PER_LAYER} are known"]
+    max_launches = MAX_LAUNCHES_PER_LAYER + (MAX_ADAPTER_LAUNCHES if has_adapters else 0)
+    if num_launches > max_launches:
+        return [f"{num_launches} launches a layer, at most {max_launches} are known"]
     return []
 
 
-def launches_per_layer(model_name: str, form: str, dtype: torch.dtype) -> int:
-    one, two = (len(record_launches(model_name, form, dtype, STEPS["decode 1"], num_layers)) for num_layers in (1, 2))
+def launches_per_layer(model_name: str, form: str, dtype: torch.dtype, rank: int | None = None) -> int:
+    """The launches of a layer of a decode step; `rank` as in `record_launches`."""
+    step = STEPS["decode 1"]
+    one, two = (len(record_launches(model_name, form, dtype, step, num_layers, rank)) for num_layers in (1, 2))
     return two - one
 
 
@@ -336,6 +363,8 @@ def distinct_launches(model_names: tuple[str, ...], dtype: torch.dtype) -> dict[
     for model_name, form, step in itertools.product(model_names, FORMS, STEPS):
         for launch in record_launches(model_name, form, dtype, STEPS[step]):
             decoding[launch] = decoding.get(launch, False) or step != "prompt"
+    for model_name, rank in itertools.product(model_names, ADAPTER_RANKS):  # rows and forms decide nothing
+        decoding |= dict.fromkeys(record_launches(model_name, "dense", dtype, STEPS["decode 1"], rank=rank), True)
     return decoding
 
 
@@ -383,6 +412,9 @@ def main() -> int:
             num_launches = launches_per_layer(model_name, form, torch.bfloat16)
             print(f"{num_launches} launches a layer: {model_name} {form}")
             num_failures += len(launch_complaints(num_launches))
+        num_launches = launches_per_layer(model_name, "dense", torch.bfloat16, ADAPTER_RANKS[0])
+        print(f"{num_launches} launches a layer: {model_name} with adapters")
+        num_failures += len(launch_complaints(num_launches, has_adapters=True))
     _jobs.extend(distinct_jobs(model_names, card_names))
     if not _jobs:
         print(f"nothing to compile: {', '.join(card_names)} take none of {', '.join(model_names)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from benchmarks.gpu_proof.adapter_cases import adapter_checks
 from benchmarks.gpu_proof.attention_cases import attention_checks
 from benchmarks.gpu_proof.checks import Check, report_checks
 from benchmarks.gpu_proof.engine_checks import engine_checks
@@ -40,4 +41,5 @@ def kernel_checks(*, is_toy: bool) -> list[Check]:
         *attention_checks(is_toy=is_toy),
         *sampling_checks(is_toy=is_toy),
         *matrix_checks(is_toy=is_toy),
+        *adapter_checks(is_toy=is_toy),
     ]

@@ -1,4 +1,5 @@
-"""Each kernel's time over its floor: matrices by tile and rows, attention by batch and context."""
+"""Each kernel's time over its floor: matrices by tile and rows, adapters by rank and rows, attention by batch and
+context."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.floors import QWEN2_7B
+from benchmarks.gpu_proof.adapter_times import time_adapters
 from benchmarks.gpu_proof.attention_times import time_attention
 from benchmarks.gpu_proof.card import Ceilings, read_ceilings
 from benchmarks.gpu_proof.clock import call_seconds
@@ -64,6 +66,7 @@ def run(settings: Settings, report: Report) -> None:
             entries.append(_time_form(inputs, matrix, form_name, ceilings, report))
             report.fact(tuning=entries)
     time_attention(inputs, ceilings, report)
+    time_adapters(inputs, ceilings, report)
 
 
 def _compile_candidates(settings: Settings) -> None:

@@ -40,6 +40,7 @@ MATRICES: dict[str, dict[str, list[str]]] = {
 
 LOW_RANK: dict[str, list[str]] = {
     "cpu": ["quant.kernels.low_rank_cpu:LowRankCpu", "quant.kernels.low_rank_torch:LowRankTorch"],
+    "triton": ["quant.kernels.low_rank_triton:LowRankTriton"],
 }
 """Backend -> lazy "module:Class" of `LowRankKernel`s for adapters, the preferred one first; others have torch's."""
 

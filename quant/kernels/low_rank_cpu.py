@@ -127,6 +127,8 @@ def expand(t, b, slot_size, tiles, ranks, rows, slots, rest, out, width, num_par
 class LowRankCpu:
     """The pools of A and B of all slots, and their calls."""
 
+    is_host_driven = False
+
     @staticmethod
     def why_not(shape: LowRankShape) -> list[str]:
         if shape.num_inputs % LANES:

@@ -12,6 +12,8 @@ from quant.base import AdapterRows, LowRankShape, LowRankUpdate
 class LowRankTorch:
     """Segment by segment, in float32; a step takes some launches for each adapter that it has."""
 
+    is_host_driven = True
+
     @staticmethod
     def why_not(shape: LowRankShape) -> list[str]:
         return []

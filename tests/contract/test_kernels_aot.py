@@ -15,8 +15,10 @@ from quant.kernels import compiled_row_counts
 from quant.kernels.grouped_triton import GroupedTriton
 from quant.kernels.launch import Launch, recorded_launches
 from scripts.kernels_aot import (
+    ADAPTER_RANKS,
     CARDS,
     FORMS,
+    MAX_ADAPTER_LAUNCHES,
     MAX_LAUNCHES_PER_LAYER,
     MODELS,
     STEPS,
@@ -29,6 +31,7 @@ from scripts.kernels_aot import (
 )
 
 SMALL = "0.5B"
+MATRIX_KERNELS = "skinny_kernel sum_kernel widen_kernel shrink_kernel expand_kernel".split()
 TILE = "TILE_ROWS", "BLOCK_INPUTS", "BLOCK_OUTPUTS"
 
 
@@ -64,11 +67,22 @@ def test_an_eleventh_launch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaint.startswith("11 launches")
 
 
+def test_adapters_add_two_launches_for_each_common_input_and_compile() -> None:
+    num_launches = launches_per_layer(SMALL, "dense", torch.bfloat16, ADAPTER_RANKS[0])
+    assert num_launches == MAX_LAUNCHES_PER_LAYER + MAX_ADAPTER_LAUNCHES == 18
+    assert launch_complaints(num_launches, has_adapters=True) == []
+    assert launch_complaints(num_launches) == ["18 launches a layer, at most 10 are known"]
+    launches = record_launches(SMALL, "dense", torch.bfloat16, STEPS["decode 1"], rank=ADAPTER_RANKS[-1])
+    for name in ("shrink_kernel", "expand_kernel"):
+        launch = next(launch for launch in launches if launch.name == name)
+        assert complaints_of(compile_launch(launch, CARDS["sm_80"]), CARDS["sm_80"], is_decoding=True) == []
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_other_row_counts_than_those_of_warm_up_need_no_other_program(form: str) -> None:
     def programs(num_rows: int) -> set[Launch]:
-        launches = record_launches(SMALL, form, torch.bfloat16, [(1, 300)] * num_rows)
-        return {launch for launch in launches if launch.name in ("skinny_kernel", "sum_kernel", "widen_kernel")}
+        launches = record_launches(SMALL, form, torch.bfloat16, [(1, 300)] * num_rows, rank=16)
+        return {launch for launch in launches if launch.name in MATRIX_KERNELS}
 
     counts = compiled_row_counts("triton")
     assert counts == [1, 17, 33, 65]
