@@ -69,20 +69,25 @@ class AdapterSlots:
         self._captured: torch.Tensor | None = None
         """The same for graphs, on the device: [2, rows of the largest graph] int64; None: there are none."""
 
-        kernels: dict[tuple[int, ...], LowRankKernel] = {}
-
-        def make(num_inputs: int, num_outputs: Sequence[int]) -> LowRankKernel:
-            shape = LowRankShape(num_inputs, num_outputs, num_slots, self.max_rank, dtype, device)
-            kernel = kernels[num_inputs, *num_outputs] = make_low_rank_kernel(backend, shape, self._step)
-            return kernel
-
         self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
-        self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
+        kernels = self._allocate(backend, dtype)
         for number in range(min(num_slots, len(adapters))):
             self._load(number, number)
         self._compile(kernels, activation_dtype)
         self.is_host_driven = any(kernel.is_host_driven for kernel in kernels.values())
         """Whether what the host calls depends on the adapters of a step's rows: no graph has them."""
+
+    def _allocate(self, backend: str, dtype: torch.dtype) -> dict[tuple[int, ...], LowRankKernel]:
+        """Give every layer its kernels. Returns a kernel of each size, inputs and outputs."""
+        kernels: dict[tuple[int, ...], LowRankKernel] = {}
+
+        def make(num_inputs: int, num_outputs: Sequence[int]) -> LowRankKernel:
+            shape = LowRankShape(num_inputs, num_outputs, self.num_slots, self.max_rank, dtype, self._device)
+            kernel = kernels[num_inputs, *num_outputs] = make_low_rank_kernel(backend, shape, self._step)
+            return kernel
+
+        self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
+        return kernels
 
     @property
     def num_slots(self) -> int:

@@ -52,7 +52,7 @@ KB = 1024
 MAX_LAUNCHES_PER_LAYER = 10
 """Launches that a layer makes in a decode step."""
 MAX_ADAPTER_LAUNCHES = 8
-"""Those that adapters add to them: two for each place where matrices have a common input."""
+"""Launches that adapters add to those: two for each place where matrices have a common input."""
 ADAPTER_RANKS = (16, 64)
 NUM_SLOTS = 8
 """Adapters that there is memory for."""

@@ -13,7 +13,7 @@ from quant.kernels import make_low_rank_kernel
 
 ROWS, TOY_ROWS = (1, 16, 17, 200), (3,)
 RANKS = ([16, 16, 16], [3, 0, 5], [64, 0, 64])
-"""Of each adapter, matrix after matrix; 0: it is left alone."""
+"""The ranks of each adapter, matrix after matrix; 0: the matrix is left alone."""
 DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -32,7 +32,7 @@ class Place:
 
 
 def places(*, is_toy: bool) -> list[Place]:
-    """Those of a layer."""
+    """The places of a layer."""
     if is_toy:
         return [Place(64, [64, 8, 8])]
     model = QWEN2_7B

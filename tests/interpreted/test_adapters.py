@@ -33,7 +33,7 @@ SIZES = [
     (2 * SPLIT_INPUTS + 8, [BLOCK_OUTPUTS + 8, 24, 8]),
 ]
 RANKS = [[16, 16, 16], [3, 0, 5], [0, 0, 1]]
-"""Of each slot, part after part: some fill no block, some change nothing."""
+"""The ranks of each slot, part after part: some fill no block, some change nothing."""
 WIDE = [[BLOCK_RANKS[-1] + 3], [1], [BLOCK_RANKS[-1]]]
 PLAIN = dataclasses.replace(REFERENCES, matrices="torch")
 ROWS = [-1, 0, 0, 2, *[1] * BLOCK_ROWS, -1, 2]
