@@ -15,6 +15,7 @@ import torch
 from engine.graphs import GraphLimits
 from engine.link.errors import StartError
 from engine.link.ipc import encode_frame
+from engine.link.progress import StartProgress, tell_nobody
 from engine.ranks import Follower, Leader, Ranks, SharedAdapters, StopFollowing
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_inputs import StepInputs
@@ -46,13 +47,13 @@ class Runner:
     def refuse_graphs(self, reasons: list[str]) -> None:
         self.refusals = reasons
 
-    def capture(self, limits: GraphLimits) -> None:
+    def capture(self, limits: GraphLimits, progress: StartProgress) -> None:
         assert limits is LIMITS
 
 
 def test_reasons_of_one_rank_are_reasons_for_all() -> None:
     runner: Any = Runner(["why", "and why"])
-    make_ranks(["elsewhere", "why"]).capture(runner, LIMITS)
+    make_ranks(["elsewhere", "why"]).capture(runner, LIMITS, StartProgress(tell_nobody))
     assert runner.refusals == ["elsewhere", "why", "and why"]
 
 

@@ -15,7 +15,7 @@ from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 BODY = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
-PROTECTED_PATHS = [operation.path for operation in operations_of(AREAS) if operation.is_protected(is_strict=False)]
+PROTECTED = [operation for operation in operations_of(AREAS) if operation.is_protected(is_strict=False)]
 OPEN_PATHS = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/livez", "/readyz"]
 MakeApp = Callable[..., FastAPI]
 
@@ -41,9 +41,9 @@ async def test_the_right_key_is_let_in(make_app: MakeApp, key: str) -> None:
 async def test_any_other_key_is_401(make_app: MakeApp, engine: FakeEngine, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     async with client_of(make_app(api_key="s3cret")) as client:
-        assert len(PROTECTED_PATHS) == 13
-        for path in PROTECTED_PATHS:
-            response = await client.post(path, json=BODY, headers=headers)
+        assert len(PROTECTED) == 14
+        for path, method in ((operation.path, operation.method) for operation in PROTECTED):
+            response = await client.request(method, path, json=BODY, headers=headers)
             assert response.status_code == 401
             if path.startswith("/v1/"):
                 error = response.json()["error"]
