@@ -50,7 +50,7 @@ _STATUS_TEXTS = {
     303: "See there",
     400: "Not JSON; on OpenAI's routes any request that cannot be answered",
     401: "API key absent or wrong",
-    404: "No such model",
+    404: "No such model or file",
     408: "The body comes too slowly",
     413: "The body is too large",
     415: "The body is not announced as JSON",
@@ -195,7 +195,8 @@ def _operation(operation: Operation, answers: _Answers) -> Schema:
     described: Schema = {"summary": operation.summary, "operationId": _operation_id(operation)}
     responses = {operation.status: _success(operation, answers)}
     for status in operation.errors:
-        responses[status] = _response(status, {"application/json": answers.error(operation.path)})
+        is_empty = status == 404 and answers.has_plain_refusals(operation.path)
+        responses[status] = _response(status, {} if is_empty else {"application/json": answers.error(operation.path)})
     if names := path_parameters(operation.path):
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names

@@ -26,7 +26,14 @@ async def playground(request: Request) -> Response:
 
 
 @area.serve(
-    Operation(method="GET", path="/ui/{name}", summary="A script or style of a page", text="*/*", is_open=True),
+    Operation(
+        method="GET",
+        path="/ui/{name}",
+        summary="A script or style of a page",
+        text="*/*",
+        errors=(404,),
+        is_open=True,
+    ),
 )
 async def file(request: Request, name: str) -> Response:
     found = page_files().get(name)
