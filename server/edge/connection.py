@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.edge.connections import ConnectionTable
@@ -34,6 +35,24 @@ def _refusal(status: str, text: str = "") -> bytes:
 TOO_LARGE = _refusal("431 Request Header Fields Too Large")
 TOO_SLOW = _refusal("408 Request Timeout")
 TOO_MANY = _refusal("503 Service Unavailable", "Too many connections")
+
+
+class Flow(FlowControl):
+    """uvicorn's, whose reading can be held: a request that waits for its body does not go on with it."""
+
+    _is_held = False
+
+    def hold_reading(self, is_held: bool) -> None:
+        """Read nothing while the reading is held."""
+        if is_held:
+            self.pause_reading()
+        was_held, self._is_held = self._is_held, is_held
+        if was_held and not is_held:
+            self.resume_reading()
+
+    def resume_reading(self) -> None:
+        if not self._is_held:
+            super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
@@ -64,6 +83,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         if not self._table.admit(self):
             self._is_refused = True
             self._table.num_refused += 1
@@ -82,19 +102,25 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _feed(self) -> None:
-        """Parse what has come, until a request waits for the running one."""
+        """Parse what has come, until a request waits for the running one.
+
+        If that takes long the rest comes in the loop's next turns, and nothing more is read before.
+        """
         if self._is_feeding:
             return
         self._is_feeding = True
         try:
             deadline = self.loop.time() + FEED_S
-            while self._ahead and not self.pipeline and not self.transport.is_closing():
-                if self.loop.time() > deadline and len(self._ahead) < MAX_AHEAD_BYTES // 2:
-                    self.loop.call_soon(self._feed)
-                    break
+            is_late = False
+            while self._ahead and not self.pipeline and not self.transport.is_closing() and not is_late:
                 piece = bytes(self._ahead[:PIECE_BYTES])
                 del self._ahead[:PIECE_BYTES]
                 self._parse(piece)
+                is_late = self.loop.time() > deadline
+            if not self.transport.is_closing():
+                self.flow.hold_reading(is_late)
+            if is_late:
+                self.loop.call_soon(self._feed)
         finally:
             self._is_feeding = False
 

@@ -134,6 +134,20 @@ async def test_a_large_body_is_no_head(base_url: str) -> None:
     assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200"] * 8 + [b"404"]
 
 
+async def test_bodies_that_are_parsed_in_many_turns_are_read_to_their_ends(
+    base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is held in between, whatever the request that waits for its body asks for; and it goes on."""
+    monkeypatch.setattr("server.edge.connection.FEED_S", 0.0)
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connected(base_url) as client:
+        for _ in range(2):
+            body = b"1\r\n \r\n" * 15_000 + b'e\r\n{"inputs":"x"}\r\n0\r\n\r\n'
+            await asyncio.to_thread(client.sendall, head + body)
+            answer, _ = await one_answer(client)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 async def test_a_connection_is_used_again(base_url: str) -> None:
     with connected(base_url) as client:
         for _ in range(3):
