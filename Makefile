@@ -128,8 +128,7 @@ test-slow: install $(VENV)/interpreted browser
 ifneq ($(PYTEST_ARGS),)
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
-	@$(TEST) tests/slow --ignore=tests/slow/interpreted --ignore=tests/slow/browser; status=$$?; \
-	$(TEST) tests/slow/interpreted || status=$$?; $(TEST) tests/slow/browser || status=$$?; \
+	@$(TEST) tests/slow --ignore=tests/slow/interpreted; status=$$?; $(TEST) tests/slow/interpreted || status=$$?; \
 	HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit || status=$$?; exit $$status
 endif
 

@@ -12,14 +12,14 @@ from tests.browser.pages_server import PagesServer, pages_server
 from tests.browser.playground import Playground
 
 
-# Of the package, not of the session: playwright's event loop runs until it is closed, and no async test could run.
-@pytest.fixture(scope="package")
+# Of the module: playwright's event loop runs until it is closed, and no async test of another module could run.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as browser:
         yield browser
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PagesServer]:
     with pages_server(tmp_path_factory.mktemp("pages")) as server:
         yield server

@@ -1,11 +1,11 @@
-"""The playground in a real browser, in short; tests/slow/browser has each of its features."""
+"""The pages in a real browser, in short; tests/slow/browser has each of their features."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import hostile
 from tests.browser.browser import Watch, serious_faults, watched_page
@@ -86,3 +86,9 @@ def test_axe_finds_no_serious_fault(browser: Browser, server: PagesServer, color
     with watched_page(browser, server.url, color_scheme=color_scheme) as (page, _):
         Playground.open(page).chat("Show me everything.")
         assert serious_faults(page) == []
+
+
+def test_the_dashboard_draws_what_the_server_does(page: Page, server: PagesServer) -> None:
+    page.goto("/dashboard")
+    with server.streaming(2):
+        expect(page.get_by_role("img", name=re.compile("Requests.*running 2"))).to_be_visible()
