@@ -202,7 +202,7 @@ SEND = """() => {
 
 
 def test_a_long_conversation_is_shown_soon(playground: Playground, watch: Watch) -> None:
-    """The conversation has 2000 turns. While the log was laid out for each of them the page took longer than 20 s to open."""
+    """The conversation has 2000 turns. While the log was laid out for each of them this took longer than 20 s."""
     said = "Some **bold** text with `code`, *stars* and more of it. " * 8
     turns: list[dict[str, object]] = []
     for number in range(1000):
