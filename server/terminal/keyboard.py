@@ -103,6 +103,7 @@ def open_history(environ: Mapping[str, str]) -> History:
         path = history_path(environ)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        path.open("ab").close()  # a folder can be touched, too
         _shorten(path)
     except (OSError, RuntimeError):  # the latter without any home
         return InMemoryHistory()

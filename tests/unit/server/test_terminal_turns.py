@@ -360,6 +360,8 @@ def test_a_folder_that_takes_no_file_takes_nothing_else_from_the_chat(tmp_path: 
     history_path(other).unlink()
     history_path(other).parent.rmdir()
     kept.store_string("lost")  # no error
+    history_path(other).mkdir(parents=True)
+    assert list(open_history(other).load_history_strings()) == []
 
 
 def test_a_user_without_a_home_has_a_history_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
