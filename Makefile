@@ -106,14 +106,15 @@ browser:
 	echo 'The tests of the pages need Chromium on PATH: install it as root (Debian: apt-get install --no-install-recommends chromium)' >&2; \
 	exit 1
 
-# First all that measures no time, in three commands of equal length; then what does, with the machine for itself. With
-# PYTEST_ARGS only the tests that they choose.
+# First all that measures no time, in three commands of equal length; then what does, with the machine for itself. The
+# rules of the house are for `make check`. With PYTEST_ARGS only the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
+HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
 WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
 test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
-	@$(call beside,$(TEST) tests/unit tests/contract --ignore=tests/contract/kernels,\
+	@$(call beside,$(TEST) tests/unit tests/contract $(addprefix --ignore=,tests/contract/kernels $(HOUSE)),\
 	$(TEST) tests/interpreted && $(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
 	$(TEST) tests/contract/kernels $(WITH_KERNELS),\
 	$(TEST) tests/e2e $(addprefix --ignore=,$(TIMED) $(WITH_KERNELS))); exit $$status
@@ -123,10 +124,13 @@ else
 endif
 
 # The property tests once more, with ten times as many examples, and others each time.
-test-slow: install browser
-	@$(PY) -m pytest tests/slow $(PYTEST_ARGS)
-ifeq ($(PYTEST_ARGS),)
-	@HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit
+test-slow: install $(VENV)/interpreted browser
+ifneq ($(PYTEST_ARGS),)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+else
+	@$(TEST) tests/slow --ignore=tests/slow/interpreted --ignore=tests/slow/browser; status=$$?; \
+	$(TEST) tests/slow/interpreted || status=$$?; $(TEST) tests/slow/browser || status=$$?; \
+	HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit || status=$$?; exit $$status
 endif
 
 # Ray has an environment of its own, which sees .venv's packages: nothing that serves without replicas needs it.
@@ -185,7 +189,7 @@ check-house: $(VENV)/installed
 	@$(PY) -m ruff check .
 	@$(PY) scripts/configuration.py --check
 	@$(PY) benchmarks/gpu_results.py --check
-	@$(PY) -m pytest -q tests/unit/test_imports.py tests/unit/test_house.py
+	@$(TEST) $(HOUSE)
 
 configuration: install
 	@$(PY) scripts/configuration.py

@@ -30,7 +30,7 @@ from server.edge.connection import Connection
 from server.edge.connections import ConnectionLimits, ConnectionTable, raise_descriptor_limit
 from server.edge.starting import Gate, StartingApp, StartState
 from server.text.tokenizer import TextTokenizer
-from server.ui.address import page_address
+from server.ui.address import page_lines
 
 logger = logging.getLogger("server.main")
 
@@ -205,8 +205,7 @@ def _listening(fd: int) -> socket.socket:
 def ready_lines(config: ServerConfig, listener: socket.socket) -> list[str]:
     """What the log says once the server answers. Replicas, whose line is another, listen on ports that nobody calls."""
     has_page = config.has_pages and config.ready_line == READY_LINE
-    address = page_address(listener) if has_page else None
-    return [*([] if address is None else [f"A page for browsers is at {address}"]), config.ready_line]
+    return [*(page_lines(listener) if has_page else []), config.ready_line]
 
 
 async def _watch(opening: asyncio.Task[None], engine: EngineClient, server: DrainingServer, lines: list[str]) -> None:

@@ -20,6 +20,7 @@ from engine.link.logs import configure_logging
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError, LaunchError
 from server.launcher.sockets import bind
+from server.ui.address import page_lines
 
 logger = logging.getLogger("front")
 
@@ -129,6 +130,10 @@ def _deploy(app_args: Mapping[str, Any]) -> Any:
         raise LaunchError(f"The replicas can't start, for a reason that their launchers say above: {error}") from error
 
 
+def _has_pages(args: LauncherArgs) -> bool:
+    return not args.server.get("is_ui_disabled") and not args.server.get("is_strict_tgi")
+
+
 async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests end within the drain's time."""
     from aiohttp import web
@@ -142,7 +147,8 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     runner = front.runner(args.graceful_termination_timeout_s)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
-    logger.info("Connected")
+    for line in [*(page_lines(listener) if _has_pages(args) else []), "Connected"]:
+        logger.info(line)
     await stopped.wait()
     logger.info("Stopping: running requests may end within %g s", args.graceful_termination_timeout_s)
     await runner.cleanup()

@@ -33,8 +33,7 @@ def with_config(model: Path, folder: Path, changes: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ids_equal_transformers(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_case(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompts run together, in chunks."""
     monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
     folder = with_config(demo_model, tmp_path, CASES[case]["changes"])
@@ -46,3 +45,8 @@ def test_ids_equal_transformers(case: str, demo_model: Path, tmp_path: Path, mon
     for (name, entry), ids in zip(entries.items(), outcome.token_ids, strict=True):
         check(name, entry, ids)
     assert all(entries[name]["ids"] != PLAIN["entries"][name]["ids"] for name in entries if "longer" in name)
+
+
+@pytest.mark.parametrize("case", ["yarn", "sliding window"])
+def test_ids_equal_transformers(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_case(case, demo_model, tmp_path, monkeypatch)

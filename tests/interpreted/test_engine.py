@@ -140,11 +140,7 @@ def test_a_qwen3(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["auto-gptq-4bit-g32-act", "auto-gptq-8bit-g64-asym-act", "gptqmodel-v1-lm-head-4bit", "autoawq-g32-zeros"],
-)
-def test_quantized_checkpoints(name: str) -> None:
+def check_checkpoint(name: str) -> None:
     """The ids of `transformers` on the dequantized weights: one from a prompt, one from a single row."""
     folder = CHECKPOINTS / name
     stored = np.load(folder / "expected.npz")
@@ -152,14 +148,22 @@ def test_quantized_checkpoints(name: str) -> None:
     assert run(core_of(folder), [prompt], max_new_tokens=2).token_ids == [stored["ids_0"][:2].tolist()]
 
 
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_quantized_while_loading(method: str, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("name", ["auto-gptq-4bit-g32-act", "autoawq-g32-zeros"])
+def test_quantized_checkpoints(name: str) -> None:
+    check_checkpoint(name)
+
+
+def check_quantized_while_loading(method: str, tiny_model_dir: Path) -> None:
     prompts = make_prompts(sizes=[20])
     runners = [
         make_quantized_runner(tiny_model_dir, device, method, torch.float32) for device in (interpreted(), KERNELS)
     ]
     outcomes = [run(core_of(tiny_model_dir, runner), prompts, max_new_tokens=2) for runner in runners]
     assert outcomes[0].token_ids == outcomes[1].token_ids
+
+
+def test_quantized_while_loading(tiny_model_dir: Path) -> None:
+    check_quantized_while_loading("int8", tiny_model_dir)
 
 
 @pytest.mark.parametrize("flag", ["eetq", "int4", None])

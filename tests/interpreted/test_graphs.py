@@ -37,7 +37,7 @@ from tests.interpreted.test_engine import (
     make_quantized_runner,
     run,
 )
-from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen2_moe
+from tests.tiny_model import write_tiny_qwen2_moe
 
 BLOCK_SIZE = 16
 LIMITS = GraphLimits(sizes=(1, 2, 4, 8), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
@@ -119,16 +119,6 @@ def test_drafts(tiny_model_dir: Path, graphed: ModelRunner, used: list[int]) -> 
     assert max(used) > 3, "drafts are rows"
 
 
-def test_a_sliding_window(tmp_path: Path, used: list[int]) -> None:
-    """The second layer sees 20 tokens."""
-    window = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
-    write_tiny_qwen2(tmp_path, **window)
-    prompts = make_prompts(sizes=[37, 18])
-    outcome = run(core_of(tmp_path, make_graphed_runner(tmp_path)), prompts)
-    assert outcome.token_ids == expected_ids(tmp_path, prompts)
-    assert used
-
-
 def test_experts(tmp_path: Path, used: list[int]) -> None:
     """The router's choice is data, and rows of padding, which choose experts, too, reach no other row."""
     write_tiny_qwen2_moe(tmp_path)
@@ -137,14 +127,17 @@ def test_experts(tmp_path: Path, used: list[int]) -> None:
     assert used == [1] * (MAX_NEW_TOKENS - 1)
 
 
-@pytest.mark.parametrize("name", ["auto-gptq-4bit-g32-act", "autoawq-g32-zeros"])
-def test_quantized_checkpoints(name: str, used: list[int]) -> None:
+def check_checkpoint(name: str, used: list[int]) -> None:
     """The ids of `transformers` on the dequantized weights: one from a prompt, one from a graph."""
     folder = CHECKPOINTS / name
     stored = np.load(folder / "expected.npz")
     outcome = run(core_of(folder, make_graphed_runner(folder)), [stored["prompt_0"].tolist()], max_new_tokens=2)
     assert outcome.token_ids == [stored["ids_0"][:2].tolist()]
     assert used == [1]
+
+
+def test_a_quantized_checkpoint(used: list[int]) -> None:
+    check_checkpoint("auto-gptq-4bit-g32-act", used)
 
 
 def test_int8(tiny_model_dir: Path, used: list[int]) -> None:

@@ -72,6 +72,7 @@ def answer_of(method: str, url: str, body: bytes | None) -> tuple[int, bytes, li
 
 
 def test_a_dashboard_shows_both_replicas(fleet: Fleet) -> None:
+    assert f"A page for browsers is at {fleet.url}/" in fleet.log
     assert "<title>pytgi dashboard" in httpx.get(f"{fleet.url}/dashboard").text
     deadline = time.monotonic() + 30
     names: set[str] = set()

@@ -18,7 +18,7 @@ const STEPS = [1, 2, 2.5, 5, 10];
 export class Chart {
   constructor({ title, unit, lines }) {
     this._unit = unit;
-    this._lines = lines;
+    this.lines = lines;
     this._points = [];
     this._pointer = null;
     this._grid = [0, 0.5, 1].map((part) => this._gridLine(part));
@@ -61,7 +61,7 @@ export class Chart {
   }
 
   _legend() {
-    const parts = this._lines.map(({ label }, index) => [sampleOf(index), `${label} `, this._values[index]]);
+    const parts = this.lines.map(({ label }, index) => [sampleOf(index), `${label} `, this._values[index]]);
     return element("ul", { class: "legend" }, parts.map((each) => element("li", {}, each)));
   }
 
@@ -110,7 +110,7 @@ export class Chart {
     this._values.forEach((value, index) => (value.textContent = textOf(shown.values[index], this._unit)));
     setAttribute(this._cursor, "d", pointed && `M${this._x(pointed.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}`);
     const latest = this._points.at(-1).values;
-    const parts = this._lines.map(({ label }, index) => `${label} ${textOf(latest[index], this._unit)}`);
+    const parts = this.lines.map(({ label }, index) => `${label} ${textOf(latest[index], this._unit)}`);
     const span = this._span === MINUTE_S ? "the last minute" : "the last five minutes";
     this._image.setAttribute("aria-label", `${this._title}, ${span}. Now: ${parts.join(", ")}.`);
   }
