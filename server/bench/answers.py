@@ -56,7 +56,7 @@ def event_object(data: bytes) -> dict[str, Any]:
     """An event's data. Raises BrokenAnswerError for what is no JSON object."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise BrokenAnswerError(f"an event is no JSON object: {data[:200].decode(errors='replace')}")
@@ -68,7 +68,7 @@ def refusal_text(body: bytes) -> str:
     text = body.decode(errors="replace").strip()
     try:
         error = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         error = None
     for name in ("error", "message", "detail"):
         if isinstance(error, dict) and name in error:

@@ -36,6 +36,10 @@ class Address:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url} is no http:// or https:// address")
+        try:
+            parts.hostname.encode("idna")
+        except UnicodeError:
+            raise ValueError(f"{url} has a host's name that no host can have") from None
         is_tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(url, parts.hostname, parts.port or (443 if is_tls else 80), path, is_tls, api_key)

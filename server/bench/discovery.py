@@ -33,7 +33,7 @@ async def find_wire(address: Address, timeout_s: float) -> str:
     answer = await _ask(address, "/info", timeout_s)
     try:
         info = json.loads(answer.body) if answer.status == OK else None
-    except ValueError:
+    except (ValueError, RecursionError):
         info = None
     return "tgi" if isinstance(info, dict) and "model_id" in info else "completions"
 
@@ -43,7 +43,7 @@ async def find_model(address: Address, timeout_s: float) -> str:
     answer = await _ask(address, "/v1/models", timeout_s)
     try:
         return str(json.loads(answer.body)["data"][0]["id"])
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, RecursionError):
         why = "" if answer.status == OK else f" ({refusal_of(answer)})"
         step = NEXT_STEPS.get(answer.status, "name it with --model")
         raise BenchmarkError(f"{address.url} lists no model at /v1/models{why}: {step}") from None

@@ -91,7 +91,7 @@ class Front:
         """The figures of all replicas, once a second, for whom a replica would give its own; else its refusal."""
         if not await self._may_watch(request):
             return await self.forward(request)
-        self._figures.key = {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
+        self._figures.key = _key_of(request)
         try:
             reader = self._dashboards.join()
         except (OverloadedError, UnhealthyError) as error:
@@ -197,7 +197,8 @@ class Front:
         try:
             async with self._lease([], PROBE_TIMEOUT_S) as address:
                 url = URL(f"http://{address}{EVENTS_PATH}")
-                async with session.head(url, headers=_passing(request.raw_headers)) as answer:
+                # Nothing else passes: the length of a body that is not sent would swallow the next request there.
+                async with session.head(url, headers=_key_of(request)) as answer:
                     return bool(answer.status == 200)
         except (UnreachableError, TimeoutError, aiohttp.ClientError, ConnectionError):
             return False
@@ -215,6 +216,12 @@ class Front:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         ) as app[SESSION]:
             yield
+
+
+def _key_of(request: web.Request) -> dict[str, str]:
+    """The headers that may carry the API key."""
+    headers = _passing(request.raw_headers)
+    return {name: headers[name] for name in KEY_HEADERS if name in headers}
 
 
 async def _start_of_body(request: web.Request) -> tuple[bytes, bool]:

@@ -31,6 +31,7 @@ PROGRAM = "text-generation-server chat"
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 
+NO_MESSAGE = "standard input is empty: pipe a message in, or start it in a terminal"
 DESCRIPTION = """\
 Talk with a running server that has OpenAI's routes: this one, TGI, vLLM, llama.cpp, or a service. In a terminal it is a
 conversation; /help lists its commands. With standard input from a pipe or a file all of that is one message, and the
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str], shown_as: str = PROGRAM, environ: Mapping[str
     try:
         conversation.model = args.model or asyncio.run(find_model(address, args.timeout))
         ask = functools.partial(stream_events, address, timeout_s=args.timeout)
+        if sys.stdin is None:  # the caller has closed it
+            raise ChatError(NO_MESSAGE)
         if sys.stdin.isatty() and sys.stdout.isatty():
             talk(ask, conversation, address, environ)
         else:
@@ -91,8 +94,10 @@ def main(arguments: Sequence[str], shown_as: str = PROGRAM, environ: Mapping[str
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the answer can't be written ({error.strerror}): give it another place", file=sys.stderr)
         return 1
     return 0
 
@@ -110,7 +115,7 @@ def talk(ask: Ask, conversation: Conversation, address: Address, environ: Mappin
 def answer_once(ask: Ask, conversation: Conversation, message: str, out: TextIO) -> None:
     """One message, and its answer as plain text that ends with a line break. Raises ChatError."""
     if not message.strip():
-        raise ChatError("standard input is empty: pipe a message in, or start it in a terminal")
+        raise ChatError(NO_MESSAGE)
     conversation.messages.append({"role": "user", "content": message})
     reply = Reply()
     with contextlib.closing(ask(conversation.request)) as events:

@@ -68,14 +68,22 @@ def _tools(conversation: Conversation, argument: str) -> str:
     if argument == NONE:
         conversation.tools = []
     elif argument:
-        conversation.tools = read_tools(argument if argument[0] in "[{" else _text_of(Path(argument)))
+        conversation.tools = read_tools(argument if argument[0] in "[{" else _text_of(_path_of(argument)))
     names = ", ".join(name_of(tool) for tool in conversation.tools)
     return f"The model may call {names}." if names else "The model has no tools."
 
 
+def _path_of(argument: str) -> Path:
+    """Raises ChatError for the home of a user who does not exist."""
+    try:
+        return Path(argument).expanduser()
+    except (RuntimeError, ValueError):
+        raise ChatError(f"{argument} is in nobody's home: give the whole path") from None
+
+
 def _text_of(path: Path) -> str:
     try:
-        return path.expanduser().read_text()
+        return path.read_text()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ChatError(f"{path} can't be read ({why}): give a file with a list of tools as JSON") from error
@@ -84,7 +92,7 @@ def _text_of(path: Path) -> str:
 def _save(conversation: Conversation, argument: str) -> str:
     if not argument:
         raise ChatError("where to? /save FILE.md is for reading, /save FILE.json for sending again")
-    path = Path(argument).expanduser()
+    path = _path_of(argument)
     if path.suffix == ".json":
         text = json.dumps(conversation.request, ensure_ascii=False, indent=2) + "\n"
     else:
@@ -94,8 +102,9 @@ def _save(conversation: Conversation, argument: str) -> str:
             file.write(text)
     except FileExistsError:
         raise ChatError(f"{path} exists: give another name") from None
-    except OSError as error:
-        raise ChatError(f"{path} can't be written ({error.strerror}): give another place") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ChatError(f"{path} can't be written ({why}): give another place") from error
     return f"Saved to {path}."
 
 

@@ -76,7 +76,7 @@ def _first_value(text: str) -> tuple[Any, str]:
         value, end = json.JSONDecoder().raw_decode(text)
         if not text[end:].strip() or text[end].isspace():
             return value, text[end:]
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     word, _, rest = text.partition(" ")
     return word, rest
@@ -86,7 +86,7 @@ def read_tools(text: str) -> list[dict[str, Any]]:
     """Tools as OpenAI's routes take them, from JSON: one or a list, whole or as bare functions. Raises ChatError."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChatError(
             f"the tools are no JSON ({error}): write a list of tools as OpenAI's routes take them"
         ) from None

@@ -99,12 +99,13 @@ def history_path(environ: Mapping[str, str]) -> Path:
 
 def open_history(environ: Mapping[str, str]) -> History:
     """The history in its file, which only its owner may read; in memory if there can be no file."""
-    path = history_path(environ)
     try:
+        path = history_path(environ)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        path.open("ab").close()  # a folder can be touched, too
         _shorten(path)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter without any home
         return InMemoryHistory()
     return KeptHistory(str(path))
 

@@ -56,12 +56,12 @@ class Reply:
             if read.has_token:
                 self.token_times.append(time.monotonic())
             if read.usage is not None:
-                self.num_tokens = read.usage[1]
+                self.num_tokens = int(read.usage[1] or 0)
             for choice in event.get("choices") or []:
                 if not choice.get("index"):
                     self.finish_reason = choice.get("finish_reason") or self.finish_reason
                     yield from self._take_delta(choice.get("delta") or {})
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ChatError(f"an event is none of OpenAI's ({error!r}): is this address that of a chat?") from error
 
     def _take_delta(self, delta: dict[str, Any]) -> Iterator[tuple[Kind, str]]:

@@ -60,6 +60,8 @@ LONG = {
     "quotes": "> " * 3000 + "x",
     "backticks": "`" * 2999 + "x" + "`" * 2998,
     "fences": "`" * 3000 + " " * 3000 + "`",
+    "tilde fences": "~" * 100_000 + "`",
+    "long fences": "`" * 100_000 + "\nx\n" + "`" * 99_999,
     "headings": "# a" + " " * 3000 + "b",
     "tables": f"| a\n{' ' * 3000}-{' ' * 3000}x",
     "lists": "".join(f"{'  ' * depth}- x\n" for depth in range(150)),

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.chat_server import DONE, ChatServer, Write, event, says
 from tests.hostile_texts import HOSTILE
 
@@ -188,6 +190,22 @@ def test_a_pipe_is_one_message_and_gets_the_answer_alone() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+@pytest.mark.parametrize(
+    ("redirection", "words"),
+    [
+        ("<&-", "error: standard input is empty: pipe a message in, or start it in a terminal\n"),
+        ("> /dev/full", "error: the answer can't be written (No space left on device): give it another place\n"),
+    ],
+)
+def test_a_shell_that_gives_no_input_or_no_room_is_told_in_a_sentence(redirection: str, words: str) -> None:
+    server = ChatServer(says("42"))
+    with server.running():
+        command = f"{sys.executable} -m pytgi chat {server.url} {redirection}"
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, shell=True, input="hi", env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", words)
 
 
 def test_a_dead_server_is_told_in_a_sentence() -> None:

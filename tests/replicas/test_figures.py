@@ -118,6 +118,14 @@ async def test_without_the_key_the_answer_is_the_replicas() -> None:
     assert server.num_open == 0
 
 
+async def test_a_body_that_a_client_sends_along_is_announced_to_no_replica() -> None:
+    """A replica would wait for it, and take the next request on that connection for it."""
+    server = Server(3)
+    async with replica(server.answer) as address, connected(Fleet(a=address)) as (reader, writer):
+        writer.write(ask().removesuffix(b"\r\n") + b"content-length: 5\r\n\r\nhello")
+        await until(reader, {"a": 3})
+
+
 async def test_a_replica_that_ends_has_no_figures_and_a_new_one_is_found() -> None:
     first, second, third = Server(1), Server(2), Server(3)
     async with replica(first.answer) as one, replica(second.answer) as two, replica(third.answer) as three:

@@ -5,6 +5,8 @@ import { authorization } from "./key.js";
 
 const NO_ANSWER = "The server does not answer. It may have stopped, or the network is gone.";
 const BROKEN_OFF = "The answer broke off: the server has stopped, or the network is gone.";
+const STRANGE = "The answer is none of this API. Something between this page and the server may have written it.";
+const NO_REASON = "The server gives no reason.";
 export const KEY_REFUSED = "The server asks for an API key, and this one is missing or wrong.";
 const WORDS_OF_STATUS = {
   401: KEY_REFUSED,
@@ -22,7 +24,7 @@ export class RequestError extends Error {
   }
 }
 
-/** The whole address of a route. */
+/** The whole address of a route; "." is that of the server. */
 export function addressOf(path) {
   return new URL(path, document.baseURI).href;
 }
@@ -56,14 +58,29 @@ async function* objectsOf(response) {
   try {
     for await (const data of dataOf(response.body)) {
       if (data === "[DONE]") return;
-      const object = JSON.parse(data);
-      if (object.error) throw new RequestError(wordsOf(object));
-      yield object;
+      yield objectOf(data);
     }
   } catch (error) {
     throw error instanceof TypeError ? new RequestError(BROKEN_OFF, { isGone: true }) : error;
   }
   throw new RequestError(BROKEN_OFF, { isGone: true });
+}
+
+/** The object of an event. Raises RequestError for an error, and for what is none of OpenAI's events. */
+function objectOf(data) {
+  const object = parsed(data);
+  if (object?.error) throw new RequestError(wordsOf(object));
+  if (!Array.isArray(object?.choices)) throw new RequestError(STRANGE);
+  return object;
+}
+
+/** What a JSON text says, or null if it is none. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
 }
 
 async function ask(path, options) {
@@ -78,17 +95,14 @@ async function ask(path, options) {
 }
 
 async function refusalOf(response) {
-  const text = await response.text();
+  const text = await response.text().catch(() => ""); // it may have broken off
   const words = WORDS_OF_STATUS[response.status];
   if (words !== undefined && response.status !== 404) return words;
-  try {
-    return wordsOf(JSON.parse(text));
-  } catch {
-    return text || words || `The server answered ${response.status}.`;
-  }
+  const object = parsed(text);
+  return object?.error ? wordsOf(object) : text || words || `The server answered ${response.status}.`;
 }
 
 /** The message of an error object, in OpenAI's shape or TGI's. */
 function wordsOf({ error }) {
-  return typeof error === "string" ? error : error.message;
+  return (typeof error === "string" ? error : error.message) || NO_REASON;
 }

@@ -151,7 +151,7 @@ export class Chat {
     if (conversation !== this.conversation || this._frame !== null) return;
     this._frame = requestAnimationFrame(() => {
       this._frame = null;
-      this._showTurn(this._views.length - 1, this._views.at(-1)?.turn);
+      this._update(this._views.slice(-1));
     });
   }
 
@@ -164,15 +164,17 @@ export class Chat {
       this._views.push(view);
       this._log.append(view.element);
     }
-    for (const [place, turn] of turns.entries()) this._showTurn(place, turn);
+    this._update(this._views);
   }
 
-  _showTurn(place, turn) {
-    if (turn === undefined) return;
+  /** Show turns as they are now. The log is measured once: that lays it out, which takes long where it is long. */
+  _update(views) {
     const isNearEnd = this._log.scrollHeight - this._log.scrollTop - this._log.clientHeight < NEAR_END_PX;
-    const isLast = place === this.conversation.turns.length - 1;
     const isBusy = this.isRunning;
-    this._views[place].update({ isLast, isRunning: isBusy && isLast, isBusy });
+    for (const view of views) {
+      const isLast = view === this._views.at(-1);
+      view.update({ isLast, isRunning: isBusy && isLast, isBusy });
+    }
     if (isNearEnd) this._log.scrollTop = this._log.scrollHeight;
   }
 }

@@ -1,6 +1,6 @@
 // The conversations: kept in this browser, each under a name of its own, so that two tabs do not undo each other's.
 
-import { load, names, save } from "./storage.js";
+import { load, names, save, watchOtherTabs } from "./storage.js";
 
 const PLACE = "conversation/";
 const MAX_TITLE = 60;
@@ -42,6 +42,14 @@ function isTurn(turn) {
   );
 }
 
+/** Call `act` with an id when another tab keeps a conversation, which comes with it, or forgets it: then null does. */
+export function watchConversations(act) {
+  watchOtherTabs(PLACE, (name) => {
+    const kept = load(name);
+    if (kept === null || isConversation(kept)) act(name.slice(PLACE.length), kept);
+  });
+}
+
 /** Keep a conversation. Returns whether the browser took it. */
 export function keep(conversation) {
   return save(PLACE + conversation.id, conversation);
@@ -55,5 +63,6 @@ export function forget(conversation) {
 export function titleOf(conversation) {
   const first = conversation.turns.find((turn) => turn.role === "user");
   const line = first?.text.trim().split("\n")[0] ?? "";
-  return line.length > MAX_TITLE ? `${line.slice(0, MAX_TITLE)}…` : line || "New conversation";
+  if (line.length <= MAX_TITLE) return line || "New conversation";
+  return `${line.slice(0, MAX_TITLE).replace(/[\ud800-\udbff]$/, "")}…`; // not in the middle of a character
 }

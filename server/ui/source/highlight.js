@@ -1,5 +1,7 @@
 // Code -> its parts: comments, strings, numbers, keywords, names of functions. Close enough to read by, no grammar.
 
+const MAX_COLOURED = 50_000; // characters: while code is being written all of it is read again in every frame
+
 const NUMBER = String.raw`\b(?:0[xX][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\b`;
 const DOUBLE = String.raw`"(?:\\.|[^"\\\n])*"?`;
 const SINGLE = String.raw`'(?:\\.|[^'\\\n])*'?`;
@@ -68,7 +70,7 @@ const LANGUAGES = new Map(
 /** Pairs of a kind (null, comment, string, number, keyword, name) and a text, which together are the code. */
 export function partsOf(code, language) {
   const known = LANGUAGES.get(language);
-  if (known === undefined) return [[null, code]];
+  if (known === undefined || code.length > MAX_COLOURED) return [[null, code]];
   const parts = [];
   let done = 0;
   for (const match of code.matchAll(known.pattern)) {

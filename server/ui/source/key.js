@@ -29,10 +29,10 @@ export function keyFields(onChange) {
   field.value = key;
   const keep = () => {
     key = field.value.trim();
-    save(PLACE, box.checked && key !== "" ? key : null);
     // No header can carry anything else.
     field.setCustomValidity(/[^\x21-\x7e]/.test(key) ? "A key has no spaces and only ASCII characters." : "");
     if (!field.reportValidity()) key = "";
+    save(PLACE, box.checked && key !== "" ? key : null);
     onChange();
   };
   field.addEventListener("change", keep);

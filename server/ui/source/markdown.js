@@ -4,7 +4,7 @@ const MAX_DEPTH = 24; // of quotes, lists and emphasis in each other
 const MAX_INLINE = 20_000; // characters of a paragraph that is read for marks
 const MAX_MARKED = 1000; // characters between two marks: without a bound openings alone take quadratic time
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
+const FENCE = /^( {0,3})(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}>[ ]?/;
@@ -69,7 +69,7 @@ function readMath(lines, at) {
 function readHeading(lines, at) {
   const [, marks, text = ""] = HEADING.exec(lines[at]);
   const words = text.trim().replace(/(?:^|[ \t])#+$/, "");
-  return [{ type: "heading", level: marks.length, children: inlineOf(words.trimEnd()) }, at + 1];
+  return [{ type: "heading", level: marks.length, words: words.trimEnd() }, at + 1];
 }
 
 function readQuote(lines, at, depth) {
@@ -127,7 +127,7 @@ function readTable(lines, at) {
   const end = lineAfter(lines, at + 2, (line) => BLANK.test(line) || !line.includes("|"));
   const [head, marks, ...rows] = lines.slice(at, end).map(cellsOf);
   const alignments = marks.map((mark) => (/^:-+:$/.test(mark) ? "center" : /-:$/.test(mark) ? "right" : "left"));
-  return [{ type: "table", alignments, head: head.map(inlineOf), rows: rows.map((row) => row.map(inlineOf)) }, end];
+  return [{ type: "table", alignments, head, rows }, end];
 }
 
 function cellsOf(line) {
@@ -144,7 +144,7 @@ function readParagraph(lines, at) {
     .slice(at, end)
     .map((line) => line.trimStart())
     .join("\n");
-  return [{ type: "paragraph", children: inlineOf(text.trimEnd()) }, end];
+  return [{ type: "paragraph", words: text.trimEnd() }, end];
 }
 
 const byPattern = (pattern) => (lines, at) => pattern.test(lines[at]);
@@ -186,8 +186,11 @@ const INLINE = new RegExp(
   "g",
 );
 
-/** The inline nodes of a paragraph: texts, and `{type, children | text, target}`. */
-function inlineOf(text, depth = 0) {
+/**
+ * The inline nodes of a paragraph's, heading's or cell's words: texts, and `{type, children | text, target}`. Not read
+ * with the blocks: while a text grows, most of its blocks are shown already.
+ */
+export function inlineOf(text, depth = 0) {
   if (depth > MAX_DEPTH || text.length > MAX_INLINE) return [text];
   const nodes = [];
   let done = 0;

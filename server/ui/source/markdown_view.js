@@ -3,7 +3,7 @@
 import { copyButton } from "./copy.js";
 import { element } from "./dom.js";
 import { partsOf } from "./highlight.js";
-import { blocksOf } from "./markdown.js";
+import { blocksOf, inlineOf } from "./markdown.js";
 
 const INLINE_ELEMENTS = { strong: "strong", emphasis: "em", struck: "del" };
 const SAFE_SCHEMES = ["http:", "https:", "mailto:"];
@@ -31,7 +31,7 @@ function blockElement(block) {
     case "math":
       return element("div", { class: "math code" }, block.text);
     case "heading": // the page has the first two levels for itself
-      return element(`h${Math.min(block.level + 2, 6)}`, {}, inlineNodes(block.children));
+      return element(`h${Math.min(block.level + 2, 6)}`, {}, nodesOf(block.words));
     case "rule":
       return element("hr");
     case "quote":
@@ -41,14 +41,14 @@ function blockElement(block) {
     case "table":
       return tableElement(block);
     default:
-      return element("p", {}, inlineNodes(block.children));
+      return element("p", {}, nodesOf(block.words));
   }
 }
 
 function listElement({ start, items }) {
   const entries = items.map((blocks) => {
     const isLine = blocks.length > 0 && blocks[0].type === "paragraph";
-    const first = isLine ? inlineNodes(blocks[0].children) : [];
+    const first = isLine ? nodesOf(blocks[0].words) : [];
     return element("li", {}, first, blocks.slice(isLine ? 1 : 0).map(blockElement));
   });
   return start === null ? element("ul", {}, entries) : element("ol", { start: start === 1 ? null : start }, entries);
@@ -56,7 +56,7 @@ function listElement({ start, items }) {
 
 function tableElement({ alignments, head, rows }) {
   const cells = (name, row) =>
-    row.map((cell, place) => element(name, { class: `at-${alignments[place] ?? "left"}` }, inlineNodes(cell)));
+    row.map((cell, place) => element(name, { class: `at-${alignments[place] ?? "left"}` }, nodesOf(cell)));
   return element(
     "div",
     { class: "table", tabindex: "0" },
@@ -94,6 +94,11 @@ function codeNodes(text, language) {
   return partsOf(text, language).map(([kind, part]) =>
     kind === null ? part : element("span", { class: `is-${kind}` }, part),
   );
+}
+
+/** Elements and texts for words with marks. */
+function nodesOf(words) {
+  return inlineNodes(inlineOf(words));
 }
 
 function inlineNodes(nodes) {

@@ -3,7 +3,7 @@
 import { Chat } from "./chat.js";
 import { Completion } from "./completion.js";
 import { ConversationList } from "./conversation_list.js";
-import { forget, keep, newConversation } from "./conversations.js";
+import { forget, keep, newConversation, watchConversations } from "./conversations.js";
 import { button, byId, element } from "./dom.js";
 import { Drawer } from "./drawer.js";
 import { askForKey, keyFields } from "./key.js";
@@ -99,6 +99,25 @@ function forgetWithWayBack(conversation) {
     keepIfKnown(conversation);
     open(conversation);
   });
+}
+
+/** Another tab has gone on with a conversation, or forgotten it: what is here would undo that when it is kept. */
+function takeOver(id, kept) {
+  const own = list.conversations.find((one) => one.id === id) ?? null;
+  if (own !== null && (chat.isRunningIn(own) || kept?.changed <= own.changed)) return;
+  if (kept === null) list.remove(own);
+  else if (own === null) list.add(kept);
+  else Object.assign(own, { changed: kept.changed, turns: kept.turns });
+  if (own === chat.conversation) openAgain(kept === null);
+  showState();
+}
+
+/** Show what has become of the conversation that is open; what was begun in the message stays. */
+function openAgain(isForgotten) {
+  const draft = message.value;
+  if (isForgotten) begin();
+  else chat.open(chat.conversation);
+  message.value = draft;
 }
 
 function keepDraft() {
@@ -202,6 +221,7 @@ byId("new-conversation").addEventListener("click", begin);
 byId("suggestions").append(...SUGGESTIONS.map((text) => button(text, () => send(text))));
 byId("key").append(keyFields(showRequest));
 addEventListener("pagehide", keepDraft);
+watchConversations(takeOver);
 showShortcuts({
   Escape: { words: "stop the model, or put the settings away where they lie over the page", act: onEscape },
   "Alt+Shift+N": { words: "new conversation", act: begin },

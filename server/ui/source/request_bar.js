@@ -23,7 +23,7 @@ export class RequestBar {
 
   _program(write) {
     const settings = this._settings.read();
-    return settings === null ? null : write(this._request(settings), addressOf(""), hasKey());
+    return settings === null ? null : write(this._request(settings), addressOf("."), hasKey());
   }
 
   /** Show the request as it is now, if the person looks at it. */

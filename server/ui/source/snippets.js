@@ -18,8 +18,13 @@ export const LANGUAGES = [
 
 function curl({ path, body }, origin, hasKey) {
   const key = hasKey ? ` \\\n  -H "Authorization: Bearer $API_KEY"` : "";
-  const quoted = JSON.stringify(body, null, 2).replaceAll("'", `'\\''`);
-  return `curl -N ${origin}${path} \\\n  -H "Content-Type: application/json"${key} \\\n  -d '${quoted}'\n`;
+  const data = quoted(JSON.stringify(body, null, 2));
+  return `curl -N ${quoted(origin + path)} \\\n  -H "Content-Type: application/json"${key} \\\n  -d ${data}\n`;
+}
+
+/** A text as a shell takes it, whatever stands in it. */
+function quoted(text) {
+  return `'${text.replaceAll("'", `'\\''`)}'`;
 }
 
 function python({ path, body }, origin, hasKey) {

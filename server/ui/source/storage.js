@@ -22,6 +22,13 @@ export function save(name, value) {
   }
 }
 
+/** Call `act` with the name when another tab keeps or forgets a value whose name begins with `start`. */
+export function watchOtherTabs(start, act) {
+  addEventListener("storage", ({ key }) => {
+    if (key?.startsWith(PREFIX + start)) act(key.slice(PREFIX.length));
+  });
+}
+
 /** The names that begin with `start`. */
 export function names(start) {
   try {

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.bench.answers import BrokenAnswerError
+from server.bench.answers import MAX_REFUSAL_CHARACTERS, BrokenAnswerError, refusal_text
 from server.bench.connection import Address
 from server.terminal.command import answer_once
 from server.terminal.commands import COMMANDS, run_command
@@ -185,7 +185,9 @@ def test_an_answer_that_reached_its_limit_says_what_to_do() -> None:
         {"choices": [{"delta": "x"}]},
         {"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]},
         {"choices": [{"delta": {"tool_calls": [3]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": float("inf")}]}}]},
         {"usage": 3, "choices": []},
+        {"usage": {"completion_tokens": "many"}, "choices": []},
         {"error": {"message": "no memory"}},
         {"error": "overloaded", "error_type": "overloaded"},
     ],
@@ -273,7 +275,13 @@ def test_tools_come_from_a_file_or_from_the_line(tmp_path: Path) -> None:
     assert "tools" not in conversation.request
 
 
-@pytest.mark.parametrize("text", ["x", "[]", "3", "[3]", '{"function": 3}', '[{"name": 3}]', "{}"])
+DEEP = "[" * 100_000
+"""JSON that nests deeper than Python reads."""
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "[]", "3", "[3]", '{"function": 3}', '[{"name": 3}]', "{}", pytest.param(DEEP, id="deep")]
+)
 def test_what_is_no_tool_is_refused(text: str) -> None:
     with pytest.raises(ChatError, match="tool"):
         read_tools(text)
@@ -287,6 +295,9 @@ def test_what_is_no_tool_is_refused(text: str) -> None:
         ("/tools /nowhere.json", "/nowhere.json can't be read (No such file or directory): give a file"),
         ("/save", "where to? /save FILE.md"),
         ("/save /nowhere/x.md", "/nowhere/x.md can't be written (No such file or directory): give another place"),
+        ("/save ~nobody-has-this-name/x.md", "~nobody-has-this-name/x.md is in nobody's home: give the whole path"),
+        ("/tools ~nobody-has-this-name/x.json", "~nobody-has-this-name/x.json is in nobody's home: give the whole"),
+        ("/save /tmp/a\0b", "/tmp/a\\x00b can't be written (embedded null byte): give another place"),
         ("/params x", "x is not NAME=VALUE: write temperature=0.7"),
     ],
 )
@@ -349,6 +360,20 @@ def test_a_folder_that_takes_no_file_takes_nothing_else_from_the_chat(tmp_path: 
     history_path(other).unlink()
     history_path(other).parent.rmdir()
     kept.store_string("lost")  # no error
+    history_path(other).mkdir(parents=True)
+    assert list(open_history(other).load_history_strings()) == []
+
+
+def test_a_user_without_a_home_has_a_history_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's user whom no file names."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    history = open_history({})
+    history.store_string("a")
+    assert list(history.load_history_strings()) == ["a"]
 
 
 def test_a_relative_state_folder_does_not_count() -> None:
@@ -431,10 +456,21 @@ def test_an_answer_may_end_without_done_once_it_said_why() -> None:
         list(read_events(first.splitlines(keepends=True)))
 
 
-@pytest.mark.parametrize("lines", [[], [b"<html>\n", b"\n"], [b"data: nonsense\n", b"\n"], [b"data: 3\n", b"\n"]])
-def test_what_has_no_events_is_said_to(lines: list[bytes]) -> None:
+@pytest.mark.parametrize("text", ["", "<html>", "data: nonsense", "data: 3", pytest.param(f"data: {DEEP}", id="deep")])
+def test_what_has_no_events_is_said_to(text: str) -> None:
     with pytest.raises(BrokenAnswerError):
-        list(read_events(lines))
+        list(read_events([text.encode() + b"\n", b"\n"]))
+
+
+def test_a_refusal_may_be_anything() -> None:
+    assert refusal_text(DEEP.encode()) == DEEP[:MAX_REFUSAL_CHARACTERS]
+    assert refusal_text(b'{"error": {"message": "no"}}') == "no"
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://a..b", f"http://{'a' * 64}.x", "http://x:99999"])
+def test_what_is_no_address_is_refused_before_anybody_is_asked(url: str) -> None:
+    with pytest.raises(ValueError):
+        Address.parse(url)
 
 
 @pytest.fixture
