@@ -3,20 +3,20 @@
 const SCHEMAS = { chat: "ChatRequest", completion: "CompletionRequest", infill: "CompletionRequest" };
 const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
 
-/** Name, kind and hint; the first ones are always in sight. */
+/** Name, kind, hint, and what an empty field stands for (`fallback`); the first ones are always in sight. */
 export const PARAMETERS = [
-  { name: "temperature", kind: "number", step: 0.1, hint: "0 is greedy" },
-  { name: "top_p", kind: "number", step: 0.05, hint: "share of the likeliest" },
-  { name: "max_tokens", kind: "integer", hint: "length of the answer" },
-  { name: "seed", kind: "integer", hint: "the same answer again" },
-  { name: "top_k", kind: "integer", isMore: true, hint: "how many of the likeliest" },
-  { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "beside the likeliest one" },
-  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "share of the typical" },
+  { name: "temperature", kind: "number", step: 0.1, fallback: "default: 1", hint: "0 takes the likeliest" },
+  { name: "top_p", kind: "number", step: 0.05, fallback: "default: 1", hint: "only the likeliest, up to this share" },
+  { name: "max_tokens", kind: "integer", fallback: "all there is", hint: "longest answer" },
+  { name: "seed", kind: "integer", fallback: "random", hint: "same seed, same answer" },
+  { name: "top_k", kind: "integer", isMore: true, hint: "only so many of the likeliest" },
+  { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "of the likeliest one's chance" },
+  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "only the typical, up to this share" },
   { name: "repetition_penalty", kind: "number", step: 0.05, isMore: true, hint: "above 1 repeats less" },
-  { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "for each time" },
-  { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "once" },
-  { name: "min_tokens", kind: "integer", isMore: true, hint: "no end before" },
-  { name: "truncate_prompt_tokens", kind: "integer", isMore: true, hint: "only the prompt's last" },
+  { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "more for each use" },
+  { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "the same for any use" },
+  { name: "min_tokens", kind: "integer", isMore: true, hint: "shortest answer" },
+  { name: "truncate_prompt_tokens", kind: "integer", isMore: true, isLong: true, hint: "keep only so many, the last" },
   { name: "stop", kind: "lines", isMore: true, hint: "one on each line; \\n is a line break" },
   { name: "bad_words", kind: "lines", isMore: true, hint: "one on each line" },
   { name: "stop_token_ids", kind: "integers", isMore: true, hint: "ids and commas" },
@@ -62,7 +62,7 @@ function filled(list) {
 }
 
 function integerOf(text) {
-  if (!/^-?\d+$/.test(text)) throw new Error(`“${text}” is no whole number.`);
+  if (!/^-?\d+$/.test(text)) throw new Error(`“${text}” is not a whole number.`);
   return Number(text);
 }
 
@@ -72,7 +72,7 @@ function withoutEscapes(line) {
 
 function objectOf(text) {
   const value = jsonOf(text);
-  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("This is no JSON object.");
+  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("This is not a JSON object.");
   return value;
 }
 
@@ -81,7 +81,7 @@ export function jsonOf(text) {
   try {
     return JSON.parse(text);
   } catch (error) {
-    throw new Error(`This is no JSON: ${error.message}`);
+    throw new Error(`This is not JSON: ${error.message}`);
   }
 }
 
@@ -114,5 +114,5 @@ export function rangeOf({ min, max, isMinExcluded } = {}) {
   const low = min === undefined || min < -Number.MAX_SAFE_INTEGER ? null : `${isMinExcluded ? "above " : ""}${min}`;
   const high = max === undefined || max >= 2 ** 31 - 1 ? null : String(max);
   if (low !== null && high !== null) return `${low} to ${high}`;
-  return low === null ? (high === null ? "" : `up to ${high}`) : isMinExcluded ? low : `from ${low}`;
+  return low === null ? (high === null ? "" : `up to ${high}`) : isMinExcluded ? low : `${low} or more`;
 }
