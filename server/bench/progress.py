@@ -6,8 +6,9 @@ import sys
 import time
 from typing import TextIO
 
+from engine.link.logs import BAR_CELLS, CLEAR
+
 INTERVAL_S = 0.2
-CLEAR = "\r\x1b[2K"
 
 
 class Progress:
@@ -33,8 +34,8 @@ class Progress:
         if self._is_live and (now - self._shown > INTERVAL_S or self._num_done == self._num_all):
             self._shown = now
             rate = self._num_done / max(now - self._started, 1e-9)
-            bar = "#" * (24 * self._num_done // self._num_all)
-            line = f"{self._text} [{bar:24}] {self._num_done}/{self._num_all}, {rate:.1f}/s"
+            bar = "#" * (BAR_CELLS * self._num_done // self._num_all)
+            line = f"{self._text} [{bar:{BAR_CELLS}}] {self._num_done}/{self._num_all}, {rate:.1f}/s"
             print(CLEAR + line, end="", file=self._stream, flush=True)
 
     def end(self) -> None:

@@ -16,9 +16,11 @@ logger = logging.getLogger("front")
 
 EVENTS_PATH = "/dashboard/events"
 PERIOD_S = 1.0
+"""Seconds from one line to the next, as at each replica."""
 FIND_S = 5.0
-"""How often replicas that have come are looked for."""
+"""Seconds from one search for new replicas to the next."""
 FIND_TIMEOUT_S = 5.0
+"""A replica has so long to say where it is, and then to take a connection."""
 SILENCE_S = 5.0
 """A replica that says nothing for so long has no figures until it speaks again."""
 KEY_HEADERS = ("authorization", "x-api-key")

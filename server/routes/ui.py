@@ -36,15 +36,15 @@ async def playground(request: Request) -> Response:
     ),
 )
 async def file(request: Request, name: str) -> Response:
-    found = page_files().get(name)
-    if found is None or found.is_page:
+    page_file = page_files().get(name)
+    if page_file is None or page_file.is_page:
         raise HTTPException(404)
-    return page_answer(request, found)
+    return page_answer(request, page_file)
 
 
-def page_answer(request: Request, page: PageFile) -> Response:
+def page_answer(request: Request, page_file: PageFile) -> Response:
     """The file, or 304 for a browser that has it."""
-    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-    if page.etag in known:
-        return Response(status_code=304, headers=page.headers)
-    return Response(page.body, headers=page.headers)
+    etags = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if page_file.etag in etags:
+        return Response(status_code=304, headers=page_file.headers)
+    return Response(page_file.body, headers=page_file.headers)

@@ -28,7 +28,7 @@ PROC = Path("/proc")
 
 
 class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The time, in seconds, that a half, nine tenths and 99 hundredths of the observations did not exceed."""
+    """Median, 90th and 99th percentile of some times, in seconds."""
 
     p50: float
     p90: float
@@ -117,10 +117,8 @@ class Sampler:
         stats = self._read_stats()
         before, oldest, now = self._window[-1], self._window[0], self._count(stats)
         self._window.append(now)
-        seconds = max(now.moment_s - before.moment_s, 1e-9)
-        rates = {
-            name: round(max(0.0, count - before.counters[name]) / seconds, 2) for name, count in now.counters.items()
-        }
+        seconds = now.moment_s - before.moment_s
+        rates = {name: round((count - before.counters[name]) / seconds, 2) for name, count in now.counters.items()}
         times = {
             name: _quantiles(histogram.bounds, oldest.buckets[name], now.buckets[name])
             for name, (histogram, _) in self._histograms.items()
@@ -139,11 +137,11 @@ class Sampler:
     def _count(self, stats: EngineStats) -> _Counts:
         requests, steps = self._metrics.requests, self._metrics.steps
         hits = requests.skipped_tokens
+        num_tokens = hits.count + hits.total  # a sequence's step gives the draft's tokens that hit, and one more
         counters = {
             "requests_finished_per_s": requests.success.total,
             "requests_failed_per_s": requests.failure.total,
-            "tokens_per_s": hits.count
-            + hits.total,  # a sequence's step gives the draft's tokens that hit, and one more
+            "tokens_per_s": num_tokens,
             "prompt_tokens_per_s": requests.input_length.total,
             "prefix_hit_tokens_per_s": stats.num_prefix_hit_tokens,
             "draft_tokens_per_s": stats.num_drafted_tokens,
@@ -165,7 +163,7 @@ def _quantiles(bounds: Sequence[float], before: Sequence[int], now: Sequence[int
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float:
-    """An estimate of what `part` of the observations do not exceed, which are not none.
+    """An estimate of what `part` of the observations, of which there is at least one, do not exceed.
 
     Observations count as spread evenly within their bucket, those above all bounds as equal to the last one.
     """

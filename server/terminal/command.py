@@ -108,7 +108,7 @@ def talk(ask: Ask, conversation: Conversation, address: Address, environ: Mappin
 
 
 def answer_once(ask: Ask, conversation: Conversation, message: str, out: TextIO) -> None:
-    """One message, and its answer as plain text that ends with a line. Raises ChatError."""
+    """One message, and its answer as plain text that ends with a line break. Raises ChatError."""
     if not message.strip():
         raise ChatError("standard input is empty: pipe a message in, or start it in a terminal")
     conversation.messages.append({"role": "user", "content": message})

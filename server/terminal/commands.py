@@ -19,7 +19,7 @@ KNOWN_PARAMS = """
     parallel_tool_calls presence_penalty reasoning_effort repetition_penalty response_format seed stop temperature
     tool_choice top_k top_p typical_p
 """.split()
-"""Parameters of chats on this repository's server. Others are sent as well: the server may be any."""
+"""The usual parameters of chats, one of which a mistyped name may mean. Any name is sent: servers differ."""
 
 Act = Callable[[Conversation, str], str]
 """Conversation and the text after the command -> what is said. Raises ChatError, and EOFError to leave."""

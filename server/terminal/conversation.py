@@ -37,7 +37,7 @@ class Conversation:
         A question without an answer, or a call without a result, would make the next request one that models are not
         trained on and templates refuse.
         """
-        while len(self.messages) > num_messages and not is_answer(self.messages[-1]):
+        while len(self.messages) > num_messages and not _is_answer(self.messages[-1]):
             self.messages.pop()
         return len(self.messages) == num_messages
 
@@ -50,7 +50,7 @@ class Conversation:
         return "\n\n".join(parts) + "\n"
 
 
-def is_answer(message: Message) -> bool:
+def _is_answer(message: Message) -> bool:
     return message["role"] == "assistant" and "tool_calls" not in message
 
 

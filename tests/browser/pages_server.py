@@ -29,7 +29,7 @@ LIMITS = EngineReady(
     vocab_size=1 << 20,
 )
 LONG_REQUEST = {"inputs": "Tell me a story.", "parameters": {"max_new_tokens": 4000}}
-START_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0
 
 
 def write_pages_model(folder: Path) -> None:
@@ -72,13 +72,20 @@ class PagesServer:
         tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         self._endpoint.send(LIMITS)
         self.engine = self._stack.enter_context(writing_engine(self._endpoint, tokenizer))
-        self.until(lambda: "Connected" in self._log_path.read_text(), START_TIMEOUT_S)
+        self.until(lambda: "Connected" in self._log_path.read_text())
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-        deadline = time.monotonic() + timeout_s
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < deadline, self._log_path.read_text()
             time.sleep(0.02)
+
+    def is_alive(self) -> bool:
+        """Whether its port answers, be it with 503."""
+        try:
+            return httpx.get(f"{self.url}/livez", timeout=10).is_success
+        except httpx.ConnectError:
+            return False
 
     def stop(self) -> None:
         self._stack.close()
@@ -120,6 +127,19 @@ def pages_server(folder: Path, **config: Any) -> Iterator[PagesServer]:
     server = PagesServer(folder, **config)
     try:
         server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def loading_server(folder: Path) -> Iterator[PagesServer]:
+    """A server that listens while its engine loads, until it is told to become ready."""
+    write_pages_model(folder)
+    server = PagesServer(folder, is_listening_early=True)
+    try:
+        server.begin()
+        server.until(server.is_alive)
         yield server
     finally:
         server.stop()

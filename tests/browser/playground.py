@@ -6,8 +6,6 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.browser import TIMEOUT_MS
 
-HTML = {"Accept": "text/html"}
-
 NOTE_GROWTH = """(log) => {
     window.__growth = [];
     new MutationObserver(() => window.__growth.push(log.textContent.length))

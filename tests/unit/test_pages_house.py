@@ -1,4 +1,4 @@
-"""The sources of the pages: no way from a text to HTML or to a program, no other origin, no more bytes than allowed."""
+"""The sources of the pages: no way from a text to HTML or to a program, no other origin, nothing lost, nothing long."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.house import ROOT
+from server.ui.pages import MEDIA_TYPES, SOURCE
+from tests.unit.house import MAX_FILE_LINES
 
-SOURCE = ROOT / "server" / "ui" / "source"
 MAX_BYTES = 200_000
-KINDS = {".html", ".css", ".js", ".svg"}
+MAX_COLUMNS = 120
+NAMED = re.compile(r"(?:href=\"ui/|src=\"ui/|from \"\./)([\w.]+)\"")
 
 FORBIDDEN = {
     r"\b(?:inner|outer)HTML\b|\binsertAdjacentHTML\b|\bsetHTML(?:Unsafe)?\b|\bsrcdoc\b": "makes elements of a text",
@@ -20,7 +21,8 @@ FORBIDDEN = {
     r"\beval\s*\(|\bFunction\s*\(|\bset(?:Timeout|Interval)\(\s*[\"'`]|\bimport\s*\(": "makes a program of a text",
     r"(?i:\bjavascript:)": "makes a program of a text",
     r"(?i:<script(?![^>]*\ssrc=)|<style\b|\sstyle=|<[^>]*\son\w+\s*=)": "stands in the page, which the policy forbids",
-    r"(?:https?:|wss?:|[\"'(]\s*)//\w": "leads to another origin",
+    r"\bsetAttribute\((?:\w+,\s*)?[\"'`]on": "makes a program of a text",
+    r"(?:https?:|wss?:|[\"'(=]\s*)//\w": "leads to another origin",
     r"@import\b|\burl\((?!\s*[\"']?#)": "asks for more than the page names",
     r"\bdocument\s*\.\s*cookie\b|\bsendBeacon\b|\bWebSocket\b|\bWorker\b|\bpostMessage\b": "has no use here",
 }
@@ -47,9 +49,20 @@ def test_no_source_of_the_pages_is_able_to_run_a_text_or_to_ask_another_origin()
     assert not complaints, "\n".join(complaints)
 
 
-def test_the_pages_are_light_and_nothing_but_text() -> None:
-    assert {path.suffix for path in source_files()} <= KINDS
-    assert 0 < sum(path.stat().st_size for path in source_files()) < MAX_BYTES
+def test_the_pages_are_light_and_of_kinds_that_are_served() -> None:
+    assert {path.suffix for path in source_files()} == MEDIA_TYPES.keys()
+    assert sum(path.stat().st_size for path in source_files()) < MAX_BYTES
+
+
+def test_no_source_is_long_or_wide() -> None:
+    texts = {path.name: path.read_text() for path in source_files() if path.suffix != ".svg"}
+    assert [name for name, text in texts.items() if text.count("\n") > MAX_FILE_LINES] == []
+    assert [name for name, text in texts.items() if max(map(len, text.splitlines())) > MAX_COLUMNS] == []
+
+
+def test_every_file_that_a_file_names_is_there_and_every_file_is_named() -> None:
+    named = {name for path in source_files() for name in NAMED.findall(path.read_text())}
+    assert named == {path.name for path in source_files() if path.suffix != ".html"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +77,7 @@ def test_the_pages_are_light_and_nothing_but_text() -> None:
         "frame.srcdoc = text",
         "eval(text)",
         "new Function(text)()",
+        'link.setAttribute("onclick", text)',
         'setTimeout("act()", 1)',
         "import(text)",
         'link.href = "javascript:void 0"',
@@ -72,6 +86,7 @@ def test_the_pages_are_light_and_nothing_but_text() -> None:
         '<button class="x" onclick="act()">',
         "fetch('https://elsewhere.invalid/x')",
         '<script src="//elsewhere.invalid/x.js"></script>',
+        "<img src=//elsewhere.invalid/x.png>",
         "p { background: url(x.png) }",
         "@import 'x.css';",
         "navigator.sendBeacon('x')",

@@ -1,12 +1,13 @@
 // Requests to the server, and its refusals in words. Addresses are relative: a proxy may have put the server anywhere.
 
-import { eventsOf } from "./events.js";
+import { dataOf } from "./events.js";
 import { authorization } from "./key.js";
 
 const NO_ANSWER = "The server does not answer. It may have stopped, or the network is gone.";
 const BROKEN_OFF = "The answer broke off: the server has stopped, or the network is gone.";
+export const KEY_REFUSED = "The server asks for an API key, and this one is missing or wrong.";
 const WORDS_OF_STATUS = {
-  401: "The server asks for an API key, and this one is missing or wrong.",
+  401: KEY_REFUSED,
   404: "The server has no such route.",
   429: "The server is full. Try again in a moment.",
   503: "The server cannot answer now.",
@@ -42,8 +43,8 @@ export async function reasonToWait() {
 }
 
 /**
- * The answer to a streaming request: the objects of its events as they come, and the places of the request's schemas that
- * the model is not held to, or null. Raises RequestError, also from the events.
+ * The answer to a streaming request: the objects of its events as they come, and the places of the request's schemas
+ * that the model is not held to, or null. Raises RequestError, also from the events.
  */
 export async function openStream(path, body, signal) {
   const headers = { "content-type": "application/json", ...authorization() };
@@ -53,7 +54,7 @@ export async function openStream(path, body, signal) {
 
 async function* objectsOf(response) {
   try {
-    for await (const { data } of eventsOf(response.body)) {
+    for await (const data of dataOf(response.body)) {
       if (data === "[DONE]") return;
       const object = JSON.parse(data);
       if (object.error) throw new RequestError(wordsOf(object));

@@ -11,8 +11,8 @@ const EXAMPLE = "Why is the sky blue?"; // stands in requests that are shown or 
 export class Chat {
   /**
    * `log` is the element of the turns. `settings` are those on the page, `model()` is the name that requests have;
-   * `onChange(conversation)` is called when turns or runs have changed, `keep(conversation)` now and then while the model
-   * writes, `onFailure(error)` with a run's RequestError.
+   * `onChange(conversation)` is called when turns or runs have changed, `keep(conversation)` now and then while the
+   * model writes, `onFailure(error)` with a run's RequestError.
    *
    * While a setting is wrong nothing is sent, nor forgotten: `settings.read()` is null, and has told the person why.
    */
@@ -27,15 +27,11 @@ export class Chat {
     this._views = [];
     this._frame = null;
     this.conversation = null;
-    const whenIdle =
-      (act) =>
-      (...words) =>
-        this.isRunning || act(...words);
     this._actions = {
       edit: (turn, text) => this._edit(turn, text),
-      regenerate: whenIdle((turn) => this._runFrom(this._place(turn))),
-      goOn: whenIdle((turn) => this._runAfter(() => {}, turn)),
-      answer: whenIdle((turn, texts) => this._answer(turn, texts)),
+      regenerate: (turn) => this.isRunning || this._runFrom(this._place(turn)),
+      goOn: (turn) => this.isRunning || this._runAfter(() => {}, turn),
+      answer: (turn, texts) => this.isRunning || this._answer(turn, texts),
     };
   }
 

@@ -2,18 +2,17 @@
 
 import { button, element } from "./dom.js";
 import { completionRequest } from "./requests.js";
-import { Run } from "./run.js";
+import { factsOf, Run } from "./run.js";
 import { load, save } from "./storage.js";
 import { TokenView } from "./token_view.js";
-import { factsOf } from "./turn_view.js";
 
 const MAX_ALTERNATIVES = 20;
 const DEFAULT_ALTERNATIVES = 5;
 
 export class Completion {
   /**
-   * `panel` gets the fields. `words` are `{mode, prompt, suffix, act, result}`, its labels; without a suffix's label there
-   * is no suffix. The rest is as in `Chat`.
+   * `panel` gets the fields. `words` are `{mode, prompt, suffix, act, result}`, its labels; without a suffix's label
+   * there is no suffix. The rest is as in `Chat`.
    */
   constructor(panel, words, { settings, model, onChange, onFailure }) {
     this._words = words;
@@ -31,20 +30,11 @@ export class Completion {
     this._facts = element("p", { class: "facts" });
     this._failure = element("div", { class: "failure", role: "alert", hidden: true });
     const fields = [this._prompt, this._suffix].filter((field) => field !== null);
+    const result = { class: "result", "aria-label": words.result };
     panel.append(
-      element(
-        "div",
-        { class: "texts" },
-        fields.map((field) => field.parentElement),
-      ),
+      element("div", { class: "texts" }, fields.map((field) => field.parentElement)),
       element("div", { class: "acts" }, this._act, this._stop, this._take, this._alternatives.parentElement),
-      element(
-        "section",
-        { class: "result", "aria-label": words.result },
-        this._view.element,
-        this._failure,
-        this._facts,
-      ),
+      element("section", result, this._view.element, this._failure, this._facts),
     );
     panel.addEventListener("input", () => this._keep());
     for (const field of fields) field.addEventListener("keydown", (event) => this._onKey(event));
@@ -158,7 +148,7 @@ export class Completion {
   }
 }
 
-/** The tokens of an event. What is to be seen of a token alone is the event's text: parts of a character are nothing yet. */
+/** The tokens of an event. Of a token by itself the event's text is shown: parts of a character are nothing yet. */
 function tokensOf({ text, logprobs }) {
   if (!logprobs) return text === "" ? [] : [{ text, name: text, logprob: 0, tops: [] }];
   const { tokens, token_logprobs: scores, top_logprobs: tops } = logprobs;

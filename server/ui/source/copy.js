@@ -6,17 +6,15 @@ const SHOWN_MS = 1500;
 
 /** A button that copies what `text` returns, and says so for a moment. There may be nothing to copy: null. */
 export function copyButton(label, text, attributes = {}) {
-  const shown = label === "Copy code" ? "Copy" : label;
-  const word = element("span", {}, shown);
+  const word = element("span", {}, label);
   let timer = 0;
-  const made = button(word, act, { class: "bare small", "aria-label": label, ...attributes });
   async function act() {
     const copied = text();
     word.textContent = copied !== null && (await copy(copied)) ? "Copied" : "Not copied";
     clearTimeout(timer);
-    timer = setTimeout(() => (word.textContent = shown), SHOWN_MS);
+    timer = setTimeout(() => (word.textContent = label), SHOWN_MS);
   }
-  return made;
+  return button(word, act, { class: "bare small", "aria-label": label, ...attributes });
 }
 
 /** Whether the text is in the clipboard now. */

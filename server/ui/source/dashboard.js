@@ -1,14 +1,15 @@
 // The dashboard: reads the stream of figures, keeps the last five minutes of them, and draws.
 
+import { getJson, KEY_REFUSED } from "./api.js";
 import { Chart } from "./charts.js";
 import { byId, element } from "./dom.js";
-import { eventsOf } from "./events.js";
-import { CHARTS, SPAN_S, TILES, combined, tilesOf, valueAt, written } from "./figures.js";
+import { dataOf } from "./events.js";
+import { CHARTS, SPAN_S, TILES, combined, sum, textOf, tilesOf, valueAt } from "./figures.js";
 import { askForKey, authorization, hasKey, keyFields } from "./key.js";
 
 const RETRY_MS = 2000;
-const SILENCE_MS = 10_000;
 /** A stream that says nothing for so long is opened anew. */
+const SILENCE_MS = 10_000;
 const ALL = "";
 const COLUMNS = ["Now", "Lowest", "Mean", "Highest"];
 
@@ -32,7 +33,7 @@ async function watch() {
     changed.then(() => control.abort());
     const { words, needsKey = false } = await read(control).catch((error) => ({ words: wordsOf(error) }));
     say(words);
-    await Promise.race([changed, ...(needsKey ? [] : [new Promise((resolve) => setTimeout(resolve, RETRY_MS))])]);
+    await (needsKey ? changed : Promise.race([changed, new Promise((resolve) => setTimeout(resolve, RETRY_MS))]));
   }
 }
 
@@ -44,7 +45,7 @@ async function read(control) {
     const response = await fetch("dashboard/events", options);
     if (!response.ok) return refusalOf(response.status);
     say("Connected");
-    for await (const { data } of eventsOf(response.body)) {
+    for await (const data of dataOf(response.body)) {
       clearTimeout(timer);
       timer = setTimeout(() => control.abort(), SILENCE_MS);
       take(JSON.parse(data).replicas);
@@ -59,7 +60,7 @@ function refusalOf(status) {
   if (status === 401) {
     byId("key").hidden = false;
     askForKey();
-    return { words: "The server asks for an API key, and this one is missing or wrong.", needsKey: true };
+    return { words: KEY_REFUSED, needsKey: true };
   }
   if (status === 429) return { words: "Too many dashboards are open. Asking again…" };
   return { words: `The server answers ${status}. Asking again…` };
@@ -96,14 +97,15 @@ function draw() {
   const names = Object.keys(history.at(-1).replicas);
   offer(names);
   const chosen = byId("replica").value;
+  const allOf = (replicas) => (chosen === ALL ? Object.values(replicas) : [replicas[chosen]].filter(Boolean));
   const moments = history
-    .map(({ time, replicas }) => ({ time, all: chosen === ALL ? Object.values(replicas) : [replicas[chosen] ?? []].flat() }))
+    .map(({ time, replicas }) => ({ time, all: allOf(replicas) }))
     .filter(({ all }) => all.length > 0)
     .map(({ time, all }) => ({ time, figures: combined(all) }));
   byId("combined").hidden = names.length < 2 || chosen !== ALL;
   if (moments.length === 0) return;
-  const told = tilesOf(moments.map(({ figures }) => figures));
-  tiles.forEach(({ value }, index) => (value.textContent = told[index]));
+  const texts = tilesOf(moments.map(({ figures }) => figures));
+  tiles.forEach(({ value }, index) => (value.textContent = texts[index]));
   if (byId("table").hidden) drawCharts(moments);
   else writeTable(moments);
   writeReplicas(names);
@@ -120,23 +122,21 @@ function writeTable(moments) {
   for (const { chart, line, cells } of rows) {
     const values = moments.map(({ figures }) => valueAt(figures, line.place));
     const known = values.filter((value) => value !== null);
-    const mean = known.reduce((total, value) => total + value, 0) / known.length;
-    const all = [values.at(-1), Math.min(...known), mean, Math.max(...known)];
-    const told = known.length === 0 ? all.map(() => null) : all;
-    cells.forEach((cell, index) => (cell.textContent = written(told[index], chart.unit)));
+    const facts = [values.at(-1), Math.min(...known), sum(known) / known.length, Math.max(...known)];
+    const texts = facts.map((fact) => textOf(known.length === 0 ? null : fact, chart.unit));
+    cells.forEach((cell, index) => (cell.textContent = texts[index]));
   }
 }
 
-/** Let the person choose among these replicas, but if there is only one. The choice of one that is gone is of all. */
+/** Let the person choose among these replicas if there are several. The choice of one that is gone becomes all. */
 function offer(names) {
   const choice = byId("replica");
   byId("replica-choice").hidden = byId("replicas").hidden = names.length < 2;
   const offered = [ALL, ...names];
   if (offered.join("\n") === [...choice.options].map((option) => option.value).join("\n")) return;
   const before = choice.value;
-  choice.replaceChildren(
-    ...offered.map((name) => element("option", { value: name }, name === ALL ? "All replicas" : name)),
-  );
+  const labelOf = (name) => (name === ALL ? "All replicas" : name);
+  choice.replaceChildren(...offered.map((name) => element("option", { value: name }, labelOf(name))));
   choice.value = names.includes(before) ? before : ALL;
 }
 
@@ -146,7 +146,8 @@ function writeReplicas(names) {
   const head = element("tr", {}, columns.map((name) => element("th", { scope: "col" }, name)));
   const body = names.map((name) => {
     const moments = history.map(({ replicas }) => replicas[name]).filter(Boolean);
-    return element("tr", {}, element("th", { scope: "row" }, name), tilesOf(moments).map((text) => element("td", {}, text)));
+    const cells = tilesOf(moments).map((text) => element("td", {}, text));
+    return element("tr", {}, element("th", { scope: "row" }, name), cells);
   });
   byId("replica-table").replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, body)));
 }
@@ -162,18 +163,19 @@ function tableOfRows() {
   return element("table", {}, element("thead", {}, head), bodies);
 }
 
-function toggle(button, act) {
-  byId(button).addEventListener("click", () => {
-    const isOn = byId(button).getAttribute("aria-pressed") !== "true";
-    byId(button).setAttribute("aria-pressed", String(isOn));
+/** Let a button turn something on and off. */
+function toggle(id, act) {
+  const button = byId(id);
+  button.addEventListener("click", () => {
+    const isOn = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(isOn));
     act(isOn);
     drawSoon();
   });
 }
 
 async function nameModel() {
-  const response = await fetch("info", { headers: authorization() });
-  if (response.ok) byId("model").textContent = (await response.json()).model_id;
+  byId("model").textContent = (await getJson("info")).model_id;
 }
 
 function start() {

@@ -1,4 +1,4 @@
-// A column that can be put away. Where there is little room it lies over the page, and goes when something else is used.
+// A column that can be put away. Where there is little room it lies over the page, and any other place puts it away.
 
 import { load, save } from "./storage.js";
 

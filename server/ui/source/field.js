@@ -54,6 +54,7 @@ export class ParameterField {
     this._kind = parameter.kind;
     this._hintText = parameter.hint ?? "";
     this._limit = {};
+    this._isOnByDefault = parameter.isOnByDefault ?? false;
     const id = `parameter-${parameter.name}`;
     this._control = this._makeControl(id, parameter);
     this._hint = element("span", { class: "hint", id: `${id}-hint` }, this._hintText);
@@ -67,12 +68,12 @@ export class ParameterField {
     }
   }
 
-  _makeControl(id, { kind, step, fallback }) {
+  _makeControl(id, { kind, step, placeholder = "default" }) {
     if (kind === "box") return element("input", { id, type: "checkbox" });
-    if (kind === "lines" || kind === "object")
+    if (kind === "lines" || kind === "object") {
       return element("textarea", { id, rows: "2", spellcheck: "false", class: "code" });
+    }
     if (kind === "number" || kind === "integer") {
-      const placeholder = fallback ?? "default";
       return element("input", { id, type: "number", step: step ?? 1, placeholder, inputmode: "decimal" });
     }
     return element("input", { id, type: "text", placeholder: "default", spellcheck: "false", autocomplete: "off" });
@@ -102,9 +103,7 @@ export class ParameterField {
   }
 
   get _fallback() {
-    return (
-      this._limit.fallback ?? ["skip_special_tokens", "parallel_tool_calls", "include_reasoning"].includes(this.name)
-    );
+    return this._limit.fallback ?? this._isOnByDefault;
   }
 
   /** The value for a request, or undefined. Raises FieldError. */

@@ -1,8 +1,8 @@
 // The figures that the server streams: which there are, how they are written, and what several replicas make together.
 
 export const SPAN_S = 300;
-const RECENT = 10;
 /** Moments that make up a part of tokens: in one second there may be none. */
+const NUM_RECENT = 10;
 
 /** Title, unit, and for each line its label and its place in a replica's figures. */
 export const CHARTS = [
@@ -32,15 +32,16 @@ export const TILES = [
   tile("Decode step, median", "seconds", (figures) => valueAt(figures, "decode_step_s.p50")),
   tile("Steps per second", "number", (figures) => figures.steps_per_s),
   tile("KV cache in use", "part", (figures) => part(figures.kv_tokens_used, figures.kv_tokens_total)),
-  tile("Prompt found in cache", "part", (_, recent) => part(recent.prefix_hit_tokens_per_s, recent.prompt_tokens_per_s)),
+  tile("Prompt found in cache", "part",
+    (_, recent) => part(recent.prefix_hit_tokens_per_s, recent.prompt_tokens_per_s)),
   tile("Guesses accepted", "part", (_, recent) => part(recent.draft_tokens_accepted_per_s, recent.draft_tokens_per_s)),
   tile("Memory", "bytes", (figures) => sum([figures.server_memory_bytes, figures.engine_memory_bytes])),
 ];
 
-/** What the tiles show, written, of the figures of some moments in a row; the last moment is the latest. */
+/** The texts of the tiles for the figures of some moments in a row; the last moment is the latest. */
 export function tilesOf(moments) {
-  const recent = combined(moments.slice(-RECENT));
-  return TILES.map(({ unit, read }) => written(read(moments.at(-1), recent), unit));
+  const recent = combined(moments.slice(-NUM_RECENT));
+  return TILES.map(({ unit, read }) => textOf(read(moments.at(-1), recent), unit));
 }
 
 function chart(title, unit, ...lines) {
@@ -60,22 +61,22 @@ export function valueAt(figures, place) {
   return place.split(".").reduce((value, name) => value?.[name] ?? null, figures);
 }
 
-/** Several figures as one: sums, and of times those of the slowest. */
+/** One or several figures as one: sums, and of times those of the slowest. */
 export function combined(all) {
   if (all.length === 1) return all[0];
-  const names = Object.keys(all[0] ?? {});
+  const names = Object.keys(all[0]);
   return Object.fromEntries(names.map((name) => [name, together(all.map((figures) => figures[name] ?? null))]));
 }
 
 function together(values) {
   const known = values.filter((value) => value !== null);
-  if (known.length === 0) return null;
-  if (typeof known[0] === "number") return sum(known);
+  if (known.length === 0 || typeof known[0] === "number") return sum(known);
   const names = Object.keys(known[0]);
   return Object.fromEntries(names.map((name) => [name, Math.max(...known.map((value) => value[name]))]));
 }
 
-function sum(values) {
+/** The sum of the values that are known, or null. */
+export function sum(values) {
   const known = values.filter((value) => value !== null);
   return known.length === 0 ? null : known.reduce((total, value) => total + value, 0);
 }
@@ -85,7 +86,7 @@ function part(value, whole) {
 }
 
 /** A value in words; a value that is not known is a dash. */
-export function written(value, unit) {
+export function textOf(value, unit) {
   return value === null ? "–" : WRITERS[unit](value);
 }
 

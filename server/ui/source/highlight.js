@@ -7,24 +7,25 @@ const BACKTICK = "`(?:\\\\[\\s\\S]|[^`\\\\])*`?";
 const WORD = String.raw`[A-Za-z_$][\w$]*`;
 const SLASHES = String.raw`\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|$)`;
 
-const C_WORDS = `abstract as async auto await bool boolean break byte case catch char class const continue debugger default
-  defer delete do double else enum export extends extern false final finally float fn for from func function go goto if impl
-  implements import in instanceof int interface let long loop match mod move mut namespace new nil null of operator override
-  package private protected pub public return self short signed sizeof static struct super switch template this throw throws
-  trait true try type typedef typeof undefined union unsafe unsigned use using var virtual void volatile where while yield`;
-const PYTHON_WORDS = `False None True and as assert async await break case class continue def del elif else except finally
-  for from global if import in is lambda match nonlocal not or pass raise return self try while with yield`;
-const SHELL_WORDS = `alias case cd do done echo elif else esac exec exit export fi for function if in local read return
-  set shift source sudo then trap unset until while`;
-const RUBY_WORDS = `begin class def do else elsif end ensure false if module nil require rescue return self then true unless
-  until when while yield`;
-const SQL_WORDS = `add all alter and as asc between by case create cross default delete desc distinct drop else end exists
-  foreign from full group having in index inner insert into is join key left like limit not null offset on or order outer
-  primary references right select set table then union unique update values view when where with`;
+const C_WORDS = `abstract as async auto await bool boolean break byte case catch char class const continue debugger
+  default defer delete do double else enum export extends extern false final finally float fn for from func function
+  go goto if impl implements import in instanceof int interface let long loop match mod move mut namespace new nil
+  null of operator override package private protected pub public return self short signed sizeof static struct super
+  switch template this throw throws trait true try type typedef typeof undefined union unsafe unsigned use using var
+  virtual void volatile where while yield`;
+const PYTHON_WORDS = `False None True and as assert async await break case class continue def del elif else except
+  finally for from global if import in is lambda match nonlocal not or pass raise return self try while with yield`;
+const SHELL_WORDS = `alias case cd do done echo elif else esac exec exit export fi for function if in local read
+  return set shift source sudo then trap unset until while`;
+const RUBY_WORDS = `begin class def do else elsif end ensure false if module nil require rescue return self then true
+  unless until when while yield`;
+const SQL_WORDS = `add all alter and as asc between by case create cross default delete desc distinct drop else end
+  exists foreign from full group having in index inner insert into is join key left like limit not null offset on or
+  order outer primary references right select set table then union unique update values view when where with`;
 
-function family(words, comment, strings, flags = "g") {
+function family(words, comment, strings) {
   const pattern = `(?<comment>${comment})|(?<string>${strings})|(?<number>${NUMBER})|(?<word>${WORD})`;
-  return { pattern: new RegExp(pattern, flags), words: new Set(words.split(/\s+/)) };
+  return { pattern: new RegExp(pattern, "g"), words: new Set(words.split(/\s+/)) };
 }
 
 const C = family(C_WORDS, SLASHES, [DOUBLE, SINGLE, BACKTICK].join("|"));
@@ -38,30 +39,35 @@ const RUBY = family(RUBY_WORDS, "#[^\\n]*", `${DOUBLE}|${SINGLE}`);
 const SQL = family(SQL_WORDS, "--[^\\n]*", `${DOUBLE}|${SINGLE}`);
 const JSON_TEXT = family("true false null", "\\/\\/[^\\n]*", DOUBLE);
 const MARKUP = {
-  pattern:
-    /(?<comment><!--[\s\S]*?(?:-->|$))|(?<keyword><\/?[\w:-]+|\/?>)|(?<string>"[^"]*"|'[^']*')|(?<name>(?<![\w:-])[\w:-]+(?==))/g,
+  pattern: new RegExp(
+    [
+      String.raw`(?<comment><!--[\s\S]*?(?:-->|$))`,
+      String.raw`(?<keyword><\/?[\w:-]+|\/?>)`,
+      String.raw`(?<string>"[^"]*"|'[^']*')`,
+      String.raw`(?<name>(?<![\w:-])[\w:-]+(?==))`,
+    ].join("|"),
+    "g",
+  ),
   words: new Set(),
 };
 
-const LANGUAGES = Object.create(null); // a model may name the language “constructor”
-function speak(known, names) {
-  for (const name of names.split(" ")) LANGUAGES[name] = known;
-}
-speak(
-  C,
-  "js javascript jsx ts typescript tsx mjs java c h cpp c++ cc cs csharp go golang rust rs swift kotlin kt php dart",
+const NAMES_OF_FAMILIES = [
+  [C, "js javascript jsx ts typescript tsx mjs java c h cpp c++ cc cs csharp go golang rust rs swift kotlin kt"],
+  [C, "php dart scala css scss less proto"],
+  [PYTHON, "py python python3 pycon"],
+  [SHELL, "sh bash shell zsh console yaml yml toml ini dockerfile makefile"],
+  [RUBY, "ruby rb perl r elixir"],
+  [SQL, "sql postgresql mysql sqlite"],
+  [JSON_TEXT, "json jsonc json5 jsonl"],
+  [MARKUP, "html xml svg vue"],
+];
+const LANGUAGES = new Map(
+  NAMES_OF_FAMILIES.flatMap(([known, names]) => names.split(" ").map((name) => [name, known])),
 );
-speak(C, "scala css scss less proto");
-speak(PYTHON, "py python python3 pycon");
-speak(SHELL, "sh bash shell zsh console yaml yml toml ini dockerfile makefile");
-speak(RUBY, "ruby rb perl r elixir");
-speak(SQL, "sql postgresql mysql sqlite");
-speak(JSON_TEXT, "json jsonc json5 jsonl");
-speak(MARKUP, "html xml svg vue");
 
-/** Pairs of a kind and a text, which together are the code. The kind is null, comment, string, number, keyword or name. */
+/** Pairs of a kind (null, comment, string, number, keyword, name) and a text, which together are the code. */
 export function partsOf(code, language) {
-  const known = LANGUAGES[language];
+  const known = LANGUAGES.get(language);
   if (known === undefined) return [[null, code]];
   const parts = [];
   let done = 0;

@@ -1,6 +1,6 @@
 // The API key: in memory, and in the browser's storage only if the person wants it there.
 
-import { element } from "./dom.js";
+import { byId, element } from "./dom.js";
 import { load, save } from "./storage.js";
 
 const PLACE = "key";
@@ -15,9 +15,8 @@ export function hasKey() {
   return key !== "";
 }
 
-/** The field for the key, and the box that says whether to remember it. `onChange` is called when the key is another. */
-export function keyFields(onChange = () => {}) {
-  const isRemembered = key !== "";
+/** The field for the key, and the box that says whether to remember it. `onChange` is called when the key changes. */
+export function keyFields(onChange) {
   // Not a password field, whose content browsers offer to keep; the style hides it.
   const field = element("input", {
     id: "api-key",
@@ -26,7 +25,7 @@ export function keyFields(onChange = () => {}) {
     autocomplete: "off",
     spellcheck: "false",
   });
-  const box = element("input", { id: "remember-key", type: "checkbox", checked: isRemembered });
+  const box = element("input", { id: "remember-key", type: "checkbox", checked: hasKey() });
   field.value = key;
   const keep = () => {
     key = field.value.trim();
@@ -49,5 +48,5 @@ export function keyFields(onChange = () => {}) {
 
 /** Bring the person to the field. */
 export function askForKey() {
-  document.getElementById("api-key").focus();
+  byId("api-key").focus();
 }

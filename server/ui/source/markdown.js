@@ -43,7 +43,7 @@ function lineAfter(lines, at, isEnd) {
 
 function readFence(lines, at) {
   const [, indent, mark, info] = FENCE.exec(lines[at]);
-  const closing = new RegExp(`^ {0,3}${mark[0] === "~" ? "~" : "`"}{${mark.length},}[ \\t]*$`);
+  const closing = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}[ \\t]*$`);
   const end = lineAfter(lines, at + 1, (line) => closing.test(line));
   const code = lines.slice(at + 1, end).map((line) => line.replace(new RegExp(`^ {0,${indent.length}}`), ""));
   const language = info.trim().split(/\s+/)[0].toLowerCase();
@@ -62,33 +62,19 @@ function readMath(lines, at) {
   const closing = mark === "$$" ? "$$" : "\\]";
   const isClosed = lines[at].indexOf(closing, lines[at].indexOf(mark) + 2) > 0;
   const end = isClosed ? at : lineAfter(lines, at + 1, (line) => line.includes(closing) || BLANK.test(line));
-  return [
-    {
-      type: "math",
-      text: lines
-        .slice(at, end + 1)
-        .join("\n")
-        .trim(),
-    },
-    Math.min(end + 1, lines.length),
-  ];
+  const text = lines.slice(at, end + 1).join("\n");
+  return [{ type: "math", text: text.trim() }, Math.min(end + 1, lines.length)];
 }
 
 function readHeading(lines, at) {
   const [, marks, text = ""] = HEADING.exec(lines[at]);
-  const words = text
-    .trim()
-    .replace(/(?:^|[ \t])#+$/, "")
-    .trimEnd();
-  return [{ type: "heading", level: marks.length, children: inlineOf(words) }, at + 1];
+  const words = text.trim().replace(/(?:^|[ \t])#+$/, "");
+  return [{ type: "heading", level: marks.length, children: inlineOf(words.trimEnd()) }, at + 1];
 }
 
 function readQuote(lines, at, depth) {
-  const end = lineAfter(
-    lines,
-    at,
-    (line, place) => !QUOTE.test(line) && (BLANK.test(line) || beginsBlock(lines, place)),
-  );
+  const isEnd = (line, place) => !QUOTE.test(line) && (BLANK.test(line) || beginsBlock(lines, place));
+  const end = lineAfter(lines, at, isEnd);
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
   return [{ type: "quote", children: readBlocks(inner, depth + 1) }, end];
 }
@@ -109,13 +95,8 @@ function readList(lines, at, depth) {
     const width = match[0].length > match[1].length + 6 ? match[1].length + 2 : match[0].length;
     const first = end;
     end = endOfItem(lines, first, match[1].length + 2);
-    const inner = [lines[first].slice(match[0].length), ...lines.slice(first + 1, end)];
-    items.push(
-      readBlocks(
-        inner.map((line, place) => (place ? withoutIndent(line, width) : line)),
-        depth + 1,
-      ),
-    );
+    const further = lines.slice(first + 1, end).map((line) => withoutIndent(line, width));
+    items.push(readBlocks([lines[first].slice(match[0].length), ...further], depth + 1));
     const next = lineAfter(lines, end, (line) => !BLANK.test(line));
     if (next < lines.length && ITEM.test(lines[next])) end = next;
   }
@@ -206,7 +187,7 @@ const INLINE = new RegExp(
 );
 
 /** The inline nodes of a paragraph: texts, and `{type, children | text, target}`. */
-export function inlineOf(text, depth = 0) {
+function inlineOf(text, depth = 0) {
   if (depth > MAX_DEPTH || text.length > MAX_INLINE) return [text];
   const nodes = [];
   let done = 0;

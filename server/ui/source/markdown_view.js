@@ -9,7 +9,7 @@ const INLINE_ELEMENTS = { strong: "strong", emphasis: "em", struck: "del" };
 const SAFE_SCHEMES = ["http:", "https:", "mailto:"];
 const shownSources = new WeakMap(); // container -> the sources of its blocks
 
-/** Show a text in a container. Blocks that are as before stay the elements that they are, also what is selected there. */
+/** Show a text in a container. Blocks that did not change stay the same elements, so a selection in them lasts. */
 export function showMarkdown(container, text) {
   const blocks = blocksOf(text);
   const before = shownSources.get(container) ?? [];
@@ -20,10 +20,8 @@ export function showMarkdown(container, text) {
     else container.append(made);
   }
   while (container.children.length > blocks.length) container.lastElementChild.remove();
-  shownSources.set(
-    container,
-    blocks.map((block) => block.source),
-  );
+  const sources = blocks.map(({ source }) => source);
+  shownSources.set(container, sources);
 }
 
 function blockElement(block) {
@@ -85,14 +83,14 @@ export function codeBlock(text, language) {
       "figcaption",
       {},
       element("span", {}, name),
-      copyButton("Copy code", () => text),
+      copyButton("Copy", () => text, { "aria-label": "Copy code" }),
     ),
     element("pre", { tabindex: "0" }, element("code", {}, codeNodes(text, language))),
   );
 }
 
 /** Elements and texts for code. */
-export function codeNodes(text, language) {
+function codeNodes(text, language) {
   return partsOf(text, language).map(([kind, part]) =>
     kind === null ? part : element("span", { class: `is-${kind}` }, part),
   );

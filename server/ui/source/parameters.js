@@ -3,15 +3,18 @@
 const SCHEMAS = { chat: "ChatRequest", completion: "CompletionRequest", infill: "CompletionRequest" };
 const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
 
-/** Name, kind, hint, and what an empty field stands for (`fallback`); the first ones are always in sight. */
+/**
+ * Name, kind, hint, and the `placeholder` of an empty field; those without `isMore` are always in sight. A server may
+ * say other defaults of the boxes.
+ */
 export const PARAMETERS = [
-  { name: "temperature", kind: "number", step: 0.1, fallback: "default: 1", hint: "0 takes the likeliest" },
-  { name: "top_p", kind: "number", step: 0.05, fallback: "default: 1", hint: "only the likeliest, up to this share" },
-  { name: "max_tokens", kind: "integer", fallback: "all there is", hint: "longest answer" },
-  { name: "seed", kind: "integer", fallback: "random", hint: "same seed, same answer" },
+  { name: "temperature", kind: "number", step: 0.1, placeholder: "default: 1", hint: "0 takes the likeliest" },
+  { name: "top_p", kind: "number", step: 0.05, placeholder: "default: 1", hint: "the likeliest, up to this share" },
+  { name: "max_tokens", kind: "integer", placeholder: "no limit", hint: "longest answer" },
+  { name: "seed", kind: "integer", placeholder: "random", hint: "same seed, same answer" },
   { name: "top_k", kind: "integer", isMore: true, hint: "only so many of the likeliest" },
   { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "of the likeliest one's chance" },
-  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "only the typical, up to this share" },
+  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "the typical, up to this share" },
   { name: "repetition_penalty", kind: "number", step: 0.05, isMore: true, hint: "above 1 repeats less" },
   { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "more for each use" },
   { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "the same for any use" },
@@ -25,31 +28,19 @@ export const PARAMETERS = [
   { name: "reasoning_effort", kind: "text", isMore: true, hint: "none, low, medium, high" },
   { name: "chat_template_kwargs", kind: "object", isMore: true, hint: 'JSON: {"enable_thinking": false}' },
   { name: "include_stop_str_in_output", kind: "box", isMore: true },
-  { name: "skip_special_tokens", kind: "box", isMore: true },
+  { name: "skip_special_tokens", kind: "box", isMore: true, isOnByDefault: true },
   { name: "ignore_eos", kind: "box", isMore: true },
-  { name: "parallel_tool_calls", kind: "box", isMore: true },
-  { name: "include_reasoning", kind: "box", isMore: true },
+  { name: "parallel_tool_calls", kind: "box", isMore: true, isOnByDefault: true },
+  { name: "include_reasoning", kind: "box", isMore: true, isOnByDefault: true },
 ];
 
 /** The value in a field's text; undefined where there is none. Raises Error with the reason in words. */
 export const READERS = {
-  number: (text) => numberOf(text),
-  integer: (text) => numberOf(text),
+  number: numberOf,
+  integer: numberOf,
   text: (text) => text.trim() || undefined,
-  lines: (text) =>
-    filled(
-      text
-        .split("\n")
-        .filter((line) => line !== "")
-        .map(withoutEscapes),
-    ),
-  integers: (text) =>
-    filled(
-      text
-        .split(/[\s,]+/)
-        .filter((id) => id !== "")
-        .map(integerOf),
-    ),
+  lines: (text) => listOf(text.split("\n"), withoutEscapes),
+  integers: (text) => listOf(text.split(/[\s,]+/), integerOf),
   object: (text) => (text.trim() === "" ? undefined : objectOf(text)),
 };
 
@@ -57,7 +48,8 @@ function numberOf(text) {
   return text.trim() === "" ? undefined : Number(text);
 }
 
-function filled(list) {
+function listOf(parts, read) {
+  const list = parts.filter((part) => part !== "").map(read);
   return list.length === 0 ? undefined : list;
 }
 
@@ -72,7 +64,7 @@ function withoutEscapes(line) {
 
 function objectOf(text) {
   const value = jsonOf(text);
-  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("This is not a JSON object.");
+  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("It must be a JSON object.");
   return value;
 }
 
@@ -100,17 +92,17 @@ export function limitsOf(mode, description, info) {
 function limitOf(schema) {
   const parts = [schema, ...(schema.anyOf ?? [])];
   const bound = (key) => parts.map((part) => part[key]).find((value) => value !== undefined);
-  const most = bound("maximum");
+  const max = bound("maximum");
   return {
     min: bound("minimum") ?? bound("exclusiveMinimum"),
-    max: most !== undefined && most > Number.MAX_SAFE_INTEGER ? undefined : most,
+    max: max !== undefined && max > Number.MAX_SAFE_INTEGER ? undefined : max,
     isMinExcluded: bound("minimum") === undefined,
     fallback: schema.default,
   };
 }
 
 /** The limits in words. */
-export function rangeOf({ min, max, isMinExcluded } = {}) {
+export function rangeOf({ min, max, isMinExcluded }) {
   const low = min === undefined || min < -Number.MAX_SAFE_INTEGER ? null : `${isMinExcluded ? "above " : ""}${min}`;
   const high = max === undefined || max >= 2 ** 31 - 1 ? null : String(max);
   if (low !== null && high !== null) return `${low} to ${high}`;

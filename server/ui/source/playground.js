@@ -48,6 +48,7 @@ const bar = new RequestBar(settings, currentRequest);
 const tabs = new Tabs(document.querySelector("[role=tablist]"), onMode);
 const conversationDrawer = new Drawer(byId("conversations"), byId("show-conversations"), 760);
 const settingsDrawer = new Drawer(byId("settings"), byId("show-settings"), 1080);
+let noticeTimer = 0;
 
 function writer() {
   return { chat, completion, infill }[tabs.mode];
@@ -172,11 +173,11 @@ function notify(words, label, act) {
   const acts = label === undefined ? [] : [button(label, () => (hide(), act()), { class: "small" })];
   notice.replaceChildren(element("span", {}, words), ...acts);
   notice.hidden = false;
-  clearTimeout(notify.timer);
-  notify.timer = setTimeout(hide, NOTICE_MS);
+  clearTimeout(noticeTimer);
+  noticeTimer = setTimeout(hide, NOTICE_MS);
 }
 
-function leave() {
+function onEscape() {
   const over = [settingsDrawer, conversationDrawer].find((drawer) => drawer.isOver);
   if (over === undefined) writer().stop();
   else over.set(false);
@@ -202,7 +203,7 @@ byId("suggestions").append(...SUGGESTIONS.map((text) => button(text, () => send(
 byId("key").append(keyFields(showRequest));
 addEventListener("pagehide", keepDraft);
 showShortcuts({
-  Escape: { words: "stop the model, or put the settings away where they lie over the page", act: leave },
+  Escape: { words: "stop the model, or put the settings away where they lie over the page", act: onEscape },
   "Alt+Shift+N": { words: "new conversation", act: begin },
   "Alt+Shift+S": { words: "show or hide the settings", act: () => byId("show-settings").click() },
   "Alt+Shift+M": {

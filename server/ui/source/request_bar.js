@@ -7,6 +7,8 @@ import { hasKey } from "./key.js";
 import { codeBlock } from "./markdown_view.js";
 import { LANGUAGES } from "./snippets.js";
 
+const FAULT = "A setting is wrong: there is no request.";
+
 export class RequestBar {
   /** `settings` are those on the page, `request(settings)` makes the request. */
   constructor(settings, request) {
@@ -28,15 +30,12 @@ export class RequestBar {
   show() {
     if (!byId("request").open) return;
     const settings = this._settings.readQuietly();
-    const parts =
-      settings === null ? [element("p", { class: "fault" }, "A setting is wrong: there is no request.")] : [];
-    if (settings !== null) {
-      const { path, body } = this._request(settings);
-      parts.push(
-        element("p", { class: "code" }, `POST ${addressOf(path)}`),
-        codeBlock(JSON.stringify(body, null, 2), "json"),
-      );
-    }
+    const parts = settings === null ? [element("p", { class: "fault" }, FAULT)] : partsOf(this._request(settings));
     byId("request-text").replaceChildren(...parts);
   }
+}
+
+function partsOf({ path, body }) {
+  const head = element("p", { class: "code" }, `POST ${addressOf(path)}`);
+  return [head, codeBlock(JSON.stringify(body, null, 2), "json")];
 }

@@ -1,4 +1,4 @@
-// One streaming request: its events until it ends, is stopped or fails, and its numbers.
+// One streaming request: its events until it ends, is stopped or fails, and its numbers, also in words.
 
 import { openStream, RequestError } from "./api.js";
 
@@ -49,4 +49,17 @@ export class Run {
       this.stats.numCached = usage.prompt_tokens_details?.cached_tokens;
     }
   }
+}
+
+/** A run's numbers in words: `{numTokens, numPrompt, numCached, firstMs, totalMs}`. */
+export function factsOf({ numTokens, numPrompt, numCached, firstMs, totalMs }) {
+  const facts = [];
+  if (numTokens !== undefined) {
+    facts.push(`${numTokens} ${numTokens === 1 ? "token" : "tokens"}`);
+    const seconds = (totalMs - firstMs) / 1000;
+    if (numTokens > 1 && seconds > 0) facts.push(`${((numTokens - 1) / seconds).toFixed(1)} tokens/s`);
+  }
+  if (firstMs !== undefined) facts.push(`first after ${(firstMs / 1000).toFixed(2)} s`);
+  if (numPrompt !== undefined) facts.push(`prompt ${numPrompt}${numCached ? `, ${numCached} of them cached` : ""}`);
+  return facts;
 }

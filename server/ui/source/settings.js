@@ -28,13 +28,14 @@ export const NO_SETTINGS = {
 };
 
 export class Settings {
-  /** `onChange` is called whenever the person has changed something, `onFault(error)` with the FieldError of a setting. */
+  /** `onChange` is called when the person has changed something, `onFault(error)` with the FieldError of a setting. */
   constructor(onChange, onFault) {
     this._onFault = onFault;
-    this._fields = PARAMETERS.map((parameter) => new ParameterField(parameter));
-    const isMore = (field, index) => PARAMETERS[index].isMore;
-    byId("parameters").append(...this._fields.filter((...pair) => !isMore(...pair)).map((field) => field.element));
-    byId("more-parameters").append(...this._fields.filter(isMore).map((field) => field.element));
+    this._fields = PARAMETERS.map((parameter) => {
+      const field = new ParameterField(parameter);
+      byId(parameter.isMore ? "more-parameters" : "parameters").append(field.element);
+      return field;
+    });
     this._model = byId("model");
     this._keptModel = "";
     this._system = byId("system-prompt");
@@ -44,21 +45,12 @@ export class Settings {
     this._schema = new CheckedControl(byId("json-schema"), schemaOf);
     byId("tools").after(this._tools.fault);
     byId("json-schema").after(this._schema.fault);
-    byId("examples-of-tools").append(this._example("Put in an example", "tools", EXAMPLE_TOOL, onChange));
-    byId("examples-of-schemas").append(this._example("Put in an example", "json-schema", EXAMPLE_SCHEMA, onChange));
+    byId("examples-of-tools").append(exampleButton("tools", EXAMPLE_TOOL));
+    byId("examples-of-schemas").append(exampleButton("json-schema", EXAMPLE_SCHEMA));
     byId("settings").addEventListener("input", () => {
       this._showSchema();
       onChange();
     });
-  }
-
-  _example(label, id, value, onChange) {
-    const act = () => {
-      byId(id).value = JSON.stringify(value, null, 2);
-      byId(id).dispatchEvent(new Event("input"));
-      onChange();
-    };
-    return button(label, act, { class: "bare small" });
   }
 
   /** Follow what the server says of a mode, and show only what its requests have. */
@@ -114,24 +106,19 @@ export class Settings {
   }
 
   /** The settings as `requests.js` takes them, or null if one is wrong, which the person has been told then. */
-  read() {
+  read(onFault = this._onFault) {
     try {
       return this._read();
     } catch (error) {
       if (!(error instanceof FieldError)) throw error;
-      this._onFault(error);
+      onFault(error);
       return null;
     }
   }
 
   /** The same, but the person is left where they are. */
   readQuietly() {
-    try {
-      return this._read();
-    } catch (error) {
-      if (!(error instanceof FieldError)) throw error;
-      return null;
-    }
+    return this.read(() => {});
   }
 
   _read() {
@@ -146,6 +133,15 @@ export class Settings {
       parameters: Object.fromEntries(values),
     };
   }
+}
+
+/** A button that fills a field as if the person had typed. */
+function exampleButton(id, value) {
+  const act = () => {
+    byId(id).value = JSON.stringify(value, null, 2);
+    byId(id).dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  return button("Put in an example", act, { class: "bare small" });
 }
 
 /** Whether requests of the mode that is open have what a control says. */

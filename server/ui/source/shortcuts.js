@@ -14,9 +14,8 @@ const OF_FIELDS = [
 export function showShortcuts(shortcuts) {
   const dialog = byId("shortcuts");
   const rows = [...OF_FIELDS, ...Object.entries(shortcuts).map(([keys, { words }]) => [keys, words])];
-  byId("shortcut-list").append(
-    ...rows.map(([keys, words]) => [element("dt", {}, kbd(keys)), element("dd", {}, words)]).flat(),
-  );
+  const entries = rows.flatMap(([keys, words]) => [element("dt", {}, kbd(keys)), element("dd", {}, words)]);
+  byId("shortcut-list").append(...entries);
   byId("show-shortcuts").addEventListener("click", () => dialog.showModal());
   byId("hide-shortcuts").addEventListener("click", () => dialog.close());
   document.addEventListener("keydown", (event) => {

@@ -2,12 +2,12 @@
 
 const OPENAI_METHODS = { "v1/chat/completions": "chat.completions", "v1/completions": "completions" };
 const OPENAI_ARGUMENTS = new Set(
-  `best_of echo frequency_penalty logit_bias logprobs max_completion_tokens max_tokens messages model n parallel_tool_calls
-  presence_penalty prompt reasoning_effort response_format seed stop stream stream_options suffix temperature tool_choice
-  tools top_logprobs top_p`.split(/\s+/),
+  `best_of echo frequency_penalty logit_bias logprobs max_completion_tokens max_tokens messages model n
+  parallel_tool_calls presence_penalty prompt reasoning_effort response_format seed stop stream stream_options suffix
+  temperature tool_choice tools top_logprobs top_p`.split(/\s+/),
 );
 const TEXT_OF_CHUNK = { "v1/chat/completions": "delta.content", "v1/completions": "text" };
-const LINE = 88;
+const MAX_COLUMNS = 88;
 const PYTHON_CALLS = `        for call in choice.delta.tool_calls or []:
             print(call.function.name or "", call.function.arguments or "", end="", flush=True)
 `;
@@ -35,8 +35,8 @@ function python({ path, body }, origin, hasKey) {
   const entries = Object.entries(body);
   const extra = Object.fromEntries(entries.filter(([name]) => !OPENAI_ARGUMENTS.has(name)));
   const known = entries.filter(([name]) => OPENAI_ARGUMENTS.has(name));
-  const given = Object.keys(extra).length === 0 ? known : [...known, ["extra_body", extra]];
-  const lines = given.map(([name, value]) => `    ${name}=${pythonOf(value, 4)},\n`).join("");
+  const keywords = Object.keys(extra).length === 0 ? known : [...known, ["extra_body", extra]];
+  const lines = keywords.map(([name, value]) => `    ${name}=${pythonOf(value, 4)},\n`).join("");
   const key = hasKey ? `os.environ["API_KEY"]` : `"-"`;
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
 
@@ -60,7 +60,7 @@ function pythonOf(value, indent) {
     : Object.entries(value).map(([key, item]) => [`${JSON.stringify(key)}: `, item]);
   const [open, close] = isList ? "[]" : "{}";
   const short = open + items.map(([key, item]) => key + pythonOf(item, 0)).join(", ") + close;
-  if (short.length + indent <= LINE && !short.includes("\n")) return short;
+  if (short.length + indent <= MAX_COLUMNS && !short.includes("\n")) return short;
   const inner = " ".repeat(indent + 4);
   const lines = items.map(([key, item]) => `${inner}${key}${pythonOf(item, indent + 4)},\n`).join("");
   return `${open}\n${lines}${" ".repeat(indent)}${close}`;

@@ -1,5 +1,7 @@
 // Tabs: one panel is in sight. Arrows move between them, as in every list of tabs.
 
+import { byId } from "./dom.js";
+
 export class Tabs {
   /** `onChange(mode)` is called with the `data-mode` of the tab that is chosen. */
   constructor(list, onChange) {
@@ -16,7 +18,7 @@ export class Tabs {
       const isChosen = tab.dataset.mode === mode;
       tab.setAttribute("aria-selected", String(isChosen));
       tab.tabIndex = isChosen ? 0 : -1;
-      document.getElementById(tab.getAttribute("aria-controls")).hidden = !isChosen;
+      byId(tab.getAttribute("aria-controls")).hidden = !isChosen;
     }
     this._onChange(mode);
   }

@@ -5,20 +5,21 @@ import { button, element } from "./dom.js";
 const LEAVE_MS = 250;
 const LEVELS = [0.9, 0.6, 0.3, 0.1]; // probabilities between the shades
 const INVISIBLE = { "\n": "↵", "\t": "⇥", " ": "␣" };
+let numViews = 0;
 
 export class TokenView {
   /** `onChoose(place, name)` is called when the person takes another token for a place. */
   constructor(label, onChoose) {
     this._onChoose = onChoose;
+    this._id = `tokens-${++numViews}`;
     this._card = element("div", { class: "token-card", role: "group", "aria-label": "Alternatives", hidden: true });
     this._text = element("div", { class: "tokens", role: "listbox", "aria-label": label, tabindex: "0", hidden: true });
     this.element = element("div", { class: "token-box" }, this._text, this._card);
     this._tokens = [];
     this._at = null;
-    this._text.addEventListener(
-      "pointerover",
-      ({ target }) => this._isToken(target) && this._show(Number(target.dataset.place)),
-    );
+    this._text.addEventListener("pointerover", ({ target }) => {
+      if (target.dataset.place !== undefined) this._show(Number(target.dataset.place));
+    });
     this._text.addEventListener("keydown", (event) => this._onKey(event));
     this._text.addEventListener("focusout", () => this._leaveSoon());
     this._card.addEventListener("keydown", (event) => this._onKey(event));
@@ -57,12 +58,6 @@ export class TokenView {
 
   get tokens() {
     return this._tokens;
-  }
-
-  _id = `tokens-${crypto.getRandomValues(new Uint32Array(1))[0]}`;
-
-  _isToken(target) {
-    return target.dataset?.place !== undefined;
   }
 
   _show(place) {
@@ -115,8 +110,9 @@ export class TokenView {
       event.stopPropagation();
       this._hide(true);
     }
-    if (event.currentTarget === this._text && event.key === "Enter")
+    if (event.currentTarget === this._text && event.key === "Enter") {
       this._card.querySelector("button:not(:disabled)")?.focus();
+    }
   }
 
   _leaveSoon() {

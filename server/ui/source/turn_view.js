@@ -3,13 +3,17 @@
 import { copyButton } from "./copy.js";
 import { button, element } from "./dom.js";
 import { codeBlock, showMarkdown } from "./markdown_view.js";
+import { factsOf } from "./run.js";
 
 const NAMES = { user: "You", assistant: "Model", tool: "Tool" };
-let numViews = 0;
 const FINISHES = { length: "cut off at its length", stopped: "stopped" };
+let numViews = 0;
 
 export class TurnView {
-  /** `actions` are called with the turn: edit(turn, text), regenerate(turn), goOn(turn), answer(turn, texts). */
+  /**
+   * `actions` are called with the turn: edit(turn, text), whose text is null if the person gave up, regenerate(turn),
+   * goOn(turn), answer(turn, texts).
+   */
   constructor(turn, actions) {
     this.turn = turn;
     this._id = ++numViews;
@@ -66,11 +70,8 @@ export class TurnView {
       const field = element("textarea", { id, rows: "2", class: "code", spellcheck: "false" });
       return { field, label: element("label", { for: id }, `Answer of ${name}`) };
     });
-    const send = () =>
-      this._actions.answer(
-        this.turn,
-        fields.map(({ field }) => field.value),
-      );
+    const valuesOf = () => fields.map(({ field }) => field.value);
+    const send = () => this._actions.answer(this.turn, valuesOf());
     const parts = calls.map((call, place) => {
       const { field, label } = fields[place];
       return [callElement(call), element("div", { class: "field" }, label, field)];
@@ -84,10 +85,8 @@ export class TurnView {
     const again = () => this._actions.regenerate(this.turn);
     const parts = note ? [element("p", { class: "note" }, note)] : [];
     if (error) {
-      const words = element("span", {}, error);
-      parts.push(
-        element("div", { class: "failure", role: "alert" }, words, button("Try again", again, { class: "small" })),
-      );
+      const what = [element("span", {}, error), button("Try again", again, { class: "small" })];
+      parts.push(element("div", { class: "failure", role: "alert" }, what));
     }
     return parts;
   }
@@ -111,24 +110,11 @@ export class TurnView {
   edit() {
     this._isEditing = true;
     const isOwn = this.turn.role === "user";
-    const field = element("textarea", {
-      "aria-label": isOwn ? "Edit message" : "Edit answer",
-      rows: "4",
-      class: "editor",
-    });
+    const label = isOwn ? "Edit message" : "Edit answer";
+    const field = element("textarea", { "aria-label": label, rows: "4", class: "editor" });
     field.value = this.turn.text;
-    const end = () => {
-      this._isEditing = false;
-      if (!isOwn) this._body.replaceChildren(this._words, this._calls, this._end);
-    };
-    const save = () => {
-      end();
-      this._actions.edit(this.turn, field.value);
-    };
-    const cancel = () => {
-      end();
-      this._actions.edit(this.turn, null);
-    };
+    const save = () => this._endEdit(field.value);
+    const cancel = () => this._endEdit(null);
     field.addEventListener("keydown", (event) => {
       if (event.isComposing) return;
       const isEnter = event.key === "Enter" && (event.ctrlKey || event.metaKey || (isOwn && !event.shiftKey));
@@ -139,12 +125,15 @@ export class TurnView {
       }
     });
     this._body.replaceChildren(field);
-    const label = isOwn ? "Send again" : "Save";
-    this._foot.replaceChildren(
-      button(label, save, { class: "main small" }),
-      button("Cancel", cancel, { class: "small" }),
-    );
+    const saver = button(isOwn ? "Send again" : "Save", save, { class: "main small" });
+    this._foot.replaceChildren(saver, button("Cancel", cancel, { class: "small" }));
     field.focus();
+  }
+
+  _endEdit(text) {
+    this._isEditing = false;
+    if (this.turn.role === "assistant") this._body.replaceChildren(this._words, this._calls, this._end);
+    this._actions.edit(this.turn, text);
   }
 }
 
@@ -161,17 +150,4 @@ function pretty(text) {
   } catch {
     return text;
   }
-}
-
-/** A run's numbers in words: `{numTokens, numPrompt, numCached, firstMs, totalMs}`. */
-export function factsOf({ numTokens, numPrompt, numCached, firstMs, totalMs }) {
-  const facts = [];
-  if (numTokens !== undefined) {
-    facts.push(`${numTokens} ${numTokens === 1 ? "token" : "tokens"}`);
-    const seconds = (totalMs - firstMs) / 1000;
-    if (numTokens > 1 && seconds > 0) facts.push(`${((numTokens - 1) / seconds).toFixed(1)} tokens/s`);
-  }
-  if (firstMs !== undefined) facts.push(`first after ${(firstMs / 1000).toFixed(2)} s`);
-  if (numPrompt !== undefined) facts.push(`prompt ${numPrompt}${numCached ? `, ${numCached} of them cached` : ""}`);
-  return facts;
 }

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from engine.link.progress import Stage
-from tests.browser.browser import serious_faults, watched_page
-from tests.browser.pages_server import START_TIMEOUT_S, PagesServer, pages_server, write_pages_model
+from tests.browser.browser import watched_page
+from tests.browser.pages_server import loading_server, pages_server
 from tests.browser.playground import Playground
-
-BACK_MS = 15_000
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
@@ -36,7 +32,7 @@ def test_a_dead_server_is_told_and_found_again(browser: Browser, tmp_path: Path,
             expect(playground.answers.last).to_contain_text("a long")
         expect(playground.server).not_to_have_text(alive)
         server.start()
-        expect(playground.server).to_have_text(alive, timeout=BACK_MS)
+        expect(playground.server).to_have_text(alive)
         playground.alert.get_by_role("button", name="Try again").click()
         playground.settled()
         expect(playground.answers.last).to_contain_text("Hello, world!")
@@ -77,32 +73,10 @@ def test_a_full_server_says_so(browser: Browser, tmp_path: Path) -> None:
         watch.forget("429")
 
 
-@pytest.mark.parametrize("path", ["/", "/dashboard"])
-def test_a_page_that_is_opened_while_the_model_loads_goes_on_by_itself(
-    browser: Browser, tmp_path: Path, path: str
-) -> None:
-    write_pages_model(tmp_path)
-    server = PagesServer(tmp_path, is_listening_early=True)
-    try:
-        server.begin()
-        server.until(lambda: is_alive(server.url), START_TIMEOUT_S)
-        with watched_page(browser, server.url) as (page, watch):
-            page.goto(path)
-            expect(page.get_by_role("heading", name="pytgi is starting")).to_be_visible()
-            server.tell(Stage.LOADING, 0.25, "Loading weights: 2 of 8 files")
-            expect(page.get_by_role("status", name="Server")).to_have_text("Loading weights: 2 of 8 files")
-            expect(page.get_by_role("progressbar")).to_have_js_property("value", 0.25)
-            assert serious_faults(page) == []
-            server.become_ready()
-            there = Playground(page).send if path == "/" else page.get_by_role("heading", name="Dashboard")
-            expect(there).to_be_visible(timeout=BACK_MS)
-            watch.forget("503")
-    finally:
-        server.stop()
-
-
-def is_alive(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/livez", timeout=10).status_code == 200
-    except httpx.ConnectError:
-        return False
+def test_the_dashboard_that_is_opened_while_the_model_loads_goes_on_by_itself(browser: Browser, tmp_path: Path) -> None:
+    with loading_server(tmp_path) as server, watched_page(browser, server.url) as (page, watch):
+        page.goto("/dashboard")
+        expect(page.get_by_role("heading", name="pytgi is starting")).to_be_visible()
+        server.become_ready()
+        expect(page.get_by_role("heading", name="Dashboard")).to_be_visible()
+        watch.forget("503")

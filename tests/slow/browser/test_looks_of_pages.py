@@ -37,7 +37,6 @@ def is_prime(n: int) -> bool:
 """
 PERIOD_MS = 6_000
 """The time for which the dashboard shows a load."""
-WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 
 
 def keep(page: Page, name: str) -> None:
@@ -47,6 +46,11 @@ def keep(page: Page, name: str) -> None:
     if os.environ.get("WRITE_PICTURES"):
         PICTURES.mkdir(exist_ok=True)
         (PICTURES / f"{name}.png").write_bytes(picture)
+
+
+def check_width(page: Page) -> None:
+    width, limit = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= limit, "the page is wider than the screen"
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -59,8 +63,7 @@ def test_a_chat(browser: Browser, server: PagesServer, look: str) -> None:
         keep(page, f"chat-{look}")
         playground.chat("Why is 7 lonely?")
         assert serious_faults(page) == []
-        width, limit = page.evaluate(WIDTHS)
-        assert width <= limit, "the page is wider than the screen"
+        check_width(page)
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -81,8 +84,7 @@ def test_everything_that_can_be_opened(browser: Browser, server: PagesServer, lo
         for mode in ("Completion", "Fill in the middle"):
             playground.tab(mode).click()
             assert serious_faults(page) == []
-        width, limit = page.evaluate(WIDTHS)
-        assert width <= limit, "the page is wider than the screen"
+        check_width(page)
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -97,16 +99,14 @@ def test_the_dashboard(browser: Browser, server: PagesServer, look: str) -> None
             page.wait_for_timeout(PERIOD_MS)
             keep(page, f"dashboard-{look}")
             assert serious_faults(page) == []
-            width, limit = page.evaluate(WIDTHS)
-            assert width <= limit, "the page is wider than the screen"
+            check_width(page)
 
 
 def test_a_screen_that_is_zoomed_in_four_times_loses_nothing(browser: Browser, server: PagesServer) -> None:
     with watched_page(browser, server.url, viewport={"width": 320, "height": 256}) as (page, _):
         playground = Playground.open(page)
         playground.chat("Hello")
-        width, limit = page.evaluate(WIDTHS)
-        assert width <= limit, "the page is wider than the screen"
+        check_width(page)
         playground.message.scroll_into_view_if_needed()
         expect(playground.message).to_be_in_viewport()
 

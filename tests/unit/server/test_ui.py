@@ -1,9 +1,8 @@
-"""The pages for browsers: who gets them, their headers, what their files may hold, and how they are turned off."""
+"""The pages for browsers: who gets them, their headers, how they are turned off, and where a start says they are."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from server.app import create_app
 from server.text.tokenizer import TextTokenizer
 from server.ui.accept import prefers_html
 from server.ui.pages import SOURCE, page_files
-from tests.unit.house import MAX_FILE_LINES
 from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 CHROMIUM = (
@@ -25,16 +23,7 @@ CHROMIUM = (
 )
 FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
-MAX_PAGES_BYTES = 200_000
-RUNS_TEXT = re.compile(
-    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|setHTML|srcdoc|\beval\b"
-    r"|new Function|setAttribute\(\s*[\"']on|javascript:"
-)
-"""Ways from a text to HTML or a program. What a model writes becomes elements and text one by one."""
-INLINE = re.compile(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=")
-NAMED = re.compile(r"(?:href=\"ui/|src=\"ui/|from \"\./)([\w.]+)\"")
-OTHER_ORIGIN = re.compile(r"https?://(?!www\.w3\.org/)|[\"'(=]//\w")
-"""A namespace of the W3C is a name, nothing is fetched from it."""
+FILES = [file.name for file in page_files().values() if not file.is_page]
 
 
 @pytest.mark.parametrize("accept", [CHROMIUM, FIREFOX, "text/html", "Text/HTML, */*; q=0.01"])
@@ -84,22 +73,22 @@ async def test_a_page_comes_also_from_a_server_that_cannot_answer(
     assert (await client.get("/", headers={"accept": CHROMIUM})).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/ui", *(f"/ui/{name}" for name in page_files() if not name.endswith(".html"))])
-async def test_the_files_run_nothing_that_is_not_theirs(client: httpx.AsyncClient, path: str) -> None:
-    headers = (await client.get(path)).headers
-    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
-    assert policy == {
-        "default-src": "'none'",
-        "script-src": "'self'",
-        "style-src": "'self'",
-        "img-src": "'self'",
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["referrer-policy"] == "no-referrer"
+async def test_pages_and_files_run_nothing_that_is_not_theirs(client: httpx.AsyncClient) -> None:
+    for path in ["/ui", "/dashboard", *(f"/ui/{name}" for name in FILES)]:
+        headers = (await client.get(path)).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy == {
+            "default-src": "'none'",
+            "script-src": "'self'",
+            "style-src": "'self'",
+            "img-src": "'self'",
+            "connect-src": "'self'",
+            "base-uri": "'none'",
+            "form-action": "'none'",
+            "frame-ancestors": "'none'",
+        }, path
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
 
 
 @pytest.mark.parametrize("etags", ["{}", "W/{}", '"other", {}'])
@@ -126,9 +115,10 @@ async def test_without_pages_a_browser_is_like_anybody(
     async with client_of(app) as client:
         response = await client.get("/", headers={"accept": CHROMIUM})
         assert (response.status_code, response.content) == (200, b"")
-        for path in ("/ui", "/ui/pages.css"):
+        for path in ("/ui", "/ui/pages.css", "/dashboard", "/dashboard/events"):
             assert (await client.get(path)).status_code == 404
-        assert not [path for path in (await client.get("/openapi.json")).json()["paths"] if path.startswith("/ui")]
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        assert not [path for path in paths if path.startswith(("/ui", "/dashboard"))]
 
 
 async def test_the_pages_need_no_key_and_do_not_hold_it(engine: FakeEngine, model_folder: Path) -> None:
@@ -142,53 +132,6 @@ async def test_the_pages_need_no_key_and_do_not_hold_it(engine: FakeEngine, mode
 def test_the_qualities_of_a_header_decide() -> None:
     assert prefers_html("text/html;q=0.9, application/json;q=0.8, */*;q=0.7")
     assert not prefers_html("text/html;q=0.8, application/json;q=0.9")
-
-
-# ---- the files ----
-
-FILES = sorted(SOURCE.iterdir())
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_never_makes_a_program_of_a_text(path: Path) -> None:
-    assert RUNS_TEXT.findall(path.read_text()) == []
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_is_short_and_of_no_other_origin(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= MAX_FILE_LINES
-    assert OTHER_ORIGIN.findall(text) == []
-    if path.suffix == ".html":
-        assert INLINE.findall(text) == []
-
-
-def test_every_file_that_a_file_names_is_there_and_every_file_is_named() -> None:
-    names = {path.name for path in FILES}
-    named = {name for path in FILES for name in NAMED.findall(path.read_text())}
-    assert named == {name for name in names if not name.endswith(".html")}
-
-
-def test_the_pages_together_are_small() -> None:
-    assert sum(len(file.body) for file in page_files().values()) < MAX_PAGES_BYTES
-
-
-@pytest.mark.parametrize(
-    ("rule", "text"),
-    [
-        (RUNS_TEXT, "cell.innerHTML = text"),
-        (RUNS_TEXT, "eval(text)"),
-        (RUNS_TEXT, 'link.setAttribute("onclick", text)'),
-        (INLINE, "<script>run()</script>"),
-        (INLINE, '<p style="color: red">'),
-        (INLINE, "<button onclick='run()'>"),
-        (OTHER_ORIGIN, 'import x from "https://example.com/x.js"'),
-        (OTHER_ORIGIN, '<script src="//example.com/x.js">'),
-        (OTHER_ORIGIN, "url(https://example.com/x.woff)"),
-    ],
-)
-def test_a_planted_fault_is_found(rule: re.Pattern[str], text: str) -> None:
-    assert rule.search(text)
 
 
 @dataclasses.dataclass
