@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from tests.browser import hostile
 from tests.browser.browser import Watch, serious_faults, watched_page
@@ -14,6 +14,11 @@ from tests.browser.playground import Playground
 
 ROUTES = ["", "ui", "info", "health", "openapi.json", "readyz", "v1"]
 """The first part of every path that the page may ask for by itself."""
+PHONE: ViewportSize = {"width": 390, "height": 780}
+CUT_OFF = """(place) => [...document.querySelectorAll(`${place}, ${place} *`)]
+    .filter((element) => element.checkVisibility() && element.getBoundingClientRect().right > innerWidth)
+    .map((element) => element.outerHTML)"""
+"""The elements of a place that end to the right of the page."""
 DIGITS = "0123456789" * 6
 """An answer of 60 tokens: the model's tokenizer knows no two digits."""
 
@@ -23,6 +28,19 @@ def test_the_page_opens_and_says_what_it_is_connected_to(playground: Playground,
     expect(playground.page).to_have_title(re.compile("pytgi"))
     expect(playground.server).to_contain_text("org/model")
     assert {url.split("/")[3] for url in watch.urls} <= set(ROUTES)
+
+
+def test_a_phone_shows_all_of_a_page_for_a_model_in_a_folder(browser: Browser, server: PagesServer) -> None:
+    """The welcome goes by the folder's name, nothing is wider than its place, and there is a request to copy."""
+    models = {"data": [{"id": "/root/.cache/pytgi/models/Qwen2.5_Coder_0.5B_Instruct_in_four_bits_by_groups_of_128"}]}
+    with watched_page(browser, server.url, viewport=PHONE) as (page, _):
+        page.route("**/v1/models", lambda route: route.fulfill(json=models))
+        playground = Playground.open(page)
+        expect(playground.server).to_have_text("Qwen2.5_Coder_0.5B_Instruct_in_four_bits_by_groups_of_128 · ready")
+        assert page.evaluate(CUT_OFF, "#welcome") == []
+        assert "Why is the sky blue?" in playground.copy_as("curl")
+        playground.show_settings()
+        assert page.evaluate(CUT_OFF, "#settings") == []
 
 
 def test_sixty_tokens_come_one_by_one(playground: Playground, server: PagesServer) -> None:

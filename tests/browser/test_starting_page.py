@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import Browser, expect
@@ -18,6 +19,7 @@ def test_a_page_opened_while_the_model_loads_goes_on_by_itself(browser: Browser,
         server.tell(Stage.LOADING, 0.42, "Loading weights: 42 %")
         expect(page.get_by_role("status", name="Server")).to_have_text("Loading weights: 42 %")
         expect(page.get_by_role("progressbar")).to_have_js_property("value", 0.42)
+        expect(page.get_by_text("The start began")).to_contain_text(re.compile(r"began \d+ s ago\."))
         assert serious_faults(page) == []
         server.become_ready()
         expect(page.get_by_role("status", name="Server")).to_contain_text("org/model")

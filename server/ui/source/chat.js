@@ -6,6 +6,7 @@ import { TurnView } from "./turn_view.js";
 
 const KEEP_MS = 2000;
 const NEAR_END_PX = 80;
+const EXAMPLE = "Why is the sky blue?"; // stands in requests that are shown or copied before anything is said
 
 export class Chat {
   /**
@@ -58,6 +59,7 @@ export class Chat {
     const turns = [...this.conversation.turns];
     if (draft.trim() !== "") turns.push({ role: "user", text: draft });
     else while (turns.at(-1)?.role === "assistant") turns.pop();
+    if (turns.length === 0) turns.push({ role: "user", text: EXAMPLE });
     return chatRequest(this._model(), turns, settings);
   }
 

@@ -63,17 +63,18 @@ export class ParameterField {
     } else {
       this._checked = new CheckedControl(this._control, (text) => this._valueOf(text));
       const parts = [element("label", { for: id }, parameter.name), this._control, this._hint, this._checked.fault];
-      this.element = element("div", { class: LONG_KINDS.includes(parameter.kind) ? "field wide" : "field" }, parts);
+      const isWide = LONG_KINDS.includes(parameter.kind) || parameter.isLong;
+      this.element = element("div", { class: isWide ? "field wide" : "field" }, parts);
     }
   }
 
-  _makeControl(id, { kind, step }) {
+  _makeControl(id, { kind, step, placeholder = "default" }) {
     if (kind === "box") return element("input", { id, type: "checkbox" });
     if (kind === "lines" || kind === "object") {
       return element("textarea", { id, rows: "2", spellcheck: "false", class: "code" });
     }
     if (kind === "number" || kind === "integer") {
-      return element("input", { id, type: "number", step: step ?? 1, placeholder: "default", inputmode: "decimal" });
+      return element("input", { id, type: "number", step: step ?? 1, placeholder, inputmode: "decimal" });
     }
     return element("input", { id, type: "text", placeholder: "default", spellcheck: "false", autocomplete: "off" });
   }
@@ -112,7 +113,7 @@ export class ParameterField {
   }
 
   _valueOf(text) {
-    if (this._control.validity.badInput) throw new Error("This is no number.");
+    if (this._control.validity.badInput) throw new Error("This is not a number.");
     const value = READERS[this._kind](text);
     if (typeof value === "number") this._check(value);
     return value;
@@ -121,7 +122,7 @@ export class ParameterField {
   _check(value) {
     const { min, max, isMinExcluded } = this._limit;
     const isLow = min !== undefined && (value < min || (isMinExcluded && value === min));
-    if (isLow || (max !== undefined && value > max)) throw new Error(`It may be ${rangeOf(this._limit)}.`);
-    if (this._kind === "integer" && !Number.isInteger(value)) throw new Error("It is a whole number.");
+    if (isLow || (max !== undefined && value > max)) throw new Error(`It must be ${rangeOf(this._limit)}.`);
+    if (this._kind === "integer" && !Number.isInteger(value)) throw new Error("It must be a whole number.");
   }
 }

@@ -3,20 +3,23 @@
 const SCHEMAS = { chat: "ChatRequest", completion: "CompletionRequest", infill: "CompletionRequest" };
 const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
 
-/** Name, kind and hint; those without `isMore` are always in sight. A server may say other defaults of the boxes. */
+/**
+ * Name, kind, hint, and the `placeholder` of an empty field; those without `isMore` are always in sight. A server may
+ * say other defaults of the boxes.
+ */
 export const PARAMETERS = [
-  { name: "temperature", kind: "number", step: 0.1, hint: "0 is greedy" },
-  { name: "top_p", kind: "number", step: 0.05, hint: "share of the likeliest" },
-  { name: "max_tokens", kind: "integer", hint: "length of the answer" },
-  { name: "seed", kind: "integer", hint: "the same answer again" },
-  { name: "top_k", kind: "integer", isMore: true, hint: "how many of the likeliest" },
-  { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "beside the likeliest one" },
-  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "share of the typical" },
+  { name: "temperature", kind: "number", step: 0.1, placeholder: "default: 1", hint: "0 takes the likeliest" },
+  { name: "top_p", kind: "number", step: 0.05, placeholder: "default: 1", hint: "the likeliest, up to this share" },
+  { name: "max_tokens", kind: "integer", placeholder: "no limit", hint: "longest answer" },
+  { name: "seed", kind: "integer", placeholder: "random", hint: "same seed, same answer" },
+  { name: "top_k", kind: "integer", isMore: true, hint: "only so many of the likeliest" },
+  { name: "min_p", kind: "number", step: 0.01, isMore: true, hint: "of the likeliest one's chance" },
+  { name: "typical_p", kind: "number", step: 0.05, isMore: true, hint: "the typical, up to this share" },
   { name: "repetition_penalty", kind: "number", step: 0.05, isMore: true, hint: "above 1 repeats less" },
-  { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "for each time" },
-  { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "once" },
-  { name: "min_tokens", kind: "integer", isMore: true, hint: "no end before" },
-  { name: "truncate_prompt_tokens", kind: "integer", isMore: true, hint: "only the prompt's last" },
+  { name: "frequency_penalty", kind: "number", step: 0.1, isMore: true, hint: "more for each use" },
+  { name: "presence_penalty", kind: "number", step: 0.1, isMore: true, hint: "the same for any use" },
+  { name: "min_tokens", kind: "integer", isMore: true, hint: "shortest answer" },
+  { name: "truncate_prompt_tokens", kind: "integer", isMore: true, isLong: true, hint: "keep only so many, the last" },
   { name: "stop", kind: "lines", isMore: true, hint: "one on each line; \\n is a line break" },
   { name: "bad_words", kind: "lines", isMore: true, hint: "one on each line" },
   { name: "stop_token_ids", kind: "integers", isMore: true, hint: "ids and commas" },
@@ -51,7 +54,7 @@ function listOf(parts, read) {
 }
 
 function integerOf(text) {
-  if (!/^-?\d+$/.test(text)) throw new Error(`“${text}” is no whole number.`);
+  if (!/^-?\d+$/.test(text)) throw new Error(`“${text}” is not a whole number.`);
   return Number(text);
 }
 
@@ -61,7 +64,7 @@ function withoutEscapes(line) {
 
 function objectOf(text) {
   const value = jsonOf(text);
-  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("This is no JSON object.");
+  if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("It must be a JSON object.");
   return value;
 }
 
@@ -70,7 +73,7 @@ export function jsonOf(text) {
   try {
     return JSON.parse(text);
   } catch (error) {
-    throw new Error(`This is no JSON: ${error.message}`);
+    throw new Error(`This is not JSON: ${error.message}`);
   }
 }
 
@@ -103,5 +106,5 @@ export function rangeOf({ min, max, isMinExcluded }) {
   const low = min === undefined || min < -Number.MAX_SAFE_INTEGER ? null : `${isMinExcluded ? "above " : ""}${min}`;
   const high = max === undefined || max >= 2 ** 31 - 1 ? null : String(max);
   if (low !== null && high !== null) return `${low} to ${high}`;
-  return low === null ? (high === null ? "" : `up to ${high}`) : isMinExcluded ? low : `from ${low}`;
+  return low === null ? (high === null ? "" : `up to ${high}`) : isMinExcluded ? low : `${low} or more`;
 }

@@ -9,7 +9,7 @@ import { Drawer } from "./drawer.js";
 import { askForKey, keyFields } from "./key.js";
 import { limitsOf } from "./parameters.js";
 import { RequestBar } from "./request_bar.js";
-import { ServerStatus } from "./server_status.js";
+import { ServerStatus, shortName } from "./server_status.js";
 import { NO_SETTINGS, Settings } from "./settings.js";
 import { showShortcuts } from "./shortcuts.js";
 import { load, save } from "./storage.js";
@@ -143,7 +143,7 @@ function onTurns(conversation) {
 
 function onServer() {
   settings.offer(status.models);
-  byId("welcome-model").textContent = model();
+  byId("welcome-model").textContent = shortName(model());
   applyLimits();
   showRequest();
 }

@@ -40,6 +40,7 @@ export class Run {
   _take({ choices, usage }, onChoice) {
     for (const choice of choices) {
       this.stats.firstMs ??= performance.now() - this._startedAt;
+      this.stats.numEvents = (this.stats.numEvents ?? 0) + 1;
       if (choice.finish_reason) this.finish = choice.finish_reason;
       onChoice(choice);
     }
@@ -51,13 +52,17 @@ export class Run {
   }
 }
 
-/** A run's numbers in words: `{numTokens, numPrompt, numCached, firstMs, totalMs}`. */
-export function factsOf({ numTokens, numPrompt, numCached, firstMs, totalMs }) {
+/**
+ * A run's numbers in words: `{numTokens, numEvents, numPrompt, numCached, firstMs, totalMs}`. A run that was stopped or
+ * broke off has no `numTokens`; its events stand for them, each a token or more.
+ */
+export function factsOf({ numTokens, numEvents, numPrompt, numCached, firstMs, totalMs }) {
   const facts = [];
-  if (numTokens !== undefined) {
-    facts.push(`${numTokens} ${numTokens === 1 ? "token" : "tokens"}`);
+  const count = numTokens ?? numEvents;
+  if (count !== undefined) {
+    facts.push(`${count} ${count === 1 ? "token" : "tokens"}${numTokens === undefined ? " or more" : ""}`);
     const seconds = (totalMs - firstMs) / 1000;
-    if (numTokens > 1 && seconds > 0) facts.push(`${((numTokens - 1) / seconds).toFixed(1)} tokens/s`);
+    if (count > 1 && seconds > 0) facts.push(`${((count - 1) / seconds).toFixed(1)} tokens/s`);
   }
   if (firstMs !== undefined) facts.push(`first after ${(firstMs / 1000).toFixed(2)} s`);
   if (numPrompt !== undefined) facts.push(`prompt ${numPrompt}${numCached ? `, ${numCached} of them cached` : ""}`);

@@ -6,6 +6,11 @@ import { element } from "./dom.js";
 const CALM_MS = 15_000;
 const URGENT_MS = 2_000;
 
+/** A model's name for people: the last part of a folder's path, any other name as it is. */
+export function shortName(model) {
+  return model.startsWith("/") ? model.replace(/\/+$/, "").split("/").at(-1) || model : model;
+}
+
 export class ServerStatus {
   /** `onChange` is called when the server has said what it is, for the first time or after it was gone. */
   constructor(line, onChange) {
@@ -54,7 +59,7 @@ export class ServerStatus {
       this._isThere = false;
       return;
     }
-    this._say("is-there", `${this.model} · ready`);
+    this._say("is-there", `${shortName(this.model)} · ready`);
     this._onChange();
   }
 

@@ -162,6 +162,6 @@ function toolsOf(text) {
 }
 
 function schemaOf(text) {
-  if (text.trim() === "") throw new Error("The answer's schema is to stand here.");
+  if (text.trim() === "") throw new Error("Write the answer's schema here, or choose another format.");
   return jsonOf(text);
 }

@@ -8,6 +8,15 @@ const OPENAI_ARGUMENTS = new Set(
 );
 const TEXT_OF_CHUNK = { "v1/chat/completions": "delta.content", "v1/completions": "text" };
 const MAX_COLUMNS = 88;
+const PYTHON_CALLS = `        for call in choice.delta.tool_calls or []:
+            print(call.function.name or "", call.function.arguments or "", end="", flush=True)
+`;
+const JAVASCRIPT_CALLS = `    for (const choice of JSON.parse(line.slice(6)).choices) {
+      for (const { function: { name, arguments: part } } of choice.delta.tool_calls ?? []) {
+        process.stdout.write(\`\${name ?? ""} \${part ?? ""}\`);
+      }
+    }
+`;
 
 /** Pairs of a name and a function from `{path, body}`, the server's address and whether there is a key to a program. */
 export const LANGUAGES = [
@@ -42,7 +51,7 @@ ${lines})
 for chunk in stream:
     for choice in chunk.choices:
         print(choice.${TEXT_OF_CHUNK[path]} or "", end="", flush=True)
-`;
+${body.tools ? PYTHON_CALLS : ""}`;
 }
 
 /** JSON in Python's words, on one line where that is short. A JSON string is a string of Python's as well. */
@@ -76,7 +85,7 @@ for await (const text of response.body.pipeThrough(new TextDecoderStream())) {
   for (const line of lines) {
     if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
     for (const choice of JSON.parse(line.slice(6)).choices) process.stdout.write(choice.${TEXT_OF_CHUNK[path]} ?? "");
-  }
+${body.tools ? JAVASCRIPT_CALLS : ""}  }
 }
 `;
 }

@@ -8,6 +8,7 @@ function show(start) {
   if (status.textContent !== start.message) {
     status.textContent = start.message; // only then: it is read out
   }
+  document.getElementById("elapsed").textContent = `The start began ${Math.round(start.elapsed_s)} s ago.`;
   if (start.progress === null) {
     bar.removeAttribute("value");
   } else {

@@ -45,7 +45,7 @@ export class TokenView {
     const chance = Math.exp(token.logprob);
     const level = LEVELS.filter((bound) => chance < bound).length;
     const attributes = {
-      class: `token level-${level}`,
+      class: `token level-${level}${/^\s*\n/.test(token.text) ? " is-break" : ""}`,
       id: `${this._id}-${place}`,
       role: "option",
       "aria-selected": "false",

@@ -92,13 +92,14 @@ export class TurnView {
   }
 
   _footParts(isLast, isBusy) {
-    const { role, text, finish, stats } = this.turn;
+    const { role, text, error, finish, stats } = this.turn;
     const isModel = role === "assistant";
     const tools = [copyButton("Copy", () => text, { class: "bare small" })];
     if (!isBusy) {
       if (role !== "tool") tools.push(button("Edit", () => this.edit(), { class: "bare small" }));
       if (isModel) tools.push(button("Regenerate", () => this._actions.regenerate(this.turn), { class: "bare small" }));
-      if (isModel && isLast && text !== "" && FINISHES[finish] !== undefined) {
+      const isCut = FINISHES[finish] !== undefined || Boolean(error);
+      if (isModel && isLast && text !== "" && isCut) {
         tools.push(button("Continue", () => this._actions.goOn(this.turn), { class: "bare small" }));
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def test_a_dead_server_is_told_and_found_again(browser: Browser, tmp_path: Path,
         playground.settled()
         if is_streaming:
             expect(playground.answers.last).to_contain_text("a long")
+            expect(playground.answers.last).to_contain_text(re.compile(r"\d tokens or more"))
+            expect(playground.answers.last.get_by_role("button", name="Continue", exact=True)).to_be_visible()
         expect(playground.server).not_to_have_text(alive)
         server.start()
         expect(playground.server).to_have_text(alive)

@@ -107,7 +107,7 @@ def test_tools_that_are_no_json_are_told(playground: Playground, server: PagesSe
     playground.show_settings()
     playground.tools.fill("{")
     playground.ask("Hello")
-    expect(playground.settings.get_by_role("alert")).to_contain_text("no JSON")
+    expect(playground.settings.get_by_role("alert")).to_contain_text("not JSON")
     assert server.engine.requests == []
 
 
@@ -182,6 +182,14 @@ def test_the_middle_is_filled_in(playground: Playground, server: PagesServer) ->
     expect(middle).to_have_text("return a")
 
 
+def test_a_line_break_is_a_token_to_point_at(playground: Playground, server: PagesServer) -> None:
+    server.engine.answers = ["one\ntwo"]
+    playground.tab("Completion").click()
+    completion = playground.complete("Count")
+    completion.get_by_role("option", name=re.compile("↵")).hover()
+    expect(playground.page.get_by_role("group", name="Alternatives", exact=True)).to_contain_text("↵")
+
+
 # ---- the same from a program ----
 
 
@@ -235,3 +243,16 @@ def test_what_is_copied_asks_exactly_the_same(
     assert "world" in run_program(language, program, tmp_path)
     ours, theirs = map(without_id, server.engine.requests)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
+def test_a_copied_program_shows_calls_of_tools(
+    playground: Playground, server: PagesServer, tmp_path: Path, language: str
+) -> None:
+    server.engine.answers = [CALL]
+    playground.show_settings()
+    playground.put_in_example("tools")
+    playground.message.fill("What is the weather in Paris?")
+    printed = run_program(language, playground.copy_as(language), tmp_path)
+    assert "get_weather" in printed
+    assert "Paris" in printed
