@@ -8,8 +8,8 @@ const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
  * say other defaults of the boxes.
  */
 export const PARAMETERS = [
-  { name: "temperature", kind: "number", step: 0.1, placeholder: "default: 1", hint: "0 takes the likeliest" },
-  { name: "top_p", kind: "number", step: 0.05, placeholder: "default: 1", hint: "the likeliest, up to this share" },
+  { name: "temperature", kind: "number", step: 0.1, placeholder: "model's, or 1", hint: "0 takes the likeliest" },
+  { name: "top_p", kind: "number", step: 0.05, placeholder: "model's, or 1", hint: "the likeliest up to this share" },
   { name: "max_tokens", kind: "integer", placeholder: "no limit", hint: "longest answer" },
   { name: "seed", kind: "integer", placeholder: "random", hint: "same seed, same answer" },
   { name: "top_k", kind: "integer", isMore: true, hint: "only so many of the likeliest" },
