@@ -48,19 +48,20 @@ class AdapterSlots:
         dtype: torch.dtype,
         activation_dtype: torch.dtype,
         device: torch.device,
+        free_bytes: int | None = None,
     ) -> None:
         """`adapters`: name and folder of those that the start names, which have the numbers from 0 on.
 
         They are kept in `dtype`, and meet rows in `activation_dtype`. `max_rank` None: that of the largest of them.
-        Raises StartError for an adapter that does not fit the model.
+        `free_bytes` are there for all slots; None: that is not known. Raises StartError for an adapter that does not
+        fit the model, and for slots that do not fit the memory.
         """
-        self._device = device
+        self._device, self._dtype = device, dtype
         self._matrices = adaptable_matrices(model)
         self._weights = {number: AdapterWeights(Path(folder)) for number, (_, folder) in enumerate(adapters)}
         ranks = [weights.max_rank for weights in self._weights.values()]
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
-        for weights in self._weights.values():
-            self._check(weights)
+        self._check_start(num_slots, free_bytes, model.num_ranks)
         self._in_slot: list[int | None] = [None] * num_slots
         self._step = AdapterRows()
         self._step_key: tuple[list[int], list[int]] | None = None
@@ -76,6 +77,18 @@ class AdapterSlots:
         self._compile(kernels, activation_dtype)
         self.is_host_driven = any(kernel.is_host_driven for kernel in kernels.values())
         """Whether what the host calls depends on the adapters of a step's rows: no graph has them."""
+
+    def _check_start(self, num_slots: int, free_bytes: int | None, num_ranks: int) -> None:
+        """Raise StartError, before anything is allocated, for what does not fit: adapters, or so many slots."""
+        for weights in self._weights.values():
+            self._check(weights)
+        sizes = sum(sum(layer.matrix_shape(part)) for layer, part in self._matrices.values())
+        num_bytes = num_slots * self.max_rank * sizes * self._dtype.itemsize // num_ranks
+        if free_bytes is not None and num_bytes > free_bytes:
+            raise StartError(
+                f"--max-loras {num_slots} of rank {self.max_rank} take {num_bytes / 1e9:.1f} GB, and "
+                f"{max(0, free_bytes) / 1e9:.1f} GB are free: lower --max-loras or --max-lora-rank"
+            )
 
     def _allocate(self, backend: str, dtype: torch.dtype) -> dict[tuple[int, ...], LowRankKernel]:
         """Give every layer its kernels. Returns a kernel of each size, inputs and outputs."""
@@ -100,8 +113,9 @@ class AdapterSlots:
         try:
             weights = AdapterWeights(Path(folder))
             self._check(weights)
-        except (OSError, RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            # No check foresaw it. Requests that run shall not end with it.
+        except StartError:
+            raise
+        except Exception as error:  # no check foresaw it, and requests that run shall not end with it
             raise StartError(f"{folder} can't be used ({error!r}): fetch the adapter again") from error
         self._weights[number] = weights
 
@@ -199,8 +213,13 @@ class AdapterSlots:
                     f"{folder} changes {module} by B {list(b)} and A {list(a)}, the model has {[outputs, inputs]}: "
                     "they do not belong together"
                 )
-            if not all(tensor.isfinite().all() for tensor in weights.read(module)[:2]):
+            tensors = weights.read(module)[:2]
+            if not all(tensor.isfinite().all() for tensor in tensors):
                 raise StartError(f"{folder} has NaN or infinite values for {module}: fetch the adapter again")
+            if not all(tensor.to(self._dtype).isfinite().all() for tensor in tensors):
+                raise StartError(
+                    f"{folder} has numbers for {module} that {self._dtype} can't hold: start with --dtype bfloat16"
+                )
 
 
 def adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:

@@ -187,7 +187,8 @@ def load_model(
         # A merged adapter is a sum of products: its bits shall not depend on the number of threads.
         with _packing_threads(config.num_threads if adapter is None or device.memory is not None else 1):
             model = build_model(model_config, folder, dtype, device, quantization, parallel, adapter, progress)
-            adapters = make_adapter_slots(config, model, dtype, device) if config.has_adapters else None
+            room = free_bytes - weight_bytes if device.memory is None else device.free_memory_bytes()
+            adapters = make_adapter_slots(config, model, dtype, device, room) if config.has_adapters else None
     except torch.OutOfMemoryError as error:
         raise StartError(weights_refusal(None, free_bytes, config.memory_fraction)) from error
     if device.memory is not None:
@@ -213,8 +214,13 @@ def _merged_adapter(config: EngineConfig, folder: Path, model_config: dict[str, 
     return adapter
 
 
-def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: Device) -> AdapterSlots:
-    """Memory for the adapters of `config` beside the model; the first of them are in it. Raises StartError."""
+def make_adapter_slots(
+    config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: Device, free_bytes: int | None = None
+) -> AdapterSlots:
+    """Memory for the adapters of `config` beside the model; the first of them are in it. Raises StartError.
+
+    `free_bytes` are there for it; None: that is not known.
+    """
     adapters = AdapterSlots(
         model,
         config.lora_adapters,
@@ -224,6 +230,7 @@ def make_adapter_slots(config: EngineConfig, model: CausalLM, dtype: torch.dtype
         dtype=dtype,
         activation_dtype=device.activation_dtype(dtype),
         device=device.torch_device,
+        free_bytes=free_bytes,
     )
     logger.info(
         "Adapters: %d known, %d in memory at a time (%.0f MB), of rank %d at most",

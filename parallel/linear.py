@@ -274,10 +274,14 @@ def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
 def check_kind(tensor: torch.Tensor, *, is_integer: bool | None = False) -> None:
     """Raise ValueError if a checkpoint's tensor has integers where the model needs other numbers, or the reverse.
 
-    `is_integer` None: it needs neither.
+    Floats of 8 bits are no such numbers: they need a scale. `is_integer` None: the tensor may be anything.
     """
-    if is_integer is not None and tensor.is_floating_point() == is_integer:
+    if is_integer is None:
+        return
+    if tensor.is_floating_point() == is_integer:
         raise ValueError(f"is stored as {tensor.dtype}, which the model can't use there")
+    if not is_integer and tensor.itemsize == 1:
+        raise ValueError(f"is stored as {tensor.dtype}, and no scale says what these numbers stand for")
 
 
 def _stored_range(shard: slice, total: int, stored: int) -> slice:

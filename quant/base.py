@@ -27,7 +27,7 @@ class ParamSpec:
     output_dim: int | None
     input_dim: int | None
     is_integer: bool | None = False
-    """None: either will do, for nothing is made of it."""
+    """None: either will do, for nothing is made of it, or `pack` looks itself. False: floats of more than 8 bits."""
     is_optional: bool = False
     group_size: int | None = None
     output_group_size: int | None = None

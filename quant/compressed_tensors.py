@@ -99,6 +99,11 @@ class CompressedTensorsFormat:
     MARKER = "weight_scale"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
+        if _has_transforms(settings):
+            raise FormatError(
+                "the checkpoint's matrices are rotated (transform_config), and what they are multiplied with would "
+                "have to be, too: give one that was quantised without QuIP or SpinQuant's R3 and R4"
+            )
         groups = read_maps(settings, "config_groups").values()
         if not groups:
             raise FormatError("the compressed-tensors configuration has no config_groups: fetch the model again")
@@ -106,7 +111,7 @@ class CompressedTensorsFormat:
         descriptions = []
         for group in groups:
             form = group.get("format") or settings.get("format")
-            if form not in FORMS:
+            if not isinstance(form, str) or form not in FORMS:
                 raise FormatError(
                     f"the checkpoint is compressed-tensors in the form {form!r}; only {', '.join(FORMS)} can be loaded"
                 )
@@ -181,6 +186,21 @@ FORMS: dict[str, Callable[[Mapping[str, Any]], tuple[LinearMethod, str]]] = {
     "naive-quantized": _bytes,
 }
 """How the weights of a group are stored -> its method, read from what the group says about weights."""
+
+
+STORED_TRANSFORMS = ("weight_input", "weight_output")
+"""Places of transforms that a checkpoint's weights have gone through already."""
+
+
+def _has_transforms(settings: Mapping[str, Any]) -> bool:
+    """Whether activations would have to be transformed while the model runs. Raises FormatError."""
+    schemes = read_maps(read_map(settings, "transform_config"), "config_groups").values()
+    places = [place for scheme in schemes for place in _as_list(scheme.get("apply"))]
+    return not all(isinstance(place, Mapping) and place.get("location") in STORED_TRANSFORMS for place in places)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _targets(group: Mapping[str, Any]) -> list[Target]:

@@ -44,7 +44,8 @@ class ScaledMethod:
         }
         has_choice = len(self.scale_names) > 1
         specs = {
-            "weight": ParamSpec((out_features, in_features), 0, 1, is_integer=not self.is_float),
+            # `pack` holds it to the one dtype that it may have.
+            "weight": ParamSpec((out_features, in_features), 0, 1, is_integer=None),
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
         for name in self.scale_names:

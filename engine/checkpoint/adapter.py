@@ -42,6 +42,9 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DTYPES = ("F32", "F16", "BF16")
 MAX_SCALING = 3.4028234e38
 """The largest number in float32."""
+MAX_CONFIG_BYTES = 4 << 20
+"""Largest adapter_config.json. `peft` writes some kilobytes, also with settings for every module; who parses a file of
+hundreds of megabytes while requests run takes gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,28 +157,42 @@ class AdapterWeights:
 
 def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
     """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG_BYTES)
     if not os.path.isfile(folder / ADAPTER_WEIGHTS):
         raise StartError(
             f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
             "save it once more with `peft`, save_pretrained(...)"
         )
     _refuse_other_kinds(folder, config)
-    modules: dict[tuple[str, bool], dict[str, str]] = {}
-    for name in adapter.names:
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            raise StartError(f"{folder} has a tensor {name}, which is no part of a LoRA: merge the adapter with `peft`")
-        modules.setdefault((match[1], bool(match[2])), {})[match[3]] = name
+    settings = _read_settings(folder, config)
     updates = {}
-    for (module, is_embedding), tensors in modules.items():
+    for module, (is_embedding, tensors) in _modules(folder, adapter).items():
         if tensors.keys() != {"A", "B"}:
             raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
         for name in tensors.values():
             _check_stored(folder, name, adapter)
-        scaling = _scaling(folder, config, module, rank=adapter.shape(tensors["A"])[0])
+        scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
         updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
+    if not updates:
+        raise StartError(f"{folder / ADAPTER_WEIGHTS} has no tensors: save the adapter once more with `peft`")
     return updates
+
+
+def _modules(folder: Path, adapter: WeightSource) -> dict[str, tuple[bool, dict[str, str]]]:
+    """Module -> whether it is a table of embeddings, and the names of its A and B. Raises StartError."""
+    modules: dict[str, tuple[bool, dict[str, str]]] = {}
+    for name in adapter.names:
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise StartError(f"{folder} has a tensor {name}, which is no part of a LoRA: merge the adapter with `peft`")
+        is_embedding, tensors = modules.setdefault(match[1], (bool(match[2]), {}))
+        if match[3] in tensors or is_embedding != bool(match[2]):  # the same module under names of two kinds
+            raise StartError(
+                f"{folder} has {name} and {next(iter(tensors.values()))}, two changes of {match[1]}: save the adapter "
+                "once more with `peft`"
+            )
+        tensors[match[3]] = name
+    return modules
 
 
 def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:
@@ -191,14 +208,14 @@ def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     kinds = [kind for key, kind in OTHER_KINDS if config.get(key)]
     if config.get("peft_type") != "LORA":
-        kinds.append(str(config.get("peft_type")))
+        kinds.append(f"{config.get('peft_type')!s:.40}")
     if config.get("bias", "none") != "none":
         kinds.append("biases")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        kinds.append(f"a model for another task ({config['task_type']})")
+        kinds.append(f"a model for another task ({config['task_type']!s:.40})")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
-        kinds.append(f"a base model that its training has changed ({start})")
+        kinds.append(f"a base model that its training has changed ({start:.40})")
     if kinds:
         raise StartError(
             f"{folder} is an adapter of {kinds[0]}, and only plain LoRA is merged here: merge it with `peft`, "
@@ -206,18 +223,57 @@ def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _scaling(folder: Path, config: Mapping[str, Any], module: str, *, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ByModule:
+    """A number of adapter_config.json, and others for the modules whose names end in what a pattern matches."""
+
+    default: Any
+    patterns: Sequence[tuple[re.Pattern[str], Any]]
+
+    def value(self, module: str) -> Any:
+        return next((value for pattern, value in self.patterns if pattern.fullmatch(module)), self.default)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    """The part of adapter_config.json that says what factor each module's change has."""
+
+    ranks: _ByModule
+    alphas: _ByModule
+    is_rank_stabilized: bool
+
+    def scaling(self, folder: Path, module: str, *, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; `rank` is what is stored."""
+        stated = self.ranks.value(module)
+        if stated is not None and stated != rank:
+            raise StartError(
+                f"{folder} changes {module} by matrices of rank {rank}, and {ADAPTER_CONFIG} says {stated!r:.20}: they "
+                "do not belong together"
+            )
+        try:
+            alpha = float(self.alphas.value(module))
+            scaling = alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
+            if not abs(scaling) <= MAX_SCALING:  # nor NaN
+                raise ValueError(f"the change of {module} would be multiplied by {scaling:g}")
+            return scaling
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise _unusable(folder, error) from error
+
+
+def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
+    """Patterns are compiled here: there may be one for each of hundreds of modules. Raises StartError."""
     try:
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
-        scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)  # type: ignore[arg-type]
-        if not abs(scaling) <= MAX_SCALING:  # nor NaN
-            raise ValueError(f"the change of {module} would be multiplied by {scaling:g}")
-        return scaling
-    except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as error:
-        raise StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again") from error
+        ranks, alphas = (
+            _ByModule(
+                config.get(key),
+                [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in (config.get(of) or {}).items()],
+            )
+            for key, of in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        )
+    except (AttributeError, RecursionError, OverflowError, re.error) as error:
+        raise _unusable(folder, error) from error
+    return _Settings(ranks, alphas, bool(config.get("use_rslora")))
+
+
+def _unusable(folder: Path, error: Exception) -> StartError:
+    return StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again")

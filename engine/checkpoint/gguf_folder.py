@@ -138,14 +138,17 @@ def _contents(files: Sequence[Path], readers: Sequence[GGUFReader]) -> dict[str,
 
 
 def _open(path: Path) -> GGUFReader:
-    from gguf import GGUFReader  # NumPy's arrays of every token take a second: nobody else waits for that
+    from engine.checkpoint.gguf_reader import BoundedReader  # arrays of every token take a second: only who reads waits
 
     try:
-        return GGUFReader(path)
+        reader = BoundedReader(path)
     except OSError:
         raise
     except Exception as error:  # the library has no class for files that are cut off or damaged
-        raise StartError(f"{path} is not a whole GGUF file ({error}): fetch it again") from error
+        raise StartError(f"{path} is not a whole GGUF file ({error}): fetch it again, or another one") from error
+    if reader.is_swapped:  # the tensors' bytes would be, too
+        raise StartError(f"{path} was written for machines of the other byte order: fetch the usual file")
+    return reader
 
 
 def _metadata(reader: GGUFReader) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 
 from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.kinds import kind_of_tensor
+from engine.checkpoint.renamed_weights import EMBEDDING, HEAD
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.link.errors import StartError
 from engine.link.progress import Stage, StartProgress
@@ -111,6 +112,11 @@ def _merged_weights(model: CausalLM, folder: Path, adapter: Path) -> WeightSourc
     for name in weights.changed_names:
         if model.is_ignored(name):
             raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")
+        if name.endswith(EMBEDDING) and model.is_ignored(f"{HEAD}weight"):  # training left the head as it was
+            raise StartError(
+                f"{adapter} changes {name}, which is the output head, too: save the base model with an lm_head.weight "
+                'of its own and "tie_word_embeddings": false'
+            )
     logger.info("Merging %s into %d matrices", adapter, len(weights.changed_names))
     return weights
 

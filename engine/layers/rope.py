@@ -243,6 +243,11 @@ class DynamicRotary(Rotary):
 
 def make_rotary(config: Mapping[str, Any], head_dim: int, device: torch.device) -> Rotary:
     """The rotary embedding that config.json describes. Raises StartError."""
+    if head_dim % 2:
+        raise StartError(
+            f"heads have {head_dim} features by config.json (head_dim, or hidden_size over num_attention_heads), and "
+            "rotary positions take pairs: correct it"
+        )
     rope = read_rope(config)
     rotary = (DynamicRotary if rope.kind == "dynamic" else Rotary)(rope, head_dim, device)
     try:

@@ -44,28 +44,35 @@ def names_in(folder: Path) -> list[str]:
         raise StartError.of_file(folder, error) from error
 
 
-def read_file(path: Path) -> bytes | None:
-    """The content of `path`; None: there is no such file. Raises StartError for what is no file of a usual size."""
+def read_file(path: Path, max_bytes: int | None = None) -> bytes | None:
+    """The content of `path`; None: there is no such file. Raises StartError for what is no file of a usual size.
+
+    A file has at most `max_bytes`; None: as many as any file of a model.
+    """
+    max_bytes = max_bytes or MAX_FILE_BYTES
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # opening a folder says what it is
             raise StartError(f"{path} is no regular file, or a link to none: fetch the model again")
-        if status.st_size > MAX_FILE_BYTES:
-            raise StartError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: fetch the model again")
+        if status.st_size > max_bytes:
+            raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: fetch the model again")
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)  # files of /proc have no size, and may not end
+            content = file.read(max_bytes + 1)  # files of /proc have no size, and may not end
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StartError.of_file(path, error) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise StartError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: fetch the model again")
+    if len(content) > max_bytes:
+        raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: fetch the model again")
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file. Raises StartError when it can't be read."""
-    text = read_file(path)
+def read_json(path: Path, max_bytes: int | None = None) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file; `max_bytes` as in `read_file`.
+
+    Raises StartError when it can't be read.
+    """
+    text = read_file(path, max_bytes)
     if text is None:
         return {}
     try:

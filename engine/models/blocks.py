@@ -21,6 +21,10 @@ from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
 
+UNUSED = (".rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")
+"""Ends of the names of tensors that are not needed: rotary frequencies that old versions of `transformers` stored, and
+scales with which other servers keep keys and values in 8 bits."""
+
 
 class Attention:
     """Queries, keys and values with rotary positions, attention over them, and the projection of its output."""
@@ -202,8 +206,8 @@ class DecoderForCausalLM:
         return layers
 
     def is_ignored(self, name: str) -> bool:
-        """A copy of the tied table, and the rotary frequencies that old `transformers` versions stored."""
-        return (self._is_tied and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
+        """A copy of the tied table, and what `UNUSED` names."""
+        return (self._is_tied and name == "lm_head.weight") or name.endswith(UNUSED)
 
     def why_no_graphs(self) -> list[str]:
         return []

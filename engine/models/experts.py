@@ -18,6 +18,7 @@ from parallel.linear import ColumnParallelLinear, input_units
 from parallel.partition import split_features
 
 MAX_EXPERTS = 2**16
+"""Experts of all layers together: each takes kilobytes before any weight is read. The largest models have 25,000."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,8 @@ class ExpertConfig:
 
 def read_expert_config(config: Mapping[str, Any], *, has_shared_expert: bool) -> ExpertConfig:
     """Read a config.json that `check_sizes` has let through. Raises StartError."""
-    values = {**config, "num_experts": config.get("num_experts") or config.get("num_local_experts")}
+    num_experts = config.get("num_experts")
+    values = {**config, "num_experts": config.get("num_local_experts") if num_experts is None else num_experts}
     max_sizes = {
         "num_experts": MAX_EXPERTS,
         "num_experts_per_tok": values["num_experts"],
@@ -50,13 +52,19 @@ def read_expert_config(config: Mapping[str, Any], *, has_shared_expert: bool) ->
     for key, max_size in max_sizes.items():
         if not is_whole(values.get(key), 1, max_size):
             raise StartError(f"{key} {values.get(key)!r} in config.json is not a size: fetch the model again")
+    sparse_layers = _sparse_layers(config)
+    if values["num_experts"] * len(sparse_layers) > MAX_EXPERTS:
+        raise StartError(
+            f"num_experts {values['num_experts']} in config.json, in each of {len(sparse_layers)} layers, is more than "
+            "any model has: fetch the model again"
+        )
     return ExpertConfig(
         num_experts=values["num_experts"],
         top_k=values["num_experts_per_tok"],
         intermediate_size=values["moe_intermediate_size"],
         shared_size=values["shared_expert_intermediate_size"] if has_shared_expert else None,
         is_normalized=bool(config.get("norm_topk_prob")),
-        sparse_layers=_sparse_layers(config),
+        sparse_layers=sparse_layers,
     )
 
 

@@ -88,6 +88,7 @@ class Qwen2Stages:
         shape, num_tokens = self._shape, self._num_tokens
         num_samples = x.shape[0] // num_tokens
         qkv = torch.cat([_linear(layer, module, x) for module in QKV], dim=1)
+        self._norm_heads(layer, qkv)
         self._ops.rotate(qkv, self._rotation(num_samples), shape.num_heads + shape.num_kv_heads)
         heads = qkv.view(num_samples, num_tokens, -1, shape.head_dim).transpose(1, 2)
         q, k, v = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
@@ -100,6 +101,9 @@ class Qwen2Stages:
             is_causal=mask is None,
         )
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _norm_heads(self, layer: LayerTensors, qkv: torch.Tensor) -> None:
+        """Norm queries and keys in place, where the family does: qkv [samples * tokens, all heads * head_dim]."""
 
     def _rotation(self, num_samples: int) -> Rotation:
         num_tokens = self._num_tokens

@@ -12,6 +12,7 @@ from engine.layers.rope import Rotary
 
 STAGES: dict[str, str] = {
     "qwen2": "engine.quantize.qwen2_stages:Qwen2Stages",
+    "qwen3": "engine.quantize.qwen3_stages:Qwen3Stages",
 }
 """`model_type` of config.json -> lazy "module:Class" of a `LayerStages`. A family without one can still be served."""
 

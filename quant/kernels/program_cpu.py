@@ -88,9 +88,10 @@ class Arena:
             self._memory.append(np.empty((max_rows, size), np.float32))
             free.append(self._memory[-1])
         memory = free.pop()
-        array = memory[:num_rows]
-        weakref.finalize(array, free.append, memory).atexit = False
-        return array
+        # By way of a buffer: a view of a view holds what owns the memory, and all views of it shall hold `whole`.
+        whole = np.frombuffer(memory.data, np.float32, num_rows * size)
+        weakref.finalize(whole, free.append, memory).atexit = False
+        return whole.reshape(num_rows, size)
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same memory, which others may get as soon as nobody holds the tensor itself."""

@@ -10,6 +10,7 @@ from server.config import TGI_MODEL_NAME
 from server.launcher.errors import ArgumentError
 
 _ADAPTER = re.compile(r"([^=@]+)(?:=([^=@]+))?(?:@([^@]+))?")
+FIX = "write NAME, NAME=SOURCE or NAME=SOURCE@REVISION; to a folder with , = or @ in its path make a link without"
 
 
 class NamedAdapter(NamedTuple):
@@ -29,7 +30,7 @@ def parse_adapters(text: str | None, model_names: Collection[str] = ()) -> list[
             continue
         match = _ADAPTER.fullmatch(part.strip())
         if match is None:
-            raise ArgumentError(f"Invalid LoRA adapter format: {part}")
+            raise ArgumentError(f"Invalid LoRA adapter format: {part}: {FIX}")
         name, source, revision = match.groups()
         if name in (*model_names, TGI_MODEL_NAME, *(adapter.name for adapter in adapters)):
             raise ArgumentError(

@@ -86,10 +86,10 @@ def find_model(args: LauncherArgs, fetch: Callable[[str, str | None], str]) -> M
     if base is None:
         return ModelFolders(folder)
     logger.info("%s is an adapter, to be merged into %s", args.model_id, base.model_id)
-    is_local = os.path.isdir(base.model_id)
+    is_local = os.path.exists(base.model_id)  # a folder, or a GGUF file
     if not is_local and base.model_id.startswith(("/", ".")):
         raise LaunchError(
-            f"{args.model_id} is an adapter of {base.model_id}, which is no folder here: correct "
+            f"{args.model_id} is an adapter of {base.model_id}, which is not here: correct "
             f"base_model_name_or_path in {Path(folder, ADAPTER_CONFIG)}"
         )
     model = fetch(base.model_id, None if is_local else base.revision)

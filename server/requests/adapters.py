@@ -11,6 +11,8 @@ from server.requests.openai import OpenAIBody
 
 MAX_SHOWN_CHARS = 200
 """Characters of an unknown name that its refusal tells again."""
+MAX_PATH_CHARS = 4096
+"""Linux takes no longer path."""
 
 
 class LoadAdapterRequest(OpenAIBody):
@@ -70,13 +72,15 @@ class AdapterNames:
         )
 
     def check_new(self, body: LoadAdapterRequest) -> None:
-        """Raise ValidationError for a name that is taken."""
+        """Raise ValidationError for a name that is taken, and for what can't be a path."""
         name = body.lora_name
         if not name.strip() or len(name) > MAX_SHOWN_CHARS or name in (*self._config.model_names, TGI_MODEL_NAME):
             raise ValidationError(
                 f"`lora_name` must be a name of 1 to {MAX_SHOWN_CHARS} characters that is not the model's",
                 param="lora_name",
             )
+        if not 0 < len(body.lora_path) <= MAX_PATH_CHARS:
+            raise ValidationError(f"`lora_path` must be a path of 1 to {MAX_PATH_CHARS} characters", param="lora_path")
         if name in self._names and not body.load_inplace:
             raise ValidationError(
                 f"The LoRA adapter '{name}' has already been loaded", logged="it is loaded", param="lora_name"

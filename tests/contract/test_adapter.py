@@ -233,6 +233,15 @@ def test_a_head_that_is_the_table_is_not_changed_alone(tmp_path: Path) -> None:
         start(base, adapter)
 
 
+def test_a_table_that_is_the_head_is_not_changed_alone(tmp_path: Path) -> None:
+    """As it was trained the head had no change; merged, it would have."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, [ON_TABLE])
+    with pytest.raises(StartError, match=r"changes model.embed_tokens.weight, which is the output head, too: save"):
+        start(base, adapter)
+
+
 def test_nothing_is_merged_into_a_quantised_model(tmp_path: Path) -> None:
     base, dense, adapter = tmp_path / "base", tmp_path / "dense", tmp_path / "adapter"
     write_tiny_gptq(base)

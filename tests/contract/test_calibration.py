@@ -12,11 +12,13 @@ import torch
 from engine.build import make_model
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.weights import open_weights
+from engine.link.registry import import_entry
 from engine.quantize.qwen2_stages import Qwen2Stages
+from engine.quantize.stages import STAGES, LayerStages
 from quant.config import resolve_quantization
 from quant.dense import DenseMethod
 from tests.contract.harness import KERNELS, oracle, random_ids
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3
 
 NUM_TOKENS = 40
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -27,15 +29,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+WRITERS = {"qwen2": write_tiny_qwen2, "qwen3": write_tiny_qwen3}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", STAGES)
+def test_stages_compute_what_transformers_does(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine.quantize.qwen2_stages.TOKENS_AT_A_TIME", 2 * NUM_TOKENS)  # three samples: two batches
-    write_tiny_qwen2(tmp_path, **CONFIGS[name])
+    stages_class: type[LayerStages] = import_entry(STAGES, family, "model_type")
+    WRITERS[family](tmp_path, **CONFIGS[name])
     config = read_model_config(tmp_path)
     dense = DenseMethod(torch.float32, computes_in_float32=True)
     quantization = resolve_quantization(None, None, None, (), dense, matrices="cpu", is_exact=True)
     model = make_model(config, quantization, torch.float32, KERNELS)
-    stages = Qwen2Stages(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
+    stages = stages_class(config, model.attention_shape, model.rotary, NUM_TOKENS, torch.device("cpu"))
     reader = open_weights(tmp_path)
     ids = torch.tensor([random_ids(NUM_TOKENS, seed=seed) for seed in range(3)])
     hidden = reader.read("model.embed_tokens.weight")[ids]
@@ -65,7 +74,7 @@ def test_stages_compute_what_transformers_does(name: str, tmp_path: Path, monkey
         stages.run(index, layer, hidden, on_inputs)
         if index == 0:
             torch.testing.assert_close(hidden, expected[1], rtol=1e-4, atol=1e-4)
-    assert tuple(seen) == 2 * Qwen2Stages.MATRICES
+    assert tuple(seen) == 2 * stages_class.MATRICES
     normed = theirs.model.norm(hidden)
     torch.testing.assert_close(normed, expected[2], rtol=1e-4, atol=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,28 @@ def test_experts_that_are_stored_together(family: str, folder_of: FolderOf, tmp_
 )
 def test_programs_give_the_bits_of_calls(family: str, method: str | None, folder_of: FolderOf) -> None:
     check_programs(folder_of(family, "bfloat16"), method)
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_programs_with_as_many_experts_as_a_token_has(family: str, tmp_path: Path) -> None:
+    """Numbers for each expert and numbers for each chosen one are as many: their memory has one size."""
+    FAMILIES[family].write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_experts"] = config["num_experts_per_tok"]
+    weights = load_file(tmp_path / "model.safetensors")
+    gates = {
+        name: tensor[: config["num_experts"]] for name, tensor in weights.items() if name.endswith("mlp.gate.weight")
+    }
+    known = {name: tensor for name, tensor in weights.items() if expert_of(name) < config["num_experts"]}
+    save_file({**known, **gates}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_programs(tmp_path, None)
+
+
+def expert_of(name: str) -> int:
+    """The number of the expert to which a tensor belongs; -1: to none."""
+    match = re.search(r"\.experts\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
 
 
 def check_programs(folder: Path, method: str | None) -> None:

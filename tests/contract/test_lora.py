@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numba
 import pytest
@@ -336,6 +337,12 @@ def test_every_family_takes_adapters(tmp_path: Path, family: str) -> None:
     [
         (["lm_head"], {}, "changes lm_head, and beside the model only the matrices of its layers can be changed"),
         ([MLP[2]], {"max_lora_rank": 2}, "has rank 4, and there is memory for 2: start with --max-lora-rank 4"),
+        (
+            [MLP[2]],
+            {"max_loras": 2**62},
+            r"--max-loras 4\d+ of rank 4 take .* GB are free: lower --max-loras or --max-",
+        ),
+        ([MLP[2]], {"max_lora_rank": 2**40}, "--max-loras 8 of rank 1099511627776 take .* GB are free: lower --max-l"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_start(
@@ -364,6 +371,16 @@ def test_an_adapter_of_another_model(
     save_file(stored, adapter / "adapter_model.safetensors")
     with pytest.raises(StartError, match=sentence):
         start({**folders, "adapter": adapter}, ["adapter"])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_numbers_that_the_models_dtype_can_not_hold(folders: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", folders["base"], ATTENTION, rank=4)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = 1e6
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match=r"that torch\.float16 can't hold: start with --dtype bfloat16"):
+        start({**folders, "adapter": adapter}, ["adapter"], dtype="float16")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -424,6 +441,11 @@ def test_adapters_come_go_and_are_replaced_while_requests_run(
         assert outcome.token_ids == [expected_ids(folders, name, prompt)]
     core.take(request_of("late", prompt, adapter="x"))
     assert [event.error for event in core.take_compiled()] == [UNLOADED_ERROR]
+    monkeypatch.setattr(engine.adapters, "MAX_OPEN", 3)
+    for error in (AttributeError("x"), MemoryError("x")):  # no check foresees these
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.adapters, "AdapterWeights", Mock(side_effect=error))
+            assert replies_to(core, down) == [f"{down.path} can't be used ({error!r}): fetch the adapter again"]
 
 
 def change_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

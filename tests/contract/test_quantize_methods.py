@@ -27,7 +27,7 @@ from quant.packing import widen
 from tests.contract.harness import make_requests, oracle_greedy, oracle_logits, random_ids, run_requests
 from tests.contract.oracles import WRITTEN
 from tests.oracles.dequantize import dequantize
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import QWEN3, write_tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "LICENSE"  # 11 kB, and a token is a byte
@@ -49,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "awq-channel": ({**SMALL, "group_size": -1}, {}),
     "int8": ({**NO_DATA, "bits": 8, "group_size": -1}, {"dtype": torch.bfloat16}),
     "int4": ({**NO_DATA, "group_size": 32}, {}),
+    "gptq-qwen3": ({**SMALL, "group_size": 32}, QWEN3),
 }
 """Name, of which the first word is the method -> options, and what the model is like."""
 
@@ -70,7 +71,9 @@ def options_for(source: Path, output: Path, method: str, **options: Any) -> Quan
 def write_dense(source: Path, folder: Path) -> None:
     """The quantised model's weights, dequantised independently, as a plain checkpoint."""
     config = read_model_config(source)
-    write_tiny_qwen2(folder, is_tied=config["tie_word_embeddings"], num_key_value_heads=config["num_key_value_heads"])
+    del config["quantization_config"]
+    write_tiny_qwen2(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     weights = {name: torch.from_numpy(array.copy()) for name, array in dequantize(source).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 

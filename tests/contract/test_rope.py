@@ -255,3 +255,9 @@ def test_flags_replace_the_configuration(
 def test_flags_that_cannot_be_served(flags: tuple[str | None, float | None], message: str) -> None:
     with pytest.raises(StartError, match=message):
         read_rope(replace_rope_scaling(BASE, *flags))
+
+
+@pytest.mark.parametrize("head_dim", [1, 33])
+def test_heads_of_an_odd_size_are_refused(head_dim: int) -> None:
+    with pytest.raises(StartError, match=f"^heads have {head_dim} features .* rotary positions take pairs: correct it"):
+        make(BASE, head_dim=head_dim)

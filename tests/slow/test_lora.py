@@ -23,6 +23,24 @@ def ids_of(server: LaunchedServer, adapter: str | None) -> list[int]:
     return [token["id"] for token in answer["details"]["tokens"]]
 
 
+def test_a_thousand_loads_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither open files nor mapped ones, nor memory: an adapter is closed once another one has its name."""
+    base = tmp_path / "base"
+    write_tiny_qwen2(base)
+    folders = [write_adapter(tmp_path / f"a{n}", base, [*ATTENTION, *MLP], rank=4, seed=n) for n in range(2)]
+    with launched(base, tmp_path, "--dtype", "float32", "--allow-runtime-lora-updating") as server:
+        engine, sizes = server.child("engine"), []
+        for number in range(1000):
+            body = {"lora_name": "hot", "lora_path": str(folders[number % 2]), "load_inplace": True}
+            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).status_code == 200
+            if number % 100 == 99:
+                assert len(ids_of(server, "hot")) == NUM_TOKENS
+                maps = len(engine.memory_maps(grouped=False))
+                sizes.append((engine.memory_info().rss >> 20, maps, engine.num_fds()))
+    first, last = sizes[1], sizes[-1]
+    assert all(after <= before + 8 for before, after in zip(first, last, strict=True)), sizes
+
+
 def test_sixty_four_adapters_eight_in_memory_and_one_that_comes_late(tmp_path: Path) -> None:
     base, modules = tmp_path / "base", [*ATTENTION, *MLP]
     write_tiny_qwen2(base)

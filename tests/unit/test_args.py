@@ -25,6 +25,7 @@ from server.launcher.errors import ArgumentError
 from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT, POSITIVE, Effect, Flag, Variable
 from server.launcher.flags import QUANTIZE, QUANTIZE_STAND_INS, SECTIONS, VARIABLES, every_flag
 from server.launcher.host import can_use_gpus
+from server.launcher.lora_adapters import FIX as ADAPTER_FIX
 from server.launcher.sharding import Sharding
 
 FLAGS = tuple(every_flag())
@@ -639,9 +640,9 @@ NO_TUNNEL = "is not supported: put a reverse proxy in front of the server"
             "--kv-cache-dtype is not supported: keys and values are kept in 16 bits (float32 with --dtype float32), "
             "start without it",
         ),
-        ("--lora-adapters a@b,c@d@e", {}, "Invalid LoRA adapter format: c@d@e"),
-        ("--lora-adapters a=b=c", {}, "Invalid LoRA adapter format: a=b=c"),
-        ("--lora-adapters a,,b", {}, "Invalid LoRA adapter format: "),
+        ("--lora-adapters a@b,c@d@e", {}, f"Invalid LoRA adapter format: c@d@e: {ADAPTER_FIX}"),
+        ("--lora-adapters a=b=c", {}, f"Invalid LoRA adapter format: a=b=c: {ADAPTER_FIX}"),
+        ("--lora-adapters a,,b", {}, f"Invalid LoRA adapter format: : {ADAPTER_FIX}"),
         ("--lora-adapters a=x,a=y", {}, "--lora-adapters a: that name is taken, give the adapter another, NAME=y"),
         (
             "--served-model-name a,b --lora-adapters b",

@@ -65,6 +65,18 @@ def test_memory_that_nobody_holds_is_taken_again_and_an_alias_does_not_hold_it()
     assert alias.data_ptr() == arena.new_array(2, 8).ctypes.data == address
 
 
+def test_memory_is_held_by_a_view_alone() -> None:
+    """Kernels often get the flat view of an output whose tensor nobody keeps."""
+    arena = Arena(2)
+    views = [arena.new_array(1, 8).reshape(-1), arena.new_array(2, 8).reshape(-1)]
+    addresses = {view.ctypes.data for view in (*views, arena.new_array(1, 8))}
+    assert len(addresses) == 3
+    del views
+    gc.collect()
+    arrays = [arena.new_array(1, 8) for _ in range(3)]
+    assert {array.ctypes.data for array in arrays} == addresses
+
+
 def test_stamps_grow_from_call_to_call() -> None:
     x, y = numbers(64, 1.0), numbers(64, 5.0)
     program = Program(record([x, y], lambda: [OPS.add(x, y) for _ in range(3)]))

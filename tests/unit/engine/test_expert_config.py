@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def test_weights_add_up_only_where_config_says_so(is_normalized: bool | None) ->
     ("key", "value"),
     [
         ("num_experts", None),
+        ("num_experts", 0),
         ("num_experts", "8"),
         ("num_experts_per_tok", 9),
         ("num_experts_per_tok", 0),
@@ -60,5 +62,12 @@ def test_weights_add_up_only_where_config_says_so(is_normalized: bool | None) ->
     ],
 )
 def test_what_is_no_size_is_refused_by_its_name(key: str, value: Any) -> None:
-    with pytest.raises(StartError, match=f"^{key} .* in config.json"):
+    with pytest.raises(StartError, match=f"^{key} {re.escape(repr(value))} in config.json"):
         read_expert_config({**CONFIG, key: value}, has_shared_expert=True)
+
+
+def test_more_experts_than_any_model_has_are_refused_before_memory_is_taken_for_them() -> None:
+    config = {**CONFIG, "num_experts": 2**14, "num_experts_per_tok": 8}
+    assert read_expert_config({**config, "num_hidden_layers": 4}, has_shared_expert=False).num_experts == 2**14
+    with pytest.raises(StartError, match="^num_experts 16384 in config.json, in each of 6 layers, is more than any"):
+        read_expert_config(config, has_shared_expert=False)

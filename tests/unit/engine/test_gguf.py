@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,69 @@ def test_what_is_no_model_of_ours_is_refused_in_a_sentence(source: Path, tmp_pat
     (tmp_path / "other.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(StartError, match=r"other\.gguf is not a whole GGUF file"):
         gguf_folder([tmp_path / "other.gguf"], tmp_path)
+
+
+def gguf_bytes(*, order: str = "<", version: int = 3, counts: tuple[int, int] = (0, 0), rest: bytes = b"") -> bytes:
+    """A file with so many tensors and pieces of metadata, by its own words."""
+    return b"GGUF" + struct.pack(f"{order}IQQ", version, *counts) + rest
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def tensor(*, num_dims: int = 1, size: int = 8, kind: int = 0, offset: int = 0) -> bytes:
+    return text(b"output.weight") + struct.pack("<IQIQ", num_dims, size, kind, offset)
+
+
+HUGE = 1 << 60
+TEXT_TYPE, ARRAY_TYPE, BYTE_TYPE = 8, 9, 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"GGML" + bytes(100), "magic invalid"),
+        (gguf_bytes(version=1), "version 1 which we cannot handle"),
+        (gguf_bytes(counts=(0, HUGE)), "it ends at byte 24, within what begins at 24"),
+        (gguf_bytes(counts=(HUGE, 0)), "it ends at byte 24, within what begins at 24"),
+        (
+            gguf_bytes(counts=(0, 1), rest=text(b"a") + struct.pack("<IIQ", ARRAY_TYPE, BYTE_TYPE, HUGE) + bytes(40)),
+            "it ends at byte 89, within what begins at 89",
+        ),
+        (gguf_bytes(counts=(0, 1), rest=text(b"a") + struct.pack("<IQ", TEXT_TYPE, HUGE)), "it ends at byte 45"),
+        (gguf_bytes(counts=(0, 1), rest=text(b"a") + struct.pack("<I", 99)), "is not a valid GGUFValueType"),
+        (
+            gguf_bytes(counts=(0, 1), rest=text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+            "recursion",
+        ),
+        (gguf_bytes(counts=(1, 0), rest=tensor(num_dims=1 << 31) + bytes(96)), "it ends at byte"),
+        (gguf_bytes(counts=(1, 0), rest=tensor(kind=99) + bytes(96)), "is not a valid GGMLQuantizationType"),
+        (gguf_bytes(counts=(1, 0), rest=tensor(offset=1 << 40) + bytes(96)), "it ends at byte"),
+        (gguf_bytes(counts=(1, 0), rest=tensor(size=HUGE) + bytes(96)), "it ends at byte"),
+    ],
+)
+def test_a_file_that_announces_what_it_has_not(content: bytes, reason: str, tmp_path: Path) -> None:
+    """The memory of the process would not do for what some of these announce."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(StartError, match=rf"model\.gguf is not a whole GGUF file \(.*{reason}.*\): fetch it again, or"):
+        gguf_folder([path], tmp_path / "cache")
+
+
+def test_metadata_of_more_parts_than_any_model_has(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpoint.gguf_reader.MAX_PARTS", 500)
+    assert "is not a whole GGUF file (its metadata has more than 500 parts)" in refusal(source, tmp_path)
+
+
+def test_the_bytes_of_another_machine_are_not_taken_for_ours(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(order=">"))
+    with pytest.raises(StartError, match="was written for machines of the other byte order: fetch the usual file"):
+        gguf_folder([path], tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])

@@ -39,6 +39,12 @@ def compressed_with(**changes: Any) -> dict[str, Any]:
     return {**COMPRESSED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**WEIGHTS, **changes}}}}
 
 
+def rotated(*places: Any) -> dict[str, Any]:
+    """A checkpoint whose weights and activations are transformed at these places."""
+    apply = [{"targets": ["Linear"], "location": place} for place in places]
+    return {**COMPRESSED, "transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": apply}}}}
+
+
 def resolve(
     flag: str | None = None, stored: dict[str, Any] | None = None, head: str | None = None, *, is_exact: bool = False
 ) -> Quantization:
@@ -142,6 +148,11 @@ def test_act_order_of_compressed_tensors_gathers_the_inputs() -> None:
         method.pack({**params, "weight_g_idx": groups + 1})
 
 
+@pytest.mark.parametrize("stored", [{**COMPRESSED, "transform_config": {}}, rotated("weight_input", "weight_output")])
+def test_weights_that_were_rotated_before_they_were_stored_are_weights_as_any(stored: dict[str, Any]) -> None:
+    assert resolve(None, stored).description == resolve(None, COMPRESSED).description
+
+
 def test_a_channel_is_one_group() -> None:
     weights = {**WEIGHTS, "strategy": "channel", "group_size": None, "symmetric": False}
     stored = {**COMPRESSED, "config_groups": {"group_0": {"targets": ["re:.*q_proj$"], "weights": weights}}}
@@ -189,6 +200,10 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
         (None, {**COMPRESSED, "format": "float-quantized"}, "the quantisation's num_bits is 4, which can't be loaded"),
         (None, compressed_with(strategy="tensor"), "the quantisation's strategy is 'tensor'; only group, channel can"),
         (None, compressed_with(type="float"), "the quantisation's type is 'float'; only int can be loaded"),
+        (None, {**COMPRESSED, "format": ["pack-quantized"]}, "in the form ['pack-quantized']; only pack-quantized"),
+        (None, rotated("weight_output", "output"), "matrices are rotated (transform_config), and what they are multi"),
+        (None, rotated(None), "matrices are rotated (transform_config)"),
+        (None, {**COMPRESSED, "transform_config": [1]}, "the quantisation's transform_config is [1], not a map"),
         (None, {**COMPRESSED, "config_groups": {}}, "has no config_groups"),
         (None, {**COMPRESSED, "config_groups": [1]}, "the quantisation's config_groups is [1], not a map"),
         (None, {**COMPRESSED, "config_groups": "x" * 10_000}, "not a map"),

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.layers.norm import RMSNorm
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.state import ParallelState
 from quant.base import FormatError, MatrixKernel, PackedWeight
 from quant.compressed_tensors import CompressedTensorsFormat
+from quant.dense import DenseMethod
 from quant.fp8 import Fp8Format
+from quant.on_load import Int8Method
 from quant.packing import widen
 from quant.scaled import WHOLE, ScaledMethod
 
@@ -149,3 +152,17 @@ def test_a_weight_that_is_not_stored_in_8_bits_is_refused(is_float: bool, dtype:
     expected = torch.float8_e4m3fn if is_float else torch.int8
     with pytest.raises(FormatError, match=f"belongs to a weight in {dtype}, which has to be {expected}: fetch"):
         ScaledMethod((1, WHOLE), is_float).pack(params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [DenseMethod, Int8Method])
+def test_8_bit_floats_without_a_scale_are_not_taken_for_weights(dtype: torch.dtype, method: type) -> None:
+    """A matrix that lacks its scale counts as dense."""
+    dense = DenseMethod(dtype, computes_in_float32=True) if method is DenseMethod else method()
+    layer = ColumnParallelLinear(16, [8], has_bias=False, methods=[dense], kernels=Kept(), parallel=ParallelState())
+    weight = torch.ones(8, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"is stored as torch\.float8_e4m3fn, and no scale says what these numbers"):
+        layer.load("weight", 0, weight)
+    norm = RMSNorm(16, 1e-6, dtype)
+    with pytest.raises(ValueError, match="no scale says"):
+        norm.load("weight", 0, weight[0])

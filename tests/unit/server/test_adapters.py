@@ -169,6 +169,8 @@ async def test_changes_of_one_name_come_one_after_the_other(adapters: AdapterEng
         (LOAD, {"lora_name": "sql", "lora_path": "/good"}, 400, "'sql' has already been loaded", "lora_name"),
         (LOAD, {"lora_name": "org/model", "lora_path": "/good"}, 400, "that is not the model's", "lora_name"),
         (LOAD, {"lora_name": " ", "lora_path": "/good"}, 400, "must be a name of 1 to 200", "lora_name"),
+        (LOAD, {"lora_name": "x", "lora_path": ""}, 400, "must be a path of 1 to 4096", "lora_path"),
+        (LOAD, {"lora_name": "x", "lora_path": "/good" * 999}, 400, "must be a path of 1 to 4096", "lora_path"),
         (LOAD, {"lora_name": "x"}, 400, "missing field `lora_path`", "lora_path"),
         (UNLOAD, {"lora_name": "x"}, 404, "The model `x` does not exist", None),
         (UNLOAD, {}, 400, "missing field `lora_name`", "lora_name"),

@@ -28,6 +28,7 @@ from server.launcher.start import (
     ModelFolders,
     _follow_download,
     find_folders,
+    find_model,
     snapshot_commit,
 )
 
@@ -273,5 +274,20 @@ def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> No
     with pytest.raises(LaunchError, match=f"{adapter} is a folder here and has no revision: leave @main out"):
         find_local(model, "--lora-adapters", f"sql={adapter}@main")
     write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
-    with pytest.raises(LaunchError, match="/elsewhere, which is no folder here: correct base_model_name_or_path in"):
+    with pytest.raises(LaunchError, match="/elsewhere, which is not here: correct base_model_name_or_path in"):
         find_local(tmp_path / "moved")
+
+
+def test_the_model_of_an_adapter_may_be_a_gguf_file(tmp_path: Path) -> None:
+    file, adapter = tmp_path / "model.gguf", tmp_path / "adapter"
+    file.touch()
+    write_adapter(adapter, file)
+    fetched: list[tuple[str, str | None]] = []
+
+    def fetch(model_id: str, revision: str | None) -> str:
+        fetched.append((model_id, revision))
+        return str(adapter if len(fetched) == 1 else tmp_path)
+
+    folders = find_model(parse_args(["--model-id", str(adapter)], {}), fetch)
+    assert folders == ModelFolders(str(tmp_path), str(adapter))
+    assert fetched == [(str(adapter), None), (str(file), None)]
