@@ -1,4 +1,4 @@
-"""Ten open dashboards: what they cost the HTTP process by itself, and the streams of others."""
+"""Ten open dashboards: the processor time that they take from the HTTP process, and so from the streams of others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,12 @@ from tests.e2e.conftest import build_demo_model
 from tests.e2e.http_process import HttpProcess
 
 NUM_DASHBOARDS = 10
-NUM_STREAMS = 64
-NUM_STEPS = 800
-"""Steps of a round, in each of which every stream gets a token: some two seconds of a core."""
-ROUNDS = 15
-IDLE_S = 20
-MAX_SLOWDOWN = 1.01
+NUM_STREAMS = 8
+STEPS_PER_S = 10
+"""Few enough that the process has time to spare: what others do on the machine changes the time of a token by a tenth,
+and a full core of tokens would hide a hundredth of a core."""
+PAIRS = 5
+SECONDS = 12
 MAX_SHARE_OF_A_CORE = 0.01
 
 
@@ -58,40 +58,31 @@ def loop_seconds(http: HttpProcess) -> float:
     return int(Path(f"/proc/{http.process.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def seconds_of_round(http: HttpProcess, num_dashboards: int, token_ids: list[int]) -> float:
-    """Processor time that the process, which has as much to do as it can do, takes for the streams of a round."""
-    before = loop_seconds(http)
+def share_with_streams(http: HttpProcess, num_dashboards: int) -> float:
+    """Part of a core that the process takes while it streams."""
+    token_ids = text_ids(build_demo_model("--small"), SECONDS * STEPS_PER_S)
     with open_dashboards(http, num_dashboards):
-        run(http, "/generate_stream", argparse.Namespace(streams=NUM_STREAMS), token_ids, None)
-        return loop_seconds(http) - before
-
-
-@pytest.mark.timeout(1800)
-def test_streams_of_others_slow_by_less_than_a_hundredth(http: HttpProcess) -> None:
-    """Where the HTTP process is what limits the streams, they slow as its time for them grows."""
-    token_ids = text_ids(build_demo_model("--small"), NUM_STEPS)
-    ratios = []
-    for turn in range(ROUNDS):
-        order = (0, NUM_DASHBOARDS) if turn % 2 else (NUM_DASHBOARDS, 0)
-        seconds = {count: seconds_of_round(http, count, token_ids) for count in order}
-        ratios.append(seconds[NUM_DASHBOARDS] / seconds[0])
-    slowdown = statistics.median(ratios)
-    print(f"{NUM_DASHBOARDS} dashboards: {slowdown:.4f} times the time for the same tokens, {sorted(ratios)}")
-    assert slowdown < MAX_SLOWDOWN, sorted(ratios)
+        before, started = loop_seconds(http), time.monotonic()
+        run(http, "/generate_stream", argparse.Namespace(streams=NUM_STREAMS), token_ids, NUM_STREAMS * STEPS_PER_S)
+        return (loop_seconds(http) - before) / (time.monotonic() - started)
 
 
 def idle_share(http: HttpProcess, num_dashboards: int) -> float:
     """Part of a core that the process takes while nothing is asked of it and the engine says that it is there."""
     with open_dashboards(http, num_dashboards):
         before = loop_seconds(http)
-        for _ in range(IDLE_S):
+        for _ in range(SECONDS):
             http.endpoint.send(StepOutput(events=[], stats=EngineStats()))
             time.sleep(1)
-        return (loop_seconds(http) - before) / IDLE_S
+        return (loop_seconds(http) - before) / SECONDS
 
 
-@pytest.mark.timeout(300)
-def test_they_take_less_than_a_hundredth_of_a_core(http: HttpProcess) -> None:
-    shares = {count: idle_share(http, count) for count in (0, NUM_DASHBOARDS)}
-    print(f"part of a core by the number of dashboards: {shares}")
-    assert shares[NUM_DASHBOARDS] - shares[0] < MAX_SHARE_OF_A_CORE
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("share", [idle_share, share_with_streams], ids=["idle", "streams"])
+def test_they_take_less_than_a_hundredth_of_a_core(
+    http: HttpProcess, share: Callable[[HttpProcess, int], float]
+) -> None:
+    """So a process whose whole core goes to streams has more than 0.99 of it left for them."""
+    shares = [(share(http, 0), share(http, NUM_DASHBOARDS)) for _ in range(PAIRS)]
+    print(f"parts of a core without and with {NUM_DASHBOARDS} dashboards: {shares}")
+    assert statistics.median(watched - alone for alone, watched in shares) < MAX_SHARE_OF_A_CORE, shares
