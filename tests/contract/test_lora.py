@@ -466,6 +466,14 @@ def change_a(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path],
     return write
 
 
+def change_rank(rank: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        change_a(lambda a: a.repeat(-(-rank // len(a)), 1)[:rank].clone())(folder)
+        change_config(f'"r": {rank}')(folder)
+
+    return write
+
+
 WEIGHTS = "adapter_model.safetensors"
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: (folder / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
@@ -493,10 +501,11 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (change_a(lambda a: a[None].clone()), "as F32 [1, 4, 64], and"),
     (change_a(lambda a: a.to(torch.float8_e4m3fn)), "as F8_E4M3 [4, 64], and"),
     (change_a(lambda a: a.to(torch.int64)), "as I64 [4, 64], and"),
-    (change_a(lambda a: a[:0].clone()), "cannot be used"),
+    (change_a(lambda a: a[:0].clone()), "matrices of rank 0, and adapter_config.json says 4"),
     (change_a(lambda a: a[:3].clone()), "they do not belong together"),
     (change_a(lambda a: a[:, :32].clone()), "they do not belong together"),
-    (change_a(lambda a: a.repeat(5, 1)), "has rank 20, and there is memory for 16"),
+    (change_a(lambda a: a.repeat(5, 1)), "matrices of rank 20, and adapter_config.json says 4"),
+    (change_rank(20), "has rank 20, and there is memory for 16"),
     (change_a(lambda a: a / 0), "has NaN or infinite values"),
 ]
 NO_FOLDERS = ["a" * 300, "/proc/1/root/x", "/dev/null", "\0", "", "~", 2000 * "a/"]

@@ -73,6 +73,7 @@ def test_everything_that_can_be_opened(browser: Browser, server: PagesServer, lo
         playground = Playground.open(page)
         playground.show_settings()
         assert serious_faults(page) == []
+        expect(page.get_by_role("link", name="Dashboard")).to_have_count(1)
         if look == "phone":  # where the settings lie over the rest
             playground.button("Settings").click()
         server.engine.error = "the engine could not go on"

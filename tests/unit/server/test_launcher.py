@@ -88,6 +88,7 @@ print(os.environ["PYTHONUTF8"])
         {"LANG": "C"},
         {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"},
         {"LC_ALL": "C.utf8"},
+        {"LC_ALL": "C.utf8", "PYTHONIOENCODING": "ascii"},
     ],
 )
 def test_text_is_utf8_whatever_the_locale(tmp_path: Path, environ: dict[str, str]) -> None:
