@@ -111,7 +111,7 @@ browser:
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
 HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
-WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
+WITH_KERNELS := $(call e2e,bucket download examples flags real_clients recipes tool_loop)
 test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
 	@$(call beside,$(TEST) tests/unit tests/contract $(addprefix --ignore=,tests/contract/kernels $(HOUSE)),\
