@@ -1,6 +1,7 @@
 // Requests to the server, and its refusals in words. Addresses are relative: a proxy may have put the server anywhere.
 
 import { dataOf } from "./events.js";
+import { parsed } from "./json.js";
 import { authorization } from "./key.js";
 
 const NO_ANSWER = "The server does not answer. It may have stopped, or the network is gone.";
@@ -72,15 +73,6 @@ function objectOf(data) {
   if (object?.error) throw new RequestError(wordsOf(object));
   if (!Array.isArray(object?.choices)) throw new RequestError(STRANGE);
   return object;
-}
-
-/** What a JSON text says, or null if it is none. */
-function parsed(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return null;
-  }
 }
 
 async function ask(path, options) {

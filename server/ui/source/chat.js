@@ -143,7 +143,7 @@ export class Chat {
   }
 
   _changed(conversation) {
-    conversation.changed = Date.now();
+    Object.assign(conversation, { before: conversation.changed, changed: Date.now() });
     this._onChange(conversation);
     if (conversation === this.conversation) this._show();
   }

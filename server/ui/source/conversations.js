@@ -6,7 +6,8 @@ const PLACE = "conversation/";
 const MAX_TITLE = 60;
 
 /**
- * A new conversation. Its turns are
+ * A new conversation. `changed` is the time of its turns, and `before` that of the turns that they were made from.
+ * Turns are
  * `{role: "user", text}`,
  * `{role: "assistant", text, reasoning, calls: [{id, name, arguments}], isJson, error, note, finish, stats}` and
  * `{role: "tool", id, name, text}`.
@@ -44,8 +45,7 @@ function isTurn(turn) {
 
 /** Call `act` with an id when another tab keeps a conversation, which comes with it, or forgets it: then null does. */
 export function watchConversations(act) {
-  watchOtherTabs(PLACE, (name) => {
-    const kept = load(name);
+  watchOtherTabs(PLACE, (name, kept) => {
     if (kept === null || isConversation(kept)) act(name.slice(PLACE.length), kept);
   });
 }

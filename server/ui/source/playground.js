@@ -101,21 +101,18 @@ function forgetWithWayBack(conversation) {
   });
 }
 
-/** Another tab has gone on with a conversation, or forgotten it: what is here would undo that when it is kept. */
+/**
+ * Another tab has gone on with a conversation, or forgotten it: what is here would undo that when it is kept. Where
+ * both have gone on from an older state each tab stays with its own.
+ */
 function takeOver(id, kept) {
   const own = list.conversations.find((one) => one.id === id) ?? null;
-  if (own !== null && (chat.isRunningIn(own) || kept?.changed <= own.changed || lacksQuestion(kept, own))) return;
+  if (own !== null && (chat.isRunningIn(own) || (kept !== null && kept.before !== own.changed))) return;
   if (kept === null) list.remove(own);
   else if (own === null) list.add(kept);
   else Object.assign(own, { changed: kept.changed, turns: kept.turns });
   if (own === chat.conversation) openAgain(kept === null);
   showState();
-}
-
-/** Whether two tabs asked within one conversation, and the other one does not know what was asked last in this one. */
-function lacksQuestion(kept, own) {
-  const asked = own.turns.findLast((turn) => turn.role === "user");
-  return kept !== null && asked !== undefined && !kept.turns.some((turn) => turn.text === asked.text);
 }
 
 /** Show what has become of the conversation that is open; what was begun in the message stays. */

@@ -1,11 +1,13 @@
 // What a browser keeps for this origin. A browser that keeps nothing is as good, until the page is left.
 
+import { parsed } from "./json.js";
+
 const PREFIX = "pytgi/";
 
 /** The value under a name, or null. */
 export function load(name) {
   try {
-    return JSON.parse(localStorage.getItem(PREFIX + name));
+    return parsed(localStorage.getItem(PREFIX + name));
   } catch {
     return null;
   }
@@ -22,10 +24,10 @@ export function save(name, value) {
   }
 }
 
-/** Call `act` with the name when another tab keeps or forgets a value whose name begins with `start`. */
+/** Call `act(name, value)` when another tab keeps a value whose name begins with `start`, or forgets it: null. */
 export function watchOtherTabs(start, act) {
-  addEventListener("storage", ({ key }) => {
-    if (key?.startsWith(PREFIX + start)) act(key.slice(PREFIX.length));
+  addEventListener("storage", ({ key, newValue }) => {
+    if (key?.startsWith(PREFIX + start)) act(key.slice(PREFIX.length), parsed(newValue));
   });
 }
 

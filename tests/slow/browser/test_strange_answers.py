@@ -142,6 +142,20 @@ def test_a_conversation_that_is_deleted_is_so_in_every_tab(playground: Playgroun
     assert "a secret" not in second.page.evaluate("JSON.stringify({...localStorage})")
 
 
+def test_a_question_that_is_edited_in_one_tab_is_so_in_the_other(playground: Playground) -> None:
+    playground.chat("first wording")
+    second = Playground.open(playground.page.context.new_page())
+    for editing, following, words in ((playground, second, "second wording"), (second, playground, "third wording")):
+        editing.questions.last.get_by_role("button", name="Edit", exact=True).click()
+        editing.page.get_by_role("textbox", name="Edit message", exact=True).fill(words)
+        editing.button("Send again").click()
+        expect(following.questions).to_contain_text([words])
+        editing.settled()
+    second.page.close(run_before_unload=True)
+    playground.page.reload()
+    expect(playground.questions).to_contain_text(["third wording"])
+
+
 def test_tabs_may_write_beside_each_other(playground: Playground, server: PagesServer) -> None:
     """In one conversation, too: the tab that ends last has the last word, and nothing breaks."""
     playground.chat("begin")
