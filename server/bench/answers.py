@@ -52,12 +52,17 @@ class Answer:
             yield self.reads[index][0], event_object(data)
 
 
+def json_or_none(text: str | bytes) -> Any:
+    """What a server's JSON says; None for what is none, or is nested too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def event_object(data: bytes) -> dict[str, Any]:
     """An event's data. Raises BrokenAnswerError for what is no JSON object."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
+    value = json_or_none(data)
     if not isinstance(value, dict):
         raise BrokenAnswerError(f"an event is no JSON object: {data[:200].decode(errors='replace')}")
     return value
@@ -66,10 +71,7 @@ def event_object(data: bytes) -> dict[str, Any]:
 def refusal_text(body: bytes) -> str:
     """The words of an answer that is an error: those of its error object, or else the body."""
     text = body.decode(errors="replace").strip()
-    try:
-        error = json.loads(text)
-    except (ValueError, RecursionError):
-        error = None
+    error = json_or_none(text)
     for name in ("error", "message", "detail"):
         if isinstance(error, dict) and name in error:
             error = error[name]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from server.bench.answers import OK, Answer, BrokenAnswerError, read_answer
+from server.bench.answers import OK, Answer, BrokenAnswerError, json_or_none, read_answer
 from server.bench.connection import Address, exchange
 from server.bench.errors import BenchmarkError
 from server.bench.records import refusal_of
@@ -31,10 +29,7 @@ async def _ask(address: Address, route: str, timeout_s: float) -> Answer:
 async def find_wire(address: Address, timeout_s: float) -> str:
     """Key of WIRES. Raises BenchmarkError."""
     answer = await _ask(address, "/info", timeout_s)
-    try:
-        info = json.loads(answer.body) if answer.status == OK else None
-    except (ValueError, RecursionError):
-        info = None
+    info = json_or_none(answer.body) if answer.status == OK else None
     return "tgi" if isinstance(info, dict) and "model_id" in info else "completions"
 
 
@@ -42,8 +37,8 @@ async def find_model(address: Address, timeout_s: float) -> str:
     """The first model that the server lists. Raises BenchmarkError."""
     answer = await _ask(address, "/v1/models", timeout_s)
     try:
-        return str(json.loads(answer.body)["data"][0]["id"])
-    except (LookupError, TypeError, ValueError, RecursionError):
+        return str(json_or_none(answer.body)["data"][0]["id"])
+    except (LookupError, TypeError):
         why = "" if answer.status == OK else f" ({refusal_of(answer)})"
         step = NEXT_STEPS.get(answer.status, "name it with --model")
         raise BenchmarkError(f"{address.url} lists no model at /v1/models{why}: {step}") from None
