@@ -11,11 +11,9 @@ const MAX_COLUMNS = 88;
 const PYTHON_CALLS = `        for call in choice.delta.tool_calls or []:
             print(call.function.name or "", call.function.arguments or "", end="", flush=True)
 `;
-const JAVASCRIPT_CALLS = `    for (const choice of JSON.parse(line.slice(6)).choices) {
-      for (const { function: { name, arguments: part } } of choice.delta.tool_calls ?? []) {
+const JAVASCRIPT_CALLS = `      for (const { function: { name, arguments: part } } of choice.delta.tool_calls ?? []) {
         process.stdout.write(\`\${name ?? ""} \${part ?? ""}\`);
       }
-    }
 `;
 
 /** Pairs of a name and a function from `{path, body}`, the server's address and whether there is a key to a program. */
@@ -84,8 +82,10 @@ for await (const text of response.body.pipeThrough(new TextDecoderStream())) {
   rest = lines.pop();
   for (const line of lines) {
     if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
-    for (const choice of JSON.parse(line.slice(6)).choices) process.stdout.write(choice.${TEXT_OF_CHUNK[path]} ?? "");
-${body.tools ? JAVASCRIPT_CALLS : ""}  }
+    for (const choice of JSON.parse(line.slice(6)).choices) {
+      process.stdout.write(choice.${TEXT_OF_CHUNK[path]} ?? "");
+${body.tools ? JAVASCRIPT_CALLS : ""}    }
+  }
 }
 `;
 }
