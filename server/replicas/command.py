@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
+from server.config import READY_LINE
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError, LaunchError
 from server.launcher.sockets import bind
@@ -147,7 +148,7 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     runner = front.runner(args.graceful_termination_timeout_s)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
-    for line in [*(page_lines(listener) if _has_pages(args) else []), "Connected"]:
+    for line in [*(page_lines(listener) if _has_pages(args) else []), READY_LINE]:
         logger.info(line)
     await stopped.wait()
     logger.info("Stopping: running requests may end within %g s", args.graceful_termination_timeout_s)

@@ -21,6 +21,8 @@ from tests.e2e.test_reference_ids import check
 
 CASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "rope_ids.json").read_text())["cases"]
 PLAIN = CASES.pop("plain")
+FEW = ("yarn", "sliding window")
+"""The cases of `make test`; tests/slow/test_more_ids.py has the others."""
 
 
 def with_config(model: Path, folder: Path, changes: dict[str, Any]) -> Path:
@@ -47,6 +49,6 @@ def check_case(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.
     assert all(entries[name]["ids"] != PLAIN["entries"][name]["ids"] for name in entries if "longer" in name)
 
 
-@pytest.mark.parametrize("case", ["yarn", "sliding window"])
+@pytest.mark.parametrize("case", FEW)
 def test_ids_equal_transformers(case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_case(case, demo_model, tmp_path, monkeypatch)

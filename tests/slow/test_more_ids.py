@@ -22,7 +22,7 @@ def test_small_steps_give_the_ids_of_transformers(demo_model: Path, tokenizer: T
         reference_ids.check_ids(server, tokenizer)
 
 
-@pytest.mark.parametrize("case", sorted(rope_ids.CASES.keys() - {"yarn", "sliding window"}))
+@pytest.mark.parametrize("case", sorted(rope_ids.CASES.keys() - set(rope_ids.FEW)))
 def test_other_positions_give_the_ids_of_transformers(
     case: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ ROOMS: dict[str, str] = {
     "server.__main__": "engine.link server.app server.client server.config server.edge server.text server.ui",
     "server.bench": "engine.link",
     "server.terminal": "engine.link server.bench",
-    "server.replicas": "engine.link server.answers server.errors server.launcher server.ui",
+    "server.replicas": "engine.link server.answers server.config server.errors server.launcher server.ui",
     # engine
     "engine.link": "",
     "engine.kernel_cache": "",
