@@ -26,6 +26,19 @@ def test_a_copied_command_asks_this_server_whatever_led_to_the_page(
     assert "It's $HOME" in done.stdout and "owned" not in done.stdout
 
 
+CURL_BEHIND_A_PROXY = """async () => {
+    const { LANGUAGES } = await import("./ui/snippets.js");
+    const [, curl] = LANGUAGES[0];
+    return curl({ path: "v1/completions", body: {} }, "http://host.invalid/a;echo owned/", false);
+}"""
+
+
+def test_the_address_in_a_copied_command_is_one_word_whatever_a_proxy_has_put_before(playground: Playground) -> None:
+    program = playground.page.evaluate(CURL_BEHIND_A_PROXY)
+    done = subprocess.run(["sh", "-c", TELL_ARGUMENTS + program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:2] == ["-N", "http://host.invalid/a;echo owned/v1/completions"]
+
+
 def test_an_answer_may_have_any_end_of_line(playground: Playground, server: PagesServer) -> None:
     server.engine.answers = ["one\u2028two\u2029three\x85four\rfive"]
     expect(playground.chat("Which lines?")).to_contain_text("five")
