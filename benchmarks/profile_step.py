@@ -5,7 +5,8 @@
 A FORM as in perplexity.py. Sequences of a context decode, as `EngineCore.serve` lets them; with --prompt it is their
 prompts that are computed. Bytes and operations of a matrix come from its sizes (floors.py), and the floor is the
 bandwidth at which all cores sum an array in the same minute. Other processes only make a part slower: shown is the
-time that a tenth of the steps stay below, part by part, and the step is their sum. Prints tables in Markdown; --write
+time that a tenth of the steps stay below, part by part, and the step is their sum; prompts may take several steps,
+which count as one. Prints tables in Markdown; --write
 puts them into docs/performance.md. Needs `make install`, and a processor whose cycles a program may read (x86-64).
 """
 
@@ -173,15 +174,17 @@ def timed_kernels(model: Any, clock: Clock) -> Iterator[None]:
 
     from quant.kernels.program_cpu import Program
 
-    owners = [sys.modules[name] for name in KERNEL_MODULES if name in sys.modules]
+    matrices = label_matrices(model, clock)
+    owners = [*(sys.modules[name] for name in KERNEL_MODULES if name in sys.modules), *matrices]
+    owners += {type(matrix) for matrix in matrices}
     kept: list[tuple[Any, str, Any]] = [(Program, "run", Program.run)]
     timed_program = TimedProgram(clock)
     Program.run = lambda *args: timed_program(*args)  # type: ignore[method-assign]
-    for owner in [*owners, *label_matrices(model, clock)]:
+    for owner in owners:
         for name, value in list(vars(owner).items()):
-            if isinstance(value, Dispatcher):
+            if isinstance(getattr(value, "__func__", value), Dispatcher):
                 kept.append((owner, name, value))
-                setattr(owner, name, TimedKernel(value, clock))
+                setattr(owner, name, TimedKernel(getattr(value, "__func__", value), clock))
     yield
     for owner, name, value in kept:
         setattr(owner, name, value)
@@ -204,6 +207,16 @@ def label_matrices(model: Any, clock: Clock) -> list[Any]:
         found += head._matrix_kernels
         head._matrix_kernels[:] = [LabelledMatrix(kernel, HEAD, clock) for kernel in head._matrix_kernels]
     return found
+
+
+def summed(steps: list[dict[str, Part]]) -> dict[str, Part]:
+    """Several steps as one: a prompt may take more than one."""
+    names = {name for step in steps for name in step}
+    found = {name: [step[name] for step in steps if name in step] for name in names}
+    return {
+        name: Part(sum(part.seconds for part in parts), sum(part.calls for part in parts))
+        for name, parts in found.items()
+    }
 
 
 class Engine:
@@ -235,7 +248,7 @@ class Engine:
         return lambda *args, **options: self.clock.call(part, function, *args, **options)
 
     def round(self, prompts: list[list[int]], num_new: int, *, is_prompt: bool) -> list[dict[str, Part]]:
-        """Let the prompts be continued; the parts of each step that decodes, or that computes prompts."""
+        """Let the prompts be continued; the parts of each step that decodes, or of all that compute prompts."""
         from engine.link.messages import GenerationRequest
 
         for index, prompt in enumerate(prompts):
@@ -252,7 +265,7 @@ class Engine:
             with contextlib.suppress(BlockingIOError):
                 while self._reader.recv(1 << 20):
                     pass
-        return steps if is_prompt else steps[SKIPPED_STEPS:]
+        return [summed(steps)] if is_prompt else steps[SKIPPED_STEPS:]
 
     def _step(self) -> None:
         """As `EngineCore.serve` does."""
@@ -354,7 +367,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens of every prompt")
     parser.add_argument("--tokens", type=int, default=48, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", action="store_true", help="profile the prompts' step instead of decoding")
+    parser.add_argument("--prompt", action="store_true", help="profile what computes the prompts instead of decoding")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
     args = parser.parse_args()
     restart_with_environment()
