@@ -96,7 +96,7 @@ def main() -> None:
     numba.set_num_threads(1)
     products, kernel_class = (PAIRS, Bfloat16Cpu) if arguments.rounded else (FLOATS, DenseCpu)
     peak_loop = make_peak_loop(products)
-    peak = 2 * products.inputs * CHAINS * LOOPS / seconds(lambda: peak_loop(LOOPS), 9)
+    peak = 2 * products.inputs // products.num_parts * CHAINS * LOOPS / seconds(lambda: peak_loop(LOOPS), 9)
     print(f"peak of {products.lanes} lanes, {products.inputs} inputs: {peak / 1e9:.0f} GFLOP/s\n")
     print("| matrix | rows | GFLOP/s | of the peak |\n|---|---|---|---|")
     for name, (num_outputs, num_inputs) in SHAPES.items():

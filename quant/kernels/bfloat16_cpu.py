@@ -55,7 +55,7 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):
                 first_n = tile * TILE_OUTPUTS
                 last_n = min(n_size, first_n + TILE_OUTPUTS)
                 multiply_rows(
-                    _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART,
+                    _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART, False,
                     rounded, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size,
                 )  # fmt: skip
 

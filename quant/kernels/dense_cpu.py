@@ -10,50 +10,66 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_ops import WIDTH, make_part_tile, make_tile
+from quant.kernels.dense_ops import SPLIT, WIDTH, make_part_tile, make_tile, split_row, splits_pairs
 from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
 from quant.kernels.simd import LANES
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
-_single = make_tile(1, 1, ahead=0)
+_single = make_tile(1, 1, ahead=0, products=SPLIT)
 _ONE_OUTPUTS, _AHEAD_OF_ONE = (1, 0) if WIDTH > LANES else (2, 2)
 """With AVX-512 one row waits for memory alone: one core of Zen 5 reads 896 and 1,536 inputs of bfloat16 as a single
 stream a quarter faster than as two. Half as wide, one sum at a time would wait for itself."""
-_one_row, _one_long_row = make_tile(1, _ONE_OUTPUTS, ahead=_AHEAD_OF_ONE), make_tile(1, 4, ahead=0)
-_two_rows = make_tile(2, 4, ahead=4)
-_MANY_OUTPUTS = 6 if WIDTH > LANES else 3
-_many_rows, _part_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS), make_part_tile(ROWS, _MANY_OUTPUTS)
+_one_row = make_tile(1, _ONE_OUTPUTS, ahead=_AHEAD_OF_ONE, products=SPLIT)
+_one_long_row = make_tile(1, 4, ahead=0, products=SPLIT)
+_two_rows = make_tile(2, 4, ahead=4, products=SPLIT)
+_MANY_OUTPUTS, _LINES = (6, 1) if WIDTH > LANES else (3, 2)
+_many_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS, products=SPLIT, lines=_LINES)
+_part_rows = make_part_tile(ROWS, _MANY_OUTPUTS, SPLIT)
+_KEEPS_ROWS, _TILES = (False, 1) if WIDTH > LANES else (True, 4)
+"""Four rows of floats are more bytes than three of bfloat16 weights, which they may wait for: rows stay in the cache
+while the weights of so many tiles pass."""
 _MAX_PART = 1024
 """Inputs of six weights and four rows that the L1 cache has place for."""
 
 
 @njit(inline="always")
 def multiply_tile(x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size):  # type: ignore[no-untyped-def]
-    """Rows of x times at most TILE_OUTPUTS rows of w, of which the first lies at `w_first`."""
+    """Rows of x times some rows of w, of which the first lies at `w_first`; x as `split_row` orders it for such w."""
     multiply_rows(
         _single, _one_row, _one_long_row, _two_rows, _many_rows, _part_rows,
-        _ONE_OUTPUTS, _MANY_OUTPUTS, _MAX_PART,
+        _ONE_OUTPUTS, _MANY_OUTPUTS, _MAX_PART, _KEEPS_ROWS,
         x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
     )  # fmt: skip
 
 
 @njit(parallel=True, **FAST)
 def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
+    rows = x
+    if splits_pairs(w):
+        rows = np.empty(num_rows * k_size, np.float32)
+        if num_rows < ROWS:  # a parallel region takes longer to start
+            for row in range(num_rows):
+                split_row(x, row, k_size, rows)
+        else:
+            for row in prange(num_rows):
+                split_row(x, row, k_size, rows)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
         size = even_block(end - first_row, row_block, ROWS)
         for row in range(first_row, end, size):
-            for tile in range(first_tile, last_tile):
+            last_row = min(end, row + size)
+            for tile in range(first_tile, last_tile, _TILES):
                 first_n = tile * TILE_OUTPUTS
-                last_n, w_first = min(n_size, first_n + TILE_OUTPUTS), first_n * k_size
-                multiply_tile(x, w, w_first, bias, out, row, min(end, row + size), first_n, last_n, n_size, k_size)
+                last_n = min(n_size, min(last_tile, tile + _TILES) * TILE_OUTPUTS)
+                multiply_tile(rows, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size)
 
 
 class DenseCpu:

@@ -1,10 +1,15 @@
-"""Register tiles of the dense product, and the two ways in which they add.
+"""Register tiles of the dense product, and the three ways in which they add.
 
 A tile is some rows of x times some rows of w: an accumulator of float32 lanes for each pair, to which the inputs are
 added step by step, in order. All tiles add so, whatever their shape: a row's bits do not depend on the tile it is in.
 
-`FLOATS`: a step is `WIDTH` inputs and one fused multiply-add; the last lanes of an input size that is no multiple of
-them add zeros. The bits depend on `WIDTH`, and so on the processor.
+`FLOATS`: a step is 16 inputs, and a fused multiply-add of each `WIDTH` of them. Where an input size is no multiple of
+16, the last 8 are a step of their own, in which lanes beyond them add zeros. The bits depend on `WIDTH`, and so on the
+processor.
+
+`SPLIT`: the same, but with `SPLITS_PAIRS` and bfloat16 weights those of even index are added first of each 16 inputs,
+then the odd ones. A pair of weights is a 32-bit word, of which two instructions make two floats. The activations must
+have been put into that order before (`split_row`).
 
 `PAIRS`: a step is 32 inputs in bfloat16, two to each of 16 lanes, and two fused multiply-adds, of the second input of a
 pair first. AVX512-BF16 has one instruction for them. Elsewhere they are two, with the same bits but where a number is
@@ -18,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.ir as ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -37,24 +42,59 @@ from quant.kernels.simd import (
 
 WIDTH = 2 * LANES if HAS_AVX512 else LANES
 """Lanes of an accumulator of floats: one register with AVX-512 and with AVX, two with NEON."""
+SPLITS_PAIRS = "avx2" in enabled_features() and not HAS_AVX512
+"""Whether the product of floats widens bfloat16 by pairs: one vector instruction for eight, which are two elsewhere."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
 """Whether one instruction adds pairs of bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Products:
-    """A way to add: `inputs` a step to `lanes` sums."""
+    """A way to add: `inputs` a step to `lanes` sums, in `num_parts` parts."""
 
     inputs: int
     lanes: int
+    num_parts: int
     load: Callable[..., Any]
-    """Makes of (builder, typed pointer, dtype, offset, count) the inputs of a step, of which there are `count`."""
+    """Makes of (builder, typed pointer, dtype, offset, `Step`) one part of a step's inputs or weights."""
     add: Callable[..., Any]
     """Makes of (builder, inputs, weights, sums) the new sums."""
+    reads_behind: bool = False
+    """Whether a step reads a number behind its inputs, unless it is the last."""
 
 
-def _load_floats(b: Any, data: Any, dtype: Any, offset: Any, count: int) -> Any:
-    return lanes_at(b, data, dtype, offset, count, WIDTH)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One part of a step of `count` inputs; `is_last`: nothing behind them may be read."""
+
+    count: int
+    part: int
+    is_last: bool
+
+
+FLOAT_INPUTS = 2 * LANES
+"""Inputs of a step of floats."""
+LINE_BYTES = 64
+"""Bytes of a cache line."""
+
+
+def _load_floats(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
+    start = b.add(offset, ir.Constant(offset.type, step.part * WIDTH))
+    return lanes_at(b, data, dtype, start, min(step.count, WIDTH), WIDTH)
+
+
+def _load_split(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
+    if dtype != types.uint16 or step.count < FLOAT_INPUTS:
+        return _load_floats(b, data, dtype, offset, step)
+    words, floats = ir.VectorType(I32, WIDTH), ir.VectorType(F32, WIDTH)
+    is_masked = step.part == 1 and step.is_last
+    # Words that begin one number later have the odd ones in their lower halves: no mask takes a register.
+    start = b.add(offset, ir.Constant(offset.type, 0 if is_masked else step.part))
+    pairs = b.load(b.bitcast(b.gep(data, [start]), words.as_pointer()))
+    pairs.align = dtype.bitwidth // 8
+    if is_masked:
+        return b.bitcast(b.and_(pairs, ir.Constant(words, [-1 << 16] * WIDTH)), floats)
+    return b.bitcast(b.shl(pairs, ir.Constant(words, [16] * WIDTH)), floats)
 
 
 def _add_floats(b: Any, x: Any, w: Any, total: Any) -> Any:
@@ -65,7 +105,7 @@ PAIR_LANES = 16
 _FLOATS, _INTEGERS = ir.VectorType(F32, PAIR_LANES), ir.VectorType(I32, PAIR_LANES)
 
 
-def _load_pairs(b: Any, data: Any, dtype: Any, offset: Any, count: int) -> Any:
+def _load_pairs(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
     pairs = b.load(b.bitcast(b.gep(data, [offset]), _INTEGERS.as_pointer()))
     pairs.align = dtype.bitwidth // 8
     return pairs
@@ -82,16 +122,51 @@ def _add_pairs(b: Any, x: Any, w: Any, total: Any) -> Any:
     return vector_call(b, "fma", *first, vector_call(b, "fma", *second, total))
 
 
-FLOATS = Products(WIDTH, WIDTH, _load_floats, _add_floats)
-PAIRS = Products(2 * PAIR_LANES, PAIR_LANES, _load_pairs, _add_pairs)
+FLOATS = Products(FLOAT_INPUTS, WIDTH, FLOAT_INPUTS // WIDTH, _load_floats, _add_floats)
+SPLIT = dataclasses.replace(FLOATS, load=_load_split, reads_behind=True) if SPLITS_PAIRS else FLOATS
+PAIRS = Products(2 * PAIR_LANES, PAIR_LANES, 1, _load_pairs, _add_pairs)
 
 
-def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS) -> Any:
+@intrinsic
+def splits_pairs(typing_context, w):  # type: ignore[no-untyped-def]
+    """Whether `SPLIT` takes activations that `split_row` has ordered, with weights like w."""
+    is_split = SPLITS_PAIRS and w.dtype == types.uint16
+    return types.boolean(w), lambda context, b, signature, args: ir.Constant(ir.IntType(1), is_split)
+
+
+@intrinsic
+def _split_16(typing_context, x, out, at):  # type: ignore[no-untyped-def]
+    """Sixteen numbers of x to the same place of `out`: those of even index first."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 1))
+        undefined = ir.Constant(ir.VectorType(F32, 16), ir.Undefined)
+        order = ir.Constant(ir.VectorType(I32, 16), [*range(0, 16, 2), *range(1, 16, 2)])
+        numbers = lanes_at(b, x_data, types.float32, args[2], 16, 16)
+        place = b.bitcast(b.gep(out_data, [args[2]]), numbers.type.as_pointer())
+        b.store(b.shuffle_vector(numbers, undefined, order), place).align = 4
+        return context.get_dummy_value()
+
+    return types.none(x, out, types.intp), codegen
+
+
+@njit(inline="always")
+def split_row(x, row, k_size, split):  # type: ignore[no-untyped-def]
+    """Write a row of x [rows, k_size] to the same place of `split`, in the order of `SPLIT`."""
+    first, end = row * k_size, (row + 1) * k_size
+    rest = end - k_size % FLOAT_INPUTS
+    for k in range(first, rest, FLOAT_INPUTS):
+        _split_16(x, split, k)
+    for k in range(rest, end):
+        split[k] = x[k]
+
+
+def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, *, lines: int = 1) -> Any:
     """`rows` rows of x times `outputs` rows of w, as a Numba intrinsic.
 
     x, w flat arrays, of which the first rows begin at x0 and w0; the result of the first pair goes to out[o0], after
-    bias[n] was added. Weights are asked for `ahead` rows before their use; 0: the processor is left to guess. The
-    number of inputs is a multiple of `LANES`, and of a step's inputs where that is more than 16.
+    bias[n] was added. Weights are asked for `ahead` rows before their use, `lines` cache lines a step; 0: the processor
+    is left to guess. The number of inputs is a multiple of `LANES`, and of a step's inputs where that is more than 16.
     """
 
     @intrinsic
@@ -101,7 +176,7 @@ def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS) 
             x0, w0, k_size, n, o0, n_size = (args[i] for i in (1, 3, 4, 6, 8, 9))
             x_place, w_place = (x_data, signature.args[0].dtype, x0), (w_data, signature.args[2].dtype, w0)
             body = _Tile(b, products, x_place, w_place, rows, outputs, k_size)
-            body.add(body.number(0), k_size, ahead)
+            body.add(body.number(0), k_size, ahead, lines)
             body.write(bias_data, n, out_data, o0, n_size)
             return context.get_dummy_value()
 
@@ -128,7 +203,7 @@ def make_part_tile(rows: int, outputs: int, products: Products = FLOATS) -> Any:
             body = _Tile(b, products, x_place, w_place, rows, outputs, k_size)
             kept = b.gep(sums_data, [s0])
             body.take(kept, b.icmp_signed("==", first_k, body.number(0)))
-            body.add(first_k, last_k, 0)
+            body.add(first_k, last_k)
             with b.if_else(b.icmp_signed("==", last_k, k_size)) as (is_last, is_earlier):
                 with is_last:
                     body.write(bias_data, n, out_data, o0, n_size)
@@ -158,26 +233,40 @@ class _Tile:
     def _starts(self, first: Any, stride: Any, count: int) -> list[Any]:
         return [self._b.add(first, self._b.mul(stride, self.number(i))) for i in range(count)]
 
-    def add(self, first_k: Any, last_k: Any, ahead: int) -> None:
+    def add(self, first_k: Any, last_k: Any, ahead: int = 0, lines: int = 0) -> None:
         """Add the products of the inputs from `first_k` to `last_k`."""
         b, step = self._b, self._products.inputs
-        with cgutils.for_range(b, b.sdiv(b.sub(last_k, first_k), self.number(step))) as loop:
+        length = b.sub(last_k, first_k)
+        num_steps = b.sdiv(length, self.number(step))
+        num_others = b.sub(num_steps, self.number(1)) if self._products.reads_behind else num_steps
+        with cgutils.for_range(b, num_others) as loop:
             k = b.add(first_k, b.mul(loop.index, self.number(step)))
-            if ahead:
-                prefetch_at(b, self._w[0], b.add(self._w[2], b.mul(self.number(ahead), b.add(self._k_size, k))))
+            for line in range(lines if ahead else 0):
+                self._ask_for(b.mul(self.number(ahead), b.add(self._k_size, k)), line)
             self._add_step(k, step)
-        if step == 2 * LANES:
-            rest = b.srem(b.sub(last_k, first_k), self.number(step))
+        if self._products.reads_behind:
+            with b.if_then(b.icmp_signed(">", num_steps, self.number(0)), likely=True):
+                self._add_step(b.add(first_k, b.mul(num_others, self.number(step))), step, is_last=True)
+        if step == FLOAT_INPUTS:
+            rest = b.srem(length, self.number(step))
             with b.if_then(b.icmp_signed("!=", rest, self.number(0)), likely=False):
-                self._add_step(b.sub(last_k, rest), LANES)
+                self._add_step(b.sub(last_k, rest), LANES, is_last=True)
 
-    def _add_step(self, k: Any, count: int) -> None:
+    def _ask_for(self, distance: Any, line: int) -> None:
+        """Ask for a cache line of weights so many numbers from the first, and `line` lines from there."""
+        data, dtype, first = self._w
+        further = self.number(line * LINE_BYTES * 8 // dtype.bitwidth)
+        prefetch_at(self._b, data, self._b.add(self._b.add(first, distance), further))
+
+    def _add_step(self, k: Any, count: int, *, is_last: bool = False) -> None:
         b, products = self._b, self._products
-        weights = [products.load(b, *self._w[:2], b.add(start, k), count) for start in self._w_rows]
-        for start, row_sums in zip(self._x_rows, self._sums, strict=True):
-            a = products.load(b, *self._x[:2], b.add(start, k), count)
-            for weight, place in zip(weights, row_sums, strict=True):
-                b.store(products.add(b, a, weight, b.load(place)), place)
+        for part in range(products.num_parts if count == products.inputs else 1):
+            step = Step(count, part, is_last)
+            weights = [products.load(b, *self._w[:2], b.add(start, k), step) for start in self._w_rows]
+            for start, row_sums in zip(self._x_rows, self._sums, strict=True):
+                a = products.load(b, *self._x[:2], b.add(start, k), step)
+                for weight, place in zip(weights, row_sums, strict=True):
+                    b.store(products.add(b, a, weight, b.load(place)), place)
 
     def _kept(self, data: Any) -> list[tuple[Any, Any]]:
         """Each accumulator with its place in memory."""

@@ -1,7 +1,8 @@
 """Any number of rows times some outputs, made of register tiles (`dense_ops`), in parts that stay in the L1 cache.
 
-Four rows at a time walk over all inputs of six outputs. Where those weights do not fit the cache, all rows take the
+Four rows at a time walk over all inputs of a few outputs. Where those weights do not fit the cache, all rows take the
 first part of the inputs, then all the next: the sums wait in memory between the parts, so no bit depends on them.
+Within a part either the weights of a tile stay in the cache while rows pass, or its rows while weights pass.
 """
 
 from __future__ import annotations
@@ -31,35 +32,39 @@ def rows_per_block(row_bytes: int) -> int:
 
 @njit(inline="always")
 def multiply_rows(  # type: ignore[no-untyped-def]
-    single, one_row, one_long_row, two_rows, many_rows, part_rows, one_outputs, many_outputs, max_part,
+    single, one_row, one_long_row, two_rows, many_rows, part_rows, one_outputs, many_outputs, max_part, keeps_rows,
     x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
 ):  # fmt: skip
-    """Rows of x times at most TILE_OUTPUTS rows of w, of which the first lies at `w_first`.
+    """Rows of x times some rows of w, of which the first lies at `w_first`; some tiles of TILE_OUTPUTS, and a rest.
 
     The first six arguments are tiles: one row times 1, `one_outputs` and 4 outputs, two rows times 4 and twice four
-    rows times `many_outputs`, of which the last takes a part of the inputs, at most `max_part` of them.
+    rows times `many_outputs`, of which the last takes a part of the inputs, at most `max_part` of them. `keeps_rows`:
+    then rows stay in the cache, not weights.
     """
-    row = first_row
-    if last_n - first_n < TILE_OUTPUTS:
-        for r in range(first_row, last_row):
-            for n in range(first_n, last_n):
-                w0 = w_first + (n - first_n) * k_size
-                single(x, r * k_size, w, w0, k_size, bias, n, out, r * n_size + n, n_size)
-        row = last_row
+    rest_n = last_n - (last_n - first_n) % TILE_OUTPUTS
+    for r in range(first_row, last_row):
+        for n in range(rest_n, last_n):
+            w0 = w_first + (n - first_n) * k_size
+            single(x, r * k_size, w, w0, k_size, bias, n, out, r * n_size + n, n_size)
+    last_n = rest_n
+    row = first_row if first_n < last_n else last_row
     if k_size > max_part and row + 2 * ROWS <= last_row:
         num_tiles = (last_row - row) // ROWS
         size = ROWS * MAX_LANES
-        sums = np.empty(num_tiles * size * TILE_OUTPUTS, np.float32)
+        num_groups = (last_n - first_n) // many_outputs
+        sums = np.empty(num_tiles * num_groups * many_outputs * size, np.float32)
         num_parts = (k_size + max_part - 1) // max_part
         part = (k_size // num_parts + 31) // 32 * 32
         for k in range(0, k_size, part):
             end = min(k + part, k_size)
-            for n in range(first_n, last_n, many_outputs):
-                w0 = w_first + (n - first_n) * k_size
-                for t in range(num_tiles):
-                    r = row + t * ROWS
-                    s0 = (t * TILE_OUTPUTS + n - first_n) * size
-                    part_rows(x, r * k_size, w, w0, k_size, k, end, sums, s0, bias, n, out, r * n_size + n, n_size)
+            for index in range(num_tiles * num_groups):
+                t, group = index % num_tiles, index // num_tiles
+                if keeps_rows:
+                    t, group = index // num_groups, index % num_groups
+                r, n = row + t * ROWS, first_n + group * many_outputs
+                w0 = w_first + group * many_outputs * k_size
+                s0 = (t * num_groups + group) * many_outputs * size
+                part_rows(x, r * k_size, w, w0, k_size, k, end, sums, s0, bias, n, out, r * n_size + n, n_size)
         row += num_tiles * ROWS
     while row + ROWS <= last_row:
         for n in range(first_n, last_n, many_outputs):

@@ -17,6 +17,7 @@ from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
+from quant.kernels.dense_ops import split_row, splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 from quant.kernels.integer_cpu import (
     OUTPUTS,
@@ -33,6 +34,11 @@ from quant.kernels.packed_cpu import PackedCpu, kernel_scales, multiply_int4, mu
 
 @njit(parallel=True, **FAST)
 def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+    rows = x
+    if splits_pairs(w):
+        rows = np.empty(len(x), np.float32)
+        for row in prange(len(x) // k_size):
+            split_row(x, row, k_size, rows)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(active[0] * num_tiles):
         matrix = active[1 + item // num_tiles]
@@ -42,7 +48,7 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block):  # type:
         last = starts[matrix + 1]
         for row in range(starts[matrix], last, row_block):
             last_row = min(last, row + row_block)
-            multiply_tile(x, w, w0, own_bias, out, row, last_row, first_n, last_n, n_size, k_size)
+            multiply_tile(rows, w, w0, own_bias, out, row, last_row, first_n, last_n, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from quant.base import PackedWeight
 from quant.dense import DenseMethod
 from quant.kernels import choose_kernel
 from quant.kernels.dense_cpu import DenseCpu
-from quant.kernels.dense_ops import WIDTH
+from quant.kernels.dense_ops import SPLITS_PAIRS, WIDTH
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
 from quant.kernels.dense_torch import DenseTorch
 
@@ -53,19 +56,29 @@ def test_without_a_bias() -> None:
     assert torch.equal(DenseCpu(packed(weight, None))(x), DenseCpu(packed(weight, torch.zeros(13)))(x))
 
 
-@pytest.mark.parametrize("k_size", [8, 96, 104])
-def test_an_output_is_lanes_of_sums_folded_by_halves(k_size: int) -> None:
+def order_of_additions(k_size: int, dtype: torch.dtype) -> list[int]:
+    """The inputs as they are added, lane after lane."""
+    whole = k_size // 16 * 16 if SPLITS_PAIRS and dtype == torch.bfloat16 else 0
+    split = [first + k for first in range(0, whole, 16) for k in (*range(0, 16, 2), *range(1, 16, 2))]
+    return [*split, *range(whole, k_size)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k_size", [8, 16, 96, 104])
+def test_an_output_is_lanes_of_sums_folded_by_halves(k_size: int, dtype: torch.dtype) -> None:
     """Factors of 8 bits make products exact in float32, so that the order of additions alone decides the bits."""
     x, weight = (random(3, k_size, seed=seed).bfloat16().float() for seed in (0, 1))
+    weight = weight.to(dtype).float()
     padded = -k_size % WIDTH
-    products = torch.nn.functional.pad(x[:, None] * weight[None], (0, padded)).reshape(3, 3, -1, WIDTH)
+    products = (x[:, None] * weight[None])[..., order_of_additions(k_size, dtype)]
+    products = torch.nn.functional.pad(products, (0, padded)).reshape(3, 3, -1, WIDTH)
     lanes = torch.zeros(3, 3, WIDTH)
     for step in range(products.shape[2]):
         lanes = lanes + products[:, :, step]
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, dim=-1)
         lanes = low + high
-    assert torch.equal(DenseCpu(packed(weight.bfloat16(), None))(x), lanes[..., 0])
+    assert torch.equal(DenseCpu(packed(weight.to(dtype), None))(x), lanes[..., 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +103,22 @@ def test_rows_beyond_one_row_block(k_size: int) -> None:
     torch.testing.assert_close(whole, x @ weight.T, atol=1e-3, rtol=1e-5)
     for row in (0, block - 1, block, 2 * block + 2):
         assert torch.equal(kernel(x[row : row + 1])[0], whole[row])
+
+
+@pytest.mark.parametrize("k_size", [896, 904, 1104])
+def test_nothing_behind_the_last_weight_is_read(k_size: int) -> None:
+    """The page behind the weights can't be read, as behind a file that is mapped: reading it ends this process."""
+    num_bytes = TILE_OUTPUTS * k_size * 2
+    first = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, first + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + first), mmap.PAGESIZE, 0) == 0
+    weight = torch.frombuffer(memory, dtype=torch.bfloat16, count=TILE_OUTPUTS * k_size, offset=first - num_bytes)
+    weight = weight.view(TILE_OUTPUTS, k_size).copy_(random(TILE_OUTPUTS, k_size))
+    kernel, elsewhere = DenseCpu(packed(weight, None)), DenseCpu(packed(weight.clone(), None))
+    for rows in (1, 2, 3, 4, 9):
+        x = random(rows, k_size)
+        assert torch.equal(kernel(x), elsewhere(x))
 
 
 def test_no_rows() -> None:
