@@ -14,12 +14,19 @@ from server.text.tokenizer import TextTokenizer
 from tests.unit.server.harness import (
     FakeEngine,
     client_of,
+    end_spare_places,
     make_config,
     one_by_one,
     running_server,
     url_of,
     write_model_folder,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ends_spare_places() -> Iterator[None]:
+    yield
+    end_spare_places()
 
 
 @pytest.fixture(scope="session")
