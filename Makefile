@@ -25,7 +25,7 @@ endif
 
 help:
 	@echo 'make serve             serve the demo model on port 8080   (PORT=, MODEL= folder or Hub id, ARGS= launcher flags)'
-	@echo 'make test-fast         the unit tests, in about a minute on 2 cores'
+	@echo 'make test-fast         the unit tests that are quick, in one to two minutes on 2 cores'
 	@echo 'make test              all tests but the long ones, the proof for GPUs with toy sizes   (PYTEST_ARGS= only some tests)'
 	@echo 'make test-slow         the long proofs: kills, fuzzing, memory, speed against transformers'
 	@echo 'make ray-test          two replicas on Ray Serve: the wire, a kill, updates, scaling, what a token costs'
@@ -91,9 +91,17 @@ beside = logs=$$(mktemp -d); { $(2); } > $$logs/2 2>&1 & second=$$!; { $(3); } >
 	wait $$second || status=$$?; wait $$third || status=$$?; cat $$logs/2 $$logs/3; rm -r $$logs
 TEST := $(PY) -m pytest -q
 
-test-fast: install
-	@started=$$(date +%s); $(call beside,$(TEST) tests/unit --ignore tests/unit/server $(PYTEST_ARGS),\
-	$(TEST) tests/unit/server/test_[a-o]*.py $(PYTEST_ARGS),$(TEST) tests/unit/server/test_[p-z]*.py $(PYTEST_ARGS)); \
+# Files of two minutes between them, which start processes or go through thousands of examples, and the rules of the house,
+# which are for `make check`.
+HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
+NOT_FAST := $(HOUSE) $(addprefix tests/unit/,engine/test_penalties.py engine/test_scheduler_properties.py engine/test_step_buffers.py \
+	quant/test_packing.py $(patsubst %,server/test_%.py,compatibility_beyond openai_errors private_logs response_format routes \
+	sampling_defaults structure template_process thoughts tool_answers tool_choices vllm_fields wild_schemas))
+fast_server = $(filter-out $(NOT_FAST),$(wildcard tests/unit/server/test_$(1)*.py))
+test-fast: install $(VENV)/interpreted
+	@started=$$(date +%s); \
+	$(call beside,$(TEST) tests/unit $(addprefix --ignore=,tests/unit/server $(NOT_FAST)) $(PYTEST_ARGS),\
+	$(TEST) $(call fast_server,[a-o]) $(PYTEST_ARGS),$(TEST) $(call fast_server,[p-z]) $(PYTEST_ARGS)); \
 	echo "make test-fast: $$(( $$(date +%s) - started )) s"; exit $$status
 
 # The tests of the pages drive a Chromium that is on PATH. Debian's takes 20 s to install, once and only as root.
@@ -110,7 +118,6 @@ browser:
 # rules of the house are for `make check`. With PYTEST_ARGS only the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
-HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
 WITH_KERNELS := $(call e2e,bucket download examples flags real_clients recipes tool_loop)
 test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
