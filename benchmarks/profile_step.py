@@ -6,8 +6,8 @@ A FORM as in perplexity.py. Sequences of a context decode, as `EngineCore.serve`
 prompts that are computed. Bytes and operations of a matrix come from its sizes (floors.py), and the floor is the
 bandwidth at which all cores sum an array in the same minute. Other processes only make a part slower: shown is the
 time that a tenth of the steps stay below, part by part, and the step is their sum; prompts may take several steps,
-which count as one. Prints tables in Markdown; --write
-puts them into docs/performance.md. Needs `make install`, and a processor whose cycles a program may read (x86-64).
+which count as one. Prints tables in Markdown; --write puts them into docs/performance.md. Needs `make install`, and a
+processor whose cycles a program may read (x86-64).
 """
 
 from __future__ import annotations
@@ -211,12 +211,12 @@ def label_matrices(model: Any, clock: Clock) -> list[Any]:
 
 def summed(steps: list[dict[str, Part]]) -> dict[str, Part]:
     """Several steps as one: a prompt may take more than one."""
-    names = {name for step in steps for name in step}
-    found = {name: [step[name] for step in steps if name in step] for name in names}
-    return {
-        name: Part(sum(part.seconds for part in parts), sum(part.calls for part in parts))
-        for name, parts in found.items()
-    }
+    total: dict[str, Part] = {}
+    for name, part in (item for step in steps for item in step.items()):
+        whole = total.setdefault(name, Part())
+        whole.seconds += part.seconds
+        whole.calls += part.calls
+    return total
 
 
 class Engine:

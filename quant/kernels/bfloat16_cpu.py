@@ -15,7 +15,7 @@ from quant.base import PackedWeight
 from quant.kernels.arrays import FAST
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_part_tile, make_tile
-from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows
+from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, write_rows
 from quant.kernels.simd import HAS_AVX512, load16, store
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
@@ -38,12 +38,7 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
 @njit(parallel=True, **FAST)
 def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
     rounded = np.empty(num_rows * k_size, np.uint16)
-    if num_rows < ROWS:  # a parallel region takes longer to start
-        for row in range(num_rows):
-            _round_row(x, row, k_size, rounded)
-    else:
-        for row in prange(num_rows):
-            _round_row(x, row, k_size, rounded)
+    write_rows(_round_row, x, num_rows, k_size, rounded)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES

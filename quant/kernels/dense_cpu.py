@@ -17,7 +17,7 @@ from numba import get_num_threads, njit, prange
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import SPLIT, WIDTH, make_part_tile, make_tile, split_row, splits_pairs
-from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block
+from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, rows_per_block, write_rows
 from quant.kernels.simd import LANES
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
@@ -53,12 +53,7 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):
     rows = x
     if splits_pairs(w):
         rows = np.empty(num_rows * k_size, np.float32)
-        if num_rows < ROWS:  # a parallel region takes longer to start
-            for row in range(num_rows):
-                split_row(x, row, k_size, rows)
-        else:
-            for row in prange(num_rows):
-                split_row(x, row, k_size, rows)
+        write_rows(split_row, x, num_rows, k_size, rows)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES

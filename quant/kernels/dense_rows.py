@@ -8,7 +8,7 @@ Within a part either the weights of a tile stay in the cache while rows pass, or
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 TILE_OUTPUTS = 12
 """Outputs per parallel item: a multiple of what the tiles have."""
@@ -28,6 +28,17 @@ time, and the weights of a large model from memory do not."""
 def rows_per_block(row_bytes: int) -> int:
     """Rows that a thread takes at a time: whole tiles."""
     return max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // row_bytes // ROWS * ROWS)
+
+
+@njit(inline="always")
+def write_rows(write_row, x, num_rows, k_size, written):  # type: ignore[no-untyped-def]
+    """Let `write_row(x, row, k_size, written)` write each row of x [num_rows, k_size], within a parallel function."""
+    if num_rows < ROWS:  # a parallel region takes longer to start
+        for row in range(num_rows):
+            write_row(x, row, k_size, written)
+    else:
+        for row in prange(num_rows):
+            write_row(x, row, k_size, written)
 
 
 @njit(inline="always")

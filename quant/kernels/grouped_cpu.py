@@ -18,7 +18,7 @@ from quant.kernels import packed_cpu
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import split_row, splits_pairs
-from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
+from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block, write_rows
 from quant.kernels.integer_cpu import (
     OUTPUTS,
     ROWS,
@@ -37,8 +37,7 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block):  # type:
     rows = x
     if splits_pairs(w):
         rows = np.empty(len(x), np.float32)
-        for row in prange(len(x) // k_size):
-            split_row(x, row, k_size, rows)
+        write_rows(split_row, x, len(x) // k_size, k_size, rows)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(active[0] * num_tiles):
         matrix = active[1 + item // num_tiles]

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_every_test_is_in_a_tier() -> None:
-    """`make test` runs the folders of pyproject.toml, of which tests/unit is the fast tier, then tests/interpreted.
+    """`make test` runs the folders of pyproject.toml, then tests/interpreted; `make test-fast` most of tests/unit.
 
     `make test-slow` runs tests/slow, `make ray-test` tests/replicas, `make clients` and `make image-test` theirs.
     """
