@@ -130,12 +130,14 @@ else
 	@$(PY) -m pytest $(PYTEST_ARGS)
 endif
 
-# The property tests once more, with ten times as many examples, and others each time.
+# With the cases of other tests that are marked as long, and the property tests once more, with ten times as many examples,
+# and others each time.
 test-slow: install $(VENV)/interpreted browser
 ifneq ($(PYTEST_ARGS),)
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
 	@$(TEST) tests/slow --ignore=tests/slow/interpreted; status=$$?; $(TEST) tests/slow/interpreted || status=$$?; \
+	$(TEST) -m long tests/unit tests/contract tests/e2e || status=$$?; $(TEST) -m long tests/interpreted || status=$$?; \
 	HYPOTHESIS_PROFILE=explore $(TEST) -m hypothesis tests/unit || status=$$?; exit $$status
 endif
 
