@@ -63,20 +63,23 @@ class Cell:
 class Steps:
     """An engine's model and sampler, and sequences that are there without having been computed."""
 
-    def __init__(self, form: str, folder: str) -> None:
+    def __init__(self, form: str, folder: str, pool_tokens: int = POOL_TOKENS) -> None:
+        """`pool_tokens` of keys and values are kept, for all sequences."""
         import torch
 
         from engine.sampling.sampler_cpu import sample
         from engine.start import start_engine
 
-        limits = {"max_batch_total_tokens": POOL_TOKENS, "max_total_tokens": CONTEXTS[-1] + 1}
+        limits = {"max_batch_total_tokens": pool_tokens, "max_total_tokens": min(pool_tokens, CONTEXTS[-1] + 1)}
         self._core, _ = start_engine(engine_config(form, folder, **limits), None)
         runner: Any = self._core.runner
         self._runner = runner
         self._sample = sample
         self.model = runner._model
         pattern = torch.randn(PATTERN)
-        for tensor in runner.cache_tensors:
+        self.cache_tensors = runner.cache_tensors
+        self._pool_tokens = pool_tokens
+        for tensor in self.cache_tensors:
             for part in tensor.view(-1).split(PATTERN):
                 part.copy_(pattern[: len(part)])
 
@@ -86,7 +89,7 @@ class Steps:
         from engine.scheduling.batch import ScheduledBatch
         from engine.scheduling.sequence import Sequence
 
-        num_blocks, size = POOL_TOKENS // self._runner.block_size, -(-context // self._runner.block_size)
+        num_blocks, size = self._pool_tokens // self._runner.block_size, -(-context // self._runner.block_size)
         sequences = []
         for index in range(num_sequences):
             ids = [(index + place) % 1000 for place in range(context)]
