@@ -23,6 +23,7 @@ from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 _single, _one_row, _two_rows = (make_tile(*shape, ahead=0, products=PAIRS) for shape in ((1, 1), (1, 4), (2, 4)))
 _MANY_OUTPUTS = 6 if HAS_PAIRS else 4
 """Without the instruction a tile also needs registers for inputs that are taken apart."""
+_three_rows = make_tile(3, _MANY_OUTPUTS, ahead=0, products=PAIRS)
 _many_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=0, products=PAIRS)
 _part_rows = make_part_tile(ROWS, _MANY_OUTPUTS, PAIRS)
 _MAX_PART = 2048
@@ -50,7 +51,8 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):
                 first_n = tile * TILE_OUTPUTS
                 last_n = min(n_size, first_n + TILE_OUTPUTS)
                 multiply_rows(
-                    _single, _one_row, _one_row, _two_rows, _many_rows, _part_rows, 4, _MANY_OUTPUTS, _MAX_PART, False,
+                    _single, _one_row, _one_row, _two_rows, _three_rows, _many_rows, _many_rows, _part_rows,
+                    4, 4, _MANY_OUTPUTS, _MAX_PART,
                     rounded, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size,
                 )  # fmt: skip
 

@@ -27,23 +27,24 @@ _ONE_OUTPUTS, _AHEAD_OF_ONE = (1, 0) if WIDTH > LANES else (2, 2)
 stream a quarter faster than as two. Half as wide, one sum at a time would wait for itself."""
 _one_row = make_tile(1, _ONE_OUTPUTS, ahead=_AHEAD_OF_ONE, products=SPLIT)
 _one_long_row = make_tile(1, 4, ahead=0, products=SPLIT)
-_two_rows = make_tile(2, 4, ahead=4, products=SPLIT)
 _MANY_OUTPUTS, _LINES = (6, 1) if WIDTH > LANES else (3, 2)
+_TWO_OUTPUTS = 4 if WIDTH > LANES else _MANY_OUTPUTS
+_two_rows = make_tile(2, _TWO_OUTPUTS, ahead=_TWO_OUTPUTS, products=SPLIT, lines=_LINES)
+_three_rows = make_tile(3, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS, products=SPLIT, lines=_LINES)
 _many_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=_MANY_OUTPUTS, products=SPLIT, lines=_LINES)
+_again_rows = _many_rows if WIDTH > LANES else make_tile(ROWS, _MANY_OUTPUTS, ahead=0, products=SPLIT)
 _part_rows = make_part_tile(ROWS, _MANY_OUTPUTS, SPLIT)
-_KEEPS_ROWS, _TILES = (False, 1) if WIDTH > LANES else (True, 4)
-"""Four rows of floats are more bytes than three of bfloat16 weights, which they may wait for: rows stay in the cache
-while the weights of so many tiles pass."""
-_MAX_PART = 1024
-"""Inputs of six weights and four rows that the L1 cache has place for."""
+_MAX_PART, _TILES = (1024, 1) if WIDTH > LANES else (0, 4)
+"""Inputs of six weights and four rows that the L1 cache has place for, and tiles that rows pass one after the other.
+With half as many lanes the L2 cache is quick enough: there weights of so many tiles wait for the next rows, whole."""
 
 
 @njit(inline="always")
 def multiply_tile(x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size):  # type: ignore[no-untyped-def]
     """Rows of x times some rows of w, of which the first lies at `w_first`; x as `split_row` orders it for such w."""
     multiply_rows(
-        _single, _one_row, _one_long_row, _two_rows, _many_rows, _part_rows,
-        _ONE_OUTPUTS, _MANY_OUTPUTS, _MAX_PART, _KEEPS_ROWS,
+        _single, _one_row, _one_long_row, _two_rows, _three_rows, _many_rows, _again_rows, _part_rows,
+        _ONE_OUTPUTS, _TWO_OUTPUTS, _MANY_OUTPUTS, _MAX_PART,
         x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
     )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 Four rows at a time walk over all inputs of a few outputs. Where those weights do not fit the cache, all rows take the
 first part of the inputs, then all the next: the sums wait in memory between the parts, so no bit depends on them.
-Within a part either the weights of a tile stay in the cache while rows pass, or its rows while weights pass.
 """
 
 from __future__ import annotations
@@ -43,14 +42,15 @@ def write_rows(write_row, x, num_rows, k_size, written):  # type: ignore[no-unty
 
 @njit(inline="always")
 def multiply_rows(  # type: ignore[no-untyped-def]
-    single, one_row, one_long_row, two_rows, many_rows, part_rows, one_outputs, many_outputs, max_part, keeps_rows,
+    single, one_row, one_long_row, two_rows, three_rows, many_rows, again_rows, part_rows,
+    one_outputs, two_outputs, many_outputs, max_part,
     x, w, w_first, bias, out, first_row, last_row, first_n, last_n, n_size, k_size,
 ):  # fmt: skip
     """Rows of x times some rows of w, of which the first lies at `w_first`; some tiles of TILE_OUTPUTS, and a rest.
 
-    The first six arguments are tiles: one row times 1, `one_outputs` and 4 outputs, two rows times 4 and twice four
-    rows times `many_outputs`, of which the last takes a part of the inputs, at most `max_part` of them. `keeps_rows`:
-    then rows stay in the cache, not weights.
+    The first eight arguments are tiles: one row times 1, `one_outputs` and 4 outputs, two rows times `two_outputs`, and
+    times `many_outputs` three rows, the first four, four others, for which the weights lie in the cache, and four rows by
+    parts of the inputs, of which none is longer than `max_part` (0: the last is not used).
     """
     rest_n = last_n - (last_n - first_n) % TILE_OUTPUTS
     for r in range(first_row, last_row):
@@ -59,7 +59,7 @@ def multiply_rows(  # type: ignore[no-untyped-def]
             single(x, r * k_size, w, w0, k_size, bias, n, out, r * n_size + n, n_size)
     last_n = rest_n
     row = first_row if first_n < last_n else last_row
-    if k_size > max_part and row + 2 * ROWS <= last_row:
+    if max_part > 0 and k_size > max_part and row + 2 * ROWS <= last_row:
         num_tiles = (last_row - row) // ROWS
         size = ROWS * MAX_LANES
         num_groups = (last_n - first_n) // many_outputs
@@ -70,8 +70,6 @@ def multiply_rows(  # type: ignore[no-untyped-def]
             end = min(k + part, k_size)
             for index in range(num_tiles * num_groups):
                 t, group = index % num_tiles, index // num_tiles
-                if keeps_rows:
-                    t, group = index // num_groups, index % num_groups
                 r, n = row + t * ROWS, first_n + group * many_outputs
                 w0 = w_first + group * many_outputs * k_size
                 s0 = (t * num_groups + group) * many_outputs * size
@@ -80,10 +78,18 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     while row + ROWS <= last_row:
         for n in range(first_n, last_n, many_outputs):
             w0 = w_first + (n - first_n) * k_size
-            many_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+            if row == first_row:
+                many_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+            else:
+                again_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
         row += ROWS
-    if row + 2 <= last_row:
-        for n in range(first_n, last_n, 4):
+    if row + 3 == last_row:
+        for n in range(first_n, last_n, many_outputs):
+            w0 = w_first + (n - first_n) * k_size
+            three_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
+        row += 3
+    if row + 2 == last_row:
+        for n in range(first_n, last_n, two_outputs):
             w0 = w_first + (n - first_n) * k_size
             two_rows(x, row * k_size, w, w0, k_size, bias, n, out, row * n_size + n, n_size)
         row += 2
