@@ -49,8 +49,8 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     """Rows of x times some rows of w, of which the first lies at `w_first`; some tiles of TILE_OUTPUTS, and a rest.
 
     The first eight arguments are tiles: one row times 1, `one_outputs` and 4 outputs, two rows times `two_outputs`, and
-    times `many_outputs` three rows, the first four, four others, for which the weights lie in the cache, and four rows by
-    parts of the inputs, of which none is longer than `max_part` (0: the last is not used).
+    times `many_outputs` three rows, the first four, four others, for which the weights lie in the cache, and four rows
+    by parts of the inputs, of which none is longer than `max_part` (0: the last is not used).
     """
     rest_n = last_n - (last_n - first_n) % TILE_OUTPUTS
     for r in range(first_row, last_row):
