@@ -4,9 +4,9 @@
 
 FORM is bfloat16 or a value of --quantize. The model has the sizes of Qwen1.5-MoE-A2.7B with fewer layers, a vocabulary
 cut in the same proportion, and random weights. A step decodes a token of each of 1 to 16 sequences with 128 tokens of
-context: the model and the sampler, without the scheduler. Its floor is what it must read, the weights of the experts that
-its tokens chose, all other weights, keys and values, over the bandwidth at which all cores sum an array in the same
-minute. Each round has every step once, and the quickest counts. Prints a table in Markdown; --write puts it into
+context: the model and the sampler, without the scheduler. Its floor is what it must read (the weights of the experts
+that its tokens chose, all other weights, keys and values) over the bandwidth at which all cores sum an array in the
+same minute. Each round has every step once, and the quickest counts. Prints a table in Markdown; --write puts it into
 docs/performance.md.
 """
 
@@ -167,8 +167,8 @@ def table(rows: list[Row], bandwidth: float, num_layers: int) -> list[str]:
         rate = row.num_bytes / row.seconds / 1e9
         over_one = row.sequences * rows[0].seconds / row.seconds
         lines.append(
-            f"| {row.sequences} | {row.num_active / num_layers:.1f} | {row.num_bytes / 1e6:.0f} | {1000 * row.seconds:.1f} "
-            f"| {rate:.1f} | {rate / bandwidth:.2f} | {over_one:.2f} |"
+            f"| {row.sequences} | {row.num_active / num_layers:.1f} | {row.num_bytes / 1e6:.0f} "
+            f"| {1000 * row.seconds:.1f} | {rate:.1f} | {rate / bandwidth:.2f} | {over_one:.2f} |"
         )
     return lines
 
