@@ -36,7 +36,7 @@ SEQUENCES = [1, 2, 4, 8, 16]
 CONTEXT = 128
 POOL_TOKENS = 4096
 NUM_LAYERS, VOCABULARY = 24, 151936
-"""Of the real model."""
+"""What the real model has of layers and of tokens."""
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",
