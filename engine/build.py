@@ -223,6 +223,7 @@ def make_adapter_slots(
     """
     adapters = AdapterSlots(
         model,
+        Path(config.model_path),
         config.lora_adapters,
         backend=device.matrices,
         num_slots=config.max_loras,
