@@ -40,6 +40,7 @@ class AdapterSlots:
     def __init__(
         self,
         model: CausalLM,
+        base: Path,
         adapters: Sequence[Sequence[str]],
         *,
         backend: str,
@@ -50,14 +51,14 @@ class AdapterSlots:
         device: torch.device,
         free_bytes: int | None = None,
     ) -> None:
-        """`adapters`: name and folder of those that the start names, which have the numbers from 0 on.
+        """`base`: the model's folder. `adapters`: name and folder of those that the start names, numbered from 0 on.
 
         They are kept in `dtype`, and meet rows in `activation_dtype`. `max_rank` None: that of the largest of them.
         `free_bytes` are there for all slots; None: that is not known. Raises StartError for an adapter that does not
         fit the model, and for slots that do not fit the memory.
         """
         self._device, self._dtype = device, dtype
-        self._matrices = adaptable_matrices(model)
+        self._base, self._matrices = base, adaptable_matrices(model)
         self._weights = {number: AdapterWeights(Path(folder)) for number, (_, folder) in enumerate(adapters)}
         ranks = [weights.max_rank for weights in self._weights.values()]
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
@@ -69,7 +70,6 @@ class AdapterSlots:
         """Rows and slots of a step of few rows, always in the same place: see `engine.programs`."""
         self._captured: torch.Tensor | None = None
         """The same for graphs, on the device: [2, rows of the largest graph] int64; None: there are none."""
-
         self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
         kernels = self._allocate(backend, dtype)
         for number in range(min(num_slots, len(adapters))):
@@ -220,6 +220,7 @@ class AdapterSlots:
                 raise StartError(
                     f"{folder} has numbers for {module} that {self._dtype} can't hold: start with --dtype bfloat16"
                 )
+        weights.refuse_changed_copies(self._base)
 
 
 def adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:

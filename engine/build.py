@@ -57,7 +57,7 @@ def choose_quantization(
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
-        names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
+        names = open_weights(folder).names if stored else ()
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
             flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact, is_bfloat16=is_bfloat16
@@ -82,7 +82,8 @@ def build_model(
     `quantization` None: as the checkpoint says. `adapter`: the folder of an adapter that is merged. Raises StartError.
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
-    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel)
+    num_tensors = len(open_weights(folder).names)
+    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, num_tensors)
     load_weights(model, folder, device.torch_device, parallel.size, adapter, progress)
     return model
 
@@ -93,9 +94,11 @@ def make_model(
     activation_dtype: torch.dtype,
     device: Device,
     parallel: ParallelState = ALONE,
+    num_tensors: int | None = None,
 ) -> CausalLM:
     """The rank's part of the model that config.json describes, without weights.
 
+    `num_tensors`: as `ModelContext` has it.
     Raises StartError for a config.json that isn't supported or can't be cut for so many ranks.
     """
     model_class = import_entry(MODELS, str(config.get("model_type", "")), "model_type")
@@ -105,6 +108,7 @@ def make_model(
         ops=import_entry(OPS, device.ops, "ops")(),
         activation_dtype=activation_dtype,
         device=device.torch_device,
+        num_tensors=num_tensors,
     )
     try:
         model: CausalLM = model_class(config, context)
@@ -223,6 +227,7 @@ def make_adapter_slots(
     """
     adapters = AdapterSlots(
         model,
+        Path(config.model_path),
         config.lora_adapters,
         backend=device.matrices,
         num_slots=config.max_loras,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from quant.gguf_blocks import TYPES, widen_groups
 from quant.packing import BYTE_CHUNK, NIBBLE_CHUNK, pack_nibbles
 from quant.settings import read_map
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 Q, SCALES, OFFSETS = "q", "scales", "offsets"
 
 
@@ -69,6 +71,8 @@ class GgufMethod:
 class GgufFormat:
     """Implements `quant.base.CheckpointFormat`. `types` in the settings maps each quantized matrix to its type.
 
+    The matrices of a layer's experts have one together, under a name without the expert's number.
+
     `bytes` and `table_bytes` map each type to what the files have of it, without and in the table of embeddings.
     """
 
@@ -95,7 +99,7 @@ class GgufFormat:
         return False
 
     def method_for(self, module: str) -> GgufMethod | None:
-        type_name = self._types.get(module)
+        type_name = self._types.get(_EXPERT.sub(".experts.", module))
         return None if type_name is None else GgufMethod(type_name)
 
 

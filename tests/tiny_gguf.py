@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def write_gguf(
     kinds: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> None:
-    """Matrices as `kind` or what `kinds` says of some, vectors in float32.
+    """Matrices as `kind` or what `kinds` says of some, vectors and routers in float32, one tensor for all experts.
 
     `changes` are keys and values of the metadata, `__` for each dot; None takes a key out. `chosen` has the names of
     the tensors that are written; None: all.
@@ -39,6 +40,12 @@ def write_gguf(
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -47,19 +54,34 @@ def write_gguf(
         writer.kv_data[0].pop(key.replace("__", "."), None)
         if value is not None:
             writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            if chosen is not None and name not in chosen:
-                continue
-            stored, raw_type = _stored(tensor.float().numpy(), (kinds or {}).get(name, kind))
-            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            assert gguf_name is not None, name
-            writer.add_tensor(gguf_name, stored, raw_dtype=raw_type)
+    maps = [
+        gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config["num_hidden_layers"])
+        for name in (architecture, architecture.removesuffix("moe"))  # llama.cpp has no layers without among others
+    ]
+    for name, values in _tensors(folder).items():
+        if chosen is None or name in chosen:
+            is_router = name.endswith(("mlp.gate.weight", "mlp.shared_expert_gate.weight"))
+            stored, raw_type = _stored(values, "F32" if is_router else (kinds or {}).get(name, kind))
+            gguf_names = [names.get_name(name, try_suffixes=(".weight", ".bias")) for names in maps]
+            writer.add_tensor(next(filter(None, gguf_names)), stored, raw_dtype=raw_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """As llama.cpp's converter has them: a matrix of all experts of a layer together, dimensions of 1 left out."""
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    experts: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            tensors[name] = tensor.float().numpy().squeeze()
+    for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
+        together = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        if together != name:
+            experts.setdefault(together, []).append(tensors.pop(name))
+    return {**tensors, **{name: np.stack(matrices) for name, matrices in experts.items()}}
 
 
 def _stored(values: np.ndarray[Any, Any], kind: str) -> tuple[np.ndarray[Any, Any], Any]:

@@ -7,6 +7,7 @@ float32: --dtype float32 gives the ids of the merged model, whatever the base mo
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -14,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
+from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
@@ -23,8 +26,15 @@ if TYPE_CHECKING:
 
     from engine.checkpoint.weights import WeightSource
 
+logger = logging.getLogger(__name__)
+
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 """A tensor of an adapter. Groups: the module, whether that is a table of embeddings, A or B."""
+_COPY = re.compile(r"(?:base_model\.model\.)?((?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
+"""A tensor of the base model that `peft` saves along where embeddings are targets, were resized, or are asked for
+(`save_embedding_layers`). Group: the module."""
+COPIED_ROWS = 8192
+"""Rows of such a tensor that are compared at a time."""
 
 OTHER_KINDS: tuple[tuple[str, str], ...] = (
     ("use_dora", "DoRA"),
@@ -77,6 +87,7 @@ class MergedWeights:
         self.files = [*base.files, *self._adapter.files]
         for name, update in self._updates.items():
             self._check(folder, name, update)
+        _refuse_changed_copies(folder, self._adapter, base)
 
     @property
     def names(self) -> Sequence[str]:
@@ -148,6 +159,11 @@ class AdapterWeights:
     def max_rank(self) -> int:
         return max((self.shapes(module)[0][0] for module in self._updates), default=0)
 
+    def refuse_changed_copies(self, base: Path) -> None:
+        """Raise StartError for an adapter with tensors of a base model that are not those in the folder `base`."""
+        if any(map(_COPY.fullmatch, self._weights.names)):
+            _refuse_changed_copies(self.folder, self._weights, open_weights(base))
+
     def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A, B and the factor of their product."""
         update = self._updates[module]
@@ -183,6 +199,8 @@ def _modules(folder: Path, adapter: WeightSource) -> dict[str, tuple[bool, dict[
     modules: dict[str, tuple[bool, dict[str, str]]] = {}
     for name in adapter.names:
         match = _TENSOR.fullmatch(name)
+        if _COPY.fullmatch(name):
+            continue
         if match is None:
             raise StartError(f"{folder} has a tensor {name}, which is no part of a LoRA: merge the adapter with `peft`")
         is_embedding, tensors = modules.setdefault(match[1], (bool(match[2]), {}))
@@ -193,6 +211,36 @@ def _modules(folder: Path, adapter: WeightSource) -> dict[str, tuple[bool, dict[
             )
         tensors[match[3]] = name
     return modules
+
+
+def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSource) -> None:
+    """Raise StartError for a table of embeddings or a head that was saved along and is not the base model's own."""
+    for name in adapter.names:
+        if match := _COPY.fullmatch(name):
+            stored = f"{match[1]}.weight" if f"{match[1]}.weight" in base.names else f"model.{EMBEDDING}"  # a tied head
+            if not _is_copy(adapter, name, base, stored):
+                raise StartError(
+                    f"{folder} has {name} {list(adapter.shape(name))}, and {stored} of its base model is another: such "
+                    "training is not kept apart. Merge the adapter with `peft`, merge_and_unload() and "
+                    "save_pretrained(...), and give the folder that this writes"
+                )
+            logger.info("%s has a copy of the base model's %s, which is not used", folder, stored)
+
+
+def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) -> bool:
+    """Whether a tensor has the base model's numbers, in the dtype that the model was trained in.
+
+    Rows of padding at the end may be cut off, as by `resize_token_embeddings(len(tokenizer))`.
+    """
+    shape, base_shape = adapter.shape(name), base.shape(stored) if stored in base.names else ()
+    if len(shape) != 2 or len(base_shape) != 2 or shape[0] > base_shape[0] or shape[1] != base_shape[1]:
+        return False
+    for first in range(0, shape[0], COPIED_ROWS):
+        rows = (slice(first, min(first + COPIED_ROWS, shape[0])),)
+        copy = adapter.read(name, rows)
+        if not base.read(stored, rows).to(copy.dtype).equal(copy):
+            return False
+    return True
 
 
 def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:

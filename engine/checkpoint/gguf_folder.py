@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, refuse_other_tokenizers, tokenizer_config
 from engine.checkpoint.renamed_weights import EMBEDDING
-from engine.checkpoint.weight_files import GGUF_FLOATS
+from engine.checkpoint.weight_files import EXPERTS, GGUF_FLOATS
 from engine.link.errors import StartError
 from engine.link.model_files import GGUF_INDEX
 
@@ -33,9 +33,22 @@ FORMAT = 2
 """Part of a folder's name: one that an older version wrote is not used."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "use_sliding_window": False,
+        "norm_topk_prob": False,
+    },
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "norm_topk_prob": True,
+    },
 }
-"""GGUF's architecture -> what its config.json has of its own."""
+"""GGUF's architecture -> what its config.json has of its own. No key of a file says `norm_topk_prob`: llama.cpp goes by
+the architecture."""
 TABLE = "token_embd"
 MODULES = {
     TABLE: "model.embed_tokens",
@@ -54,7 +67,18 @@ LAYER_MODULES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+ROUTER, SHARED_GATE = ".mlp.gate.weight", ".mlp.shared_expert_gate.weight"
+"""Matrices that are stored in float32 whatever the others are in; a file may have the second one as a vector."""
+_DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
 ENDS = ("<|endoftext|>",)
 """Tokens that end a text beside those that the file names."""
@@ -169,11 +193,12 @@ def index_tensors(readers: Sequence[GGUFReader]) -> dict[str, dict[str, Any]]:
     for number, reader in enumerate(readers):
         for tensor in reader.tensors:
             if tensor.name != "rope_freqs.weight":
-                tensors[name_of_model(tensor.name)] = {
+                name, shape = name_of_model(tensor.name), [int(size) for size in reversed(tensor.shape)]
+                tensors[name] = {
                     "file": number,
                     "offset": int(tensor.data_offset),
                     "type": tensor.tensor_type.name,
-                    "shape": [int(size) for size in reversed(tensor.shape)],
+                    "shape": [1, *shape[-1:]] if name.endswith(SHARED_GATE) else shape,
                 }
     if f"model.{EMBEDDING}" not in tensors:
         raise StartError(
@@ -197,7 +222,11 @@ def name_of_model(name: str) -> str:
 
 def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """config.json. Raises StartError for a file without the numbers that make a model."""
-    matrices = [entry["type"] for entry in tensors.values() if len(entry["shape"]) > 1]
+    matrices = [
+        entry["type"]
+        for name, entry in tensors.items()
+        if len(entry["shape"]) > 1 and not name.endswith((ROUTER, SHARED_GATE))
+    ]
     widest = next((kind for kind in GGUF_FLOATS if kind in matrices), "F16")
     try:
         return {
@@ -218,6 +247,7 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str,
             "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
             **_head_dim(metadata),
             **_rope_scaling(metadata),
+            **_experts(metadata, tensors),
         }
     except KeyError as error:
         raise StartError(f"the GGUF file does not say {error.args[0]}: fetch it again, or another one") from error
@@ -254,6 +284,38 @@ def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if original is not None:
         scaling["original_max_position_embeddings"] = original
     return {"rope_scaling": scaling}
+
+
+def _experts(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json says about experts; nothing where there are none. Raises StartError for another number of them.
+
+    Sizes are those of the tensors, for a file need not state them. llama.cpp writes experts for all layers or for none;
+    here a layer may be without.
+    """
+    if not any(EXPERTS in name for name in tensors):
+        return {}
+    num_experts = metadata["expert_count"]
+    for name, entry in tensors.items():
+        if EXPERTS in name and (len(entry["shape"]) != 3 or entry["shape"][0] != num_experts):
+            raise StartError(
+                f"the GGUF file has {name} as {entry['shape']}, and {num_experts} experts by its metadata: fetch it "
+                "again, or another one"
+            )
+    sizes = {
+        "moe_intermediate_size": _num_outputs(tensors, f"{EXPERTS}up_proj.weight"),
+        "shared_expert_intermediate_size": _num_outputs(tensors, ".mlp.shared_expert.up_proj.weight"),
+    }
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": metadata["expert_used_count"],
+        **{key: size for key, size in sizes.items() if size is not None},
+        "mlp_only_layers": [int(match[1]) for match in map(_DENSE.fullmatch, tensors) if match],
+    }
+
+
+def _num_outputs(tensors: Mapping[str, Mapping[str, Any]], end: str) -> int | None:
+    """The outputs of the first matrix whose name ends so; None: there is none."""
+    return next((entry["shape"][-2] for name, entry in tensors.items() if name.endswith(end)), None)
 
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:

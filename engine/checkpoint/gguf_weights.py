@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.renamed_weights import EMBEDDING
-from engine.checkpoint.weight_files import GGUF_FLOATS, GgufIndex
+from engine.checkpoint.weight_files import EXPERTS, GGUF_FLOATS, GgufIndex
 from engine.link.errors import StartError
 from quant.gguf import OFFSETS, SCALES, Q
 from quant.gguf_blocks import TYPES, Unpacked, unpack_rows, widen_rows
@@ -53,19 +53,25 @@ class GgufWeights:
         """Raises StartError for a type that can't be run, and a file that is not as long as the index says."""
         self.files = index.files
         self._parts: dict[str, tuple[_Stored, str]] = {}
+        self._last: tuple[Any, Unpacked] | None = None
+        ends = dict.fromkeys(self.files, 0)  # the first part of a set may have metadata alone
         for name, entry in index.tensors.items():
             stored = _stored(index.files[entry["file"]], name, entry)
-            module, _, leaf = name.rpartition(".")
-            if stored.type_name in GGUF_FLOATS or name.endswith(EMBEDDING):
-                self._parts[name] = stored, leaf
-                continue
-            has_offsets = TYPES[stored.type_name].zero_point is None
-            for part in (Q, SCALES, OFFSETS) if has_offsets else (Q, SCALES):
-                self._parts[f"{module}.{part}"] = stored, part
-        self._last: tuple[Any, Unpacked] | None = None
-        for path in self.files:
-            ends = (stored.end for stored, _ in self._parts.values() if stored.path == path)
-            _refuse_cut_off(path, max(ends, default=0))  # the first part of a set may have metadata alone
+            ends[stored.path] = max(ends[stored.path], stored.end)
+            for matrix in _matrices(name, stored):
+                self._add(*matrix)
+        for path, end in ends.items():
+            _refuse_cut_off(path, end)
+
+    def _add(self, name: str, stored: _Stored) -> None:
+        """Have a tensor under its name, or one that is quantized as what it is unpacked to."""
+        module, _, leaf = name.rpartition(".")
+        if stored.type_name in GGUF_FLOATS or name.endswith(EMBEDDING):
+            self._parts[name] = stored, leaf
+            return
+        has_offsets = TYPES[stored.type_name].zero_point is None
+        for part in (Q, SCALES, OFFSETS) if has_offsets else (Q, SCALES):
+            self._parts[f"{module}.{part}"] = stored, part
 
     @property
     def names(self) -> Sequence[str]:
@@ -133,6 +139,21 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> _Stored:
     if len(shape) < (1 if type_name in GGUF_FLOATS else 2):
         raise StartError(f"{path} has {name} in the type {type_name}, which is no matrix: fetch the file again")
     return _Stored(path, entry["offset"], type_name, shape)
+
+
+def _matrices(name: str, stored: _Stored) -> Iterator[tuple[str, _Stored]]:
+    """The matrices of all experts that a tensor holds, which follow each other in the file; of others the tensor."""
+    if EXPERTS not in name:
+        yield name, stored
+        return
+    num_experts, *shape = stored.shape
+    size = (stored.end - stored.offset) // num_experts
+    for expert in range(num_experts):
+        place = stored.offset + expert * size
+        yield (
+            name.replace(EXPERTS, f"{EXPERTS}{expert}."),
+            dataclasses.replace(stored, offset=place, shape=tuple(shape)),
+        )
 
 
 def _refuse_cut_off(path: Path, size: int) -> None:

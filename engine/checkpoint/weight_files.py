@@ -19,6 +19,8 @@ SECOND_COPIES = ("consolidated",)
 """Beginnings of the names under which some publishers add the same weights once more, for other programs."""
 GGUF_FLOATS = {"F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<i2")}
 """A type of GGUF that is not quantized -> torch's name of its numbers, and NumPy's of their bits. The widest first."""
+EXPERTS = ".mlp.experts."
+"""In the name of a tensor of GGUF that holds one matrix of every expert of a layer, [experts, outputs, inputs]."""
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 

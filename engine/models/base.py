@@ -25,6 +25,8 @@ class ModelContext:
     ops: Ops
     activation_dtype: torch.dtype
     device: torch.device
+    num_tensors: int | None = None
+    """Tensors of the checkpoint; None: not known."""
 
 
 class Loadable(Protocol):

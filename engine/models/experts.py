@@ -38,8 +38,13 @@ class ExpertConfig:
     """The layers that have experts; the others have one block for all tokens."""
 
 
-def read_expert_config(config: Mapping[str, Any], *, has_shared_expert: bool) -> ExpertConfig:
-    """Read a config.json that `check_sizes` has let through. Raises StartError."""
+def read_expert_config(
+    config: Mapping[str, Any], *, has_shared_expert: bool, num_tensors: int | None = None
+) -> ExpertConfig:
+    """Read a config.json that `check_sizes` has let through, of a checkpoint with so many tensors. Raises StartError.
+
+    `num_tensors` None: that is not known.
+    """
     num_experts = config.get("num_experts")
     values = {**config, "num_experts": config.get("num_local_experts") if num_experts is None else num_experts}
     max_sizes = {
@@ -57,6 +62,11 @@ def read_expert_config(config: Mapping[str, Any], *, has_shared_expert: bool) ->
         raise StartError(
             f"num_experts {values['num_experts']} in config.json, in each of {len(sparse_layers)} layers, is more than "
             "any model has: fetch the model again"
+        )
+    if num_tensors is not None and values["num_experts"] * len(sparse_layers) > num_tensors:
+        raise StartError(
+            f"num_experts {values['num_experts']} in config.json, in each of {len(sparse_layers)} layers, is more than "
+            f"the checkpoint's {num_tensors} tensors have: fetch the model again"
         )
     return ExpertConfig(
         num_experts=values["num_experts"],

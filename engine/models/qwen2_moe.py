@@ -26,7 +26,7 @@ class Qwen2MoeForCausalLM(SparseDecoderForCausalLM):
         check_activation(config)
         has_bias = bool(config.get("qkv_bias", True))
         decoder = read_decoder_config(config, has_qkv_bias=has_bias, windows=_windows(config))
-        experts = read_expert_config(config, has_shared_expert=True)
+        experts = read_expert_config(config, has_shared_expert=True, num_tensors=context.num_tensors)
         super().__init__(decoder, experts, make_rotary(config, decoder.head_dim, context.device), context)
 
 

@@ -23,7 +23,7 @@ class Qwen3MoeForCausalLM(SparseDecoderForCausalLM):
         has_bias = bool(config.get("attention_bias"))
         windows = _windows(config)
         decoder = read_decoder_config(config, has_qkv_bias=has_bias, has_output_bias=has_bias, windows=windows)
-        experts = read_expert_config(config, has_shared_expert=False)
+        experts = read_expert_config(config, has_shared_expert=False, num_tensors=context.num_tensors)
         super().__init__(decoder, experts, make_rotary(config, decoder.head_dim, context.device), context)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,8 @@ from engine.quantize.options import QuantizeOptions
 from engine.quantize.quantize import quantize
 from engine.start import start_engine
 from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
+from tests.oracles.adapter_peft import FOLDER as ADAPTERS
+from tests.oracles.adapter_peft import write_base
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
 
 LAYER = "model.layers.1"
@@ -33,6 +37,7 @@ MLP = [f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 16, "r": 4, "bias": "none"}
 RANK = 4
 ON_TABLE = "model.embed_tokens"
+PEFT: dict[str, Any] = json.loads((ADAPTERS / "expected.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +188,10 @@ def q_proj(part: str) -> str:
         ({q_proj("A"): (4, 63), q_proj("B"): (64, 4)}, r"they do not belong together"),
         ({q_proj("A"): (4, 64), q_proj("B"): (64, 5)}, r"they do not belong together"),
         ({q_proj("A"): (64,), q_proj("B"): (64, 4)}, r"as F32 \[64\], and an adapter is made of matrices in F32"),
-        ({"base_model.model.lm_head.weight": (4, 4)}, "has a tensor base_model.model.lm_head.weight, which is no part"),
+        (
+            {"base_model.model.model.norm.weight": (64,)},
+            r"has a tensor base_model\.model\.model\.norm\.weight, which is no",
+        ),
         ({q_proj("magnitude_vector"): (64,)}, "which is no part of a LoRA"),
         (
             {name.replace("layers.1", "layers.7"): (4, 4) for name in (q_proj("A"), q_proj("B"))},
@@ -202,6 +210,66 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[i
     save_file({name: torch.zeros(size) for name, size in tensors.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(StartError, match=sentence):
         start(base, adapter)
+
+
+@pytest.mark.parametrize("name", PEFT["answers"])
+def test_tensors_of_the_base_model_that_peft_saves_along_are_not_used(name: str, tmp_path: Path) -> None:
+    """Files of the real `peft`, and the ids of its own model."""
+    answer = PEFT["answers"][name]
+    assert answer["smallest_gap"] > 1e-3, "a near-tie decides nothing"
+    write_base(tmp_path)
+    requests = make_requests([PEFT["prompt_ids"]], max_new_tokens=len(answer["ids"]))
+    assert run_requests(start(tmp_path, ADAPTERS / name), requests).token_ids == [answer["ids"]]
+    if name == "saved-along":  # the other one can be merged only
+        core = start(tmp_path, None, lora_adapters=[("a", str(ADAPTERS / name))])
+        named = [msgspec.structs.replace(request, adapter_id="a") for request in requests]
+        assert run_requests(core, named).token_ids == [answer["ids"]]
+
+
+def test_a_copy_may_lack_rows_of_padding_and_be_in_the_dtype_of_training(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    requests = make_requests([list(range(30, 60))], max_new_tokens=12)
+    expected = run_requests(start(base, adapter), requests).token_ids
+    for name in ("model.embed_tokens", "lm_head", "lm_head.base_layer"):  # of a tied model
+        change_copy(base, adapter, name, lambda table: table[:260].to(torch.bfloat16))
+        assert run_requests(start(base, adapter), requests).token_ids == expected
+
+
+def change_copy(base: Path, adapter: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Have the adapter's file say what the base model's table is."""
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}.weight"] = change(table).contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: torch.cat([table, table[:8]]),
+        lambda table: torch.cat([table[:-1], table[-1:] + 1]),
+        lambda table: table[:, :-1],
+        lambda table: table[0],
+        lambda table: table * torch.nan,
+    ],
+    ids="grown trained narrower vector nan".split(),
+)
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_a_table_that_was_trained_along_is_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], is_merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpoint.adapter.COPIED_ROWS", 100)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    change_copy(base, adapter, "model.embed_tokens", change)
+    sentence = (
+        r"has base_model\.model\.model\.embed_tokens\.weight \[.*\], and model\.embed_tokens\.weight of its base model"
+    )
+    with pytest.raises(StartError, match=f"{sentence} is another: such training .* Merge the adapter with `peft`"):
+        start(base, adapter) if is_merged else start(base, None, lora_adapters=[("a", str(adapter))])
 
 
 def test_quantize_wants_a_whole_model(tmp_path: Path) -> None:

@@ -351,7 +351,8 @@ def test_weights_may_come_from_any_source(folder: Path, monkeypatch: pytest.Monk
     expected = run_requests(make_core(folder), requests).token_ids
     source: WeightSource = MemoryWeights(load_file(folder / WEIGHTS))
     (folder / WEIGHTS).unlink()
-    monkeypatch.setattr("engine.checkpoint.loader.open_weights", lambda folder: source)
+    for module in ("engine.checkpoint.loader", "engine.build"):
+        monkeypatch.setattr(f"{module}.open_weights", lambda folder: source)
     assert run_requests(make_core(folder), requests).token_ids == expected
 
 

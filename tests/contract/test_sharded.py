@@ -28,7 +28,7 @@ from quant.kernels.integer_cpu import FOUND
 from quant.packing import pack_words
 from quant.rounding import RoundedMatrix
 from tests.contract.harness import KERNELS, make_sequence, run_step
-from tests.contract.test_quantized_checkpoints import FOLDERS
+from tests.contract.test_quantized_checkpoints import FOLDERS, IDS
 from tests.tiny_model import CONFIG
 from tests.unit.parallel.threads import run_ranks
 
@@ -362,9 +362,7 @@ def is_within_words(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(
-    "folder", [folder for folder in FOLDERS if not is_within_words(folder)], ids=lambda folder: folder.name
-)
+@pytest.mark.parametrize("folder", [case for case in IDS if not is_within_words(case.values[0])])
 def test_checkpoints_that_the_real_tools_wrote(folder: Path, size: int) -> None:
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     whole = logits_of(folder, torch.float32, None, 1, vocab_size)

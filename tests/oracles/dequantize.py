@@ -39,7 +39,8 @@ DTYPES = {
 SCALES = ("weight_scale", "weight_scale_inv")
 LAYER_MODULES = [
     *(f"self_attn.{name}" for name in "q_proj k_proj v_proj o_proj q_norm k_norm".split()),
-    *(f"mlp.{name}" for name in "gate_proj up_proj down_proj".split()),
+    *(f"mlp.{name}" for name in "gate shared_expert_gate gate_proj up_proj down_proj".split()),
+    *(f"mlp.{kind}.{name}" for kind in ("experts", "shared_expert") for name in "gate_proj up_proj down_proj".split()),
     "input_layernorm",
     "post_attention_layernorm",
 ]
@@ -174,22 +175,36 @@ def compressed_weight(stored: dict[str, Array], module: str) -> Floats:
 
 
 def gguf_weights(path: Path) -> dict[str, Floats]:
-    """Every tensor of a GGUF file, dequantised by the package `gguf`, which llama.cpp's authors write."""
+    """Every tensor of a GGUF file, dequantised by the package `gguf`, which llama.cpp's authors write.
+
+    A matrix of all experts is that of each, in their order.
+    """
     import gguf
     from gguf.quants import dequantize as dequantize_blocks
 
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     num_layers = reader.fields[f"{architecture}.block_count"].contents()
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), num_layers)
+    maps = [
+        gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), num_layers)
+        for name in (architecture.removesuffix("moe"), architecture)  # a layer may be without experts
+    ]
     layers = [f"model.layers.{index}.{module}" for index in range(num_layers) for module in LAYER_MODULES]
-    ours = {names.get_name(name): name for name in ("model.embed_tokens", "model.norm", "lm_head", *layers)}
+    modules = ("model.embed_tokens", "model.norm", "lm_head", *layers)
+    ours = {names.get_name(name): name for names in maps for name in modules}
     weights: dict[str, Floats] = {}
     for tensor in reader.tensors:
         module, _, leaf = tensor.name.rpartition(".")
         shape = [int(size) for size in reversed(tensor.shape)]
         values = dequantize_blocks(tensor.data, tensor.tensor_type).astype(np.float32)
-        weights[f"{ours[module]}.{leaf}"] = values.reshape(shape)
+        name = f"{ours[module]}.{leaf}"
+        if "shared_expert_gate" in name:
+            shape = [1, shape[-1]]
+        values = values.reshape(shape)
+        if ".experts." in name:
+            weights |= {name.replace("experts", f"experts.{index}"): matrix for index, matrix in enumerate(values)}
+        else:
+            weights[name] = values
     return weights
 
 

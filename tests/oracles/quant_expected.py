@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tests.oracles.dequantize import Array, Floats, Zeros, dequantize
 from tests.oracles.quant_stored import CHECKPOINTS, PROVENANCE, describe, note
@@ -33,12 +35,15 @@ def dense_model(folder: Path, weights: dict[str, Floats]) -> Any:
     """A plain float32 model of the stored configuration with these weights, every one of them used."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
-    model: Any = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config)).float()
     tensors = {name: torch.from_numpy(np.array(weight)) for name, weight in weights.items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()), missing
-    model.tie_weights()
+    with tempfile.TemporaryDirectory() as dense:  # experts are put together while a folder is read
+        (Path(dense) / "config.json").write_text(json.dumps(config))
+        save_file(tensors, Path(dense) / "model.safetensors", metadata={"format": "pt"})
+        model: Any
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            dense, dtype=torch.float32, output_loading_info=True
+        )
+    assert not info["unexpected_keys"] and not info["missing_keys"], info
     return model.eval()
 
 

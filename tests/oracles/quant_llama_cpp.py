@@ -33,12 +33,14 @@ VERSION = "import llama_cpp; print(llama_cpp.__version__)"
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17}
 """llama.cpp's numbers of what a whole file is made of."""
 CASES = [
-    Case(name=name.lower().replace("_", "-"), source=source, dtype=torch.float32, options={"ftype": name})
-    for name, source in (
-        ("Q4_0", "wide"),
-        ("Q8_0", "wide-untied"),
-        ("Q4_K_M", "wide-untied"),
-        ("Q5_K_M", "wide"),
+    Case(name=prefix + name.lower().replace("_", "-"), source=source, dtype=torch.float32, options={"ftype": name})
+    for prefix, name, source in (
+        ("", "Q4_0", "wide"),
+        ("", "Q8_0", "wide-untied"),
+        ("", "Q4_K_M", "wide-untied"),
+        ("", "Q5_K_M", "wide"),
+        ("qwen3moe-", "Q4_0", "experts"),
+        ("qwen2moe-", "Q4_K_M", "wide-experts"),
     )
 ]
 
@@ -46,7 +48,8 @@ CASES = [
 def quantize(case: Case, source: Path, target: Path) -> dict[str, Any]:
     target.mkdir()
     unquantized, path = source / "float32.gguf", target / "model.gguf"
-    write_gguf(source, unquantized, "F32")
+    model_type = json.loads((source / "config.json").read_text())["model_type"]
+    write_gguf(source, unquantized, "F32", model_type.replace("_", ""))
     ftype = FILE_TYPES[case.options["ftype"]]
     subprocess.run([sys.argv[1], "-c", QUANTIZE, str(unquantized), str(path), str(ftype)], check=True)
     write_served(gguf_folder([path], target), target)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from oracles.quant_stored import CHECKPOINTS, describe, note, work_folder
 from safetensors.torch import load_file, save_file
-from tiny_model import write_tiny_qwen2
+from tiny_model import QWEN2_MOE, QWEN3_MOE, write_tiny_qwen2
 
 VOCAB_SIZE = 288
 """A multiple of 32, so that a quantised lm_head can be packed."""
@@ -33,8 +33,21 @@ SOURCES: dict[str, dict[str, Any]] = {
     "ragged": {"hidden_size": 128, "intermediate_size": 192, "is_tied": True, "num_hidden_layers": 1},  # 1.5 groups
     "wide": {"hidden_size": 256, "intermediate_size": 256, "is_tied": True, "num_hidden_layers": 1},
     "wide-untied": {"hidden_size": 256, "intermediate_size": 256, "is_tied": False, "num_hidden_layers": 1},
+    "experts": {**QWEN3_MOE, "num_experts": 4, "is_tied": True, "num_hidden_layers": 1},
+    "wide-experts": {
+        **QWEN2_MOE,
+        "hidden_size": 256,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 1,
+        "is_tied": True,
+        "num_hidden_layers": 1,
+    },
 }
-"""2 layers if not said otherwise, 4 heads, 2 KV heads, and biases other than zero; the place is the seed."""
+"""2 layers, 4 heads and 2 KV heads if not said otherwise, and biases other than zero; the place is the seed."""
 POSITIVE_ROWS = {"q_proj": (0, 9), "k_proj": (31,), "o_proj": (3, 4, 17), "gate_proj": (5, 63), "down_proj": (8, 30)}
 """Output channels of `zeros` whose weights are all positive: the zero point of their groups is 0 without symmetry."""
 

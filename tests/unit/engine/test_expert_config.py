@@ -71,3 +71,11 @@ def test_more_experts_than_any_model_has_are_refused_before_memory_is_taken_for_
     assert read_expert_config({**config, "num_hidden_layers": 4}, has_shared_expert=False).num_experts == 2**14
     with pytest.raises(StartError, match="^num_experts 16384 in config.json, in each of 6 layers, is more than any"):
         read_expert_config(config, has_shared_expert=False)
+
+
+def test_more_experts_than_the_checkpoint_has_tensors_for_are_refused_before_any_is_made() -> None:
+    assert read_expert_config(CONFIG, has_shared_expert=False, num_tensors=48).num_experts == 8
+    with pytest.raises(
+        StartError, match="^num_experts 8 in config.json, in each of 6 layers, is more than the checkpoint's 47"
+    ):
+        read_expert_config(CONFIG, has_shared_expert=False, num_tensors=47)

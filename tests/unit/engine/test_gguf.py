@@ -182,7 +182,7 @@ def test_rope_scaling(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_of_ours_is_refused_in_a_sentence(source: Path, tmp_path: Path) -> None:
-    assert "has a model of the architecture 'llama', only qwen2, qwen3 can be" in refusal(
+    assert "has a model of the architecture 'llama', only qwen2, qwen2moe, qwen3, qwen3moe can be" in refusal(
         source, tmp_path, architecture="llama"
     )
     tensors = load_file(source / "model.safetensors")
