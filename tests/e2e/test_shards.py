@@ -58,6 +58,14 @@ def streamed_ids(server: LaunchedServer, prompt: str) -> list[int]:
     return [event["token"]["id"] for event in server.stream(prompt, max_new_tokens=NUM_TOKENS)]
 
 
+@pytest.fixture(scope="module")
+def lasting_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    """Two shards that every test leaves running. Their ranks meet at an address of its own."""
+    flags = (*TWO, "--shard-timeout", "3", "--master-addr", "127.0.0.3")
+    with launched(model, tmp_path_factory.mktemp("lasting"), *flags, hostname="127.0.0.2") as server:
+        yield server
+
+
 def processes_of(server: LaunchedServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
@@ -89,17 +97,50 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
-def test_two_shards_give_the_ids_of_one_process(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
-    with launched(model, tmp_path, *TWO) as server:
-        assert "2 shards on 1 host, collectives through shared memory" in server.log
-        assert [plain_ids(server, prompt) for prompt in PROMPTS] == expected
-        assert [streamed_ids(server, prompt) for prompt in PROMPTS] == expected
-        with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
-            plain = pool.map(lambda prompt: plain_ids(server, prompt), PROMPTS)
-            streamed = pool.map(lambda prompt: streamed_ids(server, prompt), PROMPTS)
-            assert list(plain) == expected
-            assert list(streamed) == expected
-        assert server.metrics()["pytgi_kv_blocks_used"] == 0
+def test_two_shards_give_the_ids_of_one_process(lasting_server: LaunchedServer, expected: list[list[int]]) -> None:
+    server = lasting_server
+    assert "2 shards on 1 host, collectives through shared memory" in server.log
+    assert [plain_ids(server, prompt) for prompt in PROMPTS] == expected
+    assert [streamed_ids(server, prompt) for prompt in PROMPTS] == expected
+    with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
+        plain = pool.map(lambda prompt: plain_ids(server, prompt), PROMPTS)
+        streamed = pool.map(lambda prompt: streamed_ids(server, prompt), PROMPTS)
+        assert list(plain) == expected
+        assert list(streamed) == expected
+    assert server.metrics()["pytgi_kv_blocks_used"] == 0
+
+
+def test_an_idle_server_never_times_out(lasting_server: LaunchedServer, expected: list[list[int]]) -> None:
+    assert plain_ids(lasting_server, PROMPTS[0]) == expected[0]
+    time.sleep(2 * 3 + 1)
+    assert plain_ids(lasting_server, PROMPTS[1]) == expected[1]
+    assert not errors(lasting_server.log)
+
+
+def test_nobody_listens_but_on_the_hostname_once_the_ranks_have_met(lasting_server: LaunchedServer) -> None:
+    assert lasting_server.generate("hello", max_new_tokens=2)
+    assert listening(lasting_server.process.pid) == {("127.0.0.2", lasting_server.port)}
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Addresses at which a process or one of its children could be reached."""
+    root = psutil.Process(pid)
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in [root, *root.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.laddr and not connection.raddr
+    }
+
+
+def test_two_servers_do_not_get_in_each_others_way(
+    model: Path, tmp_path: Path, lasting_server: LaunchedServer, expected: list[list[int]]
+) -> None:
+    with launched(model, tmp_path, *TWO) as second:
+        assert plain_ids(lasting_server, PROMPTS[0]) == plain_ids(second, PROMPTS[0]) == expected[0]
+        second.rank(1).kill()
+        assert second.wait_for_end(END_S) == 1
+        assert plain_ids(lasting_server, PROMPTS[1]) == expected[1]
 
 
 def test_shards_that_differ_and_more_shards_than_kv_heads(
@@ -162,14 +203,6 @@ def check_hang(model: Path, log_dir: Path, rank: int, is_busy: bool) -> None:
             assert future.result()[-1]["error_type"] == "generation"
 
 
-def test_an_idle_server_never_times_out(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
-    with launched(model, tmp_path, *TWO, "--shard-timeout", "3") as server:
-        assert plain_ids(server, PROMPTS[0]) == expected[0]
-        time.sleep(2 * 3 + 1)
-        assert plain_ids(server, PROMPTS[1]) == expected[1]
-        assert not errors(server.log)
-
-
 @pytest.mark.usefixtures("is_nothing_left")
 def test_a_model_that_cannot_be_cut_is_one_sentence(model: Path, tmp_path: Path) -> None:
     with launched(model, tmp_path, "--num-shard", "5", is_awaited=False) as server:
@@ -199,6 +232,7 @@ def test_too_few_gpus_are_one_sentence(model: Path, tmp_path: Path) -> None:
         assert "Traceback" not in server.log
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_gpu")
 def test_too_few_gpus_are_one_sentence_under_torchrun(model: Path, tmp_path: Path) -> None:
     process, server = under_torchrun(model, tmp_path / "log")
@@ -276,32 +310,6 @@ def test_a_busy_meeting_port_ends_the_start_before_the_model_loads(model: Path, 
             assert server.wait_for_end() == 1
             assert "give another --master-port" in server.log.splitlines()[-1]
             assert "Starting" not in server.log
-
-
-def test_two_servers_do_not_get_in_each_others_way(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
-    with launched(model, tmp_path, *TWO) as first, launched(model, tmp_path, *TWO) as second:
-        assert plain_ids(first, PROMPTS[0]) == plain_ids(second, PROMPTS[0]) == expected[0]
-        second.rank(1).kill()
-        assert second.wait_for_end(END_S) == 1
-        assert plain_ids(first, PROMPTS[1]) == expected[1]
-
-
-def test_nobody_listens_but_on_the_hostname_once_the_ranks_have_met(model: Path, tmp_path: Path) -> None:
-    with launched(model, tmp_path, *TWO, "--master-addr", "127.0.0.3", hostname="127.0.0.2") as server:
-        assert server.generate("hello", max_new_tokens=2)
-        addresses = listening(server.process.pid)
-        assert addresses == {("127.0.0.2", server.port)}
-
-
-def listening(pid: int) -> set[tuple[str, int]]:
-    """Addresses at which a process or one of its children could be reached."""
-    root = psutil.Process(pid)
-    return {
-        (connection.laddr.ip, connection.laddr.port)
-        for process in [root, *root.children(recursive=True)]
-        for connection in process.net_connections("inet")
-        if connection.laddr and not connection.raddr
-    }
 
 
 def under_torchrun(model: Path, log_path: Path) -> tuple[subprocess.Popen[bytes], LaunchedServer]:

@@ -18,10 +18,11 @@ import httpx
 import psutil
 import pytest
 
+from tests.diagonal import long_but
 from tests.e2e.launched import START_TIMEOUT_S, LaunchedServer, free_port, launched, read_streams
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", long_but([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], signal.SIGINT))
 def test_8_running_streams_end_properly_after_a_signal(tiny_model_dir: Path, tmp_path: Path, number: int) -> None:
     with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(8) as pool:
         futures = read_streams(server, 8, pool, 400)
