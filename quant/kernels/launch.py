@@ -17,8 +17,12 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from quant.kernels.interpreter import speed_up_interpreter
+
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in Python, as it decides itself by the same variable."""
+if IS_INTERPRETED:
+    speed_up_interpreter()
 
 POINTERS = {
     torch.float32: "*fp32",

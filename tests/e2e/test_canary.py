@@ -12,9 +12,11 @@ from tests.e2e.canary import AttackTable, Measured, complaints_about, scripted_t
 
 WORST = {"a deep schema as a string", "49,000 biases", "an integer of 5,000 digits", "native biases that collide"}
 """Bodies that once stalled a server for many seconds, or filled its log."""
-OTHERS = [name for name in ATTACKS if name not in BODIES and name not in HARD_GRAMMARS]
-SHORT = [*WORST, *list(BODIES)[::3], *list(HARD_GRAMMARS)[::4], *OTHERS]
-"""Every third body, neighbours being of one kind, some grammars, and all else; `tests/slow` has every attack."""
+ABUSE = [name for name in ATTACKS if name.startswith("abuse: ")]
+OTHERS = [name for name in ATTACKS if not {name} & {*BODIES, *HARD_GRAMMARS, *ABUSE}]
+SHORT = [*WORST, *list(BODIES)[::5], *list(HARD_GRAMMARS)[::4], *ABUSE[::6], *OTHERS]
+"""Every fifth body, neighbours being of one kind, some grammars, little of the abuse, which test_abuse.py has, and all
+else; `tests/slow` has every attack."""
 
 
 @pytest.fixture(scope="module")

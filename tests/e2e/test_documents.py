@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _pytest.mark import ParameterSet
 
+from server.launcher.args import parse_args
 from server.launcher.flag import Effect
 from server.launcher.flags import every_flag
 from tests.e2e.documents import COMMAND_LANGUAGES, Block, read_blocks
@@ -29,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
 BLOCKS = [block for path in sorted(DOCUMENTS) for block in read_blocks(path.read_text(), str(path.relative_to(ROOT)))]
 COMMANDS = [block for block in BLOCKS if block.language in COMMAND_LANGUAGES]
+LAUNCHER = "text-generation-launcher "
 
 DOCKER = "docker run --gpus all --shm-size 1g -p 8080:80 -v $PWD/data:/data pytgi \\"
 MAKE_IMAGE = 'make image TARGET=cpu ARGS="--build-arg TORCH_INDEX=<PyTorch\'s index of CPU builds>"'
@@ -147,7 +151,29 @@ def environ(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("block", [block for block in COMMANDS if block.run], ids=name_of)
+def launches_of(block: Block) -> list[list[str]]:
+    """The arguments of each launcher that the block starts."""
+    lines = [line.partition(LAUNCHER) for line in lines_of(block)]
+    return [shlex.split(arguments) for _, launcher, arguments in lines if launcher]
+
+
+def lines_of(block: Block) -> list[str]:
+    return block.text.replace("\\\n", " ").splitlines()
+
+
+def runnable_blocks() -> Iterator[ParameterSet]:
+    """Blocks that run; those that only launch, with the flags of an earlier block whatever their values, are long."""
+    met: set[tuple[str, ...]] = set()
+    for block in COMMANDS:
+        if block.run is not None:
+            launches = launches_of(block)
+            flags = tuple(part for arguments in launches for part in arguments if part.startswith("--"))
+            is_long = flags in met and len(launches) == len(lines_of(block))
+            met |= {flags} if flags else set()
+            yield pytest.param(block, id=name_of(block), marks=pytest.mark.long if is_long else ())
+
+
+@pytest.mark.parametrize("block", [*runnable_blocks()])
 def test_runnable_block(block: Block, folder: Path, environ: dict[str, str], server: LaunchedServer) -> None:
     assert block.run is not None
     text = block.text.replace("localhost:8080", f"127.0.0.1:{server.port}")
@@ -194,6 +220,12 @@ def stop_at(text: str, process: subprocess.Popen[bytes], log_path: Path) -> None
         if any(part.endswith(("/text-generation-launcher", "/pytgi")) for part in candidate.cmdline())
     ]
     launchers[-1].send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("block", [block for block in COMMANDS if block.run and launches_of(block)], ids=name_of)
+def test_the_launcher_reads_the_flags_of_a_block(block: Block) -> None:
+    for arguments in launches_of(block):
+        assert parse_args(arguments, {}).port == 8080
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:

@@ -145,7 +145,9 @@ def test_a_dead_engine_ends_open_streams_with_an_error_event_and_all_with_the_ca
     assert "engine rank 0 was killed by SIGKILL" in server.log
 
 
+@pytest.mark.long
 def test_children_of_a_killed_launcher_go_within_10_s(server: LaunchedServer) -> None:
+    """By default those of two shards go, and a stopped engine does."""
     children = children_of(server)
     assert len(children) == 2
     server.process.kill()

@@ -18,10 +18,11 @@ import httpx
 import psutil
 import pytest
 
+from tests.diagonal import long_but
 from tests.e2e.launched import START_TIMEOUT_S, LaunchedServer, free_port, launched, read_streams
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", long_but([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], signal.SIGINT))
 def test_8_running_streams_end_properly_after_a_signal(tiny_model_dir: Path, tmp_path: Path, number: int) -> None:
     with launched(tiny_model_dir, tmp_path) as server, ThreadPoolExecutor(8) as pool:
         futures = read_streams(server, 8, pool, 400)
@@ -44,21 +45,21 @@ def test_a_signal_to_every_process_drains_too(tiny_model_dir: Path, tmp_path: Pa
         assert server.wait_for_end() == 0
 
 
-def test_nobody_new_is_let_in_while_streams_end(demo_model: Path, tmp_path: Path) -> None:
-    with launched(demo_model, tmp_path) as server, ThreadPoolExecutor(1) as pool:
-        (future,) = read_streams(server, 1, pool, 60)
+def test_nobody_new_is_let_in_while_streams_end(small_demo_model: Path, tmp_path: Path) -> None:
+    with launched(small_demo_model, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        (future,) = read_streams(server, 1, pool, 100)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log("Waiting for webserver")
         time.sleep(0.3)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
-        assert future.result()[-1]["details"]["generated_tokens"] == 60
+        assert future.result()[-1]["details"]["generated_tokens"] == 100
         assert server.wait_for_end() == 0
 
 
-def test_streams_that_outlast_the_drain_end_with_an_error_event(demo_model: Path, tmp_path: Path) -> None:
+def test_streams_that_outlast_the_drain_end_with_an_error_event(small_demo_model: Path, tmp_path: Path) -> None:
     flags = ("--graceful-termination-timeout", "1")
-    with launched(demo_model, tmp_path, *flags) as server, ThreadPoolExecutor(8) as pool:
+    with launched(small_demo_model, tmp_path, *flags) as server, ThreadPoolExecutor(8) as pool:
         futures = read_streams(server, 8, pool, 1000)
         signalled = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
@@ -72,8 +73,8 @@ def test_streams_that_outlast_the_drain_end_with_an_error_event(demo_model: Path
         assert time.monotonic() - signalled < 8
 
 
-def test_a_second_signal_ends_at_once(demo_model: Path, tmp_path: Path) -> None:
-    with launched(demo_model, tmp_path) as server, ThreadPoolExecutor(2) as pool:
+def test_a_second_signal_ends_at_once(small_demo_model: Path, tmp_path: Path) -> None:
+    with launched(small_demo_model, tmp_path) as server, ThreadPoolExecutor(2) as pool:
         futures = read_streams(server, 2, pool, 1000)
         children = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)

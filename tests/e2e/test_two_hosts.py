@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.diagonal import long_but
 from tests.e2e.launched import launched, read_streams
 from tests.e2e.namespaces import Hosts, HostServer, launched_on, two_hosts, why_not
 from tests.e2e.test_shards import END_S, LONG, PROMPTS, errors, plain_ids, streamed_ids
@@ -52,34 +53,43 @@ def served(hosts: Hosts, model: Path, log_dir: Path, *flags: str) -> Iterator[tu
         yield first, second
 
 
-def test_two_hosts_give_the_ids_of_one_process(
-    hosts: Hosts, model: Path, tmp_path: Path, expected: list[list[int]]
-) -> None:
+Lasting = tuple[Hosts, HostServer, HostServer]
+"""Hosts and the launcher on each."""
+
+
+@pytest.fixture(scope="module")
+def lasting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lasting]:
+    """A shard on each of two hosts, which every test leaves running."""
+    log_dir = tmp_path_factory.mktemp("lasting")
+    with two_hosts() as hosts, served(hosts, model, log_dir, *FLAGS, "--shard-timeout", "3") as (first, second):
+        yield hosts, first, second
+
+
+def test_two_hosts_give_the_ids_of_one_process(lasting: Lasting, expected: list[list[int]]) -> None:
     """A shard on each; `tests/slow` has two on each."""
-    check_ids(hosts, model, tmp_path, expected, 2)
+    hosts, first, _ = lasting
+    check_ids(hosts, first, expected, 2)
 
 
-def check_ids(hosts: Hosts, model: Path, log_dir: Path, expected: list[list[int]], num_shards: int) -> None:
+def check_ids(hosts: Hosts, first: HostServer, expected: list[list[int]], num_shards: int) -> None:
     """So many shards, half of them on each host, give the ids of one process, one by one and all at once."""
-    flags = ("--num-shard", str(num_shards), "--dtype", "float32")
-    with served(hosts, model, log_dir, *flags) as (first, _), hosts.clients(len(PROMPTS)) as pool:
+    with hosts.clients(len(PROMPTS)) as pool:
         assert f"{num_shards} shards on 2 hosts, collectives through gloo" in first.log
         assert [pool.submit(plain_ids, first, prompt).result() for prompt in PROMPTS] == expected
         assert list(pool.map(lambda prompt: streamed_ids(first, prompt), PROMPTS)) == expected
 
 
-def test_nobody_listens_but_on_the_address_given_and_within_a_host(hosts: Hosts, model: Path, tmp_path: Path) -> None:
-    with served(hosts, model, tmp_path) as (first, _), hosts.clients(1) as pool:
+def test_nobody_listens_but_on_the_address_given_and_within_a_host(lasting: Lasting) -> None:
+    hosts, first, _ = lasting
+    with hosts.clients(1) as pool:
         assert pool.submit(plain_ids, first, PROMPTS[0]).result()
         assert hosts.listening(0) - {"127.0.0.1"} == {"10.77.0.1"}
         assert hosts.listening(1) <= {"127.0.0.1", "10.77.0.2"}
 
 
-def test_idle_hosts_never_time_out(hosts: Hosts, model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
-    with (
-        served(hosts, model, tmp_path, *FLAGS, "--shard-timeout", "3") as (first, second),
-        hosts.clients(1) as pool,
-    ):
+def test_idle_hosts_never_time_out(lasting: Lasting, expected: list[list[int]]) -> None:
+    hosts, first, second = lasting
+    with hosts.clients(1) as pool:
         assert pool.submit(plain_ids, first, PROMPTS[0]).result() == expected[0]
         time.sleep(3 * 3)
         assert pool.submit(plain_ids, first, PROMPTS[1]).result() == expected[1]
@@ -124,8 +134,9 @@ def check_cut(hosts: Hosts, model: Path, log_dir: Path, cut: str, is_busy: bool)
             assert future.result()[-1]["error_type"] == "generation"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", long_but([0, 1], 0))
 def test_a_killed_rank_ends_both_hosts(hosts: Hosts, model: Path, tmp_path: Path, rank: int) -> None:
+    """By default rank 1 goes with its launcher."""
     with served(hosts, model, tmp_path) as servers, hosts.clients(1) as pool:
         (future,) = read_streams(servers[0], 1, pool, LONG)
         servers[rank].rank(rank).kill()

@@ -24,7 +24,8 @@ def test_four_shards_give_the_ids_of_one_process(model: Path, tmp_path: Path, ex
 def test_two_shards_on_each_host_give_the_ids_of_one_process(
     hosts: Hosts, model: Path, tmp_path: Path, expected: list[list[int]]
 ) -> None:
-    two_hosts.check_ids(hosts, model, tmp_path, expected, 4)
+    with two_hosts.served(hosts, model, tmp_path, "--num-shard", "4", "--dtype", "float32") as (first, _):
+        two_hosts.check_ids(hosts, first, expected, 4)
 
 
 def test_a_busy_rank_that_hangs_ends_everything_and_is_named(model: Path, tmp_path: Path) -> None:
