@@ -11,8 +11,12 @@ class RankProcesses:
     """Processes that answer whatever they are sent; a context manager that ends them."""
 
     def __init__(self, num_ranks: int, serve: Callable[..., None], *args: Any, timeout_s: float) -> None:
-        """Each process calls `serve(rank, pipe, *args)`, a function of a module, until the pipe is closed."""
-        context = multiprocessing.get_context("spawn")
+        """Each process calls `serve(rank, pipe, *args)`, a function of a module, until the pipe is closed.
+
+        They are copies of one that has loaded the module, and with it torch, which takes seconds.
+        """
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([serve.__module__])
         self._timeout_s = timeout_s
         self._ends = []
         for rank in range(num_ranks):

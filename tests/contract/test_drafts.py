@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
@@ -26,6 +27,7 @@ from engine.scheduling.speculate import Proposer, Speculator
 from engine.scheduling.step_costs import StepCosts
 from engine.start import start_engine
 from tests.contract.harness import KERNELS, Outcome, make_core, make_requests, run_requests
+from tests.diagonal import diagonal
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 MAX_NEW_TOKENS = 40
@@ -88,18 +90,24 @@ SAMPLING = {
 }
 
 
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@functools.cache
+def run_plain(folder: Path, sampling: str) -> Outcome:
+    """The run without drafts that the others are compared with, once for each model and sampling."""
+    return run(make_core(folder), SAMPLING[sampling])
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("max_draft_tokens", [1, 8])
-def test_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: SamplingParams | None) -> None:
+def test_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: str) -> None:
     """The shortest and the longest; `tests/slow` has others, and most samplings under conditions."""
     check_together(tiny_model_dir, max_draft_tokens, sampling)
 
 
-def check_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: SamplingParams | None) -> None:
+def check_together(tiny_model_dir: Path, max_draft_tokens: int, sampling: str) -> None:
     """Sequences beside each other have the tokens and logprobs of a run without drafts."""
     speculator = eager(max_draft_tokens)
-    outcome = run(make_core(tiny_model_dir, speculator=speculator), sampling)
-    assert_same(outcome, run(make_core(tiny_model_dir), sampling))
+    outcome = run(make_core(tiny_model_dir, speculator=speculator), SAMPLING[sampling])
+    assert_same(outcome, run_plain(tiny_model_dir, sampling))
     assert 0 < speculator.num_accepted < speculator.num_drafted
 
 
@@ -119,15 +127,15 @@ ENDS = ["greedy", "everything"]
 @pytest.mark.parametrize("sampling", ENDS)
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_under_conditions(tiny_model_dir: Path, condition: str, sampling: str) -> None:
-    check_under_condition(tiny_model_dir, condition, SAMPLING[sampling])
+    check_under_condition(tiny_model_dir, condition, sampling)
 
 
-def check_under_condition(tiny_model_dir: Path, condition: str, sampling: SamplingParams | None) -> None:
+def check_under_condition(tiny_model_dir: Path, condition: str, sampling: str) -> None:
     """With little memory, small steps or late arrivals tokens and logprobs are those of a plain run without drafts."""
     options, history = CONDITIONS[condition]
     speculator = eager()
-    outcome = run(make_core(tiny_model_dir, speculator=speculator, **options), sampling, **history)
-    assert_same(outcome, run(make_core(tiny_model_dir), sampling))
+    outcome = run(make_core(tiny_model_dir, speculator=speculator, **options), SAMPLING[sampling], **history)
+    assert_same(outcome, run_plain(tiny_model_dir, sampling))
     assert speculator.num_accepted > 0
     assert outcome.num_preemptions > 0 or "num_blocks" not in options
 
@@ -137,7 +145,7 @@ def test_with_a_warm_prefix_cache(tiny_model_dir: Path) -> None:
     core = make_core(tiny_model_dir, speculator=eager(8))
     cold, warm = run(core), run(core)
     assert warm.most_cached_tokens > cold.most_cached_tokens
-    assert_same(cold, run(make_core(tiny_model_dir)))
+    assert_same(cold, run_plain(tiny_model_dir, "greedy"))
     assert_same(warm, cold)
 
 
@@ -149,17 +157,19 @@ CHECKPOINT_OF = {
 }
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounding"])
+DTYPES = {"exact": torch.float32, "rounding": torch.bfloat16}
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CHECKPOINT_OF.values(), ids=CHECKPOINT_OF)
+@pytest.mark.parametrize(("name", "dtype"), diagonal(CHECKPOINT_OF, DTYPES))
 def test_stored_layouts(name: str, dtype: torch.dtype) -> None:
     check_layout(CHECKPOINTS / name, None, dtype)
 
 
-@DTYPES
-@pytest.mark.parametrize("flag", ["int8", "int4", None])
+# Quantised on load for float32 has kernels of its own, which take 10 s each to compile: int4 stands for both.
+@pytest.mark.parametrize(
+    ("flag", "dtype"),
+    diagonal(["int4", "int8", None], DTYPES, also=[("int4", "rounding"), (None, "rounding")]),
+)
 def test_layouts_made_on_load(tiny_model_dir: Path, flag: str | None, dtype: torch.dtype) -> None:
     check_layout(tiny_model_dir, flag, dtype)
 
@@ -226,7 +236,7 @@ class BiasedScheduler(Scheduler):
         return super().update(batch, sampled, prompt_scores)
 
 
-NUM_SAMPLES = 20_000
+NUM_SAMPLES = 8_000
 TEXTS_AT_A_TIME = 250
 
 

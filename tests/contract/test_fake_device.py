@@ -22,6 +22,7 @@ from engine.scheduling.batch import ScheduledBatch
 from quant.base import PackedWeight
 from quant.kernels.launch import recorded_launches
 from scripts.kernels_aot import FORMS, MODELS
+from tests.diagonal import diagonal
 from tests.fake_device import DEVICE, GPU, NUM_POSITIONS, make_fake_batch, make_fake_runner, no_numbers
 from tests.no_reads import READS, NoReads, ReadError, no_reads
 
@@ -44,8 +45,7 @@ def run_step(runner: ModelRunner, batch: ScheduledBatch) -> torch.Tensor:
     return result.logits
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "form"), diagonal([*MODELS], FORMS))
 def test_steps_stay_on_the_device(name: str, form: str, no_reads: Callable[..., None]) -> None:
     with no_numbers(), recorded_launches() as launches:
         runner = make_fake_runner(name, form)

@@ -29,6 +29,7 @@ from scripts.kernels_aot import (
     launches_per_layer,
     record_launches,
 )
+from tests.diagonal import diagonal
 
 SMALL = "0.5B"
 MATRIX_KERNELS = "skinny_kernel sum_kernel widen_kernel shrink_kernel expand_kernel".split()
@@ -48,8 +49,7 @@ def changed(launch: Launch, **constants: Any) -> Launch:
     return dataclasses.replace(launch, constants=tuple(sorted({**dict(launch.constants), **constants}.items())))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize(("model_name", "form"), diagonal([*MODELS], FORMS))
 def test_a_layer_has_as_many_launches_as_are_known(model_name: str, form: str) -> None:
     assert launch_complaints(launches_per_layer(model_name, form, torch.bfloat16)) == []
 

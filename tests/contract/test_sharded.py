@@ -11,6 +11,7 @@ from typing import Any
 import numba
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from safetensors.torch import load_file, save_file
 
 from engine.attention.cpu import BLOCK_SIZE
@@ -28,7 +29,8 @@ from quant.kernels.integer_cpu import FOUND
 from quant.packing import pack_words
 from quant.rounding import RoundedMatrix
 from tests.contract.harness import KERNELS, make_sequence, run_step
-from tests.contract.test_quantized_checkpoints import FOLDERS, IDS
+from tests.contract.test_quantized_checkpoints import FOLDERS
+from tests.diagonal import diagonal
 from tests.tiny_model import CONFIG
 from tests.unit.parallel.threads import run_ranks
 
@@ -66,7 +68,10 @@ SHAPES = {
     "72B": Shape(64, 8, 231),
 }
 FEW_SHAPES = ["0.5B", "7B"]
-"""Few heads and many of them, tied and not; the slow tests have the other shapes."""
+"""Few heads and many of them, tied and not; the slow tests have the other shapes.
+
+A layout has one of them in float32 and the other as it is stored.
+"""
 FEW_SIZES = (3, 8)
 """Heads and groups divide by neither, and eight are more than there are KV heads; the slow tests have all sizes."""
 
@@ -295,9 +300,8 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().max() / (expected.max() - expected.min())).item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", FEW_SHAPES)
-def test_float32(shape: str, layout: str, folder_of: FolderOf) -> None:
+@pytest.mark.parametrize(("layout", "shape"), diagonal([*LAYOUTS], FEW_SHAPES))
+def test_float32(layout: str, shape: str, folder_of: FolderOf) -> None:
     check_float32(folder_of(shape, layout), layout)
 
 
@@ -312,9 +316,8 @@ def check_float32(folder: Path, layout: str) -> None:
         assert distance(logits, whole) < 3e-6
 
 
-@pytest.mark.parametrize("layout", ["bfloat16", *QUANTIZED])
-@pytest.mark.parametrize("shape", FEW_SHAPES)
-def test_as_stored(shape: str, layout: str, folder_of: FolderOf) -> None:
+@pytest.mark.parametrize(("layout", "shape"), diagonal(["bfloat16", *QUANTIZED], FEW_SHAPES))
+def test_as_stored(layout: str, shape: str, folder_of: FolderOf) -> None:
     check_as_stored(folder_of(shape, layout), layout, FEW_SIZES)
 
 
@@ -361,8 +364,16 @@ def is_within_words(folder: Path) -> bool:
     return "3bit" in folder.name or "w3" in folder.name
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("folder", [case for case in IDS if not is_within_words(case.values[0])])
+def cuts() -> list[ParameterSet]:
+    """Each checkpoint for 2 or 3 ranks; those with experts, each of which is some kernels more to compile, are long."""
+    folders = {folder.name: folder for folder in FOLDERS if not is_within_words(folder)}
+    dense = {name: folder for name, folder in folders.items() if "moe" not in name}
+    sparse = [folder for name, folder in folders.items() if name not in dense]
+    marked = [pytest.param(folder, size, marks=pytest.mark.long) for folder in sparse for size in (2, 3)]
+    return [*diagonal(dense, [2, 3]), *marked]
+
+
+@pytest.mark.parametrize(("folder", "size"), cuts())
 def test_checkpoints_that_the_real_tools_wrote(folder: Path, size: int) -> None:
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     whole = logits_of(folder, torch.float32, None, 1, vocab_size)

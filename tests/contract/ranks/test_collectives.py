@@ -18,6 +18,7 @@ from parallel.shared_memory import SharedMemoryCollectives, memory_bytes
 from parallel.state import Collectives, ParallelState, RankLostError
 from parallel.torch_collectives import FEW_NUMBERS
 from tests.contract.ranks.processes import KINDS, SLOT_FLOATS, Processes
+from tests.diagonal import long_but
 
 Array = npt.NDArray[np.float32]
 
@@ -134,6 +135,9 @@ def test_the_largest_over_the_ranks(kind: str, ranks: Processes) -> None:
         np.testing.assert_array_equal(largest, expected)
 
 
+NUM_OPERATIONS = dict(zip(KINDS, (1000, 5000, 300), strict=True))
+
+
 def do_many(collectives: Collectives, rank: int, size: int, count: int) -> list[int]:
     """Operations of any kind and size in a row; the numbers of those with a wrong result."""
     choices = random.Random(0)  # the same on every rank
@@ -167,9 +171,10 @@ def do_many(collectives: Collectives, rank: int, size: int, count: int) -> list[
     return wrong
 
 
-@pytest.mark.parametrize(("kind", "count"), [*zip(KINDS, (1000, 5000, 300), strict=True)])
-def test_many_operations_in_a_row_stay_in_step(kind: str, count: int, ranks: Processes) -> None:
-    assert ranks.run(kind, do_many, count) == [[]] * ranks.size
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", long_but({"a fifth": 0.2, "all": 1.0}, "a fifth"))
+def test_many_operations_in_a_row_stay_in_step(kind: str, share: float, ranks: Processes) -> None:
+    assert ranks.run(kind, do_many, int(share * NUM_OPERATIONS[kind])) == [[]] * ranks.size
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -15,6 +15,7 @@ import pytest
 from engine.link.logs import HumanFormatter, JsonFormatter
 from server.app import create_app
 from server.text.tokenizer import TextTokenizer
+from tests.diagonal import diagonal
 from tests.unit.server.harness import FakeEngine, client_of, make_config
 
 WORD = "zebrafish"
@@ -67,6 +68,12 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/invocations", {"inputs": "Hello", "parameters": {"max_new_tokens": 2}}),
 ]
 
+NAMED_BODIES = {f"{number}{path}": (path, body) for number, (path, body) in enumerate(BODIES)}
+KINDS = {"ours": False, "strict": True}
+DIGITS = {"5000 digits": HUGE, "4000 digits": LARGE}
+OTHER_PAIRS = [("4/v1/chat/completions", "5000 digits", "strict"), ("5/v1/chat/completions", "4000 digits", "ours")]
+"""On the diagonal the longer integer goes to ours and the other to the strict one; in a chat they go crosswise, too."""
+
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value within a body."""
@@ -99,7 +106,7 @@ def with_word(value: Any) -> Any:
     return f"{value}{WORD}(" if isinstance(value, str) else WORD
 
 
-@pytest.fixture(params=[False, True], ids=["ours", "strict"])
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 async def client(
     request: pytest.FixtureRequest, engine: FakeEngine, model_folder: Path
 ) -> AsyncIterator[httpx.AsyncClient]:
@@ -108,10 +115,11 @@ async def client(
         yield client
 
 
-@pytest.mark.parametrize(("path", "body"), BODIES, ids=[f"{n}{path}" for n, (path, _) in enumerate(BODIES)])
+@pytest.mark.parametrize(("case", "client"), diagonal(NAMED_BODIES, KINDS), indirect=["client"])
 async def test_no_line_above_debug_has_a_clients_words(
-    path: str, body: dict[str, Any], client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+    case: tuple[str, dict[str, Any]], client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
+    path, body = case
     caplog.set_level(logging.DEBUG)
     engine.script.error = f"the grammar cannot be compiled: {WORD}"  # follows the tokens, for requests that read on
     engine.script.events = engine.script.events[:-1]
@@ -134,11 +142,13 @@ async def test_no_line_above_debug_has_a_clients_words(
     assert [record.exc_info for record, _ in lines if record.exc_info] == []
 
 
-@pytest.mark.parametrize(("path", "body"), BODIES, ids=[f"{n}{path}" for n, (path, _) in enumerate(BODIES)])
-@pytest.mark.parametrize("digits", [HUGE, LARGE], ids=["5000 digits", "4000 digits"])
+@pytest.mark.parametrize(
+    ("case", "digits", "client"), diagonal(NAMED_BODIES, DIGITS, KINDS, also=OTHER_PAIRS), indirect=["client"]
+)
 async def test_a_huge_integer_is_never_a_traceback_wherever_it_stands(
-    path: str, body: dict[str, Any], digits: str, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    case: tuple[str, dict[str, Any]], digits: str, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
+    path, body = case
     for place in places(body):
         as_text = json.dumps(changed(body, place, lambda _: digits))
         as_key = json.dumps(renamed(body, place)).replace(WORD, digits)

@@ -43,6 +43,14 @@ def process_for(source: str, processes: list[TemplateProcess], timeout_s: float 
     return process
 
 
+@pytest.fixture(scope="module")
+def neighbour() -> Iterator[TemplateProcess]:
+    """A process for another template, which is there all the time."""
+    made: list[TemplateProcess] = []
+    yield process_for("fine", made, 10.0)
+    made[0].close()
+
+
 ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) if a > 1 %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
@@ -65,17 +73,16 @@ ENDLESS = [
 
 @pytest.mark.parametrize("source", ENDLESS, ids=range(len(ENDLESS)))
 @pytest.mark.timeout(30)
-def test_a_template_without_end_is_one_error_in_time(source: str, processes: list[TemplateProcess]) -> None:
+def test_a_template_without_end_is_one_error_in_time(
+    source: str, processes: list[TemplateProcess], neighbour: TemplateProcess
+) -> None:
     guarded = "{% if messages[0].content == 'attack' %}" + source + "{% else %}fine{% endif %}"
     process = process_for(guarded, processes)
     started = time.monotonic()
     with pytest.raises(RenderingError):
         process.render(chat("attack"))
     assert time.monotonic() - started < 5
-    try:
-        assert process_for("fine", processes, 10.0).render(chat()) == "fine"
-    finally:
-        process.close()
+    assert neighbour.render(chat()) == "fine"
 
 
 def test_after_a_template_that_took_too_long_the_next_chat_is_rendered(processes: list[TemplateProcess]) -> None:
