@@ -34,8 +34,9 @@ def check_bits(layout: str, *, is_exact: bool) -> None:
         assert torch.equal(grouped(x, groups), reference(x, groups))
 
 
-def test_dense_matrices() -> None:
-    check_bits("dense", is_exact=True)
+@pytest.mark.parametrize("layout", ["dense", "int8"])
+def test_products_in_float32(layout: str) -> None:
+    check_bits(layout, is_exact=True)
 
 
 @pytest.mark.parametrize("is_normalized", [True, False])
