@@ -54,3 +54,8 @@ def pytest_collection_finish() -> None:
     """Take what is loaded by now for permanent: to look through it for garbage takes 0.3 s each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter take everything apart at its end: what is frozen Triton's bindings report as leaked."""
+    gc.unfreeze()
