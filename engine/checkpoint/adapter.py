@@ -217,11 +217,12 @@ def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSour
     """Raise StartError for a table of embeddings or a head that was saved along and is not the base model's own."""
     for name in adapter.names:
         if match := _COPY.fullmatch(name):
-            stored = f"{match[1]}.weight" if f"{match[1]}.weight" in base.names else f"model.{EMBEDDING}"  # a tied head
+            is_tied = not any(stored.startswith(f"{match[1]}.") for stored in base.names)
+            stored = f"model.{EMBEDDING}" if is_tied else f"{match[1]}.weight"
             if not _is_copy(adapter, name, base, stored):
                 raise StartError(
-                    f"{folder} has {name} {list(adapter.shape(name))}, and {stored} of its base model is another: such "
-                    "training is not kept apart. Merge the adapter with `peft`, merge_and_unload() and "
+                    f"{folder} has {name} {list(adapter.shape(name))}, and {stored} of its base model is another, or "
+                    "quantized: such training is not kept apart. Merge the adapter with `peft`, merge_and_unload() and "
                     "save_pretrained(...), and give the folder that this writes"
                 )
             logger.info("%s has a copy of the base model's %s, which is not used", folder, stored)
@@ -234,6 +235,8 @@ def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) 
     """
     shape, base_shape = adapter.shape(name), base.shape(stored) if stored in base.names else ()
     if len(shape) != 2 or len(base_shape) != 2 or shape[0] > base_shape[0] or shape[1] != base_shape[1]:
+        return False
+    if adapter.dtype(name) not in DTYPES:  # rounded to integers, every table of small numbers is the same
         return False
     for first in range(0, shape[0], COPIED_ROWS):
         rows = (slice(first, min(first + COPIED_ROWS, shape[0])),)

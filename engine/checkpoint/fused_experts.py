@@ -87,7 +87,7 @@ def _parts(source: WeightSource, name: str) -> Iterator[tuple[str, _Part]]:
     if not matrices:
         return
     shape = source.shape(name)
-    if len(shape) != 3 or shape[1] % len(matrices):
+    if len(shape) != 3 or 0 in shape or shape[1] % len(matrices):  # no bytes bound the number of empty experts
         raise StartError(
             f"{source.file(name).name} has a tensor {name} of shape {list(shape)}, and the matrices of all experts are "
             "[experts, outputs, inputs]: save the model once more with `transformers`"

@@ -194,11 +194,14 @@ def index_tensors(readers: Sequence[GGUFReader]) -> dict[str, dict[str, Any]]:
         for tensor in reader.tensors:
             if tensor.name != "rope_freqs.weight":
                 name, shape = name_of_model(tensor.name), [int(size) for size in reversed(tensor.shape)]
+                if name in tensors or 0 in shape:
+                    fault = "twice" if name in tensors else f"as {shape}, without a number"
+                    raise StartError(f"the GGUF file has {tensor.name} {fault}: fetch it again, or another one")
                 tensors[name] = {
                     "file": number,
                     "offset": int(tensor.data_offset),
                     "type": tensor.tensor_type.name,
-                    "shape": [1, *shape[-1:]] if name.endswith(SHARED_GATE) else shape,
+                    "shape": [1, *shape] if name.endswith(SHARED_GATE) and len(shape) == 1 else shape,
                 }
     if f"model.{EMBEDDING}" not in tensors:
         raise StartError(
@@ -298,7 +301,7 @@ def _experts(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any
     for name, entry in tensors.items():
         if EXPERTS in name and (len(entry["shape"]) != 3 or entry["shape"][0] != num_experts):
             raise StartError(
-                f"the GGUF file has {name} as {entry['shape']}, and {num_experts} experts by its metadata: fetch it "
+                f"the GGUF file has {name} as {entry['shape']}, and {num_experts!r} experts by its metadata: fetch it "
                 "again, or another one"
             )
     sizes = {

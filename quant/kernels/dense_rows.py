@@ -48,9 +48,9 @@ def multiply_rows(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Rows of x times some rows of w, of which the first lies at `w_first`; some tiles of TILE_OUTPUTS, and a rest.
 
-    The first eight arguments are tiles: one row times 1, `one_outputs` and 4 outputs, two rows times `two_outputs`, and
-    times `many_outputs` three rows, the first four, four others, for which the weights lie in the cache, and four rows
-    by parts of the inputs, of which none is longer than `max_part` (0: the last is not used).
+    The first eight arguments are tiles. `single` has one row and one output, `one_row` `one_outputs`, `one_long_row` 4,
+    `two_rows` `two_outputs`; the others have `many_outputs`. `many_rows` takes the first four rows, `again_rows` four
+    others, for which the weights lie in the cache, and `part_rows` four and at most `max_part` inputs (0: not used).
     """
     rest_n = last_n - (last_n - first_n) % TILE_OUTPUTS
     for r in range(first_row, last_row):

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
-from engine.checkpoint.adapter import MergedWeights
+from engine.checkpoint.adapter import AdapterWeights, MergedWeights
+from engine.checkpoint.gguf_folder import gguf_folder
 from engine.checkpoint.weights import open_weights
 from engine.core import EngineCore
 from engine.link.config import EngineConfig
@@ -29,6 +30,7 @@ from engine.start import start_engine
 from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
 from tests.oracles.adapter_peft import FOLDER as ADAPTERS
 from tests.oracles.adapter_peft import write_base
+from tests.tiny_gguf import write_gguf
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
 
 LAYER = "model.layers.1"
@@ -253,8 +255,9 @@ def change_copy(base: Path, adapter: Path, name: str, change: Callable[[torch.Te
         lambda table: table[:, :-1],
         lambda table: table[0],
         lambda table: table * torch.nan,
+        lambda table: table.to(torch.int8),
     ],
-    ids="grown trained narrower vector nan".split(),
+    ids="grown trained narrower vector nan integers".split(),
 )
 @pytest.mark.parametrize("is_merged", [True, False])
 def test_a_table_that_was_trained_along_is_refused(
@@ -266,10 +269,23 @@ def test_a_table_that_was_trained_along_is_refused(
     write_adapter(adapter, base, ATTENTION)
     change_copy(base, adapter, "model.embed_tokens", change)
     sentence = (
-        r"has base_model\.model\.model\.embed_tokens\.weight \[.*\], and model\.embed_tokens\.weight of its base model"
+        r"has base_model\.model\.model\.embed_tokens\.weight \[.*\], and model\.embed_tokens\.weight of its base model "
+        "is another, or quantized: such training .* Merge the adapter with `peft`"
     )
-    with pytest.raises(StartError, match=f"{sentence} is another: such training .* Merge the adapter with `peft`"):
+    with pytest.raises(StartError, match=sentence):
         start(base, adapter) if is_merged else start(base, None, lora_adapters=[("a", str(adapter))])
+
+
+def test_a_head_that_a_quantized_model_has_of_its_own_is_not_taken_for_the_table(tmp_path: Path) -> None:
+    source, adapter = tmp_path / "source", tmp_path / "adapter"
+    write_tiny_qwen2(source, dtype=torch.float16, is_tied=False)
+    write_adapter(adapter, source, ATTENTION)
+    change_copy(source, adapter, "lm_head", lambda table: table)
+    table = "model.embed_tokens.weight"
+    write_gguf(source, tmp_path / "model.gguf", "Q8_0", kinds={table: "F16"})
+    base = gguf_folder([tmp_path / "model.gguf"], tmp_path / "cache")
+    with pytest.raises(StartError, match=r"and lm_head\.weight of its base model is another, or quantized"):
+        AdapterWeights(adapter).refuse_changed_copies(base)
 
 
 def test_quantize_wants_a_whole_model(tmp_path: Path) -> None:

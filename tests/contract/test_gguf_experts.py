@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,7 @@ UP = "model.layers.1.mlp.experts.up_proj.weight"
             {"qwen3moe__expert_count": 7},
             r"has model\.layers.* as \[8, 64, 64\], and 7 experts by its metadata: fetch it",
         ),
+        ({"qwen3moe__expert_count": "8"}, r"as \[8, 64, 64\], and '8' experts by its metadata: fetch it again"),
         ({"qwen3moe__expert_count": None}, "the GGUF file does not say expert_count: fetch it again, or another one"),
         ({"qwen3moe__expert_used_count": None}, "the GGUF file does not say expert_used_count: fetch it again"),
         (
@@ -225,6 +227,43 @@ def test_a_matrix_in_place_of_all_experts_is_refused(tmp_path: Path) -> None:
     stacked = {name: tensor for name, tensor in weights.items() if ".experts.3." not in name}
     save_file(stacked, path, metadata={"format": "pt"})
     assert "and 8 experts by its metadata: fetch it again, or another one" in refusal("qwen3moe", tmp_path)
+
+
+@pytest.mark.parametrize("num_experts", [0, 2**31 - 1])
+def test_experts_that_take_no_bytes_are_refused_before_any_is_made(num_experts: int, tmp_path: Path) -> None:
+    """A file of a kilobyte could announce as many as it likes."""
+    path = write_file("qwen3moe", tmp_path, qwen3moe__expert_count=num_experts)
+    change_sizes(path, "_exps.", [64, 0, num_experts])
+    with pytest.raises(StartError, match=r"has blk\.0\..*_exps\.weight as \[.*\], without a number: fetch it again"):
+        gguf_folder([path], tmp_path / "cache")
+
+
+def change_sizes(path: Path, part: str, sizes: list[int]) -> None:
+    """Have a file say other sizes, innermost first, of the tensors with `part` in their names."""
+    fields = [tensor.field for tensor in gguf.GGUFReader(path).tensors if part in tensor.name]
+    content = bytearray(path.read_bytes())
+    for field in fields:
+        start = field.offset + sum(each.nbytes for each in field.parts[:3])  # behind the name and how many there are
+        content[start : start + 8 * len(sizes)] = np.array(sizes, "<u8").tobytes()
+    path.write_bytes(content)
+
+
+def test_a_gate_of_several_rows_is_refused(tmp_path: Path) -> None:
+    """Its first row would be read in place of the whole."""
+    write_file("qwen2moe", tmp_path)
+    path = tmp_path / "source" / "model.safetensors"
+    gates = {name: gate.repeat(5, 1) for name, gate in load_file(path).items() if "shared_expert_gate" in name}
+    save_file({**load_file(path), **gates}, path, metadata={"format": "pt"})
+    sentence = r"shared_expert_gate\.weight has shape \[5, 64\], the model needs \[1, 64\]: config.json and the weights"
+    assert re.search(sentence, refusal("qwen2moe", tmp_path))
+
+
+def test_a_tensor_that_two_parts_have_is_refused(tmp_path: Path) -> None:
+    path = write_file("qwen3moe", tmp_path)
+    second = path.with_name("second.gguf")
+    second.write_bytes(path.read_bytes())
+    with pytest.raises(StartError, match=r"the GGUF file has .*\.weight twice: fetch it again"):
+        gguf_folder([path, second], tmp_path / "cache")
 
 
 def test_an_engine_starts_from_such_a_file(tmp_path: Path) -> None:
