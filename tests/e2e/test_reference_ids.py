@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from tests.diagonal import long_but
 from tests.e2e.launched import LaunchedServer, launched
 
 NEAR_TIE = 1e-4
@@ -25,7 +26,8 @@ SERVERS = {
     "default": (),
     "preempting": ("--max-total-tokens", str(PREEMPTING_WINDOW), "--max-batch-total-tokens", str(PREEMPTING_WINDOW)),
 }
-"""The last one's cache holds the prompts of all short entries at once, but not what follows them."""
+"""The last one's cache holds the prompts of all short entries at once, but not what follows them. It is for the slow
+tests: `tests/contract/test_greedy_ids.py` preempts tiny models."""
 ALONE = {"default": ("one token", "emoji", "chat code", "long"), "preempting": ("chat code",)}
 """Entries that come once more, alone: each of their tokens costs a step of its own."""
 
@@ -35,7 +37,7 @@ def tokenizer(demo_model: Path) -> Tokenizer:
     return Tokenizer.from_file(str(demo_model / "tokenizer.json"))
 
 
-@pytest.fixture(scope="module", params=SERVERS, ids=str)
+@pytest.fixture(scope="module", params=long_but([*SERVERS], "default"))
 def server(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: Any) -> Iterator[LaunchedServer]:
     logs = tmp_path_factory.mktemp("logs")
     with launched(demo_model, logs, "--dtype", "float32", *SERVERS[request.param]) as server:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.diagonal import long_but
 from tests.e2e.launched import LaunchedServer, free_port, launched, read_streams
 from tests.tiny_model import write_tiny_qwen2
 
@@ -161,7 +162,7 @@ def check_ids(model: Path, log_dir: Path, expected: list[list[int]], num_shards:
 
 
 @pytest.mark.usefixtures("is_nothing_left")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", long_but([0, 1], 1))
 def test_a_killed_rank_ends_everything_and_is_named(model: Path, tmp_path: Path, rank: int) -> None:
     with launched(model, tmp_path, *TWO) as server, ThreadPoolExecutor(2) as pool:
         processes = processes_of(server)
@@ -278,6 +279,7 @@ def test_sigterm_lets_streams_end_on_all_shards(model: Path, tmp_path: Path) -> 
             assert f"engine rank {rank} terminated" in server.log
 
 
+@pytest.mark.long
 def test_a_signal_to_every_process_lets_streams_end_on_all_shards(model: Path, tmp_path: Path) -> None:
     """The signal goes to every process of the group, as from a service manager."""
     with launched(model, tmp_path, *TWO) as server, ThreadPoolExecutor(1) as pool:

@@ -111,7 +111,10 @@ CUTS: dict[str, Callable[[Hosts], None]] = {
 }
 
 
-@pytest.mark.parametrize(("cut", "is_busy"), [("second host's interface down", False), ("silent", True)])
+@pytest.mark.parametrize(
+    ("cut", "is_busy"),
+    [pytest.param("second host's interface down", False, marks=pytest.mark.long), ("silent", True)],
+)
 def test_a_cut_link_ends_both_hosts(hosts: Hosts, model: Path, tmp_path: Path, cut: str, is_busy: bool) -> None:
     """A host's own interface, or the way between both; `tests/slow` has the other host's."""
     check_cut(hosts, model, tmp_path, cut, is_busy)
@@ -185,6 +188,7 @@ def test_sigterm_of_the_first_host_drains_and_ends_both(hosts: Hosts, model: Pat
         assert "The first host has ended the service" in second.log
 
 
+@pytest.mark.long
 def test_sigterm_of_both_hosts_drains(hosts: Hosts, model: Path, tmp_path: Path) -> None:
     """A scheduler signals both hosts when it ends a job. The second host lets the first one end its requests."""
     with served(hosts, model, tmp_path) as (first, second), hosts.clients(1) as pool:
