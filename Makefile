@@ -94,8 +94,9 @@ TEST := $(PY) -m pytest -q
 # Files of two minutes between them, which start processes or go through thousands of examples, and the rules of the house,
 # which are for `make check`.
 HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
-NOT_FAST := $(HOUSE) $(addprefix tests/unit/,test_gpu_proof.py test_pytgi.py engine/test_penalties.py engine/test_scheduler_properties.py engine/test_step_buffers.py \
-	quant/test_packing.py $(patsubst %,server/test_%.py,compatibility_beyond openai_errors private_logs response_format routes \
+NOT_FAST := $(HOUSE) $(addprefix tests/unit/,test_gpu_proof.py test_pytgi.py engine/test_penalties.py \
+	engine/test_scheduler_properties.py engine/test_step_buffers.py quant/test_packing.py \
+	$(patsubst %,server/test_%.py,compatibility_beyond openai_errors private_logs response_format routes \
 	sampling_defaults structure template_process thoughts tool_answers tool_choices traces vllm_fields wild_schemas))
 fast_server = $(filter-out $(NOT_FAST),$(wildcard tests/unit/server/test_$(1)*.py))
 test-fast: install $(VENV)/interpreted

@@ -57,7 +57,7 @@ def choose_quantization(
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
-        names = open_weights(folder).names if stored else ()
+        names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
             flag, head_flag, stored, names, dense, matrices=device.matrices, is_exact=is_exact, is_bfloat16=is_bfloat16
@@ -82,9 +82,9 @@ def build_model(
     `quantization` None: as the checkpoint says. `adapter`: the folder of an adapter that is merged. Raises StartError.
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
-    num_tensors = len(open_weights(folder).names)
-    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, num_tensors)
-    load_weights(model, folder, device.torch_device, parallel.size, adapter, progress)
+    weights = open_weights(folder)
+    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, len(weights.names))
+    load_weights(model, folder, weights, device.torch_device, parallel.size, adapter, progress)
     return model
 
 

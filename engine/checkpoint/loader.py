@@ -24,7 +24,7 @@ import torch
 from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.kinds import kind_of_tensor
 from engine.checkpoint.renamed_weights import EMBEDDING, HEAD
-from engine.checkpoint.weights import WeightSource, open_weights
+from engine.checkpoint.weights import WeightSource
 from engine.link.errors import StartError
 from engine.link.progress import Stage, StartProgress
 from engine.memory import release_freed_memory
@@ -49,18 +49,20 @@ TORCH_DTYPES = {
 def load_weights(
     model: CausalLM,
     folder: Path,
+    weights: WeightSource,
     device: torch.device,
     num_shards: int = 1,
     adapter: Path | None = None,
     progress: StartProgress | None = None,
 ) -> None:
-    """Fill every layer of `model` from the folder's files. Raises StartError naming the tensor that does not fit.
+    """Fill every layer of `model` from the folder's `weights`. Raises StartError naming the tensor that does not fit.
 
     The layers take about one of `num_shards` parts of the bytes, which only the progress goes by. The adapter in the
     folder `adapter` is merged into the weights.
     """
     layers = model.checkpoint_layers()
-    weights = open_weights(folder) if adapter is None else _merged_weights(model, folder, adapter)
+    if adapter is not None:
+        weights = _merged_weights(model, weights, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
@@ -107,8 +109,8 @@ def _num_bytes(weights: WeightSource, name: str) -> int:
     return math.prod(weights.shape(name)) * dtype.itemsize
 
 
-def _merged_weights(model: CausalLM, folder: Path, adapter: Path) -> WeightSource:
-    weights = MergedWeights(open_weights(folder), adapter)
+def _merged_weights(model: CausalLM, base: WeightSource, adapter: Path) -> WeightSource:
+    weights = MergedWeights(base, adapter)
     for name in weights.changed_names:
         if model.is_ignored(name):
             raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")

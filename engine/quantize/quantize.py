@@ -89,7 +89,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
         raise StartError(f"{source} is quantised already: give the model that it was made from")
     reader, device = open_weights(source), detect_device()
     stages_class: type[LayerStages] = import_entry(STAGES, str(config.get("model_type", "")), "model_type")
-    model = _checked_model(config, source, device)
+    model = _checked_model(config, source, reader, device)
     num_tokens, num_positions = options.sample_tokens, model.max_position_embeddings
     if num_tokens > num_positions:
         raise StartError(
@@ -137,12 +137,12 @@ def _write_tensors(
             writer.add(f"{prefix}{name}", tensor)
 
 
-def _checked_model(config: dict[str, Any], source: Path, device: Device) -> CausalLM:
+def _checked_model(config: dict[str, Any], source: Path, reader: WeightSource, device: Device) -> CausalLM:
     """The engine's model, all its weights looked through: whole, of the right shapes, finite. Raises StartError."""
     dense = DenseMethod(torch.float32, computes_in_float32=True)  # maps the files and copies nothing
     quantization = resolve_quantization(None, None, None, (), dense, matrices=device.matrices, is_exact=True)
     model = make_model(config, quantization, torch.float32, device)
-    load_weights(model, source, torch.device("cpu"))
+    load_weights(model, source, reader, torch.device("cpu"))
     return model
 
 

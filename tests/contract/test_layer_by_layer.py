@@ -114,36 +114,31 @@ class PostponedModel:
         return {prefix: (cast(Loadable, proxies[id(layer)]), part) for prefix, (layer, part) in self._layers.items()}
 
 
-def load(folder: Path, flag: str | None, monkeypatch: pytest.MonkeyPatch, *, is_postponed: bool) -> WatchedWeights:
+def load(folder: Path, flag: str | None, *, is_postponed: bool) -> WatchedWeights:
     """Load the folder's model onto the device."""
     config = read_model_config(folder)
     device: Device = reference_device(computes_in_float32=False)
     quantization = choose_quantization(config, folder, torch.float32, device, flag, None)
     model = make_model(config, quantization, torch.float32, device)
     weights = WatchedWeights(folder)
-    monkeypatch.setattr("engine.checkpoint.loader.open_weights", lambda folder: weights)
-    load_weights(cast(CausalLM, PostponedModel(model)) if is_postponed else model, folder, GPU)
+    load_weights(cast(CausalLM, PostponedModel(model)) if is_postponed else model, folder, weights, GPU)
     return weights
 
 
 @pytest.mark.parametrize(
     ("write", "flag"), [(write_tiny_qwen2, None), (write_tiny_qwen2, "int8"), (write_tiny_gptq, None)]
 )
-def test_the_host_holds_two_layers_at_most(
-    write: Callable[..., None], flag: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_holds_two_layers_at_most(write: Callable[..., None], flag: str | None, tmp_path: Path) -> None:
     write(tmp_path, **SIZES)
-    weights = load(tmp_path, flag, monkeypatch, is_postponed=False)
+    weights = load(tmp_path, flag, is_postponed=False)
     bound = 2 * weights.layer_bytes + weights.largest
     assert 0 < weights.peak <= bound
-    assert load(tmp_path, flag, monkeypatch, is_postponed=True).peak > bound, "the test sees what stays"
+    assert load(tmp_path, flag, is_postponed=True).peak > bound, "the test sees what stays"
 
 
-def test_what_decides_the_order_of_inputs_comes_first_and_then_layer_after_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_decides_the_order_of_inputs_comes_first_and_then_layer_after_layer(tmp_path: Path) -> None:
     write_tiny_gptq(tmp_path, **SIZES)
-    names = load(tmp_path, None, monkeypatch, is_postponed=False).read_names
+    names = load(tmp_path, None, is_postponed=False).read_names
     first = [name for name in names if name.endswith(".g_idx")]
     assert names[: len(first)] == first and len(first) == 7 * NUM_LAYERS
     modules = [name.rpartition(".")[0] for name in names[len(first) :]]

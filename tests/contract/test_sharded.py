@@ -18,6 +18,7 @@ from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model, choose_quantization, make_model
 from engine.checkpoint.files import read_model_config
 from engine.checkpoint.loader import load_weights
+from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.runner import ModelRunner
 from parallel.state import ParallelState
@@ -484,7 +485,7 @@ def bytes_read(folder: Path, size: int) -> list[dict[str, int]]:
                 original(name, part, tensor)
 
             layer.load = load  # type: ignore[method-assign]
-        load_weights(model, folder, KERNELS.torch_device, size)
+        load_weights(model, folder, open_weights(folder), KERNELS.torch_device, size)
         return counts
 
     return run_ranks(size, run)
