@@ -61,8 +61,7 @@ def load_weights(
     folder `adapter` is merged into the weights.
     """
     layers = model.checkpoint_layers()
-    if adapter is not None:
-        weights = _merged_weights(model, weights, adapter)
+    weights = weights if adapter is None else _merged_weights(model, weights, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
