@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,16 @@ async def end_of(client: socket.socket) -> bytes:
     return await asyncio.to_thread(received, client)
 
 
+async def end_of_dripping(client: socket.socket) -> bytes:
+    """What the server sends to a client that drips until there is something to read.
+
+    A byte that meets a closed connection resets it, and what was not read by then may be lost.
+    """
+    while not (await asyncio.to_thread(select.select, [client], [], [], 0.05))[0]:
+        client.sendall(b"x")
+    return await end_of(client)
+
+
 async def test_idle_connections_end(app: FastAPI) -> None:
     with limited(app, idle_s=0.2) as port, connect(port) as never_used, connect(port) as used:
         used.sendall(INFO)
@@ -51,24 +62,14 @@ async def test_idle_connections_end(app: FastAPI) -> None:
 async def test_a_dripping_head_is_refused(app: FastAPI) -> None:
     with limited(app, head_s=0.2) as port, connect(port) as client:
         client.sendall(INFO[:5])
-        answer = asyncio.create_task(end_of(client))
-        while not answer.done():
-            client.sendall(b"x")
-            await asyncio.sleep(0.05)
-        assert (await answer).startswith(b"HTTP/1.1 408 ")
+        assert (await end_of_dripping(client)).startswith(b"HTTP/1.1 408 ")
 
 
 async def test_what_drips_after_a_refusal_ends(app: FastAPI) -> None:
     with limited(app, head_s=0.2) as port, connect(port) as client:
         client.sendall(request("/generate", b" " * 20_001)[:-20_000])
         assert (await one_answer(client))[0].startswith(b"HTTP/1.1 413 ")
-        answer = asyncio.create_task(end_of(client))
-        while not answer.done():
-            with contextlib.suppress(ConnectionError):
-                client.sendall(b" ")
-            await asyncio.sleep(0.05)
-        with contextlib.suppress(ConnectionError):
-            assert await answer == b""
+        assert await end_of_dripping(client) == b""
 
 
 async def test_a_stream_may_be_silent(app: FastAPI, engine: FakeEngine) -> None:
@@ -86,8 +87,7 @@ async def test_the_oldest_idle_connection_gives_way(app: FastAPI, engine: FakeEn
         with connect(port) as second, connect(port) as third:
             third.sendall(INFO)
             assert (await one_answer(third))[0].startswith(b"HTTP/1.1 200 ")
-            with contextlib.suppress(ConnectionError):
-                assert await end_of(first) == b""
+            assert await end_of(first) == b""
             second.sendall(INFO)
             assert (await one_answer(second))[0].startswith(b"HTTP/1.1 200 ")
         assert not engine.aborted, "what runs is left alone"
