@@ -6,8 +6,8 @@ FORM is bfloat16 or a value of --quantize. The model has the sizes of Qwen1.5-Mo
 cut in the same proportion, and random weights. A step decodes a token of each of 1 to 16 sequences with 128 tokens of
 context: the model and the sampler, without the scheduler. Its floor is what it must read (the weights of the experts
 that its tokens chose, all other weights, keys and values) over the bandwidth at which all cores sum an array in the
-same minute. Each round has every step once, and the quickest counts. Prints a table in Markdown; --write puts it into
-docs/performance.md.
+same round. Each round has every step once; shares of the floor and rates over one sequence are those of a round, and
+their medians count. Prints a table in Markdown; --write puts it into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -109,7 +109,8 @@ class Row:
     """Experts that have tokens, of all layers together."""
     num_bytes: float = 0
     """What the step must read."""
-    seconds: float = math.inf
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """One for each round."""
 
 
 def count_active(ops: Any) -> Callable[[], int]:
@@ -125,8 +126,8 @@ def count_active(ops: Any) -> Callable[[], int]:
     return lambda: counts[0]
 
 
-def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], float]:
-    """A row for each number of sequences, and the bandwidth in GB/s."""
+def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], list[float]]:
+    """A row for each number of sequences, and the bandwidth of each round in GB/s."""
     from benchmarks.side_pytgi import memory_of
 
     steps = Steps(form, folder, pool_tokens=POOL_TOKENS)
@@ -154,21 +155,22 @@ def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], float]:
         for row in rows:
             for _ in range(WARM_UPS if round_index == 0 else 0):
                 row.run()
-            row.seconds = min(row.seconds, row.run())
-    return rows, max(bandwidths)
+            row.seconds.append(row.run())
+    return rows, bandwidths
 
 
-def table(rows: list[Row], bandwidth: float, num_layers: int) -> list[str]:
+def table(rows: list[Row], bandwidths: list[float], num_layers: int) -> list[str]:
     lines = [
         "| sequences | active experts of a layer | MB | ms | GB/s | of the floor | tokens/s over one sequence |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rate = row.num_bytes / row.seconds / 1e9
-        over_one = row.sequences * rows[0].seconds / row.seconds
+        rates = [row.num_bytes / seconds / 1e9 for seconds in row.seconds]
+        share = median(rate / bandwidth for rate, bandwidth in zip(rates, bandwidths, strict=True))
+        over_one = median(row.sequences * one / own for one, own in zip(rows[0].seconds, row.seconds, strict=True))
         lines.append(
             f"| {row.sequences} | {row.num_active / num_layers:.1f} | {row.num_bytes / 1e6:.0f} "
-            f"| {1000 * row.seconds:.1f} | {rate:.1f} | {rate / bandwidth:.2f} | {over_one:.2f} |"
+            f"| {1000 * median(row.seconds):.1f} | {median(rates):.1f} | {share:.2f} | {over_one:.2f} |"
         )
     return lines
 
@@ -186,8 +188,8 @@ def main() -> None:
         write_model(Path(name), args.layers)
         sections = [measured_on(num_cores(), f"a random Qwen1.5-MoE-A2.7B of {args.layers} layers")]
         for form in args.forms:
-            rows, bandwidth = measure(form, name, args.rounds)
-            sections += ["", f"### {form}; {bandwidth:.1f} GB/s", "", *table(rows, bandwidth, args.layers)]
+            rows, bandwidths = measure(form, name, args.rounds)
+            sections += ["", f"### {form}; {median(bandwidths):.1f} GB/s", "", *table(rows, bandwidths, args.layers)]
     print_and_write(sections, DOCUMENT if args.write else None, BEGIN, END)
 
 

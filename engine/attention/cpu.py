@@ -36,8 +36,9 @@ MAX_IMBALANCE = 1.15
 """Work of the thread that has most over the mean: parts are merged afterwards, which is not worth while for less."""
 PARALLEL_TOKENS = 64
 """Fewer keys and values to write are not worth starting a parallel region."""
-PARALLEL_SCORES = 256
-"""Fewer pairs of query and key (for each head) are not worth starting a parallel region."""
+PARALLEL_PRODUCTS = 1 << 17
+"""Fewer multiplications of queries with keys are not worth starting a parallel region: for one token that is 147 known
+ones with 14 heads of 64, 64 with 16 heads of 128."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,7 +126,8 @@ class CpuAttention:
         # Of each row of a part: sums [head_dim], highest score, total of the weights.
         partials = torch.empty(num_tiles, *self._partial_shape) if is_split else self._no_partials
         tensors = tiles, metadata.block_table, metadata.slot_mapping, partials
-        return RepeatableStep((num_tiles, num_scores >= PARALLEL_SCORES, is_split), tensors)
+        num_products = num_scores * self._shape.num_heads * self._shape.head_dim
+        return RepeatableStep((num_tiles, num_products >= PARALLEL_PRODUCTS, is_split), tensors)
 
     def forward(
         self,
