@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
@@ -24,34 +24,35 @@ from quant.kernels.integer_cpu import (
     ROWS,
     IntegerCpu,
     cut_padding,
-    multiply_many_rows,
-    multiply_one_row,
-    multiply_two_rows,
+    multiply_rows,
 )
 from quant.kernels.integer_ops import round_group
 from quant.kernels.packed_cpu import PackedCpu, kernel_scales, multiply_int4, multiply_int8
+from quant.kernels.work_split import share
 
 
 @njit(parallel=True, **FAST)
-def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block):  # type: ignore[no-untyped-def]
+def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
     rows = x
     if splits_pairs(w):
         rows = np.empty(len(x), np.float32)
         write_rows(split_row, x, len(x) // k_size, k_size, rows)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(active[0] * num_tiles):
-        matrix = active[1 + item // num_tiles]
-        first_n = item % num_tiles * TILE_OUTPUTS
-        last_n = min(n_size, first_n + TILE_OUTPUTS)
-        own_bias, w0 = bias[matrix * n_size :], (matrix * n_size + first_n) * k_size
-        last = starts[matrix + 1]
-        for row in range(starts[matrix], last, row_block):
-            last_row = min(last, row + row_block)
-            multiply_tile(rows, w, w0, own_bias, out, row, last_row, first_n, last_n, n_size, k_size)
+    for thread in prange(num_threads):
+        for index in range(active[0]):
+            matrix = active[1 + index]
+            own_bias, last = bias[matrix * n_size :], starts[matrix + 1]
+            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            for tile in range(first_tile, last_tile):
+                first_n = tile * TILE_OUTPUTS
+                last_n, w0 = min(n_size, first_n + TILE_OUTPUTS), (matrix * n_size + first_n) * k_size
+                for row in range(starts[matrix], last, row_block):
+                    last_row = min(last, row + row_block)
+                    multiply_tile(rows, w, w0, own_bias, out, row, last_row, first_n, last_n, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)
-def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts, active, n_size, k_size):  # type: ignore[no-untyped-def]
+def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts, active, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
     x8 = np.empty(num_rows * k_size, np.int8)
     x_scales = np.empty(num_rows * k_size // group, np.float32)
     x_sums = np.empty(num_rows * k_size // group, np.int32)
@@ -63,39 +64,51 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
             round_group(x, g * group, group, x8, x_scales, x_sums, g)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
-    for item in prange(active[0] * num_tiles):
-        matrix, tile = active[1 + item // num_tiles], item % num_tiles
-        w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
-        z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
-        row, last = starts[matrix], starts[matrix + 1]
-        while row + ROWS <= last:
-            multiply_many_rows(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
-            row += ROWS
-        while row + 2 <= last:
-            multiply_two_rows(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
-            row += 2
-        if row < last:
-            multiply_one_row(x8, x_scales, x_sums, row, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size)
+    for thread in prange(num_threads):
+        for index in range(active[0]):
+            matrix = active[1 + index]
+            w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
+            z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
+            first, last = starts[matrix], starts[matrix + 1]
+            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            for tile in range(first_tile, last_tile):
+                multiply_rows(
+                    x8, x_scales, x_sums, first, last, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size
+                )
 
 
 @njit(parallel=True, **FAST)
-def _packed_int8(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
+def _packed_int8(  # type: ignore[no-untyped-def]
+    x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
+):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(active[0] * num_tiles):
-        matrix, tile = active[1 + item // num_tiles], item % num_tiles
-        matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
-        b1 = bias[matrix_n:]
-        multiply_int8(x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups)
+    for thread in prange(num_threads):
+        for index in range(active[0]):
+            matrix = active[1 + index]
+            matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
+            b1 = bias[matrix_n:]
+            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            for tile in range(first_tile, last_tile):
+                multiply_int8(
+                    x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
+                )
 
 
 @njit(parallel=True, **FAST)
-def _packed_int4(x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups):  # type: ignore[no-untyped-def]
+def _packed_int4(  # type: ignore[no-untyped-def]
+    x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
+):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(active[0] * num_tiles):
-        matrix, tile = active[1 + item // num_tiles], item % num_tiles
-        matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
-        b1 = bias[matrix_n:]
-        multiply_int4(x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups)
+    for thread in prange(num_threads):
+        for index in range(active[0]):
+            matrix = active[1 + index]
+            matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
+            b1 = bias[matrix_n:]
+            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            for tile in range(first_tile, last_tile):
+                multiply_int4(
+                    x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
+                )
 
 
 def _numbers(groups: RowGroups) -> tuple[Any, Any]:
@@ -126,10 +139,11 @@ class GroupedDenseCpu:
         self._n_size, self._k_size = matrices[0].weight.shape
         self._weights = flat_view(torch.cat([packed.weight for packed in matrices])), flat_view(_biases(matrices))
         self._row_block = rows_per_block(4 * self._k_size)
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], self._n_size)
-        sizes = self._n_size, self._k_size, self._row_block
+        sizes = self._n_size, self._k_size, self._row_block, self._num_threads
         call(_dense, flat_view(x), *self._weights, flat_out, *_numbers(groups), *sizes)
         return out
 
@@ -149,7 +163,7 @@ class GroupedPackedCpu:
         assert first.scales is not None
         self._kernel = {"int8": _packed_int8, "fp8": _packed_int8, "int4": _packed_int4}[first.layout]
         self._n_size, num_groups = first.scales.shape
-        self._sizes = self._n_size, first.num_inputs, num_groups
+        self._sizes = self._n_size, first.num_inputs, num_groups, get_num_threads()
         scales = [packed.scales for packed in matrices if packed.scales is not None]
         zero_points = [packed.zero_points for packed in matrices if packed.zero_points is not None]
         joined = kernel_scales(first.layout, torch.cat(scales))
@@ -181,11 +195,12 @@ class GroupedIntegerCpu:
         group, *_, num_groups, _ = parts[0]
         weight, scales, zeros, bias = (np.concatenate([part[index] for part in parts]) for index in (1, 2, 3, 5))
         self._before = group, weight, scales, zeros, num_groups, bias
+        self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
-        sizes = self._padded_size, self._k_size
+        sizes = self._padded_size, self._k_size, self._num_threads
         call(_integer, flat_view(x), *self._before, flat_out, num_rows, *_numbers(groups), *sizes)
         if self._padded_size == self._n_size:
             return out

@@ -51,6 +51,27 @@ multiply_many_rows, multiply_two_rows, multiply_one_row = make_tile(ISA, ISA.row
 ROWS = ISA.rows
 
 
+@njit(**FAST)
+def multiply_rows(  # type: ignore[no-untyped-def]
+    x8, x_scales, x_sums, row, last, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+):
+    """Some rows times a tile of outputs."""
+    while row + ROWS <= last:
+        multiply_many_rows(
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+        )
+        row += ROWS
+    while row + 2 <= last:
+        multiply_two_rows(
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+        )
+        row += 2
+    if row < last:
+        multiply_one_row(
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+        )
+
+
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
     x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, row_block, num_threads
@@ -67,26 +88,16 @@ def _product(  # type: ignore[no-untyped-def]
             round_group(x, g * group, group, x8, x_scales, x_sums, g)
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, n_size // OUTPUTS, num_rows, ROWS)
-        size = even_block(end - first_row, row_block, ROWS)
-        for block_row in range(first_row, end, size):
-            last = min(end, block_row + size)
+        first_tile, last_tile, first_row, last_row = rectangle(
+            index, thread, num_threads, n_size // OUTPUTS, num_rows, ROWS
+        )
+        size = even_block(last_row - first_row, row_block, ROWS)
+        for row in range(first_row, last_row, size):
+            end = min(last_row, row + size)
             for tile in range(first_tile, last_tile):
-                row = block_row
-                while row + ROWS <= last:
-                    multiply_many_rows(
-                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
-                    )
-                    row += ROWS
-                while row + 2 <= last:
-                    multiply_two_rows(
-                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
-                    )
-                    row += 2
-                if row < last:
-                    multiply_one_row(
-                        x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
-                    )
+                multiply_rows(
+                    x8, x_scales, x_sums, row, end, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+                )
 
 
 @njit(**FAST)

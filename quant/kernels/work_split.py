@@ -6,6 +6,8 @@ threads, none waits for another one longer than a unit takes. A range is three r
 another thread has begun, whole tiles, and the beginning of a tile that another thread goes on with.
 
 Few rows are not cut: what they cost is the reading of a tile's weights.
+
+Of a grouped product every thread computes a share of each matrix's tiles: matrices have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -48,3 +50,13 @@ def even_block(num_rows, max_rows, unit_rows):  # type: ignore[no-untyped-def]
     num_blocks = max((num_rows + max_rows - 1) // max_rows, 1)
     rows = (num_rows + num_blocks - 1) // num_blocks
     return max((rows + unit_rows - 1) // unit_rows, 1) * unit_rows
+
+
+@njit(**FAST)
+def share(index, thread, num_threads, num_tiles):  # type: ignore[no-untyped-def]
+    """First tile and tile after the last that a thread computes of a grouped product's matrix `index`.
+
+    Threads take turns at the larger shares.
+    """
+    part = (thread + index) % num_threads
+    return part * num_tiles // num_threads, (part + 1) * num_tiles // num_threads
