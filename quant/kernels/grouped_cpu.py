@@ -27,7 +27,7 @@ from quant.kernels.integer_cpu import (
     multiply_rows,
 )
 from quant.kernels.integer_ops import round_group
-from quant.kernels.packed_cpu import PackedCpu, kernel_scales, multiply_int4, multiply_int8
+from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.work_split import share
 
 
@@ -79,7 +79,7 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
 
 @njit(parallel=True, **FAST)
 def _packed_int8(  # type: ignore[no-untyped-def]
-    x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
+    x, w, scales, shifts, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for thread in prange(num_threads):
@@ -90,13 +90,13 @@ def _packed_int8(  # type: ignore[no-untyped-def]
             first_tile, last_tile = share(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_int8(
-                    x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
+                    x, w, scales, shifts, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
                 )
 
 
 @njit(parallel=True, **FAST)
 def _packed_int4(  # type: ignore[no-untyped-def]
-    x, w, scales, zeros, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
+    x, w, scales, shifts, bias, out, scratch, starts, active, n_size, k_size, num_groups, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for thread in prange(num_threads):
@@ -107,7 +107,7 @@ def _packed_int4(  # type: ignore[no-untyped-def]
             first_tile, last_tile = share(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_int4(
-                    x, w, scales, zeros, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
+                    x, w, scales, shifts, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
                 )
 
 
@@ -160,15 +160,13 @@ class GroupedPackedCpu:
 
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         first = matrices[0]
-        assert first.scales is not None
         self._kernel = {"int8": _packed_int8, "fp8": _packed_int8, "int4": _packed_int4}[first.layout]
-        self._n_size, num_groups = first.scales.shape
+        numbers = zip(*map(scales_and_shifts, matrices), strict=True)
+        scales, shifts = (torch.stack(list(each)) for each in numbers)
+        _, self._n_size, num_groups = scales.shape
         self._sizes = self._n_size, first.num_inputs, num_groups, get_num_threads()
-        scales = [packed.scales for packed in matrices if packed.scales is not None]
-        zero_points = [packed.zero_points for packed in matrices if packed.zero_points is not None]
-        joined = kernel_scales(first.layout, torch.cat(scales))
         weight = torch.cat([packed.weight for packed in matrices])
-        self._weights = *map(flat_view, (weight, joined, torch.cat(zero_points))), flat_view(_biases(matrices))
+        self._weights = *map(flat_view, (weight, scales, shifts)), flat_view(_biases(matrices))
         self._scratch = packed_cpu.thread_scratch(first.num_inputs)
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:

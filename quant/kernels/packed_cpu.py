@@ -1,10 +1,10 @@
 """Matrix products with 8- and 4-bit weights on a CPU: float32 activations, weights widened in registers, float32 sums.
 
 A weight is `scale * (q - zero)`, a scale and a zero point for every `group_size` inputs of an output. It is widened as
-`fma(q, scale, -scale * zero)`: exact for 16-bit scales, since their 11 bits times at most 9 bits of `q` or `zero` fit a
-float32. Offsets that are stored as floats take the place of `scale * zero`, and the weight is rounded once. The sums
-then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened weights, whatever the
-number of rows.
+`fma(q, scale, shift)`, where the shift is `-scale * zero`: exact for 16-bit scales, since their 11 bits times at most 9
+bits of `q` or `zero` fit a float32. Offsets that are stored as floats take the place of `scale * zero`, and the weight
+is rounded once. The sums then run as those of `dense_cpu`: the result has the bits of the dense kernel on the widened
+weights, whatever the number of rows.
 
 One row is bound by reading the weights, and multiplies as it widens. More rows share the widening: a thread writes a
 tile of widened weights into a scratch of its own, which stays in its cache, and the dense kernel's tiles read it.
@@ -24,7 +24,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS
-from quant.kernels.packed_ops import add_int4, add_int8, load_shift
+from quant.kernels.packed_ops import add_int4, add_int8
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros
 from quant.kernels.simd import (
@@ -47,17 +47,16 @@ MIN_ROW_BLOCK = 48
 
 
 @njit(inline="always")
-def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int8_1x4(x, x0, w, w0, k_size, scales, shifts, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     w1, w2, w3 = w0 + k_size, w0 + 2 * k_size, w0 + 3 * k_size
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
     s0, s1, s2, s3 = wide_zeros(), wide_zeros(), wide_zeros(), wide_zeros()
     for g in range(num_groups):
-        a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
-        a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
-        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
-        b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
+        b0, b1 = wide_splat(load_one(scales, g0 + g)), wide_splat(load_one(scales, g1 + g))
+        b2, b3 = wide_splat(load_one(scales, g2 + g)), wide_splat(load_one(scales, g3 + g))
+        z0, z1 = wide_splat(load_one(shifts, g0 + g)), wide_splat(load_one(shifts, g1 + g))
+        z2, z3 = wide_splat(load_one(shifts, g2 + g)), wide_splat(load_one(shifts, g3 + g))
         for k in range(g * group_size, (g + 1) * group_size, WIDTH):
             prefetch(w, w0 + 4 * (k_size + k))
             s0 = add_int8(x, x0 + k, w, w0 + k, b0, z0, s0)
@@ -71,18 +70,17 @@ def _int8_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
 
 
 @njit(inline="always")
-def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
+def _int4_1x4(x, x0, w, w0, k_size, scales, shifts, g0, num_groups, bias, n, out, o0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     stride = k_size // 2
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
     g1, g2, g3 = g0 + num_groups, g0 + 2 * num_groups, g0 + 3 * num_groups
     s0, s1, s2, s3 = wide_zeros(), wide_zeros(), wide_zeros(), wide_zeros()
     for g in range(num_groups):
-        a0, a1 = load_one(scales, g0 + g), load_one(scales, g1 + g)
-        a2, a3 = load_one(scales, g2 + g), load_one(scales, g3 + g)
-        z0, z1 = wide_splat(load_shift(a0, zero_points, g0 + g)), wide_splat(load_shift(a1, zero_points, g1 + g))
-        z2, z3 = wide_splat(load_shift(a2, zero_points, g2 + g)), wide_splat(load_shift(a3, zero_points, g3 + g))
-        b0, b1, b2, b3 = wide_splat(a0), wide_splat(a1), wide_splat(a2), wide_splat(a3)
+        b0, b1 = wide_splat(load_one(scales, g0 + g)), wide_splat(load_one(scales, g1 + g))
+        b2, b3 = wide_splat(load_one(scales, g2 + g)), wide_splat(load_one(scales, g3 + g))
+        z0, z1 = wide_splat(load_one(shifts, g0 + g)), wide_splat(load_one(shifts, g1 + g))
+        z2, z3 = wide_splat(load_one(shifts, g2 + g)), wide_splat(load_one(shifts, g3 + g))
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             byte = k // 2
             prefetch(w, w0 + 4 * (stride + byte))
@@ -97,21 +95,19 @@ def _int4_1x4(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n
 
 
 @njit(inline="always")
-def _widen_int8(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int8(w, w0, k_size, scales, shifts, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
-        a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
+        b, z = splat(load_one(scales, g0 + g)), splat(load_one(shifts, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, LANES):
             store(scratch, s0 + k, fma(load_int8(w, w0 + k), b, z))
 
 
 @njit(inline="always")
-def _widen_int4(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
+def _widen_int4(w, w0, k_size, scales, shifts, g0, num_groups, scratch, s0):  # type: ignore[no-untyped-def]
     group_size = k_size // num_groups
     for g in range(num_groups):
-        a = load_one(scales, g0 + g)
-        b, z = splat(a), splat(load_shift(a, zero_points, g0 + g))
+        b, z = splat(load_one(scales, g0 + g)), splat(load_one(shifts, g0 + g))
         for k in range(g * group_size, (g + 1) * group_size, NIBBLE_CHUNK):
             store(scratch, s0 + k, fma(load_int4_low(w, w0 + k // 2), b, z))
             store(scratch, s0 + k + LANES, fma(load_int4_high(w, w0 + k // 2), b, z))
@@ -125,7 +121,7 @@ def _make_tile(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) 
 
     @njit(inline="always")
     def multiply(  # type: ignore[no-untyped-def]
-        x, w, scales, zero_points, bias, out, scratch, first_row, last_row, tile, matrix_n, n_size, k_size, num_groups
+        x, w, scales, shifts, bias, out, scratch, first_row, last_row, tile, matrix_n, n_size, k_size, num_groups
     ):
         stride = k_size // inputs_per_byte
         first_n = tile * TILE_OUTPUTS
@@ -135,12 +131,12 @@ def _make_tile(one_row: Any, widen: Any, inputs_per_byte: int, group_unit: int) 
             for n in range(first_n, last_n, 4):
                 w0, g0, o0 = (matrix_n + n) * stride, (matrix_n + n) * num_groups, first_row * n_size + n
                 x0 = first_row * k_size
-                one_row(x, x0, w, w0, k_size, scales, zero_points, g0, num_groups, bias, n, out, o0)
+                one_row(x, x0, w, w0, k_size, scales, shifts, g0, num_groups, bias, n, out, o0)
         else:
             s0 = get_thread_id() * TILE_OUTPUTS * k_size
             for n in range(first_n, last_n):
                 w0, g0, place = (matrix_n + n) * stride, (matrix_n + n) * num_groups, s0 + (n - first_n) * k_size
-                widen(w, w0, k_size, scales, zero_points, g0, num_groups, scratch, place)
+                widen(w, w0, k_size, scales, shifts, g0, num_groups, scratch, place)
             multiply_tile(x, scratch, s0, bias, out, first_row, last_row, first_n, last_n, n_size, k_size)
 
     return multiply
@@ -152,7 +148,7 @@ multiply_int4 = _make_tile(_int4_1x4, _widen_int4, 2, 1)
 
 @njit(parallel=True, **FAST)
 def _product_int8(  # type: ignore[no-untyped-def]
-    x, w, scales, zeros, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, shifts, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
@@ -162,12 +158,12 @@ def _product_int8(  # type: ignore[no-untyped-def]
         for row in range(first_row, end, size):
             last = min(end, row + size)
             for tile in range(first_tile, last_tile):
-                multiply_int8(x, w, scales, zeros, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
+                multiply_int8(x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
 
 
 @njit(parallel=True, **FAST)
 def _product_int4(  # type: ignore[no-untyped-def]
-    x, w, scales, zeros, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, shifts, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
@@ -177,7 +173,7 @@ def _product_int4(  # type: ignore[no-untyped-def]
         for row in range(first_row, end, size):
             last = min(end, row + size)
             for tile in range(first_tile, last_tile):
-                multiply_int4(x, w, scales, zeros, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
+                multiply_int4(x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
 
 
 _scratches: dict[int, npt.NDArray[np.float32]] = {}
@@ -191,9 +187,16 @@ def thread_scratch(k_size: int) -> npt.NDArray[np.float32]:
     return _scratches[k_size]
 
 
-def kernel_scales(layout: str, scales: torch.Tensor) -> torch.Tensor:
-    """Scales as the kernels want them: they read an 8-bit float as 1/256 of it (`simd.widened_bytes`)."""
-    return scales.float() * 256 if layout == "fp8" else scales
+def scales_and_shifts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a stored number is multiplied with, and what is added to it then: float32 [n, groups] both.
+
+    In one dtype, so that a layout has one kernel, whatever its checkpoints store. The kernels read an 8-bit float as
+    1/256 of it (`simd.widened_bytes`).
+    """
+    assert packed.scales is not None and packed.zero_points is not None
+    scales = packed.scales.float() * (256 if packed.layout == "fp8" else 1)
+    zeros = packed.zero_points
+    return scales, -(zeros.float() if zeros.is_floating_point() else scales * zeros)
 
 
 class PackedCpu:
@@ -207,15 +210,12 @@ class PackedCpu:
         return []
 
     def __init__(self, packed: PackedWeight) -> None:
-        assert packed.scales is not None and packed.zero_points is not None
         self._product = _product_int4 if packed.layout == "int4" else _product_int8
-        self._n_size, self._num_groups = packed.scales.shape
+        scales, shifts = scales_and_shifts(packed)
+        self._n_size, self._num_groups = scales.shape
         self._k_size = packed.num_inputs
-        self._weight = flat_view(packed.weight)
-        self._scales = flat_view(kernel_scales(packed.layout, packed.scales))
-        self._zero_points = flat_view(packed.zero_points)
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
-        self._bias = flat_view(bias)
+        self._weight = tuple(map(flat_view, (packed.weight, scales, shifts, bias)))
         self._input_order = packed.input_order
         self._scratch = thread_scratch(self._k_size)
         self._row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // (4 * self._k_size) // ROWS * ROWS)
@@ -226,7 +226,6 @@ class PackedCpu:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
-        weight = self._weight, self._scales, self._zero_points, self._bias
         sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block, self._num_threads
-        call(self._product, flat_view(x), *weight, flat_out, self._scratch, *sizes)
+        call(self._product, flat_view(x), *self._weight, flat_out, self._scratch, *sizes)
         return out

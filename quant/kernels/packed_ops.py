@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 
 from quant.kernels.dense_ops import WIDTH
 from quant.kernels.simd import (
-    F32,
     I32,
     LANES,
     array_data,
@@ -30,19 +29,6 @@ from quant.kernels.simd import splat as splat8
 from quant.kernels.simd import zeros as zeros8
 
 zeros, splat, accumulator = (zeros16, splat16, lanes16) if WIDTH > LANES else (zeros8, splat8, lanes)
-
-
-@intrinsic
-def load_shift(typing_context: Any, scale: Any, array: Any, offset: Any) -> Any:
-    """What is added to `integer * scale`: less the scale times an integer zero point, or less a float32 offset."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(builder.gep(array_data(context, builder, signature, args, 1), [args[2]]))
-        if signature.args[1].dtype != types.float32:
-            value = builder.fmul(args[0], builder.sitofp(value, F32))
-        return builder.fneg(value)
-
-    return types.float32(types.float32, array, types.intp), codegen
 
 
 @intrinsic

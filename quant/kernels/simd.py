@@ -206,19 +206,10 @@ def load_int4_high(typing_context: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
-    """One element of a flat float32, bfloat16 (as uint16), float16 (as int16), int32 or int8 array as a float32."""
+    """One element of a flat float32 array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        dtype = sig.args[0].dtype
-        data = array_data(context, builder, sig, args, 0)
-        value = builder.load(builder.gep(data, [args[1]]))
-        if dtype in (types.int8, types.int32):
-            return builder.sitofp(value, F32)
-        if dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), F32)
-        if dtype == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
-        return value
+        return builder.load(builder.gep(array_data(context, builder, sig, args, 0), [args[1]]))
 
     return types.float32(array, types.intp), codegen
 

@@ -208,21 +208,21 @@ def test_flat_view_is_no_copy(dtype: torch.dtype) -> None:
 
 
 @njit
-def _sixteen(x: Any, y: Any, count: int, out: Any) -> Any:
+def _sixteen(x: Any, y: Any, ones: Any, count: int, out: Any) -> Any:
     a, b = simd.load16(x, 1), simd.load16(y, 1)
-    simd.store(out, 0, simd.fma(a, b, simd.add(simd.zeros16(), simd.splat16(simd.load_one(x, 0)))))
+    simd.store(out, 0, simd.fma(a, b, simd.add(simd.zeros16(), simd.splat16(simd.load_one(ones, 1)))))
     simd.store(out, 16, simd.exp(a))
-    simd.store(out, 32, simd.first_lanes(count, simd.max_of(a, b), simd.load_one(y, 0)))
+    simd.store(out, 32, simd.first_lanes(count, simd.max_of(a, b), simd.load_one(ones, 2)))
     return simd.sum_lanes(a), simd.max_lanes(a)
 
 
 @njit
-def _twice_eight(x: Any, y: Any, count: int, out: Any) -> Any:
+def _twice_eight(x: Any, y: Any, ones: Any, count: int, out: Any) -> Any:
     for half in range(0, 16, 8):
         a, b = simd.load(x, 1 + half), simd.load(y, 1 + half)
-        simd.store(out, half, simd.fma(a, b, simd.splat(simd.load_one(x, 0))))
+        simd.store(out, half, simd.fma(a, b, simd.splat(simd.load_one(ones, 1))))
         simd.store(out, 16 + half, simd.exp(a))
-        simd.store(out, 32 + half, simd.first_lanes(count - half, simd.max_of(a, b), simd.load_one(y, 0)))
+        simd.store(out, 32 + half, simd.first_lanes(count - half, simd.max_of(a, b), simd.load_one(ones, 2)))
     low, high = simd.load(x, 1), simd.load(x, 9)
     return simd.sum_lanes(simd.add(low, high)), simd.max_lanes(simd.max_of(low, high))
 
@@ -232,5 +232,6 @@ def _twice_eight(x: Any, y: Any, count: int, out: Any) -> Any:
 def test_sixteen_lanes_are_twice_eight(dtype: torch.dtype, count: int) -> None:
     x, y = (flat_view(torch.tensor(np.concatenate([part, part[::-1], part])).to(dtype)) for part in (X, Y))
     found, expected = np.zeros(48, np.float32), np.zeros(48, np.float32)
-    assert _sixteen(x, y, count, found) == _twice_eight(x, y, count, expected)
+    ones = np.array([0, 0.7, -1.3], np.float32)
+    assert _sixteen(x, y, ones, count, found) == _twice_eight(x, y, ones, count, expected)
     assert np.array_equal(bits(found), bits(expected))
