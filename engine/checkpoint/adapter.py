@@ -7,6 +7,7 @@ float32: --dtype float32 gives the ids of the merged model, whatever the base mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from quant.matching_time import MatchingTime
 
 if TYPE_CHECKING:
     import torch
@@ -181,13 +183,15 @@ def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
         )
     _refuse_other_kinds(folder, config)
     settings = _read_settings(folder, config)
+    matching_time = MatchingTime(functools.partial(_unusable, folder))
     updates = {}
     for module, (is_embedding, tensors) in _modules(folder, adapter).items():
         if tensors.keys() != {"A", "B"}:
             raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
         for name in tensors.values():
             _check_stored(folder, name, adapter)
-        scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
+        with matching_time:
+            scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
         updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
     if not updates:
         raise StartError(f"{folder / ADAPTER_WEIGHTS} has no tensors: save the adapter once more with `peft`")
@@ -326,5 +330,5 @@ def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
     return _Settings(ranks, alphas, bool(config.get("use_rslora")))
 
 
-def _unusable(folder: Path, error: Exception) -> StartError:
+def _unusable(folder: Path, error: Exception | str) -> StartError:
     return StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again")
