@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
+from transformers import AutoModelForCausalLM
 
 import engine.start
 from engine.checkpoint.weights import WeightSource
@@ -365,6 +366,18 @@ def test_tensors_may_have_other_prefixes(tmp_path: Path, wrapper: str, decoder: 
     renamed = {wrapper + name.replace("model.", decoder, 1): tensor for name, tensor in weights.items()}
     save_file(renamed, tmp_path / WEIGHTS)
     assert run_requests(make_core(tmp_path), requests).token_ids == expected
+
+
+def test_a_table_that_is_the_head_too_may_be_stored_under_its_name(folder: Path) -> None:
+    """`save_model` of safetensors keeps one name of memory that has two, and that is the head's."""
+    requests = make_requests([list(range(30, 60))], max_new_tokens=10)
+    expected = run_requests(make_core(folder), requests).token_ids
+    save_model(AutoModelForCausalLM.from_pretrained(folder), str(folder / WEIGHTS))
+    names = load_file(folder / WEIGHTS).keys()
+    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+    assert run_requests(make_core(folder), requests).token_ids == expected
+    change_config(folder, tie_word_embeddings=False)
+    assert "lacks the tensor model.embed_tokens.weight" in refusal(folder)
 
 
 @pytest.mark.parametrize(
