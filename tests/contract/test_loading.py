@@ -91,7 +91,7 @@ def test_an_untied_model_needs_its_head(folder: Path) -> None:
     [
         "model.layers.2.mlp.up_proj.weight",
         f"{LAYER}.self_attn.o_proj.bias",
-        f"{LAYER}.self_attn.q_proj.qweight",
+        f"{LAYER}.self_attn.q_proj.weights",
         f"{LAYER}.self_attn.q_norm.weight",
         f"{LAYER}.input_layernorm.bias",
         "model.embed_tokens.bias",
@@ -386,6 +386,10 @@ def test_a_table_that_is_the_head_too_may_be_stored_under_its_name(folder: Path)
         (f"{LAYER}.self_attn.q_proj.lora_A.default.weight", "holds an adapter (LoRA) that is not merged"),
         ("score.weight", "is a reward model"),
         ("v_head.summary.weight", "is a reward model"),
+        *(
+            (f"{LAYER}.mlp.up_proj.{leaf}", "is quantised, and otherwise than its config.json says: fetch config.json")
+            for leaf in ("qweight", "g_idx", "weight_packed", "weight_scale_inv")
+        ),
     ],
 )
 def test_a_tensor_of_another_kind_of_model_is_explained(folder: Path, name: str, sentence: str) -> None:
