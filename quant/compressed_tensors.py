@@ -14,9 +14,19 @@ from typing import Any
 import torch
 
 from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
+from quant.matching_time import MatchingTime
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, pack_groups, unpack_words
 from quant.scaled import WHOLE, ScaledMethod
-from quant.settings import compile_pattern, describe, read_block, read_group_size, read_integer, read_map, read_maps
+from quant.settings import (
+    compile_pattern,
+    describe,
+    read_block,
+    read_group_size,
+    read_integer,
+    read_map,
+    read_maps,
+    unusable,
+)
 
 Target = str | re.Pattern[str]
 
@@ -119,6 +129,7 @@ class CompressedTensorsFormat:
             self._groups.append((_targets(group), method))
             descriptions.append(description)
         self.description = descriptions[0]
+        self._matching_time = MatchingTime(unusable)
 
     @staticmethod
     def is_recognized(settings: Mapping[str, Any]) -> bool:
@@ -128,9 +139,10 @@ class CompressedTensorsFormat:
         return 1.0
 
     def method_for(self, module: str) -> LinearMethod | None:
-        for targets, method in self._groups:
-            if any(_is_target(target, module) for target in targets):
-                return method
+        with self._matching_time:
+            for targets, method in self._groups:
+                if any(_is_target(target, module) for target in targets):
+                    return method
         return None
 
 

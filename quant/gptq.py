@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.matching_time import MatchingTime
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
-from quant.settings import compile_pattern, describe, read_group_size, read_integer, read_maps
+from quant.settings import compile_pattern, describe, read_group_size, read_integer, read_maps, unusable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class GptqFormat:
             for pattern, changes in read_maps(settings, "dynamic").items()
             if not pattern.startswith("-:")
         ]
+        self._matching_time = MatchingTime(unusable)
         self._default = self._method({})
         self.description = describe("gptq", self._default.bits, self._default.group_size)
 
@@ -105,10 +107,9 @@ class GptqFormat:
         return 1.0
 
     def method_for(self, module: str) -> GptqMethod:
-        for pattern, changes in self._dynamic:
-            if pattern.match(module):
-                return self._method(changes)
-        return self._default
+        with self._matching_time:
+            changes = next((changes for pattern, changes in self._dynamic if pattern.match(module)), None)
+        return self._default if changes is None else self._method(changes)
 
     def _method(self, changes: Mapping[str, Any]) -> GptqMethod:
         settings = {"group_size": -1, **self._settings, **changes}

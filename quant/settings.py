@@ -47,6 +47,11 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
+def unusable(reason: str) -> FormatError:
+    """The error of settings that can't be used as a whole."""
+    return FormatError(f"the quantisation's settings can't be used ({reason}): fetch the model again")
+
+
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."

@@ -7,6 +7,7 @@ float32: --dtype float32 gives the ids of the merged model, whatever the base mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -15,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.files import count_tokens
 from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from quant.matching_time import MatchingTime
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +82,7 @@ class _Update:
 class MergedWeights:
     """Implements `engine.checkpoint.weights.WeightSource` by a base model and an adapter."""
 
-    def __init__(self, base: WeightSource, folder: Path) -> None:
+    def __init__(self, base: WeightSource, base_folder: Path, folder: Path) -> None:
         """`folder` is the adapter's. Raises StartError if it does not fit the base model or can't be merged."""
         self._base = base
         self._adapter = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
@@ -87,7 +90,7 @@ class MergedWeights:
         self.files = [*base.files, *self._adapter.files]
         for name, update in self._updates.items():
             self._check(folder, name, update)
-        _refuse_changed_copies(folder, self._adapter, base)
+        _refuse_changed_copies(folder, self._adapter, base, base_folder)
 
     @property
     def names(self) -> Sequence[str]:
@@ -162,7 +165,7 @@ class AdapterWeights:
     def refuse_changed_copies(self, base: Path) -> None:
         """Raise StartError for an adapter with tensors of a base model that are not those in the folder `base`."""
         if any(map(_COPY.fullmatch, self._weights.names)):
-            _refuse_changed_copies(self.folder, self._weights, open_weights(base))
+            _refuse_changed_copies(self.folder, self._weights, open_weights(base), base)
 
     def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A, B and the factor of their product."""
@@ -181,13 +184,15 @@ def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
         )
     _refuse_other_kinds(folder, config)
     settings = _read_settings(folder, config)
+    matching_time = MatchingTime(functools.partial(_unusable, folder))
     updates = {}
     for module, (is_embedding, tensors) in _modules(folder, adapter).items():
         if tensors.keys() != {"A", "B"}:
             raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
         for name in tensors.values():
             _check_stored(folder, name, adapter)
-        scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
+        with matching_time:
+            scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
         updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
     if not updates:
         raise StartError(f"{folder / ADAPTER_WEIGHTS} has no tensors: save the adapter once more with `peft`")
@@ -213,7 +218,7 @@ def _modules(folder: Path, adapter: WeightSource) -> dict[str, tuple[bool, dict[
     return modules
 
 
-def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSource) -> None:
+def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSource, base_folder: Path) -> None:
     """Raise StartError for a table of embeddings or a head that was saved along and is not the base model's own."""
     for name in adapter.names:
         if match := _COPY.fullmatch(name):
@@ -225,13 +230,18 @@ def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSour
                     "quantized: such training is not kept apart. Merge the adapter with `peft`, merge_and_unload() and "
                     "save_pretrained(...), and give the folder that this writes"
                 )
+            if _lacks_tokens(adapter.shape(name)[0], base.shape(stored)[0], base_folder):
+                raise StartError(
+                    f"{folder} has {name} {list(adapter.shape(name))}, fewer rows than its base model has tokens: what "
+                    "is missing may have been trained. Save the adapter once more with `peft`"
+                )
             logger.info("%s has a copy of the base model's %s, which is not used", folder, stored)
 
 
 def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) -> bool:
     """Whether a tensor has the base model's numbers, in the dtype that the model was trained in.
 
-    Rows of padding at the end may be cut off, as by `resize_token_embeddings(len(tokenizer))`.
+    Rows at the end may be cut off.
     """
     shape, base_shape = adapter.shape(name), base.shape(stored) if stored in base.names else ()
     if len(shape) != 2 or len(base_shape) != 2 or shape[0] > base_shape[0] or shape[1] != base_shape[1]:
@@ -244,6 +254,11 @@ def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) 
         if not base.read(stored, rows).to(copy.dtype).equal(copy):
             return False
     return True
+
+
+def _lacks_tokens(num_rows: int, num_base_rows: int, base_folder: Path) -> bool:
+    """Whether rows are cut off that are not padding: `resize_token_embeddings(len(tokenizer))` leaves all tokens'."""
+    return num_rows < num_base_rows and num_rows < (count_tokens(base_folder) or num_base_rows)
 
 
 def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:
@@ -326,5 +341,5 @@ def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
     return _Settings(ranks, alphas, bool(config.get("use_rslora")))
 
 
-def _unusable(folder: Path, error: Exception) -> StartError:
+def _unusable(folder: Path, error: Exception | str) -> StartError:
     return StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again")

@@ -76,11 +76,22 @@ def _tokenizer_eos_ids(folder: Path, *, has_default: bool) -> list[int]:
 
 def _ids_of_text(content: str, path: Path) -> list[int]:
     """The id of a token of tokenizer.json. Newer programs write no `added_tokens_decoder`."""
+    token_id = _vocabulary(path).get(content)
+    return [] if token_id is None else [token_id]
+
+
+def count_tokens(folder: Path) -> int:
+    """One more than the largest id in tokenizer.json, 0 where there is none. Raises StartError."""
+    return 1 + max(_vocabulary(folder / "tokenizer.json").values(), default=-1)
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """The tokens of tokenizer.json and their ids; those that are added count first. Raises StartError."""
     tokenizer = read_json(path)
     try:
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
         vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-        token_id = added.get(content, vocabulary.get(content) if isinstance(vocabulary, dict) else None)
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+        ids = {**(vocabulary if isinstance(vocabulary, dict) else {}), **added}
     except (AttributeError, KeyError, TypeError) as error:
         raise StartError(f"the tokens in {path} cannot be used ({error!r}): fetch the model again") from error
-    return [token_id] if isinstance(token_id, int) else []
+    return {token: token_id for token, token_id in ids.items() if isinstance(token_id, int)}

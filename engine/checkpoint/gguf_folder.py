@@ -9,12 +9,13 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.checkpoint.weight_files import EXPERTS, GGUF_FLOATS
 from engine.link.errors import StartError
 from engine.link.model_files import GGUF_INDEX
+from engine.models.config import MAX_HEAD_DIM, MAX_SIZES, is_whole
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -80,6 +82,15 @@ ROUTER, SHARED_GATE = ".mlp.gate.weight", ".mlp.shared_expert_gate.weight"
 """Matrices that are stored in float32 whatever the others are in; a file may have the second one as a vector."""
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "num_attention_heads": "attention.head_count",
+    "num_hidden_layers": "block_count",
+}
+"""Sizes of config.json -> the keys that a file must have for them."""
+EPSILON, THETA = "attention.layer_norm_rms_epsilon", "rope.freq_base"
 ENDS = ("<|endoftext|>",)
 """Tokens that end a text beside those that the file names."""
 
@@ -235,19 +246,15 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str,
         return {
             **ARCHITECTURES[metadata["general.architecture"]],
             "hidden_act": "silu",
-            "hidden_size": metadata["embedding_length"],
-            "intermediate_size": metadata["feed_forward_length"],
-            "max_position_embeddings": metadata["context_length"],
-            "num_attention_heads": metadata["attention.head_count"],
-            "num_hidden_layers": metadata["block_count"],
-            "num_key_value_heads": metadata.get("attention.head_count_kv", metadata["attention.head_count"]),
+            **{name: _size(metadata, key, MAX_SIZES[name]) for name, key in SIZES.items()},
+            "num_key_value_heads": _key_value_heads(metadata),
             # stored as float32: 9.99999997e-07 stands for 1e-06
-            "rms_norm_eps": float(f"{metadata['attention.layer_norm_rms_epsilon']:.6g}"),
-            "rope_theta": metadata.get("rope.freq_base", 10000.0),
+            "rms_norm_eps": float(f"{_number(metadata, EPSILON, lambda value: 0 < value < 1):.6g}"),
+            "rope_theta": _number({THETA: 10000.0, **metadata}, THETA, lambda value: 0 < value < math.inf),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
             "torch_dtype": GGUF_FLOATS[widest][0],
             "vocab_size": tensors[f"model.{EMBEDDING}"]["shape"][0],
-            "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+            "eos_token_id": _token_id(metadata, "eos"),
             **_head_dim(metadata),
             **_rope_scaling(metadata),
             **_experts(metadata, tensors),
@@ -272,9 +279,46 @@ def quantization_config(tensors: Mapping[str, Mapping[str, Any]], readers: Seque
     return {"quantization_config": {"quant_method": "gguf", "types": types, **num_bytes}}
 
 
+def _size(metadata: Mapping[str, Any], key: str, max_size: int) -> int:
+    """The value of a key. Raises KeyError where it is missing, StartError where it is no size."""
+    value: int = metadata[key]
+    if not is_whole(value, 1, max_size):
+        raise _unusable(key, value, f"a whole number of 1 to {max_size}")
+    return value
+
+
+def _number(metadata: Mapping[str, Any], key: str, is_allowed: Callable[[float], bool]) -> float:
+    """As `_size`, for numbers that need not be whole."""
+    value: float = metadata[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not is_allowed(value):
+        raise _unusable(key, value, "a number that makes sense")
+    return value
+
+
+def _token_id(metadata: Mapping[str, Any], name: str) -> int:
+    """As `_size`, for the id of a token with a name."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value: int = metadata[key]
+    last_id = len(metadata["tokenizer.ggml.tokens"]) - 1
+    if not is_whole(value, 0, last_id):
+        raise _unusable(key, value, f"a token of its 0 to {last_id}")
+    return value
+
+
+def _unusable(key: str, value: Any, expected: str) -> StartError:
+    return StartError(
+        f"the GGUF file says {value!r:.40} for {key}, which is not {expected}: fetch it again, or another one"
+    )
+
+
+def _key_value_heads(metadata: Mapping[str, Any]) -> int:
+    key = "attention.head_count_kv"
+    return _size(metadata, key if key in metadata else SIZES["num_attention_heads"], MAX_SIZES["num_key_value_heads"])
+
+
 def _head_dim(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    size = metadata.get("attention.key_length")
-    return {} if size is None else {"head_dim": size}
+    key = "attention.key_length"
+    return {"head_dim": _size(metadata, key, MAX_HEAD_DIM)} if key in metadata else {}
 
 
 def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,6 +340,8 @@ def _experts(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any
     here a layer may be without.
     """
     if not any(EXPERTS in name for name in tensors):
+        if metadata.get("expert_count"):
+            raise StartError("the GGUF file has an expert_count and no experts: fetch it again, or another one")
         return {}
     num_experts = metadata["expert_count"]
     for name, entry in tensors.items():
@@ -310,7 +356,7 @@ def _experts(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any
     }
     return {
         "num_experts": num_experts,
-        "num_experts_per_tok": metadata["expert_used_count"],
+        "num_experts_per_tok": _size(metadata, "expert_used_count", num_experts),
         **{key: size for key, size in sizes.items() if size is not None},
         "mlp_only_layers": [int(match[1]) for match in map(_DENSE.fullmatch, tensors) if match],
     }
@@ -323,8 +369,8 @@ def _num_outputs(tensors: Mapping[str, Mapping[str, Any]], end: str) -> int | No
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The ids that end a text: those that the file names, and `ENDS`."""
-    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    named = [_token_id(metadata, name) for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in metadata]
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     known = [index for index, token in enumerate(tokens) if token in ENDS and types[index] == 3]
-    return list(dict.fromkeys([token_id for token_id in [*named, *known] if token_id is not None]))
+    return list(dict.fromkeys([*named, *known]))

@@ -168,8 +168,8 @@ def _refuse_cut_off(path: Path, size: int) -> None:
 def _floats(stored: _Stored, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
     dtype_name, numbers = GGUF_FLOATS[stored.type_name]
     dtype: torch.dtype = getattr(torch, dtype_name)
-    # Copy-on-write, for torch wants memory that can be written.
-    array = np.memmap(stored.path, numbers, "c", stored.offset, stored.shape)[index]
+    # Copy-on-write, for torch wants memory that can be written. A Path would be resolved, for thousands of experts.
+    array = np.memmap(str(stored.path), numbers, "c", stored.offset, stored.shape)[index]
     tensor = torch.from_numpy(np.asarray(array) if is_kept else np.array(array))
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 

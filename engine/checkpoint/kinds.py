@@ -41,6 +41,10 @@ SEQUENCE_CLASSIFIER = Kind(
 )
 CLASSIFIER = Kind("is a classifier, which labels a text and writes none", "vLLM serves such models")
 UNMERGED = Kind("holds an adapter (LoRA) that is not merged", "merge it with `peft`, merge_and_unload()")
+QUANTIZED = Kind(
+    "is quantised, and otherwise than its config.json says",
+    "fetch config.json, and quantize_config.json if there is one",
+)
 
 ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
     ("RewardModel", REWARD_MODEL),
@@ -79,6 +83,7 @@ TENSORS: tuple[tuple[str, Kind], ...] = (
     (".visual.", VISION_MODEL),
     (".vision_", VISION_MODEL),
     (".audio_", AUDIO_MODEL),
+    *((f".{leaf}", QUANTIZED) for leaf in "qweight qzeros scales g_idx weight_packed weight_scale".split()),
 )
 """A part of a tensor's name that no model of ours knows -> what such a model is."""
 

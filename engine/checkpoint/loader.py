@@ -61,7 +61,7 @@ def load_weights(
     folder `adapter` is merged into the weights.
     """
     layers = model.checkpoint_layers()
-    weights = weights if adapter is None else _merged_weights(model, weights, adapter)
+    weights = weights if adapter is None else _merged_weights(model, weights, folder, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
@@ -108,8 +108,8 @@ def _num_bytes(weights: WeightSource, name: str) -> int:
     return math.prod(weights.shape(name)) * dtype.itemsize
 
 
-def _merged_weights(model: CausalLM, base: WeightSource, adapter: Path) -> WeightSource:
-    weights = MergedWeights(base, adapter)
+def _merged_weights(model: CausalLM, base: WeightSource, base_folder: Path, adapter: Path) -> WeightSource:
+    weights = MergedWeights(base, base_folder, adapter)
     for name in weights.changed_names:
         if model.is_ignored(name):
             raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")

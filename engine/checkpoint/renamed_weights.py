@@ -19,10 +19,11 @@ EMBEDDING = "embed_tokens.weight"
 """The tensor that every decoder has once."""
 
 
-def names_of_models(stored: Sequence[str]) -> dict[str, str]:
+def names_of_models(stored: Sequence[str], *, is_tied: bool = False) -> dict[str, str]:
     """A model's name -> the stored one, for all tensors; names that fit no rule stay as they are.
 
     The embedding tells the prefix of the decoder, and what stands before `model.` in it is that of the head as well.
+    Where head and embedding are one (`is_tied`), `save_model` of safetensors keeps the name that sorts first: the head.
     """
     prefixes = [name.removesuffix(EMBEDDING) for name in stored if f".{name}".endswith(f".{EMBEDDING}")]
     prefix = prefixes[0] if len(prefixes) == 1 else DECODER
@@ -33,7 +34,10 @@ def names_of_models(stored: Sequence[str]) -> dict[str, str]:
         rest = name.removeprefix(wrapper)
         return rest if not name.startswith(wrapper) or rest.startswith(HEAD) else added + rest
 
-    return {name_of_model(name): name for name in stored}
+    names = {name: name_of_model(name) for name in stored}
+    head, table = f"{HEAD}weight", f"{DECODER}{EMBEDDING}"
+    is_head_alone = is_tied and table not in names.values()
+    return {table if is_head_alone and name == head else name: each for each, name in names.items()}
 
 
 class RenamedWeights:

@@ -14,6 +14,7 @@ from engine.checkpoint.fused_experts import SplitExperts, has_fused_experts
 from engine.checkpoint.renamed_weights import RenamedWeights, names_of_models
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weight_files import find_weight_files, read_gguf_index
+from engine.link.model_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ def open_weights(folder: Path) -> WeightSource:
 
         return GgufWeights(gguf)
     weights: WeightSource = SafetensorsWeights(find_weight_files(folder).paths)
-    stored_names = names_of_models(weights.names)
+    is_tied = bool(read_json(folder / "config.json").get("tie_word_embeddings"))
+    stored_names = names_of_models(weights.names, is_tied=is_tied)
     if any(name != stored for name, stored in stored_names.items()):
         weights = RenamedWeights(weights, stored_names)
     return SplitExperts(weights) if has_fused_experts(weights.names) else weights

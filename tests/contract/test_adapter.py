@@ -144,7 +144,7 @@ def test_a_rank_reads_its_part(tmp_path: Path, module: str, index: tuple[slice, 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_tiny_qwen2(base, dtype=torch.bfloat16)
     write_adapter(adapter, base, [module])
-    weights = MergedWeights(open_weights(base), adapter)
+    weights = MergedWeights(open_weights(base), base, adapter)
     name = f"{module}.weight"
     whole = weights.read(name)
     torch.testing.assert_close(weights.read(name, index), whole[index])
@@ -235,7 +235,7 @@ def test_a_copy_may_lack_rows_of_padding_and_be_in_the_dtype_of_training(tmp_pat
     requests = make_requests([list(range(30, 60))], max_new_tokens=12)
     expected = run_requests(start(base, adapter), requests).token_ids
     for name in ("model.embed_tokens", "lm_head", "lm_head.base_layer"):  # of a tied model
-        change_copy(base, adapter, name, lambda table: table[:260].to(torch.bfloat16))
+        change_copy(base, adapter, name, lambda table: table[:259].to(torch.bfloat16))
         assert run_requests(start(base, adapter), requests).token_ids == expected
 
 
@@ -273,6 +273,19 @@ def test_a_table_that_was_trained_along_is_refused(
         "is another, or quantized: such training .* Merge the adapter with `peft`"
     )
     with pytest.raises(StartError, match=sentence):
+        start(base, adapter) if is_merged else start(base, None, lora_adapters=[("a", str(adapter))])
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 258])
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_a_copy_lacks_no_row_of_a_token(num_rows: int, is_merged: bool, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_qwen2(base)
+    write_adapter(adapter, base, ATTENTION)
+    change_copy(base, adapter, "model.embed_tokens", lambda table: table[:num_rows])
+    with pytest.raises(
+        StartError, match=rf"weight \[{num_rows}, 64\], fewer rows than its base model has tokens: what"
+    ):
         start(base, adapter) if is_merged else start(base, None, lora_adapters=[("a", str(adapter))])
 
 

@@ -192,7 +192,7 @@ UP = "model.layers.1.mlp.experts.up_proj.weight"
         ({"qwen3moe__expert_used_count": None}, "the GGUF file does not say expert_used_count: fetch it again"),
         (
             {"qwen3moe__expert_used_count": 9},
-            "num_experts_per_tok 9 in config.json is not a size: fetch the model again",
+            "says 9 for expert_used_count, which is not a whole number of 1 to 8: fetch it again, or another one",
         ),
         (
             {"kinds": {UP: "MXFP4"}},
@@ -202,7 +202,7 @@ UP = "model.layers.1.mlp.experts.up_proj.weight"
             {"without": "layers.0.mlp.experts.up_proj"},
             r"lacks the tensor model\.layers\.0\.mlp\.experts\.0\.up_proj\.weight: the checkpoint",
         ),
-        ({"without": "experts."}, "num_experts None in config.json is not a size: fetch the model again"),
+        ({"without": "experts."}, "has an expert_count and no experts: fetch it again, or another one"),
         (
             {"without": "mlp.gate."},
             r"lacks the tensor model\.layers\.0\.mlp\.gate\.weight: the checkpoint is not complete",

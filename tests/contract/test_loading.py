@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
+from transformers import AutoModelForCausalLM
 
 import engine.start
 from engine.checkpoint.weights import WeightSource
@@ -90,7 +91,7 @@ def test_an_untied_model_needs_its_head(folder: Path) -> None:
     [
         "model.layers.2.mlp.up_proj.weight",
         f"{LAYER}.self_attn.o_proj.bias",
-        f"{LAYER}.self_attn.q_proj.qweight",
+        f"{LAYER}.self_attn.q_proj.weights",
         f"{LAYER}.self_attn.q_norm.weight",
         f"{LAYER}.input_layernorm.bias",
         "model.embed_tokens.bias",
@@ -367,12 +368,28 @@ def test_tensors_may_have_other_prefixes(tmp_path: Path, wrapper: str, decoder: 
     assert run_requests(make_core(tmp_path), requests).token_ids == expected
 
 
+def test_a_table_that_is_the_head_too_may_be_stored_under_its_name(folder: Path) -> None:
+    """`save_model` of safetensors keeps one name of memory that has two, and that is the head's."""
+    requests = make_requests([list(range(30, 60))], max_new_tokens=10)
+    expected = run_requests(make_core(folder), requests).token_ids
+    save_model(AutoModelForCausalLM.from_pretrained(folder), str(folder / WEIGHTS))
+    names = load_file(folder / WEIGHTS).keys()
+    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+    assert run_requests(make_core(folder), requests).token_ids == expected
+    change_config(folder, tie_word_embeddings=False)
+    assert "lacks the tensor model.embed_tokens.weight" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         (f"{LAYER}.self_attn.q_proj.lora_A.default.weight", "holds an adapter (LoRA) that is not merged"),
         ("score.weight", "is a reward model"),
         ("v_head.summary.weight", "is a reward model"),
+        *(
+            (f"{LAYER}.mlp.up_proj.{leaf}", "is quantised, and otherwise than its config.json says: fetch config.json")
+            for leaf in ("qweight", "g_idx", "weight_packed", "weight_scale_inv")
+        ),
     ],
 )
 def test_a_tensor_of_another_kind_of_model_is_explained(folder: Path, name: str, sentence: str) -> None:

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": ({**NO_DATA, "bits": 8, "group_size": -1}, {"dtype": torch.bfloat16}),
     "int4": ({**NO_DATA, "group_size": 32}, {}),
     "gptq-qwen3": ({**SMALL, "group_size": 32}, QWEN3),
+    "awq-qwen3": ({**SMALL, "group_size": 32}, QWEN3),
 }
 """Name, of which the first word is the method -> options, and what the model is like."""
 

@@ -104,6 +104,12 @@ def test_patterns_of_hundreds_of_modules_are_compiled_once(tmp_path: Path, monke
     assert len(compiled) == len(names)
 
 
+def test_a_pattern_that_would_never_be_done_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.matching_time.MAX_MATCHING_S", 0.1)
+    text = refusal(tmp_path, parts(Q), alpha_pattern={"(.+)+$x": 2})
+    assert text.startswith(f"{tmp_path}/adapter_config.json cannot be used (to compare its patterns with the names of")
+
+
 @pytest.mark.parametrize(
     ("tensors", "changes", "sentence"),
     [

@@ -290,7 +290,11 @@ NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens t
         ({"tokenizer__ggml__tokens": None}, "can't be used (KeyError: 'tokenizer.ggml.tokens'): fetch it again"),
         ({"tokenizer__ggml__token_type": None}, "can't be used (KeyError: 'tokenizer.ggml.token_type')"),
         ({"tokenizer__ggml__token_type": [1, 1, 3]}, "can't be used (ValueError: zip() argument 2 is shorter"),
-        ({"tokenizer__ggml__tokens": [1, 2], "tokenizer__ggml__token_type": [3, 3]}, "can't be used ("),
+        (
+            {f"tokenizer__ggml__{name}": value for name, value in (("tokens", [1, 2]), ("token_type", [3, 3]))}
+            | {"tokenizer__ggml__eos_token_id": 1},
+            "can't be used (",
+        ),
         ({"tokenizer__ggml__token_type": "normal"}, "can't be used ("),
         ({"tokenizer__ggml__merges": 3}, "can't be used (TypeError"),
         ({"tokenizer__chat_template": b"\xff\xfe"}, "can't be used (UnicodeDecodeError: 'utf-8' codec can't decode"),
@@ -298,8 +302,28 @@ NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens t
         ({"general__architecture": None}, "has a model of the architecture None"),
         ({"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": None}, "can't be used (KeyError"),
         ({"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": 10**6}, "can't be used ("),
-        ({"tokenizer__ggml__eos_token_id": 10**6}, "can't be used (IndexError"),
-        ({"qwen2__attention__layer_norm_rms_epsilon": "small"}, "can't be used (ValueError"),
+        (
+            {"tokenizer__ggml__eos_token_id": 10**6},
+            "says 1000000 for tokenizer.ggml.eos_token_id, which is not a token of its 0 to 263: fetch it again",
+        ),
+        ({"tokenizer__ggml__eos_token_id": -1}, "says -1 for tokenizer.ggml.eos_token_id, which is not a token of"),
+        ({"tokenizer__ggml__eot_token_id": "end"}, "says 'end' for tokenizer.ggml.eot_token_id, which is not a token"),
+        (
+            {"qwen2__attention__layer_norm_rms_epsilon": "small"},
+            "says 'small' for attention.layer_norm_rms_epsilon, which is not a number that makes sense: fetch it again",
+        ),
+        ({"qwen2__attention__layer_norm_rms_epsilon": 0.0}, "says 0.0 for attention.layer_norm_rms_epsilon, which"),
+        ({"qwen2__rope__freq_base": [1.0]}, "says [1.0] for rope.freq_base, which is not a number that"),
+        ({"qwen2__rope__freq_base": 0.0}, "says 0.0 for rope.freq_base, which is not a number that"),
+        (
+            {"qwen2__embedding_length": "64"},
+            "says '64' for embedding_length, which is not a whole number of 1 to 16777216: fetch it again",
+        ),
+        ({"qwen2__block_count": 0}, "says 0 for block_count, which is not a whole number of 1 to 65536: fetch"),
+        ({"qwen2__attention__head_count": 4.0}, "says 4.0 for attention.head_count, which is not a whole number"),
+        ({"qwen2__attention__head_count_kv": [2, 2]}, "says [2, 2] for attention.head_count_kv, which is not a"),
+        ({"qwen2__attention__key_length": -16}, "says -16 for attention.key_length, which is not a whole number"),
+        ({"qwen2__context_length": True}, "says True for context_length, which is not a whole number"),
         ({"qwen2__rope__scaling__type": "yarn"}, "does not say rope.scaling.factor: fetch it again"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from quant.dense import DenseMethod
 from quant.gptq import GptqMethod
 from quant.on_load import Int4Method, Int8Method
 from quant.packing import pack_words, widen
+from quant.registry import load_entry
 
 DENSE = DenseMethod(torch.bfloat16, computes_in_float32=True)
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
@@ -227,6 +229,31 @@ def test_what_can_not_be_loaded(flag: str | None, stored: dict[str, Any] | None,
     with pytest.raises(FormatError) as caught:
         resolve(flag, stored)
     assert sentence in str(caught.value)
+
+
+HOSTILE = "(.+)+$x"
+
+
+@pytest.mark.parametrize(
+    ("stored", "num_names"),
+    [
+        ({**GPTQ, "dynamic": {f"+:{HOSTILE}": {"bits": 8}}}, 1),
+        (compressed_for([f"re:{HOSTILE}"]), 1),
+        ({**GPTQ, "dynamic": {"(.?){20}$x": {"bits": 8}}}, 20_000),
+    ],
+)
+def test_patterns_that_would_never_be_done_are_refused(
+    stored: dict[str, Any], num_names: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes long enough for one name, and one that does for all together."""
+    monkeypatch.setattr("quant.matching_time.MAX_MATCHING_S", 0.1)
+    stored_format = load_entry(FORMATS[stored["quant_method"]])(stored)
+    with pytest.raises(
+        FormatError, match=r"can't be used \(to compare its patterns .* takes more than 0\.1 s\): fetch"
+    ):
+        for index in range(num_names):
+            stored_format.method_for(f"model.layers.{index}.self_attn.q_proj")
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_sizes_that_do_not_divide() -> None:
