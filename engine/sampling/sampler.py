@@ -31,6 +31,8 @@ LAUNCHED_SAMPLERS: dict[str, str] = {"triton": "engine.sampling.sampler_triton:l
 
 MIN_TEMPERATURE = 1e-30
 """A smaller temperature would be 0 in float32."""
+MAX_TEMPERATURE = 1e30
+"""The inverse of a larger one would be 0 in float32, and -inf times that, a token that may not come, is no number."""
 
 
 class Sample(Protocol):
@@ -109,6 +111,11 @@ class RawRows:
 def take_rows(logits: torch.Tensor, rows: SequenceOf[int]) -> torch.Tensor:
     """Copies of rows of logits [all rows, vocab], for which the host does not wait."""
     return logits.index_select(0, to_device(np.array(rows, np.int64), logits.device))
+
+
+def bounded_temperature(param: SamplingParams) -> float:
+    """The temperature of a row that is drawn; float32 holds it and its inverse."""
+    return min(max(param.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
 
 
 def log_min_p(param: SamplingParams) -> float:

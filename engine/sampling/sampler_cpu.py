@@ -17,7 +17,7 @@ import torch
 from numba import njit, prange
 
 from engine.link.messages import SamplingParams
-from engine.sampling.sampler import MIN_TEMPERATURE, RawRows, log_min_p, uniform
+from engine.sampling.sampler import RawRows, bounded_temperature, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
 from quant.kernels.arrays import FAST, flat_view
 from quant.kernels.simd import LANES, add, exp, load, max_lanes, max_of, multiply, splat, subtract, sum_lanes, zeros
@@ -39,7 +39,7 @@ NO_MIN, NO_MAX = np.float32(-np.inf), np.float32(np.inf)
 MIN_FINITE = np.finfo(np.float32).min
 
 PARAMETERS: dict[str, tuple[type, Callable[[SamplingParams], float]]] = {
-    "temperature": (np.float32, lambda p: GREEDY if p.seed is None else max(p.temperature, MIN_TEMPERATURE)),
+    "temperature": (np.float32, lambda p: GREEDY if p.seed is None else bounded_temperature(p)),
     "top_k": (np.int64, lambda p: p.top_k),
     "top_p": (np.float64, lambda p: p.top_p),
     "log_min_p": (np.float32, log_min_p),

@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from engine.link.messages import SamplingParams
-from engine.sampling.sampler import MIN_TEMPERATURE, RawRows, log_min_p, uniform
+from engine.sampling.sampler import RawRows, bounded_temperature, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
 
 
@@ -110,7 +110,7 @@ def filter_logits(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> t
     In the result the best logit is 0, and a dropped token's -inf.
     """
     # The best logit becomes 0 first: a tiny temperature then leaves only it, instead of overflowing.
-    temperatures = _column([max(param.temperature, MIN_TEMPERATURE) for param in params], logits.device)
+    temperatures = _column([bounded_temperature(param) for param in params], logits.device)
     logits = (logits - logits.max(dim=-1, keepdim=True).values).div_(temperatures)
     for each in FILTERS:
         values = {row: value for row, param in enumerate(params) if (value := each.value(param)) is not None}

@@ -21,10 +21,10 @@ import torch
 
 from engine.link.messages import SamplingParams
 from engine.sampling.sampler import (
-    MIN_TEMPERATURE,
     FinishedTokens,
     PendingTokens,
     RawRows,
+    bounded_temperature,
     log_min_p,
     take_rows,
     uniform,
@@ -82,7 +82,7 @@ def make_specs(params: SequenceOf[SamplingParams], positions: SequenceOf[int], r
     return np.array(
         [
             (
-                GREEDY if param.seed is None else max(param.temperature, MIN_TEMPERATURE),
+                GREEDY if param.seed is None else bounded_temperature(param),
                 min(param.top_k, np.iinfo(np.int32).max),
                 param.top_p,
                 log_min_p(param),

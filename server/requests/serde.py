@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -223,8 +224,15 @@ class WireModel(BaseModel):
                 repeated_key = next((key for key in spellings if key in repeated), name)
                 raise wrong(f"duplicate field `{repeated_key if is_lenient else name}`")
             for older in keys[:-1]:
-                del data[older]
+                with reading(older):  # it does not count, but what it says is no nonsense
+                    _field_reader(cls, name).validate_python(data.pop(older), context=info.context)
         return data
+
+
+@functools.cache
+def _field_reader(model: type[WireModel], name: str) -> TypeAdapter[Any]:
+    """The reader of one field's value, which stands alone."""
+    return TypeAdapter(model.model_fields[name].rebuild_annotation(), config=ConfigDict(strict=True))
 
 
 def _without(data: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:

@@ -128,6 +128,19 @@ def test_top_p_is_of_what_temperature_and_top_k_left() -> None:
     assert kept_tokens(filter_logits(logits, [SamplingParams(seed=0, top_p=0.8)])) == [{0, 1}]
 
 
+@pytest.mark.parametrize("temperature", [3.4e38, math.inf])
+@pytest.mark.parametrize("filters", [{}, {"min_p": 0.5}, {"top_k": 3}, {"typical_p": 0.9}])
+def test_the_largest_temperatures_draw_any_token_that_may_come(
+    sample: Sample, temperature: float, filters: dict[str, Any]
+) -> None:
+    logits = torch.tensor([[1.0, 2.0, -math.inf, 0.5]]).repeat(64, 1)
+    params = [SamplingParams(seed=seed, temperature=temperature, **filters) for seed in range(64)]
+    result = sample(logits, params, [0] * 64)
+    assert all(result.is_finite)
+    assert 2 not in result.token_ids
+    assert len(set(result.token_ids)) > 1
+
+
 @pytest.mark.parametrize("min_p", [1e-6, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_min_p_is_that_of_transformers(min_p: float, temperature: float) -> None:

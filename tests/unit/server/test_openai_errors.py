@@ -76,6 +76,8 @@ def completion(**said: Any) -> dict[str, Any]:
         (CHAT, chat(max_completion_tokens=0), "max_completion_tokens", "integer_below_min_value"),
         (CHAT, chat(max_tokens=5, max_completion_tokens=0), "max_completion_tokens", "integer_below_min_value"),
         (CHAT, chat(max_tokens=0, max_completion_tokens=None), "max_tokens", "integer_below_min_value"),
+        (CHAT, chat(max_tokens=False, max_completion_tokens=5), "max_tokens", "invalid_type"),
+        (CHAT, chat(max_tokens=-1, max_completion_tokens=5), "max_tokens", "invalid_value"),
         (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "add_generation_prompt", "invalid_value"),
         (CHAT, {"messages": [{"role": "user", "content": "龘" * 1000}]}, "messages", "context_length_exceeded"),
         (CHAT, chat(max_tokens=1020), "messages", "context_length_exceeded"),
