@@ -24,7 +24,7 @@ OTHERS = [shape for shape in SHAPES if shape not in FEW_SHAPES]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", OTHERS)
 def test_float32(shape: str, layout: str, folder_of: FolderOf) -> None:
-    check_float32(folder_of(shape, layout), layout)
+    check_float32(folder_of(shape, layout), layout, SIZES)
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", *QUANTIZED])
