@@ -162,14 +162,14 @@ def lines_of(block: Block) -> list[str]:
 
 
 def runnable_blocks() -> Iterator[ParameterSet]:
-    """Blocks that run; those that only launch, with the flags of an earlier block whatever their values, are long."""
-    met: set[tuple[str, ...]] = set()
+    """Blocks that run; those that only launch, with flags of earlier blocks whatever their values, are long."""
+    met: set[str] = set()
     for block in COMMANDS:
         if block.run is not None:
             launches = launches_of(block)
-            flags = tuple(part for arguments in launches for part in arguments if part.startswith("--"))
-            is_long = flags in met and len(launches) == len(lines_of(block))
-            met |= {flags} if flags else set()
+            flags = {part for arguments in launches for part in arguments if part.startswith("--")}
+            is_long = bool(flags) and flags <= met and len(launches) == len(lines_of(block))
+            met |= flags
             yield pytest.param(block, id=name_of(block), marks=pytest.mark.long if is_long else ())
 
 
