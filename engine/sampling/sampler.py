@@ -31,8 +31,8 @@ LAUNCHED_SAMPLERS: dict[str, str] = {"triton": "engine.sampling.sampler_triton:l
 
 MIN_TEMPERATURE = 1e-30
 """A smaller temperature would be 0 in float32."""
-MAX_TEMPERATURE = 1e30
-"""The inverse of a larger one would be 0 in float32, and -inf times that, a token that may not come, is no number."""
+MAX_TEMPERATURE = 2.0**126
+"""Division may take the inverse of a larger one for 0, and -inf times that, a token that may not come, is no number."""
 
 
 class Sample(Protocol):
