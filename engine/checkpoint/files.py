@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +79,21 @@ def _tokenizer_eos_ids(folder: Path, *, has_default: bool) -> list[int]:
 def _ids_of_text(content: str, path: Path) -> list[int]:
     """The id of a token of tokenizer.json. Newer programs write no `added_tokens_decoder`."""
     token_id = _vocabulary(path).get(content)
-    return [] if token_id is None else [token_id]
+    return [token_id] if isinstance(token_id, int) else []
 
 
 def count_tokens(folder: Path) -> int:
     """One more than the largest id in tokenizer.json, 0 where there is none. Raises StartError."""
-    return 1 + max(_vocabulary(folder / "tokenizer.json").values(), default=-1)
+    ids = _vocabulary(folder / "tokenizer.json").values()
+    return 1 + max((token_id for token_id in ids if isinstance(token_id, int)), default=-1)
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
-    """The tokens of tokenizer.json and their ids; those that are added count first. Raises StartError."""
+def _vocabulary(path: Path) -> Mapping[str, Any]:
+    """The tokens of tokenizer.json and what it says to be their ids; added tokens count first. Raises StartError."""
     tokenizer = read_json(path)
     try:
         vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-        ids = {**(vocabulary if isinstance(vocabulary, dict) else {}), **added}
+        return ChainMap(added, vocabulary if isinstance(vocabulary, dict) else {})
     except (AttributeError, KeyError, TypeError) as error:
         raise StartError(f"the tokens in {path} cannot be used ({error!r}): fetch the model again") from error
-    return {token: token_id for token, token_id in ids.items() if isinstance(token_id, int)}
