@@ -194,8 +194,9 @@ def scales_and_shifts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]
     1/256 of it (`simd.widened_bytes`).
     """
     assert packed.scales is not None and packed.zero_points is not None
-    scales = packed.scales.float() * (256 if packed.layout == "fp8" else 1)
-    zeros = packed.zero_points
+    scales, zeros = packed.scales.float(), packed.zero_points
+    if packed.layout == "fp8":
+        scales = scales * 256
     return scales, -(zeros.float() if zeros.is_floating_point() else scales * zeros)
 
 
