@@ -64,14 +64,14 @@ def test_ties_at_the_thresholds_stay() -> None:
 
 def test_thousands_of_candidates_are_ordered_whatever_their_values() -> None:
     """Zeros of both signs, numbers next to zero, ties and what is ruled out; `top_k` is where each kind begins."""
-    kinds = [5.0, 1e-44, 0.0, -0.0, -1e-44, -1e-30, -2.0, -1e38]
+    kinds = [5.0, 1e-44, 0.0, -0.0, -1e-44, -1e-30, -2.0, -3e38]
     logits = torch.tensor(kinds).repeat_interleave(700)[
         torch.randperm(5600, generator=torch.Generator().manual_seed(0))
     ]
-    logits = torch.cat([logits, torch.full((300,), -torch.inf)]).expand(200, -1).contiguous()
+    logits = torch.cat([logits, torch.full((300,), -torch.inf)]).expand(400, -1).contiguous()
     for top_k in range(600, 5600, 700):
-        params = [SamplingParams(seed=row, top_k=top_k, temperature=MAX_TEMPERATURE) for row in range(200)]
-        drawn = logits[0][sample(logits, params, [0] * 200).token_ids]
+        params = [SamplingParams(seed=row, top_k=top_k, temperature=MAX_TEMPERATURE) for row in range(400)]
+        drawn = logits[0][sample(logits, params, [0] * 400).token_ids]
         assert drawn.min() == min(kinds[: top_k // 700 + 1])
 
 
