@@ -6,9 +6,12 @@ matrix comes as the tensors of `quant.gguf`, and a quantized table of embeddings
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ class GgufWeights:
     def __init__(self, index: GgufIndex) -> None:
         """Raises StartError for a type that can't be run, and a file that is not as long as the index says."""
         self.files = index.files
+        self._open_files = OpenFiles()
         self._parts: dict[str, tuple[_Stored, str]] = {}
         self._last: tuple[Any, Unpacked] | None = None
         ends = dict.fromkeys(self.files, 0)  # the first part of a set may have metadata alone
@@ -98,9 +102,9 @@ class GgufWeights:
         stored, part = self._parts[name]
         rows, columns = (*index, slice(None), slice(None))[:2]
         if stored.type_name in GGUF_FLOATS:
-            return _floats(stored, index, is_kept=is_kept)
+            return self._floats(stored, index, is_kept=is_kept)
         if part not in (Q, SCALES, OFFSETS):
-            return _widened(stored, rows)
+            return self._widened(stored, rows)
         kind = TYPES[stored.type_name]
         inputs = kind.inputs if part == Q else kind.inputs // kind.group
         num_blocks = stored.shape[1] // kind.inputs
@@ -120,12 +124,66 @@ class GgufWeights:
             size = TYPES[stored.type_name].bytes
             chunks = [
                 unpack_rows(chunk[:, blocks.start * size : blocks.stop * size].contiguous(), stored.type_name)
-                for chunk in _chunks(stored, rows)
+                for chunk in self._chunks(stored, rows)
             ]
             q, scales, offsets = zip(*chunks, strict=True)
             joined = torch.cat(q), torch.cat(scales), None if offsets[0] is None else torch.cat(offsets)
             self._last = key, joined
         return self._last[1]
+
+    def _floats(self, stored: _Stored, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
+        dtype_name, numbers = GGUF_FLOATS[stored.type_name]
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        if is_kept:
+            array = self._open_files.mapped(stored).view(numbers).reshape(stored.shape)[index]
+        else:
+            rows, *others = index or (slice(None),)
+            read = self._open_files.read(stored, rows).view(numbers).reshape(-1, *stored.shape[1:])
+            array = np.ascontiguousarray(read[(slice(None), *others)])
+        tensor = torch.from_numpy(np.asarray(array))
+        return tensor.view(dtype) if tensor.dtype != dtype else tensor
+
+    def _widened(self, stored: _Stored, rows: slice) -> torch.Tensor:
+        first, last, _ = rows.indices(stored.shape[0])
+        out = torch.empty(last - first, stored.shape[1])
+        done = 0
+        for chunk in self._chunks(stored, rows):
+            out[done : done + len(chunk)] = widen_rows(chunk, stored.type_name)
+            done += len(chunk)
+        return out
+
+    def _chunks(self, stored: _Stored, rows: slice) -> Sequence[torch.Tensor]:
+        """The bytes of some rows, uint8 [rows, bytes], some at a time."""
+        return torch.split(torch.from_numpy(self._open_files.read(stored, rows)), ROWS_AT_A_TIME)
+
+
+class OpenFiles:
+    """Files that tensors are read from. Each is opened once, for there may be thousands of experts."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BufferedReader] = {}
+        self._mappings: dict[Path, np.ndarray[Any, Any]] = {}
+
+    def mapped(self, stored: _Stored) -> np.ndarray[Any, Any]:
+        """A tensor's bytes in the file's memory, for a caller that goes on to use it."""
+        if stored.path not in self._mappings:
+            with _in_words(stored.path):  # copy-on-write, for torch wants memory that can be written
+                self._mappings[stored.path] = np.memmap(stored.path, np.uint8, "c")
+        return self._mappings[stored.path][stored.offset : stored.end]
+
+    def read(self, stored: _Stored, rows: slice) -> np.ndarray[Any, Any]:
+        """A copy of the bytes of some entries of the first dimension, uint8 [rows, bytes]."""
+        first, last, _ = rows.indices(stored.shape[0])
+        size = (stored.end - stored.offset) // stored.shape[0]
+        array = np.empty((max(0, last - first), size), np.uint8)
+        with _in_words(stored.path):
+            if stored.path not in self._files:
+                self._files[stored.path] = file = stored.path.open("rb")
+                weakref.finalize(self, file.close)
+            self._files[stored.path].seek(stored.offset + first * size)
+            if self._files[stored.path].readinto(array.data) < array.nbytes:
+                raise StartError(f"{stored.path} was cut off while it was read: fetch the file again")
+        return array
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> _Stored:
@@ -156,38 +214,16 @@ def _matrices(name: str, stored: _Stored) -> Iterator[tuple[str, _Stored]]:
         )
 
 
-def _refuse_cut_off(path: Path, size: int) -> None:
+@contextlib.contextmanager
+def _in_words(path: Path) -> Iterator[None]:
     try:
-        actual = path.stat().st_size
+        yield
     except OSError as error:
         raise StartError.of_file(path, error) from error
+
+
+def _refuse_cut_off(path: Path, size: int) -> None:
+    with _in_words(path):
+        actual = path.stat().st_size
     if actual < size:
         raise StartError(f"{path} is cut off: it has {actual} bytes, its tensors end at {size}: fetch the file again")
-
-
-def _floats(stored: _Stored, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
-    dtype_name, numbers = GGUF_FLOATS[stored.type_name]
-    dtype: torch.dtype = getattr(torch, dtype_name)
-    # Copy-on-write, for torch wants memory that can be written. A Path would be resolved, for thousands of experts.
-    array = np.memmap(str(stored.path), numbers, "c", stored.offset, stored.shape)[index]
-    tensor = torch.from_numpy(np.asarray(array) if is_kept else np.array(array))
-    return tensor.view(dtype) if tensor.dtype != dtype else tensor
-
-
-def _widened(stored: _Stored, rows: slice) -> torch.Tensor:
-    first, last, _ = rows.indices(stored.shape[0])
-    out = torch.empty(last - first, stored.shape[1])
-    done = 0
-    for chunk in _chunks(stored, rows):
-        out[done : done + len(chunk)] = widen_rows(chunk, stored.type_name)
-        done += len(chunk)
-    return out
-
-
-def _chunks(stored: _Stored, rows: slice) -> list[torch.Tensor]:
-    """The bytes of some rows, uint8 [rows, bytes], some at a time."""
-    first, last, _ = rows.indices(stored.shape[0])
-    array = np.fromfile(
-        stored.path, np.uint8, (last - first) * stored.row_bytes, offset=stored.offset + first * stored.row_bytes
-    )
-    return list(torch.split(torch.from_numpy(array).reshape(last - first, -1), ROWS_AT_A_TIME))

@@ -179,6 +179,24 @@ def test_rope_scaling(source: Path, tmp_path: Path) -> None:
     changes = {"qwen2__rope__scaling__type": "yarn", "qwen2__rope__scaling__factor": 4.0}
     config = json.loads((served(source, tmp_path, **changes) / "config.json").read_text())
     assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
+    changes |= {"qwen2__rope__scaling__original_context_length": 128, "qwen2__rope__scaling__yarn_beta_fast": 16.0}
+    changes |= {"qwen2__rope__scaling__yarn_attn_factor": 0.5, "qwen2__rope__scaling__yarn_beta_slow": 2.0}
+    config = json.loads((served(source, tmp_path, **changes) / "config.json").read_text())
+    details = {"attention_factor": 0.5, "beta_fast": 16.0, "beta_slow": 2.0}
+    expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **details}
+    assert config["rope_scaling"] == expected
+    without_kind = {"qwen2__rope__scaling__factor": 2.0}
+    config = json.loads((served(source, tmp_path, **without_kind) / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}, "as llama.cpp has it"
+
+
+def test_heads_without_a_length_share_the_embedding(tmp_path: Path) -> None:
+    """So it is in llama.cpp; `transformers` has 128 features where a Qwen3's config.json says nothing."""
+    write_tiny_qwen3(tmp_path / "model", head_dim=16)
+    lengths = {f"qwen3__attention__{name}_length": None for name in ("key", "value")}
+    folder = served(tmp_path / "model", tmp_path, "F32", architecture="qwen3", **lengths)
+    assert json.loads((folder / "config.json").read_text())["head_dim"] == 16
+    assert generate(folder, reference_device()) == generate(tmp_path / "model", reference_device())
 
 
 def test_what_is_no_model_of_ours_is_refused_in_a_sentence(source: Path, tmp_path: Path) -> None:
@@ -325,6 +343,52 @@ NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens t
         ({"qwen2__attention__key_length": -16}, "says -16 for attention.key_length, which is not a whole number"),
         ({"qwen2__context_length": True}, "says True for context_length, which is not a whole number"),
         ({"qwen2__rope__scaling__type": "yarn"}, "does not say rope.scaling.factor: fetch it again"),
+        ({"qwen2__rope__scaling__factor": "4"}, "says '4' for rope.scaling.factor, which is not a number that makes"),
+        ({"qwen2__rope__scaling__factor": 0.5}, "says 0.5 for rope.scaling.factor, which is not a number that makes"),
+        ({"qwen2__rope__scaling__factor": 1e30}, "for rope.scaling.factor, which is not a number that makes"),
+        (
+            {"qwen2__rope__scaling__type": "longrope", "qwen2__rope__scaling__factor": 4.0},
+            "says 'longrope' for rope.scaling.type, which is not one of none, linear, yarn: fetch it again",
+        ),
+        ({"qwen2__rope__scaling__type": [1]}, "says [1] for rope.scaling.type, which is not one of none, linear, yarn"),
+        (
+            {"qwen2__rope__scaling__factor": 2.0, "qwen2__rope__scaling__original_context_length": 0},
+            "says 0 for rope.scaling.original_context_length, which is not a whole number of 1 to",
+        ),
+        (
+            {
+                "qwen2__rope__scaling__type": "yarn",
+                "qwen2__rope__scaling__factor": 2.0,
+                "qwen2__rope__scaling__yarn_beta_fast": -1.0,
+            },
+            "says -1.0 for rope.scaling.yarn_beta_fast, which is not a number that makes sense",
+        ),
+        (
+            {"qwen2__attention__head_count_kv": 3},
+            "says 3 for attention.head_count_kv, which is not a divisor of its attention.head_count, 4: fetch it again",
+        ),
+        ({"qwen2__attention__key_length": 15}, "says 15 for attention.key_length, which is not an even number of"),
+        (
+            {"qwen2__embedding_length": 60},
+            "says 15 for embedding_length over attention.head_count, which is not an even number of features",
+        ),
+        (
+            {"qwen2__attention__value_length": 32},
+            "says 32 for attention.value_length, which is not its embedding_length over attention.head_count, 16",
+        ),
+        (
+            {"qwen2__attention__key_length": 16, "qwen2__rope__dimension_count": 8},
+            "says 8 for rope.dimension_count, which is not its attention.key_length, 16: fetch it again",
+        ),
+        (
+            {"qwen2__embedding_length": 128},
+            "has model.embed_tokens.weight as [264, 64], where 128 stands in place of 64 by its embedding_length",
+        ),
+        ({"qwen2__attention__key_length": 32}, "q_proj.weight as [64, 64], where 128 stands in place of 64 by"),
+        ({"qwen2__attention__head_count_kv": 4}, "as [32, 64], where 64 stands in place of 32 by its attention.head_"),
+        ({"qwen2__feed_forward_length": 64}, "as [96, 64], where 64 stands in place of 96 by its feed_forward_length"),
+        ({"qwen2__block_count": 3}, "says 3 for block_count, which is not the number of its 2 layers: fetch it again"),
+        ({"qwen2__block_count": 1}, "says 1 for block_count, which is not the number of its 2 layers: fetch it again"),
     ],
 )
 def test_metadata_that_is_odd_is_refused_in_a_sentence(
