@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from engine.link.progress import StartProgress
 from engine.link.registry import import_entry
 from engine.models import MODELS
 from engine.models.base import CausalLM, ModelContext
+from engine.models.config import MAX_SIZES
 from parallel.partition import SplitError
 from parallel.state import ParallelState
 from quant.base import FormatError
@@ -83,9 +84,21 @@ def build_model(
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     weights = open_weights(folder)
-    model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, len(weights.names))
-    load_weights(model, folder, weights, device.torch_device, parallel.size, adapter, progress)
+    with _naming_defaults(config):
+        model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, len(weights.names))
+        load_weights(model, folder, weights, device.torch_device, parallel.size, adapter, progress)
     return model
+
+
+@contextlib.contextmanager
+def _naming_defaults(config: Mapping[str, Any]) -> Iterator[None]:
+    """Let a refusal name the sizes that config.json leaves to its family."""
+    try:
+        yield
+    except StartError as error:
+        if lacking := [key for key in MAX_SIZES if key not in config]:
+            raise StartError(f"{error}; config.json does not say {', '.join(lacking)}") from error
+        raise
 
 
 def make_model(

@@ -18,7 +18,7 @@ MAX_SIZES = {
     "num_key_value_heads": 2**16,
     "vocab_size": 2**24,
 }
-"""Keys that config.json must have; a larger value is taken for damage and not for a size."""
+"""Keys of sizes; a larger value is taken for damage and not for a size."""
 MAX_HEAD_DIM = 2**16
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -42,6 +42,17 @@ class DecoderConfig:
     """Whether the projection of what attention gives has a bias."""
     windows: list[int | None]
     """For each layer how many tokens a token sees, itself included; None: all up to itself."""
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the values that the family's class in `transformers` has for the keys that it lacks.
+
+    A null means as many heads of keys and values as of queries. Any other is left to `check_sizes`.
+    """
+    completed = {**defaults, **config}
+    if completed.get("num_key_value_heads") is None:
+        completed["num_key_value_heads"] = completed.get("num_attention_heads")
+    return completed
 
 
 def read_decoder_config(

@@ -9,13 +9,26 @@ from typing import Any
 from engine.layers.rope import make_rotary
 from engine.models.base import ModelContext
 from engine.models.blocks import DecoderForCausalLM
-from engine.models.config import attention_windows, check_activation, check_sizes, read_decoder_config
+from engine.models.config import attention_windows, check_activation, check_sizes, read_decoder_config, with_defaults
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+"""Values that `transformers` has for keys that config.json lacks."""
 
 
 class Qwen2ForCausalLM(DecoderForCausalLM):
     """Implements `engine.models.base.CausalLM`."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        config = with_defaults(config, DEFAULTS)
         check_sizes(config)
         check_activation(config)
         decoder = read_decoder_config(config, has_qkv_bias=True, windows=attention_windows(config))

@@ -14,14 +14,32 @@ from engine.models.config import (
     check_activation,
     check_sizes,
     read_decoder_config,
+    with_defaults,
 )
 from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+"""Values that `transformers` has for keys that config.json lacks."""
 
 
 class Qwen2MoeForCausalLM(SparseDecoderForCausalLM):
     """Implements `engine.models.base.CausalLM`."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        config = with_defaults(config, DEFAULTS)
         check_sizes(config)
         check_activation(config)
         has_bias = bool(config.get("qkv_bias", True))

@@ -13,7 +13,15 @@ from engine.layers.norm import HeadNorms
 from engine.layers.rope import make_rotary
 from engine.models.base import CheckpointLayers, ModelContext
 from engine.models.blocks import Attention, DecoderForCausalLM
-from engine.models.config import DecoderConfig, attention_windows, check_activation, check_sizes, read_decoder_config
+from engine.models.config import (
+    DecoderConfig,
+    attention_windows,
+    check_activation,
+    check_sizes,
+    read_decoder_config,
+    with_defaults,
+)
+from engine.models.qwen2 import DEFAULTS
 from parallel.partition import HeadShard
 
 DEFAULT_HEAD_DIM = 128
@@ -45,6 +53,7 @@ class Qwen3ForCausalLM(DecoderForCausalLM):
     attention_class = Qwen3Attention
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        config = with_defaults(config, DEFAULTS)
         check_sizes(config)
         check_activation(config)
         has_bias = bool(config.get("attention_bias"))

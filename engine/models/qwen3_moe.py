@@ -7,9 +7,31 @@ from typing import Any
 
 from engine.layers.rope import make_rotary
 from engine.models.base import ModelContext
-from engine.models.config import SLIDING, attention_windows, check_activation, check_sizes, read_decoder_config
+from engine.models.config import (
+    SLIDING,
+    attention_windows,
+    check_activation,
+    check_sizes,
+    read_decoder_config,
+    with_defaults,
+)
 from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
 from engine.models.qwen3 import Qwen3Attention
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_local_experts": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+"""Values that `transformers` has for keys that config.json lacks. It calls `num_experts` so, too."""
 
 
 class Qwen3MoeForCausalLM(SparseDecoderForCausalLM):
@@ -18,6 +40,7 @@ class Qwen3MoeForCausalLM(SparseDecoderForCausalLM):
     attention_class = Qwen3Attention
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
+        config = with_defaults(config, DEFAULTS)
         check_sizes(config)
         check_activation(config)
         has_bias = bool(config.get("attention_bias"))

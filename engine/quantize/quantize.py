@@ -98,7 +98,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
     _check_matrices(options, reader, stages_class)
     text = _read_text(options, source)
     if text.samples:
-        _check_memory(options, reader, config, stages_class)
+        _check_memory(options, reader, stages_class)
 
     before = _perplexity(source, text, options)
     start = time.monotonic()
@@ -170,15 +170,13 @@ def _check_matrices(options: QuantizeOptions, reader: WeightSource, stages: type
             )
 
 
-def _check_memory(
-    options: QuantizeOptions, reader: WeightSource, config: dict[str, Any], stages: type[LayerStages]
-) -> None:
+def _check_memory(options: QuantizeOptions, reader: WeightSource, stages: type[LayerStages]) -> None:
     """Raise StartError if calibration would not fit."""
     shapes = [reader.shape(name) for name in reader.names if name.startswith(f"{stages.LAYERS}.0.")]
     widest = max(shape[-1] for shape in shapes)
     layer = sum(shape[0] * shape[-1] for shape in shapes if len(shape) == 2)
     rows = options.num_samples * options.sample_tokens
-    needed = 4 * (rows * (2 * config["hidden_size"] + widest) + 4 * widest**2 + 3 * layer)
+    needed = 4 * (rows * (2 * reader.shape(stages.EMBEDDING)[1] + widest) + 4 * widest**2 + 3 * layer)
     free = host_free_bytes()
     if needed > free:
         raise StartError(

@@ -16,7 +16,8 @@ from engine.attention.base import AttentionShape
 from engine.layers.base import Rotation
 from engine.layers.rope import Rotary
 from engine.layers.torch import TorchOps
-from engine.models.config import attention_windows
+from engine.models.config import attention_windows, with_defaults
+from engine.models.qwen2 import DEFAULTS
 from engine.quantize.stages import LayerTensors, OnInputs
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,6 +44,7 @@ class Qwen2Stages:
     def __init__(
         self, config: Mapping[str, Any], shape: AttentionShape, rotary: Rotary, num_tokens: int, device: torch.device
     ) -> None:
+        config = with_defaults(config, DEFAULTS)
         self._shape = shape
         self._eps = config["rms_norm_eps"]
         self._device = device

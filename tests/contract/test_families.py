@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
+from engine.models import MODELS
 from tests.contract.harness import KERNELS, REFERENCES, all_logits, make_runner, oracle_logits, random_ids
 from tests.contract.oracles import FAMILIES
 from tests.contract.test_sharded import LAYOUTS, QUANTIZED, distance, logits_of
@@ -177,3 +179,32 @@ def check_programs(folder: Path, method: str | None) -> None:
         assert programs.is_off == is_off
     for plain, repeated in zip(*runs, strict=True):
         assert torch.equal(plain, repeated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_config_json_lacks_mean_what_they_mean_to_transformers(family: str, tmp_path: Path) -> None:
+    defaults = importlib.import_module(MODELS[family].split(":")[0]).DEFAULTS
+    theirs = AutoConfig.for_model(family)
+    assert {key: getattr(theirs, key) for key in defaults} == defaults
+    hidden = {key: defaults[key] for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")}
+    hidden |= {key: defaults[key] for key in ("num_experts_per_tok",) if key in defaults}
+    heads = {"num_attention_heads": 2 * hidden["num_key_value_heads"], "head_dim": 16}
+    FAMILIES[family].write(tmp_path, **heads, **hidden)
+    config = json.loads((tmp_path / "config.json").read_text())
+    check_config(tmp_path, {key: value for key, value in config.items() if key not in hidden})
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_no_number_of_key_value_heads_is_that_of_all_heads(family: str, tmp_path: Path) -> None:
+    """`transformers` has a number for a missing key, and none for null where there are experts."""
+    FAMILIES[family].write(tmp_path, num_key_value_heads=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    check_config(tmp_path, {**config, "num_key_value_heads": None})
+
+
+def check_config(folder: Path, config: dict[str, object]) -> None:
+    """Logits are those of `transformers` with such a config.json."""
+    (folder / "config.json").write_text(json.dumps(config))
+    token_ids = random_ids(30)
+    logits = all_logits(make_runner(folder), token_ids, 20, [7])
+    torch.testing.assert_close(logits, oracle_logits(folder, token_ids)[19:], atol=2e-5, rtol=1e-4)

@@ -425,8 +425,8 @@ def test_a_text_ends_at_the_ids_of_all_files(folder: Path, is_strict: bool) -> N
     assert core.scheduler.eos_token_ids == ({7} if is_strict else {7, 9, EOS_TOKEN_IDS[0]})
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])
-def test_a_configuration_without_a_size_is_refused_in_words(folder: Path, key: str) -> None:
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"])
+def test_a_size_that_config_json_does_not_say_is_named_where_the_weights_have_another(folder: Path, key: str) -> None:
     change_config(folder, **{key: ...})
     assert key in refusal(folder)
 
