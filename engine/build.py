@@ -16,6 +16,7 @@ from engine.adapters import AdapterSlots
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
+from engine.checkpoint.tied_head import with_stored_head
 from engine.checkpoint.weight_files import find_weight_files
 from engine.checkpoint.weights import open_weights
 from engine.device import Device, resolve_dtype
@@ -84,6 +85,7 @@ def build_model(
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     weights = open_weights(folder)
+    config = with_stored_head(config, weights)
     with _naming_defaults(config):
         model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, len(weights.names))
         load_weights(model, folder, weights, device.torch_device, parallel.size, adapter, progress)

@@ -19,6 +19,7 @@ from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.hub import check_may_upload, download_model, upload_model
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
+from engine.checkpoint.tied_head import with_stored_head
 from engine.checkpoint.weights import WeightSource, open_weights
 from engine.device import Device, detect_device
 from engine.link.config import EngineConfig
@@ -88,6 +89,7 @@ def _quantize(options: QuantizeOptions, source: Path, writer: CheckpointWriter) 
     if read_quantization_config(source, config):
         raise StartError(f"{source} is quantised already: give the model that it was made from")
     reader, device = open_weights(source), detect_device()
+    config = with_stored_head(config, reader)
     stages_class: type[LayerStages] = import_entry(STAGES, str(config.get("model_type", "")), "model_type")
     model = _checked_model(config, source, reader, device)
     num_tokens, num_positions = options.sample_tokens, model.max_position_embeddings
