@@ -30,6 +30,7 @@ from quant.registry import load_entry
 FORMATS: dict[str, str] = {
     "gptq": "quant.gptq:GptqFormat",
     "awq": "quant.awq:AwqFormat",
+    "auto-round": "quant.auto_round:AutoRoundFormat",
     "compressed-tensors": "quant.compressed_tensors:CompressedTensorsFormat",
     "fp8": "quant.fp8:Fp8Format",
     "gguf": "quant.gguf:GgufFormat",

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
 DEQUANTIZERS: dict[str, Callable[..., Any]] = {
     "gptq": dequantize.gptq_weight,
     "awq": dequantize.awq_weight,
+    "auto-round": dequantize.gptq_weight,
     "compressed-tensors": dequantize.compressed_weight,
     "fp8": dequantize.scaled_weight,
     "gguf": dequantize.gguf_weights,

@@ -76,5 +76,5 @@ def greedy_ids(folder: Path, device: Device, prompts: list[list[int]]) -> list[l
 def test_all_tools_are_there() -> None:
     provenance = json.loads((CHECKPOINTS / "provenance.json").read_text())
     tools = {folder.name.split("-")[0] for folder in FOLDERS}
-    assert tools == {"auto", "autoawq", "gptqmodel", "llama", "llmcompressor", "transformers"}
+    assert tools == {"auto", "autoawq", "autoround", "gptqmodel", "llama", "llmcompressor", "transformers"}
     assert provenance

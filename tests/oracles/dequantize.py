@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python tests/oracles/dequantize.py FOLDER [word|field|unmasked]
 
-Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ, llmcompressor and transformers write, and GGUF files (shapes and
-packing: tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2 checkpoint.
+Reads the folders that AutoGPTQ, gptqmodel, AutoAWQ, AutoRound, llmcompressor and transformers write, and GGUF files
+(shapes and packing: tests/oracles/checkpoints/README.md). Names on the way out are those of a plain Hugging Face Qwen2
+checkpoint.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def dequantize(folder: Path, *, zeros: Zeros = "word") -> dict[str, Floats]:
     dense: dict[str, Floats] = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
-        if kind == "qweight" and quantization["quant_method"] == "gptq":
+        if kind == "qweight" and is_gptq(quantization):
             dense[f"{module}.weight"] = gptq_weight(stored, module, is_v1(quantization), zeros)
         elif kind == "qweight":
             dense[f"{module}.weight"] = awq_weight(stored, module)
@@ -79,8 +80,15 @@ def quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return inside or json.loads((folder / "quantize_config.json").read_text())
 
 
+def is_gptq(quantization: dict[str, Any]) -> bool:
+    """Whether packed tensors are GPTQ's; AutoRound packs either way, and says which."""
+    return quantization["quant_method"] == "gptq" or "awq" not in quantization.get("packing_format", "awq")
+
+
 def is_v1(quantization: dict[str, Any]) -> bool:
     """Whether a GPTQ checkpoint stores z - 1: AutoGPTQ 0.7.1 doesn't name its format, and it is this one."""
+    if "packing_format" in quantization:  # AutoRound's
+        return quantization["packing_format"] == "auto_round:auto_gptq"
     return (quantization.get("checkpoint_format") or quantization.get("format") or "gptq") == "gptq"
 
 
@@ -116,8 +124,11 @@ def unpack(words: Array, bits: int) -> Array:
 
 def gptq_weight(stored: dict[str, Array], module: str, is_first_format: bool, zeros: Zeros) -> Floats:
     """weight[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = g_idx[k]; packed along k, the zero points along n."""
-    qweight, group_of = stored[f"{module}.qweight"], stored[f"{module}.g_idx"]
-    bits = 32 * qweight.shape[0] // len(group_of)
+    qweight, num_groups = stored[f"{module}.qweight"], len(stored[f"{module}.scales"])
+    bits = 32 * stored[f"{module}.qzeros"].shape[1] // stored[f"{module}.scales"].shape[1]
+    num_inputs = 32 * qweight.shape[0] // bits
+    in_order = np.arange(num_inputs) // -(-num_inputs // num_groups)  # AutoRound's
+    group_of = stored.get(f"{module}.g_idx", in_order)
     values = unpack(qweight.T, bits)  # [N, K]
     zero_points = gptq_zero_points(stored[f"{module}.qzeros"], bits, is_first_format, zeros)  # [G, N]
     scales = stored[f"{module}.scales"].astype(np.float32)

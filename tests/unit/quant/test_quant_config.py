@@ -23,6 +23,7 @@ Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj
 TENSORS = {f"{Q}.qweight", f"{Q}.scales", f"{K}.weight", "lm_head.weight"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 GGUF = {"quant_method": "gguf", "types": {Q: "Q4_K"}}
 WEIGHTS = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
@@ -119,6 +120,34 @@ def test_single_matrices_may_have_other_settings() -> None:
     assert (method.bits, method.group_size) == (8, 64)
 
 
+@pytest.mark.parametrize(
+    ("packing", "method"),
+    [
+        ("auto_round:auto_gptq", GptqMethod(4, 32, has_stored_minus_one=True)),
+        (None, GptqMethod(4, 32, has_stored_minus_one=True)),
+        ("auto_round", GptqMethod(4, 32, has_stored_minus_one=False)),
+        ("auto_round:gptqmodel", GptqMethod(4, 32, has_stored_minus_one=False)),
+        ("auto_round:auto_awq", AwqMethod(32)),
+    ],
+)
+def test_auto_round_packs_as_gptq_or_as_awq(packing: str | None, method: Any) -> None:
+    assert resolve(None, {**AUTO_ROUND, "packing_format": packing}).method_for(Q) == method
+
+
+def test_single_matrices_of_auto_round_may_have_other_settings() -> None:
+    """The tool looks a module up by its name, then for the first pattern that is found in it."""
+    eight = {"bits": 8, "group_size": 64, "data_type": "int", "act_bits": 16}
+    dense = {"bits": 16, "data_type": "float"}
+    for extra, expected in (
+        ({K: dense, Q: eight, r".*self_attn.*": {"bits": 2}}, (8, 64)),
+        ({r"self_attn\.q": {"bits": 2}, r"q_proj$": eight}, (2, 32)),
+        ({r".*o_proj.*": eight, "lm_head": eight}, (4, 32)),
+    ):
+        method = resolve(None, {**AUTO_ROUND, "extra_config": extra}).method_for(Q)
+        assert isinstance(method, GptqMethod)
+        assert (method.bits, method.group_size) == expected
+
+
 def test_the_settings_of_old_awq_checkpoints() -> None:
     """Their quant_config.json, from before AutoAWQ wrote into config.json."""
     old = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
@@ -164,7 +193,8 @@ def test_a_channel_is_one_group() -> None:
 
 @pytest.mark.parametrize("flag", [*FORMATS])
 def test_the_flag_may_say_what_the_checkpoint_says(flag: str) -> None:
-    stored = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED, "fp8": FP8, "gguf": GGUF}[flag]
+    known = (GPTQ, AWQ, AUTO_ROUND, COMPRESSED, FP8, GGUF)
+    stored = next(each for each in known if each["quant_method"] == flag)
     assert resolve(flag, stored).description == resolve(None, stored).description
 
 
@@ -221,6 +251,24 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
         (None, {**GPTQ, "dynamic": [1]}, "the quantisation's dynamic is [1], not a map"),
         (None, {**GPTQ, "dynamic": {"a": 1}}, "the quantisation's a is 1, not a map"),
         (None, {**GPTQ, "dynamic": {"+:[": {}}}, "the quantisation's pattern '[' is no regular expression"),
+        (
+            None,
+            {**AUTO_ROUND, "packing_format": "auto_round:fp8_static"},
+            "AutoRound in the form 'auto_round:fp8_static'; auto_round:auto_gptq, auto_round:gptq, auto_round, auto",
+        ),
+        (
+            None,
+            {**AUTO_ROUND, "packing_format": ["auto_round"]},
+            "AutoRound in the form ['auto_round']; auto_round:auto",
+        ),
+        (None, {**AUTO_ROUND, "data_type": "mx_fp"}, "AutoRound of the type 'mx_fp'; only int can be loaded"),
+        (None, {**AUTO_ROUND, "act_bits": 8}, "AutoRound with activations of 8 bits; only those of weights alone can"),
+        (None, {**AUTO_ROUND, "rotation_config": {"a": 1}}, "AutoRound with rotated activations, which can't be"),
+        (None, {**AUTO_ROUND, "bits": 5}, "the quantisation's bits is 5, which can't be loaded"),
+        (None, {**AUTO_ROUND, "extra_config": [1]}, "the quantisation's extra_config is [1], not a map"),
+        (None, {**AUTO_ROUND, "extra_config": {"a": 1}}, "the quantisation's a is 1, not a map"),
+        (None, {**AUTO_ROUND, "extra_config": {"a[": {}}}, "the quantisation's pattern 'a[' is no regular expression"),
+        (None, {**AUTO_ROUND, "extra_config": {"a": {"act_bits": 4}}}, "AutoRound with activations of 4 bits"),
         (None, {"quant_method": ["gptq"]}, "the checkpoint is quantised with ['gptq'], which can't be loaded"),
         (None, {"quant_method": {"a": 1}}, "the checkpoint is quantised with {'a': 1}, which can't be loaded"),
     ],
@@ -239,6 +287,7 @@ HOSTILE = "(.+)+$x"
     [
         ({**GPTQ, "dynamic": {f"+:{HOSTILE}": {"bits": 8}}}, 1),
         (compressed_for([f"re:{HOSTILE}"]), 1),
+        ({**AUTO_ROUND, "extra_config": {HOSTILE: {"bits": 8}}}, 1),
         ({**GPTQ, "dynamic": {"(.?){20}$x": {"bits": 8}}}, 20_000),
     ],
 )
