@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.kinds import EMBEDDING_MODEL, ONLY_TEXT, SEQUENCE_CLASSIFIER
 from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.checkpoint.weight_files import EXPERTS, GGUF_FLOATS
 from engine.link.errors import StartError
@@ -54,6 +55,9 @@ SIZES = {
 """Sizes of config.json -> the keys that a file must have for them."""
 KV_HEADS, KEY_LENGTH = "attention.head_count_kv", "attention.key_length"
 EPSILON, THETA = "attention.layer_norm_rms_epsilon", "rope.freq_base"
+POOLING, CAUSAL = "pooling_type", "attention.causal"
+NO_POOLING, RANK_POOLING = 0, 4
+"""Values of `POOLING`: of a model that writes, and of one that ranks texts. All others are models of embeddings."""
 SCALING = "rope.scaling."
 """Beginning of the keys that say how rotary positions are stretched."""
 SCALING_KINDS = ("none", "linear", "yarn")
@@ -92,6 +96,14 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str,
         raise StartError(f"the GGUF file does not say {error.args[0]}: fetch it again, or another one") from error
     _refuse_other_shapes(config, tensors)
     return config
+
+
+def refuse_silent_models(metadata: Mapping[str, Any]) -> None:
+    """Raise StartError for a model that writes no text, as `engine.checkpoint.kinds` does for other folders."""
+    pooling = metadata.get(POOLING, NO_POOLING)
+    if pooling != NO_POOLING or metadata.get(CAUSAL) is False:
+        kind = SEQUENCE_CLASSIFIER if pooling == RANK_POOLING else EMBEDDING_MODEL
+        raise StartError(f"the GGUF file {kind.what}: {ONLY_TEXT}, {kind.servers}")
 
 
 def _refuse_other_shapes(config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from engine.checkpoint.gguf_config import (
     end_ids,
     model_config,
     quantization_config,
+    refuse_silent_models,
 )
 from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, refuse_other_tokenizers, tokenizer_config
 from engine.checkpoint.renamed_weights import EMBEDDING
@@ -129,6 +130,7 @@ def _read_model(files: Sequence[Path]) -> dict[str, str]:
 def _contents(files: Sequence[Path], readers: Sequence[GGUFReader]) -> dict[str, str]:
     """As `_read_model`. Raises StartError for what is foreseen, and anything for other metadata that is odd."""
     metadata = _metadata(readers[0])
+    refuse_silent_models(metadata)
     tensors = index_tensors(readers)
     refuse_other_tokenizers(metadata)
     added = added_tokens(metadata)

@@ -341,6 +341,12 @@ NO_TOKENIZER = {f"tokenizer__ggml__{name}": None for name in "model pre tokens t
         ({"qwen2__attention__head_count": 4.0}, "says 4.0 for attention.head_count, which is not a whole number"),
         ({"qwen2__attention__head_count_kv": [2, 2]}, "says [2, 2] for attention.head_count_kv, which is not a"),
         ({"qwen2__attention__key_length": -16}, "says -16 for attention.key_length, which is not a whole number"),
+        (
+            {"qwen2__pooling_type": 3},
+            "is a model of embeddings, which turns a text into a vector and writes none: only",
+        ),
+        ({"qwen2__pooling_type": 4}, "is a classifier, which labels a text and writes none (reward models and rerank"),
+        ({"qwen2__attention__causal": False}, "is a model of embeddings, which turns a text into a vector"),
         ({"qwen2__context_length": True}, "says True for context_length, which is not a whole number"),
         ({"qwen2__rope__scaling__type": "yarn"}, "does not say rope.scaling.factor: fetch it again"),
         ({"qwen2__rope__scaling__factor": "4"}, "says '4' for rope.scaling.factor, which is not a number that makes"),
