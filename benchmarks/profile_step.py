@@ -372,6 +372,8 @@ def main() -> None:
     args = parser.parse_args()
     restart_with_environment()
     folder = args.model or demo_model()
+    if "num_experts" in json.loads((Path(folder) / "config.json").read_text()):
+        parser.error(f"{folder} has experts, of which this knows nothing: benchmarks/experts.py measures them")
     sections = [measured_on(num_cores(), folder)]
     for form in args.forms:
         sections += ["", profile(form, folder, args)]
