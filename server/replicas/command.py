@@ -46,7 +46,7 @@ def serve_replicas(argv: Sequence[str], usage: str) -> int:
     options, flags = parser.parse_known_args(argv)
     place = [*(f"--port={port}" for port in options.port), *(f"--hostname={name}" for name in options.hostname)]
     try:
-        args = parse_args([*flags, *place], os.environ)
+        args = parse_args([*flags, *place], os.environ, usage)
         configure_logging(args.log_level, "front", is_json=args.is_json_output)
         _check_ray()
         with contextlib.ExitStack() as stack:
