@@ -285,10 +285,7 @@ class Work:
 
 def matrix_work(model: Any, folder: str, *, rows: int, sequences: int, context: int) -> dict[str, Work]:
     """Name in the table -> its work in one step."""
-    from benchmarks.side_pytgi import memory_of
-
-    def num_bytes(thing: object) -> int:
-        return sum(memory_of(thing).values())
+    from benchmarks.side_pytgi import num_bytes
 
     shape = ModelShape.of(json.loads((Path(folder) / "config.json").read_text()))
     work = {}

@@ -140,7 +140,7 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    config = ServerConfig(**args.server, model_path="", listen_fd=listener.fileno(), engine_fd=-1)  # the replicas' own
+    config = ServerConfig(**args.server, model_path="", listen_fd=listener.fileno(), engine_fd=-1)  # no engine here
     front = Front(handle, is_strict=config.is_strict_tgi)
     runner = front.runner(args.graceful_termination_timeout_s)
     await runner.setup()
