@@ -128,13 +128,10 @@ def count_active(ops: Any) -> Callable[[], int]:
 
 def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], list[float]]:
     """A row for each number of sequences, and the bandwidth of each round in GB/s."""
-    from benchmarks.side_pytgi import memory_of
+    from benchmarks.side_pytgi import num_bytes
 
     steps = Steps(form, folder, pool_tokens=POOL_TOKENS)
     model = steps.model
-
-    def num_bytes(thing: object) -> int:
-        return sum(memory_of(thing).values())
 
     of_experts = sum(num_bytes([layer.mlp.gate_up_proj, layer.mlp.down_proj]) for layer in model.layers)
     beside = num_bytes([model.layers, model.lm_head]) - of_experts

@@ -25,7 +25,7 @@ DOCUMENT = REPOSITORY / "docs" / "gpu-results" / "README.md"
 BEGIN = "<!-- made by benchmarks/floors.py -->"
 END = "<!-- until here -->"
 
-FLOAT32_BYTES = 4
+HALF_BYTES, FLOAT32_BYTES = 2, 4
 ORDER_BYTES = 4
 """An entry of the order in which a weight takes its inputs, as kernels read it."""
 
@@ -133,18 +133,16 @@ def step_bytes(
     *,
     context: int,
     batch: int,
-    kv_bytes: int = 2,
-    activation_bytes: int = 2,
     bias_bytes: int = 2,
 ) -> StepBytes:
     """A decode step of `batch` sequences that know `context` tokens each, with the one that is computed."""
     linears = sum(form.matrix_bytes(outputs, inputs) for outputs, inputs in shape.layer_matrices)
-    kv_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * kv_bytes
+    kv_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * HALF_BYTES
     return StepBytes(
         linears=shape.num_layers * (linears + shape.qkv_outputs * bias_bytes),
-        norms=(2 * shape.num_layers + 1) * shape.hidden * activation_bytes,
+        norms=(2 * shape.num_layers + 1) * shape.hidden * HALF_BYTES,
         head=head.matrix_bytes(shape.vocabulary, shape.hidden),
-        embedding=batch * shape.hidden * activation_bytes,
+        embedding=batch * shape.hidden * HALF_BYTES,
         kv=batch * (context + 1) * kv_per_token,
         logits=2 * batch * shape.vocabulary * FLOAT32_BYTES,
     )

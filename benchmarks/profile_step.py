@@ -285,10 +285,7 @@ class Work:
 
 def matrix_work(model: Any, folder: str, *, rows: int, sequences: int, context: int) -> dict[str, Work]:
     """Name in the table -> its work in one step."""
-    from benchmarks.side_pytgi import memory_of
-
-    def num_bytes(thing: object) -> int:
-        return sum(memory_of(thing).values())
+    from benchmarks.side_pytgi import num_bytes
 
     shape = ModelShape.of(json.loads((Path(folder) / "config.json").read_text()))
     work = {}
@@ -372,6 +369,8 @@ def main() -> None:
     args = parser.parse_args()
     restart_with_environment()
     folder = args.model or demo_model()
+    if "num_experts" in json.loads((Path(folder) / "config.json").read_text()):
+        parser.error(f"{folder} has experts, of which this knows nothing: benchmarks/experts.py measures them")
     sections = [measured_on(num_cores(), folder)]
     for form in args.forms:
         sections += ["", profile(form, folder, args)]

@@ -54,6 +54,11 @@ def _parts(thing: object) -> Iterator[object]:
         yield from (getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name))
 
 
+def num_bytes(thing: object) -> int:
+    """The size of every array that `thing` reaches."""
+    return sum(memory_of(thing).values())
+
+
 def weight_bytes(model: Any) -> dict[str, int]:
     """Bytes of the weights, and bytes of them that a token reads: of the table only a row, unless it is the head."""
     head = memory_of(getattr(model.lm_head, "_head", model.lm_head))

@@ -36,16 +36,16 @@ def main() -> None:
     exit_when_closed(sys.stdin.fileno(), logger.error)
     try:
         check_address_space()
-        sys.exit(serve(config))
+        leave(serve(config))
     except StartError as error:
         logger.error("%s", error)
-        sys.exit(START_FAILED_EXIT_CODE)
+        leave(START_FAILED_EXIT_CODE)
     except EOFError as error:  # the usual end: the launcher stops the HTTP process first
         logger.info("%s", error)
-        sys.exit(PEER_GONE_EXIT_CODE)
+        leave(PEER_GONE_EXIT_CODE)
     except Exception:
         logger.exception("The engine failed")
-        sys.exit(1)
+        leave(1)
 
 
 def serve(config: EngineConfig) -> int:
@@ -117,8 +117,13 @@ def lead(config: EngineConfig, ranks: Ranks | None) -> NoReturn:
 def break_off(ranks: Ranks) -> NoReturn:
     """End while starting, in good order: a follower that is ready would take the end for a failure."""
     ranks.end()
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once: the interpreter would take torch and Numba apart first, for a second of processor time."""
     logging.shutdown()
-    os._exit(0)
+    os._exit(code)
 
 
 def ignore_signals() -> None:

@@ -120,9 +120,8 @@ class ParallelMatrices:
 
     def _pack(self, part: int) -> None:
         params, self._params[part] = self._params[part], {}
-        if (
-            self._is_input_cut
-        ):  # groups are in order here, and the tensor that says so numbers those of the whole matrix
+        if self._is_input_cut:
+            # Groups are in order here, and the tensor that says so numbers those of the whole matrix.
             params = {name: tensor for name, tensor in params.items() if not self.decides_order(name, part)}
         shard = MatrixShard(
             num_outputs=length(self._outputs[part]),

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import IO
 
 from pytgi import rooms
+from pytgi.commands import USAGE_EXIT_CODE
 from pytgi.errors import StartError
 from pytgi.wire import UnixConnection
 
@@ -130,7 +131,10 @@ class Server:
             return "the server does not answer"
         if code < 0:
             return "\n".join([f"the server was ended by signal {-code}, {signal.strsignal(-code)}", *self.log.errors()])
-        return self.log.last_words() or f"the server ended with exit code {code} and said nothing"
+        words = self.log.last_words() or f"the server ended with exit code {code} and said nothing"
+        if code == USAGE_EXIT_CODE:  # what follows is for those who type commands
+            words = words.partition("\n")[0].removeprefix("error: ")
+        return words
 
     def stop(self) -> None:
         """End the server; in a process that was forked off its owner, leave it alone."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
 from quant.settings import describe, read_group_size, read_integer
@@ -23,7 +23,7 @@ OLD_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AwqMethod:
+class AwqMethod(LinearMethod):
     """`qweight` [k, n / 8] and `qzeros` [groups, n / 8], interleaved along the outputs; `scales` [groups, n]."""
 
     group_size: int
@@ -43,15 +43,6 @@ class AwqMethod:
             "scales": ParamSpec((num_groups, out_features), **by_group),
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         bias = params.get("bias")

@@ -189,19 +189,25 @@ class GroupedKernel(Protocol):
 
 
 class LinearMethod(Protocol):
-    """Makes packed weights of stored tensors, one matrix at a time."""
+    """Makes packed weights of stored tensors, one matrix at a time.
+
+    A subclass inherits what most methods answer: tensors are copied, and none of them decides the order of inputs.
+    """
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         """The stored tensors by name, without the layer's prefix. Raises FormatError for sizes that don't divide."""
 
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         """Whether `pack` makes something new of tensor `name`, rather than using its memory."""
+        return True
 
     def decides_order(self, name: str) -> bool:
         """Whether stored tensor `name` tells in which group each input is: a cut of the inputs depends on it."""
+        return False
 
     def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether stored tensor `name` puts the inputs out of order, so that they can't be cut between groups."""
+        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         """Make the packed weight once every tensor is there; `shard` None: it is whole. Raises FormatError.

@@ -32,7 +32,7 @@ Target = str | re.Pattern[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CompressedTensorsMethod:
+class CompressedTensorsMethod(LinearMethod):
     """`weight_packed` along the inputs, `weight_scale` [n, groups], `weight_zero_point` along the outputs."""
 
     bits: int
@@ -65,9 +65,6 @@ class CompressedTensorsMethod:
 
     def _num_words(self, num_fields: int) -> int:
         return -(-num_fields * self.bits // WORD_BITS)
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
 
     def decides_order(self, name: str) -> bool:
         return name == "weight_g_idx"

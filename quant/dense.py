@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.base import MatrixShard, PackedWeight, ParamSpec
+from quant.base import LinearMethod, MatrixShard, PackedWeight, ParamSpec
 
 
-class DenseMethod:
+class DenseMethod(LinearMethod):
     """Keeps a 16- or 32-bit weight as it is stored if the kernel widens it exactly.
 
     `dtype` is what the model should run in. If that is float32, a bfloat16 weight stays bfloat16 on devices whose
@@ -31,12 +31,6 @@ class DenseMethod:
         if self._computes_in_float32 and (self._dtype == torch.float32 or name == "bias"):
             return torch.float32 if name == "bias" else checkpoint_dtype
         return self._dtype
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         stored = {name: tensor.to(self._storage_dtype(name, tensor.dtype)) for name, tensor in params.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.gguf_blocks import TYPES, widen_groups
 from quant.packing import BYTE_CHUNK, NIBBLE_CHUNK, pack_nibbles
 from quant.settings import read_map
@@ -24,7 +24,7 @@ Q, SCALES, OFFSETS = "q", "scales", "offsets"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GgufMethod:
+class GgufMethod(LinearMethod):
     """Integers with groups as a type has them, without a detour through floats."""
 
     type_name: str
@@ -43,15 +43,6 @@ class GgufMethod:
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
         return specs if kind.zero_point is not None else {**specs, OFFSETS: grouped}
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         kind = TYPES[self.type_name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.matching_time import MatchingTime
 from quant.packing import BITS, WORD_BITS, are_groups_in_order, as_words, pack_groups, pack_words, unpack_words
 from quant.rounding import RoundedMatrix
@@ -16,7 +16,7 @@ from quant.settings import compile_pattern, describe, read_group_size, read_inte
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GptqMethod:
+class GptqMethod(LinearMethod):
     """`qweight` packed along the inputs, `qzeros` along the outputs, `scales` [groups, n], `g_idx` [k].
 
     `has_stored_minus_one` is true for version 1, which stores zero points less one. gptqmodel subtracts from whole
@@ -47,9 +47,6 @@ class GptqMethod:
             # AutoGPTQ writes one for every matrix, of zeros if the model has none.
             "bias": ParamSpec((out_features,), output_dim=0, input_dim=None, is_optional=not has_bias),
         }
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
 
     def decides_order(self, name: str) -> bool:
         return name == "g_idx"

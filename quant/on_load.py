@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from quant.base import MatrixShard, PackedWeight, ParamSpec
+from quant.base import LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.dense import dense_specs
 from quant.packing import BYTE_CHUNK, pack_nibbles
 
@@ -21,20 +21,11 @@ ROWS_AT_A_TIME = 512
 """Outputs that are widened to float32 together while a matrix is quantized."""
 
 
-class _OnLoad:
+class _OnLoad(LinearMethod):
     """The part that both methods share: the stored tensors are those of a dense matrix."""
 
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         return dense_specs(in_features, out_features, has_bias)
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
 
 class Int8Method(_OnLoad):

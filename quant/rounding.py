@@ -50,10 +50,10 @@ def plain_groups(num_inputs: int, group_size: int) -> torch.Tensor:
     return torch.arange(num_inputs) // (num_inputs if group_size == -1 else group_size)
 
 
-def round_symmetric(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
+def round_symmetric(groups: torch.Tensor, importance: torch.Tensor | float, bits: int) -> torch.Tensor:
     """The scales [...] float32 (exact in float16) with the smallest loss of `groups` [..., size], zero in the middle.
 
-    The loss is the squared error of each weight times its `importance` [..., size] (broadcast).
+    The loss is the squared error of each weight times its `importance`, a number for all or [..., size] (broadcast).
     """
     half = 2.0 ** (bits - 1)
     widest = groups.abs().amax(dim=-1) / (half - 0.5)
@@ -67,16 +67,12 @@ def round_symmetric(groups: torch.Tensor, importance: torch.Tensor, bits: int) -
     return best
 
 
-def round_to_nearest(
-    weight: torch.Tensor, *, bits: int, group_size: int, is_symmetric: bool, importance: torch.Tensor | None = None
-) -> RoundedMatrix:
-    """Round each of weight [n, k] float32 by itself, to its nearest number; `importance` [k] weighs the errors."""
+def round_to_nearest(weight: torch.Tensor, *, bits: int, group_size: int, is_symmetric: bool) -> RoundedMatrix:
+    """Round each of weight [n, k] float32 by itself, to its nearest number."""
     num_outputs, num_inputs = weight.shape
     size = num_inputs if group_size == -1 else group_size
-    factors = torch.ones(num_inputs, device=weight.device) if importance is None else importance
-    group_factors = factors.reshape(-1, size)
     parts = [
-        (_symmetric if is_symmetric else _asymmetric)(rows.reshape(rows.shape[0], -1, size), group_factors, bits)
+        (_symmetric if is_symmetric else _asymmetric)(rows.reshape(rows.shape[0], -1, size), bits)
         for rows in torch.split(weight, ROWS_AT_A_TIME)
     ]
     q, scales, zero_points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -84,18 +80,14 @@ def round_to_nearest(
     return RoundedMatrix(bits, q.reshape(num_outputs, num_inputs), scales, zero_points, groups)
 
 
-def _symmetric(
-    groups: torch.Tensor, importance: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _symmetric(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     half = 2 ** (bits - 1)
-    scales = round_symmetric(groups, importance, bits)
+    scales = round_symmetric(groups, 1.0, bits)
     q = (groups / scales[..., None]).round_().clamp_(-half, half - 1) + half
     return q.to(torch.uint8), scales.to(torch.float16), torch.full_like(scales, half, dtype=torch.int32)
 
 
-def _asymmetric(
-    groups: torch.Tensor, importance: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _asymmetric(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Map each group's range to 0 to 2**bits - 1; it holds zero, and is shrunk as far as that lessens the loss."""
     low = groups.amin(dim=-1).clamp_max_(0)
     high = groups.amax(dim=-1).clamp_min_(0)
@@ -104,7 +96,7 @@ def _asymmetric(
     for ratio in RANGE_RATIOS:
         scale, zero = asymmetric_grid(low, high, ratio, bits)
         difference = nearest(groups, scale, zero, bits).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
-        loss = difference.square_().mul_(importance).sum(dim=-1)
+        loss = difference.square_().sum(dim=-1)
         is_better = loss < min_loss
         scales, zeros = torch.where(is_better, scale, scales), torch.where(is_better, zero, zeros)
         min_loss = torch.minimum(loss, min_loss)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quant.base import FormatError, MatrixShard, PackedWeight, ParamSpec
+from quant.base import FormatError, LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.packing import BYTE_CHUNK, widen
 
 WHOLE = -1
@@ -20,7 +20,7 @@ WHOLE = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ScaledMethod:
+class ScaledMethod(LinearMethod):
     """`weight` [n, k] in 8 bits, a scale for each `block` of (outputs, inputs), and perhaps a zero point."""
 
     block: tuple[int, int]
@@ -66,12 +66,6 @@ class ScaledMethod:
 
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return name != "weight"
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         weight, bias = params["weight"], params.get("bias")

@@ -35,9 +35,12 @@ def says(*texts: str) -> Answer:
 
 
 class ChatServer:
-    """`answers` are given in turn, the last again and again; `requests` are the bodies that came."""
+    """`answers` are given in turn, the last again and again; `requests` are the bodies that came.
 
-    def __init__(self, *answers: Answer, model: str = "scripted", key: str | None = None) -> None:
+    A client without the `key` gets the status `refusal`.
+    """
+
+    def __init__(self, *answers: Answer, model: str = "scripted", key: str | None = None, refusal: int = 401) -> None:
         self.answers = list(answers)
         self.requests: list[dict[str, Any]] = []
         self._model, self._key = model, key
@@ -52,7 +55,7 @@ class ChatServer:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 if not self._is_known():
-                    return self._send(401, None)
+                    return self._send(refusal, None)
                 owner.requests.append(json.loads(body))
                 self.send_response(200)
                 self.send_header("content-type", "text/event-stream")
@@ -68,7 +71,7 @@ class ChatServer:
 
             def _send(self, status: int, value: Any) -> None:
                 body = json.dumps(value or {"error": {"message": "wrong key"}}).encode()
-                self.send_response(status if value else 401)
+                self.send_response(status if value else refusal)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quant.base import MatrixShard, PackedWeight
+from quant.base import LinearMethod, MatrixShard, PackedWeight, ParamSpec
 from quant.dense import DenseMethod
 from quant.packing import widen
 
@@ -85,8 +85,8 @@ def exact_product(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomMethod:
-    """A `quant.base.LinearMethod` that takes a stored tensor's shape and makes its numbers up."""
+class RandomMethod(LinearMethod):
+    """Takes a stored tensor's shape and makes its numbers up."""
 
     form: Form
     dtype: torch.dtype
@@ -94,17 +94,8 @@ class RandomMethod:
     orders: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     """By number of inputs: matrices that are merged have the same order, as in checkpoints."""
 
-    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> Mapping[str, Any]:
+    def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         return DenseMethod(self.dtype, computes_in_float32=False).param_specs(in_features, out_features, has_bias)
-
-    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
-        return True
-
-    def decides_order(self, name: str) -> bool:
-        return False
-
-    def has_unordered_groups(self, name: str, tensor: torch.Tensor) -> bool:
-        return False
 
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         num_outputs, num_inputs = params["weight"].shape

@@ -52,14 +52,12 @@ def added_tokens(metadata: Mapping[str, Any], plain_tokens: frozenset[str] = PLA
     }
 
 
-def refuse_other_tokenizers(
-    metadata: Mapping[str, Any], schemes: Mapping[str, Callable[[Tokenizer], None]] = SCHEMES
-) -> None:
+def refuse_other_tokenizers(metadata: Mapping[str, Any]) -> None:
     """Raise StartError for a tokenizer of another kind, or none: nothing else is known to be there then."""
     model, scheme = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if model != BPE or scheme not in schemes:
+    if model != BPE or scheme not in SCHEMES:
         raise StartError(
-            f"the GGUF file has a tokenizer of the kind {model!r}, {scheme!r}; only {BPE!r} with {', '.join(schemes)} "
+            f"the GGUF file has a tokenizer of the kind {model!r}, {scheme!r}; only {BPE!r} with {', '.join(SCHEMES)} "
             "can be read: give a folder with safetensors weights"
         )
 

@@ -19,16 +19,9 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import split_row, splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block, write_rows
-from quant.kernels.integer_cpu import (
-    OUTPUTS,
-    ROWS,
-    IntegerCpu,
-    cut_padding,
-    multiply_rows,
-)
-from quant.kernels.integer_ops import round_group
+from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, cut_padding, multiply_rows, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
-from quant.kernels.work_split import share
+from quant.kernels.work_split import tile_range
 
 
 @njit(parallel=True, **FAST)
@@ -42,7 +35,7 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threa
         for index in range(active[0]):
             matrix = active[1 + index]
             own_bias, last = bias[matrix * n_size :], starts[matrix + 1]
-            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 first_n = tile * TILE_OUTPUTS
                 last_n, w0 = min(n_size, first_n + TILE_OUTPUTS), (matrix * n_size + first_n) * k_size
@@ -53,15 +46,7 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threa
 
 @njit(parallel=True, **FAST)
 def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts, active, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
-    x8 = np.empty(num_rows * k_size, np.int8)
-    x_scales = np.empty(num_rows * k_size // group, np.float32)
-    x_sums = np.empty(num_rows * k_size // group, np.int32)
-    if num_rows < ROWS:
-        for g in range(num_rows * k_size // group):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
-    else:
-        for g in prange(num_rows * k_size // group):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+    x8, x_scales, x_sums = round_rows(x, num_rows, k_size, group)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for thread in prange(num_threads):
@@ -70,7 +55,7 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
             w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
             z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
             first, last = starts[matrix], starts[matrix + 1]
-            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_rows(
                     x8, x_scales, x_sums, first, last, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size
@@ -87,7 +72,7 @@ def _packed_int8(  # type: ignore[no-untyped-def]
             matrix = active[1 + index]
             matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
             b1 = bias[matrix_n:]
-            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_int8(
                     x, w, scales, shifts, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups
@@ -104,7 +89,7 @@ def _packed_int4(  # type: ignore[no-untyped-def]
             matrix = active[1 + index]
             matrix_n, row, last = matrix * n_size, starts[matrix], starts[matrix + 1]
             b1 = bias[matrix_n:]
-            first_tile, last_tile = share(index, thread, num_threads, num_tiles)
+            first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_int4(
                     x, w, scales, shifts, b1, out, scratch, row, last, tile, matrix_n, n_size, k_size, num_groups

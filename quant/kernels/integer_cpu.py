@@ -72,20 +72,26 @@ def multiply_rows(  # type: ignore[no-untyped-def]
         )
 
 
+@njit(inline="always")
+def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
+    """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups]."""
+    num_groups = num_rows * k_size // group
+    x8, x_scales = np.empty(num_rows * k_size, np.int8), np.empty(num_groups, np.float32)
+    x_sums = np.empty(num_groups, np.int32)
+    if num_rows < ROWS:  # a parallel region takes longer to start
+        for g in range(num_groups):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+    else:
+        for g in prange(num_groups):
+            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+    return x8, x_scales, x_sums
+
+
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
     x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, row_block, num_threads
 ):
-    x8 = np.empty(num_rows * k_size, np.int8)
-    x_scales = np.empty(num_rows * k_size // group, np.float32)
-    x_sums = np.empty(num_rows * k_size // group, np.int32)
-    num_groups_of_x = num_rows * k_size // group
-    if num_rows < ROWS:
-        for g in range(num_groups_of_x):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
-    else:
-        for g in prange(num_groups_of_x):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+    x8, x_scales, x_sums = round_rows(x, num_rows, k_size, group)
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, last_row = rectangle(

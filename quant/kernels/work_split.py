@@ -7,7 +7,7 @@ another thread has begun, whole tiles, and the beginning of a tile that another 
 
 Few rows are not cut: what they cost is the reading of a tile's weights.
 
-Of a grouped product every thread computes a share of each matrix's tiles: matrices have different numbers of rows.
+Of a grouped product every thread computes a range of each matrix's tiles: matrices have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def even_block(num_rows, max_rows, unit_rows):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def share(index, thread, num_threads, num_tiles):  # type: ignore[no-untyped-def]
+def tile_range(index, thread, num_threads, num_tiles):  # type: ignore[no-untyped-def]
     """First tile and tile after the last that a thread computes of a grouped product's matrix `index`.
 
-    Threads take turns at the larger shares.
+    Threads take turns at the larger ranges.
     """
     part = (thread + index) % num_threads
     return part * num_tiles // num_threads, (part + 1) * num_tiles // num_threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from http.client import responses
 
 from server.bench.answers import OK, Answer, BrokenAnswerError, read_answer, refusal_text
 from server.bench.connection import Exchange
@@ -76,5 +77,5 @@ def _completed(started: float, answer: Answer, wire: Wire) -> Record:
 
 
 def refusal_of(answer: Answer) -> str:
-    """Status and text of an answer that is none."""
-    return f"status {answer.status}: {refusal_text(answer.body)}"
+    """Status and text of an answer that is none, the meaning of the status where it has no text."""
+    return f"status {answer.status}: {refusal_text(answer.body) or responses.get(answer.status, 'without a word')}"

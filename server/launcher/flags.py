@@ -18,6 +18,7 @@ from server.launcher.flag import (
     HEADER_TEXT,
     INTEGERS,
     LOG_FILTER,
+    MAX_DRAFT_TOKENS,
     NAMES,
     NUMBER,
     PATH,
@@ -145,7 +146,7 @@ MODEL = (
         name="speculate",
         fills="engine.max_draft_tokens",
         help="Longest draft of n-gram speculation: up to so many tokens are guessed and checked in one step when that "
-        "pays; the output stays the same (default: 0, none)",
+        f"pays, at most {MAX_DRAFT_TOKENS}; the output stays the same (default: 0, none)",
         value=DRAFT,
     ),
     Flag(

@@ -29,7 +29,7 @@ USAGE = "text-generation-launcher --model-id MODEL [flags]"
 
 class _Parser(SuggestingParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_EXIT_CODE, f"error: {message}\n\nFor more information, try '--help'.\n")
+        self.exit(USAGE_EXIT_CODE, f"error: {message}\n\nUsage: {self.usage}\n\nFor more information, try '--help'.\n")
 
 
 class _Once(argparse.Action):

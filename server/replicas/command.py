@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from engine.link.errors import StartError
 from engine.link.logs import configure_logging
-from server.config import READY_LINE
+from server.config import ServerConfig
 from server.launcher.args import LauncherArgs, parse_args
 from server.launcher.errors import ArgumentError, LaunchError
 from server.launcher.sockets import bind
@@ -46,7 +46,7 @@ def serve_replicas(argv: Sequence[str], usage: str) -> int:
     options, flags = parser.parse_known_args(argv)
     place = [*(f"--port={port}" for port in options.port), *(f"--hostname={name}" for name in options.hostname)]
     try:
-        args = parse_args([*flags, *place], os.environ)
+        args = parse_args([*flags, *place], os.environ, usage)
         configure_logging(args.log_level, "front", is_json=args.is_json_output)
         _check_ray()
         with contextlib.ExitStack() as stack:
@@ -131,10 +131,6 @@ def _deploy(app_args: Mapping[str, Any]) -> Any:
         raise LaunchError(f"The replicas can't start, for a reason that their launchers say above: {error}") from error
 
 
-def _has_pages(args: LauncherArgs) -> bool:
-    return not args.server.get("is_ui_disabled") and not args.server.get("is_strict_tgi")
-
-
 async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests end within the drain's time."""
     from aiohttp import web
@@ -144,11 +140,12 @@ async def _serve(handle: Any, listener: socket.socket, args: LauncherArgs) -> No
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    front = Front(handle, is_strict=bool(args.server.get("is_strict_tgi")))
+    config = ServerConfig(**args.server, model_path="", listen_fd=listener.fileno(), engine_fd=-1)  # no engine here
+    front = Front(handle, is_strict=config.is_strict_tgi)
     runner = front.runner(args.graceful_termination_timeout_s)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
-    for line in [*(page_lines(listener) if _has_pages(args) else []), READY_LINE]:
+    for line in [*(page_lines(listener) if config.has_pages else []), config.ready_line]:
         logger.info(line)
     await stopped.wait()
     logger.info("Stopping: running requests may end within %g s", args.graceful_termination_timeout_s)

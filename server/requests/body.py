@@ -19,7 +19,7 @@ import pydantic
 from server.errors import BodyError
 from server.requests import serde
 from server.requests.serde import RepeatedKeys
-from server.requests.structure import DEFAULT_LIMITS, Structure, StructureLimits, check_structure
+from server.requests.structure import DEFAULT_LIMITS, Structure, check_structure
 
 WHITESPACE = " \t\n\r"
 MAX_DEPTH = 128
@@ -73,9 +73,8 @@ class MeasuredBody:
 class BodyReader:
     """Reads bodies. Large ones are read on threads of its own, so that they don't hold up streams."""
 
-    def __init__(self, *, is_strict: bool, limits: StructureLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, *, is_strict: bool) -> None:
         self._context = {"is_strict": is_strict}
-        self._limits = limits
         self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="bodies")
 
     async def measure(self, data: bytes) -> MeasuredBody:
@@ -96,7 +95,7 @@ class BodyReader:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
     def _measure(self, data: bytes) -> MeasuredBody:
-        return MeasuredBody(data, check_structure(data, self._limits))
+        return MeasuredBody(data, check_structure(data, DEFAULT_LIMITS))
 
     def _read(self, body: MeasuredBody, model: type[M]) -> M:
         data = body.data if self._context["is_strict"] else body.data.removeprefix(codecs.BOM_UTF8)

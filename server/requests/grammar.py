@@ -32,8 +32,8 @@ _MALFORMED = re.compile(rf"Invalid type|Expected |.* must be an? |{TOO_DEEP}")
 class GrammarCompiler:
     """Compiles grammars in processes of its own, to find out whether the engine can hold to them."""
 
-    def __init__(self, limits: PoolLimits | None = None) -> None:
-        self.pool = CheckingPool(limits or PoolLimits())
+    def __init__(self) -> None:
+        self.pool = CheckingPool(PoolLimits())
 
     async def compile(self, grammar: GrammarSpec, *, is_strict: bool) -> Checked:
         """The text that llguidance reads, and what it leaves open. Raises ValidationError, OverloadedError.

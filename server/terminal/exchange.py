@@ -11,25 +11,21 @@ from typing import Any
 from server.bench.answers import DONE, OK, BrokenAnswerError, event_object, refusal_text
 from server.bench.connection import CONNECT_TIMEOUT_S, Address, tls_context
 from server.bench.wires import WIRES
-from server.terminal.errors import ChatError
+from server.terminal.errors import ChatError, RefusedError
 
 ROUTE = WIRES["chat"].route
-AGAIN = "arrow up brings the message back, to be sent again"
 KEY = "start again with its key in --api-key or OPENAI_API_KEY"
-SETTINGS = "/params, /system and /tools show what is sent along, /clear begins anew"
 NEXT_STEPS = {
-    400: SETTINGS,
     401: KEY,
     403: KEY,
     404: f"give the address of a server that has {ROUTE}, and with --model a model of it",
-    413: "/clear begins anew",
-    422: SETTINGS,
 }
-"""Status of a refusal -> what to do."""
+"""Status of an answer -> what to do."""
+REFUSALS = (400, 413, 422)
 
 
 def stream_events(address: Address, request: dict[str, Any], timeout_s: float) -> Generator[dict[str, Any]]:
-    """The events of the answer. Raises ChatError, also after some events.
+    """The events of the answer. Raises RefusedError, and ChatError also after some events.
 
     `timeout_s` is the longest time without a byte. Whoever closes the generator closes the connection, so that the
     server ends its work.
@@ -43,14 +39,15 @@ def stream_events(address: Address, request: dict[str, Any], timeout_s: float) -
         connection.request("POST", address.path + ROUTE, body, headers)
         with contextlib.closing(connection.getresponse()) as response:
             if response.status != OK:
-                step = NEXT_STEPS.get(response.status, AGAIN)
-                words = refusal_text(response.read())
-                raise ChatError(f"{address.url} answers with status {response.status}: {words}: {step}")
+                text = f"{address.url} answers with status {response.status}: {refusal_text(response.read())}"
+                if response.status in REFUSALS:
+                    raise RefusedError(text)
+                raise ChatError(f"{text}: {NEXT_STEPS.get(response.status, 'try again')}")
             yield from read_events(response)
     except TimeoutError:
-        raise ChatError(f"no byte came for {timeout_s:g} s: {AGAIN}, and --timeout allows more") from None
+        raise ChatError(f"no byte came for {timeout_s:g} s: --timeout allows more") from None
     except (OSError, http.client.HTTPException, BrokenAnswerError) as error:
-        raise ChatError(f"{address.url} broke off the answer ({error or type(error).__name__}): {AGAIN}") from error
+        raise ChatError(f"{address.url} broke off the answer ({error or type(error).__name__}): try again") from error
     finally:
         connection.close()
 
@@ -66,7 +63,7 @@ def _open(address: Address, timeout_s: float) -> http.client.HTTPConnection:
         connection.connect()
     except OSError as error:
         why = error.strerror or error
-        raise ChatError(f"{address.url} can't be reached ({why}): start the server again; {AGAIN}") from error
+        raise ChatError(f"{address.url} can't be reached ({why}): start the server again") from error
     return connection
 
 

@@ -52,7 +52,7 @@ class Reply:
         try:
             read = WIRES["chat"].event(event)
             if read.error is not None:
-                raise ChatError(f"the server ended the answer: {read.error}: arrow up brings the message back")
+                raise ChatError(f"the server ended the answer: {read.error}: try again")
             if read.has_token:
                 self.token_times.append(time.monotonic())
             if read.usage is not None:

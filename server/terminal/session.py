@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from server.terminal.commands import run_command
 from server.terminal.conversation import Conversation
-from server.terminal.errors import ChatError
+from server.terminal.errors import ChatError, RefusedError
 from server.terminal.reply import Call, Reply
 from server.terminal.screen import Screen
 
@@ -72,6 +72,8 @@ class Session:
             self._screen.remark("Stopped.")
         except ChatError as error:
             self._screen.say(f"error: {error}")
+            if isinstance(error, RefusedError):
+                self._screen.remark("/params, /system and /tools show what is sent along, /clear begins anew.")
         finally:
             is_gone = self._conversation.take_back(num_before)
         if is_gone:

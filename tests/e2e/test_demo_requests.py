@@ -66,10 +66,10 @@ def test_openai_sdk_streams_token_by_token(client: OpenAI) -> None:
 
 def test_stream_and_plain_and_batch_agree(server: LaunchedServer) -> None:
     prompts = ["def fibonacci(n):", "从前有座山,", "🙂 emoji are", "The capital of France is"]
-    plain = [server.generate(prompt, max_new_tokens=24)["generated_text"] for prompt in prompts]
-    streamed = [list(server.stream(prompt, max_new_tokens=24))[-1]["generated_text"] for prompt in prompts]
+    plain = [server.generate(prompt, max_new_tokens=12)["generated_text"] for prompt in prompts]
+    streamed = [list(server.stream(prompt, max_new_tokens=12))[-1]["generated_text"] for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda p: server.generate(p, max_new_tokens=24)["generated_text"], prompts))
+        together = list(pool.map(lambda p: server.generate(p, max_new_tokens=12)["generated_text"], prompts))
     assert plain == streamed == together
 
 

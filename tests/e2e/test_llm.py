@@ -152,7 +152,8 @@ def test_a_forked_process_may_not_use_it_and_does_not_end_it(llm: LLM) -> None:
 
 
 def test_what_the_server_says_while_it_starts_is_the_exceptions_text(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="unrecognized arguments: --max-total-tokenz"):
+    words = r"^unrecognized arguments: --max-total-tokenz=3 \(did you mean --max-total-tokens\?\)$"
+    with pytest.raises(StartError, match=words):
         LLM(tmp_path, max_total_tokenz=3)
 
 

@@ -124,8 +124,12 @@ def test_three_turns_of_messages(client: OpenAI) -> None:
     check_calls(results["called"])
 
 
+@pytest.mark.long
 def test_frameworks(client: OpenAI) -> None:
-    """What people build on OpenAI's and Anthropic's routes: each gets its calls, its objects and an end."""
+    """What people build on OpenAI's and Anthropic's routes: each gets its calls, its objects and an end.
+
+    For `make test-slow`: installing and importing the five takes longer than the calls of all other tests here.
+    """
     python = cached_environment("frameworks") / "bin" / "python"
     url = str(client.base_url).removesuffix("/v1/")
     names = ["langchain", "agents", "pydantic_ai", "instructor", "litellm"]

@@ -26,6 +26,7 @@ from server.launcher.flag import BOOLEAN, COUNT, FACTOR, FRACTION, NUMBER, PORT,
 from server.launcher.flags import QUANTIZE, QUANTIZE_STAND_INS, SECTIONS, VARIABLES, every_flag
 from server.launcher.host import can_use_gpus
 from server.launcher.lora_adapters import FIX as ADAPTER_FIX
+from server.launcher.parser import USAGE
 from server.launcher.sharding import Sharding
 
 FLAGS = tuple(every_flag())
@@ -529,7 +530,7 @@ def test_usage_errors(line: str, environ: dict[str, str], message: str, capsys: 
     with pytest.raises(SystemExit) as caught:
         parse(line, **environ)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {message}\n\nFor more information, try '--help'.\n"
+    assert capsys.readouterr().err == f"error: {message}\n\nUsage: {USAGE}\n\nFor more information, try '--help'.\n"
 
 
 def misspellings(word: str) -> list[str]:

@@ -311,6 +311,7 @@ def test_without_a_usage_events_are_counted_and_the_report_says_so(
     [
         (plain(422, '{"error": "too long", "error_type": "validation"}'), "status 422: too long"),
         (plain(400, '{"error": {"message": "bad model"}}'), "status 400: bad model"),
+        (plain(401, ""), "status 401: Unauthorized"),
         (plain(502, "<html>Bad Gateway"), "status 502: <html>Bad Gateway"),
         (HEAD + chunked(b'data: {"error": "overloaded"}\n\n'), "overloaded"),
         (HEAD + chunked(b"data: [DONE]\n\n"), "the answer has no token"),

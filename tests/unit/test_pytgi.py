@@ -227,6 +227,8 @@ def test_help_shows_the_command_that_was_typed(arguments: str) -> None:
         ("download", "pytgi download: error: the following arguments are required: MODEL_ID"),
         ("quantize --nothing", "pytgi quantize: error:"),
         ("serve m --replicas", "pytgi serve: error: argument --replicas: expected one argument"),
+        ("serve --port 1 m", "unrecognized arguments: m\n\nUsage: pytgi serve MODEL [flags]"),
+        ("serve m --replicas 2 --bogus", "unrecognized arguments: --bogus\n\nUsage: pytgi serve MODEL [flags]"),
         ("serve m --deploy-only", "pytgi serve: error: the following arguments are required: --replicas"),
         ("chat --sytem x", "pytgi chat: error: unrecognized arguments: --sytem (did you mean --system?)"),
         ("chat ftp://x", "pytgi chat: error: ftp://x is no http:// or https:// address"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quant import awq, gptq
 from quant.packing import widen
-from quant.rounding import RoundedMatrix, plain_groups, round_to_nearest
+from quant.rounding import RoundedMatrix, plain_groups, round_symmetric, round_to_nearest
 from tests.oracles.dequantize import awq_weight, gptq_weight
 
 NUM_OUTPUTS, NUM_INPUTS = 32, 96
@@ -109,10 +109,6 @@ def test_importance_decides_whose_error_counts() -> None:
     weight = torch.tensor([[1.0, 0.31] + [0.0] * 14])
     importances = torch.ones(2, 16)
     importances[0, 0] = importances[1, 1] = 1e6
-    errors = [
-        (
-            round_to_nearest(weight, bits=2, group_size=16, is_symmetric=True, importance=importance).widen() - weight
-        ).abs()[0]
-        for importance in importances
-    ]
+    scales = [round_symmetric(weight, importance, 2)[..., None] for importance in importances]
+    errors = [((weight / scale).round().clamp(-2, 1) * scale - weight).abs()[0] for scale in scales]
     assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]

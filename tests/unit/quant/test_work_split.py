@@ -13,7 +13,7 @@ from quant.kernels import work_split
 THREADS = [*range(1, 65), 96, 128]
 RECTANGLE: Any = work_split.rectangle.py_func
 EVEN_BLOCK: Any = work_split.even_block.py_func
-SHARE: Any = work_split.share.py_func
+TILE_RANGE: Any = work_split.tile_range.py_func
 
 LARGE_MATRICES = {
     "0.5B": {"gate and up": 9728},
@@ -99,12 +99,12 @@ def test_rows_that_do_not_fit_the_cache_make_blocks_that_are_alike(num_rows: int
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("num_tiles", [1, 5, 88, 128])
-def test_threads_have_equal_shares_of_every_matrix_of_a_grouped_product(num_threads: int, num_tiles: int) -> None:
+def test_threads_have_equal_parts_of_every_matrix_of_a_grouped_product(num_threads: int, num_tiles: int) -> None:
     loads = np.zeros(num_threads, int)
     for index in range(2 * num_threads):
-        shares = [SHARE(index, thread, num_threads, num_tiles) for thread in range(num_threads)]
-        assert sorted(tile for first, last in shares for tile in range(first, last)) == [*range(num_tiles)]
-        sizes = [last - first for first, last in shares]
+        ranges = [TILE_RANGE(index, thread, num_threads, num_tiles) for thread in range(num_threads)]
+        assert sorted(tile for first, last in ranges for tile in range(first, last)) == [*range(num_tiles)]
+        sizes = [last - first for first, last in ranges]
         assert max(sizes) - min(sizes) <= 1, "however many rows this matrix has"
         loads += sizes
-    assert (loads == 2 * num_tiles).all(), "threads take turns at the larger shares"
+    assert (loads == 2 * num_tiles).all(), "threads take turns at the larger ranges"

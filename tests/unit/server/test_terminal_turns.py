@@ -21,7 +21,7 @@ from server.bench.connection import Address
 from server.terminal.command import answer_once
 from server.terminal.commands import COMMANDS, run_command
 from server.terminal.conversation import Conversation, read_params, read_tools
-from server.terminal.errors import ChatError
+from server.terminal.errors import ChatError, RefusedError
 from server.terminal.exchange import read_events, stream_events
 from server.terminal.keyboard import MAX_HISTORY_BYTES, history_path, open_history
 from server.terminal.reply import Reply
@@ -141,6 +141,12 @@ def test_a_message_without_any_answer_is_taken_back(interrupt: BaseException) ->
     assert talk.contents == [("user", "again"), ("assistant", "yes")]
     assert "arrow up brings it back" in talk.shown
     assert ("error: the server is gone: start it\n" in talk.shown) == isinstance(interrupt, ChatError)
+
+
+def test_the_commands_that_change_a_refused_request_are_named_in_a_conversation_alone() -> None:
+    talk = Talk(["hi"], [RefusedError("status 400: `max_tokens` is no number")])
+    assert talk.shown.startswith("error: status 400: `max_tokens` is no number\n/params, /system and /tools show ")
+    assert "/params" not in Talk(["hi"], [ChatError("gone")]).shown
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
@@ -490,6 +496,13 @@ def test_a_request_streams_and_has_the_key(serve: Callable[..., ChatServer]) -> 
         list(stream_events(Address.parse(server.url), {"messages": []}, 5.0))
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_has_the_words_of_the_server_alone(serve: Callable[..., ChatServer], status: int) -> None:
+    server = serve(says("a"), key="k", refusal=status)
+    with pytest.raises(RefusedError, match=f"status {status}: wrong key$"):
+        list(stream_events(Address.parse(server.url), {}, 5.0))
+
+
 def test_an_answer_that_breaks_off_hangs_or_never_begins_is_told_in_a_sentence(
     serve: Callable[..., ChatServer],
 ) -> None:
@@ -510,7 +523,7 @@ def test_an_answer_that_breaks_off_hangs_or_never_begins_is_told_in_a_sentence(
         sentences.append(str(error.value))
     waiting.set()
     broken, hanging, odd = sentences
-    assert "broke off the answer" in broken and "arrow up" in broken
+    assert "broke off the answer" in broken and broken.endswith("try again")
     assert hanging.startswith("no byte came for 0.2 s: ") and "no JSON object: 3" in odd
     with pytest.raises(ChatError, match="can't be reached .Connection refused.: start the server again"):
         list(stream_events(Address.parse("http://127.0.0.1:9"), {}, 0.2))
