@@ -12,19 +12,11 @@ if "triton" in sys.modules:
     raise RuntimeError("tests/interpreted needs a process of its own: Triton is already imported")
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-from tests.interpreted.launches import few_programs  # noqa: E402
 from tests.tiny_model import write_tiny_qwen2  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def matrices_of_few_programs() -> Iterator[None]:
-    with few_programs():
-        yield
 
 
 @pytest.fixture(scope="session")

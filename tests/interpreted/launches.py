@@ -1,7 +1,4 @@
-"""Launches in the interpreter: fewer programs, and stand-ins for making one.
-
-One stand-in tells what the compiler would see of a launch, one lays guards around its tensors.
-"""
+"""Stand-ins for the making of a launch: one tells what the compiler would see of it, one lays guards around tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from quant.kernels import tuning
 from quant.kernels.launch import Call, Launch
 
 GUARD = 1024
@@ -25,14 +21,6 @@ SENTINEL = 71
 OPTIONS = "version do_not_specialize do_not_specialize_on_alignment debug noinline repr launch_metadata".split()
 
 MakeLaunch = Callable[[Call], None]
-
-
-@contextlib.contextmanager
-def few_programs() -> Iterator[None]:
-    """Give matrices the tiles of large ones: a program costs as much here whether it has 16 outputs or 64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "ENOUGH_PROGRAMS", 1)
-        yield
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from engine.ranks import Ranks
 from engine.start import start_engine, start_follower
 from parallel.state import Collectives, ParallelState
 from parallel.world import World, listen_at, meet
-from tests.interpreted.launches import few_programs
 from tests.rank_processes import RankProcesses
 
 ADDRESS = "127.0.0.1"
@@ -149,11 +148,6 @@ class InterpretedRanks(RankProcesses):
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    with few_programs():
-        _serve_all(rank, pipe)
-
-
-def _serve_all(rank: int, pipe: Connection) -> None:
     DEVICES["sharded"] = f"{__name__}:find_sharded"
     RecordedCollectives.define()
     make = ranks.make_collectives
