@@ -86,7 +86,7 @@ def run(
 
 
 def expected_ids(folder: Path, prompts: list[list[int]], runner: ModelRunner | None = None) -> list[list[int]]:
-    """Those of plain torch."""
+    """The ids of plain torch."""
     return run(core_of(folder, runner or make_runner(folder, device=PLAIN)), prompts).token_ids
 
 
