@@ -91,13 +91,15 @@ beside = logs=$$(mktemp -d); { $(2); } > $$logs/2 2>&1 & second=$$!; { $(3); } >
 	wait $$second || status=$$?; wait $$third || status=$$?; cat $$logs/2 $$logs/3; rm -r $$logs
 TEST := $(PY) -m pytest -q
 
-# Files of two minutes between them, which start processes or go through thousands of examples, and the rules of the house,
-# which are for `make check`.
+# Files of three minutes between them, which start processes, load large libraries or go through thousands of examples, and
+# the rules of the house, which are for `make check`.
 HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
-NOT_FAST := $(HOUSE) $(addprefix tests/unit/,test_gpu_proof.py test_pytgi.py engine/test_penalties.py \
-	engine/test_scheduler_properties.py engine/test_step_buffers.py quant/test_packing.py \
-	$(patsubst %,server/test_%.py,compatibility_beyond openai_errors private_logs response_format routes \
-	sampling_defaults structure template_process thoughts tool_answers tool_choices traces vllm_fields wild_schemas))
+NOT_FAST := $(HOUSE) $(addprefix tests/unit/,test_args.py test_demo_model.py test_gpu_proof.py test_pytgi.py test_seams.py \
+	test_tiers.py quant/test_packing.py \
+	$(patsubst %,engine/test_%.py,full_step penalties scheduler_properties shares step_buffers) \
+	$(patsubst %,server/test_%.py,adapters compatibility_beyond connections encoding forced_text grammar openai_errors \
+	parameters private_logs response_format routes sampling_defaults special_marks structure template_process thoughts \
+	tool_answers tool_choices tool_clients tool_prompts traces vllm_fields wild_schemas))
 fast_server = $(filter-out $(NOT_FAST),$(wildcard tests/unit/server/test_$(1)*.py))
 test-fast: install $(VENV)/interpreted
 	@started=$$(date +%s); \

@@ -17,6 +17,7 @@ from engine.layers.base import RotaryTable, Rotation
 from engine.layers.torch import TorchOps
 
 BLOCK_SIZE = TritonAttention.block_sizes[0]
+DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = {"28 / 4 heads of 128": AttentionShape(28, 4, 128), "14 / 2 heads of 64": AttentionShape(14, 2, 64)}
 TOY_SHAPES = {"4 / 2 heads of 16": AttentionShape(4, 2, 16)}
 
@@ -47,7 +48,7 @@ ROTATED, TOY_ROTATED = "prompts beside decodes", "a prompt beside a decode"
 def attention_checks(*, is_toy: bool) -> Iterator[Check]:
     shapes, scenes, rotated = (TOY_SHAPES, TOY_SCENES, TOY_ROTATED) if is_toy else (SHAPES, SCENES, ROTATED)
     for shape_name, shape in shapes.items():
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in DTYPES[: 1 if is_toy else None]:
             about = f"{shape_name}, {str(dtype).removeprefix('torch.')}"
             for scene_name, (parts, window) in scenes.items():
                 make = functools.partial(_case, shape=shape, parts=parts, window=window, dtype=dtype)

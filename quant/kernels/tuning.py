@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.base import FormatError
+from quant.kernels.launch import IS_INTERPRETED
 
 TUNED_TILES = Path(__file__).with_name("tuned_tiles.json")
 """A list of objects with the fields of `WeightShape`, the `architecture` and the `tile`, whose fields are `Tile`'s."""
@@ -26,9 +27,10 @@ MAX_TILE = {"block_outputs": 256, "block_inputs": 1024, "splits": 64, "num_warps
 """The most of each of a tile's numbers that a card may have a use for."""
 MAX_BLOCK_INPUTS = 128
 MIN_BLOCK = 16
-ENOUGH_PROGRAMS = 256
+ENOUGH_PROGRAMS = 1 if IS_INTERPRETED else 256
 """Programs that occupy a large card: about two for each of its 108 to 144 multiprocessors. With fewer outputs tiles are
-as small as they can be: splits of the inputs would take a launch of their own."""
+as small as they can be: splits of the inputs would take a launch of their own. The interpreter has one program at a
+time, which costs about as much with 64 outputs as with 16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

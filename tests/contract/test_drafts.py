@@ -27,7 +27,7 @@ from engine.scheduling.speculate import Proposer, Speculator
 from engine.scheduling.step_costs import StepCosts
 from engine.start import start_engine
 from tests.contract.harness import KERNELS, Outcome, make_core, make_requests, run_requests
-from tests.diagonal import diagonal
+from tests.diagonal import diagonal, long_but
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 MAX_NEW_TOKENS = 40
@@ -236,17 +236,16 @@ class BiasedScheduler(Scheduler):
         return super().update(batch, sampled, prompt_scores)
 
 
-NUM_SAMPLES = 8_000
 TEXTS_AT_A_TIME = 250
 
 
 Counts = Counter[tuple[int, ...]]
 
 
-def sample_pairs(core: EngineCore, first_seed: int) -> Counts:
-    """Counts of the pairs of first two tokens in `NUM_SAMPLES` texts at temperature 1."""
+def sample_pairs(core: EngineCore, num_samples: int, first_seed: int) -> Counts:
+    """Counts of the pairs of first two tokens in so many texts at temperature 1."""
     counts: Counts = Counter()
-    for start in range(first_seed, first_seed + NUM_SAMPLES, TEXTS_AT_A_TIME):
+    for start in range(first_seed, first_seed + num_samples, TEXTS_AT_A_TIME):
         requests = [
             GenerationRequest(
                 request_id=str(seed),
@@ -273,12 +272,13 @@ def p_value(first: Counts, second: Counts) -> float:
     return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
 
 
+@pytest.mark.parametrize("num_samples", long_but([3_000, 8_000], 3_000))
 @pytest.mark.parametrize("tiny_model_dir", ["qwen2"], indirect=True)
-def test_samples_have_the_distribution_of_no_speculation(tiny_model_dir: Path) -> None:
+def test_samples_have_the_distribution_of_no_speculation(tiny_model_dir: Path, num_samples: int) -> None:
     def core_of(speculator: Speculator | None) -> EngineCore:
         return make_core(tiny_model_dir, num_blocks=600, max_batch_tokens=4096, speculator=speculator)
 
-    without = sample_pairs(core_of(None), 0)
+    without = sample_pairs(core_of(None), num_samples, 0)
     second_tokens = Counter(pair[1] for pair in without.elements())
     likely, _ = second_tokens.most_common(1)[0]
 
@@ -286,10 +286,10 @@ def test_samples_have_the_distribution_of_no_speculation(tiny_model_dir: Path) -
         return Proposal([likely] * max_tokens, match_length=16)
 
     speculator = eager(propose=guess)
-    drafted = sample_pairs(core_of(speculator), 1_000_000)
-    assert speculator.num_drafted == NUM_SAMPLES
-    assert NUM_SAMPLES / 50 < speculator.num_accepted < NUM_SAMPLES / 2
+    drafted = sample_pairs(core_of(speculator), num_samples, 1_000_000)
+    assert speculator.num_drafted == num_samples
+    assert num_samples / 50 < speculator.num_accepted < num_samples / 2
     assert p_value(without, drafted) > 0.01
     core = core_of(eager(propose=guess))
     core.scheduler.__class__ = BiasedScheduler
-    assert p_value(without, sample_pairs(core, 2_000_000)) < 1e-6, "the test sees a wrong rule"
+    assert p_value(without, sample_pairs(core, num_samples, 2_000_000)) < 1e-6, "the test sees a wrong rule"

@@ -101,7 +101,7 @@ def test_attention_of_a_decode_step_compiles(card_name: str) -> None:
 @pytest.mark.parametrize(
     ("card_name", "kernel", "form", "step"),
     [
-        ("float32-sm_75", "attend_kernel", "dense", "prompt"),
+        pytest.param("float32-sm_75", "attend_kernel", "dense", "prompt", marks=pytest.mark.long),
         ("float32-sm_75", "skinny_kernel", "dense", "decode 64"),
         ("float32-sm_89", "skinny_kernel", "int8", "decode 64"),
     ],

@@ -21,11 +21,12 @@ from engine.step_inputs import StepInputs
 from quant.base import AdapterRows, LowRankShape
 from quant.kernels import make_low_rank_kernel
 from quant.kernels.low_rank_triton import BLOCK_INPUTS, BLOCK_OUTPUTS, BLOCK_RANKS, BLOCK_ROWS, SPLIT_INPUTS
-from tests.contract.harness import REFERENCES, make_sequence, random_ids, run_step
+from tests.contract.harness import make_sequence, random_ids, run_step
 from tests.contract.test_adapter import ATTENTION
 from tests.contract.test_lora import FIRST_MLP, write_adapter
 from tests.interpreted.closeness import assert_close
 from tests.interpreted.launches import launches_made_by, make_with_guards
+from tests.interpreted.test_engine import PLAIN
 from tests.tiny_model import write_tiny_qwen2
 
 SIZES = [
@@ -35,7 +36,6 @@ SIZES = [
 RANKS = [[16, 16, 16], [3, 0, 5], [0, 0, 1]]
 """The ranks of each slot, part after part: some fill no block, some change nothing."""
 WIDE = [[BLOCK_RANKS[-1] + 3], [1], [BLOCK_RANKS[-1]]]
-PLAIN = dataclasses.replace(REFERENCES, matrices="torch")
 ROWS = [-1, 0, 0, 2, *[1] * BLOCK_ROWS, -1, 2]
 
 

@@ -16,6 +16,7 @@ from engine.attention.torch import TorchAttention
 from engine.attention.triton import CHUNK, FEW_TOKENS, NUM_PROGRAMS, TritonAttention
 from engine.layers.base import RotaryTable, Rotation
 from engine.layers.triton import TritonOps
+from tests.diagonal import diagonal, long_but
 from tests.interpreted.closeness import assert_close
 
 BLOCK_SIZE = 16
@@ -133,9 +134,8 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
         first += num_queries
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_queries_and_keys_are_rotated_on_their_way(dtype: torch.dtype, shape: AttentionShape) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES))
+def test_queries_and_keys_are_rotated_on_their_way(shape: AttentionShape, dtype: torch.dtype) -> None:
     """The same bits as if they were rotated before, here and in the cache."""
     scene = Scene(shape, [(1, 20), (9, 12)], dtype)
     angles = torch.rand(21, shape.head_dim // 2, generator=torch.Generator().manual_seed(1))
@@ -204,7 +204,7 @@ DECODES = [
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("window", [None, CHUNK + 3])
+@pytest.mark.parametrize("window", long_but([None, CHUNK + 3], CHUNK + 3))
 def test_rows_of_padding_change_nothing(window: int | None) -> None:
     backend = TritonAttention(AttentionShape(14, 2, 64), BLOCK_SIZE)
     for parts in DECODES:

@@ -1,4 +1,4 @@
-"""The whole engine with Triton's kernels, interpreted: greedy ids are those of the CPU path in float32."""
+"""The whole engine with Triton's kernels, interpreted: greedy ids are those of plain torch in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_costs import StepCosts
 from engine.start import start_engine
 from tests.contract.harness import (
-    KERNELS,
+    REFERENCES,
     Outcome,
     make_core,
     make_requests,
@@ -32,12 +32,15 @@ from tests.contract.harness import (
     run_requests,
     run_step,
 )
+from tests.diagonal import long_but
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2, write_tiny_qwen3
 
 CHECKPOINTS = Path(__file__).parents[1] / "oracles" / "checkpoints"
 MAX_NEW_TOKENS = 4
 SIZES = [1, 17, 40]
 NUM_BLOCKS = 32
+PLAIN = dataclasses.replace(REFERENCES, matrices="torch")
+"""Plain torch on the CPU, for which nothing is compiled."""
 
 
 def interpreted() -> Device:
@@ -83,8 +86,8 @@ def run(
 
 
 def expected_ids(folder: Path, prompts: list[list[int]], runner: ModelRunner | None = None) -> list[list[int]]:
-    """The CPU path's."""
-    return run(core_of(folder, runner or make_runner(folder, device=KERNELS)), prompts).token_ids
+    """The ids of plain torch."""
+    return run(core_of(folder, runner or make_runner(folder, device=PLAIN)), prompts).token_ids
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +95,19 @@ def expected(tiny_model_dir: Path) -> list[list[int]]:
     return expected_ids(tiny_model_dir, make_prompts())
 
 
+@pytest.mark.long
 def test_together(tiny_model_dir: Path, expected: list[list[int]]) -> None:
     assert run(core_of(tiny_model_dir), make_prompts()).token_ids == expected
 
 
+@pytest.mark.long
 def test_in_chunks_beside_others(tiny_model_dir: Path, expected: list[list[int]]) -> None:
     outcome = run(core_of(tiny_model_dir, max_batch_tokens=24), make_prompts(), is_staggered=True)
     assert outcome.most_running > 1
     assert outcome.token_ids == expected
 
 
+@pytest.mark.long
 def test_with_preemption(tiny_model_dir: Path) -> None:
     prompts = make_prompts(sizes=[31, 30])
     outcome = run(core_of(tiny_model_dir, num_blocks=5), prompts)
@@ -116,6 +122,7 @@ def test_prefix_hits(tiny_model_dir: Path) -> None:
     assert [outcome.token_ids[0] for outcome in outcomes] == expected_ids(tiny_model_dir, prompts)
 
 
+@pytest.mark.long
 def test_drafts(tiny_model_dir: Path) -> None:
     part = random_ids(9, 3)
     prompts = [part * 3]
@@ -128,7 +135,7 @@ def test_a_sliding_window(tmp_path: Path) -> None:
     """The second layer sees 20 tokens."""
     window = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
     write_tiny_qwen2(tmp_path, **window)
-    prompts = make_prompts(sizes=[37])
+    prompts = make_prompts(sizes=[24])
     assert run(core_of(tmp_path), prompts).token_ids == expected_ids(tmp_path, prompts)
 
 
@@ -156,17 +163,18 @@ def test_quantized_checkpoints(name: str) -> None:
 def check_quantized_while_loading(method: str, tiny_model_dir: Path) -> None:
     prompts = make_prompts(sizes=[20])
     runners = [
-        make_quantized_runner(tiny_model_dir, device, method, torch.float32) for device in (interpreted(), KERNELS)
+        make_quantized_runner(tiny_model_dir, device, method, torch.float32) for device in (interpreted(), PLAIN)
     ]
     outcomes = [run(core_of(tiny_model_dir, runner), prompts, max_new_tokens=2) for runner in runners]
     assert outcomes[0].token_ids == outcomes[1].token_ids
 
 
+@pytest.mark.long
 def test_quantized_while_loading(tiny_model_dir: Path) -> None:
     check_quantized_while_loading("int8", tiny_model_dir)
 
 
-@pytest.mark.parametrize("flag", ["eetq", "int4", None])
+@pytest.mark.parametrize("flag", long_but(["eetq", "int4", None], "int4"))
 def test_a_tied_head_is_quantized_in_16_bits(flag: str | None, tmp_path: Path) -> None:
     """Table, head and sums where the kernels expect them; the logits are close to those of plain torch.
 
@@ -185,7 +193,7 @@ def test_a_tied_head_is_quantized_in_16_bits(flag: str | None, tmp_path: Path) -
 
 def test_a_request_that_is_not_finite_ends_alone(tmp_path: Path) -> None:
     """Also those that get its blocks afterwards, with its NaN in them, are not touched."""
-    write_tiny_qwen2(tmp_path, is_tied=False)
+    write_tiny_qwen2(tmp_path, num_hidden_layers=1, is_tied=False)
     good, bad = random_ids(9, 1), [*random_ids(20, 2), 7]
     good = [token_id for token_id in good if token_id != 7]
     folder_runner = make_runner(tmp_path, device=interpreted(), num_blocks=4)
@@ -206,7 +214,7 @@ def test_a_request_that_is_not_finite_ends_alone(tmp_path: Path) -> None:
 
 
 def test_a_server_can_start_on_it(tiny_model_dir: Path) -> None:
-    """By `--device interpreted`, as a proof without a GPU starts one: the ids are the CPU's."""
+    """By `--device interpreted`, as a proof without a GPU starts one: the ids are those of plain torch."""
     prompts = make_prompts(sizes=[9])
     limits = {"max_total_tokens": 64, "max_batch_prefill_tokens": 16}
     config = EngineConfig(

@@ -14,8 +14,9 @@ from quant.grouped import MatrixByMatrix, choose_grouped
 from quant.kernels.dense_torch import DenseTorch
 from quant.kernels.grouped_triton import BLOCK_INPUTS, BLOCK_OUTPUTS, GroupedTriton
 from quant.kernels.packed_torch import PackedTorch
-from tests.contract.harness import KERNELS, make_core, make_requests, make_runner, random_ids, run_requests
+from tests.contract.harness import make_core, make_requests, make_runner, random_ids, run_requests
 from tests.interpreted.closeness import assert_close
+from tests.interpreted.test_engine import PLAIN
 from tests.random_weights import random_packed
 from tests.tiny_model import write_tiny_qwen2_moe
 
@@ -51,13 +52,14 @@ def test_matrices_with_offsets_are_left_to_those_that_know_them() -> None:
     assert isinstance(chosen, MatrixByMatrix)
 
 
-def test_ids_are_those_of_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_ids_are_those_of_plain_torch(tmp_path: Path) -> None:
     write_tiny_qwen2_moe(tmp_path)
     requests = make_requests([random_ids(1, 1), random_ids(9, 20)], max_new_tokens=2)
     device = find_interpreted(0)
     assert device is not None
     ids = [
         run_requests(make_core(tmp_path, runner=make_runner(tmp_path, device=each)), requests).token_ids
-        for each in (device, KERNELS)
+        for each in (device, PLAIN)
     ]
     assert ids[0] == ids[1]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from engine.scheduling.ngram import Proposal
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.step_costs import StepCosts
-from tests.contract.harness import KERNELS, make_runner, make_sequence, random_ids
+from tests.contract.harness import make_runner, make_sequence, random_ids
 from tests.interpreted.test_engine import (
     CHECKPOINTS,
     MAX_NEW_TOKENS,
     NUM_BLOCKS,
+    PLAIN,
     core_of,
     expected_ids,
     interpreted,
@@ -40,7 +40,7 @@ from tests.interpreted.test_engine import (
 from tests.tiny_model import write_tiny_qwen2_moe
 
 BLOCK_SIZE = 16
-LIMITS = GraphLimits(sizes=(1, 2, 4, 8), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+LIMITS = GraphLimits(sizes=(1, 4, 8), max_seq_len=NUM_BLOCKS * BLOCK_SIZE, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
 FEW = dataclasses.replace(LIMITS, sizes=(2,))
 """One graph, where which one is taken is not the question: each one is run when it is captured."""
 
@@ -70,11 +70,50 @@ def make_graphed_runner(folder: Path, limits: GraphLimits = FEW, num_blocks: int
     return with_graphs(make_runner(folder, device=interpreted(), num_blocks=num_blocks), limits)
 
 
+Scene = tuple[ModelRunner, list[torch.Tensor]]
+"""A runner and the keys and values of its layers."""
+
+
+def make_scene(folder: Path, limits: GraphLimits | None) -> Scene:
+    """A runner whose cache holds the same random numbers each time, as of tokens that are computed.
+
+    Without limits it has no graphs.
+    """
+    caches: list[torch.Tensor] = []
+    allocate = TritonAttention.allocate
+
+    def noticed(*args: Any) -> LayerCache:
+        cache = allocate(*args)
+        caches.extend([cache.keys, cache.values])
+        return cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonAttention, "allocate", noticed)
+        runner = make_runner(folder, device=interpreted(), num_blocks=NUM_BLOCKS)
+    if limits is not None:
+        runner.capture(limits)
+    fill_caches(caches)
+    return runner, caches
+
+
+def fill_caches(caches: list[torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for tensor in caches:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+
 @pytest.fixture(scope="module")
-def graphed(tiny_model_dir: Path) -> Iterator[ModelRunner]:
-    yield make_graphed_runner(tiny_model_dir, LIMITS)
+def scenes(tiny_model_dir: Path) -> list[Scene]:
+    """With graphs and without."""
+    return [make_scene(tiny_model_dir, limits) for limits in (LIMITS, None)]
 
 
+@pytest.fixture
+def graphed(scenes: list[Scene]) -> ModelRunner:
+    return scenes[0][0]
+
+
+@pytest.mark.long
 def test_together(tiny_model_dir: Path, graphed: ModelRunner, used: list[int]) -> None:
     """Three sequences in the graph for four."""
     prompts = make_prompts()
@@ -92,6 +131,7 @@ def test_beside_chunks_and_with_sequences_that_come_and_go(
     assert len(set(used)) > 1
 
 
+@pytest.mark.long
 def test_with_preemption(tiny_model_dir: Path, used: list[int]) -> None:
     prompts = make_prompts(sizes=[31, 30])
     runner = make_graphed_runner(tiny_model_dir, num_blocks=5)
@@ -136,17 +176,18 @@ def check_checkpoint(name: str, used: list[int]) -> None:
     assert used == [1]
 
 
+@pytest.mark.long
 def test_a_quantized_checkpoint(used: list[int]) -> None:
     check_checkpoint("auto-gptq-4bit-g32-act", used)
 
 
 def test_int8(tiny_model_dir: Path, used: list[int]) -> None:
     prompts = make_prompts(sizes=[20, 3])
-    device, cpu = (
-        make_quantized_runner(tiny_model_dir, device, "int8", torch.float32) for device in (interpreted(), KERNELS)
+    device, plain = (
+        make_quantized_runner(tiny_model_dir, device, "int8", torch.float32) for device in (interpreted(), PLAIN)
     )
     outcome = run(core_of(tiny_model_dir, with_graphs(device)), prompts)
-    assert outcome.token_ids == expected_ids(tiny_model_dir, prompts, cpu)
+    assert outcome.token_ids == expected_ids(tiny_model_dir, prompts, plain)
     assert used
 
 
@@ -169,34 +210,6 @@ def decode_batch(parts: list[Part]) -> ScheduledBatch:
     return batch
 
 
-Scene = tuple[ModelRunner, list[torch.Tensor]]
-"""A runner and the keys and values of its layers."""
-
-
-def make_scene(folder: Path, limits: GraphLimits | None) -> Scene:
-    """A runner whose cache holds the same random numbers each time, as of tokens that are computed.
-
-    Without limits it has no graphs.
-    """
-    caches: list[torch.Tensor] = []
-    allocate = TritonAttention.allocate
-
-    def noticed(*args: Any) -> LayerCache:
-        cache = allocate(*args)
-        caches.extend([cache.keys, cache.values])
-        return cache
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonAttention, "allocate", noticed)
-        runner = make_runner(folder, device=interpreted(), num_blocks=NUM_BLOCKS)
-    if limits is not None:
-        runner.capture(limits)
-    generator = torch.Generator().manual_seed(3)
-    for tensor in caches:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return runner, caches
-
-
 STEPS: dict[str, list[Part]] = {
     "one": [(40, [])],
     "padded": [(17, []), (3, []), (64, [])],
@@ -206,16 +219,12 @@ STEPS: dict[str, list[Part]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def scenes(tiny_model_dir: Path) -> list[Scene]:
-    """With graphs and without."""
-    return [make_scene(tiny_model_dir, limits) for limits in (LIMITS, None)]
-
-
 @pytest.mark.parametrize("name", STEPS)
 def test_a_row_has_the_bits_that_it_has_without_a_graph(scenes: list[Scene], used: list[int], name: str) -> None:
     batch = decode_batch(STEPS[name])
     (graphed, caches), (plain, plain_caches) = scenes
+    fill_caches(caches)
+    fill_caches(plain_caches)
     assert torch.equal(graphed.execute(batch).logits, plain.execute(batch).logits)
     assert used == [batch.num_rows]
     for cache, other in zip(caches, plain_caches, strict=True):
@@ -237,11 +246,9 @@ def count_tensors() -> int:
 
 
 @pytest.mark.parametrize("is_graphed", [True, False])
-def test_nothing_that_a_step_allocates_outlives_it(
-    tiny_model_dir: Path, graphed: ModelRunner, is_graphed: bool
-) -> None:
-    runner = graphed if is_graphed else make_runner(tiny_model_dir, device=interpreted(), num_blocks=NUM_BLOCKS)
-    batch = decode_batch(STEPS["padded"])
+def test_nothing_that_a_step_allocates_outlives_it(scenes: list[Scene], is_graphed: bool) -> None:
+    runner, _ = scenes[0 if is_graphed else 1]
+    batch = decode_batch(STEPS["one"])
     runner.execute(batch)
     before = count_tensors()
     for _ in range(2):

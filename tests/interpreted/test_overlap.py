@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from engine.sampling.batch_sampler import LaunchingBatchSampler
 from engine.sampling.sampler import PendingTokens, RawRows
 from engine.step_buffers import StepBuffers
 from quant.kernels.transfer import HostCopy
-from tests.contract.harness import BLOCK_SIZE, KERNELS, Outcome, make_core, make_requests, make_runner, run_requests
+from tests.contract.harness import BLOCK_SIZE, Outcome, make_core, make_requests, make_runner, run_requests
+from tests.diagonal import long_but
 from tests.fake_device import GPU, no_numbers
-from tests.interpreted.test_engine import interpreted, make_prompts
+from tests.interpreted.test_engine import PLAIN, interpreted, make_prompts
 from tests.no_reads import READING_METHODS, NoReads, ReadError
 
 NUM_BLOCKS = 32
@@ -51,19 +51,19 @@ def make_overlapped(folder: Path, runner: ModelRunner, *, num_blocks: int = NUM_
     )
 
 
-def on_cpu(folder: Path, requests: list[GenerationRequest]) -> Outcome:
-    return run_requests(make_core(folder, runner=make_runner(folder, device=KERNELS)), requests)
+def in_torch(folder: Path, requests: list[GenerationRequest]) -> Outcome:
+    return run_requests(make_core(folder, runner=make_runner(folder, device=PLAIN)), requests)
 
 
 def plain_requests() -> list[GenerationRequest]:
     return make_requests(make_prompts(), max_new_tokens=4)
 
 
-@pytest.mark.parametrize("max_batch_tokens", [512, 24])
+@pytest.mark.parametrize("max_batch_tokens", long_but([512, 24], 24))
 def test_together_and_in_chunks(tiny_model_dir: Path, runner: ModelRunner, max_batch_tokens: int) -> None:
     core = make_overlapped(tiny_model_dir, runner, max_batch_tokens=max_batch_tokens)
     outcome = run_requests(core, plain_requests(), is_staggered=max_batch_tokens == 24)
-    assert outcome.token_ids == on_cpu(tiny_model_dir, plain_requests()).token_ids
+    assert outcome.token_ids == in_torch(tiny_model_dir, plain_requests()).token_ids
     assert outcome.most_running > 1
     core.scheduler.check_integrity()
 
@@ -72,15 +72,16 @@ def test_with_preemption(tiny_model_dir: Path, runner: ModelRunner) -> None:
     requests = make_requests(make_prompts(sizes=[31, 30]), max_new_tokens=5)
     outcome = run_requests(make_overlapped(tiny_model_dir, runner, num_blocks=5), requests)
     assert outcome.num_preemptions > 0
-    assert outcome.token_ids == on_cpu(tiny_model_dir, requests).token_ids
+    assert outcome.token_ids == in_torch(tiny_model_dir, requests).token_ids
 
 
+@pytest.mark.long
 def test_prefix_hits(tiny_model_dir: Path, runner: ModelRunner) -> None:
     core = make_overlapped(tiny_model_dir, runner)
     for number, prompt in enumerate(make_prompts(num_shared_tokens=32, sizes=[3, 9])):
         requests = make_requests([prompt], max_new_tokens=4)
         outcome = run_requests(core, requests)
-        assert outcome.token_ids == on_cpu(tiny_model_dir, requests).token_ids
+        assert outcome.token_ids == in_torch(tiny_model_dir, requests).token_ids
         assert outcome.most_cached_tokens == 32 * number
 
 
@@ -88,7 +89,7 @@ def test_graphs_take_tokens_that_the_host_does_not_know(tiny_model_dir: Path) ->
     runner = make_runner(tiny_model_dir, device=interpreted(), num_blocks=NUM_BLOCKS)
     runner.capture(GRAPHS)
     outcome = run_requests(make_overlapped(tiny_model_dir, runner), plain_requests())
-    assert outcome.token_ids == on_cpu(tiny_model_dir, plain_requests()).token_ids
+    assert outcome.token_ids == in_torch(tiny_model_dir, plain_requests()).token_ids
 
 
 def mixed_requests() -> list[GenerationRequest]:
@@ -113,7 +114,7 @@ def mixed_requests() -> list[GenerationRequest]:
 
 def test_those_that_need_their_tokens_wait_and_others_go_on(tiny_model_dir: Path, runner: ModelRunner) -> None:
     core = make_overlapped(tiny_model_dir, runner)
-    outcome, expected = run_requests(core, mixed_requests()), on_cpu(tiny_model_dir, mixed_requests())
+    outcome, expected = run_requests(core, mixed_requests()), in_torch(tiny_model_dir, mixed_requests())
     assert outcome.token_ids == expected.token_ids
     for got, wanted in zip(outcome.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
@@ -185,10 +186,9 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_without_reads(folder: Path) -> Outcome:
-    device = dataclasses.replace(KERNELS, attention="torch", ops="torch", matrices="torch")
     requests = make_requests(make_prompts(sizes=[3, 20]), max_new_tokens=4)
     requests[1] = msgspec.structs.replace(requests[1], has_prompt_logprobs=True)
-    return run_requests(make_overlapped(folder, make_runner(folder, device=device)), requests)
+    return run_requests(make_overlapped(folder, make_runner(folder, device=PLAIN)), requests)
 
 
 @pytest.mark.usefixtures("no_reads")

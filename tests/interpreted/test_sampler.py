@@ -22,7 +22,8 @@ from engine.sampling.grammar_triton import apply_masks
 from engine.sampling.sampler import RawRows
 from engine.sampling.sampler_triton import ChosenRows, make_specs, sample, word_of
 from engine.scheduling.batch import SampledBatch
-from tests.contract.harness import KERNELS, make_core, make_runner, random_ids, run_requests
+from tests.contract.harness import make_core, make_runner, random_ids, run_requests
+from tests.interpreted.test_engine import PLAIN
 
 PART, TILE = 32, 64
 """Small ones, so that small vocabularies have many."""
@@ -291,6 +292,7 @@ def make_requests() -> list[GenerationRequest]:
     ]
 
 
+@pytest.mark.long
 def test_an_engine_samples_as_on_a_cpu(tiny_model_dir: Path) -> None:
     device = find_interpreted(0)
     assert device is not None
@@ -299,7 +301,7 @@ def test_an_engine_samples_as_on_a_cpu(tiny_model_dir: Path) -> None:
         make_core(tiny_model_dir, runner=runner, sample=sample, apply_masks=apply_masks), make_requests()
     )
     expected = run_requests(
-        make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=KERNELS)), make_requests()
+        make_core(tiny_model_dir, runner=make_runner(tiny_model_dir, device=PLAIN)), make_requests()
     )
     assert result.token_ids == expected.token_ids
     for logprobs, others in zip(result.logprobs, expected.logprobs, strict=True):

@@ -1,4 +1,4 @@
-"""Two shards with Triton's kernels, interpreted: greedy ids are those of one process on the CPU path, in float32."""
+"""Two shards with Triton's kernels, interpreted: greedy ids are those of one process in plain torch, in float32."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from engine.graph_capture import Work
 from engine.graphs import GraphLimits, capture_graphs
 from engine.link.messages import SamplingParams
 from engine.step_inputs import StepInputs
-from tests.contract.harness import KERNELS, make_requests, make_runner, run_requests
+from tests.contract.harness import make_requests, make_runner, run_requests
 from tests.interpreted.ranks import InterpretedRanks
 from tests.interpreted.test_engine import (
     CHECKPOINTS,
     MAX_NEW_TOKENS,
+    PLAIN,
     core_of,
     expected_ids,
     interpreted,
@@ -61,12 +62,13 @@ def test_a_rank_has_no_graphs_where_another_has_reasons(tiny_model_dir: Path) ->
     assert runner.describe_graphs() == "No graphs: another rank has none"
 
 
+@pytest.mark.long
 def test_quantized_while_loading(ranks: InterpretedRanks, tiny_model_dir: Path) -> None:
     """The scales of a matrix whose inputs are split are the whole matrix's: host tensors are gathered for them."""
     sampling = SamplingParams(repetition_penalty=1.3, logit_bias={7: 2.0})
     requests = make_requests(PROMPTS, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
     outcome = ranks.run(tiny_model_dir, requests, quantize="eetq")[0]
-    runner = make_quantized_runner(tiny_model_dir, KERNELS, "eetq", torch.float32)
+    runner = make_quantized_runner(tiny_model_dir, PLAIN, "eetq", torch.float32)
     assert outcome.token_ids == run_requests(core_of(tiny_model_dir, runner), requests).token_ids
 
 

@@ -26,7 +26,7 @@ WIDTHS = (5, 3, 7)
 """Widths of the parts of ranks 0, 1 and 2."""
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=long_but([2, 3], 3))
 def ranks(request: pytest.FixtureRequest) -> Iterator[Processes]:
     with Processes(request.param) as processes:
         yield processes
@@ -177,7 +177,7 @@ def test_many_operations_in_a_row_stay_in_step(kind: str, share: float, ranks: P
     assert ranks.run(kind, do_many, int(share * NUM_OPERATIONS[kind])) == [[]] * ranks.size
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", long_but([2, 3], 2))
 def test_host_tensors_go_through_a_group_made_for_gpus(size: int) -> None:
     """Weights that load are on the host, and their scales need all ranks. Here gloo stands in for NCCL, too."""
     with Processes(size, "cpu:gloo,cuda:gloo") as processes:
