@@ -121,7 +121,7 @@ browser:
 # rules of the house are for `make check`. With PYTEST_ARGS only the tests that they choose.
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
-WITH_KERNELS := $(call e2e,bucket download examples flags real_clients recipes tool_loop)
+WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
 test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
 	@$(call beside,$(TEST) tests/unit tests/contract $(addprefix --ignore=,tests/contract/kernels $(HOUSE)),\
