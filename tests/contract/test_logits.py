@@ -21,7 +21,7 @@ from tests.contract.harness import (
     random_ids,
     run_step,
 )
-from tests.tiny_model import VOCAB_SIZE, write_tiny_qwen2, write_tiny_qwen3
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "tied": {},
