@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Byte code is written when a module is first imported: for all of torch and transformers it takes pip two minutes.
+INSTALL := $(PIP) install --no-compile -c $(VENV)/constraints.txt
 PORT ?= 8080
 MODEL ?=
 ARGS ?=
@@ -52,8 +54,8 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@echo 'Installing $(TORCH_SPEC) and what pytgi needs into $(VENV)' >&2
-	@$(PIP) install -c $(VENV)/constraints.txt '$(TORCH_SPEC)' >&2
-	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]' >&2
+	@$(INSTALL) '$(TORCH_SPEC)' >&2
+	@$(INSTALL) -e '.[dev]' >&2
 	@touch $@
 
 # Beside the checks, which do without (`.ci/run`).
@@ -67,7 +69,7 @@ install: $(VENV)/compiled
 # 290 MB that only the proofs of the GPU's kernels need: `make serve` does without.
 $(VENV)/interpreted: $(VENV)/installed
 	@echo 'Installing Triton, whose interpreter runs the kernels of GPUs on the CPU' >&2
-	@$(PIP) install -c $(VENV)/constraints.txt -e '.[interpreted]' >&2
+	@$(INSTALL) -e '.[interpreted]' >&2
 	@touch $@
 
 # setuptools leaves what it has built in build/lib, and would put modules that are gone since into the next wheel.

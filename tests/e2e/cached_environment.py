@@ -42,7 +42,7 @@ def cached_folder(name: str, identity: bytes, build: Callable[[Path], None]) -> 
 def _build(folder: Path, pins: Path, cmake_args: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
-    command = [*pip, "install", "--quiet", "--no-deps", "-r", str(pins)]
+    command = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "-r", str(pins)]
     if cmake_args:  # pip would take a wheel that it has built before, whatever it was built with
         command.append("--no-cache-dir")
     subprocess.run(command, env={**os.environ, "CMAKE_ARGS": cmake_args} if cmake_args else None, check=True)
