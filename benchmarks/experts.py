@@ -113,8 +113,11 @@ class Row:
     """One for each round."""
 
 
-def count_active(ops: Any) -> Callable[[], int]:
-    """A function that returns how many experts had tokens so far. What runs as a program is not counted."""
+def count_active(ops: Any, run: Callable[[], float]) -> int:
+    """How many experts have tokens in a step, of all layers together; 0 for one that runs as a program already.
+
+    Only this step counts them: one that reads numbers on the way can't become a program.
+    """
     route, counts = ops.route, [0]
 
     def counting(*args: Any, **options: Any) -> Any:
@@ -123,7 +126,9 @@ def count_active(ops: Any) -> Callable[[], int]:
         return routing
 
     ops.route = counting
-    return lambda: counts[0]
+    run()
+    ops.route = route
+    return counts[0]
 
 
 def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], list[float]]:
@@ -137,13 +142,10 @@ def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], list[fl
     beside = num_bytes([model.layers, model.lm_head]) - of_experts
     of_one = of_experts / CONFIG["num_experts"] / len(model.layers)
     kv_bytes = sum(tensor.nbytes for tensor in steps.cache_tensors) / POOL_TOKENS * CONTEXT
-    num_active = count_active(model.layers[0].mlp._ops)
+    ops = model.layers[0].mlp._ops
     rows = [Row(count, steps.make(count, CONTEXT)) for count in SEQUENCES]
     for row in rows:
-        before = num_active()
-        row.run()
-        # One sequence runs as a program from the warm-up on.
-        row.num_active = num_active() - before or CONFIG["num_experts_per_tok"] * len(model.layers)
+        row.num_active = count_active(ops, row.run) or CONFIG["num_experts_per_tok"] * len(model.layers)
         row.num_bytes = beside + row.num_active * of_one + row.sequences * kv_bytes
     bandwidths = []
     for round_index in range(num_rounds):
