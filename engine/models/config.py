@@ -44,14 +44,17 @@ class DecoderConfig:
     """For each layer how many tokens a token sees, itself included; None: all up to itself."""
 
 
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def complete_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the values that the family's class in `transformers` has for the keys that it lacks.
 
-    A null means as many heads of keys and values as of queries. Any other is left to `check_sizes`.
+    A null means as many heads of keys and values as of queries. Raises StartError for a size that is none, and for
+    another activation than Qwen's.
     """
     completed = {**defaults, **config}
     if completed.get("num_key_value_heads") is None:
         completed["num_key_value_heads"] = completed.get("num_attention_heads")
+    check_sizes(completed)
+    _check_activation(completed)
     return completed
 
 
@@ -88,7 +91,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         raise StartError(f"rms_norm_eps {eps!r} in config.json is not a number between 0 and 1: fetch the model again")
 
 
-def check_activation(config: Mapping[str, Any]) -> None:
+def _check_activation(config: Mapping[str, Any]) -> None:
     """Raises StartError unless the gated MLP has the activation that all Qwen have."""
     if config.get("hidden_act", "silu") != "silu":
         raise StartError(f"hidden_act {config['hidden_act']!r} in config.json is not supported; Qwen has silu")

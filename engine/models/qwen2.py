@@ -9,7 +9,7 @@ from typing import Any
 from engine.layers.rope import make_rotary
 from engine.models.base import ModelContext
 from engine.models.blocks import DecoderForCausalLM
-from engine.models.config import attention_windows, check_activation, check_sizes, read_decoder_config, with_defaults
+from engine.models.config import attention_windows, complete_config, read_decoder_config
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 151_936,
@@ -28,8 +28,6 @@ class Qwen2ForCausalLM(DecoderForCausalLM):
     """Implements `engine.models.base.CausalLM`."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        config = with_defaults(config, DEFAULTS)
-        check_sizes(config)
-        check_activation(config)
+        config = complete_config(config, DEFAULTS)
         decoder = read_decoder_config(config, has_qkv_bias=True, windows=attention_windows(config))
         super().__init__(decoder, make_rotary(config, decoder.head_dim, context.device), context)

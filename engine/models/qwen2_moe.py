@@ -7,15 +7,7 @@ from typing import Any
 
 from engine.layers.rope import make_rotary
 from engine.models.base import ModelContext
-from engine.models.config import (
-    FULL,
-    SLIDING,
-    attention_windows,
-    check_activation,
-    check_sizes,
-    read_decoder_config,
-    with_defaults,
-)
+from engine.models.config import FULL, SLIDING, attention_windows, complete_config, read_decoder_config
 from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
 
 DEFAULTS: dict[str, Any] = {
@@ -39,9 +31,7 @@ class Qwen2MoeForCausalLM(SparseDecoderForCausalLM):
     """Implements `engine.models.base.CausalLM`."""
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        config = with_defaults(config, DEFAULTS)
-        check_sizes(config)
-        check_activation(config)
+        config = complete_config(config, DEFAULTS)
         has_bias = bool(config.get("qkv_bias", True))
         decoder = read_decoder_config(config, has_qkv_bias=has_bias, windows=_windows(config))
         experts = read_expert_config(config, has_shared_expert=True, num_tensors=context.num_tensors)

@@ -13,14 +13,7 @@ from engine.layers.norm import HeadNorms
 from engine.layers.rope import make_rotary
 from engine.models.base import CheckpointLayers, ModelContext
 from engine.models.blocks import Attention, DecoderForCausalLM
-from engine.models.config import (
-    DecoderConfig,
-    attention_windows,
-    check_activation,
-    check_sizes,
-    read_decoder_config,
-    with_defaults,
-)
+from engine.models.config import DecoderConfig, attention_windows, complete_config, read_decoder_config
 from engine.models.qwen2 import DEFAULTS
 from parallel.partition import HeadShard
 
@@ -53,9 +46,7 @@ class Qwen3ForCausalLM(DecoderForCausalLM):
     attention_class = Qwen3Attention
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        config = with_defaults(config, DEFAULTS)
-        check_sizes(config)
-        check_activation(config)
+        config = complete_config(config, DEFAULTS)
         has_bias = bool(config.get("attention_bias"))
         decoder = read_decoder_config(
             {**config, "head_dim": config.get("head_dim") or DEFAULT_HEAD_DIM},

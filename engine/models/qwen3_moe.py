@@ -7,14 +7,7 @@ from typing import Any
 
 from engine.layers.rope import make_rotary
 from engine.models.base import ModelContext
-from engine.models.config import (
-    SLIDING,
-    attention_windows,
-    check_activation,
-    check_sizes,
-    read_decoder_config,
-    with_defaults,
-)
+from engine.models.config import SLIDING, attention_windows, complete_config, read_decoder_config
 from engine.models.experts import SparseDecoderForCausalLM, read_expert_config
 from engine.models.qwen3 import Qwen3Attention
 
@@ -40,9 +33,7 @@ class Qwen3MoeForCausalLM(SparseDecoderForCausalLM):
     attention_class = Qwen3Attention
 
     def __init__(self, config: Mapping[str, Any], context: ModelContext) -> None:
-        config = with_defaults(config, DEFAULTS)
-        check_sizes(config)
-        check_activation(config)
+        config = complete_config(config, DEFAULTS)
         has_bias = bool(config.get("attention_bias"))
         windows = _windows(config)
         decoder = read_decoder_config(config, has_qkv_bias=has_bias, has_output_bias=has_bias, windows=windows)

@@ -16,7 +16,7 @@ from engine.attention.base import AttentionShape
 from engine.layers.base import Rotation
 from engine.layers.rope import Rotary
 from engine.layers.torch import TorchOps
-from engine.models.config import attention_windows, with_defaults
+from engine.models.config import attention_windows, complete_config
 from engine.models.qwen2 import DEFAULTS
 from engine.quantize.stages import LayerTensors, OnInputs
 
@@ -44,7 +44,7 @@ class Qwen2Stages:
     def __init__(
         self, config: Mapping[str, Any], shape: AttentionShape, rotary: Rotary, num_tokens: int, device: torch.device
     ) -> None:
-        config = with_defaults(config, DEFAULTS)
+        config = complete_config(config, DEFAULTS)
         self._shape = shape
         self._eps = config["rms_norm_eps"]
         self._device = device
