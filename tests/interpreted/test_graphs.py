@@ -248,7 +248,7 @@ def count_tensors() -> int:
 @pytest.mark.parametrize("is_graphed", [True, False])
 def test_nothing_that_a_step_allocates_outlives_it(scenes: list[Scene], is_graphed: bool) -> None:
     runner, _ = scenes[0 if is_graphed else 1]
-    batch = decode_batch(STEPS["one"])
+    batch = decode_batch(STEPS["padded"])
     runner.execute(batch)
     before = count_tensors()
     for _ in range(2):
