@@ -25,10 +25,11 @@ from numba.extending import intrinsic
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from quant.base import PackedWeight  # noqa: E402
+from quant.kernels import bfloat16_ops  # noqa: E402
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu  # noqa: E402
 from quant.kernels.dense_cpu import DenseCpu  # noqa: E402
-from quant.kernels.dense_ops import FLOATS, PAIRS, Products  # noqa: E402
-from quant.kernels.simd import F32, I32, fold_sum  # noqa: E402
+from quant.kernels.dense_ops import WIDTH  # noqa: E402
+from quant.kernels.simd import F32, I32, fold_sum, vector_call  # noqa: E402
 
 SHAPES = {
     "0.5B qkv": (1152, 896),
@@ -44,22 +45,24 @@ CHAINS = 12
 LOOPS = 1_000_000
 
 
-def make_peak_loop(products: Products) -> Callable[[int], Any]:
-    """A function of a count: so many steps of `products` on each of some independent sums."""
+def make_peak_loop(lanes: int, *, is_paired: bool) -> Callable[[int], Any]:
+    """A function of a count: so many multiply-adds, of floats or of pairs, to each of some independent sums."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def multiply_adds(typing_context: Any, count: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            sums = ir.VectorType(F32, products.lanes)
-            kind = ir.VectorType(I32, products.lanes) if products is PAIRS else sums
-            x = cgutils.alloca_once_value(builder, ir.Constant(kind, [1] * products.lanes))
-            chains = [
-                cgutils.alloca_once_value(builder, ir.Constant(sums, [0.0] * products.lanes)) for _ in range(CHAINS)
-            ]
+            sums = ir.VectorType(F32, lanes)
+            kind = ir.VectorType(I32, lanes) if is_paired else sums
+            x = cgutils.alloca_once_value(builder, ir.Constant(kind, [1] * lanes))
+            chains = [cgutils.alloca_once_value(builder, ir.Constant(sums, [0.0] * lanes)) for _ in range(CHAINS)]
             with cgutils.for_range(builder, args[0]):
                 for chain in chains:
-                    value = builder.load(x)
-                    builder.store(products.add(builder, value, value, builder.load(chain)), chain)
+                    value, total = builder.load(x), builder.load(chain)
+                    if is_paired:
+                        total = bfloat16_ops.add_pair(builder, value, value, total)
+                    else:
+                        total = vector_call(builder, "fma", value, value, total)
+                    builder.store(total, chain)
             total = builder.load(chains[0])
             for chain in chains[1:]:
                 total = builder.fadd(total, builder.load(chain))
@@ -94,10 +97,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     numba.set_num_threads(1)
-    products, kernel_class = (PAIRS, Bfloat16Cpu) if arguments.rounded else (FLOATS, DenseCpu)
-    peak_loop = make_peak_loop(products)
-    peak = 2 * products.inputs // products.num_parts * CHAINS * LOOPS / seconds(lambda: peak_loop(LOOPS), 9)
-    print(f"peak of {products.lanes} lanes, {products.inputs} inputs: {peak / 1e9:.0f} GFLOP/s\n")
+    is_paired = arguments.rounded and bfloat16_ops.HAS_PAIRS
+    kernel_class = Bfloat16Cpu if arguments.rounded else DenseCpu
+    lanes, products = (bfloat16_ops.LANES, bfloat16_ops.INPUTS) if is_paired else (WIDTH, 1)
+    peak_loop = make_peak_loop(lanes, is_paired=is_paired)
+    peak = 2 * products * lanes * CHAINS * LOOPS / seconds(lambda: peak_loop(LOOPS), 9)
+    print(f"peak of {lanes} lanes, {products} inputs each: {peak / 1e9:.0f} GFLOP/s\n")
     print("| matrix | rows | GFLOP/s | of the peak |\n|---|---|---|---|")
     for name, (num_outputs, num_inputs) in SHAPES.items():
         weight = torch.randn(num_outputs, num_inputs).to(getattr(torch, arguments.dtype))

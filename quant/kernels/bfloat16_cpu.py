@@ -1,68 +1,148 @@
 """Dense matrix product on a CPU whose factors are bfloat16: activations are rounded to it, sums are float32.
 
-One rule for every number of rows: each number of a row is rounded to the nearest bfloat16, ties to even, and pairs of
-inputs are added to 16 lanes as `dense_ops.PAIRS` says. Weights are read where they lie. A row's bits depend neither on
-how many rows run with it nor on whether the processor has AVX512-BF16.
+One rule for every number of rows: each number of a row is rounded to the nearest bfloat16, ties to even, and the
+products of an output are added in the order of its inputs, of each two the second one first (`bfloat16_ops`). A row's
+bits depend neither on how many rows run with it nor on whether the processor has AVX512-BF16.
+
+Weights are put into the order in which a tile reads them once, so that an output is a lane of a register: no sum is
+folded, and a tile reads one stream. Rows are cut into blocks of as many as a tile takes, all but the last alike, and
+their activations are put side by side, pair by pair.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST
-from quant.kernels.dense_cpu import DenseCpu
-from quant.kernels.dense_ops import HAS_PAIRS, PAIRS, make_part_tile, make_tile
-from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, multiply_rows, write_rows
+from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, OUTPUTS, ROWS, activation_type, make_tile
+from quant.kernels.padding_cpu import cut_padding, padded
 from quant.kernels.simd import HAS_AVX512, load16, store
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
-# None asks for weights ahead of their use: the processor's own guesses are faster on Zen 5.
-_single, _one_row, _two_rows = (make_tile(*shape, ahead=0, products=PAIRS) for shape in ((1, 1), (1, 4), (2, 4)))
-_MANY_OUTPUTS = 6 if HAS_PAIRS else 4
-"""Without the instruction a tile also needs registers for inputs that are taken apart."""
-_three_rows = make_tile(3, _MANY_OUTPUTS, ahead=0, products=PAIRS)
-_many_rows = make_tile(ROWS, _MANY_OUTPUTS, ahead=0, products=PAIRS)
-_part_rows = make_part_tile(ROWS, _MANY_OUTPUTS, PAIRS)
-_MAX_PART = 2048
-"""Inputs of six weights and four rows that the L1 cache has place for."""
+ROW_BLOCK = 43 * ROWS
+"""Rows that share a reading of a tile's weights, which stay in the L2 cache; activations come from the L3 in time."""
+ROUNDED_AT_A_TIME = 16
+"""The number of inputs is a multiple of it."""
+INTERLEAVED_PAIRS = 16
+"""Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 
-
-@njit(inline="always")
-def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
-    for k in range(row * k_size, (row + 1) * k_size, 16):
-        store(rounded, k, load16(x, k))
+_ACTIVATION = activation_type()
+_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (make_tile(rows) for rows in range(1, 7))
+_tile7, _tile8, _tile9, _tile10, _tile11, _tile12 = (make_tile(rows) for rows in range(7, ROWS + 1))
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
-    rounded = np.empty(num_rows * k_size, np.uint16)
-    write_rows(_round_row, x, num_rows, k_size, rounded)
-    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+def interleave(w, n_size, k_size, out):  # type: ignore[no-untyped-def]
+    """w uint16 [n_size, k_size] -> out uint16 [tiles, pairs, OUTPUTS, 2]; outputs that w has not are zeros."""
+    num_pairs = k_size // INPUTS
+    for tile in prange((n_size + OUTPUTS - 1) // OUTPUTS):
+        for first in range(0, num_pairs, INTERLEAVED_PAIRS):
+            last = min(num_pairs, first + INTERLEAVED_PAIRS)
+            for lane in range(OUTPUTS):
+                n = tile * OUTPUTS + lane
+                for pair in range(first, last):
+                    at = ((tile * num_pairs + pair) * OUTPUTS + lane) * INPUTS
+                    for half in range(INPUTS):
+                        out[at + half] = w[n * k_size + pair * INPUTS + half] if n < n_size else 0
+
+
+@njit(inline="always")
+def _round_row(x, row, k_size):  # type: ignore[no-untyped-def]
+    """A row of x float32 [*, k_size] as bfloat16."""
+    rounded = np.empty(k_size, np.uint16)
+    for k in range(0, k_size, ROUNDED_AT_A_TIME):
+        store(rounded, k, load16(x, row * k_size + k))
+    return rounded
+
+
+@njit(inline="always")
+def _words_of(rounded):  # type: ignore[no-untyped-def]
+    return rounded.view(np.uint32)
+
+
+@njit(inline="always")
+def _floats_of(rounded):  # type: ignore[no-untyped-def]
+    floats = np.empty(len(rounded), np.float32)
+    for k in range(0, len(rounded), ROUNDED_AT_A_TIME):
+        store(floats, k, load16(rounded, k))
+    return floats
+
+
+_numbers_of = _words_of if HAS_PAIRS else _floats_of
+
+
+@njit(**FAST)
+def _round_block(x, row, rows, k_size, rounded):  # type: ignore[no-untyped-def]
+    """Rows of x to `rounded`, as a tile of so many rows takes them."""
+    for r in range(rows):
+        numbers = _numbers_of(_round_row(x, row + r, k_size))
+        first = row * len(numbers) + r
+        for i in range(len(numbers)):
+            rounded[first + i * rows] = numbers[i]
+
+
+@njit(**FAST)
+def _multiply_block(x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # type: ignore[no-untyped-def]
+    if rows == 1:
+        _tile1(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 2:
+        _tile2(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 3:
+        _tile3(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 4:
+        _tile4(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 5:
+        _tile5(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 6:
+        _tile6(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 7:
+        _tile7(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 8:
+        _tile8(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 9:
+        _tile9(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 10:
+        _tile10(x, x0, w, bias, out, row, tile, n_size, k_size)
+    elif rows == 11:
+        _tile11(x, x0, w, bias, out, row, tile, n_size, k_size)
+    else:
+        _tile12(x, x0, w, bias, out, row, tile, n_size, k_size)
+
+
+@njit(parallel=True, **FAST)
+def _product(x, w, bias, out, num_rows, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
+    numbers = k_size // INPUTS if HAS_PAIRS else k_size
+    rounded = np.empty(num_rows * numbers, _ACTIVATION)
+    rows_each = even_block(num_rows, ROWS, 1)
+    num_blocks = (num_rows + rows_each - 1) // rows_each
+    if num_blocks == 1:  # a parallel region takes longer to start
+        _round_block(x, 0, num_rows, k_size, rounded)
+    else:
+        for block in prange(num_blocks):
+            first = block * rows_each
+            _round_block(x, first, min(rows_each, num_rows - first), k_size, rounded)
+    row_block = ROW_BLOCK // rows_each * rows_each
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
-        size = even_block(end - first_row, row_block, ROWS)
-        for row in range(first_row, end, size):
-            last_row = min(end, row + size)
+        first_tile, last_tile, first_row, end = rectangle(
+            index, thread, num_threads, n_size // OUTPUTS, num_rows, rows_each
+        )
+        even = even_block(end - first_row, row_block, rows_each)
+        for start in range(first_row, end, even):
             for tile in range(first_tile, last_tile):
-                first_n = tile * TILE_OUTPUTS
-                last_n = min(n_size, first_n + TILE_OUTPUTS)
-                multiply_rows(
-                    _single, _one_row, _one_row, _two_rows, _three_rows, _many_rows, _many_rows, _part_rows,
-                    4, 4, _MANY_OUTPUTS, _MAX_PART,
-                    rounded, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size,
-                )  # fmt: skip
+                for row in range(start, min(end, start + even), rows_each):
+                    rows = min(rows_each, num_rows - row)
+                    _multiply_block(rounded, row * numbers, w, bias, out, row, rows, tile, n_size, k_size)
 
 
-class Bfloat16Cpu(DenseCpu):
+class Bfloat16Cpu:
     """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32."""
 
     rounding = ("AVX512-BF16" if HAS_PAIRS else "AVX-512") if HAS_AVX512 else None
-    product = staticmethod(_product)
-    input_bytes = 2
+    row_counts = ()
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
@@ -71,6 +151,26 @@ class Bfloat16Cpu(DenseCpu):
             reasons.append("the processor has no AVX-512, without which pairs of bfloat16 are slower than float32")
         if packed.weight.dtype != torch.bfloat16:
             reasons.append(f"weights are {packed.weight.dtype}, not bfloat16")
-        if packed.num_inputs % PAIRS.inputs:
-            reasons.append(f"input sizes must be a multiple of {PAIRS.inputs}, not {packed.num_inputs}")
+        if packed.num_inputs % ROUNDED_AT_A_TIME:
+            reasons.append(f"input sizes must be a multiple of {ROUNDED_AT_A_TIME}, not {packed.num_inputs}")
         return reasons
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._n_size, self._k_size = packed.weight.shape
+        self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
+        self._weight = np.empty(self._padded_size * self._k_size, np.uint16)
+        interleave(flat_view(packed.weight), self._n_size, self._k_size, self._weight)
+        bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
+        self._bias = flat_view(padded(bias, self._padded_size))
+        self._num_threads = get_num_threads()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.shape[0]
+        out, flat_out = new_output(num_rows, self._padded_size)
+        sizes = num_rows, self._padded_size, self._k_size, self._num_threads
+        call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
+        if self._padded_size == self._n_size:
+            return out
+        cut, flat_cut = new_output(num_rows, self._n_size)
+        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
+        return cut

@@ -8,8 +8,6 @@ the weights (docs/performance.md has the figures).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
@@ -73,10 +71,6 @@ class DenseCpu:
 
     rounding: str | None = None
     row_counts = ()
-    product: Any = staticmethod(_product)
-    """The compiled kernel."""
-    input_bytes = 4
-    """Bytes of an activation where the kernel reads it."""
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
@@ -89,12 +83,12 @@ class DenseCpu:
         self._n_size, self._k_size = weight.shape
         self._weight = flat_view(weight)
         self._bias = flat_view(torch.zeros(self._n_size) if bias is None else bias.to(torch.float32))
-        self._row_block = rows_per_block(self.input_bytes * self._k_size)
+        self._row_block = rows_per_block(4 * self._k_size)
         self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._n_size)
         sizes = num_rows, self._n_size, self._k_size, self._row_block, self._num_threads
-        call(self.product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
+        call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

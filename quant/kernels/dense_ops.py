@@ -1,4 +1,4 @@
-"""Register tiles of the dense product, and the three ways in which they add.
+"""Register tiles of the dense product with float32 activations, and the two ways in which they add.
 
 A tile is some rows of x times some rows of w: an accumulator of float32 lanes for each pair, to which the inputs are
 added step by step, in order. All tiles add so, whatever their shape: a row's bits do not depend on the tile it is in.
@@ -10,10 +10,6 @@ processor.
 `SPLIT`: the same, but with `SPLITS_PAIRS` and bfloat16 weights those of even index are added first of each 16 inputs,
 then the odd ones. A pair of weights is a 32-bit word, of which two instructions make two floats. The activations must
 have been put into that order before (`split_row`).
-
-`PAIRS`: a step is 32 inputs in bfloat16, two to each of 16 lanes, and two fused multiply-adds, of the second input of a
-pair first. AVX512-BF16 has one instruction for them. Elsewhere they are two, with the same bits but where a number is
-below 2^-126, which that instruction takes for 0.
 """
 
 from __future__ import annotations
@@ -44,21 +40,14 @@ WIDTH = 2 * LANES if HAS_AVX512 else LANES
 """Lanes of an accumulator of floats: one register with AVX-512 and with AVX, two with NEON."""
 SPLITS_PAIRS = "avx2" in enabled_features() and not HAS_AVX512
 """Whether the product of floats widens bfloat16 by pairs: one vector instruction for eight, which are two elsewhere."""
-HAS_PAIRS = "avx512bf16" in enabled_features()
-"""Whether one instruction adds pairs of bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Products:
-    """A way to add: `inputs` a step to `lanes` sums, in `num_parts` parts."""
+    """A way to add. A step is `FLOAT_INPUTS` inputs, which are `NUM_PARTS` times `WIDTH` lanes."""
 
-    inputs: int
-    lanes: int
-    num_parts: int
     load: Callable[..., Any]
     """Makes of (builder, typed pointer, dtype, offset, `Step`) one part of a step's inputs or weights."""
-    add: Callable[..., Any]
-    """Makes of (builder, inputs, weights, sums) the new sums."""
     reads_behind: bool = False
     """Whether a step reads a number behind its inputs, unless it is the last."""
 
@@ -73,7 +62,8 @@ class Step:
 
 
 FLOAT_INPUTS = 2 * LANES
-"""Inputs of a step of floats."""
+"""Inputs of a step."""
+NUM_PARTS = FLOAT_INPUTS // WIDTH
 LINE_BYTES = 64
 """Bytes of a cache line."""
 
@@ -97,34 +87,8 @@ def _load_split(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
     return b.bitcast(b.shl(pairs, ir.Constant(words, [16] * WIDTH)), floats)
 
 
-def _add_floats(b: Any, x: Any, w: Any, total: Any) -> Any:
-    return vector_call(b, "fma", x, w, total)
-
-
-PAIR_LANES = 16
-_FLOATS, _INTEGERS = ir.VectorType(F32, PAIR_LANES), ir.VectorType(I32, PAIR_LANES)
-
-
-def _load_pairs(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
-    pairs = b.load(b.bitcast(b.gep(data, [offset]), _INTEGERS.as_pointer()))
-    pairs.align = dtype.bitwidth // 8
-    return pairs
-
-
-def _add_pairs(b: Any, x: Any, w: Any, total: Any) -> Any:
-    if HAS_PAIRS:
-        signature = ir.FunctionType(_FLOATS, [_FLOATS, _INTEGERS, _INTEGERS])
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return b.call(cgutils.get_or_insert_function(b.module, signature, name), [total, x, w])
-    upper, sixteen = (ir.Constant(_INTEGERS, [value] * PAIR_LANES) for value in (-1 << 16, 16))
-    second = [b.bitcast(b.and_(pairs, upper), _FLOATS) for pairs in (x, w)]
-    first = [b.bitcast(b.shl(pairs, sixteen), _FLOATS) for pairs in (x, w)]
-    return vector_call(b, "fma", *first, vector_call(b, "fma", *second, total))
-
-
-FLOATS = Products(FLOAT_INPUTS, WIDTH, FLOAT_INPUTS // WIDTH, _load_floats, _add_floats)
-SPLIT = dataclasses.replace(FLOATS, load=_load_split, reads_behind=True) if SPLITS_PAIRS else FLOATS
-PAIRS = Products(2 * PAIR_LANES, PAIR_LANES, 1, _load_pairs, _add_pairs)
+FLOATS = Products(_load_floats)
+SPLIT = Products(_load_split, reads_behind=True) if SPLITS_PAIRS else FLOATS
 
 
 @intrinsic
@@ -166,7 +130,7 @@ def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, 
 
     x, w flat arrays, of which the first rows begin at x0 and w0; the result of the first pair goes to out[o0], after
     bias[n] was added. Weights are asked for `ahead` rows before their use, `lines` cache lines a step; 0: the processor
-    is left to guess. The number of inputs is a multiple of `LANES`, and of a step's inputs where that is more than 16.
+    is left to guess. The number of inputs is a multiple of `LANES`.
     """
 
     @intrinsic
@@ -189,7 +153,7 @@ def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, 
 def make_part_tile(rows: int, outputs: int, products: Products = FLOATS) -> Any:
     """As `make_tile`, but only the inputs from `first_k` to `last_k` are added.
 
-    Between the parts the sums are kept in `sums` [rows * outputs * lanes] from s0 on.
+    Between the parts the sums are kept in `sums` [rows * outputs * WIDTH] from s0 on.
     """
 
     @intrinsic
@@ -224,7 +188,7 @@ class _Tile:
         """x and w are typed pointers with the dtype and the offset of the first row."""
         self._b, self._products, self._x, self._w, self._k_size = b, products, x, w, k_size
         self._x_rows, self._w_rows = self._starts(x[2], k_size, rows), self._starts(w[2], k_size, outputs)
-        self._zero = ir.Constant(ir.VectorType(F32, products.lanes), [0.0] * products.lanes)
+        self._zero = ir.Constant(ir.VectorType(F32, WIDTH), [0.0] * WIDTH)
         self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in range(outputs)] for _ in range(rows)]
 
     def number(self, value: int) -> ir.Constant:
@@ -235,7 +199,7 @@ class _Tile:
 
     def add(self, first_k: Any, last_k: Any, ahead: int = 0, lines: int = 0) -> None:
         """Add the products of the inputs from `first_k` to `last_k`."""
-        b, step = self._b, self._products.inputs
+        b, step = self._b, FLOAT_INPUTS
         length = b.sub(last_k, first_k)
         num_steps = b.sdiv(length, self.number(step))
         num_others = b.sub(num_steps, self.number(1)) if self._products.reads_behind else num_steps
@@ -247,10 +211,9 @@ class _Tile:
         if self._products.reads_behind:
             with b.if_then(b.icmp_signed(">", num_steps, self.number(0)), likely=True):
                 self._add_step(b.add(first_k, b.mul(num_others, self.number(step))), step, is_last=True)
-        if step == FLOAT_INPUTS:
-            rest = b.srem(length, self.number(step))
-            with b.if_then(b.icmp_signed("!=", rest, self.number(0)), likely=False):
-                self._add_step(b.sub(last_k, rest), LANES, is_last=True)
+        rest = b.srem(length, self.number(step))
+        with b.if_then(b.icmp_signed("!=", rest, self.number(0)), likely=False):
+            self._add_step(b.sub(last_k, rest), LANES, is_last=True)
 
     def _ask_for(self, distance: Any, line: int) -> None:
         """Ask for a cache line of weights so many numbers from the first, and `line` lines from there."""
@@ -260,13 +223,13 @@ class _Tile:
 
     def _add_step(self, k: Any, count: int, *, is_last: bool = False) -> None:
         b, products = self._b, self._products
-        for part in range(products.num_parts if count == products.inputs else 1):
+        for part in range(NUM_PARTS if count == FLOAT_INPUTS else 1):
             step = Step(count, part, is_last)
             weights = [products.load(b, *self._w[:2], b.add(start, k), step) for start in self._w_rows]
             for start, row_sums in zip(self._x_rows, self._sums, strict=True):
                 a = products.load(b, *self._x[:2], b.add(start, k), step)
                 for weight, place in zip(weights, row_sums, strict=True):
-                    b.store(products.add(b, a, weight, b.load(place)), place)
+                    b.store(vector_call(b, "fma", a, weight, b.load(place)), place)
 
     def _kept(self, data: Any) -> list[tuple[Any, Any]]:
         """Each accumulator with its place in memory."""

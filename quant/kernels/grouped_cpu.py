@@ -19,8 +19,9 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu, multiply_tile
 from quant.kernels.dense_ops import split_row, splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block, write_rows
-from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, cut_padding, multiply_rows, round_rows
+from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
+from quant.kernels.padding_cpu import cut_padding
 from quant.kernels.work_split import tile_range
 
 

@@ -27,6 +27,7 @@ from quant.kernels.integer_ops import (
     make_tile,
     round_group,
 )
+from quant.kernels.padding_cpu import cut_padding, padded
 from quant.kernels.rounded_torch import GROUPS, activation_group
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 from quant.packing import unpack_nibbles
@@ -106,14 +107,6 @@ def _product(  # type: ignore[no-untyped-def]
                 )
 
 
-@njit(**FAST)
-def cut_padding(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
-    """The first n_size outputs of every row."""
-    for row in range(len(out) // n_size):
-        for n in range(n_size):
-            out[row * n_size + n] = padded[row * padded_size + n]
-
-
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
     """Bytes q [n, k] -> flat, in the order the kernel reads: a chunk of inputs for `units` times `lanes` outputs, then
     the next chunk; in a unit four inputs of every lane at a time.
@@ -166,7 +159,7 @@ class IntegerCpu:
         if num_groups > 1:
             scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are not for whole outputs
         bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
-        numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(self._padded(bias))
+        numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(padded(bias, self._padded_size))
         self._before = group, flat_view(weight), *numbers
         row_block = max(MIN_ROW_BLOCK, ROW_BLOCK_BYTES // k_size // ROWS * ROWS)
         self._after = self._padded_size, k_size, row_block
@@ -179,18 +172,14 @@ class IntegerCpu:
 
     def _reordered(self, weight: torch.Tensor) -> torch.Tensor:
         """Put some rows of a packed weight, filled up to whole tiles, in the order of the kernel."""
-        missing = -weight.shape[0] % OUTPUTS
+        num_outputs = -(-len(weight) // OUTPUTS) * OUTPUTS
         if weight.dtype == torch.int8:
-            return interleave(_extended(weight, missing) ^ -SHIFT, ISA, 8)
-        return interleave(_extended(unpack_nibbles(weight), missing), ISA, 4)
-
-    def _padded(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[n, ...] -> [whole tiles, ...]"""
-        return _extended(outputs, self._padded_size - self._n_size)
+            return interleave(padded(weight, num_outputs) ^ -SHIFT, ISA, 8)
+        return interleave(padded(unpack_nibbles(weight), num_outputs), ISA, 4)
 
     def _in_units(self, numbers: torch.Tensor) -> torch.Tensor:
         """[n, groups] -> [units, groups, lanes]"""
-        units = self._padded(numbers).reshape(-1, ISA.lanes, numbers.shape[1])
+        units = padded(numbers, self._padded_size).reshape(-1, ISA.lanes, numbers.shape[1])
         return units.transpose(1, 2).contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,8 +193,3 @@ class IntegerCpu:
         cut, flat_cut = new_output(num_rows, self._n_size)
         call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
         return cut
-
-
-def _extended(rows: torch.Tensor, missing: int) -> torch.Tensor:
-    """Put `missing` rows of zeros at the end."""
-    return rows if not missing else torch.cat([rows, torch.zeros(missing, *rows.shape[1:], dtype=rows.dtype)])

@@ -67,7 +67,7 @@ def _integers(value: int, count: int = LANES) -> ir.Constant:
     return ir.Constant(ir.VectorType(I32, count), [value] * count)
 
 
-def _spread(builder: Any, value: Any, count: int) -> Any:
+def spread(builder: Any, value: Any, count: int) -> Any:
     """A number in every one of `count` lanes."""
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     single = builder.insert_element(undefined, value, ir.Constant(I32, 0))
@@ -108,7 +108,7 @@ def _make_splat(result: LanesType) -> Any:
     @intrinsic
     def splat(typing_context: Any, value: Any) -> Any:
         """The float32 `value` in every lane."""
-        return result(types.float32), lambda context, builder, sig, args: _spread(builder, args[0], result.count)
+        return result(types.float32), lambda context, builder, sig, args: spread(builder, args[0], result.count)
 
     return splat
 
@@ -308,9 +308,9 @@ def first_lanes(typing_context: Any, count: Any, value: Any, other: float) -> An
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         num_lanes = args[1].type.count
-        counts = _spread(builder, builder.trunc(args[0], I32), num_lanes)
+        counts = spread(builder, builder.trunc(args[0], I32), num_lanes)
         is_first = builder.icmp_signed("<", ir.Constant(counts.type, list(range(num_lanes))), counts)
-        return builder.select(is_first, args[1], _spread(builder, args[2], num_lanes))
+        return builder.select(is_first, args[1], spread(builder, args[2], num_lanes))
 
     return value(types.intp, value, types.float32), codegen
 

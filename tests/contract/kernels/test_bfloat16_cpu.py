@@ -10,14 +10,14 @@ import torch
 from numba import njit
 
 from quant.base import PackedWeight
-from quant.kernels import MATRICES, choose_kernel, dense_ops
+from quant.kernels import MATRICES, choose_kernel
 from quant.kernels.arrays import flat_view
-from quant.kernels.bfloat16_cpu import Bfloat16Cpu
+from quant.kernels.bfloat16_cpu import ROW_BLOCK, Bfloat16Cpu, interleave
+from quant.kernels.bfloat16_ops import HAS_PAIRS, OUTPUTS, ROWS, make_tile
 from quant.kernels.dense_cpu import DenseCpu
-from quant.kernels.dense_ops import PAIRS, make_tile
-from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block
+from quant.kernels.simd import HAS_AVX512
 
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
+ROW_COUNTS = [*range(1, ROWS + 2), 17, 25, 64]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,39 +29,33 @@ def packed(n_size: int, k_size: int) -> PackedWeight:
 
 
 def by_the_rule(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """Rounded rows; the second inputs of 16 pairs are added to 16 lanes, then the first ones; lanes fold by halves."""
+    """Rounded rows; of every two inputs the second one's product is added first, then the first one's."""
     assert weight.bias is not None
-    rows, outputs = (factor.bfloat16().double().unflatten(1, (-1, 16, 2)) for factor in (x, weight.weight))
-    products = rows[:, None] * outputs[None]
-    lanes = torch.zeros(len(x), len(weight.weight), 16)
-    for step in range(products.shape[2]):
-        for place in (1, 0):
-            lanes = (lanes.double() + products[:, :, step, :, place]).float()
-    while lanes.shape[-1] > 1:
-        low, high = lanes.chunk(2, dim=-1)
-        lanes = low + high
-    return lanes[..., 0] + weight.bias
+    rows, outputs = (factor.bfloat16().double().unflatten(1, (-1, 2)) for factor in (x, weight.weight))
+    sums = torch.zeros(len(x), len(weight.weight))
+    for pair in range(rows.shape[1]):
+        for half in (1, 0):
+            sums = (sums.double() + rows[:, None, pair, half] * outputs[:, pair, half]).float()
+    return sums + weight.bias
 
 
-@pytest.mark.parametrize("k_size", [32, 96, 896])
-@pytest.mark.parametrize("n_size", [1, 3, 11, 12, 13, 24, 47])
+@pytest.mark.parametrize("k_size", [16, 48, 896])
+@pytest.mark.parametrize("n_size", [1, 31, 32, 33, 96, 127])
 def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int) -> None:
     weight, x = packed(n_size, k_size), random(64, k_size)
     kernel, expected = Bfloat16Cpu(weight), by_the_rule(x, weight)
-    for rows in ROWS:
+    for rows in ROW_COUNTS:
         for start in (0, 1, 64 - rows):
             part = slice(start, start + rows)
             assert torch.equal(kernel(x[part].contiguous()), expected[part]), "whatever runs beside it"
 
 
-@pytest.mark.parametrize("k_size", [1024, 2080, 8960])
-def test_rows_beyond_one_row_block(k_size: int) -> None:
-    """Rows of the second block are rows like any other, and so are rows that take their inputs in parts."""
-    block = rows_per_block(2 * k_size)
-    x, weight = random(block + 7, k_size), packed(TILE_OUTPUTS + 1, k_size)
+def test_rows_beyond_one_row_block() -> None:
+    """Rows of the second block are rows like any other, and so are those of the last tile, which has fewer."""
+    weight, x = packed(OUTPUTS + 1, 1024), random(ROW_BLOCK + 7, 1024)
     kernel = Bfloat16Cpu(weight)
     whole = kernel(x)
-    for row in (0, block - 1, block, block + 6):
+    for row in (0, ROW_BLOCK // 2 - 1, ROW_BLOCK // 2, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 6):
         one = x[row : row + 1]
         assert torch.equal(whole[row], kernel(one)[0])
         assert torch.equal(whole[row], by_the_rule(one, weight)[0])
@@ -94,29 +88,31 @@ def test_no_rows() -> None:
     assert Bfloat16Cpu(packed(12, 32))(torch.empty(0, 32)).shape == (0, 12)
 
 
-def test_two_additions_have_the_bits_of_the_one_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor without AVX512-BF16 computes. Elsewhere both are the same code."""
-    factors = [(random(2, 640, seed=seed) * 2.0 ** random(2, 640, seed=seed + 2)).bfloat16() for seed in (0, 1)]
-    results = []
-    for has_pairs in (dense_ops.HAS_PAIRS, False):
-        monkeypatch.setattr(dense_ops, "HAS_PAIRS", has_pairs)
-        tile = make_tile(2, 2, 0, PAIRS)
+def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
+    """What a processor without AVX512-BF16 computes."""
+    x, w = ((random(n, 640, seed=n) * 2.0 ** random(n, 640, seed=n + 1)).bfloat16() for n in (2, OUTPUTS))
+    weights = np.empty(w.numel(), np.uint16)
+    interleave(flat_view(w), OUTPUTS, 640, weights)
+    words = flat_view(x).view(np.uint32).reshape(2, 320).T.copy()
+    numbers = x.float().numpy().T.copy()
+    tile = make_tile(2)
 
-        @njit
-        def product(x: Any, w: Any, bias: Any, out: Any, tile: Any = tile) -> None:
-            tile(x, 0, w, 0, 640, bias, 0, out, 0, 2)  # noqa: B023
+    @njit
+    def product(x: Any, w: Any, bias: Any, out: Any) -> None:
+        tile(x, 0, w, bias, out, 0, 0, OUTPUTS, 640)
 
-        results.append(np.zeros(4, np.float32))
-        product(*map(flat_view, factors), np.zeros(2, np.float32), results[-1])
+    results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
+    for rounded, out in zip((words, numbers) if HAS_PAIRS else (numbers, numbers), results, strict=True):
+        product(rounded.reshape(-1), weights, np.zeros(OUTPUTS, np.float32), out)
     assert results[0].tobytes() == results[1].tobytes()
-    assert len(set(results[0])) == 4
+    assert len(set(results[0])) == 2 * OUTPUTS
 
 
 def test_only_who_allows_rounding_gets_it_and_only_weights_that_it_can_take() -> None:
     assert MATRICES["cpu"]["dense"][0].endswith(":Bfloat16Cpu")
     dense = packed(12, 64)
-    rounded = Bfloat16Cpu if dense_ops.HAS_AVX512 else DenseCpu
+    rounded = Bfloat16Cpu if HAS_AVX512 else DenseCpu
     assert type(choose_kernel("cpu", dense, is_exact=False)) is rounded
     assert type(choose_kernel("cpu", dense)) is DenseCpu
-    for weight in (dense.weight.float(), dense.weight.half(), random(12, 40).bfloat16()):
+    for weight in (dense.weight.float(), dense.weight.half(), random(12, 24).bfloat16()):
         assert type(choose_kernel("cpu", PackedWeight("dense", weight), is_exact=False)) is DenseCpu
