@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numba
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
+from engine.build import build_model
 from engine.checkpoint.adapter import AdapterWeights, MergedWeights
+from engine.checkpoint.files import read_model_config
 from engine.checkpoint.gguf_folder import gguf_folder
 from engine.checkpoint.weights import open_weights
 from engine.core import EngineCore
@@ -26,12 +29,15 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.quantize.options import QuantizeOptions
 from engine.quantize.quantize import quantize
+from engine.runner import ModelRunner
 from engine.start import start_engine
-from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
+from parallel.state import ParallelState
+from tests.contract.harness import KERNELS, make_requests, make_sequence, oracle_greedy, run_requests, run_step
 from tests.oracles.adapter_peft import FOLDER as ADAPTERS
 from tests.oracles.adapter_peft import write_base
 from tests.tiny_gguf import write_gguf
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
+from tests.unit.parallel.threads import run_ranks
 
 LAYER = "model.layers.1"
 ATTENTION = [f"model.layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qkvo"]
@@ -39,7 +45,7 @@ MLP = [f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 16, "r": 4, "bias": "none"}
 RANK = 4
 ON_TABLE = "model.embed_tokens"
-BESIDE = ["saved-along"]
+BESIDE = "saved-along experts experts-by-modules one-parameter".split()
 """Adapters of `peft` that may also be kept beside the model."""
 PEFT: dict[str, Any] = json.loads((ADAPTERS / "expected.json").read_text())
 
@@ -229,6 +235,23 @@ def test_adapters_of_the_real_peft_have_its_ids(name: str, tmp_path: Path) -> No
     else:
         with pytest.raises(StartError, match="beside the model only the matrices of its layers can be changed: give"):
             start(tmp_path, None, lora_adapters=[("a", str(ADAPTERS / name))])
+
+
+@pytest.mark.parametrize("name", "experts saved-modules tied-saved tied-table added-biases".split())
+def test_on_shards_it_is_merged_part_by_part(name: str, tmp_path: Path) -> None:
+    write_base(name, tmp_path)
+    config = read_model_config(tmp_path)
+
+    def work(parallel: ParallelState) -> torch.Tensor:
+        numba.set_num_threads(1)
+        model = build_model(config, tmp_path, torch.float32, KERNELS, parallel=parallel, adapter=ADAPTERS / name)
+        runner = ModelRunner(model, KERNELS)
+        runner.allocate(4, torch.float32, num_positions=64)
+        return run_step(runner, [make_sequence(PEFT["prompt_ids"], [0])], [len(PEFT["prompt_ids"])])
+
+    [whole], (first, _) = run_ranks(1, work), run_ranks(2, work)
+    torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
+    assert whole.argmax() == PEFT["answers"][name]["ids"][0]
 
 
 def test_a_copy_may_lack_rows_of_padding_and_be_in_the_dtype_of_training(tmp_path: Path) -> None:
