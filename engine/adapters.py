@@ -1,7 +1,8 @@
 """Adapters (LoRA) beside the model: the slots of memory in which steps find them, filled as steps need them.
 
 Each matrix of the decoder's layers has a change for each slot, and adds those of a step's rows to its own product
-(`parallel.linear`). The scheduler says which adapter is in which slot (`engine.scheduling.adapters`).
+(`parallel.linear`). Experts have memory for changes only if an adapter that the start names changes any. The scheduler
+says which adapter is in which slot (`engine.scheduling.adapters`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from engine.layers.base import FEW_ROWS
 from engine.link.errors import StartError
 from engine.models.base import CausalLM
 from engine.scheduling.adapters import NO_SLOT
+from parallel.experts import ExpertMatrices
 from parallel.linear import ParallelMatrices
-from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate
+from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels import make_low_rank_kernel
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ Files stay open until nobody can name the adapter: what was loaded once stays lo
 """
 DEFAULT_MAX_RANK = 16
 """Largest rank where no adapter is named at the start."""
+
+AdaptableLayer = ParallelMatrices | ExpertMatrices
 
 
 class AdapterSlots:
@@ -57,9 +61,9 @@ class AdapterSlots:
         `free_bytes` are there for all slots; None: that is not known. Raises StartError for an adapter that does not
         fit the model, and for slots that do not fit the memory.
         """
-        self._device, self._dtype = device, dtype
-        self._base, self._matrices = base, adaptable_matrices(model)
+        self._device, self._dtype, self._base = device, dtype, base
         self._weights = {number: AdapterWeights(Path(folder)) for number, (_, folder) in enumerate(adapters)}
+        self._choose_matrices(model)
         ranks = [weights.max_rank for weights in self._weights.values()]
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
         self._check_start(num_slots, free_bytes, model.num_ranks)
@@ -78,6 +82,14 @@ class AdapterSlots:
         self.is_host_driven = any(kernel.is_host_driven for kernel in kernels.values())
         """Whether what the host calls depends on the adapters of a step's rows: no graph has them."""
 
+    def _choose_matrices(self, model: CausalLM) -> None:
+        """Set which matrices have memory for changes. Experts, most of a model, have it if an adapter changes any."""
+        matrices = adaptable_matrices(model)
+        experts = {name for name, (layer, _) in matrices.items() if isinstance(layer, ExpertMatrices)}
+        is_changing_experts = any(module in experts for weights in self._weights.values() for module in weights.modules)
+        self._left_out = set() if is_changing_experts else experts
+        self._matrices = {name: place for name, place in matrices.items() if name not in self._left_out}
+
     def _check_start(self, num_slots: int, free_bytes: int | None, num_ranks: int) -> None:
         """Raise StartError, before anything is allocated, for what does not fit: adapters, or so many slots."""
         for weights in self._weights.values():
@@ -91,12 +103,13 @@ class AdapterSlots:
             )
 
     def _allocate(self, backend: str, dtype: torch.dtype) -> dict[tuple[int, ...], LowRankKernel]:
-        """Give every layer its kernels. Returns a kernel of each size, inputs and outputs."""
+        """Give every layer its kernels. Returns a kernel of each size: experts, inputs and outputs."""
         kernels: dict[tuple[int, ...], LowRankKernel] = {}
 
-        def make(num_inputs: int, num_outputs: Sequence[int]) -> LowRankKernel:
-            shape = LowRankShape(num_inputs, num_outputs, self.num_slots, self.max_rank, dtype, self._device)
-            kernel = kernels[num_inputs, *num_outputs] = make_low_rank_kernel(backend, shape, self._step)
+        def make(num_inputs: int, num_outputs: Sequence[int], num_experts: int) -> LowRankKernel:
+            sizes = self.num_slots, self.max_rank, dtype, self._device, num_experts
+            kernel = make_low_rank_kernel(backend, LowRankShape(num_inputs, num_outputs, *sizes), self._step)
+            kernels[num_experts, num_inputs, *num_outputs] = kernel
             return kernel
 
         self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
@@ -139,11 +152,12 @@ class AdapterSlots:
             self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
 
     def _compile(self, kernels: Mapping[tuple[int, ...], LowRankKernel], dtype: torch.dtype) -> None:
-        """Start a kernel of each size, inputs and outputs: some are compiled then, for which requests would wait."""
+        """Start a kernel of each size: some are compiled then, for which requests would wait."""
         self._set_rows(np.array([NO_SLOT]))
-        for (num_inputs, *num_outputs), kernel in kernels.items():
+        zero = torch.zeros(1, dtype=torch.int32, device=self._device)
+        for (num_experts, num_inputs, *num_outputs), kernel in kernels.items():
             y, x = (torch.zeros(1, size, dtype=dtype, device=self._device) for size in (sum(num_outputs), num_inputs))
-            kernel.add_to(y, x)
+            kernel.add_to(y, x, None if num_experts == 1 else RowGroups(zero, zero, zero, zero))
         self._step.rows = None
 
     @torch.inference_mode(False)
@@ -178,9 +192,9 @@ class AdapterSlots:
         return self._captured[:, :num_rows]
 
     @functools.cached_property
-    def _modules(self) -> dict[ParallelMatrices, dict[int, str]]:
+    def _modules(self) -> dict[AdaptableLayer, dict[int, str]]:
         """The module of each part of each layer."""
-        modules: dict[ParallelMatrices, dict[int, str]] = {layer: {} for layer in self._layers}
+        modules: dict[AdaptableLayer, dict[int, str]] = {layer: {} for layer in self._layers}
         for module, (layer, part) in self._matrices.items():
             modules[layer][part] = module
         return modules
@@ -201,6 +215,11 @@ class AdapterSlots:
                 f"--max-lora-rank {weights.max_rank}"
             )
         for module in weights.modules:
+            if module in self._left_out:
+                raise StartError(
+                    f"{folder} changes {module}, and experts have no memory for adapters: name one that changes "
+                    "experts in --lora-adapters, so that the start makes place for all of them"
+                )
             if weights.is_of_embeddings(module) or module not in self._matrices:
                 raise StartError(
                     f"{folder} changes {module}, and beside the model only the matrices of its layers can be changed: "
@@ -223,11 +242,11 @@ class AdapterSlots:
         weights.refuse_changed_copies(self._base)
 
 
-def adaptable_matrices(model: CausalLM) -> dict[str, tuple[ParallelMatrices, int]]:
+def adaptable_matrices(model: CausalLM) -> dict[str, tuple[AdaptableLayer, int]]:
     """The matrices that see every row of a step, by their names in checkpoints: all but the output head."""
     layers = model.checkpoint_layers()
     return {
         name: (layer, part)
         for name, (layer, part) in layers.items()
-        if isinstance(layer, ParallelMatrices) and layer is not model.lm_head
+        if isinstance(layer, AdaptableLayer) and layer is not model.lm_head
     }

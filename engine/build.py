@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from engine.adapters import AdapterSlots
+from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.files import read_model_config, read_quantization_config
 from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.loader import load_weights
-from engine.checkpoint.tied_head import with_stored_head
+from engine.checkpoint.tied_head import TIED_KEY, with_stored_head
 from engine.checkpoint.weight_files import find_weight_files
 from engine.checkpoint.weights import open_weights
 from engine.device import Device, resolve_dtype
@@ -85,10 +86,13 @@ def build_model(
     """
     quantization = quantization or choose_quantization(config, folder, dtype, device, None, None)
     weights = open_weights(folder)
+    if adapter is not None:
+        weights = merged = MergedWeights(weights, folder, adapter, is_tied=bool(config.get(TIED_KEY)))
+        logger.info("Merging %s into %d tensors", adapter, len(merged.changed_names))
     config = with_stored_head(config, weights)
     with _naming_defaults(config):
         model = make_model(config, quantization, device.activation_dtype(dtype), device, parallel, len(weights.names))
-        load_weights(model, folder, weights, device.torch_device, parallel.size, adapter, progress)
+        load_weights(model, folder, weights, device.torch_device, parallel.size, progress)
     return model
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from parallel.linear import Cut, ParallelMatrices, RowParallelLinear
+from parallel.linear import Cut, MakeAdapters, ParallelMatrices, RowParallelLinear
 from parallel.state import ParallelState
-from quant.base import GroupedKernel, PackedWeight, RowGroups
+from quant.base import GroupedKernel, LowRankKernel, LowRankUpdate, PackedWeight, RowGroups
 
 GroupedChooser = Callable[[Sequence[PackedWeight]], GroupedKernel]
 """Makes the kernel of as many matrices as there are experts. Raises ValueError if none takes them."""
@@ -24,6 +24,7 @@ class ExpertMatrices:
         self._num_parts = num_parts
         self._chooser = kernels
         self._kernels: list[GroupedKernel] = []
+        self._adapters: LowRankKernel | None = None
 
     def _place(self, part: int) -> tuple[ParallelMatrices, int]:
         expert, own_part = divmod(part, self._num_parts)
@@ -59,6 +60,24 @@ class ExpertMatrices:
             raise ValueError("some experts have matrices that can be joined and others have not")
         self._kernels = [self._chooser(alike) for alike in zip(*packed, strict=True)]
 
+    def matrix_shape(self, part: int) -> tuple[int, int]:
+        """Outputs and inputs of the whole matrix."""
+        matrices, part = self._place(part)
+        return matrices.matrix_shape(part)
+
+    def allocate_adapters(self, make: MakeAdapters) -> int:
+        """Have memory for adapters, once the weights are there: its bytes."""
+        self._adapters = self._experts[0].make_adapters(make, len(self._experts))
+        return self._adapters.num_bytes
+
+    def put_adapter(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
+        """Let a slot have this rank's part of the changes of each whole matrix, part after part; None: no change."""
+        assert self._adapters is not None, "called before allocate_adapters"
+        num_experts, num_parts = len(self._experts), self._num_parts
+        for expert, matrices in enumerate(self._experts):
+            own = updates[expert * num_parts : (expert + 1) * num_parts]
+            self._adapters.put(slot * num_experts + expert, matrices.cut_updates(own))
+
     @property
     def is_host_driven(self) -> bool:
         """Whether the host reads how many rows each expert has."""
@@ -67,7 +86,10 @@ class ExpertMatrices:
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs, part after part]; each row has one expert."""
         products = [kernel(x, groups) for kernel in self._kernels]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        if self._adapters is not None:
+            self._adapters.add_to(y, x, groups)
+        return y
 
 
 class RowParallelExperts(ExpertMatrices):

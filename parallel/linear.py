@@ -23,6 +23,8 @@ from quant.base import (
 
 Cut = tuple[int, slice]
 """A dimension of a stored tensor, and the part of it that is read."""
+MakeAdapters = Callable[[int, Sequence[int], int], LowRankKernel]
+"""Makes the kernel of adapters for so many inputs, outputs of each part, and experts (1: there are none)."""
 
 
 class ParallelMatrices:
@@ -155,13 +157,14 @@ class ParallelMatrices:
             merged = [packed.without_bias() for packed in merged]  # the ranks' results are summed: rank 0 alone adds it
         return [packed.to(device) for packed in merged]
 
-    def allocate_adapters(self, make: Callable[[int, Sequence[int]], LowRankKernel]) -> int:
-        """Have memory for adapters, once the weights are there: its bytes.
-
-        `make` makes the kernel for so many inputs and outputs of each part.
-        """
-        self._adapters = make(length(self._inputs), lengths(self._outputs))
+    def allocate_adapters(self, make: MakeAdapters) -> int:
+        """Have memory for adapters, once the weights are there: its bytes."""
+        self._adapters = self.make_adapters(make)
         return self._adapters.num_bytes
+
+    def make_adapters(self, make: MakeAdapters, num_matrices: int = 1) -> LowRankKernel:
+        """The kernel of adapters of so many layers like this one."""
+        return make(length(self._inputs), lengths(self._outputs), num_matrices)
 
     def matrix_shape(self, part: int) -> tuple[int, int]:
         """Outputs and inputs of the whole matrix."""
@@ -170,11 +173,14 @@ class ParallelMatrices:
     def put_adapter(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
         """Let a slot have this rank's part of the changes of each whole matrix; None: that one is not changed."""
         assert self._adapters is not None, "called before allocate_adapters"
-        parts = [
+        self._adapters.put(slot, self.cut_updates(updates))
+
+    def cut_updates(self, updates: Sequence[LowRankUpdate | None]) -> list[LowRankUpdate | None]:
+        """This rank's part of the changes of each whole matrix."""
+        return [
             update and LowRankUpdate(update.a[:, self._inputs], update.b[outputs], update.scaling)
             for update, outputs in zip(updates, self._outputs, strict=True)
         ]
-        self._adapters.put(slot, parts)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""

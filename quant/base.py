@@ -144,6 +144,13 @@ class LowRankShape:
     dtype: torch.dtype
     """What the changes are kept in; sums are float32."""
     device: torch.device
+    num_matrices: int = 1
+    """Experts, each of which has such matrices: a row is of one of them."""
+
+    @property
+    def num_places(self) -> int:
+        """Changes that there is memory for: those of a slot are one after the other, matrix by matrix."""
+        return self.num_slots * self.num_matrices
 
 
 class LowRankKernel(Protocol):
@@ -159,11 +166,14 @@ class LowRankKernel(Protocol):
 
     def __init__(self, shape: LowRankShape, step: AdapterRows) -> None: ...
 
-    def put(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
-        """Let the slot have a change for each matrix; None: that matrix is not changed."""
+    def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
+        """Let a place have a change for each matrix; None: that matrix is not changed."""
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add to y [rows, outputs of all matrices] what the adapters of the step's rows make of x [rows, inputs]."""
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups | None = None) -> None:
+        """Add to y [rows, outputs of all matrices] what the adapters of the step's rows make of x [rows, inputs].
+
+        `groups` says which of the step's rows each row is made of, and its expert; None: the rows are the step's.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -176,6 +186,8 @@ class RowGroups:
     """How many matrices have rows, then which ones: [num_matrices + 1] int32, the rest without meaning."""
     matrices: torch.Tensor
     """The matrix of each row: [num_rows] int32."""
+    sources: torch.Tensor
+    """The step's row that each row is made of: [num_rows] int32."""
 
 
 class GroupedKernel(Protocol):

@@ -1,7 +1,8 @@
 """An adapter (LoRA) merged into its base model while the weights are read. Importing it loads no torch.
 
 A matrix W [outputs, inputs] becomes W + scaling * B @ A, with A [r, inputs] and B [outputs, r], as `peft` merges it, in
-float32: --dtype float32 gives the ids of the merged model, whatever the base model is stored in.
+float32: --dtype float32 gives the ids of the merged model, whatever the base model is stored in. Tensors that were
+trained whole take the place of the base model's.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.adapter_config import MERGE_WITH_PEFT, AdapterSettings, read_config, read_settings, unusable
+from engine.checkpoint.expert_changes import SplitExpertChanges
 from engine.checkpoint.files import count_tokens
-from engine.checkpoint.renamed_weights import EMBEDDING
+from engine.checkpoint.renamed_weights import DECODER, EMBEDDING, HEAD
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from quant.matching_time import MatchingTime
 
 if TYPE_CHECKING:
@@ -33,31 +35,17 @@ logger = logging.getLogger(__name__)
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 """A tensor of an adapter. Groups: the module, whether that is a table of embeddings, A or B."""
+_BIAS = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_B(?:\.default)?\.bias")
+"""The change of a bias. Group: the module."""
+_SAVED = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.(weight|bias)")
+"""A tensor that was trained whole. Groups: the module, the tensor's own name."""
 _COPY = re.compile(r"(?:base_model\.model\.)?((?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 """A tensor of the base model that `peft` saves along where embeddings are targets, were resized, or are asked for
 (`save_embedding_layers`). Group: the module."""
 COPIED_ROWS = 8192
 """Rows of such a tensor that are compared at a time."""
-
-OTHER_KINDS: tuple[tuple[str, str], ...] = (
-    ("use_dora", "DoRA"),
-    ("lora_bias", "biases"),
-    ("modules_to_save", "whole modules (modules_to_save)"),
-    ("trainable_token_indices", "single tokens (trainable_token_indices)"),
-    ("target_parameters", "parameters by name (target_parameters)"),
-    ("layer_replication", "repeated layers (layer_replication)"),
-    ("alora_invocation_tokens", "a part of each prompt only (aLoRA)"),
-    ("use_qalora", "QALoRA"),
-)
-"""A key of adapter_config.json that must say nothing -> what the adapter is made of where it says something."""
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` of adapters whose training has begun by changing the base model."""
 DTYPES = ("F32", "F16", "BF16")
-MAX_SCALING = 3.4028234e38
-"""The largest number in float32."""
-MAX_CONFIG_BYTES = 4 << 20
-"""Largest adapter_config.json. `peft` writes some kilobytes, also with settings for every module; who parses a file of
-hundreds of megabytes while requests run takes gigabytes."""
+TABLE, HEAD_WEIGHT = f"{DECODER}{EMBEDDING}", f"{HEAD}weight"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,51 +67,107 @@ class _Update:
         return (b.float() @ a.float()) * self.scaling
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Changes:
+    """What an adapter's files say, each change by the name of the base model's tensor."""
+
+    settings: AdapterSettings
+    adapter: WeightSource
+    matrices: dict[str, _Update]
+    biases: dict[str, tuple[str, float]]
+    """The tensor that is added, and its factor."""
+    saved: dict[str, str]
+    """The tensor that takes the place of the base model's."""
+
+
 class MergedWeights:
     """Implements `engine.checkpoint.weights.WeightSource` by a base model and an adapter."""
 
-    def __init__(self, base: WeightSource, base_folder: Path, folder: Path) -> None:
-        """`folder` is the adapter's. Raises StartError if it does not fit the base model or can't be merged."""
-        self._base = base
-        self._adapter = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
-        self._updates = _read_updates(folder, self._adapter)
-        self.files = [*base.files, *self._adapter.files]
-        for name, update in self._updates.items():
-            self._check(folder, name, update)
-        _refuse_changed_copies(folder, self._adapter, base, base_folder)
+    def __init__(self, base: WeightSource, base_folder: Path, folder: Path, *, is_tied: bool = False) -> None:
+        """`folder` is the adapter's. `is_tied`: config.json says that the table of embeddings is the head.
 
-    @property
-    def names(self) -> Sequence[str]:
-        return self._base.names
+        Raises StartError if the adapter does not fit the base model or can't be merged.
+        """
+        self._base = base
+        self._changes = changes = _read_changes(folder)
+        self.files = [*base.files, *changes.adapter.files]
+        self.names = [*base.names]
+        if is_tied:
+            self._part_tied(folder)
+        self._check_names(folder)
+        for name, update in changes.matrices.items():
+            self._check_update(folder, name, update)
+        for name, stored in (*changes.saved.items(), *((name, bias) for name, (bias, _) in changes.biases.items())):
+            if changes.adapter.shape(stored) != self.shape(name):
+                raise StartError(
+                    f"{folder} has {stored} {list(changes.adapter.shape(stored))}, and its base model has {name} "
+                    f"{list(self.shape(name))}: {MERGE_WITH_PEFT}"
+                )
+        _refuse_changed_copies(changes, base, base_folder)
+
+    def _part_tied(self, folder: Path) -> None:
+        """Have a head beside the table of embeddings where the adapter changes either: the other stays as it was."""
+        changes = self._changes
+        changed = {*changes.matrices, *changes.saved} & {TABLE, HEAD_WEIGHT}
+        if len(changed) == 1 and changes.settings.is_tying:
+            raise StartError(f"{folder} changes {changed.pop()} for the table and the head: {MERGE_WITH_PEFT}")
+        if changed and HEAD_WEIGHT not in self.names:
+            self.names.append(HEAD_WEIGHT)
+
+    def _check_names(self, folder: Path) -> None:
+        changes, names = self._changes, set(self.names)
+        for name in self.changed_names:
+            if name not in names and name in changes.biases:
+                raise StartError(
+                    f"{folder} adds {name}, and its base model's matrix has no bias: train it without lora_bias"
+                )
+            if name not in names:
+                raise StartError(
+                    f"{folder} changes {name}, which its base model does not have: give the adapter the model that it "
+                    f"was made for, in {ADAPTER_CONFIG}"
+                )
+        for module in changes.settings.saved_modules:
+            is_there, is_saved = (any(f"{module}." in name for name in group) for group in (names, changes.saved))
+            if is_there and not is_saved:
+                raise StartError(f"{folder} lacks {module}, which modules_to_save names: fetch the adapter again")
 
     @property
     def changed_names(self) -> Sequence[str]:
         """The tensors that the adapter changes."""
-        return [*self._updates]
+        return [*self._changes.matrices, *self._changes.biases, *self._changes.saved]
+
+    def _base_name(self, name: str) -> str:
+        return TABLE if name == HEAD_WEIGHT and name not in self._base.names else name
 
     def file(self, name: str) -> Path:
-        return self._base.file(name)
+        return self._base.file(self._base_name(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
+        return self._base.shape(self._base_name(name))
 
     def dtype(self, name: str) -> str:
-        return "F32" if name in self._updates else self._base.dtype(name)
+        changes = self._changes
+        if name in changes.saved:
+            return changes.adapter.dtype(changes.saved[name])
+        is_sum = name in changes.matrices or name in changes.biases
+        return "F32" if is_sum else self._base.dtype(self._base_name(name))
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
-        update = self._updates.get(name)
-        if update is None:
-            return self._base.read(name, index, is_kept=is_kept)
-        rows, columns = (*index, slice(None), slice(None))[:2]
-        return self._base.read(name, index).float() + update.part(self._adapter, rows, columns)
+        changes, base_name = self._changes, self._base_name(name)
+        if name in changes.saved:
+            return changes.adapter.read(changes.saved[name], index, is_kept=is_kept)
+        if name in changes.matrices:
+            rows, columns = (*index, slice(None), slice(None))[:2]
+            change = changes.matrices[name].part(changes.adapter, rows, columns)
+            return self._base.read(base_name, index).float() + change
+        if name in changes.biases:
+            bias, scaling = changes.biases[name]
+            return self._base.read(name, index).float() + changes.adapter.read(bias, index).float() * scaling
+        return self._base.read(base_name, index, is_kept=is_kept)
 
-    def _check(self, folder: Path, name: str, update: _Update) -> None:
-        if name not in self._base.names:
-            raise StartError(
-                f"{folder} changes {name}, which its base model does not have: give the adapter the model that it was "
-                f"made for, in {ADAPTER_CONFIG}"
-            )
-        a, b, shape = self._adapter.shape(update.a), self._adapter.shape(update.b), self._base.shape(name)
+    def _check_update(self, folder: Path, name: str, update: _Update) -> None:
+        adapter = self._changes.adapter
+        a, b, shape = adapter.shape(update.a), adapter.shape(update.b), self.shape(name)
         outputs_inputs = (a[-1], b[0]) if update.is_embedding else (b[0], a[-1])
         if a[0] != b[1] or outputs_inputs != shape:
             raise StartError(
@@ -140,10 +184,14 @@ class AdapterWeights:
         if not os.path.isfile(folder / ADAPTER_CONFIG):  # Path's raises for a name that is too long
             raise StartError(f"{folder} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
         self.folder = folder
-        self._weights = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
-        self._updates = {
-            name.removesuffix(".weight"): update for name, update in _read_updates(folder, self._weights).items()
-        }
+        self._changes = changes = _read_changes(folder)
+        if others := [*changes.saved, *changes.biases, *changes.settings.saved_modules]:
+            raise StartError(
+                f"{folder} changes {others[0]}, and beside the model only the matrices of its layers can be changed: "
+                "give the adapter as --model-id, which merges it, or merge it with `peft`"
+            )
+        self._weights = changes.adapter
+        self._updates = {name.removesuffix(".weight"): update for name, update in changes.matrices.items()}
 
     @property
     def modules(self) -> Sequence[str]:
@@ -165,7 +213,7 @@ class AdapterWeights:
     def refuse_changed_copies(self, base: Path) -> None:
         """Raise StartError for an adapter with tensors of a base model that are not those in the folder `base`."""
         if any(map(_COPY.fullmatch, self._weights.names)):
-            _refuse_changed_copies(self.folder, self._weights, open_weights(base), base)
+            _refuse_changed_copies(self._changes, open_weights(base), base)
 
     def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A, B and the factor of their product."""
@@ -174,56 +222,109 @@ class AdapterWeights:
         return a, b, update.scaling
 
 
-def _read_updates(folder: Path, adapter: WeightSource) -> dict[str, _Update]:
-    """The base model's tensor -> its change. Raises StartError for an adapter of another kind."""
-    config = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+def _read_changes(folder: Path) -> _Changes:
+    """What the adapter's files say. Raises StartError for an adapter of another kind."""
+    config = read_config(folder)
     if not os.path.isfile(folder / ADAPTER_WEIGHTS):
         raise StartError(
             f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
             "save it once more with `peft`, save_pretrained(...)"
         )
-    _refuse_other_kinds(folder, config)
-    settings = _read_settings(folder, config)
-    matching_time = MatchingTime(functools.partial(_unusable, folder))
-    updates = {}
-    for module, (is_embedding, tensors) in _modules(folder, adapter).items():
-        if tensors.keys() != {"A", "B"}:
-            raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
-        for name in tensors.values():
-            _check_stored(folder, name, adapter)
+    settings = read_settings(folder, config)
+    matching_time = MatchingTime(functools.partial(unusable, folder))
+
+    def rank_of(parameter: str) -> Any:
         with matching_time:
-            scaling = settings.scaling(folder, module, rank=adapter.shape(tensors["A"])[0])
-        updates[f"{module}.weight"] = _Update(tensors["A"], tensors["B"], scaling, is_embedding)
-    if not updates:
+            return settings.ranks.value(parameter)
+
+    @functools.cache  # all experts of a layer have one
+    def scaling_of(parameter: str, rank: int) -> float:
+        with matching_time:
+            return settings.scaling(parameter, rank=rank)
+
+    adapter = SplitExpertChanges(SafetensorsWeights([folder / ADAPTER_WEIGHTS]), settings, config, rank_of)
+    tensors = _sort_tensors(folder, settings, adapter)
+    matrices = {}
+    for module, halves in tensors.halves.items():
+        if halves.keys() != {"A", "B"}:
+            raise StartError(f"{folder} has only one half of the change of {module}: fetch the adapter again")
+        for name in halves.values():
+            _check_stored(folder, name, adapter)
+        scaling = scaling_of(adapter.parameter(module), adapter.shape(halves["A"])[0])
+        matrices[f"{module}.weight"] = _Update(halves["A"], halves["B"], scaling, module in tensors.embeddings)
+    biases = {f"{module}.bias": (name, matrices[f"{module}.weight"].scaling) for module, name in tensors.biases.items()}
+    if not matrices and not tensors.saved:
         raise StartError(f"{folder / ADAPTER_WEIGHTS} has no tensors: save the adapter once more with `peft`")
-    return updates
+    return _Changes(settings, adapter, matrices, biases, tensors.saved)
 
 
-def _modules(folder: Path, adapter: WeightSource) -> dict[str, tuple[bool, dict[str, str]]]:
-    """Module -> whether it is a table of embeddings, and the names of its A and B. Raises StartError."""
-    modules: dict[str, tuple[bool, dict[str, str]]] = {}
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The tensors of an adapter by what they are."""
+
+    halves: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    """Module -> the names of its A and B."""
+    embeddings: set[str] = dataclasses.field(default_factory=set)
+    """The modules of them that are tables of embeddings."""
+    biases: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Module -> the name of what is added to its bias."""
+    saved: dict[str, str] = dataclasses.field(default_factory=dict)
+    """A tensor of the base model -> the name of what takes its place."""
+
+
+def _sort_tensors(folder: Path, settings: AdapterSettings, adapter: WeightSource) -> _Tensors:
+    """Raises StartError for a tensor that is none of an adapter, and for two changes of one matrix."""
+    tensors = _Tensors()
     for name in adapter.names:
-        match = _TENSOR.fullmatch(name)
-        if _COPY.fullmatch(name):
-            continue
-        if match is None:
+        if match := _TENSOR.fullmatch(name):
+            halves = tensors.halves.setdefault(match[1], {})
+            is_other_kind = bool(halves) and bool(match[2]) != (match[1] in tensors.embeddings)
+            if match[3] in halves or is_other_kind:  # the same module under names of two kinds
+                raise _twice(folder, name, next(iter(halves.values())), match[1])
+            halves[match[3]] = name
+            if match[2]:
+                tensors.embeddings.add(match[1])
+        elif match := _BIAS.fullmatch(name):
+            tensors.biases[match[1]] = name
+        elif (match := _SAVED.fullmatch(name)) and settings.is_saved(match[1], match[2]):
+            place = f"{match[1]}.{match[2]}"
+            if place in tensors.saved:
+                raise _twice(folder, name, tensors.saved[place], match[1])
+            tensors.saved[place] = name
+        elif not _COPY.fullmatch(name):
             raise StartError(f"{folder} has a tensor {name}, which is no part of a LoRA: merge the adapter with `peft`")
-        is_embedding, tensors = modules.setdefault(match[1], (bool(match[2]), {}))
-        if match[3] in tensors or is_embedding != bool(match[2]):  # the same module under names of two kinds
+    for module, halves in tensors.halves.items():
+        if saved := tensors.saved.get(f"{module}.weight"):
+            raise _twice(folder, saved, next(iter(halves.values())), module)
+    for module, name in tensors.biases.items():
+        if saved := tensors.saved.get(f"{module}.bias"):
+            raise _twice(folder, saved, name, module)
+    with_bias = tensors.halves.keys() - tensors.embeddings if settings.has_biases else set()
+    if halved := sorted(tensors.biases.keys() - tensors.halves.keys() or with_bias - tensors.biases.keys()):
+        raise StartError(f"{folder} has only one half of the change of {halved[0]}: fetch the adapter again")
+    for name in (*tensors.biases.values(), *tensors.saved.values()):
+        if adapter.dtype(name) not in DTYPES:
             raise StartError(
-                f"{folder} has {name} and {next(iter(tensors.values()))}, two changes of {match[1]}: save the adapter "
-                "once more with `peft`"
+                f"{folder} has {name} as {adapter.dtype(name)}, and only {', '.join(DTYPES)} are merged: save it once "
+                "more with `peft`"
             )
-        tensors[match[3]] = name
-    return modules
+    return tensors
 
 
-def _refuse_changed_copies(folder: Path, adapter: WeightSource, base: WeightSource, base_folder: Path) -> None:
+def _twice(folder: Path, name: str, other: str, module: str) -> StartError:
+    return StartError(
+        f"{folder} has {name} and {other}, two changes of {module}: save the adapter once more with `peft`"
+    )
+
+
+def _refuse_changed_copies(changes: _Changes, base: WeightSource, base_folder: Path) -> None:
     """Raise StartError for a table of embeddings or a head that was saved along and is not the base model's own."""
+    adapter, folder = changes.adapter, changes.settings.folder
     for name in adapter.names:
-        if match := _COPY.fullmatch(name):
+        match = _COPY.fullmatch(name)
+        if match and name not in changes.saved.values():
             is_tied = not any(stored.startswith(f"{match[1]}.") for stored in base.names)
-            stored = f"model.{EMBEDDING}" if is_tied else f"{match[1]}.weight"
+            stored = TABLE if is_tied else f"{match[1]}.weight"
             if not _is_copy(adapter, name, base, stored):
                 raise StartError(
                     f"{folder} has {name} {list(adapter.shape(name))}, and {stored} of its base model is another, or "
@@ -269,77 +370,3 @@ def _check_stored(folder: Path, name: str, adapter: WeightSource) -> None:
             f"{folder} has {name} as {dtype} {list(shape)}, and an adapter is made of matrices in {', '.join(DTYPES)}: "
             "save it once more with `peft`"
         )
-
-
-def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
-    kinds = [kind for key, kind in OTHER_KINDS if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        kinds.append(f"{config.get('peft_type')!s:.40}")
-    if config.get("bias", "none") != "none":
-        kinds.append("biases")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        kinds.append(f"a model for another task ({config['task_type']!s:.40})")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
-        kinds.append(f"a base model that its training has changed ({start:.40})")
-    if kinds:
-        raise StartError(
-            f"{folder} is an adapter of {kinds[0]}, and only plain LoRA is merged here: merge it with `peft`, "
-            "merge_and_unload() and save_pretrained(...), and give the folder that this writes"
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _ByModule:
-    """A number of adapter_config.json, and others for the modules whose names end in what a pattern matches."""
-
-    default: Any
-    patterns: Sequence[tuple[re.Pattern[str], Any]]
-
-    def value(self, module: str) -> Any:
-        return next((value for pattern, value in self.patterns if pattern.fullmatch(module)), self.default)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Settings:
-    """The part of adapter_config.json that says what factor each module's change has."""
-
-    ranks: _ByModule
-    alphas: _ByModule
-    is_rank_stabilized: bool
-
-    def scaling(self, folder: Path, module: str, *, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; `rank` is what is stored."""
-        stated = self.ranks.value(module)
-        if stated is not None and stated != rank:
-            raise StartError(
-                f"{folder} changes {module} by matrices of rank {rank}, and {ADAPTER_CONFIG} says {stated!r:.20}: they "
-                "do not belong together"
-            )
-        try:
-            alpha = float(self.alphas.value(module))
-            scaling = alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
-            if not abs(scaling) <= MAX_SCALING:  # nor NaN
-                raise ValueError(f"the change of {module} would be multiplied by {scaling:g}")
-            return scaling
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise _unusable(folder, error) from error
-
-
-def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
-    """Patterns are compiled here: there may be one for each of hundreds of modules. Raises StartError."""
-    try:
-        ranks, alphas = (
-            _ByModule(
-                config.get(key),
-                [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in (config.get(of) or {}).items()],
-            )
-            for key, of in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-        )
-    except (AttributeError, RecursionError, OverflowError, re.error) as error:
-        raise _unusable(folder, error) from error
-    return _Settings(ranks, alphas, bool(config.get("use_rslora")))
-
-
-def _unusable(folder: Path, error: Exception | str) -> StartError:
-    return StartError(f"{folder / ADAPTER_CONFIG} cannot be used ({error}): fetch the adapter again")

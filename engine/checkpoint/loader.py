@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.adapter import MergedWeights
 from engine.checkpoint.kinds import kind_of_tensor
-from engine.checkpoint.renamed_weights import EMBEDDING, HEAD
 from engine.checkpoint.weights import WeightSource
 from engine.link.errors import StartError
 from engine.link.progress import Stage, StartProgress
@@ -52,16 +50,13 @@ def load_weights(
     weights: WeightSource,
     device: torch.device,
     num_shards: int = 1,
-    adapter: Path | None = None,
     progress: StartProgress | None = None,
 ) -> None:
     """Fill every layer of `model` from the folder's `weights`. Raises StartError naming the tensor that does not fit.
 
-    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by. The adapter in the
-    folder `adapter` is merged into the weights.
+    The layers take about one of `num_shards` parts of the bytes, which only the progress goes by.
     """
     layers = model.checkpoint_layers()
-    weights = weights if adapter is None else _merged_weights(model, weights, folder, adapter)
     names = _loading_order([name for name in weights.names if not model.is_ignored(name)], layers)
     num_missing = Counter(id(_layer_of(name, layers)) for name in names)
     is_host = device.type == "cpu"
@@ -106,20 +101,6 @@ def _num_bytes(weights: WeightSource, name: str) -> int:
     """The size of a tensor as it is read: blocks of a GGUF file are smaller."""
     dtype = TORCH_DTYPES.get(weights.dtype(name), torch.float32)
     return math.prod(weights.shape(name)) * dtype.itemsize
-
-
-def _merged_weights(model: CausalLM, base: WeightSource, base_folder: Path, adapter: Path) -> WeightSource:
-    weights = MergedWeights(base, base_folder, adapter)
-    for name in weights.changed_names:
-        if model.is_ignored(name):
-            raise StartError(f"{adapter} changes {name}, which is the table of embeddings, too: merge it with `peft`")
-        if name.endswith(EMBEDDING) and model.is_ignored(f"{HEAD}weight"):  # training left the head as it was
-            raise StartError(
-                f"{adapter} changes {name}, which is the output head, too: save the base model with an lm_head.weight "
-                'of its own and "tie_word_embeddings": false'
-            )
-    logger.info("Merging %s into %d matrices", adapter, len(weights.changed_names))
-    return weights
 
 
 def _loading_order(names: Sequence[str], layers: CheckpointLayers) -> list[str]:

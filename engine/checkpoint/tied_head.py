@@ -11,7 +11,7 @@ from engine.checkpoint.weights import WeightSource
 
 logger = logging.getLogger(__name__)
 
-KEY = "tie_word_embeddings"
+TIED_KEY = "tie_word_embeddings"
 ROWS_AT_A_TIME = 8192
 
 
@@ -20,14 +20,14 @@ def with_stored_head(config: Mapping[str, Any], weights: WeightSource) -> dict[s
 
     A copy of the table, which some tools store, is none.
     """
-    if not config.get(KEY) or not _has_own_head(weights):
+    if not config.get(TIED_KEY) or not _has_own_head(weights):
         return dict(config)
     logger.warning(
         "config.json says %s, and the checkpoint has a head that is not the table of embeddings: the head is used, as "
         "by transformers",
-        KEY,
+        TIED_KEY,
     )
-    return {**config, KEY: False}
+    return {**config, TIED_KEY: False}
 
 
 def _has_own_head(weights: WeightSource) -> bool:

@@ -37,9 +37,7 @@ class Routing:
     """The experts of a step's tokens. A pair is a token with one of its experts; pairs are sorted by expert."""
 
     groups: RowGroups
-    """The pairs as a grouped product takes them."""
-    tokens: torch.Tensor
-    """The token of each pair: [pairs] int32."""
+    """The pairs as a grouped product takes them; the sources are their tokens."""
     places: torch.Tensor
     """Where each token's pairs are, the likeliest expert first: [tokens, top_k] int32."""
     weights: torch.Tensor

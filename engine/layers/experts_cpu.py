@@ -113,11 +113,12 @@ class CpuExpertOps:
         call(_choose, flat_view(logits), *sizes, scratch, flat_view(weights), chosen.numpy())
         grouped = starts, active, matrices, tokens, places
         call(_group, chosen.numpy(), top_k, num_experts, *(numbers.numpy() for numbers in grouped))
-        return Routing(RowGroups(starts, active, matrices), tokens, places.view(num_rows, top_k), weights)
+        return Routing(RowGroups(*grouped[:4]), places.view(num_rows, top_k), weights)
 
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        out, flat_out = new_output(len(routing.tokens), x.shape[1])
-        call(_gather, flat_view(x), routing.tokens.numpy(), x.shape[1], flat_out)
+        sources = routing.groups.sources
+        out, flat_out = new_output(len(sources), x.shape[1])
+        call(_gather, flat_view(x), sources.numpy(), x.shape[1], flat_out)
         return out
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -23,11 +23,11 @@ class TorchExpertOps:
         is_active = counts > 0
         active = torch.cat([is_active.sum().view(1), is_active.logical_not().sort(stable=True).indices])
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=logits.device))
-        groups = RowGroups(_as_int32(starts), _as_int32(active), _as_int32(experts))
-        return Routing(groups, _as_int32(order // top_k), _as_int32(places.view_as(chosen)), weights)
+        groups = RowGroups(_as_int32(starts), _as_int32(active), _as_int32(experts), _as_int32(order // top_k))
+        return Routing(groups, _as_int32(places.view_as(chosen)), weights)
 
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return x[routing.tokens]
+        return x[routing.groups.sources]
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
         spread = outputs[routing.places].to(torch.float32)  # [rows, chosen, size]

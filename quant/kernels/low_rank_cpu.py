@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from quant.base import AdapterRows, LowRankShape, LowRankUpdate
+from quant.base import AdapterRows, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import make_tile
 from quant.kernels.simd import HAS_AVX512, LANES, add, fma, load16, load_one, splat16, store, zeros16
@@ -124,6 +124,16 @@ def expand(t, b, slot_size, tiles, ranks, rows, slots, rest, out, width, num_par
             place = end
 
 
+@njit(**FAST)
+def _find_places(rows, slots, sources, matrices, num_matrices, scratch, own_rows, places):  # type: ignore[no-untyped-def]
+    """The place of the change of each row of groups, beside the row's own number; -1: it has none."""
+    for i in range(len(rows)):
+        scratch[rows[i]] = slots[i]
+    for row in range(len(sources)):
+        slot = scratch[sources[row]]
+        own_rows[row], places[row] = row, slot * num_matrices + matrices[row] if slot >= 0 else -1
+
+
 class LowRankCpu:
     """The pools of A and B of all slots, and their calls."""
 
@@ -142,21 +152,21 @@ class LowRankCpu:
         self._tiles = np.array(_tiles(shape.num_outputs), np.int64)
         self._n_size = sum(shape.num_outputs)
         # Nothing is written to the memory of slots that were never used, so it is not taken.
-        self._a = torch.zeros(shape.num_slots, self._width * shape.num_inputs, dtype=shape.dtype)
-        self._b = torch.zeros(shape.num_slots, len(self._tiles) * max_rank * TILE, dtype=shape.dtype)
+        self._a = torch.zeros(shape.num_places, self._width * shape.num_inputs, dtype=shape.dtype)
+        self._b = torch.zeros(shape.num_places, len(self._tiles) * max_rank * TILE, dtype=shape.dtype)
         self._flat_a, self._flat_b = flat_view(self._a), flat_view(self._b)
-        self._ranks = np.zeros(shape.num_slots, np.int64)
-        self._scalings = np.zeros(shape.num_slots * self._num_parts, np.float32)
+        self._ranks = np.zeros(shape.num_places, np.int64)
+        self._scalings = np.zeros(shape.num_places * self._num_parts, np.float32)
         self._zeros = np.zeros(QUAD, np.float32)
         self.num_bytes = self._a.nbytes + self._b.nbytes
 
-    def put(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
+    def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
         ranks = [0 if update is None else len(update.a) for update in updates]
-        self._ranks[slot] = rank = _filled(max(ranks), QUAD)
+        self._ranks[place] = rank = _filled(max(ranks), QUAD)
         if not rank:
             return
-        a = self._a[slot, : self._num_parts * rank * self._shape.num_inputs].view(self._num_parts, rank, -1)
-        b = self._b[slot, : len(self._tiles) * rank * TILE].view(-1, rank, TILE)
+        a = self._a[place, : self._num_parts * rank * self._shape.num_inputs].view(self._num_parts, rank, -1)
+        b = self._b[place, : len(self._tiles) * rank * TILE].view(-1, rank, TILE)
         a.zero_()
         b.zero_()
         first = 0
@@ -167,13 +177,23 @@ class LowRankCpu:
                 filled = torch.zeros(num_tiles * TILE, ranks[part], dtype=b.dtype)
                 filled[:size] = update.b
                 b[first : first + num_tiles, : ranks[part]] = filled.view(num_tiles, TILE, -1).transpose(1, 2)
-                self._scalings[slot * self._num_parts + part] = update.scaling
+                self._scalings[place * self._num_parts + part] = update.scaling
             first += num_tiles
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
+    def _places(self, rows: torch.Tensor, slots: torch.Tensor, groups: RowGroups) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `AdapterRows` has for the step's rows, for those of groups. Rows of one expert are neighbours."""
+        sources, matrices = groups.sources.numpy(), groups.matrices.numpy()
+        scratch, own_rows, places = _integers(len(rows)), _integers(len(sources)), _integers(len(sources))
+        found = scratch.numpy(), own_rows.numpy(), places.numpy()
+        call(_find_places, rows.numpy(), slots.numpy(), sources, matrices, self._shape.num_matrices, *found)
+        return own_rows, places
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups | None = None) -> None:
         rows, slots = self._step.rows, self._step.slots
         if rows is None or slots is None:
             return
+        if groups is not None:
+            rows, slots = self._places(rows, slots, groups)
         assert len(rows) == len(x), "a layer that sees other rows than the step's can't have adapters"
         _, t = new_output(len(x), self._width)
         _, rest = new_output(len(x), self._num_parts * TILE)  # outputs of each part that fill no tile
@@ -182,6 +202,11 @@ class LowRankCpu:
         sizes, k_size = (self._width, self._num_parts), self._shape.num_inputs
         call(shrink, flat_view(x), self._flat_a, a_size, self._scalings, *places, self._zeros, t, *sizes, k_size)
         call(expand, t, self._flat_b, b_size, self._tiles, *places, rest, flat_view(y), *sizes, self._n_size)
+
+
+def _integers(count: int) -> torch.Tensor:
+    """An uninitialised tensor [count] int64."""
+    return new_output(count, 2)[0].view(-1).view(torch.int64)
 
 
 def _filled(count: int, unit: int) -> int:

@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quant.base import AdapterRows, LowRankShape, LowRankUpdate
+from quant.base import AdapterRows, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels.launch import IS_INTERPRETED, launch
+from quant.kernels.low_rank_torch import places_of_rows
 from quant.kernels.skinny_triton import dot
 
 BLOCK_ROWS = 16
@@ -163,29 +164,32 @@ class LowRankTriton:
         self._rank = -(-shape.max_rank // self._block_rank) * self._block_rank
         self._splits = min(MAX_SPLITS, max(1, shape.num_inputs // SPLIT_INPUTS))
         pool: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
-        self._a = torch.zeros(shape.num_slots, self._num_parts, self._rank, shape.num_inputs, **pool)
-        self._b = torch.zeros(shape.num_slots, self._n_size, self._rank, **pool)
-        self._ranks = torch.zeros(shape.num_slots, self._num_parts, dtype=torch.int32, device=shape.device)
-        self._scalings = torch.zeros(shape.num_slots, self._num_parts, device=shape.device)
+        self._a = torch.zeros(shape.num_places, self._num_parts, self._rank, shape.num_inputs, **pool)
+        self._b = torch.zeros(shape.num_places, self._n_size, self._rank, **pool)
+        self._ranks = torch.zeros(shape.num_places, self._num_parts, dtype=torch.int32, device=shape.device)
+        self._scalings = torch.zeros(shape.num_places, self._num_parts, device=shape.device)
         self._tiles = torch.tensor(_tiles(shape.num_outputs), dtype=torch.int32, device=shape.device)
         self.num_bytes = self._a.nbytes + self._b.nbytes
 
-    def put(self, slot: int, updates: Sequence[LowRankUpdate | None]) -> None:
+    def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
         ranks = [0 if update is None else len(update.a) for update in updates]
         scalings = [0.0 if update is None else update.scaling for update in updates]
-        self._ranks[slot] = torch.tensor(ranks, dtype=torch.int32)
-        self._scalings[slot] = torch.tensor(scalings)
+        self._ranks[place] = torch.tensor(ranks, dtype=torch.int32)
+        self._scalings[place] = torch.tensor(scalings)
         first = 0
         for part, (update, size) in enumerate(zip(updates, self._shape.num_outputs, strict=True)):
             if update is not None:  # what lies beyond the rank is not read
-                self._a[slot, part, : ranks[part]] = update.a.to(self._a)
-                self._b[slot, first : first + size, : ranks[part]] = update.b.to(self._b)
+                self._a[place, part, : ranks[part]] = update.a.to(self._a)
+                self._b[place, first : first + size, : ranks[part]] = update.b.to(self._b)
             first += size
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups | None = None) -> None:
         rows, slots = self._step.rows, self._step.slots
         if rows is None or slots is None:
             return
+        if groups is not None:
+            slots = places_of_rows(self._step, groups, self._shape.num_matrices)
+            rows = torch.arange(len(slots), device=slots.device)
         assert len(rows) == len(x), "a layer that sees other rows than the step's can't have adapters"
         num_rows, num_blocks = len(x), -(-len(x) // BLOCK_ROWS)
         num_parts, num_rank_blocks = self._num_parts, self._rank // self._block_rank

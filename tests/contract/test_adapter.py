@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numba
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import engine.start
+from engine.build import build_model
 from engine.checkpoint.adapter import AdapterWeights, MergedWeights
+from engine.checkpoint.files import read_model_config
 from engine.checkpoint.gguf_folder import gguf_folder
 from engine.checkpoint.weights import open_weights
 from engine.core import EngineCore
@@ -26,12 +29,15 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.quantize.options import QuantizeOptions
 from engine.quantize.quantize import quantize
+from engine.runner import ModelRunner
 from engine.start import start_engine
-from tests.contract.harness import KERNELS, make_requests, oracle_greedy, run_requests
+from parallel.state import ParallelState
+from tests.contract.harness import KERNELS, make_requests, make_sequence, oracle_greedy, run_requests, run_step
 from tests.oracles.adapter_peft import FOLDER as ADAPTERS
 from tests.oracles.adapter_peft import write_base
 from tests.tiny_gguf import write_gguf
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
+from tests.unit.parallel.threads import run_ranks
 
 LAYER = "model.layers.1"
 ATTENTION = [f"model.layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qkvo"]
@@ -39,6 +45,8 @@ MLP = [f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 16, "r": 4, "bias": "none"}
 RANK = 4
 ON_TABLE = "model.embed_tokens"
+BESIDE = "saved-along experts experts-by-modules one-parameter".split()
+"""Adapters of `peft` that may also be kept beside the model."""
 PEFT: dict[str, Any] = json.loads((ADAPTERS / "expected.json").read_text())
 
 
@@ -157,9 +165,9 @@ def test_a_rank_reads_its_part(tmp_path: Path, module: str, index: tuple[slice, 
     ("changes", "sentence"),
     [
         ({"use_dora": True}, "an adapter of DoRA"),
-        ({"modules_to_save": ["lm_head"]}, r"an adapter of whole modules \(modules_to_save\)"),
-        ({"bias": "all"}, "an adapter of biases"),
-        ({"lora_bias": True}, "an adapter of biases"),
+        ({"modules_to_save": ["norm"]}, "lacks norm, which modules_to_save names: fetch the adapter again"),
+        ({"modules_to_save": "norm"}, r"cannot be used \(modules_to_save is no list of names\)"),
+        ({"lora_bias": True}, "has only one half of the change of model.layers.0.self_attn.k_proj"),
         ({"peft_type": "IA3"}, "an adapter of IA3"),
         ({"peft_type": None}, "an adapter of None"),
         ({"task_type": "SEQ_CLS"}, r"an adapter of a model for another task \(SEQ_CLS\)"),
@@ -199,10 +207,6 @@ def q_proj(part: str) -> str:
             {name.replace("layers.1", "layers.7"): (4, 4) for name in (q_proj("A"), q_proj("B"))},
             "changes model.layers.7.self_attn.q_proj.weight, which its base model does not have",
         ),
-        (
-            {f"base_model.model.lm_head.lora_{part}.weight": size for part, size in (("A", (4, 64)), ("B", (264, 4)))},
-            "changes lm_head.weight, which its base model does not have",
-        ),
     ],
 )
 def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[int, ...]], sentence: str) -> None:
@@ -215,17 +219,39 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, tensors: dict[str, tuple[i
 
 
 @pytest.mark.parametrize("name", PEFT["answers"])
-def test_tensors_of_the_base_model_that_peft_saves_along_are_not_used(name: str, tmp_path: Path) -> None:
-    """Files of the real `peft`, and the ids of its own model."""
+def test_adapters_of_the_real_peft_have_its_ids(name: str, tmp_path: Path) -> None:
+    """Experts, tensors trained whole, biases, one of two tied tensors, tensors of the base model that are not used."""
     answer = PEFT["answers"][name]
     assert answer["smallest_gap"] > 1e-3, "a near-tie decides nothing"
-    write_base(tmp_path)
-    requests = make_requests([PEFT["prompt_ids"]], max_new_tokens=len(answer["ids"]))
+    write_base(name, tmp_path)
+    [request] = make_requests([PEFT["prompt_ids"]], max_new_tokens=len(answer["ids"]))
+    requests = [msgspec.structs.replace(request, is_ignoring_eos=True)]
     assert run_requests(start(tmp_path, ADAPTERS / name), requests).token_ids == [answer["ids"]]
-    if name == "saved-along":  # the other one can be merged only
+    if name in BESIDE:
         core = start(tmp_path, None, lora_adapters=[("a", str(ADAPTERS / name))])
-        named = [msgspec.structs.replace(request, adapter_id="a") for request in requests]
-        assert run_requests(core, named).token_ids == [answer["ids"]]
+        both = [*requests, msgspec.structs.replace(requests[0], request_id="a", adapter_id="a")]
+        ids = run_requests(core, both).token_ids
+        assert ids[1] == answer["ids"] != ids[0]
+    else:
+        with pytest.raises(StartError, match="beside the model only the matrices of its layers can be changed: give"):
+            start(tmp_path, None, lora_adapters=[("a", str(ADAPTERS / name))])
+
+
+@pytest.mark.parametrize("name", "experts saved-modules tied-saved tied-table added-biases".split())
+def test_on_shards_it_is_merged_part_by_part(name: str, tmp_path: Path) -> None:
+    write_base(name, tmp_path)
+    config = read_model_config(tmp_path)
+
+    def work(parallel: ParallelState) -> torch.Tensor:
+        numba.set_num_threads(1)
+        model = build_model(config, tmp_path, torch.float32, KERNELS, parallel=parallel, adapter=ADAPTERS / name)
+        runner = ModelRunner(model, KERNELS)
+        runner.allocate(4, torch.float32, num_positions=64)
+        return run_step(runner, [make_sequence(PEFT["prompt_ids"], [0])], [len(PEFT["prompt_ids"])])
+
+    [whole], (first, _) = run_ranks(1, work), run_ranks(2, work)
+    torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
+    assert whole.argmax() == PEFT["answers"][name]["ids"][0]
 
 
 def test_a_copy_may_lack_rows_of_padding_and_be_in_the_dtype_of_training(tmp_path: Path) -> None:
@@ -320,23 +346,27 @@ def test_a_pickled_adapter_is_not_read(tmp_path: Path) -> None:
         start(base, adapter)
 
 
-def test_a_head_that_is_the_table_is_not_changed_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["lm_head", ON_TABLE])
+def test_a_copy_of_the_table_as_head_is_changed_apart_from_it(module: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_tiny_qwen2(base)
     weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"] = weights[f"{ON_TABLE}.weight"].clone()  # a copy, as AutoGPTQ stores it
+    weights["lm_head.weight"] = weights[f"{ON_TABLE}.weight"].clone()  # as AutoGPTQ stores it
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    write_adapter(adapter, base, ["lm_head"])
-    with pytest.raises(StartError, match=r"changes lm_head.weight, which is the table of embeddings, too: merge it"):
-        start(base, adapter)
+    write_adapter(adapter, base, [module])
+    merged = merged_by_hand(base, adapter, tmp_path / "merged", {module: 4.0})
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    prompt = list(range(30, 60))
+    ids = run_requests(start(base, adapter), make_requests([prompt], max_new_tokens=12)).token_ids
+    assert ids == [oracle_greedy(merged, prompt, 12)[0]]
 
 
-def test_a_table_that_is_the_head_is_not_changed_alone(tmp_path: Path) -> None:
-    """As it was trained the head had no change; merged, it would have."""
+def test_one_of_two_tables_that_were_trained_as_one_is_refused(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_tiny_qwen2(base)
-    write_adapter(adapter, base, [ON_TABLE])
-    with pytest.raises(StartError, match=r"changes model.embed_tokens.weight, which is the output head, too: save"):
+    write_adapter(adapter, base, [ON_TABLE], ensure_weight_tying=True)
+    with pytest.raises(StartError, match=r"changes model.embed_tokens.weight for the table and the head: merge it"):
         start(base, adapter)
 
 

@@ -124,7 +124,7 @@ def test_the_kernels_of_other_families_compile() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches() as launches:
         TritonOps().norm_heads(torch.empty(4, 48 * 128), torch.empty(40, 128), 1e-6)
         starts, rows = torch.empty(3, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
-        GroupedTriton([packed] * 2)(torch.empty(8, 256, dtype=torch.bfloat16), RowGroups(starts, starts, rows))
+        GroupedTriton([packed] * 2)(torch.empty(8, 256, dtype=torch.bfloat16), RowGroups(starts, starts, rows, rows))
     assert [launch.name for launch in launches] == ["head_norm_kernel", "grouped_kernel"]
     for launch in launches:
         assert complaints_of(compile_launch(launch, CARDS["sm_90"]), CARDS["sm_90"], is_decoding=True) == []

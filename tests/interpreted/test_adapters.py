@@ -20,14 +20,22 @@ from engine.scheduling.adapters import AdapterCache
 from engine.step_inputs import StepInputs
 from quant.base import AdapterRows, LowRankShape
 from quant.kernels import make_low_rank_kernel
-from quant.kernels.low_rank_triton import BLOCK_INPUTS, BLOCK_OUTPUTS, BLOCK_RANKS, BLOCK_ROWS, SPLIT_INPUTS
+from quant.kernels.low_rank_triton import (
+    BLOCK_INPUTS,
+    BLOCK_OUTPUTS,
+    BLOCK_RANKS,
+    BLOCK_ROWS,
+    SPLIT_INPUTS,
+    LowRankTriton,
+)
 from tests.contract.harness import make_sequence, random_ids, run_step
 from tests.contract.test_adapter import ATTENTION
+from tests.contract.test_expert_adapters import check_changes_of_experts
 from tests.contract.test_lora import FIRST_MLP, write_adapter
 from tests.interpreted.closeness import assert_close
 from tests.interpreted.launches import launches_made_by, make_with_guards
 from tests.interpreted.test_engine import PLAIN
-from tests.tiny_model import write_tiny_qwen2
+from tests.tiny_model import write_tiny_qwen2, write_tiny_qwen3_moe
 
 SIZES = [
     (BLOCK_INPUTS, [BLOCK_OUTPUTS]),
@@ -88,6 +96,10 @@ def test_nothing_is_written_or_read_outside_of_the_tensors() -> None:
     assert_close(result, adapters.expected(y, x, ROWS), num_roundings=2)
 
 
+def test_each_row_has_the_change_of_its_adapter_and_its_expert() -> None:
+    check_changes_of_experts(LowRankTriton)
+
+
 def test_a_slot_that_held_a_larger_rank_has_nothing_left_of_it() -> None:
     former, latter = (make(BLOCK_INPUTS, [BLOCK_OUTPUTS], ranks, torch.float32) for ranks in ([[16]], [[3]]))
     step = AdapterRows()
@@ -101,6 +113,7 @@ def test_a_slot_that_held_a_larger_rank_has_nothing_left_of_it() -> None:
     assert_close(result, latter.expected(y, x, [0, 0]), num_roundings=2)
 
 
+EXPERTS = [f"model.layers.0.mlp.experts.{expert}.{name}_proj" for expert in range(0, 8, 2) for name in ("up", "down")]
 NAMES = ("all", None, "queries", "all")
 SIZES_OF_PROMPTS = (5, 2, 3, 1)
 DECODED = [[0, 1, 2, 3], [2, 1], [1]]
@@ -128,14 +141,18 @@ def logits_of(base: Path, folders: dict[str, Path], device: Device) -> list[torc
     return logits
 
 
-def test_an_engine_gives_the_logits_of_plain_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_an_engine_gives_the_logits_of_plain_torch(
+    has_experts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two adapters and the base in one batch: launched steps, and graphs with other rows than the last."""
     base = tmp_path / "base"
-    write_tiny_qwen2(base, num_hidden_layers=1)
+    write, mlp = (write_tiny_qwen3_moe, EXPERTS) if has_experts else (write_tiny_qwen2, FIRST_MLP)
+    write(base, num_hidden_layers=1)
     attention = [name for name in ATTENTION if "layers.0" in name]
     folders = {
         name: write_adapter(tmp_path / name, base, modules, rank=5)
-        for name, modules in {"all": [*attention, *FIRST_MLP], "queries": attention[::2]}.items()
+        for name, modules in {"all": [*attention, *mlp], "queries": attention[::2]}.items()
     }
     graphed: list[bool] = []
     run_graph = StepGraphs.run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def parts(module: str, rank: int = 4, *, prefix: str = PREFIX, end: str = ".weig
     return {f"{prefix}{module}.lora_A{end}": (rank, 8), f"{prefix}{module}.lora_B{end}": (16, rank)}
 
 
-def write(folder: Path, tensors: dict[str, tuple[int, int]], **changes: Any) -> Path:
+def write(folder: Path, tensors: Mapping[str, tuple[int, ...]], **changes: Any) -> Path:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, **changes}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     arrays = {name: np.ones(shape, np.float32) for name, shape in tensors.items()}
@@ -32,7 +33,7 @@ def write(folder: Path, tensors: dict[str, tuple[int, int]], **changes: Any) -> 
     return folder
 
 
-def refusal(folder: Path, tensors: dict[str, tuple[int, int]], **changes: Any) -> str:
+def refusal(folder: Path, tensors: Mapping[str, tuple[int, ...]], **changes: Any) -> str:
     with pytest.raises(StartError) as caught:
         AdapterWeights(write(folder, tensors, **changes))
     return str(caught.value)
@@ -126,6 +127,128 @@ def test_a_pattern_that_would_never_be_done_is_refused(tmp_path: Path, monkeypat
 )
 def test_what_is_no_adapter_of_ours_is_told_in_a_sentence(
     tmp_path: Path, tensors: dict[str, tuple[int, int]], changes: dict[str, Any], sentence: str
+) -> None:
+    text = refusal(tmp_path, tensors, **changes)
+    assert sentence in text and len(text) < 1000
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+def stacks(end: str = "", *, rank: int = 6, inputs: int = 8, outputs: int = 10) -> dict[str, tuple[int, int]]:
+    """The names and shapes of a change of all experts; `rank` of all of them together."""
+    return {
+        f"{PREFIX}{EXPERTS}{end}.lora_A.weight": (rank, inputs),
+        f"{PREFIX}{EXPERTS}{end}.lora_B.weight": (outputs, rank),
+    }
+
+
+@pytest.mark.parametrize(("layout", "is_grouped"), [(None, False), ("rank_major", False), ("grouped_by_expert", True)])
+def test_changes_of_experts_are_those_of_single_matrices(tmp_path: Path, layout: str | None, is_grouped: bool) -> None:
+    """The innermost wrapper is of the first parameter, and patterns are compared with the parameter's name."""
+    write(
+        tmp_path,
+        {},
+        r=2,
+        target_parameters=[DOWN, GATE_UP],
+        rank_pattern={"experts.down_proj": 3},
+        alpha_pattern={".*gate_up_proj": 1},
+        **({"lora_B_layout": layout} if layout else {}),
+    )
+    shapes = {**stacks(".base_layer"), **stacks(rank=9, inputs=5, outputs=8)}
+    arrays = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    weights = AdapterWeights(tmp_path)
+    assert weights.max_rank == 3
+    matrices = "gate_proj up_proj down_proj".split()
+    assert sorted(weights.modules) == sorted(f"{EXPERTS}.{expert}.{name}" for expert in range(3) for name in matrices)
+    for expert in range(3):
+        for name, end, rank, rows, scaling in (
+            ("gate_proj", ".base_layer", 2, slice(0, 5), 0.5),
+            ("up_proj", ".base_layer", 2, slice(5, 10), 0.5),
+            ("down_proj", "", 3, slice(None), 16 / 3),
+        ):
+            a, b = (arrays[f"{PREFIX}{EXPERTS}{end}.lora_{half}.weight"] for half in "AB")
+            own = slice(expert * rank, (expert + 1) * rank)
+            stored = a[own], b[rows, own if is_grouped else slice(expert, None, 3)]
+            *read, factor = weights.read(f"{EXPERTS}.{expert}.{name}")
+            assert all(np.array_equal(*pair) for pair in zip(read, stored, strict=True))
+            assert factor == scaling
+
+
+ONE = {"target_parameters": [GATE_UP], "r": 2}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "sentence"),
+    [
+        (stacks(), {"r": 2}, "and target_parameters in adapter_config.json names no such parameter"),
+        (stacks(), {**ONE, "target_parameters": ["layers.1.mlp.experts.down_proj"]}, "names no such parameter"),
+        (stacks(".base_layer"), ONE, "names no such parameter"),
+        (stacks(), {**ONE, "target_parameters": "x"}, "cannot be used (target_parameters is no list of names)"),
+        (stacks(), {**ONE, "target_parameters": [1]}, "cannot be used (target_parameters is no list of names)"),
+        (stacks(), {**ONE, "r": 4}, f"[6, 8], and adapter_config.json says rank 4 for {EXPERTS}.gate_up_proj: they do"),
+        (stacks(), {**ONE, "r": None}, "says rank None for"),
+        (stacks(), {**ONE, "r": True}, "says rank True for"),
+        (stacks(), {**ONE, "r": 0}, "says rank 0 for"),
+        (stacks(outputs=9), ONE, "lora_B.weight [9, 6], and adapter_config.json says rank 2"),
+        (stacks(inputs=0), ONE, "lora_A.weight [6, 0], and adapter_config.json says rank 2"),
+        (stacks(rank=2**19, inputs=1), {**ONE, "r": 1}, "changes more experts than any model has: fetch"),
+        ({**stacks(), **parts(f"{EXPERTS}.0.up_proj", 2)}, ONE, f"two changes of {EXPERTS}.0.up_proj"),
+        (stacks(), {**ONE, "lora_B_layout": "x"}, "lora_B_layout 'x': rank_major, grouped_by_expert are known"),
+        (stacks(), {**ONE, "lora_B_layout": []}, "lora_B_layout []: rank_major"),
+        (
+            stacks(),
+            {**ONE, "peft_version": "0.18.1"},
+            "was saved by `peft` 0.18.1, which took inputs for outputs: with",
+        ),
+        (stacks(), {**ONE, "peft_version": "0.19.0"}, "was saved by `peft` 0.19.0, which took"),
+    ],
+)
+def test_changes_of_experts_that_can_not_be_read(
+    tmp_path: Path, tensors: dict[str, tuple[int, int]], changes: dict[str, Any], sentence: str
+) -> None:
+    text = refusal(tmp_path, tensors, **changes)
+    assert sentence in text and len(text) < 1000
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0.dev0", "1.0", "new", None, 3])
+def test_experts_of_other_versions_are_read(tmp_path: Path, version: object) -> None:
+    assert len(scalings(tmp_path, stacks(), **ONE, peft_version=version)) == 6
+
+
+BIAS, SAVED = f"{PREFIX}{Q}.lora_B.bias", f"{PREFIX}model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "sentence"),
+    [
+        ({BIAS: (16,)}, {"lora_bias": True}, f"has only one half of the change of {Q}: fetch"),
+        ({**parts(Q), **parts(V), BIAS: (16,)}, {"lora_bias": True}, f"has only one half of the change of {V}: fetch"),
+        ({**parts(Q), SAVED: (16,)}, {}, f"has a tensor {SAVED}, which is no part of a LoRA"),
+        (
+            {**parts(Q), f"{PREFIX}{Q}.weight": (16, 8)},
+            {"modules_to_save": ["q_proj"]},
+            f"two changes of {Q}: save the adapter once more with `peft`",
+        ),
+        (
+            {SAVED: (16,), f"{PREFIX}model.norm.base_layer.weight": (16,)},
+            {"modules_to_save": ["norm"]},
+            "two changes of model.norm: save the adapter once more",
+        ),
+        (
+            {**parts(Q), BIAS: (16,), f"{PREFIX}{Q}.base_layer.bias": (16,)},
+            {"lora_bias": True, "bias": "all"},
+            f"two changes of {Q}: save",
+        ),
+        ({**parts(Q), BIAS: (16,)}, {"lora_bias": True}, f"changes {Q}.bias, and beside the model only the matrices"),
+        ({**parts(Q), SAVED: (16,)}, {"modules_to_save": ["norm"]}, "changes model.norm.weight, and beside the model"),
+        (parts(Q), {"modules_to_save": ["norm"]}, "changes norm, and beside the model only the matrices of its layers"),
+    ],
+)
+def test_biases_and_whole_tensors(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], changes: dict[str, Any], sentence: str
 ) -> None:
     text = refusal(tmp_path, tensors, **changes)
     assert sentence in text and len(text) < 1000
