@@ -98,7 +98,7 @@ TEST := $(PY) -m pytest -q
 HOUSE := tests/unit/test_house.py tests/unit/test_imports.py
 NOT_FAST := $(HOUSE) $(addprefix tests/unit/,test_args.py test_demo_model.py test_gpu_proof.py test_pytgi.py test_seams.py \
 	test_tiers.py quant/test_packing.py \
-	$(patsubst %,engine/test_%.py,full_step penalties scheduler_properties shares step_buffers) \
+	$(patsubst %,engine/test_%.py,full_step kernel_cache penalties scheduler_properties shares step_buffers) \
 	$(patsubst %,server/test_%.py,adapters compatibility_beyond connections encoding forced_text grammar openai_errors \
 	parameters private_logs response_format routes sampling_defaults special_marks structure template_process thoughts \
 	tool_answers tool_choices tool_clients tool_prompts traces vllm_fields wild_schemas))

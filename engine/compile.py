@@ -1,6 +1,7 @@
 """`python -m engine.compile`: compile the CPU kernels into the user's cache, so that the first start need not.
 
-Starts the engine on a tiny random model in every pair of dtypes that the kernels are compiled for.
+Starts the engine on a tiny random model in every pair of dtypes that the kernels are compiled for. Two processes share
+the work, as Numba compiles in one thread.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.kernel_cache import share_kernels
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
 from engine.link.logs import configure_logging
@@ -38,22 +41,46 @@ TINY_MODEL: dict[str, Any] = {
 
 
 def main() -> None:
-    if "NUMBA_CACHE_DIR" not in os.environ:  # Numba reads its variables on import: start over with them
-        environ = {**os.environ, **engine_environment(1, dict(os.environ))}
-        sys.exit(subprocess.run([sys.executable, "-P", "-m", "engine.compile"], env=environ, check=False).returncode)
-    configure_logging("warn,engine.link.progress=info", "compile")  # what a start says of itself is about a toy
-    import torch
+    """Compile in a process for each of SHARES, with the variables that Numba reads on import; end with their status."""
+    environ = {**os.environ, **engine_environment(1, dict(os.environ))}
+    commands = [[sys.executable, "-P", "-m", "engine.compile", share] for share in SHARES]
+    processes = [subprocess.Popen(command, env=environ) for command in commands]
+    sys.exit(max([process.wait() for process in processes], key=abs))
 
-    for stored, dtype, quantize in (
-        ("bfloat16", "bfloat16", None),
-        ("bfloat16", "float32", None),
-        ("float32", "float32", None),
-        ("float16", "float16", None),
-        ("bfloat16", "bfloat16", "int4"),  # its head is int8
-    ):
-        compile_for(getattr(torch, stored), dtype, quantize)
+
+def compile_share(share: str) -> None:
+    """Compile one row of SHARES. The first tells how far it is; what else a start says of itself is about a toy."""
+    configure_logging(f"warn,engine.link.progress={'info' if share == next(iter(SHARES)) else 'warn'}", "compile")
+    share_kernels()
+    SHARES[share]()
+
+
+def compile_half_precision() -> None:
+    compile_for("bfloat16", "bfloat16", None)
+    compile_for("float16", "float16", None)
+    compile_for("bfloat16", "bfloat16", "int4")  # its head is int8
+
+
+def compile_sampler_and_float32() -> None:
+    """The sampler first: it takes longest, and the other process needs it by the time it is done."""
+    compile_sampler()
     compile_collectives()
     compile_masks()
+    compile_for("float32", "float32", None)
+    compile_for("bfloat16", "float32", None)
+
+
+SHARES: dict[str, Callable[[], None]] = {"half": compile_half_precision, "float32": compile_sampler_and_float32}
+"""What each process compiles, in about the same time. A kernel that both need is compiled by one (`share_kernels`)."""
+
+
+def compile_sampler() -> None:
+    import torch
+
+    from engine.link.messages import SamplingParams
+    from engine.sampling.sampler_cpu import sample
+
+    sample(torch.zeros(1, 8), [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)], [0])
 
 
 def compile_masks() -> None:
@@ -81,12 +108,14 @@ def compile_collectives() -> None:
         list(threads.map(lambda rank: rank.gather(torch.ones(1, 1), [1] * size), ranks))
 
 
-def compile_for(stored: torch.dtype, dtype: str, quantize: str | None) -> None:
+def compile_for(stored: str, dtype: str, quantize: str | None) -> None:
     """Start an engine on a checkpoint stored as `stored`, run as `dtype` and quantized as `quantize` says."""
+    import torch
+
     from engine.start import start_engine
 
     with tempfile.TemporaryDirectory() as folder:
-        write_tiny_model(Path(folder), stored)
+        write_tiny_model(Path(folder), getattr(torch, stored))
         config = EngineConfig(model_path=folder, dtype=dtype, quantize=quantize, max_batch_total_tokens=128)
         # The model has no tokenizer. The kernels of adapters are compiled where adapters may come.
         start_engine(dataclasses.replace(config, is_grammar_disabled=True, is_lora_updating=True, max_loras=1))
@@ -117,4 +146,4 @@ def write_tiny_model(folder: Path, stored: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main() if len(sys.argv) == 1 else compile_share(sys.argv[1])

@@ -18,7 +18,7 @@ from engine.core import AdapterFiles, EngineCore
 from engine.device import Device, detect_device
 from engine.full_step import StepMeter, max_measured_running, plan_measured
 from engine.graphs import DEFAULT_GRAPH_SIZES, MAX_GRAPH_ROWS, GraphLimits
-from engine.kernel_cache import outlive_full_disk
+from engine.kernel_cache import share_kernels
 from engine.kernel_variants import compile_variants
 from engine.limits import MemoryNeeds, MemoryPlan, ModelWindow, check_window, kv_allocation_refusal, plan_memory
 from engine.link.config import EngineConfig
@@ -127,7 +127,7 @@ class _Prepared:
 
 
 def _prepare(config: EngineConfig, ranks: Ranks | None, progress: StartProgress) -> _Prepared:
-    outlive_full_disk()
+    share_kernels()
     local_rank, local_size = (0, 1) if ranks is None else (ranks.world.local_rank, ranks.world.local_size)
     device = detect_device(local_rank, config.device)
     nodes = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
+from engine.kernel_cache import share_kernels
 from engine.link.environment import engine_environment
 
 # Read by torch and Numba when they are first imported, so it is set before anything else is. Passive: the machine is
@@ -51,7 +53,12 @@ def leaves_ctrl_c_alone() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Take what is loaded by now for permanent: to look through it for garbage takes 0.3 s each time."""
+    """Take what is loaded by now for permanent: to look through it for garbage takes 0.3 s each time.
+
+    Kernels that tests call are shared with the commands that run beside this one, as a start shares them.
+    """
+    if "numba" in sys.modules:
+        share_kernels()
     gc.collect()
     gc.freeze()
 

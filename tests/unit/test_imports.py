@@ -90,7 +90,7 @@ ROOMS: dict[str, str] = {
     "engine.scheduling engine.summary engine.warm_up",
     "engine.__main__": "engine.link engine.memory engine.ranks engine.start parallel",
     "engine.bench": "engine.checkpoint engine.core engine.link engine.start",
-    "engine.compile": "engine.link engine.sampling engine.start parallel",
+    "engine.compile": "engine.kernel_cache engine.link engine.sampling engine.start parallel",
     "engine.quantize": "engine.attention engine.build engine.checkpoint engine.device engine.layers engine.link "
     "engine.memory engine.models engine.runner engine.scheduling engine.start quant",
     "engine.cli": "engine.checkpoint engine.link engine.quantize",

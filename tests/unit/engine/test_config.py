@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -245,24 +244,3 @@ def test_without_a_home_and_a_passwd_entry_there_is_a_folder(monkeypatch: pytest
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_000_000)
     assert user_cache_dir({}).name.startswith("pytgi-")
-
-
-def test_a_kernel_that_can_not_be_written_down_is_used_all_the_same(tmp_path: Path) -> None:
-    """A file in place of the folder that Numba wants to make is as good as a disk that is full."""
-    module = tmp_path / "kernel.py"
-    module.write_text("import numba\n@numba.njit(cache=True)\ndef double(x):\n    return 2 * x\n")
-    program = (
-        "import errno, sys\n"
-        "from numba.core import caching\n"
-        "from engine.kernel_cache import outlive_full_disk\n"
-        "def full(*_):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "caching.IndexDataCacheFile.save = full\n"
-        "outlive_full_disk()\n"
-        "outlive_full_disk()\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import kernel\n"
-        "print(kernel.double(4), kernel.double(0.5))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "8 1.0\n"
-    assert done.stderr.count("Compiled kernels can't be kept (No space left on device)") == 1
