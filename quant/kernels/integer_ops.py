@@ -38,7 +38,10 @@ ROUNDER = 12582912.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instructions:
-    """An instruction set: `rows` rows times `units * lanes` outputs is the tile whose sums fill its registers."""
+    """An instruction set: `rows` rows times `units * lanes` outputs is the largest tile.
+
+    Its integer sums have registers; those of floats, which are added to once for a group of inputs, may wait in memory.
+    """
 
     feature: str
     lanes: int
@@ -51,7 +54,7 @@ class Instructions:
 
 
 INSTRUCTIONS = (
-    Instructions("avx512vnni", lanes=16, rows=6, units=2, product="llvm.x86.avx512.vpdpbusd.512"),
+    Instructions("avx512vnni", lanes=16, rows=8, units=2, product="llvm.x86.avx512.vpdpbusd.512"),
     Instructions("avxvnni", lanes=8, rows=4, units=2, product="llvm.x86.avx512.vpdpbusd.256"),
     Instructions("avx2", lanes=8, rows=4, units=2, is_signed=True),
     Instructions("dotprod", lanes=4, rows=4, units=4, is_signed=True, product="llvm.aarch64.neon.sdot.v4i32.v16i8"),
