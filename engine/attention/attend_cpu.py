@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, SPAN_BLOCKS, make_scores, make_sums
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, split_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import (
@@ -33,13 +34,11 @@ from quant.kernels.simd import (
     store_one,
     subtract,
     sum_lanes,
-    zeros16,
 )
 
-LANES = 16
-BLOCK_SIZE = LANES
-SPAN_BLOCKS = 4
-SPAN = SPAN_BLOCKS * BLOCK_SIZE
+# AVX-512 has 32 registers of 16 lanes, of which 16 hold sums; elsewhere 16 sums of four rows take eight of 16.
+_score4, _score4_twice, _score8, _score8_twice = (make_scores(*shape) for shape in ((4, 1), (4, 2), (8, 1), (8, 2)))
+_sum4, _sum4_twice, _sum8_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2)))
 PART_BLOCKS = PART // BLOCK_SIZE
 MIN_SCORE = np.float32(-3.4e38)
 """The highest of no scores; finite, so that differences are numbers."""
@@ -76,55 +75,27 @@ def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, keys
 
 
 @njit(inline="always")
-def _score_four(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
-    """Scores of 4 rows against 16 keys.
-
-    q flat [head_dim, num_rows], of which the first row begins at `place`; scores flat [num_rows, SPAN].
-    """
-    s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
-    for d in range(head_dim):
-        k = load16(keys, base + d * LANES)
-        s0, s1 = fma(splat16(q[place]), k, s0), fma(splat16(q[place + 1]), k, s1)
-        s2, s3 = fma(splat16(q[place + 2]), k, s2), fma(splat16(q[place + 3]), k, s3)
-        place += num_rows
-    store(scores, target, s0)
-    store(scores, target + SPAN, s1)
-    store(scores, target + 2 * SPAN, s2)
-    store(scores, target + 3 * SPAN, s3)
-
-
-@njit(inline="always")
-def _score_eight(q, place, num_rows, head_dim, keys, base, scores, target):  # type: ignore[no-untyped-def]
-    """The same for 8 rows, which share each load of keys."""
-    s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
-    s4, s5, s6, s7 = zeros16(), zeros16(), zeros16(), zeros16()
-    for d in range(head_dim):
-        k = load16(keys, base + d * LANES)
-        s0, s1 = fma(splat16(q[place]), k, s0), fma(splat16(q[place + 1]), k, s1)
-        s2, s3 = fma(splat16(q[place + 2]), k, s2), fma(splat16(q[place + 3]), k, s3)
-        s4, s5 = fma(splat16(q[place + 4]), k, s4), fma(splat16(q[place + 5]), k, s5)
-        s6, s7 = fma(splat16(q[place + 6]), k, s6), fma(splat16(q[place + 7]), k, s7)
-        place += num_rows
-    store(scores, target, s0)
-    store(scores, target + SPAN, s1)
-    store(scores, target + 2 * SPAN, s2)
-    store(scores, target + 3 * SPAN, s3)
-    store(scores, target + 4 * SPAN, s4)
-    store(scores, target + 5 * SPAN, s5)
-    store(scores, target + 6 * SPAN, s6)
-    store(scores, target + 7 * SPAN, s7)
-
-
-@njit(inline="always")
 def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ignore[no-untyped-def]
     """Scores of all rows, a multiple of 4, against a block's keys, which are the span's from `column` on."""
     row = 0
-    if HAS_AVX512:  # eight rows of sums fill eight of 32 registers there; elsewhere four rows take eight of 16
+    if HAS_AVX512:
         while row + 8 <= num_rows:
-            _score_eight(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+            _score8(q, row, num_rows, head_dim, keys, base, base, scores, row * SPAN + column)
             row += 8
     while row < num_rows:
-        _score_four(q, row, num_rows, head_dim, keys, base, scores, row * SPAN + column)
+        _score4(q, row, num_rows, head_dim, keys, base, base, scores, row * SPAN + column)
+        row += 4
+
+
+@njit(inline="always")
+def _score_blocks(q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
+    """The same against two blocks, which share each load of a query."""
+    row = 0
+    while row + 8 <= num_rows:
+        _score8_twice(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
+        row += 8
+    while row < num_rows:
+        _score4_twice(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
         row += 4
 
 
@@ -162,91 +133,24 @@ def _softmax_row(scores, row, num_visible, max_scores, totals, sums, head_dim): 
 
 
 @njit(inline="always")
-def _sum_four(scores, place, num_keys, head_dim, values, base, sums, target, d):  # type: ignore[no-untyped-def]
-    """Add the weighted values of a block's first keys to the sums of 4 rows: 16 dimensions, from `d` on."""
-    t0, t1, t2, t3 = target + d, target + head_dim + d, target + 2 * head_dim + d, target + 3 * head_dim + d
-    s0, s1, s2, s3 = load16(sums, t0), load16(sums, t1), load16(sums, t2), load16(sums, t3)
-    for key in range(num_keys):
-        v = load16(values, base + d * BLOCK_SIZE + key * LANES)
-        p = place + key
-        s0, s1 = fma(splat16(scores[p]), v, s0), fma(splat16(scores[p + SPAN]), v, s1)
-        s2 = fma(splat16(scores[p + 2 * SPAN]), v, s2)
-        s3 = fma(splat16(scores[p + 3 * SPAN]), v, s3)
-    store(sums, t0, s0)
-    store(sums, t1, s1)
-    store(sums, t2, s2)
-    store(sums, t3, s3)
-
-
-@njit(inline="always")
-def _sum_eight(scores, place, num_keys, head_dim, values, base, sums, target, d):  # type: ignore[no-untyped-def]
-    """The same for 8 rows, and 32 dimensions: a weight is spread over a register once for two of them."""
-    t0, t1, t2, t3 = target + d, target + head_dim + d, target + 2 * head_dim + d, target + 3 * head_dim + d
-    t4, t5, t6, t7 = t0 + 4 * head_dim, t1 + 4 * head_dim, t2 + 4 * head_dim, t3 + 4 * head_dim
-    s0, s1, s2, s3 = load16(sums, t0), load16(sums, t1), load16(sums, t2), load16(sums, t3)
-    s4, s5, s6, s7 = load16(sums, t4), load16(sums, t5), load16(sums, t6), load16(sums, t7)
-    r0, r1, r2, r3 = (
-        load16(sums, t0 + LANES),
-        load16(sums, t1 + LANES),
-        load16(sums, t2 + LANES),
-        load16(sums, t3 + LANES),
-    )
-    r4, r5, r6, r7 = (
-        load16(sums, t4 + LANES),
-        load16(sums, t5 + LANES),
-        load16(sums, t6 + LANES),
-        load16(sums, t7 + LANES),
-    )
-    for key in range(num_keys):
-        v = load16(values, base + d * BLOCK_SIZE + key * LANES)
-        u = load16(values, base + (d + LANES) * BLOCK_SIZE + key * LANES)
-        p = place + key
-        w = splat16(scores[p])
-        s0, r0 = fma(w, v, s0), fma(w, u, r0)
-        w = splat16(scores[p + SPAN])
-        s1, r1 = fma(w, v, s1), fma(w, u, r1)
-        w = splat16(scores[p + 2 * SPAN])
-        s2, r2 = fma(w, v, s2), fma(w, u, r2)
-        w = splat16(scores[p + 3 * SPAN])
-        s3, r3 = fma(w, v, s3), fma(w, u, r3)
-        w = splat16(scores[p + 4 * SPAN])
-        s4, r4 = fma(w, v, s4), fma(w, u, r4)
-        w = splat16(scores[p + 5 * SPAN])
-        s5, r5 = fma(w, v, s5), fma(w, u, r5)
-        w = splat16(scores[p + 6 * SPAN])
-        s6, r6 = fma(w, v, s6), fma(w, u, r6)
-        w = splat16(scores[p + 7 * SPAN])
-        s7, r7 = fma(w, v, s7), fma(w, u, r7)
-    store(sums, t0, s0)
-    store(sums, t0 + LANES, r0)
-    store(sums, t1, s1)
-    store(sums, t1 + LANES, r1)
-    store(sums, t2, s2)
-    store(sums, t2 + LANES, r2)
-    store(sums, t3, s3)
-    store(sums, t3 + LANES, r3)
-    store(sums, t4, s4)
-    store(sums, t4 + LANES, r4)
-    store(sums, t5, s5)
-    store(sums, t5 + LANES, r5)
-    store(sums, t6, s6)
-    store(sums, t6 + LANES, r6)
-    store(sums, t7, s7)
-    store(sums, t7 + LANES, r7)
-
-
-@njit(inline="always")
 def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
     """Add the weighted values of a block's first keys to the sums of all rows, flat [num_rows, head_dim]."""
     row = 0
     if HAS_AVX512 and head_dim % (2 * LANES) == 0:
         while row + 8 <= num_rows:
             for d in range(0, head_dim, 2 * LANES):
-                _sum_eight(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
+                at, target = base + d * BLOCK_SIZE, row * head_dim + d
+                _sum8_twice(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
             row += 8
+        while row < num_rows:
+            for d in range(0, head_dim, 2 * LANES):
+                at, target = base + d * BLOCK_SIZE, row * head_dim + d
+                _sum4_twice(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+            row += 4
     while row < num_rows:
         for d in range(0, head_dim, LANES):
-            _sum_four(scores, row * SPAN + column, num_keys, head_dim, values, base, sums, row * head_dim, d)
+            at, target = base + d * BLOCK_SIZE, row * head_dim + d
+            _sum4(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
         row += 4
 
 
@@ -279,9 +183,15 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
     max_scores[:], totals[:], sums[:] = MIN_SCORE, 0.0, 0.0
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
-        for index in range(begin, end):
+        index = begin
+        while HAS_AVX512 and index + 2 <= end:
+            base, second = (first_of_head + blocks[index]) * size, (first_of_head + blocks[index + 1]) * size
+            _score_blocks(q, num_rows, head_dim, keys, base, second, scores, (index - span) * BLOCK_SIZE)
+            index += 2
+        while index < end:
             base = (first_of_head + blocks[index]) * size
             _score_block(q, num_rows, head_dim, keys, base, scores, (index - span) * BLOCK_SIZE)
+            index += 1
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
             for row in range(num_rows):
