@@ -1,7 +1,8 @@
 """The end of a comparison that a side runs: JSON lines in and out, and a clock. Knows nothing but the standard library.
 
 A message has `prompt_ids`, `num_tokens` and perhaps `num_sequences`, which all get that prompt. The answer has the
-seconds until each of them had its first token, seconds and number of the tokens after that, and the first one's ids.
+seconds until each of them had its first token, seconds and number of the tokens from then until one of them had its
+last, when all were decoded together, and the first one's ids.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ class Clock:
         self._tokens[sequence].append((time.perf_counter() - self._started, token_id))
 
     def answer(self) -> dict[str, Any]:
+        """Raises ValueError if no token was decoded in the company of all sequences."""
         prefill_s = max(tokens[0][0] for tokens in self._tokens)
-        later = [at for tokens in self._tokens for at, _ in tokens if at > prefill_s]
+        end_s = min(tokens[-1][0] for tokens in self._tokens)
+        if end_s < prefill_s:
+            raise ValueError("a sequence had its last token before all had their first: decode more tokens")
         return {
             "prefill_s": prefill_s,
-            "decode_s": max(later, default=prefill_s) - prefill_s,
-            "num_decoded": len(later),
+            "decode_s": end_s - prefill_s,
+            "num_decoded": sum(prefill_s < at <= end_s for tokens in self._tokens for at, _ in tokens),
             "token_ids": [token_id for _, token_id in self._tokens[0]],
         }
 

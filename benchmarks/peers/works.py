@@ -39,8 +39,8 @@ class Work:
 WORKS = (
     Work(1, 512, 64, ("prefill", "decode")),
     Work(1, 4096, 32, ("prefill", "decode"), is_long=True),
-    Work(8, 128, 32, ("decode",)),
-    Work(32, 128, 24, ("decode",), is_long=True),
+    Work(8, 128, 64, ("decode",)),
+    Work(32, 128, 96, ("decode",), is_long=True),
 )
 DECODE_RATIOS = {"16-bit": 1.2, "int8": 1.5, "int4": 1.5}
 BATCH_RATIO = 1.5

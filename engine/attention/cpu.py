@@ -16,14 +16,13 @@ import torch
 from numba import get_num_threads
 
 from engine.attention.attend_cpu import (
-    BLOCK_SIZE,
-    LANES,
     attend_parallel,
     attend_serial,
     merge_parts,
     write_kv_parallel,
     write_kv_serial,
 )
+from engine.attention.attend_ops import BLOCK_SIZE, LANES
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
 from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, split_items
 from engine.layers.base import Rotation

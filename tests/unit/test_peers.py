@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return wait
 
 
-def test_decoding_begins_when_every_sequence_has_its_first_token(clock: Callable[[float], None]) -> None:
+def test_decoding_lasts_from_the_last_first_token_to_the_first_last_one(clock: Callable[[float], None]) -> None:
     def generate(prompts: Sequence[list[int]], num_tokens: int, report: Callable[[int, int], None]) -> None:
         assert (prompts, num_tokens) == ([[1, 2], [1, 2]], 3)
         for seconds, sequence in [(1, 0), (1, 0), (1, 1), (0.5, 1), (0.5, 0), (1, 1)]:
@@ -53,7 +53,17 @@ def test_decoding_begins_when_every_sequence_has_its_first_token(clock: Callable
             report(sequence, sequence + 7)
 
     answer = timed(generate, {"prompt_ids": [1, 2], "num_tokens": 3, "num_sequences": 2})
-    assert answer == {"prefill_s": 3.0, "decode_s": 2.0, "num_decoded": 3, "token_ids": [7, 7, 7]}
+    assert answer == {"prefill_s": 3.0, "decode_s": 1.0, "num_decoded": 2, "token_ids": [7, 7, 7]}
+
+
+def test_sequences_that_were_never_decoded_together_are_told(clock: Callable[[float], None]) -> None:
+    def generate(prompts: Sequence[list[int]], num_tokens: int, report: Callable[[int, int], None]) -> None:
+        for sequence in (0, 0, 1, 1):
+            clock(1)
+            report(sequence, 7)
+
+    with pytest.raises(ValueError, match="decode more tokens"):
+        timed(generate, {"prompt_ids": [1, 2], "num_tokens": 2, "num_sequences": 2})
 
 
 class Loads:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from engine.attention import ATTENTION_BACKENDS
-from engine.attention.attend_cpu import BLOCK_SIZE, LANES
+from engine.attention.attend_ops import BLOCK_SIZE, LANES
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.cpu import CpuAttention
 from engine.attention.torch import TorchAttention
