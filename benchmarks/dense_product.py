@@ -106,7 +106,10 @@ def main() -> None:
     print("| matrix | rows | GFLOP/s | of the peak |\n|---|---|---|---|")
     for name, (num_outputs, num_inputs) in SHAPES.items():
         weight = torch.randn(num_outputs, num_inputs).to(getattr(torch, arguments.dtype))
-        kernel = kernel_class(PackedWeight("dense", weight))
+        packed = PackedWeight("dense", weight)
+        if reasons := kernel_class.why_not(packed):
+            sys.exit(f"dense_product.py: {'; '.join(reasons)}")
+        kernel = kernel_class(packed)
         for rows in arguments.rows:
             x = torch.randn(rows, num_inputs)
             rate = 2 * rows * weight.numel() / seconds(lambda: kernel(x), arguments.repeats)  # noqa: B023

@@ -33,7 +33,7 @@ class ParallelMatrices:
     `outputs` has a shard of each part's outputs (None: all), `inputs` is the shard of the inputs (None: all). Every
     part has its own method, because checkpoints leave single matrices unquantized. A part is packed as soon as its
     tensors are there. A single dense matrix whose rows need no conversion is used where it lies, so that a
-    memory-mapped file is not copied.
+    memory-mapped file is not copied, unless its method says that the kernel has an order of its own.
     """
 
     def __init__(

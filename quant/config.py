@@ -22,6 +22,7 @@ from quant.base import (
     OnLoadMethod,
     PackedWeight,
 )
+from quant.dense import DenseMethod
 from quant.grouped import choose_grouped
 from quant.kernels import MATRICES, choose_kernel, rounding_instructions
 from quant.kernels.tuning import TUNED_TILES, read_tuned_tiles
@@ -107,7 +108,7 @@ def resolve_quantization(
     head_flag: str | None,
     settings: Mapping[str, Any] | None,
     tensor_names: Collection[str],
-    dense: LinearMethod,
+    dense: DenseMethod,
     *,
     matrices: str,
     is_exact: bool,
@@ -120,7 +121,9 @@ def resolve_quantization(
     """
     stored_name = _stored_name(settings or {})
     _check_flag(flag, stored_name)
-    description, linear, size_factor = "not quantised", dense, 1.0
+    dense_matrix = dense.reordered() if is_bfloat16 and rounding_instructions(matrices, "dense") else dense
+    linear: LinearMethod = dense_matrix
+    description, size_factor = "not quantised", 1.0
     quantized_method: Callable[[str], LinearMethod | None] = _no_method
     if stored_name is not None:
         stored_format: CheckpointFormat = load_entry(FORMATS[stored_name])(settings)
@@ -131,17 +134,10 @@ def resolve_quantization(
         description, linear, size_factor = flag, method, method.SIZE_FACTOR
     is_dense = stored_name is None and flag is None
     head_flag = head_flag or ("none" if is_dense or is_exact else "int8")
-    head = dense if head_flag == "none" else _on_load_method(head_flag)
-    return Quantization(
-        description=f"{description}, head {'dense' if head_flag == 'none' else head_flag}",
-        dense=dense,
-        linear=linear,
-        head=head,
-        quantized_method=quantized_method,
-        matrices=matrices,
-        rounded_layouts=_rounded_layouts(is_exact or (is_dense and head is dense), is_bfloat16),
-        size_factor=size_factor,
-    )
+    head = dense_matrix if head_flag == "none" else _on_load_method(head_flag)
+    description += f", head {'dense' if head_flag == 'none' else head_flag}"
+    rounded = _rounded_layouts(is_exact or (is_dense and head is dense_matrix), is_bfloat16)
+    return Quantization(description, dense, linear, head, quantized_method, matrices, rounded, size_factor)
 
 
 def _rounded_layouts(is_exact: bool, is_bfloat16: bool) -> list[str]:

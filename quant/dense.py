@@ -24,6 +24,10 @@ class DenseMethod(LinearMethod):
     def param_specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:
         return dense_specs(in_features, out_features, has_bias)
 
+    def reordered(self) -> ReorderedDenseMethod:
+        """The same for matrices whose kernel puts weights into an order of its own."""
+        return ReorderedDenseMethod(self._dtype, computes_in_float32=self._computes_in_float32)
+
     def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
         return self._storage_dtype(name, checkpoint_dtype) != checkpoint_dtype
 
@@ -35,6 +39,13 @@ class DenseMethod(LinearMethod):
     def pack(self, params: Mapping[str, torch.Tensor], shard: MatrixShard | None = None) -> PackedWeight:
         stored = {name: tensor.to(self._storage_dtype(name, tensor.dtype)) for name, tensor in params.items()}
         return PackedWeight("dense", stored["weight"], stored.get("bias"))
+
+
+class ReorderedDenseMethod(DenseMethod):
+    """Lets go of what was read: the kernel has a copy."""
+
+    def is_copied(self, name: str, checkpoint_dtype: torch.dtype) -> bool:
+        return True
 
 
 def dense_specs(in_features: int, out_features: int, has_bias: bool) -> dict[str, ParamSpec]:

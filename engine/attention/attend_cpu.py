@@ -36,7 +36,7 @@ from quant.kernels.simd import (
     sum_lanes,
 )
 
-# AVX-512 has 32 registers of 16 lanes, of which 16 hold sums; elsewhere 16 sums of four rows take eight of 16.
+# Up to 16 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
 _score4, _score4_twice, _score8, _score8_twice = (make_scores(*shape) for shape in ((4, 1), (4, 2), (8, 1), (8, 2)))
 _sum4, _sum4_twice, _sum8_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2)))
 PART_BLOCKS = PART // BLOCK_SIZE
@@ -88,8 +88,8 @@ def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ig
 
 
 @njit(inline="always")
-def _score_blocks(q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
-    """The same against two blocks, which share each load of a query."""
+def _score_two_blocks(q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
+    """The same against two blocks, which share each load of a query; for AVX-512 alone."""
     row = 0
     while row + 8 <= num_rows:
         _score8_twice(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
@@ -186,7 +186,7 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
         index = begin
         while HAS_AVX512 and index + 2 <= end:
             base, second = (first_of_head + blocks[index]) * size, (first_of_head + blocks[index + 1]) * size
-            _score_blocks(q, num_rows, head_dim, keys, base, second, scores, (index - span) * BLOCK_SIZE)
+            _score_two_blocks(q, num_rows, head_dim, keys, base, second, scores, (index - span) * BLOCK_SIZE)
             index += 2
         while index < end:
             base = (first_of_head + blocks[index]) * size

@@ -17,7 +17,9 @@ from numba.extending import intrinsic
 from quant.kernels.simd import F32, array_data, lanes_at, spread, vector_call
 
 LANES = 16
+"""Keys of a vector of scores, dimensions of a vector of sums."""
 BLOCK_SIZE = LANES
+"""Tokens of a block."""
 SPAN_BLOCKS = 4
 SPAN = SPAN_BLOCKS * BLOCK_SIZE
 """Keys that go into a row's softmax together."""
@@ -27,9 +29,10 @@ _FLOATS = ir.VectorType(F32, LANES)
 def make_scores(rows: int, blocks: int) -> Any:
     """`rows` rows of queries times the keys of one or two blocks, as a Numba intrinsic.
 
-    q float32 flat [head_dim, num_rows], of which the first row begins at `place`; keys flat, in which the blocks begin
-    at `first` and `second`; scores float32 flat [num_rows, SPAN], to whose place `target` the first row's are written,
-    those of the second block after those of the first. Every score is added dimension by dimension.
+    q float32 flat [head_dim, num_rows], of which the first row begins at `place`; keys flat, float32 or bfloat16 as
+    uint16, in which blocks [head_dim, 16] begin at `first` and `second` (not read with one block); scores float32 flat
+    [num_rows, SPAN], to whose place `target` the first row's are written, those of the second block after those of the
+    first. Every score is added dimension by dimension.
     """
 
     @intrinsic
@@ -67,9 +70,9 @@ def make_scores(rows: int, blocks: int) -> Any:
 def make_sums(rows: int, groups: int) -> Any:
     """Add the weighted values of a block's first keys to the sums of `rows` rows, as a Numba intrinsic.
 
-    scores float32 flat [num_rows, SPAN], of which the first row's weights begin at `place`; values flat, in which
-    `groups` times 16 dimensions of the block's keys begin at `base`; sums float32 flat [num_rows, head_dim], in which
-    those dimensions of the first row begin at `target`.
+    scores float32 flat [num_rows, SPAN], of which the first row's weights begin at `place`; values flat, float32 or
+    bfloat16 as uint16, in which [groups, 16 keys, 16 dimensions] begin at `base`; sums float32 flat [num_rows,
+    head_dim], in which those dimensions of the first row begin at `target`. Keys are added in order.
     """
 
     @intrinsic

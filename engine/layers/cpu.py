@@ -64,6 +64,7 @@ def _add_norm_row(residual, x, start, size, weight, eps, out):  # type: ignore[n
 
 @njit(inline="always")
 def _silu(value, one, nothing):  # type: ignore[no-untyped-def]
+    """x / (1 + e^-x) in every lane; `one` and `nothing` are 1 and 0."""
     return divide(value, add(one, exp(subtract(nothing, value))))
 
 

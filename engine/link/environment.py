@@ -132,6 +132,7 @@ def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, s
 KERNEL_SOURCES = (
     "quant/kernels/*.py",
     "engine/*/*cpu.py",
+    "engine/*/*_ops.py",
     "engine/scheduling/ngram.py",
     "parallel/atomics.py",
     "parallel/shared_memory.py",

@@ -5,8 +5,8 @@ products of an output are added in the order of its inputs, of each two the seco
 bits depend neither on how many rows run with it nor on whether the processor has AVX512-BF16.
 
 Weights are put into the order in which a tile reads them once, so that an output is a lane of a register: no sum is
-folded, and a tile reads one stream. Rows are cut into blocks of as many as a tile takes, all but the last alike, and
-their activations are put side by side, pair by pair.
+folded, and a tile reads one stream. Rows are cut into the fewest blocks of at most `ROWS`, all but the last alike, and
+the activations of a block are put side by side, pair by pair.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, OUTPUTS, ROWS, activation_type, make_tile
+from quant.kernels.bfloat16_ops import ACTIVATION, HAS_PAIRS, INPUTS, OUTPUTS, ROWS, make_tile
 from quant.kernels.padding_cpu import cut_padding, padded
 from quant.kernels.simd import HAS_AVX512, load16, store
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
@@ -29,7 +29,6 @@ ROUNDED_AT_A_TIME = 16
 INTERLEAVED_PAIRS = 16
 """Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 
-_ACTIVATION = activation_type()
 _tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (make_tile(rows) for rows in range(1, 7))
 _tile7, _tile8, _tile9, _tile10, _tile11, _tile12 = (make_tile(rows) for rows in range(7, ROWS + 1))
 
@@ -60,11 +59,13 @@ def _round_row(x, row, k_size):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _words_of(rounded):  # type: ignore[no-untyped-def]
+    """The numbers of a row, uint16, as words: each has the first of a pair in its lower half."""
     return rounded.view(np.uint32)
 
 
 @njit(inline="always")
 def _floats_of(rounded):  # type: ignore[no-untyped-def]
+    """The numbers of a row, uint16, as float32."""
     floats = np.empty(len(rounded), np.float32)
     for k in range(0, len(rounded), ROUNDED_AT_A_TIME):
         store(floats, k, load16(rounded, k))
@@ -76,7 +77,11 @@ _numbers_of = _words_of if HAS_PAIRS else _floats_of
 
 @njit(**FAST)
 def _round_block(x, row, rows, k_size, rounded):  # type: ignore[no-untyped-def]
-    """Rows of x to `rounded`, as a tile of so many rows takes them."""
+    """Write `rows` rows of x float32 flat [*, k_size] to `rounded`, as a tile of so many rows takes them.
+
+    Their block begins as many numbers from the start as all rows before them have. It is words [k_size / 2, rows], or
+    float32 [k_size, rows] without AVX512-BF16.
+    """
     for r in range(rows):
         numbers = _numbers_of(_round_row(x, row + r, k_size))
         first = row * len(numbers) + r
@@ -86,6 +91,7 @@ def _round_block(x, row, rows, k_size, rounded):  # type: ignore[no-untyped-def]
 
 @njit(**FAST)
 def _multiply_block(x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # type: ignore[no-untyped-def]
+    """A block of `rows` rows, which begins at x0 of x, times a tile of outputs, as `bfloat16_ops.make_tile` says."""
     if rows == 1:
         _tile1(x, x0, w, bias, out, row, tile, n_size, k_size)
     elif rows == 2:
@@ -114,8 +120,9 @@ def _multiply_block(x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # ty
 
 @njit(parallel=True, **FAST)
 def _product(x, w, bias, out, num_rows, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
+    """x float32 flat [num_rows, k_size] times w, as `interleave` makes it -> out float32 flat [num_rows, n_size]."""
     numbers = k_size // INPUTS if HAS_PAIRS else k_size
-    rounded = np.empty(num_rows * numbers, _ACTIVATION)
+    rounded = np.empty(num_rows * numbers, ACTIVATION)
     rows_each = even_block(num_rows, ROWS, 1)
     num_blocks = (num_rows + rows_each - 1) // rows_each
     if num_blocks == 1:  # a parallel region takes longer to start

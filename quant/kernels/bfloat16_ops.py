@@ -27,16 +27,13 @@ OUTPUTS = LANES * UNITS
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
 ROWS = 12
-"""Rows at most, whose sums with the weights fill 26 of 32 registers."""
+"""Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
 """Whether one instruction adds a pair of products."""
+ACTIVATION = np.uint32 if HAS_PAIRS else np.float32
+"""How activations are stored: pairs of bfloat16 as words, or numbers as float32, which are bfloat16 exactly."""
 
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
-
-
-def activation_type(has_pairs: bool = HAS_PAIRS) -> type[np.generic]:
-    """How activations are stored: pairs of bfloat16 as words, or numbers as float32, which bfloat16 holds exactly."""
-    return np.uint32 if has_pairs else np.float32
 
 
 def add_pair(b: Any, x: Any, w: Any, total: Any) -> Any:

@@ -43,8 +43,8 @@ SPLITS_PAIRS = "avx2" in enabled_features() and not HAS_AVX512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Products:
-    """A way to add. A step is `FLOAT_INPUTS` inputs, which are `NUM_PARTS` times `WIDTH` lanes."""
+class Loading:
+    """How the numbers of a step are read, and so in which order they are added; `NUM_PARTS` times `WIDTH` lanes."""
 
     load: Callable[..., Any]
     """Makes of (builder, typed pointer, dtype, offset, `Step`) one part of a step's inputs or weights."""
@@ -61,9 +61,9 @@ class Step:
     is_last: bool
 
 
-FLOAT_INPUTS = 2 * LANES
+STEP_INPUTS = 2 * LANES
 """Inputs of a step."""
-NUM_PARTS = FLOAT_INPUTS // WIDTH
+NUM_PARTS = STEP_INPUTS // WIDTH
 LINE_BYTES = 64
 """Bytes of a cache line."""
 
@@ -74,7 +74,7 @@ def _load_floats(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
 
 
 def _load_split(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
-    if dtype != types.uint16 or step.count < FLOAT_INPUTS:
+    if dtype != types.uint16 or step.count < STEP_INPUTS:
         return _load_floats(b, data, dtype, offset, step)
     words, floats = ir.VectorType(I32, WIDTH), ir.VectorType(F32, WIDTH)
     is_masked = step.part == 1 and step.is_last
@@ -87,8 +87,8 @@ def _load_split(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:
     return b.bitcast(b.shl(pairs, ir.Constant(words, [16] * WIDTH)), floats)
 
 
-FLOATS = Products(_load_floats)
-SPLIT = Products(_load_split, reads_behind=True) if SPLITS_PAIRS else FLOATS
+FLOATS = Loading(_load_floats)
+SPLIT = Loading(_load_split, reads_behind=True) if SPLITS_PAIRS else FLOATS
 
 
 @intrinsic
@@ -118,14 +118,14 @@ def _split_16(typing_context, x, out, at):  # type: ignore[no-untyped-def]
 def split_row(x, row, k_size, split):  # type: ignore[no-untyped-def]
     """Write a row of x [rows, k_size] to the same place of `split`, in the order of `SPLIT`."""
     first, end = row * k_size, (row + 1) * k_size
-    rest = end - k_size % FLOAT_INPUTS
-    for k in range(first, rest, FLOAT_INPUTS):
+    rest = end - k_size % STEP_INPUTS
+    for k in range(first, rest, STEP_INPUTS):
         _split_16(x, split, k)
     for k in range(rest, end):
         split[k] = x[k]
 
 
-def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, *, lines: int = 1) -> Any:
+def make_tile(rows: int, outputs: int, ahead: int, loading: Loading = FLOATS, *, lines: int = 1) -> Any:
     """`rows` rows of x times `outputs` rows of w, as a Numba intrinsic.
 
     x, w flat arrays, of which the first rows begin at x0 and w0; the result of the first pair goes to out[o0], after
@@ -139,7 +139,7 @@ def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, 
             x_data, w_data, bias_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 2, 5, 7))
             x0, w0, k_size, n, o0, n_size = (args[i] for i in (1, 3, 4, 6, 8, 9))
             x_place, w_place = (x_data, signature.args[0].dtype, x0), (w_data, signature.args[2].dtype, w0)
-            body = _Tile(b, products, x_place, w_place, rows, outputs, k_size)
+            body = _Tile(b, loading, x_place, w_place, rows, outputs, k_size)
             body.add(body.number(0), k_size, ahead, lines)
             body.write(bias_data, n, out_data, o0, n_size)
             return context.get_dummy_value()
@@ -150,7 +150,7 @@ def make_tile(rows: int, outputs: int, ahead: int, products: Products = FLOATS, 
     return tile
 
 
-def make_part_tile(rows: int, outputs: int, products: Products = FLOATS) -> Any:
+def make_part_tile(rows: int, outputs: int, loading: Loading = FLOATS) -> Any:
     """As `make_tile`, but only the inputs from `first_k` to `last_k` are added.
 
     Between the parts the sums are kept in `sums` [rows * outputs * WIDTH] from s0 on.
@@ -164,7 +164,7 @@ def make_part_tile(rows: int, outputs: int, products: Products = FLOATS) -> Any:
             )
             x0, w0, k_size, first_k, last_k, s0, n, o0, n_size = (args[i] for i in (1, 3, 4, 5, 6, 8, 10, 12, 13))
             x_place, w_place = (x_data, signature.args[0].dtype, x0), (w_data, signature.args[2].dtype, w0)
-            body = _Tile(b, products, x_place, w_place, rows, outputs, k_size)
+            body = _Tile(b, loading, x_place, w_place, rows, outputs, k_size)
             kept = b.gep(sums_data, [s0])
             body.take(kept, b.icmp_signed("==", first_k, body.number(0)))
             body.add(first_k, last_k)
@@ -184,9 +184,9 @@ def make_part_tile(rows: int, outputs: int, products: Products = FLOATS) -> Any:
 class _Tile:
     """The code of a tile: an accumulator for each pair of `rows` rows of x and `outputs` rows of w."""
 
-    def __init__(self, b: Any, products: Products, x: Any, w: Any, rows: int, outputs: int, k_size: Any) -> None:
+    def __init__(self, b: Any, loading: Loading, x: Any, w: Any, rows: int, outputs: int, k_size: Any) -> None:
         """x and w are typed pointers with the dtype and the offset of the first row."""
-        self._b, self._products, self._x, self._w, self._k_size = b, products, x, w, k_size
+        self._b, self._loading, self._x, self._w, self._k_size = b, loading, x, w, k_size
         self._x_rows, self._w_rows = self._starts(x[2], k_size, rows), self._starts(w[2], k_size, outputs)
         self._zero = ir.Constant(ir.VectorType(F32, WIDTH), [0.0] * WIDTH)
         self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in range(outputs)] for _ in range(rows)]
@@ -199,16 +199,16 @@ class _Tile:
 
     def add(self, first_k: Any, last_k: Any, ahead: int = 0, lines: int = 0) -> None:
         """Add the products of the inputs from `first_k` to `last_k`."""
-        b, step = self._b, FLOAT_INPUTS
+        b, step = self._b, STEP_INPUTS
         length = b.sub(last_k, first_k)
         num_steps = b.sdiv(length, self.number(step))
-        num_others = b.sub(num_steps, self.number(1)) if self._products.reads_behind else num_steps
+        num_others = b.sub(num_steps, self.number(1)) if self._loading.reads_behind else num_steps
         with cgutils.for_range(b, num_others) as loop:
             k = b.add(first_k, b.mul(loop.index, self.number(step)))
             for line in range(lines if ahead else 0):
                 self._ask_for(b.mul(self.number(ahead), b.add(self._k_size, k)), line)
             self._add_step(k, step)
-        if self._products.reads_behind:
+        if self._loading.reads_behind:
             with b.if_then(b.icmp_signed(">", num_steps, self.number(0)), likely=True):
                 self._add_step(b.add(first_k, b.mul(num_others, self.number(step))), step, is_last=True)
         rest = b.srem(length, self.number(step))
@@ -222,12 +222,12 @@ class _Tile:
         prefetch_at(self._b, data, self._b.add(self._b.add(first, distance), further))
 
     def _add_step(self, k: Any, count: int, *, is_last: bool = False) -> None:
-        b, products = self._b, self._products
-        for part in range(NUM_PARTS if count == FLOAT_INPUTS else 1):
+        b, loading = self._b, self._loading
+        for part in range(NUM_PARTS if count == STEP_INPUTS else 1):
             step = Step(count, part, is_last)
-            weights = [products.load(b, *self._w[:2], b.add(start, k), step) for start in self._w_rows]
+            weights = [loading.load(b, *self._w[:2], b.add(start, k), step) for start in self._w_rows]
             for start, row_sums in zip(self._x_rows, self._sums, strict=True):
-                a = products.load(b, *self._x[:2], b.add(start, k), step)
+                a = loading.load(b, *self._x[:2], b.add(start, k), step)
                 for weight, place in zip(weights, row_sums, strict=True):
                     b.store(vector_call(b, "fma", a, weight, b.load(place)), place)
 

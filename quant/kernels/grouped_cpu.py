@@ -16,9 +16,9 @@ from numba import get_num_threads, njit, prange
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import DenseCpu, multiply_tile
-from quant.kernels.dense_ops import split_row, splits_pairs
-from quant.kernels.dense_rows import TILE_OUTPUTS, rows_per_block, write_rows
+from quant.kernels.dense_cpu import DenseCpu
+from quant.kernels.dense_ops import splits_pairs
+from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
 from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.padding_cpu import cut_padding
@@ -29,8 +29,7 @@ from quant.kernels.work_split import tile_range
 def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
     rows = x
     if splits_pairs(w):
-        rows = np.empty(len(x), np.float32)
-        write_rows(split_row, x, len(x) // k_size, k_size, rows)
+        rows = split_rows(x, len(x) // k_size, k_size)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for thread in prange(num_threads):
         for index in range(active[0]):
@@ -124,7 +123,7 @@ class GroupedDenseCpu:
     def __init__(self, matrices: Sequence[PackedWeight]) -> None:
         self._n_size, self._k_size = matrices[0].weight.shape
         self._weights = flat_view(torch.cat([packed.weight for packed in matrices])), flat_view(_biases(matrices))
-        self._row_block = rows_per_block(4 * self._k_size)
+        self._row_block = rows_per_block(self._k_size)
         self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:

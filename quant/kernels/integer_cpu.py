@@ -60,7 +60,7 @@ def multiply_rows(  # type: ignore[no-untyped-def]
             x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
         )
         row += ROWS
-    if row + ROWS // 2 <= last:
+    if ROWS > 4 and row + ROWS // 2 <= last:  # half of four are two
         multiply_half_rows(
             x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
         )

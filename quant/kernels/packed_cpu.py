@@ -21,9 +21,8 @@ from numba import config, get_num_threads, get_thread_id, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_cpu import multiply_tile
 from quant.kernels.dense_ops import WIDTH
-from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS
+from quant.kernels.dense_rows import ROW_BLOCK_BYTES, ROWS, TILE_OUTPUTS, multiply_tile
 from quant.kernels.packed_ops import add_int4, add_int8
 from quant.kernels.packed_ops import splat as wide_splat
 from quant.kernels.packed_ops import zeros as wide_zeros

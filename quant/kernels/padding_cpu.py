@@ -9,14 +9,14 @@ from quant.kernels.arrays import FAST
 
 
 def padded(outputs: torch.Tensor, num_outputs: int) -> torch.Tensor:
-    """[n, ...] -> [num_outputs, ...]; as it is if it has as many."""
+    """[n, ...] of any dtype -> [num_outputs, ...], zeros at the end; as it is if it has as many."""
     missing = num_outputs - len(outputs)
     return outputs if not missing else torch.cat([outputs, outputs.new_zeros(missing, *outputs.shape[1:])])
 
 
 @njit(**FAST)
-def cut_padding(padded, padded_size, n_size, out):  # type: ignore[no-untyped-def]
-    """The first n_size outputs of every row."""
+def cut_padding(x, padded_size, n_size, out):  # type: ignore[no-untyped-def]
+    """The first outputs of every row: x float32 flat [rows, padded_size] -> out flat [rows, n_size]."""
     for row in range(len(out) // n_size):
         for n in range(n_size):
-            out[row * n_size + n] = padded[row * padded_size + n]
+            out[row * n_size + n] = x[row * padded_size + n]

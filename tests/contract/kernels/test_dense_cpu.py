@@ -96,7 +96,7 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype, n_
 @pytest.mark.parametrize("k_size", [512, 4096])
 def test_rows_beyond_one_row_block(k_size: int) -> None:
     """Activations are taken in blocks; the rows of the second block are rows like any other."""
-    block = rows_per_block(4 * k_size)
+    block = rows_per_block(k_size)
     x, weight = random(2 * block + 3, k_size), random(24, k_size, seed=1)
     kernel = DenseCpu(packed(weight, None))
     whole = kernel(x)

@@ -29,7 +29,7 @@ from quant.packing import widen
 from tests.contract.kernels.test_packed_cpu import random_weight
 
 needs_instructions = pytest.mark.skipif(FOUND is None, reason="the processor has none of the instruction sets")
-ROW_COUNTS = [1, 2, 3, ROWS, 2 * ROWS + 3]
+ROW_COUNTS = [1, 2, 3, ROWS // 2, ROWS, 2 * ROWS - 1, 2 * ROWS + 3]
 
 
 def random_rows(rows: int, k: int, seed: int = 1) -> torch.Tensor:
