@@ -60,6 +60,22 @@ def test_a_dense_checkpoint_stays_dense() -> None:
     assert made.description == "not quantised, head dense"
 
 
+@pytest.mark.parametrize(
+    ("is_bfloat16", "instructions", "is_reordered"),
+    [(True, "AVX-512", True), (True, None, False), (False, "AVX-512", False)],
+)
+def test_weights_that_a_kernel_reorders_are_let_go_of_and_tables_are_mapped(
+    is_bfloat16: bool, instructions: str | None, is_reordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has a copy: pages of the file would count beside it. Rows of a table are looked up in the file."""
+    monkeypatch.setattr("quant.config.rounding_instructions", lambda matrices, layout: instructions)
+    made = resolve_quantization(
+        None, None, None, TENSORS, DENSE, matrices="cpu", is_exact=False, is_bfloat16=is_bfloat16
+    )
+    methods = made.method_for(Q), made.head_method_for(HEAD), made.dense
+    assert [method.is_copied("weight", torch.bfloat16) for method in methods] == [is_reordered, is_reordered, False]
+
+
 @pytest.mark.parametrize(("flag", "kind"), [("eetq", Int8Method), ("int8", Int8Method), ("int4", Int4Method)])
 def test_every_matrix_of_a_dense_checkpoint_is_quantized_on_load(flag: str, kind: type) -> None:
     made = resolve(flag)
