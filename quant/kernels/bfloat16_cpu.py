@@ -17,8 +17,8 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.bfloat16_ops import ACTIVATION, HAS_PAIRS, INPUTS, OUTPUTS, ROWS, make_tile
-from quant.kernels.padding_cpu import cut_padding, padded
+from quant.kernels.bfloat16_ops import ACTIVATION, HAS_PAIRS, INPUTS, OUTPUTS, ROWS, multiply_block
+from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512, load16, store
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
@@ -28,9 +28,6 @@ ROUNDED_AT_A_TIME = 16
 """The number of inputs is a multiple of it."""
 INTERLEAVED_PAIRS = 16
 """Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
-
-_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (make_tile(rows) for rows in range(1, 7))
-_tile7, _tile8, _tile9, _tile10, _tile11, _tile12 = (make_tile(rows) for rows in range(7, ROWS + 1))
 
 
 @njit(parallel=True, **FAST)
@@ -77,7 +74,7 @@ _numbers_of = _words_of if HAS_PAIRS else _floats_of
 
 @njit(**FAST)
 def _round_block(x, row, rows, k_size, rounded):  # type: ignore[no-untyped-def]
-    """Write `rows` rows of x float32 flat [*, k_size] to `rounded`, as a tile of so many rows takes them.
+    """Write `rows` rows of x float32 flat [*, k_size] to `rounded`, as `multiply_block` takes them.
 
     Their block begins as many numbers from the start as all rows before them have. It is words [k_size / 2, rows], or
     float32 [k_size, rows] without AVX512-BF16.
@@ -87,35 +84,6 @@ def _round_block(x, row, rows, k_size, rounded):  # type: ignore[no-untyped-def]
         first = row * len(numbers) + r
         for i in range(len(numbers)):
             rounded[first + i * rows] = numbers[i]
-
-
-@njit(**FAST)
-def _multiply_block(x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # type: ignore[no-untyped-def]
-    """A block of `rows` rows, which begins at x0 of x, times a tile of outputs, as `bfloat16_ops.make_tile` says."""
-    if rows == 1:
-        _tile1(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 2:
-        _tile2(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 3:
-        _tile3(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 4:
-        _tile4(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 5:
-        _tile5(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 6:
-        _tile6(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 7:
-        _tile7(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 8:
-        _tile8(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 9:
-        _tile9(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 10:
-        _tile10(x, x0, w, bias, out, row, tile, n_size, k_size)
-    elif rows == 11:
-        _tile11(x, x0, w, bias, out, row, tile, n_size, k_size)
-    else:
-        _tile12(x, x0, w, bias, out, row, tile, n_size, k_size)
 
 
 @njit(parallel=True, **FAST)
@@ -142,7 +110,7 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, num_threads):  # type: i
             for tile in range(first_tile, last_tile):
                 for row in range(start, min(end, start + even), rows_each):
                     rows = min(rows_each, num_rows - row)
-                    _multiply_block(rounded, row * numbers, w, bias, out, row, rows, tile, n_size, k_size)
+                    multiply_block(rounded, row * numbers, w, bias, out, row, rows, tile, n_size, k_size)
 
 
 class Bfloat16Cpu:
@@ -176,8 +144,4 @@ class Bfloat16Cpu:
         out, flat_out = new_output(num_rows, self._padded_size)
         sizes = num_rows, self._padded_size, self._k_size, self._num_threads
         call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
-        if self._padded_size == self._n_size:
-            return out
-        cut, flat_cut = new_output(num_rows, self._n_size)
-        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
-        return cut
+        return without_padding(out, self._n_size)

@@ -49,67 +49,88 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
     return b.bitcast(b.shl(words, sixteen), _FLOATS), b.bitcast(b.and_(words, upper), _FLOATS)
 
 
-def make_tile(rows: int) -> Any:
-    """`rows` rows times `OUTPUTS` outputs, as a Numba intrinsic.
+@intrinsic
+def multiply_block(typing_context, x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # type: ignore[no-untyped-def]
+    """`rows` rows, at least one and at most `ROWS`, times a tile of `OUTPUTS` outputs.
 
     x [pairs of inputs, rows] as words from x0 on, or float32 [pairs, 2, rows]; w uint16 [tiles, pairs, OUTPUTS, 2];
     bias [n_size], out [*, n_size] float32. The rows of out begin with `row`; `tile` counts tiles of outputs.
     """
 
-    @intrinsic
-    def tile(typing_context, x, x0, w, bias, out, row, tile, n_size, k_size):  # type: ignore[no-untyped-def]
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x_data, w_data, bias_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 2, 3, 4))
-            x0, row, tile, n_size, k_size = (args[i] for i in (1, 5, 6, 7, 8))
-            is_paired = signature.args[0].dtype == types.uint32
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        data = [array_data(context, b, signature, args, i) for i in (0, 2, 3, 4)]
+        sizes = [args[i] for i in (1, 5, 7, 8, 9)]
+        is_paired = signature.args[0].dtype == types.uint32
+        end = b.append_basic_block("end")
+        unreachable = b.append_basic_block("others")
+        switch = b.switch(args[6], unreachable)
+        for count in range(1, ROWS + 1):
+            block = b.append_basic_block(f"rows{count}")
+            switch.add_case(ir.Constant(args[6].type, count), block)
+            b.position_at_end(block)
+            _multiply(b, *data, *sizes, rows=count, is_paired=is_paired)
+            b.branch(end)
+        b.position_at_end(unreachable)
+        b.unreachable()
+        b.position_at_end(end)
+        return context.get_dummy_value()
 
-            def number(value: int) -> ir.Constant:
-                return ir.Constant(k_size.type, value)
+    at = types.intp
+    return types.none(x, at, w, bias, out, at, at, at, at, at), codegen
 
-            def at(data: Any, *offsets: Any) -> Any:
-                return b.gep(data, [functools.reduce(b.add, offsets)])
 
-            def vector(place: Any, kind: Any) -> Any:
-                value = b.load(b.bitcast(place, kind.as_pointer()))
-                value.align = 2
-                return value
+def _multiply(
+    b: Any,
+    x: Any,
+    w: Any,
+    bias: Any,
+    out: Any,
+    x0: Any,
+    row: Any,
+    tile: Any,
+    n_size: Any,
+    k_size: Any,
+    *,
+    rows: int,
+    is_paired: bool,
+) -> None:
+    """The code for so many rows; x, w, bias, out are typed pointers."""
 
-            sums = [
-                [cgutils.alloca_once_value(b, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(UNITS)]
-                for _ in range(rows)
+    def number(value: int) -> ir.Constant:
+        return ir.Constant(k_size.type, value)
+
+    def at(data: Any, *offsets: Any) -> Any:
+        return b.gep(data, [functools.reduce(b.add, offsets)])
+
+    def vector(place: Any, kind: Any) -> Any:
+        value = b.load(b.bitcast(place, kind.as_pointer()))
+        value.align = 2
+        return value
+
+    zero = ir.Constant(_FLOATS, [0.0] * LANES)
+    sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
+    w0 = b.mul(tile, b.mul(number(OUTPUTS), k_size))
+    with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
+        w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
+        weights = [vector(at(w, w_at, number(unit * LANES * INPUTS)), _WORDS) for unit in range(UNITS)]
+        halves = [] if is_paired else [_halves(b, words) for words in weights]
+        x_at = b.add(x0, b.mul(loop.index, number(rows if is_paired else INPUTS * rows)))
+        for r, places in enumerate(sums):
+            numbers = [
+                spread(b, b.load(at(x, x_at, number(half * rows + r))), LANES) for half in range(1 if is_paired else 2)
             ]
-            w0 = b.mul(tile, b.mul(number(OUTPUTS), k_size))
-            with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
-                w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
-                weights = [vector(at(w_data, w_at, number(unit * LANES * INPUTS)), _WORDS) for unit in range(UNITS)]
-                halves = [] if is_paired else [_halves(b, words) for words in weights]
-                x_at = b.add(x0, b.mul(loop.index, number(rows if is_paired else INPUTS * rows)))
-                for r, places in enumerate(sums):
-                    if is_paired:
-                        pair = spread(b, b.load(at(x_data, x_at, number(r))), LANES)
-                    else:
-                        first, second = (
-                            spread(b, b.load(at(x_data, x_at, number(half * rows + r))), LANES)
-                            for half in range(INPUTS)
-                        )
-                    for unit, place in enumerate(places):
-                        total = b.load(place)
-                        if is_paired:
-                            total = add_pair(b, pair, weights[unit], total)
-                        else:
-                            total = vector_call(b, "fma", second, halves[unit][1], total)
-                            total = vector_call(b, "fma", first, halves[unit][0], total)
-                        b.store(total, place)
-            for unit in range(UNITS):
-                n = b.add(b.mul(tile, number(OUTPUTS)), number(unit * LANES))
-                added = vector(at(bias_data, n), _FLOATS)
-                for r, places in enumerate(sums):
-                    place = at(out_data, b.mul(b.add(row, number(r)), n_size), n)
-                    written = b.store(b.fadd(b.load(places[unit]), added), b.bitcast(place, _FLOATS.as_pointer()))
-                    written.align = 4
-            return context.get_dummy_value()
-
-        intp = types.intp
-        return types.none(x, intp, w, bias, out, intp, intp, intp, intp), codegen
-
-    return tile
+            for unit, place in enumerate(places):
+                total = b.load(place)
+                if is_paired:
+                    total = add_pair(b, numbers[0], weights[unit], total)
+                else:
+                    total = vector_call(b, "fma", numbers[1], halves[unit][1], total)
+                    total = vector_call(b, "fma", numbers[0], halves[unit][0], total)
+                b.store(total, place)
+    for unit in range(UNITS):
+        n = b.add(b.mul(tile, number(OUTPUTS)), number(unit * LANES))
+        added = vector(at(bias, n), _FLOATS)
+        for r, places in enumerate(sums):
+            place = at(out, b.mul(b.add(row, number(r)), n_size), n)
+            written = b.store(b.fadd(b.load(places[unit]), added), b.bitcast(place, _FLOATS.as_pointer()))
+            written.align = 4

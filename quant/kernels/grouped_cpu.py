@@ -21,7 +21,7 @@ from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
 from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
-from quant.kernels.padding_cpu import cut_padding
+from quant.kernels.padding_cpu import without_padding
 from quant.kernels.work_split import tile_range
 
 
@@ -185,8 +185,4 @@ class GroupedIntegerCpu:
         out, flat_out = new_output(num_rows, self._padded_size)
         sizes = self._padded_size, self._k_size, self._num_threads
         call(_integer, flat_view(x), *self._before, flat_out, num_rows, *_numbers(groups), *sizes)
-        if self._padded_size == self._n_size:
-            return out
-        cut, flat_cut = new_output(num_rows, self._n_size)
-        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
-        return cut
+        return without_padding(out, self._n_size)

@@ -27,7 +27,7 @@ from quant.kernels.integer_ops import (
     make_tile,
     round_group,
 )
-from quant.kernels.padding_cpu import cut_padding, padded
+from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 from quant.packing import unpack_nibbles
@@ -190,8 +190,4 @@ class IntegerCpu:
         num_rows = x.shape[0]
         out, flat_out = new_output(num_rows, self._padded_size)
         call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after, self._num_threads)
-        if self._padded_size == self._n_size:
-            return out
-        cut, flat_cut = new_output(num_rows, self._n_size)
-        call(cut_padding, flat_out, self._padded_size, self._n_size, flat_cut)
-        return cut
+        return without_padding(out, self._n_size)

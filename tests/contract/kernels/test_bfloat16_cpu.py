@@ -13,7 +13,7 @@ from quant.base import PackedWeight
 from quant.kernels import MATRICES, choose_kernel
 from quant.kernels.arrays import flat_view
 from quant.kernels.bfloat16_cpu import ROW_BLOCK, Bfloat16Cpu, interleave
-from quant.kernels.bfloat16_ops import HAS_PAIRS, OUTPUTS, ROWS, make_tile
+from quant.kernels.bfloat16_ops import HAS_PAIRS, OUTPUTS, ROWS, multiply_block
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.simd import HAS_AVX512
 
@@ -96,11 +96,10 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
     interleave(flat_view(w), OUTPUTS, 640, weights)
     words = flat_view(x).view(np.uint32).reshape(2, 320).T.copy()
     numbers = x.float().numpy().T.copy()
-    tile = make_tile(2)
 
     @njit
     def product(x: Any, w: Any, bias: Any, out: Any) -> None:
-        tile(x, 0, w, bias, out, 0, 0, OUTPUTS, 640)
+        multiply_block(x, 0, w, bias, out, 0, 2, 0, OUTPUTS, 640)
 
     results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
     for rounded, out in zip((words, numbers), results, strict=True):
