@@ -75,27 +75,18 @@ def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, keys
 
 
 @njit(inline="always")
-def _score_block(q, num_rows, head_dim, keys, base, scores, column):  # type: ignore[no-untyped-def]
-    """Scores of all rows, a multiple of 4, against a block's keys, which are the span's from `column` on."""
+def _score_rows(four, eight, q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
+    """Scores of all rows, a multiple of 4, against the keys of a block or two, the span's from `column` on.
+
+    `four` and `eight`, for AVX-512 alone, are the tiles of so many rows.
+    """
     row = 0
     if HAS_AVX512:
         while row + 8 <= num_rows:
-            _score8(q, row, num_rows, head_dim, keys, base, base, scores, row * SPAN + column)
+            eight(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
             row += 8
     while row < num_rows:
-        _score4(q, row, num_rows, head_dim, keys, base, base, scores, row * SPAN + column)
-        row += 4
-
-
-@njit(inline="always")
-def _score_two_blocks(q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
-    """The same against two blocks, which share each load of a query; for AVX-512 alone."""
-    row = 0
-    while row + 8 <= num_rows:
-        _score8_twice(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
-        row += 8
-    while row < num_rows:
-        _score4_twice(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
+        four(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
         row += 4
 
 
@@ -133,24 +124,26 @@ def _softmax_row(scores, row, num_visible, max_scores, totals, sums, head_dim): 
 
 
 @njit(inline="always")
+def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
+    """Let a tile of some rows, from `row` on, and `width` dimensions add to all dimensions of its rows."""
+    for d in range(0, head_dim, width):
+        at, target = base + d * BLOCK_SIZE, row * head_dim + d
+        tile(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+
+
+@njit(inline="always")
 def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
     """Add the weighted values of a block's first keys to the sums of all rows, flat [num_rows, head_dim]."""
     row = 0
     if HAS_AVX512 and head_dim % (2 * LANES) == 0:
         while row + 8 <= num_rows:
-            for d in range(0, head_dim, 2 * LANES):
-                at, target = base + d * BLOCK_SIZE, row * head_dim + d
-                _sum8_twice(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, base, sums)
             row += 8
         while row < num_rows:
-            for d in range(0, head_dim, 2 * LANES):
-                at, target = base + d * BLOCK_SIZE, row * head_dim + d
-                _sum4_twice(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, base, sums)
             row += 4
     while row < num_rows:
-        for d in range(0, head_dim, LANES):
-            at, target = base + d * BLOCK_SIZE, row * head_dim + d
-            _sum4(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+        _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, base, sums)
         row += 4
 
 
@@ -186,11 +179,13 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
         index = begin
         while HAS_AVX512 and index + 2 <= end:
             base, second = (first_of_head + blocks[index]) * size, (first_of_head + blocks[index + 1]) * size
-            _score_two_blocks(q, num_rows, head_dim, keys, base, second, scores, (index - span) * BLOCK_SIZE)
+            column = (index - span) * BLOCK_SIZE
+            _score_rows(_score4_twice, _score8_twice, q, num_rows, head_dim, keys, base, second, scores, column)
             index += 2
         while index < end:
             base = (first_of_head + blocks[index]) * size
-            _score_block(q, num_rows, head_dim, keys, base, scores, (index - span) * BLOCK_SIZE)
+            column = (index - span) * BLOCK_SIZE
+            _score_rows(_score4, _score8, q, num_rows, head_dim, keys, base, base, scores, column)
             index += 1
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it

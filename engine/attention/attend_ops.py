@@ -26,6 +26,14 @@ SPAN = SPAN_BLOCKS * BLOCK_SIZE
 _FLOATS = ir.VectorType(F32, LANES)
 
 
+def _add_products(b: Any, numbers: list[Any], lines: list[Any], sums: list[list[Any]]) -> None:
+    """Add each row's number, of which there is the place, times each line to the row's sum for that line."""
+    for place, row_sums in zip(numbers, sums, strict=True):
+        number = spread(b, b.load(place), LANES)
+        for line, total in zip(lines, row_sums, strict=True):
+            b.store(vector_call(b, "fma", number, line, b.load(total)), total)
+
+
 def make_scores(rows: int, blocks: int) -> Any:
     """`rows` rows of queries times the keys of one or two blocks, as a Numba intrinsic.
 
@@ -51,10 +59,7 @@ def make_scores(rows: int, blocks: int) -> Any:
                 d = b.mul(loop.index, number(LANES))
                 lines = [lanes_at(b, key_data, signature.args[4].dtype, b.add(base, d), LANES, LANES) for base in bases]
                 row_at = b.add(place, b.mul(loop.index, num_rows))
-                for r, row_sums in enumerate(sums):
-                    query = spread(b, b.load(b.gep(q_data, [b.add(row_at, number(r))])), LANES)
-                    for line, total in zip(lines, row_sums, strict=True):
-                        b.store(vector_call(b, "fma", query, line, b.load(total)), total)
+                _add_products(b, [b.gep(q_data, [b.add(row_at, number(r))]) for r in range(rows)], lines, sums)
             for r, row_sums in enumerate(sums):
                 for block, total in enumerate(row_sums):
                     at = b.gep(score_data, [b.add(target, number(r * SPAN + block * LANES))])
@@ -100,10 +105,8 @@ def make_sums(rows: int, groups: int) -> Any:
                 dtype = signature.args[4].dtype
                 lines = [lanes_at(b, value_data, dtype, at, LANES, LANES) for at in places]
                 weight_at = b.add(place, loop.index)
-                for r, row_totals in enumerate(totals):
-                    weight = spread(b, b.load(b.gep(score_data, [b.add(weight_at, number(r * SPAN))])), LANES)
-                    for line, total in zip(lines, row_totals, strict=True):
-                        b.store(vector_call(b, "fma", weight, line, b.load(total)), total)
+                weights = [b.gep(score_data, [b.add(weight_at, number(r * SPAN))]) for r in range(rows)]
+                _add_products(b, weights, lines, totals)
             for r, row_totals in enumerate(totals):
                 for group, total in enumerate(row_totals):
                     b.store(b.load(total), sum_at(r, group)).align = 4
