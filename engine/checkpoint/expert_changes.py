@@ -9,13 +9,14 @@ the last of them, `experts.base_layer.lora_A` to the one before. A is [experts *
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.adapter_config import MERGE_WITH_PEFT
-from engine.checkpoint.fused_experts import FUSED
+from engine.checkpoint.fused_experts import FUSED, Part, SplitWeights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG
 
@@ -40,17 +41,20 @@ MAX_PARTS = 6 * 2**16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
-    """The half of the change of one expert's matrix, within a stored tensor."""
+class _Half:
+    """The half of the change of one expert's matrix; implements `engine.checkpoint.fused_experts.Part`."""
 
     stored_name: str
     rows: slice
     columns: slice
     shape: tuple[int, int]
 
+    def read(self, source: WeightSource, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
+        return source.read(self.stored_name, (self.rows,), is_kept=is_kept)[:, self.columns][index]
 
-class SplitExpertChanges:
-    """Implements `engine.checkpoint.weights.WeightSource` by an adapter's, whose changes appear matrix by matrix."""
+
+class SplitExpertChanges(SplitWeights):
+    """An adapter's weights, whose changes of experts appear matrix by matrix."""
 
     def __init__(
         self,
@@ -63,25 +67,22 @@ class SplitExpertChanges:
 
         Raises StartError.
         """
-        self._source, self._settings, self._rank_of = source, settings, rank_of
+        self._settings, self._rank_of = settings, rank_of
         self._parameters: dict[str, str] = {}
-        self._parts: dict[str, _Part] = {}
-        self.names: list[str] = []
-        matches = {name: match for name in source.names if (match := _TENSOR.fullmatch(name))}
-        self._is_grouped = bool(matches) and _has_grouped_experts(settings.folder, config)
-        for name in source.names:
-            parts = dict(self._split(name, matches[name])) if name in matches else {}
-            self._parts |= parts
-            self.names += parts or [name]
-        self.files = source.files
+        self._is_grouped = functools.cache(functools.partial(_has_grouped_experts, settings.folder, config))
+        super().__init__(source, self._split)
 
     def parameter(self, module: str) -> str:
         """The name that patterns of adapter_config.json are compared with: a module's, or that of its parameter."""
         name = f"{module}.weight"
         return self._parameters.get(module, name if self._settings.is_target_parameter(name) else module)
 
-    def _split(self, name: str, match: re.Match[str]) -> Iterator[tuple[str, _Part]]:
+    def _split(self, name: str) -> Iterator[tuple[str, Part]]:
         """The halves of changes that a stored tensor has, by the names that they have for single matrices."""
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            return
+        is_grouped = self._is_grouped()
         module, depth = match[1], match[2].count(".")
         named = [f"{module}{end.removeprefix('.experts')}" for end in FUSED]
         parameters = [parameter for parameter in named if self._settings.is_target_parameter(parameter)]
@@ -110,30 +111,12 @@ class SplitExpertChanges:
                 single = f"{module}.{expert}.{matrix}"
                 self._parameters[single] = parameter
                 if is_a:
-                    part = _Part(name, own, slice(None), (rank, shape[1]))
+                    part = _Half(name, own, slice(None), (rank, shape[1]))
                 else:
                     rows = slice(place * num_outputs, (place + 1) * num_outputs)
-                    columns = own if self._is_grouped else slice(expert, None, num_experts)
-                    part = _Part(name, rows, columns, (num_outputs, rank))
+                    columns = own if is_grouped else slice(expert, None, num_experts)
+                    part = _Half(name, rows, columns, (num_outputs, rank))
                 yield f"{single}.lora_{match[3]}.weight", part
-
-    def _stored_name(self, name: str) -> str:
-        return self._parts[name].stored_name if name in self._parts else name
-
-    def file(self, name: str) -> Path:
-        return self._source.file(self._stored_name(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._parts[name].shape if name in self._parts else self._source.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self._source.dtype(self._stored_name(name))
-
-    def read(self, name: str, index: tuple[slice, ...] = (), *, is_kept: bool = False) -> torch.Tensor:
-        part = self._parts.get(name)
-        if part is None:
-            return self._source.read(name, index, is_kept=is_kept)
-        return self._source.read(part.stored_name, (part.rows,), is_kept=is_kept)[:, part.columns][index]
 
 
 def _is_stack(shape: Sequence[int], stacked: int, rank: Any) -> bool:

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from engine.link.errors import StartError
 
@@ -34,26 +35,29 @@ def _matrices_of(name: str) -> Sequence[str]:
     return next((matrices for end, matrices in FUSED.items() if name.endswith(end)), ())
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
-    """One expert's matrix within a stored tensor."""
+class Part(Protocol):
+    """A tensor within a stored one."""
 
-    stored_name: str
-    expert: int
-    first_output: int
-    shape: tuple[int, int]
+    @property
+    def stored_name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, source: WeightSource, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
+        """As `WeightSource.read`; the source has the stored tensor."""
 
 
-class SplitExperts:
-    """Implements `engine.checkpoint.weights.WeightSource` by another one: fused tensors appear matrix by matrix."""
+class SplitWeights:
+    """Implements `engine.checkpoint.weights.WeightSource` by another one: some tensors appear part by part."""
 
-    def __init__(self, source: WeightSource) -> None:
-        """Raises StartError for a fused tensor of another shape."""
+    def __init__(self, source: WeightSource, split: Callable[[str], Iterator[tuple[str, Part]]]) -> None:
+        """`split` has the parts of a stored tensor by their names, none of a usual one. It may raise StartError."""
         self._source = source
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, Part] = {}
         self.names: list[str] = []
         for name in source.names:
-            parts = dict(_parts(source, name))
+            parts = dict(split(name))
             self._parts |= parts
             self.names += parts or [name]
         self.files = source.files
@@ -74,14 +78,32 @@ class SplitExperts:
         part = self._parts.get(name)
         if part is None:
             return self._source.read(name, index, is_kept=is_kept)
+        return part.read(self._source, index, is_kept=is_kept)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Matrix:
+    """One expert's matrix; implements `Part`."""
+
+    stored_name: str
+    expert: int
+    first_output: int
+    shape: tuple[int, int]
+
+    def read(self, source: WeightSource, index: tuple[slice, ...], *, is_kept: bool) -> torch.Tensor:
         outputs, inputs = (*index, slice(None), slice(None))[:2]
-        first, last, _ = outputs.indices(part.shape[0])
-        rows = slice(part.first_output + first, part.first_output + last)
-        place = slice(part.expert, part.expert + 1), rows, inputs
-        return self._source.read(part.stored_name, place, is_kept=is_kept)[0]
+        first, last, _ = outputs.indices(self.shape[0])
+        rows = slice(self.first_output + first, self.first_output + last)
+        place = slice(self.expert, self.expert + 1), rows, inputs
+        return source.read(self.stored_name, place, is_kept=is_kept)[0]
 
 
-def _parts(source: WeightSource, name: str) -> Iterator[tuple[str, _Part]]:
+def split_experts(source: WeightSource) -> SplitWeights:
+    """Fused tensors appear matrix by matrix. Raises StartError for one of another shape."""
+    return SplitWeights(source, functools.partial(_parts, source))
+
+
+def _parts(source: WeightSource, name: str) -> Iterator[tuple[str, Part]]:
     """The matrices of a stored tensor by the names that models have for them; none of a usual tensor."""
     matrices = _matrices_of(name)
     if not matrices:
@@ -96,5 +118,5 @@ def _parts(source: WeightSource, name: str) -> Iterator[tuple[str, _Part]]:
     prefix = name.rpartition(".")[0]
     for expert in range(num_experts):
         for place, matrix in enumerate(matrices):
-            part = _Part(name, expert, place * num_outputs, (num_outputs, num_inputs))
+            part = _Matrix(name, expert, place * num_outputs, (num_outputs, num_inputs))
             yield f"{prefix}.{expert}.{matrix}.weight", part

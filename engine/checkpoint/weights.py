@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from engine.checkpoint.fused_experts import SplitExperts, has_fused_experts
+from engine.checkpoint.fused_experts import has_fused_experts, split_experts
 from engine.checkpoint.renamed_weights import RenamedWeights, names_of_models
 from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weight_files import find_weight_files, read_gguf_index
@@ -59,4 +59,4 @@ def open_weights(folder: Path) -> WeightSource:
     stored_names = names_of_models(weights.names, is_tied=is_tied)
     if any(name != stored for name, stored in stored_names.items()):
         weights = RenamedWeights(weights, stored_names)
-    return SplitExperts(weights) if has_fused_experts(weights.names) else weights
+    return split_experts(weights) if has_fused_experts(weights.names) else weights
