@@ -8,38 +8,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import engine.start
-from engine.build import build_model, choose_quantization, make_adapter_slots
-from engine.checkpoint.files import read_model_config
-from engine.device import Device
-from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import LoadAdapter
-from engine.runner import ModelRunner
-from engine.scheduling.adapters import AdapterCache
-from parallel.state import ParallelState
 from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels.low_rank_cpu import LowRankCpu
 from quant.kernels.low_rank_torch import LowRankTorch
 from quant.kernels.program_cpu import Program
-from tests.contract.harness import KERNELS, make_sequence, oracle_logits, random_ids, run_requests, run_step
+from tests.contract.harness import random_ids, run_requests
 from tests.contract.test_adapter import merged_by_hand
 from tests.contract.test_lora import (
-    MIXED,
-    TORCH_MATRICES,
+    check_batch,
+    check_company,
+    check_shards,
     expected_ids,
+    likeness_of_changes,
     replies_to,
     request_of,
     start,
     write_adapter,
 )
 from tests.tiny_model import write_tiny_qwen2_moe
-from tests.unit.parallel.threads import run_ranks
 
 ENDS = {
     "all": "proj mlp.gate shared_expert_gate".split(),
@@ -66,39 +58,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(params=["kernels", "torch"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    chosen = KERNELS if request.param == "kernels" else TORCH_MATRICES
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: chosen)
-    return chosen
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
-
-
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("is_staggered", [False, True])
 def test_three_adapters_and_the_base_in_one_batch(folders: dict[str, Path], is_staggered: bool) -> None:
-    core = start(folders, ["all", "queries", "down"])
-    requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(MIXED)]
-    outcome = run_requests(core, requests, is_staggered=is_staggered)
-    assert outcome.most_running > 3
-    assert outcome.token_ids == [expected_ids(folders, *item) for item in MIXED]
+    check_batch(folders, is_staggered=is_staggered)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_row_does_not_depend_on_its_company(folders: dict[str, Path]) -> None:
     """Alone a step is a program, with many rows it is none."""
-    core = start(folders, ["all", "queries", "down"], dtype="bfloat16", is_prefix_caching=False)
-    crowd = [request_of(f"c{i}", random_ids(9, i), adapter=a) for i, a in enumerate(["all", None, "down", "all"] * 9)]
-    for adapter, prompt in MIXED:
-        request = request_of("mine", prompt, adapter=adapter)
-        alone = run_requests(core, [request])
-        for company in (crowd[:3], crowd):
-            beside = run_requests(core, [*company, request])
-            assert (beside.token_ids[-1], beside.logprobs[-1]) == (alone.token_ids[-1], alone.logprobs[-1])
+    check_company(folders)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -129,43 +98,13 @@ def test_places_are_taken_over_and_blocks_kept_apart(folders: dict[str, Path]) -
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("flags", [{"dtype": "bfloat16", "quantize": form} for form in ("int4", "eetq", None)])
 def test_over_other_forms_of_the_base(folders: dict[str, Path], flags: dict[str, Any]) -> None:
-    core = start(folders, ["all"], **flags)
-    prompt = random_ids(40, 1)
-    logits = []
-    for adapter in (None, "all"):
-        core.take(request_of("r", prompt, adapter=adapter))
-        logits.append(core.runner.execute(core.scheduler.schedule()).logits[0].clone())
-        core.scheduler.abort("r")
-    expected = [oracle_logits(folders[name], prompt)[-1] for name in ("base", "merged-all")]
-    change, expected_change = logits[1] - logits[0], expected[1] - expected[0]
-    assert torch.nn.functional.cosine_similarity(change, expected_change, dim=0) > 0.9
+    assert likeness_of_changes(folders, flags) > 0.9
 
 
 @pytest.mark.parametrize(("size", "quantize"), [(2, None), (3, None), (2, "int8")])
 def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) -> None:
     """Each rank has its part of the changes; experts whose kernels round gather all inputs."""
-    base, dtype = folders["base"], torch.float32 if quantize is None else torch.bfloat16
-    model_config = read_model_config(base)
-    adapters = [(name, str(folders[name])) for name in ENDS]
-    config = EngineConfig(model_path=str(base), lora_adapters=adapters)
-
-    def work(parallel: ParallelState) -> torch.Tensor:
-        numba.set_num_threads(1)
-        quantization = choose_quantization(model_config, base, dtype, KERNELS, quantize, None)
-        model = build_model(model_config, base, dtype, KERNELS, quantization, parallel)
-        runner = ModelRunner(model, KERNELS, make_adapter_slots(config, model, dtype, KERNELS))
-        runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=256)
-        sequences = [make_sequence(prompt[:30], [2 * i, 2 * i + 1]) for i, (_, prompt) in enumerate(MIXED)]
-        cache = AdapterCache(len(ENDS))
-        for name, _ in adapters:
-            cache.add(name)
-        for sequence, (name, _) in zip(sequences, MIXED, strict=True):
-            sequence.adapter = None if name is None else cache.find(name)
-        return run_step(runner, sequences, [len(sequence.token_ids) for sequence in sequences])
-
-    [whole], (first, *others) = run_ranks(1, work), run_ranks(size, work)
-    assert all(rows.shape[0] == 0 for rows in others)
-    torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
+    check_shards(size, quantize, folders, [*ENDS])
 
 
 @pytest.mark.usefixtures("kernels")

@@ -5,7 +5,6 @@ The oracle is `transformers` with weights that the test has merged in float32.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +23,6 @@ import engine.start
 from engine.build import build_model, choose_quantization, make_adapter_slots
 from engine.checkpoint.files import read_model_config
 from engine.core import UNLOADED_ERROR, EngineCore
-from engine.device import Device
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.messages import GenerationRequest, LoadAdapter, SamplingParams, UnloadAdapter
@@ -38,7 +36,6 @@ from quant.kernels.low_rank_torch import LowRankTorch
 from quant.kernels.program_cpu import Program
 from tests.contract.harness import (
     KERNELS,
-    REFERENCES,
     make_sequence,
     oracle_greedy,
     oracle_logits,
@@ -59,7 +56,6 @@ TARGETS = {
 }
 RANKS = {"all": 4, "queries": 16, "down": 3}
 SCALINGS = {name: 16 / rank for name, rank in RANKS.items()}
-TORCH_MATRICES = dataclasses.replace(REFERENCES, matrices="torch")
 
 
 def write_adapter(folder: Path, base: Path, modules: list[str], *, rank: int, seed: int = 0, **changes: Any) -> Path:
@@ -87,18 +83,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         scaling = dict.fromkeys(modules, SCALINGS[name])
         found[f"merged-{name}"] = merged_by_hand(base, found[name], root / f"merged-{name}", scaling)
     return found
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    chosen = KERNELS if request.param == "kernels" else TORCH_MATRICES
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: chosen)
-    return chosen
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.start, "detect_device", lambda local_rank, name: KERNELS)
 
 
 def start(folders: dict[str, Path], names: list[str], **flags: Any) -> EngineCore:
@@ -134,6 +118,10 @@ MIXED: list[tuple[str | None, list[int]]] = [
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("is_staggered", [False, True])
 def test_three_adapters_and_the_base_in_one_batch(folders: dict[str, Path], is_staggered: bool) -> None:
+    check_batch(folders, is_staggered=is_staggered)
+
+
+def check_batch(folders: dict[str, Path], *, is_staggered: bool) -> None:
     core = start(folders, ["all", "queries", "down"])
     requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(MIXED)]
     outcome = run_requests(core, requests, is_staggered=is_staggered)
@@ -144,7 +132,12 @@ def test_three_adapters_and_the_base_in_one_batch(folders: dict[str, Path], is_s
 
 @pytest.mark.usefixtures("kernels")
 def test_a_row_does_not_depend_on_its_company(folders: dict[str, Path]) -> None:
-    """The bits of the logprobs, since ids may agree by chance; alone a step is a program, with many rows it is none."""
+    """Alone a step is a program, with many rows it is none."""
+    check_company(folders)
+
+
+def check_company(folders: dict[str, Path]) -> None:
+    """The bits of the logprobs, since ids may agree by chance."""
     core = start(folders, ["all", "queries", "down"], dtype="bfloat16", is_prefix_caching=False)
     crowd = [request_of(f"c{i}", random_ids(9, i), adapter=a) for i, a in enumerate(["all", None, "down", "all"] * 9)]
     for adapter, prompt in MIXED:
@@ -238,6 +231,11 @@ def test_the_kernel_equals_the_reference_implementation() -> None:
 @pytest.mark.parametrize("flags", [{"dtype": "bfloat16", "quantize": "int4"}, {"dtype": "bfloat16"}, {}])
 def test_over_other_forms_of_the_base(folders: dict[str, Path], flags: dict[str, Any]) -> None:
     """The change is added beside the base's own product, so it is the same over any form of it."""
+    assert likeness_of_changes(folders, flags) > 0.95
+
+
+def likeness_of_changes(folders: dict[str, Path], flags: dict[str, Any]) -> float:
+    """The cosine between what adapter `all` changes of a prompt's last logits, and what it does in float32."""
     core = start(folders, ["all"], **flags)
     prompt = random_ids(40, 1)
     logits = []
@@ -247,8 +245,7 @@ def test_over_other_forms_of_the_base(folders: dict[str, Path], flags: dict[str,
         core.scheduler.abort("r")
     expected = [oracle_logits(folders[name], prompt)[-1] for name in ("base", "merged-all")]
     change, expected_change = logits[1] - logits[0], expected[1] - expected[0]
-    similarity = torch.nn.functional.cosine_similarity(change, expected_change, dim=0)
-    assert similarity > 0.95
+    return float(torch.nn.functional.cosine_similarity(change, expected_change, dim=0))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -284,9 +281,14 @@ def widen_gptq(quantised: Path, folder: Path) -> None:
 @pytest.mark.parametrize(("size", "quantize"), [(2, None), (3, None), (2, "int8")])
 def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) -> None:
     """Each rank has its part of the changes; matrices whose kernels round gather all inputs."""
+    check_shards(size, quantize, folders, [*TARGETS])
+
+
+def check_shards(size: int, quantize: str | None, folders: dict[str, Path], names: list[str]) -> None:
+    """A step of MIXED on some ranks has the logits of one."""
     base, dtype = folders["base"], torch.float32 if quantize is None else torch.bfloat16
     model_config = read_model_config(base)
-    adapters = [(name, str(folders[name])) for name in TARGETS]
+    adapters = [(name, str(folders[name])) for name in names]
     config = EngineConfig(model_path=str(base), lora_adapters=adapters)
 
     def work(parallel: ParallelState) -> torch.Tensor:
@@ -296,8 +298,8 @@ def test_on_shards(size: int, quantize: str | None, folders: dict[str, Path]) ->
         runner = ModelRunner(model, KERNELS, make_adapter_slots(config, model, dtype, KERNELS))
         runner.allocate(16, KERNELS.kv_dtype(dtype), num_positions=256)
         sequences = [make_sequence(prompt[:30], [2 * i, 2 * i + 1]) for i, (_, prompt) in enumerate(MIXED)]
-        cache = AdapterCache(len(TARGETS))
-        for name, _ in adapters:
+        cache = AdapterCache(len(names))
+        for name in names:
             cache.add(name)
         for sequence, (name, _) in zip(sequences, MIXED, strict=True):
             sequence.adapter = None if name is None else cache.find(name)
