@@ -20,7 +20,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.bfloat16_ops import ACTIVATION, HAS_PAIRS, INPUTS, OUTPUTS, ROWS, multiply_block
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512, load16, store
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
 
 ROW_BLOCK = 43 * ROWS
 """Rows that share a reading of a tile's weights, which stay in the L2 cache; activations come from the L3 in time."""
@@ -110,7 +110,8 @@ def _product(x, w, bias, out, num_rows, n_size, k_size, num_threads):  # type: i
             for tile in range(first_tile, last_tile):
                 for row in range(start, min(end, start + even), rows_each):
                     rows = min(rows_each, num_rows - row)
-                    multiply_block(rounded, row * numbers, w, bias, out, row, rows, tile, n_size, k_size)
+                    part, parts = fetched_part((row - start) // rows_each, (even - 1) // rows_each + 1)
+                    multiply_block(rounded, row * numbers, w, bias, out, row, rows, tile, n_size, k_size, part, parts)
 
 
 class Bfloat16Cpu:

@@ -11,6 +11,7 @@ bounds-checked.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import llvmlite.ir as ir
@@ -19,13 +20,25 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quant.kernels.simd import F32, I32, array_data, enabled_features, spread, vector_call
+from quant.kernels.simd import (
+    EXP_TERMS,
+    F32,
+    I32,
+    LOG2_E,
+    array_data,
+    enabled_features,
+    prefetch_at,
+    spread,
+    vector_call,
+)
 
 LANES, UNITS = 16, 2
 OUTPUTS = LANES * UNITS
 """Outputs of a tile."""
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
+LINE = 32
+"""Numbers of a cache line, which is a vector."""
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
@@ -43,6 +56,35 @@ def add_pair(b: Any, x: Any, w: Any, total: Any) -> Any:
     return b.call(function, [total, x, w])
 
 
+def round_two(b: Any, low: Any, high: Any) -> Any:
+    """Two vectors of float32 as the nearest bfloat16, one after the other, by AVX512-BF16: words, pair by pair."""
+    signature = ir.FunctionType(ir.VectorType(ir.IntType(16), 2 * LANES), [_FLOATS, _FLOATS])
+    function = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return b.bitcast(b.call(function, [high, low]), _WORDS)
+
+
+def short_exp(b: Any, x: Any) -> Any:
+    """e^x, x not above 0, to 2^-14 of it, which is a small part of what rounding to bfloat16 takes; by AVX-512.
+
+    Exactly 0 below -110; NaN stays NaN. The terms are those of the Taylor series to r^4.
+    """
+
+    def constant(value: float) -> ir.Constant:
+        return ir.Constant(_FLOATS, [value] * LANES)
+
+    lowest = constant(-110.0)
+    bounded = b.select(b.fcmp_ordered("<", x, lowest), lowest, x)
+    exponent = vector_call(b, "rint", b.fmul(bounded, constant(LOG2_E)))
+    rest = vector_call(b, "fma", exponent, constant(-math.log(2)), bounded)
+    total, *others = (constant(term) for term in EXP_TERMS[-5:])
+    for term in others:
+        total = vector_call(b, "fma", total, rest, term)
+    mask = ir.IntType(LANES)
+    signature = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, mask, I32])
+    scale = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512.mask.scalef.ps.512")
+    return b.call(scale, [total, exponent, total, ir.Constant(mask, -1), ir.Constant(I32, 4)])
+
+
 def _halves(b: Any, words: Any) -> tuple[Any, Any]:
     """The first and the second number of each pair, as float32."""
     upper, sixteen = (ir.Constant(_WORDS, [value] * LANES) for value in (-1 << 16, 16))
@@ -50,16 +92,20 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def multiply_block(typing_context, x, x0, w, bias, out, row, rows, tile, n_size, k_size):  # type: ignore[no-untyped-def]
+def multiply_block(  # type: ignore[no-untyped-def]
+    typing_context, x, x0, w, bias, out, row, rows, tile, n_size, k_size, part, parts
+):
     """`rows` rows, at least one and at most `ROWS`, times a tile of `OUTPUTS` outputs.
 
     x [pairs of inputs, rows] as words from x0 on, or float32 [pairs, 2, rows]; w uint16 [tiles, pairs, OUTPUTS, 2];
     bias [n_size], out [*, n_size] float32. The rows of out begin with `row`; `tile` counts tiles of outputs.
+
+    One `part` of `parts` of the next tile's weights is asked for meanwhile (`work_split.fetched_part`).
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         data = [array_data(context, b, signature, args, i) for i in (0, 2, 3, 4)]
-        sizes = [args[i] for i in (1, 5, 7, 8, 9)]
+        sizes = [args[i] for i in (1, 5, 7, 8, 9, 10, 11)]
         is_paired = signature.args[0].dtype == types.uint32
         end = b.append_basic_block("end")
         unreachable = b.append_basic_block("others")
@@ -76,7 +122,7 @@ def multiply_block(typing_context, x, x0, w, bias, out, row, rows, tile, n_size,
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, at, w, bias, out, at, at, at, at, at), codegen
+    return types.none(x, at, w, bias, out, at, at, at, at, at, at, at), codegen
 
 
 def _multiply(
@@ -90,6 +136,8 @@ def _multiply(
     tile: Any,
     n_size: Any,
     k_size: Any,
+    part: Any,
+    parts: Any,
     *,
     rows: int,
     is_paired: bool,
@@ -110,8 +158,14 @@ def _multiply(
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
     w0 = b.mul(tile, b.mul(number(OUTPUTS), k_size))
+    tile_size = b.mul(number(OUTPUTS), k_size)
+    fetched = b.add(b.add(w0, tile_size), b.mul(part, b.sdiv(tile_size, parts)))
+    step = b.sdiv(number(LINE), parts)  # with several parts a line is asked for more than once
     with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
         w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
+        for unit in range(UNITS):
+            line = b.add(b.mul(loop.index, number(UNITS)), number(unit))
+            prefetch_at(b, w, b.add(fetched, b.mul(line, step)))
         weights = [vector(at(w, w_at, number(unit * LANES * INPUTS)), _WORDS) for unit in range(UNITS)]
         halves = [] if is_paired else [_halves(b, words) for words in weights]
         x_at = b.add(x0, b.mul(loop.index, number(rows if is_paired else INPUTS * rows)))

@@ -29,7 +29,7 @@ from quant.kernels.integer_ops import (
 )
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
+from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
 from quant.packing import unpack_nibbles
 
 ROW_BLOCK = 512
@@ -46,7 +46,8 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 
 
 ROWS = ISA.rows
-multiply_many_rows, multiply_half_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS // 2)
+multiply_many_rows, multiply_more_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
+multiply_half_rows = make_tile(ISA, ROWS // 2)
 multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
 
 
@@ -55,24 +56,32 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     x8, x_scales, x_sums, row, last, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
 ):
     """Some rows times a tile of outputs."""
-    while row + ROWS <= last:
+    part, parts = fetched_part(0, (last - row + ROWS - 1) // ROWS)
+    while row + ROWS <= last and part < parts:
         multiply_many_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
         row += ROWS
+        part += 1
+    while row + ROWS <= last:
+        multiply_more_rows(
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+        )
+        row += ROWS
+    part = min(part, parts - 1)
     if ROWS > 4 and row + ROWS // 2 <= last:  # half of four are two
         multiply_half_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
         row += ROWS // 2
     while row + 2 <= last:
         multiply_two_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
         row += 2
     if row < last:
         multiply_one_row(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
 
 

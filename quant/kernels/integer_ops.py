@@ -9,6 +9,7 @@ only, on flat C-contiguous arrays and element offsets; nothing is bounds-checked
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import llvmlite.ir as ir
@@ -18,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.rounded_torch import MIN_ROUNDED
-from quant.kernels.simd import enabled_features
+from quant.kernels.simd import HAS_AVX512, enabled_features, fold_max, larger
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -27,9 +28,11 @@ CHUNK = 32
 FEW_ROWS = 2
 """Up to as many rows a tile waits for memory: weights are asked for `AHEAD_OF_FEW` bytes before their use, into the L1
 cache. One core of Zen 4 reads 8-bit weights at 20 to 25 GB/s (11 to 17 with longer distances or without), where
-torch sums an array at 25 to 33. More rows leave time to fetch from afar, into the L2 cache."""
-AHEAD_OF_FEW, AHEAD_OF_MANY = {8: 512, 4: 4096}, 4096
-"""Bytes, of few rows by the bits of a weight. One core of Zen 5 reads 4-bit weights 5 to 14 % faster from afar."""
+torch sums an array at 25 to 33. More rows leave time to ask for the next tile, into the L2 cache."""
+AHEAD_OF_FEW = {8: 512, 4: 4096}
+"""Bytes, by the bits of a weight. One core of Zen 5 reads 4-bit weights 5 to 14 % faster from afar."""
+LINE = 64
+"""Bytes of a cache line."""
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 ROUNDER = 12582912.0
@@ -126,13 +129,12 @@ class _Builder:
             return self.b.sext(self.load(data, offset, ir.VectorType(I8, lanes)), self.i32)
         return self.load(data, offset, self.i32)
 
-    def weights(self, data: Any, offset: Any, bits: int, *, is_few: bool) -> list[Any]:
-        """A chunk's weights: a vector of 4 * lanes bytes for each four inputs."""
-        ahead = AHEAD_OF_FEW[bits] if is_few else AHEAD_OF_MANY
+    def weights(self, data: Any, offset: Any, bits: int, ahead: int | None) -> list[Any]:
+        """A chunk's weights, a vector of 4 * lanes bytes for each four inputs; those `ahead` bytes on are asked for."""
         size = 4 * self.isa.lanes
         at = [self.b.add(offset, ir.Constant(offset.type, step * size)) for step in range(CHUNK * bits // 32)]
-        for place in at:
-            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=is_few)
+        for place in at if ahead is not None else []:
+            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=True)
         if bits == 8:
             return [self.load(data, place, self.i32) for place in at]
         mask, shift = self.constant(self.i32, 0x0F0F0F0F), self.constant(self.i32, 4)
@@ -166,18 +168,36 @@ def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
     return context.make_array(array_type)(context, builder, value=array).data
 
 
-def make_tile(isa: Instructions, rows: int) -> Any:
+def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
     """`rows` rows times `units * lanes` outputs, as a Numba intrinsic.
 
     x int8 [*, k_size], x_scales and x_sums [*, k_size / group], from `row`; w packed weights, of 8 bits in an int8
     array, of 4 bits in a uint8 array; scales and zeros [*, num_groups, lanes]; bias [n_size], out [*, n_size]; `tile`
     counts tiles of outputs. A flat array of scales says that there is one group: its scales are applied at the end.
+    More than a few rows ask for one `part` of `parts` of the next tile's weights meanwhile (`work_split.fetched_part`),
+    if the tile is one that is fetching: it takes as long as a twelfth of the products.
     """
     units = isa.units
 
     @intrinsic
     def tile(  # type: ignore[no-untyped-def]
-        typing_context, x, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+        typing_context,
+        x,
+        x_scales,
+        x_sums,
+        row,
+        group,
+        w,
+        scales,
+        zeros,
+        num_groups,
+        bias,
+        out,
+        tile,
+        n_size,
+        k_size,
+        part,
+        parts,
     ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             v = _Builder(builder, isa)
@@ -186,7 +206,9 @@ def make_tile(isa: Instructions, rows: int) -> Any:
             arrays = (0, 1, 2, 5, 6, 7, 9, 10)
             data = [_data(context, builder, signature.args[index], args[index]) for index in arrays]
             x_data, x_scale_data, x_sum_data, w_data, scale_data, zero_data, bias_data, out_data = data
-            row, group, num_groups, tile, n_size, k_size = (args[index] for index in (3, 4, 8, 11, 12, 13))
+            row, group, num_groups, tile, n_size, k_size, part, parts = (
+                args[index] for index in (3, 4, 8, 11, 12, 13, 14, 15)
+            )
             w_type, scale_array, zero_type = signature.args[5].dtype, signature.args[6], signature.args[7].dtype
             bits, is_grouped = 8 if w_type == types.int8 else 4, scale_array.ndim > 1
             # Integers may be added in any order: one row of 4 bits waits for its own sums otherwise.
@@ -212,7 +234,11 @@ def make_tile(isa: Instructions, rows: int) -> Any:
             tile_stride = b.mul(num_groups, number(units * lanes))
             x_groups_each = b.sdiv(num_x_groups, num_groups)
             chunks_each = b.sdiv(group, number(CHUNK))
-            w0 = b.mul(tile, b.mul(b.sdiv(k_size, number(CHUNK)), number(units * unit_bytes)))
+            chunk_bytes = units * unit_bytes
+            tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
+            w0 = b.mul(tile, tile_bytes)
+            fetched = b.add(b.add(w0, tile_bytes), b.mul(part, b.sdiv(tile_bytes, parts)))
+            fetched_step = b.sdiv(number(LINE), parts)  # with several parts a line is asked for more than once
 
             def group_numbers(g: Any, u: int) -> Any:
                 return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
@@ -250,9 +276,14 @@ def make_tile(isa: Instructions, rows: int) -> Any:
                     first = b.mul(x_group, group)
                     with cgutils.for_range(b, chunks_each) as over_chunks:
                         k = b.add(first, b.mul(over_chunks.index, number(CHUNK)))
-                        at_chunk = b.add(w0, b.mul(b.sdiv(k, number(CHUNK)), number(units * unit_bytes)))
+                        chunk_index = b.sdiv(k, number(CHUNK))
+                        at_chunk = b.add(w0, b.mul(chunk_index, number(chunk_bytes)))
                         at_units = [b.add(at_chunk, number(u * unit_bytes)) for u in unit_count]
-                        weights = [v.weights(w_data, place, bits, is_few=rows <= FEW_ROWS) for place in at_units]
+                        ahead = AHEAD_OF_FEW[bits] if rows <= FEW_ROWS else None
+                        for line in range(chunk_bytes // LINE if is_fetching and rows > FEW_ROWS else 0):
+                            index = b.add(b.mul(chunk_index, number(chunk_bytes // LINE)), number(line))
+                            v.prefetch(w_data, b.add(fetched, b.mul(index, fetched_step)), is_near=False)
+                        weights = [v.weights(w_data, place, bits, ahead) for place in at_units]
                         chunk = {key: start_chunk(place) for key, place in totals.items()}
                         places = [b.add(x0[r], k) for r in row_count]
                         for step in range(CHUNK // INPUTS):
@@ -289,7 +320,7 @@ def make_tile(isa: Instructions, rows: int) -> Any:
             return context.get_dummy_value()
 
         at = types.intp
-        signature = types.none(x, x_scales, x_sums, at, at, w, scales, zeros, at, bias, out, at, at, at)
+        signature = types.none(x, x_scales, x_sums, at, at, w, scales, zeros, at, bias, out, at, at, at, at, at)
         return signature, codegen
 
     return tile
@@ -303,7 +334,7 @@ def round_group(
 
     A NaN or an infinity makes the scale NaN.
     """
-    lanes = 8
+    lanes = 16 if HAS_AVX512 else 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
@@ -321,12 +352,13 @@ def round_group(
         with cgutils.for_range(b, steps) as loop:
             value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
             magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
-            b.store(v.call(f"llvm.maxnum.v{lanes}f32", v.f32, b.load(peaks), magnitude), peaks)
+            b.store(larger(b, magnitude, b.load(peaks)), peaks)
             b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
-        peak = v.call(f"llvm.vector.reduce.fmax.v{lanes}f32", F32, b.load(peaks))
-        zero = ir.Constant(F32, 0.0)
-        fault = b.fmul(v.call(f"llvm.vector.reduce.fadd.v{lanes}f32", F32, zero, b.load(poison)), zero)
-        b.store(b.fadd(b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127)))), fault), b.gep(scale_data, [s]))
+        peak, zero = fold_max(b, b.load(peaks)), ir.Constant(F32, 0.0)
+        is_nan = b.bitcast(b.fcmp_unordered("uno", b.load(poison), b.load(poison)), ir.IntType(lanes))
+        is_fault = b.icmp_unsigned("!=", is_nan, ir.Constant(is_nan.type, 0))
+        scale = b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127))))
+        b.store(b.select(is_fault, ir.Constant(F32, math.nan), scale), b.gep(scale_data, [s]))
         is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
         inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
         rounder = v.constant(v.f32, ROUNDER)

@@ -316,39 +316,39 @@ def first_lanes(typing_context: Any, count: Any, value: Any, other: float) -> An
 
 
 # exp(x) = 2^n * e^r with |r| <= ln(2)/2; the polynomial is the Taylor series to r^7, whose rest is under 6e-9.
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-_EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
+EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _EXP_LOWEST, _EXP_HIGHEST = -87.0, 88.0
+
+
+def exp_of(builder: Any, argument: Any) -> Any:
+    """e^x of every lane, to about a unit in the last place; exactly 0 below -87, saturating above 88; NaN stays NaN."""
+    floats = argument.type
+
+    def constant(value: float) -> ir.Constant:
+        return _constant(value, floats)
+
+    bounded = vector_call(builder, "maxnum", argument, constant(_EXP_LOWEST))
+    bounded = vector_call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
+    exponent = vector_call(builder, "rint", builder.fmul(bounded, constant(LOG2_E)))
+    rest = _fma(builder, exponent, constant(-_LN2_HIGH), bounded)
+    rest = _fma(builder, exponent, constant(-_LN2_LOW), rest)
+    total = constant(EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        total = _fma(builder, total, rest, constant(term))
+    bias, places = _integers(127, floats.count), _integers(23, floats.count)
+    bits = builder.shl(builder.add(builder.fptosi(exponent, bias.type), bias), places)
+    scaled = builder.fmul(total, builder.bitcast(bits, floats))
+    is_tiny = builder.fcmp_ordered("<", argument, constant(_EXP_LOWEST))
+    is_number = builder.fcmp_ordered("ord", argument, argument)
+    return builder.select(is_number, builder.select(is_tiny, constant(0.0), scaled), argument)
 
 
 @intrinsic
 def exp(typing_context: Any, x: Any) -> Any:
-    """e^x to about one unit in the last place; exactly 0 below -87, saturating above 88; NaN stays NaN."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        (argument,) = args
-        floats = argument.type
-
-        def constant(value: float) -> ir.Constant:
-            return _constant(value, floats)
-
-        bounded = vector_call(builder, "maxnum", argument, constant(_EXP_LOWEST))
-        bounded = vector_call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
-        exponent = vector_call(builder, "rint", builder.fmul(bounded, constant(_LOG2_E)))
-        rest = _fma(builder, exponent, constant(-_LN2_HIGH), bounded)
-        rest = _fma(builder, exponent, constant(-_LN2_LOW), rest)
-        total = constant(_EXP_TERMS[0])
-        for term in _EXP_TERMS[1:]:
-            total = _fma(builder, total, rest, constant(term))
-        bias, places = _integers(127, floats.count), _integers(23, floats.count)
-        bits = builder.shl(builder.add(builder.fptosi(exponent, bias.type), bias), places)
-        scaled = builder.fmul(total, builder.bitcast(bits, floats))
-        is_tiny = builder.fcmp_ordered("<", argument, constant(_EXP_LOWEST))
-        is_number = builder.fcmp_ordered("ord", argument, argument)
-        return builder.select(is_number, builder.select(is_tiny, constant(0.0), scaled), argument)
-
-    return x(x), codegen
+    """`exp_of` every lane."""
+    return x(x), lambda context, builder, sig, args: exp_of(builder, args[0])
 
 
 def _fold(builder: Any, value: Any, combine: Any) -> Any:
@@ -374,12 +374,16 @@ def sum_lanes(typing_context: Any, value: Any) -> Any:
     return types.float32(value), lambda context, builder, sig, args: fold_sum(builder, args[0])
 
 
+def larger(builder: Any, x: Any, y: Any) -> Any:
+    """The larger of two numbers, or of each pair of lanes; y where x is NaN."""
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def fold_max(builder: Any, value: Any) -> Any:
+    """The largest of all lanes."""
+    return _fold(builder, value, lambda low, high: larger(builder, low, high))
+
+
 @intrinsic
 def max_lanes(typing_context: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def larger(low: Any, high: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", low, high), low, high)
-
-        return _fold(builder, args[0], larger)
-
-    return types.float32(value), codegen
+    return types.float32(value), lambda context, builder, sig, args: fold_max(builder, args[0])

@@ -60,3 +60,14 @@ def tile_range(index, thread, num_threads, num_tiles):  # type: ignore[no-untype
     """
     part = (thread + index) % num_threads
     return part * num_tiles // num_threads, (part + 1) * num_tiles // num_threads
+
+
+@njit(**FAST)
+def fetched_part(block, num_blocks):  # type: ignore[no-untyped-def]
+    """What of the next tile's weights a block of rows asks for while it reads a tile's: which part, of how many.
+
+    The first block reads a tile from memory and the others from the L2 cache, so that the memory would rest meanwhile.
+    The first four blocks share the next tile; those after them ask for what the last of them did.
+    """
+    parts = 4 if num_blocks >= 4 else 2 if num_blocks >= 2 else 1
+    return min(block, parts - 1), parts

@@ -99,7 +99,7 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
 
     @njit
     def product(x: Any, w: Any, bias: Any, out: Any) -> None:
-        multiply_block(x, 0, w, bias, out, 0, 2, 0, OUTPUTS, 640)
+        multiply_block(x, 0, w, bias, out, 0, 2, 0, OUTPUTS, 640, 0, 1)
 
     results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
     for rounded, out in zip((words, numbers), results, strict=True):

@@ -110,7 +110,7 @@ def test_integers_are_exact_at_their_ends(isa: Instructions, rows: int) -> None:
 
     @njit
     def multiply(x, x_scales, x_sums, group, w, scales, zeros, groups, bias, out, n, k):  # type: ignore[no-untyped-def]
-        tile(x, x_scales, x_sums, 0, group, w, scales, zeros, groups, bias, out, 0, n, k)
+        tile(x, x_scales, x_sums, 0, group, w, scales, zeros, groups, bias, out, 0, n, k, 0, 1)
 
     generator = np.random.default_rng(0)
     n, k, group = isa.units * isa.lanes, 4 * CHUNK, 2 * CHUNK

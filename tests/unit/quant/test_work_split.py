@@ -14,6 +14,7 @@ THREADS = [*range(1, 65), 96, 128]
 RECTANGLE: Any = work_split.rectangle.py_func
 EVEN_BLOCK: Any = work_split.even_block.py_func
 TILE_RANGE: Any = work_split.tile_range.py_func
+FETCHED_PART: Any = work_split.fetched_part.py_func
 
 LARGE_MATRICES = {
     "0.5B": {"gate and up": 9728},
@@ -110,3 +111,11 @@ def test_threads_have_equal_parts_of_every_matrix_of_a_grouped_product(num_threa
         assert max(sizes) - min(sizes) <= 1, "however many rows this matrix has"
         loads += sizes
     assert (loads == 2 * num_tiles).all(), "threads take turns at the larger ranges"
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 5, 43])
+def test_the_blocks_of_a_tile_ask_for_the_whole_next_one(num_blocks: int) -> None:
+    asked = [FETCHED_PART(block, num_blocks) for block in range(num_blocks)]
+    (num_parts,) = {parts for _, parts in asked}
+    assert [part for part, _ in asked[:num_parts]] == list(range(num_parts)), "each part once, in the first blocks"
+    assert num_parts > num_blocks / 2 or num_parts == 4
