@@ -9,6 +9,10 @@ prompt was cut into chunks nor on whether its parts were computed by one thread 
 A head's blocks lie one after the other, so that a sequence whose blocks are neighbours is one stream to the processor's
 prefetcher: keys as `[num_kv_heads, num_blocks, head_dim, 16]`, values as `[num_kv_heads, num_blocks, head_dim / 16, 16,
 16]`, the last two being keys and dimensions. Both are read as they lie.
+
+A cache whose arrays are words holds pairs of bfloat16, for AVX512-BF16: of two dimensions of a key, `[num_kv_heads,
+num_blocks, head_dim / 2, 16]`, and of two keys' values, `[num_kv_heads, num_blocks, head_dim / 16, 8, 16]`. Queries and
+a span's weights are rounded to bfloat16 then, and the products of a pair are added one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +20,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, SPAN_BLOCKS, make_scores, make_sums
+from engine.attention.attend_ops import (
+    BLOCK_SIZE,
+    LANES,
+    SPAN,
+    SPAN_BLOCKS,
+    is_any_above,
+    make_scores,
+    make_sums,
+    numbers_each,
+    store_weights,
+    weights_of,
+)
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, split_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import (
@@ -36,58 +51,77 @@ from quant.kernels.simd import (
     sum_lanes,
 )
 
-# Up to 16 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
-_score4, _score4_twice, _score8, _score8_twice = (make_scores(*shape) for shape in ((4, 1), (4, 2), (8, 1), (8, 2)))
-_sum4, _sum4_twice, _sum8_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2)))
+# Up to 24 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
+_score4, _score8, _score12 = (make_scores(rows, 1) for rows in (4, 8, 12))
+_score4_twice, _score8_twice, _score12_twice = (make_scores(rows, 2) for rows in (4, 8, 12))
+_sum4, _sum4_twice, _sum8_twice, _sum12_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2), (12, 2)))
 PART_BLOCKS = PART // BLOCK_SIZE
 MIN_SCORE = np.float32(-3.4e38)
 """The highest of no scores; finite, so that differences are numbers."""
 
 
 @njit(inline="always")
-def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, head, keys, values):  # type: ignore[no-untyped-def]
+def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, head, together, keys, values):  # type: ignore[no-untyped-def]
     """Write one head's key and value of a token of qkv, flat [tokens, width], into its slot of the cache."""
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     num_blocks = keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim)
     base = (head * num_blocks + block) * BLOCK_SIZE * head_dim
-    source = token * width + key_start + head * head_dim
-    for d in range(head_dim):
-        store_one(keys, base + d * BLOCK_SIZE + offset, qkv[source + d])
-        place = base + (d // LANES * BLOCK_SIZE + offset) * LANES + d % LANES
-        store_one(values, place, qkv[source + num_kv_heads * head_dim + d])
+    key = token * width + key_start + head * head_dim
+    value = key + num_kv_heads * head_dim
+    line, half = offset // together, offset % together
+    for d in range(0, head_dim, together):
+        for i in range(together):
+            store_one(keys, base + d * BLOCK_SIZE + offset * together + i, qkv[key + d + i])
+    for d in range(0, head_dim, LANES):
+        place = base + d * BLOCK_SIZE + line * LANES * together + half
+        for lane in range(LANES):
+            store_one(values, place + lane * together, qkv[value + d + lane])
 
 
 @njit(**FAST)
-def write_kv_serial(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
-    """Write all tokens, whose slots are `slots` [tokens]."""
+def write_kv_serial(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
+    """Write all tokens, whose slots are `slots` [tokens]; so many numbers are `together`, two in pairs."""
     for token in range(slots.shape[0]):
         for head in range(num_kv_heads):
-            _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, keys, values)
+            _write_token(
+                qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, together, keys, values
+            )
 
 
 @njit(parallel=True, **FAST)
-def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, keys, values):  # type: ignore[no-untyped-def]
+def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
     """The same, shared by the threads, head by head: neighbouring tokens share lines of the processor's cache."""
     num_tokens = slots.shape[0]
     for item in prange(num_kv_heads * num_tokens):
         head, token = item // num_tokens, item % num_tokens
-        _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, keys, values)
+        _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, together, keys, values)
 
 
 @njit(inline="always")
-def _score_rows(four, eight, q, num_rows, head_dim, keys, first, second, scores, column):  # type: ignore[no-untyped-def]
-    """Scores of all rows, a multiple of 4, against the keys of a block or two, the span's from `column` on.
+def _tile_rows(num_rows):  # type: ignore[no-untyped-def]
+    """Rows of the next tile if so many are left, a multiple of 4: tiles of 4 are slow, so only 4 become one."""
+    if not HAS_AVX512 or num_rows == 4:
+        return 4
+    return 12 if num_rows == 12 or num_rows >= 20 else 8
 
-    `four` and `eight`, for AVX-512 alone, are the tiles of so many rows.
+
+@njit(inline="always")
+def _score_rows(four, eight, twelve, q, num_rows, head_dim, keys, places, index, scores, column):  # type: ignore[no-untyped-def]
+    """Scores of all rows, a multiple of 4, against the keys of block `index` or two, the span's from `column` on.
+
+    `four`, and for AVX-512 alone `eight` and `twelve`, are the tiles of so many rows.
     """
+    first_of_head, blocks, last = places
     row = 0
-    if HAS_AVX512:
-        while row + 8 <= num_rows:
-            eight(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
-            row += 8
     while row < num_rows:
-        four(q, row, num_rows, head_dim, keys, first, second, scores, row * SPAN + column)
-        row += 4
+        rows, target = _tile_rows(num_rows - row), row * SPAN + column
+        if HAS_AVX512 and rows == 12:
+            twelve(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
+        elif HAS_AVX512 and rows == 8:
+            eight(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
+        else:
+            four(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
+        row += rows
 
 
 @njit(inline="always")
@@ -98,53 +132,60 @@ def _mask_first(scores, row, num_masked):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _softmax_row(scores, row, num_visible, max_scores, totals, sums, head_dim):  # type: ignore[no-untyped-def]
+def _softmax_row(keys, scores, row, num_visible, max_scores, totals, sums, head_dim):  # type: ignore[no-untyped-def]
     """Turn a row's scores into weights relative to its highest score so far, rescaling what it summed before."""
-    masked = np.float32(-np.inf)
     place, lanes = row * SPAN, row * LANES
-    s0 = first_lanes(num_visible, load16(scores, place), masked)
-    s1 = first_lanes(num_visible - LANES, load16(scores, place + LANES), masked)
-    s2 = first_lanes(num_visible - 2 * LANES, load16(scores, place + 2 * LANES), masked)
-    s3 = first_lanes(num_visible - 3 * LANES, load16(scores, place + 3 * LANES), masked)
-    top = max_lanes(max_of(max_of(s0, s1), max_of(s2, s3)))
-    if top > max_scores[row]:
+    s0, s1 = load16(scores, place), load16(scores, place + LANES)
+    s2, s3 = load16(scores, place + 2 * LANES), load16(scores, place + 3 * LANES)
+    if num_visible < SPAN:
+        masked = np.float32(-np.inf)
+        s0, s1 = first_lanes(num_visible, s0, masked), first_lanes(num_visible - LANES, s1, masked)
+        s2 = first_lanes(num_visible - 2 * LANES, s2, masked)
+        s3 = first_lanes(num_visible - 3 * LANES, s3, masked)
+    highest = max_of(max_of(s0, s1), max_of(s2, s3))
+    if is_any_above(highest, max_scores[row]):
+        top = max_lanes(highest)
         rescale = exp(splat16(max_scores[row] - top))
         max_scores[row] = top
         store(totals, lanes, multiply(load16(totals, lanes), rescale))
         for d in range(row * head_dim, (row + 1) * head_dim, LANES):
             store(sums, d, multiply(load16(sums, d), rescale))
     base = splat16(max_scores[row])
-    w0, w1 = exp(subtract(s0, base)), exp(subtract(s1, base))
-    w2, w3 = exp(subtract(s2, base)), exp(subtract(s3, base))
+    w0, w1 = weights_of(keys, subtract(s0, base)), weights_of(keys, subtract(s1, base))
+    w2, w3 = weights_of(keys, subtract(s2, base)), weights_of(keys, subtract(s3, base))
     store(totals, lanes, add(load16(totals, lanes), add(add(w0, w1), add(w2, w3))))
-    store(scores, place, w0)
-    store(scores, place + LANES, w1)
-    store(scores, place + 2 * LANES, w2)
-    store(scores, place + 3 * LANES, w3)
+    store_weights(keys, scores, row, 0, w0, w1)
+    store_weights(keys, scores, row, 2 * LANES, w2, w3)
 
 
 @njit(inline="always")
-def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
+def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, places, begin, end, sums):  # type: ignore[no-untyped-def]
     """Let a tile of some rows, from `row` on, and `width` dimensions add to all dimensions of its rows."""
+    first_of_head, blocks, last = places
+    place = row * SPAN + column // numbers_each(values)
     for d in range(0, head_dim, width):
-        at, target = base + d * BLOCK_SIZE, row * head_dim + d
-        tile(scores, row * SPAN + column, num_keys, head_dim, values, at, sums, target)
+        target = row * head_dim + d
+        tile(scores, place, num_keys, head_dim, values, first_of_head, blocks, begin, end, last, d, sums, target)
 
 
 @njit(inline="always")
-def _sum_block(scores, column, num_rows, num_keys, head_dim, values, base, sums):  # type: ignore[no-untyped-def]
-    """Add the weighted values of a block's first keys to the sums of all rows, flat [num_rows, head_dim]."""
+def _sum_span(scores, column, num_rows, num_keys, head_dim, values, places, begin, end, sums):  # type: ignore[no-untyped-def]
+    """Add the weighted values of blocks `begin : end` to the sums of all rows, flat [num_rows, head_dim]."""
     row = 0
-    if HAS_AVX512 and head_dim % (2 * LANES) == 0:
-        while row + 8 <= num_rows:
-            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, base, sums)
-            row += 8
-        while row < num_rows:
-            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, base, sums)
-            row += 4
     while row < num_rows:
-        _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, base, sums)
-        row += 4
+        rows = _tile_rows(num_rows - row)
+        if not HAS_AVX512 or head_dim % (2 * LANES):
+            rows = 4
+            _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+        elif rows == 12:
+            _sum_rows(
+                _sum12_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums
+            )
+        elif rows == 8:
+            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+        else:
+            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+        row += rows
 
 
 @njit(inline="always")
@@ -172,32 +213,30 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
     """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
     keys, values, first_of_head = kv
     scores, max_scores, totals, sums = state
-    size = BLOCK_SIZE * head_dim
+    places = first_of_head, blocks, last
     max_scores[:], totals[:], sums[:] = MIN_SCORE, 0.0, 0.0
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
         index = begin
         while HAS_AVX512 and index + 2 <= end:
-            base, second = (first_of_head + blocks[index]) * size, (first_of_head + blocks[index + 1]) * size
             column = (index - span) * BLOCK_SIZE
-            _score_rows(_score4_twice, _score8_twice, q, num_rows, head_dim, keys, base, second, scores, column)
+            _score_rows(
+                _score4_twice, _score8_twice, _score12_twice, q, num_rows, head_dim, keys, places, index, scores, column
+            )
             index += 2
         while index < end:
-            base = (first_of_head + blocks[index]) * size
             column = (index - span) * BLOCK_SIZE
-            _score_rows(_score4, _score8, q, num_rows, head_dim, keys, base, base, scores, column)
+            _score_rows(_score4, _score8, _score12, q, num_rows, head_dim, keys, places, index, scores, column)
             index += 1
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
             for row in range(num_rows):
                 _mask_first(scores, row, num_visible + row // group - window)
         for row in range(num_rows):
-            _softmax_row(scores, row, num_visible + row // group, max_scores, totals, sums, head_dim)
-        for index in range(begin, end):
-            # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
-            num_keys = min(BLOCK_SIZE, position + num_tokens - index * BLOCK_SIZE)
-            base = (first_of_head + blocks[index]) * size
-            _sum_block(scores, (index - span) * BLOCK_SIZE, num_rows, num_keys, head_dim, values, base, sums)
+            _softmax_row(keys, scores, row, num_visible + row // group, max_scores, totals, sums, head_dim)
+        # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
+        num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
+        _sum_span(scores, column, num_rows, num_keys, head_dim, values, places, begin, end, sums)
 
 
 @njit(**FAST)
@@ -212,16 +251,23 @@ def _attend_item(  # type: ignore[no-untyped-def]
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     num_rows = (num_tokens * group + 3) // 4 * 4
-    q = np.zeros(num_rows * head_dim, np.float32)
+    q, rounded = np.zeros(num_rows * head_dim, np.float32), np.empty(head_dim, np.uint16)
+    pairs, paired_q = rounded.view(np.uint32), q.view(np.uint32)
     scores = np.empty(num_rows * SPAN, np.float32)
     max_scores, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
     sums, all_sums = np.empty(num_rows * head_dim, np.float32), np.zeros(num_rows * head_dim, np.float32)
     all_max, all_totals = np.full(num_rows, MIN_SCORE), np.zeros(num_rows, np.float32)
     for row in range(num_tokens * group):
         source = (first_row + row // group) * width + (head * group + row % group) * head_dim
-        for d in range(head_dim):
-            q[d * num_rows + row] = qkv[source + d] * scale
-    first_of_head = head * (keys.shape[0] // (num_kv_heads * BLOCK_SIZE * head_dim))
+        if numbers_each(keys) == 2:
+            for d in range(0, head_dim, LANES):
+                store(rounded, d, multiply(load16(qkv, source + d), splat16(scale)))
+            for pair in range(head_dim // 2):
+                paired_q[pair * num_rows + row] = pairs[pair]
+        else:
+            for d in range(head_dim):
+                q[d * num_rows + row] = qkv[source + d] * scale
+    first_of_head = head * (keys.shape[0] * numbers_each(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
     kv, state = (keys, values, first_of_head), (scores, max_scores, totals, sums)

@@ -14,7 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quant.kernels.simd import F32, array_data, lanes_at, spread, vector_call
+from quant.kernels.bfloat16_ops import add_pair, round_two, short_exp
+from quant.kernels.simd import F32, I32, array_data, exp_of, lanes_at, prefetch_at, spread, vector_call
 
 LANES = 16
 """Keys of a vector of scores, dimensions of a vector of sums."""
@@ -23,43 +24,152 @@ BLOCK_SIZE = LANES
 SPAN_BLOCKS = 4
 SPAN = SPAN_BLOCKS * BLOCK_SIZE
 """Keys that go into a row's softmax together."""
-_FLOATS = ir.VectorType(F32, LANES)
+FEW_ROWS = 8
+"""Up to so many rows a head's keys and values come from memory more slowly than they are multiplied."""
+_FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
-def _add_products(b: Any, numbers: list[Any], lines: list[Any], sums: list[list[Any]]) -> None:
-    """Add each row's number, of which there is the place, times each line to the row's sum for that line."""
-    for place, row_sums in zip(numbers, sums, strict=True):
-        number = spread(b, b.load(place), LANES)
-        for line, total in zip(lines, row_sums, strict=True):
+def _is_paired(array: Any) -> bool:
+    """Whether an element of an array of this type is a pair of bfloat16."""
+    return bool(array.dtype == types.uint32)
+
+
+@intrinsic
+def numbers_each(typing_context, cache):  # type: ignore[no-untyped-def]
+    """How many numbers an element of a cache's array holds: two where it is a pair of bfloat16, a word."""
+    count = 2 if _is_paired(cache) else 1
+    return types.intp(cache), lambda context, b, signature, args: context.get_constant(types.intp, count)
+
+
+@intrinsic
+def weights_of(typing_context, cache, differences):  # type: ignore[no-untyped-def]
+    """e to the power of 16 differences of scores, none above 0, as exactly as weights are used with such a cache."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return short_exp(b, args[1]) if _is_paired(signature.args[0]) else exp_of(b, args[1])
+
+    return differences(cache, differences), codegen
+
+
+@intrinsic
+def store_weights(typing_context, cache, scores, row, column, low, high):  # type: ignore[no-untyped-def]
+    """Write a row's weights of 32 keys of the span, those from `column` on in `low`, as `make_sums` reads them."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        data, at_type = array_data(context, b, signature, args, 1), signature.args[2]
+        place = b.mul(args[2], context.get_constant(at_type, SPAN))
+        column, low, high = args[3:]
+
+        def write(value: Any, offset: Any) -> None:
+            at = b.bitcast(b.gep(data, [b.add(place, offset)]), value.type.as_pointer())
+            b.store(value, at).align = 4
+
+        if _is_paired(signature.args[0]):
+            write(round_two(b, low, high), b.sdiv(column, context.get_constant(at_type, 2)))
+        else:
+            write(low, column)
+            write(high, b.add(column, context.get_constant(at_type, LANES)))
+        return context.get_dummy_value()
+
+    return types.none(cache, scores, types.intp, types.intp, low, high), codegen
+
+
+@intrinsic
+def is_any_above(typing_context, value, bound):  # type: ignore[no-untyped-def]
+    """Whether any lane is above a float32."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        lanes = b.fcmp_ordered(">", args[0], spread(b, args[1], args[0].type.count))
+        bits = ir.IntType(args[0].type.count)
+        return b.icmp_unsigned("!=", b.bitcast(lanes, bits), ir.Constant(bits, 0))
+
+    return types.boolean(value, types.float32), codegen
+
+
+def _number_at(b: Any, data: Any, offset: Any, *, is_paired: bool) -> Any:
+    """A float32 of a typed pointer, or the word in its place, in every lane."""
+    typed = b.bitcast(data, I32.as_pointer()) if is_paired else data
+    return spread(b, b.load(b.gep(typed, [offset])), LANES)
+
+
+def _line_at(b: Any, data: Any, array: Any, offset: Any) -> Any:
+    """Elements of a cache from `offset` on, one for each lane: as float32, or as they are if they are words."""
+    if not _is_paired(array):
+        return lanes_at(b, data, array.dtype, offset, LANES, LANES)
+    line = b.load(b.bitcast(b.gep(data, [offset]), _WORDS.as_pointer()))
+    line.align = 4
+    return line
+
+
+def _add_products(b: Any, number: Any, lines: list[Any], totals: list[Any]) -> None:
+    """Add a row's number, or pair, times each line to the row's sum for that line."""
+    for line, total in zip(lines, totals, strict=True):
+        if number.type == _FLOATS:
             b.store(vector_call(b, "fma", number, line, b.load(total)), total)
+        else:
+            b.store(add_pair(b, number, line, b.load(total)), total)
 
 
-def make_scores(rows: int, blocks: int) -> Any:
+def _block_at(b: Any, block_data: Any, first_of_head: Any, index: Any, size: int, head_dim: Any) -> Any:
+    """Where block `first_of_head + blocks[index]` begins if each has `size` elements for a dimension."""
+    block = b.sext(b.load(b.gep(block_data, [index])), head_dim.type)
+    return b.mul(b.add(first_of_head, block), b.mul(head_dim, ir.Constant(head_dim.type, size)))
+
+
+def _ahead(b: Any, index: Any, end: Any) -> Any:
+    """The block of the next span in the place of block `index`, or the last one, before `end`.
+
+    What it has is asked for while this one is used: with few rows a processor can't look so far ahead by itself, and
+    its prefetcher starts anew on every page.
+    """
+    ahead, last = b.add(index, ir.Constant(index.type, SPAN_BLOCKS)), b.sub(end, ir.Constant(index.type, 1))
+    return b.select(b.icmp_signed("<", ahead, last), ahead, last)
+
+
+def make_scores(rows: int, num_blocks: int) -> Any:
     """`rows` rows of queries times the keys of one or two blocks, as a Numba intrinsic.
 
-    q float32 flat [head_dim, num_rows], of which the first row begins at `place`; keys flat, float32 or bfloat16 as
-    uint16, in which blocks [head_dim, 16] begin at `first` and `second` (not read with one block); scores float32 flat
-    [num_rows, SPAN], to whose place `target` the first row's are written, those of the second block after those of the
-    first. Every score is added dimension by dimension.
+    q float32 flat [head_dim, num_rows], in which the first row begins at `place`; keys flat, float32 or bfloat16 as
+    uint16, in which block `first_of_head + blocks[index]` holds [head_dim, 16], and so the next one; scores float32
+    flat [num_rows, SPAN], to whose place `target` the first row's are written, those of the second block after those of
+    the first. Every score is added dimension by dimension. `end` is where the blocks end that will be used.
+
+    Where keys are words a block is [head_dim / 2, 16], and q begins with words [head_dim / 2, num_rows].
     """
 
     @intrinsic
-    def score(typing_context, q, place, num_rows, head_dim, keys, first, second, scores, target):  # type: ignore[no-untyped-def]
+    def score(  # type: ignore[no-untyped-def]
+        typing_context, q, place, num_rows, head_dim, keys, first_of_head, blocks, index, end, scores, target
+    ):
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            q_data, key_data, score_data = (array_data(context, b, signature, args, i) for i in (0, 4, 7))
-            place, num_rows, head_dim, target = (args[i] for i in (1, 2, 3, 8))
-            bases = args[5 : 5 + blocks]
+            q_data, key_data, block_data, score_data = (
+                array_data(context, b, signature, args, i) for i in (0, 4, 6, 9)
+            )
+            place, num_rows, head_dim, first_of_head, index, end, target = (args[i] for i in (1, 2, 3, 5, 7, 8, 10))
+            array = signature.args[4]
+            is_paired = _is_paired(array)
 
             def number(value: int) -> ir.Constant:
                 return ir.Constant(head_dim.type, value)
 
+            def base_of(index: Any) -> Any:
+                size = BLOCK_SIZE // 2 if is_paired else BLOCK_SIZE
+                return _block_at(b, block_data, first_of_head, index, size, head_dim)
+
+            indices = [b.add(index, number(i)) for i in range(num_blocks)]
+            bases = [base_of(index) for index in indices]
+            fetched = [base_of(_ahead(b, index, end)) for index in indices] if rows <= FEW_ROWS else []
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
-            sums = [[cgutils.alloca_once_value(b, zero) for _ in range(blocks)] for _ in range(rows)]
-            with cgutils.for_range(b, head_dim) as loop:
+            sums = [[cgutils.alloca_once_value(b, zero) for _ in bases] for _ in range(rows)]
+            with cgutils.for_range(b, b.sdiv(head_dim, number(2)) if is_paired else head_dim) as loop:
                 d = b.mul(loop.index, number(LANES))
-                lines = [lanes_at(b, key_data, signature.args[4].dtype, b.add(base, d), LANES, LANES) for base in bases]
+                for base in fetched:
+                    prefetch_at(b, key_data, b.add(base, d))
+                lines = [_line_at(b, key_data, array, b.add(base, d)) for base in bases]
                 row_at = b.add(place, b.mul(loop.index, num_rows))
-                _add_products(b, [b.gep(q_data, [b.add(row_at, number(r))]) for r in range(rows)], lines, sums)
+                for r, row_sums in enumerate(sums):
+                    at = b.add(row_at, number(r))
+                    _add_products(b, _number_at(b, q_data, at, is_paired=is_paired), lines, row_sums)
             for r, row_sums in enumerate(sums):
                 for block, total in enumerate(row_sums):
                     at = b.gep(score_data, [b.add(target, number(r * SPAN + block * LANES))])
@@ -67,24 +177,51 @@ def make_scores(rows: int, blocks: int) -> Any:
             return context.get_dummy_value()
 
         at = types.intp
-        return types.none(q, at, at, at, keys, at, at, scores, at), codegen
+        return types.none(q, at, at, at, keys, at, blocks, at, at, scores, at), codegen
 
     return score
 
 
 def make_sums(rows: int, groups: int) -> Any:
-    """Add the weighted values of a block's first keys to the sums of `rows` rows, as a Numba intrinsic.
+    """Add the weighted values of some blocks of a span to the sums of `rows` rows, as a Numba intrinsic.
 
-    scores float32 flat [num_rows, SPAN], of which the first row's weights begin at `place`; values flat, float32 or
-    bfloat16 as uint16, in which [groups, 16 keys, 16 dimensions] begin at `base`; sums float32 flat [num_rows,
-    head_dim], in which those dimensions of the first row begin at `target`. Keys are added in order.
+    scores float32 flat [num_rows, SPAN], in which the first row's weights for those blocks begin at `place`; values
+    flat, float32 or bfloat16 as uint16, in which block `first_of_head + blocks[index]`, for every index from `first`
+    to `last`, holds [head_dim / 16, 16 keys, 16 dimensions]; sums float32 flat [num_rows, head_dim], in which the first
+    row's dimensions from `d` on, 16 times `groups`, begin at `target`. Of all blocks from 0 on only the first
+    `num_keys` keys are read. Keys are added in order. `end` is where the blocks end that will be used.
+
+    Where values are words a block is [head_dim / 16, 8 pairs of keys, 16 dimensions], and each row of scores begins
+    with its pairs. What lies in the place of the second of a pair, of which only the first is read, has no effect.
     """
 
     @intrinsic
-    def add(typing_context, scores, place, num_keys, head_dim, values, base, sums, target):  # type: ignore[no-untyped-def]
+    def add(  # type: ignore[no-untyped-def]
+        typing_context,
+        scores,
+        place,
+        num_keys,
+        head_dim,
+        values,
+        first_of_head,
+        blocks,
+        first,
+        last,
+        end,
+        d,
+        sums,
+        target,
+    ):
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            score_data, value_data, sum_data = (array_data(context, b, signature, args, i) for i in (0, 4, 6))
-            place, num_keys, head_dim, base, target = (args[i] for i in (1, 2, 3, 5, 7))
+            score_data, value_data, block_data, sum_data = (
+                array_data(context, b, signature, args, i) for i in (0, 4, 6, 11)
+            )
+            place, num_keys, head_dim, first_of_head = (args[i] for i in (1, 2, 3, 5))
+            first, last, end, d, target = (args[i] for i in (7, 8, 9, 10, 12))
+            array = signature.args[4]
+            is_paired = _is_paired(array)
+            each = 2 if is_paired else 1
+            lines_each = BLOCK_SIZE // each  # of a group
 
             def number(value: int) -> ir.Constant:
                 return ir.Constant(head_dim.type, value)
@@ -93,26 +230,49 @@ def make_sums(rows: int, groups: int) -> Any:
                 at = b.add(b.add(target, b.mul(number(r), head_dim)), number(group * LANES))
                 return b.bitcast(b.gep(sum_data, [at]), _FLOATS.as_pointer())
 
+            def base_of(index: Any) -> Any:
+                base = _block_at(b, block_data, first_of_head, index, lines_each, head_dim)
+                return b.add(base, b.mul(d, number(lines_each)))
+
+            def places(base: Any, line: Any) -> list[Any]:
+                """Where a line of every group is."""
+                at = b.add(base, b.mul(line, number(LANES)))
+                return [b.add(at, number(group * LANES * lines_each)) for group in range(groups)]
+
+            def add_line(base: Any, weights: Any, line: Any, mask: Any = None) -> None:
+                lines = [_line_at(b, value_data, array, at) for at in places(base, line)]
+                if mask is not None:
+                    lines = [b.and_(numbers, mask) for numbers in lines]
+                for r, row_totals in enumerate(totals):
+                    at = b.add(b.add(weights, line), number(r * SPAN))
+                    _add_products(b, _number_at(b, score_data, at, is_paired=is_paired), lines, row_totals)
+
             totals = []
             for r in range(rows):
                 loaded = [b.load(sum_at(r, group)) for group in range(groups)]
                 for value in loaded:
                     value.align = 4
                 totals.append([cgutils.alloca_once_value(b, value) for value in loaded])
-            with cgutils.for_range(b, num_keys) as loop:
-                first = b.add(base, b.mul(loop.index, number(LANES)))
-                places = [b.add(first, number(group * LANES * BLOCK_SIZE)) for group in range(groups)]
-                dtype = signature.args[4].dtype
-                lines = [lanes_at(b, value_data, dtype, at, LANES, LANES) for at in places]
-                weight_at = b.add(place, loop.index)
-                weights = [b.gep(score_data, [b.add(weight_at, number(r * SPAN))]) for r in range(rows)]
-                _add_products(b, weights, lines, totals)
+            with cgutils.for_range(b, b.sub(last, first)) as outer:
+                index = b.add(first, outer.index)
+                base, weights = base_of(index), b.add(place, b.mul(outer.index, number(lines_each)))
+                fetched = base_of(_ahead(b, index, end)) if rows <= FEW_ROWS else None
+                left = b.sub(num_keys, b.mul(index, number(BLOCK_SIZE)))
+                count = b.select(b.icmp_signed("<", left, number(BLOCK_SIZE)), left, number(BLOCK_SIZE))
+                num_lines = b.sdiv(count, number(each))
+                with cgutils.for_range(b, num_lines) as loop:
+                    for at in [] if fetched is None else places(fetched, loop.index):
+                        prefetch_at(b, value_data, at)
+                    add_line(base, weights, loop.index)
+                if is_paired:
+                    with b.if_then(b.trunc(count, ir.IntType(1))):
+                        add_line(base, weights, num_lines, ir.Constant(_WORDS, [0xFFFF] * LANES))
             for r, row_totals in enumerate(totals):
                 for group, total in enumerate(row_totals):
                     b.store(b.load(total), sum_at(r, group)).align = 4
             return context.get_dummy_value()
 
         at = types.intp
-        return types.none(scores, at, at, at, values, at, sums, at), codegen
+        return types.none(scores, at, at, at, values, at, blocks, at, at, at, at, sums, at), codegen
 
     return add

@@ -15,11 +15,13 @@ from engine.layers.base import Rotation
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The sizes of one rank's attention."""
+    """One rank's attention: its sizes, and how exact it is."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    is_rounded: bool = False
+    """Whether float32 activations may be rounded to the dtype of the cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache,
 from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, split_items
 from engine.layers.base import Rotation
 from quant.kernels.arrays import call, flat_view, new_output
+from quant.kernels.bfloat16_ops import HAS_PAIRS
 
 MAX_TILE_ROWS = 32
 NO_WINDOW = 1 << 40
@@ -73,6 +74,7 @@ class CpuAttention:
         self.tile_tokens = max(1, MAX_TILE_ROWS // group)
         self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
+        self._is_paired = shape.is_rounded and HAS_PAIRS
         self._scale = np.float32(1 / math.sqrt(shape.head_dim))
         self._no_partials = torch.empty(0, *self._partial_shape)
 
@@ -140,12 +142,15 @@ class CpuAttention:
         num_tokens, width = qkv.shape
         out, flat_out = new_output(num_tokens, shape.num_heads * shape.head_dim)
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
+        together = 2 if self._is_paired and cache.keys.dtype == torch.bfloat16 else 1
         key_start = shape.num_heads * shape.head_dim
         num_tiles, is_parallel, is_split = prepared.variant
         tiles, block_table, slots, partials = (tensor.numpy() for tensor in prepared.tensors)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
         write_kv = write_kv_serial if num_tokens < PARALLEL_TOKENS else write_kv_parallel
-        call(write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, keys, values)
+        call(write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, together, keys, values)
+        if together == 2:
+            keys, values = keys.view(np.uint32), values.view(np.uint32)
         tensors = tiles, block_table, keys, values, flat_out, partials
         arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, *tensors
         if is_parallel:

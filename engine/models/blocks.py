@@ -167,7 +167,12 @@ class DecoderForCausalLM:
         self.num_ranks = parallel.size
         shards = split_heads(config.num_attention_heads, config.num_key_value_heads, parallel.size)
         rank_heads = shards[parallel.rank]
-        self.attention_shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)
+        self.attention_shape = AttentionShape(
+            rank_heads.num_heads,
+            rank_heads.num_kv_heads,
+            config.head_dim,
+            is_rounded=bool(context.quantization.roundings),
+        )
         self.activations_per_token = _activations_per_token(config, self.attention_shape, parallel.size)
         self.max_inputs = max(
             config.hidden_size,

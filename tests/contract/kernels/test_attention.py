@@ -15,12 +15,15 @@ from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.cpu import CpuAttention
 from engine.attention.torch import TorchAttention
 from engine.link.registry import import_entry
+from quant.kernels.bfloat16_ops import HAS_PAIRS
 from tests.contract.oracles import backends_here
 
 # Two rows per KV head and token, Qwen2.5-0.5B's seven, one, and more than a tile has rows.
 SHAPES = [AttentionShape(4, 2, 16), AttentionShape(14, 2, 64), AttentionShape(3, 3, 32), AttentionShape(40, 1, 16)]
 BACKENDS = [import_entry(ATTENTION_BACKENDS, name, "attention backend") for name in backends_here(ATTENTION_BACKENDS)]
 CACHE_DTYPES = [torch.float32, torch.bfloat16]
+ROUNDED = [False, True] if HAS_PAIRS else [False]
+"""Whether queries and weights may be rounded to bfloat16: they are where one instruction adds a pair of products."""
 NUM_BLOCKS = 40
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 65]
 WINDOWS = [1, 2, 7, 15, 16, 17, 33, 64, 1000]
@@ -110,12 +113,30 @@ def whole_attention(
     return out.transpose(0, 1).reshape(len(qkv), -1)
 
 
+def assert_near(
+    out: torch.Tensor, shape: AttentionShape, qkv: torch.Tensor, dtype: torch.dtype, window: int = 10**6
+) -> None:
+    """Compare with whole attention: within what sums in float32 lose, and the rounding of queries and weights."""
+    if not shape.is_rounded:
+        torch.testing.assert_close(out, whole_attention(shape, qkv, dtype, window), atol=2e-5, rtol=1e-4)
+        return
+    qkv = qkv.clone()
+    queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    scale = shape.head_dim**-0.5
+    qkv[:, :queries] = (qkv[:, :queries] * scale).bfloat16().float() / scale
+    expected = whole_attention(shape, qkv, dtype, window)
+    qkv[:, -values:] = qkv[:, -values:].abs()
+    assert ((out - expected).abs() <= whole_attention(shape, qkv, dtype, window) * (2**-8 + 2**-13) + 1e-6).all()
+
+
+@pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize("window", [None, 1500, 30])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
 def test_long_contexts_have_the_same_bits_on_any_number_of_threads(
-    shape: AttentionShape, window: int | None, monkeypatch: pytest.MonkeyPatch
+    shape: AttentionShape, window: int | None, is_rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one thread all parts of the keys are one work item, with many each is one; a chunk ends within a part."""
+    shape = dataclasses.replace(shape, is_rounded=is_rounded)
     length, edges = 2100, [0, 1030, 2096, 2099, 2100]
     num_blocks = -(-length // BLOCK_SIZE)
     blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
@@ -131,19 +152,22 @@ def test_long_contexts_have_the_same_bits_on_any_number_of_threads(
         assert num_items == (3 if num_threads == 64 else -(-(cuts[-1] - cuts[-2]) // backend.tile_tokens))
     assert torch.equal(outputs[1], outputs[0])
     assert torch.equal(outputs[2], outputs[0])
-    expected = whole_attention(shape, qkv, torch.bfloat16, window or 10**6)
-    torch.testing.assert_close(outputs[0], expected, atol=2e-5, rtol=1e-4)
+    assert_near(outputs[0], shape, qkv, torch.bfloat16, window or 10**6)
 
 
 @pytest.mark.parametrize("backend_class", BACKENDS, ids=backends_here(ATTENTION_BACKENDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
-def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_rounded", ROUNDED)
+def test_prompts_side_by_side(backend_class: Any, shape: AttentionShape, dtype: torch.dtype, is_rounded: bool) -> None:
+    shape = dataclasses.replace(
+        shape, is_rounded=is_rounded and backend_class is CpuAttention and dtype == torch.bfloat16
+    )
     backend = backend_class(shape, BLOCK_SIZE)
     qkvs = [random_qkv(shape, length, seed) for seed, length in enumerate(LENGTHS)]
     parts = [Part(qkv, 0, len(qkv), blocks) for qkv, blocks in zip(qkvs, deal_blocks(LENGTHS), strict=True)]
     for out, part in zip(run(backend, stale_cache(backend, dtype), parts), parts, strict=True):
-        torch.testing.assert_close(out, whole_attention(shape, part.qkv, dtype), atol=2e-5, rtol=1e-4)
+        assert_near(out, shape, part.qkv, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -165,9 +189,11 @@ def test_decodes_chunks_and_prompts_in_one_step_equal_the_reference(shape: Atten
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.dtype) -> None:
+def test_chunks_give_the_bits_of_the_whole(shape: AttentionShape, dtype: torch.dtype, is_rounded: bool) -> None:
     """The bits are the same however a prompt is cut, wherever its blocks lie and whatever runs beside it."""
+    shape = dataclasses.replace(shape, is_rounded=is_rounded)
     length = 70
     qkv = random_qkv(shape, length, 7)
     backend = CpuAttention(shape, BLOCK_SIZE)
@@ -198,10 +224,12 @@ def test_prompts_within_a_window(backend_class: Any, shape: AttentionShape, wind
 
 
 @pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunks_within_a_window_equal_the_reference_and_give_the_bits_of_the_whole(
-    shape: AttentionShape, window: int
+    shape: AttentionShape, window: int, is_rounded: bool
 ) -> None:
+    shape = dataclasses.replace(shape, is_rounded=is_rounded)
     length = 70
     qkv = random_qkv(shape, length, 7)
     (blocks,) = deal_blocks([length])
@@ -214,8 +242,10 @@ def test_chunks_within_a_window_equal_the_reference_and_give_the_bits_of_the_who
             cache = stale_cache(backend, torch.bfloat16)
             parts = [Part(qkv, first, last, blocks) for first, last in zip(edges, edges[1:], strict=False)]
             outputs.append(torch.cat([run(backend, cache, [part], window)[0] for part in parts]))
-        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
         assert torch.equal(outputs[0], whole)
+        assert_near(whole, shape, qkv, torch.bfloat16, window)
+        if not is_rounded:
+            torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("window", "num_read"), [(1, 1), (6, 1), (7, 2), (22, 2), (23, 3), (1000, 5)])
@@ -235,17 +265,23 @@ def test_blocks_before_the_window_are_not_read(window: int, num_read: int) -> No
         assert torch.equal(last, whole[-1:]) == (index < len(blocks) - num_read)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
-def test_what_a_step_writes_is_what_the_slots_hold(length: int) -> None:
-    """Keys and values in the layouts of `CpuAttention`: keys transposed in a block, values 16 dimensions at a time."""
-    shape = SHAPES[0]
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40, 70])
+@pytest.mark.parametrize("is_rounded", ROUNDED)
+def test_what_a_step_writes_is_what_the_slots_hold(length: int, is_rounded: bool) -> None:
+    """Keys and values in the layouts of `CpuAttention`: keys transposed in a block, values 16 dimensions at a time.
+
+    Where activations are rounded two dimensions of a key lie side by side, and a dimension's values of two keys.
+    """
+    shape = dataclasses.replace(SHAPES[0], is_rounded=is_rounded)
     backend = CpuAttention(shape, BLOCK_SIZE)
     cache = stale_cache(backend, torch.bfloat16)
     qkv = random_qkv(shape, length, 3)
     (blocks,) = deal_blocks([length])
     run(backend, cache, [Part(qkv, 0, length, blocks)])
-    keys = cache.keys.view(shape.num_kv_heads, NUM_BLOCKS, shape.head_dim, BLOCK_SIZE)
-    values = cache.values.view(shape.num_kv_heads, NUM_BLOCKS, -1, BLOCK_SIZE, LANES).transpose(2, 3).flatten(3)
+    heads, together = (shape.num_kv_heads, NUM_BLOCKS), 2 if is_rounded else 1
+    keys = cache.keys.view(*heads, -1, BLOCK_SIZE, together).transpose(3, 4).flatten(2, 3)
+    values = cache.values.view(*heads, -1, BLOCK_SIZE // together, LANES, together)
+    values = values.transpose(4, 5).flatten(3, 4).transpose(2, 3).flatten(3)
     _, key, value = qkv.view(length, -1, shape.head_dim).split([4, 2, 2], dim=1)
     for position in range(length):
         block, offset = blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
@@ -264,16 +300,36 @@ def test_scores_far_apart_do_not_overflow() -> None:
     torch.testing.assert_close(out, whole_attention(shape, qkv, torch.float32), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("is_rounded", ROUNDED)
+def test_one_key_may_take_all_the_weight(sign: int, is_rounded: bool) -> None:
+    """Its score is 1,000 above, or below, all others': their weights, or its own, are zeros, and nothing is NaN."""
+    shape = dataclasses.replace(SHAPES[0], is_rounded=is_rounded)
+    qkv = torch.ones(200, width_of(shape))
+    key_start, value_start = 4 * shape.head_dim, 6 * shape.head_dim
+    qkv[:, key_start:value_start] = 0.0
+    qkv[70, key_start:value_start] = 250.0 * sign
+    qkv[:, value_start:] = torch.arange(200.0)[:, None]
+    backend = CpuAttention(shape, BLOCK_SIZE)
+    blocks = list(range(13))
+    (out,) = run(backend, stale_cache(backend, torch.bfloat16), [Part(qkv, 0, 200, blocks)])
+    if sign > 0:
+        assert (out[70:] == 70).all()
+    else:
+        torch.testing.assert_close(out[199], torch.full((64,), (199 * 100 - 70) / 199), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize("length", [1, 20])
-def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int) -> None:
+def test_a_nan_of_the_sequence_itself_is_not_hidden(length: int, is_rounded: bool) -> None:
     """A NaN must reach the logits, where the request is failed."""
-    shape = SHAPES[0]
+    shape = dataclasses.replace(SHAPES[0], is_rounded=is_rounded)
     qkv = random_qkv(shape, length, 5)
     key_start = shape.num_heads * shape.head_dim
     qkv[0, key_start] = torch.nan
     backend = CpuAttention(shape, BLOCK_SIZE)
     (blocks,) = deal_blocks([length])
-    (out,) = run(backend, stale_cache(backend, torch.float32), [Part(qkv, 0, length, blocks)])
+    (out,) = run(backend, stale_cache(backend, torch.bfloat16), [Part(qkv, 0, length, blocks)])
     first_group = out.view(length, 4, 16)[:, :2]
     assert first_group.isnan().all()
     assert not out.view(length, 4, 16)[:, 2:].isnan().any()
