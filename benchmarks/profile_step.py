@@ -248,7 +248,7 @@ class Engine:
         return lambda *args, **options: self.clock.call(part, function, *args, **options)
 
     def round(self, prompts: list[list[int]], num_new: int, *, is_prompt: bool) -> list[dict[str, Part]]:
-        """Let the prompts be continued; the parts of each step that decodes, or of all that compute prompts."""
+        """Let the prompts be continued; the parts of each step that decodes all, or of all that compute prompts."""
         from engine.link.messages import GenerationRequest
 
         for index, prompt in enumerate(prompts):
@@ -260,7 +260,9 @@ class Engine:
         while self.core.has_work:
             self.clock.take()
             self.clock.call("rest of the loop", self._step)
-            is_measured = self.core.report.is_prefill == is_prompt
+            report = self.core.report
+            is_whole = is_prompt or report.num_sequences == len(prompts)
+            is_measured = report.is_prefill == is_prompt and is_whole
             steps += [self.clock.take()] if is_measured else []
             with contextlib.suppress(BlockingIOError):
                 while self._reader.recv(1 << 20):
@@ -338,9 +340,10 @@ def table(steps: list[dict[str, Part]], kernels: set[str], work: dict[str, Work]
 
 def profile(form: str, folder: str, args: argparse.Namespace) -> str:
     """The table of one form under its heading."""
-    num_new = 1 if args.prompt else args.tokens + SKIPPED_STEPS + 1
-    ids = text_ids(folder)
-    prompts = [ids[index * args.context :][: args.context] for index in range(args.sequences)]
+    # Prompts come one after the other, so that the first sequences go on for a while before the last one begins.
+    num_new = 1 if args.prompt else args.tokens + SKIPPED_STEPS + 2 * args.sequences
+    ids = itertools.cycle(text_ids(folder))  # many sequences may be longer than the text
+    prompts = [list(itertools.islice(ids, args.context)) for _ in range(args.sequences)]
     engine = Engine(form, folder, args.sequences * (args.context + num_new + 32))
     rows = args.sequences * (args.context if args.prompt else 1)
     context = args.context if args.prompt else args.context + num_new // 2
