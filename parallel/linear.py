@@ -147,6 +147,11 @@ class ParallelMatrices:
         """Move to the device and choose the kernels; the stored form is dropped. Raises ValueError."""
         self._matrix_kernels = [self._kernels(packed) for packed in self.packed(device)]
 
+    @property
+    def is_rounding(self) -> bool:
+        """Whether all kernels that `finish` chose round activations."""
+        return bool(self._matrix_kernels) and all(kernel.rounding is not None for kernel in self._matrix_kernels)
+
     def packed(self, device: torch.device) -> list[PackedWeight]:
         """Everything that was loaded, in the form that kernels read, on the device. The stored form is dropped."""
         for part, params in enumerate(self._params):

@@ -28,7 +28,7 @@ from engine.attention.attend_ops import (
     is_any_above,
     make_scores,
     make_sums,
-    numbers_each,
+    numbers_together,
     store_weights,
     weights_of,
 )
@@ -80,7 +80,10 @@ def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, hea
 
 @njit(**FAST)
 def write_kv_serial(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
-    """Write all tokens, whose slots are `slots` [tokens]; so many numbers are `together`, two in pairs."""
+    """Write all tokens, whose slots are `slots` [tokens].
+
+    `together`: numbers that lie side by side in the cache, 2 where they are pairs, otherwise 1.
+    """
     for token in range(slots.shape[0]):
         for head in range(num_kv_heads):
             _write_token(
@@ -106,12 +109,12 @@ def _tile_rows(num_rows):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _score_rows(four, eight, twelve, q, num_rows, head_dim, keys, places, index, scores, column):  # type: ignore[no-untyped-def]
+def _score_rows(four, eight, twelve, q, num_rows, head_dim, keys, table, index, scores, column):  # type: ignore[no-untyped-def]
     """Scores of all rows, a multiple of 4, against the keys of block `index` or two, the span's from `column` on.
 
     `four`, and for AVX-512 alone `eight` and `twelve`, are the tiles of so many rows.
     """
-    first_of_head, blocks, last = places
+    first_of_head, blocks, last = table
     row = 0
     while row < num_rows:
         rows, target = _tile_rows(num_rows - row), row * SPAN + column
@@ -159,32 +162,30 @@ def _softmax_row(keys, scores, row, num_visible, max_scores, totals, sums, head_
 
 
 @njit(inline="always")
-def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, places, begin, end, sums):  # type: ignore[no-untyped-def]
+def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
     """Let a tile of some rows, from `row` on, and `width` dimensions add to all dimensions of its rows."""
-    first_of_head, blocks, last = places
-    place = row * SPAN + column // numbers_each(values)
+    first_of_head, blocks, last = table
+    place = row * SPAN + column // numbers_together(values)
     for d in range(0, head_dim, width):
         target = row * head_dim + d
         tile(scores, place, num_keys, head_dim, values, first_of_head, blocks, begin, end, last, d, sums, target)
 
 
 @njit(inline="always")
-def _sum_span(scores, column, num_rows, num_keys, head_dim, values, places, begin, end, sums):  # type: ignore[no-untyped-def]
+def _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
     """Add the weighted values of blocks `begin : end` to the sums of all rows, flat [num_rows, head_dim]."""
     row = 0
     while row < num_rows:
         rows = _tile_rows(num_rows - row)
         if not HAS_AVX512 or head_dim % (2 * LANES):
             rows = 4
-            _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+            _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
         elif rows == 12:
-            _sum_rows(
-                _sum12_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums
-            )
+            _sum_rows(_sum12_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
         elif rows == 8:
-            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
         else:
-            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, places, begin, end, sums)
+            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
         row += rows
 
 
@@ -213,7 +214,7 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
     """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
     keys, values, first_of_head = kv
     scores, max_scores, totals, sums = state
-    places = first_of_head, blocks, last
+    table = first_of_head, blocks, last
     max_scores[:], totals[:], sums[:] = MIN_SCORE, 0.0, 0.0
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
@@ -221,12 +222,12 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
         while HAS_AVX512 and index + 2 <= end:
             column = (index - span) * BLOCK_SIZE
             _score_rows(
-                _score4_twice, _score8_twice, _score12_twice, q, num_rows, head_dim, keys, places, index, scores, column
+                _score4_twice, _score8_twice, _score12_twice, q, num_rows, head_dim, keys, table, index, scores, column
             )
             index += 2
         while index < end:
             column = (index - span) * BLOCK_SIZE
-            _score_rows(_score4, _score8, _score12, q, num_rows, head_dim, keys, places, index, scores, column)
+            _score_rows(_score4, _score8, _score12, q, num_rows, head_dim, keys, table, index, scores, column)
             index += 1
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
@@ -234,9 +235,9 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
                 _mask_first(scores, row, num_visible + row // group - window)
         for row in range(num_rows):
             _softmax_row(keys, scores, row, num_visible + row // group, max_scores, totals, sums, head_dim)
-        # Slots past the sequence's end hold anything, so they are not touched even with weight 0.
+        # Slots past the sequence's end hold anything, so they take no part, not even with weight 0.
         num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
-        _sum_span(scores, column, num_rows, num_keys, head_dim, values, places, begin, end, sums)
+        _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, sums)
 
 
 @njit(**FAST)
@@ -259,7 +260,7 @@ def _attend_item(  # type: ignore[no-untyped-def]
     all_max, all_totals = np.full(num_rows, MIN_SCORE), np.zeros(num_rows, np.float32)
     for row in range(num_tokens * group):
         source = (first_row + row // group) * width + (head * group + row % group) * head_dim
-        if numbers_each(keys) == 2:
+        if numbers_together(keys) == 2:
             for d in range(0, head_dim, LANES):
                 store(rounded, d, multiply(load16(qkv, source + d), splat16(scale)))
             for pair in range(head_dim // 2):
@@ -267,7 +268,7 @@ def _attend_item(  # type: ignore[no-untyped-def]
         else:
             for d in range(head_dim):
                 q[d * num_rows + row] = qkv[source + d] * scale
-    first_of_head = head * (keys.shape[0] * numbers_each(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
+    first_of_head = head * (keys.shape[0] * numbers_together(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
     kv, state = (keys, values, first_of_head), (scores, max_scores, totals, sums)

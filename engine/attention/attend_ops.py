@@ -24,8 +24,8 @@ BLOCK_SIZE = LANES
 SPAN_BLOCKS = 4
 SPAN = SPAN_BLOCKS * BLOCK_SIZE
 """Keys that go into a row's softmax together."""
-FEW_ROWS = 8
-"""Up to so many rows a head's keys and values come from memory more slowly than they are multiplied."""
+MAX_FETCHING_ROWS = 8
+"""Up to so many rows in a tile keys and values come from memory more slowly than they are multiplied."""
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
@@ -35,8 +35,8 @@ def _is_paired(array: Any) -> bool:
 
 
 @intrinsic
-def numbers_each(typing_context, cache):  # type: ignore[no-untyped-def]
-    """How many numbers an element of a cache's array holds: two where it is a pair of bfloat16, a word."""
+def numbers_together(typing_context, cache):  # type: ignore[no-untyped-def]
+    """How many numbers lie together in an element of a cache's array: two where it is a pair of bfloat16, a word."""
     count = 2 if _is_paired(cache) else 1
     return types.intp(cache), lambda context, b, signature, args: context.get_constant(types.intp, count)
 
@@ -116,14 +116,13 @@ def _block_at(b: Any, block_data: Any, first_of_head: Any, index: Any, size: int
     return b.mul(b.add(first_of_head, block), b.mul(head_dim, ir.Constant(head_dim.type, size)))
 
 
-def _ahead(b: Any, index: Any, end: Any) -> Any:
-    """The block of the next span in the place of block `index`, or the last one, before `end`.
+def _ahead(b: Any, index: Any, last: Any) -> Any:
+    """The block whose lines are asked for while block `index` is used: the one a span later, or the one before `last`.
 
-    What it has is asked for while this one is used: with few rows a processor can't look so far ahead by itself, and
-    its prefetcher starts anew on every page.
+    With few rows a processor can't look so far ahead by itself, and its prefetcher starts anew on every page.
     """
-    ahead, last = b.add(index, ir.Constant(index.type, SPAN_BLOCKS)), b.sub(end, ir.Constant(index.type, 1))
-    return b.select(b.icmp_signed("<", ahead, last), ahead, last)
+    ahead, final = b.add(index, ir.Constant(index.type, SPAN_BLOCKS)), b.sub(last, ir.Constant(index.type, 1))
+    return b.select(b.icmp_signed("<", ahead, final), ahead, final)
 
 
 def make_scores(rows: int, num_blocks: int) -> Any:
@@ -132,20 +131,20 @@ def make_scores(rows: int, num_blocks: int) -> Any:
     q float32 flat [head_dim, num_rows], in which the first row begins at `place`; keys flat, float32 or bfloat16 as
     uint16, in which block `first_of_head + blocks[index]` holds [head_dim, 16], and so the next one; scores float32
     flat [num_rows, SPAN], to whose place `target` the first row's are written, those of the second block after those of
-    the first. Every score is added dimension by dimension. `end` is where the blocks end that will be used.
+    the first. Every score is added dimension by dimension. `last` is where the blocks end that will be used.
 
     Where keys are words a block is [head_dim / 2, 16], and q begins with words [head_dim / 2, num_rows].
     """
 
     @intrinsic
     def score(  # type: ignore[no-untyped-def]
-        typing_context, q, place, num_rows, head_dim, keys, first_of_head, blocks, index, end, scores, target
+        typing_context, q, place, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target
     ):
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             q_data, key_data, block_data, score_data = (
                 array_data(context, b, signature, args, i) for i in (0, 4, 6, 9)
             )
-            place, num_rows, head_dim, first_of_head, index, end, target = (args[i] for i in (1, 2, 3, 5, 7, 8, 10))
+            place, num_rows, head_dim, first_of_head, index, last, target = (args[i] for i in (1, 2, 3, 5, 7, 8, 10))
             array = signature.args[4]
             is_paired = _is_paired(array)
 
@@ -158,7 +157,7 @@ def make_scores(rows: int, num_blocks: int) -> Any:
 
             indices = [b.add(index, number(i)) for i in range(num_blocks)]
             bases = [base_of(index) for index in indices]
-            fetched = [base_of(_ahead(b, index, end)) for index in indices] if rows <= FEW_ROWS else []
+            fetched = [base_of(_ahead(b, index, last)) for index in indices] if rows <= MAX_FETCHING_ROWS else []
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(b, zero) for _ in bases] for _ in range(rows)]
             with cgutils.for_range(b, b.sdiv(head_dim, number(2)) if is_paired else head_dim) as loop:
@@ -186,10 +185,10 @@ def make_sums(rows: int, groups: int) -> Any:
     """Add the weighted values of some blocks of a span to the sums of `rows` rows, as a Numba intrinsic.
 
     scores float32 flat [num_rows, SPAN], in which the first row's weights for those blocks begin at `place`; values
-    flat, float32 or bfloat16 as uint16, in which block `first_of_head + blocks[index]`, for every index from `first`
-    to `last`, holds [head_dim / 16, 16 keys, 16 dimensions]; sums float32 flat [num_rows, head_dim], in which the first
+    flat, float32 or bfloat16 as uint16, in which block `first_of_head + blocks[index]`, for every index from `begin`
+    to `end`, holds [head_dim / 16, 16 keys, 16 dimensions]; sums float32 flat [num_rows, head_dim], in which the first
     row's dimensions from `d` on, 16 times `groups`, begin at `target`. Of all blocks from 0 on only the first
-    `num_keys` keys are read. Keys are added in order. `end` is where the blocks end that will be used.
+    `num_keys` keys are read. Keys are added in order. `last` is where the blocks end that will be used.
 
     Where values are words a block is [head_dim / 16, 8 pairs of keys, 16 dimensions], and each row of scores begins
     with its pairs. What lies in the place of the second of a pair, of which only the first is read, has no effect.
@@ -205,9 +204,9 @@ def make_sums(rows: int, groups: int) -> Any:
         values,
         first_of_head,
         blocks,
-        first,
-        last,
+        begin,
         end,
+        last,
         d,
         sums,
         target,
@@ -217,11 +216,11 @@ def make_sums(rows: int, groups: int) -> Any:
                 array_data(context, b, signature, args, i) for i in (0, 4, 6, 11)
             )
             place, num_keys, head_dim, first_of_head = (args[i] for i in (1, 2, 3, 5))
-            first, last, end, d, target = (args[i] for i in (7, 8, 9, 10, 12))
+            begin, end, last, d, target = (args[i] for i in (7, 8, 9, 10, 12))
             array = signature.args[4]
             is_paired = _is_paired(array)
-            each = 2 if is_paired else 1
-            lines_each = BLOCK_SIZE // each  # of a group
+            num_together = 2 if is_paired else 1
+            lines_each = BLOCK_SIZE // num_together  # of a group
 
             def number(value: int) -> ir.Constant:
                 return ir.Constant(head_dim.type, value)
@@ -253,13 +252,13 @@ def make_sums(rows: int, groups: int) -> Any:
                 for value in loaded:
                     value.align = 4
                 totals.append([cgutils.alloca_once_value(b, value) for value in loaded])
-            with cgutils.for_range(b, b.sub(last, first)) as outer:
-                index = b.add(first, outer.index)
+            with cgutils.for_range(b, b.sub(end, begin)) as outer:
+                index = b.add(begin, outer.index)
                 base, weights = base_of(index), b.add(place, b.mul(outer.index, number(lines_each)))
-                fetched = base_of(_ahead(b, index, end)) if rows <= FEW_ROWS else None
+                fetched = base_of(_ahead(b, index, last)) if rows <= MAX_FETCHING_ROWS else None
                 left = b.sub(num_keys, b.mul(index, number(BLOCK_SIZE)))
                 count = b.select(b.icmp_signed("<", left, number(BLOCK_SIZE)), left, number(BLOCK_SIZE))
-                num_lines = b.sdiv(count, number(each))
+                num_lines = b.sdiv(count, number(num_together))
                 with cgutils.for_range(b, num_lines) as loop:
                     for at in [] if fetched is None else places(fetched, loop.index):
                         prefetch_at(b, value_data, at)

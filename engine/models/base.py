@@ -71,9 +71,11 @@ class CausalLM(Protocol):
     """Numbers that a forward pass holds at its peak for each token of the step, roughly."""
     max_inputs: int
     """Inputs of the widest matrix of this rank."""
-    attention_shape: AttentionShape
-    """The heads of this rank."""
     rotary: Rotary
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """The heads of this rank, once weights are loaded."""
 
     @property
     def lm_head(self) -> Loadable:

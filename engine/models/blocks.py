@@ -6,6 +6,7 @@ has a kind of its own. Tensors are named here as the checkpoints name them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -167,17 +168,12 @@ class DecoderForCausalLM:
         self.num_ranks = parallel.size
         shards = split_heads(config.num_attention_heads, config.num_key_value_heads, parallel.size)
         rank_heads = shards[parallel.rank]
-        self.attention_shape = AttentionShape(
-            rank_heads.num_heads,
-            rank_heads.num_kv_heads,
-            config.head_dim,
-            is_rounded=bool(context.quantization.roundings),
-        )
-        self.activations_per_token = _activations_per_token(config, self.attention_shape, parallel.size)
+        self._shape = AttentionShape(rank_heads.num_heads, rank_heads.num_kv_heads, config.head_dim)
+        self.activations_per_token = _activations_per_token(config, self._shape, parallel.size)
         self.max_inputs = max(
             config.hidden_size,
             -(-config.intermediate_size // parallel.size),
-            self.attention_shape.num_heads * config.head_dim,
+            self._shape.num_heads * config.head_dim,
         )
         rows = split_rows(config.vocab_size, parallel.size)
         self._logits_widths = lengths(rows)
@@ -190,6 +186,12 @@ class DecoderForCausalLM:
         self.lm_head: VocabTable | ColumnParallelLinear = (
             self.embed_tokens if config.is_tied else untied_head("lm_head", rows, config, context)
         )
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """This rank's, once weights are loaded: attention may round where the matrices before it in every layer do."""
+        is_rounded = all(layer.self_attn.qkv_proj.is_rounding for layer in self.layers)
+        return dataclasses.replace(self._shape, is_rounded=is_rounded)
 
     def make_layer(
         self, index: int, config: DecoderConfig, shards: Sequence[HeadShard], window: int | None, context: ModelContext

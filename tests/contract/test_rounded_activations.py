@@ -78,16 +78,16 @@ def test_ids_do_not_depend_on_company_chunks_cache_or_preemption(method: str | N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "method", "head", "rounded"),
+    ("dtype", "method", "head", "rounded", "is_attention_rounded"),
     [
-        ("auto", "eetq", None, ["8 bits"]),
-        ("auto", "eetq", "none", ["8 bits"]),
-        ("bfloat16", "eetq", "none", ["bfloat16", "8 bits"]),
-        ("float32", "eetq", None, []),
-        ("auto", None, None, []),
-        ("float32", None, None, []),
-        ("bfloat16", None, None, ["bfloat16"]),
-        ("auto", None, "int8", ["8 bits"]),
+        ("auto", "eetq", None, ["8 bits"], True),
+        ("auto", "eetq", "none", ["8 bits"], True),
+        ("bfloat16", "eetq", "none", ["bfloat16", "8 bits"], True),
+        ("float32", "eetq", None, [], False),
+        ("auto", None, None, [], False),
+        ("float32", None, None, [], False),
+        ("bfloat16", None, None, ["bfloat16"], True),
+        ("auto", None, "int8", ["8 bits"], False),
     ],
 )
 def test_the_start_says_what_is_rounded(
@@ -95,6 +95,7 @@ def test_the_start_says_what_is_rounded(
     method: str | None,
     head: str | None,
     rounded: list[str],
+    is_attention_rounded: bool,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_start_says_what_is_rounded(
         model_path=str(tmp_path), dtype=dtype, max_batch_total_tokens=512, quantize=method, quantize_head=head
     )
     with caplog.at_level("INFO"):
-        start_engine(config)
+        core, _ = start_engine(config)
+    assert core.runner._model.attention_shape.is_rounded == is_attention_rounded
     assert re.findall(r"activations are rounded to (\w+(?: bits)?) \(", caplog.text) == rounded
     assert "Row-invariant" in caplog.text
