@@ -37,8 +37,6 @@ OUTPUTS = LANES * UNITS
 """Outputs of a tile."""
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
-LINE = 32
-"""Numbers of a cache line, which is a vector."""
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
@@ -157,10 +155,10 @@ def _multiply(
 
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
-    w0 = b.mul(tile, b.mul(number(OUTPUTS), k_size))
     tile_size = b.mul(number(OUTPUTS), k_size)
+    w0 = b.mul(tile, tile_size)
     fetched = b.add(b.add(w0, tile_size), b.mul(part, b.sdiv(tile_size, parts)))
-    step = b.sdiv(number(LINE), parts)  # with several parts a line is asked for more than once
+    step = b.sdiv(number(LANES * INPUTS), parts)  # with several parts a line is asked for more than once
     with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
         w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
         for unit in range(UNITS):

@@ -24,11 +24,12 @@ from quant.kernels.integer_ops import (
     INSTRUCTIONS,
     Instructions,
     find_instructions,
+    make_round_group,
     make_tile,
-    round_group,
 )
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
+from quant.kernels.simd import HAS_AVX512
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
 from quant.packing import unpack_nibbles
 
@@ -46,9 +47,10 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 
 
 ROWS = ISA.rows
-multiply_many_rows, multiply_more_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
+multiply_first_rows, multiply_many_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
 multiply_half_rows = make_tile(ISA, ROWS // 2)
 multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
+round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 
 @njit(**FAST)
@@ -56,20 +58,22 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     x8, x_scales, x_sums, row, last, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
 ):
     """Some rows times a tile of outputs."""
-    part, parts = fetched_part(0, (last - row + ROWS - 1) // ROWS)
+    num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
+    has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
+    part, parts = fetched_part(0, num_whole + has_half)
     while row + ROWS <= last and part < parts:
-        multiply_many_rows(
+        multiply_first_rows(
             x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
         row += ROWS
         part += 1
     while row + ROWS <= last:
-        multiply_more_rows(
+        multiply_many_rows(
             x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )
         row += ROWS
     part = min(part, parts - 1)
-    if ROWS > 4 and row + ROWS // 2 <= last:  # half of four are two
+    if has_half:
         multiply_half_rows(
             x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
         )

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.rounded_torch import MIN_ROUNDED
-from quant.kernels.simd import HAS_AVX512, enabled_features, fold_max, larger
+from quant.kernels.simd import enabled_features, fold_max, larger
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -31,8 +31,8 @@ cache. One core of Zen 4 reads 8-bit weights at 20 to 25 GB/s (11 to 17 with lon
 torch sums an array at 25 to 33. More rows leave time to ask for the next tile, into the L2 cache."""
 AHEAD_OF_FEW = {8: 512, 4: 4096}
 """Bytes, by the bits of a weight. One core of Zen 5 reads 4-bit weights 5 to 14 % faster from afar."""
-LINE = 64
-"""Bytes of a cache line."""
+LINE_BYTES = 64
+"""A line of the processor's cache."""
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 ROUNDER = 12582912.0
@@ -174,8 +174,8 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
     x int8 [*, k_size], x_scales and x_sums [*, k_size / group], from `row`; w packed weights, of 8 bits in an int8
     array, of 4 bits in a uint8 array; scales and zeros [*, num_groups, lanes]; bias [n_size], out [*, n_size]; `tile`
     counts tiles of outputs. A flat array of scales says that there is one group: its scales are applied at the end.
-    More than a few rows ask for one `part` of `parts` of the next tile's weights meanwhile (`work_split.fetched_part`),
-    if the tile is one that is fetching: it takes as long as a twelfth of the products.
+    More than a few rows ask for one `part` of `parts` of the next tile's weights meanwhile (`work_split.fetched_part`)
+    if `is_fetching`; that takes a twelfth of the time of the products.
     """
     units = isa.units
 
@@ -238,7 +238,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
             w0 = b.mul(tile, tile_bytes)
             fetched = b.add(b.add(w0, tile_bytes), b.mul(part, b.sdiv(tile_bytes, parts)))
-            fetched_step = b.sdiv(number(LINE), parts)  # with several parts a line is asked for more than once
+            fetched_step = b.sdiv(number(LINE_BYTES), parts)  # with several parts a line is asked for more than once
 
             def group_numbers(g: Any, u: int) -> Any:
                 return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
@@ -280,8 +280,8 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
                         at_chunk = b.add(w0, b.mul(chunk_index, number(chunk_bytes)))
                         at_units = [b.add(at_chunk, number(u * unit_bytes)) for u in unit_count]
                         ahead = AHEAD_OF_FEW[bits] if rows <= FEW_ROWS else None
-                        for line in range(chunk_bytes // LINE if is_fetching and rows > FEW_ROWS else 0):
-                            index = b.add(b.mul(chunk_index, number(chunk_bytes // LINE)), number(line))
+                        for line in range(chunk_bytes // LINE_BYTES if is_fetching and rows > FEW_ROWS else 0):
+                            index = b.add(b.mul(chunk_index, number(chunk_bytes // LINE_BYTES)), number(line))
                             v.prefetch(w_data, b.add(fetched, b.mul(index, fetched_step)), is_near=False)
                         weights = [v.weights(w_data, place, bits, ahead) for place in at_units]
                         chunk = {key: start_chunk(place) for key, place in totals.items()}
@@ -326,51 +326,54 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
     return tile
 
 
-@intrinsic
-def round_group(
-    typing_context: Any, x: Any, x0: Any, size: Any, rounded: Any, x_scales: Any, x_sums: Any, s: Any
-) -> Any:
-    """Round x[x0 : x0 + size] to int8 at the same place of `rounded`; its scale and the sum of the integers go to `s`.
+def make_round_group(lanes: int) -> Any:
+    """The rounding of a group's activations, so many at a time, as a Numba intrinsic."""
 
-    A NaN or an infinity makes the scale NaN.
-    """
-    lanes = 16 if HAS_AVX512 else 8
+    @intrinsic
+    def round_group(typing_context, x, x0, size, rounded, x_scales, x_sums, s):  # type: ignore[no-untyped-def]
+        """Round x[x0 : x0 + size] to int8 at the same place of `rounded`.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
-        b = builder
-        x_data, rounded_data, scale_data, sum_data = (
-            _data(context, builder, signature.args[index], args[index]) for index in (0, 3, 4, 5)
-        )
-        x0, size, s = args[1], args[2], args[6]
-        steps = b.sdiv(size, ir.Constant(size.type, lanes))
-        peaks, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
-        total = cgutils.alloca_once(b, v.i32)
-        b.store(v.constant(v.f32, 0.0), peaks)
-        b.store(v.constant(v.f32, 0.0), poison)
-        b.store(v.constant(v.i32, 0), total)
-        with cgutils.for_range(b, steps) as loop:
-            value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
-            magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
-            b.store(larger(b, magnitude, b.load(peaks)), peaks)
-            b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
-        peak, zero = fold_max(b, b.load(peaks)), ir.Constant(F32, 0.0)
-        is_nan = b.bitcast(b.fcmp_unordered("uno", b.load(poison), b.load(poison)), ir.IntType(lanes))
-        is_fault = b.icmp_unsigned("!=", is_nan, ir.Constant(is_nan.type, 0))
-        scale = b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127))))
-        b.store(b.select(is_fault, ir.Constant(F32, math.nan), scale), b.gep(scale_data, [s]))
-        is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
-        inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
-        rounder = v.constant(v.f32, ROUNDER)
-        with cgutils.for_range(b, steps) as loop:
-            place = b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes)))
-            scaled = b.fmul(v.load(x_data, place, v.f32), inverse)
-            bits = b.bitcast(b.fadd(scaled, rounder), v.i32)
-            integers = b.sub(bits, b.bitcast(rounder, v.i32))
-            b.store(b.add(b.load(total), integers), total)
-            v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, place)
-        b.store(v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(total)), b.gep(sum_data, [s]))
-        return context.get_dummy_value()
+        Its scale, and the sum of the integers, go to place `s` of the two others. A NaN or an infinity makes the scale
+        NaN.
+        """
 
-    signature = types.none(x, types.intp, types.intp, rounded, x_scales, x_sums, types.intp)
-    return signature, codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
+            b = builder
+            x_data, rounded_data, scale_data, sum_data = (
+                _data(context, builder, signature.args[index], args[index]) for index in (0, 3, 4, 5)
+            )
+            x0, size, s = args[1], args[2], args[6]
+            steps = b.sdiv(size, ir.Constant(size.type, lanes))
+            peaks, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
+            total = cgutils.alloca_once(b, v.i32)
+            b.store(v.constant(v.f32, 0.0), peaks)
+            b.store(v.constant(v.f32, 0.0), poison)
+            b.store(v.constant(v.i32, 0), total)
+            with cgutils.for_range(b, steps) as loop:
+                value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
+                magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
+                b.store(larger(b, magnitude, b.load(peaks)), peaks)
+                b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
+            peak, zero = fold_max(b, b.load(peaks)), ir.Constant(F32, 0.0)
+            is_nan = b.bitcast(b.fcmp_unordered("uno", b.load(poison), b.load(poison)), ir.IntType(lanes))
+            is_fault = b.icmp_unsigned("!=", is_nan, ir.Constant(is_nan.type, 0))
+            scale = b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127))))
+            b.store(b.select(is_fault, ir.Constant(F32, math.nan), scale), b.gep(scale_data, [s]))
+            is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
+            inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
+            rounder = v.constant(v.f32, ROUNDER)
+            with cgutils.for_range(b, steps) as loop:
+                place = b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes)))
+                scaled = b.fmul(v.load(x_data, place, v.f32), inverse)
+                bits = b.bitcast(b.fadd(scaled, rounder), v.i32)
+                integers = b.sub(bits, b.bitcast(rounder, v.i32))
+                b.store(b.add(b.load(total), integers), total)
+                v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, place)
+            b.store(v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(total)), b.gep(sum_data, [s]))
+            return context.get_dummy_value()
+
+        signature = types.none(x, types.intp, types.intp, rounded, x_scales, x_sums, types.intp)
+        return signature, codegen
+
+    return round_group

@@ -19,8 +19,8 @@ from quant.kernels.integer_ops import (
     INSTRUCTIONS,
     Instructions,
     find_instructions,
+    make_round_group,
     make_tile,
-    round_group,
 )
 from quant.kernels.packed_cpu import PackedCpu
 from quant.kernels.rounded_torch import RoundedTorch, activation_group, round_activations
@@ -144,7 +144,9 @@ def test_integers_are_exact_at_their_ends(isa: Instructions, rows: int) -> None:
         np.testing.assert_array_equal(out.reshape(rows, n), expected)
 
 
-def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rounded(x: torch.Tensor, lanes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    round_group = make_round_group(lanes)
+
     @njit
     def call(x, integers, scales, sums):  # type: ignore[no-untyped-def]
         round_group(x, 0, len(x), integers, scales, sums, 0)
@@ -168,8 +170,9 @@ HALVES = torch.cat([torch.arange(-31, 32) + 0.5, torch.tensor([127.0])])
     ],
     ids=["random", "halves", "zeros", "tiny", "huge"],
 )
-def test_activations_are_rounded_as_the_reference_does(x: torch.Tensor) -> None:
-    integers, scales, sums = rounded(x)
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_activations_are_rounded_as_the_reference_does(x: torch.Tensor, lanes: int) -> None:
+    integers, scales, sums = rounded(x, lanes)
     expected, expected_scales = round_activations(x[None], 64)
     assert torch.equal(integers, expected.flatten().to(torch.int8))
     assert torch.equal(scales, expected_scales.flatten())
