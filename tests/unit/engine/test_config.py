@@ -119,7 +119,10 @@ def test_the_configuration_survives_its_trip_to_the_engine() -> None:
     assert "\n" not in config.to_json()
 
 
-def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path) -> None:
+def test_the_engines_environment_fills_in_what_the_user_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.35"))
     environ = {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": ""}
     made = engine_environment(2, environ)
     assert Path(made.pop("NUMBA_CACHE_DIR")).parent == tmp_path / "pytgi" / "numba"
@@ -129,13 +132,22 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(tmp_path: Path
         "NUMBA_NUM_THREADS": "2",
         "GOMP_SPINCOUNT": "4000",
         "THP_MEM_ALLOC_ENABLE": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 29),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
 
 
+@pytest.mark.parametrize("library", [("glibc", "2.34"), ("glibc", "2.31"), ("musl", "2.40"), ("", "")])
+def test_thresholds_that_the_c_library_would_ignore_are_not_set(
+    library: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: library)
+    assert not [name for name in engine_environment(2, {"XDG_CACHE_HOME": str(tmp_path)}) if "MALLOC" in name]
+
+
+@pytest.mark.skipif("MALLOC_MMAP_THRESHOLD_" not in engine_environment(1, {}), reason="the C library has no such limit")
 def test_memory_of_a_step_is_there_for_the_next_one(tmp_path: Path) -> None:
     """48 MB that are freed and taken again are not had from the system page by page a second time."""
     source = """
