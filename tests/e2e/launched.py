@@ -109,12 +109,13 @@ class LaunchedServer:
 def read_streams(
     server: LaunchedServer, count: int, pool: ThreadPoolExecutor, max_new_tokens: int
 ) -> list[Future[Events]]:
-    """`count` streams that are being read in threads; returns when each has its first token."""
+    """`count` streams of so many tokens that are being read in threads; returns when each has its first token."""
     started: list[int] = []
 
     def read(index: int) -> Events:
         events = []
-        for event in server.stream(f"stream number {index}", max_new_tokens=max_new_tokens, details=True):
+        parameters = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "details": True}
+        for event in server.stream(f"stream number {index}", **parameters):
             events.append(event)
             if len(events) == 1:
                 started.append(index)
