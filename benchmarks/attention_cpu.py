@@ -2,12 +2,14 @@
 
 `python benchmarks/attention_cpu.py` prints a row for each shape, context and number of query tokens. Blocks are
 neighbours, as those of a long prompt in an empty cache are, or scattered, as after a day of serving. The read sums the
-same memory in the same minute.
+same memory in the same minute. With --rounded queries and weights are rounded to bfloat16 where the processor has
+AVX512-BF16, as they are for quantised models.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -102,11 +104,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 32768], help="tokens of the sequence")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 256], help="tokens that attend, the last ones")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounded", action="store_true")
     arguments = parser.parse_args()
     numba.set_num_threads(1)
     print("| model | context | tokens | blocks | ms a layer | GB/s | of a read | GFLOP/s |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, shape in SHAPES.items():
+    for name, exact in SHAPES.items():
+        shape = dataclasses.replace(exact, is_rounded=arguments.rounded)
         for context in arguments.contexts:
             for queries in arguments.queries:
                 for is_shuffled in (False, True) if queries == 1 else (False,):

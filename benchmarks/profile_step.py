@@ -222,14 +222,15 @@ def summed(steps: list[dict[str, Part]]) -> dict[str, Part]:
 class Engine:
     """An engine in this process whose steps are timed, and a reader of what it publishes."""
 
-    def __init__(self, form: str, folder: str, num_tokens: int) -> None:
-        """`num_tokens` is what the KV cache must hold, and what a step may compute."""
+    def __init__(self, form: str, folder: str, num_tokens: int, num_steps: int) -> None:
+        """`num_tokens` is what the KV cache must hold, and what a step may compute; a round has up to `num_steps`."""
         from engine.link.ipc import EngineEndpoint
         from engine.start import start_engine
 
         limits = {"max_batch_total_tokens": num_tokens, "max_batch_prefill_tokens": num_tokens}
         self.core, _ = start_engine(engine_config(form, folder, **limits), None)
         self.clock = Clock()
+        self._num_steps = num_steps
         self._reader, engine_end = socket.socketpair()
         self._reader.setblocking(False)
         self._endpoint = EngineEndpoint(engine_end)
@@ -248,7 +249,10 @@ class Engine:
         return lambda *args, **options: self.clock.call(part, function, *args, **options)
 
     def round(self, prompts: list[list[int]], num_new: int, *, is_prompt: bool) -> list[dict[str, Part]]:
-        """Let the prompts be continued; the parts of each step that decodes all, or of all that compute prompts."""
+        """Let the prompts be continued.
+
+        Returns the parts of each step in which all sequences decode, or of all steps that compute prompts together.
+        """
         from engine.link.messages import GenerationRequest
 
         for index, prompt in enumerate(prompts):
@@ -267,7 +271,7 @@ class Engine:
             with contextlib.suppress(BlockingIOError):
                 while self._reader.recv(1 << 20):
                     pass
-        return [summed(steps)] if is_prompt else steps[SKIPPED_STEPS:]
+        return [summed(steps)] if is_prompt else steps[SKIPPED_STEPS:][: self._num_steps]
 
     def _step(self) -> None:
         """As `EngineCore.serve` does."""
@@ -344,7 +348,7 @@ def profile(form: str, folder: str, args: argparse.Namespace) -> str:
     num_new = 1 if args.prompt else args.tokens + SKIPPED_STEPS + 2 * args.sequences
     ids = itertools.cycle(text_ids(folder))  # many sequences may be longer than the text
     prompts = [list(itertools.islice(ids, args.context)) for _ in range(args.sequences)]
-    engine = Engine(form, folder, args.sequences * (args.context + num_new + 32))
+    engine = Engine(form, folder, args.sequences * (args.context + num_new + 32), args.tokens)
     rows = args.sequences * (args.context if args.prompt else 1)
     context = args.context if args.prompt else args.context + num_new // 2
     work = matrix_work(engine.model, folder, rows=rows, sequences=args.sequences, context=context)

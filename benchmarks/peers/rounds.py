@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 import psutil
 
 Name = TypeVar("Name", bound=Hashable)
+PAUSE_S = 0.5
+"""Before each turn: the threads of the side before go on looking for work a while, those of Intel's libiomp5 for 0.2 s,
+as long as a short prompt takes."""
 MAX_DISCARDED = 3
 """Rounds that may be discarded for each one that is wanted."""
 
@@ -76,6 +79,7 @@ def take_turns(
         answers: dict[Name, Any] = {}
         for name, turn in sides.items():
             if name not in failures:
+                time.sleep(PAUSE_S)
                 try:
                     answers[name] = turn()
                 except (RuntimeError, OSError, ValueError) as error:
