@@ -115,7 +115,7 @@ def _memory_variables() -> dict[str, str]:
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return {}
-    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 29)}
+    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 26), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
 
 
 def engine_environment(num_threads: int, environ: dict[str, str]) -> dict[str, str]:

@@ -132,8 +132,8 @@ def test_the_engines_environment_fills_in_what_the_user_left_open(
         "NUMBA_NUM_THREADS": "2",
         "GOMP_SPINCOUNT": "4000",
         "THP_MEM_ALLOC_ENABLE": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 29),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 26),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     assert engine_environment(2, {"NUMBA_CACHE_DIR": "/elsewhere"}).get("NUMBA_CACHE_DIR") is None
