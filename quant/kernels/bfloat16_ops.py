@@ -27,6 +27,7 @@ from quant.kernels.simd import (
     LOG2_E,
     array_data,
     enabled_features,
+    next_tile_part,
     prefetch_at,
     spread,
     vector_call,
@@ -157,8 +158,7 @@ def _multiply(
     sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
     tile_size = b.mul(number(OUTPUTS), k_size)
     w0 = b.mul(tile, tile_size)
-    fetched = b.add(b.add(w0, tile_size), b.mul(part, b.sdiv(tile_size, parts)))
-    step = b.sdiv(number(LANES * INPUTS), parts)  # with several parts a line is asked for more than once
+    fetched, step = next_tile_part(b, w0, tile_size, part, parts, LANES * INPUTS)
     with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
         w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
         for unit in range(UNITS):

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.rounded_torch import MIN_ROUNDED
-from quant.kernels.simd import enabled_features, fold_max, larger
+from quant.kernels.simd import array_data, enabled_features, fold_max, larger, next_tile_part, prefetch_at, spread
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -97,20 +97,8 @@ class _Builder:
         written = self.b.store(value, self.b.bitcast(self.b.gep(data, [offset]), value.type.as_pointer()))
         written.align = 4
 
-    def prefetch(self, data: Any, offset: Any, *, is_near: bool) -> None:
-        """Ask for the cache line, into the L1 cache or into the L2; harmless past the end."""
-        address = self.b.bitcast(self.b.gep(data, [offset]), I8.as_pointer())
-        signature = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
-        self.b.call(
-            function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3 if is_near else 2), ir.Constant(I32, 1)]
-        )
-
     def splat(self, scalar: Any) -> Any:
-        vector = ir.VectorType(scalar.type, self.isa.lanes)
-        undefined = ir.Constant(vector, ir.Undefined)
-        single = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(single, undefined, self.constant(self.i32, 0))
+        return spread(self.b, scalar, self.isa.lanes)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         return self.call(f"llvm.fma.v{self.isa.lanes}f32", self.f32, x, y, z)
@@ -134,7 +122,7 @@ class _Builder:
         size = 4 * self.isa.lanes
         at = [self.b.add(offset, ir.Constant(offset.type, step * size)) for step in range(CHUNK * bits // 32)]
         for place in at if ahead is not None else []:
-            self.prefetch(data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=True)
+            prefetch_at(self.b, data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=True)
         if bits == 8:
             return [self.load(data, place, self.i32) for place in at]
         mask, shift = self.constant(self.i32, 0x0F0F0F0F), self.constant(self.i32, 4)
@@ -162,10 +150,6 @@ class _Builder:
 
     def sum_pairs(self, pairs: Any) -> Any:
         return self.call("llvm.x86.avx2.pmadd.wd", self.i32, pairs, self.constant(self.i16, 1))
-
-
-def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    return context.make_array(array_type)(context, builder, value=array).data
 
 
 def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
@@ -204,7 +188,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             b = builder
             lanes = isa.lanes
             arrays = (0, 1, 2, 5, 6, 7, 9, 10)
-            data = [_data(context, builder, signature.args[index], args[index]) for index in arrays]
+            data = [array_data(context, builder, signature, args, index) for index in arrays]
             x_data, x_scale_data, x_sum_data, w_data, scale_data, zero_data, bias_data, out_data = data
             row, group, num_groups, tile, n_size, k_size, part, parts = (
                 args[index] for index in (3, 4, 8, 11, 12, 13, 14, 15)
@@ -237,8 +221,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             chunk_bytes = units * unit_bytes
             tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
             w0 = b.mul(tile, tile_bytes)
-            fetched = b.add(b.add(w0, tile_bytes), b.mul(part, b.sdiv(tile_bytes, parts)))
-            fetched_step = b.sdiv(number(LINE_BYTES), parts)  # with several parts a line is asked for more than once
+            fetched, fetched_step = next_tile_part(b, w0, tile_bytes, part, parts, LINE_BYTES)
 
             def group_numbers(g: Any, u: int) -> Any:
                 return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
@@ -260,8 +243,8 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
                     # A tile ahead: the processor does not see by itself how these two go on beside the weights.
                     for u in unit_count:
                         next_numbers = b.add(group_numbers(g, u), tile_stride)
-                        v.prefetch(scale_data, next_numbers, is_near=True)
-                        v.prefetch(zero_data, next_numbers, is_near=True)
+                        prefetch_at(b, scale_data, next_numbers, is_near=True)
+                        prefetch_at(b, zero_data, next_numbers, is_near=True)
                 if is_grouped:
                     factors = [v.numbers(scale_data, group_numbers(g, u), scale_array.dtype) for u in unit_count]
                 with cgutils.for_range(b, x_groups_each) as over_x_groups:
@@ -282,7 +265,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
                         ahead = AHEAD_OF_FEW[bits] if rows <= FEW_ROWS else None
                         for line in range(chunk_bytes // LINE_BYTES if is_fetching and rows > FEW_ROWS else 0):
                             index = b.add(b.mul(chunk_index, number(chunk_bytes // LINE_BYTES)), number(line))
-                            v.prefetch(w_data, b.add(fetched, b.mul(index, fetched_step)), is_near=False)
+                            prefetch_at(b, w_data, b.add(fetched, b.mul(index, fetched_step)))
                         weights = [v.weights(w_data, place, bits, ahead) for place in at_units]
                         chunk = {key: start_chunk(place) for key, place in totals.items()}
                         places = [b.add(x0[r], k) for r in row_count]
@@ -341,7 +324,7 @@ def make_round_group(lanes: int) -> Any:
             v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
             b = builder
             x_data, rounded_data, scale_data, sum_data = (
-                _data(context, builder, signature.args[index], args[index]) for index in (0, 3, 4, 5)
+                array_data(context, builder, signature, args, index) for index in (0, 3, 4, 5)
             )
             x0, size, s = args[1], args[2], args[6]
             steps = b.sdiv(size, ir.Constant(size.type, lanes))

@@ -214,13 +214,23 @@ def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
     return types.float32(array, types.intp), codegen
 
 
-def prefetch_at(builder: Any, data: Any, offset: Any) -> None:
-    """Ask for the cache line of an element of a typed pointer, into the L2 cache; harmless past the end."""
+def prefetch_at(builder: Any, data: Any, offset: Any, *, is_near: bool = False) -> None:
+    """Ask for the cache line of an element of a typed pointer, into the L2 cache, or the L1; harmless past the end."""
     byte = ir.IntType(8).as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
     address = builder.bitcast(builder.gep(data, [offset]), byte)
-    builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+    builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3 if is_near else 2), ir.Constant(I32, 1)])
+
+
+def next_tile_part(builder: Any, place: Any, size: Any, part: Any, parts: Any, line: int) -> tuple[Any, Any]:
+    """Where one `part` of `parts` of the tile after that at `place` begins, and the step from line to line there.
+
+    `size` is a tile's, `line` a cache line's, in elements. The step is for as many lines as a tile has: with several
+    parts a line is asked for more than once.
+    """
+    start = builder.add(builder.add(place, size), builder.mul(part, builder.sdiv(size, parts)))
+    return start, builder.sdiv(ir.Constant(parts.type, line), parts)
 
 
 @intrinsic
