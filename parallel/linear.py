@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ import torch
 from parallel.partition import UNITS, SplitError, length, lengths, split_features
 from parallel.state import ParallelState
 from quant.base import (
+    GatedKernel,
     KernelChooser,
     LinearMethod,
     LowRankKernel,
@@ -30,10 +32,11 @@ MakeAdapters = Callable[[int, Sequence[int], int], LowRankKernel]
 class ParallelMatrices:
     """One or several checkpoint matrices with the same input, side by side along the output, cut for one rank.
 
-    `outputs` has a shard of each part's outputs (None: all), `inputs` is the shard of the inputs (None: all). Every
-    part has its own method, because checkpoints leave single matrices unquantized. A part is packed as soon as its
-    tensors are there. A single dense matrix whose rows need no conversion is used where it lies, so that a
-    memory-mapped file is not copied, unless its method says that the kernel has an order of its own.
+    `outputs` has a shard of each part's outputs (None: all), `inputs` is the shard of the inputs (None: all).
+    `is_gated`: the first of two parts has gates of the second (`PackedWeight.is_gated`). Every part has its own method,
+    because checkpoints leave single matrices unquantized. A part is packed as soon as its tensors are there. A single
+    dense matrix whose rows need no conversion is used where it lies, so that a memory-mapped file is not copied, unless
+    its method says that the kernel has an order of its own.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class ParallelMatrices:
         parallel: ParallelState,
         outputs: Sequence[slice] | None = None,
         inputs: slice | None = None,
+        is_gated: bool = False,
     ) -> None:
+        self._is_gated = is_gated
         self._methods = list(methods)
         self._kernels = kernels
         self._parallel = parallel
@@ -61,6 +66,7 @@ class ParallelMatrices:
         self._packed: list[PackedWeight | None] = [None] * len(self._methods)
         self._merged: list[PackedWeight] = []
         self._matrix_kernels: list[MatrixKernel] = []
+        self._gated_kernel: GatedKernel | None = None
         self._adapters: LowRankKernel | None = None
 
     def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
@@ -145,7 +151,12 @@ class ParallelMatrices:
 
     def finish(self, device: torch.device) -> None:
         """Move to the device and choose the kernels; the stored form is dropped. Raises ValueError."""
-        self._matrix_kernels = [self._kernels(packed) for packed in self.packed(device)]
+        matrices = self.packed(device)
+        if self._is_gated and len(matrices) == 1:
+            matrices = [dataclasses.replace(matrices[0], is_gated=True)]
+        self._matrix_kernels = [self._kernels(packed) for packed in matrices]
+        first = self._matrix_kernels[0]
+        self._gated_kernel = first if self._is_gated and isinstance(first, GatedKernel) and first.num_gates else None
 
     @property
     def is_rounding(self) -> bool:
@@ -205,6 +216,12 @@ class ColumnParallelLinear(ParallelMatrices):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, this rank's outputs, part after part]"""
         return self._product(x)
+
+    def gated(self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`gate` of the product, whose first part has gates of the second; within the kernel where that can."""
+        if self._gated_kernel is None or self._adapters is not None:
+            return gate(self._product(x))
+        return self._gated_kernel.gated(x)
 
 
 class RowParallelLinear(ParallelMatrices):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -58,8 +58,9 @@ class PackedWeight:
     `scales * (q - zero_points)`; scales [n, groups] and zero_points [n, groups] (int32 in "int8", int8 in "int4") are
     for k / groups inputs each. Float32 `zero_points` are offsets: the weight is `scales * q - zero_points`. Column i of
     `weight` belongs to input `input_order[i]`, [k] int64; None: in order. Kernels that can give the product in
-    `out_dtype` without rounding it do so; None: the dtype of x. `architecture` is that of the device, as `sm_90`, for
-    which kernels may have been tuned; None: not known.
+    `out_dtype` without rounding it do so; None: the dtype of x. `is_gated`: the first half of the outputs are gates of
+    the other half, of which a `GatedKernel` makes use. `architecture` is that of the device, as `sm_90`, for which
+    kernels may have been tuned; None: not known.
     """
 
     layout: str
@@ -69,6 +70,7 @@ class PackedWeight:
     zero_points: torch.Tensor | None = None
     input_order: torch.Tensor | None = None
     out_dtype: torch.dtype | None = None
+    is_gated: bool = False
     architecture: str | None = None
 
     @property
@@ -109,6 +111,17 @@ class MatrixKernel(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in_features] -> [rows, out_features], in the dtype of x; `PackedWeight.out_dtype` if it can."""
+
+
+@runtime_checkable
+class GatedKernel(MatrixKernel, Protocol):
+    """A kernel that can multiply with gates itself, so that they never go to memory."""
+
+    num_gates: int
+    """The outputs that are gates; 0: it can't, with this weight."""
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,22 +13,18 @@ from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.experts_cpu import CpuExpertOps
 from engine.layers.torch import TorchOps
 from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.gates_ops import gated
 from quant.kernels.simd import (
     LANES,
     add,
-    divide,
-    exp,
     fma,
     load,
     load16,
     multiply,
     splat,
-    splat16,
     store,
-    subtract,
     sum_lanes,
     zeros,
-    zeros16,
 )
 
 PARALLEL_ELEMENTS = 1 << 15
@@ -63,21 +59,13 @@ def _add_norm_row(residual, x, start, size, weight, eps, out):  # type: ignore[n
 
 
 @njit(inline="always")
-def _silu(value, one, nothing):  # type: ignore[no-untyped-def]
-    """x / (1 + e^-x) in every lane; `one` and `nothing` are 1 and 0."""
-    return divide(value, add(one, exp(subtract(nothing, value))))
-
-
-@njit(inline="always")
 def _silu_row(gate_up, row, first, last, size, out):  # type: ignore[no-untyped-def]
     gate, up, target = row * 2 * size, row * 2 * size + size, row * size
     rest = last - (last - first) % (2 * LANES)
     for i in range(first, rest, 2 * LANES):
-        value = _silu(load16(gate_up, gate + i), splat16(np.float32(1.0)), zeros16())
-        store(out, target + i, multiply(value, load16(gate_up, up + i)))
+        store(out, target + i, gated(load16(gate_up, gate + i), load16(gate_up, up + i)))
     for i in range(rest, last, LANES):
-        value = _silu(load(gate_up, gate + i), splat(np.float32(1.0)), zeros())
-        store(out, target + i, multiply(value, load(gate_up, up + i)))
+        store(out, target + i, gated(load(gate_up, gate + i), load(gate_up, up + i)))
 
 
 @njit(inline="always")

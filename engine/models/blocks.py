@@ -99,7 +99,12 @@ class GatedMLP:
         shards = split_features(inner, parallel.size, units)
         self._ops = context.ops
         self.gate_up_proj = column_parallel(
-            [f"{name}.gate_proj", f"{name}.up_proj"], hidden, [inner, inner], [shards[parallel.rank]] * 2, context
+            [f"{name}.gate_proj", f"{name}.up_proj"],
+            hidden,
+            [inner, inner],
+            [shards[parallel.rank]] * 2,
+            context,
+            is_gated=True,
         )
         self.down_proj = row_parallel(f"{name}.down_proj", shards, hidden, context)
 
@@ -112,7 +117,7 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
-        return self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj.gated(x, self._ops.silu_and_mul))
 
 
 class DecoderLayer:
@@ -256,14 +261,19 @@ def column_parallel(
     context: ModelContext,
     *,
     has_bias: bool = False,
+    is_gated: bool = False,
 ) -> ColumnParallelLinear:
-    """The checkpoint's matrices `names` side by side, `outputs` of each; each in the form that the checkpoint has."""
+    """The checkpoint's matrices `names` side by side, `outputs` of each; each in the form that the checkpoint has.
+
+    `is_gated`: the first of two has the gates of the second (`ColumnParallelLinear.gated`).
+    """
     return ColumnParallelLinear(
         in_features,
         out_features,
         has_bias=has_bias,
         methods=[context.quantization.method_for(name) for name in names],
         outputs=outputs,
+        is_gated=is_gated,
         kernels=context.quantization.kernel_for,
         parallel=context.parallel,
     )

@@ -10,8 +10,10 @@ bounds-checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import llvmlite.ir as ir
@@ -20,12 +22,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.simd import (
     EXP_TERMS,
     F32,
     I32,
     LOG2_E,
     array_data,
+    bfloat16_bits,
     enabled_features,
     next_tile_part,
     prefetch_at,
@@ -42,8 +46,8 @@ ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
 """Whether one instruction adds a pair of products."""
-ACTIVATION = np.uint32 if HAS_PAIRS else np.float32
-"""How activations are stored: pairs of bfloat16 as words, or numbers as float32, which are bfloat16 exactly."""
+ROUNDED = np.uint16 if HAS_PAIRS else np.float32
+"""How rounded activations are stored: as the bits of a bfloat16, or widened again."""
 
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -91,29 +95,53 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
+def round_some(typing_context, x, rounded, place):  # type: ignore[no-untyped-def]
+    """Write the nearest bfloat16 of `LANES` numbers of x float32, from `place` on, to `rounded`, of dtype `ROUNDED`."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target = (b.gep(array_data(context, b, signature, args, i), [args[2]]) for i in (0, 1))
+        value = b.load(b.bitcast(source, _FLOATS.as_pointer()))
+        value.align = 4
+        if signature.args[1].dtype == types.uint16:
+            halves = ir.VectorType(ir.IntType(16), LANES)
+            function = cgutils.get_or_insert_function(
+                b.module, ir.FunctionType(halves, [_FLOATS]), "llvm.x86.avx512bf16.cvtneps2bf16.512"
+            )
+            result = b.call(function, [value])
+        else:
+            bits = b.zext(bfloat16_bits(b, value), _WORDS)
+            result = b.bitcast(b.shl(bits, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
+        b.store(result, b.bitcast(target, result.type.as_pointer())).align = 2
+        return context.get_dummy_value()
+
+    return types.none(x, rounded, types.intp), codegen
+
+
+@intrinsic
 def multiply_block(  # type: ignore[no-untyped-def]
-    typing_context, x, x0, w, bias, out, row, rows, tile, n_size, k_size, part, parts
+    typing_context, x, w, bias, out, row, rows, tile, gates, width, k_size, part, parts
 ):
     """`rows` rows, at least one and at most `ROWS`, times a tile of `OUTPUTS` outputs.
 
-    x [pairs of inputs, rows] as words from x0 on, or float32 [pairs, 2, rows]; w uint16 [tiles, pairs, OUTPUTS, 2];
-    bias [n_size], out [*, n_size] float32. The rows of out begin with `row`; `tile` counts tiles of outputs.
+    x [*, k_size] as `round_some` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
+    float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
+    `gates_ops.write_tile`.
 
     One `part` of `parts` of the next tile's weights is asked for meanwhile (`work_split.fetched_part`).
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        data = [array_data(context, b, signature, args, i) for i in (0, 2, 3, 4)]
-        sizes = [args[i] for i in (1, 5, 7, 8, 9, 10, 11)]
-        is_paired = signature.args[0].dtype == types.uint32
+        data = [array_data(context, b, signature, args, i) for i in range(4)]
+        count, sizes = args[5], [args[4], *args[6:]]
+        is_paired = signature.args[0].dtype == types.uint16
         end = b.append_basic_block("end")
         unreachable = b.append_basic_block("others")
-        switch = b.switch(args[6], unreachable)
-        for count in range(1, ROWS + 1):
-            block = b.append_basic_block(f"rows{count}")
-            switch.add_case(ir.Constant(args[6].type, count), block)
+        switch = b.switch(count, unreachable)
+        for rows in range(1, ROWS + 1):
+            block = b.append_basic_block(f"rows{rows}")
+            switch.add_case(ir.Constant(count.type, rows), block)
             b.position_at_end(block)
-            _multiply(b, *data, *sizes, rows=count, is_paired=is_paired)
+            _multiply(b, *data, *sizes, rows=rows, is_paired=is_paired)
             b.branch(end)
         b.position_at_end(unreachable)
         b.unreachable()
@@ -121,7 +149,19 @@ def multiply_block(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, at, w, bias, out, at, at, at, at, at, at, at), codegen
+    return types.none(x, w, bias, out, at, at, at, at, at, at, at, at), codegen
+
+
+@contextlib.contextmanager
+def _loop_as_written(b: Any, count: Any) -> Iterator[Any]:
+    """`cgutils.for_range` that LLVM does not unroll: with two turns at once it would run out of registers."""
+    with cgutils.for_range(b, count) as loop:
+        yield loop
+        last = b.block
+    unrolling = b.module.add_metadata(["llvm.loop.unroll.disable"])
+    name = b.module.add_metadata([unrolling, last.name])  # unlike that of other loops
+    name.operands = [name, unrolling]  # a loop's name begins with itself
+    last.terminator.set_metadata("llvm.loop", name)
 
 
 def _multiply(
@@ -130,10 +170,10 @@ def _multiply(
     w: Any,
     bias: Any,
     out: Any,
-    x0: Any,
     row: Any,
     tile: Any,
-    n_size: Any,
+    gates: Any,
+    width: Any,
     k_size: Any,
     part: Any,
     parts: Any,
@@ -159,18 +199,21 @@ def _multiply(
     tile_size = b.mul(number(OUTPUTS), k_size)
     w0 = b.mul(tile, tile_size)
     fetched, step = next_tile_part(b, w0, tile_size, part, parts, LANES * INPUTS)
-    with cgutils.for_range(b, b.sdiv(k_size, number(INPUTS))) as loop:
+    x_rows = [at(x, b.mul(b.add(row, number(r)), k_size)) for r in range(rows)]
+    with _loop_as_written(b, b.sdiv(k_size, number(INPUTS))) as loop:
         w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
         for unit in range(UNITS):
             line = b.add(b.mul(loop.index, number(UNITS)), number(unit))
             prefetch_at(b, w, b.add(fetched, b.mul(line, step)))
         weights = [vector(at(w, w_at, number(unit * LANES * INPUTS)), _WORDS) for unit in range(UNITS)]
         halves = [] if is_paired else [_halves(b, words) for words in weights]
-        x_at = b.add(x0, b.mul(loop.index, number(rows if is_paired else INPUTS * rows)))
+        x_at = b.mul(loop.index, number(INPUTS))
         for r, places in enumerate(sums):
-            numbers = [
-                spread(b, b.load(at(x, x_at, number(half * rows + r))), LANES) for half in range(1 if is_paired else 2)
-            ]
+            pair = at(x_rows[r], x_at)
+            if is_paired:
+                numbers = [spread(b, b.load(b.bitcast(pair, I32.as_pointer())), LANES)]
+            else:
+                numbers = [spread(b, b.load(at(pair, number(half))), LANES) for half in range(INPUTS)]
             for unit, place in enumerate(places):
                 total = b.load(place)
                 if is_paired:
@@ -179,10 +222,7 @@ def _multiply(
                     total = vector_call(b, "fma", numbers[1], halves[unit][1], total)
                     total = vector_call(b, "fma", numbers[0], halves[unit][0], total)
                 b.store(total, place)
-    for unit in range(UNITS):
-        n = b.add(b.mul(tile, number(OUTPUTS)), number(unit * LANES))
-        added = vector(at(bias, n), _FLOATS)
-        for r, places in enumerate(sums):
-            place = at(out, b.mul(b.add(row, number(r)), n_size), n)
-            written = b.store(b.fadd(b.load(places[unit]), added), b.bitcast(place, _FLOATS.as_pointer()))
-            written.align = 4
+    columns = output_columns(b, tile, gates, UNITS, LANES)
+    added = [vector(at(bias, column), _FLOATS) for column in columns]
+    results = [[b.fadd(b.load(place), more) for place, more in zip(places, added, strict=True)] for places in sums]
+    write_tile(b, out, row, results, columns, gates, width)

@@ -58,7 +58,7 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts
             first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 multiply_rows(
-                    x8, x_scales, x_sums, first, last, group, w1, s1, z1, num_groups, b1, out, tile, n_size, k_size
+                    x8, x_scales, x_sums, first, last, group, w1, s1, z1, num_groups, b1, out, tile, 0, n_size, k_size
                 )
 
 

@@ -1,7 +1,7 @@
 """Matrix products of 8- and 4-bit weights with activations rounded to 8 bits, on a CPU: integer sums, float32 scales.
 
-One rule for every number of rows (its reference implementation is `rounded_torch`): each group of inputs of a row (64,
-or 32) is divided by its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are
+One rule for every number of rows (its reference implementation is `rounded_torch`): each group of inputs of a row (128,
+64 or 32) is divided by its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are
 integers, so they are exact; groups are added in order. A row's bits therefore do not depend on the rest of the batch.
 
 The instruction set is chosen once (`integer_ops`). Where the machine has none of them, and with `--dtype float32`,
@@ -18,6 +18,7 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.gates_ops import gate_order
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,
@@ -55,37 +56,37 @@ round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 @njit(**FAST)
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x8, x_scales, x_sums, row, last, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+    x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
 ):
-    """Some rows times a tile of outputs."""
+    """Some rows times a tile of outputs; `gates` and `width` are those of `gates_ops.write_tile`."""
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
     part, parts = fetched_part(0, num_whole + has_half)
     while row + ROWS <= last and part < parts:
         multiply_first_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+            x, x_scales, sums, row, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, part, parts
         )
         row += ROWS
         part += 1
     while row + ROWS <= last:
         multiply_many_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+            x, x_scales, sums, row, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, part, parts
         )
         row += ROWS
     part = min(part, parts - 1)
     if has_half:
         multiply_half_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+            x, x_scales, sums, row, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, part, parts
         )
         row += ROWS // 2
     while row + 2 <= last:
         multiply_two_rows(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+            x, x_scales, sums, row, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, part, parts
         )
         row += 2
     if row < last:
         multiply_one_row(
-            x8, x_scales, x_sums, row, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size, part, parts
+            x, x_scales, sums, row, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, part, parts
         )
 
 
@@ -106,9 +107,9 @@ def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
-    x, group, w, scales, zeros, num_groups, bias, out, num_rows, n_size, k_size, num_threads
+    x, group, w, scales, zeros, groups, bias, out, num_rows, n_size, gates, width, k_size, num_threads
 ):
-    x8, x_scales, x_sums = round_rows(x, num_rows, k_size, group)
+    x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, last_row = rectangle(
@@ -119,7 +120,7 @@ def _product(  # type: ignore[no-untyped-def]
             end = min(last_row, row + size)
             for tile in range(first_tile, last_tile):
                 multiply_rows(
-                    x8, x_scales, x_sums, row, end, group, w, scales, zeros, num_groups, bias, out, tile, n_size, k_size
+                    x8, x_scales, sums, row, end, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
                 )
 
 
@@ -164,21 +165,22 @@ class IntegerCpu:
         assert group is not None
         self._n_size, self._padded_size = n_size, -(-n_size // OUTPUTS) * OUTPUTS
         self._input_order = packed.input_order
+        self.num_gates = n_size // 2 if packed.is_gated and n_size % OUTPUTS == 0 else 0
+        order = gate_order(n_size, self.num_gates, ISA.lanes)
         weight = torch.empty(self._padded_size, packed.weight.shape[1], dtype=packed.weight.dtype)
         for first in range(0, n_size, ROWS_AT_A_TIME):
             rows = slice(first, first + ROWS_AT_A_TIME)
-            weight[rows] = self._reordered(packed.weight[rows]).view_as(weight[rows])
+            weight[rows] = self._reordered(packed.weight[order[rows]]).view_as(weight[rows])
         zeros = packed.zero_points
         if packed.layout == "int8":
             zeros = zeros + SHIFT
-        scales = flat_view(self._in_units(packed.scales))
+        scales = flat_view(self._in_units(packed.scales[order]))
         if num_groups > 1:
             scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are not for whole outputs
         bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
-        numbers = scales, flat_view(self._in_units(zeros)), num_groups, flat_view(padded(bias, self._padded_size))
-        self._before = group, flat_view(weight), *numbers
-        self._after = self._padded_size, k_size
-        self._num_threads = get_num_threads()
+        shifts = flat_view(self._in_units(zeros[order]))
+        self._before = group, flat_view(weight), scales, shifts, num_groups, flat_view(padded(bias, self._padded_size))
+        self._k_size, self._num_threads = k_size, get_num_threads()
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -198,9 +200,16 @@ class IntegerCpu:
         return units.transpose(1, 2).contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return without_padding(self._multiply(x, self._padded_size), self._n_size)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x, self.num_gates)
+
+    def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         if self._input_order is not None:
             x = x[:, self._input_order]
         num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, self._padded_size)
-        call(_product, flat_view(x), *self._before, flat_out, num_rows, *self._after, self._num_threads)
-        return without_padding(out, self._n_size)
+        out, flat_out = new_output(num_rows, width)
+        sizes = num_rows, self._padded_size, self.num_gates, width, self._k_size, self._num_threads
+        call(_product, flat_view(x), *self._before, flat_out, *sizes)
+        return out

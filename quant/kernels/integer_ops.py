@@ -18,6 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.rounded_torch import MIN_ROUNDED
 from quant.kernels.simd import array_data, enabled_features, fold_max, larger, next_tile_part, prefetch_at, spread
 
@@ -156,8 +157,9 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
     """`rows` rows times `units * lanes` outputs, as a Numba intrinsic.
 
     x int8 [*, k_size], x_scales and x_sums [*, k_size / group], from `row`; w packed weights, of 8 bits in an int8
-    array, of 4 bits in a uint8 array; scales and zeros [*, num_groups, lanes]; bias [n_size], out [*, n_size]; `tile`
-    counts tiles of outputs. A flat array of scales says that there is one group: its scales are applied at the end.
+    array, of 4 bits in a uint8 array; scales and zeros [*, num_groups, lanes]; bias [outputs], out [*, width]; `tile`
+    counts tiles of outputs, `gates` and `width` are those of `gates_ops.write_tile`. A flat array of scales says that
+    there is one group: its scales are applied at the end.
     More than a few rows ask for one `part` of `parts` of the next tile's weights meanwhile (`work_split.fetched_part`)
     if `is_fetching`; that takes a twelfth of the time of the products.
     """
@@ -178,7 +180,8 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
         bias,
         out,
         tile,
-        n_size,
+        gates,
+        width,
         k_size,
         part,
         parts,
@@ -190,8 +193,8 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             arrays = (0, 1, 2, 5, 6, 7, 9, 10)
             data = [array_data(context, builder, signature, args, index) for index in arrays]
             x_data, x_scale_data, x_sum_data, w_data, scale_data, zero_data, bias_data, out_data = data
-            row, group, num_groups, tile, n_size, k_size, part, parts = (
-                args[index] for index in (3, 4, 8, 11, 12, 13, 14, 15)
+            row, group, num_groups, tile, gates, width, k_size, part, parts = (
+                args[index] for index in (3, 4, 8, 11, 12, 13, 14, 15, 16)
             )
             w_type, scale_array, zero_type = signature.args[5].dtype, signature.args[6], signature.args[7].dtype
             bits, is_grouped = 8 if w_type == types.int8 else 4, scale_array.ndim > 1
@@ -289,21 +292,18 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
                             else:
                                 total = v.fma(total, x_scale, b.load(sums[r, u]))
                             b.store(total, sums[r, u])
-            for u in unit_count:
-                shift = b.add(n, number(u * lanes))
-                added = v.load(bias_data, shift, v.f32)
-                for r in row_count:
-                    result = b.load(sums[r, u])
-                    if is_grouped:
-                        result = b.fadd(result, added)
-                    else:
-                        result = v.fma(result, factor[u], added)
-                    place = b.add(b.mul(at_row[r], n_size), shift)
-                    v.store(result, out_data, place)
+            columns = output_columns(b, tile, gates, units, lanes)
+            added = [v.load(bias_data, column, v.f32) for column in columns]
+            results = [[b.load(sums[r, u]) for u in unit_count] for r in row_count]
+            if is_grouped:
+                results = [[b.fadd(values[u], added[u]) for u in unit_count] for values in results]
+            else:
+                results = [[v.fma(values[u], factor[u], added[u]) for u in unit_count] for values in results]
+            write_tile(b, out_data, row, results, columns, gates, width)
             return context.get_dummy_value()
 
         at = types.intp
-        signature = types.none(x, x_scales, x_sums, at, at, w, scales, zeros, at, bias, out, at, at, at, at, at)
+        signature = types.none(x, x_scales, x_sums, at, at, w, scales, zeros, at, bias, out, at, at, at, at, at, at)
         return signature, codegen
 
     return tile

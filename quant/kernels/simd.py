@@ -245,7 +245,7 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
     return types.none(array, types.intp), codegen
 
 
-def _bfloat16_bits(builder: Any, value: Any) -> Any:
+def bfloat16_bits(builder: Any, value: Any) -> Any:
     """A float32, or every lane, as the bits of the nearest bfloat16; ties go to the even one."""
     count = getattr(value.type, "count", 0)
     words = ir.VectorType(I32, count) if count else I32
@@ -267,7 +267,7 @@ def _make_store(scalar: types.Type | None) -> Any:
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             dtype = sig.args[0].dtype
-            stored = _bfloat16_bits(builder, args[2]) if dtype == types.uint16 else args[2]
+            stored = bfloat16_bits(builder, args[2]) if dtype == types.uint16 else args[2]
             written = builder.store(stored, _pointer(context, builder, sig.args[0], args[0], args[1], stored.type))
             written.align = dtype.bitwidth // 8
             return context.get_dummy_value()

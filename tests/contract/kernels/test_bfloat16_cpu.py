@@ -93,17 +93,15 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
     """What a processor without AVX512-BF16 computes."""
     x, w = ((random(n, 640, seed=n) * 2.0 ** random(n, 640, seed=n + 1)).bfloat16() for n in (2, OUTPUTS))
     weights = np.empty(w.numel(), np.uint16)
-    interleave(flat_view(w), OUTPUTS, 640, weights)
-    words = flat_view(x).view(np.uint32).reshape(2, 320).T.copy()
-    numbers = x.float().numpy().T.copy()
+    interleave(flat_view(w), np.arange(OUTPUTS), 640, weights)
 
     @njit
     def product(x: Any, w: Any, bias: Any, out: Any) -> None:
-        multiply_block(x, 0, w, bias, out, 0, 2, 0, OUTPUTS, 640, 0, 1)
+        multiply_block(x, w, bias, out, 0, 2, 0, 0, OUTPUTS, 640, 0, 1)
 
     results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
-    for rounded, out in zip((words, numbers), results, strict=True):
-        product(rounded.reshape(-1), weights, np.zeros(OUTPUTS, np.float32), out)
+    for rounded, out in zip((x, x.float()), results, strict=True):
+        product(flat_view(rounded), weights, np.zeros(OUTPUTS, np.float32), out)
     assert results[0].tobytes() == results[1].tobytes()
     assert len(set(results[0])) == 2 * OUTPUTS
 

@@ -46,14 +46,15 @@ def symmetric_bytes(n: int, k: int) -> PackedWeight:
 
 
 WEIGHTS = {
-    "eetq": symmetric_bytes(2 * OUTPUTS, 192),
-    "eetq, odd": symmetric_bytes(OUTPUTS + 5, 192),
-    "4 bits, groups of 64": random_weight(4, 2 * OUTPUTS, 192, 64),
-    "4 bits, groups of 32": random_weight(4, OUTPUTS, 192, 32, torch.bfloat16),
-    "4 bits, groups of 96": random_weight(4, OUTPUTS, 192, 96),
-    "4 bits, one group": random_weight(4, 3, 192, 192),
-    "4 bits, scattered": random_weight(4, OUTPUTS, 192, 64, has_unordered_groups=True),
-    "8 bits, groups of 64": random_weight(8, OUTPUTS, 192, 64),
+    "eetq": symmetric_bytes(2 * OUTPUTS, 384),
+    "eetq, odd": symmetric_bytes(OUTPUTS + 5, 384),
+    "4 bits, groups of 64": random_weight(4, 2 * OUTPUTS, 384, 64),
+    "4 bits, groups of 32": random_weight(4, OUTPUTS, 384, 32, torch.bfloat16),
+    "4 bits, groups of 96": random_weight(4, OUTPUTS, 384, 96),
+    "4 bits, one group": random_weight(4, 3, 384, 384),
+    "4 bits, groups of 128": random_weight(4, OUTPUTS, 384, 128),
+    "4 bits, scattered": random_weight(4, OUTPUTS, 384, 64, has_unordered_groups=True),
+    "8 bits, groups of 64": random_weight(8, OUTPUTS, 384, 64),
 }
 
 
@@ -65,7 +66,7 @@ def test_the_reference_agrees(name: str) -> None:
     assert isinstance(kernel, IntegerCpu)
     reference = RoundedTorch(packed)
     for rows in ROW_COUNTS:
-        x = random_rows(rows, 192)
+        x = random_rows(rows, 384)
         torch.testing.assert_close(kernel(x), reference(x), atol=2e-5, rtol=2e-5)
 
 
@@ -73,7 +74,7 @@ def test_the_reference_agrees(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_rows_bits_do_not_depend_on_the_others(name: str) -> None:
     kernel = IntegerCpu(WEIGHTS[name])
-    x = random_rows(2 * ROWS + 3, 192)
+    x = random_rows(2 * ROWS + 3, 384)
     whole = kernel(x)
     for rows in ROW_COUNTS:
         for first in (0, x.shape[0] - rows):
@@ -87,7 +88,7 @@ def test_rounding_costs_about_what_eight_bits_must(name: str) -> None:
     packed = dataclasses.replace(WEIGHTS[name], bias=None)
     weight = widen(packed)
     weight -= weight.mean(dim=1, keepdim=True)  # random zero points would hide the error behind a large common part
-    x = random_rows(64, 192)
+    x = random_rows(64, 384)
     exact = x @ weight.T
     integers, scales = round_activations(x, 64)
     error = (integers * scales[:, :, None]).flatten(1) @ weight.T - exact
@@ -110,7 +111,7 @@ def test_integers_are_exact_at_their_ends(isa: Instructions, rows: int) -> None:
 
     @njit
     def multiply(x, x_scales, x_sums, group, w, scales, zeros, groups, bias, out, n, k):  # type: ignore[no-untyped-def]
-        tile(x, x_scales, x_sums, 0, group, w, scales, zeros, groups, bias, out, 0, n, k, 0, 1)
+        tile(x, x_scales, x_sums, 0, group, w, scales, zeros, groups, bias, out, 0, 0, n, k, 0, 1)
 
     generator = np.random.default_rng(0)
     n, k, group = isa.units * isa.lanes, 4 * CHUNK, 2 * CHUNK
@@ -182,7 +183,7 @@ def test_activations_are_rounded_as_the_reference_does(x: torch.Tensor, lanes: i
 @needs_instructions
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_is_not_rounded_away(bad: float) -> None:
-    x = random_rows(2, 192)
+    x = random_rows(2, 384)
     x[1, 100] = bad
     for name in ("eetq", "4 bits, groups of 64"):
         out = IntegerCpu(WEIGHTS[name])(x)
@@ -191,16 +192,16 @@ def test_what_is_no_number_is_not_rounded_away(bad: float) -> None:
 
 
 def test_groups_that_do_not_fit_run_in_float32() -> None:
-    assert [activation_group(size) for size in (16, 32, 64, 96, 128, 896, 48)] == [None, 32, 64, 32, 64, 64, None]
-    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 192, 16), is_exact=False), PackedCpu)
-    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 192, 64), is_exact=True), PackedCpu)
+    assert [activation_group(size) for size in (16, 32, 64, 96, 128, 896, 48)] == [None, 32, 64, 32, 128, 128, None]
+    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 384, 16), is_exact=False), PackedCpu)
+    assert isinstance(choose_kernel("cpu", random_weight(4, 24, 384, 64), is_exact=True), PackedCpu)
 
 
 @needs_instructions
 def test_no_rows_and_no_bias() -> None:
     kernel = IntegerCpu(dataclasses.replace(WEIGHTS["eetq"], bias=None))
-    assert kernel(torch.empty(0, 192)).shape == (0, 2 * OUTPUTS)
-    x = random_rows(3, 192)
+    assert kernel(torch.empty(0, 384)).shape == (0, 2 * OUTPUTS)
+    x = random_rows(3, 384)
     bias = WEIGHTS["eetq"].bias
     torch.testing.assert_close(kernel(x) + bias, IntegerCpu(WEIGHTS["eetq"])(x), atol=1e-6, rtol=1e-6)
 

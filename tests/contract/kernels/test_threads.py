@@ -14,7 +14,7 @@ from quant.kernels.integer_cpu import FOUND, IntegerCpu
 from quant.kernels.packed_cpu import PackedCpu
 from tests.contract.kernels.test_integer_cpu import WEIGHTS, random_rows
 
-DENSE = PackedWeight("dense", random_rows(100, 192).to(torch.bfloat16))
+DENSE = PackedWeight("dense", random_rows(100, 384).to(torch.bfloat16))
 CASES: dict[str, tuple[Any, PackedWeight]] = {
     "dense": (DenseCpu, DENSE),
     "widened int8": (PackedCpu, WEIGHTS["8 bits, groups of 64"]),
@@ -31,7 +31,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
     kernel_class, weight = CASES[name]
     kernel = kernel_class(weight)
     for num_rows in (1, 3, 31, 32, 77):
-        x = random_rows(num_rows, 192)
+        x = random_rows(num_rows, 384)
         kernel._num_threads = 1
         expected = kernel(x)
         for num_threads in (2, 3, 7, 64):
