@@ -7,7 +7,7 @@ import torch
 from quant.base import PackedWeight
 from quant.kernels.packed_torch import PackedTorch
 
-GROUPS = (64, 32)
+GROUPS = (128, 64, 32)
 """Numbers of inputs that share the scale of a rounded activation: the first that divides a weight's group is taken."""
 MIN_ROUNDED = 1e-30
 """A group whose activations are all below it counts as zeros: 127 over its maximum might not be a float32."""
