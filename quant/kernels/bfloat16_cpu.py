@@ -15,7 +15,7 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, LANES, OUTPUTS, ROUNDED, ROWS, multiply_block, round_some
 from quant.kernels.gates_ops import gate_order
 from quant.kernels.padding_cpu import padded, without_padding
@@ -99,7 +99,7 @@ class Bfloat16Cpu:
     def __init__(self, packed: PackedWeight) -> None:
         self._n_size, self._k_size = packed.weight.shape
         self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
-        self._weight = np.empty(self._padded_size * self._k_size, np.uint16)
+        self._weight = new_weight(2 * self._padded_size * self._k_size).view(np.uint16)
         self.num_gates = self._n_size // 2 if packed.is_gated and self._n_size % OUTPUTS == 0 else 0
         order = gate_order(self._n_size, self.num_gates, LANES)
         interleave(flat_view(packed.weight), order.numpy(), self._k_size, self._weight)

@@ -17,7 +17,7 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import gate_order
 from quant.kernels.integer_ops import (
     CHUNK,
@@ -167,7 +167,8 @@ class IntegerCpu:
         self._input_order = packed.input_order
         self.num_gates = n_size // 2 if packed.is_gated and n_size % OUTPUTS == 0 else 0
         order = gate_order(n_size, self.num_gates, ISA.lanes)
-        weight = torch.empty(self._padded_size, packed.weight.shape[1], dtype=packed.weight.dtype)
+        num_bytes = self._padded_size * packed.weight.shape[1]
+        weight = torch.from_numpy(new_weight(num_bytes)).view(packed.weight.dtype).view(self._padded_size, -1)
         for first in range(0, n_size, ROWS_AT_A_TIME):
             rows = slice(first, first + ROWS_AT_A_TIME)
             weight[rows] = self._reordered(packed.weight[order[rows]]).view_as(weight[rows])

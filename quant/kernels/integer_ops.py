@@ -32,6 +32,10 @@ cache. One core of Zen 4 reads 8-bit weights at 20 to 25 GB/s (11 to 17 with lon
 torch sums an array at 25 to 33. More rows leave time to ask for the next tile, into the L2 cache."""
 AHEAD_OF_FEW = {8: 512, 4: 4096}
 """Bytes, by the bits of a weight. One core of Zen 5 reads 4-bit weights 5 to 14 % faster from afar."""
+AHEAD_OF_A_BLOCK = 6144
+"""Bytes, for 8-bit weights of a tile that one block of rows reads, into the L2 cache: a thread waits for no more than
+so many when it begins. One call with 4 or 8 rows of 896 x 4,864 inputs takes 0.85 of what it does a tile ahead. 4-bit
+weights are half as many, and cost more operations: a tile ahead is as good."""
 LINE_BYTES = 64
 """A line of the processor's cache."""
 
@@ -225,6 +229,9 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
             w0 = b.mul(tile, tile_bytes)
             fetched, fetched_step = next_tile_part(b, w0, tile_bytes, part, parts, LINE_BYTES)
+            if bits == 8:
+                is_only_block = b.icmp_signed("==", parts, number(1))
+                fetched = b.select(is_only_block, b.add(w0, number(AHEAD_OF_A_BLOCK)), fetched)
 
             def group_numbers(g: Any, u: int) -> Any:
                 return b.add(b.add(g0, group_stride[u]), b.mul(g, number(lanes)))
