@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,9 @@ AdaptableLayer = ParallelMatrices | ExpertMatrices
 
 class AdapterSlots:
     """This rank's memory for adapters."""
+
+    beat: Callable[[], None] = staticmethod(lambda: None)
+    """Called after each part of a file that is read: a slow disk is not to pass for a process that hangs."""
 
     def __init__(
         self,
@@ -144,12 +147,20 @@ class AdapterSlots:
         if not adapters:
             self._step.rows, self._step_key = None, None
             return
-        for slot, number in adapters:
-            if self._in_slot[slot] != number:
-                self._load(slot, number)
+        self.fill(adapters)
         if (slots, query_start_loc) != self._step_key:
             self._step_key = slots, query_start_loc
             self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
+
+    def lacks(self, adapters: Sequence[tuple[int, int]]) -> bool:
+        """Whether any slot of a step does not have its adapter yet: the same on every rank."""
+        return any(self._in_slot[slot] != number for slot, number in adapters)
+
+    def fill(self, adapters: Sequence[tuple[int, int]]) -> None:
+        """Load the adapters of a step, slot and number of each, that are not in their slots yet."""
+        for slot, number in adapters:
+            if self._in_slot[slot] != number:
+                self._load(slot, number)
 
     def _compile(self, kernels: Mapping[tuple[int, ...], LowRankKernel], dtype: torch.dtype) -> None:
         """Start a kernel of each size: some are compiled then, for which requests would wait."""
@@ -205,6 +216,7 @@ class AdapterSlots:
         for layer, modules in self._modules.items():
             names = [modules[part] for part in sorted(modules)]
             layer.put_adapter(slot, [LowRankUpdate(*weights.read(name)) if name in changed else None for name in names])
+            self.beat()
         self._in_slot[slot] = number
 
     def _check(self, weights: AdapterWeights) -> None:
@@ -239,7 +251,8 @@ class AdapterSlots:
                 raise StartError(
                     f"{folder} has numbers for {module} that {self._dtype} can't hold: start with --dtype bfloat16"
                 )
-        weights.refuse_changed_copies(self._base)
+            self.beat()
+        weights.refuse_changed_copies(self._base, self.beat)
 
 
 def adaptable_matrices(model: CausalLM) -> dict[str, tuple[AdaptableLayer, int]]:

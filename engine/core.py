@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
@@ -47,6 +48,9 @@ class Runner(Protocol):
 class AdapterFiles(Protocol):
     """The open files of adapters: `engine.adapters.AdapterSlots`, or rank 0's, which has the other ranks follow."""
 
+    beat: Callable[[], None]
+    """Called again and again while files are read, also by a step that reads one once more."""
+
     def open(self, number: int, folder: str) -> None:
         """Open those of the adapter that will have that number. Raises StartError for one that can't be had."""
 
@@ -86,6 +90,7 @@ class EngineCore:
         """The replies that wait to be sent."""
         self._refused: list[TokenEvent] = []
         """The ends, which wait to be sent, of requests that came too late."""
+        self._last_beat = 0.0
         self.is_dismissed = False
         """The HTTP process has said that it ends in good order."""
 
@@ -179,12 +184,21 @@ class EngineCore:
         compiling = self.grammars.abort_all()
         return self.scheduler.fail_all(error) + [TokenEvent(request_id=name, error=error) for name in compiling]
 
+    def _beat(self, endpoint: EngineEndpoint) -> None:
+        """Send a sign of life from within a step, or between two, unless there was one lately."""
+        now = time.monotonic()
+        if now - self._last_beat >= HEARTBEAT_S:
+            self._last_beat = now
+            endpoint.send(StepOutput(events=[], stats=self.scheduler.stats()))
+
     def serve(self, endpoint: EngineEndpoint, check: Callable[[], None] = lambda: None) -> NoReturn:
         """Serve until the HTTP process is gone: raises EOFError then. `check` raises when serving must end.
 
         A step that raises ends every open request with the error, and then this process: its state is not known.
         """
         self.grammars.on_compiled = endpoint.wake
+        if self._adapter_files is not None:
+            self._adapter_files.beat = lambda: self._beat(endpoint)
         while True:
             for message in endpoint.receive(0.0 if self.has_work else HEARTBEAT_S):
                 self.take(message)

@@ -11,10 +11,11 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -45,6 +46,8 @@ LAST_EVENTS_S = 1.0
 """Time that rank 0's main thread gets to end the open requests, once a rank is lost, before the process ends."""
 SAME_REASON_S = 1.0
 """Time that a starting rank gets to find by itself the reason for which another rank has ended."""
+ANSWER_BEAT_S = 0.5
+"""Time between two signs of life of a rank 0 that waits until the others have read an adapter."""
 CAUSE_S = 2.0
 """Longest wait of a rank whose collective failed for the heartbeat to say why."""
 
@@ -69,11 +72,17 @@ class CloseAdapter(msgspec.Struct, frozen=True, tag="close"):
     number: int
 
 
+class FillSlots(msgspec.Struct, frozen=True, tag="fill"):
+    """Load the adapters, slot and number of each, that are not in their slots yet, and send a line of null."""
+
+    adapters: list[tuple[int, int]]
+
+
 class StopFollowing(msgspec.Struct, frozen=True, tag="stop"):
     """The last message: the engine ends in good order."""
 
 
-Decision = StepInputs | OpenAdapter | CloseAdapter | StopFollowing
+Decision = StepInputs | OpenAdapter | CloseAdapter | FillSlots | StopFollowing
 
 _decode: Callable[[bytes], Decision] = msgspec.msgpack.Decoder(Decision).decode
 
@@ -201,8 +210,7 @@ class Ranks:
     def end(self) -> None:
         """Let the followers end in good order."""
         self._heartbeat.end()
-        for peer in self.peers:
-            _send(peer.control, StopFollowing())
+        _send(self.peers, StopFollowing())
 
     def _on_lost(self, cause: str) -> None:
         """End this process. Runs on the heartbeat's thread: the main one may be in a collective that never ends."""
@@ -220,9 +228,11 @@ class Ranks:
         os._exit(RANK_LOST_EXIT_CODE)
 
 
-def _send(sock: socket.socket, message: Decision) -> None:
+def _send(peers: Sequence[Peer], message: Decision) -> None:
+    frame = encode_frame(message)
     try:
-        sock.sendall(encode_frame(message))
+        for peer in peers:
+            peer.control.sendall(frame)
     except OSError as error:
         raise RankLostError(f"another rank takes no more steps ({error})") from error
 
@@ -245,14 +255,35 @@ class Leader:
         """As `ModelRunner.execute`. Raises RankLostError."""
         self._ranks.check()
         inputs = self._runner.inputs(batch)
-        for peer in self._ranks.peers:
-            _send(peer.control, inputs)
         try:
+            self._fill_slots(inputs)
+            _send(self._ranks.peers, inputs)
             return self._runner.run(inputs, self._ranks.share_token_ids(inputs, last_token_ids))
         except RankLostError as error:
             raise self._ranks.explain(error) from error
         except torch.OutOfMemoryError as error:  # the others wait in this step: it can't be taken back
             raise RankLostError(out_of_memory_cause(0)) from error
+
+    def _fill_slots(self, inputs: StepInputs) -> None:
+        """Let every rank read the adapters that a step brings, before any rank waits for another in that step."""
+        adapters = self._runner.adapters
+        if adapters is not None and adapters.lacks(inputs.adapters):
+            _send(self._ranks.peers, FillSlots(inputs.adapters))
+            adapters.fill(inputs.adapters)
+            _read_answers(self._ranks, adapters.beat)
+
+
+def _read_answers(ranks: Ranks, beat: Callable[[], None]) -> list[str | None]:
+    """Each follower's line. Who hangs is noticed by the heartbeat. Raises RankLostError."""
+    answers = []
+    try:
+        for peer in ranks.peers:
+            while not select.select([peer.control], [], [], ANSWER_BEAT_S)[0]:
+                beat()
+            answers.append(read_line(peer.control))
+    except RankLostError as error:
+        raise ranks.explain(RankLostError("another rank is gone: its own log may say why")) from error
+    return answers
 
 
 class SharedAdapters:
@@ -264,15 +295,20 @@ class SharedAdapters:
         self._adapters = runner.adapters
         self._ranks = ranks
 
+    @property
+    def beat(self) -> Callable[[], None]:
+        return self._adapters.beat
+
+    @beat.setter
+    def beat(self, beat: Callable[[], None]) -> None:
+        self._adapters.beat = beat
+
     def open(self, number: int, folder: str) -> None:
         """Open them on all ranks, for which steps wait. Raises StartError and RankLostError."""
         self._ranks.check()
         self._adapters.open(number, folder)
-        self._send(OpenAdapter(number, folder))
-        try:
-            errors = [read_line(peer.control) for peer in self._ranks.peers]
-        except RankLostError as error:
-            raise self._ranks.explain(RankLostError("another rank is gone: its own log may say why")) from error
+        _send(self._ranks.peers, OpenAdapter(number, folder))
+        errors = _read_answers(self._ranks, self.beat)
         for peer, text in zip(self._ranks.peers, errors, strict=True):
             if text is not None:
                 self.close(number)
@@ -280,11 +316,7 @@ class SharedAdapters:
 
     def close(self, number: int) -> None:
         self._adapters.close(number)
-        self._send(CloseAdapter(number))
-
-    def _send(self, decision: Decision) -> None:
-        for peer in self._ranks.peers:
-            _send(peer.control, decision)
+        _send(self._ranks.peers, CloseAdapter(number))
 
 
 class Follower:
@@ -307,8 +339,8 @@ class Follower:
             raise RankLostError(out_of_memory_cause(self._ranks.world.rank)) from error
         self._ranks.end()
 
-    def _follow(self, decision: StepInputs | OpenAdapter | CloseAdapter) -> None:
-        if not isinstance(decision, OpenAdapter | CloseAdapter):
+    def _follow(self, decision: StepInputs | OpenAdapter | CloseAdapter | FillSlots) -> None:
+        if isinstance(decision, StepInputs):
             self._runner.run(decision, self._ranks.share_token_ids(decision, None))
             return
         adapters = self._runner.adapters
@@ -318,7 +350,10 @@ class Follower:
             return
         text = None
         try:
-            adapters.open(decision.number, decision.folder)
+            if isinstance(decision, FillSlots):
+                adapters.fill(decision.adapters)
+            else:
+                adapters.open(decision.number, decision.folder)
         except StartError as error:
             text = str(error)
         _send_line(self._ranks.peers[0].control, text)

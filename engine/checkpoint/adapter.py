@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,10 +210,13 @@ class AdapterWeights:
     def max_rank(self) -> int:
         return max((self.shapes(module)[0][0] for module in self._updates), default=0)
 
-    def refuse_changed_copies(self, base: Path) -> None:
-        """Raise StartError for an adapter with tensors of a base model that are not those in the folder `base`."""
+    def refuse_changed_copies(self, base: Path, beat: Callable[[], None] = lambda: None) -> None:
+        """Raise StartError for an adapter with tensors of a base model that are not those in the folder `base`.
+
+        `beat` is called after each part that is read.
+        """
         if any(map(_COPY.fullmatch, self._weights.names)):
-            _refuse_changed_copies(self._changes, open_weights(base), base)
+            _refuse_changed_copies(self._changes, open_weights(base), base, beat)
 
     def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A, B and the factor of their product."""
@@ -317,7 +320,9 @@ def _twice(folder: Path, name: str, other: str, module: str) -> StartError:
     )
 
 
-def _refuse_changed_copies(changes: _Changes, base: WeightSource, base_folder: Path) -> None:
+def _refuse_changed_copies(
+    changes: _Changes, base: WeightSource, base_folder: Path, beat: Callable[[], None] = lambda: None
+) -> None:
     """Raise StartError for a table of embeddings or a head that was saved along and is not the base model's own."""
     adapter, folder = changes.adapter, changes.settings.folder
     for name in adapter.names:
@@ -325,7 +330,7 @@ def _refuse_changed_copies(changes: _Changes, base: WeightSource, base_folder: P
         if match and name not in changes.saved.values():
             is_tied = not any(stored.startswith(f"{match[1]}.") for stored in base.names)
             stored = TABLE if is_tied else f"{match[1]}.weight"
-            if not _is_copy(adapter, name, base, stored):
+            if not _is_copy(adapter, name, base, stored, beat):
                 raise StartError(
                     f"{folder} has {name} {list(adapter.shape(name))}, and {stored} of its base model is another, or "
                     "quantized: such training is not kept apart. Merge the adapter with `peft`, merge_and_unload() and "
@@ -339,7 +344,7 @@ def _refuse_changed_copies(changes: _Changes, base: WeightSource, base_folder: P
             logger.info("%s has a copy of the base model's %s, which is not used", folder, stored)
 
 
-def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) -> bool:
+def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str, beat: Callable[[], None]) -> bool:
     """Whether a tensor has the base model's numbers, in the dtype that the model was trained in.
 
     Rows at the end may be cut off.
@@ -354,6 +359,7 @@ def _is_copy(adapter: WeightSource, name: str, base: WeightSource, stored: str) 
         copy = adapter.read(name, rows)
         if not base.read(stored, rows).to(copy.dtype).equal(copy):
             return False
+        beat()
     return True
 
 

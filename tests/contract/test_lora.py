@@ -188,6 +188,26 @@ def test_a_prompt_finds_the_blocks_of_its_own_adapter_alone(folders: dict[str, P
 
 
 @pytest.mark.usefixtures("kernels")
+def test_each_matrix_that_is_read_is_a_sign_of_life(folders: dict[str, Path]) -> None:
+    """When an adapter is opened, when its slot is filled, and when another one had its slot meanwhile."""
+    config = EngineConfig(
+        model_path=str(folders["base"]), max_loras=1, max_lora_rank=16, lora_adapters=[("all", str(folders["all"]))]
+    )
+    model = build_model(read_model_config(folders["base"]), folders["base"], torch.float32, KERNELS)
+    slots = make_adapter_slots(config, model, torch.float32, KERNELS)
+    beats: list[None] = []
+    slots.beat = lambda: beats.append(None)
+    slots.open(1, str(folders["queries"]))
+    num_opening = len(beats)
+    assert num_opening >= len(TARGETS["queries"])
+    for number in 1, 0:
+        assert slots.lacks([(0, number)])
+        slots.begin_step([(0, number)], [0], [0, 1])
+        assert not slots.lacks([(0, number)])
+    num_layers = len(beats) - num_opening
+    assert num_layers == 2 * 2 * 4  # twice, in two layers: queries with keys and values, outputs, gate with up, down
+
+
 def test_drafts_are_checked_with_the_adapter(folders: dict[str, Path]) -> None:
     core = start(folders, ["all"], max_draft_tokens=3)
     prompt = random_ids(12, 6) * 5

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import pytest
@@ -222,6 +223,7 @@ class FakeFiles:
 
     def __init__(self) -> None:
         self.is_open: dict[int, str] = {}
+        self.beat: Callable[[], None] = lambda: None
 
     def open(self, number: int, folder: str) -> None:
         if folder.startswith("/bad"):
@@ -265,6 +267,34 @@ def test_adapters_come_and_go_between_steps(
     assert events == [("a", None), ("a", None), ("b", None), ("c", UNLOADED_ERROR)]
     assert outputs[-1].stats.num_adapter_loads == 2
     assert "secret" not in caplog.text and "An adapter was loaded: there are 1" in caplog.text
+
+
+@pytest.mark.parametrize("is_reread", [False, True])
+def test_an_engine_that_reads_a_large_adapter_is_heard_of_meanwhile(
+    sockets: tuple[EngineEndpoint, socket.socket], is_reread: bool
+) -> None:
+    """Whether it is opened between steps or read once more by one: the HTTP process takes silence for a hang."""
+    endpoint, peer = sockets
+    files, runner = FakeFiles(), CountingRunner()
+
+    def read_slowly(*_: object) -> StepResult:
+        for _part in range(30):
+            time.sleep(0.002)
+            files.beat()
+        return StepResult(torch.zeros(1, VOCAB_SIZE), [])
+
+    message: Down = LoadAdapter("x", "/slow")
+    if is_reread:
+        message = make_request("a", [1], max_new_tokens=1)
+        runner.execute = read_slowly  # type: ignore[method-assign]
+    else:
+        files.open = read_slowly  # type: ignore[method-assign, assignment]
+    peer.sendall(encode_frame(message))
+    serve_for(make_core(runner, adapter_files=files), endpoint, 1)
+    *beats, output = outputs_of(peer)
+    assert 3 <= len(beats) <= 30  # 60 ms, and a beat at most every 10 ms
+    assert not any(beat.events or beat.replies or beat.reports for beat in beats)
+    assert len(output.events if is_reread else output.replies) == 1
 
 
 def test_a_step_that_raises_ends_every_request_with_the_error(sockets: tuple[EngineEndpoint, socket.socket]) -> None:

@@ -5,13 +5,16 @@ device knows.
 from __future__ import annotations
 
 import socket
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+import engine.ranks
 from engine.graphs import GraphLimits
 from engine.link.errors import StartError
 from engine.link.ipc import encode_frame
@@ -95,6 +98,19 @@ class Adapters:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.is_open: dict[int, str] = {}
+        self.in_slot: dict[int, int] = {}
+        self.delay_s = 0.0
+        self.num_beats = 0
+
+    def beat(self) -> None:
+        self.num_beats += 1
+
+    def lacks(self, adapters: list[tuple[int, int]]) -> bool:
+        return any(self.in_slot.get(slot) != number for slot, number in adapters)
+
+    def fill(self, adapters: list[tuple[int, int]]) -> None:
+        time.sleep(self.delay_s)
+        self.in_slot |= dict(adapters)
 
     def open(self, number: int, folder: str) -> None:
         if str(self.rank) in folder:
@@ -111,11 +127,13 @@ class Stepper:
     def __init__(self, rank: int) -> None:
         self.adapters = Adapters(rank)
         self.num_steps = 0
+        self.step_adapters: list[tuple[int, int]] = []
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
-        return make_inputs([])
+        return msgspec.structs.replace(make_inputs([]), adapters=self.step_adapters)
 
     def run(self, inputs: StepInputs, last_token_ids: object) -> None:
+        assert not self.adapters.lacks(inputs.adapters)
         self.num_steps += 1
 
 
@@ -166,3 +184,25 @@ def test_a_rank_that_ends_before_it_has_opened_an_adapter() -> None:
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(RankLostError, match="another rank is gone"):
             SharedAdapters(runner, fake_ranks(Peer(1, "host", ours, ours))).open(0, "/good")
+
+
+def test_a_step_waits_until_every_rank_has_read_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 is heard of meanwhile. No rank waits for a slow disk in a collective, which has a timeout."""
+    monkeypatch.setattr(engine.ranks, "ANSWER_BEAT_S", 0.01)
+    ours, theirs = socket.socketpair()
+    first, second = Stepper(0), Stepper(1)
+    runners: list[Any] = [first, second]
+    second.adapters.delay_s = 0.2
+    with ours, theirs, ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(Follower(runners[1], fake_ranks(Peer(0, "host", theirs, theirs))).serve)
+        leader = Leader(runners[0], fake_ranks(Peer(1, "host", ours, ours)))
+        beats = []
+        for adapters in [(0, 7)], [(0, 7)], [(0, 7), (1, 9)]:
+            first.step_adapters = adapters
+            leader.execute(ScheduledBatch())
+            beats.append(first.adapters.num_beats)
+        ours.sendall(encode_frame(StopFollowing()))
+        serving.result(10)
+    assert 0 < beats[0] == beats[1] < beats[2]
+    assert second.adapters.in_slot == {0: 7, 1: 9}
+    assert first.num_steps == second.num_steps == 3
