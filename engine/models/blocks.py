@@ -22,9 +22,19 @@ from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
 from parallel.partition import HeadShard, lengths, scaled, split_features, split_heads, split_rows
 
-UNUSED = (".rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")
+UNUSED = (
+    ".rotary_emb.inv_freq",
+    ".self_attn.kv_scale",
+    ".self_attn.q_scale",
+    ".self_attn.k_scale",
+    ".self_attn.v_scale",
+    ".self_attn.q_proj.output_scale",
+    ".self_attn.k_proj.output_scale",
+    ".self_attn.v_proj.output_scale",
+    ".self_attn.prob_output_scale",
+)
 """Ends of the names of tensors that are not needed: rotary frequencies that old versions of `transformers` stored, and
-scales with which other servers keep keys and values in 8 bits."""
+scales with which other servers compute attention, or keep keys and values, in 8 bits."""
 
 
 class Attention:

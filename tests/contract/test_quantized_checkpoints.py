@@ -7,11 +7,13 @@ ids and logits were made (`transformers` in float32 on the weights of tests/orac
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.attention.cpu import BLOCK_SIZE
 from engine.build import build_model
@@ -71,6 +73,21 @@ def greedy_ids(folder: Path, device: Device, prompts: list[list[int]]) -> list[l
     scheduler = Scheduler(BlockManager(16, BLOCK_SIZE), max_batch_tokens=64, eos_token_ids=[])
     core = assemble_core(scheduler, runner, sample=sample)
     return run_requests(core, make_requests(prompts, max_new_tokens=16)).token_ids
+
+
+@pytest.mark.parametrize("name", ["transformers-fp8-tensor", "llmcompressor-fp8-static"])
+def test_scales_of_attention_in_8_bits_are_not_used(name: str, tmp_path: Path) -> None:
+    """AutoFP8 writes `kv_scale` and scales of outputs, llm-compressor and quark scales by names of their own."""
+    folder = tmp_path / name
+    shutil.copytree(CHECKPOINTS / name, folder)
+    (path,) = folder.glob("*.safetensors")
+    attention = "model.layers.0.self_attn"
+    ends = [f"{part}_scale" for part in ("kv", "q", "k", "v", "prob_output")]
+    names = [*ends, *(f"{part}_proj.output_scale" for part in "qkv")]
+    scales = {f"{attention}.{end}": torch.full([], 0.03) for end in names}
+    save_file({**load_file(path), **scales}, path, metadata={"format": "pt"})
+    expected = np.load(folder / "expected.npz")
+    assert greedy_ids(folder, KERNELS, [expected["prompt_0"].tolist()]) == [expected["ids_0"].tolist()]
 
 
 def test_all_tools_are_there() -> None:
