@@ -12,6 +12,8 @@ from server.telemetry.spans import log_failure
 
 MAX_PATH_CHARS = 200
 """Characters of an unknown path that its refusal tells again."""
+FLAGS_OF_PATHS = dict.fromkeys("/v1/load_lora_adapter /v1/unload_lora_adapter".split(), "--allow-runtime-lora-updating")
+"""Path -> the flag without which nothing is there."""
 
 
 def _is_plain(request: Request) -> bool:
@@ -59,7 +61,10 @@ async def _answer_routing_error(request: Request, error: Exception) -> Response:
         reason = f"{request.method} is not allowed here, only {methods}"
         response = _answer(request, 405, BodyError(405, reason, code="method_not_supported"))
     else:
-        reason = f"Unknown request URL: {request.method} {request.url.path[:MAX_PATH_CHARS]}"
+        path = request.url.path
+        reason = f"Unknown request URL: {request.method} {path[:MAX_PATH_CHARS]}"
+        if path in FLAGS_OF_PATHS:
+            reason += f", which is there if the server starts with {FLAGS_OF_PATHS[path]}"
         response = _answer(request, error.status_code, BodyError(error.status_code, reason, code="unknown_url"))
     if methods:
         response.headers["allow"] = methods

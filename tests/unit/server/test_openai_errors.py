@@ -13,6 +13,7 @@ import pytest
 from server.requests.rows import Dialect
 from server.requests.sampling import ROWS
 from server.requests.wording import CHAT_WORDINGS, COMPLETIONS_WORDING
+from server.routes import adapters
 from tests.unit.server.harness import FakeEngine
 
 CHAT = "/v1/chat/completions"
@@ -286,6 +287,23 @@ async def test_an_unknown_path(
     assert error["message"].startswith(f"Unknown request URL: {method} {path[:100]}")
     assert len(error["message"]) < 300
     strict = await strict_client.request(method, path)
+    assert (strict.status_code, strict.content) == (404, b"")
+
+
+@pytest.mark.parametrize("path", [operation.path for operation in adapters.area.operations])
+async def test_a_path_that_needs_a_flag_names_it(
+    client: httpx.AsyncClient, strict_client: httpx.AsyncClient, path: str
+) -> None:
+    response = await client.post(path, json={})
+    assert response.status_code == 404
+    assert response.json()["error"] == {
+        "message": f"Unknown request URL: POST {path}, which is there if the server starts with "
+        "--allow-runtime-lora-updating",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "unknown_url",
+    }
+    strict = await strict_client.post(path, json={})
     assert (strict.status_code, strict.content) == (404, b"")
 
 
