@@ -90,6 +90,8 @@ class Layout:
     quantize: str | None = None
     has_unordered_groups: bool = False
     """Whether the inputs of a group are scattered over the matrix."""
+    is_rounding: bool = True
+    """Whether its kernels round activations, unless all is float32."""
 
 
 def dense(dtype: torch.dtype, quantize: str | None = None) -> Layout:
@@ -97,7 +99,7 @@ def dense(dtype: torch.dtype, quantize: str | None = None) -> Layout:
         weight = torch.randn(num_outputs, num_inputs, generator=generator).div_(num_inputs**0.5)
         return {"weight": weight.to(dtype)}
 
-    return Layout(stored, dtype=dtype, quantize=quantize)
+    return Layout(stored, dtype=dtype, quantize=quantize, is_rounding=quantize is not None)
 
 
 def random_matrix(
@@ -169,6 +171,39 @@ def compressed_tensors_layout(*, is_symmetric: bool) -> Layout:
     return Layout(stored, config)
 
 
+def fp8_layout() -> Layout:
+    """Blocks of the group size in both directions, as Qwen's own FP8 checkpoints have them."""
+
+    def stored(num_outputs: int, num_inputs: int, group_size: int, generator: torch.Generator) -> Tensors:
+        weight = torch.randn(num_outputs, num_inputs, generator=generator)
+        blocks = -(-num_outputs // group_size), -(-num_inputs // group_size)
+        scales = torch.rand(blocks, generator=generator).add_(0.5).div_(16 * num_inputs**0.5)
+        return {"weight": weight.mul_(16).to(torch.float8_e4m3fn), "weight_scale_inv": scales.to(torch.bfloat16)}
+
+    def config(group_size: int) -> dict[str, Any]:
+        block = [group_size, group_size]
+        return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+
+    return Layout(stored, config, dtype=torch.bfloat16, is_rounding=False)
+
+
+def w8a8_layout() -> Layout:
+    """Integers with a scale for each output, as llm-compressor's W8A8 has them."""
+
+    def stored(num_outputs: int, num_inputs: int, group_size: int, generator: torch.Generator) -> Tensors:
+        weight = torch.randint(-127, 128, (num_outputs, num_inputs), generator=generator, dtype=torch.int8)
+        scales = torch.rand((num_outputs, 1), generator=generator).add_(0.5).div_(128 * num_inputs**0.5 / 3**0.5)
+        return {"weight": weight, "weight_scale": scales.to(torch.bfloat16)}
+
+    def config(group_size: int) -> dict[str, Any]:
+        integers = {"num_bits": 8, "type": "int", "group_size": None, "block_structure": None, "symmetric": True}
+        weights, inputs = {**integers, "strategy": "channel"}, {**integers, "strategy": "token", "dynamic": True}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
+        return {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+
+    return Layout(stored, config, dtype=torch.bfloat16)
+
+
 LAYOUTS = {
     "float32": dense(torch.float32),
     "bfloat16": dense(torch.bfloat16),
@@ -181,6 +216,8 @@ LAYOUTS = {
     "awq": awq_layout(),
     "compressed-tensors": compressed_tensors_layout(is_symmetric=False),
     "compressed-tensors, symmetric": compressed_tensors_layout(is_symmetric=True),
+    "fp8": fp8_layout(),
+    "w8a8": w8a8_layout(),
 }
 QUANTIZED = [name for name in LAYOUTS if name not in ("float32", "bfloat16")]
 
@@ -329,7 +366,7 @@ def check_as_stored(folder: Path, layout: str, sizes: tuple[int, ...]) -> None:
     whole = logits_of(folder, dtype, quantize, 1)
     for size in sizes:
         logits = logits_of(folder, dtype, quantize, size)
-        if layout != "bfloat16" and FOUND is not None:
+        if LAYOUTS[layout].is_rounding and FOUND is not None:
             assert torch.equal(logits, whole), "where activations are rounded all inputs are gathered"
         assert distance(logits, whole) < 3e-6
 
