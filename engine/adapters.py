@@ -227,16 +227,7 @@ class AdapterSlots:
                 f"--max-lora-rank {weights.max_rank}"
             )
         for module in weights.modules:
-            if module in self._left_out:
-                raise StartError(
-                    f"{folder} changes {module}, and experts have no memory for adapters: name one that changes "
-                    "experts in --lora-adapters, so that the start makes place for all of them"
-                )
-            if weights.is_of_embeddings(module) or module not in self._matrices:
-                raise StartError(
-                    f"{folder} changes {module}, and beside the model only the matrices of its layers can be changed: "
-                    "give the adapter as --model-id, which merges it, or merge it with `peft`"
-                )
+            self._check_place(weights, module)
             layer, part = self._matrices[module]
             (a, b), (outputs, inputs) = weights.shapes(module), layer.matrix_shape(part)
             if a[0] != b[1] or (b[0], a[1]) != (outputs, inputs):
@@ -253,6 +244,19 @@ class AdapterSlots:
                 )
             self.beat()
         weights.refuse_changed_copies(self._base, self.beat)
+
+    def _check_place(self, weights: AdapterWeights, module: str) -> None:
+        """Raise StartError for a change of what has no memory for any."""
+        if module in self._left_out:
+            raise StartError(
+                f"{weights.folder} changes {module}, and experts have no memory for adapters: name one that changes "
+                "experts in --lora-adapters, so that the start makes place for all of them"
+            )
+        if weights.is_of_embeddings(module) or module not in self._matrices:
+            raise StartError(
+                f"{weights.folder} changes {module}, and beside the model only the matrices of its layers can be "
+                "changed: give the adapter as --model-id, which merges it, or merge it with `peft`"
+            )
 
 
 def adaptable_matrices(model: CausalLM) -> dict[str, tuple[AdaptableLayer, int]]:

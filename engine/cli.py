@@ -149,9 +149,9 @@ def _add_download_arguments(download: argparse.ArgumentParser) -> None:
     for name, (default, help_text) in switches.items():
         action = argparse.BooleanOptionalAction
         download.add_argument(f"--{name}", action=action, default=default, help=help_text)
-    # Only the launcher gives these: an adapter beside its model has no use for a model of its own, and the end of
-    # standard input is the launcher's end. By hand it may be closed from the start.
-    download.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    # Only the launcher gives these: of an adapter beside a model nothing else is wanted, and the end of standard input
+    # is the launcher's end. By hand it may be closed from the start.
+    download.add_argument("--adapter", action="store_true", help=argparse.SUPPRESS)
     download.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -187,17 +187,22 @@ def download_weights(args: argparse.Namespace) -> Path:
         )
     if args.merge_lora:
         logger.warning("--merge-lora has no effect: an adapter given as the model is merged while it is loaded")
-    from engine.checkpoint.hub import download_model  # it reads the environment when it is imported
+    from engine.checkpoint.hub import (
+        download_adapter,
+        download_model,
+    )  # they read the environment when they are imported
 
     model_id, revision = args.model_id, args.revision or None
     progress = StartProgress(_tell_launcher if args.lifeline else tell_nobody)
     if model_id.startswith(BUCKET_SCHEME):
-        model_id = _copy_from_bucket(model_id, revision, progress)
+        model_id = _copy_from_bucket(model_id, revision, progress, is_adapter=args.adapter)
         revision = None
+    if args.adapter:
+        return Path(model_id) if os.path.isdir(model_id) else download_adapter(model_id, revision, progress)
     if files := gguf_files(model_id):
         return _read_gguf(files, revision)
     folder = download_model(model_id, revision, progress)
-    if not args.alone and (base := adapter_base(folder)) is not None:
+    if (base := adapter_base(folder)) is not None:
         logger.info("%s is an adapter of %s", args.model_id, base.model_id)
         download_model(base.model_id, base.revision, progress)
     return folder
@@ -219,8 +224,8 @@ def _read_gguf(files: Sequence[Path], revision: str | None) -> Path:
     return gguf_folder(files, Path(constants.HF_HUB_CACHE))
 
 
-def _copy_from_bucket(uri: str, revision: str | None, progress: StartProgress) -> str:
-    """The local copy of a model in a bucket. Raises StartError."""
+def _copy_from_bucket(uri: str, revision: str | None, progress: StartProgress, *, is_adapter: bool) -> str:
+    """The local copy of a model, or an adapter, in a bucket. Raises StartError."""
     from huggingface_hub import constants, is_offline_mode
 
     from engine.checkpoint.bucket import Storage, copy_model
@@ -229,7 +234,7 @@ def _copy_from_bucket(uri: str, revision: str | None, progress: StartProgress) -
         raise StartError("--revision is for models of the Hub: leave it out for a bucket")
     if is_offline_mode():
         raise StartError(f"{uri} needs a network, and HF_HUB_OFFLINE is set: give a local folder")
-    return str(copy_model(uri, Path(constants.HF_HUB_CACHE), Storage.of(os.environ), progress))
+    return str(copy_model(uri, Path(constants.HF_HUB_CACHE), Storage.of(os.environ), progress, is_adapter=is_adapter))
 
 
 def quantize_model(args: argparse.Namespace) -> Path:

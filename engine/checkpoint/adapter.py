@@ -24,6 +24,7 @@ from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from engine.link.model_folders import refuse_no_adapter
 from quant.matching_time import MatchingTime
 
 if TYPE_CHECKING:
@@ -181,8 +182,6 @@ class AdapterWeights:
 
     def __init__(self, folder: Path) -> None:
         """Raises StartError for a folder without an adapter, or with one of another kind."""
-        if not os.path.isfile(folder / ADAPTER_CONFIG):  # Path's raises for a name that is too long
-            raise StartError(f"{folder} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
         self.folder = folder
         self._changes = changes = _read_changes(folder)
         if others := [*changes.saved, *changes.biases, *changes.settings.saved_modules]:
@@ -227,12 +226,10 @@ class AdapterWeights:
 
 def _read_changes(folder: Path) -> _Changes:
     """What the adapter's files say. Raises StartError for an adapter of another kind."""
+    files = ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    # Path.is_file raises for a name that is too long.
+    refuse_no_adapter([name for name in files if os.path.isfile(folder / name)], str(folder))
     config = read_config(folder)
-    if not os.path.isfile(folder / ADAPTER_WEIGHTS):
-        raise StartError(
-            f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
-            "save it once more with `peft`, save_pretrained(...)"
-        )
     settings = read_settings(folder, config)
     matching_time = MatchingTime(functools.partial(unusable, folder))
 

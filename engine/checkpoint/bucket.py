@@ -18,7 +18,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -26,7 +26,8 @@ from urllib.parse import quote, urlencode
 from engine.checkpoint.download import Download
 from engine.checkpoint.retries import is_transient_status, with_retries
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, TEXT_ENDINGS, is_weight_name
+from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEXT_ENDINGS, is_weight_name
+from engine.link.model_folders import refuse_no_adapter
 from engine.link.progress import Stage, StartProgress
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,13 @@ def _stored_file(item: Mapping[str, str]) -> StoredFile:
     return StoredFile(item["name"], int(item["size"]), updated.timestamp())
 
 
-def copy_model(uri: str, cache: Path, storage: Storage, progress: StartProgress | None = None) -> Path:
-    """The local copy of a model's folder in a bucket, below `cache`. Raises StartError in words."""
+def copy_model(
+    uri: str, cache: Path, storage: Storage, progress: StartProgress | None = None, *, is_adapter: bool = False
+) -> Path:
+    """The local copy of a model's folder in a bucket, below `cache`; of an adapter's files alone if it `is_adapter`.
+
+    Raises StartError in words.
+    """
     match = URI.fullmatch(uri)
     if match is None:
         raise StartError(f"{uri} is not the address of a bucket: give gs://BUCKET/FOLDER")
@@ -145,7 +151,7 @@ def copy_model(uri: str, cache: Path, storage: Storage, progress: StartProgress 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = with_retries(lambda: storage.files(bucket, f"{folder_name}/" if folder_name else ""), _reason_to_retry)
-        chosen = [file for file in files if _is_of_a_model(file.name)]
+        chosen = _files_of_adapter(files, uri) if is_adapter else [file for file in files if _is_of_a_model(file.name)]
         if not chosen:
             raise StartError(f"{uri} has no files of a model: give the folder with config.json and *.safetensors")
         absent = [file for file in chosen if not file.is_at(folder / file.name)]
@@ -160,6 +166,11 @@ def copy_model(uri: str, cache: Path, storage: Storage, progress: StartProgress 
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         raise StartError(_sentence(error, uri, folder)) from error
     return folder
+
+
+def _files_of_adapter(files: Sequence[StoredFile], uri: str) -> list[StoredFile]:
+    refuse_no_adapter([file.name for file in files], uri)
+    return [file for file in files if file.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
 
 def _is_of_a_model(name: str) -> bool:

@@ -43,7 +43,13 @@ from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, TEXT_ENDINGS, is_adapter
-from engine.link.model_folders import refuse_missing_tokenizer, refuse_names, refuse_no_model, refuse_other_paths
+from engine.link.model_folders import (
+    refuse_missing_tokenizer,
+    refuse_names,
+    refuse_no_adapter,
+    refuse_no_model,
+    refuse_other_paths,
+)
 from engine.link.progress import Stage, StartProgress
 
 logger = logging.getLogger(__name__)
@@ -70,6 +76,19 @@ def download_model(model_id: str, revision: str | None, progress: StartProgress 
         else:
             refuse_other_paths(model_id)
         return _cached(model_id, revision) or _fetched(model_id, revision, progress or StartProgress())
+    except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
+        raise StartError(_sentence(_root(error), model_id, revision)) from error
+
+
+def download_adapter(model_id: str, revision: str | None, progress: StartProgress | None = None) -> Path:
+    """The folder of an adapter of the Hub: its own two files, whatever lies beside them. Raises StartError in words."""
+    try:
+        for cache in _caches():
+            path = try_to_load_from_cache(model_id, ADAPTER_CONFIG, cache_dir=cache, revision=revision)
+            if isinstance(path, str) and damage(Path(path).with_name(ADAPTER_WEIGHTS)) is None:
+                logger.info("Files are already present on the host. Skipping download.")
+                return Path(path).parent
+        return _fetched_adapter(model_id, revision, progress or StartProgress())
     except (HTTPError, OSError, HFValidationError, json.JSONDecodeError, RuntimeError) as error:
         raise StartError(_sentence(_root(error), model_id, revision)) from error
 
@@ -163,13 +182,31 @@ def _refuse_damage(path: Path) -> None:
         raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
 
 
-def _fetched(model_id: str, revision: str | None, progress: StartProgress) -> Path:
-    """Fetch the files that the cache lacks, the weights last: a snapshot with all of them has the rest too."""
+def _fetched_adapter(model_id: str, revision: str | None, progress: StartProgress) -> Path:
+    """Fetch the weights last, as of a model."""
+    commit, sizes = _begin_fetching(model_id, revision, progress)
+    refuse_no_adapter(sizes, model_id)
+    _fetch(model_id, commit, ADAPTER_CONFIG, sizes[ADAPTER_CONFIG], Download(progress))
+    download = Download(progress, sizes[ADAPTER_WEIGHTS] or 0)
+    path = _fetch(model_id, commit, ADAPTER_WEIGHTS, sizes[ADAPTER_WEIGHTS], download)
+    _refuse_damage(path)
+    if is_adapter(sizes):  # else the snapshot would pass for one of an adapter where the whole model is asked for
+        _note_revision(model_id, revision or constants.DEFAULT_REVISION, commit)
+    return path.parent
+
+
+def _begin_fetching(model_id: str, revision: str | None, progress: StartProgress) -> tuple[str, dict[str, int | None]]:
+    """The commit and the files of `revision`, by their sizes."""
     _check_may_fetch(model_id)
     progress.begin(Stage.DOWNLOADING)
     _relay_library_log()
     _remove_leftovers(model_id)
-    commit, sizes = _with_retries(lambda: _list_files(model_id, revision))
+    return _with_retries(lambda: _list_files(model_id, revision))
+
+
+def _fetched(model_id: str, revision: str | None, progress: StartProgress) -> Path:
+    """Fetch the files that the cache lacks, the weights last: a snapshot with all of them has the rest too."""
+    commit, sizes = _begin_fetching(model_id, revision, progress)
     refuse_names(sizes, model_id)
     texts, download = Download(progress), Download(progress)
     for name in sorted(name for name in sizes if name.endswith(TEXT_ENDINGS)):

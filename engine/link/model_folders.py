@@ -12,7 +12,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_WEIGHTS, GGUF, INDEX, is_adapter, is_weight_name, names_in, read_file
+from engine.link.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    GGUF,
+    INDEX,
+    is_adapter,
+    is_weight_name,
+    names_in,
+    read_file,
+)
 from engine.link.suggestions import suggestion
 
 BUCKET_SCHEME = "gs://"
@@ -117,6 +126,17 @@ def refuse_names(names: Collection[str], model_id: str) -> None:
         raise StartError(
             f"{model_id} has weights but no config.json: a model is a folder with config.json, tokenizer.json and the "
             "weights, fetch all of its files"
+        )
+
+
+def refuse_no_adapter(names: Collection[str], place: str) -> None:
+    """Raise StartError if files of these names are no adapter (LoRA); what lies beside one is no matter."""
+    if ADAPTER_CONFIG not in names:
+        raise StartError(f"{place} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
+    if ADAPTER_WEIGHTS not in names:
+        raise StartError(
+            f"{place} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin), which can run code, are never loaded: "
+            "save it once more with `peft`, save_pretrained(...)"
         )
 
 

@@ -73,8 +73,13 @@ def find_folders(args: LauncherArgs, signals: Signals, webserver: Child | None =
                     f"{adapter.source} is a folder here and has no revision: leave @{adapter.revision} out"
                 )
             folder = adapter.source
+        elif gguf_files(adapter.source):
+            raise LaunchError(
+                f"{adapter.source} is in GGUF, and an adapter (LoRA) is a folder with {ADAPTER_CONFIG}, as peft "
+                "writes: give that"
+            )
         else:
-            folder = fetch(adapter.source, adapter.revision, is_alone=True)
+            folder = fetch(adapter.source, adapter.revision, is_adapter=True)
         loras.append((adapter.name, folder))
     return dataclasses.replace(folders, loras=tuple(loras))
 
@@ -105,11 +110,11 @@ def _find_folder(
     *,
     signals: Signals,
     webserver: Child | None,
-    is_alone: bool = False,
+    is_adapter: bool = False,
 ) -> str:
     """The local folder of a model or an adapter. A child process fetches it from the Hub if `model_id` is no folder.
 
-    With an adapter comes its model, unless it `is_alone`.
+    With an adapter comes its model. If it `is_adapter` to stand beside another model, its own files come alone.
     """
     if gguf_files(model_id):
         logger.info("%s is in GGUF: configuration and tokenizer are read from the file", model_id)
@@ -123,7 +128,7 @@ def _find_folder(
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
     if revision is not None:
         command.append(f"--revision={revision}")
-    command += ["--json-output"] * args.is_json_output + ["--alone"] * is_alone + ["--", model_id]
+    command += ["--json-output"] * args.is_json_output + ["--adapter"] * is_adapter + ["--", model_id]
     environ = {"HUGGINGFACE_HUB_CACHE": args.huggingface_hub_cache} if args.huggingface_hub_cache else {}
     child = Child("download", command, stdout=subprocess.PIPE, environ=environ, kept_secrets=HUB_SECRETS)
     lines = _follow_download(child, signals, webserver)

@@ -34,9 +34,9 @@ def is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
 
 
-def copy(stand_in: BucketStandIn, cache: Path, uri: str = URI) -> Path:
+def copy(stand_in: BucketStandIn, cache: Path, uri: str = URI, *, is_adapter: bool = False) -> Path:
     stand_in.fetched.clear()
-    return copy_model(uri, cache, Storage.of(stand_in.environ))
+    return copy_model(uri, cache, Storage.of(stand_in.environ), is_adapter=is_adapter)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,6 +50,15 @@ def test_the_files_of_a_model_come_weights_last(stand_in: BucketStandIn, tmp_pat
     assert contents(folder) == {name: f"content of {name}".encode() for name in names}
     assert [name.rpartition("/")[2] for name, _ in stand_in.fetched] == names
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_of_an_adapter_two_files_come_and_of_a_model_in_its_place_none(stand_in: BucketStandIn, tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=f"^{URI} has no adapter_config.json: an adapter"):
+        copy(stand_in, tmp_path, is_adapter=True)
+    assert stand_in.fetched == []
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    stand_in.files.update({f"models/mine/{name}": b"its" for name in names})
+    assert contents(copy(stand_in, tmp_path, is_adapter=True)) == dict.fromkeys(names, b"its")
 
 
 def test_what_is_there_is_not_fetched_again_and_what_has_changed_is(stand_in: BucketStandIn, tmp_path: Path) -> None:

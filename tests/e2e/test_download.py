@@ -293,3 +293,28 @@ def test_an_adapter_is_fetched_with_its_model(hub: HubStandIn, downloads: Downlo
     assert f"tiny/lora is an adapter of {MODEL}" in first.log and "--merge-lora has no effect" in first.log
     again = downloads.run("tiny/lora", environ=OFFLINE)
     assert again.code == 0 and again.log.count("Files are already present on the host") == 2, again.log
+
+
+def test_an_adapter_beside_a_model_is_fetched_without_anything_else(
+    hub: HubStandIn, downloads: Downloads, tmp_path: Path, model_dir: Path
+) -> None:
+    """Its repository may have a whole model, too; one that has only that is refused before a file is fetched."""
+    refused = downloads.run("--adapter", MODEL)
+    assert refused.code == 1 and f"{MODEL} has no adapter_config.json: an adapter (LoRA) is a folder" in refused.log
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    both = hub.add("tiny/both", model_dir)
+    both.files["adapter_config.json"] = b"{}"
+    pickled = downloads.run("--adapter", "tiny/both")
+    assert pickled.code == 1 and "tiny/both has no adapter_model.safetensors, and pickled weights" in pickled.log
+    assert not [request for request in hub.requests if "/resolve/" in request.path]
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights")
+    both.files["adapter_model.safetensors"] = (tmp_path / "weights").read_bytes()
+    first = downloads.run("--adapter", "tiny/both")
+    assert first.code == 0, first.log
+    assert files_of(first.folder) == names
+    hub.add("tiny/lora", model_dir).files = {name: both.files[name] for name in names}
+    alone = downloads.run("--adapter", "tiny/lora")
+    again = downloads.run("--adapter", "tiny/lora", environ=OFFLINE)
+    assert (again.code, again.folder) == (0, alone.folder), again.log
+    whole = downloads.run("tiny/both")
+    assert whole.code == 0 and {*SHARDS, "config.json"} < files_of(whole.folder), whole.log

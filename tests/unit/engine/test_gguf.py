@@ -59,7 +59,7 @@ def test_a_file_in_16_bits_has_the_ids_of_the_folder_that_it_is_from(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "files").mkdir()
     write_gguf(source, tmp_path / "files" / "model.gguf")
-    options = {"extension": ".safetensors", "merge_lora": False, "revision": None, "lifeline": False}
+    options = {"extension": ".safetensors", "merge_lora": False, "revision": None, "lifeline": False, "adapter": False}
     folder = download_weights(argparse.Namespace(model_id=str(tmp_path / "files"), **options))
     assert generate(folder, reference_device()) == generate(source, reference_device())
     assert folder.parent == tmp_path / "cache" and not list(folder.parent.glob(".*"))

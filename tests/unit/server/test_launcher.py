@@ -274,6 +274,11 @@ def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> No
     )
     with pytest.raises(LaunchError, match=f"{adapter} is a folder here and has no revision: leave @main out"):
         find_local(model, "--lora-adapters", f"sql={adapter}@main")
+    (tmp_path / "lora.gguf").touch()
+    with pytest.raises(
+        LaunchError, match="lora.gguf is in GGUF, and an adapter .* is a folder with adapter_config.json"
+    ):
+        find_local(model, "--lora-adapters", f"sql={tmp_path / 'lora.gguf'}")
     write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
     with pytest.raises(LaunchError, match="/elsewhere, which is not here: correct base_model_name_or_path in"):
         find_local(tmp_path / "moved")
