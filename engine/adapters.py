@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.adapter import AdapterWeights
+from engine.checkpoint.adapter_config import HEAD
 from engine.layers.base import FEW_ROWS
 from engine.link.errors import StartError
 from engine.models.base import CausalLM
@@ -90,6 +91,7 @@ class AdapterSlots:
         matrices = adaptable_matrices(model)
         experts = {name for name, (layer, _) in matrices.items() if isinstance(layer, ExpertMatrices)}
         is_changing_experts = any(module in experts for weights in self._weights.values() for module in weights.modules)
+        self._known = {*model.checkpoint_layers(), HEAD}  # which may be the table, and can be changed by merging
         self._left_out = set() if is_changing_experts else experts
         self._matrices = {name: place for name, place in matrices.items() if name not in self._left_out}
 
@@ -251,6 +253,10 @@ class AdapterSlots:
             raise StartError(
                 f"{weights.folder} changes {module}, and experts have no memory for adapters: name one that changes "
                 "experts in --lora-adapters, so that the start makes place for all of them"
+            )
+        if module not in self._known:
+            raise StartError(
+                f"{weights.folder} changes {module}, which the model does not have: it was made for another one"
             )
         if weights.is_of_embeddings(module) or module not in self._matrices:
             raise StartError(

@@ -380,13 +380,35 @@ def test_what_does_not_fit_is_refused_at_the_start(
         ({"A": (4, 64), "B": (64, 5)}, r"by B \[64, 5\] and A \[4, 64\], the model has \[64, 64\]"),
     ],
 )
-def test_an_adapter_of_another_model(
+def test_an_adapter_of_matrices_of_another_size(
     folders: dict[str, Path], tmp_path: Path, tensors: dict[str, tuple[int, ...]], sentence: str
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", folders["base"], [], rank=4)
     stored = {f"{ATTENTION[0]}.lora_{part}.weight": torch.zeros(size) for part, size in tensors.items()}
     save_file(stored, adapter / "adapter_model.safetensors")
     with pytest.raises(StartError, match=sentence):
+        start({**folders, "adapter": adapter}, ["adapter"])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("flag", ["--lora-adapters", "--model-id"])
+def test_an_adapter_of_a_module_that_the_model_does_not_have(
+    folders: dict[str, Path], tmp_path: Path, flag: str
+) -> None:
+    """No advice to merge what can't be merged either. A head that is the table can."""
+    module = "model.layers.2.mlp.up_proj"
+    adapter = write_adapter(tmp_path / "adapter", folders["base"], [], rank=4)
+    half = {"A": torch.zeros(4, 64), "B": torch.zeros(96, 4)}
+    save_file({f"{module}.lora_{part}.weight": x for part, x in half.items()}, adapter / "adapter_model.safetensors")
+    if flag == "--model-id":
+        with pytest.raises(StartError, match=f"changes {module}.weight, which its base model does not have"):
+            start(folders, [], adapter_path=str(adapter))
+        return
+    with pytest.raises(StartError, match=f"changes {module}, which the model does not have: it was made for another"):
+        start({**folders, "adapter": adapter}, ["adapter"])
+    half["B"] = torch.zeros(264, 4)
+    save_file({f"lm_head.lora_{part}.weight": x for part, x in half.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(StartError, match="changes lm_head, and beside the model .* give the adapter as --model-id"):
         start({**folders, "adapter": adapter}, ["adapter"])
 
 
