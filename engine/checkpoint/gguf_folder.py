@@ -25,10 +25,16 @@ from engine.checkpoint.gguf_config import (
     quantization_config,
     refuse_silent_models,
 )
-from engine.checkpoint.gguf_tokenizer import added_tokens, build_tokenizer, refuse_other_tokenizers, tokenizer_config
+from engine.checkpoint.gguf_tokenizer import (
+    added_tokens,
+    build_tokenizer,
+    name_scheme,
+    refuse_other_tokenizers,
+    tokenizer_config,
+)
 from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.link.errors import StartError
-from engine.link.model_files import GGUF_INDEX
+from engine.link.model_files import ADAPTER_CONFIG, GGUF_INDEX
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -64,6 +70,8 @@ LAYER_MODULES = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
+ADAPTER_ENDS = (".lora_a", ".lora_b")
+"""Ends of the names of an adapter's tensors."""
 
 
 def gguf_folder(files: Sequence[Path], cache: Path) -> Path:
@@ -129,7 +137,8 @@ def _read_model(files: Sequence[Path]) -> dict[str, str]:
 
 def _contents(files: Sequence[Path], readers: Sequence[GGUFReader]) -> dict[str, str]:
     """As `_read_model`. Raises StartError for what is foreseen, and anything for other metadata that is odd."""
-    metadata = _metadata(readers[0])
+    _refuse_adapter(readers)
+    metadata = name_scheme(_metadata(readers[0]))
     refuse_silent_models(metadata)
     tensors = index_tensors(readers)
     refuse_other_tokenizers(metadata)
@@ -156,6 +165,17 @@ def _open(path: Path) -> GGUFReader:
     if reader.is_swapped:  # the tensors' bytes would be, too
         raise StartError(f"{path} was written for machines of the other byte order: fetch the usual file")
     return reader
+
+
+def _refuse_adapter(readers: Sequence[GGUFReader]) -> None:
+    """Raise StartError for an adapter as llama.cpp's convert_lora_to_gguf.py writes it."""
+    kind = readers[0].get_field("general.type")
+    has_changes = any(tensor.name.endswith(ADAPTER_ENDS) for reader in readers for tensor in reader.tensors)
+    if has_changes or (kind is not None and kind.contents() == "adapter"):
+        raise StartError(
+            f"the GGUF file is an adapter (LoRA), no model, and adapters are read as `peft` writes them, a folder with "
+            f"{ADAPTER_CONFIG}: give that as --model-id, or in --lora-adapters beside its model"
+        )
 
 
 def _metadata(reader: GGUFReader) -> dict[str, Any]:

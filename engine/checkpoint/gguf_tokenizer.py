@@ -6,6 +6,7 @@ the table of embeddings for tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +14,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from engine.link.errors import StartError
 
+logger = logging.getLogger(__name__)
+
 NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 """GGUF's token types: in the merges' vocabulary; added and special; added and merely matched whole."""
 PLAIN_TOKENS = frozenset("<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split())
 """Tokens that llama.cpp's converter calls special by their looks, and Qwen's own tokenizer does not."""
-MERGES = "tokenizer.ggml.merges"
+MERGES, MODEL, SCHEME = "tokenizer.ggml.merges", "tokenizer.ggml.model", "tokenizer.ggml.pre"
 BPE = "gpt2"
 """GGUF's name of byte-level BPE."""
+UNNAMED = ("qwen2", "qwen2moe")
+"""Architectures of which there are files from before May 2024, when llama.cpp's converter did not write `SCHEME`."""
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,6 +46,18 @@ SCHEMES: dict[str, Callable[[Tokenizer], None]] = {"qwen2": _split_as_qwen2, "de
 """What happens to text before the merges. A file only names it, and llama.cpp knows it by that name."""
 
 
+def name_scheme(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata with the scheme that an old file means and does not name."""
+    is_bpe = metadata.get(MODEL) == BPE and metadata["general.architecture"] in UNNAMED
+    if SCHEME in metadata or not is_bpe:
+        return metadata
+    logger.warning(
+        "The GGUF file is from before May 2024 and does not say how text is split (%s): it is split as Qwen2 does",
+        SCHEME,
+    )
+    return {**metadata, SCHEME: "qwen2"}
+
+
 def added_tokens(metadata: Mapping[str, Any], plain_tokens: frozenset[str] = PLAIN_TOKENS) -> dict[int, dict[str, Any]]:
     """Each added token by id, as both tokenizer files spell it. `plain_tokens` are never special."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -54,7 +71,7 @@ def added_tokens(metadata: Mapping[str, Any], plain_tokens: frozenset[str] = PLA
 
 def refuse_other_tokenizers(metadata: Mapping[str, Any]) -> None:
     """Raise StartError for a tokenizer of another kind, or none: nothing else is known to be there then."""
-    model, scheme = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    model, scheme = metadata.get(MODEL), metadata.get(SCHEME)
     if model != BPE or scheme not in SCHEMES:
         raise StartError(
             f"the GGUF file has a tokenizer of the kind {model!r}, {scheme!r}; only {BPE!r} with {', '.join(SCHEMES)} "
@@ -77,7 +94,7 @@ def build_tokenizer(
         if not {left, right, left + right} <= vocab.keys():  # the library would panic
             raise StartError(f"the GGUF file merges {left!r} and {right!r}, which are no tokens of it: fetch it again")
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    schemes[metadata["tokenizer.ggml.pre"]](tokenizer)
+    schemes[metadata[SCHEME]](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(**fields) for fields in added.values()])
     for token_id, fields in added.items():
@@ -119,6 +136,6 @@ def tokenizer_config(metadata: Mapping[str, Any], added: Mapping[int, dict[str, 
         "model_max_length": metadata["context_length"],
         "pad_token": pad,
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer" if metadata["tokenizer.ggml.pre"] == "qwen2" else "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer" if metadata[SCHEME] == "qwen2" else "PreTrainedTokenizerFast",
         "unk_token": None,
     }

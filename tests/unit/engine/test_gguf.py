@@ -90,6 +90,43 @@ def test_configuration_and_tokenizer_are_those_of_the_source(source: Path, tmp_p
     assert all(settings[key] == expected[key] for key in ("chat_template", "eos_token", "bos_token", "tokenizer_class"))
 
 
+def test_a_file_of_before_may_2024_is_split_as_qwen2(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a file does not name it. Others may be split otherwise, and are refused."""
+    named = served(source, tmp_path / "named")
+    assert not caplog.text
+    unnamed = served(source, tmp_path / "unnamed", tokenizer__ggml__pre=None)
+    assert "does not say how text is split (tokenizer.ggml.pre): it is split as Qwen2 does" in caplog.text
+    for name in "tokenizer.json", "tokenizer_config.json":
+        assert (unnamed / name).read_bytes() == (named / name).read_bytes()
+    assert "the kind 'llama', None; only 'gpt2' with" in refusal(
+        source, tmp_path, tokenizer__ggml__pre=None, tokenizer__ggml__model="llama"
+    )
+    write_tiny_qwen3(tmp_path / "qwen3")
+    assert "the kind 'gpt2', None; only 'gpt2' with qwen2" in refusal(
+        tmp_path / "qwen3", tmp_path, architecture="qwen3", tokenizer__ggml__pre=None
+    )
+
+
+@pytest.mark.parametrize("keys", [{"general.type": "adapter", "adapter.type": "lora"}, {}])
+def test_an_adapter_in_gguf_is_told_as_one(tmp_path: Path, keys: dict[str, str]) -> None:
+    """As llama.cpp's convert_lora_to_gguf.py names keys and tensors, for whatever model."""
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    for key, value in keys.items():
+        writer.add_string(key, value)
+    for end in "lora_a", "lora_b":
+        writer.add_tensor(f"blk.0.attn_q.weight.{end}", np.zeros((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        StartError, match=r"is an adapter \(LoRA\), no model, .* a folder with adapter_config.json: give"
+    ):
+        gguf_folder([tmp_path / "lora.gguf"], tmp_path)
+
+
 def test_texts_begin_with_a_token_where_the_file_says_so(source: Path) -> None:
     tokens, kinds = ["a", "b", "ab", "<s>"], [1, 1, 1, 3]
     metadata = {
