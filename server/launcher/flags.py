@@ -34,7 +34,7 @@ from server.launcher.flag import (
     Variable,
 )
 
-QUANTIZE = ("awq", "compressed-tensors", "eetq", "fp8", "gptq", "int4", "int8")
+QUANTIZE = ("auto-round", "awq", "compressed-tensors", "eetq", "fp8", "gguf", "gptq", "int4", "int8")
 QUANTIZE_STAND_INS = {"bitsandbytes": "int8", "bitsandbytes-fp4": "int4", "bitsandbytes-nf4": "int4"}
 QUANTIZE_OF_TGI = ("exl2", "marlin")
 """TGI's methods that are refused. The flag's reason says what to do instead."""
@@ -74,9 +74,9 @@ MODEL = (
     Flag(
         name="quantize",
         fills="engine.quantize",
-        help="awq, gptq, compressed-tensors and fp8 load such a checkpoint (also without the flag); eetq and int8 "
-        "(8 bits) and int4 quantise a dense one while it loads; bitsandbytes is served as int8, bitsandbytes-nf4 and "
-        "-fp4 as int4, unless --strict-tgi is given, which refuses them",
+        help="awq, gptq, compressed-tensors, fp8, auto-round and gguf load such a checkpoint (also without the flag); "
+        "eetq and int8 (8 bits) and int4 quantise a dense one while it loads; bitsandbytes is served as int8, "
+        "bitsandbytes-nf4 and -fp4 as int4, unless --strict-tgi is given, which refuses them",
         choices=(*QUANTIZE, *QUANTIZE_STAND_INS, *QUANTIZE_OF_TGI),
         refused_choices=QUANTIZE_OF_TGI,
         stand_ins=QUANTIZE_STAND_INS,

@@ -221,6 +221,12 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
     ("flag", "stored", "sentence"),
     [
         ("awq", GPTQ, "--quantize awq, but the checkpoint is gptq: leave --quantize out"),
+        ("auto-round", GPTQ, "--quantize auto-round, but the checkpoint is gptq: leave --quantize out"),
+        (
+            "gguf",
+            None,
+            "--quantize gguf needs a checkpoint in that format, this one is dense: give a checkpoint quanti",
+        ),
         ("eetq", AWQ, "--quantize eetq, but the checkpoint is awq: leave --quantize out"),
         (
             "gptq",
