@@ -14,13 +14,22 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from server.app import create_app
 from server.chat.rendering import Ending
 from server.chat.template import ChatTemplate, OfferedTools
 from server.errors import TemplateError
 from server.requests.messages import Message
 from server.text.tokenizer import TextTokenizer
 from tests.contract.chat_templates import CHATML, STYLES, Style
-from tests.unit.server.harness import chat_format_of, write_model_folder
+from tests.unit.server.harness import (
+    FakeEngine,
+    chat_format_of,
+    client_of,
+    events_of,
+    make_config,
+    one_by_one,
+    write_model_folder,
+)
 
 TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "image_token": "<|im_start|>"}
 WEATHER = {
@@ -190,6 +199,36 @@ def test_continued_messages_are_those_of_transformers(style: Style) -> None:
         right = expected(style, messages, continue_final_message=True)
         if right is not None:
             assert outcome(style, messages, None, Ending.CONTINUED) == right, text
+
+
+@pytest.mark.parametrize(
+    ("variables", "written", "thought"),
+    [
+        ({}, "<think>\nHm.\n</think>\n\nFine.", "Hm."),
+        ({"enable_thinking": True}, "<think>\nHm.\n</think>\n\nFine.", "Hm."),
+        ({"enable_thinking": False}, "Fine.", None),
+    ],
+)
+async def test_qwen3_thinks_as_chat_template_kwargs_say(
+    variables: dict[str, bool], written: str, thought: str | None, tmp_path: Path
+) -> None:
+    """The prompt is that of `transformers`, and what the model writes after it is told apart, whole and streamed."""
+    style, engine = STYLES["qwen3"], FakeEngine()
+    write_model_folder(tmp_path, style.source)
+    tokenizer = TextTokenizer.from_folder(str(tmp_path), 1)
+    engine.script.events = one_by_one(await tokenizer.encode(f"{written}<|im_end|>", add_special_tokens=False))
+    body = {"messages": [USER], **({"chat_template_kwargs": variables} if variables else {})}
+    async with client_of(create_app(engine, make_config(), tokenizer)) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+        streamed = await client.post("/v1/chat/completions", json={**body, "stream": True})
+    thoughts = {} if thought is None else {"reasoning_content": thought}
+    assert answer.json()["choices"][0]["message"] == {"role": "assistant", "content": "Fine.", **thoughts}
+    deltas = [event["choices"][0]["delta"] for event in events_of(streamed.content)]
+    for key, text in {"content": "Fine.", "reasoning_content": thought or ""}.items():
+        assert "".join(delta.get(key) or "" for delta in deltas) == text
+    prompt = expected(style, [USER], add_generation_prompt=True, **variables)
+    assert [tokenizer.decode(request.prompt_token_ids) for request in engine.requests] == [prompt] * 2
+    assert prompt is not None and prompt.endswith("<think>\n\n</think>\n\n") == (thought is None)
 
 
 @pytest.mark.parametrize("text", ["<", "a", "end", "|", "s", "\n<", "assistant", "<|im_end|>", ""])
