@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,23 @@ def check_shards(folder: Path, layout: str) -> None:
         whole = logits_of(folder, dtype, quantize, 1, VOCAB_SIZE)
         for size in SIZES:
             assert distance(logits_of(folder, dtype, quantize, size, VOCAB_SIZE), whole) < 3e-6, (dtype, size)
+
+
+@pytest.mark.parametrize("is_whole_expert", [True, False])
+def test_an_expert_may_be_dense_as_a_whole(is_whole_expert: bool, folder_of: FolderOf, tmp_path: Path) -> None:
+    """Where its gate alone is, it can't be joined with its up as those of the others are (`docs/quantization.md`)."""
+    dense, folder = load_file(folder_of("qwen3_moe", "float32") / "model.safetensors"), tmp_path / "mixed"
+    shutil.copytree(folder_of("qwen3_moe", "gptq 4 bits"), folder)
+    stored, expert = load_file(folder / "model.safetensors"), "model.layers.1.mlp.experts.2"
+    for name in ("gate_proj", "up_proj") if is_whole_expert else ("gate_proj",):
+        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(f"{expert}.{name}.")}
+        stored[f"{expert}.{name}.weight"] = dense[f"{expert}.{name}.weight"].to(torch.float16)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    if is_whole_expert:
+        make_runner(folder)
+        return
+    with pytest.raises(StartError, match="some experts have matrices that can be joined and others have not"):
+        make_runner(folder)
 
 
 @pytest.mark.parametrize("family", SPARSE)
