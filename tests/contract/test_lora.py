@@ -5,9 +5,12 @@ The oracle is `transformers` with weights that the test has merged in float32.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.adapters
+import engine.core
 import engine.start
+import server.client
 from engine.build import build_model, choose_quantization, make_adapter_slots
+from engine.checkpoint.adapter import AdapterWeights
 from engine.checkpoint.files import read_model_config
 from engine.core import UNLOADED_ERROR, EngineCore
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
-from engine.link.messages import GenerationRequest, LoadAdapter, SamplingParams, UnloadAdapter
+from engine.link.ipc import EngineEndpoint
+from engine.link.messages import AdapterReply, GenerationRequest, LoadAdapter, SamplingParams, UnloadAdapter
 from engine.runner import ModelRunner
 from engine.scheduling.adapters import AdapterCache
 from engine.start import start_engine
@@ -34,6 +41,7 @@ from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate
 from quant.kernels.low_rank_cpu import LowRankCpu
 from quant.kernels.low_rank_torch import LowRankTorch
 from quant.kernels.program_cpu import Program
+from server.client import EngineClient
 from tests.contract.harness import (
     KERNELS,
     make_sequence,
@@ -47,6 +55,7 @@ from tests.contract.oracles import FAMILIES
 from tests.contract.test_adapter import ATTENTION, MLP, merged_by_hand
 from tests.tiny_model import write_tiny_gptq, write_tiny_qwen2
 from tests.unit.parallel.threads import run_ranks
+from tests.unit.server.harness import LIMITS
 
 FIRST_MLP = [name.replace("layers.1", "layers.0") for name in MLP]
 TARGETS = {
@@ -206,6 +215,46 @@ def test_each_matrix_that_is_read_is_a_sign_of_life(folders: dict[str, Path]) ->
         assert not slots.lacks([(0, number)])
     num_layers = len(beats) - num_opening
     assert num_layers == 2 * 2 * 4  # twice, in two layers: queries with keys and values, outputs, gate with up, down
+
+
+@pytest.mark.usefixtures("kernels")
+async def test_a_disk_on_which_an_adapter_takes_long_is_not_taken_for_a_hang(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load, and a step that reads once more what had to make place, take longer than the silence of a hang."""
+    monkeypatch.setattr(server.client, "WATCH_S", 0.02)
+    monkeypatch.setattr(engine.core, "HEARTBEAT_S", 0.02)
+    core = start(folders, [], is_lora_updating=True, max_loras=1)
+    ours, theirs = socket.socketpair()
+    endpoint, client, read = EngineEndpoint(theirs), EngineClient(ours, hung_silence_s=0.5), AdapterWeights.read
+
+    def read_slowly(weights: AdapterWeights, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        time.sleep(0.06)
+        return read(weights, module)
+
+    async def ids_with(adapter: str) -> list[int]:
+        with client.generate(request_of(adapter, random_ids(20, 7), adapter=adapter)) as events:
+            return [token_id async for event in events for token_id in event.token_ids]
+
+    endpoint.send(LIMITS)
+    await client.connect()
+    serving, watching = (
+        asyncio.create_task(asyncio.to_thread(core.serve, endpoint)),
+        asyncio.create_task(client.watch()),
+    )
+    monkeypatch.setattr(AdapterWeights, "read", read_slowly)
+    try:
+        for name in "all", "queries":
+            assert await client.change_adapters(LoadAdapter(name, str(folders[name]))) == AdapterReply()
+        for name in "all", "queries", "all":
+            assert await ids_with(name) == expected_ids(folders, name, random_ids(20, 7))
+        assert not watching.done()
+    finally:
+        await client.close()
+        with pytest.raises(EOFError):
+            await serving
+        await watching
+        theirs.close()
 
 
 def test_drafts_are_checked_with_the_adapter(folders: dict[str, Path]) -> None:
