@@ -20,8 +20,10 @@ from engine.link.messages import SamplingParams
 from engine.sampling.sampler import RawRows, bounded_temperature, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
 from quant.kernels.arrays import FAST, flat_view
-from quant.kernels.simd import LANES, add, exp, load, max_lanes, max_of, multiply, splat, subtract, sum_lanes, zeros
+from quant.kernels.simd import add, exp, load16, max_lanes, max_of, multiply, splat16, subtract, sum_lanes, zeros16
 
+WIDTH = 16
+"""Logits of a vector."""
 CHUNK = 512
 FIRST_CANDIDATES = 64
 """Top-p looks among this many best tokens first, then among `MAX_HEAP`, then among all."""
@@ -85,19 +87,30 @@ PACKED_SPEC, PACKED_RESULT = _packing(SPEC), _packing(RESULT)
 
 @njit(inline="always")
 def _exp(value):  # type: ignore[no-untyped-def]
-    return max_lanes(exp(splat(value)))
+    return max_lanes(exp(splat16(value)))
 
 
 @njit(**FAST)
 def _best(logits, start, size):  # type: ignore[no-untyped-def]
-    best = splat(np.float32(-np.inf))
-    whole = size - size % LANES
-    for i in range(start, start + whole, LANES):
-        best = max_of(best, load(logits, i))
-    max_logit = max_lanes(best)
+    first = second = splat16(np.float32(-np.inf))  # two, so that none waits for the one before it
+    whole = size - size % (2 * WIDTH)
+    for i in range(start, start + whole, 2 * WIDTH):
+        first, second = max_of(first, load16(logits, i)), max_of(second, load16(logits, i + WIDTH))
+    max_logit = max_lanes(max_of(first, second))
     for i in range(start + whole, start + size):
         max_logit = max(max_logit, logits[i])
     return max_logit
+
+
+@njit(**FAST)
+def _best_and_chunk(logits, start, size):  # type: ignore[no-untyped-def]
+    """The largest logit, and where the first chunk that has it begins."""
+    best, place = NO_MIN, start
+    for first in range(start, start + size, CHUNK):
+        chunk_best = _best(logits, first, min(CHUNK, start + size - first))
+        if chunk_best > best:
+            best, place = chunk_best, first
+    return best, place
 
 
 @njit(**FAST)
@@ -105,10 +118,10 @@ def _mass(logits, start, size, best, scale, min_logit, max_logit):  # type: igno
     """Sum of exp((logit - best) * scale) over the logits that are not below `min_logit` and not above `max_logit`."""
     total = np.float64(0.0)
     if min_logit == NO_MIN and max_logit == NO_MAX:
-        whole = size - size % LANES
-        lanes_sum, offset, factor = zeros(), splat(best), splat(scale)
-        for i in range(start, start + whole, LANES):
-            lanes_sum = add(lanes_sum, exp(multiply(subtract(load(logits, i), offset), factor)))
+        whole = size - size % WIDTH
+        lanes_sum, offset, factor = zeros16(), splat16(best), splat16(scale)
+        for i in range(start, start + whole, WIDTH):
+            lanes_sum = add(lanes_sum, exp(multiply(subtract(load16(logits, i), offset), factor)))
         total += np.float64(sum_lanes(lanes_sum))
         start, size = start + whole, size - whole
     for i in range(start, start + size):
@@ -289,11 +302,11 @@ def _nth_best(logits, start, size, count, min_logit, max_logit):  # type: ignore
 
 @njit(**FAST)
 def _sample_row(logits, raw, start, size, spec, result):  # type: ignore[no-untyped-def]
-    best = _best(logits, start, size)
+    best, place = _best_and_chunk(logits, start, size)
     result.is_finite = np.isfinite(best)
     scale, min_logit, max_logit, total = np.float32(1.0), NO_MIN, NO_MAX, np.float64(-1.0)
     if spec.temperature == GREEDY:
-        token = 0
+        token = place - start
         while logits[start + token] != best and token < size - 1:
             token += 1
     else:
