@@ -31,6 +31,7 @@ from engine.attention.attend_ops import (
     numbers_together,
     store_weights,
     weights_of,
+    write_numbers,
 )
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, split_items
 from quant.kernels.arrays import FAST
@@ -46,7 +47,6 @@ from quant.kernels.simd import (
     multiply,
     splat16,
     store,
-    store_one,
     subtract,
     sum_lanes,
 )
@@ -69,13 +69,10 @@ def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, hea
     key = token * width + key_start + head * head_dim
     value = key + num_kv_heads * head_dim
     line, half = offset // together, offset % together
-    for d in range(0, head_dim, together):
-        for i in range(together):
-            store_one(keys, base + d * BLOCK_SIZE + offset * together + i, qkv[key + d + i])
     for d in range(0, head_dim, LANES):
+        write_numbers(qkv, key + d, keys, base + d * BLOCK_SIZE + offset * together, BLOCK_SIZE, together)
         place = base + d * BLOCK_SIZE + line * LANES * together + half
-        for lane in range(LANES):
-            store_one(values, place + lane * together, qkv[value + d + lane])
+        write_numbers(qkv, value + d, values, place, together, 1)
 
 
 @njit(**FAST)

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.bfloat16_ops import add_pair, round_two, short_exp
-from quant.kernels.simd import F32, I32, array_data, exp_of, lanes_at, prefetch_at, spread, vector_call
+from quant.kernels.simd import F32, I32, array_data, bfloat16_bits, exp_of, lanes_at, prefetch_at, spread, vector_call
 
 LANES = 16
 """Keys of a vector of scores, dimensions of a vector of sums."""
@@ -39,6 +39,34 @@ def numbers_together(typing_context, cache):  # type: ignore[no-untyped-def]
     """How many numbers lie together in an element of a cache's array: two where it is a pair of bfloat16, a word."""
     count = 2 if _is_paired(cache) else 1
     return types.intp(cache), lambda context, b, signature, args: context.get_constant(types.intp, count)
+
+
+@intrinsic
+def write_numbers(typing_context, x, source, cache, target, stride, together):  # type: ignore[no-untyped-def]
+    """Write 16 numbers of x float32, from `source` on, to a cache float32 or bfloat16 as uint16, from `target` on.
+
+    `together` of them, one or two, lie side by side; the next ones lie `together * stride` places after those.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, stride, together = args[1], args[4], args[5]
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(stride.type, value)
+
+        target = b.gep(array_data(context, b, signature, args, 2), [args[3]])
+        values = lanes_at(b, array_data(context, b, signature, args, 0), types.float32, source, LANES, LANES)
+        if signature.args[2].dtype == types.uint16:
+            values = bfloat16_bits(b, values)
+        is_paired = b.icmp_signed("==", together, number(2))
+        for lane in range(LANES):
+            paired = b.add(b.mul(number(lane - lane % 2), stride), number(lane % 2))
+            offset = b.select(is_paired, paired, b.mul(number(lane), stride))
+            b.store(b.extract_element(values, ir.Constant(I32, lane)), b.gep(target, [offset]))
+        return context.get_dummy_value()
+
+    at = types.intp
+    return types.none(x, at, cache, at, at, at), codegen
 
 
 @intrinsic

@@ -23,6 +23,7 @@ from quant.kernels.simd import (
     multiply,
     splat,
     store,
+    subtract,
     sum_lanes,
     zeros,
 )
@@ -72,7 +73,13 @@ def _silu_row(gate_up, row, first, last, size, out):  # type: ignore[no-untyped-
 def _rotate_row(qkv, start, num_heads, half, cos, sin, angle):  # type: ignore[no-untyped-def]
     for head in range(num_heads):
         first = start + head * 2 * half
-        for i in range(half):
+        rest = half - half % LANES
+        for i in range(0, rest, LANES):
+            cosines, sines = load(cos, angle + i), load(sin, angle + i)
+            left, right = load(qkv, first + i), load(qkv, first + half + i)
+            store(qkv, first + i, subtract(multiply(left, cosines), multiply(right, sines)))
+            store(qkv, first + half + i, add(multiply(right, cosines), multiply(left, sines)))
+        for i in range(rest, half):
             c, s = cos[angle + i], sin[angle + i]
             a, b = qkv[first + i], qkv[first + half + i]
             qkv[first + i] = a * c - b * s

@@ -246,38 +246,28 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
 
 
 def bfloat16_bits(builder: Any, value: Any) -> Any:
-    """A float32, or every lane, as the bits of the nearest bfloat16; ties go to the even one."""
-    count = getattr(value.type, "count", 0)
-    words = ir.VectorType(I32, count) if count else I32
-    halves = ir.VectorType(ir.IntType(16), count) if count else ir.IntType(16)
-    sixteen, one, below_half, nan = (
-        ir.Constant(words, [number] * count if count else number) for number in (16, 1, 0x7FFF, 0x7FC0)
-    )
-    bits = builder.bitcast(value, words)
+    """Every lane of a vector of float32 as the bits of the nearest bfloat16; ties go to the even one."""
+    count = value.type.count
+    sixteen, one, below_half, nan = (_integers(number, count) for number in (16, 1, 0x7FFF, 0x7FC0))
+    bits = builder.bitcast(value, sixteen.type)
     is_odd = builder.and_(builder.lshr(bits, sixteen), one)
     rounded = builder.lshr(builder.add(bits, builder.add(is_odd, below_half)), sixteen)
     is_number = builder.fcmp_ordered("ord", value, value)
-    return builder.trunc(builder.select(is_number, rounded, nan), halves)
+    return builder.trunc(builder.select(is_number, rounded, nan), ir.VectorType(ir.IntType(16), count))
 
 
-def _make_store(scalar: types.Type | None) -> Any:
-    @intrinsic
-    def store(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
-        """Write lanes, or one float32, to a flat float32 or bfloat16 (as uint16) array, rounding to nearest even."""
+@intrinsic
+def store(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write lanes to a flat float32 or bfloat16 (as uint16) array, rounding to the nearest, ties to even."""
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            dtype = sig.args[0].dtype
-            stored = bfloat16_bits(builder, args[2]) if dtype == types.uint16 else args[2]
-            written = builder.store(stored, _pointer(context, builder, sig.args[0], args[0], args[1], stored.type))
-            written.align = dtype.bitwidth // 8
-            return context.get_dummy_value()
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        stored = bfloat16_bits(builder, args[2]) if dtype == types.uint16 else args[2]
+        written = builder.store(stored, _pointer(context, builder, sig.args[0], args[0], args[1], stored.type))
+        written.align = dtype.bitwidth // 8
+        return context.get_dummy_value()
 
-        return types.none(array, types.intp, scalar or value), codegen
-
-    return store
-
-
-store, store_one = _make_store(None), _make_store(types.float32)
+    return types.none(array, types.intp, value), codegen
 
 
 @intrinsic

@@ -28,8 +28,8 @@ def _copy(source: Any, offset: int, out: Any) -> None:
 
 @njit
 def _store_all(out: Any, values: Any) -> None:
-    for index in range(values.shape[0]):
-        simd.store_one(out, index, values[index])
+    for index in range(0, values.shape[0], simd.LANES):
+        simd.store(out, index, simd.load(values, index))
 
 
 @njit
@@ -88,33 +88,36 @@ def test_splat_and_zeros() -> None:
     assert lanes_of(_splat, np.float32(0.1), size=16).tolist() == [np.float32(0.1)] * 8 + [0.0] * 8
 
 
+def stored(values: Floats, dtype: Any) -> npt.NDArray[Any]:
+    """What `store` writes of any number of values, eight at a time."""
+    whole = np.resize(values, -(-len(values) // simd.LANES) * simd.LANES)
+    out = np.zeros(len(whole), dtype)
+    _store_all(out, whole)
+    return out[: len(values)]
+
+
 def random_floats(seed: int, size: int) -> Floats:
     """Any bit pattern of a float32."""
     return np.random.default_rng(seed).integers(0, 2**32, size, np.uint32).view(np.float32)
 
 
 @pytest.mark.parametrize("values", [np.array(EDGES, np.float32), random_floats(0, 50_000)], ids=["edges", "random"])
-def test_store_one_rounds_to_bfloat16_as_torch_does(values: Floats) -> None:
-    out = np.zeros(len(values), np.uint16)
-    _store_all(out, values)
-    stored = torch.from_numpy(out).view(torch.bfloat16)
+def test_store_rounds_to_bfloat16_as_torch_does(values: Floats) -> None:
+    rounded = torch.from_numpy(stored(values, np.uint16)).view(torch.bfloat16)
     expected = torch.from_numpy(values.copy()).to(torch.bfloat16)
     is_nan = expected.isnan()
-    assert torch.equal(stored.isnan(), is_nan)
-    assert torch.equal(stored.view(torch.int16)[~is_nan], expected.view(torch.int16)[~is_nan])
+    assert torch.equal(rounded.isnan(), is_nan)
+    assert torch.equal(rounded.view(torch.int16)[~is_nan], expected.view(torch.int16)[~is_nan])
 
 
-def test_store_one_rounds_halves_to_even() -> None:
+def test_store_rounds_halves_to_even() -> None:
     halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF], np.uint32).view(np.float32)
-    out = np.zeros(len(halfway), np.uint16)
-    _store_all(out, halfway)
-    assert out.tolist() == [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F80]
+    assert stored(halfway, np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F80]
 
 
-def test_store_one_keeps_a_float32_as_it_is() -> None:
+def test_store_keeps_a_float32_as_it_is() -> None:
     values = np.array(EDGES, np.float32)
-    out = np.zeros(len(values), np.float32)
-    _store_all(out, values)
+    out = stored(values, np.float32)
     assert np.array_equal(bits(out)[:-1], bits(values)[:-1])
     assert np.isnan(out[-1])
 
