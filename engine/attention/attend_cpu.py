@@ -1,7 +1,7 @@
 """The Numba kernels of attention on a CPU. `engine.attention.cpu` says how they divide a step and what they read.
 
 A work item is one KV head of a few neighbouring query tokens of one sequence: the query heads that share the KV head
-and the tokens together make up to 32 rows that share every load of keys and values. The order of a row's additions
+and the tokens together make up to 64 rows that share every load of keys and values. The order of a row's additions
 depends on the places of its keys alone: 64 keys, a span, go into a row's softmax together, 1,024 keys make a
 part with a softmax of its own, and parts are merged from the first to the last. So a row's bits depend neither on how a
 prompt was cut into chunks nor on whether its parts were computed by one thread or by many.

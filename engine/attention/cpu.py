@@ -29,7 +29,7 @@ from engine.layers.base import Rotation
 from quant.kernels.arrays import call, flat_view, new_output
 from quant.kernels.bfloat16_ops import HAS_PAIRS
 
-MAX_TILE_ROWS = 32
+MAX_TILE_ROWS = 64
 NO_WINDOW = 1 << 40
 """A number of tokens that no sequence has."""
 MAX_IMBALANCE = 1.15

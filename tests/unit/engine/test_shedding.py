@@ -24,6 +24,7 @@ from engine.step_inputs import StepInputs
 from parallel.state import RankLostError
 from tests.unit.engine.builders import EOS, expected_output, make_request, make_speculator, next_token, scheduled_counts
 from tests.unit.engine.core_builders import assemble_core
+from tests.unit.engine.test_ranks import make_inputs
 
 VOCAB_SIZE = 20
 Fails = Callable[[ScheduledBatch], bool]
@@ -212,11 +213,11 @@ def test_a_rank_out_of_memory_ends_all_ranks_with_the_cause(monkeypatch: pytest.
     def run_out(inputs: StepInputs, last_token_ids: torch.Tensor | None) -> StepResult:
         raise torch.OutOfMemoryError("no memory")
 
-    runner = cast(ModelRunner, types.SimpleNamespace(inputs=lambda batch: None, run=run_out))
+    runner = cast(ModelRunner, types.SimpleNamespace(adapters=None, inputs=lambda batch: make_inputs([]), run=run_out))
     ranks = cast(Ranks, FakeRanks())
     with pytest.raises(RankLostError, match=r"^rank 0 ran out of memory in a step: lower --max-batch-prefill-tokens"):
         Leader(runner, ranks).execute(ScheduledBatch())
-    monkeypatch.setattr("engine.ranks._decisions", lambda control: iter([object()]))
+    monkeypatch.setattr("engine.ranks._decisions", lambda control: iter([make_inputs([])]))
     FakeRanks.peers = [types.SimpleNamespace(control=None)]
     with pytest.raises(RankLostError, match=r"^rank 2 ran out of memory in a step: lower --max-batch-prefill-tokens"):
         Follower(runner, ranks).serve()
