@@ -219,7 +219,8 @@ class ColumnParallelLinear(ParallelMatrices):
 
     def gated(self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`gate` of the product, whose first part has gates of the second; within the kernel where that can."""
-        if self._gated_kernel is None or self._adapters is not None:
+        is_changed = self._adapters is not None and not self._adapters.is_idle
+        if self._gated_kernel is None or is_changed:
             return gate(self._product(x))
         return self._gated_kernel.gated(x)
 

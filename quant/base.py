@@ -173,6 +173,10 @@ class LowRankKernel(Protocol):
     """Whether what the host calls depends on the adapters of a step's rows: no graph has it."""
     num_bytes: int
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row of the running step has an adapter."""
+
     @staticmethod
     def why_not(shape: LowRankShape) -> list[str]:
         """Reasons why the kernel can't run such matrices; empty if it can."""

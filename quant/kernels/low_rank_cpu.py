@@ -160,6 +160,10 @@ class LowRankCpu:
         self._zeros = np.zeros(QUAD, np.float32)
         self.num_bytes = self._a.nbytes + self._b.nbytes
 
+    @property
+    def is_idle(self) -> bool:
+        return self._step.rows is None
+
     def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
         ranks = [0 if update is None else len(update.a) for update in updates]
         self._ranks[place] = rank = _filled(max(ranks), QUAD)

@@ -39,6 +39,10 @@ class LowRankTorch:
         shape = self._shape
         return torch.zeros(shape.num_places, *size, dtype=shape.dtype, device=shape.device)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._step.rows is None
+
     def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
         for part, update in enumerate(updates):
             self._ranks[place][part] = rank = 0 if update is None else len(update.a)

@@ -171,6 +171,10 @@ class LowRankTriton:
         self._tiles = torch.tensor(_tiles(shape.num_outputs), dtype=torch.int32, device=shape.device)
         self.num_bytes = self._a.nbytes + self._b.nbytes
 
+    @property
+    def is_idle(self) -> bool:
+        return self._step.rows is None
+
     def put(self, place: int, updates: Sequence[LowRankUpdate | None]) -> None:
         ranks = [0 if update is None else len(update.a) for update in updates]
         scalings = [0.0 if update is None else update.scaling for update in updates]
