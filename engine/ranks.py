@@ -270,7 +270,8 @@ class Leader:
         if adapters is not None and adapters.lacks(inputs.adapters):
             _send(self._ranks.peers, FillSlots(inputs.adapters))
             adapters.fill(inputs.adapters)
-            _read_answers(self._ranks, adapters.beat)
+            for refusal in filter(None, _read_answers(self._ranks, adapters.beat)):
+                raise RankLostError(f"another rank could not read an adapter that is open: {refusal}")
 
 
 def _read_answers(ranks: Ranks, beat: Callable[[], None]) -> list[str | None]:

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 MAX_MATCHING_S = 5.0
 """Processor seconds that all names may be compared with a file's patterns. Hundreds of each take less than one."""
+MAX_WAITING_S = 10.0
+"""Seconds of the clock: an engine of which nobody hears for 20 s counts as hung, and it may have part of a core."""
+TIMERS = {signal.ITIMER_VIRTUAL: signal.SIGVTALRM, signal.ITIMER_REAL: signal.SIGALRM}
 
 
 class MatchingTime:
@@ -17,27 +20,30 @@ class MatchingTime:
 
     An expression can take longer than anybody lives for a name of forty characters. `re` looks for signals while it
     compares, so a timer ends it: in the main thread, where Python handles signals, and where models and adapters are
-    read. The timer counts this process's own work, and not how long the machine lets it wait.
+    read. One timer counts this process's own work, and not how long the machine lets it wait; another one the clock's.
     """
 
     def __init__(self, refusal: Callable[[str], Exception]) -> None:
         """`refusal` makes the error of a reason."""
         self._refusal = refusal
-        self._left_s = MAX_MATCHING_S
+        self._left_s = {signal.ITIMER_VIRTUAL: MAX_MATCHING_S, signal.ITIMER_REAL: MAX_WAITING_S}
         self._is_timed = False
-        self._handler_before: Any = None
+        self._handlers_before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         self._is_timed = threading.current_thread() is threading.main_thread()
         if self._is_timed:
-            self._handler_before = signal.signal(signal.SIGVTALRM, self._refuse)
-            signal.setitimer(signal.ITIMER_VIRTUAL, self._left_s)
+            for timer, number in TIMERS.items():
+                self._handlers_before[number] = signal.signal(number, self._refuse)
+                signal.setitimer(timer, self._left_s[timer])
 
     def __exit__(self, *error: object) -> None:
         if self._is_timed:
-            left_s, _ = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            self._left_s = max(left_s, 1e-3)  # a timer of 0 never ends
-            signal.signal(signal.SIGVTALRM, self._handler_before)
+            for timer, number in TIMERS.items():
+                left_s, _ = signal.setitimer(timer, 0)
+                self._left_s[timer] = max(left_s, 1e-3)  # a timer of 0 never ends
+                signal.signal(number, self._handlers_before[number])
 
     def _refuse(self, number: int, frame: FrameType | None) -> NoReturn:
-        raise self._refusal(f"to compare its patterns with the names of modules takes more than {MAX_MATCHING_S:g} s")
+        limit_s = MAX_WAITING_S if number == signal.SIGALRM else MAX_MATCHING_S
+        raise self._refusal(f"to compare its patterns with the names of modules takes more than {limit_s:g} s")

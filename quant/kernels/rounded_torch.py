@@ -25,7 +25,8 @@ def round_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.
     """
     groups = x.reshape(x.shape[0], -1, group)
     maxima = groups.abs().amax(dim=2)
-    inverse = torch.where(maxima < MIN_ROUNDED, 0.0, 127 / maxima)
+    # `127 / maxima` would be rounded twice: torch multiplies with the reciprocal.
+    inverse = torch.where(maxima < MIN_ROUNDED, 0.0, torch.full_like(maxima, 127).div(maxima))
     integers = (groups * inverse[:, :, None]).round()
     return integers, torch.where(maxima.isfinite(), maxima * (1 / 127), torch.nan)
 
