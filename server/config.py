@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 TGI_CLIENT_BATCH_SIZE = 4
 TGI_MODEL_NAME = "tgi"
 """TGI's word for the model as it is."""
+NO_MODEL_NAME = "dummy"
+"""What `huggingface_hub.InferenceClient` sends as `model` where its user names none."""
+RESERVED_NAMES = (TGI_MODEL_NAME, NO_MODEL_NAME)
+"""Names of the model as it is in every server; no adapter has them."""
 READY_LINE = "Connected"
 """Scripts wait for it, as for TGI's."""
 
@@ -89,6 +94,12 @@ class ServerConfig:
     def model_names(self) -> tuple[str, ...]:
         """Names of the model, the one first that answers have where a request names none."""
         return self.served_model_names or (self.model_id,)
+
+    @property
+    def accepted_names(self) -> tuple[str, ...]:
+        """All names by which a request may mean the model as it is, also those that are listed nowhere."""
+        folder_name = os.path.basename(self.model_id.rstrip("/"))
+        return (*self.model_names, self.model_id, folder_name, *RESERVED_NAMES)
 
     @property
     def has_pages(self) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from server.config import TGI_MODEL_NAME
+from server.config import RESERVED_NAMES
 from server.launcher.errors import ArgumentError
 
 _ADAPTER = re.compile(r"([^=@]+)(?:=([^=@]+))?(?:@([^@]+))?")
@@ -32,7 +32,7 @@ def parse_adapters(text: str | None, model_names: Collection[str] = ()) -> list[
         if match is None:
             raise ArgumentError(f"Invalid LoRA adapter format: {part}: {FIX}")
         name, source, revision = match.groups()
-        if name in (*model_names, TGI_MODEL_NAME, *(adapter.name for adapter in adapters)):
+        if name in (*model_names, *RESERVED_NAMES, *(adapter.name for adapter in adapters)):
             raise ArgumentError(
                 f"--lora-adapters {name}: that name is taken, give the adapter another, NAME={source or name}"
             )

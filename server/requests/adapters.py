@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from server.config import TGI_MODEL_NAME, ServerConfig
+from server.config import RESERVED_NAMES, ServerConfig
 from server.errors import ModelNotFoundError, ValidationError
 from server.requests.openai import OpenAIBody
 
@@ -62,7 +62,7 @@ class AdapterNames:
             return name or None
         config = self._config
         has_adapters = config.is_lora_updating or bool(config.lora_adapters)
-        if config.is_strict_tgi or not has_adapters or name in (*config.model_names, TGI_MODEL_NAME):
+        if config.is_strict_tgi or not has_adapters or name in config.accepted_names:
             return None
         shown = name[:MAX_SHOWN_CHARS]
         if is_openai:
@@ -74,7 +74,7 @@ class AdapterNames:
     def check_new(self, body: LoadAdapterRequest) -> None:
         """Raise ValidationError for a name that is taken, and for what can't be a path."""
         name = body.lora_name
-        if not name.strip() or len(name) > MAX_SHOWN_CHARS or name in (*self._config.model_names, TGI_MODEL_NAME):
+        if not name.strip() or len(name) > MAX_SHOWN_CHARS or name in (*self._config.model_names, *RESERVED_NAMES):
             raise ValidationError(
                 f"`lora_name` must be a name of 1 to {MAX_SHOWN_CHARS} characters that is not the model's",
                 param="lora_name",

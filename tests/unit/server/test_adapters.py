@@ -12,11 +12,12 @@ import httpx
 import openapi_spec_validator
 import pytest
 from fastapi import FastAPI
+from huggingface_hub import InferenceClient
 
 from engine.link.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from server.app import create_app
 from server.text.tokenizer import TextTokenizer
-from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config
+from tests.unit.server.harness import FakeEngine, client_of, events_of, make_config, running_server, url_of
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -57,7 +58,8 @@ async def serving(engine: FakeEngine, folder: Path, **changes: Any) -> AsyncIter
 
 @pytest.mark.parametrize("is_strict", [False, True])
 @pytest.mark.parametrize(
-    ("name", "expected"), [("sql", "sql"), ("org/model", None), ("tgi", None), ("", None), (None, None)]
+    ("name", "expected"),
+    [("sql", "sql"), ("org/model", None), ("model", None), ("tgi", None), ("dummy", None), ("", None), (None, None)],
 )
 async def test_a_request_gets_the_adapter_that_it_names(
     adapters: AdapterEngine, model_folder: Path, is_strict: bool, name: str | None, expected: str | None
@@ -77,6 +79,18 @@ async def test_a_request_gets_the_adapter_that_it_names(
             assert response.status_code == 200, path
             assert adapters.requests[-1].adapter_id == expected, path
     assert len(adapters.requests) == len(bodies)
+
+
+async def test_the_hubs_client_gets_the_model_where_it_names_none(
+    adapters: AdapterEngine, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends a word of its own for the model then, which was refused where there are adapters."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it would not ask our server either
+    config = make_config(lora_adapters=("sql",), is_lora_updating=True)
+    app = create_app(adapters, config, TextTokenizer.from_folder(str(model_folder), 1))
+    with running_server(app) as server, InferenceClient(url_of(server)) as client:
+        await asyncio.to_thread(client.chat_completion, CHAT["messages"], max_tokens=3)
+    assert [request.adapter_id for request in adapters.requests] == [None]
 
 
 async def test_every_choice_has_the_adapter(adapters: AdapterEngine, model_folder: Path) -> None:
