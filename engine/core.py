@@ -148,6 +148,7 @@ class EngineCore:
         adapters = self.scheduler.adapters
         if isinstance(message, UnloadAdapter):
             adapters.retire(message.name)
+            logger.info("The adapter %r was unloaded: there are %d", message.name, adapters.num_adapters)
             return AdapterReply()
         assert self._adapter_files is not None
         try:
@@ -155,7 +156,7 @@ class EngineCore:
         except StartError as error:
             return AdapterReply(str(error).encode(errors="replace").decode())  # texts of files may not be Unicode
         adapters.add(message.name)
-        logger.info("An adapter was loaded: there are %d", adapters.num_adapters)
+        logger.info("The adapter %r was loaded: there are %d", message.name, adapters.num_adapters)
         return AdapterReply()
 
     def close_unused_adapters(self) -> None:

@@ -8,7 +8,8 @@ Exception
  ├─ SuffixError                /v1/completions: there is a `suffix`
  ├─ BatchSizeError             /v1/completions: there are too many prompts
  ├─ NoInstanceError            /vertex: there is nothing to do
- ├─ ModelNotFoundError         /v1/models/{id}: the server has another model
+ ├─ ModelNotFoundError         /v1/models/{id}, `model`: the server has another model
+ ├─ AdapterNotFoundError       /v1/unload_lora_adapter: there is no such adapter
  ├─ UnauthorizedError          the API key is absent or wrong; only OpenAI's routes say so in a body
  ├─ OverloadedError            no permit is free, or too many grammars wait
  ├─ UnhealthyError             a probe fails
@@ -29,7 +30,7 @@ The client reads an error's whole text. The log has `logged_text`, without words
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -38,6 +39,17 @@ from engine.link.errors import EngineDeadError, EngineHungError, GenerationError
 
 INVALID_VALUE = "invalid_value"
 """OpenAI's `code` of a request that cannot be answered for no reason that has a code of its own."""
+MAX_SHOWN_NAMES = 5
+"""Names that a refusal of an unknown one tells; /v1/models has them all."""
+
+
+def known_names(names: Iterable[str]) -> str:
+    """The end of the refusal of an unknown name: what names there are, or the first of them."""
+    names = [*names]
+    if not names:
+        return "there is none"
+    shown = ", ".join(f"`{name}`" for name in names[:MAX_SHOWN_NAMES])
+    return f"there is {shown}" + " and more, see /v1/models" * (len(names) > MAX_SHOWN_NAMES)
 
 
 class ValidationError(Exception):
@@ -92,9 +104,17 @@ class BatchSizeError(Exception):
 
 
 class ModelNotFoundError(Exception):
-    def __init__(self, model_id: str) -> None:
-        super().__init__(f"The model `{model_id}` does not exist")
+    def __init__(self, name: str, served: Iterable[str]) -> None:
+        """`served`: the names that there are instead."""
+        super().__init__(f"The model `{name}` does not exist: {known_names(served)}")
         self.logged_text = "the model does not exist"
+
+
+class AdapterNotFoundError(Exception):
+    def __init__(self, name: str, served: Iterable[str]) -> None:
+        """`served`: the names that adapters have instead."""
+        super().__init__(f"The LoRA adapter `{name}` does not exist: {known_names(served)}")
+        self.logged_text = f"the LoRA adapter {name!r} does not exist"
 
 
 class NoInstanceError(Exception):
@@ -185,6 +205,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     SuffixError: ErrorKind(422, "suffix not supported"),
     BatchSizeError: ErrorKind(422, "batch size exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    AdapterNotFoundError: ErrorKind(404, "model_not_found"),
     UnauthorizedError: ErrorKind(401, "unauthorized"),
     NoInstanceError: ErrorKind(422, "Input validation error"),
     FailedInstanceError: ErrorKind(500, "Incomplete generation"),

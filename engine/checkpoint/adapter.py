@@ -24,7 +24,7 @@ from engine.checkpoint.safetensors_weights import SafetensorsWeights
 from engine.checkpoint.weights import open_weights
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from engine.link.model_folders import refuse_no_adapter
+from engine.link.model_folders import refuse_no_adapter, refuse_no_adapter_folder
 from quant.matching_time import MatchingTime
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ class AdapterWeights:
 def _read_changes(folder: Path) -> _Changes:
     """What the adapter's files say. Raises StartError for an adapter of another kind."""
     files = ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    refuse_no_adapter_folder(folder)
     # Path.is_file raises for a name that is too long.
     refuse_no_adapter([name for name in files if os.path.isfile(folder / name)], str(folder))
     config = read_config(folder)

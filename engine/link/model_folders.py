@@ -129,6 +129,18 @@ def refuse_names(names: Collection[str], model_id: str) -> None:
         )
 
 
+def refuse_no_adapter_folder(folder: Path) -> None:
+    """Raise StartError for a folder of an adapter that is not there."""
+    if os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+        return
+    if folder.is_absolute():
+        raise StartError(f"there is no folder {folder} on the server's machine: check the path")
+    raise StartError(
+        f"there is no folder {folder} where the server runs: give the absolute path of a folder on the server's "
+        "machine; an id on the Hub goes into --lora-adapters at the start"
+    )
+
+
 def refuse_no_adapter(names: Collection[str], place: str) -> None:
     """Raise StartError if files of these names are no adapter (LoRA); what lies beside one is no matter."""
     if ADAPTER_CONFIG not in names:

@@ -81,6 +81,8 @@ def find_folders(args: LauncherArgs, signals: Signals, webserver: Child | None =
         else:
             folder = fetch(adapter.source, adapter.revision, is_adapter=True)
         loras.append((adapter.name, folder))
+    if loras:
+        logger.info("Adapters that requests may name: %s", ", ".join(name for name, _ in loras))
     return dataclasses.replace(folders, loras=tuple(loras))
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 
 from server.config import RESERVED_NAMES, ServerConfig
-from server.errors import ModelNotFoundError, ValidationError
+from server.errors import ModelNotFoundError, ValidationError, known_names
 from server.requests.openai import OpenAIBody
 
 MAX_SHOWN_CHARS = 200
@@ -66,9 +66,11 @@ class AdapterNames:
             return None
         shown = name[:MAX_SHOWN_CHARS]
         if is_openai:
-            raise ModelNotFoundError(shown)
+            raise ModelNotFoundError(shown, [*config.model_names, *self._names])
         raise ValidationError(
-            f"`adapter_id` {shown} is no adapter of this server", logged="no such adapter", param="adapter_id"
+            f"`adapter_id` {shown} is no adapter of this server: {known_names(self._names)}",
+            logged="no such adapter",
+            param="adapter_id",
         )
 
     def check_new(self, body: LoadAdapterRequest) -> None:
@@ -83,5 +85,8 @@ class AdapterNames:
             raise ValidationError(f"`lora_path` must be a path of 1 to {MAX_PATH_CHARS} characters", param="lora_path")
         if name in self._names and not body.load_inplace:
             raise ValidationError(
-                f"The LoRA adapter '{name}' has already been loaded", logged="it is loaded", param="lora_name"
+                f"The LoRA adapter '{name}' has already been loaded: send `load_inplace`: true to have this one in its "
+                "place",
+                logged=f"the LoRA adapter {name!r} has already been loaded",
+                param="lora_name",
             )

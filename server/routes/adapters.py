@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from engine.link.messages import LoadAdapter, UnloadAdapter
-from server.errors import ModelNotFoundError, ValidationError
+from server.errors import AdapterNotFoundError, ValidationError
 from server.operation import Area, Operation
-from server.requests.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from server.requests.adapters import MAX_SHOWN_CHARS, LoadAdapterRequest, UnloadAdapterRequest
 from server.service import service_of
 
 TEXT = "text/plain"
@@ -33,7 +33,8 @@ async def load_lora_adapter(request: Request) -> Response:
         names.check_new(body)
         reply = await service.engine.change_adapters(LoadAdapter(name, body.lora_path))
         if reply.error is not None:
-            raise ValidationError(reply.error, logged="the adapter can't be loaded", param="lora_path")
+            logged = f"the LoRA adapter {name!r} can't be loaded: {reply.error}"
+            raise ValidationError(reply.error, logged=logged, param="lora_path")
         names.add(name)
     return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type=TEXT)
 
@@ -55,7 +56,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     names, name = service.validator.adapters, body.lora_name
     async with names.changing:
         if name not in names:
-            raise ModelNotFoundError(name)
+            raise AdapterNotFoundError(name[:MAX_SHOWN_CHARS], names)
         names.remove(name)
         await service.engine.change_adapters(UnloadAdapter(name))
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type=TEXT)

@@ -64,8 +64,9 @@ async def models(request: Request) -> Response:
     )
 )
 async def model(request: Request, model_id: str) -> Response:
-    if model_id not in _names(request):
-        raise ModelNotFoundError(model_id)
+    names = _names(request)
+    if model_id not in names:
+        raise ModelNotFoundError(model_id, names)
     return json_answer(_served(request, model_id))
 
 

@@ -596,7 +596,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (change_rank(20), "has rank 20, and there is memory for 16"),
     (change_a(lambda a: a / 0), "has NaN or infinite values"),
 ]
-NO_FOLDERS = ["a" * 300, "/proc/1/root/x", "/dev/null", "\0", "", "~", 2000 * "a/"]
+NO_FOLDERS = ["a" * 300, "/proc/1/root/x", "/dev/null", "\0", "~", 2000 * "a/"]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -607,7 +607,8 @@ def test_what_can_not_be_loaded_is_told_in_a_sentence_and_ends_nothing(
     prompt = random_ids(20, 7)
     core.take(request_of("r", prompt, adapter="down"))
     ids = [token_id for event in core.step() for token_id in event.token_ids]
-    cases = [(path, "has no adapter_config.json") for path in NO_FOLDERS]
+    cases = [("", "has no adapter_config.json")]  # the working directory
+    cases += [(path, "there is no folder") for path in NO_FOLDERS]
     for number, (damage, sentence) in enumerate(BROKEN):
         folder = write_adapter(tmp_path / str(number), folders["base"], MLP[:1], rank=4)
         damage(folder)

@@ -247,9 +247,9 @@ def test_adapters_come_and_go_between_steps(
     core = make_core(CountingRunner(), adapter_files=files)
     open_files = []
     rounds: list[list[Down]] = [
-        [LoadAdapter("secret", "/good/secret"), LoadAdapter("x", "/bad"), with_adapter("a", "secret")],
-        [UnloadAdapter("secret"), with_adapter("b", "secret", 1), LoadAdapter("y", "/good/y")],
-        [with_adapter("c", "secret"), LoadAdapter("y", "/good/z")],
+        [LoadAdapter("sql", "/good/sql"), LoadAdapter("x", "/bad"), with_adapter("a", "sql")],
+        [UnloadAdapter("sql"), with_adapter("b", "sql", 1), LoadAdapter("y", "/good/y")],
+        [with_adapter("c", "sql"), LoadAdapter("y", "/good/z")],
     ]
 
     def receive(timeout_s: float) -> list[Down]:
@@ -261,12 +261,17 @@ def test_adapters_come_and_go_between_steps(
     with pytest.raises(IndexError):
         core.serve(endpoint)
     outputs = outputs_of(peer)
-    assert open_files == [[], ["/good/secret"], ["/good/y"], ["/good/z"]]
+    assert open_files == [[], ["/good/sql"], ["/good/y"], ["/good/z"]]
     assert [[reply.error for reply in output.replies] for output in outputs] == [[None, "/bad ?"], [None, None], [None]]
     events = [(event.request_id, event.error) for output in outputs for event in output.events]
     assert events == [("a", None), ("a", None), ("b", None), ("c", UNLOADED_ERROR)]
     assert outputs[-1].stats.num_adapter_loads == 2
-    assert "secret" not in caplog.text and "An adapter was loaded: there are 1" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "The adapter 'sql' was loaded: there are 1",
+        "The adapter 'sql' was unloaded: there are 0",
+        "The adapter 'y' was loaded: there are 1",
+        "The adapter 'y' was loaded: there are 1",
+    ]
 
 
 @pytest.mark.parametrize("is_reread", [False, True])

@@ -106,10 +106,10 @@ async def test_an_unknown_name_is_refused_where_there_are_adapters(adapters: Ada
                 response = await client.post(path, json={**body, "model": "no/such", "stream": is_stream})
                 assert response.status_code == 404, path
                 error = response.json()["error"]
-                assert error["message"] == "The model `no/such` does not exist"
+                assert error["message"] == "The model `no/such` does not exist: there is `org/model`, `sql`"
                 assert error.get("code", "model_not_found") == "model_not_found"
         native = {"inputs": "x", "parameters": {"adapter_id": "no/such"}}
-        text = "Input validation error: `adapter_id` no/such is no adapter of this server"
+        text = "Input validation error: `adapter_id` no/such is no adapter of this server: there is `sql`"
         response = await client.post("/generate", json=native)
         assert (response.status_code, response.json()) == (422, {"error": text, "error_type": "validation"})
         response = await client.post("/generate_stream", json=native)
@@ -180,13 +180,13 @@ async def test_changes_of_one_name_come_one_after_the_other(adapters: AdapterEng
     ("path", "body", "status", "text", "param"),
     [
         (LOAD, {"lora_name": "x", "lora_path": "/bad"}, 400, "/bad has no adapter_config.json", "lora_path"),
-        (LOAD, {"lora_name": "sql", "lora_path": "/good"}, 400, "'sql' has already been loaded", "lora_name"),
+        (LOAD, {"lora_name": "sql", "lora_path": "/good"}, 400, "'sql' has already been loaded: send", "lora_name"),
         (LOAD, {"lora_name": "org/model", "lora_path": "/good"}, 400, "that is not the model's", "lora_name"),
         (LOAD, {"lora_name": " ", "lora_path": "/good"}, 400, "must be a name of 1 to 200", "lora_name"),
         (LOAD, {"lora_name": "x", "lora_path": ""}, 400, "must be a path of 1 to 4096", "lora_path"),
         (LOAD, {"lora_name": "x", "lora_path": "/good" * 999}, 400, "must be a path of 1 to 4096", "lora_path"),
         (LOAD, {"lora_name": "x"}, 400, "missing field `lora_path`", "lora_path"),
-        (UNLOAD, {"lora_name": "x"}, 404, "The model `x` does not exist", None),
+        (UNLOAD, {"lora_name": "x"}, 404, "The LoRA adapter `x` does not exist: there is `sql`", None),
         (UNLOAD, {}, 400, "missing field `lora_name`", "lora_name"),
     ],
 )
@@ -200,6 +200,29 @@ async def test_what_can_not_be_loaded(
         response = await client.post(LOAD, json={"lora_name": "sql", "lora_path": "/good/new", "load_inplace": True})
         assert response.status_code == 200
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["org/model", "sql"]
+
+
+async def test_a_refusal_tells_a_few_names(adapters: AdapterEngine, model_folder: Path) -> None:
+    names = tuple(f"a{number}" for number in range(300))
+    async with serving(adapters, model_folder, lora_adapters=names) as (_, client):
+        response = await client.post("/v1/chat/completions", json={**CHAT, "model": "x"})
+    expected = "The model `x` does not exist: there is `org/model`, `a0`, `a1`, `a2`, `a3` and more, see /v1/models"
+    assert response.json()["error"]["message"] == expected
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_the_log_says_which_adapter_and_why(
+    adapters: AdapterEngine, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(adapters, model_folder, lora_adapters=("sql",), is_lora_updating=True) as (_, client):
+        await client.post(LOAD, json={"lora_name": "x", "lora_path": "/bad"})
+        await client.post(LOAD, json={"lora_name": "sql", "lora_path": "/good"})
+        await client.post(UNLOAD, json={"lora_name": "y"})
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the LoRA adapter 'x' can't be loaded: /bad has no adapter_config.json",
+        "the LoRA adapter 'sql' has already been loaded",
+        "the LoRA adapter 'y' does not exist",
+    ]
 
 
 async def test_the_routes_are_there_with_the_flag_alone_and_need_the_key(

@@ -121,7 +121,7 @@ async def test_another_model_is_not_found(client: httpx.AsyncClient, path: str, 
     assert response.status_code == 404
     assert response.json() == {
         "error": {
-            "message": f"The model `{model_id}` does not exist",
+            "message": f"The model `{model_id}` does not exist: there is `org/model`",
             "type": "invalid_request_error",
             "code": "model_not_found",
             "param": None,
