@@ -235,7 +235,7 @@ class AdapterSlots:
             if a[0] != b[1] or (b[0], a[1]) != (outputs, inputs):
                 raise StartError(
                     f"{folder} changes {module} by B {list(b)} and A {list(a)}, the model has {[outputs, inputs]}: "
-                    "they do not belong together"
+                    f"they do not belong together, {weights.fix}"
                 )
             tensors = weights.read(module)[:2]
             if not all(tensor.isfinite().all() for tensor in tensors):
@@ -255,9 +255,7 @@ class AdapterSlots:
                 "experts in --lora-adapters, so that the start makes place for all of them"
             )
         if module not in self._known:
-            raise StartError(
-                f"{weights.folder} changes {module}, which the model does not have: it was made for another one"
-            )
+            raise StartError(f"{weights.folder} changes {module}, which the model does not have: {weights.fix}")
         if weights.is_of_embeddings(module) or module not in self._matrices:
             raise StartError(
                 f"{weights.folder} changes {module}, and beside the model only the matrices of its layers can be "

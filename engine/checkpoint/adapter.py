@@ -193,6 +193,14 @@ class AdapterWeights:
         self._updates = {name.removesuffix(".weight"): update for name, update in changes.matrices.items()}
 
     @property
+    def fix(self) -> str:
+        """The end of the refusal of an adapter that was made for another model."""
+        base_model = self._changes.settings.base_model
+        if base_model is None:
+            return "it was made for another one"
+        return f"it says that it was made for {base_model!r}, serve that or give an adapter of this model"
+
+    @property
     def modules(self) -> Sequence[str]:
         """The matrices that it changes, by the names that checkpoints have for them."""
         return [*self._updates]

@@ -22,6 +22,8 @@ OTHER_KINDS: tuple[tuple[str, str], ...] = (
 """A key of adapter_config.json that must say nothing -> what the adapter is made of where it says something."""
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` of adapters whose training has begun by changing the base model."""
+MAX_NAME_CHARS = 200
+"""Characters of its model's name that a refusal of an adapter tells."""
 MAX_SCALING = 3.4028234e38
 """The largest number in float32."""
 MAX_CONFIG_BYTES = 4 << 20
@@ -49,6 +51,8 @@ class AdapterSettings:
     """The part of adapter_config.json that says which change each module has."""
 
     folder: Path
+    base_model: str | None
+    """The model that it was made for, in its author's words."""
     ranks: _ByModule
     alphas: _ByModule
     is_rank_stabilized: bool
@@ -100,6 +104,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
     Patterns are compiled here: there may be one for each of hundreds of modules.
     """
     _refuse_other_kinds(folder, config)
+    base_model = config.get("base_model_name_or_path")
     try:
         ranks, alphas = (
             _ByModule(
@@ -110,6 +115,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
         )
         return AdapterSettings(
             folder=folder,
+            base_model=base_model[:MAX_NAME_CHARS] if isinstance(base_model, str) and base_model else None,
             ranks=ranks,
             alphas=alphas,
             is_rank_stabilized=bool(config.get("use_rslora")),

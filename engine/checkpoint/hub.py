@@ -41,7 +41,7 @@ from engine.checkpoint.kinds import refuse_other_kinds
 from engine.checkpoint.retries import is_transient_status, with_retries
 from engine.checkpoint.safetensors_weights import damage
 from engine.checkpoint.weight_files import choose_weight_names, find_weight_files
-from engine.link.errors import StartError
+from engine.link.errors import StartError, fetch_again
 from engine.link.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMED_TEMPLATES, TEXT_ENDINGS, is_adapter
 from engine.link.model_folders import (
     refuse_missing_tokenizer,
@@ -179,7 +179,7 @@ def _check_whole(folder: Path) -> None:
 
 def _refuse_damage(path: Path) -> None:
     if reason := damage(path):
-        raise StartError(f"{path} is cut off or damaged ({reason}): fetch the model again")
+        raise StartError(f"{path} is cut off or damaged ({reason}): {fetch_again(path)}")
 
 
 def _fetched_adapter(model_id: str, revision: str | None, progress: StartProgress) -> Path:

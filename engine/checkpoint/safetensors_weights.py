@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.link.errors import StartError
+from engine.link.errors import StartError, fetch_again
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise StartError(f"{path} is not a whole safetensors file ({error}): fetch the model again") from error
+        raise StartError(f"{path} is not a whole safetensors file ({error}): {fetch_again(path)}") from error
     except OSError as error:
         raise StartError.of_file(path, error) from error
 

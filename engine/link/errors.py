@@ -12,6 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def fetch_again(path: Path) -> str:
+    """What to do about a damaged file, which is the model's or an adapter's."""
+    return f"fetch the {'adapter' if path.name.startswith('adapter_') else 'model'} again"
+
+
 class EngineError(Exception):
     """Base of the tree above; `str()` of each is fit to show to a user."""
 
@@ -22,7 +27,7 @@ class StartError(EngineError):
     @classmethod
     def of_file(cls, path: Path, error: OSError) -> StartError:
         """For a file or folder of the model that the system does not let us read."""
-        return cls(f"{path} cannot be read ({error.strerror or error}): fix that, or fetch the model again")
+        return cls(f"{path} cannot be read ({error.strerror or error}): fix that, or {fetch_again(path)}")
 
 
 class GenerationError(EngineError):

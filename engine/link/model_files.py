@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.link.errors import StartError
+from engine.link.errors import StartError, fetch_again
 
 MAX_FILE_BYTES = 256 << 20
 """Largest file that is read whole. The largest tokenizers have about 40 MB."""
@@ -53,9 +53,9 @@ def read_file(path: Path, max_bytes: int | None = None) -> bytes | None:
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # opening a folder says what it is
-            raise StartError(f"{path} is no regular file, or a link to none: fetch the model again")
+            raise StartError(f"{path} is no regular file, or a link to none: {fetch_again(path)}")
         if status.st_size > max_bytes:
-            raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: fetch the model again")
+            raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: {fetch_again(path)}")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)  # files of /proc have no size, and may not end
     except (FileNotFoundError, NotADirectoryError):
@@ -63,7 +63,7 @@ def read_file(path: Path, max_bytes: int | None = None) -> bytes | None:
     except OSError as error:
         raise StartError.of_file(path, error) from error
     if len(content) > max_bytes:
-        raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: fetch the model again")
+        raise StartError(f"{path} is larger than {max_bytes >> 20} MiB: {fetch_again(path)}")
     return content
 
 
@@ -78,9 +78,9 @@ def read_json(path: Path, max_bytes: int | None = None) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise StartError(f"{path} cannot be read ({error}): fetch the model again") from error
+        raise StartError(f"{path} cannot be read ({error}): {fetch_again(path)}") from error
     if not isinstance(content, dict):
-        raise StartError(f"{path} is not a JSON object: fetch the model again")
+        raise StartError(f"{path} is not a JSON object: {fetch_again(path)}")
     return content
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,10 +32,15 @@ POINTER_START = b"version https://git-lfs"
 MAX_POINTER_BYTES = 1024
 """A pointer of Git LFS, which stands in place of a file that was not fetched, is smaller."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)+")
+"""What names a file of a model on the Hub, if it is no path."""
 
 
-def refuse_other_paths(model_id: str) -> None:
-    """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either."""
+def refuse_other_paths(model_id: str, kind: str = "a model") -> None:
+    """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either.
+
+    `kind`: what the id would be of.
+    """
     if model_id.startswith(BUCKET_SCHEME):
         return
     if model_id.startswith(("http://", "https://")):
@@ -49,10 +54,29 @@ def refuse_other_paths(model_id: str) -> None:
         raise StartError(f"{model_id} is a file: give the folder that it lies in, {Path(model_id).parent}")
     if os.path.islink(model_id) and not os.path.exists(model_id):
         raise StartError(f"{model_id} is a link to {os.readlink(model_id)}, which does not exist: correct the link")
+    if model_id.endswith(GGUF):
+        _refuse_missing_gguf(model_id)
     if not _HUB_ID.fullmatch(model_id):
         suggested = folder_suggestion(model_id)
         raise StartError(
-            f"{model_id!r} is neither a folder nor the id of a model on the Hub{suggested}: check the path or the id"
+            f"{model_id!r} is neither a folder nor the id of {kind} on the Hub{suggested}: check the path or the id"
+        )
+
+
+def _refuse_missing_gguf(path: str) -> None:
+    """Raise StartError for the path of a GGUF file that is not there. OWNER/NAME may be a model on the Hub."""
+    parent, name = os.path.split(path)
+    has_parent = os.path.isdir(os.path.expanduser(parent or "."))
+    if not has_parent and _HUB_FILE.fullmatch(path):
+        owner, repository, file = path.split("/", 2)
+        raise StartError(
+            f"{path} is no file here: fetch it with `hf download {owner}/{repository} {file} --local-dir .`, and give "
+            "the path of the file"
+        )
+    if has_parent or not _HUB_ID.fullmatch(path):
+        suggested = gguf_suggestion(path)
+        raise StartError(
+            f"there is no file {path}{suggested}: a model in GGUF is given by the path of its file, check the path"
         )
 
 
@@ -92,10 +116,19 @@ def _gguf_set(path: Path) -> list[Path]:
 
 def folder_suggestion(model_id: str) -> str:
     """` (did you mean X?)` with the folder whose name is nearest; empty if there is none."""
+    return _suggestion(model_id, os.DirEntry.is_dir)
+
+
+def gguf_suggestion(path: str) -> str:
+    """The same with the nearest GGUF file."""
+    return _suggestion(path, lambda entry: entry.name.endswith(GGUF))
+
+
+def _suggestion(model_id: str, is_candidate: Callable[[os.DirEntry[str]], bool]) -> str:
     path = os.path.expanduser(model_id).rstrip("/")  # a quoted ~ comes as it is
     parent, name = os.path.split(path)
     try:
-        names = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()]
+        names = [entry.name for entry in os.scandir(parent or ".") if is_candidate(entry)]
     except (OSError, ValueError):
         return ""
     return suggestion([name], names, os.path.join(parent or ".", ""))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
+from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, adapter_base
 from engine.link.model_folders import folder_suggestion, gguf_files, refuse_no_model, refuse_other_paths
 from server.config import ServerConfig
@@ -79,7 +80,10 @@ def find_folders(args: LauncherArgs, signals: Signals, webserver: Child | None =
                 "writes: give that"
             )
         else:
-            folder = fetch(adapter.source, adapter.revision, is_adapter=True)
+            try:
+                folder = fetch(adapter.source, adapter.revision, is_adapter=True)
+            except StartError as error:
+                raise StartError(f"--lora-adapters {adapter.name}: {error}") from error
         loras.append((adapter.name, folder))
     if loras:
         logger.info("Adapters that requests may name: %s", ", ".join(name for name, _ in loras))
@@ -118,15 +122,17 @@ def _find_folder(
 
     With an adapter comes its model. If it `is_adapter` to stand beside another model, its own files come alone.
     """
-    if gguf_files(model_id):
+    is_read_here = bool(gguf_files(model_id))
+    if is_read_here:
         logger.info("%s is in GGUF: configuration and tokenizer are read from the file", model_id)
     elif os.path.isdir(model_id):
         if revision is None:
             refuse_no_model(Path(model_id))
             return model_id
     else:
-        refuse_other_paths(model_id)
-    logger.info("Starting check and download process for %s", model_id)
+        refuse_other_paths(model_id, "an adapter (LoRA)" if is_adapter else "a model")
+    if not is_read_here:
+        logger.info("Starting check and download process for %s", model_id)
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]
     if revision is not None:
         command.append(f"--revision={revision}")
@@ -137,11 +143,17 @@ def _find_folder(
     if child.exit_code is not None and child.exit_code < 0:
         raise LaunchError(f"DownloadError: {child.describe_end()}")
     if child.exit_code != 0 or not lines:
-        raise LaunchError(
-            f"DownloadError: {model_id} could not be fetched{folder_suggestion(model_id)}; the reason is above"
-        )
-    logger.info("Successfully downloaded weights for %s", model_id)
+        if is_read_here:
+            raise LaunchError(f"{model_id} can't be read; the reason is above")
+        raise _download_error(model_id, is_adapter=is_adapter)
+    if not is_read_here:
+        logger.info("Successfully downloaded weights for %s", model_id)
     return lines[-1]
+
+
+def _download_error(model_id: str, *, is_adapter: bool) -> LaunchError:
+    named = f"the adapter {model_id} of --lora-adapters" if is_adapter else model_id
+    return LaunchError(f"DownloadError: {named} could not be fetched{folder_suggestion(model_id)}; the reason is above")
 
 
 def _follow_download(child: Child, signals: Signals, webserver: Child | None) -> list[str]:

@@ -262,9 +262,23 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
         AdapterWeights(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("org/base", "it says that it was made for 'org/base', serve that or give an adapter of this model"),
+        ("a\nb" * 200, "'a\\nba"),
+        (None, "it was made for another one"),
+        ([1], "it was made for another one"),
+    ],
+)
+def test_an_adapter_says_which_model_it_was_made_for(tmp_path: Path, name: Any, fix: str) -> None:
+    text = AdapterWeights(write(tmp_path, parts(Q), base_model_name_or_path=name)).fix
+    assert fix in text and len(text) < 500 and "\n" not in text
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, -8])
 def test_weights_that_are_cut_off(tmp_path: Path, size: int) -> None:
     path = write(tmp_path, parts(Q)) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(StartError, match="is not a whole safetensors file"):
+    with pytest.raises(StartError, match="is not a whole safetensors file .*: fetch the adapter again"):
         AdapterWeights(tmp_path)

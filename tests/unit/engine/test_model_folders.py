@@ -128,7 +128,25 @@ def test_a_misspelt_path_names_the_nearest_folder(
     assert f"(did you mean {shown}my-model?)" in text
 
 
-@pytest.mark.parametrize("model_id", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a_b/c.d-e", "gs://bucket/models/mine"])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("{}/qwen-q8.gguf", "there is no file {0}/qwen-q8.gguf (did you mean {0}/qwen-q4.gguf?): a model in GGUF is"),
+        ("qwen-q8.gguf", "there is no file qwen-q8.gguf (did you mean ./qwen-q4.gguf?): a model in GGUF is given by"),
+        ("/no/such/x.gguf", "there is no file /no/such/x.gguf: a model in GGUF is given by the path of its file"),
+        ("Qwen/Q-GGUF/q4.gguf", "fetch it with `hf download Qwen/Q-GGUF q4.gguf --local-dir .`, and give the path"),
+    ],
+)
+def test_a_gguf_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str
+) -> None:
+    monkeypatch.chdir(write(tmp_path, "qwen-q4.gguf other.gguf qwen-q8.txt"))
+    assert sentence.format(tmp_path) in refusal(path.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model_id", ["owner/name.gguf", "gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a_b/c.d-e", "gs://bucket/models/mine"]
+)
 def test_what_may_be_a_model_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str) -> None:
     monkeypatch.chdir(tmp_path)
     refuse_other_paths(model_id)

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from engine.link.errors import StartError
 from server.launcher.args import parse_args
 from server.launcher.children import Child, Signals
 from server.launcher.errors import LaunchError
@@ -279,9 +280,32 @@ def test_an_adapter_is_served_with_the_model_that_it_names(tmp_path: Path) -> No
         LaunchError, match="lora.gguf is in GGUF, and an adapter .* is a folder with adapter_config.json"
     ):
         find_local(model, "--lora-adapters", f"sql={tmp_path / 'lora.gguf'}")
+    with pytest.raises(
+        StartError, match="--lora-adapters sql: '/no/such' is neither a folder nor the id of an adapter .LoRA. on the"
+    ):
+        find_local(model, "--lora-adapters", "sql=/no/such")
     write_adapter(tmp_path / "moved", tmp_path / "elsewhere")
     with pytest.raises(LaunchError, match="/elsewhere, which is not here: correct base_model_name_or_path in"):
         find_local(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("is_gguf", [True, False])
+def test_a_file_of_this_machine_is_not_called_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_gguf: bool
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    caplog.set_level("INFO")
+    monkeypatch.setattr("server.launcher.start._follow_download", lambda *_: [])
+    monkeypatch.setattr("server.launcher.start.Child", lambda *_, **__: Mock(exit_code=1))
+    sentence = f"{file} can't be read; the reason" if is_gguf else "DownloadError: a/b could not be fetched; the reason"
+    with pytest.raises(LaunchError, match=f"^{sentence} is above"):
+        find_local(file if is_gguf else Path("a/b"))
+    assert ("download" in caplog.text) is not is_gguf
+    monkeypatch.setattr("server.launcher.start._follow_download", lambda *_: [str(tmp_path)])
+    monkeypatch.setattr("server.launcher.start.Child", lambda *_, **__: Mock(exit_code=0))
+    assert find_local(file if is_gguf else Path("a/b")).model == str(tmp_path)
+    assert ("download" in caplog.text) is not is_gguf
 
 
 def test_the_model_of_an_adapter_may_be_a_gguf_file(tmp_path: Path) -> None:
