@@ -26,11 +26,11 @@ async def _ask(address: Address, route: str, timeout_s: float) -> Answer:
         raise BenchmarkError(f"{address.url}: {error}") from error
 
 
-async def find_wire(address: Address, timeout_s: float) -> str:
-    """Key of WIRES. Raises BenchmarkError."""
+async def find_tgi_model(address: Address, timeout_s: float) -> str | None:
+    """The model that a server with TGI's /info names there; None: it has none. Raises BenchmarkError."""
     answer = await _ask(address, "/info", timeout_s)
     info = json_or_none(answer.body) if answer.status == OK else None
-    return "tgi" if isinstance(info, dict) and "model_id" in info else "completions"
+    return str(info["model_id"]) if isinstance(info, dict) and "model_id" in info else None
 
 
 async def find_model(address: Address, timeout_s: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.link.environment import engine_environment
 from server.bench.errors import BenchmarkError
+from server.bench.machine import machine, now
 from server.bench.options import BATCH_SIZES, sampling_of
 from server.bench.progress import Progress
 from server.bench.reports import Report, Table
@@ -104,6 +105,8 @@ def report_of(args: argparse.Namespace, runs: Sequence[Run]) -> Report:
         "Warmups": args.warmups,
         **sampling_of(args),
         "Seed": args.seed,
+        "Date": now(),
+        "Machine": machine(),
     }
     by_size = {size: [run for run in runs if run.batch_size == size] for size in {run.batch_size: 0 for run in runs}}
     latencies, throughputs = [], []

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.bench.connection import Address, Exchange
-from server.bench.discovery import find_model, find_wire
+from server.bench.discovery import find_model, find_tgi_model
 from server.bench.errors import BenchmarkError
 from server.bench.load import Target, run_closed, run_open
+from server.bench.machine import machine, now
 from server.bench.options import BATCH_SIZES, sampling_of
 from server.bench.progress import Progress
 from server.bench.records import record_of
@@ -136,18 +137,25 @@ async def _send(
 
 async def _target(url: str, args: argparse.Namespace) -> Target:
     address = Address.parse(url, args.api_key)
-    wire = WIRES[args.wire or await find_wire(address, args.timeout)]
+    tgi_model = await find_tgi_model(address, args.timeout) if args.wire in (None, "tgi") else None
+    wire = WIRES[args.wire or ("completions" if tgi_model is None else "tgi")]
     sampling = sampling_of(args)
     if unknown := sampling.keys() - wire.sampling:
         raise BenchmarkError(f"{url} has no {min(unknown)} at {wire.route}")
-    needs_model = wire is not WIRES["tgi"] and args.model is None
-    model = await find_model(address, args.timeout) if needs_model else args.model or ""
-    return Target(address, wire, Options(model, not args.stop_at_eos, sampling), args.timeout)
+    if wire is not WIRES["tgi"]:
+        model = served = args.model or await find_model(address, args.timeout)
+    else:  # the model as it is has no name on this wire
+        model = "" if args.model in (None, tgi_model) else args.model
+        served = f"{tgi_model or 'not said'}, adapter {model}" if model else tgi_model or "not said"
+    return Target(address, wire, Options(model, not args.stop_at_eos, sampling, served), args.timeout)
 
 
 def _parameters(args: argparse.Namespace, targets: dict[str, Target]) -> dict[str, Any]:
     return {
         **{f"route of {name}": target.wire.route for name, target in targets.items()},
+        **{f"model of {name}": target.options.served for name, target in targets.items()},
+        "date": now(),
+        "machine that asked": machine(),
         "prompt tokens": str(args.sequence_length) if args.tokenizer_name else f"{args.sequence_length} (in words)",
         "output tokens": str(args.decode_length) + (", or to the end of the text" if args.stop_at_eos else ""),
         "shared prefix": args.shared_prefix,

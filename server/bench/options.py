@@ -96,6 +96,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
 def server_flags() -> dict[str, dict[str, Any]]:
     """The flags that mean nothing without --url -> what argparse is told of them."""
     wire = "routes to call (default: tgi if the server has TGI's /info, completions otherwise)"
+    model = "model to name on OpenAI's routes (default: the first of /v1/models); on TGI's an adapter, as adapter_id"
     rate = "requests per second, arriving at random however many are under way; may be repeated; replaces --batch-size"
     count = "requests of each load (default: runs times batch size; 100 for a rate)"
     slo = f"METRIC:MS, one of {', '.join(METRICS)}: what a request must keep for the goodput; may be repeated"
@@ -106,7 +107,7 @@ def server_flags() -> dict[str, dict[str, Any]]:
         "--compare": {"metavar": "URL", "help": compare},
         "--rounds": {"type": positive, "default": 5, "help": "turns of each server with --compare (default 5)"},
         "--wire": {"choices": sorted(WIRES), "help": wire},
-        "--model": {"help": "model to name on OpenAI's routes (default: the first of /v1/models)"},
+        "--model": {"help": model},
         "--api-key": {"help": "sent as a bearer token"},
         "--request-rate": {"type": positive_number, "action": "append", "help": rate},
         "--num-requests": {"type": positive, "help": count},

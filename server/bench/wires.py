@@ -26,9 +26,12 @@ class Options:
     """What all requests of a benchmark share."""
 
     model: str
+    """On TGI's wire an adapter; empty: the model as it is."""
     ignores_eos: bool
     sampling: Mapping[str, Any]
     """TGI's names of the sampling parameters that were given -> values."""
+    served: str = ""
+    """The model, and the adapter if there is one, for the reader of the report."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def _native_body(plan: Plan, options: Options) -> Body:
     parameters = {"max_new_tokens": plan.max_new_tokens, "details": True, **options.sampling}
     if options.ignores_eos:
         parameters["ignore_eos"] = True
+    if options.model:
+        parameters["adapter_id"] = options.model
     return {"inputs": plan.prompt, "parameters": parameters}
 
 

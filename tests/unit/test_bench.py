@@ -7,10 +7,12 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import socketserver
 import statistics
 import threading
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -434,6 +436,37 @@ def test_tgis_variables_are_read_and_flags_beat_them(serve: Callable[[Reply], st
     assert data["levels"][0]["num_completed"] == 6
     assert data["parameters"]["output tokens"] == "fixed:6"
     assert data["parameters"]["sampling"] == "top_k=4, do_sample=True"
+
+
+@pytest.mark.parametrize(
+    ("reply", "flags", "model"),
+    [
+        (tgi, [], "m"),
+        (tgi, ["--model=m"], "m"),
+        (tgi, ["--model=sql"], "m, adapter sql"),
+        (openai, [], "m"),
+        (openai, ["--model=sql"], "sql"),
+    ],
+)
+def test_a_report_says_what_was_measured_when_and_where(
+    serve: Callable[[Reply], str], tmp_path: Path, reply: Reply, flags: list[str], model: str
+) -> None:
+    paths = [tmp_path / f"report.{ending}" for ending in ("json", "md", "html")]
+    url = serve(reply)
+    assert main(["--url", url, "-b1", "-r1", *(f"-o{path}" for path in paths), *flags], environ={}) == 0
+    parameters = json.loads(paths[0].read_text())["parameters"]
+    assert parameters[f"model of {url}"] == model
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", parameters["date"])
+    assert re.fullmatch(r"\d+ cores of .+", parameters["machine that asked"])
+    for path in paths[1:]:
+        assert all(parameters[name] in unescape(path.read_text()) for name in ("date", "machine that asked"))
+        assert f"model of {url}" in path.read_text()
+
+
+def test_an_adapter_is_named_on_tgis_wire() -> None:
+    (plan,) = make_trace(Shape(Lengths.parse("3"), Lengths.parse("9")), 1, None, "1", None)
+    assert WIRES["tgi"].body(plan, Options("sql", True, {}))["parameters"]["adapter_id"] == "sql"
+    assert "adapter_id" not in WIRES["tgi"].body(plan, Options("", True, {}))["parameters"]
 
 
 @pytest.mark.parametrize("wire", WIRES)
