@@ -66,6 +66,10 @@ def test_flags_against_checkpoints(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path)
     with pytest.raises(StartError, match="--quantize awq needs a checkpoint in that format, this one is dense"):
         start(tmp_path, quantize="awq")
+    with pytest.raises(
+        StartError, match="--quantize gguf needs a GGUF file, .* is dense: give the path of a GGUF file"
+    ):
+        start(tmp_path, quantize="gguf")
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     write_tiny_qwen2(tmp_path, quantization_config=stored)
     with pytest.raises(StartError, match="--quantize eetq, but the checkpoint is gptq: leave --quantize out"):
