@@ -26,7 +26,7 @@ from engine.layers.rope import replace_rope_scaling
 from engine.limits import check_weights_fit, weights_refusal
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
-from engine.link.model_files import ADAPTER_CONFIG, GGUF
+from engine.link.model_files import ADAPTER_CONFIG
 from engine.link.progress import StartProgress
 from engine.link.registry import import_entry
 from engine.models import MODELS
@@ -60,11 +60,6 @@ def choose_quantization(
     dense = DenseMethod(dtype, computes_in_float32=device.computes_in_float32)
     try:
         stored = read_quantization_config(folder, config)
-        if not stored and f".{flag}" == GGUF:  # the one format that is a kind of file: no checkpoint is made in it
-            raise StartError(
-                f"--quantize gguf needs a GGUF file, and {folder} is dense: give the path of a GGUF file as "
-                "--model-id, or leave --quantize out"
-            )
         names = open_weights(folder).names if stored else ()  # a dense checkpoint's headers are read once, to load it
         is_exact = dtype == torch.float32
         quantization = resolve_quantization(
