@@ -196,9 +196,12 @@ def label_matrices(model: Any, clock: Clock) -> list[Any]:
     for layer in model.layers:
         for label, place in MATRICES.items():
             block, matrix = place.split(".")
-            kernels = getattr(getattr(layer, block), matrix)._matrix_kernels
+            linear = getattr(getattr(layer, block), matrix)
+            kernels = linear._matrix_kernels
             found += kernels
             kernels[:] = [LabelledMatrix(kernel, label, clock) for kernel in kernels]
+            if linear._gated_kernel is not None:
+                linear._gated_kernel = kernels[0]
     head = model.lm_head
     if hasattr(head, "_head"):
         found.append(head._head)

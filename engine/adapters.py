@@ -91,7 +91,8 @@ class AdapterSlots:
         matrices = adaptable_matrices(model)
         experts = {name for name, (layer, _) in matrices.items() if isinstance(layer, ExpertMatrices)}
         is_changing_experts = any(module in experts for weights in self._weights.values() for module in weights.modules)
-        self._known = {*model.checkpoint_layers(), HEAD}  # which may be the table, and can be changed by merging
+        # A tied head is no layer of its own, and can be changed by merging.
+        self._known = {*model.checkpoint_layers(), HEAD}
         self._left_out = set() if is_changing_experts else experts
         self._matrices = {name: place for name, place in matrices.items() if name not in self._left_out}
 

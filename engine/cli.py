@@ -187,10 +187,8 @@ def download_weights(args: argparse.Namespace) -> Path:
         )
     if args.merge_lora:
         logger.warning("--merge-lora has no effect: an adapter given as the model is merged while it is loaded")
-    from engine.checkpoint.hub import (
-        download_adapter,
-        download_model,
-    )  # they read the environment when they are imported
+    # The module reads the environment when it is imported.
+    from engine.checkpoint.hub import download_adapter, download_model
 
     model_id, revision = args.model_id, args.revision or None
     progress = StartProgress(_tell_launcher if args.lifeline else tell_nobody)

@@ -73,7 +73,7 @@ class CloseAdapter(msgspec.Struct, frozen=True, tag="close"):
 
 
 class FillSlots(msgspec.Struct, frozen=True, tag="fill"):
-    """Load the adapters, slot and number of each, that are not in their slots yet, and send a line of null."""
+    """Load the adapters, slot and number of each, that are not in their slots yet; answer with a line, the reason why not."""
 
     adapters: list[tuple[int, int]]
 
@@ -275,12 +275,13 @@ class Leader:
 
 
 def _read_answers(ranks: Ranks, beat: Callable[[], None]) -> list[str | None]:
-    """Each follower's line. Who hangs is noticed by the heartbeat. Raises RankLostError."""
+    """Each follower's line. The heartbeat notices a rank that hangs. Raises RankLostError."""
     answers = []
     try:
         for peer in ranks.peers:
             while not select.select([peer.control], [], [], ANSWER_BEAT_S)[0]:
                 beat()
+                ranks.check()
             answers.append(read_line(peer.control))
     except RankLostError as error:
         raise ranks.explain(RankLostError("another rank is gone: its own log may say why")) from error

@@ -218,7 +218,10 @@ class ColumnParallelLinear(ParallelMatrices):
         return self._product(x)
 
     def gated(self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """`gate` of the product, whose first part has gates of the second; within the kernel where that can."""
+        """x [rows, in_features] -> [rows, half of this rank's outputs]: silu(first part) * second part.
+
+        `gate` makes that of the product where no kernel does.
+        """
         is_changed = self._adapters is not None and not self._adapters.is_idle
         if self._gated_kernel is None or is_changed:
             return gate(self._product(x))

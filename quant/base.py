@@ -118,7 +118,7 @@ class GatedKernel(MatrixKernel, Protocol):
     """A kernel that can multiply with gates itself, so that they never go to memory."""
 
     num_gates: int
-    """The outputs that are gates; 0: it can't, with this weight."""
+    """Number of outputs that are gates; 0: there are none, or they do not fill whole tiles."""
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give."""

@@ -153,8 +153,8 @@ def _check_flag(flag: str | None, stored_name: str | None) -> None:
         raise FormatError(f"--quantize {flag}, but the checkpoint is {stored_name}: leave --quantize out")
     if flag not in ON_LOAD:
         raise FormatError(
-            f"--quantize {flag} needs a checkpoint in that format, this one is dense: give the folder of one, or the "
-            f"path of a GGUF file, as --model-id, or --quantize one of {', '.join(ON_LOAD)}"
+            f"--quantize {flag} needs a checkpoint in that format, this one is dense: give the path of one as "
+            f"--model-id, or --quantize one of {', '.join(ON_LOAD)}"
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 MAX_MATCHING_S = 5.0
 """Processor seconds that all names may be compared with a file's patterns. Hundreds of each take less than one."""
-MAX_WAITING_S = 10.0
-"""Seconds of the clock: an engine of which nobody hears for 20 s counts as hung, and it may have part of a core."""
+MAX_WAITING_S = 15.0
+"""Seconds of the clock in which they may be: an engine that says nothing for 20 s counts as hung, and on a shared core
+5 s of the processor may take longer."""
 TIMERS = {signal.ITIMER_VIRTUAL: signal.SIGVTALRM, signal.ITIMER_REAL: signal.SIGALRM}
 
 
@@ -20,7 +21,7 @@ class MatchingTime:
 
     An expression can take longer than anybody lives for a name of forty characters. `re` looks for signals while it
     compares, so a timer ends it: in the main thread, where Python handles signals, and where models and adapters are
-    read. One timer counts this process's own work, and not how long the machine lets it wait; another one the clock's.
+    read. One timer counts processor time, the other one the clock.
     """
 
     def __init__(self, refusal: Callable[[str], Exception]) -> None:

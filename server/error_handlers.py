@@ -12,7 +12,7 @@ from server.telemetry.spans import log_failure
 
 MAX_PATH_CHARS = 200
 """Characters of an unknown path that its refusal tells again."""
-FLAGS_OF_PATHS = dict.fromkeys("/v1/load_lora_adapter /v1/unload_lora_adapter".split(), "--allow-runtime-lora-updating")
+FLAGS_OF_PATHS = dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), "--allow-runtime-lora-updating")
 """Path -> the flag without which nothing is there."""
 
 

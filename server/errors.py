@@ -24,7 +24,8 @@ Exception
 `ERROR_KINDS` has every one but BodyError, which carries its own status. Any other exception is a 500 that keeps its
 text to itself.
 
-The client reads an error's whole text. The log has `logged_text`, without words that may be the client's.
+The client reads an error's whole text. The log has `logged_text`, without words that may be the client's, but for the
+names and folders of adapters that are loaded while the server runs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class AdapterNotFoundError(Exception):
     def __init__(self, name: str, served: Iterable[str]) -> None:
         """`served`: the names that adapters have instead."""
         super().__init__(f"The LoRA adapter `{name}` does not exist: {known_names(served)}")
-        self.logged_text = f"the LoRA adapter {name!r} does not exist"
+        self.logged_text = "the LoRA adapter does not exist"
 
 
 class NoInstanceError(Exception):

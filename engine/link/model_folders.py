@@ -36,7 +36,11 @@ _HUB_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)+")
 """What names a file of a model on the Hub, if it is no path."""
 
 
-def refuse_other_paths(model_id: str, kind: str = "a model") -> None:
+MODEL, ADAPTER = "a model", "an adapter (LoRA)"
+"""What an id may be of, in a refusal's words."""
+
+
+def refuse_other_paths(model_id: str, kind: str = MODEL) -> None:
     """Raise StartError for what is no folder, no address of a bucket, and cannot be an id on the Hub either.
 
     `kind`: what the id would be of.
@@ -54,7 +58,7 @@ def refuse_other_paths(model_id: str, kind: str = "a model") -> None:
         raise StartError(f"{model_id} is a file: give the folder that it lies in, {Path(model_id).parent}")
     if os.path.islink(model_id) and not os.path.exists(model_id):
         raise StartError(f"{model_id} is a link to {os.readlink(model_id)}, which does not exist: correct the link")
-    if model_id.endswith(GGUF):
+    if model_id.endswith(GGUF) and kind == MODEL:
         _refuse_missing_gguf(model_id)
     if not _HUB_ID.fullmatch(model_id):
         suggested = folder_suggestion(model_id)
@@ -65,7 +69,7 @@ def refuse_other_paths(model_id: str, kind: str = "a model") -> None:
 
 def _refuse_missing_gguf(path: str) -> None:
     """Raise StartError for the path of a GGUF file that is not there. OWNER/NAME may be a model on the Hub."""
-    parent, name = os.path.split(path)
+    parent = os.path.dirname(path)
     has_parent = os.path.isdir(os.path.expanduser(parent or "."))
     if not has_parent and _HUB_FILE.fullmatch(path):
         owner, repository, file = path.split("/", 2)
@@ -120,7 +124,7 @@ def folder_suggestion(model_id: str) -> str:
 
 
 def gguf_suggestion(path: str) -> str:
-    """The same with the nearest GGUF file."""
+    """` (did you mean X?)` with the nearest GGUF file of its folder; empty if there is none."""
     return _suggestion(path, lambda entry: entry.name.endswith(GGUF))
 
 
@@ -175,7 +179,7 @@ def refuse_no_adapter_folder(folder: Path) -> None:
 
 
 def refuse_no_adapter(names: Collection[str], place: str) -> None:
-    """Raise StartError if files of these names are no adapter (LoRA); what lies beside one is no matter."""
+    """Raise StartError if files of these names are no adapter (LoRA); other files beside them do not matter."""
     if ADAPTER_CONFIG not in names:
         raise StartError(f"{place} has no {ADAPTER_CONFIG}: an adapter (LoRA) is a folder with it, as peft writes")
     if ADAPTER_WEIGHTS not in names:

@@ -76,7 +76,7 @@ def new_weight(num_bytes: int) -> npt.NDArray[np.uint8]:
         return np.empty(num_bytes, np.uint8)
     with _slab_lock:
         if size > len(_slab):
-            _slab = np.empty(SLAB_BYTES, np.uint8)
+            _slab = np.empty(SLAB_BYTES + LINE_BYTES, np.uint8)
             _slab = _slab[-_slab.ctypes.data % LINE_BYTES :]
         weight, _slab = _slab[:num_bytes], _slab[size:]
     return weight

@@ -16,7 +16,7 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
-from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, LANES, OUTPUTS, ROUNDED, ROWS, multiply_block, round_some
+from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, LANES, OUTPUTS, ROUNDED, ROWS, multiply_block, round_vector
 from quant.kernels.gates_ops import gate_order
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512
@@ -47,7 +47,7 @@ def interleave(w, order, k_size, out):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
     for k in range(row * k_size, (row + 1) * k_size, LANES):
-        round_some(x, rounded, k)
+        round_vector(x, rounded, k)
 
 
 @njit(parallel=True, **FAST)

@@ -95,7 +95,7 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def round_some(typing_context, x, rounded, place):  # type: ignore[no-untyped-def]
+def round_vector(typing_context, x, rounded, place):  # type: ignore[no-untyped-def]
     """Write the nearest bfloat16 of `LANES` numbers of x float32, from `place` on, to `rounded`, of dtype `ROUNDED`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -123,7 +123,7 @@ def multiply_block(  # type: ignore[no-untyped-def]
 ):
     """`rows` rows, at least one and at most `ROWS`, times a tile of `OUTPUTS` outputs.
 
-    x [*, k_size] as `round_some` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
+    x [*, k_size] as `round_vector` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
     float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
     `gates_ops.write_tile`.
 
@@ -159,9 +159,9 @@ def _loop_as_written(b: Any, count: Any) -> Iterator[Any]:
         yield loop
         last = b.block
     unrolling = b.module.add_metadata(["llvm.loop.unroll.disable"])
-    name = b.module.add_metadata([unrolling, last.name])  # unlike that of other loops
-    name.operands = [name, unrolling]  # a loop's name begins with itself
-    last.terminator.set_metadata("llvm.loop", name)
+    node = b.module.add_metadata([unrolling, last.name])  # no other loop's node
+    node.operands = [node, unrolling]  # LLVM wants a loop's node to refer to itself first
+    last.terminator.set_metadata("llvm.loop", node)
 
 
 def _multiply(

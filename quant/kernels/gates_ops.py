@@ -1,7 +1,7 @@
 """How the CPU's kernels write a tile of outputs: as they are, or gates times what they gate.
 
-Of a matrix with gates the first half of the outputs are gates, and each of the other half is to be multiplied with
-silu(gate), silu(x) = x / (1 + e^-x). Where a kernel does that itself, twice as many numbers as are needed never go to
+The first half of a gated matrix's outputs are gates, and each of the other half is to be multiplied with silu(gate),
+silu(x) = x / (1 + e^-x). Where a kernel does that itself, twice as many numbers as are needed never go to
 memory and back. A tile of such a matrix holds vectors of gates and of what they gate by turns (`gate_order`).
 All functions that take a `builder` make LLVM code.
 """
@@ -63,7 +63,7 @@ def write_tile(
 ) -> None:
     """Write the vectors of each row to out, a typed pointer, [*, width] float32, from `first_row` on.
 
-    As many gates as out is wide: they are multiplied with what they gate. The width is all outputs otherwise.
+    If `gates` equals `width`, out gets silu(gate) * value alone. Otherwise it gets all outputs, `width` of them.
     """
 
     def put(r: int, column: Any, value: Any) -> None:

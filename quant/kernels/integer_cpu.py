@@ -58,7 +58,10 @@ round_group = make_round_group(16 if HAS_AVX512 else 8)
 def multiply_rows(  # type: ignore[no-untyped-def]
     x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
 ):
-    """Some rows times a tile of outputs; `gates` and `width` are those of `gates_ops.write_tile`."""
+    """Rows of x int8, whose scales are float32 and sums int32, times a tile of outputs of so many `groups` of weights.
+
+    `gates` and `width` are those of `gates_ops.write_tile`.
+    """
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
     part, parts = fetched_part(0, num_whole + has_half)

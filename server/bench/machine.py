@@ -1,4 +1,4 @@
-"""When and on which machine a benchmark ran: a report that lies about for a year needs both."""
+"""The date and the machine of a benchmark, for its report."""
 
 from __future__ import annotations
 

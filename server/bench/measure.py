@@ -142,11 +142,11 @@ async def _target(url: str, args: argparse.Namespace) -> Target:
     sampling = sampling_of(args)
     if unknown := sampling.keys() - wire.sampling:
         raise BenchmarkError(f"{url} has no {min(unknown)} at {wire.route}")
-    if wire is not WIRES["tgi"]:
-        model = served = args.model or await find_model(address, args.timeout)
-    else:  # the model as it is has no name on this wire
+    if wire.names_adapters_only:
         model = "" if args.model in (None, tgi_model) else args.model
         served = f"{tgi_model or 'not said'}, adapter {model}" if model else tgi_model or "not said"
+    else:
+        model = served = args.model or await find_model(address, args.timeout)
     return Target(address, wire, Options(model, not args.stop_at_eos, sampling, served), args.timeout)
 
 

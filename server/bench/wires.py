@@ -30,7 +30,7 @@ class Options:
     ignores_eos: bool
     sampling: Mapping[str, Any]
     """TGI's names of the sampling parameters that were given -> values."""
-    served: str = ""
+    served: str
     """The model, and the adapter if there is one, for the reader of the report."""
 
 
@@ -41,6 +41,8 @@ class Wire:
     event: Callable[[Body], Event]
     sampling: frozenset[str]
     """The sampling parameters that it knows."""
+    names_adapters_only: bool = False
+    """Whether a request names an adapter, and the model as it is has no name."""
 
 
 def error_of(event: Body) -> str | None:
@@ -104,7 +106,7 @@ OPENAI_SAMPLING = frozenset("temperature top_k top_p repetition_penalty frequenc
 NATIVE_SAMPLING = OPENAI_SAMPLING | {"typical_p", "top_n_tokens", "watermark"}
 
 WIRES = {
-    "tgi": Wire("/generate_stream", _native_body, _native_event, NATIVE_SAMPLING),
+    "tgi": Wire("/generate_stream", _native_body, _native_event, NATIVE_SAMPLING, names_adapters_only=True),
     "completions": Wire("/v1/completions", _completion_body, _completion_event, OPENAI_SAMPLING),
     "chat": Wire("/v1/chat/completions", _chat_body, _chat_event, OPENAI_SAMPLING),
 }

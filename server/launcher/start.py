@@ -23,7 +23,14 @@ from engine.link.config import EngineConfig
 from engine.link.environment import engine_environment
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, adapter_base
-from engine.link.model_folders import folder_suggestion, gguf_files, refuse_no_model, refuse_other_paths
+from engine.link.model_folders import (
+    ADAPTER,
+    MODEL,
+    folder_suggestion,
+    gguf_files,
+    refuse_no_model,
+    refuse_other_paths,
+)
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
@@ -130,7 +137,7 @@ def _find_folder(
             refuse_no_model(Path(model_id))
             return model_id
     else:
-        refuse_other_paths(model_id, "an adapter (LoRA)" if is_adapter else "a model")
+        refuse_other_paths(model_id, ADAPTER if is_adapter else MODEL)
     if not is_read_here:
         logger.info("Starting check and download process for %s", model_id)
     command = [*PYTHON, "engine.cli", "download-weights", "--lifeline"]

@@ -257,6 +257,7 @@ async def test_a_disk_on_which_an_adapter_takes_long_is_not_taken_for_a_hang(
         theirs.close()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_drafts_are_checked_with_the_adapter(folders: dict[str, Path]) -> None:
     core = start(folders, ["all"], max_draft_tokens=3)
     prompt = random_ids(12, 6) * 5

@@ -66,7 +66,7 @@ def test_flags_against_checkpoints(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path)
     with pytest.raises(StartError, match="--quantize awq needs a checkpoint in that format, this one is dense"):
         start(tmp_path, quantize="awq")
-    with pytest.raises(StartError, match="--quantize gguf needs .* or the path of a GGUF file, as --model-id"):
+    with pytest.raises(StartError, match="--quantize gguf needs .* give the path of one as --model-id"):
         start(tmp_path, quantize="gguf")
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     write_tiny_qwen2(tmp_path, quantization_config=stored)

@@ -465,16 +465,16 @@ def test_a_report_says_what_was_measured_when_and_where(
 
 def test_an_adapter_is_named_on_tgis_wire() -> None:
     (plan,) = make_trace(Shape(Lengths.parse("3"), Lengths.parse("9")), 1, None, "1", None)
-    assert WIRES["tgi"].body(plan, Options("sql", True, {}))["parameters"]["adapter_id"] == "sql"
-    assert "adapter_id" not in WIRES["tgi"].body(plan, Options("", True, {}))["parameters"]
+    assert WIRES["tgi"].body(plan, Options("sql", True, {}, "m, adapter sql"))["parameters"]["adapter_id"] == "sql"
+    assert "adapter_id" not in WIRES["tgi"].body(plan, Options("", True, {}, "m"))["parameters"]
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_body_asks_for_exactly_so_many_tokens(wire: str) -> None:
     (plan,) = make_trace(Shape(Lengths.parse("3"), Lengths.parse("9")), 1, None, "1", None)
-    text = json.dumps(WIRES[wire].body(plan, Options("m", True, {})))
+    text = json.dumps(WIRES[wire].body(plan, Options("m", True, {}, "m")))
     assert '"ignore_eos": true' in text and ": 9" in text
-    assert "ignore_eos" not in json.dumps(WIRES[wire].body(plan, Options("m", False, {})))
+    assert "ignore_eos" not in json.dumps(WIRES[wire].body(plan, Options("m", False, {}, "m")))
 
 
 def test_a_failed_exchange_is_a_failed_record() -> None:

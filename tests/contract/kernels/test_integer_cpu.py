@@ -84,13 +84,16 @@ def test_a_rows_bits_do_not_depend_on_the_others(name: str) -> None:
 @needs_instructions
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_rounding_costs_about_what_eight_bits_must(name: str) -> None:
-    """0.3 to 0.7 % of the length of an output row: half a step of 1/127 of the largest of 64, at random."""
+    """0.3 to 0.7 % of the length of an output row: half a step of 1/127 of the largest of a group, at random."""
     packed = dataclasses.replace(WEIGHTS[name], bias=None)
     weight = widen(packed)
     weight -= weight.mean(dim=1, keepdim=True)  # random zero points would hide the error behind a large common part
     x = random_rows(64, 384)
     exact = x @ weight.T
-    integers, scales = round_activations(x, 64)
+    assert packed.scales is not None
+    group = activation_group(384 // packed.scales.shape[1])
+    assert group is not None
+    integers, scales = round_activations(x, group)
     error = (integers * scales[:, :, None]).flatten(1) @ weight.T - exact
     assert 0.003 < error.norm() / exact.norm() < 0.008
 

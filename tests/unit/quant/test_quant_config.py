@@ -225,14 +225,14 @@ HAVE = f"{', '.join(FORMATS)} can, and dense checkpoints with --quantize {', '.j
         (
             "gguf",
             None,
-            "--quantize gguf needs a checkpoint in that format, this one is dense: give the folder of one",
+            "--quantize gguf needs a checkpoint in that format, this one is dense: give the path of one",
         ),
         ("eetq", AWQ, "--quantize eetq, but the checkpoint is awq: leave --quantize out"),
         (
             "gptq",
             None,
-            "--quantize gptq needs a checkpoint in that format, this one is dense: give the folder of one, or the path "
-            "of a GGUF file, as --model-id, or --quantize one of eetq, int8, int4",
+            "--quantize gptq needs a checkpoint in that format, this one is dense: give the path of one "
+            "as --model-id, or --quantize one of eetq, int8, int4",
         ),
         (None, {"quant_method": "exl2"}, f"the checkpoint is quantised with 'exl2', which can't be loaded; {HAVE}"),
         (None, {**FP8, "fmt": "e5m2"}, "the checkpoint has 8-bit floats 'e5m2'; only e4m3 can be loaded"),
