@@ -73,7 +73,7 @@ class CloseAdapter(msgspec.Struct, frozen=True, tag="close"):
 
 
 class FillSlots(msgspec.Struct, frozen=True, tag="fill"):
-    """Load the adapters, slot and number of each, that are not in their slots yet; answer with a line, the reason why not."""
+    """Load the adapters, slot and number of each, that are not in their slots yet. The answer is null, or why not."""
 
     adapters: list[tuple[int, int]]
 
