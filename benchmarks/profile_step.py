@@ -160,9 +160,18 @@ class LabelledMatrix:
         self._kernel, self._label, self._clock = kernel, label, clock
 
     def __call__(self, x: Any) -> Any:
+        with self._labelled():
+            return self._kernel(x)
+
+    def gated(self, x: Any) -> Any:
+        with self._labelled():
+            return self._kernel.gated(x)
+
+    @contextlib.contextmanager
+    def _labelled(self) -> Iterator[None]:
         self._clock.label = self._label
         try:
-            return self._kernel(x)
+            yield
         finally:
             self._clock.label = None
 
