@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.link.processor import processor_name
+
 
 def with_part(document: str, begin: str, end: str, text: str) -> str:
     """The document with `text` between its marks `begin` and `end`. Raises ValueError if it lacks one."""
@@ -20,9 +22,7 @@ def with_part(document: str, begin: str, end: str, text: str) -> str:
 
 def processor() -> str:
     """The processor's name, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return processor_name() or platform.machine()
 
 
 def measured_on(num_cores: int, folder: str) -> str:

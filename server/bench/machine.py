@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
 import platform
-from pathlib import Path
+
+from engine.link.processor import available_cores, processor_name
 
 
 def now() -> str:
@@ -16,12 +15,4 @@ def now() -> str:
 
 def machine() -> str:
     """The cores that this process may use, and the processor."""
-    return f"{len(os.sched_getaffinity(0))} cores of {_processor()}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return f"{available_cores()} cores of {processor_name() or platform.machine()}"

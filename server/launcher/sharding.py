@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.link.processor import available_cores
 from server.launcher.errors import ArgumentError
-from server.launcher.host import available_cores, can_use_gpus
+from server.launcher.host import can_use_gpus
 
 LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_MASTER_PORT = 29500

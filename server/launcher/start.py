@@ -31,11 +31,11 @@ from engine.link.model_folders import (
     refuse_no_model,
     refuse_other_paths,
 )
+from engine.link.processor import available_cores
 from server.config import ServerConfig
 from server.launcher.args import LauncherArgs
 from server.launcher.children import ENGINE_NAME, POLL_S, Child, Signals
 from server.launcher.errors import LaunchError, Stopped
-from server.launcher.host import available_cores
 from server.launcher.lora_adapters import parse_adapters
 from server.launcher.sockets import ip_address_of
 

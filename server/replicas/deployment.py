@@ -19,8 +19,8 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from engine.link.processor import available_cores
 from server.launcher.args import LauncherArgs, parse_args
-from server.launcher.host import available_cores
 from server.launcher.start import PYTHON
 
 APP_NAME = "pytgi"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.link import processor
+from engine.link.processor import available_cores
 from server.launcher import host as runtime
-from server.launcher.host import available_cores, describe_runtime, is_ip_address
+from server.launcher.host import describe_runtime, is_ip_address
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_quotas_of_control_groups(tmp_path: Path, cgroup: str, files: dict[str, 
     for name, text in {"proc/self/cgroup": cgroup, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert list(runtime._quotas(tmp_path)) == expected
+    assert list(processor._quotas(tmp_path)) == expected
 
 
 def test_a_bug_report_has_versions_and_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
