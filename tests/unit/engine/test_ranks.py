@@ -206,3 +206,32 @@ def test_a_step_waits_until_every_rank_has_read_its_adapters(monkeypatch: pytest
     assert 0 < beats[0] == beats[1] < beats[2]
     assert second.adapters.in_slot == {0: 7, 1: 9}
     assert first.num_steps == second.num_steps == 3
+
+
+def test_a_wait_for_an_adapter_ends_with_its_cause() -> None:
+    """A rank that hangs is noticed by the heartbeat, which leaves the cause; one that can't read says so itself."""
+    ours, theirs = socket.socketpair()
+    first = Stepper(0)
+    first.step_adapters = [(0, 7)]
+    runner: Any = first
+    ranks = fake_ranks(Peer(1, "host", ours, ours))
+    with ours, theirs:
+        theirs.sendall(b'"no such file"\n')
+        with pytest.raises(RankLostError, match="could not read an adapter that is open: no such file"):
+            Leader(runner, ranks).execute(ScheduledBatch())
+        first.adapters.in_slot.clear()
+
+        def check() -> None:
+            raise RankLostError("nothing was heard of rank 1")
+
+        def beat() -> None:
+            ranks.check = check
+            first.adapters.num_beats += 1
+            assert first.adapters.num_beats < 5, "it waits for ever"
+
+        first.adapters.beat = beat  # type: ignore[method-assign]
+        ranks.check, ranks.explain = lambda: None, lambda error: error
+        with pytest.raises(RankLostError, match="another rank is gone") as caught:
+            Leader(runner, ranks).execute(ScheduledBatch())
+        assert str(caught.value.__context__) == "nothing was heard of rank 1"
+        assert first.num_steps == 0
