@@ -156,7 +156,7 @@ class ParallelMatrices:
             matrices = [dataclasses.replace(matrices[0], is_gated=True)]
         self._matrix_kernels = [self._kernels(packed) for packed in matrices]
         first = self._matrix_kernels[0]
-        self._gated_kernel = first if self._is_gated and isinstance(first, GatedKernel) and first.num_gates else None
+        self._gated_kernel = first if isinstance(first, GatedKernel) and first.num_gates else None
 
     @property
     def is_rounding(self) -> bool:

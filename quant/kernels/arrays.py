@@ -22,7 +22,7 @@ SLAB_BYTES = 32 << 20
 MIN_SHARED_BYTES = 1 << 17
 """Smaller matrices have their own: a model that has only such lies in the caches."""
 LINE_BYTES = 64
-"""A line of the processor's cache, at which a matrix begins."""
+"""A line of the processor's cache."""
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -65,7 +65,7 @@ _slab_lock = threading.Lock()
 
 
 def new_weight(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory for a matrix that stays: matrices lie one after the other in large pieces.
+    """Uninitialised memory for a matrix that stays: matrices lie one after the other in large pieces, line by line.
 
     NumPy asks for huge pages where an array is large, as one matrix often is not. A product whose weights lie in them
     takes 0.88 to 0.99 of the time: the processor asks for less than it would across the borders of small pages.

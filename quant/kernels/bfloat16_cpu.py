@@ -17,7 +17,7 @@ from numba import get_num_threads, njit, prange
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, LANES, OUTPUTS, ROUNDED, ROWS, multiply_block, round_vector
-from quant.kernels.gates_ops import gate_order
+from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
@@ -100,7 +100,7 @@ class Bfloat16Cpu:
         self._n_size, self._k_size = packed.weight.shape
         self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
         self._weight = new_weight(2 * self._padded_size * self._k_size).view(np.uint16)
-        self.num_gates = self._n_size // 2 if packed.is_gated and self._n_size % OUTPUTS == 0 else 0
+        self.num_gates = count_gates(packed, OUTPUTS)
         order = gate_order(self._n_size, self.num_gates, LANES)
         interleave(flat_view(packed.weight), order.numpy(), self._k_size, self._weight)
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)

@@ -23,6 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.simd import (
     F32,
     HAS_AVX512,
@@ -64,8 +65,6 @@ class Step:
 STEP_INPUTS = 2 * LANES
 """Inputs of a step."""
 NUM_PARTS = STEP_INPUTS // WIDTH
-LINE_BYTES = 64
-"""Bytes of a cache line."""
 
 
 def _load_floats(b: Any, data: Any, dtype: Any, offset: Any, step: Step) -> Any:

@@ -15,7 +15,14 @@ import llvmlite.ir as ir
 import torch
 from numba.extending import intrinsic
 
+from quant.base import PackedWeight
 from quant.kernels.simd import exp_of
+
+
+def count_gates(packed: PackedWeight, tile_outputs: int) -> int:
+    """Number of outputs that are gates; 0: there are none, or they do not fill whole tiles of so many outputs."""
+    num_outputs = len(packed.weight)
+    return num_outputs // 2 if packed.is_gated and num_outputs % tile_outputs == 0 else 0
 
 
 def gate_order(num_outputs: int, num_gates: int, lanes: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
-from quant.kernels.gates_ops import gate_order
+from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.integer_ops import (
     CHUNK,
     INPUTS,
@@ -168,13 +168,14 @@ class IntegerCpu:
         assert group is not None
         self._n_size, self._padded_size = n_size, -(-n_size // OUTPUTS) * OUTPUTS
         self._input_order = packed.input_order
-        self.num_gates = n_size // 2 if packed.is_gated and n_size % OUTPUTS == 0 else 0
+        self.num_gates = count_gates(packed, OUTPUTS)
         order = gate_order(n_size, self.num_gates, ISA.lanes)
         num_bytes = self._padded_size * packed.weight.shape[1]
         weight = torch.from_numpy(new_weight(num_bytes)).view(packed.weight.dtype).view(self._padded_size, -1)
         for first in range(0, n_size, ROWS_AT_A_TIME):
             rows = slice(first, first + ROWS_AT_A_TIME)
-            weight[rows] = self._reordered(packed.weight[order[rows]]).view_as(weight[rows])
+            chosen = order[rows] if self.num_gates else rows  # which copies nothing
+            weight[rows] = self._reordered(packed.weight[chosen]).view_as(weight[rows])
         zeros = packed.zero_points
         if packed.layout == "int8":
             zeros = zeros + SHIFT

@@ -18,6 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.rounded_torch import MIN_ROUNDED
 from quant.kernels.simd import array_data, enabled_features, fold_max, larger, next_tile_part, prefetch_at, spread
@@ -36,8 +37,6 @@ AHEAD_OF_A_BLOCK = 8192
 """Bytes, for 8-bit weights of a tile that one block of rows reads, into the L2 cache: a thread waits for no more than
 so many when it begins. A call with 8 rows of 896 x 4,864 weights takes 0.8 to 0.85 of what it does a tile ahead, and
 6 to 12 KB are alike. 4-bit weights are half as many and cost more operations: a tile ahead is as good."""
-LINE_BYTES = 64
-"""A line of the processor's cache."""
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 ROUNDER = 12582912.0
