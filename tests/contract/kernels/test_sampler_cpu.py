@@ -89,6 +89,13 @@ def test_first_of_equal_best_logits_is_taken() -> None:
     assert sample(logits, [SamplingParams()], [0]).token_ids == [7]
 
 
+@pytest.mark.parametrize("places", [(5, 700), (511, 512), (512, 1023, 1200), (0, 1200), (1199, 1200)])
+def test_the_first_is_taken_in_whichever_chunk_the_others_are(places: tuple[int, ...]) -> None:
+    logits = torch.randn(1, 1201, generator=torch.Generator().manual_seed(1))
+    logits[0, list(places)] = 9.0
+    assert sample(logits, [SamplingParams()], [0]).token_ids == [places[0]]
+
+
 PARAMS = st.builds(
     SamplingParams,
     seed=st.none() | st.integers(0, 2**64 - 1),
