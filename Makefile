@@ -194,7 +194,6 @@ check: check-house check-types
 check-types: $(VENV)/installed
 	@$(PY) -m mypy
 	@$(PY) -m mypy scripts/demo_model.py scripts/demo_model_convert.py scripts/configuration.py scripts/compare_wire.py scripts/kernels_aot.py scripts/image/health.py
-	@$(PY) -m mypy benchmarks/*.py benchmarks/peers/*.py benchmarks/gpu_proof/*.py benchmarks/soak/*.py benchmarks/soak/probe/*.py
 	@$(PY) -m mypy examples/openai_client.py examples/huggingface_client.py examples/text_generation_client.py
 
 check-house: $(VENV)/installed

@@ -43,7 +43,7 @@ Turn = Callable[[str, str, Tokenize], Figures]
 
 
 def exchanges_with(url: str, wire: Wire, plans: Sequence[Plan], num_streams: int) -> list[Exchange]:
-    target = Target(Address.parse(url), wire, Options("demo", ignores_eos=True, sampling={}), TIMEOUT_S)
+    target = Target(Address.parse(url), wire, Options("demo", ignores_eos=True, sampling={}, served="demo"), TIMEOUT_S)
     exchanges: list[Exchange] = []
     asyncio.run(run_closed(target, plans, num_streams, exchanges.append))
     return exchanges
