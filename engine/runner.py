@@ -184,9 +184,12 @@ class ModelRunner:
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
-        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors))
-        logits = self._model.compute_logits(hidden[tensors.logits_indices])
-        return StepResult(logits, self._score(hidden, tensors, inputs))
+        needed = tensors.logits_indices
+        if inputs.scored_indices or inputs.adapters:  # changes of adapters are added to all of a step's rows
+            hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors))
+            return StepResult(self._model.compute_logits(hidden[needed]), self._score(hidden, tensors, inputs))
+        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), needed)
+        return StepResult(self._model.compute_logits(hidden))
 
     def _run_decoding(
         self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms

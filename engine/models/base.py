@@ -103,8 +103,10 @@ class CausalLM(Protocol):
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         """Set what `forward` attends with; one cache per layer."""
 
-    def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [num_tokens, hidden_size].
+    def forward(
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_ids [num_tokens] int64 -> hidden states [rows, hidden_size] of the tokens `rows` [rows] int64, or all.
 
         `rotary.prepare` makes rotation, and the attention backend's `prepare` makes prepared.
         """

@@ -82,12 +82,19 @@ class Attention:
         return None
 
     def __call__(
-        self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, prepared: Any
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        backend: AttentionBackend,
+        cache: LayerCache,
+        prepared: Any,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] -> [tokens, hidden_size]"""
+        """x [tokens, hidden_size] -> [rows, hidden_size]: those tokens', None: all tokens'."""
         qkv = self.qkv_proj(x)
         rotation_left = self.position(qkv, rotation, backend)
-        return self.o_proj(backend.forward(qkv, cache, prepared, self._window, rotation_left))
+        attended = backend.forward(qkv, cache, prepared, self._window, rotation_left)
+        return self.o_proj(attended if rows is None else attended[rows])
 
 
 class FeedForward(Protocol):
@@ -131,7 +138,7 @@ class GatedMLP:
 
 
 class DecoderLayer:
-    """A norm before attention and one before the MLP; `residual` [tokens, hidden_size] is updated in place."""
+    """A norm before attention and one before the MLP."""
 
     def __init__(self, attention: Attention, mlp: FeedForward, config: DecoderConfig, context: ModelContext) -> None:
         self._ops = context.ops
@@ -156,13 +163,19 @@ class DecoderLayer:
         backend: AttentionBackend,
         cache: LayerCache,
         prepared: Any,
-    ) -> torch.Tensor:
-        """x is the previous layer's output, not yet added to the residual; nor is this layer's, which is returned."""
+        rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of those tokens; None: of all.
+
+        x is the previous layer's output, not yet added to the residual; nor is this layer's. The residual is updated in
+        place.
+        """
         norm = self.input_layernorm
         x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
-        x = self.self_attn(x, rotation, backend, cache, prepared)
+        x = self.self_attn(x, rotation, backend, cache, prepared, rows)
+        residual = residual if rows is None else residual[rows]
         norm = self.post_attention_layernorm
-        return self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+        return residual, self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
 
 
 class DecoderForCausalLM:
@@ -241,13 +254,18 @@ class DecoderForCausalLM:
         shape, dtype = (FEW_ROWS, self._hidden_size), self._context.activation_dtype
         self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
-    def forward(self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         ops, table = self._context.ops, self.embed_tokens
         dtype = self._context.activation_dtype
         residual = table.embed(input_ids, dtype) if self.num_ranks > 1 else ops.look_up(table.weight, input_ids, dtype)
         x = self._zeros[: len(residual)] if len(residual) <= len(self._zeros) else torch.zeros_like(residual)
-        for layer, cache in zip(self.layers, self._caches, strict=True):
-            x = layer(residual, x, rotation, self._attention, cache, prepared)
+        *layers, (last, last_cache) = zip(self.layers, self._caches, strict=True)
+        for layer, cache in layers:
+            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, None)
+        # Behind the last layer's keys and values nobody asks for the other tokens.
+        residual, x = last(residual, x, rotation, self._attention, last_cache, prepared, rows)
         return ops.add(residual, x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

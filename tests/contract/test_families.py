@@ -16,9 +16,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint.weights import open_weights
+from engine.device import Device
 from engine.link.errors import StartError
 from engine.models import MODELS
-from tests.contract.harness import KERNELS, REFERENCES, all_logits, make_runner, oracle_logits, random_ids
+from engine.models.blocks import DecoderForCausalLM, FeedForward
+from tests.contract.harness import (
+    KERNELS,
+    REFERENCES,
+    all_logits,
+    make_runner,
+    make_sequence,
+    oracle_logits,
+    random_ids,
+    run_step,
+)
 from tests.contract.oracles import FAMILIES
 from tests.contract.test_sharded import LAYOUTS, QUANTIZED, distance, logits_of
 from tests.contract.test_step_programs import make_runner as make_repeating_runner
@@ -197,6 +208,41 @@ def check_programs(folder: Path, method: str | None) -> None:
         assert programs.is_off == is_off
     for plain, repeated in zip(*runs, strict=True):
         assert torch.equal(plain, repeated)
+
+
+@pytest.mark.parametrize("device", [KERNELS, REFERENCES], ids=["kernels", "references"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_only_tokens_that_have_logits(
+    family: str, device: Device, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts end in a step and one goes on: the logits are those of a step that computes all tokens."""
+    runner, counts = make_runner(folder_of(family, "float32"), device=device), [30, 9, 10]
+    model = runner._model
+    assert isinstance(model, DecoderForCausalLM)
+    num_rows: list[int] = []
+    for layer in model.layers:
+        monkeypatch.setattr(layer, "mlp", counted(layer.mlp, num_rows))
+
+    def logits() -> torch.Tensor:
+        sizes = [(30, [0, 1]), (9, [2]), (25, [3, 4])]
+        return run_step(runner, [make_sequence(random_ids(size, size), blocks) for size, blocks in sizes], counts)
+
+    needed, rows = logits(), num_rows.copy()
+    assert rows == [sum(counts)] * (model.num_layers - 1) + [2]
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *arguments: forward(*arguments[:-1])[arguments[-1]])
+    torch.testing.assert_close(needed, logits(), atol=1e-5, rtol=1e-5)
+    assert num_rows[len(rows) :] == [sum(counts)] * model.num_layers
+
+
+def counted(mlp: FeedForward, num_rows: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The block, which notes how many rows it computes."""
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        num_rows.append(len(x))
+        return mlp(x)
+
+    return compute
 
 
 @pytest.mark.parametrize("family", FAMILIES)
