@@ -8,6 +8,7 @@ says which adapter is in which slot (`engine.scheduling.adapters`).
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine.models.base import CausalLM
 from engine.scheduling.adapters import NO_SLOT
 from parallel.experts import ExpertMatrices
 from parallel.linear import ParallelMatrices
-from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
+from quant.base import AdapterRows, GatedLowRankKernel, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels import make_low_rank_kernel
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,14 @@ class AdapterSlots:
             self._step_key = slots, query_start_loc
             self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
 
+    def narrow_step(self, rows: list[int]) -> None:
+        """From here on the layers see only these rows of the step that `begin_step` took in. Once is enough."""
+        if self._step.rows is None or self._step_key is None:
+            return
+        slots, query_start_loc = self._step_key
+        self._step_key = None
+        self._set_rows(np.repeat(slots, np.diff(query_start_loc))[rows])
+
     def lacks(self, adapters: Sequence[tuple[int, int]]) -> bool:
         """Whether any slot of a step does not have its adapter yet: the same on every rank."""
         return any(self._in_slot[slot] != number for slot, number in adapters)
@@ -172,6 +181,8 @@ class AdapterSlots:
         for (num_experts, num_inputs, *num_outputs), kernel in kernels.items():
             y, x = (torch.zeros(1, size, dtype=dtype, device=self._device) for size in (sum(num_outputs), num_inputs))
             kernel.add_to(y, x, None if num_experts == 1 else RowGroups(zero, zero, zero, zero))
+            if isinstance(kernel, GatedLowRankKernel) and kernel.num_gates and num_experts == 1:
+                kernel.gated(y, x)
         self._step.rows = None
 
     @torch.inference_mode(False)
@@ -190,10 +201,8 @@ class AdapterSlots:
         both = self._few[:, : len(order)] if len(order) <= FEW_ROWS else np.empty((2, len(order)), np.int64)
         both[0], both[1] = order, slots[order]
         self._step.rows, self._step.slots = self._on_device(torch.from_numpy(both))
-        ends = [*np.flatnonzero(np.diff(both[1])) + 1, len(order)]
-        segments = [
-            (int(both[1][first]), int(first), int(end)) for first, end in zip([0, *ends[:-1]], ends, strict=True)
-        ]
+        bounds = [0, *np.flatnonzero(np.diff(both[1])) + 1, len(order)] if len(order) else []
+        segments = [(int(both[1][first]), int(first), int(end)) for first, end in itertools.pairwise(bounds)]
         self._step.segments = [segment for segment in segments if segment[0] >= 0]
 
     def _on_device(self, both: torch.Tensor) -> torch.Tensor:

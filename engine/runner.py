@@ -184,12 +184,18 @@ class ModelRunner:
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
-        needed = tensors.logits_indices
-        if inputs.scored_indices or inputs.adapters:  # changes of adapters are added to all of a step's rows
-            hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors))
-            return StepResult(self._model.compute_logits(hidden[needed]), self._score(hidden, tensors, inputs))
-        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), needed)
-        return StepResult(self._model.compute_logits(hidden))
+        prepared = self._prepare(inputs, tensors)
+        if inputs.scored_indices:
+            hidden = self._model.forward(tensors.input_ids, *prepared)
+            logits = self._model.compute_logits(hidden[tensors.logits_indices])
+            return StepResult(logits, self._score(hidden, tensors, inputs))
+
+        def select(x: torch.Tensor) -> torch.Tensor:
+            if self.adapters is not None:
+                self.adapters.narrow_step(inputs.logits_indices)
+            return x[tensors.logits_indices]
+
+        return StepResult(self._model.compute_logits(self._model.forward(tensors.input_ids, *prepared, select)))
 
     def _run_decoding(
         self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms

@@ -12,6 +12,7 @@ from parallel.partition import UNITS, SplitError, length, lengths, split_feature
 from parallel.state import ParallelState
 from quant.base import (
     GatedKernel,
+    GatedLowRankKernel,
     KernelChooser,
     LinearMethod,
     LowRankKernel,
@@ -68,6 +69,7 @@ class ParallelMatrices:
         self._matrix_kernels: list[MatrixKernel] = []
         self._gated_kernel: GatedKernel | None = None
         self._adapters: LowRankKernel | None = None
+        self._gated_adapters: GatedLowRankKernel | None = None
 
     def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
         """Set what this rank holds. Raises SplitError for shards that stored tensors can't be cut at."""
@@ -175,8 +177,10 @@ class ParallelMatrices:
 
     def allocate_adapters(self, make: MakeAdapters) -> int:
         """Have memory for adapters, once the weights are there: its bytes."""
-        self._adapters = self.make_adapters(make)
-        return self._adapters.num_bytes
+        self._adapters = kernel = self.make_adapters(make)
+        if self._is_gated and isinstance(kernel, GatedLowRankKernel) and kernel.num_gates:
+            self._gated_adapters = kernel
+        return kernel.num_bytes
 
     def make_adapters(self, make: MakeAdapters, num_matrices: int = 1) -> LowRankKernel:
         """The kernel of adapters of so many layers like this one."""
@@ -198,13 +202,16 @@ class ParallelMatrices:
             for update, outputs in zip(updates, self._outputs, strict=True)
         ]
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
+    def _unchanged(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, this rank's inputs] -> [rows, this rank's outputs], without the changes of adapters."""
         assert self._matrix_kernels, "called before finish"
         if len(self._matrix_kernels) == 1:
-            y = self._matrix_kernels[0](x)
-        else:
-            y = torch.cat([kernel(x) for kernel in self._matrix_kernels], dim=1)
+            return self._matrix_kernels[0](x)
+        return torch.cat([kernel(x) for kernel in self._matrix_kernels], dim=1)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
+        y = self._unchanged(x)
         if self._adapters is not None:
             self._adapters.add_to(y, x)
         return y
@@ -223,6 +230,8 @@ class ColumnParallelLinear(ParallelMatrices):
         `gate` makes that of the product where no kernel does.
         """
         is_changed = self._adapters is not None and not self._adapters.is_idle
+        if is_changed and self._gated_adapters is not None:
+            return self._gated_adapters.gated(self._unchanged(x), x)
         if self._gated_kernel is None or is_changed:
             return gate(self._product(x))
         return self._gated_kernel.gated(x)

@@ -193,6 +193,20 @@ class LowRankKernel(Protocol):
         """
 
 
+@runtime_checkable
+class GatedLowRankKernel(LowRankKernel, Protocol):
+    """One that can multiply with gates itself, where the first of two matrices has gates of the second."""
+
+    num_gates: int
+    """Number of outputs that are gates; 0: they can't be, or do not fill whole tiles."""
+
+    def gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half, [rows, num_gates], of what `add_to` makes of y: the same bits.
+
+        Some row of the running step has an adapter.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowGroups:
     """Rows in the order of their matrices."""

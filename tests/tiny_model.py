@@ -208,7 +208,8 @@ def write_tiny_gptq(folder: Path, *, group_size: int = 32, **changes: Any) -> No
     write_tiny_qwen2(folder, dtype=torch.float16, quantization_config=config, **changes)
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
-        groups = weights.pop(name).float().T.unflatten(0, (-1, group_size))  # [groups, group_size, n]
+        weight = weights.pop(name).float().T
+        groups = weight.reshape(-1, group_size, weight.shape[1])
         scales = (groups.abs().amax(dim=1) / 7).to(torch.float16)
         q = (groups / scales.float()[:, None]).round().clamp(-8, 7) + 8
         module = name.removesuffix(".weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,10 @@ CheckpointLayers = dict[str, tuple[Loadable, int]]
 """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes its tensors, and which part of it."""
 
 
+Select = Callable[[torch.Tensor], torch.Tensor]
+"""Takes the rows [rows, size] of what all tokens have [num_tokens, size] whose hidden states are needed."""
+
+
 class CausalLM(Protocol):
     """A decoder that predicts the next token."""
 
@@ -104,9 +108,9 @@ class CausalLM(Protocol):
         """Set what `forward` attends with; one cache per layer."""
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, rows: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: Select | None = None
     ) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [rows, hidden_size] of the tokens `rows` [rows] int64, or all.
+        """input_ids [num_tokens] int64 -> hidden states [rows, hidden_size], of all tokens or of those `select` takes.
 
         `rotary.prepare` makes rotation, and the attention backend's `prepare` makes prepared.
         """

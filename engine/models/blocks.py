@@ -16,7 +16,7 @@ from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
-from engine.models.base import CheckpointLayers, ModelContext
+from engine.models.base import CheckpointLayers, ModelContext, Select
 from engine.models.config import DecoderConfig
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
@@ -81,20 +81,13 @@ class Attention:
         self._ops.rotate(qkv, rotation, self._num_rotated_heads)
         return None
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        backend: AttentionBackend,
-        cache: LayerCache,
-        prepared: Any,
-        rows: torch.Tensor | None,
+    def attend(
+        self, x: torch.Tensor, rotation: Rotation, backend: AttentionBackend, cache: LayerCache, prepared: Any
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] -> [rows, hidden_size]: those tokens', None: all tokens'."""
+        """x [tokens, hidden_size] -> what `o_proj` takes, [tokens, heads * head_dim]"""
         qkv = self.qkv_proj(x)
         rotation_left = self.position(qkv, rotation, backend)
-        attended = backend.forward(qkv, cache, prepared, self._window, rotation_left)
-        return self.o_proj(attended if rows is None else attended[rows])
+        return backend.forward(qkv, cache, prepared, self._window, rotation_left)
 
 
 class FeedForward(Protocol):
@@ -163,18 +156,21 @@ class DecoderLayer:
         backend: AttentionBackend,
         cache: LayerCache,
         prepared: Any,
-        rows: torch.Tensor | None,
+        select: Select | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of those tokens; None: of all.
+        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the tokens that `select` takes, or of all.
 
         x is the previous layer's output, not yet added to the residual; nor is this layer's. The residual is updated in
         place.
         """
         norm = self.input_layernorm
         x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
-        x = self.self_attn(x, rotation, backend, cache, prepared, rows)
-        residual = residual if rows is None else residual[rows]
-        norm = self.post_attention_layernorm
+        attended = self.self_attn.attend(x, rotation, backend, cache, prepared)
+        if select is not None:
+            attended, residual = select(attended), select(residual)
+            if not len(residual):
+                return residual, residual
+        x, norm = self.self_attn.o_proj(attended), self.post_attention_layernorm
         return residual, self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
 
 
@@ -255,7 +251,7 @@ class DecoderForCausalLM:
         self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, rows: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: Select | None = None
     ) -> torch.Tensor:
         ops, table = self._context.ops, self.embed_tokens
         dtype = self._context.activation_dtype
@@ -265,7 +261,7 @@ class DecoderForCausalLM:
         for layer, cache in layers:
             residual, x = layer(residual, x, rotation, self._attention, cache, prepared, None)
         # Behind the last layer's keys and values nobody asks for the other tokens.
-        residual, x = last(residual, x, rotation, self._attention, last_cache, prepared, rows)
+        residual, x = last(residual, x, rotation, self._attention, last_cache, prepared, select)
         return ops.add(residual, x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -137,10 +137,11 @@ def make_tile(rows: int, outputs: int, ahead: int, loading: Loading = FLOATS, *,
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             x_data, w_data, bias_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 2, 5, 7))
             x0, w0, k_size, n, o0, n_size = (args[i] for i in (1, 3, 4, 6, 8, 9))
-            x_place, w_place = (x_data, signature.args[0].dtype, x0), (w_data, signature.args[2].dtype, w0)
-            body = _Tile(b, loading, x_place, w_place, rows, outputs, k_size)
+            x_rows = x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows)
+            w_rows = w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs)
+            body = Tile(b, loading, x_rows, w_rows, k_size)
             body.add(body.number(0), k_size, ahead, lines)
-            body.write(bias_data, n, out_data, o0, n_size)
+            body.write(bias_data, n, out_data, spaced(b, o0, n_size, rows))
             return context.get_dummy_value()
 
         at = types.intp
@@ -162,14 +163,15 @@ def make_part_tile(rows: int, outputs: int, loading: Loading = FLOATS) -> Any:
                 array_data(context, b, signature, args, i) for i in (0, 2, 7, 9, 11)
             )
             x0, w0, k_size, first_k, last_k, s0, n, o0, n_size = (args[i] for i in (1, 3, 4, 5, 6, 8, 10, 12, 13))
-            x_place, w_place = (x_data, signature.args[0].dtype, x0), (w_data, signature.args[2].dtype, w0)
-            body = _Tile(b, loading, x_place, w_place, rows, outputs, k_size)
+            x_rows = x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows)
+            w_rows = w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs)
+            body = Tile(b, loading, x_rows, w_rows, k_size)
             kept = b.gep(sums_data, [s0])
             body.take(kept, b.icmp_signed("==", first_k, body.number(0)))
             body.add(first_k, last_k)
             with b.if_else(b.icmp_signed("==", last_k, k_size)) as (is_last, is_earlier):
                 with is_last:
-                    body.write(bias_data, n, out_data, o0, n_size)
+                    body.write(bias_data, n, out_data, spaced(b, o0, n_size, rows))
                 with is_earlier:
                     body.keep(kept)
             return context.get_dummy_value()
@@ -180,21 +182,24 @@ def make_part_tile(rows: int, outputs: int, loading: Loading = FLOATS) -> Any:
     return tile
 
 
-class _Tile:
-    """The code of a tile: an accumulator for each pair of `rows` rows of x and `outputs` rows of w."""
+def spaced(b: Any, first: Any, stride: Any, count: int) -> list[Any]:
+    """The offsets of `count` rows, so far from each other."""
+    return [b.add(first, b.mul(stride, ir.Constant(stride.type, i))) for i in range(count)]
 
-    def __init__(self, b: Any, loading: Loading, x: Any, w: Any, rows: int, outputs: int, k_size: Any) -> None:
-        """x and w are typed pointers with the dtype and the offset of the first row."""
+
+class Tile:
+    """The code of a tile: an accumulator for each pair of a row of x and a row of w."""
+
+    def __init__(
+        self, b: Any, loading: Loading, x: tuple[Any, Any, list[Any]], w: tuple[Any, Any, list[Any]], k_size: Any
+    ) -> None:
+        """x and w are typed pointers with the dtype and the offset of each row."""
         self._b, self._loading, self._x, self._w, self._k_size = b, loading, x, w, k_size
-        self._x_rows, self._w_rows = self._starts(x[2], k_size, rows), self._starts(w[2], k_size, outputs)
         self._zero = ir.Constant(ir.VectorType(F32, WIDTH), [0.0] * WIDTH)
-        self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in range(outputs)] for _ in range(rows)]
+        self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in w[2]] for _ in x[2]]
 
     def number(self, value: int) -> ir.Constant:
         return ir.Constant(self._k_size.type, value)
-
-    def _starts(self, first: Any, stride: Any, count: int) -> list[Any]:
-        return [self._b.add(first, self._b.mul(stride, self.number(i))) for i in range(count)]
 
     def add(self, first_k: Any, last_k: Any, ahead: int = 0, lines: int = 0) -> None:
         """Add the products of the inputs from `first_k` to `last_k`."""
@@ -216,7 +221,7 @@ class _Tile:
 
     def _ask_for(self, distance: Any, line: int) -> None:
         """Ask for a cache line of weights so many numbers from the first, and `line` lines from there."""
-        data, dtype, first = self._w
+        data, dtype, (first, *_) = self._w
         further = self.number(line * LINE_BYTES * 8 // dtype.bitwidth)
         prefetch_at(self._b, data, self._b.add(self._b.add(first, distance), further))
 
@@ -224,8 +229,8 @@ class _Tile:
         b, loading = self._b, self._loading
         for part in range(NUM_PARTS if count == STEP_INPUTS else 1):
             step = Step(count, part, is_last)
-            weights = [loading.load(b, *self._w[:2], b.add(start, k), step) for start in self._w_rows]
-            for start, row_sums in zip(self._x_rows, self._sums, strict=True):
+            weights = [loading.load(b, *self._w[:2], b.add(start, k), step) for start in self._w[2]]
+            for start, row_sums in zip(self._x[2], self._sums, strict=True):
                 a = loading.load(b, *self._x[:2], b.add(start, k), step)
                 for weight, place in zip(weights, row_sums, strict=True):
                     b.store(vector_call(b, "fma", a, weight, b.load(place)), place)
@@ -247,10 +252,10 @@ class _Tile:
         for place, kept in self._kept(data):
             self._b.store(self._b.load(place), kept).align = 4
 
-    def write(self, bias: Any, n: Any, out: Any, o0: Any, n_size: Any) -> None:
-        """Fold the sums, add the biases from `n` on, write them to `out` from o0 on."""
+    def write(self, bias: Any, n: Any, out: Any, starts: list[Any]) -> None:
+        """Fold the sums, add the biases from `n` on, write those of each row of x to `out` from its start on."""
         b = self._b
-        for o, row_sums in zip(self._starts(o0, n_size, len(self._sums)), self._sums, strict=True):
+        for o, row_sums in zip(starts, self._sums, strict=True):
             for i, place in enumerate(row_sums):
                 added = b.load(b.gep(bias, [b.add(n, self.number(i))]))
                 total = b.fadd(fold_sum(b, b.load(place)), added)

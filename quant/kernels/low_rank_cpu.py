@@ -12,28 +12,31 @@ calls can be made again (`program_cpu`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from quant.base import AdapterRows, LowRankShape, LowRankUpdate, RowGroups
-from quant.kernels.arrays import FAST, call, flat_view, new_output
-from quant.kernels.dense_ops import make_tile
-from quant.kernels.simd import HAS_AVX512, LANES, add, fma, load16, load_one, splat16, store, zeros16
+from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
+from quant.kernels.low_rank_ops import QUAD, TILE, make_expand_tile, make_gated_tile, make_shrink_tile
+from quant.kernels.simd import HAS_AVX512, LANES
 
-QUAD = 4
-"""Ranks of an item of `shrink`. An adapter's rank is filled up with zeros to a multiple of it."""
-TILE = 16
-"""Outputs whose numbers lie together in B: rank after rank."""
 ITEM_TILES = 16
-"""Tiles of an item of `expand`."""
+"""Tiles of B of an item."""
 MAX_BLOCK_ROWS = 64
-"""Rows of an item."""
+"""Rows of an item of `expand`, which stay in the caches for one tile after the other."""
+SHRUNK_ROWS = 16
+"""Rows of an item of `shrink`. Some of them at a time stay in the caches, and A, of half the bytes, goes by."""
+MIN_PARALLEL = 40_000
+"""Products of which one thread makes fewer before others have begun: their numbers are 80 KB."""
+FEW = 4 if HAS_AVX512 else 2
+"""Rows of a tile, of which there is one row alone as well: the registers have place for no more."""
 
-_one_row = make_tile(1, QUAD, ahead=0)
-_GROUP = 4 if HAS_AVX512 else 2
-_group_of_rows = make_tile(_GROUP, QUAD, ahead=0)
+_shrink_one, _shrink_few = make_shrink_tile(1), make_shrink_tile(FEW)
+_expand_one, _expand_few = make_expand_tile(1), make_expand_tile(FEW)
+_gated_one, _gated_few = make_gated_tile(1), make_gated_tile(FEW)
 
 
 @njit(inline="always")
@@ -46,81 +49,102 @@ def _segment_end(slots, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _add_tile(out, o0, total, count, rest, rest0):  # type: ignore[no-untyped-def]
-    """out[o0 + n] += total[n] for the first `count` lanes; `rest` has place for a tile that is not full."""
-    if count == TILE:
-        store(out, o0, add(load16(out, o0), total))
+def _item_size(num_tiles, num_blocks, size, num_threads):  # type: ignore[no-untyped-def]
+    """Tiles of an item. A single block of rows has an item for each thread: it reads an adapter's numbers in a row."""
+    return size if num_blocks > 1 else (num_tiles + num_threads - 1) // num_threads
+
+
+@njit(inline="always")
+def _shrink_item(item, num_items, item_quads, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes):  # type: ignore[no-untyped-def]
+    width, num_parts, k_size = sizes
+    place, first = item // num_items * SHRUNK_ROWS, item % num_items * item_quads
+    last = min(rows.size, place + SHRUNK_ROWS)
+    while place < last:
+        slot, end = slots[place], min(_segment_end(slots, place, last), place + FEW)
+        rank = ranks[slot] if slot >= 0 else 0
+        for quad in range(first, min(first + item_quads, rank * num_parts // QUAD)):
+            column = quad * QUAD
+            a0, scaling = slot * slot_size + column * k_size, scalings[slot * num_parts + column // rank]
+            if end - place > 1:
+                _shrink_few(x, rows, place, end, numbers, a0, k_size, zeros, scaling, out, width, column)
+            else:
+                _shrink_one(x, rows, place, end, numbers, a0, k_size, zeros, scaling, out, width, column)
+        place = end
+
+
+@njit(parallel=True, **FAST)
+def shrink(x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes, num_threads):  # type: ignore[no-untyped-def]
+    """out[row, rank of all parts] = scaling * A x; `sizes`: width, number of parts, inputs."""
+    num_quads = sizes[0] // QUAD
+    num_blocks = (rows.size + SHRUNK_ROWS - 1) // SHRUNK_ROWS
+    size = _item_size(num_quads, num_blocks, num_quads, num_threads)
+    count = (num_quads + size - 1) // size
+    if rows.size * sizes[0] * sizes[2] < MIN_PARALLEL:
+        for item in range(num_blocks * count):
+            _shrink_item(item, count, size, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes)
     else:
-        store(rest, rest0, total)
-        for n in range(count):
-            out[o0 + n] += rest[rest0 + n]
+        for item in prange(num_blocks * count):
+            _shrink_item(item, count, size, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes)
+
+
+@njit(inline="always")
+def _expand_item(item, num_items, item_tiles, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes):  # type: ignore[no-untyped-def]
+    width, n_size = sizes
+    place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
+    last = min(rows.size, place + MAX_BLOCK_ROWS)
+    while place < last:
+        slot, end = slots[place], _segment_end(slots, place, last)
+        rank = ranks[slot] if slot >= 0 else 0
+        for tile in range(chunk, min(tiles.shape[0], chunk + item_tiles) if rank > 0 else chunk):
+            first, size, column = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] * rank
+            b0, at = slot * slot_size + b_start + tile * rank * TILE, place
+            while end - at > 1:
+                _expand_few(t, rows, at, end, width, column, rank, numbers, b0, out, n_size, first, size)
+                at = min(end, at + FEW)
+            if at < end:
+                _expand_one(t, rows, at, end, width, column, rank, numbers, b0, out, n_size, first, size)
+        place = end
 
 
 @njit(parallel=True, **FAST)
-def shrink(x, a, slot_size, scalings, ranks, rows, slots, zeros, out, width, num_parts, k_size):  # type: ignore[no-untyped-def]
-    """out[row, rank of all parts] = scaling * A x."""
-    num_quads = width // QUAD
+def expand(t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes, num_threads):  # type: ignore[no-untyped-def]
+    """out[row, n] += B t; `tiles` has the first output, the number of outputs and the part of each tile.
+
+    `sizes`: those of a row of t and of out.
+    """
     num_blocks = (rows.size + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
-    for item in prange(num_blocks * num_quads):
-        place, column = item // num_quads * MAX_BLOCK_ROWS, item % num_quads * QUAD
+    size = _item_size(tiles.shape[0], num_blocks, ITEM_TILES, num_threads)
+    count = (tiles.shape[0] + size - 1) // size
+    if rows.size * sizes[0] * sizes[1] < MIN_PARALLEL:
+        for item in range(num_blocks * count):
+            _expand_item(item, count, size, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes)
+    else:
+        for item in prange(num_blocks * count):
+            _expand_item(item, count, size, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes)
+
+
+@njit(parallel=True, **FAST)
+def expand_gated(t, numbers, slot_size, b_start, ranks, rows, slots, y, out, sizes, num_threads):  # type: ignore[no-untyped-def]
+    """out[row, n] = silu(gate) * other, where y[row] + B t has gates before as many others; `sizes` as in `expand`."""
+    width, n_size = sizes
+    num_tiles = n_size // TILE
+    num_blocks = (rows.size + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
+    item_tiles = _item_size(num_tiles, num_blocks, ITEM_TILES, num_threads)
+    num_items = (num_tiles + item_tiles - 1) // item_tiles
+    for item in prange(num_blocks * num_items):
+        place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
         last = min(rows.size, place + MAX_BLOCK_ROWS)
         while place < last:
             slot, end = slots[place], _segment_end(slots, place, last)
             rank = ranks[slot] if slot >= 0 else 0
-            if column < rank * num_parts:
-                w0 = slot * slot_size + column * k_size
-                scaling = scalings[slot * num_parts + column // rank]
-                while place < end:
-                    row, count = rows[place], 1
-                    if place + _GROUP <= end and rows[place + _GROUP - 1] == row + _GROUP - 1:
-                        count = _GROUP
-                        _group_of_rows(x, row * k_size, a, w0, k_size, zeros, 0, out, row * width + column, width)
-                    else:
-                        _one_row(x, row * k_size, a, w0, k_size, zeros, 0, out, row * width + column, width)
-                    for r in range(row, row + count):
-                        for c in range(r * width + column, r * width + column + QUAD):
-                            out[c] *= scaling
-                    place += count
-            place = end
-
-
-@njit(parallel=True, **FAST)
-def expand(t, b, slot_size, tiles, ranks, rows, slots, rest, out, width, num_parts, n_size):  # type: ignore[no-untyped-def]
-    """out[row, n] += B t; `tiles` has the first output, the number of outputs and the part of each tile."""
-    num_tiles = tiles.shape[0]
-    num_chunks = (num_tiles + ITEM_TILES - 1) // ITEM_TILES
-    num_blocks = (rows.size + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
-    for item in prange(num_blocks * num_chunks):
-        place, chunk = item // num_chunks * MAX_BLOCK_ROWS, item % num_chunks * ITEM_TILES
-        last = min(rows.size, place + MAX_BLOCK_ROWS)
-        while place < last:
-            slot, end = slots[place], _segment_end(slots, place, last)
-            rank = ranks[slot] if slot >= 0 else 0
-            if rank > 0:
-                for tile in range(chunk, min(num_tiles, chunk + ITEM_TILES)):
-                    first, count, part = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
-                    b0, i = slot * slot_size + tile * rank * TILE, place
-                    while i + 4 <= end:  # widening B takes longer than multiplying by it
-                        a0, a1, a2, a3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
-                        s0, s1, s2, s3 = zeros16(), zeros16(), zeros16(), zeros16()
-                        for r in range(rank):
-                            weight, t0 = load16(b, b0 + r * TILE), part * rank + r
-                            s0 = fma(splat16(load_one(t, a0 * width + t0)), weight, s0)
-                            s1 = fma(splat16(load_one(t, a1 * width + t0)), weight, s1)
-                            s2 = fma(splat16(load_one(t, a2 * width + t0)), weight, s2)
-                            s3 = fma(splat16(load_one(t, a3 * width + t0)), weight, s3)
-                        _add_tile(out, a0 * n_size + first, s0, count, rest, (a0 * num_parts + part) * TILE)
-                        _add_tile(out, a1 * n_size + first, s1, count, rest, (a1 * num_parts + part) * TILE)
-                        _add_tile(out, a2 * n_size + first, s2, count, rest, (a2 * num_parts + part) * TILE)
-                        _add_tile(out, a3 * n_size + first, s3, count, rest, (a3 * num_parts + part) * TILE)
-                        i += 4
-                    while i < end:
-                        a0, s0 = rows[i], zeros16()
-                        for r in range(rank):
-                            t0 = a0 * width + part * rank + r
-                            s0 = fma(splat16(load_one(t, t0)), load16(b, b0 + r * TILE), s0)
-                        _add_tile(out, a0 * n_size + first, s0, count, rest, (a0 * num_parts + part) * TILE)
-                        i += 1
+            apart = rank * n_size
+            for tile in range(chunk, min(num_tiles, chunk + item_tiles)):
+                first, b0, at = tile * TILE, slot * slot_size + b_start + tile * rank * TILE, place
+                while end - at > 1:
+                    _gated_few(t, rows, at, end, width, rank, numbers, b0, apart, y, out, n_size, first)
+                    at = min(end, at + FEW)
+                if at < end:
+                    _gated_one(t, rows, at, end, width, rank, numbers, b0, apart, y, out, n_size, first)
             place = end
 
 
@@ -151,14 +175,19 @@ class LowRankCpu:
         self._width = self._num_parts * max_rank
         self._tiles = np.array(_tiles(shape.num_outputs), np.int64)
         self._n_size = sum(shape.num_outputs)
-        # Nothing is written to the memory of slots that were never used, so it is not taken.
-        self._a = torch.zeros(shape.num_places, self._width * shape.num_inputs, dtype=shape.dtype)
-        self._b = torch.zeros(shape.num_places, len(self._tiles) * max_rank * TILE, dtype=shape.dtype)
-        self._flat_a, self._flat_b = flat_view(self._a), flat_view(self._b)
+        size = shape.num_outputs[0]
+        self.num_gates = size if list(shape.num_outputs) == [size, size] and size % TILE == 0 else 0
+        self._b_start = self._width * shape.num_inputs
+        self._slot_size = self._b_start + len(self._tiles) * max_rank * TILE
+        # A slot's A, then its B. Nobody writes to those that were never used: most of their memory is not taken.
+        memory = new_weight(shape.num_places * self._slot_size * shape.dtype.itemsize)
+        self._numbers = torch.from_numpy(memory).view(shape.dtype).view(shape.num_places, -1)
+        self._flat_numbers = flat_view(self._numbers)
         self._ranks = np.zeros(shape.num_places, np.int64)
         self._scalings = np.zeros(shape.num_places * self._num_parts, np.float32)
         self._zeros = np.zeros(QUAD, np.float32)
-        self.num_bytes = self._a.nbytes + self._b.nbytes
+        self._num_threads = get_num_threads()
+        self.num_bytes = memory.nbytes
 
     @property
     def is_idle(self) -> bool:
@@ -169,8 +198,9 @@ class LowRankCpu:
         self._ranks[place] = rank = _filled(max(ranks), QUAD)
         if not rank:
             return
-        a = self._a[place, : self._num_parts * rank * self._shape.num_inputs].view(self._num_parts, rank, -1)
-        b = self._b[place, : len(self._tiles) * rank * TILE].view(-1, rank, TILE)
+        a, b = self._numbers[place].split([self._b_start, self._slot_size - self._b_start])
+        a = a[: self._num_parts * rank * self._shape.num_inputs].view(self._num_parts, rank, -1)
+        b = b[: len(self._tiles) * rank * TILE].view(-1, rank, TILE)
         a.zero_()
         b.zero_()
         first = 0
@@ -192,20 +222,33 @@ class LowRankCpu:
         call(_find_places, rows.numpy(), slots.numpy(), sources, matrices, self._shape.num_matrices, *found)
         return own_rows, places
 
+    def _shrink(self, x: torch.Tensor, places: tuple[Any, ...]) -> Any:
+        """A x, times the scaling, of all parts: a flat array [rows * width]."""
+        assert len(places[1]) == len(x), "a layer that sees other rows than the step's can't have adapters"
+        _, t = new_output(len(x), self._width)
+        numbers, sizes = (self._flat_numbers, self._slot_size), (self._width, self._num_parts, self._shape.num_inputs)
+        call(shrink, flat_view(x), *numbers, self._scalings, *places, self._zeros, t, sizes, self._num_threads)
+        return t
+
     def add_to(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups | None = None) -> None:
         rows, slots = self._step.rows, self._step.slots
         if rows is None or slots is None:
             return
         if groups is not None:
             rows, slots = self._places(rows, slots, groups)
-        assert len(rows) == len(x), "a layer that sees other rows than the step's can't have adapters"
-        _, t = new_output(len(x), self._width)
-        _, rest = new_output(len(x), self._num_parts * TILE)  # outputs of each part that fill no tile
         places = self._ranks, rows.numpy(), slots.numpy()
-        a_size, b_size = self._a.shape[1], self._b.shape[1]
-        sizes, k_size = (self._width, self._num_parts), self._shape.num_inputs
-        call(shrink, flat_view(x), self._flat_a, a_size, self._scalings, *places, self._zeros, t, *sizes, k_size)
-        call(expand, t, self._flat_b, b_size, self._tiles, *places, rest, flat_view(y), *sizes, self._n_size)
+        t, numbers = self._shrink(x, places), (self._flat_numbers, self._slot_size, self._b_start)
+        sizes = self._width, self._n_size
+        call(expand, t, *numbers, self._tiles, *places, flat_view(y), sizes, self._num_threads)
+
+    def gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert self._step.rows is not None and self._step.slots is not None, "nothing to add"
+        places = self._ranks, self._step.rows.numpy(), self._step.slots.numpy()
+        t, numbers = self._shrink(x, places), (self._flat_numbers, self._slot_size, self._b_start)
+        result, out = new_output(len(x), self.num_gates)
+        sizes = self._width, self.num_gates
+        call(expand_gated, t, *numbers, *places, flat_view(y), out, sizes, self._num_threads)
+        return result
 
 
 def _integers(count: int) -> torch.Tensor:

@@ -230,7 +230,7 @@ def test_the_last_layer_computes_only_tokens_that_have_logits(
     needed, rows = logits(), num_rows.copy()
     assert rows == [sum(counts)] * (model.num_layers - 1) + [2]
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *arguments: forward(*arguments[:-1])[arguments[-1]])
+    monkeypatch.setattr(model, "forward", lambda *arguments: arguments[-1](forward(*arguments[:-1])))
     torch.testing.assert_close(needed, logits(), atol=1e-5, rtol=1e-5)
     assert num_rows[len(rows) :] == [sum(counts)] * model.num_layers
 

@@ -29,6 +29,7 @@ from engine.build import build_model, choose_quantization, make_adapter_slots
 from engine.checkpoint.adapter import AdapterWeights
 from engine.checkpoint.files import read_model_config
 from engine.core import UNLOADED_ERROR, EngineCore
+from engine.layers.cpu import CpuOps
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint
@@ -171,9 +172,19 @@ def test_a_step_without_adapters_makes_the_calls_of_a_server_without_them(
         run_requests(core, [request_of("r", random_ids(20), adapter=adapter)])
         names.append(called[-1])
     assert names[0] == names[1]
-    changed = 2 * 4  # layers, and places in each where matrices have a common input
-    assert [names[2].count(name) for name in ("shrink", "expand")] == [changed, changed]
-    assert [name for name in names[2] if name not in ("shrink", "expand")] == names[0]
+    changes = {"shrink": 8, "expand": 6, "expand_gated": 2}  # in two layers, of four products each
+    assert {name: names[2].count(name) for name in changes} == changes
+    assert [name for name in names[2] if name not in changes] == [name for name in names[0] if "_silu" not in name]
+
+
+@pytest.mark.usefixtures("device")
+def test_the_last_layer_has_the_changes_of_the_rows_that_it_computes(folders: dict[str, Path]) -> None:
+    """Prompts of two adapters and of the base end in one step, and then another one of as many rows follows."""
+    core = start(folders, ["all", "down"], is_prefix_caching=False)
+    for seed in (1, 2):
+        items = [(a, random_ids(size, size + seed)) for a, size in [("down", 9), (None, 30), ("all", 17), ("down", 3)]]
+        requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(items)]
+        assert run_requests(core, requests).token_ids == [expected_ids(folders, *item) for item in items]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -255,6 +266,24 @@ async def test_a_disk_on_which_an_adapter_takes_long_is_not_taken_for_a_hang(
             await serving
         await watching
         theirs.close()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 79])
+def test_gates_with_changes_are_those_of_two_kernels(num_rows: int) -> None:
+    """Every bit, of rows with an adapter and without; the order of the rows and what is beside them does not matter."""
+    step, size = AdapterRows(), 48
+    kernel = LowRankCpu(LowRankShape(64, [size, size], 2, 16, torch.bfloat16, torch.device("cpu")), step)
+    assert kernel.num_gates == size
+    torch.manual_seed(num_rows)
+    kernel.put(0, [LowRankUpdate(torch.randn(12, 64), torch.randn(size, 12), 0.5), None])
+    kernel.put(1, [LowRankUpdate(torch.randn(5, 64), torch.randn(size, 5), 2.0) for _ in range(2)])
+    slots = torch.randint(-1, 2, (num_rows,))
+    step.rows, step.slots = slots.argsort(stable=True), slots.sort(stable=True).values
+    x, y = torch.randn(num_rows, 64), torch.randn(num_rows, 2 * size)
+    changed = y.clone()
+    kernel.add_to(changed, x)
+    assert torch.equal(kernel.gated(y, x), CpuOps().silu_and_mul(changed))
+    assert LowRankCpu(LowRankShape(64, [40, 40], 1, 16, torch.bfloat16, torch.device("cpu")), step).num_gates == 0
 
 
 @pytest.mark.usefixtures("kernels")

@@ -138,7 +138,7 @@ def layer_of(num_gates: int, *, is_exact: bool) -> ColumnParallelLinear:
 
 
 def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
-    """A kernel in float32 has no gates, and an adapter changes the product before they are taken."""
+    """A kernel in float32 has no gates. An adapter changes the product before they are taken, by another kernel."""
     calls = []
 
     def gate(product: torch.Tensor) -> torch.Tensor:
@@ -165,5 +165,8 @@ def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
     layer.put_adapter(0, [LowRankUpdate(torch.ones(8, 384), torch.ones(GATES, 8), 1.0), None])
     step.rows, step.slots = torch.arange(3), torch.tensor([-1, 0, -1])
     step.segments = [(0, 1, 2)]
+    calls.clear()
     changed = layer.gated(x, gate)
+    assert not calls, "the kernel of adapters takes the gates"
+    assert torch.equal(changed, CpuOps().silu_and_mul(layer(x)))
     assert (changed == alone).all(dim=1).tolist() == [True, False, True], "rows without an adapter keep their bits"

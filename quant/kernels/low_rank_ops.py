@@ -1,0 +1,180 @@
+"""Register tiles of adapters' changes: rows that have the same adapter, wherever they are, times a part of A or of B.
+
+Rows are given as a list of their numbers. A tile takes those from `place` of it on, before `last`. Where these are too
+few, it computes the last one again, and does not write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from quant.kernels.dense_ops import FLOATS, Tile, spaced
+from quant.kernels.gates_ops import gated_of
+from quant.kernels.simd import F32, I32, array_data, lanes_at, spread, vector_call
+
+QUAD = 4
+"""Ranks of a tile of A. An adapter's rank is filled up with zeros to a multiple of it."""
+TILE = 16
+"""Outputs of a tile of B. Their numbers lie together, rank after rank."""
+FLOATS16 = ir.VectorType(F32, TILE)
+
+
+class _Rows:
+    """The rows of a tile."""
+
+    def __init__(self, b: Any, rows: Any, place: Any, last: Any, count: int) -> None:
+        """`rows` is the pointer to the list."""
+        self._b, self._last = b, last
+        self._places = spaced(b, place, ir.Constant(place.type, 1), count)
+        end = b.sub(last, ir.Constant(last.type, 1))
+        places = [b.select(b.icmp_signed("<", at, last), at, end) for at in self._places]
+        self._numbers = [b.load(b.gep(rows, [at])) for at in places]
+
+    def starts(self, width: Any, column: Any) -> list[Any]:
+        """The offset of a column of each row, in a matrix of such a width."""
+        return [self._b.add(self._b.mul(number, width), column) for number in self._numbers]
+
+    def if_written(self, index: int) -> Any:
+        """A block for one of the rows, if it is no other one computed again."""
+        return self._b.if_then(self._b.icmp_signed("<", self._places[index], self._last), likely=True)
+
+
+def make_shrink_tile(count: int) -> Any:
+    """`count` rows times `QUAD` rows of A, as a Numba intrinsic.
+
+    x [*, k_size]; A's first row is a[a0 ..]. The products, times `scaling`, go to out [*, width], from `column` on.
+    """
+
+    @intrinsic
+    def tile(typing_context, x, rows, place, last, a, a0, k_size, zeros, scaling, out, width, column):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x_data, list_data, a_data, zeros_data, out_data = (
+                array_data(context, b, signature, args, i) for i in (0, 1, 4, 7, 9)
+            )
+            place, last, a0, k_size, scaling, width, column = (args[i] for i in (2, 3, 5, 6, 8, 10, 11))
+            none, one = (ir.Constant(k_size.type, number) for number in (0, 1))
+            some = _Rows(b, list_data, place, last, count)
+            x_rows = x_data, signature.args[0].dtype, some.starts(k_size, none)
+            body = Tile(b, FLOATS, x_rows, (a_data, signature.args[4].dtype, spaced(b, a0, k_size, QUAD)), k_size)
+            body.add(none, k_size, QUAD, 2)
+            starts = some.starts(width, column)
+            body.write(zeros_data, none, out_data, starts)
+            for index, start in enumerate(starts):
+                with some.if_written(index):
+                    for at in spaced(b, start, one, QUAD):
+                        target = b.gep(out_data, [at])
+                        b.store(b.fmul(b.load(target), scaling), target)
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.none(x, rows, at, at, a, at, at, zeros, types.float32, out, at, at), codegen
+
+    return tile
+
+
+def make_expand_tile(count: int) -> Any:
+    """Add to `count` rows of out [*, n_size] what a tile of B makes of those of t [*, width], as a Numba intrinsic.
+
+    `rank` numbers of t are read from `column` on. The tile is b[b0 ..], and has `size` outputs, from `first` on.
+    """
+
+    @intrinsic
+    def tile(typing_context, t, rows, place, last, width, column, rank, b, b0, out, n_size, first, size):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            t_data, list_data, b_data, out_data = (
+                array_data(context, builder, signature, args, i) for i in (0, 1, 7, 9)
+            )
+            place, last, width, column, rank, b0, n_size, first, size = (
+                args[i] for i in (2, 3, 4, 5, 6, 8, 10, 11, 12)
+            )
+            some = _Rows(builder, list_data, place, last, count)
+            tile = b_data, signature.args[7].dtype, b0, some.starts(width, column)
+            totals = _expand(builder, t_data, [tile], rank)
+            for index, ((total,), start) in enumerate(zip(totals, some.starts(n_size, first), strict=True)):
+                with some.if_written(index):
+                    _add_lanes(builder, builder.gep(out_data, [start]), total, size)
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.none(t, rows, at, at, at, at, at, b, at, out, at, at, at), codegen
+
+    return tile
+
+
+def make_gated_tile(count: int) -> Any:
+    """As `make_expand_tile`, of a tile of gates and one of what they gate, as a Numba intrinsic.
+
+    y [*, 2 * n_size] + B t is the product that has gates from `first` on; out [*, n_size] gets silu(gates) * others.
+    The numbers of t and of B that belong to the others lie `rank` and `apart` behind.
+    """
+
+    @intrinsic
+    def tile(typing_context, t, rows, place, last, width, rank, b, b0, apart, y, out, n_size, first):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            t_data, list_data, b_data, y_data, out_data = (
+                array_data(context, builder, signature, args, i) for i in (0, 1, 6, 9, 10)
+            )
+            place, last, width, rank, b0, apart, n_size, first = (args[i] for i in (2, 3, 4, 5, 7, 8, 11, 12))
+            some, dtype = _Rows(builder, list_data, place, last, count), signature.args[6].dtype
+            columns = ir.Constant(rank.type, 0), rank
+            starts = b0, builder.add(b0, apart)
+            tiles = [
+                (b_data, dtype, at, some.starts(width, column)) for at, column in zip(starts, columns, strict=True)
+            ]
+            totals = _expand(builder, t_data, tiles, rank)
+            y_size = builder.add(n_size, n_size)
+            gates, others = some.starts(y_size, first), some.starts(y_size, builder.add(n_size, first))
+            for index, (total, *places) in enumerate(
+                zip(totals, gates, others, some.starts(n_size, first), strict=True)
+            ):
+                with some.if_written(index):
+                    gate, other = (
+                        builder.fadd(lanes_at(builder, y_data, types.float32, at, TILE, TILE), part)
+                        for at, part in zip(places[:2], total, strict=True)
+                    )
+                    target = builder.bitcast(builder.gep(out_data, [places[2]]), FLOATS16.as_pointer())
+                    builder.store(gated_of(builder, gate, other), target).align = 4
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.none(t, rows, at, at, at, at, b, at, at, y, out, at, at), codegen
+
+    return tile
+
+
+def _expand(builder: Any, t: Any, tiles: Sequence[tuple[Any, Any, Any, list[Any]]], rank: Any) -> list[list[Any]]:
+    """What each of several tiles of B makes of each row, row by row; the ranks are added one after the other.
+
+    A tile is a typed pointer, its dtype, where it begins, and where each row's numbers for it begin in t.
+    """
+    zero = ir.Constant(FLOATS16, [0.0] * TILE)
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in tiles] for _ in tiles[0][3]]
+    with cgutils.for_range(builder, rank) as loop:
+        offset = builder.mul(loop.index, ir.Constant(rank.type, TILE))
+        for part, (data, dtype, first, starts) in enumerate(tiles):
+            weights = lanes_at(builder, data, dtype, builder.add(first, offset), TILE, TILE)
+            for row_sums, start in zip(sums, starts, strict=True):
+                number = spread(builder, builder.load(builder.gep(t, [builder.add(start, loop.index)])), TILE)
+                total = vector_call(builder, "fma", number, weights, builder.load(row_sums[part]))
+                builder.store(total, row_sums[part])
+    return [[builder.load(total) for total in row_sums] for row_sums in sums]
+
+
+def _add_lanes(builder: Any, target: Any, total: Any, size: Any) -> None:
+    """Add the first `size` lanes to what lies at a pointer to floats."""
+    place = builder.bitcast(target, FLOATS16.as_pointer())
+    with builder.if_else(builder.icmp_signed("==", size, ir.Constant(size.type, TILE)), likely=True) as (whole, cut):
+        with whole:
+            before = builder.load(place)
+            before.align = 4
+            builder.store(builder.fadd(before, total), place).align = 4
+        with cut, cgutils.for_range(builder, size) as loop:
+            one = builder.gep(target, [loop.index])
+            added = builder.extract_element(total, builder.trunc(loop.index, I32))
+            builder.store(builder.fadd(builder.load(one), added), one)
