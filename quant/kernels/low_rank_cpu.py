@@ -40,10 +40,10 @@ _gated_one, _gated_few = make_gated_tile(1), make_gated_tile(FEW)
 
 
 @njit(inline="always")
-def _segment_end(slots, first, last):  # type: ignore[no-untyped-def]
-    """The place after those from `first` on that have the same slot."""
+def _group_end(slots, first, last):  # type: ignore[no-untyped-def]
+    """The place after those from `first` on that have the same slot, and are no more than a tile's."""
     end = first + 1
-    while end < last and slots[end] == slots[first]:
+    while end < min(last, first + FEW) and slots[end] == slots[first]:
         end += 1
     return end
 
@@ -60,7 +60,7 @@ def _shrink_item(item, num_items, item_quads, x, numbers, slot_size, scalings, r
     place, first = item // num_items * SHRUNK_ROWS, item % num_items * item_quads
     last = min(rows.size, place + SHRUNK_ROWS)
     while place < last:
-        slot, end = slots[place], min(_segment_end(slots, place, last), place + FEW)
+        slot, end = slots[place], _group_end(slots, place, last)
         rank = ranks[slot] if slot >= 0 else 0
         for quad in range(first, min(first + item_quads, rank * num_parts // QUAD)):
             column = quad * QUAD
@@ -93,16 +93,15 @@ def _expand_item(item, num_items, item_tiles, t, numbers, slot_size, b_start, ti
     place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
     last = min(rows.size, place + MAX_BLOCK_ROWS)
     while place < last:
-        slot, end = slots[place], _segment_end(slots, place, last)
+        slot, end = slots[place], _group_end(slots, place, last)
         rank = ranks[slot] if slot >= 0 else 0
         for tile in range(chunk, min(tiles.shape[0], chunk + item_tiles) if rank > 0 else chunk):
             first, size, column = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] * rank
-            b0, at = slot * slot_size + b_start + tile * rank * TILE, place
-            while end - at > 1:
-                _expand_few(t, rows, at, end, width, column, rank, numbers, b0, out, n_size, first, size)
-                at = min(end, at + FEW)
-            if at < end:
-                _expand_one(t, rows, at, end, width, column, rank, numbers, b0, out, n_size, first, size)
+            b0 = slot * slot_size + b_start + tile * rank * TILE
+            if end - place > 1:
+                _expand_few(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, size)
+            else:
+                _expand_one(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, size)
         place = end
 
 
@@ -135,16 +134,15 @@ def expand_gated(t, numbers, slot_size, b_start, ranks, rows, slots, y, out, siz
         place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
         last = min(rows.size, place + MAX_BLOCK_ROWS)
         while place < last:
-            slot, end = slots[place], _segment_end(slots, place, last)
+            slot, end = slots[place], _group_end(slots, place, last)
             rank = ranks[slot] if slot >= 0 else 0
             apart = rank * n_size
             for tile in range(chunk, min(num_tiles, chunk + item_tiles)):
-                first, b0, at = tile * TILE, slot * slot_size + b_start + tile * rank * TILE, place
-                while end - at > 1:
-                    _gated_few(t, rows, at, end, width, rank, numbers, b0, apart, y, out, n_size, first)
-                    at = min(end, at + FEW)
-                if at < end:
-                    _gated_one(t, rows, at, end, width, rank, numbers, b0, apart, y, out, n_size, first)
+                first, b0 = tile * TILE, slot * slot_size + b_start + tile * rank * TILE
+                if end - place > 1:
+                    _gated_few(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
+                else:
+                    _gated_one(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
             place = end
 
 
