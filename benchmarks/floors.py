@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,9 +151,21 @@ def step_bytes(
 
 def step_flops(shape: ModelShape, *, context: int, queries: int, num_rows: int) -> int:
     """Operations of a step with `queries` new tokens, the last of `context` known ones, and `num_rows` of logits."""
-    matrices = 2 * queries * shape.linear_weights + 2 * num_rows * shape.vocabulary * shape.hidden
+    matrices = sum(matrix_flops(shape, queries=queries, num_rows=num_rows))
+    head = 2 * num_rows * shape.vocabulary * shape.hidden
+    return matrices + head + attention_flops(shape, context=context, queries=queries)
+
+
+def matrix_flops(shape: ModelShape, *, queries: int, num_rows: int) -> list[int]:
+    """Operations of each of `layer_matrices` in all layers; what follows the last attention has rows of logits only."""
+    num_inputs = [shape.num_layers * queries, *[(shape.num_layers - 1) * queries + num_rows] * 3]
+    return [2 * count * math.prod(sizes) for count, sizes in zip(num_inputs, shape.layer_matrices, strict=True)]
+
+
+def attention_flops(shape: ModelShape, *, context: int, queries: int) -> int:
+    """Operations of attention in all layers: two products of two operations for each dimension of each key seen."""
     seen = queries * context - queries * (queries - 1) // 2  # a token sees itself and those before it
-    return matrices + 4 * seen * shape.num_layers * shape.num_heads * shape.head_dim
+    return 4 * seen * shape.num_layers * shape.num_heads * shape.head_dim
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.documents import measured_on, print_and_write  # noqa: E402
-from benchmarks.floors import DENSE, ModelShape, step_bytes, step_flops  # noqa: E402
+from benchmarks.floors import DENSE, ModelShape, attention_flops, matrix_flops, step_bytes  # noqa: E402
 from benchmarks.offline import demo_model, num_cores, read_bandwidth, restart_with_environment  # noqa: E402
 from benchmarks.perplexity import engine_config, text_ids  # noqa: E402
 
@@ -307,16 +307,15 @@ def matrix_work(model: Any, folder: str, *, rows: int, sequences: int, context: 
 
     shape = ModelShape.of(json.loads((Path(folder) / "config.json").read_text()))
     work = {}
-    for (label, place), (outputs, inputs) in zip(MATRICES.items(), shape.layer_matrices, strict=True):
+    flops = matrix_flops(shape, queries=rows, num_rows=sequences)
+    for (label, place), num_flops in zip(MATRICES.items(), flops, strict=True):
         block, matrix = place.split(".")
         stored = sum(num_bytes(getattr(getattr(layer, block), matrix)) for layer in model.layers)
-        work[label] = Work(stored, 2 * rows * shape.num_layers * outputs * inputs)
+        work[label] = Work(stored, num_flops)
     head = getattr(model.lm_head, "_head", model.lm_head)
     work[HEAD] = Work(num_bytes(head), 2 * sequences * shape.vocabulary * shape.hidden)
-    queries = rows // sequences
-    flops = step_flops(shape, context=context, queries=queries, num_rows=0) - 2 * queries * shape.linear_weights
     kv = step_bytes(shape, DENSE, DENSE, context=context, batch=sequences).kv
-    work["attend"] = Work(kv, sequences * flops)
+    work["attend"] = Work(kv, sequences * attention_flops(shape, context=context, queries=rows // sequences))
     return work
 
 

@@ -105,7 +105,10 @@ def test_operations_are_two_for_each_weight_and_four_for_each_key() -> None:
     decode = step_flops(shape, context=5, queries=1, num_rows=1)
     assert decode == 2 * weights + 2 * 80 + 4 * 5 * 8
     prompt = step_flops(shape, context=3, queries=3, num_rows=1)
-    assert prompt == 3 * 2 * weights + 2 * 80 + 4 * (1 + 2 + 3) * 8
+    of_all, of_last = 16 * 8, 8 * 8 + 32 * 8 + 8 * 16  # behind attention the last layer has the last token alone
+    assert prompt == 3 * 2 * of_all + 2 * of_last + 2 * 80 + 4 * (1 + 2 + 3) * 8
+    deeper = step_flops(dataclasses.replace(shape, num_layers=2), context=3, queries=3, num_rows=1)
+    assert deeper - prompt == 3 * 2 * weights + 4 * (1 + 2 + 3) * 8
 
 
 def test_the_sizes_are_those_of_qwen2_7b() -> None:
