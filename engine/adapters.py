@@ -8,7 +8,6 @@ says which adapter is in which slot (`engine.scheduling.adapters`).
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.adapter_rows import StepRows
 from engine.checkpoint.adapter import AdapterWeights
 from engine.checkpoint.adapter_config import HEAD
-from engine.layers.base import FEW_ROWS
 from engine.link.errors import StartError
 from engine.models.base import CausalLM
 from engine.scheduling.adapters import NO_SLOT
 from parallel.experts import ExpertMatrices
 from parallel.linear import ParallelMatrices
-from quant.base import AdapterRows, GatedLowRankKernel, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
+from quant.base import GatedLowRankKernel, LowRankKernel, LowRankShape, LowRankUpdate, RowGroups
 from quant.kernels import make_low_rank_kernel
 
 logger = logging.getLogger(__name__)
@@ -73,12 +72,8 @@ class AdapterSlots:
         self.max_rank = max(ranks, default=DEFAULT_MAX_RANK) if max_rank is None else max_rank
         self._check_start(num_slots, free_bytes, model.num_ranks)
         self._in_slot: list[int | None] = [None] * num_slots
-        self._step = AdapterRows()
-        self._step_key: tuple[list[int], list[int]] | None = None
-        self._few = np.zeros((2, FEW_ROWS), np.int64)
-        """Rows and slots of a step of few rows, always in the same place: see `engine.programs`."""
-        self._captured: torch.Tensor | None = None
-        """The same for graphs, on the device: [2, rows of the largest graph] int64; None: there are none."""
+        self.rows = StepRows(device)
+        """Which of a step's rows have an adapter, and which one."""
         self._layers = list(dict.fromkeys(layer for layer, _ in self._matrices.values()))
         kernels = self._allocate(backend, dtype)
         for number in range(min(num_slots, len(adapters))):
@@ -110,13 +105,13 @@ class AdapterSlots:
             )
 
     def _allocate(self, backend: str, dtype: torch.dtype) -> dict[tuple[int, ...], LowRankKernel]:
-        """Give every layer its kernels. Returns a kernel of each size: experts, inputs and outputs."""
+        """Give every layer its kernels. Returns one of each kind: whether it is gated, experts, inputs, outputs."""
         kernels: dict[tuple[int, ...], LowRankKernel] = {}
 
-        def make(num_inputs: int, num_outputs: Sequence[int], num_experts: int) -> LowRankKernel:
-            sizes = self.num_slots, self.max_rank, dtype, self._device, num_experts
-            kernel = make_low_rank_kernel(backend, LowRankShape(num_inputs, num_outputs, *sizes), self._step)
-            kernels[num_experts, num_inputs, *num_outputs] = kernel
+        def make(num_inputs: int, num_outputs: Sequence[int], num_experts: int, is_gated: bool) -> LowRankKernel:
+            sizes = self.num_slots, self.max_rank, dtype, self._device, num_experts, is_gated
+            kernel = make_low_rank_kernel(backend, LowRankShape(num_inputs, num_outputs, *sizes), self.rows.current)
+            kernels[is_gated, num_experts, num_inputs, *num_outputs] = kernel
             return kernel
 
         self.num_bytes = sum(layer.allocate_adapters(make) for layer in self._layers)
@@ -143,26 +138,22 @@ class AdapterSlots:
         """Close the files of an adapter that no step will name any more."""
         self._weights.pop(number, None)
 
-    def begin_step(self, adapters: Sequence[tuple[int, int]], slots: list[int], query_start_loc: list[int]) -> None:
+    def begin_step(
+        self,
+        adapters: Sequence[tuple[int, int]],
+        slots: list[int],
+        query_start_loc: list[int],
+        needed: list[int] | None = None,
+    ) -> None:
         """Take in the open adapters of a step, slot and number of each, and the slot of each sequence.
 
-        What is not in its slot yet is loaded.
+        What is not in its slot yet is loaded. `needed` are the rows that layers see from `rows.narrow` on.
         """
         if not adapters:
-            self._step.rows, self._step_key = None, None
+            self.rows.begin_without()
             return
         self.fill(adapters)
-        if (slots, query_start_loc) != self._step_key:
-            self._step_key = slots, query_start_loc
-            self._set_rows(np.repeat(slots, np.diff(query_start_loc)))
-
-    def narrow_step(self, rows: list[int]) -> None:
-        """From here on the layers see only these rows of the step that `begin_step` took in. Once is enough."""
-        if self._step.rows is None or self._step_key is None:
-            return
-        slots, query_start_loc = self._step_key
-        self._step_key = None
-        self._set_rows(np.repeat(slots, np.diff(query_start_loc))[rows])
+        self.rows.begin(slots, query_start_loc, needed)
 
     def lacks(self, adapters: Sequence[tuple[int, int]]) -> bool:
         """Whether any slot of a step does not have its adapter yet: the same on every rank."""
@@ -176,43 +167,14 @@ class AdapterSlots:
 
     def _compile(self, kernels: Mapping[tuple[int, ...], LowRankKernel], dtype: torch.dtype) -> None:
         """Start a kernel of each size: some are compiled then, for which requests would wait."""
-        self._set_rows(np.array([NO_SLOT]))
+        self.rows.show(np.array([NO_SLOT]))
         zero = torch.zeros(1, dtype=torch.int32, device=self._device)
-        for (num_experts, num_inputs, *num_outputs), kernel in kernels.items():
+        for (_, num_experts, num_inputs, *num_outputs), kernel in kernels.items():
             y, x = (torch.zeros(1, size, dtype=dtype, device=self._device) for size in (sum(num_outputs), num_inputs))
             kernel.add_to(y, x, None if num_experts == 1 else RowGroups(zero, zero, zero, zero))
-            if isinstance(kernel, GatedLowRankKernel) and kernel.num_gates and num_experts == 1:
+            if isinstance(kernel, GatedLowRankKernel) and kernel.num_gates:
                 kernel.gated(y, x)
-        self._step.rows = None
-
-    @torch.inference_mode(False)
-    def keep_rows(self, max_rows: int) -> None:
-        """Have the rows of steps of up to so many in one place on the device from now on, for graphs to read."""
-        self._captured = torch.full((2, max_rows), NO_SLOT, dtype=torch.int64, device=self._device)
-        self._captured[0] = torch.arange(max_rows)
-
-    def select_rows(self, num_rows: int) -> None:
-        """Let a graph of so many rows, which is captured now, read those of the steps that it will compute."""
-        assert self._captured is not None, "called before keep_rows"
-        self._step.rows, self._step.slots = self._captured[:, :num_rows]
-
-    def _set_rows(self, slots: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-        order = np.argsort(slots, kind="stable")
-        both = self._few[:, : len(order)] if len(order) <= FEW_ROWS else np.empty((2, len(order)), np.int64)
-        both[0], both[1] = order, slots[order]
-        self._step.rows, self._step.slots = self._on_device(torch.from_numpy(both))
-        bounds = [0, *np.flatnonzero(np.diff(both[1])) + 1, len(order)] if len(order) else []
-        segments = [(int(both[1][first]), int(first), int(end)) for first, end in itertools.pairwise(bounds)]
-        self._step.segments = [segment for segment in segments if segment[0] >= 0]
-
-    def _on_device(self, both: torch.Tensor) -> torch.Tensor:
-        """Rows and slots [2, num_rows] int64 where kernels read them."""
-        num_rows = both.shape[1]
-        if self._captured is None or num_rows > self._captured.shape[1]:
-            return both.to(self._device)
-        self._captured[:, :num_rows] = both.to(self._device)
-        self._captured[1, num_rows:] = NO_SLOT  # rows of padding
-        return self._captured[:, :num_rows]
+        self.rows.begin_without()
 
     @functools.cached_property
     def _modules(self) -> dict[AdaptableLayer, dict[int, str]]:
@@ -274,7 +236,7 @@ class AdapterSlots:
 
 
 def adaptable_matrices(model: CausalLM) -> dict[str, tuple[AdaptableLayer, int]]:
-    """The matrices that see every row of a step, by their names in checkpoints: all but the output head."""
+    """The matrices of the layers, by their names in checkpoints: all but the output head."""
     layers = model.checkpoint_layers()
     return {
         name: (layer, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ class ModelRunner:
         for has_adapters in self._graph_kinds:
             if has_adapters:
                 assert self.adapters is not None
-                self.adapters.keep_rows(limits.buckets[0])
+                self.adapters.rows.keep(limits.buckets[0])
             compute = self._compute_adapted if has_adapters else self._compute_all
             self._graphs[has_adapters] = capture_graphs(
                 recorder, compute, self._attention, limits, self._device.torch_device, progress
@@ -169,7 +170,8 @@ class ModelRunner:
     def run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None = None) -> StepResult:
         """The step of `inputs`. Ranks other than 0 make the same calls and have no rows."""
         if self.adapters is not None:
-            self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc)
+            needed = inputs.logits_indices if inputs.is_selecting else None
+            self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc, needed)
         if self._programs is not None and inputs.is_decoding and not inputs.block_copies:
             return StepResult(self._run_decoding(inputs, last_token_ids, self._programs))
         return self._run(inputs, last_token_ids)
@@ -184,18 +186,19 @@ class ModelRunner:
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
-        prepared = self._prepare(inputs, tensors)
-        if inputs.scored_indices:
-            hidden = self._model.forward(tensors.input_ids, *prepared)
-            logits = self._model.compute_logits(hidden[tensors.logits_indices])
-            return StepResult(logits, self._score(hidden, tensors, inputs))
+        needed = tensors.logits_indices
+        select = functools.partial(self._select_rows, needed) if inputs.is_selecting else None
+        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), select)
+        logits = self._model.compute_logits(hidden[needed] if select is None else hidden)
+        return StepResult(logits, self._score(hidden, tensors, inputs))
 
-        def select(x: torch.Tensor) -> torch.Tensor:
-            if self.adapters is not None:
-                self.adapters.narrow_step(inputs.logits_indices)
-            return x[tensors.logits_indices]
-
-        return StepResult(self._model.compute_logits(self._model.forward(tensors.input_ids, *prepared, select)))
+    def _select_rows(
+        self, needed: torch.Tensor, attended: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`models.base.SelectRows`, of the rows `needed` [num_rows] int64."""
+        if self.adapters is not None:
+            self.adapters.rows.narrow()
+        return attended[needed], residual[needed]
 
     def _run_decoding(
         self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms
@@ -238,7 +241,7 @@ class ModelRunner:
     def _compute_adapted(self, tensors: StepTensors) -> torch.Tensor:
         """The same with the adapters of the step's rows."""
         assert self.adapters is not None
-        self.adapters.select_rows(len(tensors.input_ids))
+        self.adapters.rows.select(len(tensors.input_ids))
         return self._compute_all(tensors)
 
     def _score(self, hidden: torch.Tensor, tensors: StepTensors, inputs: StepInputs) -> list[torch.Tensor]:

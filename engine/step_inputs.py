@@ -61,6 +61,11 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
         """Whether the successor of each token is chosen, and no token is scored."""
         return len(self.logits_indices) == len(self.input_ids) and not self.scored_indices
 
+    @property
+    def is_selecting(self) -> bool:
+        """Whether some tokens' hidden states are not needed: the successor of none of them is chosen or scored."""
+        return len(self.logits_indices) < len(self.input_ids) and not self.scored_indices
+
 
 def step_inputs(batch: ScheduledBatch) -> StepInputs:
     """The numbers of a scheduled batch."""

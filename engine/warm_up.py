@@ -41,7 +41,10 @@ def warm_up(
     progress.begin(Stage.WARMING_UP)
     logger.info("Warming up model (the first start on a machine compiles the kernels)")
     prompt = [index % 16 for index in range(num_tokens)]
-    request = GenerationRequest(request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1)
+    # Scored in its first step, in which all layers have all rows: the last one has the last row alone otherwise.
+    request = GenerationRequest(
+        request_id="warm-up", prompt_token_ids=prompt, max_new_tokens=1, has_prompt_logprobs=True
+    )
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = array("i", range(-(-num_tokens // block_size)))
     results, seconds = [], {}
@@ -59,6 +62,7 @@ def warm_up(
                 f"Not enough memory to handle {num_tokens} prefill tokens. You need to decrease "
                 "`--max-batch-prefill-tokens`, or --cuda-memory-fraction"
             ) from error
+        sequence.prompt_logprobs = [0.0] * (num_tokens - 1)
         results.append(logits.clone())
         sample(logits, [SamplingParams(seed=0, top_p=0.9, num_top_tokens=1)], [0])
         seconds[count] = time.monotonic() - step_started

@@ -26,8 +26,9 @@ from quant.base import (
 
 Cut = tuple[int, slice]
 """A dimension of a stored tensor, and the part of it that is read."""
-MakeAdapters = Callable[[int, Sequence[int], int], LowRankKernel]
-"""Makes the kernel of adapters for so many inputs, outputs of each part, and experts (1: there are none)."""
+MakeAdapters = Callable[[int, Sequence[int], int, bool], LowRankKernel]
+"""Makes the kernel of adapters for so many inputs, outputs of each part and experts (1: there are none); whether the
+first part has gates of the second."""
 
 
 class ParallelMatrices:
@@ -70,6 +71,7 @@ class ParallelMatrices:
         self._gated_kernel: GatedKernel | None = None
         self._adapters: LowRankKernel | None = None
         self._gated_adapters: GatedLowRankKernel | None = None
+        """The same, if it takes the gates."""
 
     def _set_shards(self, outputs: Sequence[slice], inputs: slice | None) -> None:
         """Set what this rank holds. Raises SplitError for shards that stored tensors can't be cut at."""
@@ -178,13 +180,13 @@ class ParallelMatrices:
     def allocate_adapters(self, make: MakeAdapters) -> int:
         """Have memory for adapters, once the weights are there: its bytes."""
         self._adapters = kernel = self.make_adapters(make)
-        if self._is_gated and isinstance(kernel, GatedLowRankKernel) and kernel.num_gates:
+        if isinstance(kernel, GatedLowRankKernel) and kernel.num_gates:
             self._gated_adapters = kernel
         return kernel.num_bytes
 
     def make_adapters(self, make: MakeAdapters, num_matrices: int = 1) -> LowRankKernel:
         """The kernel of adapters of so many layers like this one."""
-        return make(length(self._inputs), lengths(self._outputs), num_matrices)
+        return make(length(self._inputs), lengths(self._outputs), num_matrices, self._is_gated and num_matrices == 1)
 
     def matrix_shape(self, part: int) -> tuple[int, int]:
         """Outputs and inputs of the whole matrix."""
@@ -202,7 +204,7 @@ class ParallelMatrices:
             for update, outputs in zip(updates, self._outputs, strict=True)
         ]
 
-    def _unchanged(self, x: torch.Tensor) -> torch.Tensor:
+    def _base_product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs], without the changes of adapters."""
         assert self._matrix_kernels, "called before finish"
         if len(self._matrix_kernels) == 1:
@@ -211,7 +213,7 @@ class ParallelMatrices:
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, this rank's inputs] -> [rows, this rank's outputs]"""
-        y = self._unchanged(x)
+        y = self._base_product(x)
         if self._adapters is not None:
             self._adapters.add_to(y, x)
         return y
@@ -231,7 +233,7 @@ class ColumnParallelLinear(ParallelMatrices):
         """
         is_changed = self._adapters is not None and not self._adapters.is_idle
         if is_changed and self._gated_adapters is not None:
-            return self._gated_adapters.gated(self._unchanged(x), x)
+            return self._gated_adapters.gated(self._base_product(x), x)
         if self._gated_kernel is None or is_changed:
             return gate(self._product(x))
         return self._gated_kernel.gated(x)

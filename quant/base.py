@@ -135,14 +135,22 @@ class LowRankUpdate:
 
 @dataclasses.dataclass(slots=True)
 class AdapterRows:
-    """The rows of the running step by adapter. One object for all layers; whoever runs steps fills it before each."""
+    """The rows that layers see, by adapter.
+
+    One object for all layers. Whoever runs steps fills it before each, and again where the last layer goes on with
+    fewer rows.
+    """
 
     rows: torch.Tensor | None = None
-    """[num_rows] int64: all rows of the step, in their order for each adapter; None: no row has one."""
+    """[num_rows] int64: every row that a layer sees, once, sorted by slot; None: no row of the step has an adapter."""
     slots: torch.Tensor | None = None
     """[num_rows] int64: the slot of the adapter of each of `rows`; -1: it has none."""
     segments: Sequence[tuple[int, int, int]] = ()
     """Slot, first and last (exclusive) place among `rows` of each adapter."""
+
+    def take(self, other: AdapterRows) -> None:
+        """Have what the other one has."""
+        self.rows, self.slots, self.segments = other.rows, other.slots, other.segments
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,6 +167,8 @@ class LowRankShape:
     device: torch.device
     num_matrices: int = 1
     """Experts, each of which has such matrices: a row is of one of them."""
+    is_gated: bool = False
+    """Whether there are two matrices, and the first has the gates of the second (`PackedWeight.is_gated`)."""
 
     @property
     def num_places(self) -> int:
@@ -195,15 +205,16 @@ class LowRankKernel(Protocol):
 
 @runtime_checkable
 class GatedLowRankKernel(LowRankKernel, Protocol):
-    """One that can multiply with gates itself, where the first of two matrices has gates of the second."""
+    """One that can take the gates as well, where the first of two matrices has gates of the second."""
 
     num_gates: int
-    """Number of outputs that are gates; 0: they can't be, or do not fill whole tiles."""
+    """Outputs of each of the two; 0: the matrices have no gates, or these do not fill whole tiles."""
 
     def gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half, [rows, num_gates], of what `add_to` makes of y: the same bits.
+        """y [rows, 2 * num_gates], x [rows, inputs], float32 -> silu(first half) * second half, [rows, num_gates].
 
-        Some row of the running step has an adapter.
+        The halves are those of what `add_to` would make of y, which stays: the same bits as two kernels give. Some row
+        has an adapter.
         """
 
 

@@ -224,8 +224,8 @@ def have_adapters(model: CausalLM, dtype: torch.dtype, rank: int, num_rows: int)
     device = torch.device("cpu")
     for layer in {id(layer): layer for layer, _ in adaptable_matrices(model).values()}.values():
         layer.allocate_adapters(
-            lambda num_inputs, num_outputs, num_experts: make_low_rank_kernel(
-                "triton", LowRankShape(num_inputs, num_outputs, NUM_SLOTS, rank, dtype, device, num_experts), rows
+            lambda num_inputs, num_outputs, *kind: make_low_rank_kernel(
+                "triton", LowRankShape(num_inputs, num_outputs, NUM_SLOTS, rank, dtype, device, *kind), rows
             )
         )
 

@@ -61,8 +61,11 @@ CheckpointLayers = dict[str, tuple[Loadable, int]]
 """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes its tensors, and which part of it."""
 
 
-Select = Callable[[torch.Tensor], torch.Tensor]
-"""Takes the rows [rows, size] of what all tokens have [num_tokens, size] whose hidden states are needed."""
+SelectRows = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""What attention gives and the residual, [num_tokens, size] each -> the rows of both that are needed, [num_rows, size].
+
+The last layer calls it once, behind attention. From then on adapters see those rows alone.
+"""
 
 
 class CausalLM(Protocol):
@@ -108,9 +111,9 @@ class CausalLM(Protocol):
         """Set what `forward` attends with; one cache per layer."""
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: Select | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows | None = None
     ) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [rows, hidden_size], of all tokens or of those `select` takes.
+        """input_ids [num_tokens] int64 -> hidden states [num_rows, hidden_size], of rows that `select` keeps, or all.
 
         `rotary.prepare` makes rotation, and the attention backend's `prepare` makes prepared.
         """

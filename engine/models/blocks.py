@@ -16,7 +16,7 @@ from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
 from engine.layers.base import FEW_ROWS, Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
-from engine.models.base import CheckpointLayers, ModelContext, Select
+from engine.models.base import CheckpointLayers, ModelContext, SelectRows
 from engine.models.config import DecoderConfig
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
@@ -156,9 +156,9 @@ class DecoderLayer:
         backend: AttentionBackend,
         cache: LayerCache,
         prepared: Any,
-        select: Select | None,
+        select: SelectRows | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the tokens that `select` takes, or of all.
+        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the rows that `select` keeps, or of all.
 
         x is the previous layer's output, not yet added to the residual; nor is this layer's. The residual is updated in
         place.
@@ -167,8 +167,8 @@ class DecoderLayer:
         x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
         attended = self.self_attn.attend(x, rotation, backend, cache, prepared)
         if select is not None:
-            attended, residual = select(attended), select(residual)
-            if not len(residual):
+            attended, residual = select(attended, residual)
+            if not len(residual):  # no prompt ends in this step: all ranks see that, so none waits for another
                 return residual, residual
         x, norm = self.self_attn.o_proj(attended), self.post_attention_layernorm
         return residual, self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
@@ -251,17 +251,16 @@ class DecoderForCausalLM:
         self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: Select | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows | None = None
     ) -> torch.Tensor:
         ops, table = self._context.ops, self.embed_tokens
         dtype = self._context.activation_dtype
         residual = table.embed(input_ids, dtype) if self.num_ranks > 1 else ops.look_up(table.weight, input_ids, dtype)
         x = self._zeros[: len(residual)] if len(residual) <= len(self._zeros) else torch.zeros_like(residual)
-        *layers, (last, last_cache) = zip(self.layers, self._caches, strict=True)
-        for layer, cache in layers:
-            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, None)
-        # Behind the last layer's keys and values nobody asks for the other tokens.
-        residual, x = last(residual, x, rotation, self._attention, last_cache, prepared, select)
+        # The last layer's keys, values and attention are of all tokens; what follows is needed for some of them.
+        selections = [*[None] * (self.num_layers - 1), select]
+        for layer, cache, selection in zip(self.layers, self._caches, selections, strict=True):
+            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, selection)
         return ops.add(residual, x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

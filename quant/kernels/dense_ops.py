@@ -183,7 +183,7 @@ def make_part_tile(rows: int, outputs: int, loading: Loading = FLOATS) -> Any:
 
 
 def spaced(b: Any, first: Any, stride: Any, count: int) -> list[Any]:
-    """The offsets of `count` rows, so far from each other."""
+    """The offsets of `count` rows, the first at `first`, each `stride` behind the one before."""
     return [b.add(first, b.mul(stride, ir.Constant(stride.type, i))) for i in range(count)]
 
 
@@ -199,6 +199,7 @@ class Tile:
         self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in w[2]] for _ in x[2]]
 
     def number(self, value: int) -> ir.Constant:
+        """A constant of the type of offsets."""
         return ir.Constant(self._k_size.type, value)
 
     def add(self, first_k: Any, last_k: Any, ahead: int = 0, lines: int = 0) -> None:
@@ -249,6 +250,7 @@ class Tile:
             self._b.store(self._b.select(is_first, self._zero, value), place)
 
     def keep(self, data: Any) -> None:
+        """Write the sums to a place from which `take` goes on."""
         for place, kept in self._kept(data):
             self._b.store(self._b.load(place), kept).align = 4
 

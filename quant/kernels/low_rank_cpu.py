@@ -1,12 +1,14 @@
 """Adapters' changes on a CPU: float32 activations, changes as stored (bfloat16, float16, float32), float32 sums.
 
 `shrink` multiplies a row with its adapter's A, `expand` what that gives with B, and adds the result to the matrix's
-own. A row meets its own adapter alone, and every sum has its order: the tiles of the dense product (`dense_ops`) along
-the inputs, then the ranks one after the other. So a row's bits do not depend on the rows or adapters beside it. Rows of
-one adapter come one after the other, and share the reading of its numbers.
+own. `expand_gated` does the same for gates and what they gate, and writes silu(gate) * other. A row meets its own
+adapter alone, and every sum has its order: the tiles of the dense product (`dense_ops`) along the inputs, then the
+ranks one after the other. So a row's bits do not depend on the rows or adapters beside it. Rows of one adapter share
+the reading of its numbers, wherever they are in the step (`low_rank_ops`).
 
-What differs from step to step stands in `AdapterRows`; a step of few rows finds it where the last one did, so that its
-calls can be made again (`program_cpu`).
+A slot's change is A [parts, rank, inputs], then B, tile by tile [tiles, rank, TILE]. What differs from step to step
+stands in `AdapterRows`; a step of few rows finds it where the last one did, so that its calls can be made again
+(`program_cpu`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import get_num_threads, njit, prange
 
@@ -23,42 +26,43 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.low_rank_ops import QUAD, TILE, make_expand_tile, make_gated_tile, make_shrink_tile
 from quant.kernels.simd import HAS_AVX512, LANES
 
-ITEM_TILES = 16
-"""Tiles of B of an item."""
-MAX_BLOCK_ROWS = 64
-"""Rows of an item of `expand`, which stay in the caches for one tile after the other."""
-SHRUNK_ROWS = 16
-"""Rows of an item of `shrink`. Some of them at a time stay in the caches, and A, of half the bytes, goes by."""
-MIN_PARALLEL = 40_000
-"""Products of which one thread makes fewer before others have begun: their numbers are 80 KB."""
-FEW = 4 if HAS_AVX512 else 2
-"""Rows of a tile, of which there is one row alone as well: the registers have place for no more."""
+TILE_ROWS = 4 if HAS_AVX512 else 2
+"""Rows of the larger of two tiles; the other has one. More would not fit the registers."""
+SHRINK_ROWS, EXPAND_ROWS = 16, 64
+"""Rows of an item, which stay in the caches while A or B goes by."""
+EXPAND_TILES = 16
+"""Tiles of B of an item of several blocks of rows."""
+MIN_PARALLEL_PRODUCTS = 40_000
+"""Fewer multiplications than these are done by one thread: others would take as long to begin. Gates always have more
+to do."""
 
-_shrink_one, _shrink_few = make_shrink_tile(1), make_shrink_tile(FEW)
-_expand_one, _expand_few = make_expand_tile(1), make_expand_tile(FEW)
-_gated_one, _gated_few = make_gated_tile(1), make_gated_tile(FEW)
+_shrink_one, _shrink_some = make_shrink_tile(1), make_shrink_tile(TILE_ROWS)
+_expand_one, _expand_some = make_expand_tile(1), make_expand_tile(TILE_ROWS)
+_gated_one, _gated_some = make_gated_tile(1), make_gated_tile(TILE_ROWS)
 
 
 @njit(inline="always")
 def _group_end(slots, first, last):  # type: ignore[no-untyped-def]
     """The place after those from `first` on that have the same slot, and are no more than a tile's."""
     end = first + 1
-    while end < min(last, first + FEW) and slots[end] == slots[first]:
+    while end < min(last, first + TILE_ROWS) and slots[end] == slots[first]:
         end += 1
     return end
 
 
 @njit(inline="always")
-def _item_size(num_tiles, num_blocks, size, num_threads):  # type: ignore[no-untyped-def]
-    """Tiles of an item. A single block of rows has an item for each thread: it reads an adapter's numbers in a row."""
-    return size if num_blocks > 1 else (num_tiles + num_threads - 1) // num_threads
+def _item_tiles(num_tiles, num_blocks, max_tiles, num_threads):  # type: ignore[no-untyped-def]
+    """Tiles of an item. Every thread has an item; within it an adapter's numbers are read one after the other."""
+    num_items = max(1, (num_threads + num_blocks - 1) // max(1, num_blocks))
+    return min(max_tiles, (num_tiles + num_items - 1) // num_items)
 
 
 @njit(inline="always")
-def _shrink_item(item, num_items, item_quads, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes):  # type: ignore[no-untyped-def]
+def _shrink_item(item, block_items, item_quads, x, step, zeros, out, sizes):  # type: ignore[no-untyped-def]
     width, num_parts, k_size = sizes
-    place, first = item // num_items * SHRUNK_ROWS, item % num_items * item_quads
-    last = min(rows.size, place + SHRUNK_ROWS)
+    numbers, slot_size, scalings, ranks, rows, slots = step
+    place, first = item // block_items * SHRINK_ROWS, item % block_items * item_quads
+    last = min(rows.size, place + SHRINK_ROWS)
     while place < last:
         slot, end = slots[place], _group_end(slots, place, last)
         rank = ranks[slot] if slot >= 0 else 0
@@ -66,7 +70,7 @@ def _shrink_item(item, num_items, item_quads, x, numbers, slot_size, scalings, r
             column = quad * QUAD
             a0, scaling = slot * slot_size + column * k_size, scalings[slot * num_parts + column // rank]
             if end - place > 1:
-                _shrink_few(x, rows, place, end, numbers, a0, k_size, zeros, scaling, out, width, column)
+                _shrink_some(x, rows, place, end, numbers, a0, k_size, zeros, scaling, out, width, column)
             else:
                 _shrink_one(x, rows, place, end, numbers, a0, k_size, zeros, scaling, out, width, column)
         place = end
@@ -74,76 +78,97 @@ def _shrink_item(item, num_items, item_quads, x, numbers, slot_size, scalings, r
 
 @njit(parallel=True, **FAST)
 def shrink(x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes, num_threads):  # type: ignore[no-untyped-def]
-    """out[row, rank of all parts] = scaling * A x; `sizes`: width, number of parts, inputs."""
+    """out[row, rank of all parts] = scaling * A x.
+
+    `numbers` has the changes of all slots, `slot_size` each; `ranks` that of each slot, `scalings` [slots, parts]; rows
+    and slots as in `AdapterRows`; `sizes`: numbers of a row of out, parts, inputs. x, scalings and out float32.
+    """
     num_quads = sizes[0] // QUAD
-    num_blocks = (rows.size + SHRUNK_ROWS - 1) // SHRUNK_ROWS
-    size = _item_size(num_quads, num_blocks, num_quads, num_threads)
-    count = (num_quads + size - 1) // size
-    if rows.size * sizes[0] * sizes[2] < MIN_PARALLEL:
-        for item in range(num_blocks * count):
-            _shrink_item(item, count, size, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes)
+    num_blocks = (rows.size + SHRINK_ROWS - 1) // SHRINK_ROWS
+    item_quads = _item_tiles(num_quads, num_blocks, num_quads, num_threads)
+    block_items = (num_quads + item_quads - 1) // item_quads
+    step = numbers, slot_size, scalings, ranks, rows, slots
+    if rows.size * sizes[0] * sizes[2] < MIN_PARALLEL_PRODUCTS:
+        for item in range(num_blocks * block_items):
+            _shrink_item(item, block_items, item_quads, x, step, zeros, out, sizes)
     else:
-        for item in prange(num_blocks * count):
-            _shrink_item(item, count, size, x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, sizes)
+        for item in prange(num_blocks * block_items):
+            _shrink_item(item, block_items, item_quads, x, step, zeros, out, sizes)
 
 
 @njit(inline="always")
-def _expand_item(item, num_items, item_tiles, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes):  # type: ignore[no-untyped-def]
-    width, n_size = sizes
-    place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
-    last = min(rows.size, place + MAX_BLOCK_ROWS)
+def _expand_item(item, block_items, item_tiles, t, step, out, sizes):  # type: ignore[no-untyped-def]
+    width, _, n_size = sizes
+    numbers, slot_size, b_start, tiles, ranks, rows, slots = step
+    place, first_tile = item // block_items * EXPAND_ROWS, item % block_items * item_tiles
+    last, last_tile = min(rows.size, place + EXPAND_ROWS), min(tiles.shape[0], first_tile + item_tiles)
     while place < last:
         slot, end = slots[place], _group_end(slots, place, last)
-        rank = ranks[slot] if slot >= 0 else 0
-        for tile in range(chunk, min(tiles.shape[0], chunk + item_tiles) if rank > 0 else chunk):
-            first, size, column = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] * rank
-            b0 = slot * slot_size + b_start + tile * rank * TILE
-            if end - place > 1:
-                _expand_few(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, size)
-            else:
-                _expand_one(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, size)
+        if slot >= 0 and ranks[slot] > 0:
+            rank = ranks[slot]
+            for tile in range(first_tile, last_tile):
+                first, count, column = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] * rank
+                b0 = slot * slot_size + b_start + tile * rank * TILE
+                if end - place > 1:
+                    _expand_some(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, count)
+                else:
+                    _expand_one(t, rows, place, end, width, column, rank, numbers, b0, out, n_size, first, count)
         place = end
 
 
 @njit(parallel=True, **FAST)
 def expand(t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes, num_threads):  # type: ignore[no-untyped-def]
-    """out[row, n] += B t; `tiles` has the first output, the number of outputs and the part of each tile.
+    """out[row, n] += B t, float32.
 
-    `sizes`: those of a row of t and of out.
+    `numbers`, ranks, rows and slots as in `shrink`; a slot's B begins at `b_start`; `tiles` [*, 3] has the first
+    output, the number of outputs and the part of each tile; `sizes`: numbers of a row of t, parts, numbers of a row of
+    out.
     """
-    num_blocks = (rows.size + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
-    size = _item_size(tiles.shape[0], num_blocks, ITEM_TILES, num_threads)
-    count = (tiles.shape[0] + size - 1) // size
-    if rows.size * sizes[0] * sizes[1] < MIN_PARALLEL:
-        for item in range(num_blocks * count):
-            _expand_item(item, count, size, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes)
+    num_tiles = tiles.shape[0]
+    num_blocks = (rows.size + EXPAND_ROWS - 1) // EXPAND_ROWS
+    item_tiles = _item_tiles(num_tiles, num_blocks, EXPAND_TILES if num_blocks > 1 else num_tiles, num_threads)
+    block_items = (num_tiles + item_tiles - 1) // item_tiles
+    step = numbers, slot_size, b_start, tiles, ranks, rows, slots
+    if rows.size * (sizes[0] // sizes[1]) * sizes[2] < MIN_PARALLEL_PRODUCTS:
+        for item in range(num_blocks * block_items):
+            _expand_item(item, block_items, item_tiles, t, step, out, sizes)
     else:
-        for item in prange(num_blocks * count):
-            _expand_item(item, count, size, t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes)
+        for item in prange(num_blocks * block_items):
+            _expand_item(item, block_items, item_tiles, t, step, out, sizes)
+
+
+@njit(inline="always")
+def _gated_item(item, block_items, item_tiles, t, step, y, out, sizes):  # type: ignore[no-untyped-def]
+    width, n_size = sizes
+    numbers, slot_size, b_start, ranks, rows, slots = step
+    place, first_tile = item // block_items * EXPAND_ROWS, item % block_items * item_tiles
+    last, last_tile = min(rows.size, place + EXPAND_ROWS), min(n_size // TILE, first_tile + item_tiles)
+    while place < last:
+        slot, end = slots[place], _group_end(slots, place, last)
+        rank = ranks[slot] if slot >= 0 else 0
+        apart = rank * n_size
+        for tile in range(first_tile, last_tile):
+            first, b0 = tile * TILE, slot * slot_size + b_start + tile * rank * TILE
+            if end - place > 1:
+                _gated_some(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
+            else:
+                _gated_one(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
+        place = end
 
 
 @njit(parallel=True, **FAST)
 def expand_gated(t, numbers, slot_size, b_start, ranks, rows, slots, y, out, sizes, num_threads):  # type: ignore[no-untyped-def]
-    """out[row, n] = silu(gate) * other, where y[row] + B t has gates before as many others; `sizes` as in `expand`."""
-    width, n_size = sizes
-    num_tiles = n_size // TILE
-    num_blocks = (rows.size + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
-    item_tiles = _item_size(num_tiles, num_blocks, ITEM_TILES, num_threads)
-    num_items = (num_tiles + item_tiles - 1) // item_tiles
-    for item in prange(num_blocks * num_items):
-        place, chunk = item // num_items * MAX_BLOCK_ROWS, item % num_items * item_tiles
-        last = min(rows.size, place + MAX_BLOCK_ROWS)
-        while place < last:
-            slot, end = slots[place], _group_end(slots, place, last)
-            rank = ranks[slot] if slot >= 0 else 0
-            apart = rank * n_size
-            for tile in range(chunk, min(num_tiles, chunk + item_tiles)):
-                first, b0 = tile * TILE, slot * slot_size + b_start + tile * rank * TILE
-                if end - place > 1:
-                    _gated_few(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
-                else:
-                    _gated_one(t, rows, place, end, width, rank, numbers, b0, apart, y, out, n_size, first)
-            place = end
+    """out[row, n] = silu(gate) * other, where y[row] + B t has the gates before as many others; all float32.
+
+    What is not said here is as in `expand`; `sizes`: numbers of a row of t and of out.
+    """
+    num_tiles = sizes[1] // TILE
+    num_blocks = (rows.size + EXPAND_ROWS - 1) // EXPAND_ROWS
+    item_tiles = _item_tiles(num_tiles, num_blocks, EXPAND_TILES if num_blocks > 1 else num_tiles, num_threads)
+    block_items = (num_tiles + item_tiles - 1) // item_tiles
+    step = numbers, slot_size, b_start, ranks, rows, slots
+    for item in prange(num_blocks * block_items):
+        _gated_item(item, block_items, item_tiles, t, step, y, out, sizes)
 
 
 @njit(**FAST)
@@ -174,10 +199,9 @@ class LowRankCpu:
         self._tiles = np.array(_tiles(shape.num_outputs), np.int64)
         self._n_size = sum(shape.num_outputs)
         size = shape.num_outputs[0]
-        self.num_gates = size if list(shape.num_outputs) == [size, size] and size % TILE == 0 else 0
+        self.num_gates = size if shape.is_gated and size % TILE == 0 else 0
         self._b_start = self._width * shape.num_inputs
         self._slot_size = self._b_start + len(self._tiles) * max_rank * TILE
-        # A slot's A, then its B. Nobody writes to those that were never used: most of their memory is not taken.
         memory = new_weight(shape.num_places * self._slot_size * shape.dtype.itemsize)
         self._numbers = torch.from_numpy(memory).view(shape.dtype).view(shape.num_places, -1)
         self._flat_numbers = flat_view(self._numbers)
@@ -220,12 +244,12 @@ class LowRankCpu:
         call(_find_places, rows.numpy(), slots.numpy(), sources, matrices, self._shape.num_matrices, *found)
         return own_rows, places
 
-    def _shrink(self, x: torch.Tensor, places: tuple[Any, ...]) -> Any:
-        """A x, times the scaling, of all parts: a flat array [rows * width]."""
-        assert len(places[1]) == len(x), "a layer that sees other rows than the step's can't have adapters"
+    def _shrink(self, x: torch.Tensor, step: tuple[Any, ...]) -> npt.NDArray[np.float32]:
+        """A x, times the scaling, of all parts: flat [rows * width]. `step`: ranks of the slots, rows, their slots."""
+        assert len(step[1]) == len(x), "a layer that sees other rows than the step's can't have adapters"
         _, t = new_output(len(x), self._width)
         numbers, sizes = (self._flat_numbers, self._slot_size), (self._width, self._num_parts, self._shape.num_inputs)
-        call(shrink, flat_view(x), *numbers, self._scalings, *places, self._zeros, t, sizes, self._num_threads)
+        call(shrink, flat_view(x), *numbers, self._scalings, *step, self._zeros, t, sizes, self._num_threads)
         return t
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups | None = None) -> None:
@@ -234,18 +258,19 @@ class LowRankCpu:
             return
         if groups is not None:
             rows, slots = self._places(rows, slots, groups)
-        places = self._ranks, rows.numpy(), slots.numpy()
-        t, numbers = self._shrink(x, places), (self._flat_numbers, self._slot_size, self._b_start)
-        sizes = self._width, self._n_size
-        call(expand, t, *numbers, self._tiles, *places, flat_view(y), sizes, self._num_threads)
+        step = self._ranks, rows.numpy(), slots.numpy()
+        t, numbers = self._shrink(x, step), (self._flat_numbers, self._slot_size, self._b_start)
+        sizes = self._width, self._num_parts, self._n_size
+        call(expand, t, *numbers, self._tiles, *step, flat_view(y), sizes, self._num_threads)
 
     def gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        assert self._step.rows is not None and self._step.slots is not None, "nothing to add"
-        places = self._ranks, self._step.rows.numpy(), self._step.slots.numpy()
-        t, numbers = self._shrink(x, places), (self._flat_numbers, self._slot_size, self._b_start)
+        assert self._step.rows is not None and self._step.slots is not None, "no row has an adapter"
+        assert self.num_gates
+        step = self._ranks, self._step.rows.numpy(), self._step.slots.numpy()
+        t, numbers = self._shrink(x, step), (self._flat_numbers, self._slot_size, self._b_start)
         result, out = new_output(len(x), self.num_gates)
         sizes = self._width, self.num_gates
-        call(expand_gated, t, *numbers, *places, flat_view(y), out, sizes, self._num_threads)
+        call(expand_gated, t, *numbers, *step, flat_view(y), out, sizes, self._num_threads)
         return result
 
 

@@ -1,13 +1,14 @@
 """Register tiles of adapters' changes: rows that have the same adapter, wherever they are, times a part of A or of B.
 
 Rows are given as a list of their numbers. A tile takes those from `place` of it on, before `last`. Where these are too
-few, it computes the last one again, and does not write it.
+few, it computes the last one again. `shrink` writes that a second time, the same numbers, before any row is scaled; the
+others skip it. Rows of activations, of t and of results are float32, A and B are as stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba import types
@@ -22,27 +23,42 @@ QUAD = 4
 """Ranks of a tile of A. An adapter's rank is filled up with zeros to a multiple of it."""
 TILE = 16
 """Outputs of a tile of B. Their numbers lie together, rank after rank."""
+LINES_AHEAD = 2
+"""Lines of the next tile of A that a step of one asks for: all, where the numbers have 16 bits."""
 FLOATS16 = ir.VectorType(F32, TILE)
 
 
 class _Rows:
     """The rows of a tile."""
 
-    def __init__(self, b: Any, rows: Any, place: Any, last: Any, count: int) -> None:
+    def __init__(self, builder: Any, rows: Any, place: Any, last: Any, count: int) -> None:
         """`rows` is the pointer to the list."""
-        self._b, self._last = b, last
-        self._places = spaced(b, place, ir.Constant(place.type, 1), count)
-        end = b.sub(last, ir.Constant(last.type, 1))
-        places = [b.select(b.icmp_signed("<", at, last), at, end) for at in self._places]
-        self._numbers = [b.load(b.gep(rows, [at])) for at in places]
+        self._builder, self._last = builder, last
+        self._places = spaced(builder, place, ir.Constant(place.type, 1), count)
+        end = builder.sub(last, ir.Constant(last.type, 1))
+        places = [builder.select(builder.icmp_signed("<", at, last), at, end) for at in self._places]
+        self._numbers = [builder.load(builder.gep(rows, [at])) for at in places]
 
     def starts(self, width: Any, column: Any) -> list[Any]:
         """The offset of a column of each row, in a matrix of such a width."""
-        return [self._b.add(self._b.mul(number, width), column) for number in self._numbers]
+        return [self._builder.add(self._builder.mul(number, width), column) for number in self._numbers]
 
-    def if_written(self, index: int) -> Any:
-        """A block for one of the rows, if it is no other one computed again."""
-        return self._b.if_then(self._b.icmp_signed("<", self._places[index], self._last), likely=True)
+    def if_own(self, index: int) -> Any:
+        """A block for one of the rows, unless it is another one computed again."""
+        is_own = self._builder.icmp_signed("<", self._places[index], self._last)
+        return self._builder.if_then(is_own, likely=True)
+
+
+class _Factors(NamedTuple):
+    """A tile of B, and what it is multiplied with."""
+
+    data: Any
+    """The typed pointer to B."""
+    dtype: Any
+    first: Any
+    """Where the tile begins."""
+    starts: list[Any]
+    """Where each row's numbers begin in t."""
 
 
 def make_shrink_tile(count: int) -> Any:
@@ -52,30 +68,31 @@ def make_shrink_tile(count: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing_context, x, rows, place, last, a, a0, k_size, zeros, scaling, out, width, column):  # type: ignore[no-untyped-def]
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def shrink_tile(typing_context, x, rows, place, last, a, a0, k_size, zeros, scaling, out, width, column):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x_data, list_data, a_data, zeros_data, out_data = (
-                array_data(context, b, signature, args, i) for i in (0, 1, 4, 7, 9)
+                array_data(context, builder, signature, args, i) for i in (0, 1, 4, 7, 9)
             )
             place, last, a0, k_size, scaling, width, column = (args[i] for i in (2, 3, 5, 6, 8, 10, 11))
             none, one = (ir.Constant(k_size.type, number) for number in (0, 1))
-            some = _Rows(b, list_data, place, last, count)
-            x_rows = x_data, signature.args[0].dtype, some.starts(k_size, none)
-            body = Tile(b, FLOATS, x_rows, (a_data, signature.args[4].dtype, spaced(b, a0, k_size, QUAD)), k_size)
-            body.add(none, k_size, QUAD, 2)
-            starts = some.starts(width, column)
-            body.write(zeros_data, none, out_data, starts)
+            tile_rows = _Rows(builder, list_data, place, last, count)
+            x_rows = x_data, signature.args[0].dtype, tile_rows.starts(k_size, none)
+            a_rows = a_data, signature.args[4].dtype, spaced(builder, a0, k_size, QUAD)
+            body = Tile(builder, FLOATS, x_rows, a_rows, k_size)
+            body.add(none, k_size, QUAD, LINES_AHEAD)
+            starts = tile_rows.starts(width, column)
+            body.write(zeros_data, none, out_data, starts)  # all of them, before the first is scaled
             for index, start in enumerate(starts):
-                with some.if_written(index):
-                    for at in spaced(b, start, one, QUAD):
-                        target = b.gep(out_data, [at])
-                        b.store(b.fmul(b.load(target), scaling), target)
+                with tile_rows.if_own(index):
+                    for at in spaced(builder, start, one, QUAD):
+                        target = builder.gep(out_data, [at])
+                        builder.store(builder.fmul(builder.load(target), scaling), target)
             return context.get_dummy_value()
 
         at = types.intp
         return types.none(x, rows, at, at, a, at, at, zeros, types.float32, out, at, at), codegen
 
-    return tile
+    return shrink_tile
 
 
 def make_expand_tile(count: int) -> Any:
@@ -85,81 +102,78 @@ def make_expand_tile(count: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing_context, t, rows, place, last, width, column, rank, b, b0, out, n_size, first, size):  # type: ignore[no-untyped-def]
+    def expand_tile(  # type: ignore[no-untyped-def]
+        typing_context, t, rows, place, last, width, column, rank, b, b0, out, n_size, first, size
+    ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             t_data, list_data, b_data, out_data = (
                 array_data(context, builder, signature, args, i) for i in (0, 1, 7, 9)
             )
-            place, last, width, column, rank, b0, n_size, first, size = (
-                args[i] for i in (2, 3, 4, 5, 6, 8, 10, 11, 12)
-            )
-            some = _Rows(builder, list_data, place, last, count)
-            tile = b_data, signature.args[7].dtype, b0, some.starts(width, column)
-            totals = _expand(builder, t_data, [tile], rank)
-            for index, ((total,), start) in enumerate(zip(totals, some.starts(n_size, first), strict=True)):
-                with some.if_written(index):
+            place, last, width, column, rank, b0 = (args[i] for i in (2, 3, 4, 5, 6, 8))
+            n_size, first, size = (args[i] for i in (10, 11, 12))
+            tile_rows = _Rows(builder, list_data, place, last, count)
+            factors = _Factors(b_data, signature.args[7].dtype, b0, tile_rows.starts(width, column))
+            totals = _expand(builder, t_data, [factors], rank)
+            for index, ((total,), start) in enumerate(zip(totals, tile_rows.starts(n_size, first), strict=True)):
+                with tile_rows.if_own(index):
                     _add_lanes(builder, builder.gep(out_data, [start]), total, size)
             return context.get_dummy_value()
 
         at = types.intp
         return types.none(t, rows, at, at, at, at, at, b, at, out, at, at, at), codegen
 
-    return tile
+    return expand_tile
 
 
 def make_gated_tile(count: int) -> Any:
     """As `make_expand_tile`, of a tile of gates and one of what they gate, as a Numba intrinsic.
 
     y [*, 2 * n_size] + B t is the product that has gates from `first` on; out [*, n_size] gets silu(gates) * others.
-    The numbers of t and of B that belong to the others lie `rank` and `apart` behind.
+    The others' numbers begin `rank` behind the gates' in t, and `apart` behind in b.
     """
 
     @intrinsic
-    def tile(typing_context, t, rows, place, last, width, rank, b, b0, apart, y, out, n_size, first):  # type: ignore[no-untyped-def]
+    def gated_tile(  # type: ignore[no-untyped-def]
+        typing_context, t, rows, place, last, width, rank, b, b0, apart, y, out, n_size, first
+    ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             t_data, list_data, b_data, y_data, out_data = (
                 array_data(context, builder, signature, args, i) for i in (0, 1, 6, 9, 10)
             )
             place, last, width, rank, b0, apart, n_size, first = (args[i] for i in (2, 3, 4, 5, 7, 8, 11, 12))
-            some, dtype = _Rows(builder, list_data, place, last, count), signature.args[6].dtype
-            columns = ir.Constant(rank.type, 0), rank
-            starts = b0, builder.add(b0, apart)
-            tiles = [
-                (b_data, dtype, at, some.starts(width, column)) for at, column in zip(starts, columns, strict=True)
-            ]
-            totals = _expand(builder, t_data, tiles, rank)
+            tile_rows, dtype = _Rows(builder, list_data, place, last, count), signature.args[6].dtype
+            none = ir.Constant(rank.type, 0)
+            gates = _Factors(b_data, dtype, b0, tile_rows.starts(width, none))
+            others = _Factors(b_data, dtype, builder.add(b0, apart), tile_rows.starts(width, rank))
+            changes = _expand(builder, t_data, [gates, others], rank)
             y_size = builder.add(n_size, n_size)
-            gates, others = some.starts(y_size, first), some.starts(y_size, builder.add(n_size, first))
-            for index, (total, *places) in enumerate(
-                zip(totals, gates, others, some.starts(n_size, first), strict=True)
-            ):
-                with some.if_written(index):
+            y_starts = [tile_rows.starts(y_size, column) for column in (first, builder.add(n_size, first))]
+            starts = zip(*y_starts, tile_rows.starts(n_size, first), strict=True)
+            for index, (row_changes, (*y_places, target)) in enumerate(zip(changes, starts, strict=True)):
+                with tile_rows.if_own(index):
                     gate, other = (
-                        builder.fadd(lanes_at(builder, y_data, types.float32, at, TILE, TILE), part)
-                        for at, part in zip(places[:2], total, strict=True)
+                        builder.fadd(lanes_at(builder, y_data, types.float32, at, TILE, TILE), change)
+                        for at, change in zip(y_places, row_changes, strict=True)
                     )
-                    target = builder.bitcast(builder.gep(out_data, [places[2]]), FLOATS16.as_pointer())
-                    builder.store(gated_of(builder, gate, other), target).align = 4
+                    place = builder.bitcast(builder.gep(out_data, [target]), FLOATS16.as_pointer())
+                    builder.store(gated_of(builder, gate, other), place).align = 4
             return context.get_dummy_value()
 
         at = types.intp
         return types.none(t, rows, at, at, at, at, b, at, at, y, out, at, at), codegen
 
-    return tile
+    return gated_tile
 
 
-def _expand(builder: Any, t: Any, tiles: Sequence[tuple[Any, Any, Any, list[Any]]], rank: Any) -> list[list[Any]]:
-    """What each of several tiles of B makes of each row, row by row; the ranks are added one after the other.
-
-    A tile is a typed pointer, its dtype, where it begins, and where each row's numbers for it begin in t.
-    """
+def _expand(builder: Any, t: Any, tiles: Sequence[_Factors], rank: Any) -> list[list[Any]]:
+    """The sums of B t of each row for each of several tiles, [rows][tiles]; the ranks are added in order."""
     zero = ir.Constant(FLOATS16, [0.0] * TILE)
-    sums = [[cgutils.alloca_once_value(builder, zero) for _ in tiles] for _ in tiles[0][3]]
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in tiles] for _ in tiles[0].starts]
     with cgutils.for_range(builder, rank) as loop:
         offset = builder.mul(loop.index, ir.Constant(rank.type, TILE))
-        for part, (data, dtype, first, starts) in enumerate(tiles):
-            weights = lanes_at(builder, data, dtype, builder.add(first, offset), TILE, TILE)
-            for row_sums, start in zip(sums, starts, strict=True):
+        for part, tile in enumerate(tiles):
+            weights = lanes_at(builder, tile.data, tile.dtype, builder.add(tile.first, offset), TILE, TILE)
+            for row_sums, start in zip(sums, tile.starts, strict=True):
                 number = spread(builder, builder.load(builder.gep(t, [builder.add(start, loop.index)])), TILE)
                 total = vector_call(builder, "fma", number, weights, builder.load(row_sums[part]))
                 builder.store(total, row_sums[part])

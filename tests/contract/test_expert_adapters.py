@@ -77,8 +77,8 @@ def test_steps_of_few_rows_are_programs(folders: dict[str, Path], monkeypatch: p
     monkeypatch.setattr(Program, "run", lambda program, *args: called.append(program.names) or run(program, *args))
     core = start(folders, ["all"])
     run_requests(core, [request_of("r", random_ids(20), adapter="all")])
-    # Four places in each layer where matrices have a common input, two of experts in the second, and a shared expert's
-    # gate; the dense layer and the shared expert have gates and what they gate in one place.
+    # In both layers q/k/v, o, gate/up and down, of the dense block or the shared expert; in the second also two of the
+    # experts and the router. The dense block and the shared expert have gates.
     changes = {"shrink": 11, "expand": 9, "expand_gated": 2, "_find_places": 2}
     assert {name: called[-1].count(name) for name in changes} == changes
     called.clear()

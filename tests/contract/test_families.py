@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint.weights import open_weights
 from engine.device import Device
+from engine.layers.base import Rotation
 from engine.link.errors import StartError
+from engine.link.progress import StartProgress
 from engine.models import MODELS
+from engine.models.base import SelectRows
 from engine.models.blocks import DecoderForCausalLM, FeedForward
+from engine.sampling.sampler_cpu import sample
+from engine.scheduling.step_limit import StepLimit
+from engine.warm_up import WARM_UP_TOKENS, warm_up
 from tests.contract.harness import (
     KERNELS,
     REFERENCES,
@@ -230,9 +237,32 @@ def test_the_last_layer_computes_only_tokens_that_have_logits(
     needed, rows = logits(), num_rows.copy()
     assert rows == [sum(counts)] * (model.num_layers - 1) + [2]
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *arguments: arguments[-1](forward(*arguments[:-1])))
-    torch.testing.assert_close(needed, logits(), atol=1e-5, rtol=1e-5)
+
+    def forward_all(input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows) -> torch.Tensor:
+        hidden = forward(input_ids, rotation, prepared)
+        return select(hidden, hidden)[1]
+
+    monkeypatch.setattr(model, "forward", forward_all)
+    expected = logits()
+    torch.testing.assert_close(needed, expected, atol=1e-5, rtol=1e-5)
+    assert device is REFERENCES or torch.equal(needed, expected), "a row's bits do not depend on its company"
     assert num_rows[len(rows) :] == [sum(counts)] * model.num_layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_warm_up_has_many_rows_and_one_in_every_layer(
+    family: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of a kind of its own has kernels that no other one compiles, wherever it is."""
+    runner = make_runner(folder_of(family, "float32"))
+    model = runner._model
+    assert isinstance(model, DecoderForCausalLM)
+    num_rows: dict[int, list[int]] = {index: [] for index in range(model.num_layers)}
+    for index, layer in enumerate(model.layers):
+        monkeypatch.setattr(layer, "mlp", counted(layer.mlp, num_rows[index]))
+    limit, progress = StepLimit(None, None), StartProgress()
+    assert warm_up(runner, sample, limit, WARM_UP_TOKENS, block_size=runner.block_size, progress=progress)
+    assert [set(rows) for rows in num_rows.values()] == [{1, WARM_UP_TOKENS}] * model.num_layers
 
 
 def counted(mlp: FeedForward, num_rows: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import msgspec
 import numba
 import pytest
 import torch
@@ -29,7 +30,6 @@ from engine.build import build_model, choose_quantization, make_adapter_slots
 from engine.checkpoint.adapter import AdapterWeights
 from engine.checkpoint.files import read_model_config
 from engine.core import UNLOADED_ERROR, EngineCore
-from engine.layers.cpu import CpuOps
 from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint
@@ -179,12 +179,30 @@ def test_a_step_without_adapters_makes_the_calls_of_a_server_without_them(
 
 @pytest.mark.usefixtures("device")
 def test_the_last_layer_has_the_changes_of_the_rows_that_it_computes(folders: dict[str, Path]) -> None:
-    """Prompts of two adapters and of the base end in one step, and then another one of as many rows follows."""
+    """Prompts of two adapters and of the base end in one step, then others of the same lengths in the next one."""
     core = start(folders, ["all", "down"], is_prefix_caching=False)
     for seed in (1, 2):
         items = [(a, random_ids(size, size + seed)) for a, size in [("down", 9), (None, 30), ("all", 17), ("down", 3)]]
-        requests = [request_of(f"r{i}", prompt, adapter=adapter) for i, (adapter, prompt) in enumerate(items)]
-        assert run_requests(core, requests).token_ids == [expected_ids(folders, *item) for item in items]
+        requests = [request_of(f"r{i}", item[1], adapter=item[0], num_tokens=1) for i, item in enumerate(items)]
+        assert run_requests(core, requests).token_ids == [expected_ids(folders, *item, 1) for item in items]
+
+
+@pytest.mark.usefixtures("device")
+def test_a_scored_prompt_has_all_its_rows_after_one_that_needed_its_last(folders: dict[str, Path]) -> None:
+    core = start(folders, ["all"], is_prefix_caching=False)
+    for is_scored in (False, True):
+        item = "all", random_ids(20, int(is_scored))
+        request = request_of("r", item[1], adapter=item[0], num_tokens=1)
+        request = msgspec.structs.replace(request, has_prompt_logprobs=is_scored)
+        assert run_requests(core, [request]).token_ids == [expected_ids(folders, *item, 1)]
+
+
+@pytest.mark.usefixtures("device")
+def test_a_prompt_in_equal_chunks_has_its_adapter_in_each(folders: dict[str, Path]) -> None:
+    """The steps of the first chunks need no row at all behind the last layer's attention, and are alike otherwise."""
+    core = start(folders, ["all"], max_batch_prefill_tokens=32, max_input_tokens=32, is_prefix_caching=False)
+    item = "all", random_ids(70, 4)
+    assert run_requests(core, [request_of("r", item[1], adapter=item[0])]).token_ids == [expected_ids(folders, *item)]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -266,24 +284,6 @@ async def test_a_disk_on_which_an_adapter_takes_long_is_not_taken_for_a_hang(
             await serving
         await watching
         theirs.close()
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 79])
-def test_gates_with_changes_are_those_of_two_kernels(num_rows: int) -> None:
-    """Every bit, of rows with an adapter and without; the order of the rows and what is beside them does not matter."""
-    step, size = AdapterRows(), 48
-    kernel = LowRankCpu(LowRankShape(64, [size, size], 2, 16, torch.bfloat16, torch.device("cpu")), step)
-    assert kernel.num_gates == size
-    torch.manual_seed(num_rows)
-    kernel.put(0, [LowRankUpdate(torch.randn(12, 64), torch.randn(size, 12), 0.5), None])
-    kernel.put(1, [LowRankUpdate(torch.randn(5, 64), torch.randn(size, 5), 2.0) for _ in range(2)])
-    slots = torch.randint(-1, 2, (num_rows,))
-    step.rows, step.slots = slots.argsort(stable=True), slots.sort(stable=True).values
-    x, y = torch.randn(num_rows, 64), torch.randn(num_rows, 2 * size)
-    changed = y.clone()
-    kernel.add_to(changed, x)
-    assert torch.equal(kernel.gated(y, x), CpuOps().silu_and_mul(changed))
-    assert LowRankCpu(LowRankShape(64, [40, 40], 1, 16, torch.bfloat16, torch.device("cpu")), step).num_gates == 0
 
 
 @pytest.mark.usefixtures("kernels")

@@ -116,8 +116,9 @@ def test_a_slot_that_held_a_larger_rank_has_nothing_left_of_it() -> None:
 EXPERTS = [f"model.layers.0.mlp.experts.{expert}.{name}_proj" for expert in range(0, 8, 2) for name in ("up", "down")]
 NAMES = ("all", None, "queries", "all")
 SIZES_OF_PROMPTS = (5, 2, 3, 1)
-DECODED = [[0, 1, 2, 3], [2, 1], [1]]
-"""The sequences of the steps after the prompts': a graph, one with rows of padding, one without adapters."""
+DECODED = [[1, 2, 0, 3], [3], [2, 1, 0], [1]]
+"""The sequences of the steps after the prompts': a graph, a smaller one, whose row of padding has a number in the step
+before that it does not have, the larger one with padding, one without adapters."""
 
 
 def logits_of(base: Path, folders: dict[str, Path], device: Device) -> list[torch.Tensor]:
@@ -126,7 +127,7 @@ def logits_of(base: Path, folders: dict[str, Path], device: Device) -> list[torc
     model = build_model(read_model_config(base), base, torch.float32, device)
     runner = ModelRunner(model, device, make_adapter_slots(config, model, torch.float32, device))
     runner.allocate(16, torch.float32, num_positions=64)
-    runner.capture(GraphLimits(sizes=(4,), max_seq_len=64, num_kv_tokens=128))
+    runner.capture(GraphLimits(sizes=(2, 4), max_seq_len=64, num_kv_tokens=128))
     cache, sequences = AdapterCache(len(folders)), []
     for name in folders:
         cache.add(name)
@@ -167,4 +168,4 @@ def test_an_engine_gives_the_logits_of_plain_torch(
     assert interpreted is not None
     for logits, expected in zip(*(logits_of(base, folders, each) for each in (interpreted, PLAIN)), strict=True):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert graphed == [True, True, False]
+    assert graphed == [True, True, True, False]

@@ -63,7 +63,9 @@ ROOMS: dict[str, str] = {
     "engine.attention": "engine.layers quant",
     "engine.models": "engine.attention engine.layers engine.link parallel quant",
     "engine.checkpoint": "engine.link engine.memory engine.models quant",
-    "engine.adapters": "engine.checkpoint engine.layers engine.link engine.models engine.scheduling parallel quant",
+    "engine.adapter_rows": "engine.layers engine.scheduling quant",
+    "engine.adapters": "engine.adapter_rows engine.checkpoint engine.link engine.models engine.scheduling parallel "
+    "quant",
     "engine.step_inputs": "engine.scheduling",
     "engine.step_buffers": "engine.attention engine.step_inputs quant",
     "engine.graphs": "engine.attention engine.graph_capture engine.link engine.step_buffers engine.step_inputs "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.gates_ops import gate_order, output_columns
 from quant.kernels.integer_cpu import FOUND, OUTPUTS, ROWS, IntegerCpu
 from quant.kernels.integer_ops import INSTRUCTIONS
+from quant.kernels.low_rank_cpu import LowRankCpu
 from quant.kernels.simd import HAS_AVX512
 from tests.contract.kernels.test_integer_cpu import random_rows, symmetric_bytes
 from tests.contract.kernels.test_packed_cpu import random_weight
@@ -137,8 +139,13 @@ def layer_of(num_gates: int, *, is_exact: bool) -> ColumnParallelLinear:
     return layer
 
 
+def make_kernel(step: AdapterRows, inputs: int, outputs: Sequence[int], matrices: int, is_gated: bool) -> LowRankKernel:
+    shape = LowRankShape(inputs, outputs, 1, 8, torch.float32, torch.device("cpu"), matrices, is_gated)
+    return make_low_rank_kernel("cpu", shape, step)
+
+
 def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
-    """A kernel in float32 has no gates. An adapter changes the product before they are taken, by another kernel."""
+    """A kernel in float32 has no gates. An adapter changes the product first; then its kernel takes the gates."""
     calls = []
 
     def gate(product: torch.Tensor) -> torch.Tensor:
@@ -154,12 +161,7 @@ def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
     torch.testing.assert_close(alone, exact, atol=2.0, rtol=0.1)
     assert calls == [(3, 2 * GATES)]
     step = AdapterRows()
-
-    def make_kernel(inputs: int, outputs: Sequence[int], matrices: int) -> LowRankKernel:
-        shape = LowRankShape(inputs, outputs, 1, 8, torch.float32, torch.device("cpu"), matrices)
-        return make_low_rank_kernel("cpu", shape, step)
-
-    layer.allocate_adapters(make_kernel)
+    layer.allocate_adapters(functools.partial(make_kernel, step))
     calls.clear()
     assert torch.equal(layer.gated(x, gate), alone) and (not calls) == HAS_AVX512, "no row has an adapter"
     layer.put_adapter(0, [LowRankUpdate(torch.ones(8, 384), torch.ones(GATES, 8), 1.0), None])
@@ -170,3 +172,47 @@ def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
     assert not calls, "the kernel of adapters takes the gates"
     assert torch.equal(changed, CpuOps().silu_and_mul(layer(x)))
     assert (changed == alone).all(dim=1).tolist() == [True, False, True], "rows without an adapter keep their bits"
+
+
+def test_a_layer_whose_gates_fill_no_tiles_takes_those_of_the_changed_product() -> None:
+    calls = []
+
+    def gate(product: torch.Tensor) -> torch.Tensor:
+        calls.append(product.shape)
+        return CpuOps().silu_and_mul(product)
+
+    layer, step = layer_of(40, is_exact=False), AdapterRows(torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    layer.allocate_adapters(functools.partial(make_kernel, step))
+    layer.put_adapter(0, [LowRankUpdate(torch.ones(8, 384), torch.ones(40, 8), 1.0), None])
+    x = random_rows(3, 384)
+    assert torch.equal(layer.gated(x, gate), CpuOps().silu_and_mul(layer(x)))
+    assert calls == [(3, 80)]
+
+
+@pytest.mark.parametrize(
+    "slots", [[0], [1], [-1, 0], [1, 1], [1, 0, 1], [*[1] * 7, -1, *[0] * 66, -1, 0, 1, 1, 1, 1]], ids=len
+)
+def test_an_adapters_kernel_gives_the_bits_of_its_changes_and_then_gates(slots: list[int]) -> None:
+    """Rows with an adapter and without keep their bits in any order."""
+    generator = torch.Generator().manual_seed(len(slots))
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    step = AdapterRows()
+    kernel = LowRankCpu(LowRankShape(64, [48, 48], 2, 16, torch.bfloat16, torch.device("cpu"), is_gated=True), step)
+    kernel.put(0, [LowRankUpdate(random(12, 64), random(48, 12), 0.5), None])
+    kernel.put(1, [LowRankUpdate(random(5, 64), random(48, 5), 2.0) for _ in range(2)])
+    x, y = random(len(slots), 64), random(len(slots), 96)
+    results = []
+    for order in (torch.arange(len(slots)), torch.randperm(len(slots), generator=generator)):
+        ordered = torch.tensor(slots)[order]
+        step.slots, step.rows = ordered.sort(stable=True)
+        changed = y[order]
+        kernel.add_to(changed, x[order])
+        gated = kernel.gated(y[order], x[order])
+        assert torch.equal(gated, CpuOps().silu_and_mul(changed))
+        results.append(gated[order.argsort()])
+    assert torch.equal(*results)
+    is_changed = ~(results[0] == CpuOps().silu_and_mul(y)).all(dim=1)
+    assert is_changed.tolist() == [slot >= 0 for slot in slots]
