@@ -40,6 +40,9 @@ SEQUENCE_CLASSIFIER = Kind(
     "Text Embeddings Inference, vLLM and SGLang serve such models",
 )
 CLASSIFIER = Kind("is a classifier, which labels a text and writes none", "vLLM serves such models")
+ANSWER_MARKER = Kind(
+    "is a model that marks answers in a text and writes none", "the pipelines of `transformers` run such models"
+)
 UNMERGED = Kind("holds an adapter (LoRA) that is not merged", "merge it with `peft`, merge_and_unload()")
 QUANTIZED = Kind(
     "is quantised, and otherwise than its config.json says",
@@ -50,15 +53,18 @@ ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
     ("RewardModel", REWARD_MODEL),
     ("ForSequenceClassification", SEQUENCE_CLASSIFIER),
     ("ForTokenClassification", CLASSIFIER),
-    (
-        "ForQuestionAnswering",
-        Kind(
-            "is a model that marks answers in a text and writes none", "the pipelines of `transformers` run such models"
-        ),
-    ),
+    ("ForQuestionAnswering", ANSWER_MARKER),
     ("Model", HEADLESS_MODEL),
 )
 """The end of a name in config.json's `architectures` -> what such a model is; the first that fits counts."""
+
+TASKS: dict[str, Kind] = {
+    "SEQ_CLS": SEQUENCE_CLASSIFIER,
+    "TOKEN_CLS": CLASSIFIER,
+    "QUESTION_ANS": ANSWER_MARKER,
+    "FEATURE_EXTRACTION": EMBEDDING_MODEL,
+}
+"""`task_type` of adapter_config.json -> what the adapter's model is."""
 
 LANGUAGE_MODEL = "LMHeadModel"
 """The end of a name that ends like one of `ARCHITECTURES` by chance."""
