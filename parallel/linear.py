@@ -186,7 +186,7 @@ class ParallelMatrices:
 
     def make_adapters(self, make: MakeAdapters, num_matrices: int = 1) -> LowRankKernel:
         """The kernel of adapters of so many layers like this one."""
-        return make(length(self._inputs), lengths(self._outputs), num_matrices, self._is_gated and num_matrices == 1)
+        return make(length(self._inputs), lengths(self._outputs), num_matrices, self._is_gated)
 
     def matrix_shape(self, part: int) -> tuple[int, int]:
         """Outputs and inputs of the whole matrix."""

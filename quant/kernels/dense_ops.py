@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba import njit, types
@@ -137,8 +137,8 @@ def make_tile(rows: int, outputs: int, ahead: int, loading: Loading = FLOATS, *,
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             x_data, w_data, bias_data, out_data = (array_data(context, b, signature, args, i) for i in (0, 2, 5, 7))
             x0, w0, k_size, n, o0, n_size = (args[i] for i in (1, 3, 4, 6, 8, 9))
-            x_rows = x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows)
-            w_rows = w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs)
+            x_rows = TileRows(x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows))
+            w_rows = TileRows(w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs))
             body = Tile(b, loading, x_rows, w_rows, k_size)
             body.add(body.number(0), k_size, ahead, lines)
             body.write(bias_data, n, out_data, spaced(b, o0, n_size, rows))
@@ -163,8 +163,8 @@ def make_part_tile(rows: int, outputs: int, loading: Loading = FLOATS) -> Any:
                 array_data(context, b, signature, args, i) for i in (0, 2, 7, 9, 11)
             )
             x0, w0, k_size, first_k, last_k, s0, n, o0, n_size = (args[i] for i in (1, 3, 4, 5, 6, 8, 10, 12, 13))
-            x_rows = x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows)
-            w_rows = w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs)
+            x_rows = TileRows(x_data, signature.args[0].dtype, spaced(b, x0, k_size, rows))
+            w_rows = TileRows(w_data, signature.args[2].dtype, spaced(b, w0, k_size, outputs))
             body = Tile(b, loading, x_rows, w_rows, k_size)
             kept = b.gep(sums_data, [s0])
             body.take(kept, b.icmp_signed("==", first_k, body.number(0)))
@@ -187,16 +187,23 @@ def spaced(b: Any, first: Any, stride: Any, count: int) -> list[Any]:
     return [b.add(first, b.mul(stride, ir.Constant(stride.type, i))) for i in range(count)]
 
 
+class TileRows(NamedTuple):
+    """The rows of one factor of a tile."""
+
+    data: Any
+    """The typed pointer."""
+    dtype: Any
+    starts: list[Any]
+    """The offset of each row."""
+
+
 class Tile:
     """The code of a tile: an accumulator for each pair of a row of x and a row of w."""
 
-    def __init__(
-        self, b: Any, loading: Loading, x: tuple[Any, Any, list[Any]], w: tuple[Any, Any, list[Any]], k_size: Any
-    ) -> None:
-        """x and w are typed pointers with the dtype and the offset of each row."""
+    def __init__(self, b: Any, loading: Loading, x: TileRows, w: TileRows, k_size: Any) -> None:
         self._b, self._loading, self._x, self._w, self._k_size = b, loading, x, w, k_size
         self._zero = ir.Constant(ir.VectorType(F32, WIDTH), [0.0] * WIDTH)
-        self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in w[2]] for _ in x[2]]
+        self._sums = [[cgutils.alloca_once_value(b, self._zero) for _ in w.starts] for _ in x.starts]
 
     def number(self, value: int) -> ir.Constant:
         """A constant of the type of offsets."""
@@ -222,17 +229,16 @@ class Tile:
 
     def _ask_for(self, distance: Any, line: int) -> None:
         """Ask for a cache line of weights so many numbers from the first, and `line` lines from there."""
-        data, dtype, (first, *_) = self._w
-        further = self.number(line * LINE_BYTES * 8 // dtype.bitwidth)
-        prefetch_at(self._b, data, self._b.add(self._b.add(first, distance), further))
+        further = self.number(line * LINE_BYTES * 8 // self._w.dtype.bitwidth)
+        prefetch_at(self._b, self._w.data, self._b.add(self._b.add(self._w.starts[0], distance), further))
 
     def _add_step(self, k: Any, count: int, *, is_last: bool = False) -> None:
         b, loading = self._b, self._loading
         for part in range(NUM_PARTS if count == STEP_INPUTS else 1):
             step = Step(count, part, is_last)
-            weights = [loading.load(b, *self._w[:2], b.add(start, k), step) for start in self._w[2]]
-            for start, row_sums in zip(self._x[2], self._sums, strict=True):
-                a = loading.load(b, *self._x[:2], b.add(start, k), step)
+            weights = [loading.load(b, self._w.data, self._w.dtype, b.add(start, k), step) for start in self._w.starts]
+            for start, row_sums in zip(self._x.starts, self._sums, strict=True):
+                a = loading.load(b, self._x.data, self._x.dtype, b.add(start, k), step)
                 for weight, place in zip(weights, row_sums, strict=True):
                     b.store(vector_call(b, "fma", a, weight, b.load(place)), place)
 

@@ -51,10 +51,19 @@ def _group_end(slots, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _item_tiles(num_tiles, num_blocks, max_tiles, num_threads):  # type: ignore[no-untyped-def]
-    """Tiles of an item. Every thread has an item; within it an adapter's numbers are read one after the other."""
+def _cut(num_rows, block_rows, num_tiles, max_tiles, num_threads):  # type: ignore[no-untyped-def]
+    """How rows times tiles are cut: tiles of an item, items of a block of rows, all items.
+
+    Every thread has an item; within it an adapter's numbers are read one after the other. An item of several blocks has
+    `max_tiles` at most.
+    """
+    num_blocks = (num_rows + block_rows - 1) // block_rows
     num_items = max(1, (num_threads + num_blocks - 1) // max(1, num_blocks))
-    return min(max_tiles, (num_tiles + num_items - 1) // num_items)
+    item_tiles = (num_tiles + num_items - 1) // num_items
+    if num_blocks > 1:
+        item_tiles = min(max_tiles, item_tiles)
+    block_items = (num_tiles + item_tiles - 1) // item_tiles
+    return item_tiles, block_items, num_blocks * block_items
 
 
 @njit(inline="always")
@@ -84,15 +93,13 @@ def shrink(x, numbers, slot_size, scalings, ranks, rows, slots, zeros, out, size
     and slots as in `AdapterRows`; `sizes`: numbers of a row of out, parts, inputs. x, scalings and out float32.
     """
     num_quads = sizes[0] // QUAD
-    num_blocks = (rows.size + SHRINK_ROWS - 1) // SHRINK_ROWS
-    item_quads = _item_tiles(num_quads, num_blocks, num_quads, num_threads)
-    block_items = (num_quads + item_quads - 1) // item_quads
+    item_quads, block_items, num_items = _cut(rows.size, SHRINK_ROWS, num_quads, num_quads, num_threads)
     step = numbers, slot_size, scalings, ranks, rows, slots
     if rows.size * sizes[0] * sizes[2] < MIN_PARALLEL_PRODUCTS:
-        for item in range(num_blocks * block_items):
+        for item in range(num_items):
             _shrink_item(item, block_items, item_quads, x, step, zeros, out, sizes)
     else:
-        for item in prange(num_blocks * block_items):
+        for item in prange(num_items):
             _shrink_item(item, block_items, item_quads, x, step, zeros, out, sizes)
 
 
@@ -124,16 +131,13 @@ def expand(t, numbers, slot_size, b_start, tiles, ranks, rows, slots, out, sizes
     output, the number of outputs and the part of each tile; `sizes`: numbers of a row of t, parts, numbers of a row of
     out.
     """
-    num_tiles = tiles.shape[0]
-    num_blocks = (rows.size + EXPAND_ROWS - 1) // EXPAND_ROWS
-    item_tiles = _item_tiles(num_tiles, num_blocks, EXPAND_TILES if num_blocks > 1 else num_tiles, num_threads)
-    block_items = (num_tiles + item_tiles - 1) // item_tiles
+    item_tiles, block_items, num_items = _cut(rows.size, EXPAND_ROWS, tiles.shape[0], EXPAND_TILES, num_threads)
     step = numbers, slot_size, b_start, tiles, ranks, rows, slots
     if rows.size * (sizes[0] // sizes[1]) * sizes[2] < MIN_PARALLEL_PRODUCTS:
-        for item in range(num_blocks * block_items):
+        for item in range(num_items):
             _expand_item(item, block_items, item_tiles, t, step, out, sizes)
     else:
-        for item in prange(num_blocks * block_items):
+        for item in prange(num_items):
             _expand_item(item, block_items, item_tiles, t, step, out, sizes)
 
 
@@ -162,12 +166,9 @@ def expand_gated(t, numbers, slot_size, b_start, ranks, rows, slots, y, out, siz
 
     What is not said here is as in `expand`; `sizes`: numbers of a row of t and of out.
     """
-    num_tiles = sizes[1] // TILE
-    num_blocks = (rows.size + EXPAND_ROWS - 1) // EXPAND_ROWS
-    item_tiles = _item_tiles(num_tiles, num_blocks, EXPAND_TILES if num_blocks > 1 else num_tiles, num_threads)
-    block_items = (num_tiles + item_tiles - 1) // item_tiles
+    item_tiles, block_items, num_items = _cut(rows.size, EXPAND_ROWS, sizes[1] // TILE, EXPAND_TILES, num_threads)
     step = numbers, slot_size, b_start, ranks, rows, slots
-    for item in prange(num_blocks * block_items):
+    for item in prange(num_items):
         _gated_item(item, block_items, item_tiles, t, step, y, out, sizes)
 
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quant.kernels.dense_ops import FLOATS, Tile, spaced
+from quant.kernels.dense_ops import FLOATS, Tile, TileRows, spaced
 from quant.kernels.gates_ops import gated_of
 from quant.kernels.simd import F32, I32, array_data, lanes_at, spread, vector_call
 
@@ -76,8 +76,8 @@ def make_shrink_tile(count: int) -> Any:
             place, last, a0, k_size, scaling, width, column = (args[i] for i in (2, 3, 5, 6, 8, 10, 11))
             none, one = (ir.Constant(k_size.type, number) for number in (0, 1))
             tile_rows = _Rows(builder, list_data, place, last, count)
-            x_rows = x_data, signature.args[0].dtype, tile_rows.starts(k_size, none)
-            a_rows = a_data, signature.args[4].dtype, spaced(builder, a0, k_size, QUAD)
+            x_rows = TileRows(x_data, signature.args[0].dtype, tile_rows.starts(k_size, none))
+            a_rows = TileRows(a_data, signature.args[4].dtype, spaced(builder, a0, k_size, QUAD))
             body = Tile(builder, FLOATS, x_rows, a_rows, k_size)
             body.add(none, k_size, QUAD, LINES_AHEAD)
             starts = tile_rows.starts(width, column)
