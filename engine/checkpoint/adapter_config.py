@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.kinds import ONLY_TEXT, TASKS
+from engine.checkpoint.kinds import TASKS
 from engine.link.errors import StartError
 from engine.link.model_files import ADAPTER_CONFIG, read_json
 
@@ -141,8 +141,7 @@ def _names(config: Mapping[str, Any], key: str) -> list[str]:
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     task = config.get("task_type")
     if isinstance(task, str) and task in TASKS:
-        kind = TASKS[task]
-        raise StartError(f"{folder} is an adapter whose model {kind.what}: {ONLY_TEXT}, {kind.servers}")
+        raise TASKS[task].refusal(f"{folder} is an adapter whose model")
     kinds = [kind for key, kind in OTHER_KINDS if config.get(key)]
     if config.get("peft_type") != "LORA":
         kinds.append(f"{config.get('peft_type')!s:.40}")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.kinds import EMBEDDING_MODEL, ONLY_TEXT, SEQUENCE_CLASSIFIER
+from engine.checkpoint.kinds import EMBEDDING_MODEL, SEQUENCE_CLASSIFIER
 from engine.checkpoint.renamed_weights import EMBEDDING
 from engine.checkpoint.weight_files import EXPERTS, GGUF_FLOATS
 from engine.link.errors import StartError
@@ -103,7 +103,7 @@ def refuse_silent_models(metadata: Mapping[str, Any]) -> None:
     pooling = metadata.get(POOLING, NO_POOLING)
     if pooling != NO_POOLING or metadata.get(CAUSAL) is False:
         kind = SEQUENCE_CLASSIFIER if pooling == RANK_POOLING else EMBEDDING_MODEL
-        raise StartError(f"the GGUF file {kind.what}: {ONLY_TEXT}, {kind.servers}")
+        raise kind.refusal("the GGUF file")
 
 
 def _refuse_other_shapes(config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> None:

@@ -23,6 +23,10 @@ class Kind:
     def __str__(self) -> str:
         return f"{self.what}: {self.servers}"
 
+    def refusal(self, subject: str) -> StartError:
+        """`subject`: the folder or file that holds such a model."""
+        return StartError(f"{subject} {self.what}: {ONLY_TEXT}, {self.servers}")
+
 
 EMBEDDING_FILES = ("modules.json", "config_sentence_transformers.json")
 """Files that `sentence-transformers` writes beside a model of embeddings."""
@@ -107,7 +111,7 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     if config.get("is_causal") is False:  # gte-Qwen2: every token sees all others
         kinds.append(EMBEDDING_MODEL)
     if kinds:
-        raise StartError(f"{folder} {kinds[0].what}: {ONLY_TEXT}, {kinds[0].servers}")
+        raise kinds[0].refusal(str(folder))
 
 
 def kind_of_tensor(name: str) -> Kind | None:
