@@ -209,7 +209,7 @@ def write_tiny_gptq(folder: Path, *, group_size: int = 32, **changes: Any) -> No
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         weight = weights.pop(name).float().T
-        groups = weight.reshape(-1, group_size, weight.shape[1])
+        groups = weight.reshape(-1, group_size, weight.shape[1])  # [groups, group_size, n]
         scales = (groups.abs().amax(dim=1) / 7).to(torch.float16)
         q = (groups / scales.float()[:, None]).round().clamp(-8, 7) + 8
         module = name.removesuffix(".weight")

@@ -183,7 +183,7 @@ def test_the_last_layer_has_the_changes_of_the_rows_that_it_computes(folders: di
     core = start(folders, ["all", "down"], is_prefix_caching=False)
     for seed in (1, 2):
         items = [(a, random_ids(size, size + seed)) for a, size in [("down", 9), (None, 30), ("all", 17), ("down", 3)]]
-        requests = [request_of(f"r{i}", item[1], adapter=item[0], num_tokens=1) for i, item in enumerate(items)]
+        requests = [request_of(f"r{i}", ids, adapter=a, num_tokens=1) for i, (a, ids) in enumerate(items)]
         assert run_requests(core, requests).token_ids == [expected_ids(folders, *item, 1) for item in items]
 
 
@@ -191,18 +191,20 @@ def test_the_last_layer_has_the_changes_of_the_rows_that_it_computes(folders: di
 def test_a_scored_prompt_has_all_its_rows_after_one_that_needed_its_last(folders: dict[str, Path]) -> None:
     core = start(folders, ["all"], is_prefix_caching=False)
     for is_scored in (False, True):
-        item = "all", random_ids(20, int(is_scored))
-        request = request_of("r", item[1], adapter=item[0], num_tokens=1)
+        prompt = random_ids(20, int(is_scored))
+        request = request_of("r", prompt, adapter="all", num_tokens=1)
         request = msgspec.structs.replace(request, has_prompt_logprobs=is_scored)
-        assert run_requests(core, [request]).token_ids == [expected_ids(folders, *item, 1)]
+        assert run_requests(core, [request]).token_ids == [expected_ids(folders, "all", prompt, 1)]
 
 
 @pytest.mark.usefixtures("device")
 def test_a_prompt_in_equal_chunks_has_its_adapter_in_each(folders: dict[str, Path]) -> None:
     """The steps of the first chunks need no row at all behind the last layer's attention, and are alike otherwise."""
     core = start(folders, ["all"], max_batch_prefill_tokens=32, max_input_tokens=32, is_prefix_caching=False)
-    item = "all", random_ids(70, 4)
-    assert run_requests(core, [request_of("r", item[1], adapter=item[0])]).token_ids == [expected_ids(folders, *item)]
+    prompt = random_ids(70, 4)
+    assert run_requests(core, [request_of("r", prompt, adapter="all")]).token_ids == [
+        expected_ids(folders, "all", prompt)
+    ]
 
 
 @pytest.mark.usefixtures("kernels")
