@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.link.config import MAX_FORCED_CHARS
 from server.requests import grammar_check
 from server.requests.forced_text import forced_chars, unforced
-from server.requests.grammar_check import JSON_OPTIONS, Check, Checker, HeldSchema
+from server.requests.grammar_check import JSON_OPTIONS
 
 TOKENIZER = LLTokenizer("byte")
 TEXT = "the quick brown fox jumps, "
@@ -112,13 +114,24 @@ def test_the_grammars_of_tools_are_measured_too() -> None:
     assert unforced(short) == short and unforced(long) == '%llguidance {"no_forcing": true}\n' + long
 
 
-def test_the_check_measures_what_the_engine_will_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lexer for multiples takes time and memory only where it is built; to validate the schema is nothing."""
-    checker = Checker()
+KEPT = """
+import sys
+from server.requests import grammar_check
+from server.requests.grammar_check import Check, Checker, HeldSchema
 
-    def error(factor: int) -> str | None:
-        return checker.check(Check(schemas=(HeldSchema({"type": "integer", "multipleOf": factor}, "strict"),))).error
+grammar_check.MAX_GRAMMAR_MEMORY = int(sys.argv[1])
+print(Checker().check(Check(schemas=(HeldSchema({"type": "integer", "multipleOf": 86_400}, "strict"),))).error)
+"""
 
-    assert error(86_400) is None
-    monkeypatch.setattr(grammar_check, "MAX_GRAMMAR_MEMORY", 100_000)
-    assert error(86_399) == "it is too complex: it takes too much memory"
+
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [(grammar_check.MAX_GRAMMAR_MEMORY, None), (100_000, "it is too complex: it takes too much memory")],
+)
+def test_the_check_measures_what_the_engine_will_keep(limit: int, error: str | None) -> None:
+    """The lexer for multiples takes time and memory only where it is built; to validate the schema is nothing.
+
+    Each check has a process of its own, as it has in use: memory that another has freed would hide what it takes.
+    """
+    command = [sys.executable, "-c", KEPT, str(limit)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{error}\n"
