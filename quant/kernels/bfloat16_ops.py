@@ -119,20 +119,20 @@ def round_vector(typing_context, x, rounded, place):  # type: ignore[no-untyped-
 
 @intrinsic
 def multiply_block(  # type: ignore[no-untyped-def]
-    typing_context, x, w, bias, out, row, rows, tile, gates, width, k_size, part, parts
+    typing_context, x, w, bias, out, waiting, place, row, rows, tile, gates, width, k_size, first, last, part, parts
 ):
-    """`rows` rows, at least one and at most `ROWS`, times a tile of `OUTPUTS` outputs.
+    """`rows` rows, at least one and at most `ROWS`, times inputs `first : last` of a tile of `OUTPUTS` outputs.
 
     x [*, k_size] as `round_vector` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
     float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
-    `gates_ops.write_tile`.
+    `gates_ops.write_tile`. Until the last inputs the sums wait in `waiting` float32, [rows, OUTPUTS] from `place` on.
 
-    One `part` of `parts` of the next tile's weights is asked for meanwhile (`work_split.fetched_part`).
+    One `part` of `parts` of as many weights that follow is asked for meanwhile (`work_split.fetched_part`).
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        data = [array_data(context, b, signature, args, i) for i in range(4)]
-        count, sizes = args[5], [args[4], *args[6:]]
+        data = [array_data(context, b, signature, args, i) for i in range(5)]
+        count, sizes = args[7], [*args[5:7], *args[8:]]
         is_paired = signature.args[0].dtype == types.uint16
         end = b.append_basic_block("end")
         unreachable = b.append_basic_block("others")
@@ -149,7 +149,7 @@ def multiply_block(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, w, bias, out, at, at, at, at, at, at, at, at), codegen
+    return types.none(x, w, bias, out, waiting, *[at] * 11), codegen
 
 
 @contextlib.contextmanager
@@ -170,18 +170,22 @@ def _multiply(
     w: Any,
     bias: Any,
     out: Any,
+    waiting: Any,
+    place: Any,
     row: Any,
     tile: Any,
     gates: Any,
     width: Any,
     k_size: Any,
+    first: Any,
+    last: Any,
     part: Any,
     parts: Any,
     *,
     rows: int,
     is_paired: bool,
 ) -> None:
-    """The code for so many rows; x, w, bias, out are typed pointers."""
+    """The code for so many rows; x, w, bias, out, waiting are typed pointers."""
 
     def number(value: int) -> ir.Constant:
         return ir.Constant(k_size.type, value)
@@ -194,13 +198,20 @@ def _multiply(
         value.align = 2
         return value
 
+    def waiting_place(r: int, unit: int) -> Any:
+        return at(waiting, place, number(r * OUTPUTS + unit * LANES))
+
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
-    tile_size = b.mul(number(OUTPUTS), k_size)
-    w0 = b.mul(tile, tile_size)
-    fetched, step = next_tile_part(b, w0, tile_size, part, parts, LANES * INPUTS)
-    x_rows = [at(x, b.mul(b.add(row, number(r)), k_size)) for r in range(rows)]
-    with _loop_as_written(b, b.sdiv(k_size, number(INPUTS))) as loop:
+    with b.if_then(b.icmp_signed(">", first, number(0))):
+        for r, places in enumerate(sums):
+            for unit, kept in enumerate(places):
+                b.store(vector(waiting_place(r, unit), _FLOATS), kept)
+    w0 = b.mul(number(OUTPUTS), b.add(b.mul(tile, k_size), first))
+    num_inputs = b.sub(last, first)
+    fetched, step = next_tile_part(b, w0, b.mul(number(OUTPUTS), num_inputs), part, parts, LANES * INPUTS)
+    x_rows = [at(x, b.mul(b.add(row, number(r)), k_size), first) for r in range(rows)]
+    with _loop_as_written(b, b.sdiv(num_inputs, number(INPUTS))) as loop:
         w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
         for unit in range(UNITS):
             line = b.add(b.mul(loop.index, number(UNITS)), number(unit))
@@ -214,15 +225,23 @@ def _multiply(
                 numbers = [spread(b, b.load(b.bitcast(pair, I32.as_pointer())), LANES)]
             else:
                 numbers = [spread(b, b.load(at(pair, number(half))), LANES) for half in range(INPUTS)]
-            for unit, place in enumerate(places):
-                total = b.load(place)
+            for unit, kept in enumerate(places):
+                total = b.load(kept)
                 if is_paired:
                     total = add_pair(b, numbers[0], weights[unit], total)
                 else:
                     total = vector_call(b, "fma", numbers[1], halves[unit][1], total)
                     total = vector_call(b, "fma", numbers[0], halves[unit][0], total)
-                b.store(total, place)
-    columns = output_columns(b, tile, gates, UNITS, LANES)
-    added = [vector(at(bias, column), _FLOATS) for column in columns]
-    results = [[b.fadd(b.load(place), more) for place, more in zip(places, added, strict=True)] for places in sums]
-    write_tile(b, out, row, results, columns, gates, width)
+                b.store(total, kept)
+    with b.if_else(b.icmp_signed("<", last, k_size)) as (going_on, ending):
+        with going_on:
+            for r, places in enumerate(sums):
+                for unit, kept in enumerate(places):
+                    b.store(b.load(kept), b.bitcast(waiting_place(r, unit), _FLOATS.as_pointer())).align = 4
+        with ending:
+            columns = output_columns(b, tile, gates, UNITS, LANES)
+            added = [vector(at(bias, column), _FLOATS) for column in columns]
+            results = [
+                [b.fadd(b.load(kept), more) for kept, more in zip(places, added, strict=True)] for places in sums
+            ]
+            write_tile(b, out, row, results, columns, gates, width)

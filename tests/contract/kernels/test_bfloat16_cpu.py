@@ -12,7 +12,7 @@ from numba import njit
 from quant.base import PackedWeight
 from quant.kernels import MATRICES, choose_kernel
 from quant.kernels.arrays import flat_view
-from quant.kernels.bfloat16_cpu import ROW_BLOCK, Bfloat16Cpu, interleave
+from quant.kernels.bfloat16_cpu import MAX_INPUTS, ROW_BLOCK, Bfloat16Cpu, interleave
 from quant.kernels.bfloat16_ops import HAS_PAIRS, OUTPUTS, ROWS, multiply_block
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.simd import HAS_AVX512
@@ -61,6 +61,18 @@ def test_rows_beyond_one_row_block() -> None:
         assert torch.equal(whole[row], by_the_rule(one, weight)[0])
 
 
+@pytest.mark.parametrize("k_size", [MAX_INPUTS, MAX_INPUTS + 16, 2 * MAX_INPUTS + 48])
+def test_sums_wait_between_stretches_of_many_inputs(k_size: int) -> None:
+    weight, x = packed(OUTPUTS + 1, k_size), random(ROW_BLOCK + 2, k_size)
+    kernel = Bfloat16Cpu(weight)
+    whole = kernel(x)
+    first = by_the_rule(x[:1], weight)[0]
+    for rows in (1, ROWS, 2 * ROWS + 5, len(x)):
+        for start in (0, len(x) - rows):
+            assert torch.equal(kernel(x[start : start + rows].contiguous()), whole[start : start + rows])
+    assert torch.equal(whole[0], first)
+
+
 def test_without_a_bias() -> None:
     weight, x = packed(13, 32), random(3, 32)
     zeros = PackedWeight("dense", weight.weight, torch.zeros(13))
@@ -97,7 +109,7 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
 
     @njit
     def product(x: Any, w: Any, bias: Any, out: Any) -> None:
-        multiply_block(x, w, bias, out, 0, 2, 0, 0, OUTPUTS, 640, 0, 1)
+        multiply_block(x, w, bias, out, out, 0, 0, 2, 0, 0, OUTPUTS, 640, 0, 640, 0, 1)
 
     results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
     for rounded, out in zip((x, x.float()), results, strict=True):
