@@ -113,12 +113,13 @@ class Row:
     """One for each round."""
 
 
-def count_active(ops: Any, run: Callable[[], float]) -> int:
-    """How many experts have tokens in a step, of all layers together; 0 for one that runs as a program already.
+def count_active(ops: Any, programs: Any, run: Callable[[], float]) -> int:
+    """How many experts have tokens in a step, of all layers together.
 
     Only this step counts them: one that reads numbers on the way can't become a program.
     """
     route, counts = ops.route, [0]
+    programs.is_off = True
 
     def counting(*args: Any, **options: Any) -> Any:
         routing = route(*args, **options)
@@ -127,7 +128,7 @@ def count_active(ops: Any, run: Callable[[], float]) -> int:
 
     ops.route = counting
     run()
-    ops.route = route
+    ops.route, programs.is_off = route, False
     return counts[0]
 
 
@@ -145,7 +146,7 @@ def measure(form: str, folder: str, num_rounds: int) -> tuple[list[Row], list[fl
     ops = model.layers[0].mlp._ops
     rows = [Row(count, steps.make(count, CONTEXT)) for count in SEQUENCES]
     for row in rows:
-        row.num_active = count_active(ops, row.run) or CONFIG["num_experts_per_tok"] * len(model.layers)
+        row.num_active = count_active(ops, steps.programs, row.run)
         row.num_bytes = beside + row.num_active * of_one + row.sequences * kv_bytes
     bandwidths = []
     for round_index in range(num_rounds):

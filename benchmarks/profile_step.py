@@ -103,7 +103,7 @@ class Clock:
 
 def kernel_name(name: str) -> str:
     """What a compiled function is called in the table."""
-    return name.strip("_").removesuffix("_serial").removesuffix("_parallel")
+    return name.strip("_")
 
 
 class TimedKernel:
@@ -130,11 +130,11 @@ class TimedProgram:
         self._clock, self._run = clock, Program.run
         self._first: tuple[float, int] | None = None
 
-    def __call__(self, program: Any, parameters: Any) -> None:
+    def __call__(self, program: Any, parameters: Any, num_rows: Any) -> None:
         import numpy as np
 
         stamps = np.empty(len(program.names) + 1, np.int64)
-        self._run(program, parameters, stamps)
+        self._run(program, parameters, num_rows, stamps)
         end = time.perf_counter(), int(stamps[-1])
         if self._first is None:  # there is nothing yet to tell the counter's frequency by
             self._first = end

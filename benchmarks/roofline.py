@@ -76,6 +76,7 @@ class Steps:
         self._runner = runner
         self._sample = sample
         self.model = runner._model
+        self.programs = runner._programs
         pattern = torch.randn(PATTERN)
         self.cache_tensors = runner.cache_tensors
         self._pool_tokens = pool_tokens

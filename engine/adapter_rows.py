@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.base import FEW_ROWS
 from engine.scheduling.adapters import NO_SLOT
 from quant.base import AdapterRows
 from quant.kernels.transfer import to_device
@@ -27,8 +26,6 @@ class StepRows:
         """What `current` was made of, and still is: slots and `query_start_loc`; None: no such step."""
         self._needed: AdapterRows | None = None
         """What `current` becomes in the last layer; None: it stays."""
-        self._few = np.zeros((2, FEW_ROWS), np.int64)
-        """Rows and slots of a step of few rows, always in the same place: see `engine.programs`."""
         self._captured: torch.Tensor | None = None
         """The same for graphs, on the device: [2, rows of the largest graph] int64; None: there are none."""
 
@@ -40,6 +37,12 @@ class StepRows:
             self.show(slots_of_rows)
             self._needed = None if needed is None else self._sorted(slots_of_rows[needed])
         self._key = key if needed is None else None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Rows and slots of the step that has begun, then those from `narrow` on, if there will be others."""
+        steps = [self.current] if self._needed is None else [self.current, self._needed]
+        return [tensor for step in steps for tensor in (step.rows, step.slots) if tensor is not None]
 
     def begin_without(self) -> None:
         """Take in a step of which no sequence has an adapter."""
@@ -64,7 +67,7 @@ class StepRows:
     def show(self, slots: Integers) -> None:
         """Let layers see rows with these slots."""
         num_rows, captured = len(slots), self._captured
-        found = self._sorted(slots, self._few if num_rows <= FEW_ROWS else None)
+        found = self._sorted(slots)
         if captured is not None and num_rows <= captured.shape[1]:
             assert found.rows is not None and found.slots is not None
             captured[0, :num_rows], captured[1, :num_rows] = found.rows, found.slots
@@ -72,11 +75,10 @@ class StepRows:
             found.rows, found.slots = captured[:, :num_rows]
         self.current.take(found)
 
-    def _sorted(self, slots: Integers, memory: Integers | None = None) -> AdapterRows:
-        """Rows with these slots in the order of the slots, in `memory` [2, as many or more] or some of their own."""
+    def _sorted(self, slots: Integers) -> AdapterRows:
+        """Rows with these slots in the order of the slots."""
         order = np.argsort(slots, kind="stable")
-        both = np.empty((2, len(order)), np.int64) if memory is None else memory[:, : len(order)]
-        both[0], both[1] = order, slots[order]
+        both = np.stack([order, slots[order]])
         bounds = [0, *np.flatnonzero(np.diff(both[1])) + 1, len(order)] if len(order) else []
         segments = [(int(both[1][first]), int(first), int(end)) for first, end in itertools.pairwise(bounds)]
         rows, slots_in_order = to_device(both, self._device)

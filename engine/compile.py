@@ -25,7 +25,6 @@ from engine.link.logs import configure_logging
 if TYPE_CHECKING:
     import torch
 
-# Wide enough that the warm-up's prompt runs the parallel kernels and its last token the serial ones.
 TINY_MODEL: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 1024,

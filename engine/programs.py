@@ -1,7 +1,7 @@
-"""Steps of few rows as programs: the calls of their kernels are recorded once, and then made by one call from Python.
+"""Steps as programs: the calls of their kernels are recorded once, and then made by one call from Python.
 
-The model stays as it is written, and is what a program is made of: there is nothing to keep equal by hand. Steps with
-the same numbers of rows and of parts of attention make the same calls, on other memory.
+The model stays as it is written, and is what a program is made of: there is nothing to keep equal by hand. Kernels know
+the rows of a step by the sizes of their arrays, so one program serves any number of rows, with prompts among them.
 """
 
 from __future__ import annotations
@@ -13,67 +13,75 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.layers.base import FEW_ROWS
 from quant.kernels.arrays import observed_calls
-from quant.kernels.program_cpu import Arena, Program, Recording
+from quant.kernels.program_cpu import Arena, NotRepeatableError, Program, Recording, Rows
 
 logger = logging.getLogger(__name__)
 
-MAX_PROGRAMS = 64
+MAX_PROGRAM_ROWS = 512
+"""Rows for which there is an arena: larger steps take a hundred times as long as the Python between their kernels."""
 
 
 class StepPrograms:
     """The programs of one model, by what makes the calls of a step differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int = MAX_PROGRAM_ROWS) -> None:
+        """Steps of more than `max_rows` are computed call by call."""
+        self.max_rows = max_rows
         self.is_off = False
-        """Whether every step is computed call by call: because the model's can't be repeated, or to compare."""
-        self._arena = Arena(FEW_ROWS)
-        self._programs: dict[Hashable, tuple[Program, torch.Tensor] | None] = {}
+        """Whether every step is computed call by call, to compare."""
+        self.refusals: dict[Hashable, str] = {}
+        """The variants whose calls can't be made again, each with the reason."""
+        self.programs: dict[Hashable, Program] = {}
+        self._arena = Arena(max_rows)
+        self._recording: Recording | None = None
 
     def clear(self) -> None:
         """Forget the programs: memory that they use has moved."""
-        self._programs.clear()
+        self.programs.clear()
+
+    def narrow(self) -> None:
+        """`work` calls this where it goes on with those rows alone that have results."""
+        if self._recording is not None:
+            self._recording.narrow()
 
     def run(
-        self, num_rows: int, variant: Hashable, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
+        self, variant: Hashable, num_rows: Rows, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """Do `work`, or make its calls again: its result, which the next step overwrites.
 
-        `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. Steps of
-        as many rows and of the same `variant` make the same calls. They are recorded when they come a second time.
+        `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. Steps of the same
+        `variant` make the same calls: any number of rows, but for none in place of some.
         """
-        key = num_rows, variant
-        if self.is_off or num_rows > FEW_ROWS:
+        if self.is_off or num_rows[0] > self.max_rows or variant in self.refusals:
             return work()
-        if key not in self._programs:
-            self._note(key, None)
-            return work()
-        known = self._programs[key]
-        if known is None:
-            return self._record(key, parameters, work)
-        program, result = known
-        program.run(parameters)
-        return result
+        program = self.programs.get(variant)
+        if program is None:
+            return self._record(variant, num_rows, parameters, work)
+        program.run(parameters, num_rows)
+        assert program.result is not None
+        return program.result
 
     def _record(
-        self, key: Hashable, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
+        self, variant: Hashable, num_rows: Rows, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        recording, others = Recording(self._arena, parameters), _Operations()
-        with others, observed_calls(recording):
-            result = work()
-        if refusal := recording.refusal or others.refusal:
+        recording, others = Recording(self._arena, parameters, num_rows), _Operations()
+        self._recording = recording
+        try:
+            with others, observed_calls(recording):
+                result = work()
+        finally:
+            self._recording = None
+        try:
+            refusal = recording.refusal or others.refusal
+            if refusal is None:
+                self.programs[variant] = Program(recording, result)
+        except NotRepeatableError as error:
+            refusal = str(error)
+        if refusal is not None:
             logger.debug("Steps are computed call by call: %s", refusal)
-            self.is_off = True
-        else:
-            self._note(key, (Program(recording), self._arena.alias(result)))
+            self.refusals[variant] = refusal
         return result
-
-    def _note(self, key: Hashable, entry: tuple[Program, torch.Tensor] | None) -> None:
-        self._programs.pop(key, None)
-        if len(self._programs) >= MAX_PROGRAMS:
-            del self._programs[next(iter(self._programs))]
-        self._programs[key] = entry
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,6 +99,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         is_view = isinstance(result, torch.Tensor) and not func._schema.is_mutable
+        if is_view and not result.numel():  # without an address, and nobody reads it
+            return result
         if not is_view or all(result.data_ptr() != arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)):
             self.refusal = f"torch does {func.name()} between kernels"
         return result

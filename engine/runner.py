@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from engine.graphs import GraphLimits, StepGraphs, capture_graphs, graph_bytes
 from engine.layers.base import Rotation
 from engine.link.progress import StartProgress
 from engine.link.registry import import_entry
-from engine.models.base import CausalLM
+from engine.models.base import CausalLM, RowSelection
 from engine.scheduling.batch import ScheduledBatch
 from engine.step_buffers import StepBuffers, StepTensors
 from engine.step_inputs import StepInputs, step_inputs
@@ -74,6 +73,11 @@ class ModelRunner:
     def block_size(self) -> int:
         """Tokens in a block of KV memory."""
         return self._attention.block_size
+
+    @property
+    def max_program_rows(self) -> int:
+        """Rows of the largest step that may be a program; 0: none is."""
+        return 0 if self._programs is None else self._programs.max_rows
 
     def kv_bytes_per_block(self, dtype: torch.dtype) -> int:
         """Memory of one block in all layers."""
@@ -172,9 +176,9 @@ class ModelRunner:
         if self.adapters is not None:
             needed = inputs.logits_indices if inputs.is_selecting else None
             self.adapters.begin_step(inputs.adapters, inputs.adapter_slots, inputs.query_start_loc, needed)
-        if self._programs is not None and inputs.is_decoding and not inputs.block_copies:
-            return StepResult(self._run_decoding(inputs, last_token_ids, self._programs))
-        return self._run(inputs, last_token_ids)
+        if self._programs is None or inputs.block_copies or inputs.scored_indices:
+            return self._run(inputs, last_token_ids)
+        return StepResult(self._run_repeatable(inputs, last_token_ids, self._programs))
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> StepResult:
@@ -186,33 +190,43 @@ class ModelRunner:
         if graphs is not None and (logits := graphs.run(inputs, work_items, last_token_ids)) is not None:
             return StepResult(logits)
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
-        needed = tensors.logits_indices
-        select = functools.partial(self._select_rows, needed) if inputs.is_selecting else None
-        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), select)
-        logits = self._model.compute_logits(hidden[needed] if select is None else hidden)
-        return StepResult(logits, self._score(hidden, tensors, inputs))
+        selection = self._selection(inputs, tensors)
+        hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), selection)
+        needed = hidden[tensors.logits_indices] if inputs.scored_indices else hidden
+        return StepResult(self._model.compute_logits(needed), self._score(hidden, tensors, inputs))
 
-    def _select_rows(
-        self, needed: torch.Tensor, attended: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`models.base.SelectRows`, of the rows `needed` [num_rows] int64."""
+    def _selection(self, inputs: StepInputs, tensors: StepTensors) -> RowSelection | None:
+        """The rows that the last layer goes on with; None: all."""
+        return RowSelection(tensors.logits_indices, self._narrow) if inputs.is_selecting else None
+
+    def _narrow(self) -> None:
+        """From here on a step has those rows alone that get logits."""
         if self.adapters is not None:
             self.adapters.rows.narrow()
-        return attended[needed], residual[needed]
+        if self._programs is not None:
+            self._programs.narrow()
 
-    def _run_decoding(
+    def _run_repeatable(
         self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms
     ) -> torch.Tensor:
-        """Logits of all tokens of a step. Nothing of torch is called where the step's calls are a program already."""
+        """Logits of a step. Nothing of torch is called where the step's calls are a program already."""
         tensors = self._buffers.fill(inputs, self._work_items(inputs), last_token_ids)
         rotation, prepared = self._prepare(inputs, tensors)
+        selection = self._selection(inputs, tensors)
         if not isinstance(prepared, RepeatableStep):
-            return self._compute(tensors, rotation, prepared)
+            return self._compute(tensors, rotation, prepared, selection)
+        num_rows = len(inputs.input_ids), len(inputs.logits_indices)
+        has_adapters = bool(inputs.adapters)
+        parameters = [tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors]
+        if selection is not None:
+            parameters.append(selection.rows)
+        if has_adapters and self.adapters is not None:
+            parameters += self.adapters.rows.tensors
         return programs.run(
-            len(inputs.input_ids),
-            (prepared.variant, bool(inputs.adapters)),
-            (tensors.input_ids, rotation.table.cos, rotation.table.sin, rotation.rows, *prepared.tensors),
-            lambda: self._compute(tensors, rotation, prepared),
+            (prepared.variant, has_adapters, selection is not None, num_rows[1] > 0),
+            num_rows,
+            parameters,
+            lambda: self._compute(tensors, rotation, prepared, selection),
         )
 
     def _work_items(self, inputs: StepInputs) -> npt.NDArray[np.int32]:
@@ -224,9 +238,11 @@ class ModelRunner:
         return self._model.rotary.prepare(tensors.positions, *lengths), self._attention.prepare(tensors.attention)
 
     @torch.inference_mode()
-    def _compute(self, tensors: StepTensors, rotation: Rotation, prepared: Any) -> torch.Tensor:
-        """Logits of all tokens of a step."""
-        return self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared))
+    def _compute(
+        self, tensors: StepTensors, rotation: Rotation, prepared: Any, selection: RowSelection | None = None
+    ) -> torch.Tensor:
+        """Logits of the tokens in `selection`; None: of all tokens of a step."""
+        return self._model.compute_logits(self._model.forward(tensors.input_ids, rotation, prepared, selection))
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)

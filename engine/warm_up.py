@@ -32,10 +32,10 @@ MEASUREMENTS = 3
 def warm_up(
     runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int, progress: StartProgress
 ) -> bool:
-    """Run a prompt and its last token alone, twice; True if that token's logits had the same bits each time.
+    """Run a prompt and its last token alone, some times; True if that token's logits had the same bits each time.
 
-    The token alone comes once more: call by call, while its calls are recorded, and as a program. Compiles the kernels
-    (a first start only) and tells `limit` what the last steps of each kind took. Raises StartError out of memory.
+    Both come while their calls are recorded, and at last as programs. Compiles the kernels (a first start only) and
+    tells `limit` what the last steps of each kind took. Raises StartError out of memory.
     """
     started = time.monotonic()
     progress.begin(Stage.WARMING_UP)
@@ -48,7 +48,7 @@ def warm_up(
     sequence = Sequence(request, arrival_time=started)
     sequence.block_table = array("i", range(-(-num_tokens // block_size)))
     results, seconds = [], {}
-    counts = (num_tokens, 1, 1, num_tokens, 1)
+    counts = (num_tokens, 1, num_tokens, 1, num_tokens)
     for num_done, count in enumerate(counts):
         progress.advance(num_done / len(counts), f"Warming up: {num_done} of {len(counts)} steps")
         sequence.num_computed_tokens = num_tokens - count

@@ -33,7 +33,7 @@ from engine.attention.attend_ops import (
     weights_of,
     write_numbers,
 )
-from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, split_items
+from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import (
     HAS_AVX512,
@@ -56,6 +56,11 @@ _score4, _score8, _score12 = (make_scores(rows, 1) for rows in (4, 8, 12))
 _score4_twice, _score8_twice, _score12_twice = (make_scores(rows, 2) for rows in (4, 8, 12))
 _sum4, _sum4_twice, _sum8_twice, _sum12_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2), (12, 2)))
 PART_BLOCKS = PART // BLOCK_SIZE
+PARALLEL_TOKENS = 64
+"""Fewer keys and values to write are not worth starting a parallel region."""
+PARALLEL_PRODUCTS = 1 << 17
+"""Fewer multiplications of queries with keys are not worth starting a parallel region: for one token that is 147 known
+ones with 14 heads of 64, 64 with 16 heads of 128."""
 MIN_SCORE = np.float32(-3.4e38)
 """The highest of no scores; finite, so that differences are numbers."""
 
@@ -75,26 +80,26 @@ def _write_token(qkv, width, key_start, num_kv_heads, head_dim, slot, token, hea
         write_numbers(qkv, value + d, values, place, together, 1)
 
 
-@njit(**FAST)
-def write_kv_serial(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
+@njit(parallel=True, **FAST)
+def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
     """Write all tokens, whose slots are `slots` [tokens].
 
-    `together`: numbers that lie side by side in the cache, 2 where they are pairs, otherwise 1.
+    `together`: numbers that lie side by side in the cache, 2 where they are pairs, otherwise 1. Threads share many
+    tokens head by head: neighbouring ones share lines of the processor's cache.
     """
-    for token in range(slots.shape[0]):
-        for head in range(num_kv_heads):
+    num_tokens = slots.shape[0]
+    if num_tokens < PARALLEL_TOKENS:
+        for token in range(num_tokens):
+            for head in range(num_kv_heads):
+                _write_token(
+                    qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, together, keys, values
+                )
+    else:
+        for item in prange(num_kv_heads * num_tokens):
+            head, token = item // num_tokens, item % num_tokens
             _write_token(
                 qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, together, keys, values
             )
-
-
-@njit(parallel=True, **FAST)
-def write_kv_parallel(qkv, width, key_start, num_kv_heads, head_dim, slots, together, keys, values):  # type: ignore[no-untyped-def]
-    """The same, shared by the threads, head by head: neighbouring tokens share lines of the processor's cache."""
-    num_tokens = slots.shape[0]
-    for item in prange(num_kv_heads * num_tokens):
-        head, token = item // num_tokens, item % num_tokens
-        _write_token(qkv, width, key_start, num_kv_heads, head_dim, slots[token], token, head, together, keys, values)
 
 
 @njit(inline="always")
@@ -287,20 +292,28 @@ def _attend_item(  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def attend_serial(num_items, args):  # type: ignore[no-untyped-def]
-    """All items, one after the other; args as `_attend_item` takes them after the item."""
-    for item in range(num_items):
-        _attend_item(item, *args)
+def _num_products(tiles, num_heads, head_dim):  # type: ignore[no-untyped-def]
+    """Multiplications of queries with keys, windows aside."""
+    num_scores = 0
+    for tile in range(tiles.shape[0]):
+        if tiles[tile, FIRST_PART] == 0:
+            num_tokens = tiles[tile, NUM_TOKENS]
+            num_scores += num_tokens * (tiles[tile, POSITION] + num_tokens)
+    return num_scores * num_heads * head_dim
 
 
 @njit(parallel=True, **FAST)
-def attend_parallel(num_threads, args):  # type: ignore[no-untyped-def]
-    """All items, shared by the threads; args as above."""
-    num_kv_heads, window, tiles = args[3], args[6], args[7]
-    starts, _, _ = split_items(tiles, num_kv_heads, window, num_threads)
-    for thread in prange(num_threads):
-        for item in range(starts[thread], starts[thread + 1]):
+def attend(num_threads, args):  # type: ignore[no-untyped-def]
+    """All items, shared by the threads if there is much to do; args as `_attend_item` takes them after the item."""
+    num_heads, num_kv_heads, head_dim, window, tiles = args[2], args[3], args[4], args[6], args[7]
+    if _num_products(tiles, num_heads, head_dim) < PARALLEL_PRODUCTS:
+        for item in range(tiles.shape[0] * num_kv_heads):
             _attend_item(item, *args)
+    else:
+        starts, _, _ = split_items(tiles, num_kv_heads, window, num_threads)
+        for thread in prange(num_threads):
+            for item in range(starts[thread], starts[thread + 1]):
+                _attend_item(item, *args)
 
 
 @njit(parallel=True, **FAST)

@@ -51,10 +51,13 @@ class AttentionMetadata:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RepeatableStep:
-    """What `AttentionBackend.prepare` returns if calls of kernels, made again, compute another step of a `variant`."""
+    """What `AttentionBackend.prepare` returns if calls of kernels, made again, compute another step of a `variant`.
+
+    The calls have no number that depends on the rows: kernels read those from the sizes of their arrays.
+    """
 
     variant: tuple[int, ...]
-    """Everything by which the calls differ, beside the number of tokens."""
+    """Everything by which the calls differ."""
     tensors: Sequence[torch.Tensor]
     """The step's numbers, in the order in which each step has them. Nothing else changes from step to step."""
 

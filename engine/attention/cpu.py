@@ -15,13 +15,7 @@ import numpy.typing as npt
 import torch
 from numba import get_num_threads
 
-from engine.attention.attend_cpu import (
-    attend_parallel,
-    attend_serial,
-    merge_parts,
-    write_kv_parallel,
-    write_kv_serial,
-)
+from engine.attention.attend_cpu import attend, merge_parts, write_kv
 from engine.attention.attend_ops import BLOCK_SIZE, LANES
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
 from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, split_items
@@ -34,11 +28,6 @@ NO_WINDOW = 1 << 40
 """A number of tokens that no sequence has."""
 MAX_IMBALANCE = 1.15
 """Work of the thread that has most over the mean: parts are merged afterwards, which is not worth while for less."""
-PARALLEL_TOKENS = 64
-"""Fewer keys and values to write are not worth starting a parallel region."""
-PARALLEL_PRODUCTS = 1 << 17
-"""Fewer multiplications of queries with keys are not worth starting a parallel region: for one token that is 147 known
-ones with 14 heads of 64, 64 with 16 heads of 128."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,18 +106,13 @@ class CpuAttention:
 
     def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
         starts, tiles = metadata.host_query_start_loc, metadata.work_items
-        num_scores = num_whole_tiles = 0
-        for sequence, seq_len in enumerate(metadata.host_seq_lens):
-            num_queries = starts[sequence + 1] - starts[sequence]
-            num_scores += num_queries * seq_len
-            num_whole_tiles += -(-num_queries // self.tile_tokens)
-        num_tiles = tiles.shape[0]
-        is_split = num_tiles > num_whole_tiles
+        num_whole_tiles = 0
+        for sequence in range(len(metadata.host_seq_lens)):
+            num_whole_tiles += -(-(starts[sequence + 1] - starts[sequence]) // self.tile_tokens)
+        is_split = tiles.shape[0] > num_whole_tiles
         # Of each row of a part: sums [head_dim], highest score, total of the weights.
-        partials = torch.empty(num_tiles, *self._partial_shape) if is_split else self._no_partials
-        tensors = tiles, metadata.block_table, metadata.slot_mapping, partials
-        num_products = num_scores * self._shape.num_heads * self._shape.head_dim
-        return RepeatableStep((num_tiles, num_products >= PARALLEL_PRODUCTS, is_split), tensors)
+        partials = torch.empty(tiles.shape[0], *self._partial_shape) if is_split else self._no_partials
+        return RepeatableStep((is_split,), (tiles, metadata.block_table, metadata.slot_mapping, partials))
 
     def forward(
         self,
@@ -144,19 +128,15 @@ class CpuAttention:
         flat, keys, values = flat_view(qkv), flat_view(cache.keys), flat_view(cache.values)
         together = 2 if self._is_paired and cache.keys.dtype == torch.bfloat16 else 1
         key_start = shape.num_heads * shape.head_dim
-        num_tiles, is_parallel, is_split = prepared.variant
+        (is_split,) = prepared.variant
         tiles, block_table, slots, partials = (tensor.numpy() for tensor in prepared.tensors)
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        write_kv = write_kv_serial if num_tokens < PARALLEL_TOKENS else write_kv_parallel
         call(write_kv, flat, width, key_start, shape.num_kv_heads, shape.head_dim, slots, together, keys, values)
         if together == 2:
             keys, values = keys.view(np.uint32), values.view(np.uint32)
         tensors = tiles, block_table, keys, values, flat_out, partials
         arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, *tensors
-        if is_parallel:
-            call(attend_parallel, self._num_threads, arguments)
-        else:
-            call(attend_serial, num_tiles * shape.num_kv_heads, arguments)
+        call(attend, self._num_threads, arguments)
         if is_split:
             call(merge_parts, tiles, *sizes, flat_out, partials)
         return out

@@ -9,12 +9,6 @@ import torch
 
 from quant.base import RowGroups
 
-FEW_ROWS = 32
-"""Rows of a step up to which Python takes longer than kernels on a CPU.
-
-For as many a model calls nothing of torch that is no view, so that the step can be a program (`engine.programs`).
-"""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RotaryTable:
@@ -68,6 +62,9 @@ class Ops(ExpertOps, Protocol):
 
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows token_ids [tokens] int64 of table [vocab, hidden], in `dtype`: [tokens, hidden]."""
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The rows `rows` [n] int64 of x [*, size]: [n, size]."""
 
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add x to `residual` [rows, hidden] in place; return it."""

@@ -13,8 +13,11 @@ from numba import njit, prange
 
 from engine.layers.base import Routing
 from quant.base import RowGroups
-from quant.kernels.arrays import FAST, call, flat_view, new_output
+from quant.kernels.arrays import FAST, call, flat_view, new_fixed, new_output
 from quant.kernels.simd import LANES, add, fma, load, multiply, splat, store, zeros
+
+PARALLEL_ELEMENTS = 1 << 15
+"""Work below this many elements is not worth a parallel region."""
 
 
 @njit(**FAST)
@@ -67,7 +70,7 @@ def _group(chosen, top_k, num_experts, starts, active, matrices, tokens, places)
 
 
 @njit(inline="always")
-def _gather_row(x, source, size, out, target):  # type: ignore[no-untyped-def]
+def _copy_row(x, source, size, out, target):  # type: ignore[no-untyped-def]
     for i in range(0, size, LANES):
         store(out, target + i, load(x, source + i))
 
@@ -82,20 +85,25 @@ def _mix_row(outputs, places, weights, first, top_k, size, out, target):  # type
 
 
 @njit(parallel=True, **FAST)
-def _gather(x, tokens, size, out):  # type: ignore[no-untyped-def]
-    for row in prange(len(tokens)):
-        _gather_row(x, tokens[row] * size, size, out, row * size)
+def copy_rows(x, rows, size, out):  # type: ignore[no-untyped-def]
+    """Some rows of x flat [*, size], one after the other."""
+    if len(out) < PARALLEL_ELEMENTS:
+        for i in range(len(rows)):
+            _copy_row(x, rows[i] * size, size, out, i * size)
+    else:
+        for i in prange(len(rows)):
+            _copy_row(x, rows[i] * size, size, out, i * size)
 
 
 @njit(parallel=True, **FAST)
-def _mix(outputs, places, weights, num_rows, top_k, size, out):  # type: ignore[no-untyped-def]
-    for row in prange(num_rows):
+def _mix(outputs, places, weights, top_k, size, out):  # type: ignore[no-untyped-def]
+    for row in prange(len(out) // size):
         _mix_row(outputs, places, weights, row * top_k, top_k, size, out, row * size)
 
 
 @njit(parallel=True, **FAST)
-def _add_gated(x, y, logits, width, column, num_rows, size):  # type: ignore[no-untyped-def]
-    for row in prange(num_rows):
+def _add_gated(x, y, logits, width, column, size):  # type: ignore[no-untyped-def]
+    for row in prange(len(x) // size):
         gate = splat(np.float32(1.0 / (1.0 + math.exp(-logits[row * width + column]))))
         for i in range(row * size, (row + 1) * size, LANES):
             store(x, i, add(load(x, i), multiply(gate, load(y, i))))
@@ -108,7 +116,7 @@ class CpuExpertOps:
         num_rows, width = logits.shape
         scratch, weights = new_output(num_rows, num_experts)[1], new_output(num_rows, top_k)[0]
         chosen, matrices, tokens, places = (_integers(num_rows, top_k) for _ in range(4))
-        starts, active = _integers(1, num_experts + 1), _integers(1, num_experts + 1)
+        starts, active = (new_fixed(num_experts + 1).view(torch.int32) for _ in range(2))
         sizes = width, num_experts, top_k, int(is_normalized)
         call(_choose, flat_view(logits), *sizes, scratch, flat_view(weights), chosen.numpy())
         grouped = starts, active, matrices, tokens, places
@@ -118,20 +126,19 @@ class CpuExpertOps:
     def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         sources = routing.groups.sources
         out, flat_out = new_output(len(sources), x.shape[1])
-        call(_gather, flat_view(x), sources.numpy(), x.shape[1], flat_out)
+        call(copy_rows, flat_view(x), sources.numpy(), x.shape[1], flat_out)
         return out
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
         num_rows, top_k = routing.places.shape
         size = outputs.shape[1]
         out, flat_out = new_output(num_rows, size)
-        pairs = flat_view(routing.places), flat_view(routing.weights), num_rows, top_k
-        call(_mix, flat_view(outputs), *pairs, size, flat_out)
+        pairs = flat_view(routing.places), flat_view(routing.weights)
+        call(_mix, flat_view(outputs), *pairs, top_k, size, flat_out)
         return out
 
     def add_gated(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor, column: int) -> torch.Tensor:
-        width = logits.shape[1]
-        call(_add_gated, flat_view(x), flat_view(y), flat_view(logits), width, column, *x.shape)
+        call(_add_gated, flat_view(x), flat_view(y), flat_view(logits), logits.shape[1], column, x.shape[1])
         return x
 
 

@@ -15,6 +15,9 @@ class TorchOps(TorchExpertOps):
     def look_up(self, table: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return table[token_ids].to(dtype)
 
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x[rows]
+
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return residual.add_(x)
 

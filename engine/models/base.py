@@ -61,11 +61,14 @@ CheckpointLayers = dict[str, tuple[Loadable, int]]
 """Checkpoint prefix (`model.layers.0.self_attn.q_proj`) -> the layer that takes its tensors, and which part of it."""
 
 
-SelectRows = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""What attention gives and the residual, [num_tokens, size] each -> the rows of both that are needed, [num_rows, size].
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowSelection:
+    """The rows of a step that the last layer computes behind attention, where those are not all."""
 
-The last layer calls it once, behind attention. From then on adapters see those rows alone.
-"""
+    rows: torch.Tensor
+    """[num_rows] int64."""
+    begin: Callable[[], None]
+    """The last layer calls it once, before it selects: from then on adapters see those rows alone."""
 
 
 class CausalLM(Protocol):
@@ -111,9 +114,9 @@ class CausalLM(Protocol):
         """Set what `forward` attends with; one cache per layer."""
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, selection: RowSelection | None = None
     ) -> torch.Tensor:
-        """input_ids [num_tokens] int64 -> hidden states [num_rows, hidden_size], of rows that `select` keeps, or all.
+        """input_ids [num_tokens] int64 -> hidden states [num_rows, hidden_size], of rows in `selection`; None: of all.
 
         `rotary.prepare` makes rotation, and the attention backend's `prepare` makes prepared.
         """

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionShape, LayerCache
-from engine.layers.base import FEW_ROWS, Rotation
+from engine.layers.base import Rotation
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import Rotary
-from engine.models.base import CheckpointLayers, ModelContext, SelectRows
+from engine.models.base import CheckpointLayers, ModelContext, RowSelection
 from engine.models.config import DecoderConfig
 from parallel.embedding import VocabTable
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, input_units
@@ -151,27 +151,31 @@ class DecoderLayer:
     def __call__(
         self,
         residual: torch.Tensor,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         rotation: Rotation,
         backend: AttentionBackend,
         cache: LayerCache,
         prepared: Any,
-        select: SelectRows | None,
+        selection: RowSelection | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the rows that `select` keeps, or of all.
+        """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the rows in `selection`, or of all.
 
-        x is the previous layer's output, not yet added to the residual; nor is this layer's. The residual is updated in
-        place.
+        x is the previous layer's output, not yet added to the residual; None: there is no layer before. Nor is this
+        layer's output added. The residual is updated in place.
         """
-        norm = self.input_layernorm
-        x = self._ops.add_rms_norm(residual, x, norm.weight, norm.eps)
+        ops, norm = self._ops, self.input_layernorm
+        if x is None:
+            x = ops.rms_norm(residual, norm.weight, norm.eps)
+        else:
+            x = ops.add_rms_norm(residual, x, norm.weight, norm.eps)
         attended = self.self_attn.attend(x, rotation, backend, cache, prepared)
-        if select is not None:
-            attended, residual = select(attended, residual)
-            if not len(residual):  # no prompt ends in this step: all ranks see that, so none waits for another
-                return residual, residual
+        if selection is not None:
+            if not len(selection.rows):  # no prompt ends in this step: all ranks see that, so none waits for another
+                return residual[:0], residual[:0]
+            selection.begin()
+            attended, residual = ops.take_rows(attended, selection.rows), ops.take_rows(residual, selection.rows)
         x, norm = self.self_attn.o_proj(attended), self.post_attention_layernorm
-        return residual, self.mlp(self._ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+        return residual, self.mlp(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
 
 
 class DecoderForCausalLM:
@@ -183,7 +187,6 @@ class DecoderForCausalLM:
     def __init__(self, config: DecoderConfig, rotary: Rotary, context: ModelContext) -> None:
         """Raises SplitError for a model that can't be cut for so many ranks."""
         self._context = context
-        self._hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.num_layers = len(config.windows)
         self.max_position_embeddings = config.max_position_embeddings
@@ -246,22 +249,20 @@ class DecoderForCausalLM:
     def use_attention(self, backend: AttentionBackend, caches: list[LayerCache]) -> None:
         self._attention = backend
         self._caches = caches
-        # What the first layer adds to steps of few rows; larger ones make their own.
-        shape, dtype = (FEW_ROWS, self._hidden_size), self._context.activation_dtype
-        self._zeros = torch.zeros(shape, dtype=dtype, device=caches[0].keys.device)
 
     def forward(
-        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows | None = None
+        self, input_ids: torch.Tensor, rotation: Rotation, prepared: Any, selection: RowSelection | None = None
     ) -> torch.Tensor:
         ops, table = self._context.ops, self.embed_tokens
         dtype = self._context.activation_dtype
         residual = table.embed(input_ids, dtype) if self.num_ranks > 1 else ops.look_up(table.weight, input_ids, dtype)
-        x = self._zeros[: len(residual)] if len(residual) <= len(self._zeros) else torch.zeros_like(residual)
+        x = None
         # The last layer's keys, values and attention are of all tokens; what follows is needed for some of them.
-        selections = [*[None] * (self.num_layers - 1), select]
-        for layer, cache, selection in zip(self.layers, self._caches, selections, strict=True):
-            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, selection)
-        return ops.add(residual, x)
+        selections = [*[None] * (self.num_layers - 1), selection]
+        for layer, cache, of_layer in zip(self.layers, self._caches, selections, strict=True):
+            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, of_layer)
+        assert x is not None, "a decoder has layers"
+        return ops.add(residual, x) if len(residual) else residual
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)

@@ -33,8 +33,8 @@ class CallObserver(Protocol):
     def take(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         """Take note of a call that was made."""
 
-    def new_array(self, num_rows: int, size: int) -> npt.NDArray[np.float32]:
-        """An uninitialised array [num_rows, size]."""
+    def new_array(self, num_rows: int | None, size: int) -> npt.NDArray[np.float32]:
+        """An uninitialised array [num_rows, size]; None: one row, however many the step has."""
 
 
 _observer: CallObserver | None = None
@@ -91,7 +91,14 @@ def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
     """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array.
 
+    In a program it grows with the rows of a step (`program_cpu.Recording`); for what does not, there is `new_fixed`.
     NumPy makes it in half the time that torch takes, and asks for huge pages where it is large.
     """
     array = np.empty((num_rows, size), np.float32) if _observer is None else _observer.new_array(num_rows, size)
     return torch.from_numpy(array), array.reshape(-1)
+
+
+def new_fixed(size: int) -> torch.Tensor:
+    """An uninitialised float32 tensor [size] for numbers that are as many whatever the number of rows."""
+    array = np.empty((1, size), np.float32) if _observer is None else _observer.new_array(None, size)
+    return torch.from_numpy(array).view(-1)

@@ -54,11 +54,12 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, num_rows, n_size, gates, width, k_size, num_threads):  # type: ignore[no-untyped-def]
+def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # type: ignore[no-untyped-def]
     """x float32 flat [num_rows, k_size] times w, as `interleave` makes it of n_size outputs -> out float32 flat.
 
     `gates` and `width` are those of `gates_ops.write_tile`.
     """
+    num_rows = len(x) // k_size
     rounded = np.empty(num_rows * k_size, ROUNDED)
     if num_rows <= ROWS:  # a parallel region takes longer to start
         for row in range(num_rows):
@@ -125,8 +126,7 @@ class Bfloat16Cpu:
         return self._multiply(x, self.num_gates)
 
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, width)
-        sizes = num_rows, self._padded_size, self.num_gates, width, self._k_size, self._num_threads
+        out, flat_out = new_output(x.shape[0], width)
+        sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads
         call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

@@ -20,8 +20,8 @@ from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, num_rows, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
-    rows = x
+def _product(x, w, bias, out, n_size, k_size, row_block, num_threads):  # type: ignore[no-untyped-def]
+    num_rows, rows = len(x) // k_size, x
     if splits_pairs(w):
         rows = split_rows(x, num_rows, k_size)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
@@ -58,8 +58,7 @@ class DenseCpu:
         self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, self._n_size)
-        sizes = num_rows, self._n_size, self._k_size, self._row_block, self._num_threads
+        out, flat_out = new_output(x.shape[0], self._n_size)
+        sizes = self._n_size, self._k_size, self._row_block, self._num_threads
         call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
         return out

@@ -45,8 +45,8 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threa
 
 
 @njit(parallel=True, **FAST)
-def _integer(x, group, w, scales, zeros, num_groups, bias, out, num_rows, starts, active, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
-    x8, x_scales, x_sums = round_rows(x, num_rows, k_size, group)
+def _integer(x, group, w, scales, zeros, num_groups, bias, out, starts, active, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
+    x8, x_scales, x_sums = round_rows(x, len(x) // k_size, k_size, group)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for thread in prange(num_threads):
@@ -181,8 +181,7 @@ class GroupedIntegerCpu:
         self._num_threads = get_num_threads()
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, self._padded_size)
+        out, flat_out = new_output(x.shape[0], self._padded_size)
         sizes = self._padded_size, self._k_size, self._num_threads
-        call(_integer, flat_view(x), *self._before, flat_out, num_rows, *_numbers(groups), *sizes)
+        call(_integer, flat_view(x), *self._before, flat_out, *_numbers(groups), *sizes)
         return without_padding(out, self._n_size)

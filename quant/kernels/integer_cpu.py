@@ -110,8 +110,9 @@ def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
-    x, group, w, scales, zeros, groups, bias, out, num_rows, n_size, gates, width, k_size, num_threads
+    x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads
 ):
+    num_rows = len(x) // k_size
     x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
@@ -213,8 +214,7 @@ class IntegerCpu:
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         if self._input_order is not None:
             x = x[:, self._input_order]
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, width)
-        sizes = num_rows, self._padded_size, self.num_gates, width, self._k_size, self._num_threads
+        out, flat_out = new_output(x.shape[0], width)
+        sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads
         call(_product, flat_view(x), *self._before, flat_out, *sizes)
         return out

@@ -7,8 +7,7 @@ ranks one after the other. So a row's bits do not depend on the rows or adapters
 the reading of its numbers, wherever they are in the step (`low_rank_ops`).
 
 A slot's change is A [parts, rank, inputs], then B, tile by tile [tiles, rank, TILE]. What differs from step to step
-stands in `AdapterRows`; a step of few rows finds it where the last one did, so that its calls can be made again
-(`program_cpu`).
+stands in `AdapterRows`, whose arrays are parameters where calls are made again (`program_cpu`).
 """
 
 from __future__ import annotations

@@ -147,9 +147,9 @@ multiply_int4 = _make_tile(_int4_1x4, _widen_int4, 2, 1)
 
 @njit(parallel=True, **FAST)
 def _product_int8(  # type: ignore[no-untyped-def]
-    x, w, scales, shifts, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, shifts, bias, out, scratch, n_size, k_size, num_groups, row_block, num_threads
 ):
-    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    num_rows, num_tiles = len(x) // k_size, (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
@@ -162,9 +162,9 @@ def _product_int8(  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **FAST)
 def _product_int4(  # type: ignore[no-untyped-def]
-    x, w, scales, shifts, bias, out, scratch, num_rows, n_size, k_size, num_groups, row_block, num_threads
+    x, w, scales, shifts, bias, out, scratch, n_size, k_size, num_groups, row_block, num_threads
 ):
-    num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
+    num_rows, num_tiles = len(x) // k_size, (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
@@ -224,8 +224,7 @@ class PackedCpu:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._input_order is not None:
             x = x[:, self._input_order]
-        num_rows = x.shape[0]
-        out, flat_out = new_output(num_rows, self._n_size)
-        sizes = num_rows, self._n_size, self._k_size, self._num_groups, self._row_block, self._num_threads
+        out, flat_out = new_output(x.shape[0], self._n_size)
+        sizes = self._n_size, self._k_size, self._num_groups, self._row_block, self._num_threads
         call(self._product, flat_view(x), *self._weight, flat_out, self._scratch, *sizes)
         return out

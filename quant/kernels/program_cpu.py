@@ -4,7 +4,10 @@ Between two kernels of a step Python takes longer than some kernels do: it makes
 type of each argument. A program has taken the arguments apart already. It keeps them as 64-bit words, as Numba passes
 them to its own functions, and walks over a list of functions and their words.
 
-What differs from step to step is a parameter: an array whose address and sizes are put in before each run.
+What differs from step to step is a parameter, an array whose address and sizes are put in before each run, or the
+number of rows. Kernels get that only as the sizes of arrays, so a program for any number of rows knows which sizes grow
+with it. All arrays that are made while calls are recorded have as many rows as the step, or a multiple, until the
+recording is told that those that follow have as many as the step has results.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ Words = npt.NDArray[np.int64]
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORDS = I64.as_pointer()
+SIZE_WORDS = 2, 5
+"""Places of the two sizes among the words of a flat array: numbers in all, and along its only dimension."""
 CALL_WORDS = 3
 """Words of a call: the function that passes the words on, the kernel, the address of its words."""
 
@@ -68,6 +73,10 @@ def arrays_of(arguments: tuple[Any, ...], first: int = 0) -> list[tuple[int, Arr
     return found
 
 
+Rows = tuple[int, int]
+"""How many rows a step has, and how many of them have results."""
+
+
 class Arena:
     """Memory for what kernels write while calls are recorded. It outlives its arrays, and their successors share it.
 
@@ -76,46 +85,80 @@ class Arena:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
+        self.max_rows = max_rows
+        """Rows of a step for which there is memory. What no step has written takes none."""
         self._free: dict[tuple[int, int], list[Array]] = {}
-        self._memory: list[Array] = []
+        self._memory: dict[int, Array] = {}
+        """By address."""
 
-    def new_array(self, num_rows: int, size: int) -> Array:
-        """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it."""
-        max_rows = max(num_rows, self._max_rows)  # a token may have several rows, one for each of its experts
+    def new_array(self, num_rows: int, size: int, max_rows: int) -> Array:
+        """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it.
+
+        The memory has `max_rows`.
+        """
         free = self._free.setdefault((max_rows, size), [])
         if not free:
-            self._memory.append(np.empty((max_rows, size), np.float32))
-            free.append(self._memory[-1])
+            free.append(np.empty((max_rows, size), np.float32))
+            self._memory[free[-1].ctypes.data] = free[-1]
         memory = free.pop()
         # By way of a buffer: a view of a view holds what owns the memory, and all views of it shall hold `whole`.
         whole = np.frombuffer(memory.data, np.float32, num_rows * size)
         weakref.finalize(whole, free.append, memory).atexit = False
         return whole.reshape(num_rows, size)
 
-    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same memory, which others may get as soon as nobody holds the tensor itself."""
-        address = tensor.data_ptr()
-        for memory in self._memory:
-            if address == memory.ctypes.data and tensor.is_contiguous():
-                return torch.from_numpy(memory.reshape(-1)[: tensor.numel()]).view(tensor.shape)
-        return tensor
+    def memory_at(self, address: int) -> Array | None:
+        """All memory [max_rows, size] of the array that begins there, which others may get once nobody holds that."""
+        return self._memory.get(address)
+
+    def owns(self, address: int) -> bool:
+        """Whether any of the arena's memory has this address."""
+        return any(first <= address < first + memory.nbytes for first, memory in self._memory.items())
 
 
 class Recording:
     """The calls of one block; implements `arrays.CallObserver`. It keeps no argument alive."""
 
-    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor]) -> None:
-        self.new_array = arena.new_array
+    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor], num_rows: Rows) -> None:
+        """`num_rows` are those of the step whose calls are recorded."""
+        self.arena = arena
         self.parameters = list(parameters)
+        self.num_rows = num_rows
         self.uses: list[dict[bool, list[int]]] = [{False: [], True: []} for _ in parameters]
         """Places of each parameter among `words`: where it has its shape, where it is flat."""
+        self.sizes: list[tuple[int, int, int]] = []
+        """The place of each array that grows with the rows, its numbers in a row, which of `num_rows` it has."""
         self.words: list[int] = []
         self.calls: list[tuple[str, int, int, int]] = []
         """The kernel's name, the addresses of its passer and of itself, the place of its words."""
         self.refusal: str | None = None
         """The reason why the calls can't be made again."""
         self._forms = [(array_of(tensor), flat_view(tensor)) for tensor in parameters]
+        self._kind = 0
+        self._made: dict[int, tuple[int, int | None]] = {}
+        """By address, bytes of the array that was made there last, and which of `num_rows` it has; None: neither."""
+
+    def narrow(self) -> None:
+        """Let arrays that are made from now on have as many rows as the step has results."""
+        self._kind = 1
+
+    def new_array(self, num_rows: int | None, size: int) -> Array:
+        kind, rows = self._kind, self.num_rows[self._kind]
+        if num_rows is None:
+            array = self.arena.new_array(1, size, 1)
+            self._made[array.ctypes.data] = array.nbytes, None
+            return array
+        if not num_rows:
+            return np.empty((0, size), np.float32)
+        if not rows or num_rows % rows:
+            self.refusal = f"an array has {num_rows} rows in a step of {rows}"
+            return np.empty((num_rows, size), np.float32)
+        array = self.arena.new_array(num_rows, size, num_rows // rows * self.arena.max_rows)
+        self._made[array.ctypes.data] = array.nbytes, kind
+        return array
+
+    def kind_of(self, address: int) -> int | None:
+        """Which of `num_rows` the array has that was made there; None: no array, or one that does not grow."""
+        return self._made.get(address, (0, None))[1]
 
     def take(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         try:
@@ -127,11 +170,29 @@ class Recording:
         signature, address = _compiled(kernel, arguments)
         first = len(self.words)
         for place, array in arrays_of(arguments, first):
-            self._note_use(place, array)
+            if array.size:  # nobody reads what is empty
+                self._note_use(place, array)
         self.words += words_of(arguments)
         self.calls.append((kernel.__name__, _passer(signature)[1], address, first))
 
     def _note_use(self, place: int, array: Array) -> None:
+        address = array.ctypes.data
+        if address in self._made:
+            self._note_size(place, array, *self._made[address])
+        elif self.arena.owns(address):
+            raise NotRepeatableError("a kernel gets a part of an array that grows with the rows")
+        else:
+            self._note_parameter(place, array)
+
+    def _note_size(self, place: int, array: Array, num_bytes: int, kind: int | None) -> None:
+        if kind is None:
+            return
+        size, rest = divmod(array.size, self.num_rows[kind])
+        if array.ndim != 1 or array.nbytes != num_bytes or rest:
+            raise NotRepeatableError("a kernel gets an array that grows with the rows, and not flat or not all of it")
+        self.sizes.append((place, size, kind))
+
+    def _note_parameter(self, place: int, array: Array) -> None:
         address, words = array.ctypes.data, words_of(array)
         for uses, (shaped, flat) in zip(self.uses, self._forms, strict=True):
             if shaped.ctypes.data <= address < shaped.ctypes.data + shaped.nbytes:
@@ -144,7 +205,11 @@ class Recording:
 class Program:
     """Recorded calls. Memory that is no parameter must stay where it is as long as the program is used."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, result: torch.Tensor | None = None) -> None:
+        """`result` is what the calls make, an array of the arena's; None: nobody asks for it.
+
+        Raises NotRepeatableError for any other result.
+        """
         self.names = [name for name, *_ in recording.calls]
         """The kernels' names, in order."""
         self._words = np.array(recording.words, np.int64)
@@ -157,8 +222,18 @@ class Program:
             [(is_flat, _word_places(places, 1 if is_flat else parameter.dim())) for is_flat, places in uses.items()]
             for parameter, uses in zip(recording.parameters, recording.uses, strict=True)
         ]
+        places, sizes, kinds = np.array(recording.sizes, np.int64).reshape(-1, 3).T
+        self._size_places = places[:, None] + np.array(SIZE_WORDS)
+        self._sizes, self._kinds = sizes, kinds
+        self._num_rows = recording.num_rows
+        self.result = result
+        """What the last run has made. The next one writes over it."""
+        self._result = None if result is None or not len(result) else _result_memory(recording, result)
+        """All memory of the result, and which of the numbers of rows it has; None: it has no rows."""
+        if self._result is not None and result is not None:
+            self.result = self._result[0][: len(result)]  # which does not hold the array
 
-    def run(self, parameters: Sequence[torch.Tensor], stamps: Words | None = None) -> None:
+    def run(self, parameters: Sequence[torch.Tensor], num_rows: Rows, stamps: Words | None = None) -> None:
         """Make the calls. `parameters` have the dtypes and dimensions of those that were recorded.
 
         `stamps` [calls + 1] gets the processor's count of cycles before each call and after the last one.
@@ -166,9 +241,19 @@ class Program:
         for index, parameter in enumerate(parameters):
             if parameter is not self._parameters[index]:
                 self._put(index, parameter)
+        if num_rows != self._num_rows:
+            self._resize(num_rows)
         address = 0 if stamps is None else stamps.ctypes.data
         if _walker()[1](self._calls_address, len(self._calls), address):
             raise MemoryError("a kernel found no memory")  # the only thing for which one raises
+
+    def _resize(self, num_rows: Rows) -> None:
+        """Let the calls be those of a step of so many rows."""
+        self._num_rows = num_rows
+        self._words[self._size_places] = (self._sizes * np.array(num_rows)[self._kinds])[:, None]
+        if self._result is not None:
+            memory, kind = self._result
+            self.result = memory[: num_rows[kind]]
 
     def _put(self, index: int, parameter: torch.Tensor) -> None:
         """Let the calls take another tensor."""
@@ -176,6 +261,15 @@ class Program:
         for is_flat, places in self._uses[index]:
             if len(places):
                 self._words[places] = words_of(flat_view(parameter) if is_flat else array_of(parameter))
+
+
+def _result_memory(recording: Recording, result: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The memory [max_rows, size] of what calls made, and which of `num_rows` it has. Raises NotRepeatableError."""
+    address = result.data_ptr()
+    memory, kind = recording.arena.memory_at(address), recording.kind_of(address)
+    if memory is None or kind is None or result.shape != (recording.num_rows[kind], memory.shape[1]):
+        raise NotRepeatableError("the result is no array that a kernel has written")
+    return torch.from_numpy(memory), kind
 
 
 def _word_places(starts: list[int], num_dimensions: int) -> Words:

@@ -23,6 +23,7 @@ from tests.contract.test_adapter import merged_by_hand
 from tests.contract.test_lora import (
     check_batch,
     check_company,
+    check_programs,
     check_shards,
     expected_ids,
     likeness_of_changes,
@@ -66,7 +67,6 @@ def test_three_adapters_and_the_base_in_one_batch(folders: dict[str, Path], is_s
 
 @pytest.mark.usefixtures("kernels")
 def test_a_row_does_not_depend_on_its_company(folders: dict[str, Path]) -> None:
-    """Alone a step is a program, with many rows it is none."""
     check_company(folders)
 
 
@@ -84,6 +84,11 @@ def test_steps_of_few_rows_are_programs(folders: dict[str, Path], monkeypatch: p
     called.clear()
     run_requests(core, [request_of("r", random_ids(20), adapter=None)])
     assert "shrink" not in called[-1] and "_find_places" not in called[-1]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_programs_give_the_bits_of_calls(folders: dict[str, Path]) -> None:
+    check_programs(folders)
 
 
 @pytest.mark.usefixtures("kernels")

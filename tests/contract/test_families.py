@@ -22,7 +22,7 @@ from engine.layers.base import Rotation
 from engine.link.errors import StartError
 from engine.link.progress import StartProgress
 from engine.models import MODELS
-from engine.models.base import SelectRows
+from engine.models.base import RowSelection
 from engine.models.blocks import DecoderForCausalLM, FeedForward
 from engine.sampling.sampler_cpu import sample
 from engine.scheduling.step_limit import StepLimit
@@ -212,7 +212,7 @@ def check_programs(folder: Path, method: str | None) -> None:
         runner, programs = make_repeating_runner(folder, torch.bfloat16, method)
         programs.is_off = is_off
         runs.append(steps_of(runner))
-        assert programs.is_off == is_off
+        assert len(programs.programs) == (0 if is_off else 3) and not programs.refusals
     for plain, repeated in zip(*runs, strict=True):
         assert torch.equal(plain, repeated)
 
@@ -226,6 +226,8 @@ def test_the_last_layer_computes_only_tokens_that_have_logits(
     runner, counts = make_runner(folder_of(family, "float32"), device=device), [30, 9, 10]
     model = runner._model
     assert isinstance(model, DecoderForCausalLM)
+    if runner._programs is not None:
+        runner._programs.is_off = True  # a program would not see what is replaced here
     num_rows: list[int] = []
     for layer in model.layers:
         monkeypatch.setattr(layer, "mlp", counted(layer.mlp, num_rows))
@@ -238,9 +240,10 @@ def test_the_last_layer_computes_only_tokens_that_have_logits(
     assert rows == [sum(counts)] * (model.num_layers - 1) + [2]
     forward = model.forward
 
-    def forward_all(input_ids: torch.Tensor, rotation: Rotation, prepared: Any, select: SelectRows) -> torch.Tensor:
-        hidden = forward(input_ids, rotation, prepared)
-        return select(hidden, hidden)[1]
+    def forward_all(
+        input_ids: torch.Tensor, rotation: Rotation, prepared: Any, selection: RowSelection
+    ) -> torch.Tensor:
+        return forward(input_ids, rotation, prepared)[selection.rows]
 
     monkeypatch.setattr(model, "forward", forward_all)
     expected = logits()

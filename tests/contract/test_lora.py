@@ -34,8 +34,9 @@ from engine.link.config import EngineConfig
 from engine.link.errors import StartError
 from engine.link.ipc import EngineEndpoint
 from engine.link.messages import AdapterReply, GenerationRequest, LoadAdapter, SamplingParams, UnloadAdapter
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, StepResult
 from engine.scheduling.adapters import AdapterCache
+from engine.scheduling.batch import ScheduledBatch
 from engine.start import start_engine
 from parallel.state import ParallelState
 from quant.base import AdapterRows, LowRankKernel, LowRankShape, LowRankUpdate
@@ -175,6 +176,37 @@ def test_a_step_without_adapters_makes_the_calls_of_a_server_without_them(
     changes = {"shrink": 8, "expand": 6, "expand_gated": 2}  # in two layers, of four products each
     assert {name: names[2].count(name) for name in changes} == changes
     assert [name for name in names[2] if name not in changes] == [name for name in names[0] if "_silu" not in name]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_programs_give_the_bits_of_calls(folders: dict[str, Path]) -> None:
+    check_programs(folders)
+
+
+def check_programs(folders: dict[str, Path]) -> None:
+    """Prompts of three adapters and of the base in chunks and whole, and tokens beside them."""
+    logits: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for is_off, steps in logits.items():
+        core = start(folders, ["all", "queries", "down"], max_batch_prefill_tokens=32, max_input_tokens=32)
+        runner: Any = core.runner
+        programs, execute = runner._programs, runner.execute
+        programs.is_off = is_off
+
+        def note(batch: ScheduledBatch, execute: Any = execute, steps: list[torch.Tensor] = steps) -> StepResult:
+            result: StepResult = execute(batch)
+            steps.append(result.logits.clone())
+            return result
+
+        runner.execute = note
+        for size in (1, 3, 6):
+            requests = [request_of(f"r{i}", ids, adapter=adapter) for i, (adapter, ids) in enumerate(MIXED[:size])]
+            run_requests(core, requests, is_staggered=True)
+        assert not programs.refusals
+    assert {len(each) for each in logits[True]} >= {0, 1, 2, 3}
+    for plain, repeated in zip(*logits.values(), strict=True):
+        assert torch.equal(plain, repeated)
+    # All rows have logits, some, none: each with adapters and without, the latter two from the warm-up.
+    assert len(programs.programs) == 5
 
 
 @pytest.mark.usefixtures("device")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from engine.layers import OPS
-from engine.layers.base import FEW_ROWS, Rotation
+from engine.layers.base import Rotation
 from engine.layers.cpu import PARALLEL_ELEMENTS, CpuOps
 from engine.layers.rope import Rotary, make_rotary
 from engine.layers.torch import TorchOps
@@ -57,16 +57,28 @@ def test_add_rms_norm(rows: int) -> None:
         assert torch.equal(x, before)
 
 
-def test_few_rows_of_any_width_need_nothing_of_torch() -> None:
-    """A step that is a program has no operation of torch between its kernels, also with hidden states of 4,096."""
-    table, x = random(40, 4096), random(FEW_ROWS, 4096, seed=1)
-    expected = table[:FEW_ROWS] + x
-    ids, operations = torch.arange(FEW_ROWS), _Operations()
+@pytest.mark.parametrize("rows", [1, 32, MANY])
+def test_rows_of_a_step_need_nothing_of_torch(rows: int) -> None:
+    """A step that is a program has no operation of torch between its kernels, few rows or many."""
+    table, x = random(40, 4096), random(rows, 4096, seed=1)
+    ids, operations = torch.arange(rows) % 40, _Operations()
+    needed = torch.tensor([rows - 1, 0, rows // 2])
+    expected = (table[ids] + x)[needed]
     with operations:
         residual = CPU.look_up(table, ids, torch.float32)
         CPU.add(residual, x)
-    assert torch.equal(residual, expected)
+        taken = CPU.take_rows(residual, needed)
+    assert torch.equal(taken, expected)
     assert operations.refusal is None
+
+
+@pytest.mark.parametrize("size", [8, 12, 64])
+def test_take_rows(size: int) -> None:
+    """Some rows, all of them, none; 12 numbers are none of the CPU kernel's."""
+    x = random(MANY, size)
+    for rows in (torch.tensor([5, 0, 5]), torch.arange(MANY), torch.empty(0, dtype=torch.int64)):
+        for ops in ALL:
+            assert torch.equal(ops.take_rows(x, rows), x[rows])
 
 
 @pytest.mark.parametrize("rows", ROWS)
