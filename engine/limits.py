@@ -37,6 +37,8 @@ class MemoryNeeds:
     """All that the largest step takes beside weights and KV cache; 0: it was not measured, the estimate counts."""
     graphs: int = 0
     """Captured graphs, as estimated."""
+    programs: int = 0
+    """Activations of the steps that are programs, as estimated: they keep theirs, which a larger step does not use."""
     grammars: int = 0
     """The vocabulary that grammars need, where the host's memory is the device's."""
 
@@ -46,7 +48,7 @@ class MemoryNeeds:
     @property
     def fixed(self) -> int:
         """What is there whatever the size of the KV cache."""
-        return self.weights + self.measured_step + self.graphs + self.grammars
+        return self.weights + self.measured_step + self.graphs + self.programs + self.grammars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,7 +266,7 @@ def plan_prefill_tokens(
 
     Raises StartError when the user asked for more (`is_explicit`); otherwise fewer are taken, with a warning.
     """
-    max_tokens = (free_bytes - needs.weights - num_blocks * needs.per_block) // needs.per_step_token
+    max_tokens = (free_bytes - needs.weights - needs.programs - num_blocks * needs.per_block) // needs.per_step_token
     if num_tokens <= max_tokens:
         return num_tokens
     suggested = _suggested(max_tokens, needs)

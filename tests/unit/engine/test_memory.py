@@ -146,6 +146,12 @@ def test_no_suggested_step_is_empty() -> None:
         plan_prefill_tokens(4096, NEEDS, free_bytes=1_001_600_000, num_blocks=0, is_explicit=True)
 
 
+def test_programs_keep_their_activations_beside_those_of_a_larger_step() -> None:
+    needs = dataclasses.replace(NEEDS, programs=50 * MEGABYTE)
+    assert needs.fixed == NEEDS.fixed + 50 * MEGABYTE
+    assert plan_prefill_tokens(4096, needs, free_bytes=2000 * MEGABYTE, num_blocks=900, is_explicit=False) == 500
+
+
 def test_no_room_for_any_step() -> None:
     with pytest.raises(StartError, match="beside the weights and a KV cache of 16000 tokens: lower --max-batch-total"):
         prefill(4096, 2000, 1000, is_explicit=False)
