@@ -146,9 +146,9 @@ class TimedProgram:
         )
 
     def _labels(self, names: list[str]) -> Iterator[str]:
-        """A layer's matrices come in the order of `MATRICES`, the head comes last."""
-        num_layers = sum(name.startswith("_product") for name in names) // len(MATRICES)
-        matrices = itertools.chain([*MATRICES] * num_layers, [HEAD])
+        """A layer's matrices come in the order of `MATRICES`, the head comes last; steps without logits end earlier."""
+        num_matrices = sum(name.startswith("_product") for name in names)
+        matrices = itertools.chain(itertools.islice(itertools.cycle(MATRICES), num_matrices - 1), [HEAD])
         for name in names:
             yield next(matrices) if name.startswith("_product") else kernel_name(name)
 
