@@ -116,7 +116,7 @@ class Row:
 def count_active(ops: Any, programs: Any, run: Callable[[], float]) -> int:
     """How many experts have tokens in a step, of all layers together.
 
-    Only this step counts them: one that reads numbers on the way can't become a program.
+    Only this step counts them, and it is computed call by call: a program would not call what counts.
     """
     route, counts = ops.route, [0]
     programs.is_off = True

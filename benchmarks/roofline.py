@@ -40,7 +40,7 @@ CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32767]
 PROMPT = 512
 POOL_TOKENS = 1 << 17
 WARM_UPS = 3
-"""A step's calls are recorded when it comes the second time, and made as a program from the third on."""
+"""Steps that are not timed: the first one of a kind records its calls."""
 PATTERN = 1 << 20
 """Random numbers of which keys and values are copies."""
 

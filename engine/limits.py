@@ -38,7 +38,7 @@ class MemoryNeeds:
     graphs: int = 0
     """Captured graphs, as estimated."""
     programs: int = 0
-    """Activations of the steps that are programs, as estimated: they keep theirs, which a larger step does not use."""
+    """Activations and logits of the steps that are programs, as estimated: a larger step has its own beside them."""
     grammars: int = 0
     """The vocabulary that grammars need, where the host's memory is the device's."""
 

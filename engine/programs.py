@@ -20,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 MAX_PROGRAM_ROWS = 512
 """Rows for which there is an arena: larger steps take a hundred times as long as the Python between their kernels."""
+MAX_RESULT_ROWS = 64
+"""Rows of logits for which there is one: 39 MB with a vocabulary of 152,000."""
 
 
 class StepPrograms:
     """The programs of one model, by what makes the calls of a step differ."""
 
-    def __init__(self, max_rows: int = MAX_PROGRAM_ROWS) -> None:
-        """Steps of more than `max_rows` are computed call by call."""
-        self.max_rows = max_rows
+    def __init__(self, max_rows: int = MAX_PROGRAM_ROWS, max_results: int = MAX_RESULT_ROWS) -> None:
+        """Steps of more than `max_rows`, or with more than `max_results` of results, are computed call by call."""
+        self.max_rows, self.max_results = max_rows, max_results
         self.is_off = False
         """Whether every step is computed call by call, to compare."""
         self.refusals: dict[Hashable, str] = {}
@@ -39,9 +41,10 @@ class StepPrograms:
     def clear(self) -> None:
         """Forget the programs: memory that they use has moved."""
         self.programs.clear()
+        self.refusals.clear()
 
     def narrow(self) -> None:
-        """`work` calls this where it goes on with those rows alone that have results."""
+        """`work` calls this before it goes on with the rows alone that have results."""
         if self._recording is not None:
             self._recording.narrow()
 
@@ -50,10 +53,11 @@ class StepPrograms:
     ) -> torch.Tensor:
         """Do `work`, or make its calls again: its result, which the next step overwrites.
 
-        `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. Steps of the same
-        `variant` make the same calls: any number of rows, but for none in place of some.
+        `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. `num_rows` are the
+        step's rows and those of them that have results. Steps of one `variant` make the same calls whatever their
+        numbers of rows, except that none of them has no results, or all.
         """
-        if self.is_off or num_rows[0] > self.max_rows or variant in self.refusals:
+        if self.is_off or num_rows[0] > self.max_rows or num_rows[1] > self.max_results or variant in self.refusals:
             return work()
         program = self.programs.get(variant)
         if program is None:
@@ -99,7 +103,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         is_view = isinstance(result, torch.Tensor) and not func._schema.is_mutable
-        if is_view and not result.numel():  # without an address, and nobody reads it
+        if is_view and not result.numel():  # what is empty has no address, and nobody reads it
             return result
         if not is_view or all(result.data_ptr() != arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)):
             self.refusal = f"torch does {func.name()} between kernels"

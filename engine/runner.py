@@ -74,11 +74,6 @@ class ModelRunner:
         """Tokens in a block of KV memory."""
         return self._attention.block_size
 
-    @property
-    def max_program_rows(self) -> int:
-        """Rows of the largest step that may be a program; 0: none is."""
-        return 0 if self._programs is None else self._programs.max_rows
-
     def kv_bytes_per_block(self, dtype: torch.dtype) -> int:
         """Memory of one block in all layers."""
         return self._model.num_layers * self._attention.block_bytes(dtype)
@@ -94,6 +89,14 @@ class ModelRunner:
             max_inputs=self._model.max_inputs,
             vocab_size=self._model.vocab_size,
         )
+
+    def program_bytes(self, activation_bytes_per_row: int, max_rows: int | None) -> int:
+        """Activations and logits that programs keep, of steps of up to `max_rows` (None: any); 0: there are none."""
+        if self._programs is None:
+            return 0
+        num_rows = min(self._programs.max_rows, max_rows or self._programs.max_rows)
+        logits_row = torch.float32.itemsize * self._model.vocab_size
+        return num_rows * activation_bytes_per_row + min(num_rows, self._programs.max_results) * logits_row
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, *, num_positions: int) -> None:
         """Memory for `num_blocks` blocks of KV in `dtype`, and for rotating positions below `num_positions`."""
@@ -182,7 +185,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs, last_token_ids: torch.Tensor | None) -> StepResult:
-        """Any step."""
+        """Any step, call by call or by a graph."""
         if inputs.block_copies:
             self._copy_blocks(inputs.block_copies)
         work_items = self._work_items(inputs)
@@ -192,8 +195,9 @@ class ModelRunner:
         tensors = self._buffers.fill(inputs, work_items, last_token_ids)
         selection = self._selection(inputs, tensors)
         hidden = self._model.forward(tensors.input_ids, *self._prepare(inputs, tensors), selection)
-        needed = hidden[tensors.logits_indices] if inputs.scored_indices else hidden
-        return StepResult(self._model.compute_logits(needed), self._score(hidden, tensors, inputs))
+        # Where tokens are scored the last layer had all rows.
+        with_logits = hidden[tensors.logits_indices] if inputs.scored_indices else hidden
+        return StepResult(self._model.compute_logits(with_logits), self._score(hidden, tensors, inputs))
 
     def _selection(self, inputs: StepInputs, tensors: StepTensors) -> RowSelection | None:
         """The rows that the last layer goes on with; None: all."""
@@ -209,7 +213,7 @@ class ModelRunner:
     def _run_repeatable(
         self, inputs: StepInputs, last_token_ids: torch.Tensor | None, programs: StepPrograms
     ) -> torch.Tensor:
-        """Logits of a step. Nothing of torch is called where the step's calls are a program already."""
+        """Logits of a step. Between kernels nothing of torch is called where the step's calls are a program already."""
         tensors = self._buffers.fill(inputs, self._work_items(inputs), last_token_ids)
         rotation, prepared = self._prepare(inputs, tensors)
         selection = self._selection(inputs, tensors)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,14 +190,13 @@ def _plan(
     """The plan for the rank that needs most and the one that has least."""
     model, kv_dtype = loaded.model, device.kv_dtype(loaded.dtype)
     window = ModelWindow(max_position_embeddings=model.max_position_embeddings, max_window=model.rotary.rope.max_window)
-    num_program_rows = min(runner.max_program_rows, config.max_batch_prefill_tokens or sys.maxsize)
     per_step_token = model.activations_per_token * device.activation_dtype(loaded.dtype).itemsize
     needs = MemoryNeeds(
         weights=loaded.weight_bytes,
         per_block=runner.kv_bytes_per_block(kv_dtype),
         per_step_token=per_step_token,
         block_size=runner.block_size,
-        programs=per_step_token * num_program_rows if device.memory is None else 0,
+        programs=runner.program_bytes(per_step_token, config.max_batch_prefill_tokens) if device.memory is None else 0,
         grammars=BYTES_PER_TOKEN * model.vocab_size if device.memory is None and not config.is_grammar_disabled else 0,
     )
     num_positions = config.max_total_tokens or window.max_position_embeddings

@@ -32,9 +32,10 @@ MEASUREMENTS = 3
 def warm_up(
     runner: Runner, sample: Sample, limit: StepLimit, num_tokens: int, *, block_size: int, progress: StartProgress
 ) -> bool:
-    """Run a prompt and its last token alone, some times; True if that token's logits had the same bits each time.
+    """Run a prompt three times and its last token alone twice; True if that token's logits had the same bits each time.
 
-    Both come while their calls are recorded, and at last as programs. Compiles the kernels (a first start only) and
+    The first prompt is scored, hence computed call by call; the next of either kind is recorded, the last is a
+    program. Compiles the kernels (a first start only) and
     tells `limit` what the last steps of each kind took. Raises StartError out of memory.
     """
     started = time.monotonic()

@@ -47,9 +47,6 @@ class ExpertOps(Protocol):
         `is_normalized`: the weights of a token's experts add up to one; else they are their shares of all experts'.
         """
 
-    def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [tokens, size] -> [pairs, size]."""
-
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
         """outputs [pairs, size] -> the weighted sums of each token's, [tokens, size]."""
 
@@ -64,7 +61,7 @@ class Ops(ExpertOps, Protocol):
         """The rows token_ids [tokens] int64 of table [vocab, hidden], in `dtype`: [tokens, hidden]."""
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The rows `rows` [n] int64 of x [*, size]: [n, size]."""
+        """The rows `rows` [n], int64 or int32, of x [*, size]: [n, size]."""
 
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add x to `residual` [rows, hidden] in place; return it."""

@@ -13,7 +13,7 @@ import torch
 from numba import njit, prange
 
 from engine.layers.base import Rotation
-from engine.layers.experts_cpu import PARALLEL_ELEMENTS, CpuExpertOps, copy_rows
+from engine.layers.experts_cpu import CpuExpertOps
 from engine.layers.torch import TorchOps
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.gates_ops import gated
@@ -31,6 +31,8 @@ from quant.kernels.simd import (
     zeros,
 )
 
+PARALLEL_ELEMENTS = 1 << 15
+"""Work below this many elements is not worth a parallel region."""
 PIECE = 1024
 """Elements of a row that one thread computes, where a row has no sum: few rows have work for many threads."""
 
@@ -111,6 +113,23 @@ def _look_up(table, size, token_ids, out):  # type: ignore[no-untyped-def]
     else:
         for i in prange(len(token_ids)):
             _look_up_row(table, num_known, size, token_ids[i], out, i * size)
+
+
+@njit(inline="always")
+def _copy_row(x, source, size, out, target):  # type: ignore[no-untyped-def]
+    for i in range(0, size, LANES):
+        store(out, target + i, load(x, source + i))
+
+
+@njit(parallel=True, **FAST)
+def _take_rows(x, rows, size, out):  # type: ignore[no-untyped-def]
+    """x flat [*, size] -> out flat [n, size], the rows `rows` [n]."""
+    if len(out) < PARALLEL_ELEMENTS:
+        for i in range(len(rows)):
+            _copy_row(x, rows[i] * size, size, out, i * size)
+    else:
+        for i in prange(len(rows)):
+            _copy_row(x, rows[i] * size, size, out, i * size)
 
 
 @njit(parallel=True, **FAST)
@@ -194,7 +213,7 @@ class CpuOps(CpuExpertOps):
         if size % LANES:
             return x[rows]
         out, flat_out = new_output(len(rows), size)
-        call(copy_rows, flat_view(x), rows.numpy(), size, flat_out)
+        call(_take_rows, flat_view(x), rows.numpy(), size, flat_out)
         return out
 
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,6 @@ from quant.base import RowGroups
 from quant.kernels.arrays import FAST, call, flat_view, new_fixed, new_output
 from quant.kernels.simd import LANES, add, fma, load, multiply, splat, store, zeros
 
-PARALLEL_ELEMENTS = 1 << 15
-"""Work below this many elements is not worth a parallel region."""
-
 
 @njit(**FAST)
 def _choose(logits, width, num_experts, top_k, is_normalized, scratch, weights, chosen):  # type: ignore[no-untyped-def]
@@ -70,29 +67,12 @@ def _group(chosen, top_k, num_experts, starts, active, matrices, tokens, places)
 
 
 @njit(inline="always")
-def _copy_row(x, source, size, out, target):  # type: ignore[no-untyped-def]
-    for i in range(0, size, LANES):
-        store(out, target + i, load(x, source + i))
-
-
-@njit(inline="always")
 def _mix_row(outputs, places, weights, first, top_k, size, out, target):  # type: ignore[no-untyped-def]
     for i in range(0, size, LANES):
         total = zeros()
         for k in range(first, first + top_k):
             total = fma(load(outputs, places[k] * size + i), splat(weights[k]), total)
         store(out, target + i, total)
-
-
-@njit(parallel=True, **FAST)
-def copy_rows(x, rows, size, out):  # type: ignore[no-untyped-def]
-    """Some rows of x flat [*, size], one after the other."""
-    if len(out) < PARALLEL_ELEMENTS:
-        for i in range(len(rows)):
-            _copy_row(x, rows[i] * size, size, out, i * size)
-    else:
-        for i in prange(len(rows)):
-            _copy_row(x, rows[i] * size, size, out, i * size)
 
 
 @njit(parallel=True, **FAST)
@@ -122,12 +102,6 @@ class CpuExpertOps:
         grouped = starts, active, matrices, tokens, places
         call(_group, chosen.numpy(), top_k, num_experts, *(numbers.numpy() for numbers in grouped))
         return Routing(RowGroups(*grouped[:4]), places.view(num_rows, top_k), weights)
-
-    def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        sources = routing.groups.sources
-        out, flat_out = new_output(len(sources), x.shape[1])
-        call(copy_rows, flat_view(x), sources.numpy(), x.shape[1], flat_out)
-        return out
 
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
         num_rows, top_k = routing.places.shape

@@ -26,9 +26,6 @@ class TorchExpertOps:
         groups = RowGroups(_as_int32(starts), _as_int32(active), _as_int32(experts), _as_int32(order // top_k))
         return Routing(groups, _as_int32(places.view_as(chosen)), weights)
 
-    def gather(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return x[routing.groups.sources]
-
     def mix(self, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
         spread = outputs[routing.places].to(torch.float32)  # [rows, chosen, size]
         return (spread * routing.weights[:, :, None]).sum(dim=1).to(outputs.dtype)

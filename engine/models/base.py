@@ -67,8 +67,8 @@ class RowSelection:
 
     rows: torch.Tensor
     """[num_rows] int64."""
-    begin: Callable[[], None]
-    """The last layer calls it once, before it selects: from then on adapters see those rows alone."""
+    narrow: Callable[[], None]
+    """The last layer calls it once, before it takes the rows: adapters and programs see those alone from then on."""
 
 
 class CausalLM(Protocol):

@@ -160,8 +160,8 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """residual, x [tokens, hidden_size] -> both [rows, hidden_size], of the rows in `selection`, or of all.
 
-        x is the previous layer's output, not yet added to the residual; None: there is no layer before. Nor is this
-        layer's output added. The residual is updated in place.
+        x is the previous layer's output, not yet added to the residual; None for the first layer. This layer's own
+        output is not added either. The residual is updated in place.
         """
         ops, norm = self._ops, self.input_layernorm
         if x is None:
@@ -172,7 +172,7 @@ class DecoderLayer:
         if selection is not None:
             if not len(selection.rows):  # no prompt ends in this step: all ranks see that, so none waits for another
                 return residual[:0], residual[:0]
-            selection.begin()
+            selection.narrow()
             attended, residual = ops.take_rows(attended, selection.rows), ops.take_rows(residual, selection.rows)
         x, norm = self.self_attn.o_proj(attended), self.post_attention_layernorm
         return residual, self.mlp(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
@@ -259,10 +259,10 @@ class DecoderForCausalLM:
         x = None
         # The last layer's keys, values and attention are of all tokens; what follows is needed for some of them.
         selections = [*[None] * (self.num_layers - 1), selection]
-        for layer, cache, of_layer in zip(self.layers, self._caches, selections, strict=True):
-            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, of_layer)
+        for layer, cache, layer_selection in zip(self.layers, self._caches, selections, strict=True):
+            residual, x = layer(residual, x, rotation, self._attention, cache, prepared, layer_selection)
         assert x is not None, "a decoder has layers"
-        return ops.add(residual, x) if len(residual) else residual
+        return ops.add(residual, x) if len(residual) else residual  # without rows both are one empty view
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._context.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)

@@ -123,7 +123,7 @@ class SparseMLP:
         ops, experts = self._ops, self._experts
         logits = self.router(x)
         routing = ops.route(logits, experts.num_experts, experts.top_k, is_normalized=experts.is_normalized)
-        inner = ops.silu_and_mul(self.gate_up_proj(ops.gather(x, routing), routing.groups))
+        inner = ops.silu_and_mul(self.gate_up_proj(ops.take_rows(x, routing.groups.sources), routing.groups))
         mixed = self.down_proj.mixed(inner, routing.groups, lambda outputs: ops.mix(outputs, routing))
         if self.shared_expert is None:
             return mixed

@@ -53,7 +53,11 @@ def observed_calls(observer: CallObserver) -> Iterator[None]:
 
 
 def call(kernel: Any, *arguments: Any) -> None:
-    """Call a compiled function. Every kernel that a layer of a model needs is called through this."""
+    """Call a compiled function. Every kernel that a layer of a model needs is called through this.
+
+    A kernel learns the number of rows from the sizes of its arrays, not from a number: a program makes the same call
+    for steps of other sizes.
+    """
     kernel(*arguments)
     if _observer is not None:
         _observer.take(kernel, arguments)

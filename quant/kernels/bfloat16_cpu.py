@@ -53,6 +53,19 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
         round_vector(x, rounded, k)
 
 
+@njit(inline="always")
+def _multiply_rows(rounded, w, bias, out, waiting, place, start, end, rows_each, num_blocks, tile, sizes):  # type: ignore[no-untyped-def]
+    """Rows `start : end` in blocks times a stretch of a tile; sizes are gates, width, k_size, first and last input."""
+    gates, width, k_size, first, last = sizes
+    for row in range(start, end, rows_each):
+        rows = min(rows_each, end - row)
+        part, parts = fetched_part((row - start) // rows_each, num_blocks)
+        multiply_block(
+            rounded, w, bias, out, waiting, place, row, rows, tile, gates, width, k_size, first, last, part, parts
+        )
+        place += rows_each * OUTPUTS
+
+
 @njit(parallel=True, **FAST)
 def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # type: ignore[no-untyped-def]
     """x float32 flat [num_rows, k_size] times w, as `interleave` makes it of n_size outputs -> out float32 flat.
@@ -70,8 +83,9 @@ def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # typ
     rows_each = even_block(num_rows, ROWS, 1)
     row_block = ROW_BLOCK // rows_each * rows_each
     inputs_each = even_block(k_size, MAX_INPUTS, LANES)
-    largest = even_block(min(num_rows, row_block), row_block, rows_each)
-    waiting = np.empty(num_threads * NUM_RECTANGLES * largest * OUTPUTS if inputs_each < k_size else 0, np.float32)
+    max_block_rows = even_block(min(num_rows, row_block), row_block, rows_each)
+    num_waiting = num_threads * NUM_RECTANGLES * max_block_rows * OUTPUTS if inputs_each < k_size else 0
+    waiting = np.empty(num_waiting, np.float32)
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(
@@ -79,16 +93,15 @@ def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # typ
         )
         even = even_block(end - first_row, row_block, rows_each)
         for start in range(first_row, end, even):
+            last_row, place = min(end, start + even), item * max_block_rows * OUTPUTS
+            num_blocks = (even - 1) // rows_each + 1
             for tile in range(first_tile, last_tile):
                 for first in range(0, k_size, inputs_each):
                     last = min(k_size, first + inputs_each)
-                    for row in range(start, min(end, start + even), rows_each):
-                        rows, place = min(rows_each, num_rows - row), (item * largest + row - start) * OUTPUTS
-                        part, parts = fetched_part((row - start) // rows_each, (even - 1) // rows_each + 1)
-                        multiply_block(
-                            *(rounded, w, bias, out, waiting, place, row, rows, tile, gates, width),
-                            *(k_size, first, last, part, parts),
-                        )
+                    sizes = gates, width, k_size, first, last
+                    _multiply_rows(
+                        rounded, w, bias, out, waiting, place, start, last_row, rows_each, num_blocks, tile, sizes
+                    )
 
 
 class Bfloat16Cpu:

@@ -36,7 +36,7 @@ AHEAD_OF_FEW = {8: 512, 4: 4096}
 AHEAD_OF_A_BLOCK = 8192
 """Bytes, for weights of a tile that one block of rows reads, into the L2 cache: a thread waits for no more than so many
 when it begins. A call with 8 rows of 896 x 4,864 weights of 8 bits takes 0.8 to 0.85 of what it does a tile ahead, and
-6 to 12 KB are alike; of 37,888 x 3,584 weights of 4 bits 0.8 to 0.9. Fewer rows of 4 bits are as fast a tile ahead."""
+6 to 12 KB are alike; of 37,888 x 3,584 weights of 4 bits 0.8 to 0.9."""
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 ROUNDER = 12582912.0
@@ -228,7 +228,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
             w0 = b.mul(tile, tile_bytes)
             fetched, fetched_step = next_tile_part(b, w0, tile_bytes, part, parts, LINE_BYTES)
-            if bits == 8 or rows == isa.rows:
+            if bits == 8 or rows == isa.rows:  # fewer rows of 4 bits are as fast a tile ahead
                 is_only_block = b.icmp_signed("==", parts, number(1))
                 fetched = b.select(is_only_block, b.add(w0, number(AHEAD_OF_A_BLOCK)), fetched)
 

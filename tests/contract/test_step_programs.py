@@ -324,11 +324,12 @@ def test_a_result_that_no_kernel_made_is_no_program() -> None:
     assert "the result" in programs.refusals["any"]
 
 
-def test_a_step_of_too_many_rows_is_never_recorded() -> None:
-    programs = StepPrograms(max_rows=4)
+@pytest.mark.parametrize("num_rows", [(5, 1), (4, 3)])
+def test_a_step_of_too_many_rows_or_results_is_never_recorded(num_rows: tuple[int, int]) -> None:
+    programs = StepPrograms(max_rows=4, max_results=2)
     x = torch.zeros(5, 8)
     for _ in range(3):
-        programs.run("any", (5, 1), [x], lambda: x)
+        programs.run("any", num_rows, [x], lambda: x)
     assert not programs.programs and not programs.refusals
 
 

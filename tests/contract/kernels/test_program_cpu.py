@@ -82,7 +82,7 @@ def test_arrays_may_have_several_rows_for_each_and_some_never_grow() -> None:
 
     def mixed(logits: torch.Tensor) -> torch.Tensor:
         routing = OPS.route(logits, num_experts, top_k, is_normalized=True)
-        return OPS.mix(OPS.gather(logits, routing), routing)
+        return OPS.mix(OPS.take_rows(logits, routing.groups.sources), routing)
 
     logits = torch.randn(1, 8)
     results = []
