@@ -99,8 +99,9 @@ def start_engine(
 def make_step_limit(config: EngineConfig, device: Device) -> StepLimit:
     """The limit that the flag says, or the device's."""
     target_s = config.target_inter_token_latency_s
-    limit_s = device.step_limit_s if target_s is None else target_s or None
-    return StepLimit(limit_s, device.alone_step_limit_s)
+    if target_s is None:
+        return StepLimit(device.step_limit_s, device.alone_step_limit_s, device.max_prompt_ratio)
+    return StepLimit(target_s or None, device.alone_step_limit_s)
 
 
 def start_follower(config: EngineConfig, ranks: Ranks) -> Follower:

@@ -49,9 +49,11 @@ class EndlessRoom:
 class TimeRoom:
     """Room for what is predicted to end in time."""
 
-    def __init__(self, times: StepTimes, limit_s: float) -> None:
+    def __init__(self, times: StepTimes, limit_s: float, max_prompt_ratio: float = math.inf) -> None:
+        """`limit_s` and `max_prompt_ratio` are those of `StepLimit`."""
         self._times = times
         self._limit_s = limit_s
+        self._max_prompt_ratio = max_prompt_ratio
         self._work = StepWork()
         """What the step computes so far."""
         self._num_granted = MIN_PROMPT_TOKENS
@@ -60,7 +62,10 @@ class TimeRoom:
     def begin(self, decodes: SequenceOf[Sequence]) -> None:
         num_pairs = sum(sequence.num_tokens for sequence in decodes)
         self._work = StepWork(len(decodes), len(decodes), 0, num_pairs)
-        self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * self._times.seconds(self._work))
+        decodes_s = self._times.seconds(self._work)
+        if decodes:
+            self._limit_s = min(self._limit_s, (1 + self._max_prompt_ratio) * decodes_s)
+        self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
         so_far_s = self._times.seconds(self._work)
@@ -80,9 +85,14 @@ class TimeRoom:
 class StepLimit:
     """How long a step may take, and what that is in tokens."""
 
-    def __init__(self, limit_s: float | None, alone_limit_s: float | None) -> None:
-        """`limit_s` holds for a step of several sequences, `alone_limit_s` for that of one; None: there is no limit."""
+    def __init__(self, limit_s: float | None, alone_limit_s: float | None, max_prompt_ratio: float = math.inf) -> None:
+        """`limit_s` holds for a step of several sequences, `alone_limit_s` for that of one; None: there is no limit.
+
+        `max_prompt_ratio`: what prompts and drafts add to a step at most while others decode, as a multiple of what it
+        takes without them.
+        """
         self._limit_s = limit_s
+        self._max_prompt_ratio = max_prompt_ratio
         self._alone_limit_s = alone_limit_s
         self._times: StepTimes | None = None
 
@@ -90,7 +100,10 @@ class StepLimit:
         """A line for the summary of the start; None without a limit."""
         if self._limit_s is None:
             return None
-        return f"Steps of several requests are planned to take {self._limit_s:g} s at most (target between two tokens)"
+        text = f"Steps of several requests are planned to take {self._limit_s:g} s at most"
+        if self._max_prompt_ratio < math.inf:
+            text += f", and {1 + self._max_prompt_ratio:g} times what they take without prompts"
+        return f"{text} (target between two tokens)"
 
     def calibrate(self, num_tokens: int, few_s: float, many_s: float) -> None:
         """A step of one token took `few_s`, one of `num_tokens` tokens of a prompt `many_s`."""
@@ -107,4 +120,4 @@ class StepLimit:
         limit_s = self._alone_limit_s if is_only_sequence else self._limit_s
         if limit_s is None or self._times is None:
             return EndlessRoom()
-        return TimeRoom(self._times, limit_s)
+        return TimeRoom(self._times, limit_s, self._max_prompt_ratio)

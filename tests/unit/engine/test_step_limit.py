@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,8 @@ def test_a_request_that_is_alone_may_take_longer() -> None:
 
 def test_the_summary_tells_the_target() -> None:
     assert StepLimit(None, 5.0).describe() is None
-    assert "0.25 s" in str(StepLimit(0.25, 5.0).describe())
+    assert str(StepLimit(0.25, 5.0).describe()).endswith(" take 0.25 s at most (target between two tokens)")
+    assert " 0.25 s at most, and 4 times what they take without prompts" in str(StepLimit(0.25, 5.0, 3.0).describe())
 
 
 @pytest.mark.parametrize(("limit_s", "alone_limit_s"), [(0.25, 5.0), (0.25, None), (None, 0.25)])
@@ -68,15 +71,22 @@ TIMES = st.builds(
 PARTS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30_000), st.sampled_from([0.5, 1.0])), max_size=6)
 
 
-@given(times=TIMES, limit_s=SECONDS, contexts=st.lists(st.integers(1, 3000), max_size=5), parts=PARTS)
+@given(
+    times=TIMES,
+    limit_s=SECONDS,
+    ratio=st.sampled_from([math.inf, 3.0, 0.1]),
+    contexts=st.lists(st.integers(1, 3000), max_size=5),
+    parts=PARTS,
+)
 def test_no_step_is_planned_beyond_its_limit(
-    times: StepTimes, limit_s: float, contexts: list[int], parts: list[tuple[int, int, float]]
+    times: StepTimes, limit_s: float, ratio: float, contexts: list[int], parts: list[tuple[int, int, float]]
 ) -> None:
     """But for tokens that are always granted, and a part of the time that decoding alone takes."""
-    room = TimeRoom(times, limit_s)
+    room = TimeRoom(times, limit_s, ratio)
     room.begin([decoding(context) for context in contexts])
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
-    max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * times.seconds(work))
+    decodes_s = times.seconds(work)
+    max_s = max(min(limit_s, (1 + ratio) * decodes_s) if contexts else limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
     num_taken = 0
     for num_tokens, context, share in parts:
         count = room.num_fitting(num_tokens, context, share)
@@ -95,6 +105,23 @@ def test_the_room_is_used(times: StepTimes, limit_s: float, context: int) -> Non
     room.begin([])
     count = room.num_fitting(MANY, context, 1.0)
     assert count == MANY or times.seconds(StepWork().with_chunk(count + 1, context)) > limit_s
+
+
+@given(times=TIMES, limit_s=SECONDS, contexts=st.lists(st.integers(1, 3000), min_size=1, max_size=5))
+def test_prompts_get_all_of_three_times_what_streams_take(
+    times: StepTimes, limit_s: float, contexts: list[int]
+) -> None:
+    work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
+    room = TimeRoom(times, limit_s, 3.0)
+    room.begin([decoding(context) for context in contexts])
+    count = room.num_fitting(MANY, 0, 1.0)
+    assert count == MANY or times.seconds(work.with_chunk(count + 1, 0)) > min(limit_s, 4 * times.seconds(work))
+
+
+def test_without_streams_prompts_have_all_the_time() -> None:
+    with_ratio = StepLimit(0.25, 5.0, 3.0)
+    with_ratio.calibrate(100, few_s=0.02, many_s=0.1)
+    assert num_fitting(with_ratio) == num_fitting(calibrated(0.25, 5.0))
 
 
 def test_a_prompt_far_into_its_context_gets_fewer_tokens() -> None:
