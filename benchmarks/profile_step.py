@@ -146,11 +146,15 @@ class TimedProgram:
         )
 
     def _labels(self, names: list[str]) -> Iterator[str]:
-        """A layer's matrices come in the order of `MATRICES`, the head comes last; steps without logits end earlier."""
-        num_matrices = sum(name.startswith("_product") for name in names)
-        matrices = itertools.chain(itertools.islice(itertools.cycle(MATRICES), num_matrices - 1), [HEAD])
-        for name in names:
-            yield next(matrices) if name.startswith("_product") else kernel_name(name)
+        """A layer's matrices come in the order of `MATRICES`, then the head, unless the step has no logits."""
+        matrices = itertools.cycle(MATRICES)
+        products = [place for place, name in enumerate(names) if name.startswith("_product")]
+        has_head = products[-1] > max(place for place, name in enumerate(names) if name == "attend")
+        for place, name in enumerate(names):
+            if has_head and place == products[-1]:
+                yield HEAD
+            else:
+                yield next(matrices) if name.startswith("_product") else kernel_name(name)
 
 
 class LabelledMatrix:

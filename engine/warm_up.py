@@ -35,8 +35,8 @@ def warm_up(
     """Run a prompt three times and its last token alone twice; True if that token's logits had the same bits each time.
 
     The first prompt is scored, hence computed call by call; the next of either kind is recorded, the last is a
-    program. Compiles the kernels (a first start only) and
-    tells `limit` what the last steps of each kind took. Raises StartError out of memory.
+    program. Compiles the kernels (a first start only) and tells `limit` what the last steps of each kind took. Raises
+    StartError out of memory.
     """
     started = time.monotonic()
     progress.begin(Stage.WARMING_UP)
