@@ -16,7 +16,19 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
-from quant.kernels.bfloat16_ops import HAS_PAIRS, INPUTS, LANES, OUTPUTS, ROUNDED, ROWS, multiply_block, round_vector
+from quant.kernels.bfloat16_ops import (
+    HAS_PAIRS,
+    INPUTS,
+    LANES,
+    LINES,
+    OUTPUTS,
+    ROUNDED,
+    ROWS,
+    multiply_block,
+    round_vector,
+)
+from quant.kernels.coded_ops import HAS_TABLES, NUMBERS, PAIR_BYTES, multiply_coded_block
+from quant.kernels.coded_weights import INTERLEAVED_PAIRS, CodedWeights, encode
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512
@@ -27,8 +39,6 @@ ROW_BLOCK = 43 * ROWS
 MAX_INPUTS = 4096
 """Inputs of a stretch: all rows pass it in a tile, their sums wait, then the next. Its weights are 256 KB, and with as
 many that are asked for meanwhile they stay in the L2 cache; those of a tile with 18,944 inputs would not."""
-INTERLEAVED_PAIRS = 16
-"""Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 
 
 @njit(parallel=True, **FAST)
@@ -54,23 +64,43 @@ def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _multiply_rows(rounded, w, bias, out, waiting, place, start, end, rows_each, num_blocks, tile, sizes):  # type: ignore[no-untyped-def]
-    """Rows `start : end` in blocks times a stretch of a tile; sizes are gates, width, k_size, first and last input."""
-    gates, width, k_size, first, last = sizes
+def _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, sizes):  # type: ignore[no-untyped-def]
+    """Rows in blocks times a stretch of a tile.
+
+    `rows` are the first row, the one after the last, how many are a block, and how many blocks share what is asked
+    for ahead; `sizes` are gates, width, k_size, first and last input, and the stretch's first mark.
+    """
+    coded, tables, raw, marks = codes
+    start, end, rows_each, num_blocks = rows
+    gates, width, k_size, first, last, mark = sizes
+    pair_bytes = PAIR_BYTES if len(coded) > 0 else NUMBERS * w.itemsize
+    begin, num_bytes = (tile * k_size + first) // INPUTS * pair_bytes, (last - first) // INPUTS * pair_bytes
     for row in range(start, end, rows_each):
-        rows = min(rows_each, end - row)
+        block_rows = min(rows_each, end - row)
         part, parts = fetched_part((row - start) // rows_each, num_blocks)
-        multiply_block(
-            rounded, w, bias, out, waiting, place, row, rows, tile, gates, width, k_size, first, last, part, parts
-        )
+        ahead = begin + num_bytes + part * (num_bytes // parts)
+        step = pair_bytes // LINES // parts
+        if len(coded) > 0:
+            multiply_coded_block(
+                rounded, coded, tables, raw, marks, bias, out, waiting, block_rows, place, row, tile,
+                gates, width, k_size, first, last, mark, ahead, step,
+            )  # fmt: skip
+        else:
+            multiply_block(
+                rounded, w, bias, out, waiting, block_rows, place, row, tile,
+                gates, width, k_size, first, last, ahead, step,
+            )  # fmt: skip
         place += rows_each * OUTPUTS
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # type: ignore[no-untyped-def]
-    """x float32 flat [num_rows, k_size] times w, as `interleave` makes it of n_size outputs -> out float32 flat.
+def _product(  # type: ignore[no-untyped-def]
+    x, w, coded, tables, raw, marks, first_marks, bias, out, n_size, gates, width, k_size, num_threads
+):
+    """x float32 flat [num_rows, k_size] times a matrix of n_size outputs -> out float32 flat.
 
-    `gates` and `width` are those of `gates_ops.write_tile`.
+    Its weights are w, as `interleave` makes them, or those of `coded_weights.CodedWeights`. `gates` and `width` are
+    those of `gates_ops.write_tile`.
     """
     num_rows = len(x) // k_size
     rounded = np.empty(num_rows * k_size, ROUNDED)
@@ -83,9 +113,11 @@ def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # typ
     rows_each = even_block(num_rows, ROWS, 1)
     row_block = ROW_BLOCK // rows_each * rows_each
     inputs_each = even_block(k_size, MAX_INPUTS, LANES)
+    num_stretches = (k_size + inputs_each - 1) // inputs_each
     max_block_rows = even_block(min(num_rows, row_block), row_block, rows_each)
-    num_waiting = num_threads * NUM_RECTANGLES * max_block_rows * OUTPUTS if inputs_each < k_size else 0
+    num_waiting = num_threads * NUM_RECTANGLES * max_block_rows * OUTPUTS if num_stretches > 1 else 0
     waiting = np.empty(num_waiting, np.float32)
+    codes = coded, tables, raw, marks
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(
@@ -93,15 +125,15 @@ def _product(x, w, bias, out, n_size, gates, width, k_size, num_threads):  # typ
         )
         even = even_block(end - first_row, row_block, rows_each)
         for start in range(first_row, end, even):
-            last_row, place = min(end, start + even), item * max_block_rows * OUTPUTS
-            num_blocks = (even - 1) // rows_each + 1
+            place = item * max_block_rows * OUTPUTS
+            rows = start, min(end, start + even), rows_each, (even - 1) // rows_each + 1
             for tile in range(first_tile, last_tile):
-                for first in range(0, k_size, inputs_each):
+                for stretch in range(num_stretches):
+                    first = stretch * inputs_each
                     last = min(k_size, first + inputs_each)
-                    sizes = gates, width, k_size, first, last
-                    _multiply_rows(
-                        rounded, w, bias, out, waiting, place, start, last_row, rows_each, num_blocks, tile, sizes
-                    )
+                    mark = first_marks[tile * num_stretches + stretch] if len(coded) > 0 else 0
+                    sizes = gates, width, k_size, first, last, mark
+                    _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, sizes)
 
 
 class Bfloat16Cpu:
@@ -124,10 +156,17 @@ class Bfloat16Cpu:
     def __init__(self, packed: PackedWeight) -> None:
         self._n_size, self._k_size = packed.weight.shape
         self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
-        self._weight = new_weight(2 * self._padded_size * self._k_size).view(np.uint16)
         self.num_gates = count_gates(packed, OUTPUTS)
         order = gate_order(self._n_size, self.num_gates, LANES)
-        interleave(flat_view(packed.weight), order.numpy(), self._k_size, self._weight)
+        w, indices = flat_view(packed.weight).view(np.uint16), order.numpy()
+        stretch_inputs = even_block(self._k_size, MAX_INPUTS, LANES)
+        codes = encode(w, indices, self._k_size, stretch_inputs) if HAS_TABLES else None
+        interleaved = np.empty(0, np.uint16)
+        if codes is None:
+            codes = CodedWeights.none()
+            interleaved = new_weight(2 * self._padded_size * self._k_size).view(np.uint16)
+            interleave(w, indices, self._k_size, interleaved)
+        self._weights = interleaved, codes.coded, codes.tables, codes.raw, codes.marks, codes.first_marks
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
         self._bias = flat_view(padded(bias, self._padded_size))
         self._num_threads = get_num_threads()
@@ -141,5 +180,5 @@ class Bfloat16Cpu:
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], width)
         sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads
-        call(_product, flat_view(x), self._weight, self._bias, flat_out, *sizes)
+        call(_product, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
         return out

@@ -11,10 +11,10 @@ bounds-checked.
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
@@ -31,7 +31,6 @@ from quant.kernels.simd import (
     array_data,
     bfloat16_bits,
     enabled_features,
-    next_tile_part,
     prefetch_at,
     spread,
     vector_call,
@@ -42,6 +41,8 @@ OUTPUTS = LANES * UNITS
 """Outputs of a tile."""
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
+LINES = 2
+"""Cache lines that are asked for with each pair of inputs: as many as its weights are, at most."""
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
@@ -49,12 +50,12 @@ HAS_PAIRS = "avx512bf16" in enabled_features()
 ROUNDED = np.uint16 if HAS_PAIRS else np.float32
 """How rounded activations are stored: as the bits of a bfloat16, or widened again."""
 
-_FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_FLOATS, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
 def add_pair(b: Any, x: Any, w: Any, total: Any) -> Any:
     """total + two products for every lane, by AVX512-BF16; x and w words."""
-    signature = ir.FunctionType(_FLOATS, [_FLOATS, _WORDS, _WORDS])
+    signature = ir.FunctionType(_FLOATS, [_FLOATS, WORDS, WORDS])
     function = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512bf16.dpbf16ps.512")
     return b.call(function, [total, x, w])
 
@@ -63,7 +64,7 @@ def round_two(b: Any, low: Any, high: Any) -> Any:
     """Two vectors of float32 as the nearest bfloat16, one after the other, by AVX512-BF16: words, pair by pair."""
     signature = ir.FunctionType(ir.VectorType(ir.IntType(16), 2 * LANES), [_FLOATS, _FLOATS])
     function = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
-    return b.bitcast(b.call(function, [high, low]), _WORDS)
+    return b.bitcast(b.call(function, [high, low]), WORDS)
 
 
 def short_exp(b: Any, x: Any) -> Any:
@@ -90,7 +91,7 @@ def short_exp(b: Any, x: Any) -> Any:
 
 def _halves(b: Any, words: Any) -> tuple[Any, Any]:
     """The first and the second number of each pair, as float32."""
-    upper, sixteen = (ir.Constant(_WORDS, [value] * LANES) for value in (-1 << 16, 16))
+    upper, sixteen = (ir.Constant(WORDS, [value] * LANES) for value in (-1 << 16, 16))
     return b.bitcast(b.shl(words, sixteen), _FLOATS), b.bitcast(b.and_(words, upper), _FLOATS)
 
 
@@ -109,51 +110,147 @@ def round_vector(typing_context, x, rounded, place):  # type: ignore[no-untyped-
             )
             result = b.call(function, [value])
         else:
-            bits = b.zext(bfloat16_bits(b, value), _WORDS)
-            result = b.bitcast(b.shl(bits, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
+            bits = b.zext(bfloat16_bits(b, value), WORDS)
+            result = b.bitcast(b.shl(bits, ir.Constant(WORDS, [16] * LANES)), _FLOATS)
         b.store(result, b.bitcast(target, result.type.as_pointer())).align = 2
         return context.get_dummy_value()
 
     return types.none(x, rounded, types.intp), codegen
 
 
-@intrinsic
-def multiply_block(  # type: ignore[no-untyped-def]
-    typing_context, x, w, bias, out, waiting, place, row, rows, tile, gates, width, k_size, first, last, part, parts
-):
-    """`rows` rows, at least one and at most `ROWS`, times inputs `first : last` of a tile of `OUTPUTS` outputs.
+class Work(NamedTuple):
+    """What a block computes: some rows times the stretch `first : last` of a tile's inputs."""
 
-    x [*, k_size] as `round_vector` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
-    float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
-    `gates_ops.write_tile`. Until the last inputs the sums wait in `waiting` float32, [rows, OUTPUTS] from `place` on.
+    place: Any
+    """Where its sums wait."""
+    row: Any
+    tile: Any
+    gates: Any
+    width: Any
+    k_size: Any
+    first: Any
+    last: Any
 
-    One `part` of `parts` of as many weights that follow is asked for meanwhile (`work_split.fetched_part`).
+
+@dataclasses.dataclass
+class Block:
+    """The code of a block while it is made, whatever the form of its weights: its sums, and their way to `out`.
+
+    x, bias, out and waiting are typed pointers.
     """
 
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        data = [array_data(context, b, signature, args, i) for i in range(5)]
-        count, sizes = args[7], [*args[5:7], *args[8:]]
-        is_paired = signature.args[0].dtype == types.uint16
-        end = b.append_basic_block("end")
-        unreachable = b.append_basic_block("others")
-        switch = b.switch(count, unreachable)
-        for rows in range(1, ROWS + 1):
-            block = b.append_basic_block(f"rows{rows}")
-            switch.add_case(ir.Constant(count.type, rows), block)
-            b.position_at_end(block)
-            _multiply(b, *data, *sizes, rows=rows, is_paired=is_paired)
-            b.branch(end)
-        b.position_at_end(unreachable)
-        b.unreachable()
-        b.position_at_end(end)
-        return context.get_dummy_value()
+    builder: Any
+    x: Any
+    bias: Any
+    out: Any
+    waiting: Any
+    work: Work
+    rows: int
+    is_paired: bool
 
-    at = types.intp
-    return types.none(x, w, bias, out, waiting, *[at] * 11), codegen
+    def number(self, value: int) -> ir.Constant:
+        return ir.Constant(self.work.k_size.type, value)
+
+    def begin(self) -> None:
+        """The sums: zeros, or what waits of the inputs before."""
+        b = self.builder
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        self._sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(self.rows)]
+        with b.if_then(b.icmp_signed(">", self.work.first, self.number(0))):
+            for r, unit, kept in self._places():
+                b.store(vector_at(b, self._waiting_place(r, unit), _FLOATS), kept)
+        starts = [b.mul(b.add(self.work.row, self.number(r)), self.work.k_size) for r in range(self.rows)]
+        self._x_rows = [b.gep(self.x, [b.add(start, self.work.first)]) for start in starts]
+
+    def loop(self) -> contextlib.AbstractContextManager[Any]:
+        """A loop over the stretch's pairs of inputs."""
+        num_inputs = self.builder.sub(self.work.last, self.work.first)
+        return loop_as_written(self.builder, self.builder.sdiv(num_inputs, self.number(INPUTS)))
+
+    def add(self, pair: Any, weights: Sequence[Any]) -> None:
+        """Add the products of the stretch's pair of inputs `pair`; weights are its words, one vector for each unit."""
+        b = self.builder
+        halves = [] if self.is_paired else [_halves(b, words) for words in weights]
+        for x_row, places in zip(self._x_rows, self._sums, strict=True):
+            numbers_at = b.gep(x_row, [b.mul(pair, self.number(INPUTS))])
+            if self.is_paired:
+                numbers = [spread(b, b.load(b.bitcast(numbers_at, I32.as_pointer())), LANES)]
+            else:
+                halves_at = [b.gep(numbers_at, [self.number(half)]) for half in range(INPUTS)]
+                numbers = [spread(b, b.load(half_at), LANES) for half_at in halves_at]
+            for unit, kept in enumerate(places):
+                total = b.load(kept)
+                if self.is_paired:
+                    total = add_pair(b, numbers[0], weights[unit], total)
+                else:
+                    total = vector_call(b, "fma", numbers[1], halves[unit][1], total)
+                    total = vector_call(b, "fma", numbers[0], halves[unit][0], total)
+                b.store(total, kept)
+
+    def end(self) -> None:
+        """Let the sums wait for the inputs that follow, or write the outputs."""
+        b = self.builder
+        with b.if_else(b.icmp_signed("<", self.work.last, self.work.k_size)) as (going_on, ending):
+            with going_on:
+                for r, unit, kept in self._places():
+                    b.store(b.load(kept), b.bitcast(self._waiting_place(r, unit), _FLOATS.as_pointer())).align = 4
+            with ending:
+                columns = output_columns(b, self.work.tile, self.work.gates, UNITS, LANES)
+                added = [vector_at(b, b.gep(self.bias, [column]), _FLOATS) for column in columns]
+                results = [
+                    [b.fadd(b.load(kept), more) for kept, more in zip(places, added, strict=True)]
+                    for places in self._sums
+                ]
+                write_tile(b, self.out, self.work.row, results, columns, self.work.gates, self.work.width)
+
+    def _places(self) -> Iterator[tuple[int, int, Any]]:
+        for r, places in enumerate(self._sums):
+            for unit, kept in enumerate(places):
+                yield r, unit, kept
+
+    def _waiting_place(self, r: int, unit: int) -> Any:
+        return self.builder.gep(
+            self.waiting, [self.builder.add(self.work.place, self.number(r * OUTPUTS + unit * LANES))]
+        )
+
+
+def vector_at(b: Any, place: Any, kind: Any) -> Any:
+    """A vector whose address is a multiple of 2 bytes."""
+    value = b.load(b.bitcast(place, kind.as_pointer()))
+    value.align = 2
+    return value
+
+
+def raw_words(b: Any, w: Any, start: Any) -> list[Any]:
+    """A pair's weights as words, one vector for each unit, from element `start` of w on, a typed pointer to uint16."""
+    offsets = [ir.Constant(start.type, unit * LANES * INPUTS) for unit in range(UNITS)]
+    return [vector_at(b, b.gep(w, [b.add(start, offset)]), WORDS) for offset in offsets]
+
+
+def ask_ahead(b: Any, data: Any, start: Any, step: Any, pair: Any) -> None:
+    """Ask for the `LINES` lines of bytes that are a pair's share of what follows."""
+    for line in range(LINES):
+        index = b.add(b.mul(pair, ir.Constant(pair.type, LINES)), ir.Constant(pair.type, line))
+        prefetch_at(b, data, b.add(start, b.mul(index, step)))
+
+
+def for_each_count(b: Any, count: Any, make: Callable[[int], None]) -> None:
+    """Code for each number of rows from 1 to `ROWS`; `count` says at run time which."""
+    end, unreachable = b.append_basic_block("end"), b.append_basic_block("others")
+    switch = b.switch(count, unreachable)
+    for rows in range(1, ROWS + 1):
+        block = b.append_basic_block(f"rows{rows}")
+        switch.add_case(ir.Constant(count.type, rows), block)
+        b.position_at_end(block)
+        make(rows)
+        b.branch(end)
+    b.position_at_end(unreachable)
+    b.unreachable()
+    b.position_at_end(end)
 
 
 @contextlib.contextmanager
-def _loop_as_written(b: Any, count: Any) -> Iterator[Any]:
+def loop_as_written(b: Any, count: Any) -> Iterator[Any]:
     """`cgutils.for_range` that LLVM does not unroll: with two turns at once it would run out of registers."""
     with cgutils.for_range(b, count) as loop:
         yield loop
@@ -164,84 +261,53 @@ def _loop_as_written(b: Any, count: Any) -> Iterator[Any]:
     last.terminator.set_metadata("llvm.loop", node)
 
 
-def _multiply(
-    b: Any,
-    x: Any,
-    w: Any,
-    bias: Any,
-    out: Any,
-    waiting: Any,
-    place: Any,
-    row: Any,
-    tile: Any,
-    gates: Any,
-    width: Any,
-    k_size: Any,
-    first: Any,
-    last: Any,
-    part: Any,
-    parts: Any,
-    *,
-    rows: int,
-    is_paired: bool,
-) -> None:
-    """The code for so many rows; x, w, bias, out, waiting are typed pointers."""
+@intrinsic
+def multiply_block(  # type: ignore[no-untyped-def]
+    typing_context,
+    x,
+    w,
+    bias,
+    out,
+    waiting,
+    rows,
+    place,
+    row,
+    tile,
+    gates,
+    width,
+    k_size,
+    first,
+    last,
+    ahead_at,
+    ahead_step,
+):
+    """`rows` rows, at least one and at most `ROWS`, times inputs `first : last` of a tile of `OUTPUTS` outputs.
 
-    def number(value: int) -> ir.Constant:
-        return ir.Constant(k_size.type, value)
+    x [*, k_size] as `round_vector` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
+    float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
+    `gates_ops.write_tile`. Until the last inputs the sums wait in `waiting` float32, [rows, OUTPUTS] from `place` on.
 
-    def at(data: Any, *offsets: Any) -> Any:
-        return b.gep(data, [functools.reduce(b.add, offsets)])
+    With each pair `LINES` lines of w are asked for, from byte `ahead_at` on and so many bytes from one to the next.
+    """
 
-    def vector(place: Any, kind: Any) -> Any:
-        value = b.load(b.bitcast(place, kind.as_pointer()))
-        value.align = 2
-        return value
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, w, bias, out, waiting = (array_data(context, b, signature, args, i) for i in range(5))
+        count, work, (ahead_at, ahead_step) = args[5], Work(*args[6:14]), args[14:]
+        is_paired = signature.args[0].dtype == types.uint16
+        ahead = b.bitcast(w, ir.IntType(8).as_pointer())
 
-    def waiting_place(r: int, unit: int) -> Any:
-        return at(waiting, place, number(r * OUTPUTS + unit * LANES))
+        def make(rows: int) -> None:
+            block = Block(b, x, bias, out, waiting, work, rows, is_paired)
+            block.begin()
+            begin = b.mul(b.add(b.mul(work.tile, work.k_size), work.first), block.number(OUTPUTS))
+            with block.loop() as loop:
+                ask_ahead(b, ahead, ahead_at, ahead_step, loop.index)
+                w_at = b.add(begin, b.mul(loop.index, block.number(OUTPUTS * INPUTS)))
+                block.add(loop.index, raw_words(b, w, w_at))
+            block.end()
 
-    zero = ir.Constant(_FLOATS, [0.0] * LANES)
-    sums = [[cgutils.alloca_once_value(b, zero) for _ in range(UNITS)] for _ in range(rows)]
-    with b.if_then(b.icmp_signed(">", first, number(0))):
-        for r, places in enumerate(sums):
-            for unit, kept in enumerate(places):
-                b.store(vector(waiting_place(r, unit), _FLOATS), kept)
-    w0 = b.mul(number(OUTPUTS), b.add(b.mul(tile, k_size), first))
-    num_inputs = b.sub(last, first)
-    fetched, step = next_tile_part(b, w0, b.mul(number(OUTPUTS), num_inputs), part, parts, LANES * INPUTS)
-    x_rows = [at(x, b.mul(b.add(row, number(r)), k_size), first) for r in range(rows)]
-    with _loop_as_written(b, b.sdiv(num_inputs, number(INPUTS))) as loop:
-        w_at = b.add(w0, b.mul(loop.index, number(OUTPUTS * INPUTS)))
-        for unit in range(UNITS):
-            line = b.add(b.mul(loop.index, number(UNITS)), number(unit))
-            prefetch_at(b, w, b.add(fetched, b.mul(line, step)))
-        weights = [vector(at(w, w_at, number(unit * LANES * INPUTS)), _WORDS) for unit in range(UNITS)]
-        halves = [] if is_paired else [_halves(b, words) for words in weights]
-        x_at = b.mul(loop.index, number(INPUTS))
-        for r, places in enumerate(sums):
-            pair = at(x_rows[r], x_at)
-            if is_paired:
-                numbers = [spread(b, b.load(b.bitcast(pair, I32.as_pointer())), LANES)]
-            else:
-                numbers = [spread(b, b.load(at(pair, number(half))), LANES) for half in range(INPUTS)]
-            for unit, kept in enumerate(places):
-                total = b.load(kept)
-                if is_paired:
-                    total = add_pair(b, numbers[0], weights[unit], total)
-                else:
-                    total = vector_call(b, "fma", numbers[1], halves[unit][1], total)
-                    total = vector_call(b, "fma", numbers[0], halves[unit][0], total)
-                b.store(total, kept)
-    with b.if_else(b.icmp_signed("<", last, k_size)) as (going_on, ending):
-        with going_on:
-            for r, places in enumerate(sums):
-                for unit, kept in enumerate(places):
-                    b.store(b.load(kept), b.bitcast(waiting_place(r, unit), _FLOATS.as_pointer())).align = 4
-        with ending:
-            columns = output_columns(b, tile, gates, UNITS, LANES)
-            added = [vector(at(bias, column), _FLOATS) for column in columns]
-            results = [
-                [b.fadd(b.load(kept), more) for kept, more in zip(places, added, strict=True)] for places in sums
-            ]
-            write_tile(b, out, row, results, columns, gates, width)
+        for_each_count(b, count, make)
+        return context.get_dummy_value()
+
+    at = types.intp
+    return types.none(x, w, bias, out, waiting, *[at] * 11), codegen
