@@ -177,6 +177,8 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     prompt_ids = Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).encode(PROMPT).ids
+    from benchmarks.side_pytgi import weight_bytes  # which imports this module
+
     result: dict[str, Any] = {"model": Path(folder).name, "dtype": args.dtype, "cores": num_cores()}
     result["cpu"] = platform.processor() or platform.machine()
     result["read_bandwidth_gb_s"] = round(read_bandwidth(), 1)
@@ -191,8 +193,8 @@ def main() -> None:
     measured = interleaved(rates, args.rounds)
     medians = {name: statistics.median(values) for name, values in measured.items()}
     result["decode_tokens_per_s"] = {name: round(value, 2) for name, value in medians.items()}
-    weight_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    result["share_of_bandwidth_floor"] = round(medians["pytgi"] * weight_bytes / 1e9 / result["read_bandwidth_gb_s"], 2)
+    read_bytes = weight_bytes(ours.model)["read_bytes"]
+    result["share_of_bandwidth_floor"] = round(medians["pytgi"] * read_bytes / 1e9 / result["read_bandwidth_gb_s"], 2)
     if args.compare:
         better = max(value for name, value in medians.items() if name != "pytgi")
         result["speedup"] = round(medians["pytgi"] / better, 2)

@@ -121,7 +121,7 @@ def compile_for(stored: str, dtype: str, quantize: str | None) -> None:
 
 
 def write_tiny_model(folder: Path, stored: torch.dtype) -> None:
-    """A one-layer Qwen2 of zeros, as a Hugging Face folder."""
+    """A one-layer Qwen2 of zeros, as a Hugging Face folder. One matrix has weights of too many sizes to be coded."""
     import torch
     from safetensors.torch import save_file
 
@@ -140,7 +140,9 @@ def write_tiny_model(folder: Path, stored: torch.dtype) -> None:
     for name, size in (("q", hidden), ("k", kv), ("v", kv)):
         shapes[f"model.layers.0.self_attn.{name}_proj.weight"] = (size, hidden)
         shapes[f"model.layers.0.self_attn.{name}_proj.bias"] = (size,)
-    save_file({name: torch.zeros(shape, dtype=stored) for name, shape in shapes.items()}, folder / "model.safetensors")
+    weights = {name: torch.zeros(shape, dtype=stored) for name, shape in shapes.items()}
+    weights["model.layers.0.self_attn.o_proj.weight"].copy_(torch.linspace(-100, 0, hidden).exp2())
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(TINY_MODEL))
 
 

@@ -77,13 +77,18 @@ def new_weight(num_bytes: int) -> npt.NDArray[np.uint8]:
     global _slab
     size = -(-num_bytes // LINE_BYTES) * LINE_BYTES
     if not MIN_SHARED_BYTES <= size <= SLAB_BYTES // 2:
-        return np.empty(num_bytes, np.uint8)
+        return _new_lines(num_bytes)
     with _slab_lock:
         if size > len(_slab):
-            _slab = np.empty(SLAB_BYTES + LINE_BYTES, np.uint8)
-            _slab = _slab[-_slab.ctypes.data % LINE_BYTES :]
+            _slab = _new_lines(SLAB_BYTES)
         weight, _slab = _slab[:num_bytes], _slab[size:]
     return weight
+
+
+def _new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised memory that begins with a line of the cache."""
+    memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
+    return memory[-memory.ctypes.data % LINE_BYTES :][:num_bytes]
 
 
 def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -19,26 +19,27 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.bfloat16_ops import (
     HAS_PAIRS,
     INPUTS,
+    INTERLEAVED_PAIRS,
     LANES,
-    LINES,
     OUTPUTS,
     ROUNDED,
     ROWS,
     multiply_block,
     round_vector,
 )
-from quant.kernels.coded_ops import HAS_TABLES, NUMBERS, PAIR_BYTES, multiply_coded_block
-from quant.kernels.coded_weights import INTERLEAVED_PAIRS, CodedWeights, encode
+from quant.kernels.coded_ops import HAS_TABLES, multiply_coded_block
+from quant.kernels.coded_weights import CodedWeights, encode
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512
 from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
 
-ROW_BLOCK = 43 * ROWS
-"""Rows that share a reading of a tile's weights, which stay in the L2 cache; activations come from the L3 in time."""
+ROW_BLOCK = 22 * ROWS
+"""Rows that share a reading of a tile's weights, which stay in the L2 cache, as do rows of 1,024 inputs. Rows of more
+come from the L3 in time."""
 MAX_INPUTS = 4096
-"""Inputs of a stretch: all rows pass it in a tile, their sums wait, then the next. Its weights are 256 KB, and with as
-many that are asked for meanwhile they stay in the L2 cache; those of a tile with 18,944 inputs would not."""
+"""Inputs of a stretch: all rows pass it in a tile, their sums wait, then the next. Its weights are 256 KB or, coded,
+192, and with as many that are asked for meanwhile they stay in the L2 cache. Those of 18,944 inputs would not."""
 
 
 @njit(parallel=True, **FAST)
@@ -70,37 +71,31 @@ def _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, siz
     `rows` are the first row, the one after the last, how many are a block, and how many blocks share what is asked
     for ahead; `sizes` are gates, width, k_size, first and last input, and the stretch's first mark.
     """
-    coded, tables, raw, marks = codes
+    coded, tables, raw, marks, _ = codes
     start, end, rows_each, num_blocks = rows
     gates, width, k_size, first, last, mark = sizes
-    pair_bytes = PAIR_BYTES if len(coded) > 0 else NUMBERS * w.itemsize
-    begin, num_bytes = (tile * k_size + first) // INPUTS * pair_bytes, (last - first) // INPUTS * pair_bytes
     for row in range(start, end, rows_each):
-        block_rows = min(rows_each, end - row)
+        count = min(rows_each, end - row)
         part, parts = fetched_part((row - start) // rows_each, num_blocks)
-        ahead = begin + num_bytes + part * (num_bytes // parts)
-        step = pair_bytes // LINES // parts
         if len(coded) > 0:
             multiply_coded_block(
-                rounded, coded, tables, raw, marks, bias, out, waiting, block_rows, place, row, tile,
-                gates, width, k_size, first, last, mark, ahead, step,
+                rounded, coded, tables, raw, marks, bias, out, waiting,
+                count, place, row, tile, gates, width, k_size, first, last, mark, part, parts,
             )  # fmt: skip
         else:
             multiply_block(
-                rounded, w, bias, out, waiting, block_rows, place, row, tile,
-                gates, width, k_size, first, last, ahead, step,
+                rounded, w, bias, out, waiting,
+                count, place, row, tile, gates, width, k_size, first, last, part, parts,
             )  # fmt: skip
         place += rows_each * OUTPUTS
 
 
 @njit(parallel=True, **FAST)
-def _product(  # type: ignore[no-untyped-def]
-    x, w, coded, tables, raw, marks, first_marks, bias, out, n_size, gates, width, k_size, num_threads
-):
+def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, num_threads):  # type: ignore[no-untyped-def]
     """x float32 flat [num_rows, k_size] times a matrix of n_size outputs -> out float32 flat.
 
-    Its weights are w, as `interleave` makes them, or those of `coded_weights.CodedWeights`. `gates` and `width` are
-    those of `gates_ops.write_tile`.
+    Its weights are w, as `interleave` makes them, or `codes`, of `CodedWeights`, with stretches of `inputs_each`.
+    `gates` and `width` are those of `gates_ops.write_tile`.
     """
     num_rows = len(x) // k_size
     rounded = np.empty(num_rows * k_size, ROUNDED)
@@ -112,12 +107,10 @@ def _product(  # type: ignore[no-untyped-def]
             _round_row(x, row, k_size, rounded)
     rows_each = even_block(num_rows, ROWS, 1)
     row_block = ROW_BLOCK // rows_each * rows_each
-    inputs_each = even_block(k_size, MAX_INPUTS, LANES)
     num_stretches = (k_size + inputs_each - 1) // inputs_each
     max_block_rows = even_block(min(num_rows, row_block), row_block, rows_each)
     num_waiting = num_threads * NUM_RECTANGLES * max_block_rows * OUTPUTS if num_stretches > 1 else 0
     waiting = np.empty(num_waiting, np.float32)
-    codes = coded, tables, raw, marks
     for item in prange(num_threads * NUM_RECTANGLES):
         thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
         first_tile, last_tile, first_row, end = rectangle(
@@ -131,7 +124,7 @@ def _product(  # type: ignore[no-untyped-def]
                 for stretch in range(num_stretches):
                     first = stretch * inputs_each
                     last = min(k_size, first + inputs_each)
-                    mark = first_marks[tile * num_stretches + stretch] if len(coded) > 0 else 0
+                    mark = codes.first_marks[tile * num_stretches + stretch] if len(codes.coded) > 0 else 0
                     sizes = gates, width, k_size, first, last, mark
                     _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, sizes)
 
@@ -159,17 +152,21 @@ class Bfloat16Cpu:
         self.num_gates = count_gates(packed, OUTPUTS)
         order = gate_order(self._n_size, self.num_gates, LANES)
         w, indices = flat_view(packed.weight).view(np.uint16), order.numpy()
-        stretch_inputs = even_block(self._k_size, MAX_INPUTS, LANES)
-        codes = encode(w, indices, self._k_size, stretch_inputs) if HAS_TABLES else None
+        self._inputs_each = even_block(self._k_size, MAX_INPUTS, LANES)
+        codes = encode(w, indices, self._k_size, self._inputs_each) if HAS_TABLES else None
         interleaved = np.empty(0, np.uint16)
         if codes is None:
-            codes = CodedWeights.none()
             interleaved = new_weight(2 * self._padded_size * self._k_size).view(np.uint16)
             interleave(w, indices, self._k_size, interleaved)
-        self._weights = interleaved, codes.coded, codes.tables, codes.raw, codes.marks, codes.first_marks
+        self._weights = interleaved, codes or CodedWeights.empty()
         bias = torch.zeros(self._n_size) if packed.bias is None else packed.bias.to(torch.float32)
         self._bias = flat_view(padded(bias, self._padded_size))
         self._num_threads = get_num_threads()
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a weight is read in 12 bits."""
+        return len(self._weights[1].coded) > 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
@@ -179,6 +176,6 @@ class Bfloat16Cpu:
 
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], width)
-        sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads
+        sizes = self._padded_size, self.num_gates, width, self._k_size, self._inputs_each, self._num_threads
         call(_product, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
         return out

@@ -31,6 +31,7 @@ from quant.kernels.simd import (
     array_data,
     bfloat16_bits,
     enabled_features,
+    next_tile_part,
     prefetch_at,
     spread,
     vector_call,
@@ -42,7 +43,10 @@ OUTPUTS = LANES * UNITS
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
 LINES = 2
-"""Cache lines that are asked for with each pair of inputs: as many as its weights are, at most."""
+"""Cache lines that are asked for with each pair of inputs, whose weights are two, or one and a half where coded."""
+WEIGHT_BYTES = 2
+INTERLEAVED_PAIRS = 16
+"""Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = "avx512bf16" in enabled_features()
@@ -167,6 +171,17 @@ class Block:
         num_inputs = self.builder.sub(self.work.last, self.work.first)
         return loop_as_written(self.builder, self.builder.sdiv(num_inputs, self.number(INPUTS)))
 
+    def next_weights(self, part: Any, parts: Any, pair_bytes: int) -> tuple[Any, Any]:
+        """Where one `part` of `parts` of the weights behind the stretch's begins, and the step from line to line."""
+        b, work = self.builder, self.work
+
+        def num_bytes(num_weights: Any) -> Any:
+            return b.mul(b.sdiv(num_weights, self.number(INPUTS)), self.number(pair_bytes))
+
+        begin = num_bytes(b.add(b.mul(work.tile, work.k_size), work.first))
+        size = num_bytes(b.sub(work.last, work.first))
+        return next_tile_part(b, begin, size, part, parts, pair_bytes // LINES)
+
     def add(self, pair: Any, weights: Sequence[Any]) -> None:
         """Add the products of the stretch's pair of inputs `pair`; weights are its words, one vector for each unit."""
         b = self.builder
@@ -215,7 +230,7 @@ class Block:
 
 
 def vector_at(b: Any, place: Any, kind: Any) -> Any:
-    """A vector whose address is a multiple of 2 bytes."""
+    """Load a vector of type `kind` from an address that is a multiple of 2 bytes."""
     value = b.load(b.bitcast(place, kind.as_pointer()))
     value.align = 2
     return value
@@ -227,8 +242,9 @@ def raw_words(b: Any, w: Any, start: Any) -> list[Any]:
     return [vector_at(b, b.gep(w, [b.add(start, offset)]), WORDS) for offset in offsets]
 
 
-def ask_ahead(b: Any, data: Any, start: Any, step: Any, pair: Any) -> None:
-    """Ask for the `LINES` lines of bytes that are a pair's share of what follows."""
+def prefetch_share(b: Any, data: Any, ahead: tuple[Any, Any], pair: Any) -> None:
+    """Ask for the `LINES` lines of bytes that are a pair's share of what follows; `ahead` is of `next_weights`."""
+    start, step = ahead
     for line in range(LINES):
         index = b.add(b.mul(pair, ir.Constant(pair.type, LINES)), ir.Constant(pair.type, line))
         prefetch_at(b, data, b.add(start, b.mul(index, step)))
@@ -278,8 +294,8 @@ def multiply_block(  # type: ignore[no-untyped-def]
     k_size,
     first,
     last,
-    ahead_at,
-    ahead_step,
+    part,
+    parts,
 ):
     """`rows` rows, at least one and at most `ROWS`, times inputs `first : last` of a tile of `OUTPUTS` outputs.
 
@@ -287,21 +303,22 @@ def multiply_block(  # type: ignore[no-untyped-def]
     float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
     `gates_ops.write_tile`. Until the last inputs the sums wait in `waiting` float32, [rows, OUTPUTS] from `place` on.
 
-    With each pair `LINES` lines of w are asked for, from byte `ahead_at` on and so many bytes from one to the next.
+    One `part` of `parts` of as many weights that follow is asked for meanwhile (`work_split.fetched_part`).
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, w, bias, out, waiting = (array_data(context, b, signature, args, i) for i in range(5))
-        count, work, (ahead_at, ahead_step) = args[5], Work(*args[6:14]), args[14:]
+        count, work, (part, parts) = args[5], Work(*args[6:14]), args[14:]
         is_paired = signature.args[0].dtype == types.uint16
-        ahead = b.bitcast(w, ir.IntType(8).as_pointer())
+        data = b.bitcast(w, ir.IntType(8).as_pointer())
 
         def make(rows: int) -> None:
             block = Block(b, x, bias, out, waiting, work, rows, is_paired)
             block.begin()
             begin = b.mul(b.add(b.mul(work.tile, work.k_size), work.first), block.number(OUTPUTS))
+            ahead = block.next_weights(part, parts, OUTPUTS * INPUTS * WEIGHT_BYTES)
             with block.loop() as loop:
-                ask_ahead(b, ahead, ahead_at, ahead_step, loop.index)
+                prefetch_share(b, data, ahead, loop.index)
                 w_at = b.add(begin, b.mul(loop.index, block.number(OUTPUTS * INPUTS)))
                 block.add(loop.index, raw_words(b, w, w_at))
             block.end()

@@ -1,7 +1,7 @@
-"""Inner products with coded weights: bfloat16 without their upper bytes, of which there is a code of four bits.
+"""Inner products with bfloat16 weights whose upper bytes are replaced by codes of four bits.
 
 The upper byte of a bfloat16 is its sign and most of its exponent. A trained matrix has few different ones, so that 12
-bits say all of a weight, and a step that waits for its memory waits for 0.75 of the bytes. A table of 16 upper bytes
+bits hold a whole weight, and a step that waits for its memory waits for 0.75 of the bytes. A table of 16 upper bytes
 gives them back, and the products are those of `bfloat16_ops`. Pairs of inputs in which an upper byte has no code are
 kept as they are, and are marked.
 
@@ -25,25 +25,32 @@ from quant.kernels.bfloat16_ops import (
     WORDS,
     Block,
     Work,
-    ask_ahead,
     for_each_count,
+    prefetch_share,
     raw_words,
 )
 from quant.kernels.simd import I32, array_data, enabled_features
 
-NUMBERS = OUTPUTS * INPUTS
+PAIR_WEIGHTS = OUTPUTS * INPUTS
 """Weights of a tile's pair of inputs: as many lower bytes, a vector."""
 CODE_BITS = 4
 NUM_CODES = 1 << CODE_BITS
-CODE_BYTES = NUMBERS * CODE_BITS // 8
-PAIR_BYTES = NUMBERS + CODE_BYTES
-"""Lower bytes, then codes. Every other vector of lower bytes goes across two cache lines, which costs nothing."""
+CODE_BYTES = PAIR_WEIGHTS * CODE_BITS // 8
+PAIR_BYTES = PAIR_WEIGHTS + CODE_BYTES
+"""Lower bytes, then codes. Every other vector of lower bytes goes across two cache lines; with none that did, and more
+arithmetic for it, products took as long."""
 TABLE_BYTES = 1 << 6
 """A table repeats itself: the instruction takes six bits for a place in it, two of which are another code's."""
 HAS_TABLES = {"avx512vbmi", "avx512bf16"} <= enabled_features()
 """Whether one instruction looks up 64 bytes, and products are so quick that they wait for the memory."""
 
-_BYTES = ir.VectorType(ir.IntType(8), NUMBERS)
+BYTE_ORDER = tuple(
+    tuple(lane * 16 + unit * 8 + i for lane in range(PAIR_WEIGHTS // 16) for i in range(8)) for unit in range(UNITS)
+)
+"""Where each unit's weights are among a pair's bytes: of each 16 the first eight or the last, which one instruction
+puts together with their upper bytes."""
+
+_BYTES = ir.VectorType(ir.IntType(8), PAIR_WEIGHTS)
 
 
 def _bytes_at(b: Any, data: Any, offset: Any, count: int) -> Any:
@@ -62,22 +69,17 @@ def _coded_words(b: Any, coded: Any, table: Any, pair: Any) -> list[Any]:
         return ir.Constant(ir.VectorType(I32, len(places)), places)
 
     start = b.mul(pair, number(PAIR_BYTES))
-    low = _bytes_at(b, coded, start, NUMBERS)
-    codes = _bytes_at(b, coded, b.add(start, number(NUMBERS)), CODE_BYTES)
+    low = _bytes_at(b, coded, start, PAIR_WEIGHTS)
+    codes = _bytes_at(b, coded, b.add(start, number(PAIR_WEIGHTS)), CODE_BYTES)
     twice = b.shuffle_vector(codes, codes, order([*range(CODE_BYTES)] * 2))
-    lanes = ir.VectorType(ir.IntType(16), NUMBERS // 2)
-    places = ir.Constant(lanes, [0] * (CODE_BYTES // 2) + [CODE_BITS] * (CODE_BYTES // 2))
-    index = b.bitcast(b.lshr(b.bitcast(twice, lanes), places), _BYTES)
+    lanes = ir.VectorType(ir.IntType(16), PAIR_WEIGHTS // 2)
+    shifts = ir.Constant(lanes, [0] * (CODE_BYTES // 2) + [CODE_BITS] * (CODE_BYTES // 2))
+    index = b.bitcast(b.lshr(b.bitcast(twice, lanes), shifts), _BYTES)
     signature = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
     look_up = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512.permvar.qi.512")
     high = b.call(look_up, [table, index])
-    return [b.bitcast(b.shuffle_vector(low, high, order(_unit_order(unit))), WORDS) for unit in range(UNITS)]
-
-
-def _unit_order(unit: int) -> list[int]:
-    """Lower and upper bytes by turns, of each 16 the first eight or the last: what one instruction does."""
-    numbers = [lane * 16 + unit * 8 + i for lane in range(NUMBERS // 16) for i in range(8)]
-    return [place for i in numbers for place in (i, NUMBERS + i)]
+    orders = [[byte for at in places for byte in (at, PAIR_WEIGHTS + at)] for places in BYTE_ORDER]
+    return [b.bitcast(b.shuffle_vector(low, high, order(places)), WORDS) for places in orders]
 
 
 @intrinsic
@@ -101,20 +103,23 @@ def multiply_coded_block(  # type: ignore[no-untyped-def]
     first,
     last,
     mark,
-    ahead_at,
-    ahead_step,
+    part,
+    parts,
 ):
-    """`bfloat16_ops.multiply_block` with coded weights, of which those that follow are asked for.
+    """`bfloat16_ops.multiply_block` with coded weights.
 
-    The arrays are those of `coded_weights.CodedWeights`; `mark` is the first mark that is not before the stretch. Codes
-    are looked up by every block of rows: that costs less than to write down what they stand for.
+    The arrays are those of `coded_weights.CodedWeights`; `mark` is the first mark that is not before the stretch. Every
+    block of rows looks codes up: to write weights down for the blocks that follow took more time. Without `HAS_TABLES`
+    nothing is coded, and there is no such code.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if not HAS_TABLES:  # LLVM would end the process
+            return context.get_dummy_value()
         x, coded, tables, raw, marks, bias, out, waiting = (
             array_data(context, b, signature, args, i) for i in range(8)
         )
-        count, work, (mark, ahead_at, ahead_step) = args[8], Work(*args[9:17]), args[17:]
+        count, work, (mark, part, parts) = args[8], Work(*args[9:17]), args[17:]
 
         def make(rows: int) -> None:
             block = Block(b, x, bias, out, waiting, work, rows, is_paired=True)
@@ -125,15 +130,16 @@ def multiply_coded_block(  # type: ignore[no-untyped-def]
             next_mark = cgutils.alloca_once_value(b, mark)
             marked = cgutils.alloca_once_value(b, b.load(b.gep(marks, [mark])))
             first_pair = b.sdiv(b.add(b.mul(work.tile, work.k_size), work.first), number(INPUTS))
+            ahead = block.next_weights(part, parts, PAIR_BYTES)
             with block.loop() as loop:
-                ask_ahead(b, coded, ahead_at, ahead_step, loop.index)
+                prefetch_share(b, coded, ahead, loop.index)
                 pair = b.add(first_pair, loop.index)
                 is_marked = b.icmp_signed("==", b.trunc(pair, I32), b.load(marked))
                 with b.if_else(is_marked, likely=False) as (as_it_is, from_codes):
                     with as_it_is:
                         this_mark = b.load(next_mark)
                         for vector, where in zip(
-                            raw_words(b, raw, b.mul(this_mark, number(NUMBERS))), kept, strict=True
+                            raw_words(b, raw, b.mul(this_mark, number(PAIR_WEIGHTS))), kept, strict=True
                         ):
                             b.store(vector, where)
                         following = b.add(this_mark, number(1))

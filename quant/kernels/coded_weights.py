@@ -5,117 +5,124 @@ Every tile has a table of its own: the 16 upper bytes that are most frequent in 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
 from quant.kernels.arrays import FAST, new_weight
-from quant.kernels.bfloat16_ops import INPUTS, LANES, OUTPUTS
-from quant.kernels.coded_ops import CODE_BITS, CODE_BYTES, NUM_CODES, NUMBERS, PAIR_BYTES, TABLE_BYTES
+from quant.kernels.bfloat16_ops import INPUTS, INTERLEAVED_PAIRS, OUTPUTS
+from quant.kernels.coded_ops import (
+    BYTE_ORDER,
+    CODE_BITS,
+    CODE_BYTES,
+    NUM_CODES,
+    PAIR_BYTES,
+    PAIR_WEIGHTS,
+    TABLE_BYTES,
+)
 
-MAX_MARKED = 1 / 32
+MAX_MARKED_SHARE = 1 / 32
 """Share of pairs at most that are kept as they are. With more, a matrix has too many different upper bytes."""
-INTERLEAVED_PAIRS = 16
-"""Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 SAMPLE_STEP = 5
 """Every fifth weight of an output is counted for the table."""
 NO_CODE = 255
 NO_PAIR = -1
+_FIRST_BYTES = np.array(BYTE_ORDER).reshape(-1)[::INPUTS]
+"""Where each output's weights of a pair begin among the pair's bytes; they stay neighbours."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CodedWeights:
+class CodedWeights(NamedTuple):
     """A matrix in tiles of `OUTPUTS` outputs, and in stretches of inputs that are computed one after the other."""
 
     coded: npt.NDArray[np.uint8]
-    """[tiles, pairs, PAIR_BYTES]: a pair's lower bytes in the order of `unit_order`, then their codes."""
+    """[tiles, pairs, PAIR_BYTES]: a pair's lower bytes in `BYTE_ORDER`, then their codes, two in a byte: that of a
+    weight of the first half and, above it, of one of the second. Empty: nothing is coded."""
     tables: npt.NDArray[np.uint8]
     """[tiles, TABLE_BYTES]: the upper byte of each code."""
     raw: npt.NDArray[np.uint16]
-    """[marks, OUTPUTS, INPUTS]: pairs in which an upper byte has no code; their lower bytes in `coded` mean nothing."""
+    """[marks, OUTPUTS, INPUTS]: pairs in which an upper byte has no code; their codes in `coded` mean nothing."""
     marks: npt.NDArray[np.int32]
     """[marks + 1]: which pair of the matrix each of them is, in order, and NO_PAIR."""
     first_marks: npt.NDArray[np.int64]
     """[tiles, stretches]: the first mark that is not before a stretch."""
 
     @classmethod
-    def none(cls) -> CodedWeights:
+    def empty(cls) -> CodedWeights:
         """What stands for the codes of a matrix that has none."""
-        byte = np.empty(0, np.uint8)
-        return cls(byte, byte, byte.view(np.uint16), byte.view(np.int32), byte.view(np.int64))
+        nothing = np.empty(0, np.uint8)
+        return cls(nothing, nothing, nothing.view(np.uint16), nothing.view(np.int32), nothing.view(np.int64))
 
 
 def encode(
-    w: npt.NDArray[np.uint16], order: npt.NDArray[np.int64], k_size: int, stretch_inputs: int
+    w: npt.NDArray[np.uint16], order: npt.NDArray[np.int64], k_size: int, inputs_each: int
 ) -> CodedWeights | None:
-    """Code the matrix w [*, k_size], its rows in `order`; None: too many upper bytes of it have no code.
+    """Code the matrix w, flat [*, k_size], its rows in `order`; None: too many upper bytes of it have no code.
 
-    Stretches have so many inputs each, but the last.
+    A stretch has `inputs_each` inputs, the last one maybe fewer. The last output fills up the last tile.
     """
     num_tiles, num_pairs = -(-len(order) // OUTPUTS), k_size // INPUTS
-    coded, tables = new_weight(num_tiles * num_pairs * PAIR_BYTES), np.empty((num_tiles, TABLE_BYTES), np.uint8)
-    is_marked = np.empty((num_tiles, num_pairs), np.bool_)
-    _encode(w, order, k_size, coded, tables, is_marked)
-    marks = np.flatnonzero(is_marked)
-    if len(marks) > MAX_MARKED * is_marked.size:
+    tables, codes = np.empty((num_tiles, TABLE_BYTES), np.uint8), np.empty((num_tiles, 256), np.uint8)
+    shares = np.empty(num_tiles, np.float64)
+    _make_tables(w, order, k_size, tables, codes, shares)
+    if 1 - (1 - shares.mean()) ** PAIR_WEIGHTS > 2 * MAX_MARKED_SHARE:  # by a small sample, before codes take memory
         return None
-    raw = np.empty((len(marks), NUMBERS), np.uint16)
+    coded, is_marked = new_weight(num_tiles * num_pairs * PAIR_BYTES), np.empty((num_tiles, num_pairs), np.bool_)
+    _encode(w, order, k_size, codes, coded, is_marked, _FIRST_BYTES)
+    marks = np.flatnonzero(is_marked)
+    if len(marks) > MAX_MARKED_SHARE * is_marked.size:
+        return None
+    raw = np.empty((len(marks), PAIR_WEIGHTS), np.uint16)
     _copy_marked(w, order, k_size, marks, raw)
-    stretches = np.arange(num_tiles)[:, None] * num_pairs + np.arange(0, k_size, stretch_inputs) // INPUTS
+    stretches = np.arange(num_tiles)[:, None] * num_pairs + np.arange(0, k_size, inputs_each) // INPUTS
     first_marks = np.searchsorted(marks, stretches.reshape(-1))
-    return CodedWeights(
-        coded, tables.reshape(-1), raw.reshape(-1), np.append(marks, NO_PAIR).astype(np.int32), first_marks
-    )
-
-
-@njit(inline="always")
-def _weight(w, order, k_size, n, k):  # type: ignore[no-untyped-def]
-    return w[order[n] * k_size + k] if n < len(order) else np.uint16(0)
-
-
-@njit(**FAST)
-def _make_table(w, order, k_size, tile, table):  # type: ignore[no-untyped-def]
-    """Fill table uint8 [TABLE_BYTES]; the code of each upper byte, or NO_CODE."""
-    counts, codes = np.zeros(256, np.int64), np.full(256, NO_CODE, np.uint8)
-    for n in range(tile * OUTPUTS, (tile + 1) * OUTPUTS):
-        for k in range(0, k_size, SAMPLE_STEP):
-            counts[_weight(w, order, k_size, n, k) >> 8] += 1
-    for code in range(NUM_CODES):
-        high = np.argmax(counts)
-        codes[high], counts[high] = code, -1
-        for place in range(code, TABLE_BYTES, NUM_CODES):
-            table[place] = high
-    return codes
+    all_marks = np.append(marks, NO_PAIR).astype(np.int32)
+    return CodedWeights(coded, tables.reshape(-1), raw.reshape(-1), all_marks, first_marks)
 
 
 @njit(parallel=True, **FAST)
-def _encode(w, order, k_size, coded, tables, is_marked):  # type: ignore[no-untyped-def]
-    num_pairs = k_size // INPUTS
+def _make_tables(w, order, k_size, tables, codes, shares):  # type: ignore[no-untyped-def]
+    """Fill, for each tile, tables [TABLE_BYTES], codes [256]: each upper byte's, or NO_CODE, and the sample's share of
+    weights without one.
+    """
     for tile in prange(len(tables)):
-        codes = _make_table(w, order, k_size, tile, tables[tile])
-        places = np.empty(NUMBERS, np.int64)
-        for i in range(NUMBERS):
-            unit, word = i // (LANES * INPUTS), i % (LANES * INPUTS)
-            places[i] = word // 8 * 16 + unit * 8 + word % 8
-        numbers, found = np.zeros((INTERLEAVED_PAIRS, NUMBERS), np.uint16), np.empty(NUMBERS, np.uint8)
+        counts, num_coded = np.zeros(256, np.int64), 0
+        for n in range(tile * OUTPUTS, min(len(order), (tile + 1) * OUTPUTS)):
+            for k in range(order[n] * k_size, (order[n] + 1) * k_size, SAMPLE_STEP):
+                counts[w[k] >> 8] += 1
+        num_counted = counts.sum()
+        codes[tile] = NO_CODE
+        for code in range(NUM_CODES):
+            high = np.argmax(counts)
+            num_coded += max(counts[high], 0)
+            codes[tile, high], counts[high] = code, -1
+            for place in range(code, TABLE_BYTES, NUM_CODES):
+                tables[tile, place] = high
+        shares[tile] = 1 - num_coded / num_counted
+
+
+@njit(parallel=True, **FAST)
+def _encode(w, order, k_size, codes, coded, is_marked, first_bytes):  # type: ignore[no-untyped-def]
+    num_pairs = k_size // INPUTS
+    for tile in prange(len(codes)):
+        weights, pair_codes = np.empty((INTERLEAVED_PAIRS, PAIR_WEIGHTS), np.uint16), np.empty(PAIR_WEIGHTS, np.uint8)
         for first in range(0, num_pairs, INTERLEAVED_PAIRS):
             last = min(num_pairs, first + INTERLEAVED_PAIRS)
-            for n in range(tile * OUTPUTS, min(len(order), (tile + 1) * OUTPUTS)):
-                start, place = order[n] * k_size, places[n % OUTPUTS * INPUTS]  # an output's inputs stay neighbours
+            for n in range(tile * OUTPUTS, (tile + 1) * OUTPUTS):
+                start, place = order[min(n, len(order) - 1)] * k_size, first_bytes[n % OUTPUTS]
                 for pair in range(first, last):
                     for half in range(INPUTS):
-                        numbers[pair - first, place + half] = w[start + pair * INPUTS + half]
+                        weights[pair - first, place + half] = w[start + pair * INPUTS + half]
             for pair in range(first, last):
                 at, highest = (tile * num_pairs + pair) * PAIR_BYTES, np.uint8(0)
-                for i in range(NUMBERS):
-                    coded[at + i] = numbers[pair - first, i] & 255
-                    found[i] = codes[numbers[pair - first, i] >> 8]
-                for i in range(NUMBERS):
-                    highest = max(highest, found[i])
+                for i in range(PAIR_WEIGHTS):
+                    coded[at + i] = weights[pair - first, i] & 255
+                    pair_codes[i] = codes[tile, weights[pair - first, i] >> 8]
+                for i in range(PAIR_WEIGHTS):
+                    highest = max(highest, pair_codes[i])
                 for i in range(CODE_BYTES):
-                    coded[at + NUMBERS + i] = found[i] & 15 | found[CODE_BYTES + i] << CODE_BITS
+                    coded[at + PAIR_WEIGHTS + i] = pair_codes[i] & 15 | pair_codes[CODE_BYTES + i] << CODE_BITS
                 is_marked[tile, pair] = highest == NO_CODE
 
 
@@ -124,5 +131,6 @@ def _copy_marked(w, order, k_size, marks, raw):  # type: ignore[no-untyped-def]
     num_pairs = k_size // INPUTS
     for mark in prange(len(marks)):
         tile, pair = marks[mark] // num_pairs, marks[mark] % num_pairs
-        for i in range(NUMBERS):
-            raw[mark, i] = _weight(w, order, k_size, tile * OUTPUTS + i // INPUTS, pair * INPUTS + i % INPUTS)
+        for i in range(PAIR_WEIGHTS):
+            n, k = min(tile * OUTPUTS + i // INPUTS, len(order) - 1), pair * INPUTS + i % INPUTS
+            raw[mark, i] = w[order[n] * k_size + k]

@@ -226,8 +226,8 @@ def prefetch_at(builder: Any, data: Any, offset: Any, *, is_near: bool = False) 
 def next_tile_part(builder: Any, place: Any, size: Any, part: Any, parts: Any, line: int) -> tuple[Any, Any]:
     """Where one `part` of `parts` of the `size` weights behind those at `place` begins, and the step from line to line.
 
-    `size` and `line`, a cache line's, are in elements. The step is for as many lines as so many weights have: with
-    several parts a line is asked for more than once.
+    All numbers are in elements. `line` is a cache line's, or less: the step is for as many lines as the weights have of
+    those. With several parts a line is asked for more than once.
     """
     start = builder.add(builder.add(place, size), builder.mul(part, builder.sdiv(size, parts)))
     return start, builder.sdiv(ir.Constant(parts.type, line), parts)
