@@ -77,16 +77,11 @@ def _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, siz
     for row in range(start, end, rows_each):
         count = min(rows_each, end - row)
         part, parts = fetched_part((row - start) // rows_each, num_blocks)
+        work = place, row, tile, gates, width, k_size, first, last
         if len(coded) > 0:
-            multiply_coded_block(
-                rounded, coded, tables, raw, marks, bias, out, waiting,
-                count, place, row, tile, gates, width, k_size, first, last, mark, part, parts,
-            )  # fmt: skip
+            multiply_coded_block(rounded, coded, tables, raw, marks, bias, out, waiting, count, work, mark, part, parts)
         else:
-            multiply_block(
-                rounded, w, bias, out, waiting,
-                count, place, row, tile, gates, width, k_size, first, last, part, parts,
-            )  # fmt: skip
+            multiply_block(rounded, w, bias, out, waiting, count, work, part, parts)
         place += rows_each * OUTPUTS
 
 

@@ -42,6 +42,8 @@ OUTPUTS = LANES * UNITS
 """Outputs of a tile."""
 INPUTS = 2
 """Inputs whose products with one output share a lane."""
+PAIR_WEIGHTS = OUTPUTS * INPUTS
+"""Weights of a tile's pair of inputs."""
 LINES = 2
 """Cache lines that are asked for with each pair of inputs, whose weights are two, or one and a half where coded."""
 WEIGHT_BYTES = 2
@@ -128,12 +130,19 @@ class Work(NamedTuple):
     place: Any
     """Where its sums wait."""
     row: Any
+    """The first."""
     tile: Any
+    """Counted in tiles of outputs."""
     gates: Any
+    """This and `width` are those of `gates_ops.write_tile`."""
     width: Any
     k_size: Any
     first: Any
     last: Any
+
+
+WORK = types.UniTuple(types.intp, len(Work._fields))
+"""How a kernel passes it: a tuple."""
 
 
 @dataclasses.dataclass
@@ -278,37 +287,20 @@ def loop_as_written(b: Any, count: Any) -> Iterator[Any]:
 
 
 @intrinsic
-def multiply_block(  # type: ignore[no-untyped-def]
-    typing_context,
-    x,
-    w,
-    bias,
-    out,
-    waiting,
-    rows,
-    place,
-    row,
-    tile,
-    gates,
-    width,
-    k_size,
-    first,
-    last,
-    part,
-    parts,
-):
+def multiply_block(typing_context, x, w, bias, out, waiting, rows, work, part, parts):  # type: ignore[no-untyped-def]
     """`rows` rows, at least one and at most `ROWS`, times inputs `first : last` of a tile of `OUTPUTS` outputs.
 
     x [*, k_size] as `round_vector` makes it; w uint16 [tiles, input pairs, OUTPUTS, 2]; bias [outputs]; out [*, width]
-    float32. The rows begin with `row`; `tile` counts tiles of outputs; `gates` and `width` are those of
-    `gates_ops.write_tile`. Until the last inputs the sums wait in `waiting` float32, [rows, OUTPUTS] from `place` on.
+    float32; `work` a tuple of the fields of `Work`. Until the last inputs the sums wait in `waiting` float32,
+    [rows, OUTPUTS] from `place` on.
 
     One `part` of `parts` of as many weights that follow is asked for meanwhile (`work_split.fetched_part`).
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, w, bias, out, waiting = (array_data(context, b, signature, args, i) for i in range(5))
-        count, work, (part, parts) = args[5], Work(*args[6:14]), args[14:]
+        count, numbers, part, parts = args[5:]
+        work = Work(*cgutils.unpack_tuple(b, numbers))
         is_paired = signature.args[0].dtype == types.uint16
         data = b.bitcast(w, ir.IntType(8).as_pointer())
 
@@ -316,10 +308,10 @@ def multiply_block(  # type: ignore[no-untyped-def]
             block = Block(b, x, bias, out, waiting, work, rows, is_paired)
             block.begin()
             begin = b.mul(b.add(b.mul(work.tile, work.k_size), work.first), block.number(OUTPUTS))
-            ahead = block.next_weights(part, parts, OUTPUTS * INPUTS * WEIGHT_BYTES)
+            ahead = block.next_weights(part, parts, PAIR_WEIGHTS * WEIGHT_BYTES)
             with block.loop() as loop:
                 prefetch_share(b, data, ahead, loop.index)
-                w_at = b.add(begin, b.mul(loop.index, block.number(OUTPUTS * INPUTS)))
+                w_at = b.add(begin, b.mul(loop.index, block.number(PAIR_WEIGHTS)))
                 block.add(loop.index, raw_words(b, w, w_at))
             block.end()
 
@@ -327,4 +319,4 @@ def multiply_block(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, w, bias, out, waiting, *[at] * 11), codegen
+    return types.none(x, w, bias, out, waiting, at, WORK, at, at), codegen

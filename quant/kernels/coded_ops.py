@@ -20,25 +20,25 @@ from numba.extending import intrinsic
 
 from quant.kernels.bfloat16_ops import (
     INPUTS,
-    OUTPUTS,
+    PAIR_WEIGHTS,
     UNITS,
     WORDS,
+    WORK,
     Block,
     Work,
     for_each_count,
     prefetch_share,
     raw_words,
+    vector_at,
 )
 from quant.kernels.simd import I32, array_data, enabled_features
 
-PAIR_WEIGHTS = OUTPUTS * INPUTS
-"""Weights of a tile's pair of inputs: as many lower bytes, a vector."""
 CODE_BITS = 4
 NUM_CODES = 1 << CODE_BITS
 CODE_BYTES = PAIR_WEIGHTS * CODE_BITS // 8
 PAIR_BYTES = PAIR_WEIGHTS + CODE_BYTES
-"""Lower bytes, then codes. Every other vector of lower bytes goes across two cache lines; with none that did, and more
-arithmetic for it, products took as long."""
+"""Lower bytes, which fill a vector, then codes. Every other such vector goes across two cache lines; with none that
+did, and more arithmetic for it, products took as long."""
 TABLE_BYTES = 1 << 6
 """A table repeats itself: the instruction takes six bits for a place in it, two of which are another code's."""
 HAS_TABLES = {"avx512vbmi", "avx512bf16"} <= enabled_features()
@@ -54,9 +54,7 @@ _BYTES = ir.VectorType(ir.IntType(8), PAIR_WEIGHTS)
 
 
 def _bytes_at(b: Any, data: Any, offset: Any, count: int) -> Any:
-    value = b.load(b.bitcast(b.gep(data, [offset]), ir.VectorType(ir.IntType(8), count).as_pointer()))
-    value.align = 1
-    return value
+    return vector_at(b, b.gep(data, [offset]), ir.VectorType(ir.IntType(8), count))
 
 
 def _coded_words(b: Any, coded: Any, table: Any, pair: Any) -> list[Any]:
@@ -84,27 +82,7 @@ def _coded_words(b: Any, coded: Any, table: Any, pair: Any) -> list[Any]:
 
 @intrinsic
 def multiply_coded_block(  # type: ignore[no-untyped-def]
-    typing_context,
-    x,
-    coded,
-    tables,
-    raw,
-    marks,
-    bias,
-    out,
-    waiting,
-    rows,
-    place,
-    row,
-    tile,
-    gates,
-    width,
-    k_size,
-    first,
-    last,
-    mark,
-    part,
-    parts,
+    typing_context, x, coded, tables, raw, marks, bias, out, waiting, rows, work, mark, part, parts
 ):
     """`bfloat16_ops.multiply_block` with coded weights.
 
@@ -119,7 +97,8 @@ def multiply_coded_block(  # type: ignore[no-untyped-def]
         x, coded, tables, raw, marks, bias, out, waiting = (
             array_data(context, b, signature, args, i) for i in range(8)
         )
-        count, work, (mark, part, parts) = args[8], Work(*args[9:17]), args[17:]
+        count, numbers, mark, part, parts = args[8:]
+        work = Work(*cgutils.unpack_tuple(b, numbers))
 
         def make(rows: int) -> None:
             block = Block(b, x, bias, out, waiting, work, rows, is_paired=True)
@@ -155,4 +134,4 @@ def multiply_coded_block(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, coded, tables, raw, marks, bias, out, waiting, *[at] * 12), codegen
+    return types.none(x, coded, tables, raw, marks, bias, out, waiting, at, WORK, at, at, at), codegen

@@ -12,14 +12,13 @@ import numpy.typing as npt
 from numba import njit, prange
 
 from quant.kernels.arrays import FAST, new_weight
-from quant.kernels.bfloat16_ops import INPUTS, INTERLEAVED_PAIRS, OUTPUTS
+from quant.kernels.bfloat16_ops import INPUTS, INTERLEAVED_PAIRS, OUTPUTS, PAIR_WEIGHTS
 from quant.kernels.coded_ops import (
     BYTE_ORDER,
     CODE_BITS,
     CODE_BYTES,
     NUM_CODES,
     PAIR_BYTES,
-    PAIR_WEIGHTS,
     TABLE_BYTES,
 )
 
@@ -73,8 +72,9 @@ def encode(
     marks = np.flatnonzero(is_marked)
     if len(marks) > MAX_MARKED_SHARE * is_marked.size:
         return None
-    raw = np.empty((len(marks), PAIR_WEIGHTS), np.uint16)
-    _copy_marked(w, order, k_size, marks, raw)
+    tiles, pairs = np.divmod(marks, num_pairs)
+    outputs = np.minimum(tiles[:, None] * OUTPUTS + np.arange(OUTPUTS), len(order) - 1)
+    raw = w.reshape(-1, num_pairs, INPUTS)[order[outputs], pairs[:, None]]
     stretches = np.arange(num_tiles)[:, None] * num_pairs + np.arange(0, k_size, inputs_each) // INPUTS
     first_marks = np.searchsorted(marks, stretches.reshape(-1))
     all_marks = np.append(marks, NO_PAIR).astype(np.int32)
@@ -124,13 +124,3 @@ def _encode(w, order, k_size, codes, coded, is_marked, first_bytes):  # type: ig
                 for i in range(CODE_BYTES):
                     coded[at + PAIR_WEIGHTS + i] = pair_codes[i] & 15 | pair_codes[CODE_BYTES + i] << CODE_BITS
                 is_marked[tile, pair] = highest == NO_CODE
-
-
-@njit(parallel=True, **FAST)
-def _copy_marked(w, order, k_size, marks, raw):  # type: ignore[no-untyped-def]
-    num_pairs = k_size // INPUTS
-    for mark in prange(len(marks)):
-        tile, pair = marks[mark] // num_pairs, marks[mark] % num_pairs
-        for i in range(PAIR_WEIGHTS):
-            n, k = min(tile * OUTPUTS + i // INPUTS, len(order) - 1), pair * INPUTS + i % INPUTS
-            raw[mark, i] = w[order[n] * k_size + k]

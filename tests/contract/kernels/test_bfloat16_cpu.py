@@ -109,7 +109,7 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
 
     @njit
     def product(x: Any, w: Any, bias: Any, out: Any) -> None:
-        multiply_block(x, w, bias, out, out, 2, 0, 0, 0, 0, OUTPUTS, 640, 0, 640, 0, 1)
+        multiply_block(x, w, bias, out, out, 2, (0, 0, 0, 0, OUTPUTS, 640, 0, 640), 0, 1)
 
     results = [np.zeros(2 * OUTPUTS, np.float32) for _ in range(2)]
     for rounded, out in zip((x, x.float()), results, strict=True):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from quant.base import PackedWeight
 from quant.kernels import bfloat16_cpu
 from quant.kernels.bfloat16_cpu import MAX_INPUTS, ROW_BLOCK, Bfloat16Cpu
-from quant.kernels.bfloat16_ops import INPUTS, OUTPUTS, ROWS
-from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, PAIR_WEIGHTS, TABLE_BYTES
+from quant.kernels.bfloat16_ops import INPUTS, OUTPUTS, PAIR_WEIGHTS, ROWS
+from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, TABLE_BYTES
 from quant.kernels.coded_weights import MAX_MARKED_SHARE, NO_PAIR, CodedWeights, encode
 from quant.kernels.simd import enabled_features
 
@@ -67,7 +67,7 @@ def test_nothing_is_lost(data: Any) -> None:
     np.testing.assert_array_equal(decoded(codes, k_size // INPUTS)[:n_size], w[order])
 
 
-def test_six_strange_numbers_are_six_marks() -> None:
+def test_six_strange_numbers_in_four_pairs_are_four_marks() -> None:
     w = bits(2 * OUTPUTS, 640)
     strange = [(0, 0), (31, 639), (32, 0), (40, 1), (63, 638), (63, 639)]
     for place in strange:
