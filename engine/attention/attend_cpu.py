@@ -17,6 +17,8 @@ a span's weights are rounded to bfloat16 then, and the products of a pair are ad
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit, prange
 
@@ -25,31 +27,23 @@ from engine.attention.attend_ops import (
     LANES,
     SPAN,
     SPAN_BLOCKS,
-    is_any_above,
     make_scores,
     make_sums,
     numbers_together,
-    store_weights,
-    weights_of,
+    write_columns,
     write_numbers,
+)
+from engine.attention.softmax_cpu import (
+    MIN_SCORE,
+    begin_softmax,
+    finish_row,
+    merge_row,
+    new_softmax,
+    soften_row,
 )
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
 from quant.kernels.arrays import FAST
-from quant.kernels.simd import (
-    HAS_AVX512,
-    add,
-    exp,
-    first_lanes,
-    fma,
-    load16,
-    max_lanes,
-    max_of,
-    multiply,
-    splat16,
-    store,
-    subtract,
-    sum_lanes,
-)
+from quant.kernels.simd import HAS_AVX512, load16, sum_lanes
 
 # Up to 24 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
 _score4, _score8, _score12 = (make_scores(rows, 1) for rows in (4, 8, 12))
@@ -61,8 +55,23 @@ PARALLEL_TOKENS = 64
 PARALLEL_PRODUCTS = 1 << 17
 """Fewer multiplications of queries with keys are not worth starting a parallel region: for one token that is 147 known
 ones with 14 heads of 64, 64 with 16 heads of 128."""
-MIN_SCORE = np.float32(-3.4e38)
-"""The highest of no scores; finite, so that differences are numbers."""
+
+
+class _Scratch(NamedTuple):
+    """Memory of a thread for one work item after the other."""
+
+    places: Any
+    """Where each row's query begins, and as many places more as a vector has lanes."""
+    q: Any
+    """Queries, flat [head_dim, rows] or as words [head_dim / 2, rows], and places for as many more as a vector has."""
+    scores: Any
+    """Scores of a span, flat [rows, SPAN], then its weights."""
+    whole: Any
+    """The `Softmax` over all parts so far."""
+    totals: Any
+    """The total of each of its rows, [rows]."""
+    part: Any
+    """The `Softmax` over a part after the first one."""
 
 
 @njit(inline="always")
@@ -137,33 +146,6 @@ def _mask_first(scores, row, num_masked):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _softmax_row(keys, scores, row, num_visible, max_scores, totals, sums, head_dim):  # type: ignore[no-untyped-def]
-    """Turn a row's scores into weights relative to its highest score so far, rescaling what it summed before."""
-    place, lanes = row * SPAN, row * LANES
-    s0, s1 = load16(scores, place), load16(scores, place + LANES)
-    s2, s3 = load16(scores, place + 2 * LANES), load16(scores, place + 3 * LANES)
-    if num_visible < SPAN:
-        masked = np.float32(-np.inf)
-        s0, s1 = first_lanes(num_visible, s0, masked), first_lanes(num_visible - LANES, s1, masked)
-        s2 = first_lanes(num_visible - 2 * LANES, s2, masked)
-        s3 = first_lanes(num_visible - 3 * LANES, s3, masked)
-    highest = max_of(max_of(s0, s1), max_of(s2, s3))
-    if is_any_above(highest, max_scores[row]):
-        top = max_lanes(highest)
-        rescale = exp(splat16(max_scores[row] - top))
-        max_scores[row] = top
-        store(totals, lanes, multiply(load16(totals, lanes), rescale))
-        for d in range(row * head_dim, (row + 1) * head_dim, LANES):
-            store(sums, d, multiply(load16(sums, d), rescale))
-    base = splat16(max_scores[row])
-    w0, w1 = weights_of(keys, subtract(s0, base)), weights_of(keys, subtract(s1, base))
-    w2, w3 = weights_of(keys, subtract(s2, base)), weights_of(keys, subtract(s3, base))
-    store(totals, lanes, add(load16(totals, lanes), add(add(w0, w1), add(w2, w3))))
-    store_weights(keys, scores, row, 0, w0, w1)
-    store_weights(keys, scores, row, 2 * LANES, w2, w3)
-
-
-@njit(inline="always")
 def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
     """Let a tile of some rows, from `row` on, and `width` dimensions add to all dimensions of its rows."""
     first_of_head, blocks, last = table
@@ -191,33 +173,52 @@ def _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin
         row += rows
 
 
-@njit(inline="always")
-def _merge_row(max_scores, totals, sums, row, top, total, part_sums, place, head_dim):  # type: ignore[no-untyped-def]
-    """Merge a part of a row's softmax into those before it. What saw no key changes nothing, on either side."""
-    joint = max(max_scores[row], top)
-    before, after = exp(splat16(max_scores[row] - joint)), exp(splat16(top - joint))
-    max_scores[row] = joint
-    totals[row] = totals[row] * max_lanes(before) + total * max_lanes(after)
-    target = row * head_dim
-    for d in range(0, head_dim, LANES):
-        store(sums, target + d, fma(load16(part_sums, place + d), after, multiply(load16(sums, target + d), before)))
+@njit(**FAST)
+def _new_scratch(tiles, group, head_dim):  # type: ignore[no-untyped-def]
+    """Memory for any item of `tiles`, uninitialised."""
+    num_tokens = 0
+    for tile in range(tiles.shape[0]):
+        num_tokens = max(num_tokens, tiles[tile, NUM_TOKENS])
+    num_rows = _padded(num_tokens * group)
+    return _Scratch(
+        np.empty(num_rows + LANES, np.int64),
+        np.empty(num_rows * head_dim + LANES, np.float32),
+        np.empty(num_rows * SPAN, np.float32),
+        new_softmax(num_rows, head_dim),
+        np.empty(num_rows, np.float32),
+        new_softmax(num_rows, head_dim),
+    )
 
 
 @njit(inline="always")
-def _finish_row(sums, row, total, head_dim, out, target):  # type: ignore[no-untyped-def]
-    """Write a row's sums over the total of its weights to the output."""
-    inverse = splat16(np.float32(1.0) / total)
-    for d in range(0, head_dim, LANES):
-        store(out, target + d, multiply(load16(sums, row * head_dim + d), inverse))
+def _padded(num_rows):  # type: ignore[no-untyped-def]
+    """The rows of an item's tiles, of which the last ones may be nobody's."""
+    return (num_rows + 3) // 4 * 4
+
+
+@njit(inline="always")
+def _turn_queries(qkv, first, width, num_tokens, group, head_dim, scale, keys, scratch):  # type: ignore[no-untyped-def]
+    """Write the scaled queries of an item, the first of which begins at `first`, column by column.
+
+    Each 16 rows at a time write 16 places, so the last ones come first: what they write too much is written again.
+    """
+    num_rows = _padded(num_tokens * group)
+    for token in range(num_tokens):
+        for head in range(group):
+            scratch.places[token * group + head] = first + token * width + head * head_dim
+    for row in range(num_tokens * group, num_rows + LANES):
+        scratch.places[row] = first
+    for row in range((num_rows - 1) // LANES * LANES, -1, -LANES):
+        for d in range(0, head_dim, LANES):
+            write_columns(qkv, scratch.places[row:], scale, keys, scratch.q, row, num_rows, d)
 
 
 @njit(**FAST)
-def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, first, last, kv, state):  # type: ignore[no-untyped-def]
+def _attend_part(q, scores, softmax, group, head_dim, window, position, num_tokens, blocks, first, last, kv):  # type: ignore[no-untyped-def]
     """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
     keys, values, first_of_head = kv
-    scores, max_scores, totals, sums = state
-    table = first_of_head, blocks, last
-    max_scores[:], totals[:], sums[:] = MIN_SCORE, 0.0, 0.0
+    num_rows, table = _padded(num_tokens * group), (first_of_head, blocks, last)
+    begin_softmax(softmax, num_rows, head_dim)
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
         index = begin
@@ -233,62 +234,61 @@ def _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blo
             index += 1
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
-            for row in range(num_rows):
-                _mask_first(scores, row, num_visible + row // group - window)
-        for row in range(num_rows):
-            _softmax_row(keys, scores, row, num_visible + row // group, max_scores, totals, sums, head_dim)
+            for token in range(num_tokens):
+                for row in range(token * group, (token + 1) * group):
+                    _mask_first(scores, row, num_visible + token - window)
+        for token in range(num_tokens):
+            for row in range(token * group, (token + 1) * group):
+                soften_row(keys, scores, row, num_visible + token, softmax, head_dim)
         # Slots past the sequence's end hold anything, so they take no part, not even with weight 0.
         num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
-        _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, sums)
+        _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
 
 
 @njit(**FAST)
-def _attend_item(  # type: ignore[no-untyped-def]
-    item, qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out, partials
-):
+def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     """One KV head of one tile.
 
-    qkv flat [tokens, width], out flat [tokens, num_heads, head_dim]; tiles, partials, block_table as in `CpuAttention`.
+    Of args qkv is flat [tokens, width], out flat [tokens, num_heads, head_dim], and tiles, partials and block_table are
+    as in `CpuAttention`.
     """
+    qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out, partials = args
     group = num_heads // num_kv_heads
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
-    num_rows = (num_tokens * group + 3) // 4 * 4
-    q, rounded = np.zeros(num_rows * head_dim, np.float32), np.empty(head_dim, np.uint16)
-    pairs, paired_q = rounded.view(np.uint32), q.view(np.uint32)
-    scores = np.empty(num_rows * SPAN, np.float32)
-    max_scores, totals = np.empty(num_rows, np.float32), np.empty(num_rows * LANES, np.float32)
-    sums, all_sums = np.empty(num_rows * head_dim, np.float32), np.zeros(num_rows * head_dim, np.float32)
-    all_max, all_totals = np.full(num_rows, MIN_SCORE), np.zeros(num_rows, np.float32)
-    for row in range(num_tokens * group):
-        source = (first_row + row // group) * width + (head * group + row % group) * head_dim
-        if numbers_together(keys) == 2:
-            for d in range(0, head_dim, LANES):
-                store(rounded, d, multiply(load16(qkv, source + d), splat16(scale)))
-            for pair in range(head_dim // 2):
-                paired_q[pair * num_rows + row] = pairs[pair]
-        else:
-            for d in range(head_dim):
-                q[d * num_rows + row] = qkv[source + d] * scale
+    first_query = first_row * width + head * group * head_dim
+    _turn_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, keys, scratch)
     first_of_head = head * (keys.shape[0] * numbers_together(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
-    kv, state = (keys, values, first_of_head), (scores, max_scores, totals, sums)
-    for part in range(max(first_part, first // PART_BLOCKS), last_part):
+    kv, blocks = (keys, values, first_of_head), block_table[sequence]
+    bases, sums, totals = scratch.whole.bases, scratch.whole.sums, scratch.totals
+    first_part = max(first_part, first // PART_BLOCKS)
+    if first_part >= last_part:
+        begin_softmax(scratch.whole, _padded(num_tokens * group), head_dim)
+    for part in range(first_part, last_part):
         begin, end = max(first, part * PART_BLOCKS), min(last, (part + 1) * PART_BLOCKS)
-        blocks = block_table[sequence]
-        _attend_part(q, num_rows, group, head_dim, window, position, num_tokens, blocks, begin, end, kv, state)
-        for row in range(num_rows):
-            total = sum_lanes(load16(totals, row * LANES))
-            _merge_row(all_max, all_totals, all_sums, row, max_scores[row], total, sums, row * head_dim, head_dim)
-    for row in range(num_tokens * group):
-        if partial < 0:
-            target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
-            _finish_row(all_sums, row, all_totals[row], head_dim, out, target)
-        else:
-            partials[partial, head, row, :head_dim] = all_sums[row * head_dim : (row + 1) * head_dim]
-            partials[partial, head, row, head_dim] = all_max[row]
-            partials[partial, head, row, head_dim + 1] = all_totals[row]
+        softmax = scratch.whole if part == first_part else scratch.part
+        _attend_part(
+            scratch.q, scratch.scores, softmax, group, head_dim, window, position, num_tokens, blocks, begin, end, kv
+        )
+        for row in range(num_tokens * group):
+            total = sum_lanes(load16(softmax.totals, row * LANES))
+            if part == first_part:
+                totals[row] = total
+            else:
+                merge_row(bases, totals, sums, row, softmax.bases[row], total, softmax.sums, row * head_dim, head_dim)
+    if partial < 0:
+        for token in range(num_tokens):
+            target = ((first_row + token) * num_heads + head * group) * head_dim
+            for row in range(token * group, (token + 1) * group):
+                finish_row(sums, row, totals[row], head_dim, out, target)
+                target += head_dim
+    else:
+        for row in range(num_tokens * group):
+            partials[partial, head, row, :head_dim] = sums[row * head_dim : (row + 1) * head_dim]
+            partials[partial, head, row, head_dim] = bases[row]
+            partials[partial, head, row, head_dim + 1] = totals[row]
 
 
 @njit(**FAST)
@@ -304,16 +304,18 @@ def _num_products(tiles, num_heads, head_dim):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **FAST)
 def attend(num_threads, args):  # type: ignore[no-untyped-def]
-    """All items, shared by the threads if there is much to do; args as `_attend_item` takes them after the item."""
+    """All items, shared by the threads if there is much to do; args as `_attend_item` takes them."""
     num_heads, num_kv_heads, head_dim, window, tiles = args[2], args[3], args[4], args[6], args[7]
     if _num_products(tiles, num_heads, head_dim) < PARALLEL_PRODUCTS:
+        scratch = _new_scratch(tiles, num_heads // num_kv_heads, head_dim)
         for item in range(tiles.shape[0] * num_kv_heads):
-            _attend_item(item, *args)
+            _attend_item(item, scratch, args)
     else:
         starts, _, _ = split_items(tiles, num_kv_heads, window, num_threads)
         for thread in prange(num_threads):
+            scratch = _new_scratch(tiles, num_heads // num_kv_heads, head_dim)
             for item in range(starts[thread], starts[thread + 1]):
-                _attend_item(item, *args)
+                _attend_item(item, scratch, args)
 
 
 @njit(parallel=True, **FAST)
@@ -326,12 +328,12 @@ def merge_parts(tiles, num_heads, num_kv_heads, head_dim, out, partials):  # typ
             continue
         first_row, num_tokens = tiles[tile, FIRST_ROW], tiles[tile, NUM_TOKENS]
         for row in range(num_tokens * group):
-            max_scores, totals = np.full(1, MIN_SCORE), np.zeros(1, np.float32)
+            bases, totals = np.full(1, MIN_SCORE), np.zeros(1, np.float32)
             sums = np.zeros(head_dim, np.float32)
             place = tile
             while place < tiles.shape[0] and tiles[place, FIRST_ROW] == first_row:
                 part = partials[tiles[place, PARTIAL], head, row]
-                _merge_row(max_scores, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)
+                merge_row(bases, totals, sums, 0, part[head_dim], part[head_dim + 1], part, 0, head_dim)
                 place += 1
             target = (first_row + row // group) * num_heads * head_dim + (head * group + row % group) * head_dim
-            _finish_row(sums, 0, totals[0], head_dim, out, target)
+            finish_row(sums, 0, totals[0], head_dim, out, target)

@@ -14,8 +14,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quant.kernels.bfloat16_ops import add_pair, round_two, short_exp
-from quant.kernels.simd import F32, I32, array_data, bfloat16_bits, exp_of, lanes_at, prefetch_at, spread, vector_call
+from quant.kernels.bfloat16_ops import add_pair, round_two
+from quant.kernels.powers import exp2_of, short_exp2
+from quant.kernels.simd import (
+    F32,
+    I32,
+    array_data,
+    bfloat16_bits,
+    lanes_at,
+    prefetch_at,
+    spread,
+    vector_call,
+)
 
 LANES = 16
 """Keys of a vector of scores, dimensions of a vector of sums."""
@@ -69,12 +79,58 @@ def write_numbers(typing_context, x, source, cache, target, stride, together):  
     return types.none(x, at, cache, at, at, at), codegen
 
 
+def _rotate_places(b: Any, vectors: list[Any]) -> list[Any]:
+    """Move the numbers of 8 or 16 vectors of 16 lanes: a number's vector and lane, as one number in bits, rotate by 4.
+
+    So 16 vectors are transposed. Each step, which rotates by one bit, interleaves two vectors.
+    """
+    lanes = ir.VectorType(I32, LANES)
+    orders = [ir.Constant(lanes, [start + i // 2 + i % 2 * LANES for i in range(LANES)]) for start in (0, LANES // 2)]
+    half = len(vectors) // 2
+    for _ in range(4):
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [b.shuffle_vector(*pair, order) for pair in pairs for order in orders]
+    return vectors
+
+
 @intrinsic
-def weights_of(typing_context, cache, differences):  # type: ignore[no-untyped-def]
-    """e to the power of 16 differences of scores, none above 0, as exactly as weights are used with such a cache."""
+def write_columns(typing_context, x, places, scale, cache, q, target, stride, d):  # type: ignore[no-untyped-def]
+    """Write 16 dimensions, from `d` on, of 16 rows of x float32, times `scale`, as columns of q, for such a cache.
+
+    Row r begins at `places[r]`; q flat [head_dim, stride], or words [head_dim / 2, stride] with pairs as bfloat16, and
+    `target` is the first row's place in it. Always 16 places of a column are written, even where fewer rows are left.
+    """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return short_exp(b, args[1]) if _is_paired(signature.args[0]) else exp_of(b, args[1])
+        x_data, place_data, q_data = (array_data(context, b, signature, args, i) for i in (0, 1, 4))
+        scales, (target, stride, d) = spread(b, args[2], LANES), args[5:]
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(d.type, value)
+
+        rows = []
+        for r in range(LANES):
+            at = b.add(b.load(b.gep(place_data, [number(r)])), d)
+            rows.append(b.fmul(lanes_at(b, x_data, types.float32, at, LANES, LANES), scales))
+        first = d
+        if _is_paired(signature.args[3]):
+            rows = [round_two(b, rows[r], rows[r + 1]) for r in range(0, LANES, 2)]
+            first = b.sdiv(d, number(2))
+        for i, column in enumerate(_rotate_places(b, rows)):
+            at = b.gep(q_data, [b.add(target, b.mul(b.add(first, number(i)), stride))])
+            b.store(column, b.bitcast(at, column.type.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    at = types.intp
+    return types.none(x, places, types.float32, cache, q, at, at, at), codegen
+
+
+@intrinsic
+def weights_of(typing_context, cache, differences):  # type: ignore[no-untyped-def]
+    """2 to the power of 16 differences of scores, as exactly as weights are used with such a cache."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return short_exp2(b, args[1]) if _is_paired(signature.args[0]) else exp2_of(b, args[1])
 
     return differences(cache, differences), codegen
 

@@ -64,7 +64,7 @@ class CpuAttention:
         self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
         self._is_paired = shape.is_rounded and HAS_PAIRS
-        self._scale = np.float32(1 / math.sqrt(shape.head_dim))
+        self._scale = np.float32(math.log2(math.e) / math.sqrt(shape.head_dim))  # softmax takes powers of 2
         self._no_partials = torch.empty(0, *self._partial_shape)
 
     def block_bytes(self, dtype: torch.dtype) -> int:

@@ -20,7 +20,8 @@ from engine.link.messages import SamplingParams
 from engine.sampling.sampler import RawRows, bounded_temperature, log_min_p, uniform
 from engine.scheduling.batch import SampledBatch
 from quant.kernels.arrays import FAST, flat_view
-from quant.kernels.simd import add, exp, load16, max_lanes, max_of, multiply, splat16, subtract, sum_lanes, zeros16
+from quant.kernels.powers import exp
+from quant.kernels.simd import add, load16, max_lanes, max_of, multiply, splat16, subtract, sum_lanes, zeros16
 
 WIDTH = 16
 """Logits of a vector."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +23,8 @@ from numba.extending import intrinsic
 
 from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.simd import (
-    EXP_TERMS,
     F32,
     I32,
-    LOG2_E,
     array_data,
     bfloat16_bits,
     enabled_features,
@@ -51,8 +48,8 @@ INTERLEAVED_PAIRS = 16
 """Pairs of an output's inputs that are moved at a time: a cache line. What is written stays in the cache meanwhile."""
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
-HAS_PAIRS = "avx512bf16" in enabled_features()
-"""Whether one instruction adds a pair of products."""
+HAS_PAIRS = {"avx512bf16", "avx512dq"} <= enabled_features()
+"""Whether one instruction adds a pair of products, and one gives the part of a number behind the point."""
 ROUNDED = np.uint16 if HAS_PAIRS else np.float32
 """How rounded activations are stored: as the bits of a bfloat16, or widened again."""
 
@@ -71,28 +68,6 @@ def round_two(b: Any, low: Any, high: Any) -> Any:
     signature = ir.FunctionType(ir.VectorType(ir.IntType(16), 2 * LANES), [_FLOATS, _FLOATS])
     function = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
     return b.bitcast(b.call(function, [high, low]), WORDS)
-
-
-def short_exp(b: Any, x: Any) -> Any:
-    """e^x, x not above 0, to 2^-14 of it, which is a small part of what rounding to bfloat16 takes; by AVX-512.
-
-    Exactly 0 below -110; NaN stays NaN. The terms are those of the Taylor series to r^4.
-    """
-
-    def constant(value: float) -> ir.Constant:
-        return ir.Constant(_FLOATS, [value] * LANES)
-
-    lowest = constant(-110.0)
-    bounded = b.select(b.fcmp_ordered("<", x, lowest), lowest, x)
-    exponent = vector_call(b, "rint", b.fmul(bounded, constant(LOG2_E)))
-    rest = vector_call(b, "fma", exponent, constant(-math.log(2)), bounded)
-    total, *others = (constant(term) for term in EXP_TERMS[-5:])
-    for term in others:
-        total = vector_call(b, "fma", total, rest, term)
-    mask = ir.IntType(LANES)
-    signature = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, mask, I32])
-    scale = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.avx512.mask.scalef.ps.512")
-    return b.call(scale, [total, exponent, total, ir.Constant(mask, -1), ir.Constant(I32, 4)])
 
 
 def _halves(b: Any, words: Any) -> tuple[Any, Any]:

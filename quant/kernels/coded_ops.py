@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.bfloat16_ops import (
+    HAS_PAIRS,
     INPUTS,
     PAIR_WEIGHTS,
     UNITS,
@@ -41,7 +42,7 @@ PAIR_BYTES = PAIR_WEIGHTS + CODE_BYTES
 did, and more arithmetic for it, products took as long."""
 TABLE_BYTES = 1 << 6
 """A table repeats itself: the instruction takes six bits for a place in it, two of which are another code's."""
-HAS_TABLES = {"avx512vbmi", "avx512bf16"} <= enabled_features()
+HAS_TABLES = HAS_PAIRS and "avx512vbmi" in enabled_features()
 """Whether one instruction looks up 64 bytes, and products are so quick that they wait for the memory."""
 
 BYTE_ORDER = tuple(

@@ -16,7 +16,7 @@ import torch
 from numba.extending import intrinsic
 
 from quant.base import PackedWeight
-from quant.kernels.simd import exp_of
+from quant.kernels.powers import exp_of
 
 
 def count_gates(packed: PackedWeight, tile_outputs: int) -> int:

@@ -58,11 +58,6 @@ def _floats(count: int) -> ir.VectorType:
     return ir.VectorType(F32, count)
 
 
-def _constant(value: float, like: ir.VectorType) -> ir.Constant:
-    """`value` in every lane of a vector of floats."""
-    return ir.Constant(like, [value] * like.count)
-
-
 def _integers(value: int, count: int = LANES) -> ir.Constant:
     return ir.Constant(ir.VectorType(I32, count), [value] * count)
 
@@ -92,14 +87,10 @@ def vector_call(builder: Any, name: str, *operands: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), operands)
 
 
-def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    return vector_call(builder, "fma", x, y, z)
-
-
 def _make_zeros(result: LanesType) -> Any:
     @intrinsic
     def zeros(typing_context: Any) -> Any:
-        return result(), lambda context, builder, sig, args: _constant(0.0, _floats(result.count))
+        return result(), lambda context, builder, sig, args: ir.Constant(_floats(result.count), None)
 
     return zeros
 
@@ -273,7 +264,7 @@ def store(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
 @intrinsic
 def fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     """`x * y + z`, rounded once."""
-    return x(x, y, z), lambda context, builder, sig, args: _fma(builder, *args)
+    return x(x, y, z), lambda context, builder, sig, args: vector_call(builder, "fma", *args)
 
 
 @intrinsic
@@ -313,42 +304,6 @@ def first_lanes(typing_context: Any, count: Any, value: Any, other: float) -> An
         return builder.select(is_first, args[1], spread(builder, args[2], num_lanes))
 
     return value(types.intp, value, types.float32), codegen
-
-
-# exp(x) = 2^n * e^r with |r| <= ln(2)/2; the polynomial is the Taylor series to r^7, whose rest is under 6e-9.
-LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
-_EXP_LOWEST, _EXP_HIGHEST = -87.0, 88.0
-
-
-def exp_of(builder: Any, argument: Any) -> Any:
-    """e^x of every lane, to about a unit in the last place; exactly 0 below -87, saturating above 88; NaN stays NaN."""
-    floats = argument.type
-
-    def constant(value: float) -> ir.Constant:
-        return _constant(value, floats)
-
-    bounded = vector_call(builder, "maxnum", argument, constant(_EXP_LOWEST))
-    bounded = vector_call(builder, "minnum", bounded, constant(_EXP_HIGHEST))
-    exponent = vector_call(builder, "rint", builder.fmul(bounded, constant(LOG2_E)))
-    rest = _fma(builder, exponent, constant(-_LN2_HIGH), bounded)
-    rest = _fma(builder, exponent, constant(-_LN2_LOW), rest)
-    total = constant(EXP_TERMS[0])
-    for term in EXP_TERMS[1:]:
-        total = _fma(builder, total, rest, constant(term))
-    bias, places = _integers(127, floats.count), _integers(23, floats.count)
-    bits = builder.shl(builder.add(builder.fptosi(exponent, bias.type), bias), places)
-    scaled = builder.fmul(total, builder.bitcast(bits, floats))
-    is_tiny = builder.fcmp_ordered("<", argument, constant(_EXP_LOWEST))
-    is_number = builder.fcmp_ordered("ord", argument, argument)
-    return builder.select(is_number, builder.select(is_tiny, constant(0.0), scaled), argument)
-
-
-@intrinsic
-def exp(typing_context: Any, x: Any) -> Any:
-    """`exp_of` every lane."""
-    return x(x), lambda context, builder, sig, args: exp_of(builder, args[0])
 
 
 def _fold(builder: Any, value: Any, combine: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from engine.attention import ATTENTION_BACKENDS
 from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, store_weights, weights_of
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache
 from engine.attention.cpu import CpuAttention
+from engine.attention.tiles_cpu import PART
 from engine.attention.torch import TorchAttention
 from engine.link.registry import import_entry
 from quant.kernels.bfloat16_ops import HAS_PAIRS
@@ -125,7 +127,7 @@ def assert_near(
         return
     qkv = qkv.clone()
     queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    scale = shape.head_dim**-0.5
+    scale = math.log2(math.e) * shape.head_dim**-0.5
     qkv[:, :queries] = (qkv[:, :queries] * scale).bfloat16().float() / scale
     expected = whole_attention(shape, qkv, dtype, window)
     qkv[:, -values:] = qkv[:, -values:].abs()
@@ -321,6 +323,23 @@ def test_one_key_may_take_all_the_weight(sign: int, is_rounded: bool) -> None:
         torch.testing.assert_close(out[199], torch.full((64,), (199 * 100 - 70) / 199), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("rise", [-20.0, -7.0, 1.0, 7.0, 9.0, 40.0])
+@pytest.mark.parametrize("is_rounded", ROUNDED)
+def test_scores_that_rise_from_span_to_span(rise: float, is_rounded: bool) -> None:
+    """By less and by more than a row's base lets them, and so by more after some spans; across parts, too."""
+    shape, length = dataclasses.replace(SHAPES[0], is_rounded=is_rounded), PART + 5 * SPAN
+    qkv = random_qkv(shape, length, 5)
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    qkv[:, : queries + keys] = 0.0
+    qkv[:, :queries:16] = 4.0 / math.log2(math.e)
+    heights = rise * (torch.arange(length) // SPAN)
+    qkv[:, queries : queries + keys : 16] = (heights + torch.arange(length) % 7 / 8)[:, None]
+    backend, blocks = CpuAttention(shape, BLOCK_SIZE), list(range(-(-length // BLOCK_SIZE)))
+    dtype = torch.bfloat16 if is_rounded else torch.float32
+    (out,) = run(backend, stale_cache(backend, dtype, len(blocks)), [Part(qkv, 0, length, blocks)])
+    assert_near(out, shape, qkv, dtype)
+
+
 @pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 20])
@@ -362,15 +381,15 @@ def _round_weights(cache: Any, weights: Any, scores: Any) -> None:
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="the processor has no AVX512-BF16")
 def test_weights_of_pairs_are_exact_to_a_part_of_their_rounding() -> None:
-    words, differences = np.empty(1, np.uint32), np.linspace(-87, 0, 1 << 20, dtype=np.float32)
+    words, differences = np.empty(1, np.uint32), np.linspace(-126, 8, 1 << 20, dtype=np.float32)
     weights = np.empty_like(differences)
     _weigh(words, differences, weights)
-    exact = np.exp(differences.astype(np.float64))
-    assert (np.abs(weights - exact) <= exact * 2**-14).all()
-    edges = np.array([0, -0.0, -110, -150, -np.inf, np.nan] + [0] * 10, np.float32)
+    exact = np.exp2(differences.astype(np.float64))
+    assert (np.abs(weights - exact) <= exact * 2**-18).all()
+    edges = np.array([0, -0.0, 8, -151, -1e30, -np.inf, np.nan] + [0] * 9, np.float32)
     _weigh(words, edges, weights)
-    assert weights[:5].tolist() == [1, 1, 0, 0, 0]
-    assert np.isnan(weights[5])
+    assert weights[:6].tolist() == [1, 1, 256, 0, 0, 0]
+    assert np.isnan(weights[6])
 
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="the processor has no AVX512-BF16")

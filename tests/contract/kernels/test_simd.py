@@ -11,7 +11,7 @@ import pytest
 import torch
 from numba import njit
 
-from quant.kernels import simd
+from quant.kernels import powers, simd
 from quant.kernels.arrays import flat_view
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +35,13 @@ def _store_all(out: Any, values: Any) -> None:
 @njit
 def _exp(values: Any, out: Any) -> None:
     for index in range(0, values.shape[0], simd.LANES):
-        simd.store(out, index, simd.exp(simd.load(values, index)))
+        simd.store(out, index, powers.exp(simd.load(values, index)))
+
+
+@njit
+def _exp2(values: Any, out: Any) -> None:
+    for index in range(0, values.shape[0], simd.LANES):
+        simd.store(out, index, powers.exp2(simd.load(values, index)))
 
 
 @njit
@@ -182,19 +188,23 @@ def test_the_maximum_may_be_in_any_lane(place: int) -> None:
     assert _fold(x)[1] == -3.0
 
 
-def test_exp_is_accurate_over_its_range() -> None:
-    x = np.linspace(-87.0, 88.0, 400_000, dtype=np.float32)
-    exact = np.exp(x.astype(np.float64))
-    error = np.abs(lanes_of(_exp, x, size=len(x)) - exact) / exact
+@pytest.mark.parametrize(
+    ("kernel", "power", "lowest", "highest"), [(_exp, np.exp, -87.0, 88.0), (_exp2, np.exp2, -126.0, 127.0)]
+)
+def test_powers_are_accurate_over_their_range(kernel: Any, power: Any, lowest: float, highest: float) -> None:
+    x = np.linspace(lowest, highest, 400_000, dtype=np.float32)
+    exact = power(x.astype(np.float64))
+    error = np.abs(lanes_of(kernel, x, size=len(x)) - exact) / exact
     assert error.max() < 1.5 * 2.0**-23  # about one unit in the last place
     near_zero = np.linspace(-1e-3, 1e-3, 80_000, dtype=np.float32)
-    error = np.abs(lanes_of(_exp, near_zero, size=len(near_zero)) - np.exp(near_zero.astype(np.float64)))
+    error = np.abs(lanes_of(kernel, near_zero, size=len(near_zero)) - power(near_zero.astype(np.float64)))
     assert error.max() < 2.0**-23
 
 
-def test_exp_at_the_edges() -> None:
-    x = np.array([0.0, -0.0, -np.inf, np.inf, np.nan, -87.5, -1e30, 1e30], np.float32)
-    values = lanes_of(_exp, x)
+@pytest.mark.parametrize(("kernel", "too_low"), [(_exp, -87.5), (_exp2, -126.5)])
+def test_powers_at_the_edges(kernel: Any, too_low: float) -> None:
+    x = np.array([0.0, -0.0, -np.inf, np.inf, np.nan, too_low, -1e30, 1e30], np.float32)
+    values = lanes_of(kernel, x)
     assert values[:3].tolist() == [1.0, 1.0, 0.0]
     assert values[3] == values[7] > 1.6e38
     assert np.isnan(values[4])
@@ -214,7 +224,7 @@ def test_flat_view_is_no_copy(dtype: torch.dtype) -> None:
 def _sixteen(x: Any, y: Any, ones: Any, count: int, out: Any) -> Any:
     a, b = simd.load16(x, 1), simd.load16(y, 1)
     simd.store(out, 0, simd.fma(a, b, simd.add(simd.zeros16(), simd.splat16(simd.load_one(ones, 1)))))
-    simd.store(out, 16, simd.exp(a))
+    simd.store(out, 16, powers.exp2(a))
     simd.store(out, 32, simd.first_lanes(count, simd.max_of(a, b), simd.load_one(ones, 2)))
     return simd.sum_lanes(a), simd.max_lanes(a)
 
@@ -224,7 +234,7 @@ def _twice_eight(x: Any, y: Any, ones: Any, count: int, out: Any) -> Any:
     for half in range(0, 16, 8):
         a, b = simd.load(x, 1 + half), simd.load(y, 1 + half)
         simd.store(out, half, simd.fma(a, b, simd.splat(simd.load_one(ones, 1))))
-        simd.store(out, 16 + half, simd.exp(a))
+        simd.store(out, 16 + half, powers.exp2(a))
         simd.store(out, 32 + half, simd.first_lanes(count - half, simd.max_of(a, b), simd.load_one(ones, 2)))
     low, high = simd.load(x, 1), simd.load(x, 9)
     return simd.sum_lanes(simd.add(low, high)), simd.max_lanes(simd.max_of(low, high))
