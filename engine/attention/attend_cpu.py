@@ -44,6 +44,7 @@ from engine.attention.softmax_cpu import (
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
 from quant.kernels.arrays import FAST
 from quant.kernels.simd import HAS_AVX512, load16, sum_lanes
+from quant.kernels.work_split import claim, new_claims
 
 # Up to 24 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
 _score4, _score8, _score12 = (make_scores(rows, 1) for rows in (4, 8, 12))
@@ -312,10 +313,15 @@ def attend(num_threads, args):  # type: ignore[no-untyped-def]
             _attend_item(item, scratch, args)
     else:
         starts, _, _ = split_items(tiles, num_kv_heads, window, num_threads)
+        claims = new_claims(num_threads)
         for thread in prange(num_threads):
             scratch = _new_scratch(tiles, num_heads // num_kv_heads, head_dim)
-            for item in range(starts[thread], starts[thread + 1]):
-                _attend_item(item, scratch, args)
+            for place in range(num_threads):
+                owner = (thread + place) % num_threads
+                item = starts[owner] + claim(claims, owner)
+                while item < starts[owner + 1]:
+                    _attend_item(item, scratch, args)
+                    item = starts[owner] + claim(claims, owner)
 
 
 @njit(parallel=True, **FAST)

@@ -32,7 +32,7 @@ from quant.kernels.coded_weights import CodedWeights, encode
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.simd import HAS_AVX512
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
+from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 
 ROW_BLOCK = 22 * ROWS
 """Rows that share a reading of a tile's weights, which stay in the L2 cache, as do rows of 1,024 inputs. Rows of more
@@ -104,24 +104,25 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
     row_block = ROW_BLOCK // rows_each * rows_each
     num_stretches = (k_size + inputs_each - 1) // inputs_each
     max_block_rows = even_block(min(num_rows, row_block), row_block, rows_each)
-    num_waiting = num_threads * NUM_RECTANGLES * max_block_rows * OUTPUTS if num_stretches > 1 else 0
+    num_waiting = num_threads * max_block_rows * OUTPUTS if num_stretches > 1 else 0
     waiting = np.empty(num_waiting, np.float32)
-    for item in prange(num_threads * NUM_RECTANGLES):
-        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(
-            index, thread, num_threads, n_size // OUTPUTS, num_rows, rows_each
-        )
-        even = even_block(end - first_row, row_block, rows_each)
-        for start in range(first_row, end, even):
-            place = item * max_block_rows * OUTPUTS
-            rows = start, min(end, start + even), rows_each, (even - 1) // rows_each + 1
-            for tile in range(first_tile, last_tile):
-                for stretch in range(num_stretches):
-                    first = stretch * inputs_each
-                    last = min(k_size, first + inputs_each)
-                    mark = codes.first_marks[tile * num_stretches + stretch] if len(codes.coded) > 0 else 0
-                    sizes = gates, width, k_size, first, last, mark
-                    _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, sizes)
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
+    for thread in prange(num_threads):
+        place, turn = thread * max_block_rows * OUTPUTS, 0
+        while turn >= 0:
+            turn, first_tile, last_tile, first_row, end = next_piece(
+                claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, rows_each, row_block, tiles_each
+            )
+            even = even_block(end - first_row, row_block, rows_each)
+            for start in range(first_row, end, even):
+                rows = start, min(end, start + even), rows_each, (even - 1) // rows_each + 1
+                for tile in range(first_tile, last_tile):
+                    for stretch in range(num_stretches):
+                        first = stretch * inputs_each
+                        last = min(k_size, first + inputs_each)
+                        mark = codes.first_marks[tile * num_stretches + stretch] if len(codes.coded) > 0 else 0
+                        sizes = gates, width, k_size, first, last, mark
+                        _multiply_rows(rounded, w, codes, bias, out, waiting, place, rows, tile, sizes)
 
 
 class Bfloat16Cpu:

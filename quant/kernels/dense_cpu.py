@@ -16,7 +16,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import ROWS, TILE_OUTPUTS, TILES, multiply_tile, rows_per_block, split_rows
 from quant.kernels.simd import LANES
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
+from quant.kernels.work_split import even_block, new_claims, next_piece, tiles_of_piece
 
 
 @njit(parallel=True, **FAST)
@@ -25,16 +25,22 @@ def _product(x, w, bias, out, n_size, k_size, row_block, num_threads):  # type: 
     if splits_pairs(w):
         rows = split_rows(x, num_rows, k_size)
     num_tiles = (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(num_threads * NUM_RECTANGLES):
-        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
-        size = even_block(end - first_row, row_block, ROWS)
-        for row in range(first_row, end, size):
-            last_row = min(end, row + size)
-            for tile in range(first_tile, last_tile, TILES):
-                first_n = tile * TILE_OUTPUTS
-                last_n = min(n_size, min(last_tile, tile + TILES) * TILE_OUTPUTS)
-                multiply_tile(rows, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size)
+    claims = new_claims(num_threads)
+    tiles_each = tiles_of_piece(TILE_OUTPUTS * k_size, num_rows, row_block)
+    tiles_each = (tiles_each + TILES - 1) // TILES * TILES
+    for thread in prange(num_threads):
+        turn = 0
+        while turn >= 0:
+            turn, first_tile, last_tile, first_row, end = next_piece(
+                claims, thread, turn, num_threads, num_tiles, num_rows, ROWS, row_block, tiles_each
+            )
+            size = even_block(end - first_row, row_block, ROWS)
+            for row in range(first_row, end, size):
+                last_row = min(end, row + size)
+                for tile in range(first_tile, last_tile, TILES):
+                    first_n = tile * TILE_OUTPUTS
+                    last_n = min(n_size, min(last_tile, tile + TILES) * TILE_OUTPUTS)
+                    multiply_tile(rows, w, first_n * k_size, bias, out, row, last_row, first_n, last_n, n_size, k_size)
 
 
 class DenseCpu:

@@ -31,7 +31,7 @@ from quant.kernels.integer_ops import (
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
 from quant.kernels.simd import HAS_AVX512
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, fetched_part, rectangle
+from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 from quant.packing import unpack_nibbles
 
 ROW_BLOCK = 512
@@ -114,18 +114,19 @@ def _product(  # type: ignore[no-untyped-def]
 ):
     num_rows = len(x) // k_size
     x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
-    for item in prange(num_threads * NUM_RECTANGLES):
-        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, last_row = rectangle(
-            index, thread, num_threads, n_size // OUTPUTS, num_rows, ROWS
-        )
-        size = even_block(last_row - first_row, ROW_BLOCK, ROWS)
-        for row in range(first_row, last_row, size):
-            end = min(last_row, row + size)
-            for tile in range(first_tile, last_tile):
-                multiply_rows(
-                    x8, x_scales, sums, row, end, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
-                )
+    weights = w, scales, zeros, groups, bias
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, ROW_BLOCK)
+    for thread in prange(num_threads):
+        turn = 0
+        while turn >= 0:
+            turn, first_tile, last_tile, first_row, last_row = next_piece(
+                claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, ROWS, ROW_BLOCK, tiles_each
+            )
+            size = even_block(last_row - first_row, ROW_BLOCK, ROWS)
+            for row in range(first_row, last_row, size):
+                end = min(last_row, row + size)
+                for tile in range(first_tile, last_tile):
+                    multiply_rows(x8, x_scales, sums, row, end, group, *weights, out, tile, gates, width, k_size)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ from quant.kernels.simd import (
     store,
     sum_lanes,
 )
-from quant.kernels.work_split import NUM_RECTANGLES, even_block, rectangle
+from quant.kernels.work_split import even_block, new_claims, next_piece, tiles_of_piece
 from quant.packing import NIBBLE_CHUNK
 
 MIN_ROW_BLOCK = 48
@@ -150,14 +150,20 @@ def _product_int8(  # type: ignore[no-untyped-def]
     x, w, scales, shifts, bias, out, scratch, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_rows, num_tiles = len(x) // k_size, (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(num_threads * NUM_RECTANGLES):
-        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
-        size = even_block(end - first_row, row_block, ROWS)
-        for row in range(first_row, end, size):
-            last = min(end, row + size)
-            for tile in range(first_tile, last_tile):
-                multiply_int8(x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(TILE_OUTPUTS * k_size, num_rows, row_block)
+    for thread in prange(num_threads):
+        turn = 0
+        while turn >= 0:
+            turn, first_tile, last_tile, first_row, end = next_piece(
+                claims, thread, turn, num_threads, num_tiles, num_rows, ROWS, row_block, tiles_each
+            )
+            size = even_block(end - first_row, row_block, ROWS)
+            for row in range(first_row, end, size):
+                last = min(end, row + size)
+                for tile in range(first_tile, last_tile):
+                    multiply_int8(
+                        x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups
+                    )
 
 
 @njit(parallel=True, **FAST)
@@ -165,14 +171,20 @@ def _product_int4(  # type: ignore[no-untyped-def]
     x, w, scales, shifts, bias, out, scratch, n_size, k_size, num_groups, row_block, num_threads
 ):
     num_rows, num_tiles = len(x) // k_size, (n_size + TILE_OUTPUTS - 1) // TILE_OUTPUTS
-    for item in prange(num_threads * NUM_RECTANGLES):
-        thread, index = item // NUM_RECTANGLES, item % NUM_RECTANGLES
-        first_tile, last_tile, first_row, end = rectangle(index, thread, num_threads, num_tiles, num_rows, ROWS)
-        size = even_block(end - first_row, row_block, ROWS)
-        for row in range(first_row, end, size):
-            last = min(end, row + size)
-            for tile in range(first_tile, last_tile):
-                multiply_int4(x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups)
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(TILE_OUTPUTS * k_size, num_rows, row_block)
+    for thread in prange(num_threads):
+        turn = 0
+        while turn >= 0:
+            turn, first_tile, last_tile, first_row, end = next_piece(
+                claims, thread, turn, num_threads, num_tiles, num_rows, ROWS, row_block, tiles_each
+            )
+            size = even_block(end - first_row, row_block, ROWS)
+            for row in range(first_row, end, size):
+                last = min(end, row + size)
+                for tile in range(first_tile, last_tile):
+                    multiply_int4(
+                        x, w, scales, shifts, bias, out, scratch, row, last, tile, 0, n_size, k_size, num_groups
+                    )
 
 
 _scratches: dict[int, npt.NDArray[np.float32]] = {}

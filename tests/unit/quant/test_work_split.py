@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quant.kernels import work_split
 
@@ -91,6 +93,81 @@ def test_no_thread_has_more_than_one_unit_more_than_another() -> None:
         ]
         per_unit = 1 if num_rows >= work_split.MIN_CUT_ROWS else -(-num_rows // 6)
         assert max(units) - min(units) <= per_unit
+
+
+class Threads:
+    """The threads of a product, each of which computes its next piece when it is told to."""
+
+    def __init__(
+        self, num_threads: int, num_tiles: int, num_rows: int, unit_rows: int, row_block: int, each: int
+    ) -> None:
+        self.claims = work_split.new_claims(num_threads)
+        self.sizes = num_threads, num_tiles, num_rows, unit_rows, row_block, each
+        self.turns = [0] * num_threads
+        self.times = np.zeros((num_tiles, num_rows), int)
+        self.work = [0] * num_threads
+
+    def step(self, thread: int) -> bool:
+        """Whether the thread had something left to look for."""
+        if self.turns[thread] < 0:
+            return False
+        self.turns[thread], first, last, row, end = work_split.next_piece(
+            self.claims, thread, self.turns[thread], *self.sizes
+        )
+        if first < last and row < end:
+            assert last <= self.times.shape[0]
+            assert end <= self.times.shape[1]
+        self.times[first:last, row:end] += 1
+        self.work[thread] += max(last - first, 0) * max(end - row, 0)
+        return True
+
+
+@settings(max_examples=200)
+@given(
+    num_threads=st.integers(1, 9),
+    num_tiles=st.integers(1, 40),
+    num_rows=st.integers(0, 100),
+    unit_rows=st.sampled_from([1, 4, 8, 12]),
+    blocks=st.integers(1, 5),
+    each=st.integers(1, 6),
+    data=st.data(),
+)
+def test_every_output_is_computed_once_however_quick_the_threads_are(
+    num_threads: int, num_tiles: int, num_rows: int, unit_rows: int, blocks: int, each: int, data: st.DataObject
+) -> None:
+    threads = Threads(num_threads, num_tiles, num_rows, unit_rows, blocks * unit_rows, each)
+    for thread in data.draw(st.lists(st.integers(0, num_threads - 1), max_size=200)):
+        threads.step(thread)
+    for thread in range(num_threads):
+        while threads.step(thread):
+            pass
+    assert (threads.times == 1).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 512])
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_a_thread_that_is_held_up_keeps_what_it_has_begun(num_threads: int, num_rows: int) -> None:
+    threads = Threads(num_threads, 320, num_rows, 8, 256, 4)
+    for _ in range(3 + num_threads):
+        threads.step(0)
+    before = threads.work[0]
+    for thread in range(1, num_threads):
+        while threads.step(thread):
+            pass
+    assert (threads.times == 1).all(), "the others compute the rest"
+    assert threads.work[0] == before < 320 * num_rows // num_threads
+    while threads.step(0):
+        pass
+    assert threads.work[0] == before
+
+
+def test_a_piece_takes_about_as_long_whatever_the_rows() -> None:
+    """As many tiles as make millions of products, or one, so that a claim is nothing beside them."""
+    for k_size, num_rows in itertools.product((896, 4864, 18944), (1, 8, 31, 64, 512)):
+        tiles = work_split.tiles_of_piece(32 * k_size, num_rows, 264)
+        products = 32 * k_size * max(min(num_rows, 264), work_split.MIN_PIECE_ROWS)
+        assert tiles == 1 or work_split.PIECE_PRODUCTS / 2 < tiles * products <= work_split.PIECE_PRODUCTS
+        assert tiles * products > work_split.PIECE_PRODUCTS / 2
 
 
 @pytest.mark.parametrize(
