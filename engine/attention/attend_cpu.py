@@ -39,7 +39,7 @@ from engine.attention.softmax_cpu import (
     finish_row,
     merge_row,
     new_softmax,
-    soften_row,
+    update_softmax_row,
 )
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
 from quant.kernels.arrays import FAST
@@ -198,10 +198,11 @@ def _padded(num_rows):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _turn_queries(qkv, first, width, num_tokens, group, head_dim, scale, keys, scratch):  # type: ignore[no-untyped-def]
+def _transpose_queries(qkv, first, width, num_tokens, group, head_dim, scale, keys, scratch):  # type: ignore[no-untyped-def]
     """Write the scaled queries of an item, the first of which begins at `first`, column by column.
 
-    Each 16 rows at a time write 16 places, so the last ones come first: what they write too much is written again.
+    16 rows always write 16 places of a column, so the last ones come first: what spills into the next column is
+    written over.
     """
     num_rows = _padded(num_tokens * group)
     for token in range(num_tokens):
@@ -240,7 +241,7 @@ def _attend_part(q, scores, softmax, group, head_dim, window, position, num_toke
                     _mask_first(scores, row, num_visible + token - window)
         for token in range(num_tokens):
             for row in range(token * group, (token + 1) * group):
-                soften_row(keys, scores, row, num_visible + token, softmax, head_dim)
+                update_softmax_row(keys, scores, row, num_visible + token, softmax, head_dim)
         # Slots past the sequence's end hold anything, so they take no part, not even with weight 0.
         num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
         _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
@@ -258,15 +259,16 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     first_query = first_row * width + head * group * head_dim
-    _turn_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, keys, scratch)
+    _transpose_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, keys, scratch)
     first_of_head = head * (keys.shape[0] * numbers_together(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
     kv, blocks = (keys, values, first_of_head), block_table[sequence]
     bases, sums, totals = scratch.whole.bases, scratch.whole.sums, scratch.totals
     first_part = max(first_part, first // PART_BLOCKS)
-    if first_part >= last_part:
+    if first_part >= last_part:  # all of the item's keys lie before the window
         begin_softmax(scratch.whole, _padded(num_tokens * group), head_dim)
+        totals[: num_tokens * group] = 0.0
     for part in range(first_part, last_part):
         begin, end = max(first, part * PART_BLOCKS), min(last, (part + 1) * PART_BLOCKS)
         softmax = scratch.whole if part == first_part else scratch.part
@@ -318,10 +320,11 @@ def attend(num_threads, args):  # type: ignore[no-untyped-def]
             scratch = _new_scratch(tiles, num_heads // num_kv_heads, head_dim)
             for place in range(num_threads):
                 owner = (thread + place) % num_threads
-                item = starts[owner] + claim(claims, owner)
-                while item < starts[owner + 1]:
-                    _attend_item(item, scratch, args)
-                    item = starts[owner] + claim(claims, owner)
+                num_items = starts[owner + 1] - starts[owner]
+                index = claim(claims, owner, num_items)
+                while index < num_items:
+                    _attend_item(starts[owner] + index, scratch, args)
+                    index = claim(claims, owner, num_items)
 
 
 @njit(parallel=True, **FAST)

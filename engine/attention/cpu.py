@@ -105,12 +105,9 @@ class CpuAttention:
         return 0
 
     def prepare(self, metadata: AttentionMetadata) -> RepeatableStep:
-        starts, tiles = metadata.host_query_start_loc, metadata.work_items
-        num_whole_tiles = 0
-        for sequence in range(len(metadata.host_seq_lens)):
-            num_whole_tiles += -(-(starts[sequence + 1] - starts[sequence]) // self.tile_tokens)
-        is_split = tiles.shape[0] > num_whole_tiles
-        # Of each row of a part: sums [head_dim], highest score, total of the weights.
+        tiles = metadata.work_items
+        is_split = bool((tiles.numpy()[:, PARTIAL] >= 0).any())
+        # A row of a part: sums [head_dim], base, total of the weights (`softmax_cpu`).
         partials = torch.empty(tiles.shape[0], *self._partial_shape) if is_split else self._no_partials
         return RepeatableStep((is_split,), (tiles, metadata.block_table, metadata.slot_mapping, partials))
 

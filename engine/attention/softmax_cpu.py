@@ -1,7 +1,11 @@
 """The softmax of rows of scores over the keys of one span after the other, as Numba kernels of attention inline it.
 
 Weights are powers of 2, so scores are those of queries that were scaled by log2(e), too. A row's weights are relative
-to its base, the highest score of its first span: that they are below 1 does not matter, only that no sum overflows.
+to its base: the highest score of the first span in which it sees a key, and later any that is more than
+`MAX_ABOVE_BASE` above the base. Weights may be above 1; what matters is that no sum overflows,
+as one of values above 1e33 might.
+
+Arrays are float32 and flat; `head_dim` is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class Softmax(NamedTuple):
 
 @njit(**FAST)
 def new_softmax(num_rows, head_dim):  # type: ignore[no-untyped-def]
-    """Memory for that of so many rows, uninitialised."""
+    """The memory of a `Softmax` of so many rows, uninitialised."""
     return Softmax(
         np.empty(num_rows, np.float32),
         np.empty(num_rows * LANES, np.float32),
@@ -57,7 +61,7 @@ def new_softmax(num_rows, head_dim):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def begin_softmax(softmax, num_rows, head_dim):  # type: ignore[no-untyped-def]
-    """Let so many rows have seen no key."""
+    """The state of so many rows that have seen no key."""
     nothing = splat16(np.float32(0.0))
     for row in range(num_rows):
         softmax.bases[row] = MIN_SCORE
@@ -67,8 +71,12 @@ def begin_softmax(softmax, num_rows, head_dim):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def soften_row(keys, scores, row, num_visible, softmax, head_dim):  # type: ignore[no-untyped-def]
-    """Turn a row's scores into weights relative to its base, which rises first if a score is far above it."""
+def update_softmax_row(keys, scores, row, num_visible, softmax, head_dim):  # type: ignore[no-untyped-def]
+    """Turn a row's scores of a span, in `scores` [rows, SPAN], into weights.
+
+    Its base rises first if a score is far above it. The row sees the first `num_visible` keys of the span. The type of
+    `keys` says how weights are stored; its numbers are not read.
+    """
     bases, totals, sums = softmax
     place, lanes = row * SPAN, row * LANES
     s0, s1 = load16(scores, place), load16(scores, place + LANES)
@@ -96,7 +104,10 @@ def soften_row(keys, scores, row, num_visible, softmax, head_dim):  # type: igno
 
 @njit(inline="always")
 def merge_row(bases, totals, sums, row, base, total, part_sums, place, head_dim):  # type: ignore[no-untyped-def]
-    """Merge a part of a row's softmax into those before it. What saw no key changes nothing, on either side."""
+    """Merge a part of a row's softmax into those before it. What saw no key changes nothing, on either side.
+
+    The part has a base, a total and sums [head_dim] from `place` on; totals are [rows] here, each of all lanes.
+    """
     joint = max(bases[row], base)
     before, after = exp2(splat16(bases[row] - joint)), exp2(splat16(base - joint))
     bases[row] = joint
@@ -108,7 +119,8 @@ def merge_row(bases, totals, sums, row, base, total, part_sums, place, head_dim)
 
 @njit(inline="always")
 def finish_row(sums, row, total, head_dim, out, target):  # type: ignore[no-untyped-def]
-    """Write a row's sums over the total of its weights to the output."""
-    inverse = splat16(np.float32(1.0) / total)
+    """Write a row's sums over the total of its weights to the output, from `target` on."""
+    inverse, nothing = splat16(np.float32(1.0) / total), splat16(np.float32(0.0))
     for d in range(0, head_dim, LANES):
-        store(out, target + d, multiply(load16(sums, row * head_dim + d), inverse))
+        # Added to 0, as a sum of negative zeros would be one, or not, depending on whether it was merged into others.
+        store(out, target + d, fma(load16(sums, row * head_dim + d), inverse, nothing))

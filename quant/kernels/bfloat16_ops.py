@@ -49,7 +49,8 @@ INTERLEAVED_PAIRS = 16
 ROWS = 12
 """Rows at most, whose sums take 24 of 32 registers: weights take two, or four where they are taken apart."""
 HAS_PAIRS = {"avx512bf16", "avx512dq"} <= enabled_features()
-"""Whether one instruction adds a pair of products, and one gives the part of a number behind the point."""
+"""Whether one instruction adds a pair of products. Attention's powers need AVX512-DQ beside it (`powers.short_exp2`),
+which every processor with the one has."""
 ROUNDED = np.uint16 if HAS_PAIRS else np.float32
 """How rounded activations are stored: as the bits of a bfloat16, or widened again."""
 

@@ -19,10 +19,10 @@ from quant.kernels.simd import I32, vector_call
 _EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _EXP2_TERMS = tuple(term * math.log(2) ** power for term, power in zip(_EXP_TERMS, range(7, -1, -1), strict=True))
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-# Of the polynomials that are 1 at 0 the one with the least greatest error from 0 to 1.
+# The polynomial that is 1 at 0 and has the smallest maximal error from 0 to 1.
 _SHORT_EXP2_TERMS = 0.013426684351874774, 0.05224247404231952, 0.2412802048802493, 0.693044844875136, 1.0
 _TO_FLOOR = 9
-"""How `vreduceps` takes the next lower whole number away: the last bits 01, and no exception for what is not one."""
+"""The control byte of `vreduceps`: take away the next lower whole number (bits 1:0 are 01), raise no flag (bit 3)."""
 
 
 def _constant(value: float, like: ir.VectorType) -> ir.Constant:
@@ -40,18 +40,20 @@ def exp_of(b: Any, x: Any) -> Any:
 
 
 def exp2_of(b: Any, x: Any) -> Any:
-    """2^x of every lane, as exactly as that; exactly 0 below -126, saturating above 127; NaN stays NaN."""
+    """2^x of every lane, to about a unit in the last place; exactly 0 below -126, 2^127 above 127; NaN stays NaN."""
     bounded = _bounded(b, x, -126.0, 127.0)
     exponent = vector_call(b, "rint", bounded)
     return _power(b, x, exponent, b.fsub(bounded, exponent), _EXP2_TERMS, -126.0)
 
 
 def _bounded(b: Any, x: Any, lowest: float, highest: float) -> Any:
+    """A vector's lanes, none below or above these."""
     bounded = vector_call(b, "maxnum", x, _constant(lowest, x.type))
     return vector_call(b, "minnum", bounded, _constant(highest, x.type))
 
 
 def _polynomial(b: Any, rest: Any, terms: Sequence[float]) -> Any:
+    """The polynomial of every lane, whose coefficients are `terms`, that of the highest power first."""
     total, *others = (_constant(term, rest.type) for term in terms)
     for term in others:
         total = vector_call(b, "fma", total, rest, term)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from quant.kernels import work_split
 
@@ -161,13 +163,41 @@ def test_a_thread_that_is_held_up_keeps_what_it_has_begun(num_threads: int, num_
     assert threads.work[0] == before
 
 
-def test_a_piece_takes_about_as_long_whatever_the_rows() -> None:
-    """As many tiles as make millions of products, or one, so that a claim is nothing beside them."""
-    for k_size, num_rows in itertools.product((896, 4864, 18944), (1, 8, 31, 64, 512)):
-        tiles = work_split.tiles_of_piece(32 * k_size, num_rows, 264)
-        products = 32 * k_size * max(min(num_rows, 264), work_split.MIN_PIECE_ROWS)
-        assert tiles == 1 or work_split.PIECE_PRODUCTS / 2 < tiles * products <= work_split.PIECE_PRODUCTS
-        assert tiles * products > work_split.PIECE_PRODUCTS / 2
+@pytest.mark.parametrize(
+    ("k_size", "num_rows", "tiles"),
+    [(896, 1, 18), (896, 8, 18), (896, 31, 4), (896, 512, 1), (4864, 1, 3), (4864, 64, 1), (18944, 512, 1)],
+)
+def test_a_piece_is_worth_a_claim(k_size: int, num_rows: int, tiles: int) -> None:
+    """No more than four million products, or one tile."""
+    assert work_split.tiles_of_piece(32 * k_size, num_rows, 264) == tiles
+
+
+@njit(nogil=True)
+def _claim_all(claims: Any, owner: int, num_pieces: int, claimed: Any) -> int:
+    count = 0
+    number = work_split.claim(claims, owner, num_pieces)
+    while number < num_pieces:
+        claimed[count] = number
+        count += 1
+        number = work_split.claim(claims, owner, num_pieces)
+    return count
+
+
+def test_no_piece_is_claimed_twice_by_threads_that_come_at_once() -> None:
+    num_pieces, num_threads = 300_000, 4
+    claims, claimed = work_split.new_claims(2), np.empty((2, num_threads, num_pieces), np.int64)
+    _claim_all(work_split.new_claims(1), 0, 1, claimed[0, 0])  # compiles
+
+    def claim(thread: int) -> list[list[int]]:
+        return [
+            claimed[owner, thread, : _claim_all(claims, owner, num_pieces, claimed[owner, thread])].tolist()
+            for owner in (thread % 2, 1 - thread % 2)
+        ][:: 1 - thread % 2 * 2]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = list(pool.map(claim, range(num_threads)))
+    for owner in (0, 1):
+        assert sorted(number for of_thread in found for number in of_thread[owner]) == [*range(num_pieces)]
 
 
 @pytest.mark.parametrize(
