@@ -3,11 +3,11 @@
     python benchmarks/sockets.py [--write]
 
 Nothing is measured here. Each product goes to the threads as `quant/kernels/work_split.py` cuts it at first, as if no
-thread took over another's pieces, with the tiles of
-AVX512-VNNI and weights of 8 bits. A thread takes the longer of reading its weights and doing its operations, and a
-product as long as its slowest thread, but no less than its bytes take over the socket's bandwidth. To that come the
-start of a parallel region for each kernel, and what one thread does alone. Attention is left out. The machine's numbers
-are assumptions (`Machine`). Prints the table of docs/scaling.md; --write puts it there.
+thread took over another's pieces, with the tiles of AVX512-VNNI and weights of 8 bits. A thread takes the longer of
+reading its weights and doing its operations, and a product as long as its slowest thread, but no less than its bytes
+take over the socket's bandwidth. To that come the start of a parallel region for each kernel, and what one thread does
+alone. Attention is left out. The machine's numbers are assumptions (`Machine`). Prints the table of docs/scaling.md;
+--write puts it there.
 """
 
 from __future__ import annotations
