@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -184,20 +185,23 @@ def _claim_all(claims: Any, owner: int, num_pieces: int, claimed: Any) -> int:
 
 
 def test_no_piece_is_claimed_twice_by_threads_that_come_at_once() -> None:
-    num_pieces, num_threads = 300_000, 4
-    claims, claimed = work_split.new_claims(2), np.empty((2, num_threads, num_pieces), np.int64)
+    num_pieces, num_threads, num_owners = 500_000, 4, 8
+    claims, claimed = work_split.new_claims(num_owners), np.empty((num_owners, num_threads, num_pieces), np.int64)
     _claim_all(work_split.new_claims(1), 0, 1, claimed[0, 0])  # compiles
+    together = Barrier(num_threads)
 
-    def claim(thread: int) -> list[list[int]]:
-        return [
-            claimed[owner, thread, : _claim_all(claims, owner, num_pieces, claimed[owner, thread])].tolist()
-            for owner in (thread % 2, 1 - thread % 2)
-        ][:: 1 - thread % 2 * 2]
+    def claim(thread: int) -> dict[int, Any]:
+        found = {}
+        for owner in range(num_owners):
+            together.wait(60)
+            found[owner] = claimed[owner, thread, : _claim_all(claims, owner, num_pieces, claimed[owner, thread])]
+        return found
 
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(pool.map(claim, range(num_threads)))
-    for owner in (0, 1):
-        assert sorted(number for of_thread in found for number in of_thread[owner]) == [*range(num_pieces)]
+    for owner in range(num_owners):
+        numbers = np.sort(np.concatenate([of_thread[owner] for of_thread in found]))
+        assert np.array_equal(numbers, np.arange(num_pieces))
 
 
 @pytest.mark.parametrize(
