@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -87,9 +86,8 @@ class Device:
     """What --dtype auto takes where kernels compute in the dtype of the weights."""
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits, unless a flag says it; None: steps are short anyway."""
-    max_prompt_ratio: float = math.inf
-    """Time that prompts add to a step at most while others decode, as a multiple of what it takes without them, unless
-    a flag says how long steps may be."""
+    spares_streams: bool = False
+    """Whether prompts add less to a step while others decode, unless a flag says how long steps may be."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
 
@@ -216,7 +214,7 @@ def find_cpu(local_rank: int) -> Device:
         free_memory_bytes=host_free_bytes,
         repeats_calls=True,
         step_limit_s=0.25,
-        max_prompt_ratio=3.0,
+        spares_streams=True,
         alone_step_limit_s=1.0,
     )
 

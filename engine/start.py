@@ -100,7 +100,7 @@ def make_step_limit(config: EngineConfig, device: Device) -> StepLimit:
     """The limit that the flag says, or the device's."""
     target_s = config.target_inter_token_latency_s
     if target_s is None:
-        return StepLimit(device.step_limit_s, device.alone_step_limit_s, device.max_prompt_ratio)
+        return StepLimit(device.step_limit_s, device.alone_step_limit_s, spares_streams=device.spares_streams)
     return StepLimit(target_s or None, device.alone_step_limit_s)
 
 

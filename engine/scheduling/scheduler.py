@@ -103,7 +103,7 @@ class Scheduler:
         decodes = self._decodes()
         # Those that wait for results come back: their places are not for newcomers.
         budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
-        room.begin(decodes)
+        room.begin(decodes, self._num_waiting_tokens())
         chunks = self._chunks(budget, room)
         # A prompt makes the step long anyway. That drafts attend to what is before them is not counted: they are few.
         drafts = [[] for _ in decodes] if chunks else self._draft(decodes, room.num_fitting(budget, 0, 1.0))
@@ -123,6 +123,11 @@ class Scheduler:
             if self._make_room(sequence):
                 decodes.append(sequence)
         return decodes
+
+    def _num_waiting_tokens(self) -> int:
+        """Tokens of prompts that are still to be computed, as if the prefix cache had none of those that wait."""
+        under_way = (sequence.num_uncomputed_tokens for sequence in self.running if sequence.is_prompt)
+        return sum(under_way) + sum(sequence.num_tokens for sequence in self.waiting)
 
     def _chunks(self, budget: int, room: StepRoom) -> dict[Sequence, int]:
         """Prompts, and how many tokens of each the step computes: `budget` together, within `room`."""

@@ -65,8 +65,11 @@ class TokenRoom:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
+        self.num_waiting_tokens = 0
+        """What the scheduler says that prompts lack."""
 
-    def begin(self, decodes: SequenceOf[Sequence]) -> None:
+    def begin(self, decodes: SequenceOf[Sequence], num_waiting_tokens: int) -> None:
+        self.num_waiting_tokens = num_waiting_tokens
         self.max_tokens = max(1, self.max_tokens - len(decodes))
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:

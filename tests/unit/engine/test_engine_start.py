@@ -60,7 +60,7 @@ def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None
     limit = StepLimit(1.0, 5.0)
     warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64, block_size=16, progress=StartProgress())
     room = limit.room(is_only_sequence=False)
-    room.begin([])
+    room.begin([], 0)
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
     assert 300 < room.num_fitting(10_000, 0, 1.0) <= 1000
 

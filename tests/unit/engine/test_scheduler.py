@@ -159,6 +159,23 @@ def test_step_limit_cuts_prompts_but_leaves_one_token(max_tokens: int | None, ch
     assert scheduled_counts(simulation.step(max_tokens)) == {"a": 1, "b": 1, "prompt": chunk}
 
 
+def test_a_step_is_told_what_prompts_lack() -> None:
+    simulation = make_simulation(num_blocks=8)
+
+    def num_lacking(max_tokens: int) -> int:
+        room = TokenRoom(max_tokens)
+        simulation.finish(simulation.scheduler.schedule(room))
+        return room.num_waiting_tokens
+
+    simulation.add("a", prompt_of(5, 1))
+    simulation.add("b", prompt_of(20, 2))
+    assert num_lacking(5) == 25
+    assert num_lacking(13) == 20  # "a" decodes
+    assert num_lacking(3) == 8
+    simulation.add("no memory", prompt_of(12, 3))
+    assert num_lacking(3) == 6 + 12
+
+
 def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
     simulation = make_simulation(max_batch_tokens=2)
     for name in ("a", "b", "c"):

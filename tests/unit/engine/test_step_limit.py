@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +27,7 @@ def calibrated(limit_s: float | None, alone_limit_s: float | None) -> StepLimit:
 
 def num_fitting(limit: StepLimit, *, is_only_sequence: bool = False) -> int:
     room = limit.room(is_only_sequence=is_only_sequence)
-    room.begin([])
+    room.begin([], 0)
     return room.num_fitting(MANY, 0, 1.0)
 
 
@@ -51,7 +49,8 @@ def test_a_request_that_is_alone_may_take_longer() -> None:
 def test_the_summary_tells_the_target() -> None:
     assert StepLimit(None, 5.0).describe() is None
     assert str(StepLimit(0.25, 5.0).describe()).endswith(" take 0.25 s at most (target between two tokens)")
-    assert " 0.25 s at most, and 4 times what they take without prompts" in str(StepLimit(0.25, 5.0, 3.0).describe())
+    sparing = str(StepLimit(0.25, 5.0, spares_streams=True).describe())
+    assert " 0.25 s at most, and beside streams 0.065 s, or 2.5 to 4 times what those take alone (" in sparing
 
 
 @pytest.mark.parametrize(("limit_s", "alone_limit_s"), [(0.25, 5.0), (0.25, None), (None, 0.25)])
@@ -74,19 +73,27 @@ PARTS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30_000), st.samp
 @given(
     times=TIMES,
     limit_s=SECONDS,
-    ratio=st.sampled_from([math.inf, 3.0, 0.1]),
+    spares_streams=st.booleans(),
+    num_waiting=st.sampled_from([0, 2000, MANY]),
     contexts=st.lists(st.integers(1, 3000), max_size=5),
     parts=PARTS,
 )
 def test_no_step_is_planned_beyond_its_limit(
-    times: StepTimes, limit_s: float, ratio: float, contexts: list[int], parts: list[tuple[int, int, float]]
+    times: StepTimes,
+    limit_s: float,
+    spares_streams: bool,
+    num_waiting: int,
+    contexts: list[int],
+    parts: list[tuple[int, int, float]],
 ) -> None:
     """But for tokens that are always granted, and a part of the time that decoding alone takes."""
-    room = TimeRoom(times, limit_s, ratio)
-    room.begin([decoding(context) for context in contexts])
+    room = TimeRoom(times, limit_s, spares_streams=spares_streams)
+    room.begin([decoding(context) for context in contexts], num_waiting)
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
     decodes_s = times.seconds(work)
-    max_s = max(min(limit_s, (1 + ratio) * decodes_s) if contexts else limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
+    if contexts and spares_streams:
+        limit_s = sparing_limit_s(limit_s, decodes_s, times.seconds(StepWork(num_waiting)))
+    max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
     num_taken = 0
     for num_tokens, context, share in parts:
         count = room.num_fitting(num_tokens, context, share)
@@ -102,37 +109,60 @@ def test_no_step_is_planned_beyond_its_limit(
 @given(times=TIMES, limit_s=SECONDS, context=st.integers(0, 30_000))
 def test_the_room_is_used(times: StepTimes, limit_s: float, context: int) -> None:
     room = TimeRoom(times, limit_s)
-    room.begin([])
+    room.begin([], 0)
     count = room.num_fitting(MANY, context, 1.0)
     assert count == MANY or times.seconds(StepWork().with_chunk(count + 1, context)) > limit_s
 
 
-@given(times=TIMES, limit_s=SECONDS, contexts=st.lists(st.integers(1, 3000), min_size=1, max_size=5))
-def test_prompts_get_all_of_three_times_what_streams_take(
-    times: StepTimes, limit_s: float, contexts: list[int]
+def sparing_limit_s(limit_s: float, decodes_s: float, waiting_s: float) -> float:
+    """The longest step of streams that take `decodes_s`, beside prompts that wait and will take `waiting_s`."""
+    factor = 2.5 if waiting_s < 1.5 else 4.0 if waiting_s > 3 else 1 + waiting_s
+    return min(limit_s, max(0.065, factor * decodes_s))
+
+
+@given(
+    times=TIMES,
+    limit_s=SECONDS,
+    num_waiting=st.integers(0, 100_000),
+    contexts=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+)
+def test_prompts_get_all_that_streams_are_to_spare_them(
+    times: StepTimes, limit_s: float, num_waiting: int, contexts: list[int]
 ) -> None:
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
-    room = TimeRoom(times, limit_s, 3.0)
-    room.begin([decoding(context) for context in contexts])
+    room = TimeRoom(times, limit_s, spares_streams=True)
+    room.begin([decoding(context) for context in contexts], num_waiting)
     count = room.num_fitting(MANY, 0, 1.0)
-    assert count == MANY or times.seconds(work.with_chunk(count + 1, 0)) > min(limit_s, 4 * times.seconds(work))
+    longest_s = sparing_limit_s(limit_s, times.seconds(work), times.seconds(StepWork(num_waiting)))
+    assert count == MANY or times.seconds(work.with_chunk(count + 1, 0)) > longest_s
+
+
+def test_prompts_get_more_of_a_step_the_more_of_them_wait() -> None:
+    limit = StepLimit(0.5, 5.0, spares_streams=True)
+    limit.calibrate(100, few_s=0.02, many_s=0.1)
+    counts = []
+    for num_waiting in (500, 1400, 2000, 3500, 30_000):  # a token takes a millisecond
+        room = limit.room(is_only_sequence=False)
+        room.begin([decoding(100) for _ in range(60)], num_waiting)
+        counts.append(room.num_fitting(MANY, 0, 1.0))
+    assert counts[0] == counts[1] < counts[2] < counts[3] == counts[4]
 
 
 def test_without_streams_prompts_have_all_the_time() -> None:
-    with_ratio = StepLimit(0.25, 5.0, 3.0)
-    with_ratio.calibrate(100, few_s=0.02, many_s=0.1)
-    assert num_fitting(with_ratio) == num_fitting(calibrated(0.25, 5.0))
+    sparing = StepLimit(0.25, 5.0, spares_streams=True)
+    sparing.calibrate(100, few_s=0.02, many_s=0.1)
+    assert num_fitting(sparing) == num_fitting(calibrated(0.25, 5.0))
 
 
 def test_a_prompt_far_into_its_context_gets_fewer_tokens() -> None:
     room = calibrated(0.25, 5.0).room(is_only_sequence=False)
-    room.begin([])
+    room.begin([], 0)
     assert room.num_fitting(MANY, 30_000, 1.0) < room.num_fitting(MANY, 0, 1.0) / 3
 
 
 def test_prompts_get_on_where_decoding_alone_takes_longer_than_the_limit() -> None:
     room = calibrated(0.01, None).room(is_only_sequence=False)
-    room.begin([decoding(1000) for _ in range(400)])
+    room.begin([decoding(1000) for _ in range(400)], MANY)
     room.take(room.num_fitting(MANY, 0, 1.0), 0)
     assert room.num_fitting(MANY, 0, 1.0) == 0
 
