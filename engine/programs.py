@@ -18,9 +18,8 @@ from quant.kernels.program_cpu import Arena, NotRepeatableError, Program, Record
 
 logger = logging.getLogger(__name__)
 
-MAX_PROGRAM_ROWS = 2048
-"""Rows for which there is an arena. Steps of 1,000 rows take 1 % longer call by call: what is as large evicts Python's
-own memory from the caches between any two calls."""
+MAX_PROGRAM_ROWS = 512
+"""Rows for which there is an arena: larger steps take a hundred times as long as the Python between their kernels."""
 MAX_RESULT_ROWS = 64
 """Rows of logits for which there is one: 39 MB with a vocabulary of 152,000."""
 

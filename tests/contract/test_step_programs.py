@@ -27,7 +27,7 @@ from tests.contract.harness import KERNELS, make_sequence, random_ids, run_step
 from tests.tiny_model import write_tiny_qwen2
 from tests.unit.engine.builders import make_batch
 
-NUM_BLOCKS = 288
+NUM_BLOCKS = 128
 SEQUENCE_BLOCKS = 24
 """Blocks of a sequence of `Steps`."""
 FORMS = [(torch.float32, None), *((torch.bfloat16, method) for method in (None, "bfloat16", "eetq", "int4"))]
@@ -148,8 +148,8 @@ def test_a_program_gives_the_bits_of_its_calls(
 
 
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, PARALLEL_TOKENS - 1, PARALLEL_TOKENS]
-ROWS += [PARALLEL_TOKENS + 1, 100, 127, 128, 129, 170, 171, 255, 256, 257, 341, 342, 511, 512, 513]
-ROWS += [MAX_PROGRAM_ROWS - 1, MAX_PROGRAM_ROWS, MAX_PROGRAM_ROWS + 1]
+ROWS += [PARALLEL_TOKENS + 1, 100, 127, 128, 129, 170, 171, 255, 256, 257, 341, 342, MAX_PROGRAM_ROWS - 1]
+ROWS += [MAX_PROGRAM_ROWS, MAX_PROGRAM_ROWS + 1]
 """Both sides of where kernels of the tiny models take several threads or another form: 32,768 numbers in rows of 64 to
 512, 64 tokens, blocks of 3 to 64 rows."""
 
@@ -166,8 +166,8 @@ def test_prompts_of_any_size(
         programs.is_off = is_off
         logits = []
         for rows in ROWS:
-            steps = Steps(runner, [rows, 3], 144)
-            logits += [steps.run({0: rows}), steps.run({0: 1, 1: 2}), steps.run({0: 1, 1: 1})]
+            steps = Steps(runner, [rows, 3], 64)
+            logits += [steps.run({0: 1000}), steps.run({0: 1, 1: 2}), steps.run({0: 1, 1: 1})]
         results.append([each for each in logits if each is not None])
     check_equal(*results)
     assert len(programs.programs) == 2 and not programs.refusals
