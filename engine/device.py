@@ -87,7 +87,8 @@ class Device:
     step_limit_s: float | None = None
     """Longest step while anything else runs or waits, unless a flag says it; None: steps are short anyway."""
     spares_streams: bool = False
-    """Whether prompts add less to a step while others decode, unless a flag says how long steps may be."""
+    """Whether what prompts add to a step is held to a multiple of what decoding alone takes, unless a flag says how
+    long steps may be."""
     alone_step_limit_s: float | None = None
     """Longest step of a request that is alone."""
 

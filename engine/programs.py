@@ -35,7 +35,7 @@ class StepPrograms:
         self.refusals: dict[Hashable, str] = {}
         """The variants whose calls can't be made again, each with the reason."""
         self.programs: dict[Hashable, Program] = {}
-        self._arena = Arena(max_rows)
+        self._arena = Arena()
         self._recording: Recording | None = None
 
     def clear(self) -> None:
@@ -55,7 +55,7 @@ class StepPrograms:
 
         `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. `num_rows` are the
         step's rows and those of them that have results. Steps of one `variant` make the same calls whatever their
-        numbers of rows, except that none of them has no results, or all.
+        numbers of rows: it decides whether all rows have results, or some, or none.
         """
         if self.is_off or num_rows[0] > self.max_rows or num_rows[1] > self.max_results or variant in self.refusals:
             return work()
@@ -69,7 +69,9 @@ class StepPrograms:
     def _record(
         self, variant: Hashable, num_rows: Rows, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        recording, others = Recording(self._arena, parameters, num_rows), _Operations()
+        # Where all rows have results there are never more rows than that: their logits would be the largest array.
+        max_rows = self.max_results if num_rows[0] == num_rows[1] else self.max_rows, self.max_results
+        recording, others = Recording(self._arena, parameters, num_rows, max_rows), _Operations()
         self._recording = recording
         try:
             with others, observed_calls(recording):

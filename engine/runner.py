@@ -95,8 +95,10 @@ class ModelRunner:
         if self._programs is None:
             return 0
         num_rows = min(self._programs.max_rows, max_rows or self._programs.max_rows)
+        num_results = min(num_rows, self._programs.max_results)
         logits_row = torch.float32.itemsize * self._model.vocab_size
-        return num_rows * activation_bytes_per_row + min(num_rows, self._programs.max_results) * logits_row
+        # Steps whose rows all have results have arrays of their own.
+        return (num_rows + num_results) * activation_bytes_per_row + num_results * logits_row
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, *, num_positions: int) -> None:
         """Memory for `num_blocks` blocks of KV in `dtype`, and for rotating positions below `num_positions`."""

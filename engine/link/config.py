@@ -50,7 +50,7 @@ class EngineConfig:
     max_batch_size: int | None = None
     """Sequences that run at a time at most; None: as many as fit."""
     target_inter_token_latency_s: float | None = None
-    """Longest step that is planned while several sequences are there; 0: any; None: `Device.step_limit_s`."""
+    """Longest step that is planned while several sequences are there; 0: any; None: what `Device` says."""
     graph_sizes: Sequence[int] | None = None
     """Rows of the steps that are captured as graphs, 0 stands for none; None: `engine.graphs` has the default."""
     is_overlap_disabled: bool = False

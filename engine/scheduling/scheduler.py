@@ -22,6 +22,7 @@ from engine.scheduling.sequence import UNKNOWN_TOKEN, OutputGrammar, Sequence
 from engine.scheduling.shares import turns
 from engine.scheduling.speculate import Drafter, NoDrafter
 from engine.scheduling.step_limit import EndlessRoom, StepRoom
+from engine.scheduling.step_times import Chunk
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
 
@@ -103,8 +104,9 @@ class Scheduler:
         decodes = self._decodes()
         # Those that wait for results come back: their places are not for newcomers.
         budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
-        room.begin(decodes, self._num_waiting_tokens())
-        chunks = self._chunks(budget, room)
+        under_way = [s for s in self.running if s.is_prompt and not s.is_waiting_for_results]
+        room.begin(decodes, self._missing_chunks(under_way))
+        chunks = self._chunks(under_way, budget, room)
         # A prompt makes the step long anyway. That drafts attend to what is before them is not counted: they are few.
         drafts = [[] for _ in decodes] if chunks else self._draft(decodes, room.num_fitting(budget, 0, 1.0))
         batch = ScheduledBatch(num_admitted=self.num_admissions - num_admissions)
@@ -124,15 +126,20 @@ class Scheduler:
                 decodes.append(sequence)
         return decodes
 
-    def _num_waiting_tokens(self) -> int:
-        """Tokens of prompts that are still to be computed, as if the prefix cache had none of those that wait."""
-        under_way = (sequence.num_uncomputed_tokens for sequence in self.running if sequence.is_prompt)
-        return sum(under_way) + sum(sequence.num_tokens for sequence in self.waiting)
+    def _missing_chunks(self, under_way: list[Sequence]) -> Iterator[Chunk]:
+        """What each prompt lacks, of those that have begun and of all that wait, whether there is a place for them."""
+        for sequence in under_way:
+            yield Chunk(sequence.num_uncomputed_tokens, sequence.num_computed_tokens)
+        for sequence in self.waiting:
+            num_found = self._blocks.num_findable_tokens(sequence)
+            yield Chunk(sequence.num_tokens - num_found, num_found)
 
-    def _chunks(self, budget: int, room: StepRoom) -> dict[Sequence, int]:
-        """Prompts, and how many tokens of each the step computes: `budget` together, within `room`."""
+    def _chunks(self, under_way: list[Sequence], budget: int, room: StepRoom) -> dict[Sequence, int]:
+        """Prompts, and how many tokens of each the step computes: `budget` together, within `room`.
+
+        `under_way` are the running ones that lack tokens of their prompts.
+        """
         counts: dict[Sequence, int] = {}
-        under_way = [s for s in self.running if s.is_prompt and not s.is_waiting_for_results]
         is_open = True
 
         def num_missing(sequence: Sequence) -> int:

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.step_times import StepTimes, StepWork, work_of
+from engine.scheduling.step_times import Chunk, StepTimes, StepWork, work_of
 
 MIN_PROMPT_TOKENS = 16
 """Prompts get so many tokens in every step, however short the limit: that many cost little more than one."""
 MIN_PROMPT_SHARE = 0.5
 """Prompts make a step longer by so much of the time that it takes without them, however short the limit."""
+MAX_PROMPT_RATIO = 3.0
+"""Where streams are spared, prompts add so many times what a step takes without them at most, ..."""
 SHORT_STEP_S = 0.065
-"""A step that spares streams may take so long whatever it takes without prompts."""
-SPARING_RATIOS = 1.5, 3.0
-"""Beyond that prompts add to it as many times what it takes without them as seconds of prompts wait, but no fewer times
-and no more than these."""
+"""... and that much only if the step ends within this time, or as many seconds of prompts wait. Otherwise they add one
+time for each second that waits, ..."""
+MIN_PROMPT_RATIO = 1.5
+"""... but so many times in any case."""
 
 
 class StepRoom(Protocol):
     """The room of one step: the scheduler takes it up for one prompt after the other."""
 
-    def begin(self, decodes: SequenceOf[Sequence], num_waiting_tokens: int) -> None:
-        """The step computes one token of each of `decodes`, whatever the room.
+    def begin(self, decodes: SequenceOf[Sequence], prompts: Iterable[Chunk]) -> None:
+        """The step computes one token of each of `decodes`, whatever the room; `prompts` are what prompts still lack.
 
-        `num_waiting_tokens` of prompts are to be computed, in this step and later ones.
+        They are looked at only as far as the room depends on them.
         """
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
@@ -44,7 +47,7 @@ class StepRoom(Protocol):
 class EndlessRoom:
     """Room for any step."""
 
-    def begin(self, decodes: SequenceOf[Sequence], num_waiting_tokens: int) -> None:
+    def begin(self, decodes: SequenceOf[Sequence], prompts: Iterable[Chunk]) -> None:
         pass
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
@@ -67,15 +70,29 @@ class TimeRoom:
         self._num_granted = MIN_PROMPT_TOKENS
         """Tokens that fit whatever the time."""
 
-    def begin(self, decodes: SequenceOf[Sequence], num_waiting_tokens: int) -> None:
+    def begin(self, decodes: SequenceOf[Sequence], prompts: Iterable[Chunk]) -> None:
         num_pairs = sum(sequence.num_tokens for sequence in decodes)
         self._work = StepWork(len(decodes), len(decodes), 0, num_pairs)
         decodes_s = self._times.seconds(self._work)
         if decodes and self._spares_streams:
-            least, most = SPARING_RATIOS
-            ratio = min(max(least, self._times.seconds(StepWork(num_waiting_tokens))), most)
-            self._limit_s = min(self._limit_s, max(SHORT_STEP_S, (1 + ratio) * decodes_s))
+            self._limit_s = min(self._limit_s, self._sparing_limit_s(decodes_s, prompts))
         self._limit_s = max(self._limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
+
+    def _sparing_limit_s(self, decodes_s: float, prompts: Iterable[Chunk]) -> float:
+        """The longest step of streams that take `decodes_s` without prompts.
+
+        What is spared streams is waited for by those whose prompts lack tokens.
+        """
+        longest_s = (1 + MAX_PROMPT_RATIO) * decodes_s
+        if longest_s <= SHORT_STEP_S:
+            return longest_s
+        waiting, ratio = StepWork(), MIN_PROMPT_RATIO
+        for chunk in prompts:
+            waiting = waiting.with_chunk(*chunk)
+            ratio = max(ratio, self._times.seconds(waiting))
+            if ratio >= MAX_PROMPT_RATIO:
+                return longest_s
+        return max(SHORT_STEP_S, (1 + ratio) * decodes_s)
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
         so_far_s = self._times.seconds(self._work)
@@ -98,7 +115,8 @@ class StepLimit:
     def __init__(self, limit_s: float | None, alone_limit_s: float | None, *, spares_streams: bool = False) -> None:
         """`limit_s` holds for a step of several sequences, `alone_limit_s` for that of one; None: there is no limit.
 
-        `spares_streams`: whether prompts and drafts add less while others decode, by what that takes without them.
+        `spares_streams`: whether what prompts and drafts add to a step of several sequences is held to a multiple of
+        what decoding alone takes (`MAX_PROMPT_RATIO`).
         """
         self._limit_s = limit_s
         self._spares_streams = spares_streams
@@ -111,8 +129,11 @@ class StepLimit:
             return None
         text = f"Steps of several requests are planned to take {self._limit_s:g} s at most"
         if self._spares_streams:
-            least, most = (1 + ratio for ratio in SPARING_RATIOS)
-            text += f", and beside streams {SHORT_STEP_S:g} s, or {least:g} to {most:g} times what those take alone"
+            longest, least = 1 + MAX_PROMPT_RATIO, 1 + MIN_PROMPT_RATIO
+            text += (
+                f", and {longest:g} times what they take without prompts, or {least:g} times where that is more than "
+                f"{SHORT_STEP_S:g} s and few prompts wait"
+            )
         return f"{text} (target between two tokens)"
 
     def calibrate(self, num_tokens: int, few_s: float, many_s: float) -> None:
@@ -130,4 +151,4 @@ class StepLimit:
         limit_s = self._alone_limit_s if is_only_sequence else self._limit_s
         if limit_s is None or self._times is None:
             return EndlessRoom()
-        return TimeRoom(self._times, limit_s, spares_streams=self._spares_streams)
+        return TimeRoom(self._times, limit_s, spares_streams=self._spares_streams and not is_only_sequence)

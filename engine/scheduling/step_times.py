@@ -19,6 +19,13 @@ TOKENS_PER_DECODE_PAIR = 1 / 1000
 """... and one that is its sequence's only one as so many."""
 
 
+class Chunk(NamedTuple):
+    """Tokens of a prompt, after `context` others of it."""
+
+    num_tokens: int
+    context: int
+
+
 class StepWork(NamedTuple):
     """Counts that a step's time depends on."""
 

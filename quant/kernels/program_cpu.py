@@ -84,9 +84,7 @@ class Arena:
     never run at once may share an arena.
     """
 
-    def __init__(self, max_rows: int) -> None:
-        self.max_rows = max_rows
-        """Rows of a step for which there is memory. What no step has written takes none."""
+    def __init__(self) -> None:
         self._free: dict[tuple[int, int], list[Array]] = {}
         self._memory: dict[int, Array] = {}
         """By address."""
@@ -94,7 +92,7 @@ class Arena:
     def new_array(self, num_rows: int, size: int, max_rows: int) -> Array:
         """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it.
 
-        The memory has `max_rows`.
+        The memory has `max_rows`. Those that nobody has written take none.
         """
         free = self._free.setdefault((max_rows, size), [])
         if not free:
@@ -118,9 +116,10 @@ class Arena:
 class Recording:
     """The calls of one block; implements `arrays.CallObserver`. It keeps no argument alive."""
 
-    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor], num_rows: Rows) -> None:
-        """`num_rows` are those of the step whose calls are recorded."""
+    def __init__(self, arena: Arena, parameters: Sequence[torch.Tensor], num_rows: Rows, max_rows: Rows) -> None:
+        """`num_rows` are those of the step whose calls are recorded, `max_rows` the most of any that will make them."""
         self.arena = arena
+        self._max_rows = max_rows
         self.parameters = list(parameters)
         self.num_rows = num_rows
         self.uses: list[dict[bool, list[int]]] = [{False: [], True: []} for _ in parameters]
@@ -152,7 +151,7 @@ class Recording:
         if not rows or num_rows % rows:
             self.refusal = f"an array has {num_rows} rows in a step of {rows}"
             return np.empty((num_rows, size), np.float32)
-        array = self.arena.new_array(num_rows, size, num_rows // rows * self.arena.max_rows)
+        array = self.arena.new_array(num_rows, size, num_rows // rows * self._max_rows[kind])
         self._made[array.ctypes.data] = array.nbytes, kind
         return array
 

@@ -174,6 +174,15 @@ def test_prompts_of_any_size(
     assert len(runs) == len(results[0]) - 2 - 1, "all but those that are recorded and the one that is too large"
 
 
+@pytest.mark.parametrize(("dtype", "method"), FORMS)
+def test_programs_keep_no_more_memory_than_planned(dtype: torch.dtype, method: str | None, folder: Path) -> None:
+    runner, programs = make_runner(folder, dtype, method)
+    steps_of(runner)
+    kept = sum(array.nbytes for array in programs._arena._memory.values())
+    planned = runner.program_bytes(runner._model.activations_per_token * torch.float32.itemsize, None)
+    assert planned / 2 < kept <= 1.02 * planned  # a token has that many activations "roughly"
+
+
 def test_as_many_tokens_with_logits_as_one_likes(folder: Path) -> None:
     """From none to all of 18 rows, which are in the middle of prompts or at their ends."""
     results = []

@@ -24,7 +24,7 @@ def numbers(size: int, first: float) -> torch.Tensor:
 
 
 def record(parameters: list[torch.Tensor], work: Callable[[], Any], num_rows: Rows = (1, 1)) -> Recording:
-    recording = Recording(Arena(MAX_ROWS), parameters, num_rows)
+    recording = Recording(Arena(), parameters, num_rows, (MAX_ROWS, MAX_ROWS))
     with observed_calls(recording):
         work()
     return recording
@@ -58,7 +58,7 @@ def test_a_program_serves_any_number_of_rows() -> None:
 
 def test_arrays_have_fewer_rows_once_the_recording_is_told() -> None:
     table, token_ids, needed = torch.randn(10, 8), torch.tensor([3, 4, 5]), torch.tensor([2])
-    recording, results = Recording(Arena(MAX_ROWS), [table, token_ids, needed], (3, 1)), []
+    recording, results = Recording(Arena(), [table, token_ids, needed], (3, 1), (MAX_ROWS, MAX_ROWS)), []
 
     def work() -> None:
         rows = normed(table, token_ids)
@@ -101,8 +101,8 @@ def test_a_token_that_the_table_lacks_becomes_no_number() -> None:
 
 
 def test_memory_that_nobody_holds_is_taken_again_and_a_result_does_not_hold_it() -> None:
-    arena = Arena(MAX_ROWS)
-    recording = Recording(arena, [], (2, 2))
+    arena = Arena()
+    recording = Recording(arena, [], (2, 2), (MAX_ROWS, MAX_ROWS))
     first = torch.from_numpy(recording.new_array(2, 8))
     address, program = first.data_ptr(), Program(recording, first)
     assert recording.new_array(2, 8).ctypes.data != address
@@ -114,7 +114,7 @@ def test_memory_that_nobody_holds_is_taken_again_and_a_result_does_not_hold_it()
 
 def test_memory_is_held_by_a_view_alone() -> None:
     """Kernels often get the flat view of an output whose tensor nobody keeps."""
-    arena = Arena(MAX_ROWS)
+    arena = Arena()
     views = [arena.new_array(1, 8, 2).reshape(-1), arena.new_array(2, 8, 2).reshape(-1)]
     addresses = {view.ctypes.data for view in (*views, arena.new_array(1, 8, 2))}
     assert len(addresses) == 3

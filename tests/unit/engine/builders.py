@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
 import msgspec
@@ -17,6 +17,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import UNKNOWN_TOKEN, Sequence
 from engine.scheduling.speculate import Proposer, Speculator
 from engine.scheduling.step_costs import StepCosts
+from engine.scheduling.step_times import Chunk
 
 EOS = 7
 PrefixKey = tuple[int, ...]
@@ -65,11 +66,11 @@ class TokenRoom:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self.num_waiting_tokens = 0
+        self.missing: list[Chunk] = []
         """What the scheduler says that prompts lack."""
 
-    def begin(self, decodes: SequenceOf[Sequence], num_waiting_tokens: int) -> None:
-        self.num_waiting_tokens = num_waiting_tokens
+    def begin(self, decodes: SequenceOf[Sequence], prompts: Iterable[Chunk]) -> None:
+        self.missing = list(prompts)
         self.max_tokens = max(1, self.max_tokens - len(decodes))
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:

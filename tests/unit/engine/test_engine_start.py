@@ -35,7 +35,7 @@ class SleepingRunner:
         return StepResult(torch.zeros(1, 8), [])
 
 
-GPU = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None)
+GPU = dataclasses.replace(find_cpu(0), step_limit_s=None, alone_step_limit_s=None, spares_streams=False)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,15 @@ def test_steps_are_as_long_as_the_flag_says_or_the_device(
     config = EngineConfig(model_path="", target_inter_token_latency_s=target_s)
     described = make_step_limit(config, device).describe()
     assert described is line if line is None else f" {line} at most" in str(described)
+    is_sparing = device is not GPU and target_s is None
+    assert ("times what they take without prompts" in str(described)) == is_sparing
 
 
 def test_warm_up_teaches_the_step_limit_what_a_token_of_a_prompt_costs() -> None:
     limit = StepLimit(1.0, 5.0)
     warm_up(cast(ModelRunner, cast(Any, SleepingRunner())), sample, limit, 64, block_size=16, progress=StartProgress())
     room = limit.room(is_only_sequence=False)
-    room.begin([], 0)
+    room.begin([], [])
     # Neither the compiling step (5 ms a token) nor the step of one token (0.02 ms a token if taken for 64).
     assert 300 < room.num_fitting(10_000, 0, 1.0) <= 1000
 

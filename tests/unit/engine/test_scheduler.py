@@ -162,18 +162,32 @@ def test_step_limit_cuts_prompts_but_leaves_one_token(max_tokens: int | None, ch
 def test_a_step_is_told_what_prompts_lack() -> None:
     simulation = make_simulation(num_blocks=8)
 
-    def num_lacking(max_tokens: int) -> int:
+    def missing(max_tokens: int) -> list[tuple[int, int]]:
         room = TokenRoom(max_tokens)
         simulation.finish(simulation.scheduler.schedule(room))
-        return room.num_waiting_tokens
+        return list(room.missing)
 
-    simulation.add("a", prompt_of(5, 1))
+    simulation.add("a", prompt_of(5, 1), max_new_tokens=9)
     simulation.add("b", prompt_of(20, 2))
-    assert num_lacking(5) == 25
-    assert num_lacking(13) == 20  # "a" decodes
-    assert num_lacking(3) == 8
+    assert missing(5) == [(5, 0), (20, 0)]
+    assert missing(13) == [(20, 0)]  # "a" decodes
+    assert missing(3) == [(8, 12)]
     simulation.add("no memory", prompt_of(12, 3))
-    assert num_lacking(3) == 6 + 12
+    assert missing(3) == [(6, 14), (12, 0)]
+    simulation.add("as b", prompt_of(20, 2))
+    assert missing(1) == [(4, 16), (12, 0), (4, 16)]  # of "b" the cache has all full blocks
+
+
+def test_a_step_is_told_what_a_preempted_prompt_lacks_once() -> None:
+    simulation = make_simulation(num_blocks=7, is_prefix_caching=False)
+    for name in ("a", "b", "c"):
+        simulation.add(name, prompt_of(4, ord(name)), max_new_tokens=9)
+    for _ in range(5):
+        simulation.step()
+    room = TokenRoom(64)
+    simulation.finish(simulation.scheduler.schedule(room))
+    assert ids_of(list(simulation.scheduler.waiting)) == ["c"]
+    assert list(room.missing) == [(9, 0)]
 
 
 def test_no_more_sequences_run_than_a_step_has_tokens() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_limit import MIN_PROMPT_SHARE, MIN_PROMPT_TOKENS, StepLimit, TimeRoom
-from engine.scheduling.step_times import StepTimes, StepWork
+from engine.scheduling.step_times import Chunk, StepTimes, StepWork
 from tests.unit.engine.builders import make_batch, make_request
 
 MANY = 10**6
@@ -27,7 +30,7 @@ def calibrated(limit_s: float | None, alone_limit_s: float | None) -> StepLimit:
 
 def num_fitting(limit: StepLimit, *, is_only_sequence: bool = False) -> int:
     room = limit.room(is_only_sequence=is_only_sequence)
-    room.begin([], 0)
+    room.begin([], [])
     return room.num_fitting(MANY, 0, 1.0)
 
 
@@ -50,7 +53,10 @@ def test_the_summary_tells_the_target() -> None:
     assert StepLimit(None, 5.0).describe() is None
     assert str(StepLimit(0.25, 5.0).describe()).endswith(" take 0.25 s at most (target between two tokens)")
     sparing = str(StepLimit(0.25, 5.0, spares_streams=True).describe())
-    assert " 0.25 s at most, and beside streams 0.065 s, or 2.5 to 4 times what those take alone (" in sparing
+    assert (
+        " 0.25 s at most, and 4 times what they take without prompts, or 2.5 times where that is more than " in sparing
+    )
+    assert " more than 0.065 s and few prompts wait (" in sparing
 
 
 @pytest.mark.parametrize(("limit_s", "alone_limit_s"), [(0.25, 5.0), (0.25, None), (None, 0.25)])
@@ -68,13 +74,14 @@ TIMES = st.builds(
     lambda few_s, more_s: StepTimes(64, few_s, few_s + more_s), few_s=SECONDS, more_s=st.floats(0.0, 10.0)
 )
 PARTS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30_000), st.sampled_from([0.5, 1.0])), max_size=6)
+CHUNKS = st.lists(st.builds(Chunk, st.integers(1, 5000), st.integers(0, 30_000)), max_size=4)
 
 
 @given(
     times=TIMES,
     limit_s=SECONDS,
     spares_streams=st.booleans(),
-    num_waiting=st.sampled_from([0, 2000, MANY]),
+    missing=CHUNKS,
     contexts=st.lists(st.integers(1, 3000), max_size=5),
     parts=PARTS,
 )
@@ -82,17 +89,17 @@ def test_no_step_is_planned_beyond_its_limit(
     times: StepTimes,
     limit_s: float,
     spares_streams: bool,
-    num_waiting: int,
+    missing: list[Chunk],
     contexts: list[int],
     parts: list[tuple[int, int, float]],
 ) -> None:
     """But for tokens that are always granted, and a part of the time that decoding alone takes."""
     room = TimeRoom(times, limit_s, spares_streams=spares_streams)
-    room.begin([decoding(context) for context in contexts], num_waiting)
+    room.begin([decoding(context) for context in contexts], missing)
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
     decodes_s = times.seconds(work)
     if contexts and spares_streams:
-        limit_s = sparing_limit_s(limit_s, decodes_s, times.seconds(StepWork(num_waiting)))
+        limit_s = sparing_limit_s(limit_s, decodes_s, seconds_of(times, missing))
     max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
     num_taken = 0
     for num_tokens, context, share in parts:
@@ -109,31 +116,36 @@ def test_no_step_is_planned_beyond_its_limit(
 @given(times=TIMES, limit_s=SECONDS, context=st.integers(0, 30_000))
 def test_the_room_is_used(times: StepTimes, limit_s: float, context: int) -> None:
     room = TimeRoom(times, limit_s)
-    room.begin([], 0)
+    room.begin([], [])
     count = room.num_fitting(MANY, context, 1.0)
     assert count == MANY or times.seconds(StepWork().with_chunk(count + 1, context)) > limit_s
+
+
+def seconds_of(times: StepTimes, missing: list[Chunk]) -> float:
+    """Of all that prompts lack, in one step."""
+    return times.seconds(functools.reduce(lambda work, chunk: work.with_chunk(*chunk), missing, StepWork()))
 
 
 def sparing_limit_s(limit_s: float, decodes_s: float, waiting_s: float) -> float:
     """The longest step of streams that take `decodes_s`, beside prompts that wait and will take `waiting_s`."""
     factor = 2.5 if waiting_s < 1.5 else 4.0 if waiting_s > 3 else 1 + waiting_s
-    return min(limit_s, max(0.065, factor * decodes_s))
+    return min(limit_s, 4 * decodes_s, max(0.065, factor * decodes_s))
 
 
 @given(
     times=TIMES,
     limit_s=SECONDS,
-    num_waiting=st.integers(0, 100_000),
+    missing=CHUNKS,
     contexts=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
 )
 def test_prompts_get_all_that_streams_are_to_spare_them(
-    times: StepTimes, limit_s: float, num_waiting: int, contexts: list[int]
+    times: StepTimes, limit_s: float, missing: list[Chunk], contexts: list[int]
 ) -> None:
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
     room = TimeRoom(times, limit_s, spares_streams=True)
-    room.begin([decoding(context) for context in contexts], num_waiting)
+    room.begin([decoding(context) for context in contexts], missing)
     count = room.num_fitting(MANY, 0, 1.0)
-    longest_s = sparing_limit_s(limit_s, times.seconds(work), times.seconds(StepWork(num_waiting)))
+    longest_s = sparing_limit_s(limit_s, times.seconds(work), seconds_of(times, missing))
     assert count == MANY or times.seconds(work.with_chunk(count + 1, 0)) > longest_s
 
 
@@ -141,11 +153,28 @@ def test_prompts_get_more_of_a_step_the_more_of_them_wait() -> None:
     limit = StepLimit(0.5, 5.0, spares_streams=True)
     limit.calibrate(100, few_s=0.02, many_s=0.1)
     counts = []
-    for num_waiting in (500, 1400, 2000, 3500, 30_000):  # a token takes a millisecond
+    for num_prompts in (1, 13, 18, 40, 400):  # each takes a tenth of a second
         room = limit.room(is_only_sequence=False)
-        room.begin([decoding(100) for _ in range(60)], num_waiting)
+        room.begin([decoding(100) for _ in range(60)], itertools.repeat(Chunk(100, 0), num_prompts))
         counts.append(room.num_fitting(MANY, 0, 1.0))
     assert counts[0] == counts[1] < counts[2] < counts[3] == counts[4]
+
+
+def test_only_as_many_prompts_are_looked_at_as_the_room_depends_on() -> None:
+    room = TimeRoom(StepTimes(100, few_s=0.02, many_s=0.1), 0.5, spares_streams=True)
+    room.begin([decoding(100)], itertools.repeat(Chunk(100, 0)))  # they never end
+    assert room.num_fitting(MANY, 0, 1.0)
+
+
+def test_drafts_of_a_request_that_is_alone_spare_nobody() -> None:
+    limit = StepLimit(0.25, 1.0, spares_streams=True)
+    limit.calibrate(100, few_s=0.02, many_s=0.1)
+    counts = []
+    for is_only_sequence in (True, False):
+        room = limit.room(is_only_sequence=is_only_sequence)
+        room.begin([decoding(100)], [])
+        counts.append(room.num_fitting(MANY, 0, 1.0))
+    assert counts[0] > 10 * counts[1]
 
 
 def test_without_streams_prompts_have_all_the_time() -> None:
@@ -156,13 +185,13 @@ def test_without_streams_prompts_have_all_the_time() -> None:
 
 def test_a_prompt_far_into_its_context_gets_fewer_tokens() -> None:
     room = calibrated(0.25, 5.0).room(is_only_sequence=False)
-    room.begin([], 0)
+    room.begin([], [])
     assert room.num_fitting(MANY, 30_000, 1.0) < room.num_fitting(MANY, 0, 1.0) / 3
 
 
 def test_prompts_get_on_where_decoding_alone_takes_longer_than_the_limit() -> None:
     room = calibrated(0.01, None).room(is_only_sequence=False)
-    room.begin([decoding(1000) for _ in range(400)], MANY)
+    room.begin([decoding(1000) for _ in range(400)], [])
     room.take(room.num_fitting(MANY, 0, 1.0), 0)
     assert room.num_fitting(MANY, 0, 1.0) == 0
 
