@@ -19,10 +19,9 @@ from engine.scheduling.adapters import AdapterCache
 from engine.scheduling.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from engine.scheduling.block_manager import BlockManager
 from engine.scheduling.sequence import UNKNOWN_TOKEN, OutputGrammar, Sequence
-from engine.scheduling.shares import turns
+from engine.scheduling.shares import missing_chunks, turns
 from engine.scheduling.speculate import Drafter, NoDrafter
 from engine.scheduling.step_limit import EndlessRoom, StepRoom
-from engine.scheduling.step_times import Chunk
 
 NON_FINITE_ERROR = "the model's output is not a finite number; try --dtype float32 or check the weights"
 
@@ -105,7 +104,7 @@ class Scheduler:
         # Those that wait for results come back: their places are not for newcomers.
         budget = self._max_batch_tokens - len(decodes) - sum(s.is_waiting_for_results for s in self.running)
         under_way = [s for s in self.running if s.is_prompt and not s.is_waiting_for_results]
-        room.begin(decodes, self._missing_chunks(under_way))
+        room.begin(decodes, missing_chunks(under_way, self.waiting, self._blocks.num_findable_tokens))
         chunks = self._chunks(under_way, budget, room)
         # A prompt makes the step long anyway. That drafts attend to what is before them is not counted: they are few.
         drafts = [[] for _ in decodes] if chunks else self._draft(decodes, room.num_fitting(budget, 0, 1.0))
@@ -125,14 +124,6 @@ class Scheduler:
             if self._make_room(sequence):
                 decodes.append(sequence)
         return decodes
-
-    def _missing_chunks(self, under_way: list[Sequence]) -> Iterator[Chunk]:
-        """What each prompt lacks, of those that have begun and of all that wait, whether there is a place for them."""
-        for sequence in under_way:
-            yield Chunk(sequence.num_uncomputed_tokens, sequence.num_computed_tokens)
-        for sequence in self.waiting:
-            num_found = self._blocks.num_findable_tokens(sequence)
-            yield Chunk(sequence.num_tokens - num_found, num_found)
 
     def _chunks(self, under_way: list[Sequence], budget: int, room: StepRoom) -> dict[Sequence, int]:
         """Prompts, and how many tokens of each the step computes: `budget` together, within `room`.

@@ -6,11 +6,12 @@ exception: a prompt that takes more than a step leaves half of each step to thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_times import Chunk
 
 MUCH_SHORTER = 2
 """Factor by which a prompt must lack fewer tokens than the one before it, so that it need not wait for that one.
@@ -26,6 +27,20 @@ class Turn(NamedTuple):
 
     sequence: Sequence
     share: float
+
+
+def missing_chunks(
+    under_way: Iterable[Sequence], waiting: Iterable[Sequence], num_findable: Callable[[Sequence], int]
+) -> Iterator[Chunk]:
+    """What each prompt lacks, of those `under_way` and of all that wait, whether or not there is a place for them.
+
+    `num_findable` counts the tokens of one that waits which the prefix cache has.
+    """
+    for sequence in under_way:
+        yield Chunk(sequence.num_uncomputed_tokens, sequence.num_computed_tokens)
+    for sequence in waiting:
+        num_found = num_findable(sequence)
+        yield Chunk(sequence.num_tokens - num_found, num_found)
 
 
 def turns(prompts: SequenceOf[Sequence], num_missing: Callable[[Sequence], int]) -> Iterator[Turn]:
