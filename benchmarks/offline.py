@@ -148,19 +148,26 @@ def interleaved(rates: dict[str, Callable[[], float]], rounds: int) -> dict[str,
     return results
 
 
-def read_bandwidth() -> float:
-    """GB/s at which all cores together sum a large float32 array: what decoding is measured against."""
+def large_array() -> Any:
+    """A tensor of 1 GiB. Zeros would never be written, and read as one and the same page."""
+    import torch
+
+    return torch.ones(1 << 28)
+
+
+def read_bandwidth(array: Any = None) -> float:
+    """GB/s at which all cores together sum a `large_array`, new unless given: what decoding is measured against."""
     import torch
 
     torch.set_num_threads(num_cores())
-    array = torch.ones(1 << 28)  # 1 GiB; zeros would never be written, and read as one and the same page
+    array = large_array() if array is None else array
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
         array.sum()
         seconds.append(time.perf_counter() - started)
     torch.set_num_threads(1)
-    return array.nbytes / min(seconds) / 1e9
+    return float(array.nbytes / min(seconds) / 1e9)
 
 
 def main() -> None:

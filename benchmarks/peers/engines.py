@@ -7,11 +7,11 @@ import contextlib
 import functools
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import read_bandwidth
+from benchmarks.offline import large_array, read_bandwidth
 from benchmarks.peers import table
 from benchmarks.peers.progress import Progress
 from benchmarks.peers.results import Results
@@ -36,6 +36,32 @@ NUM_TRIALS = 2
 """Rounds of the first work before those that count: they warm all sides up, and the last chooses a peer's setting."""
 Key = tuple[str, str]
 """An engine's name and that of its setting."""
+MEMORY: Key = (BOUND, "")
+"""The turn that sums an array. It comes right before ours, as the bandwidth changes within seconds on some machines,
+and takes or frees no memory, which would keep the kernel busy in our turn."""
+
+
+def decode_rate(answer: Mapping[str, Any]) -> float:
+    """Tokens per second."""
+    return float(answer["num_decoded"] / answer["decode_s"])
+
+
+def bandwidth_share(
+    answers: Sequence[Mapping[str, Any]], readings: Sequence[Mapping[str, Any]], read_bytes: int
+) -> float:
+    """The median part of the memory's bandwidth that decoding had which reads so many bytes for a token."""
+    pairs = zip(answers, readings, strict=True)
+    return statistics.median(decode_rate(answer) * read_bytes / 1e9 / float(read["gb_per_s"]) for answer, read in pairs)
+
+
+def median_rates(work: Work, answers: Mapping[Key, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Medians of tokens per second, kind -> name -> rate."""
+    rates: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+    for (name, _), took in answers.items():
+        prompts = [work.num_sequences * work.prompt_tokens / answer["prefill_s"] for answer in took]
+        rates["prefill"][name] = round(statistics.median(prompts), 2)
+        rates["decode"][name] = round(statistics.median(map(decode_rate, took)), 2)
+    return rates
 
 
 class Engines:
@@ -43,6 +69,7 @@ class Engines:
 
     def __init__(self, folder: str, args: argparse.Namespace, results: Results, progress: Progress) -> None:
         self._folder, self._args, self._results, self._progress = folder, args, results, progress
+        self._array = large_array()
         self._is_vnni = args.isa == "native" and has_integer_dot_product()
 
     def measure(self, form: str) -> None:
@@ -50,7 +77,6 @@ class Engines:
         works = [work for work in WORKS if not self._results.has(form, work.labels)]
         if not works:
             return
-        bandwidth = read_bandwidth()
         with contextlib.ExitStack() as stack:
             ours = table.pytgi_side(OUR_FORMS[form], self._folder, self._args.isa, table.KV_TOKENS)
             sides: dict[Key, Side] = {(OURS, ""): stack.enter_context(ours)}
@@ -58,11 +84,11 @@ class Engines:
                 sides |= self._started(name, form, stack)
             self._choose_settings(form, sides)
             for work in works:
-                rates = self._turns(form, work, sides)
+                answers = self._play(form, work, sides, work.num_rounds(self._args.rounds), self._args.max_load)
                 if work == WORKS[0]:
-                    bandwidth = max(bandwidth, read_bandwidth())
-                    share = rates["decode"][OURS] * ours.about["read_bytes"] / 1e9 / bandwidth
+                    share = bandwidth_share(answers[OURS, ""], answers.pop(MEMORY), ours.about["read_bytes"])
                     self._results.add(Row(form, FLOOR_WORK, {OURS: round(share, 3), BOUND: 1.0}, FLOOR_SHARES[form]))
+                rates = median_rates(work, answers)
                 for kind in work.kinds:
                     row = Row(form, work.label(kind), rates[kind], demanded(form, work, kind, self._is_vnni))
                     self._results.add(row)
@@ -97,7 +123,10 @@ class Engines:
             "num_tokens": work.num_new,
             "num_sequences": work.num_sequences,
         }
-        turns = {key: functools.partial(side.ask, **message) for key, side in sides.items()}
+        turns: dict[Key, Callable[[], dict[str, Any]]] = {}
+        if work == WORKS[0]:
+            turns[MEMORY] = lambda: {"gb_per_s": read_bandwidth(self._array)}
+        turns |= {key: functools.partial(side.ask, **message) for key, side in sides.items()}
         answers, failures = take_turns(turns, num_rounds, max_load)
         for key, reason in failures.items():
             del sides[key]
@@ -107,6 +136,7 @@ class Engines:
     def _choose_settings(self, form: str, sides: dict[Key, Side]) -> None:
         """Warm up, and leave the quicker setting of each peer."""
         answers = self._play(form, WORKS[0], sides, NUM_TRIALS, max_load=float("inf"))
+        del answers[MEMORY]
         seconds = {key: took[-1]["prefill_s"] + took[-1]["decode_s"] for key, took in answers.items()}
         for name in {name for name, _ in sides}:
             *slower, best = sorted((key for key in sides if key[0] == name), key=seconds.__getitem__, reverse=True)
@@ -114,14 +144,3 @@ class Engines:
                 sides.pop(key).stop()
             if best[1]:
                 print(f"{name}: {form} runs with {best[1]}", flush=True)
-
-    def _turns(self, form: str, work: Work, sides: dict[Key, Side]) -> Mapping[str, Mapping[str, float]]:
-        """Medians of tokens per second, kind -> name -> rate."""
-        answers = self._play(form, work, sides, work.num_rounds(self._args.rounds), self._args.max_load)
-        rates: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
-        for (name, _), took in answers.items():
-            prompts = [work.num_sequences * work.prompt_tokens / answer["prefill_s"] for answer in took]
-            decoded = [answer["num_decoded"] / answer["decode_s"] for answer in took]
-            rates["prefill"][name] = round(statistics.median(prompts), 2)
-            rates["decode"][name] = round(statistics.median(decoded), 2)
-        return rates

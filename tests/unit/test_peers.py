@@ -15,6 +15,7 @@ import pytest
 from benchmarks.documents import with_part
 from benchmarks.peers import rounds
 from benchmarks.peers.answers import timed
+from benchmarks.peers.engines import OURS, bandwidth_share, median_rates
 from benchmarks.peers.plan import planned_parts
 from benchmarks.peers.progress import Progress
 from benchmarks.peers.report import BEGIN, END, measured_table, readme_table
@@ -54,6 +55,15 @@ def test_decoding_lasts_from_the_last_first_token_to_the_first_last_one(clock: C
 
     answer = timed(generate, {"prompt_ids": [1, 2], "num_tokens": 3, "num_sequences": 2})
     assert answer == {"prefill_s": 3.0, "decode_s": 1.0, "num_decoded": 2, "token_ids": [7, 7, 7]}
+
+
+def test_a_share_is_of_the_bandwidth_of_its_round() -> None:
+    """A memory that is twice as quick for a while makes no share larger than one."""
+    answers = [{"num_decoded": 63, "decode_s": seconds, "prefill_s": 0.5} for seconds in (0.7, 0.7, 1.4, 1.4, 1.4)]
+    readings = [{"gb_per_s": 100.0}, {"gb_per_s": 100.0}, {"gb_per_s": 50.0}, {"gb_per_s": 50.0}, {"gb_per_s": 50.0}]
+    assert bandwidth_share(answers, readings, 10**9) == pytest.approx(0.9)
+    rates = median_rates(Work(1, 512, 64, ("prefill", "decode")), {(OURS, ""): answers, ("peer", "x"): answers[:2]})
+    assert rates == {"prefill": {OURS: 1024.0, "peer": 1024.0}, "decode": {OURS: 45.0, "peer": 90.0}}
 
 
 def test_sequences_that_were_never_decoded_together_are_told(clock: Callable[[float], None]) -> None:
