@@ -33,7 +33,7 @@ class StepPrograms:
         self.is_off = False
         """Whether every step is computed call by call, to compare."""
         self.refusals: dict[Hashable, str] = {}
-        """The variants whose calls can't be made again, each with the reason."""
+        """The steps whose calls can't be made again, by variant and which rows have results, each with the reason."""
         self.programs: dict[Hashable, Program] = {}
         self._arena = Arena()
         self._recording: Recording | None = None
@@ -55,19 +55,22 @@ class StepPrograms:
 
         `parameters` are all memory that `work` reads or writes and that may move, the arena's aside. `num_rows` are the
         step's rows and those of them that have results. Steps of one `variant` make the same calls whatever their
-        numbers of rows: it decides whether all rows have results, or some, or none.
+        numbers of rows, if all of those have results, or some, or none.
         """
-        if self.is_off or num_rows[0] > self.max_rows or num_rows[1] > self.max_results or variant in self.refusals:
+        if self.is_off or num_rows[0] > self.max_rows or num_rows[1] > self.max_results:
             return work()
-        program = self.programs.get(variant)
+        key = variant, num_rows[0] == num_rows[1], num_rows[1] > 0
+        if key in self.refusals:
+            return work()
+        program = self.programs.get(key)
         if program is None:
-            return self._record(variant, num_rows, parameters, work)
+            return self._record(key, num_rows, parameters, work)
         program.run(parameters, num_rows)
         assert program.result is not None
         return program.result
 
     def _record(
-        self, variant: Hashable, num_rows: Rows, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
+        self, key: Hashable, num_rows: Rows, parameters: Sequence[torch.Tensor], work: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         # Where all rows have results there are never more rows than that: their logits would be the largest array.
         max_rows = self.max_results if num_rows[0] == num_rows[1] else self.max_rows, self.max_results
@@ -81,12 +84,12 @@ class StepPrograms:
         try:
             refusal = recording.refusal or others.refusal
             if refusal is None:
-                self.programs[variant] = Program(recording, result)
+                self.programs[key] = Program(recording, result)
         except NotRepeatableError as error:
             refusal = str(error)
         if refusal is not None:
             logger.debug("Steps are computed call by call: %s", refusal)
-            self.refusals[variant] = refusal
+            self.refusals[key] = refusal
         return result
 
 

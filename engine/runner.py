@@ -229,7 +229,7 @@ class ModelRunner:
         if has_adapters and self.adapters is not None:
             parameters += self.adapters.rows.tensors
         return programs.run(
-            (prepared.variant, has_adapters, selection is not None, num_rows[1] > 0),
+            (prepared.variant, has_adapters),
             num_rows,
             parameters,
             lambda: self._compute(tensors, rotation, prepared, selection),

@@ -69,8 +69,11 @@ class Engines:
 
     def __init__(self, folder: str, args: argparse.Namespace, results: Results, progress: Progress) -> None:
         self._folder, self._args, self._results, self._progress = folder, args, results, progress
-        self._array = large_array()
         self._is_vnni = args.isa == "native" and has_integer_dot_product()
+
+    @functools.cached_property
+    def _array(self) -> Any:
+        return large_array()
 
     def measure(self, form: str) -> None:
         """The rows of one form that are not there yet."""

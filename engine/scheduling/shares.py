@@ -6,6 +6,7 @@ exception: a prompt that takes more than a step leaves half of each step to thos
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
@@ -18,6 +19,8 @@ MUCH_SHORTER = 2
 
 Two that take turns both end as late as the later one, so that those of about the same length don't.
 """
+MAX_LOOKED_AT = 16
+"""Waiting prompts of which a step looks at what they lack."""
 OLDEST_SHARE = 0.5
 """Part of a step's room that is the oldest prompt's own if much shorter ones come after it."""
 
@@ -32,13 +35,13 @@ class Turn(NamedTuple):
 def missing_chunks(
     under_way: Iterable[Sequence], waiting: Iterable[Sequence], num_findable: Callable[[Sequence], int]
 ) -> Iterator[Chunk]:
-    """What each prompt lacks, of those `under_way` and of all that wait, whether or not there is a place for them.
+    """What each prompt lacks, of those `under_way` and the first that wait, whether or not there is a place for them.
 
-    `num_findable` counts the tokens of one that waits which the prefix cache has.
+    `num_findable` counts the tokens of one that waits which the prefix cache has: a long prompt takes it a while.
     """
     for sequence in under_way:
         yield Chunk(sequence.num_uncomputed_tokens, sequence.num_computed_tokens)
-    for sequence in waiting:
+    for sequence in itertools.islice(waiting, MAX_LOOKED_AT):
         num_found = num_findable(sequence)
         yield Chunk(sequence.num_tokens - num_found, num_found)
 

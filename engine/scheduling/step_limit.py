@@ -17,12 +17,12 @@ MIN_PROMPT_TOKENS = 16
 MIN_PROMPT_SHARE = 0.5
 """Prompts make a step longer by so much of the time that it takes without them, however short the limit."""
 MAX_PROMPT_RATIO = 3.0
-"""Where streams are spared, prompts add so many times what a step takes without them at most, ..."""
+"""Where streams are spared, prompts or drafts add so many times what a step takes without them at most."""
 SHORT_STEP_S = 0.065
-"""... and that much only if the step ends within this time, or as many seconds of prompts wait. Otherwise they add one
-time for each second that waits, ..."""
+"""A step that would take longer for that is cut, to this time at the least: prompts then add one time for each second
+of prompts that wait, ..."""
 MIN_PROMPT_RATIO = 1.5
-"""... but so many times in any case."""
+"""... but so many times at the least."""
 
 
 class StepRoom(Protocol):
@@ -81,7 +81,8 @@ class TimeRoom:
     def _sparing_limit_s(self, decodes_s: float, prompts: Iterable[Chunk]) -> float:
         """The longest step of streams that take `decodes_s` without prompts.
 
-        What is spared streams is waited for by those whose prompts lack tokens.
+        What is spared streams is waited for by those whose prompts lack tokens. Drafts are there where they pay, and
+        nobody waits for them but those who gain by them.
         """
         longest_s = (1 + MAX_PROMPT_RATIO) * decodes_s
         if longest_s <= SHORT_STEP_S:
@@ -92,7 +93,7 @@ class TimeRoom:
             ratio = max(ratio, self._times.seconds(waiting))
             if ratio >= MAX_PROMPT_RATIO:
                 return longest_s
-        return max(SHORT_STEP_S, (1 + ratio) * decodes_s)
+        return max(SHORT_STEP_S, (1 + ratio) * decodes_s) if waiting.num_tokens else longest_s
 
     def num_fitting(self, num_tokens: int, context: int, share: float) -> int:
         so_far_s = self._times.seconds(self._work)
@@ -131,8 +132,8 @@ class StepLimit:
         if self._spares_streams:
             longest, least = 1 + MAX_PROMPT_RATIO, 1 + MIN_PROMPT_RATIO
             text += (
-                f", and {longest:g} times what they take without prompts, or {least:g} times where that is more than "
-                f"{SHORT_STEP_S:g} s and few prompts wait"
+                f", and {longest:g} times what they take without prompts; while few prompts wait {least:g} times, or "
+                f"{SHORT_STEP_S:g} s if that is longer"
             )
         return f"{text} (target between two tokens)"
 

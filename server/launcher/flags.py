@@ -345,8 +345,8 @@ BATCHING = (
         name="target-inter-token-latency",
         fills="engine.target_inter_token_latency_s",
         help="Seconds that a step is planned to take at most while several requests are there, so that streams get "
-        "their next token in time; 0 sets no target (ours; default: 0.25 on a CPU, and 4 times a step without prompts, "
-        "2.5 times where that is longer than 0.065 and few prompts wait; none on a GPU)",
+        "their next token in time; 0 sets no target (ours; default: 0.25 on a CPU, and 4 times a step without prompts; "
+        "while few prompts wait 2.5 times, or 0.065 if that is longer; none on a GPU)",
         value=DURATION,
     ),
     Flag(

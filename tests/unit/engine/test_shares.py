@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.scheduling import shares
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.shares import MAX_LOOKED_AT, missing_chunks
 from engine.scheduling.step_limit import MIN_PROMPT_SHARE, MIN_PROMPT_TOKENS, TimeRoom
 from engine.scheduling.step_times import StepTimes, work_of
-from tests.unit.engine.builders import EOS, Simulation, ids_of, scheduled_counts
+from tests.unit.engine.builders import EOS, Simulation, ids_of, make_request, scheduled_counts
 
 MAX_TOKENS = 20
 """Room of a step for prompts."""
@@ -204,6 +206,19 @@ def test_no_step_is_planned_beyond_the_target(
         simulation.add(f"r{number}", prompt_of(size, number), max_new_tokens=num_new)
     while simulation.scheduler.has_work:
         step()
+
+
+def test_a_step_looks_at_the_first_of_those_that_wait() -> None:
+    """Each costs a look at the prefix cache."""
+    looks: list[Sequence] = []
+
+    def num_findable(sequence: Sequence) -> int:
+        looks.append(sequence)
+        return 4
+
+    waiting = [Sequence(make_request(f"r{number}", [1] * 10), arrival_time=0.0) for number in range(100)]
+    assert list(missing_chunks([], waiting, num_findable)) == [(6, 4)] * MAX_LOOKED_AT
+    assert looks == waiting[:MAX_LOOKED_AT]
 
 
 def test_a_step_of_many_tokens_admits_no_more_than_can_run() -> None:

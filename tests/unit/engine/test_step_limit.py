@@ -53,8 +53,8 @@ def test_the_summary_tells_the_target() -> None:
     assert StepLimit(None, 5.0).describe() is None
     assert str(StepLimit(0.25, 5.0).describe()).endswith(" take 0.25 s at most (target between two tokens)")
     sparing = str(StepLimit(0.25, 5.0, spares_streams=True).describe())
-    assert " 0.25 s at most, and 4 times what they take without prompts, or 2.5 times where that is " in sparing
-    assert " that is more than 0.065 s and few prompts wait (" in sparing
+    assert " 0.25 s at most, and 4 times what they take without prompts; while few prompts wait 2.5 times, " in sparing
+    assert ", or 0.065 s if that is longer (" in sparing
 
 
 @pytest.mark.parametrize(("limit_s", "alone_limit_s"), [(0.25, 5.0), (0.25, None), (None, 0.25)])
@@ -97,7 +97,7 @@ def test_no_step_is_planned_beyond_its_limit(
     work = StepWork(len(contexts), len(contexts), 0, sum(contexts))
     decodes_s = times.seconds(work)
     if contexts and spares_streams:
-        limit_s = sparing_limit_s(limit_s, decodes_s, seconds_of(times, missing))
+        limit_s = sparing_limit_s(limit_s, decodes_s, seconds_of(times, missing) if missing else None)
     max_s = max(limit_s, (1 + MIN_PROMPT_SHARE) * decodes_s)
     num_taken = 0
     for num_tokens, context, share in parts:
@@ -124,9 +124,9 @@ def seconds_of(times: StepTimes, missing: list[Chunk]) -> float:
     return times.seconds(functools.reduce(lambda work, chunk: work.with_chunk(*chunk), missing, StepWork()))
 
 
-def sparing_limit_s(limit_s: float, decodes_s: float, waiting_s: float) -> float:
-    """The longest step of streams that take `decodes_s`, beside prompts that wait and will take `waiting_s`."""
-    factor = 2.5 if waiting_s < 1.5 else 4.0 if waiting_s > 3 else 1 + waiting_s
+def sparing_limit_s(limit_s: float, decodes_s: float, waiting_s: float | None) -> float:
+    """The longest step of streams that take `decodes_s`, beside prompts that wait and will take `waiting_s`, if any."""
+    factor = 4.0 if waiting_s is None or waiting_s > 3 else 2.5 if waiting_s < 1.5 else 1 + waiting_s
     return min(limit_s, 4 * decodes_s, max(0.065, factor * decodes_s))
 
 
@@ -143,7 +143,8 @@ def test_prompts_get_all_that_streams_are_to_spare_them(
     room = TimeRoom(times, limit_s, spares_streams=True)
     room.begin([decoding(context) for context in contexts], missing)
     count = room.num_fitting(MANY, 0, 1.0)
-    longest_s = sparing_limit_s(limit_s, times.seconds(work), seconds_of(times, missing))
+    waiting_s = seconds_of(times, missing) if missing else None
+    longest_s = sparing_limit_s(limit_s, times.seconds(work), waiting_s)
     assert count == MANY or times.seconds(work.with_chunk(count + 1, 0)) > longest_s
 
 
