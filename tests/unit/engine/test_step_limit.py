@@ -152,11 +152,12 @@ def test_prompts_get_more_of_a_step_the_more_of_them_wait() -> None:
     limit = StepLimit(0.5, 5.0, spares_streams=True)
     limit.calibrate(100, few_s=0.02, many_s=0.1)
     counts = []
-    for num_prompts in (1, 13, 18, 40, 400):  # each takes a tenth of a second
+    for num_prompts in (1, 13, 18, 40, 400, 0):  # each takes a tenth of a second
         room = limit.room(is_only_sequence=False)
         room.begin([decoding(100) for _ in range(60)], itertools.repeat(Chunk(100, 0), num_prompts))
         counts.append(room.num_fitting(MANY, 0, 1.0))
     assert counts[0] == counts[1] < counts[2] < counts[3] == counts[4]
+    assert counts[5] == counts[4], "drafts, as no prompt is there"
 
 
 def test_only_as_many_prompts_are_looked_at_as_the_room_depends_on() -> None:
