@@ -36,6 +36,7 @@ NUM_TRIALS = 2
 """Rounds of the first work before those that count: they warm all sides up, and the last chooses a peer's setting."""
 Key = tuple[str, str]
 """An engine's name and that of its setting."""
+Turn = Callable[[], dict[str, Any]]
 MEMORY: Key = (BOUND, "")
 """The turn that sums an array. It comes right before ours, as the bandwidth changes within seconds on some machines,
 and takes or frees no memory, which would keep the kernel busy in our turn."""
@@ -75,6 +76,10 @@ class Engines:
     def _array(self) -> Any:
         return large_array()
 
+    def _read_memory(self) -> dict[str, Any]:
+        """The turn `MEMORY`."""
+        return {"gb_per_s": read_bandwidth(self._array)}
+
     def measure(self, form: str) -> None:
         """The rows of one form that are not there yet."""
         works = [work for work in WORKS if not self._results.has(form, work.labels)]
@@ -87,8 +92,11 @@ class Engines:
                 sides |= self._started(name, form, stack)
             self._choose_settings(form, sides)
             for work in works:
-                answers = self._play(form, work, sides, work.num_rounds(self._args.rounds), self._args.max_load)
-                if work == WORKS[0]:
+                is_first = work == WORKS[0]
+                before: Mapping[Key, Turn] = {MEMORY: self._read_memory} if is_first else {}
+                num_rounds = work.num_rounds(self._args.rounds)
+                answers = self._play(form, work, sides, num_rounds, self._args.max_load, before)
+                if is_first:
                     share = bandwidth_share(answers[OURS, ""], answers.pop(MEMORY), ours.about["read_bytes"])
                     self._results.add(Row(form, FLOOR_WORK, {OURS: round(share, 3), BOUND: 1.0}, FLOOR_SHARES[form]))
                 rates = median_rates(work, answers)
@@ -118,18 +126,24 @@ class Engines:
             return {}
 
     def _play(
-        self, form: str, work: Work, sides: dict[Key, Side], num_rounds: int, max_load: float
+        self,
+        form: str,
+        work: Work,
+        sides: dict[Key, Side],
+        num_rounds: int,
+        max_load: float,
+        before: Mapping[Key, Turn],
     ) -> dict[Key, list[dict[str, Any]]]:
-        """The answers of each side; one that fails is dropped from `sides`."""
+        """The answers of each side, and of what has its turns `before` them; a side that fails leaves `sides`."""
         message = {
             "prompt_ids": text_ids(self._folder)[: work.prompt_tokens],
             "num_tokens": work.num_new,
             "num_sequences": work.num_sequences,
         }
-        turns: dict[Key, Callable[[], dict[str, Any]]] = {}
-        if work == WORKS[0]:
-            turns[MEMORY] = lambda: {"gb_per_s": read_bandwidth(self._array)}
-        turns |= {key: functools.partial(side.ask, **message) for key, side in sides.items()}
+        turns: dict[Key, Turn] = {
+            **before,
+            **{key: functools.partial(side.ask, **message) for key, side in sides.items()},
+        }
         answers, failures = take_turns(turns, num_rounds, max_load)
         for key, reason in failures.items():
             del sides[key]
@@ -138,8 +152,7 @@ class Engines:
 
     def _choose_settings(self, form: str, sides: dict[Key, Side]) -> None:
         """Warm up, and leave the quicker setting of each peer."""
-        answers = self._play(form, WORKS[0], sides, NUM_TRIALS, max_load=float("inf"))
-        del answers[MEMORY]
+        answers = self._play(form, WORKS[0], sides, NUM_TRIALS, float("inf"), {})
         seconds = {key: took[-1]["prefill_s"] + took[-1]["decode_s"] for key, took in answers.items()}
         for name in {name for name, _ in sides}:
             *slower, best = sorted((key for key in sides if key[0] == name), key=seconds.__getitem__, reverse=True)

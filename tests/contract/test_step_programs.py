@@ -338,7 +338,7 @@ def test_work_with_an_operation_of_torch_keeps_its_result() -> None:
     x = torch.ones(1, 8)
     for count in range(2, 6):
         assert programs.run("any", (1, 1), [x], lambda: x.add_(1))[0, 0] == count
-    assert "add_" in "".join(programs.refusals.values())
+    assert "add_" in programs.refusals["any", True, True]
 
 
 def test_a_result_that_no_kernel_made_is_no_program() -> None:
@@ -346,7 +346,7 @@ def test_a_result_that_no_kernel_made_is_no_program() -> None:
     x = torch.zeros(1, 8)
     for _ in range(3):
         assert programs.run("any", (1, 1), [x], lambda: x) is x
-    assert "the result" in "".join(programs.refusals.values())
+    assert "the result" in programs.refusals["any", True, True]
 
 
 @pytest.mark.parametrize("num_rows", [(5, 1), (4, 3)])
