@@ -16,7 +16,11 @@ logger = logging.getLogger(__name__)
 
 MATRICES: dict[str, dict[str, list[str]]] = {
     "cpu": {
-        "dense": ["quant.kernels.bfloat16_cpu:Bfloat16Cpu", "quant.kernels.dense_cpu:DenseCpu"],
+        "dense": [
+            "quant.kernels.bfloat16_tiles:Bfloat16Tiles",
+            "quant.kernels.bfloat16_cpu:Bfloat16Cpu",
+            "quant.kernels.dense_cpu:DenseCpu",
+        ],
         "int8": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
         "int4": ["quant.kernels.integer_cpu:IntegerCpu", "quant.kernels.packed_cpu:PackedCpu"],
         "fp8": ["quant.kernels.packed_cpu:PackedCpu"],

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 
 FAST: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 """Numba's settings for every kernel."""
@@ -89,6 +90,14 @@ def _new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Uninitialised memory that begins with a line of the cache."""
     memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
     return memory[-memory.ctypes.data % LINE_BYTES :][:num_bytes]
+
+
+@njit(**FAST)
+def empty_lines(num_bytes):  # type: ignore[no-untyped-def]
+    """Uninitialised memory that begins with a line of the cache, within a kernel: uint8 [num_bytes]."""
+    memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % LINE_BYTES
+    return memory[start : start + num_bytes]
 
 
 def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -61,7 +61,7 @@ def interleave(w, order, k_size, out):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _round_row(x, row, k_size, rounded):  # type: ignore[no-untyped-def]
     for k in range(row * k_size, (row + 1) * k_size, LANES):
-        round_vector(x, rounded, k)
+        round_vector(x, k, rounded, k)
 
 
 @njit(inline="always")
@@ -130,6 +130,8 @@ class Bfloat16Cpu:
 
     rounding = ("AVX512-BF16" if HAS_PAIRS else "AVX-512") if HAS_AVX512 else None
     row_counts = ()
+    _kernel = staticmethod(_product)
+    _stretch_unit = LANES
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
@@ -148,7 +150,7 @@ class Bfloat16Cpu:
         self.num_gates = count_gates(packed, OUTPUTS)
         order = gate_order(self._n_size, self.num_gates, LANES)
         w, indices = flat_view(packed.weight).view(np.uint16), order.numpy()
-        self._inputs_each = even_block(self._k_size, MAX_INPUTS, LANES)
+        self._inputs_each = even_block(self._k_size, MAX_INPUTS, self._stretch_unit)
         codes = encode(w, indices, self._k_size, self._inputs_each) if HAS_TABLES else None
         interleaved = np.empty(0, np.uint16)
         if codes is None:
@@ -173,5 +175,5 @@ class Bfloat16Cpu:
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], width)
         sizes = self._padded_size, self.num_gates, width, self._k_size, self._inputs_each, self._num_threads
-        call(_product, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
+        call(self._kernel, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
         return out

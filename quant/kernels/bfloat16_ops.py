@@ -78,14 +78,17 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def round_vector(typing_context, x, rounded, place):  # type: ignore[no-untyped-def]
-    """Write the nearest bfloat16 of `LANES` numbers of x float32, from `place` on, to `rounded`, of dtype `ROUNDED`."""
+def round_vector(typing_context, x, source, rounded, target):  # type: ignore[no-untyped-def]
+    """Write the nearest bfloat16 of `LANES` numbers of x float32, from `source` on, to `rounded`, from `target` on.
+
+    `rounded` has dtype `ROUNDED`.
+    """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, target = (b.gep(array_data(context, b, signature, args, i), [args[2]]) for i in (0, 1))
-        value = b.load(b.bitcast(source, _FLOATS.as_pointer()))
+        places = [b.gep(array_data(context, b, signature, args, i), [args[i + 1]]) for i in (0, 2)]
+        value = b.load(b.bitcast(places[0], _FLOATS.as_pointer()))
         value.align = 4
-        if signature.args[1].dtype == types.uint16:
+        if signature.args[2].dtype == types.uint16:
             halves = ir.VectorType(ir.IntType(16), LANES)
             function = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(halves, [_FLOATS]), "llvm.x86.avx512bf16.cvtneps2bf16.512"
@@ -94,10 +97,10 @@ def round_vector(typing_context, x, rounded, place):  # type: ignore[no-untyped-
         else:
             bits = b.zext(bfloat16_bits(b, value), WORDS)
             result = b.bitcast(b.shl(bits, ir.Constant(WORDS, [16] * LANES)), _FLOATS)
-        b.store(result, b.bitcast(target, result.type.as_pointer())).align = 2
+        b.store(result, b.bitcast(places[1], result.type.as_pointer())).align = 2
         return context.get_dummy_value()
 
-    return types.none(x, rounded, types.intp), codegen
+    return types.none(x, types.intp, rounded, types.intp), codegen
 
 
 class Work(NamedTuple):
@@ -235,11 +238,11 @@ def prefetch_share(b: Any, data: Any, ahead: tuple[Any, Any], pair: Any) -> None
         prefetch_at(b, data, b.add(start, b.mul(index, step)))
 
 
-def for_each_count(b: Any, count: Any, make: Callable[[int], None]) -> None:
-    """Code for each number of rows from 1 to `ROWS`; `count` says at run time which."""
+def for_each_count(b: Any, count: Any, make: Callable[[int], None], max_count: int = ROWS) -> None:
+    """Code for each number of rows from 1 to `max_count`; `count` says at run time which."""
     end, unreachable = b.append_basic_block("end"), b.append_basic_block("others")
     switch = b.switch(count, unreachable)
-    for rows in range(1, ROWS + 1):
+    for rows in range(1, max_count + 1):
         block = b.append_basic_block(f"rows{rows}")
         switch.add_case(ir.Constant(count.type, rows), block)
         b.position_at_end(block)

@@ -81,6 +81,40 @@ def _coded_words(b: Any, coded: Any, table: Any, pair: Any) -> list[Any]:
     return [b.bitcast(b.shuffle_vector(low, high, order(places)), WORDS) for places in orders]
 
 
+class PairReader:
+    """The code that reads one coded pair after the other, from pointers to the arrays of `coded_weights.CodedWeights`.
+
+    `tile` is the tile of outputs that they are in, `mark` the first mark that is not before them.
+    """
+
+    def __init__(self, b: Any, coded: Any, tables: Any, raw: Any, marks: Any, tile: Any, mark: Any) -> None:
+        self._builder, self._coded, self._raw, self._marks = b, coded, raw, marks
+        self._table = _bytes_at(b, tables, b.mul(tile, ir.Constant(tile.type, TABLE_BYTES)), TABLE_BYTES)
+        self._kept = [cgutils.alloca_once(b, WORDS) for _ in range(UNITS)]
+        self._next_mark = cgutils.alloca_once_value(b, mark)
+        self._marked = cgutils.alloca_once_value(b, b.load(b.gep(marks, [mark])))
+
+    def read(self, pair: Any) -> list[Any]:
+        """The weights of pair `pair` of the matrix as words, one vector for each unit."""
+        b = self._builder
+
+        def keep(words: list[Any]) -> None:
+            for vector, where in zip(words, self._kept, strict=True):
+                b.store(vector, where)
+
+        is_marked = b.icmp_signed("==", b.trunc(pair, I32), b.load(self._marked))
+        with b.if_else(is_marked, likely=False) as (as_it_is, from_codes):
+            with as_it_is:
+                this_mark = b.load(self._next_mark)
+                keep(raw_words(b, self._raw, b.mul(this_mark, ir.Constant(pair.type, PAIR_WEIGHTS))))
+                following = b.add(this_mark, ir.Constant(pair.type, 1))
+                b.store(following, self._next_mark)
+                b.store(b.load(b.gep(self._marks, [following])), self._marked)
+            with from_codes:
+                keep(_coded_words(b, self._coded, self._table, pair))
+        return [b.load(where) for where in self._kept]
+
+
 @intrinsic
 def multiply_coded_block(  # type: ignore[no-untyped-def]
     typing_context, x, coded, tables, raw, marks, bias, out, waiting, rows, work, mark, part, parts
@@ -103,32 +137,14 @@ def multiply_coded_block(  # type: ignore[no-untyped-def]
 
         def make(rows: int) -> None:
             block = Block(b, x, bias, out, waiting, work, rows, is_paired=True)
-            number = block.number
             block.begin()
-            table = _bytes_at(b, tables, b.mul(work.tile, number(TABLE_BYTES)), TABLE_BYTES)
-            kept = [cgutils.alloca_once(b, WORDS) for _ in range(UNITS)]
-            next_mark = cgutils.alloca_once_value(b, mark)
-            marked = cgutils.alloca_once_value(b, b.load(b.gep(marks, [mark])))
-            first_pair = b.sdiv(b.add(b.mul(work.tile, work.k_size), work.first), number(INPUTS))
+            reader = PairReader(b, coded, tables, raw, marks, work.tile, mark)
+            first_pair = b.sdiv(b.add(b.mul(work.tile, work.k_size), work.first), block.number(INPUTS))
             ahead = block.next_weights(part, parts, PAIR_BYTES)
             with block.loop() as loop:
                 prefetch_share(b, coded, ahead, loop.index)
                 pair = b.add(first_pair, loop.index)
-                is_marked = b.icmp_signed("==", b.trunc(pair, I32), b.load(marked))
-                with b.if_else(is_marked, likely=False) as (as_it_is, from_codes):
-                    with as_it_is:
-                        this_mark = b.load(next_mark)
-                        for vector, where in zip(
-                            raw_words(b, raw, b.mul(this_mark, number(PAIR_WEIGHTS))), kept, strict=True
-                        ):
-                            b.store(vector, where)
-                        following = b.add(this_mark, number(1))
-                        b.store(following, next_mark)
-                        b.store(b.load(b.gep(marks, [following])), marked)
-                    with from_codes:
-                        for vector, where in zip(_coded_words(b, coded, table, pair), kept, strict=True):
-                            b.store(vector, where)
-                block.add(loop.index, [b.load(where) for where in kept])
+                block.add(loop.index, reader.read(pair))
             block.end()
 
         for_each_count(b, count, make)

@@ -1,0 +1,141 @@
+"""AMX, the tile unit of Intel's processors since Sapphire Rapids, as LLVM operations and Numba intrinsics.
+
+A tile is a register of 16 rows of 64 bytes, of which a thread has eight. One instruction multiplies two of them and
+adds the products to a third, 16 rows times 16 outputs: 32 inputs of bfloat16, or 64 of 8 bits.
+
+The instruction for bfloat16 (`tdpbf16ps`, Intel's "Instruction Set Extensions Programming Reference", chapter 3) adds
+the products of the even inputs of its 32 and those of the odd ones apart, each as a fused multiply-add, in their order
+and from 0; then the two sums to each other, and that to the total. Numbers below 2^-126 count as 0. Which rows run
+together changes nothing. Those for 8 bits add integers.
+
+A thread says which rows its tiles have before it uses them (`configure`) and gives them back (`release`). Nothing else
+that these kernels call uses tiles, so what they hold stays from one intrinsic to the next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.ir as ir
+import torch
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from quant.kernels.arrays import LINE_BYTES
+from quant.kernels.simd import I32, enabled_features
+
+TILE_ROWS = 16
+NUM_TILES = 8
+UNITS = 2
+OUTPUTS = TILE_ROWS * UNITS
+"""Outputs of a matrix's tile, of which a tile of AMX has half: a lane of 32 bits each."""
+STEP_BYTES = LINE_BYTES
+"""Bytes of a row's inputs that an instruction takes."""
+BFLOAT16, SIGNED_BY_UNSIGNED = "llvm.x86.tdpbf16ps", "llvm.x86.tdpbsud"
+"""What multiplies rows with weights: the second takes rows of int8 and weights of uint8."""
+
+_FEATURES = {"amx-tile", "amx-bf16", "amx-int8"}
+_I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_BYTES = _I8.as_pointer()
+
+
+def _ask_for_tiles() -> bool:
+    """Whether the processor has AMX, and Linux gives it to this process, which has to ask for its large registers.
+
+    Numba keeps compiled kernels by the instructions that it compiles for. So without the registers it gets to know that
+    there are no such instructions, and whatever process this one starts does, too.
+    """
+    features = enabled_features()
+    if not features >= _FEATURES:
+        return False
+    if torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
+        return True
+    others = ",".join(f"+{feature}" for feature in sorted(features) if not feature.startswith("amx-"))
+    os.environ["NUMBA_CPU_FEATURES"] = config.CPU_FEATURES = others
+    return False
+
+
+HAS_TILES = _ask_for_tiles()
+"""Whether kernels may use tiles."""
+
+
+def _call(b: Any, name: str, *operands: Any) -> None:
+    signature = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+    b.call(cgutils.get_or_insert_function(b.module, signature, name), operands)
+
+
+def _tile(index: int) -> ir.Constant:
+    return ir.Constant(_I8, index)
+
+
+def load_tile(b: Any, tile: int, place: Any, stride: Any) -> None:
+    """Rows from a pointer on; `stride` is in bytes."""
+    _call(b, "llvm.x86.tileloadd64", _tile(tile), b.bitcast(place, _BYTES), stride)
+
+
+def store_tile(b: Any, tile: int, place: Any, stride: Any) -> None:
+    _call(b, "llvm.x86.tilestored64", _tile(tile), b.bitcast(place, _BYTES), stride)
+
+
+def clear_tile(b: Any, tile: int) -> None:
+    _call(b, "llvm.x86.tilezero", _tile(tile))
+
+
+def load_weights(b: Any, tiles: Sequence[int], place: Any) -> None:
+    """A step's weights: 16 lines of each unit, by turns one of the first and one of the second, from a pointer on."""
+    for unit, tile in enumerate(tiles):
+        line = b.gep(b.bitcast(place, _BYTES), [ir.Constant(_I64, unit * LINE_BYTES)])
+        load_tile(b, tile, line, ir.Constant(_I64, UNITS * LINE_BYTES))
+
+
+def add_products(b: Any, product: str, sums: int, rows: int, weights: int) -> None:
+    """Add the products of a tile of rows and one of weights to one of sums."""
+    _call(b, product, _tile(sums), _tile(rows), _tile(weights))
+
+
+def shape_tiles(b: Any, shapes: Sequence[tuple[Any, int]]) -> None:
+    """Give this thread's tiles, from the first on, their rows, integers of LLVM's, and the bytes of a row."""
+    memory = cgutils.alloca_once(b, ir.ArrayType(_I8, LINE_BYTES))
+    b.store(ir.Constant(memory.type.pointee, None), memory)
+    place = b.bitcast(memory, _BYTES)
+
+    def put(offset: int, value: Any) -> None:
+        b.store(value, b.bitcast(b.gep(place, [ir.Constant(I32, offset)]), value.type.as_pointer())).align = 1
+
+    put(0, ir.Constant(_I8, 1))  # the only palette
+    for tile, (rows, row_bytes) in enumerate(shapes):
+        put(16 + 2 * tile, ir.Constant(_I16, row_bytes))
+        put(48 + tile, b.trunc(rows, _I8))
+    _call(b, "llvm.x86.ldtilecfg", place)
+
+
+@intrinsic
+def configure(typing_context, rows, first_weights):  # type: ignore[no-untyped-def]
+    """Let this thread's tiles have so many rows, 16 at most, and those of weights, the last ones, 16."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if HAS_TILES:  # LLVM would end the process
+
+            def rows_of(tile: int) -> Any:
+                has_weights = b.icmp_signed(">=", ir.Constant(args[1].type, tile), args[1])
+                return b.select(has_weights, ir.Constant(args[0].type, TILE_ROWS), args[0])
+
+            shape_tiles(b, [(rows_of(tile), LINE_BYTES) for tile in range(NUM_TILES)])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp), codegen
+
+
+@intrinsic
+def release(typing_context):  # type: ignore[no-untyped-def]
+    """Give this thread's tiles back: what saves its registers does not save theirs."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if HAS_TILES:
+            _call(b, "llvm.x86.tilerelease")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
