@@ -10,14 +10,15 @@ The instruction set is chosen once (`integer_ops`). Where the machine has none o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
+from quant.kernels.amx import HAS_TILES, TILE_ROWS, UNITS, configure, release
+from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.integer_ops import (
     CHUNK,
@@ -28,14 +29,27 @@ from quant.kernels.integer_ops import (
     make_round_group,
     make_tile,
 )
+from quant.kernels.integer_tile_ops import (
+    GROUP_SIZES,
+    SUMS,
+    WEIGHTS,
+    has_packed_weights,
+    multiply_group,
+    scale_totals,
+    store_totals,
+    unpack_tile,
+    write_scaled,
+)
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
-from quant.kernels.simd import HAS_AVX512
+from quant.kernels.simd import HAS_AVX512, prefetch
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 from quant.packing import unpack_nibbles
 
 ROW_BLOCK = 512
 """Rows that share a reading of a tile's weights, which stay in the L2 cache; activations come from the L3 in time."""
+TILE_ROWS_BYTES = 3 << 18
+"""Activations that stay in the L2 cache beside a tile's weights: AMX does not wait for those from the L3."""
 
 FOUND = find_instructions()
 ISA = FOUND or INSTRUCTIONS[-1]
@@ -47,6 +61,10 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
+MIN_TILE_ROWS = 48
+"""Rows from which AMX is quicker: fewer wait for weights, which its instructions ask for less evenly."""
+TILE_BLOCK = len(SUMS) * TILE_ROWS
+"""Rows whose totals and sums wait in the L1 cache for the next group's weights."""
 ROWS = ISA.rows
 multiply_first_rows, multiply_many_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
 multiply_half_rows = make_tile(ISA, ROWS // 2)
@@ -54,14 +72,77 @@ multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
 round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 
+class TileMemory(NamedTuple):
+    """What a thread's tiles of AMX need while they are multiplied."""
+
+    unpacked: Any
+    """uint8: the weights of a tile of outputs, where they are packed."""
+    totals: Any
+    """int32 [TILE_BLOCK, OUTPUTS]: a group's products."""
+    sums: Any
+    """float32 [TILE_BLOCK, OUTPUTS]"""
+
+
+@njit(**FAST)
+def new_tile_memory(w, num_rows, k_size):  # type: ignore[no-untyped-def]
+    """Memory for products of so many rows with such weights."""
+    is_used = HAS_TILES and num_rows >= MIN_TILE_ROWS
+    return TileMemory(
+        empty_lines(OUTPUTS * k_size if is_used and has_packed_weights(w) else 0),
+        empty_lines(TILE_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.int32),
+        empty_lines(TILE_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.float32),
+    )
+
+
+@njit(**FAST)
+def _multiply_row_tiles(  # type: ignore[no-untyped-def]
+    x, x_scales, x_sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
+):
+    """`multiply_rows` by AMX."""
+    unpacked, totals, sums = memory
+    num_x_groups, lanes, weights = k_size // group, OUTPUTS // UNITS, tile * k_size * OUTPUTS
+    is_packed = len(unpacked) > 0
+    num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
+    if is_packed:
+        unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked, 0)
+    configure(TILE_ROWS, WEIGHTS[0])
+    numbers = tile * OUTPUTS * groups, (tile * OUTPUTS + lanes) * groups
+    for first in range(row, last, TILE_BLOCK):
+        count = min(TILE_BLOCK, last - first)
+        num_tiles = (count + TILE_ROWS - 1) // TILE_ROWS
+        for g in range(num_x_groups):
+            if first == row:
+                ahead = ((tile + 1) * num_x_groups + g) * num_lines * LINE_BYTES
+                for line in range(num_lines):
+                    prefetch(w, ahead + line * LINE_BYTES)
+            for unit in range(UNITS):
+                place, offset = first * k_size + g * group, g * group * OUTPUTS + unit * LINE_BYTES
+                if is_packed:
+                    multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, unpacked, offset, group)
+                else:
+                    multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, w, weights + offset, group)
+                store_totals(num_tiles, totals, unit * lanes, TILE_ROWS * OUTPUTS)
+            behind = g * groups // num_x_groups * lanes
+            numbers = tile * OUTPUTS * groups + behind, (tile * OUTPUTS + lanes) * groups + behind
+            x_numbers = x_scales, x_sums, first * num_x_groups + g, num_x_groups
+            scale_totals(totals, (0, count, 0), *x_numbers, scales, zeros, numbers, g == 0, sums)
+        write_scaled(sums, 0, count, scales, numbers, bias, out, first, tile, gates, width)
+    release()
+
+
 @njit(**FAST)
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
+    x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
 ):
     """Rows of x int8, whose scales are float32 and sums int32, times a tile of outputs of so many `groups` of weights.
 
-    `gates` and `width` are those of `gates_ops.write_tile`.
+    `gates` and `width` are those of `gates_ops.write_tile`; `memory` is of `new_tile_memory` for such weights.
     """
+    if HAS_TILES and last - row >= MIN_TILE_ROWS and group in GROUP_SIZES:
+        _multiply_row_tiles(
+            x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
+        )
+        return
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
     part, parts = fetched_part(0, num_whole + has_half)
@@ -95,9 +176,13 @@ def multiply_rows(  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
-    """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups]."""
+    """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups].
+
+    A tile of AMX may read rows behind the last, whose products nobody reads.
+    """
     num_groups = num_rows * k_size // group
-    x8, x_scales = np.empty(num_rows * k_size, np.int8), np.empty(num_groups, np.float32)
+    num_padding = TILE_ROWS * k_size if HAS_TILES else 0
+    x8, x_scales = empty_lines(num_rows * k_size + num_padding).view(np.int8), np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
     if num_rows < ROWS:  # a parallel region takes longer to start
         for g in range(num_groups):
@@ -115,33 +200,38 @@ def _product(  # type: ignore[no-untyped-def]
     num_rows = len(x) // k_size
     x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
     weights = w, scales, zeros, groups, bias
-    claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, ROW_BLOCK)
+    unit_rows, row_block = ROWS, ROW_BLOCK
+    if HAS_TILES and num_rows >= MIN_TILE_ROWS and group in GROUP_SIZES:
+        unit_rows = TILE_BLOCK
+        row_block = min(max(TILE_ROWS_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
     for thread in prange(num_threads):
-        turn = 0
+        memory, turn = new_tile_memory(w, num_rows, k_size), 0
         while turn >= 0:
             turn, first_tile, last_tile, first_row, last_row = next_piece(
-                claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, ROWS, ROW_BLOCK, tiles_each
+                claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, unit_rows, row_block, tiles_each
             )
-            size = even_block(last_row - first_row, ROW_BLOCK, ROWS)
+            size = even_block(last_row - first_row, row_block, unit_rows)
             for row in range(first_row, last_row, size):
                 end = min(last_row, row + size)
                 for tile in range(first_tile, last_tile):
-                    multiply_rows(x8, x_scales, sums, row, end, group, *weights, out, tile, gates, width, k_size)
+                    multiply_rows(
+                        x8, x_scales, sums, row, end, group, *weights, out, tile, gates, width, k_size, memory
+                    )
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
-    """Bytes q [n, k] -> flat, in the order the kernel reads: a chunk of inputs for `units` times `lanes` outputs, then
-    the next chunk; in a unit four inputs of every lane at a time.
+    """Bytes q [n, k] -> flat, in the order the kernel reads: four inputs of `units` times `lanes` outputs at a time.
 
     4 bits: eight inputs at a time, the first four in the lower halves.
     """
     num_outputs, num_inputs = q.shape
     tiles: torch.Tensor = q.reshape(-1, isa.units, isa.lanes, num_inputs // CHUNK, CHUNK // INPUTS, INPUTS)
-    tiles = tiles.permute(0, 3, 1, 4, 2, 5)  # tile, chunk, unit, step, lane, input
+    tiles = tiles.permute(0, 3, 4, 1, 2, 5)  # tile, chunk, step, unit, lane, input
     if bits == 8:
         return tiles.flatten()
-    pairs: torch.Tensor = tiles.unflatten(3, (-1, 2))
-    return (pairs[:, :, :, :, 0] | (pairs[:, :, :, :, 1] << 4)).flatten()
+    pairs: torch.Tensor = tiles.unflatten(2, (-1, 2))
+    return (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).flatten()
 
 
 class IntegerCpu:

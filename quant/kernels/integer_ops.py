@@ -74,7 +74,7 @@ def find_instructions() -> Instructions | None:
     return next((instructions for instructions in INSTRUCTIONS if instructions.feature in enabled), None)
 
 
-class _Builder:
+class Builder:
     """LLVM operations on `lanes` lanes."""
 
     def __init__(self, builder: Any, isa: Instructions) -> None:
@@ -122,8 +122,11 @@ class _Builder:
         return self.load(data, offset, self.i32)
 
     def weights(self, data: Any, offset: Any, bits: int, ahead: int | None) -> list[Any]:
-        """A chunk's weights, a vector of 4 * lanes bytes for each four inputs; those `ahead` bytes on are asked for."""
-        size = 4 * self.isa.lanes
+        """A chunk's weights of a unit, a vector of 4 * lanes bytes for each four inputs, units by turns.
+
+        Those `ahead` bytes on are asked for.
+        """
+        size = 4 * self.isa.lanes * self.isa.units
         at = [self.b.add(offset, ir.Constant(offset.type, step * size)) for step in range(CHUNK * bits // 32)]
         for place in at if ahead is not None else []:
             prefetch_at(self.b, data, self.b.add(place, ir.Constant(offset.type, ahead)), is_near=True)
@@ -190,7 +193,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
         parts,
     ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            v = _Builder(builder, isa)
+            v = Builder(builder, isa)
             b = builder
             lanes = isa.lanes
             arrays = (0, 1, 2, 5, 6, 7, 9, 10)
@@ -219,12 +222,11 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
             s0 = [b.mul(place, num_x_groups) for place in at_row]
             n = b.mul(tile, number(units * lanes))
             g0 = b.mul(n, num_groups)
-            unit_bytes = CHUNK * lanes * bits // 8
             group_stride = [b.mul(b.mul(number(u), num_groups), number(lanes)) for u in unit_count]
             tile_stride = b.mul(num_groups, number(units * lanes))
             x_groups_each = b.sdiv(num_x_groups, num_groups)
             chunks_each = b.sdiv(group, number(CHUNK))
-            chunk_bytes = units * unit_bytes
+            chunk_bytes = units * CHUNK * lanes * bits // 8
             tile_bytes = b.mul(b.sdiv(k_size, number(CHUNK)), number(chunk_bytes))
             w0 = b.mul(tile, tile_bytes)
             fetched, fetched_step = next_tile_part(b, w0, tile_bytes, part, parts, LINE_BYTES)
@@ -270,7 +272,7 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
                         k = b.add(first, b.mul(over_chunks.index, number(CHUNK)))
                         chunk_index = b.sdiv(k, number(CHUNK))
                         at_chunk = b.add(w0, b.mul(chunk_index, number(chunk_bytes)))
-                        at_units = [b.add(at_chunk, number(u * unit_bytes)) for u in unit_count]
+                        at_units = [b.add(at_chunk, number(u * INPUTS * lanes)) for u in unit_count]
                         ahead = AHEAD_OF_FEW[bits] if rows <= FEW_ROWS else None
                         for line in range(chunk_bytes // LINE_BYTES if is_fetching and rows > FEW_ROWS else 0):
                             index = b.add(b.mul(chunk_index, number(chunk_bytes // LINE_BYTES)), number(line))
@@ -327,7 +329,7 @@ def make_round_group(lanes: int) -> Any:
         """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            v = _Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
+            v = Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
             b = builder
             x_data, rounded_data, scale_data, sum_data = (
                 array_data(context, builder, signature, args, index) for index in (0, 3, 4, 5)

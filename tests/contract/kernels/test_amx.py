@@ -1,0 +1,178 @@
+"""Products by AMX: every bit by the rule, at the edges of tiles, whatever runs beside a row; and what is without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.base import PackedWeight
+from quant.kernels import bfloat16_cpu, choose_kernel
+from quant.kernels.amx import HAS_TILES, TILE_ROWS
+from quant.kernels.bfloat16_cpu import MAX_INPUTS
+from quant.kernels.bfloat16_tile_ops import STEP_INPUTS
+from quant.kernels.bfloat16_tiles import ROW_BLOCK, Bfloat16Tiles
+from quant.kernels.coded_ops import HAS_TABLES
+from quant.kernels.integer_cpu import MIN_TILE_ROWS, TILE_BLOCK, IntegerCpu
+
+pytestmark = pytest.mark.skipif(not HAS_TILES, reason="the processor has no AMX")
+ROW_COUNTS = [*range(1, 5), 8, *range(TILE_ROWS - 1, TILE_ROWS + 3), 31, 32, 33, 49, 70]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(n_size: int, k_size: int, *, is_coded: bool, is_gated: bool = False) -> PackedWeight:
+    """Weights of so many sizes that they are not coded, or one in which some pairs alone are not."""
+    weight = random(n_size, k_size, seed=1)
+    if not is_coded:
+        weight *= torch.linspace(-90, 0, k_size).exp2()
+    else:
+        weight[0, 0] = weight[n_size // 2, k_size // 2] = weight[n_size - 1, k_size - 1] = 2.0**40
+    return PackedWeight("dense", weight.bfloat16(), random(n_size, seed=2), is_gated=is_gated)
+
+
+def by_the_rule(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Rounded rows; of 32 inputs the even ones' products are added apart from the odd ones', then both to the total."""
+    assert weight.bias is not None
+    rows, outputs = (factor.bfloat16().double() for factor in (x, weight.weight))
+    total = torch.zeros(len(x), len(weight.weight))
+    for first in range(0, x.shape[1], STEP_INPUTS):
+        sums = [torch.zeros_like(total) for _ in range(2)]
+        for k in range(first, first + STEP_INPUTS):
+            sums[k % 2] = (sums[k % 2].double() + rows[:, None, k] * outputs[:, k]).float()
+        total = total + (sums[0] + sums[1])
+    return total + weight.bias
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
+@pytest.mark.parametrize("k_size", [32, 96, 896])
+@pytest.mark.parametrize("n_size", [1, 32, 33, 96, 127])
+def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int, is_coded: bool) -> None:
+    weight, x = dense(n_size, k_size, is_coded=is_coded), random(max(ROW_COUNTS), k_size)
+    kernel, expected = Bfloat16Tiles(weight), by_the_rule(x, weight)
+    for rows in ROW_COUNTS:
+        for start in (0, 1, len(x) - rows):
+            part = slice(start, start + rows)
+            assert torch.equal(kernel(x[part].contiguous()), expected[part]), "whatever runs beside it"
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
+@pytest.mark.parametrize("k_size", [MAX_INPUTS + 32, 2 * MAX_INPUTS + 96])
+def test_sums_wait_between_stretches_and_rows_beyond_a_block_are_rows_like_any_other(
+    k_size: int, is_coded: bool
+) -> None:
+    weight, x = dense(40, k_size, is_coded=is_coded), random(ROW_BLOCK + 7, k_size)
+    kernel = Bfloat16Tiles(weight)
+    assert kernel.is_coded == (is_coded and HAS_TABLES)
+    whole = kernel(x)
+    assert torch.equal(whole[:2], by_the_rule(x[:2], weight))
+    for rows in (1, TILE_ROWS, 2 * TILE_ROWS + 5, ROW_BLOCK):
+        for start in (0, len(x) - rows):
+            assert torch.equal(kernel(x[start : start + rows].contiguous()), whole[start : start + rows])
+
+
+@pytest.mark.skipif(not HAS_TABLES, reason="the processor has no AVX512-VBMI")
+def test_codes_and_gates_have_the_bits_of_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = dense(64, 896, is_coded=True, is_gated=True), random(70, 896)
+    coded = Bfloat16Tiles(weight)
+    monkeypatch.setattr(bfloat16_cpu, "HAS_TABLES", False)
+    plain = Bfloat16Tiles(weight)
+    assert (coded.is_coded, plain.is_coded) == (True, False)
+    for rows in ROW_COUNTS:
+        part = x[:rows].contiguous()
+        assert torch.equal(coded(part), plain(part))
+        assert torch.equal(coded.gated(part), plain.gated(part))
+        gate, value = coded(part).chunk(2, dim=1)
+        torch.testing.assert_close(coded.gated(part), torch.nn.functional.silu(gate) * value)
+
+
+def test_no_rows_and_what_is_not_a_number() -> None:
+    kernel, x = Bfloat16Tiles(dense(12, 64, is_coded=True)), random(20, 64)
+    assert kernel(torch.empty(0, 64)).shape == (0, 12)
+    x[4, 3], x[17, 0] = torch.nan, torch.inf
+    assert kernel(x).isfinite().all(dim=1).tolist() == [row not in (4, 17) for row in range(20)]
+
+
+def quantized(layout: str, n_size: int, k_size: int, num_groups: int) -> PackedWeight:
+    rng = torch.Generator().manual_seed(1)
+    if layout == "int8":
+        weight = torch.randint(-128, 128, (n_size, k_size), generator=rng, dtype=torch.int8)
+        zeros = torch.randint(-128, 128, (n_size, num_groups), generator=rng, dtype=torch.int32)
+    else:
+        weight = torch.randint(0, 256, (n_size, k_size // 2), generator=rng, dtype=torch.uint8)
+        zeros = torch.randint(0, 16, (n_size, num_groups), generator=rng, dtype=torch.int8)
+    scales = torch.rand(n_size, num_groups, generator=rng) / 100
+    return PackedWeight(layout, weight, random(n_size, seed=2), scales=scales, zero_points=zeros, is_gated=True)
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("n_size", "k_size", "num_groups"), [(32, 128, 1), (64, 128, 2), (96, 896, 7), (70, 896, 1), (33, 256, 8)]
+)
+def test_integer_rows_have_the_bits_that_each_has_alone(layout: str, n_size: int, k_size: int, num_groups: int) -> None:
+    """One row is multiplied by other instructions. Groups of 32 inputs are, too, whatever the number of rows."""
+    kernel, x = IntegerCpu(quantized(layout, n_size, k_size, num_groups)), random(4 * TILE_BLOCK + 13, k_size)
+    x[5], x[9, 7] = 0.0, 1e6
+    kinds: list[Any] = [kernel.__call__, *([kernel.gated] if kernel.num_gates else [])]
+    for product in kinds:
+        alone = torch.cat([product(row[None].contiguous()) for row in x])
+        for rows in (MIN_TILE_ROWS, MIN_TILE_ROWS + 1, TILE_BLOCK, TILE_BLOCK + 1, 2 * TILE_BLOCK + TILE_ROWS, len(x)):
+            for start in (0, len(x) - rows):
+                assert torch.equal(product(x[start : start + rows].contiguous()), alone[start : start + rows])
+
+
+def test_extreme_integers_are_exact() -> None:
+    """The largest sums there are: float32 has them, zero points taken off or not."""
+    for weight, zero in ((-128, 127), (127, -128), (127, 127)):
+        packed = PackedWeight(
+            "int8",
+            torch.full((32, 128), weight, dtype=torch.int8),
+            scales=torch.ones(32, 1),
+            zero_points=torch.full((32, 1), zero, dtype=torch.int32),
+        )
+        x = torch.full((MIN_TILE_ROWS, 128), 127.0)
+        x[1::2] *= -1
+        expected = 127.0 * 128 * (weight - zero) * torch.tensor([1.0, -1.0]).repeat(MIN_TILE_ROWS // 2)
+        assert torch.equal(IntegerCpu(packed)(x), expected[:, None].expand(-1, 32))
+
+
+def test_who_gets_tiles() -> None:
+    assert type(choose_kernel("cpu", dense(12, 64, is_coded=True), is_exact=False)) is Bfloat16Tiles
+    assert Bfloat16Tiles.why_not(PackedWeight("dense", torch.zeros(4, 48).bfloat16())) == [
+        "input sizes must be a multiple of 32, not 48"
+    ]
+
+
+REFUSED = """
+import os, torch
+torch.cpu._init_amx = lambda: False
+from quant.base import PackedWeight
+from quant.kernels import choose_kernel
+from quant.kernels.amx import HAS_TILES
+from quant.kernels.simd import enabled_features
+kernel = choose_kernel("cpu", PackedWeight("dense", torch.ones(64, 64).bfloat16()), is_exact=False)
+print(HAS_TILES, type(kernel).__name__, kernel(torch.ones(40, 64))[39, 63].item(), "amx-tile" in enabled_features())
+print("amx-tile" in os.environ["NUMBA_CPU_FEATURES"])
+"""
+
+
+def test_without_leave_kernels_are_others_and_so_is_what_they_are_kept_by() -> None:
+    """A process that Linux gives no tiles must not load kernels that use them, compiled by one that has leave."""
+    environ = {name: value for name, value in os.environ.items() if name != "NUMBA_CPU_FEATURES"}
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED],
+        env=environ,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.split() == ["False", "Bfloat16Cpu", "64.0", "False", "False"], done.stderr
