@@ -12,7 +12,8 @@ prefetcher: keys as `[num_kv_heads, num_blocks, head_dim, 16]`, values as `[num_
 
 A cache whose arrays are words holds pairs of bfloat16, for AVX512-BF16: of two dimensions of a key, `[num_kv_heads,
 num_blocks, head_dim / 2, 16]`, and of two keys' values, `[num_kv_heads, num_blocks, head_dim / 16, 8, 16]`. Queries and
-a span's weights are rounded to bfloat16 then, and the products of a pair are added one after the other.
+a span's weights are rounded to bfloat16 then, and the products of a pair are added one after the other, or as AMX does
+it where the processor has that (`attend_amx_ops`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
+from engine.attention.attend_amx_ops import (
+    STEP_DIMENSIONS,
+    SUMS,
+    configure_attention,
+    is_tiled,
+    round_query,
+)
 from engine.attention.attend_ops import (
     BLOCK_SIZE,
     LANES,
     SPAN,
     SPAN_BLOCKS,
-    make_scores,
-    make_sums,
     numbers_together,
     write_columns,
     write_numbers,
@@ -41,15 +47,13 @@ from engine.attention.softmax_cpu import (
     new_softmax,
     update_softmax_row,
 )
+from engine.attention.spans_cpu import score_span, score_span_tiled, sum_span, sum_span_tiled
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
-from quant.kernels.arrays import FAST
-from quant.kernels.simd import HAS_AVX512, load16, sum_lanes
-from quant.kernels.work_split import claim, new_claims
+from quant.kernels.amx import TILE_ROWS, release
+from quant.kernels.arrays import FAST, empty_lines
+from quant.kernels.simd import load16, sum_lanes
+from quant.kernels.work_split import claim, even_block, new_claims
 
-# Up to 24 of the 32 registers of AVX-512 hold sums. Elsewhere 16 lanes of four rows take eight of 16.
-_score4, _score8, _score12 = (make_scores(rows, 1) for rows in (4, 8, 12))
-_score4_twice, _score8_twice, _score12_twice = (make_scores(rows, 2) for rows in (4, 8, 12))
-_sum4, _sum4_twice, _sum8_twice, _sum12_twice = (make_sums(*shape) for shape in ((4, 1), (4, 2), (8, 2), (12, 2)))
 PART_BLOCKS = PART // BLOCK_SIZE
 PARALLEL_TOKENS = 64
 """Fewer keys and values to write are not worth starting a parallel region."""
@@ -73,6 +77,8 @@ class _Scratch(NamedTuple):
     """The total of each of its rows, [rows]."""
     part: Any
     """The `Softmax` over a part after the first one."""
+    tail: Any
+    """uint32: the values of the sequence's last block, of which not all are keys'."""
 
 
 @njit(inline="always")
@@ -113,65 +119,10 @@ def write_kv(qkv, width, key_start, num_kv_heads, head_dim, slots, together, key
 
 
 @njit(inline="always")
-def _tile_rows(num_rows):  # type: ignore[no-untyped-def]
-    """Rows of the next tile if so many are left, a multiple of 4: tiles of 4 are slow, so only 4 become one."""
-    if not HAS_AVX512 or num_rows == 4:
-        return 4
-    return 12 if num_rows == 12 or num_rows >= 20 else 8
-
-
-@njit(inline="always")
-def _score_rows(four, eight, twelve, q, num_rows, head_dim, keys, table, index, scores, column):  # type: ignore[no-untyped-def]
-    """Scores of all rows, a multiple of 4, against the keys of block `index` or two, the span's from `column` on.
-
-    `four`, and for AVX-512 alone `eight` and `twelve`, are the tiles of so many rows.
-    """
-    first_of_head, blocks, last = table
-    row = 0
-    while row < num_rows:
-        rows, target = _tile_rows(num_rows - row), row * SPAN + column
-        if HAS_AVX512 and rows == 12:
-            twelve(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
-        elif HAS_AVX512 and rows == 8:
-            eight(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
-        else:
-            four(q, row, num_rows, head_dim, keys, first_of_head, blocks, index, last, scores, target)
-        row += rows
-
-
-@njit(inline="always")
 def _mask_first(scores, row, num_masked):  # type: ignore[no-untyped-def]
     """Hide the first keys of the span from a row: its window begins after them."""
     for i in range(row * SPAN, row * SPAN + min(SPAN, num_masked)):
         scores[i] = np.float32(-np.inf)
-
-
-@njit(inline="always")
-def _sum_rows(tile, width, row, scores, column, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
-    """Let a tile of some rows, from `row` on, and `width` dimensions add to all dimensions of its rows."""
-    first_of_head, blocks, last = table
-    place = row * SPAN + column // numbers_together(values)
-    for d in range(0, head_dim, width):
-        target = row * head_dim + d
-        tile(scores, place, num_keys, head_dim, values, first_of_head, blocks, begin, end, last, d, sums, target)
-
-
-@njit(inline="always")
-def _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
-    """Add the weighted values of blocks `begin : end` to the sums of all rows, flat [num_rows, head_dim]."""
-    row = 0
-    while row < num_rows:
-        rows = _tile_rows(num_rows - row)
-        if not HAS_AVX512 or head_dim % (2 * LANES):
-            rows = 4
-            _sum_rows(_sum4, LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
-        elif rows == 12:
-            _sum_rows(_sum12_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
-        elif rows == 8:
-            _sum_rows(_sum8_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
-        else:
-            _sum_rows(_sum4_twice, 2 * LANES, row, scores, column, num_keys, head_dim, values, table, begin, end, sums)
-        row += rows
 
 
 @njit(**FAST)
@@ -180,14 +131,15 @@ def _new_scratch(tiles, group, head_dim):  # type: ignore[no-untyped-def]
     num_tokens = 0
     for tile in range(tiles.shape[0]):
         num_tokens = max(num_tokens, tiles[tile, NUM_TOKENS])
-    num_rows = _padded(num_tokens * group)
+    num_rows = _padded(num_tokens * group) + len(SUMS)
     return _Scratch(
         np.empty(num_rows + LANES, np.int64),
-        np.empty(num_rows * head_dim + LANES, np.float32),
-        np.empty(num_rows * SPAN, np.float32),
+        empty_lines((num_rows * head_dim + LANES) * 4).view(np.float32),
+        empty_lines(num_rows * SPAN * 4).view(np.float32),
         new_softmax(num_rows, head_dim),
         np.empty(num_rows, np.float32),
         new_softmax(num_rows, head_dim),
+        empty_lines(head_dim * BLOCK_SIZE * 2).view(np.uint32),
     )
 
 
@@ -215,25 +167,33 @@ def _transpose_queries(qkv, first, width, num_tokens, group, head_dim, scale, ke
             write_columns(qkv, scratch.places[row:], scale, keys, scratch.q, row, num_rows, d)
 
 
+@njit(inline="always")
+def _round_queries(qkv, first, width, num_tokens, group, head_dim, scale, q):  # type: ignore[no-untyped-def]
+    """Write the scaled queries of an item, the first of which begins at `first`, row by row as bfloat16."""
+    for token in range(num_tokens):
+        for head in range(group):
+            source, target = first + token * width + head * head_dim, (token * group + head) * head_dim // 2
+            for d in range(0, head_dim, STEP_DIMENSIONS):
+                round_query(qkv, source + d, scale, q, target + d // 2)
+
+
 @njit(**FAST)
-def _attend_part(q, scores, softmax, group, head_dim, window, position, num_tokens, blocks, first, last, kv):  # type: ignore[no-untyped-def]
-    """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`."""
+def _attend_part(scratch, softmax, group, head_dim, window, position, num_tokens, blocks, first, last, kv, tile_rows):  # type: ignore[no-untyped-def]
+    """One part's softmax of all rows of a tile, over the blocks `first : last` of the sequence's `blocks`.
+
+    `tile_rows`: rows of a tile of AMX; 0: without it.
+    """
     keys, values, first_of_head = kv
+    scores = scratch.scores
     num_rows, table = _padded(num_tokens * group), (first_of_head, blocks, last)
     begin_softmax(softmax, num_rows, head_dim)
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
-        index = begin
-        while HAS_AVX512 and index + 2 <= end:
-            column = (index - span) * BLOCK_SIZE
-            _score_rows(
-                _score4_twice, _score8_twice, _score12_twice, q, num_rows, head_dim, keys, table, index, scores, column
-            )
-            index += 2
-        while index < end:
-            column = (index - span) * BLOCK_SIZE
-            _score_rows(_score4, _score8, _score12, q, num_rows, head_dim, keys, table, index, scores, column)
-            index += 1
+        if tile_rows > 0:
+            rows = num_tokens * group
+            score_span_tiled(scratch.q, rows, tile_rows, head_dim, keys, table, begin, end, span, scores)
+        else:
+            score_span(scratch.q, num_rows, head_dim, keys, table, begin, end, span, scores)
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
         if num_visible + num_tokens - 1 > window:  # the last token's window begins within this span or after it
             for token in range(num_tokens):
@@ -244,7 +204,11 @@ def _attend_part(q, scores, softmax, group, head_dim, window, position, num_toke
                 update_softmax_row(keys, scores, row, num_visible + token, softmax, head_dim)
         # Slots past the sequence's end hold anything, so they take no part, not even with weight 0.
         num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
-        _sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
+        if tile_rows > 0:
+            rows = num_tokens * group
+            sum_span_tiled(scratch, rows, tile_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
+        else:
+            sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
 
 
 @njit(**FAST)
@@ -259,7 +223,13 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     first_query = first_row * width + head * group * head_dim
-    _transpose_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, keys, scratch)
+    tile_rows = 0
+    if is_tiled(keys, head_dim):
+        tile_rows = even_block(num_tokens * group, TILE_ROWS, 1)
+        configure_attention(tile_rows)
+        _round_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, scratch.q)
+    else:
+        _transpose_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, keys, scratch)
     first_of_head = head * (keys.shape[0] * numbers_together(keys) // (num_kv_heads * BLOCK_SIZE * head_dim))
     first = max(0, position + 1 - window) // BLOCK_SIZE
     last = (position + num_tokens - 1) // BLOCK_SIZE + 1
@@ -272,9 +242,7 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     for part in range(first_part, last_part):
         begin, end = max(first, part * PART_BLOCKS), min(last, (part + 1) * PART_BLOCKS)
         softmax = scratch.whole if part == first_part else scratch.part
-        _attend_part(
-            scratch.q, scratch.scores, softmax, group, head_dim, window, position, num_tokens, blocks, begin, end, kv
-        )
+        _attend_part(scratch, softmax, group, head_dim, window, position, num_tokens, blocks, begin, end, kv, tile_rows)
         for row in range(num_tokens * group):
             total = sum_lanes(load16(softmax.totals, row * LANES))
             if part == first_part:
@@ -292,6 +260,8 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
             partials[partial, head, row, :head_dim] = sums[row * head_dim : (row + 1) * head_dim]
             partials[partial, head, row, head_dim] = bases[row]
             partials[partial, head, row, head_dim + 1] = totals[row]
+    if tile_rows > 0:
+        release()
 
 
 @njit(**FAST)

@@ -194,13 +194,13 @@ def _add_products(b: Any, number: Any, lines: list[Any], totals: list[Any]) -> N
             b.store(add_pair(b, number, line, b.load(total)), total)
 
 
-def _block_at(b: Any, block_data: Any, first_of_head: Any, index: Any, size: int, head_dim: Any) -> Any:
+def block_at(b: Any, block_data: Any, first_of_head: Any, index: Any, size: int, head_dim: Any) -> Any:
     """Where block `first_of_head + blocks[index]` begins if each has `size` elements for a dimension."""
     block = b.sext(b.load(b.gep(block_data, [index])), head_dim.type)
     return b.mul(b.add(first_of_head, block), b.mul(head_dim, ir.Constant(head_dim.type, size)))
 
 
-def _ahead(b: Any, index: Any, last: Any) -> Any:
+def block_ahead(b: Any, index: Any, last: Any) -> Any:
     """The block whose lines are asked for while block `index` is used: the one a span later, or the one before `last`.
 
     With few rows a processor can't look so far ahead by itself, and its prefetcher starts anew on every page.
@@ -237,11 +237,11 @@ def make_scores(rows: int, num_blocks: int) -> Any:
 
             def base_of(index: Any) -> Any:
                 size = BLOCK_SIZE // 2 if is_paired else BLOCK_SIZE
-                return _block_at(b, block_data, first_of_head, index, size, head_dim)
+                return block_at(b, block_data, first_of_head, index, size, head_dim)
 
             indices = [b.add(index, number(i)) for i in range(num_blocks)]
             bases = [base_of(index) for index in indices]
-            fetched = [base_of(_ahead(b, index, last)) for index in indices] if rows <= MAX_FETCHING_ROWS else []
+            fetched = [base_of(block_ahead(b, index, last)) for index in indices] if rows <= MAX_FETCHING_ROWS else []
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(b, zero) for _ in bases] for _ in range(rows)]
             with cgutils.for_range(b, b.sdiv(head_dim, number(2)) if is_paired else head_dim) as loop:
@@ -314,7 +314,7 @@ def make_sums(rows: int, groups: int) -> Any:
                 return b.bitcast(b.gep(sum_data, [at]), _FLOATS.as_pointer())
 
             def base_of(index: Any) -> Any:
-                base = _block_at(b, block_data, first_of_head, index, lines_each, head_dim)
+                base = block_at(b, block_data, first_of_head, index, lines_each, head_dim)
                 return b.add(base, b.mul(d, number(lines_each)))
 
             def places(base: Any, line: Any) -> list[Any]:
@@ -339,7 +339,7 @@ def make_sums(rows: int, groups: int) -> Any:
             with cgutils.for_range(b, b.sub(end, begin)) as outer:
                 index = b.add(begin, outer.index)
                 base, weights = base_of(index), b.add(place, b.mul(outer.index, number(lines_each)))
-                fetched = base_of(_ahead(b, index, last)) if rows <= MAX_FETCHING_ROWS else None
+                fetched = base_of(block_ahead(b, index, last)) if rows <= MAX_FETCHING_ROWS else None
                 left = b.sub(num_keys, b.mul(index, number(BLOCK_SIZE)))
                 count = b.select(b.icmp_signed("<", left, number(BLOCK_SIZE)), left, number(BLOCK_SIZE))
                 num_lines = b.sdiv(count, number(num_together))

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from engine.attention.attend_ops import LANES, SPAN, is_any_above, store_weights, weights_of
-from quant.kernels.arrays import FAST
+from quant.kernels.arrays import FAST, empty_lines
 from quant.kernels.powers import exp2
 from quant.kernels.simd import (
     add,
@@ -55,7 +55,7 @@ def new_softmax(num_rows, head_dim):  # type: ignore[no-untyped-def]
     return Softmax(
         np.empty(num_rows, np.float32),
         np.empty(num_rows * LANES, np.float32),
-        np.empty(num_rows * head_dim, np.float32),
+        empty_lines(num_rows * head_dim * 4).view(np.float32),
     )
 
 
