@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, block_ahead, block_at
-from quant.kernels.amx import BFLOAT16, HAS_TILES, add_products, clear_tile, load_tile, shape_tiles, store_tile
+from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, SPAN_BLOCKS, block_ahead, block_at, has_pairs
+from quant.kernels.amx import BFLOAT16, COMPILES_AMX, add_products, clear_tile, load_tile, shape_tiles, store_tile
 from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.bfloat16_ops import for_each_count, round_two
 from quant.kernels.simd import I32, array_data, lanes_at, prefetch_at, spread
@@ -28,7 +28,7 @@ QUERIES, KEYS, WEIGHTS, VALUES = 4, 5, 6, 7
 STEP_DIMENSIONS = 32
 """Dimensions of queries and keys that an instruction takes."""
 _BLOCK_PAIRS = BLOCK_SIZE // 2
-_TAIL_GROUP = _BLOCK_PAIRS * LANES
+_GROUP_WORDS = _BLOCK_PAIRS * LANES
 """Words of a block's values of 16 dimensions."""
 _WORD_BYTES = 4
 _WORDS = ir.VectorType(I32, LANES)
@@ -36,20 +36,7 @@ _WORDS = ir.VectorType(I32, LANES)
 
 def _has_code(cache: Any) -> bool:
     """Whether there is code for such a cache: without AMX, LLVM would end the process."""
-    return HAS_TILES and bool(cache.dtype == types.uint32)
-
-
-@intrinsic
-def is_tiled(typing_context, cache, head_dim):  # type: ignore[no-untyped-def]
-    """Whether such a cache's inner products are those of this module."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not _has_code(signature.args[0]):
-            return context.get_constant(types.boolean, False)
-        rest = b.srem(args[1], ir.Constant(args[1].type, STEP_DIMENSIONS))
-        return b.icmp_signed("==", rest, ir.Constant(rest.type, 0))
-
-    return types.boolean(cache, types.intp), codegen
+    return COMPILES_AMX and has_pairs(cache)
 
 
 @intrinsic
@@ -57,7 +44,7 @@ def configure_attention(typing_context, tile_rows):  # type: ignore[no-untyped-d
     """Let this thread's tiles have the shapes that the others of this module need, with so many rows of queries."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if HAS_TILES:  # LLVM would end the process
+        if COMPILES_AMX:
             whole, half = (ir.Constant(args[0].type, rows) for rows in (BLOCK_SIZE, _BLOCK_PAIRS))
             rows = [(args[0], LINE_BYTES)] * len(SUMS) + [(args[0], LINE_BYTES), (whole, LINE_BYTES)]
             shape_tiles(b, [*rows, (args[0], LINE_BYTES // 2), (half, LINE_BYTES)])
@@ -68,13 +55,13 @@ def configure_attention(typing_context, tile_rows):  # type: ignore[no-untyped-d
 
 @intrinsic
 def round_query(typing_context, qkv, source, scale, q, target):  # type: ignore[no-untyped-def]
-    """Write 32 numbers of qkv float32, from `source` on, times `scale`, as bfloat16: from place `target` of q on.
+    """Write 32 numbers of qkv float32 times `scale` as 16 words of two bfloat16.
 
-    q is float32, of which each element has two of them, and so `target` counts.
+    `source` counts numbers, `target` words of q, a float32 array.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not HAS_TILES:
+        if not COMPILES_AMX:
             return context.get_dummy_value()
         qkv, q = (array_data(context, b, signature, args, i) for i in (0, 3))
         scale = spread(b, args[2], LANES)
@@ -95,7 +82,7 @@ def score_tiles(  # type: ignore[no-untyped-def]
 
     q [rows, head_dim] bfloat16 in a float32 array; keys words, of which a block is [head_dim / 2, 16]; scores float32
     [rows, SPAN], to whose columns from `column` on those of the block are written. `last` is where the blocks end that
-    will be used: a single row tile asks for one of those.
+    will be used: a single row tile prefetches keys of `block_ahead`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -154,7 +141,7 @@ def copy_tail(typing_context, values, first_of_head, blocks, index, num_keys, he
 
         base = block_at(b, blocks, first_of_head, index, _BLOCK_PAIRS, head_dim)
         with cgutils.for_range(b, b.sdiv(head_dim, number(LANES))) as loop:
-            group = b.mul(loop.index, number(_TAIL_GROUP))
+            group = b.mul(loop.index, number(_GROUP_WORDS))
             for pair in range(_BLOCK_PAIRS):
                 at = b.add(group, number(pair * LANES))
                 line = b.load(b.bitcast(b.gep(values, [b.add(base, at)]), _WORDS.as_pointer()))
@@ -172,12 +159,12 @@ def copy_tail(typing_context, values, first_of_head, blocks, index, num_keys, he
 
 @intrinsic
 def sum_tiles(  # type: ignore[no-untyped-def]
-    typing_context, scores, row, count, tile_rows, head_dim, values, first_of_head, blocks, begin, end, tail, last, sums
+    typing_context, scores, row, count, tile_rows, head_dim, values, first_of_head, blocks, begin, end, tail, cut, sums
 ):
     """Add the weighted values of blocks `begin : end` of a span to the sums of `count` row tiles, from `row` on.
 
     scores float32 [rows, SPAN], each row of which begins with its weights as bfloat16; values words, of which a block
-    is [head_dim / 16, 8 pairs of keys, 16]; sums float32 [rows, head_dim]. If `last` is one of those blocks, its values
+    is [head_dim / 16, 8 pairs of keys, 16]; sums float32 [rows, head_dim]. If `cut` is one of those blocks, its values
     are those of `tail` (`copy_tail`).
     """
 
@@ -185,7 +172,7 @@ def sum_tiles(  # type: ignore[no-untyped-def]
         if not _has_code(signature.args[5]):
             return context.get_dummy_value()
         scores, values, blocks, tail, sums = (array_data(context, b, signature, args, i) for i in (0, 5, 7, 10, 12))
-        row, count, tile_rows, head_dim, first_of_head, begin, end, last = (args[i] for i in (1, 2, 3, 4, 6, 8, 9, 11))
+        row, count, tile_rows, head_dim, first_of_head, begin, end, cut = (args[i] for i in (1, 2, 3, 4, 6, 8, 9, 11))
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(head_dim.type, value)
@@ -198,13 +185,13 @@ def sum_tiles(  # type: ignore[no-untyped-def]
                 stride = b.mul(head_dim, number(_WORD_BYTES))
                 for tile, place in zip(SUMS, places, strict=False):
                     load_tile(b, tile, place, stride)
-                group = b.mul(groups.index, number(_TAIL_GROUP))
+                group = b.mul(groups.index, number(_GROUP_WORDS))
                 with cgutils.for_range(b, b.sub(end, begin)) as loop:
                     index = b.add(begin, loop.index)
                     base = block_at(b, blocks, first_of_head, index, _BLOCK_PAIRS, head_dim)
-                    whole, cut = b.gep(values, [b.add(base, group)]), b.gep(tail, [group])
-                    load_tile(b, VALUES, b.select(b.icmp_signed("==", index, last), cut, whole), number(LINE_BYTES))
-                    column = b.mul(b.srem(index, number(SPAN // BLOCK_SIZE)), number(_BLOCK_PAIRS))
+                    whole, copied = b.gep(values, [b.add(base, group)]), b.gep(tail, [group])
+                    load_tile(b, VALUES, b.select(b.icmp_signed("==", index, cut), copied, whole), number(LINE_BYTES))
+                    column = b.mul(b.srem(index, number(SPAN_BLOCKS)), number(_BLOCK_PAIRS))
                     for tile, first in zip(SUMS, rows, strict=False):
                         weights = b.gep(scores, [b.add(b.mul(first, number(SPAN)), column)])
                         load_tile(b, WEIGHTS, weights, number(SPAN * _WORD_BYTES))

@@ -13,7 +13,7 @@ prefetcher: keys as `[num_kv_heads, num_blocks, head_dim, 16]`, values as `[num_
 A cache whose arrays are words holds pairs of bfloat16, for AVX512-BF16: of two dimensions of a key, `[num_kv_heads,
 num_blocks, head_dim / 2, 16]`, and of two keys' values, `[num_kv_heads, num_blocks, head_dim / 16, 8, 16]`. Queries and
 a span's weights are rounded to bfloat16 then, and the products of a pair are added one after the other, or as AMX does
-it where the processor has that (`attend_amx_ops`).
+it where there is that (`attend_amx_ops`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from numba import njit, prange
 
 from engine.attention.attend_amx_ops import (
     STEP_DIMENSIONS,
-    SUMS,
     configure_attention,
-    is_tiled,
     round_query,
 )
 from engine.attention.attend_ops import (
@@ -47,7 +45,7 @@ from engine.attention.softmax_cpu import (
     new_softmax,
     update_softmax_row,
 )
-from engine.attention.spans_cpu import score_span, score_span_tiled, sum_span, sum_span_tiled
+from engine.attention.spans_cpu import score_span, score_span_amx, sum_span, sum_span_amx
 from engine.attention.tiles_cpu import FIRST_PART, FIRST_ROW, NUM_TOKENS, PART, PARTIAL, POSITION, split_items
 from quant.kernels.amx import TILE_ROWS, release
 from quant.kernels.arrays import FAST, empty_lines
@@ -68,7 +66,8 @@ class _Scratch(NamedTuple):
     places: Any
     """Where each row's query begins, and as many places more as a vector has lanes."""
     q: Any
-    """Queries, flat [head_dim, rows] or as words [head_dim / 2, rows], and places for as many more as a vector has."""
+    """Queries, flat [head_dim, rows] or as words [head_dim / 2, rows], and places for as many more as a vector has.
+    With AMX row by row: words [rows, head_dim / 2]."""
     scores: Any
     """Scores of a span, flat [rows, SPAN], then its weights."""
     whole: Any
@@ -78,7 +77,7 @@ class _Scratch(NamedTuple):
     part: Any
     """The `Softmax` over a part after the first one."""
     tail: Any
-    """uint32: the values of the sequence's last block, of which not all are keys'."""
+    """uint32 [head_dim / 16, 8, 16]: the values of the sequence's last block, zeros behind its last key."""
 
 
 @njit(inline="always")
@@ -131,7 +130,7 @@ def _new_scratch(tiles, group, head_dim):  # type: ignore[no-untyped-def]
     num_tokens = 0
     for tile in range(tiles.shape[0]):
         num_tokens = max(num_tokens, tiles[tile, NUM_TOKENS])
-    num_rows = _padded(num_tokens * group) + len(SUMS)
+    num_rows = (num_tokens * group + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS  # the last ones may be nobody's
     return _Scratch(
         np.empty(num_rows + LANES, np.int64),
         empty_lines((num_rows * head_dim + LANES) * 4).view(np.float32),
@@ -184,14 +183,13 @@ def _attend_part(scratch, softmax, group, head_dim, window, position, num_tokens
     `tile_rows`: rows of a tile of AMX; 0: without it.
     """
     keys, values, first_of_head = kv
-    scores = scratch.scores
-    num_rows, table = _padded(num_tokens * group), (first_of_head, blocks, last)
+    scores, rows = scratch.scores, num_tokens * group
+    num_rows, table = _padded(rows), (first_of_head, blocks, last)
     begin_softmax(softmax, num_rows, head_dim)
     for span in range(first // SPAN_BLOCKS * SPAN_BLOCKS, last, SPAN_BLOCKS):
         begin, end = max(first, span), min(last, span + SPAN_BLOCKS)
         if tile_rows > 0:
-            rows = num_tokens * group
-            score_span_tiled(scratch.q, rows, tile_rows, head_dim, keys, table, begin, end, span, scores)
+            score_span_amx(scratch.q, rows, tile_rows, head_dim, keys, table, begin, end, span, scores)
         else:
             score_span(scratch.q, num_rows, head_dim, keys, table, begin, end, span, scores)
         num_visible = position + 1 - span * BLOCK_SIZE  # keys of this span that the tile's first token sees
@@ -205,8 +203,7 @@ def _attend_part(scratch, softmax, group, head_dim, window, position, num_tokens
         # Slots past the sequence's end hold anything, so they take no part, not even with weight 0.
         num_keys, column = position + num_tokens, (begin - span) * BLOCK_SIZE
         if tile_rows > 0:
-            rows = num_tokens * group
-            sum_span_tiled(scratch, rows, tile_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
+            sum_span_amx(scratch, rows, tile_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
         else:
             sum_span(scores, column, num_rows, num_keys, head_dim, values, table, begin, end, softmax.sums)
 
@@ -218,13 +215,14 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     Of args qkv is flat [tokens, width], out flat [tokens, num_heads, head_dim], and tiles, partials and block_table are
     as in `CpuAttention`.
     """
-    qkv, width, num_heads, num_kv_heads, head_dim, scale, window, tiles, block_table, keys, values, out, partials = args
+    qkv, width, num_heads, num_kv_heads, head_dim, scale, window, uses_amx, tiles, block_table = args[:10]
+    keys, values, out, partials = args[10:]
     group = num_heads // num_kv_heads
     head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     first_query = first_row * width + head * group * head_dim
     tile_rows = 0
-    if is_tiled(keys, head_dim):
+    if uses_amx:
         tile_rows = even_block(num_tokens * group, TILE_ROWS, 1)
         configure_attention(tile_rows)
         _round_queries(qkv, first_query, width, num_tokens, group, head_dim, scale, scratch.q)
@@ -278,7 +276,7 @@ def _num_products(tiles, num_heads, head_dim):  # type: ignore[no-untyped-def]
 @njit(parallel=True, **FAST)
 def attend(num_threads, args):  # type: ignore[no-untyped-def]
     """All items, shared by the threads if there is much to do; args as `_attend_item` takes them."""
-    num_heads, num_kv_heads, head_dim, window, tiles = args[2], args[3], args[4], args[6], args[7]
+    num_heads, num_kv_heads, head_dim, window, tiles = args[2], args[3], args[4], args[6], args[8]
     if _num_products(tiles, num_heads, head_dim) < PARALLEL_PRODUCTS:
         scratch = _new_scratch(tiles, num_heads // num_kv_heads, head_dim)
         for item in range(tiles.shape[0] * num_kv_heads):

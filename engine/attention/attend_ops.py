@@ -39,7 +39,7 @@ MAX_FETCHING_ROWS = 8
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
-def _is_paired(array: Any) -> bool:
+def has_pairs(array: Any) -> bool:
     """Whether an element of an array of this type is a pair of bfloat16."""
     return bool(array.dtype == types.uint32)
 
@@ -47,7 +47,7 @@ def _is_paired(array: Any) -> bool:
 @intrinsic
 def numbers_together(typing_context, cache):  # type: ignore[no-untyped-def]
     """How many numbers lie together in an element of a cache's array: two where it is a pair of bfloat16, a word."""
-    count = 2 if _is_paired(cache) else 1
+    count = 2 if has_pairs(cache) else 1
     return types.intp(cache), lambda context, b, signature, args: context.get_constant(types.intp, count)
 
 
@@ -113,7 +113,7 @@ def write_columns(typing_context, x, places, scale, cache, q, target, stride, d)
             at = b.add(b.load(b.gep(place_data, [number(r)])), d)
             rows.append(b.fmul(lanes_at(b, x_data, types.float32, at, LANES, LANES), scales))
         first = d
-        if _is_paired(signature.args[3]):
+        if has_pairs(signature.args[3]):
             rows = [round_two(b, rows[r], rows[r + 1]) for r in range(0, LANES, 2)]
             first = b.sdiv(d, number(2))
         for i, column in enumerate(_rotate_places(b, rows)):
@@ -130,7 +130,7 @@ def weights_of(typing_context, cache, differences):  # type: ignore[no-untyped-d
     """2 to the power of 16 differences of scores, as exactly as weights are used with such a cache."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return short_exp2(b, args[1]) if _is_paired(signature.args[0]) else exp2_of(b, args[1])
+        return short_exp2(b, args[1]) if has_pairs(signature.args[0]) else exp2_of(b, args[1])
 
     return differences(cache, differences), codegen
 
@@ -148,7 +148,7 @@ def store_weights(typing_context, cache, scores, row, column, low, high):  # typ
             at = b.bitcast(b.gep(data, [b.add(place, offset)]), value.type.as_pointer())
             b.store(value, at).align = 4
 
-        if _is_paired(signature.args[0]):
+        if has_pairs(signature.args[0]):
             write(round_two(b, low, high), b.sdiv(column, context.get_constant(at_type, 2)))
         else:
             write(low, column)
@@ -178,7 +178,7 @@ def _number_at(b: Any, data: Any, offset: Any, *, is_paired: bool) -> Any:
 
 def _line_at(b: Any, data: Any, array: Any, offset: Any) -> Any:
     """Elements of a cache from `offset` on, one for each lane: as float32, or as they are if they are words."""
-    if not _is_paired(array):
+    if not has_pairs(array):
         return lanes_at(b, data, array.dtype, offset, LANES, LANES)
     line = b.load(b.bitcast(b.gep(data, [offset]), _WORDS.as_pointer()))
     line.align = 4
@@ -230,7 +230,7 @@ def make_scores(rows: int, num_blocks: int) -> Any:
             )
             place, num_rows, head_dim, first_of_head, index, last, target = (args[i] for i in (1, 2, 3, 5, 7, 8, 10))
             array = signature.args[4]
-            is_paired = _is_paired(array)
+            is_paired = has_pairs(array)
 
             def number(value: int) -> ir.Constant:
                 return ir.Constant(head_dim.type, value)
@@ -302,7 +302,7 @@ def make_sums(rows: int, groups: int) -> Any:
             place, num_keys, head_dim, first_of_head = (args[i] for i in (1, 2, 3, 5))
             begin, end, last, d, target = (args[i] for i in (7, 8, 9, 10, 12))
             array = signature.args[4]
-            is_paired = _is_paired(array)
+            is_paired = has_pairs(array)
             num_together = 2 if is_paired else 1
             lines_each = BLOCK_SIZE // num_together  # of a group
 

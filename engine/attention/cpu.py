@@ -15,11 +15,13 @@ import numpy.typing as npt
 import torch
 from numba import get_num_threads
 
+from engine.attention.attend_amx_ops import STEP_DIMENSIONS
 from engine.attention.attend_cpu import attend, merge_parts, write_kv
 from engine.attention.attend_ops import BLOCK_SIZE, LANES
 from engine.attention.base import AttentionMetadata, AttentionShape, LayerCache, RepeatableStep
 from engine.attention.tiles_cpu import LAST_PART, PART, PARTIAL, split_items
 from engine.layers.base import Rotation
+from quant.kernels.amx import HAS_AMX
 from quant.kernels.arrays import call, flat_view, new_output
 from quant.kernels.bfloat16_ops import HAS_PAIRS
 
@@ -64,6 +66,7 @@ class CpuAttention:
         self._partial_shape = shape.num_kv_heads, self.tile_tokens * group, shape.head_dim + 2
         self._num_threads = get_num_threads()
         self._is_paired = shape.is_rounded and HAS_PAIRS
+        self._may_use_amx = HAS_AMX and shape.head_dim % STEP_DIMENSIONS == 0
         self._scale = np.float32(math.log2(math.e) / math.sqrt(shape.head_dim))  # softmax takes powers of 2
         self._no_partials = torch.empty(0, *self._partial_shape)
 
@@ -132,7 +135,8 @@ class CpuAttention:
         if together == 2:
             keys, values = keys.view(np.uint32), values.view(np.uint32)
         tensors = tiles, block_table, keys, values, flat_out, partials
-        arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, *tensors
+        uses_amx = int(together == 2 and self._may_use_amx)
+        arguments = flat, width, *sizes, self._scale, window or NO_WINDOW, uses_amx, *tensors
         call(attend, self._num_threads, arguments)
         if is_split:
             call(merge_parts, tiles, *sizes, flat_out, partials)

@@ -89,7 +89,7 @@ def score_span(q, num_rows, head_dim, keys, table, begin, end, span, scores):  #
 
 
 @njit(inline="always")
-def score_span_tiled(q, num_rows, tile_rows, head_dim, keys, table, begin, end, span, scores):  # type: ignore[no-untyped-def]
+def score_span_amx(q, num_rows, tile_rows, head_dim, keys, table, begin, end, span, scores):  # type: ignore[no-untyped-def]
     """`score_span` by AMX, in tiles of so many rows."""
     first_of_head, blocks, last = table
     for row in range(0, num_rows, len(SUMS) * tile_rows):
@@ -100,7 +100,7 @@ def score_span_tiled(q, num_rows, tile_rows, head_dim, keys, table, begin, end, 
 
 
 @njit(inline="always")
-def sum_span_tiled(scratch, num_rows, tile_rows, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
+def sum_span_amx(scratch, num_rows, tile_rows, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
     """`sum_span` by AMX."""
     first_of_head, blocks, _ = table
     cut = num_keys // BLOCK_SIZE  # slots past the sequence's end hold anything

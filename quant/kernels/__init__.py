@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 MATRICES: dict[str, dict[str, list[str]]] = {
     "cpu": {
         "dense": [
-            "quant.kernels.bfloat16_tiles:Bfloat16Tiles",
+            "quant.kernels.bfloat16_amx_cpu:Bfloat16Amx",
             "quant.kernels.bfloat16_cpu:Bfloat16Cpu",
             "quant.kernels.dense_cpu:DenseCpu",
         ],
@@ -70,7 +70,9 @@ def choose_kernel(backend: str, packed: PackedWeight, *, is_exact: bool = True) 
             return kernel(packed)
         refusals += reasons
         if kernel.rounding is not None:
-            logger.debug("A matrix %s runs in float32: %s", list(packed.weight.shape), "; ".join(reasons))
+            logger.debug(
+                "A matrix %s runs without %s: %s", list(packed.weight.shape), kernel.rounding, "; ".join(reasons)
+            )
     raise ValueError("; ".join(refusals))
 
 

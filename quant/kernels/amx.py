@@ -1,26 +1,27 @@
 """AMX, the tile unit of Intel's processors since Sapphire Rapids, as LLVM operations and Numba intrinsics.
 
-A tile is a register of 16 rows of 64 bytes, of which a thread has eight. One instruction multiplies two of them and
-adds the products to a third, 16 rows times 16 outputs: 32 inputs of bfloat16, or 64 of 8 bits.
+A tile is a register of 16 rows of 64 bytes, of which a thread has eight. One instruction multiplies a tile of rows with
+one of weights and adds to a third, 16 rows by 16 outputs; it takes 32 inputs of bfloat16 or 64 of 8 bits.
 
-The instruction for bfloat16 (`tdpbf16ps`, Intel's "Instruction Set Extensions Programming Reference", chapter 3) adds
-the products of the even inputs of its 32 and those of the odd ones apart, each as a fused multiply-add, in their order
-and from 0; then the two sums to each other, and that to the total. Numbers below 2^-126 count as 0. Which rows run
-together changes nothing. Those for 8 bits add integers.
+The instruction for bfloat16, `tdpbf16ps`, adds the products of the even inputs and those of the odd ones apart: each
+sum begins at 0 and takes one fused multiply-add per input, in order. It adds the two sums, and adds the result to the
+total. Numbers below 2^-126 count as 0. Which rows run together changes nothing. Those for 8 bits add integers.
 
 A thread says which rows its tiles have before it uses them (`configure`) and gives them back (`release`). Nothing else
 that these kernels call uses tiles, so what they hold stays from one intrinsic to the next.
+
+Numba keeps compiled kernels by the instructions that it compiles for (`COMPILES_AMX`), whether or not Linux gives a
+process the tiles (`HAS_AMX`). So no kernel may ask for the latter: those that have another way are told by an argument.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.ir as ir
 import torch
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -35,31 +36,19 @@ OUTPUTS = TILE_ROWS * UNITS
 STEP_BYTES = LINE_BYTES
 """Bytes of a row's inputs that an instruction takes."""
 BFLOAT16, SIGNED_BY_UNSIGNED = "llvm.x86.tdpbf16ps", "llvm.x86.tdpbsud"
-"""What multiplies rows with weights: the second takes rows of int8 and weights of uint8."""
+"""LLVM's names of the products; the second multiplies int8 rows with uint8 weights."""
 
-_FEATURES = {"amx-tile", "amx-bf16", "amx-int8"}
+_FEATURES = {"amx-tile", "amx-bf16", "amx-int8", "avx512bf16", "avx512dq", "avx512vnni"}
+_CONFIG_BYTES, _ROW_BYTES_AT, _ROWS_AT = 64, 16, 48
+"""Of the memory that the shapes of tiles are loaded from."""
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _BYTES = _I8.as_pointer()
 
 
-def _ask_for_tiles() -> bool:
-    """Whether the processor has AMX, and Linux gives it to this process, which has to ask for its large registers.
-
-    Numba keeps compiled kernels by the instructions that it compiles for. So without the registers it gets to know that
-    there are no such instructions, and whatever process this one starts does, too.
-    """
-    features = enabled_features()
-    if not features >= _FEATURES:
-        return False
-    if torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
-        return True
-    others = ",".join(f"+{feature}" for feature in sorted(features) if not feature.startswith("amx-"))
-    os.environ["NUMBA_CPU_FEATURES"] = config.CPU_FEATURES = others
-    return False
-
-
-HAS_TILES = _ask_for_tiles()
-"""Whether kernels may use tiles."""
+COMPILES_AMX = _FEATURES <= enabled_features()
+"""Whether there is code for tiles; without their features LLVM would end the process."""
+HAS_AMX = COMPILES_AMX and bool(torch.cpu._init_amx())  # pyright: ignore[reportPrivateUsage]
+"""Whether this process may use tiles: Linux gives their large registers to those who ask. Not for use in a kernel."""
 
 
 def _call(b: Any, name: str, *operands: Any) -> None:
@@ -97,8 +86,8 @@ def add_products(b: Any, product: str, sums: int, rows: int, weights: int) -> No
 
 
 def shape_tiles(b: Any, shapes: Sequence[tuple[Any, int]]) -> None:
-    """Give this thread's tiles, from the first on, their rows, integers of LLVM's, and the bytes of a row."""
-    memory = cgutils.alloca_once(b, ir.ArrayType(_I8, LINE_BYTES))
+    """Set each tile's rows, an integer of LLVM, and bytes of a row, from tile 0 on."""
+    memory = cgutils.alloca_once(b, ir.ArrayType(_I8, _CONFIG_BYTES))
     b.store(ir.Constant(memory.type.pointee, None), memory)
     place = b.bitcast(memory, _BYTES)
 
@@ -107,17 +96,17 @@ def shape_tiles(b: Any, shapes: Sequence[tuple[Any, int]]) -> None:
 
     put(0, ir.Constant(_I8, 1))  # the only palette
     for tile, (rows, row_bytes) in enumerate(shapes):
-        put(16 + 2 * tile, ir.Constant(_I16, row_bytes))
-        put(48 + tile, b.trunc(rows, _I8))
+        put(_ROW_BYTES_AT + 2 * tile, ir.Constant(_I16, row_bytes))
+        put(_ROWS_AT + tile, b.trunc(rows, _I8))
     _call(b, "llvm.x86.ldtilecfg", place)
 
 
 @intrinsic
 def configure(typing_context, rows, first_weights):  # type: ignore[no-untyped-def]
-    """Let this thread's tiles have so many rows, 16 at most, and those of weights, the last ones, 16."""
+    """Give tiles below `first_weights` so many rows, 16 at most, and those from it on 16."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if HAS_TILES:  # LLVM would end the process
+        if COMPILES_AMX:
 
             def rows_of(tile: int) -> Any:
                 has_weights = b.icmp_signed(">=", ir.Constant(args[1].type, tile), args[1])
@@ -131,10 +120,10 @@ def configure(typing_context, rows, first_weights):  # type: ignore[no-untyped-d
 
 @intrinsic
 def release(typing_context):  # type: ignore[no-untyped-def]
-    """Give this thread's tiles back: what saves its registers does not save theirs."""
+    """Give this thread's tiles back: Linux then need not save their 8 KB when it switches threads."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if HAS_TILES:
+        if COMPILES_AMX:
             _call(b, "llvm.x86.tilerelease")
         return context.get_dummy_value()
 

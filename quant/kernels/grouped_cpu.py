@@ -19,7 +19,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
-from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, new_tile_memory, round_rows
+from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, new_amx_memory, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.padding_cpu import without_padding
 from quant.kernels.work_split import tile_range
@@ -45,12 +45,14 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threa
 
 
 @njit(parallel=True, **FAST)
-def _integer(x, group, w, scales, zeros, num_groups, bias, out, starts, active, n_size, k_size, num_threads):  # type: ignore[no-untyped-def]
+def _integer(  # type: ignore[no-untyped-def]
+    x, group, w, scales, zeros, num_groups, bias, out, starts, active, n_size, k_size, num_threads, min_amx_rows
+):
     x8, x_scales, x_sums = round_rows(x, len(x) // k_size, k_size, group)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for thread in prange(num_threads):
-        memory = new_tile_memory(w, len(x8) // k_size, k_size)
+        memory = new_amx_memory(w, len(x) // k_size, k_size, min_amx_rows)
         for index in range(active[0]):
             matrix = active[1 + index]
             w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
@@ -59,7 +61,8 @@ def _integer(x, group, w, scales, zeros, num_groups, bias, out, starts, active, 
             first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
             for tile in range(first_tile, last_tile):
                 weights = w1, s1, z1, num_groups, b1
-                multiply_rows(x8, x_scales, x_sums, first, last, group, *weights, out, tile, 0, n_size, k_size, memory)
+                rows = x8, x_scales, x_sums, (first, last), group
+                multiply_rows(*rows, *weights, out, tile, 0, n_size, k_size, memory, min_amx_rows)
 
 
 @njit(parallel=True, **FAST)
@@ -174,7 +177,9 @@ class GroupedIntegerCpu:
         self._n_size = matrices[0].weight.shape[0]
         self._padded_size = -(-self._n_size // OUTPUTS) * OUTPUTS
         self._k_size = matrices[0].num_inputs
-        parts = [IntegerCpu(packed).arrays for packed in matrices]
+        kernels = [IntegerCpu(packed) for packed in matrices]
+        parts = [kernel.arrays for kernel in kernels]
+        self._min_amx_rows = kernels[0].min_amx_rows
         group, *_, num_groups, _ = parts[0]
         weight, scales, zeros, bias = (np.concatenate([part[index] for part in parts]) for index in (1, 2, 3, 5))
         self._before = group, weight, scales, zeros, num_groups, bias
@@ -182,6 +187,6 @@ class GroupedIntegerCpu:
 
     def __call__(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], self._padded_size)
-        sizes = self._padded_size, self._k_size, self._num_threads
+        sizes = self._padded_size, self._k_size, self._num_threads, self._min_amx_rows
         call(_integer, flat_view(x), *self._before, flat_out, *_numbers(groups), *sizes)
         return without_padding(out, self._n_size)

@@ -4,8 +4,8 @@ One rule for every number of rows (its reference implementation is `rounded_torc
 64 or 32) is divided by its largest magnitude over 127 and rounded to the nearest integer. Sums within a group are
 integers, so they are exact; groups are added in order. A row's bits therefore do not depend on the rest of the batch.
 
-The instruction set is chosen once (`integer_ops`). Where the machine has none of them, and with `--dtype float32`,
-`packed_cpu` multiplies in float32 instead.
+The instruction set is chosen once (`integer_ops`); from `MIN_AMX_ROWS` rows on AMX multiplies, with the same bits.
+Where the machine has none of them, and with `--dtype float32`, `packed_cpu` multiplies in float32 instead.
 """
 
 from __future__ import annotations
@@ -17,19 +17,10 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.amx import HAS_TILES, TILE_ROWS, UNITS, configure, release
+from quant.kernels.amx import HAS_AMX, TILE_ROWS, UNITS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
-from quant.kernels.integer_ops import (
-    CHUNK,
-    INPUTS,
-    INSTRUCTIONS,
-    Instructions,
-    find_instructions,
-    make_round_group,
-    make_tile,
-)
-from quant.kernels.integer_tile_ops import (
+from quant.kernels.integer_amx_ops import (
     GROUP_SIZES,
     SUMS,
     WEIGHTS,
@@ -40,6 +31,14 @@ from quant.kernels.integer_tile_ops import (
     unpack_tile,
     write_scaled,
 )
+from quant.kernels.integer_ops import (
+    INPUTS,
+    INSTRUCTIONS,
+    Instructions,
+    find_instructions,
+    make_round_group,
+    make_tile,
+)
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
 from quant.kernels.simd import HAS_AVX512, prefetch
@@ -48,8 +47,8 @@ from quant.packing import unpack_nibbles
 
 ROW_BLOCK = 512
 """Rows that share a reading of a tile's weights, which stay in the L2 cache; activations come from the L3 in time."""
-TILE_ROWS_BYTES = 3 << 18
-"""Activations that stay in the L2 cache beside a tile's weights: AMX does not wait for those from the L3."""
+AMX_ROW_BYTES = 768 << 10
+"""Activations that share a reading of a tile's weights by AMX. They stay in the L2 cache: the L3 is too slow for it."""
 
 FOUND = find_instructions()
 ISA = FOUND or INSTRUCTIONS[-1]
@@ -61,9 +60,11 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
-MIN_TILE_ROWS = 48
+MIN_AMX_ROWS = 48
 """Rows from which AMX is quicker: fewer wait for weights, which its instructions ask for less evenly."""
-TILE_BLOCK = len(SUMS) * TILE_ROWS
+NO_ROWS = 1 << 40
+"""A number of rows that no product has."""
+AMX_BLOCK = len(SUMS) * TILE_ROWS
 """Rows whose totals and sums wait in the L1 cache for the next group's weights."""
 ROWS = ISA.rows
 multiply_first_rows, multiply_many_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
@@ -72,25 +73,25 @@ multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
 round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 
-class TileMemory(NamedTuple):
+class AmxMemory(NamedTuple):
     """What a thread's tiles of AMX need while they are multiplied."""
 
     unpacked: Any
     """uint8: the weights of a tile of outputs, where they are packed."""
     totals: Any
-    """int32 [TILE_BLOCK, OUTPUTS]: a group's products."""
+    """int32 [AMX_BLOCK, OUTPUTS]: a group's products."""
     sums: Any
-    """float32 [TILE_BLOCK, OUTPUTS]"""
+    """float32 [AMX_BLOCK, OUTPUTS]"""
 
 
 @njit(**FAST)
-def new_tile_memory(w, num_rows, k_size):  # type: ignore[no-untyped-def]
-    """Memory for products of so many rows with such weights."""
-    is_used = HAS_TILES and num_rows >= MIN_TILE_ROWS
-    return TileMemory(
+def new_amx_memory(w, num_rows, k_size, min_amx_rows):  # type: ignore[no-untyped-def]
+    """Memory for products of so many rows with such weights; it is empty where AMX multiplies none of them."""
+    is_used = num_rows >= min_amx_rows
+    return AmxMemory(
         empty_lines(OUTPUTS * k_size if is_used and has_packed_weights(w) else 0),
-        empty_lines(TILE_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.int32),
-        empty_lines(TILE_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.float32),
+        empty_lines(AMX_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.int32),
+        empty_lines(AMX_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.float32),
     )
 
 
@@ -101,14 +102,13 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
     """`multiply_rows` by AMX."""
     unpacked, totals, sums = memory
     num_x_groups, lanes, weights = k_size // group, OUTPUTS // UNITS, tile * k_size * OUTPUTS
-    is_packed = len(unpacked) > 0
+    is_packed = has_packed_weights(w)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
     if is_packed:
-        unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked, 0)
+        unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked)
     configure(TILE_ROWS, WEIGHTS[0])
-    numbers = tile * OUTPUTS * groups, (tile * OUTPUTS + lanes) * groups
-    for first in range(row, last, TILE_BLOCK):
-        count = min(TILE_BLOCK, last - first)
+    for first in range(row, last, AMX_BLOCK):
+        count = min(AMX_BLOCK, last - first)
         num_tiles = (count + TILE_ROWS - 1) // TILE_ROWS
         for g in range(num_x_groups):
             if first == row:
@@ -122,23 +122,25 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
                 else:
                     multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, w, weights + offset, group)
                 store_totals(num_tiles, totals, unit * lanes, TILE_ROWS * OUTPUTS)
-            behind = g * groups // num_x_groups * lanes
-            numbers = tile * OUTPUTS * groups + behind, (tile * OUTPUTS + lanes) * groups + behind
-            x_numbers = x_scales, x_sums, first * num_x_groups + g, num_x_groups
-            scale_totals(totals, (0, count, 0), *x_numbers, scales, zeros, numbers, g == 0, sums)
-        write_scaled(sums, 0, count, scales, numbers, bias, out, first, tile, gates, width)
+            group_place = g * groups // num_x_groups * lanes
+            unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + lanes) * groups + group_place
+            x_places = first * num_x_groups + g, num_x_groups
+            scale_totals(totals, count, x_scales, x_sums, *x_places, scales, zeros, unit_places, g == 0, sums)
+        write_scaled(sums, count, scales, unit_places, bias, out, first, tile, gates, width)
     release()
 
 
 @njit(**FAST)
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory, min_rows
 ):
     """Rows of x int8, whose scales are float32 and sums int32, times a tile of outputs of so many `groups` of weights.
 
-    `gates` and `width` are those of `gates_ops.write_tile`; `memory` is of `new_tile_memory` for such weights.
+    `rows` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`; `memory` is of
+    `new_amx_memory` for such weights. From `min_rows` rows on AMX multiplies, if there is memory for it.
     """
-    if HAS_TILES and last - row >= MIN_TILE_ROWS and group in GROUP_SIZES:
+    row, last = rows
+    if len(memory.sums) > 0 and last - row >= min_rows:
         _multiply_row_tiles(
             x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
         )
@@ -178,11 +180,11 @@ def multiply_rows(  # type: ignore[no-untyped-def]
 def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
     """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups].
 
-    A tile of AMX may read rows behind the last, whose products nobody reads.
+    Behind the integers lie 16 rows that a tile of AMX may read, and of whose products nobody knows.
     """
     num_groups = num_rows * k_size // group
-    num_padding = TILE_ROWS * k_size if HAS_TILES else 0
-    x8, x_scales = empty_lines(num_rows * k_size + num_padding).view(np.int8), np.empty(num_groups, np.float32)
+    x8 = empty_lines((num_rows + TILE_ROWS) * k_size).view(np.int8)
+    x_scales = np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
     if num_rows < ROWS:  # a parallel region takes longer to start
         for g in range(num_groups):
@@ -195,18 +197,18 @@ def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
-    x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads
+    x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads, min_amx_rows
 ):
     num_rows = len(x) // k_size
     x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
     weights = w, scales, zeros, groups, bias
     unit_rows, row_block = ROWS, ROW_BLOCK
-    if HAS_TILES and num_rows >= MIN_TILE_ROWS and group in GROUP_SIZES:
-        unit_rows = TILE_BLOCK
-        row_block = min(max(TILE_ROWS_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
+    if num_rows >= min_amx_rows:
+        unit_rows = AMX_BLOCK
+        row_block = min(max(AMX_ROW_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
     for thread in prange(num_threads):
-        memory, turn = new_tile_memory(w, num_rows, k_size), 0
+        memory, turn = new_amx_memory(w, num_rows, k_size, min_amx_rows), 0
         while turn >= 0:
             turn, first_tile, last_tile, first_row, last_row = next_piece(
                 claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, unit_rows, row_block, tiles_each
@@ -215,9 +217,8 @@ def _product(  # type: ignore[no-untyped-def]
             for row in range(first_row, last_row, size):
                 end = min(last_row, row + size)
                 for tile in range(first_tile, last_tile):
-                    multiply_rows(
-                        x8, x_scales, sums, row, end, group, *weights, out, tile, gates, width, k_size, memory
-                    )
+                    rows = x8, x_scales, sums, (row, end), group
+                    multiply_rows(*rows, *weights, out, tile, gates, width, k_size, memory, TILE_ROWS)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
@@ -225,13 +226,12 @@ def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
 
     4 bits: eight inputs at a time, the first four in the lower halves.
     """
-    num_outputs, num_inputs = q.shape
-    tiles: torch.Tensor = q.reshape(-1, isa.units, isa.lanes, num_inputs // CHUNK, CHUNK // INPUTS, INPUTS)
-    tiles = tiles.permute(0, 3, 4, 1, 2, 5)  # tile, chunk, step, unit, lane, input
+    tiles: torch.Tensor = q.reshape(-1, isa.units, isa.lanes, q.shape[1] // INPUTS, INPUTS)
+    tiles = tiles.permute(0, 3, 1, 2, 4)  # tile, step, unit, lane, input
     if bits == 8:
         return tiles.flatten()
-    pairs: torch.Tensor = tiles.unflatten(2, (-1, 2))
-    return (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).flatten()
+    pairs: torch.Tensor = tiles.unflatten(1, (-1, 2))
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten()
 
 
 class IntegerCpu:
@@ -278,6 +278,7 @@ class IntegerCpu:
         shifts = flat_view(self._in_units(zeros[order]))
         self._before = group, flat_view(weight), scales, shifts, num_groups, flat_view(padded(bias, self._padded_size))
         self._k_size, self._num_threads = k_size, get_num_threads()
+        self.min_amx_rows = MIN_AMX_ROWS if HAS_AMX and group in GROUP_SIZES else NO_ROWS
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -306,6 +307,6 @@ class IntegerCpu:
         if self._input_order is not None:
             x = x[:, self._input_order]
         out, flat_out = new_output(x.shape[0], width)
-        sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads
+        sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads, self.min_amx_rows
         call(_product, flat_view(x), *self._before, flat_out, *sizes)
         return out

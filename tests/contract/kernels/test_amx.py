@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 
 from quant.base import PackedWeight
 from quant.kernels import bfloat16_cpu, choose_kernel
-from quant.kernels.amx import HAS_TILES, TILE_ROWS
+from quant.kernels.amx import HAS_AMX, TILE_ROWS
+from quant.kernels.bfloat16_amx_cpu import ROW_BLOCK, Bfloat16Amx
+from quant.kernels.bfloat16_amx_ops import STEP_INPUTS
 from quant.kernels.bfloat16_cpu import MAX_INPUTS
-from quant.kernels.bfloat16_tile_ops import STEP_INPUTS
-from quant.kernels.bfloat16_tiles import ROW_BLOCK, Bfloat16Tiles
 from quant.kernels.coded_ops import HAS_TABLES
-from quant.kernels.integer_cpu import MIN_TILE_ROWS, TILE_BLOCK, IntegerCpu
+from quant.kernels.integer_cpu import AMX_BLOCK, MIN_AMX_ROWS, IntegerCpu
 
-pytestmark = pytest.mark.skipif(not HAS_TILES, reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")
 ROW_COUNTS = [*range(1, 5), 8, *range(TILE_ROWS - 1, TILE_ROWS + 3), 31, 32, 33, 49, 70]
 
 
@@ -29,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def dense(n_size: int, k_size: int, *, is_coded: bool, is_gated: bool = False) -> PackedWeight:
-    """Weights of so many sizes that they are not coded, or one in which some pairs alone are not."""
+    """Weights too different in magnitude to be coded or, if `is_coded`, of which three pairs alone have no code."""
     weight = random(n_size, k_size, seed=1)
     if not is_coded:
         weight *= torch.linspace(-90, 0, k_size).exp2()
@@ -56,7 +55,7 @@ def by_the_rule(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("n_size", [1, 32, 33, 96, 127])
 def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int, is_coded: bool) -> None:
     weight, x = dense(n_size, k_size, is_coded=is_coded), random(max(ROW_COUNTS), k_size)
-    kernel, expected = Bfloat16Tiles(weight), by_the_rule(x, weight)
+    kernel, expected = Bfloat16Amx(weight), by_the_rule(x, weight)
     for rows in ROW_COUNTS:
         for start in (0, 1, len(x) - rows):
             part = slice(start, start + rows)
@@ -69,7 +68,7 @@ def test_sums_wait_between_stretches_and_rows_beyond_a_block_are_rows_like_any_o
     k_size: int, is_coded: bool
 ) -> None:
     weight, x = dense(40, k_size, is_coded=is_coded), random(ROW_BLOCK + 7, k_size)
-    kernel = Bfloat16Tiles(weight)
+    kernel = Bfloat16Amx(weight)
     assert kernel.is_coded == (is_coded and HAS_TABLES)
     whole = kernel(x)
     assert torch.equal(whole[:2], by_the_rule(x[:2], weight))
@@ -81,9 +80,9 @@ def test_sums_wait_between_stretches_and_rows_beyond_a_block_are_rows_like_any_o
 @pytest.mark.skipif(not HAS_TABLES, reason="the processor has no AVX512-VBMI")
 def test_codes_and_gates_have_the_bits_of_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = dense(64, 896, is_coded=True, is_gated=True), random(70, 896)
-    coded = Bfloat16Tiles(weight)
+    coded = Bfloat16Amx(weight)
     monkeypatch.setattr(bfloat16_cpu, "HAS_TABLES", False)
-    plain = Bfloat16Tiles(weight)
+    plain = Bfloat16Amx(weight)
     assert (coded.is_coded, plain.is_coded) == (True, False)
     for rows in ROW_COUNTS:
         part = x[:rows].contiguous()
@@ -94,7 +93,7 @@ def test_codes_and_gates_have_the_bits_of_weights_as_they_are(monkeypatch: pytes
 
 
 def test_no_rows_and_what_is_not_a_number() -> None:
-    kernel, x = Bfloat16Tiles(dense(12, 64, is_coded=True)), random(20, 64)
+    kernel, x = Bfloat16Amx(dense(12, 64, is_coded=True)), random(20, 64)
     assert kernel(torch.empty(0, 64)).shape == (0, 12)
     x[4, 3], x[17, 0] = torch.nan, torch.inf
     assert kernel(x).isfinite().all(dim=1).tolist() == [row not in (4, 17) for row in range(20)]
@@ -118,12 +117,12 @@ def quantized(layout: str, n_size: int, k_size: int, num_groups: int) -> PackedW
 )
 def test_integer_rows_have_the_bits_that_each_has_alone(layout: str, n_size: int, k_size: int, num_groups: int) -> None:
     """One row is multiplied by other instructions. Groups of 32 inputs are, too, whatever the number of rows."""
-    kernel, x = IntegerCpu(quantized(layout, n_size, k_size, num_groups)), random(4 * TILE_BLOCK + 13, k_size)
+    kernel, x = IntegerCpu(quantized(layout, n_size, k_size, num_groups)), random(4 * AMX_BLOCK + 13, k_size)
     x[5], x[9, 7] = 0.0, 1e6
     kinds: list[Any] = [kernel.__call__, *([kernel.gated] if kernel.num_gates else [])]
     for product in kinds:
         alone = torch.cat([product(row[None].contiguous()) for row in x])
-        for rows in (MIN_TILE_ROWS, MIN_TILE_ROWS + 1, TILE_BLOCK, TILE_BLOCK + 1, 2 * TILE_BLOCK + TILE_ROWS, len(x)):
+        for rows in (MIN_AMX_ROWS, MIN_AMX_ROWS + 1, AMX_BLOCK, AMX_BLOCK + 1, 2 * AMX_BLOCK + TILE_ROWS, len(x)):
             for start in (0, len(x) - rows):
                 assert torch.equal(product(x[start : start + rows].contiguous()), alone[start : start + rows])
 
@@ -137,42 +136,45 @@ def test_extreme_integers_are_exact() -> None:
             scales=torch.ones(32, 1),
             zero_points=torch.full((32, 1), zero, dtype=torch.int32),
         )
-        x = torch.full((MIN_TILE_ROWS, 128), 127.0)
+        x = torch.full((MIN_AMX_ROWS, 128), 127.0)
         x[1::2] *= -1
-        expected = 127.0 * 128 * (weight - zero) * torch.tensor([1.0, -1.0]).repeat(MIN_TILE_ROWS // 2)
+        expected = 127.0 * 128 * (weight - zero) * torch.tensor([1.0, -1.0]).repeat(MIN_AMX_ROWS // 2)
         assert torch.equal(IntegerCpu(packed)(x), expected[:, None].expand(-1, 32))
 
 
 def test_who_gets_tiles() -> None:
-    assert type(choose_kernel("cpu", dense(12, 64, is_coded=True), is_exact=False)) is Bfloat16Tiles
-    assert Bfloat16Tiles.why_not(PackedWeight("dense", torch.zeros(4, 48).bfloat16())) == [
+    assert type(choose_kernel("cpu", dense(12, 64, is_coded=True), is_exact=False)) is Bfloat16Amx
+    assert Bfloat16Amx.why_not(PackedWeight("dense", torch.zeros(4, 48).bfloat16())) == [
         "input sizes must be a multiple of 32, not 48"
     ]
 
 
 REFUSED = """
-import os, torch
+import torch
 torch.cpu._init_amx = lambda: False
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
-from quant.kernels.amx import HAS_TILES
-from quant.kernels.simd import enabled_features
+from quant.kernels.amx import HAS_AMX
+from tests.contract.kernels.test_amx import integers_of_many_rows
 kernel = choose_kernel("cpu", PackedWeight("dense", torch.ones(64, 64).bfloat16()), is_exact=False)
-print(HAS_TILES, type(kernel).__name__, kernel(torch.ones(40, 64))[39, 63].item(), "amx-tile" in enabled_features())
-print("amx-tile" in os.environ["NUMBA_CPU_FEATURES"])
+print(HAS_AMX, type(kernel).__name__, kernel(torch.ones(40, 64))[39, 63].item(), integers_of_many_rows())
 """
 
 
-def test_without_leave_kernels_are_others_and_so_is_what_they_are_kept_by() -> None:
-    """A process that Linux gives no tiles must not load kernels that use them, compiled by one that has leave."""
-    environ = {name: value for name, value in os.environ.items() if name != "NUMBA_CPU_FEATURES"}
+def integers_of_many_rows() -> str:
+    """Every bit of a product that AMX makes where it may."""
+    return IntegerCpu(quantized("int8", 32, 128, 1))(random(2 * AMX_BLOCK, 128)).numpy().tobytes().hex()
+
+
+def test_a_process_that_may_not_use_tiles_does_without_them_in_kernels_that_others_compiled() -> None:
+    """It shares their folder, and using a tile would end it."""
+    expected = integers_of_many_rows()
     done = subprocess.run(
         [sys.executable, "-c", REFUSED],
-        env=environ,
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.stdout.split() == ["False", "Bfloat16Cpu", "64.0", "False", "False"], done.stderr
+    assert done.stdout.split() == ["False", "Bfloat16Cpu", "64.0", expected], done.stderr

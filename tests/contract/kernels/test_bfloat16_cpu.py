@@ -11,11 +11,11 @@ from numba import njit
 
 from quant.base import PackedWeight
 from quant.kernels import MATRICES, choose_kernel
-from quant.kernels.amx import HAS_TILES
+from quant.kernels.amx import HAS_AMX
 from quant.kernels.arrays import flat_view
+from quant.kernels.bfloat16_amx_cpu import Bfloat16Amx
 from quant.kernels.bfloat16_cpu import MAX_INPUTS, ROW_BLOCK, Bfloat16Cpu, interleave
 from quant.kernels.bfloat16_ops import HAS_PAIRS, OUTPUTS, ROWS, multiply_block
-from quant.kernels.bfloat16_tiles import Bfloat16Tiles
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.simd import HAS_AVX512
 
@@ -121,9 +121,9 @@ def test_two_additions_have_the_bits_of_the_one_instruction() -> None:
 
 
 def test_only_who_allows_rounding_gets_it_and_only_weights_that_it_can_take() -> None:
-    assert [entry.split(":")[1] for entry in MATRICES["cpu"]["dense"]] == ["Bfloat16Tiles", "Bfloat16Cpu", "DenseCpu"]
+    assert [entry.split(":")[1] for entry in MATRICES["cpu"]["dense"]] == ["Bfloat16Amx", "Bfloat16Cpu", "DenseCpu"]
     dense = packed(12, 64)
-    rounded = Bfloat16Tiles if HAS_TILES else Bfloat16Cpu if HAS_AVX512 else DenseCpu
+    rounded = Bfloat16Amx if HAS_AMX else Bfloat16Cpu if HAS_AVX512 else DenseCpu
     assert type(choose_kernel("cpu", dense, is_exact=False)) is rounded
     if HAS_AVX512:
         assert type(choose_kernel("cpu", packed(12, 48), is_exact=False)) is Bfloat16Cpu

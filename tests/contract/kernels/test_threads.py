@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from quant.base import PackedWeight
+from quant.kernels.amx import HAS_AMX
+from quant.kernels.bfloat16_amx_cpu import Bfloat16Amx
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.integer_cpu import FOUND, ROW_BLOCK, IntegerCpu
@@ -24,6 +26,8 @@ CASES: dict[str, tuple[Any, PackedWeight]] = {
 }
 if Bfloat16Cpu.rounding is not None:
     CASES["bfloat16"] = Bfloat16Cpu, DENSE
+if HAS_AMX:
+    CASES["bfloat16 by AMX"] = Bfloat16Amx, DENSE
 if FOUND is not None:
     CASES |= {name: (IntegerCpu, WEIGHTS[name]) for name in ("eetq", "eetq, odd", "4 bits, groups of 64")}
 
@@ -49,6 +53,8 @@ WIDE_CASES: dict[str, tuple[Any, PackedWeight]] = {
 }
 if Bfloat16Cpu.rounding is not None:
     WIDE_CASES["bfloat16"] = Bfloat16Cpu, WIDE
+if HAS_AMX:
+    WIDE_CASES["bfloat16 by AMX"] = Bfloat16Amx, WIDE
 if FOUND is not None:
     WIDE_CASES["eetq"] = IntegerCpu, symmetric_bytes(400, 4096)
 

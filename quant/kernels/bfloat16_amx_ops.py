@@ -1,4 +1,4 @@
-"""The inner products of `bfloat16_tiles`: one or two row tiles of AMX times a stretch of a tile of outputs.
+"""The inner products of `bfloat16_amx_cpu`: one or two row tiles of AMX times a stretch of a tile of outputs.
 
 Weights lie as `bfloat16_cpu` and `coded_weights` put them: 32 outputs of two inputs each, and then the next two inputs.
 So 16 such pairs are two tiles of weights. All functions here work inside `numba.njit` only, on flat C-contiguous arrays
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from quant.kernels.amx import (
     BFLOAT16,
-    HAS_TILES,
+    COMPILES_AMX,
     OUTPUTS,
     add_products,
     clear_tile,
@@ -42,7 +42,7 @@ AHEAD = 2
 KEPT_STEPS = 8
 """Steps whose weights a single block keeps, a power of two that is more than `AHEAD`: they stay in the L1 cache."""
 NEAR_BYTES = 1024
-"""Bytes before their use coded weights are asked for, into the L1 cache. With few rows a core waits for memory else."""
+"""Bytes before their use coded weights are asked for, into the L1 cache. Without that few rows wait for memory."""
 _LANES = OUTPUTS // UNITS
 _FLOAT_BYTES = 4
 _FLOATS, _WORDS, _I64 = ir.VectorType(F32, _LANES), ir.VectorType(I32, _LANES), ir.IntType(64)
@@ -54,7 +54,7 @@ class Block(NamedTuple):
     first_row: Any
     """Where the rows' inputs of the stretch begin in x."""
     next_rows: Any
-    """How far behind the second row tile's begin; 0: there is none."""
+    """Elements from the first row tile's inputs to the second's; 0: there is no second."""
     tile_rows: Any
     """Rows of a tile."""
     num_steps: Any
@@ -75,7 +75,11 @@ BLOCK = types.UniTuple(types.intp, len(Block._fields))
 def _make_block(
     b: Any, x: Any, sums: Any, block: Block, weights_at: Callable[[Any], Any], begin_step: Callable[[Any], None]
 ) -> None:
-    """The code of a block; `next_weights` makes that which has a step's weights at the pointer that it returns."""
+    """The code of a block.
+
+    `begin_step` makes what prepares a step, `AHEAD` steps before its use; `weights_at` returns the pointer to a step's
+    weights.
+    """
 
     def number(value: int) -> ir.Constant:
         return ir.Constant(block.place.type, value)
@@ -122,14 +126,14 @@ def _make_block(
 
 @intrinsic
 def multiply_tiles(typing_context, x, w, ahead, sums, block):  # type: ignore[no-untyped-def]
-    """Row tiles times a stretch of raw weights.
+    """Row tiles times a stretch of weights as they are, or as `multiply_coded_tiles` wrote them.
 
     x uint16 [row tiles, k_size / 32, rows, 32]; w uint16 [tiles, pairs, OUTPUTS, 2]; `ahead` the array that the next
     weights are in; sums float32; `block` a tuple of the fields of `Block`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not HAS_TILES:  # LLVM would end the process
+        if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         x, w, ahead, sums = (array_data(context, b, signature, args, i) for i in range(4))
         block = Block(*cgutils.unpack_tuple(b, args[4]))
@@ -161,7 +165,7 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not (HAS_TILES and HAS_TABLES):  # LLVM would end the process
+        if not (COMPILES_AMX and HAS_TABLES):  # LLVM would end the process
             return context.get_dummy_value()
         x, coded, tables, raw, marks, scratch, sums = (array_data(context, b, signature, args, i) for i in range(7))
         block = Block(*cgutils.unpack_tuple(b, args[7]))

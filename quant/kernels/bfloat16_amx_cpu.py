@@ -1,12 +1,12 @@
 """Dense matrix product on a CPU with AMX whose factors are bfloat16: activations are rounded to it, sums are float32.
 
 One rule for every number of rows: each number of a row is rounded to the nearest bfloat16, ties to even, and products
-are added as the instruction adds them (`amx`), 32 inputs after the other. So a row's bits do not depend on how many
+are added as the instruction adds them (`amx`), 32 inputs at a time, in order. So a row's bits do not depend on how many
 rows run with it. They are not those of `bfloat16_cpu`, whose order of weights this has.
 
-Rows are cut into the fewest tiles of at most 16, all alike; the last one may have fewer, and rows in their place that
-are multiplied and not written. They are rounded into the order in which tiles read them. Weights that are coded are
-taken apart once for all rows of a block.
+Rows are cut into the fewest tiles of at most 16, all of the same size. Where the last tile has fewer rows, the rest are
+multiplied and not written. Rows are rounded straight into the order that tiles read. Codes of weights are looked up
+once for all rows of a block.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy as np
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.amx import HAS_TILES, OUTPUTS, TILE_ROWS, configure, release
+from quant.kernels.amx import HAS_AMX, OUTPUTS, TILE_ROWS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, empty_lines
-from quant.kernels.bfloat16_cpu import Bfloat16Cpu
-from quant.kernels.bfloat16_ops import LANES, round_vector
-from quant.kernels.bfloat16_tile_ops import (
+from quant.kernels.bfloat16_amx_ops import (
     KEPT_STEPS,
+    ROWS,
     STEP_INPUTS,
     STEP_PAIRS,
     STEP_WEIGHTS,
@@ -29,12 +28,16 @@ from quant.kernels.bfloat16_tile_ops import (
     multiply_tiles,
     write_rows,
 )
+from quant.kernels.bfloat16_cpu import Bfloat16Cpu
+from quant.kernels.bfloat16_ops import INPUTS, LANES, PAIR_WEIGHTS, WEIGHT_BYTES, round_vector
 from quant.kernels.coded_ops import PAIR_BYTES
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 
 ROW_BLOCK = 16 * TILE_ROWS
 """Rows that share a reading of a tile's weights, which stay in the L2 cache."""
-_RAW_BYTES = STEP_WEIGHTS * 2
+_RAW_BYTES = STEP_WEIGHTS * WEIGHT_BYTES
+BLOCK_TILES = len(ROWS)
+"""Row tiles of a block."""
 
 
 @njit(inline="always")
@@ -61,17 +64,18 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
     start, end, tile_rows = rows
     gates, width, k_size, first, last, mark = sizes
     is_coded = len(coded) > 0
-    num_steps, first_pair = (last - first) // STEP_INPUTS, (tile * k_size + first) // 2
+    num_steps, first_pair = (last - first) // STEP_INPUTS, (tile * k_size + first) // INPUTS
     step_bytes = STEP_PAIRS * PAIR_BYTES if is_coded else _RAW_BYTES
-    first_byte, num_blocks = first_pair // STEP_PAIRS * step_bytes, (end - start + 2 * tile_rows - 1) // (2 * tile_rows)
+    first_byte, block_rows = first_pair // STEP_PAIRS * step_bytes, BLOCK_TILES * tile_rows
+    num_blocks = (end - start + block_rows - 1) // block_rows
     for block in range(num_blocks):
-        row = start + 2 * block * tile_rows
+        row = start + block * block_rows
         part, parts = fetched_part(block, num_blocks)
         num_lines = step_bytes // LINE_BYTES // parts if block < parts else 0
         ahead = first_byte + num_steps * step_bytes + part * num_steps * (step_bytes // parts)
         next_rows = tile_rows * k_size if row + tile_rows < end else 0
         first_row = row * k_size + first * tile_rows
-        first_weight = scratch_at if is_coded else first_pair * OUTPUTS * 2
+        first_weight = scratch_at if is_coded else first_pair * PAIR_WEIGHTS
         work = first_row, next_rows, tile_rows, num_steps, first_weight, first == 0, place, ahead, num_lines
         if is_coded and block == 0:
             mask = KEPT_STEPS - 1 if num_blocks == 1 else -1
@@ -81,8 +85,8 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
         else:
             multiply_tiles(rounded, w, w, sums, work)
         if last == k_size:
-            write_rows(sums, place, bias, out, row, min(2 * tile_rows, end - row), tile, gates, width)
-        place += 2 * tile_rows * OUTPUTS
+            write_rows(sums, place, bias, out, row, min(block_rows, end - row), tile, gates, width)
+        place += block_rows * OUTPUTS
 
 
 @njit(parallel=True, **FAST)
@@ -97,13 +101,13 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
     else:
         for tile in prange(num_row_tiles):
             _round_tile(x, tile, tile_rows, num_rows, k_size, rounded)
-    unit_rows = tile_rows * max(1, min(num_row_tiles, 2))
+    unit_rows = tile_rows * max(1, min(num_row_tiles, BLOCK_TILES))
     row_block = max(ROW_BLOCK // unit_rows, 1) * unit_rows
     num_stretches = (k_size + inputs_each - 1) // inputs_each
-    sums_each = even_block(min(num_rows, row_block), row_block, 2 * tile_rows) * OUTPUTS
+    sums_each = even_block(min(num_rows, row_block), row_block, BLOCK_TILES * tile_rows) * OUTPUTS
     sums = empty_lines(num_threads * sums_each * 4).view(np.float32)
     is_coded = len(codes.coded) > 0
-    steps_each = (inputs_each + STEP_INPUTS - 1) // STEP_INPUTS if num_row_tiles > 2 else KEPT_STEPS
+    steps_each = (inputs_each + STEP_INPUTS - 1) // STEP_INPUTS if num_row_tiles > BLOCK_TILES else KEPT_STEPS
     scratch_each = steps_each * STEP_WEIGHTS if is_coded else 0
     scratch = empty_lines(num_threads * scratch_each * 2).view(np.uint16)
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
@@ -127,16 +131,16 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
         release()
 
 
-class Bfloat16Tiles(Bfloat16Cpu):
+class Bfloat16Amx(Bfloat16Cpu):
     """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32."""
 
-    rounding = "AMX" if HAS_TILES else None
+    rounding = "AMX" if HAS_AMX else None
     _kernel = staticmethod(_product)
     _stretch_unit = STEP_INPUTS
 
     @staticmethod
     def why_not(packed: PackedWeight) -> list[str]:
-        reasons = [] if HAS_TILES else ["there is no AMX, or Linux does not give it to this process"]
+        reasons = [] if HAS_AMX else ["there is no AMX, or Linux does not give it to this process"]
         if packed.num_inputs % STEP_INPUTS:
             reasons.append(f"input sizes must be a multiple of {STEP_INPUTS}, not {packed.num_inputs}")
         return reasons + Bfloat16Cpu.why_not(packed)

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.kernels.amx import (
-    HAS_TILES,
+    COMPILES_AMX,
     OUTPUTS,
     SIGNED_BY_UNSIGNED,
     STEP_BYTES,
@@ -33,14 +33,14 @@ from quant.kernels.integer_ops import INSTRUCTIONS, Builder
 from quant.kernels.simd import F32, I32, array_data
 
 SUMS, ROWS, WEIGHTS = (0, 1, 2, 3), (4, 5), (6, 7)
-"""The tiles: sums of four row tiles; rows and weights of a group's first step of 64 inputs, and of its second. A tile
-of sums begins anew only when its last products are there: that of another row tile has none to wait for."""
+"""The tiles: sums of four row tiles; rows and weights of a group's first step of 64 inputs, and of its second. Products
+of neighbouring row tiles go to different sums, so none waits for another's."""
 GROUP_SIZES = (STEP_BYTES, 2 * STEP_BYTES)
 _LANES = OUTPUTS // UNITS
 _BYTES = ir.VectorType(ir.IntType(8), LINE_BYTES)
 _ISA = INSTRUCTIONS[0]
-NUMBERS = types.UniTuple(types.intp, UNITS)
-"""How a kernel passes a number for each unit: a tuple."""
+PLACES = types.UniTuple(types.intp, UNITS)
+"""How a kernel passes a place for each unit: a tuple."""
 
 
 @intrinsic
@@ -51,19 +51,20 @@ def has_packed_weights(typing_context, w):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def unpack_tile(typing_context, w, first, num_bytes, unpacked, target):  # type: ignore[no-untyped-def]
-    """Weights of 4 bits, `num_bytes` from `first` on, as bytes from `target` on, in the order of weights of 8 bits."""
+def unpack_tile(typing_context, w, first, num_bytes, unpacked):  # type: ignore[no-untyped-def]
+    """Write weights of 4 bits, `num_bytes` from `first` on, as bytes: in the order of weights of 8 bits."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         w, unpacked = (array_data(context, b, signature, args, i) for i in (0, 3))
-        first, num_bytes, target = args[1], args[2], args[4]
+        first, num_bytes = args[1], args[2]
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(first.type, value)
 
-        with cgutils.for_range(b, b.sdiv(num_bytes, number(OUTPUTS * 4))) as loop:
-            source = b.add(first, b.mul(loop.index, number(OUTPUTS * 4)))
-            place = b.add(target, b.mul(loop.index, number(2 * OUTPUTS * 4)))
+        step_bytes = UNITS * LINE_BYTES
+        with cgutils.for_range(b, b.sdiv(num_bytes, number(step_bytes))) as loop:
+            source = b.add(first, b.mul(loop.index, number(step_bytes)))
+            place = b.mul(loop.index, number(2 * step_bytes))
             for unit in range(UNITS):
                 at = b.gep(w, [b.add(source, number(unit * LINE_BYTES))])
                 pairs = b.load(b.bitcast(at, _BYTES.as_pointer()))
@@ -75,7 +76,7 @@ def unpack_tile(typing_context, w, first, num_bytes, unpacked, target):  # type:
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(w, at, at, unpacked, at), codegen
+    return types.none(w, at, at, unpacked), codegen
 
 
 @intrinsic
@@ -88,7 +89,7 @@ def multiply_group(typing_context, x, first, next_rows, stride, count, w, first_
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not HAS_TILES:  # LLVM would end the process
+        if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         x, w = (array_data(context, b, signature, args, i) for i in (0, 5))
         first, next_rows, stride, count, first_weight, size = (args[i] for i in (1, 2, 3, 4, 6, 7))
@@ -123,7 +124,7 @@ def store_totals(typing_context, count, totals, place, next_tile):  # type: igno
     """Write what was multiplied to totals int32 [rows, OUTPUTS], from `place` on, the next tile's `next_tile` on."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not HAS_TILES:  # LLVM would end the process
+        if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         totals = array_data(context, b, signature, args, 1)
         count, place, next_tile = args[0], args[2], args[3]
@@ -142,15 +143,14 @@ def store_totals(typing_context, count, totals, place, next_tile):  # type: igno
 
 @intrinsic
 def scale_totals(  # type: ignore[no-untyped-def]
-    typing_context, totals, places, x_scales, x_sums, place, stride, scales, zeros, numbers, is_first, sums
+    typing_context, totals, count, x_scales, x_sums, place, stride, scales, zeros, unit_places, is_first, sums
 ):
     """Take zero points off totals int32 [count, OUTPUTS] and add them, scaled, to sums float32 like them.
 
-    `places` are where those totals begin, their number of rows, and where their sums begin.
-    The first row's scale and sum are at `place`, the next one's `stride` on. `numbers` are where the scales and zero
-    points of each unit's outputs begin. If this group is the first, sums begin with 0. Up to the scaling all is whole
-    numbers below 2^24, so that float32 has them exactly. A flat array of scales is for whole outputs: `write_scaled`
-    applies it.
+    The first row's scale and sum are at `place`, the next one's `stride` on. `unit_places` are where the scales and
+    zero points of each unit's outputs begin. If this group is the first, sums begin with 0. Up to the scaling all is
+    whole numbers below 2^24, so that float32 has them exactly. A flat array of scales is for whole outputs:
+    `write_scaled` applies it.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -158,15 +158,14 @@ def scale_totals(  # type: ignore[no-untyped-def]
         totals, x_scales, x_sums, scales, zeros, sums = (
             array_data(context, b, signature, args, i) for i in (0, 2, 3, 6, 7, 10)
         )
-        (at, count, target), offsets = (cgutils.unpack_tuple(b, args[i]) for i in (1, 8))
-        place, stride, is_first = args[4], args[5], args[9]
+        count, place, stride, offsets, is_first = args[1], args[4], args[5], cgutils.unpack_tuple(b, args[8]), args[9]
         scale_array, zero_type = signature.args[6], signature.args[7].dtype
         negative = [b.sitofp(b.neg(v.numbers(zeros, offset, zero_type)), v.f32) for offset in offsets]
         factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets] if scale_array.ndim > 1 else []
         begins = b.icmp_signed("!=", is_first, ir.Constant(is_first.type, 0))
 
         def number(value: int) -> ir.Constant:
-            return ir.Constant(at.type, value)
+            return ir.Constant(count.type, value)
 
         def add_rows(before: Callable[[Any], Any]) -> None:
             with cgutils.for_range(b, count) as loop:
@@ -175,44 +174,42 @@ def scale_totals(  # type: ignore[no-untyped-def]
                 x_sum = v.splat(b.sitofp(v.load(x_sums, row, I32), F32))
                 for unit in range(UNITS):
                     offset = b.add(b.mul(loop.index, number(OUTPUTS)), number(unit * _LANES))
-                    to = b.add(target, offset)
-                    total = v.fma(negative[unit], x_sum, b.sitofp(v.load(totals, b.add(at, offset), v.i32), v.f32))
+                    total = v.fma(negative[unit], x_sum, b.sitofp(v.load(totals, offset, v.i32), v.f32))
                     if factors:
-                        total = v.fma(b.fmul(total, x_scale), factors[unit], before(to))
+                        total = v.fma(b.fmul(total, x_scale), factors[unit], before(offset))
                     else:
-                        total = v.fma(total, x_scale, before(to))
-                    v.store(total, sums, to)
+                        total = v.fma(total, x_scale, before(offset))
+                    v.store(total, sums, offset)
 
         with b.if_else(begins) as (first, later):
             with first:
-                add_rows(lambda to: v.constant(v.f32, 0.0))
+                add_rows(lambda offset: v.constant(v.f32, 0.0))
             with later:
-                add_rows(lambda to: v.load(sums, to, v.f32))
+                add_rows(lambda offset: v.load(sums, offset, v.f32))
         return context.get_dummy_value()
 
     i = types.intp
-    places_type = types.UniTuple(i, 3)
-    return types.none(totals, places_type, x_scales, x_sums, i, i, scales, zeros, NUMBERS, i, sums), codegen
+    return types.none(totals, i, x_scales, x_sums, i, i, scales, zeros, PLACES, i, sums), codegen
 
 
 @intrinsic
-def write_scaled(typing_context, sums, at, count, scales, numbers, bias, out, row, tile, gates, width):  # type: ignore[no-untyped-def]
-    """Write sums float32 [count, OUTPUTS], from `at` on, plus biases as rows of out from `row` on.
+def write_scaled(typing_context, sums, count, scales, unit_places, bias, out, row, tile, gates, width):  # type: ignore[no-untyped-def]
+    """Write sums float32 [count, OUTPUTS] plus biases as rows of out from `row` on.
 
-    Scales and `numbers` are as in `scale_totals`, `gates` and `width` those of `gates_ops.write_tile`.
+    Scales and `unit_places` are as in `scale_totals`, `gates` and `width` those of `gates_ops.write_tile`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         v = Builder(b, _ISA)
-        sums, scales, bias, out = (array_data(context, b, signature, args, i) for i in (0, 3, 5, 6))
-        at, count, row, tile, gates, width = (args[i] for i in (1, 2, 7, 8, 9, 10))
-        scale_array, offsets = signature.args[3], cgutils.unpack_tuple(b, args[4])
+        sums, scales, bias, out = (array_data(context, b, signature, args, i) for i in (0, 2, 4, 5))
+        count, row, tile, gates, width = (args[i] for i in (1, 6, 7, 8, 9))
+        scale_array, offsets = signature.args[2], cgutils.unpack_tuple(b, args[3])
         factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets] if scale_array.ndim == 1 else []
         columns = output_columns(b, tile, gates, UNITS, _LANES)
         added = [v.load(bias, column, v.f32) for column in columns]
         with cgutils.for_range(b, count) as loop:
-            start = b.add(at, b.mul(loop.index, ir.Constant(at.type, OUTPUTS)))
-            places = [b.add(start, ir.Constant(at.type, unit * _LANES)) for unit in range(UNITS)]
+            start = b.mul(loop.index, ir.Constant(count.type, OUTPUTS))
+            places = [b.add(start, ir.Constant(count.type, unit * _LANES)) for unit in range(UNITS)]
             values = [v.load(sums, place, v.f32) for place in places]
             if factors:
                 results = [v.fma(*each) for each in zip(values, factors, added, strict=True)]
@@ -222,4 +219,4 @@ def write_scaled(typing_context, sums, at, count, scales, numbers, bias, out, ro
         return context.get_dummy_value()
 
     i = types.intp
-    return types.none(sums, i, i, scales, NUMBERS, bias, out, i, i, i, i), codegen
+    return types.none(sums, i, scales, PLACES, bias, out, i, i, i, i), codegen
