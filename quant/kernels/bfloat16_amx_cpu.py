@@ -33,8 +33,8 @@ from quant.kernels.bfloat16_ops import INPUTS, LANES, PAIR_WEIGHTS, WEIGHT_BYTES
 from quant.kernels.coded_ops import PAIR_BYTES
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 
-ROW_BLOCK = 16 * TILE_ROWS
-"""Rows that share a reading of a tile's weights, which stay in the L2 cache."""
+ROW_BYTES = 1 << 20
+"""Rounded inputs of a stretch that share a reading of a tile's weights: they stay in the L2 cache beside those."""
 _RAW_BYTES = STEP_WEIGHTS * WEIGHT_BYTES
 BLOCK_TILES = len(ROWS)
 """Row tiles of a block."""
@@ -102,7 +102,7 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
         for tile in prange(num_row_tiles):
             _round_tile(x, tile, tile_rows, num_rows, k_size, rounded)
     unit_rows = tile_rows * max(1, min(num_row_tiles, BLOCK_TILES))
-    row_block = max(ROW_BLOCK // unit_rows, 1) * unit_rows
+    row_block = max(ROW_BYTES // (inputs_each * WEIGHT_BYTES * unit_rows), 1) * unit_rows
     num_stretches = (k_size + inputs_each - 1) // inputs_each
     sums_each = even_block(min(num_rows, row_block), row_block, BLOCK_TILES * tile_rows) * OUTPUTS
     sums = empty_lines(num_threads * sums_each * 4).view(np.float32)

@@ -13,7 +13,7 @@ import torch
 from quant.base import PackedWeight
 from quant.kernels import bfloat16_cpu, choose_kernel
 from quant.kernels.amx import HAS_AMX, TILE_ROWS
-from quant.kernels.bfloat16_amx_cpu import ROW_BLOCK, Bfloat16Amx
+from quant.kernels.bfloat16_amx_cpu import ROW_BYTES, Bfloat16Amx
 from quant.kernels.bfloat16_amx_ops import STEP_INPUTS
 from quant.kernels.bfloat16_cpu import MAX_INPUTS
 from quant.kernels.coded_ops import HAS_TABLES
@@ -67,12 +67,13 @@ def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int, is_coded: bool)
 def test_sums_wait_between_stretches_and_rows_beyond_a_block_are_rows_like_any_other(
     k_size: int, is_coded: bool
 ) -> None:
-    weight, x = dense(40, k_size, is_coded=is_coded), random(ROW_BLOCK + 7, k_size)
+    row_block = ROW_BYTES // (2 * MAX_INPUTS // 2)  # stretches have more than half as many inputs
+    weight, x = dense(40, k_size, is_coded=is_coded), random(row_block + 7, k_size)
     kernel = Bfloat16Amx(weight)
     assert kernel.is_coded == (is_coded and HAS_TABLES)
     whole = kernel(x)
     assert torch.equal(whole[:2], by_the_rule(x[:2], weight))
-    for rows in (1, TILE_ROWS, 2 * TILE_ROWS + 5, ROW_BLOCK):
+    for rows in (1, TILE_ROWS, 2 * TILE_ROWS + 5, row_block):
         for start in (0, len(x) - rows):
             assert torch.equal(kernel(x[start : start + rows].contiguous()), whole[start : start + rows])
 
