@@ -19,7 +19,7 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
-from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, new_amx_memory, round_rows
+from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, round_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.padding_cpu import without_padding
 from quant.kernels.work_split import tile_range
@@ -52,7 +52,6 @@ def _integer(  # type: ignore[no-untyped-def]
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for thread in prange(num_threads):
-        memory = new_amx_memory(w, len(x) // k_size, k_size, min_amx_rows)
         for index in range(active[0]):
             matrix = active[1 + index]
             w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
@@ -62,7 +61,7 @@ def _integer(  # type: ignore[no-untyped-def]
             for tile in range(first_tile, last_tile):
                 weights = w1, s1, z1, num_groups, b1
                 rows = x8, x_scales, x_sums, (first, last), group
-                multiply_rows(*rows, *weights, out, tile, 0, n_size, k_size, memory, min_amx_rows)
+                multiply_rows(*rows, *weights, out, tile, 0, n_size, k_size, min_amx_rows)
 
 
 @njit(parallel=True, **FAST)

@@ -10,7 +10,7 @@ Where the machine has none of them, and with `--dtype float32`, `packed_cpu` mul
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,36 +73,16 @@ multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
 round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 
-class AmxMemory(NamedTuple):
-    """What a thread's tiles of AMX need while they are multiplied."""
-
-    unpacked: Any
-    """uint8: the weights of a tile of outputs, where they are packed."""
-    totals: Any
-    """int32 [AMX_BLOCK, OUTPUTS]: a group's products."""
-    sums: Any
-    """float32 [AMX_BLOCK, OUTPUTS]"""
-
-
-@njit(**FAST)
-def new_amx_memory(w, num_rows, k_size, min_amx_rows):  # type: ignore[no-untyped-def]
-    """Memory for products of so many rows with such weights; it is empty where AMX multiplies none of them."""
-    is_used = num_rows >= min_amx_rows
-    return AmxMemory(
-        empty_lines(OUTPUTS * k_size if is_used and has_packed_weights(w) else 0),
-        empty_lines(AMX_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.int32),
-        empty_lines(AMX_BLOCK * OUTPUTS * 4 if is_used else 0).view(np.float32),
-    )
-
-
 @njit(**FAST)
 def _multiply_row_tiles(  # type: ignore[no-untyped-def]
-    x, x_scales, x_sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
+    x, x_scales, x_sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
 ):
     """`multiply_rows` by AMX."""
-    unpacked, totals, sums = memory
+    totals = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.int32)
+    sums = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.float32)
     num_x_groups, lanes, weights = k_size // group, OUTPUTS // UNITS, tile * k_size * OUTPUTS
     is_packed = has_packed_weights(w)
+    unpacked = empty_lines(OUTPUTS * k_size if is_packed else 0)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
     if is_packed:
         unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked)
@@ -132,17 +112,17 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
 
 @njit(**FAST)
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory, min_rows
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, min_rows
 ):
     """Rows of x int8, whose scales are float32 and sums int32, times a tile of outputs of so many `groups` of weights.
 
-    `rows` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`; `memory` is of
-    `new_amx_memory` for such weights. From `min_rows` rows on AMX multiplies, if there is memory for it.
+    `rows` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`. From
+    `min_rows` rows on AMX multiplies.
     """
     row, last = rows
-    if len(memory.sums) > 0 and last - row >= min_rows:
+    if last - row >= min_rows:
         _multiply_row_tiles(
-            x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, memory
+            x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
         )
         return
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
@@ -180,10 +160,11 @@ def multiply_rows(  # type: ignore[no-untyped-def]
 def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
     """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups].
 
-    Behind the integers lie 16 rows that a tile of AMX may read, and of whose products nobody knows.
+    Behind many rows' integers lie 16 rows that a tile of AMX may read, whose products nobody takes.
     """
     num_groups = num_rows * k_size // group
-    x8 = empty_lines((num_rows + TILE_ROWS) * k_size).view(np.int8)
+    num_behind = TILE_ROWS if num_rows >= MIN_AMX_ROWS else 0
+    x8 = empty_lines((num_rows + num_behind) * k_size).view(np.int8)
     x_scales = np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
     if num_rows < ROWS:  # a parallel region takes longer to start
@@ -202,13 +183,13 @@ def _product(  # type: ignore[no-untyped-def]
     num_rows = len(x) // k_size
     x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
     weights = w, scales, zeros, groups, bias
-    unit_rows, row_block = ROWS, ROW_BLOCK
+    unit_rows, row_block, min_rows = ROWS, ROW_BLOCK, NO_ROWS
     if num_rows >= min_amx_rows:
-        unit_rows = AMX_BLOCK
+        unit_rows, min_rows = AMX_BLOCK, TILE_ROWS
         row_block = min(max(AMX_ROW_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
     for thread in prange(num_threads):
-        memory, turn = new_amx_memory(w, num_rows, k_size, min_amx_rows), 0
+        turn = 0
         while turn >= 0:
             turn, first_tile, last_tile, first_row, last_row = next_piece(
                 claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, unit_rows, row_block, tiles_each
@@ -218,7 +199,7 @@ def _product(  # type: ignore[no-untyped-def]
                 end = min(last_row, row + size)
                 for tile in range(first_tile, last_tile):
                     rows = x8, x_scales, sums, (row, end), group
-                    multiply_rows(*rows, *weights, out, tile, gates, width, k_size, memory, TILE_ROWS)
+                    multiply_rows(*rows, *weights, out, tile, gates, width, k_size, min_rows)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
