@@ -373,6 +373,10 @@ def profile(form: str, folder: str, args: argparse.Namespace) -> str:
         for _ in range(args.rounds):
             bandwidths.append(read_bandwidth())
             steps += engine.round(prompts, num_new, is_prompt=args.prompt)
+    if not steps:
+        sys.exit(
+            f"{form}: the first sequence ended before the last of {args.sequences} prompts was read: give more --tokens"
+        )
     kind = f"a prompt of {args.context}" if args.prompt else f"decoding after {args.context} tokens"
     name = f"{form}, {args.sequences} sequence{'s'[: args.sequences != 1]}, {kind}; {max(bandwidths):.1f} GB/s"
     return "\n".join([f"### {name}", "", *table(steps, engine.clock.kernels, work, max(bandwidths))])

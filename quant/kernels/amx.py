@@ -40,7 +40,7 @@ BFLOAT16, SIGNED_BY_UNSIGNED = "llvm.x86.tdpbf16ps", "llvm.x86.tdpbsud"
 
 _FEATURES = {"amx-tile", "amx-bf16", "amx-int8", "avx512bf16", "avx512dq", "avx512vnni"}
 _CONFIG_BYTES, _ROW_BYTES_AT, _ROWS_AT = 64, 16, 48
-"""Of the memory that the shapes of tiles are loaded from."""
+"""Places in the memory that the shapes of tiles are loaded from, and its size first."""
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _BYTES = _I8.as_pointer()
 
