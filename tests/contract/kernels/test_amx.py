@@ -51,8 +51,8 @@ def by_the_rule(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("is_coded", [False, True])
-@pytest.mark.parametrize("k_size", [32, 96, 896])
-@pytest.mark.parametrize("n_size", [1, 32, 33, 96, 127])
+@pytest.mark.parametrize("k_size", [32, 896])
+@pytest.mark.parametrize("n_size", [1, 33, 127])
 def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int, is_coded: bool) -> None:
     weight, x = dense(n_size, k_size, is_coded=is_coded), random(max(ROW_COUNTS), k_size)
     kernel, expected = Bfloat16Amx(weight), by_the_rule(x, weight)
