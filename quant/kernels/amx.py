@@ -29,10 +29,12 @@ from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.simd import I32, enabled_features
 
 TILE_ROWS = 16
-NUM_TILES = 8
 UNITS = 2
 OUTPUTS = TILE_ROWS * UNITS
-"""Outputs of a matrix's tile, of which a tile of AMX has half: a lane of 32 bits each."""
+"""Outputs of a matrix's tile, of which a tile of AMX has a unit: a lane of 32 bits each."""
+LANES = OUTPUTS // UNITS
+SUMS, ROWS, WEIGHTS = (0, 1, 2, 3), (4, 5), (6, 7)
+"""The tiles of a matrix product: what each holds is said where it is multiplied."""
 STEP_BYTES = LINE_BYTES
 """Bytes of a row's inputs that an instruction takes."""
 BFLOAT16, SIGNED_BY_UNSIGNED = "llvm.x86.tdpbf16ps", "llvm.x86.tdpbsud"
@@ -73,11 +75,10 @@ def clear_tile(b: Any, tile: int) -> None:
     _call(b, "llvm.x86.tilezero", _tile(tile))
 
 
-def load_weights(b: Any, tiles: Sequence[int], place: Any) -> None:
-    """A step's weights: 16 lines of each unit, by turns one of the first and one of the second, from a pointer on."""
-    for unit, tile in enumerate(tiles):
-        line = b.gep(b.bitcast(place, _BYTES), [ir.Constant(_I64, unit * LINE_BYTES)])
-        load_tile(b, tile, line, ir.Constant(_I64, UNITS * LINE_BYTES))
+def load_weights(b: Any, tile: int, unit: int, place: Any) -> None:
+    """A step's weights of one unit: of each the step has 16 lines, by turns with the other's, from a pointer on."""
+    line = b.gep(b.bitcast(place, _BYTES), [ir.Constant(_I64, unit * LINE_BYTES)])
+    load_tile(b, tile, line, ir.Constant(_I64, UNITS * LINE_BYTES))
 
 
 def add_products(b: Any, product: str, sums: int, rows: int, weights: int) -> None:
@@ -102,20 +103,16 @@ def shape_tiles(b: Any, shapes: Sequence[tuple[Any, int]]) -> None:
 
 
 @intrinsic
-def configure(typing_context, rows, first_weights):  # type: ignore[no-untyped-def]
-    """Give tiles below `first_weights` so many rows, 16 at most, and those from it on 16."""
+def configure(typing_context, rows):  # type: ignore[no-untyped-def]
+    """Give the tiles of sums and of rows so many rows, 16 at most, and those of weights 16."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if COMPILES_AMX:
-
-            def rows_of(tile: int) -> Any:
-                has_weights = b.icmp_signed(">=", ir.Constant(args[1].type, tile), args[1])
-                return b.select(has_weights, ir.Constant(args[0].type, TILE_ROWS), args[0])
-
-            shape_tiles(b, [(rows_of(tile), LINE_BYTES) for tile in range(NUM_TILES)])
+            all_rows = ir.Constant(args[0].type, TILE_ROWS)
+            shape_tiles(b, [(args[0], LINE_BYTES)] * len(SUMS + ROWS) + [(all_rows, LINE_BYTES)] * len(WEIGHTS))
         return context.get_dummy_value()
 
-    return types.none(types.intp, types.intp), codegen
+    return types.none(types.intp), codegen
 
 
 @intrinsic

@@ -15,15 +15,13 @@ import numpy as np
 from numba import njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.amx import HAS_AMX, OUTPUTS, TILE_ROWS, configure, release
+from quant.kernels.amx import HAS_AMX, OUTPUTS, ROWS, TILE_ROWS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, empty_lines
 from quant.kernels.bfloat16_amx_ops import (
     KEPT_STEPS,
-    ROWS,
     STEP_INPUTS,
     STEP_PAIRS,
     STEP_WEIGHTS,
-    WEIGHTS,
     multiply_coded_tiles,
     multiply_tiles,
     write_rows,
@@ -112,7 +110,7 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
     scratch = empty_lines(num_threads * scratch_each * 2).view(np.uint16)
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
     for thread in prange(num_threads):
-        configure(tile_rows, WEIGHTS[0])
+        configure(tile_rows)
         places, turn = (thread * scratch_each, thread * sums_each), 0
         while turn >= 0:
             turn, first_tile, last_tile, first_row, end = next_piece(

@@ -18,7 +18,12 @@ from numba.extending import intrinsic
 from quant.kernels.amx import (
     BFLOAT16,
     COMPILES_AMX,
+    LANES,
     OUTPUTS,
+    ROWS,
+    SUMS,
+    UNITS,
+    WEIGHTS,
     add_products,
     clear_tile,
     load_tile,
@@ -26,13 +31,11 @@ from quant.kernels.amx import (
     store_tile,
 )
 from quant.kernels.arrays import LINE_BYTES
-from quant.kernels.bfloat16_ops import INPUTS, PAIR_WEIGHTS, UNITS, loop_as_written, prefetch_share, vector_at
+from quant.kernels.bfloat16_ops import INPUTS, LINES, PAIR_WEIGHTS, loop_as_written, prefetch_share, vector_at
 from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, PairReader
 from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.simd import F32, I32, array_data, prefetch_at
 
-SUMS, ROWS, WEIGHTS = (0, 1, 2, 3), (4, 5), (6, 7)
-"""The tiles: sums of the first row tile with both of weights, then of the second. So what is loaded is used twice."""
 STEP_PAIRS = 16
 STEP_INPUTS = STEP_PAIRS * INPUTS
 """Inputs that an instruction takes."""
@@ -43,9 +46,8 @@ KEPT_STEPS = 8
 """Steps whose weights a single block keeps, a power of two that is more than `AHEAD`: they stay in the L1 cache."""
 NEAR_BYTES = 1024
 """Bytes before their use coded weights are asked for, into the L1 cache. Without that few rows wait for memory."""
-_LANES = OUTPUTS // UNITS
 _FLOAT_BYTES = 4
-_FLOATS, _WORDS, _I64 = ir.VectorType(F32, _LANES), ir.VectorType(I32, _LANES), ir.IntType(64)
+_FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
 class Block(NamedTuple):
@@ -75,8 +77,9 @@ BLOCK = types.UniTuple(types.intp, len(Block._fields))
 def _make_block(
     b: Any, x: Any, sums: Any, block: Block, weights_at: Callable[[Any], Any], begin_step: Callable[[Any], None]
 ) -> None:
-    """The code of a block.
+    """The code of a block: sums are those of the first row tile with both units, then those of the second.
 
+    So every tile that is loaded is used twice, or once with one row tile.
     `begin_step` makes what prepares a step, `AHEAD` steps before its use; `weights_at` returns the pointer to a step's
     weights.
     """
@@ -88,9 +91,9 @@ def _make_block(
 
     def for_rows(num_tiles: int) -> None:
         places = {}
-        for tile in SUMS[: 2 * num_tiles]:
-            down = b.mul(number(tile // 2 * OUTPUTS), block.tile_rows)
-            places[tile] = b.gep(sums, [b.add(b.add(block.place, down), number(tile % 2 * _LANES))])
+        for index, tile in enumerate(SUMS[: UNITS * num_tiles]):
+            down = b.mul(number(index // UNITS * OUTPUTS), block.tile_rows)
+            places[tile] = b.gep(sums, [b.add(b.add(block.place, down), number(index % UNITS * LANES))])
         with b.if_else(b.icmp_signed("!=", block.is_first, number(0))) as (begin, go_on):
             with begin:
                 for tile in places:
@@ -110,9 +113,9 @@ def _make_block(
             down = b.mul(b.mul(loop.index, number(STEP_INPUTS)), block.tile_rows)
             for r, start in enumerate(starts):
                 load_tile(b, ROWS[r], b.gep(x, [b.add(start, down)]), row_stride)
-                if r == 0:
-                    load_weights(b, WEIGHTS, weights)
                 for unit, tile in enumerate(WEIGHTS):
+                    if r == 0:
+                        load_weights(b, tile, unit, weights)
                     add_products(b, BFLOAT16, SUMS[UNITS * r + unit], ROWS[r], tile)
         for tile, place in places.items():
             store_tile(b, tile, place, sums_stride)
@@ -183,12 +186,13 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
             with loop_as_written(b, number(STEP_PAIRS)) as loop:
                 index = loop.index
                 pair = b.add(b.mul(step, number(STEP_PAIRS)), index)
-                prefetch_share(b, coded, (block.ahead, b.mul(block.num_lines, number(2))), pair)
+                share = b.mul(block.num_lines, number(LINE_BYTES // (STEP_PAIRS * LINES)))
+                prefetch_share(b, coded, (block.ahead, share), pair)
                 fetched = b.add(b.mul(b.add(first_pair, pair), number(PAIR_BYTES)), number(NEAR_BYTES))
                 prefetch_at(b, coded, fetched, is_near=True)
                 words = reader.read(b.add(first_pair, pair))
                 for unit, vector in enumerate(words):
-                    offset = b.add(b.mul(index, number(PAIR_WEIGHTS)), number(unit * _LANES * INPUTS))
+                    offset = b.add(b.mul(index, number(PAIR_WEIGHTS)), number(unit * LANES * INPUTS))
                     b.store(vector, b.bitcast(b.gep(place, [offset]), _WORDS.as_pointer())).align = LINE_BYTES
 
         _make_block(b, x, sums, block, weights_at, begin_step)
@@ -212,11 +216,11 @@ def write_rows(typing_context, sums, place, bias, out, row, count, tile, gates, 
         def number(value: int) -> ir.Constant:
             return ir.Constant(place.type, value)
 
-        columns = output_columns(b, tile, gates, UNITS, _LANES)
+        columns = output_columns(b, tile, gates, UNITS, LANES)
         biases = [vector_at(b, b.gep(bias, [column]), _FLOATS) for column in columns]
         with cgutils.for_range(b, count) as loop:
             at = b.add(place, b.mul(loop.index, number(OUTPUTS)))
-            lines = [vector_at(b, b.gep(sums, [b.add(at, number(unit * _LANES))]), _FLOATS) for unit in range(UNITS)]
+            lines = [vector_at(b, b.gep(sums, [b.add(at, number(unit * LANES))]), _FLOATS) for unit in range(UNITS)]
             results = [b.fadd(line, more) for line, more in zip(lines, biases, strict=True)]
             write_tile(b, out, b.add(row, loop.index), [results], columns, gates, width)
         return context.get_dummy_value()

@@ -17,13 +17,18 @@ from numba.extending import intrinsic
 
 from quant.kernels.amx import (
     COMPILES_AMX,
+    LANES,
     OUTPUTS,
+    ROWS,
     SIGNED_BY_UNSIGNED,
     STEP_BYTES,
+    SUMS,
     UNITS,
+    WEIGHTS,
     add_products,
     clear_tile,
     load_tile,
+    load_weights,
     store_tile,
 )
 from quant.kernels.arrays import LINE_BYTES
@@ -32,11 +37,7 @@ from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.integer_ops import INSTRUCTIONS, Builder
 from quant.kernels.simd import F32, I32, array_data
 
-SUMS, ROWS, WEIGHTS = (0, 1, 2, 3), (4, 5), (6, 7)
-"""The tiles: sums of four row tiles; rows and weights of a group's first step of 64 inputs, and of its second. Products
-of neighbouring row tiles go to different sums, so none waits for another's."""
 GROUP_SIZES = (STEP_BYTES, 2 * STEP_BYTES)
-_LANES = OUTPUTS // UNITS
 _BYTES = ir.VectorType(ir.IntType(8), LINE_BYTES)
 _ISA = INSTRUCTIONS[0]
 PLACES = types.UniTuple(types.intp, UNITS)
@@ -83,6 +84,9 @@ def unpack_tile(typing_context, w, first, num_bytes, unpacked):  # type: ignore[
 def multiply_group(typing_context, x, first, next_rows, stride, count, w, first_weight, size):  # type: ignore[no-untyped-def]
     """`count` row tiles, one to four, times a group's weights of one unit: `size` inputs, 64 or 128.
 
+    Sums are those of the row tiles, so that products of neighbouring ones do not wait for each other; tiles of rows and
+    of weights are those of the group's first 64 inputs, and of the others.
+
     x int8; the first row's inputs begin at `first`, the next one's `stride` on, those of the next tile `next_rows` on.
     Weights are bytes without sign, from `first_weight` on: four inputs of a unit's outputs, those of the other unit,
     then the next four inputs.
@@ -100,7 +104,7 @@ def multiply_group(typing_context, x, first, next_rows, stride, count, w, first_
         def make(num_tiles: int, num_steps: int) -> None:
             for step in range(num_steps):
                 place = b.gep(w, [b.add(first_weight, number(step * STEP_BYTES * OUTPUTS))])
-                load_tile(b, WEIGHTS[step], place, number(UNITS * LINE_BYTES))
+                load_weights(b, WEIGHTS[step], 0, place)
             for index, sums in enumerate(SUMS[:num_tiles]):
                 clear_tile(b, sums)
                 start = b.add(first, b.mul(next_rows, number(index)))
@@ -173,7 +177,7 @@ def scale_totals(  # type: ignore[no-untyped-def]
                 x_scale = v.splat(v.load(x_scales, row, F32))
                 x_sum = v.splat(b.sitofp(v.load(x_sums, row, I32), F32))
                 for unit in range(UNITS):
-                    offset = b.add(b.mul(loop.index, number(OUTPUTS)), number(unit * _LANES))
+                    offset = b.add(b.mul(loop.index, number(OUTPUTS)), number(unit * LANES))
                     total = v.fma(negative[unit], x_sum, b.sitofp(v.load(totals, offset, v.i32), v.f32))
                     if factors:
                         total = v.fma(b.fmul(total, x_scale), factors[unit], before(offset))
@@ -205,11 +209,11 @@ def write_scaled(typing_context, sums, count, scales, unit_places, bias, out, ro
         count, row, tile, gates, width = (args[i] for i in (1, 6, 7, 8, 9))
         scale_array, offsets = signature.args[2], cgutils.unpack_tuple(b, args[3])
         factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets] if scale_array.ndim == 1 else []
-        columns = output_columns(b, tile, gates, UNITS, _LANES)
+        columns = output_columns(b, tile, gates, UNITS, LANES)
         added = [v.load(bias, column, v.f32) for column in columns]
         with cgutils.for_range(b, count) as loop:
             start = b.mul(loop.index, ir.Constant(count.type, OUTPUTS))
-            places = [b.add(start, ir.Constant(count.type, unit * _LANES)) for unit in range(UNITS)]
+            places = [b.add(start, ir.Constant(count.type, unit * LANES)) for unit in range(UNITS)]
             values = [v.load(sums, place, v.f32) for place in places]
             if factors:
                 results = [v.fma(*each) for each in zip(values, factors, added, strict=True)]

@@ -17,13 +17,11 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight
-from quant.kernels.amx import HAS_AMX, TILE_ROWS, UNITS, configure, release
+from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES, SUMS, TILE_ROWS, UNITS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.integer_amx_ops import (
     GROUP_SIZES,
-    SUMS,
-    WEIGHTS,
     has_packed_weights,
     multiply_group,
     scale_totals,
@@ -80,13 +78,13 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
     """`multiply_rows` by AMX."""
     totals = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.int32)
     sums = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.float32)
-    num_x_groups, lanes, weights = k_size // group, OUTPUTS // UNITS, tile * k_size * OUTPUTS
+    num_x_groups, weights = k_size // group, tile * k_size * OUTPUTS
     is_packed = has_packed_weights(w)
     unpacked = empty_lines(OUTPUTS * k_size if is_packed else 0)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
     if is_packed:
         unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked)
-    configure(TILE_ROWS, WEIGHTS[0])
+    configure(TILE_ROWS)
     for first in range(row, last, AMX_BLOCK):
         count = min(AMX_BLOCK, last - first)
         num_tiles = (count + TILE_ROWS - 1) // TILE_ROWS
@@ -101,9 +99,9 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
                     multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, unpacked, offset, group)
                 else:
                     multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, w, weights + offset, group)
-                store_totals(num_tiles, totals, unit * lanes, TILE_ROWS * OUTPUTS)
-            group_place = g * groups // num_x_groups * lanes
-            unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + lanes) * groups + group_place
+                store_totals(num_tiles, totals, unit * LANES, TILE_ROWS * OUTPUTS)
+            group_place = g * groups // num_x_groups * LANES
+            unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
             x_places = first * num_x_groups + g, num_x_groups
             scale_totals(totals, count, x_scales, x_sums, *x_places, scales, zeros, unit_places, g == 0, sums)
         write_scaled(sums, count, scales, unit_places, bias, out, first, tile, gates, width)
@@ -120,11 +118,12 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     `min_rows` rows on AMX multiplies.
     """
     row, last = rows
-    if last - row >= min_rows:
-        _multiply_row_tiles(
-            x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
-        )
-        return
+    if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
+        if last - row >= min_rows:
+            _multiply_row_tiles(
+                x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
+            )
+            return
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
     part, parts = fetched_part(0, num_whole + has_half)
