@@ -37,8 +37,8 @@ DOCUMENT = REPOSITORY / "docs" / "performance.md"
 BEGIN, END = "<!-- made by benchmarks/profile_step.py -->", "<!-- until here -->"
 FORMS = ["bfloat16", "eetq", "int4"]
 KERNEL_MODULES = """
-    quant.kernels.bfloat16_cpu quant.kernels.dense_cpu quant.kernels.integer_cpu quant.kernels.packed_cpu
-    engine.layers.cpu engine.attention.cpu engine.sampling.sampler_cpu
+    quant.kernels.bfloat16_amx_cpu quant.kernels.bfloat16_cpu quant.kernels.dense_cpu quant.kernels.integer_cpu
+    quant.kernels.packed_cpu engine.layers.cpu engine.attention.cpu engine.sampling.sampler_cpu
 """.split()
 MATRICES = {
     "QKV": "self_attn.qkv_proj",
@@ -167,9 +167,9 @@ class LabelledMatrix:
         with self._labelled():
             return self._kernel(x)
 
-    def gated(self, x: Any) -> Any:
+    def gated(self, x: Any, following: Any) -> Any:
         with self._labelled():
-            return self._kernel.gated(x)
+            return self._kernel.gated(x, following._kernel if isinstance(following, LabelledMatrix) else following)
 
     @contextlib.contextmanager
     def _labelled(self) -> Iterator[None]:

@@ -226,17 +226,19 @@ class ColumnParallelLinear(ParallelMatrices):
         """x [rows, in_features] -> [rows, this rank's outputs, part after part]"""
         return self._product(x)
 
-    def gated(self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def gated(
+        self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], following: MatrixKernel | None = None
+    ) -> torch.Tensor:
         """x [rows, in_features] -> [rows, half of this rank's outputs]: silu(first part) * second part.
 
-        `gate` makes that of the product where no kernel does.
+        `gate` makes that of the product where no kernel does. `following` is that of `GatedKernel.gated`.
         """
         is_changed = self._adapters is not None and not self._adapters.is_idle
         if is_changed and self._gated_adapters is not None:
             return self._gated_adapters.gated(self._base_product(x), x)
         if self._gated_kernel is None or is_changed:
             return gate(self._product(x))
-        return self._gated_kernel.gated(x)
+        return self._gated_kernel.gated(x, following)
 
 
 class RowParallelLinear(ParallelMatrices):
@@ -283,6 +285,12 @@ class RowParallelLinear(ParallelMatrices):
         shards = split_features(self._out_features[0], self._parallel.size)
         self.output_widths = lengths(shards)
         self._set_shards([shards[self._parallel.rank]], None)
+
+    @property
+    def only_reader(self) -> MatrixKernel | None:
+        """The kernel that gets x, if nothing else reads it: no rank, no adapter."""
+        is_shared = self.output_widths is not None or (self._adapters is not None and not self._adapters.is_idle)
+        return None if is_shared or len(self._matrix_kernels) != 1 else self._matrix_kernels[0]
 
     def cut(self, name: str, part: int, shape: Sequence[int]) -> Cut | None:
         cut = super().cut(name, part, shape)

@@ -120,8 +120,12 @@ class GatedKernel(MatrixKernel, Protocol):
     num_gates: int
     """Number of outputs that are gates; 0: there are none, or they do not fill whole tiles."""
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give."""
+    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
+        """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give.
+
+        `following` is the kernel that alone gets the result: that may then be in the form in which `following` reads x,
+        whatever its dtype and order are.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

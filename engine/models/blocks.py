@@ -127,7 +127,7 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]"""
-        return self.down_proj(self.gate_up_proj.gated(x, self._ops.silu_and_mul))
+        return self.down_proj(self.gate_up_proj.gated(x, self._ops.silu_and_mul, self.down_proj.only_reader))
 
 
 class DecoderLayer:

@@ -24,6 +24,8 @@ MIN_SHARED_BYTES = 1 << 17
 """Smaller matrices have their own: a model that has only such lies in the caches."""
 LINE_BYTES = 64
 """A line of the processor's cache."""
+READABLE_BYTES = 16 * LINE_BYTES
+"""Bytes behind an array that a kernel may read, and not use: a tile of AMX that begins with an array's last row."""
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -78,24 +80,24 @@ def new_weight(num_bytes: int) -> npt.NDArray[np.uint8]:
     global _slab
     size = -(-num_bytes // LINE_BYTES) * LINE_BYTES
     if not MIN_SHARED_BYTES <= size <= SLAB_BYTES // 2:
-        return _new_lines(num_bytes)
+        return new_lines(num_bytes)
     with _slab_lock:
         if size > len(_slab):
-            _slab = _new_lines(SLAB_BYTES)
+            _slab = new_lines(SLAB_BYTES)
         weight, _slab = _slab[:num_bytes], _slab[size:]
     return weight
 
 
-def _new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory that begins with a line of the cache."""
-    memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
+def new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised memory that begins with a line of the cache, `READABLE_BYTES` behind it."""
+    memory = np.empty(num_bytes + LINE_BYTES + READABLE_BYTES, np.uint8)
     return memory[-memory.ctypes.data % LINE_BYTES :][:num_bytes]
 
 
 @njit(**FAST)
 def empty_lines(num_bytes):  # type: ignore[no-untyped-def]
-    """Uninitialised memory that begins with a line of the cache, within a kernel: uint8 [num_bytes]."""
-    memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
+    """As `new_lines`, within a kernel."""
+    memory = np.empty(num_bytes + LINE_BYTES + READABLE_BYTES, np.uint8)
     start = -memory.ctypes.data % LINE_BYTES
     return memory[start : start + num_bytes]
 
@@ -107,12 +109,15 @@ def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 
 def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
-    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array.
+    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array, which `new_lines` makes.
 
     In a program it grows with the rows of a step (`program_cpu.Recording`); for what does not, there is `new_fixed`.
     NumPy makes it in half the time that torch takes, and asks for huge pages where it is large.
     """
-    array = np.empty((num_rows, size), np.float32) if _observer is None else _observer.new_array(num_rows, size)
+    if _observer is None:
+        array = new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)
+    else:
+        array = _observer.new_array(num_rows, size)
     return torch.from_numpy(array), array.reshape(-1)
 
 

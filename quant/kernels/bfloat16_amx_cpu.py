@@ -4,31 +4,35 @@ One rule for every number of rows: each number of a row is rounded to the neares
 are added as the instruction adds them (`amx`), 32 inputs at a time, in order. So a row's bits do not depend on how many
 rows run with it. They are not those of `bfloat16_cpu`, whose order of weights this has.
 
-Rows are cut into the fewest tiles of at most 16, all of the same size. Where the last tile has fewer rows, the rest are
-multiplied and not written. Rows are rounded straight into the order that tiles read. Codes of weights are looked up
-once for all rows of a block.
+Rows are cut into the fewest tiles of at most 16, all of the same size. Where the last tile has fewer rows, more are
+multiplied and not written. Rows are rounded straight into the order that tiles read, by the product that makes them if
+its gates are all that is between (`Bfloat16Amx.gated`). Codes of weights are looked up once for all rows of a block.
+What a block has added is written while the next one multiplies: gates take as long as a third of a product.
+
+One row alone is no tile: its weights would go by way of the cache, and it waits for nothing but them.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange
 
-from quant.base import PackedWeight
+from quant.base import MatrixKernel, PackedWeight
 from quant.kernels.amx import HAS_AMX, OUTPUTS, ROWS, TILE_ROWS, configure, release
-from quant.kernels.arrays import FAST, LINE_BYTES, empty_lines
+from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output
 from quant.kernels.bfloat16_amx_ops import (
     KEPT_STEPS,
     STEP_INPUTS,
-    STEP_PAIRS,
     STEP_WEIGHTS,
     multiply_coded_tiles,
+    multiply_row,
     multiply_tiles,
     write_rows,
 )
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.bfloat16_ops import INPUTS, LANES, PAIR_WEIGHTS, WEIGHT_BYTES, round_vector
-from quant.kernels.coded_ops import PAIR_BYTES
+from quant.kernels.coded_ops import PAIR_BYTES, STEP_PAIRS
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 
 ROW_BYTES = 1 << 20
@@ -39,15 +43,14 @@ BLOCK_TILES = len(ROWS)
 
 
 @njit(inline="always")
-def _round_tile(x, tile, tile_rows, num_rows, k_size, rounded):  # type: ignore[no-untyped-def]
-    """x float32 flat [num_rows, k_size] -> tile `tile` of rounded [row tiles, k_size / 32, tile_rows, 32]."""
-    first = tile * tile_rows
-    for row in range(first, min(num_rows, first + tile_rows)):
+def _round_tile(x, first, last, k_size, rounded):  # type: ignore[no-untyped-def]
+    """Rows of x float32 flat [num_rows, k_size] -> a tile [k_size / 32, rows, 32] of rounded, at the same place."""
+    for row in range(first, last):
         target = first * k_size + (row - first) * STEP_INPUTS
         for k in range(0, k_size, STEP_INPUTS):
             for part in range(k, k + STEP_INPUTS, LANES):
                 round_vector(x, row * k_size + part, rounded, target + part - k)
-            target += tile_rows * STEP_INPUTS
+            target += (last - first) * STEP_INPUTS
 
 
 @njit(inline="always")
@@ -55,50 +58,67 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
     """Rows times a stretch of a tile: a block for every two tiles of rows.
 
     `places` are where scratch and sums of this thread begin; `rows` the first row, the one after the last, and how many
-    a tile has; `sizes` are gates, width, k_size, first and last input, and the stretch's first mark.
+    a tile has; `sizes` are gates, width, k_size, first and last input, the stretch's first mark, and whether out is
+    rounded.
     """
     coded, tables, raw, marks, _ = codes
     scratch_at, place = places
     start, end, tile_rows = rows
-    gates, width, k_size, first, last, mark = sizes
+    gates, width, k_size, first, last, mark, is_out_rounded = sizes
     is_coded = len(coded) > 0
     num_steps, first_pair = (last - first) // STEP_INPUTS, (tile * k_size + first) // INPUTS
     step_bytes = STEP_PAIRS * PAIR_BYTES if is_coded else _RAW_BYTES
     first_byte, block_rows = first_pair // STEP_PAIRS * step_bytes, BLOCK_TILES * tile_rows
     num_blocks = (end - start + block_rows - 1) // block_rows
+    finished = place, start, 0, tile_rows, tile, gates, width, is_out_rounded
     for block in range(num_blocks):
         row = start + block * block_rows
         part, parts = fetched_part(block, num_blocks)
         num_lines = step_bytes // LINE_BYTES // parts if block < parts else 0
         ahead = first_byte + num_steps * step_bytes + part * num_steps * (step_bytes // parts)
-        next_rows = tile_rows * k_size if row + tile_rows < end else 0
-        first_row = row * k_size + first * tile_rows
+        next_row = row + tile_rows
+        count, next_count = min(tile_rows, end - row), max(min(tile_rows, end - next_row), 0)
+        first_row = row * k_size + first * count
+        next_rows = next_row * k_size + first * next_count if next_count > 0 else 0
         first_weight = scratch_at if is_coded else first_pair * PAIR_WEIGHTS
-        work = first_row, next_rows, tile_rows, num_steps, first_weight, first == 0, place, ahead, num_lines
-        if is_coded and block == 0:
+        starts = first_row, next_rows, tile_rows, count * STEP_INPUTS, next_count * STEP_INPUTS
+        work = *starts, num_steps, first_weight, first == 0, place, ahead, num_lines
+        if tile_rows == 1:
+            multiply_row(rounded, w, coded, tables, raw, marks, sums, work, tile, first_pair, mark)
+        elif is_coded and block == 0:
             mask = KEPT_STEPS - 1 if num_blocks == 1 else -1
             multiply_coded_tiles(rounded, coded, tables, raw, marks, scratch, sums, work, tile, first_pair, mark, mask)
         elif is_coded:
-            multiply_tiles(rounded, scratch, coded, sums, work)
+            multiply_tiles(rounded, scratch, coded, bias, out, sums, work, finished)
         else:
-            multiply_tiles(rounded, w, w, sums, work)
-        if last == k_size:
-            write_rows(sums, place, bias, out, row, min(block_rows, end - row), tile, gates, width)
+            multiply_tiles(rounded, w, w, bias, out, sums, work, finished)
+        count = count + next_count if last == k_size else 0
+        finished = place, row, count, tile_rows, tile, gates, width, is_out_rounded
         place += block_rows * OUTPUTS
+    write_rows(sums, bias, out, finished)
 
 
 @njit(parallel=True, **FAST)
-def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, num_threads):  # type: ignore[no-untyped-def]
-    """As `bfloat16_cpu._product`."""
-    num_rows = len(x) // k_size
+def _product(  # type: ignore[no-untyped-def]
+    x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, is_rounded, is_out_rounded, num_threads
+):
+    """As `bfloat16_cpu._product`.
+
+    If `is_rounded`, x is bfloat16 as the product before has written it, [row tiles, k_size / 32, rows, 32]; if
+    `is_out_rounded`, so is out, of gates alone. Both are float32 by their dtype.
+    """
+    num_rows = len(x) * (INPUTS if is_rounded else 1) // k_size
     tile_rows = even_block(num_rows, TILE_ROWS, 1)
     num_row_tiles = (num_rows + tile_rows - 1) // tile_rows
-    rounded = empty_lines(num_row_tiles * tile_rows * k_size * 2).view(np.uint16)
-    if num_row_tiles == 1:  # a parallel region takes longer to start
-        _round_tile(x, 0, tile_rows, num_rows, k_size, rounded)
+    if is_rounded:
+        rounded = x.view(np.uint16)
     else:
-        for tile in prange(num_row_tiles):
-            _round_tile(x, tile, tile_rows, num_rows, k_size, rounded)
+        rounded = empty_lines(num_rows * k_size * 2).view(np.uint16)
+        if num_row_tiles == 1:  # a parallel region takes longer to start
+            _round_tile(x, 0, num_rows, k_size, rounded)
+        else:
+            for tile in prange(num_row_tiles):
+                _round_tile(x, tile * tile_rows, min(num_rows, (tile + 1) * tile_rows), k_size, rounded)
     unit_rows = tile_rows * max(1, min(num_row_tiles, BLOCK_TILES))
     row_block = max(ROW_BYTES // (inputs_each * WEIGHT_BYTES * unit_rows), 1) * unit_rows
     num_stretches = (k_size + inputs_each - 1) // inputs_each
@@ -124,7 +144,7 @@ def _product(x, w, codes, bias, out, n_size, gates, width, k_size, inputs_each, 
                         first = stretch * inputs_each
                         last = min(k_size, first + inputs_each)
                         mark = codes.first_marks[tile * num_stretches + stretch] if is_coded else 0
-                        sizes = gates, width, k_size, first, last, mark
+                        sizes = gates, width, k_size, first, last, mark, is_out_rounded
                         _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes)
         release()
 
@@ -133,7 +153,6 @@ class Bfloat16Amx(Bfloat16Cpu):
     """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32."""
 
     rounding = "AMX" if HAS_AMX else None
-    _kernel = staticmethod(_product)
     _stretch_unit = STEP_INPUTS
 
     @staticmethod
@@ -142,3 +161,17 @@ class Bfloat16Amx(Bfloat16Cpu):
         if packed.num_inputs % STEP_INPUTS:
             reasons.append(f"input sizes must be a multiple of {STEP_INPUTS}, not {packed.num_inputs}")
         return reasons + Bfloat16Cpu.why_not(packed)
+
+    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
+        """If such a kernel follows: bfloat16, in the order that it reads. The shape stays [rows, num_gates]."""
+        is_read_so = isinstance(following, Bfloat16Amx) and following._k_size == self.num_gates
+        return self._multiply(x, self.num_gates, is_out_rounded=is_read_so)
+
+    def _multiply(self, x: torch.Tensor, width: int, *, is_out_rounded: bool = False) -> torch.Tensor:
+        is_rounded = x.dtype == torch.bfloat16  # by the kernel before
+        out, flat_out = new_output(x.shape[0], width // INPUTS if is_out_rounded else width)
+        sizes = self._padded_size, self.num_gates, width, self._k_size, self._inputs_each
+        flags = int(is_rounded), int(is_out_rounded)
+        flat_x = flat_view(x.view(torch.float32) if is_rounded else x)
+        call(_product, flat_x, *self._weights, self._bias, flat_out, *sizes, *flags, self._num_threads)
+        return out.view(torch.bfloat16) if is_out_rounded else out

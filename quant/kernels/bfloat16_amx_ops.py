@@ -7,6 +7,7 @@ and element offsets; nothing is bounds-checked.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,12 +32,21 @@ from quant.kernels.amx import (
     store_tile,
 )
 from quant.kernels.arrays import LINE_BYTES
-from quant.kernels.bfloat16_ops import INPUTS, LINES, PAIR_WEIGHTS, loop_as_written, prefetch_share, vector_at
-from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, PairReader
-from quant.kernels.gates_ops import output_columns, write_tile
-from quant.kernels.simd import F32, I32, array_data, prefetch_at
+from quant.kernels.bfloat16_ops import (
+    INPUTS,
+    LINES,
+    PAIR_WEIGHTS,
+    add_pair,
+    loop_as_written,
+    prefetch_share,
+    raw_words,
+    rounded_lanes,
+    vector_at,
+)
+from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, STEP_PAIRS, PairReader, StepWriter, store_words
+from quant.kernels.gates_ops import gated_of, output_columns, write_tile
+from quant.kernels.simd import F32, I32, array_data, prefetch_at, spread
 
-STEP_PAIRS = 16
 STEP_INPUTS = STEP_PAIRS * INPUTS
 """Inputs that an instruction takes."""
 STEP_WEIGHTS = STEP_PAIRS * PAIR_WEIGHTS
@@ -46,8 +56,12 @@ KEPT_STEPS = 8
 """Steps whose weights a single block keeps, a power of two that is more than `AHEAD`: they stay in the L1 cache."""
 NEAR_BYTES = 1024
 """Bytes before their use coded weights are asked for, into the L1 cache. Without that few rows wait for memory."""
+FETCHED_ROWS = 8
+"""Rows before it is written that a row's line is asked for: what a step writes does not wait for the memory then."""
 _FLOAT_BYTES = 4
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_HALVES = [ir.Constant(_WORDS, [mask] * LANES) for mask in ((1 << 16) - 1, -1 << 16)]
+"""Masks of the first and the second number of each pair."""
 
 
 class Block(NamedTuple):
@@ -56,9 +70,13 @@ class Block(NamedTuple):
     first_row: Any
     """Where the rows' inputs of the stretch begin in x."""
     next_rows: Any
-    """Elements from the first row tile's inputs to the second's; 0: there is no second."""
+    """The same of the second row tile; 0: there is none."""
     tile_rows: Any
     """Rows of a tile."""
+    step_size: Any
+    """Elements from a step's inputs of the first row tile to the next step's."""
+    next_step_size: Any
+    """The same of the second row tile."""
     num_steps: Any
     first_weight: Any
     is_first: Any
@@ -74,14 +92,87 @@ BLOCK = types.UniTuple(types.intp, len(Block._fields))
 """How a kernel passes it: a tuple."""
 
 
+class Finished(NamedTuple):
+    """Rows of a tile whose sums are done, with what the kernel writes of them: at most two row tiles, neighbours."""
+
+    place: Any
+    """Where their sums begin."""
+    row: Any
+    """The first."""
+    count: Any
+    """How many there are; 0: none."""
+    tile_rows: Any
+    """Rows of the first row tile, if there is a second."""
+    tile: Any
+    """The tile of outputs."""
+    gates: Any
+    """This and `width` are those of `gates_ops.write_tile`."""
+    width: Any
+    is_rounded: Any
+    """Not 0: out gets silu(gate) * value as the next product takes it, bfloat16 [row tiles, width / 32, rows, 32]."""
+
+
+FINISHED = types.UniTuple(types.intp, len(Finished._fields))
+
+
+class RowWriter:
+    """The code that adds biases to the sums of finished rows, and writes a row."""
+
+    def __init__(self, b: Any, sums: Any, bias: Any, out: Any, finished: Finished) -> None:
+        self._builder, self._sums, self._out, self._finished = b, sums, out, finished
+        self._columns = output_columns(b, finished.tile, finished.gates, UNITS, LANES)
+        self._biases = [vector_at(b, b.gep(bias, [column]), _FLOATS) for column in self._columns]
+
+    def _number(self, value: int) -> ir.Constant:
+        return ir.Constant(self._finished.place.type, value)
+
+    def write(self, index: Any) -> None:
+        """Write row `index` of them, and ask for the lines of one that follows."""
+        b, finished, number = self._builder, self._finished, self._number
+        at = b.add(finished.place, b.mul(index, number(OUTPUTS)))
+        lines = [vector_at(b, b.gep(self._sums, [b.add(at, number(u * LANES))]), _FLOATS) for u in range(UNITS)]
+        results = [b.fadd(line, more) for line, more in zip(lines, self._biases, strict=True)]
+        following = b.add(index, number(FETCHED_ROWS))
+        following = b.select(b.icmp_signed("<", following, finished.count), following, index)
+        with b.if_else(b.icmp_signed("!=", finished.is_rounded, number(0))) as (rounded, whole):
+            with whole:
+                row = b.add(finished.row, index)
+                next_row = b.mul(b.add(finished.row, following), finished.width)
+                for column in self._columns:
+                    prefetch_at(b, self._out, b.add(next_row, column), is_near=True, is_written=True)
+                write_tile(b, self._out, row, [results], self._columns, finished.gates, finished.width)
+            with rounded:
+                prefetch_at(b, self._rounded_place(following), number(0), is_near=True, is_written=True)
+                halves, place = rounded_lanes(b, gated_of(b, *results)), self._rounded_place(index)
+                b.store(halves, b.bitcast(place, halves.type.as_pointer())).align = 2
+
+    def _rounded_place(self, index: Any) -> Any:
+        """Where row `index` of them gets its numbers, a pointer to 16-bit integers."""
+        b, finished, number = self._builder, self._finished, self._number
+        before = b.select(b.icmp_signed(">=", index, finished.tile_rows), finished.tile_rows, number(0))
+        rows = b.sub(finished.count, before)
+        rows = b.select(b.icmp_signed("<", rows, finished.tile_rows), rows, finished.tile_rows)
+        step, lane = (operate(self._columns[0], number(STEP_INPUTS)) for operate in (b.udiv, b.urem))
+        inside = b.add(b.mul(step, rows), b.sub(index, before))
+        start = b.mul(b.add(finished.row, before), finished.width)
+        start = b.add(b.add(start, b.mul(inside, number(STEP_INPUTS))), lane)
+        return b.gep(b.bitcast(self._out, ir.IntType(16).as_pointer()), [start])
+
+
 def _make_block(
-    b: Any, x: Any, sums: Any, block: Block, weights_at: Callable[[Any], Any], begin_step: Callable[[Any], None]
+    b: Any,
+    x: Any,
+    sums: Any,
+    block: Block,
+    weights_at: Callable[[Any], Any],
+    begin_step: Callable[[Any], None],
+    end_step: Callable[[Any], None] = lambda step: None,
 ) -> None:
     """The code of a block: sums are those of the first row tile with both units, then those of the second.
 
     So every tile that is loaded is used twice, or once with one row tile.
     `begin_step` makes what prepares a step, `AHEAD` steps before its use; `weights_at` returns the pointer to a step's
-    weights.
+    weights; `end_step` makes what else a step does, while its products are added.
     """
 
     def number(value: int) -> ir.Constant:
@@ -101,7 +192,7 @@ def _make_block(
             with go_on:
                 for tile, place in places.items():
                     load_tile(b, tile, place, sums_stride)
-        starts = [block.first_row, b.add(block.first_row, block.next_rows)][:num_tiles]
+        starts = ((block.first_row, block.step_size), (block.next_rows, block.next_step_size))[:num_tiles]
         for step in range(AHEAD):
             with b.if_then(b.icmp_signed("<", number(step), block.num_steps)):
                 begin_step(number(step))
@@ -110,13 +201,13 @@ def _make_block(
             with b.if_then(b.icmp_signed("<", following, block.num_steps)):
                 begin_step(following)
             weights = weights_at(loop.index)
-            down = b.mul(b.mul(loop.index, number(STEP_INPUTS)), block.tile_rows)
-            for r, start in enumerate(starts):
-                load_tile(b, ROWS[r], b.gep(x, [b.add(start, down)]), row_stride)
+            for r, (start, step_size) in enumerate(starts):
+                load_tile(b, ROWS[r], b.gep(x, [b.add(start, b.mul(loop.index, step_size))]), row_stride)
                 for unit, tile in enumerate(WEIGHTS):
                     if r == 0:
                         load_weights(b, tile, unit, weights)
                     add_products(b, BFLOAT16, SUMS[UNITS * r + unit], ROWS[r], tile)
+            end_step(loop.index)
         for tile, place in places.items():
             store_tile(b, tile, place, sums_stride)
 
@@ -128,18 +219,19 @@ def _make_block(
 
 
 @intrinsic
-def multiply_tiles(typing_context, x, w, ahead, sums, block):  # type: ignore[no-untyped-def]
+def multiply_tiles(typing_context, x, w, ahead, bias, out, sums, block, finished):  # type: ignore[no-untyped-def]
     """Row tiles times a stretch of weights as they are, or as `multiply_coded_tiles` wrote them.
 
     x uint16 [row tiles, k_size / 32, rows, 32]; w uint16 [tiles, pairs, OUTPUTS, 2]; `ahead` the array that the next
-    weights are in; sums float32; `block` a tuple of the fields of `Block`.
+    weights are in; sums float32; `block` a tuple of the fields of `Block`. Each step writes some of the rows that
+    `finished`, a tuple too, says to be finished.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
-        x, w, ahead, sums = (array_data(context, b, signature, args, i) for i in range(4))
-        block = Block(*cgutils.unpack_tuple(b, args[4]))
+        x, w, ahead, bias, out, sums = (array_data(context, b, signature, args, i) for i in range(6))
+        block, finished = Block(*cgutils.unpack_tuple(b, args[6])), Finished(*cgutils.unpack_tuple(b, args[7]))
 
         def weights_at(step: Any) -> Any:
             return b.gep(w, [b.add(block.first_weight, b.mul(step, ir.Constant(step.type, STEP_WEIGHTS)))])
@@ -149,11 +241,20 @@ def multiply_tiles(typing_context, x, w, ahead, sums, block):  # type: ignore[no
                 line = b.add(b.mul(step, block.num_lines), lines.index)
                 prefetch_at(b, ahead, b.add(block.ahead, b.mul(line, ir.Constant(line.type, LINE_BYTES))))
 
+        writer, one = RowWriter(b, sums, bias, out, finished), ir.Constant(finished.count.type, 1)
+        rows_each = b.sdiv(b.sub(b.add(finished.count, block.num_steps), one), block.num_steps)
+
+        def end_step(step: Any) -> None:
+            first = b.mul(step, rows_each)
+            left = b.sub(finished.count, first)
+            with cgutils.for_range(b, b.select(b.icmp_signed("<", left, rows_each), left, rows_each)) as rows:
+                writer.write(b.add(first, rows.index))
+
         ahead = b.bitcast(ahead, ir.IntType(8).as_pointer())
-        _make_block(b, x, sums, block, weights_at, begin_step)
+        _make_block(b, x, sums, block, weights_at, begin_step, end_step)
         return context.get_dummy_value()
 
-    return types.none(x, w, ahead, sums, BLOCK), codegen
+    return types.none(x, w, ahead, bias, out, sums, BLOCK, FINISHED), codegen
 
 
 @intrinsic
@@ -164,7 +265,8 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
 
     The arrays are those of `coded_weights.CodedWeights`, `pair` is the stretch's first, of outputs `tile`, and `mark`
     the first mark that is not before it. Scratch uint16 gets [steps, pairs, OUTPUTS, 2] from `block.first_weight` on;
-    step s is at `s & mask`.
+    step s is at `s & mask`. Where no block follows, `mask` is 0 or more: weights wait for the memory then, and pairs
+    that are read one by one ask for it more evenly.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -173,7 +275,8 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
         x, coded, tables, raw, marks, scratch, sums = (array_data(context, b, signature, args, i) for i in range(7))
         block = Block(*cgutils.unpack_tuple(b, args[7]))
         tile, first_pair, mark, mask = args[8:]
-        reader = PairReader(b, coded, tables, raw, marks, tile, mark)
+        steps = StepWriter(b, coded, tables, raw, marks, tile, mark)
+        pairs = PairReader(b, coded, tables, raw, marks, tile, mark)
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(mask.type, value)
@@ -182,18 +285,19 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
             return b.gep(scratch, [b.add(block.first_weight, b.mul(b.and_(step, mask), number(STEP_WEIGHTS)))])
 
         def begin_step(step: Any) -> None:
-            place = weights_at(step)
-            with loop_as_written(b, number(STEP_PAIRS)) as loop:
-                index = loop.index
-                pair = b.add(b.mul(step, number(STEP_PAIRS)), index)
-                share = b.mul(block.num_lines, number(LINE_BYTES // (STEP_PAIRS * LINES)))
-                prefetch_share(b, coded, (block.ahead, share), pair)
-                fetched = b.add(b.mul(b.add(first_pair, pair), number(PAIR_BYTES)), number(NEAR_BYTES))
-                prefetch_at(b, coded, fetched, is_near=True)
-                words = reader.read(b.add(first_pair, pair))
-                for unit, vector in enumerate(words):
-                    offset = b.add(b.mul(index, number(PAIR_WEIGHTS)), number(unit * LANES * INPUTS))
-                    b.store(vector, b.bitcast(b.gep(place, [offset]), _WORDS.as_pointer())).align = LINE_BYTES
+            share = b.mul(block.num_lines, number(LINE_BYTES // (STEP_PAIRS * LINES)))
+            first, place = b.mul(step, number(STEP_PAIRS)), weights_at(step)
+            with b.if_else(b.icmp_signed("<", mask, number(0))) as (all_at_once, one_by_one):
+                with all_at_once:
+                    ahead = b.add(block.ahead, b.mul(first, b.mul(share, number(LINES))))
+                    steps.write(b.add(first_pair, first), place, ahead, share)
+                with one_by_one, loop_as_written(b, number(STEP_PAIRS)) as loop:
+                    index = b.add(first, loop.index)
+                    prefetch_share(b, coded, (block.ahead, share), index)
+                    pair = b.add(first_pair, index)
+                    fetched = b.add(b.mul(pair, number(PAIR_BYTES)), number(NEAR_BYTES))
+                    prefetch_at(b, coded, fetched, is_near=True)
+                    store_words(b, pairs.read(pair), b.gep(place, [b.mul(loop.index, number(PAIR_WEIGHTS))]))
 
         _make_block(b, x, sums, block, weights_at, begin_step)
         return context.get_dummy_value()
@@ -203,27 +307,80 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def write_rows(typing_context, sums, place, bias, out, row, count, tile, gates, width):  # type: ignore[no-untyped-def]
-    """Write sums float32 [count, OUTPUTS], which lie from `place` on, plus their biases, as rows of out from `row` on.
+def multiply_row(  # type: ignore[no-untyped-def]
+    typing_context, x, w, coded, tables, raw, marks, sums, block, tile, pair, mark
+):
+    """One row times a stretch of weights, coded ones if there are any, as `multiply_tiles` does with tiles.
 
-    `gates` and `width` are those of `gates_ops.write_tile`.
+    Its weights go from memory to registers and no further. AVX512-BF16 adds a pair's products to one sum: that of the
+    even inputs takes pairs whose second number is 0, the other one pairs whose first is. The arguments are those of
+    `multiply_coded_tiles`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        sums, bias, out = (array_data(context, b, signature, args, i) for i in (0, 2, 3))
-        place, row, count, tile, gates, width = (args[i] for i in (1, 4, 5, 6, 7, 8))
+        if not COMPILES_AMX:
+            return context.get_dummy_value()
+        x, w, coded, tables, raw, marks, sums = (array_data(context, b, signature, args, i) for i in range(7))
+        block = Block(*cgutils.unpack_tuple(b, args[7]))
+        tile, first_pair, mark = args[8:]
 
         def number(value: int) -> ir.Constant:
-            return ir.Constant(place.type, value)
+            return ir.Constant(mark.type, value)
 
-        columns = output_columns(b, tile, gates, UNITS, LANES)
-        biases = [vector_at(b, b.gep(bias, [column]), _FLOATS) for column in columns]
-        with cgutils.for_range(b, count) as loop:
-            at = b.add(place, b.mul(loop.index, number(OUTPUTS)))
-            lines = [vector_at(b, b.gep(sums, [b.add(at, number(unit * LANES))]), _FLOATS) for unit in range(UNITS)]
-            results = [b.fadd(line, more) for line, more in zip(lines, biases, strict=True)]
-            write_tile(b, out, b.add(row, loop.index), [results], columns, gates, width)
+        def make(data: Any, words_of: Callable[[Any], list[Any]], pair_bytes: int) -> None:
+            places = [b.gep(sums, [b.add(block.place, number(unit * LANES))]) for unit in range(UNITS)]
+            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            is_first = b.icmp_signed("!=", block.is_first, number(0))
+            totals = [
+                cgutils.alloca_once_value(b, b.select(is_first, zero, vector_at(b, place, _FLOATS))) for place in places
+            ]
+            apart = [[cgutils.alloca_once(b, _FLOATS) for _ in range(INPUTS)] for _ in range(UNITS)]
+            share = b.sdiv(b.mul(block.num_lines, number(LINE_BYTES)), number(STEP_PAIRS * LINES))
+            with loop_as_written(b, block.num_steps) as steps:
+                for kept in itertools.chain(*apart):
+                    b.store(zero, kept)
+                with loop_as_written(b, number(STEP_PAIRS)) as pairs:
+                    index = b.add(b.mul(steps.index, number(STEP_PAIRS)), pairs.index)
+                    prefetch_share(b, data, (block.ahead, share), index)
+                    x_at = b.gep(x, [b.add(block.first_row, b.mul(index, number(INPUTS)))])
+                    both = spread(b, b.load(b.bitcast(x_at, I32.as_pointer())), LANES)
+                    words = words_of(b.add(first_pair, index))
+                    for half, mask in enumerate(_HALVES):
+                        numbers = b.and_(both, mask)
+                        for unit in range(UNITS):
+                            kept = apart[unit][half]
+                            b.store(add_pair(b, numbers, words[unit], b.load(kept)), kept)
+                for kept, (even, odd) in zip(totals, apart, strict=True):
+                    b.store(b.fadd(b.load(kept), b.fadd(b.load(even), b.load(odd))), kept)
+            for kept, place in zip(totals, places, strict=True):
+                b.store(b.load(kept), b.bitcast(place, _FLOATS.as_pointer())).align = LINE_BYTES
+
+        num_coded = context.make_array(signature.args[2])(context, b, value=args[2]).nitems
+        with b.if_else(b.icmp_signed("==", num_coded, number(0))) as (plain, from_codes):
+            with plain:
+                data = b.bitcast(w, ir.IntType(8).as_pointer())
+                make(data, lambda pair: raw_words(b, w, b.mul(pair, number(PAIR_WEIGHTS))), PAIR_WEIGHTS * 2)
+            with from_codes:
+                if HAS_TABLES:
+                    make(coded, PairReader(b, coded, tables, raw, marks, tile, mark).read, PAIR_BYTES)
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(sums, at, bias, out, at, at, at, at, at), codegen
+    return types.none(x, w, coded, tables, raw, marks, sums, BLOCK, at, at, at), codegen
+
+
+@intrinsic
+def write_rows(typing_context, sums, bias, out, finished):  # type: ignore[no-untyped-def]
+    """Write finished rows; `finished` is a tuple of the fields of `Finished`."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if not COMPILES_AMX:  # LLVM would end the process
+            return context.get_dummy_value()
+        sums, bias, out = (array_data(context, b, signature, args, i) for i in range(3))
+        finished = Finished(*cgutils.unpack_tuple(b, args[3]))
+        writer = RowWriter(b, sums, bias, out, finished)
+        with cgutils.for_range(b, finished.count) as loop:
+            writer.write(loop.index)
+        return context.get_dummy_value()
+
+    return types.none(sums, bias, out, FINISHED), codegen

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
 
-from quant.base import PackedWeight
+from quant.base import MatrixKernel, PackedWeight
 from quant.kernels.arrays import FAST, call, flat_view, new_output, new_weight
 from quant.kernels.bfloat16_ops import (
     HAS_PAIRS,
@@ -130,7 +130,6 @@ class Bfloat16Cpu:
 
     rounding = ("AVX512-BF16" if HAS_PAIRS else "AVX-512") if HAS_AVX512 else None
     row_counts = ()
-    _kernel = staticmethod(_product)
     _stretch_unit = LANES
 
     @staticmethod
@@ -169,11 +168,11 @@ class Bfloat16Cpu:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
         return self._multiply(x, self.num_gates)
 
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
         out, flat_out = new_output(x.shape[0], width)
         sizes = self._padded_size, self.num_gates, width, self._k_size, self._inputs_each, self._num_threads
-        call(self._kernel, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
+        call(_product, flat_view(x), *self._weights, self._bias, flat_out, *sizes)
         return out

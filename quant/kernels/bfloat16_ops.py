@@ -77,6 +77,13 @@ def _halves(b: Any, words: Any) -> tuple[Any, Any]:
     return b.bitcast(b.shl(words, sixteen), _FLOATS), b.bitcast(b.and_(words, upper), _FLOATS)
 
 
+def rounded_lanes(b: Any, value: Any) -> Any:
+    """The nearest bfloat16 of `LANES` numbers, as bits of 16-bit lanes, by the instruction of AVX512-BF16."""
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    name, signature = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(halves, [_FLOATS])
+    return b.call(cgutils.get_or_insert_function(b.module, signature, name), [value])
+
+
 @intrinsic
 def round_vector(typing_context, x, source, rounded, target):  # type: ignore[no-untyped-def]
     """Write the nearest bfloat16 of `LANES` numbers of x float32, from `source` on, to `rounded`, from `target` on.
@@ -89,11 +96,7 @@ def round_vector(typing_context, x, source, rounded, target):  # type: ignore[no
         value = b.load(b.bitcast(places[0], _FLOATS.as_pointer()))
         value.align = 4
         if signature.args[2].dtype == types.uint16:
-            halves = ir.VectorType(ir.IntType(16), LANES)
-            function = cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(halves, [_FLOATS]), "llvm.x86.avx512bf16.cvtneps2bf16.512"
-            )
-            result = b.call(function, [value])
+            result = rounded_lanes(b, value)
         else:
             bits = b.zext(bfloat16_bits(b, value), WORDS)
             result = b.bitcast(b.shl(bits, ir.Constant(WORDS, [16] * LANES)), _FLOATS)

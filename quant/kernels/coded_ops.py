@@ -18,6 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.bfloat16_ops import (
     HAS_PAIRS,
     INPUTS,
@@ -32,7 +33,7 @@ from quant.kernels.bfloat16_ops import (
     raw_words,
     vector_at,
 )
-from quant.kernels.simd import I32, array_data, enabled_features
+from quant.kernels.simd import I32, array_data, enabled_features, prefetch_at
 
 CODE_BITS = 4
 NUM_CODES = 1 << CODE_BITS
@@ -40,6 +41,10 @@ CODE_BYTES = PAIR_WEIGHTS * CODE_BITS // 8
 PAIR_BYTES = PAIR_WEIGHTS + CODE_BYTES
 """Lower bytes, which fill a vector, then codes. Every other such vector goes across two cache lines; with none that
 did, and more arithmetic for it, products took as long."""
+STEP_PAIRS = 16
+"""Pairs that `StepWriter` looks up together: those of an instruction of AMX."""
+FETCHED_BYTES = 4096
+"""Bytes before their use that it asks for coded weights, into the L1 cache."""
 TABLE_BYTES = 1 << 6
 """A table repeats itself: the instruction takes six bits for a place in it, two of which are another code's."""
 HAS_TABLES = HAS_PAIRS and "avx512vbmi" in enabled_features()
@@ -113,6 +118,75 @@ class PairReader:
             with from_codes:
                 keep(_coded_words(b, self._coded, self._table, pair))
         return [b.load(where) for where in self._kept]
+
+
+class StepWriter:
+    """The code that writes `STEP_PAIRS` neighbouring pairs of a tile down as weights, step after step.
+
+    The arguments are those of `PairReader`. A step is looked up as if none of its pairs were marked, without a branch
+    in between, and those that are get their weights after that. It is a function of its own: so much code exists once.
+    """
+
+    def __init__(self, b: Any, coded: Any, tables: Any, raw: Any, marks: Any, tile: Any, mark: Any) -> None:
+        self._builder, self._coded, self._raw, self._marks = b, coded, raw, marks
+        self._table = b.gep(tables, [b.mul(tile, ir.Constant(tile.type, TABLE_BYTES))])
+        self._next_mark = cgutils.alloca_once_value(b, mark)
+
+    def write(self, pair: Any, target: Any, ahead: Any, share: Any) -> None:
+        """Write the pairs from `pair` of the matrix on, [pairs, OUTPUTS, 2], to a pointer to 16-bit integers.
+
+        Meanwhile `LINES` lines for each pair are asked for, from byte `ahead` on and `share` apart.
+        """
+        b = self._builder
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(pair.type, value)
+
+        byte = ir.IntType(8).as_pointer()
+        start = b.gep(self._coded, [b.mul(pair, number(PAIR_BYTES))])
+        places = [b.bitcast(place, byte) for place in (start, self._table, target, b.gep(self._coded, [ahead]))]
+        b.call(_step_function(b.module), [*places, share])
+        check, copy, end = (b.append_basic_block(name) for name in ("check_mark", "copy_marked", "no_mark"))
+        b.branch(check)
+        b.position_at_end(check)
+        mark = b.load(self._next_mark)
+        place = b.sub(b.sext(b.load(b.gep(self._marks, [mark])), pair.type), pair)
+        b.cbranch(b.icmp_signed("<", place, number(STEP_PAIRS)), copy, end)
+        b.position_at_end(copy)
+        words = raw_words(b, self._raw, b.mul(mark, number(PAIR_WEIGHTS)))
+        store_words(b, words, b.gep(target, [b.mul(place, number(PAIR_WEIGHTS))]))
+        b.store(b.add(mark, number(1)), self._next_mark)
+        b.branch(check)
+        b.position_at_end(end)
+
+
+def store_words(b: Any, words: list[Any], target: Any) -> None:
+    """Write a pair's weights, one vector for each unit, to a pointer to 16-bit integers that begins a cache line."""
+    for unit, vector in enumerate(words):
+        place = b.gep(target, [ir.Constant(I32, unit * PAIR_WEIGHTS // UNITS)])
+        b.store(vector, b.bitcast(place, WORDS.as_pointer())).align = LINE_BYTES
+
+
+def _step_function(module: Any) -> Any:
+    """The function of a module that looks a step up: its first byte, its table, the target, what is asked for ahead."""
+    name = "look_up_step"
+    if name in module.globals:
+        return module.globals[name]
+    byte = ir.IntType(8).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte] * 4 + [ir.IntType(64)]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    coded, tables, target, ahead, share = function.args
+    table, target = vector_at(b, tables, _BYTES), b.bitcast(target, ir.IntType(16).as_pointer())
+    for pair in range(STEP_PAIRS):
+        number = ir.Constant(ir.IntType(64), pair)
+        prefetch_share(b, ahead, (ir.Constant(number.type, 0), share), number)
+        prefetch_at(b, coded, ir.Constant(number.type, pair * PAIR_BYTES + FETCHED_BYTES), is_near=True)
+        words = _coded_words(b, coded, table, number)
+        store_words(b, words, b.gep(target, [ir.Constant(I32, pair * PAIR_WEIGHTS)]))
+    b.ret_void()
+    return function
 
 
 @intrinsic

@@ -27,7 +27,7 @@ MAX_MARKED_SHARE = 1 / 32
 SAMPLE_STEP = 5
 """Every fifth weight of an output is counted for the table."""
 NO_CODE = 255
-NO_PAIR = -1
+NO_PAIR = (1 << 31) - 1
 _FIRST_BYTES = np.array(BYTE_ORDER).reshape(-1)[::INPUTS]
 """Where each output's weights of a pair begin among the pair's bytes; they stay neighbours."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
 
-from quant.base import PackedWeight
+from quant.base import MatrixKernel, PackedWeight
 from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES, SUMS, TILE_ROWS, UNITS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
@@ -280,7 +280,7 @@ class IntegerCpu:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
         return self._multiply(x, self.num_gates)
 
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:

@@ -205,13 +205,17 @@ def load_one(typing_context: Any, array: Any, offset: Any) -> Any:
     return types.float32(array, types.intp), codegen
 
 
-def prefetch_at(builder: Any, data: Any, offset: Any, *, is_near: bool = False) -> None:
-    """Ask for the cache line of an element of a typed pointer, into the L2 cache, or the L1; harmless past the end."""
+def prefetch_at(builder: Any, data: Any, offset: Any, *, is_near: bool = False, is_written: bool = False) -> None:
+    """Ask for the cache line of an element of a typed pointer, into the L2 cache, or the L1; harmless past the end.
+
+    `is_written`: the line will be written, so that no other core should keep it.
+    """
     byte = ir.IntType(8).as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
     address = builder.bitcast(builder.gep(data, [offset]), byte)
-    builder.call(function, [address, ir.Constant(I32, 0), ir.Constant(I32, 3 if is_near else 2), ir.Constant(I32, 1)])
+    how = int(is_written), 3 if is_near else 2, 1
+    builder.call(function, [address, *(ir.Constant(I32, value) for value in how)])
 
 
 def next_tile_part(builder: Any, place: Any, size: Any, part: Any, parts: Any, line: int) -> tuple[Any, Any]:

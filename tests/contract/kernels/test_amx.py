@@ -28,12 +28,14 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def dense(n_size: int, k_size: int, *, is_coded: bool, is_gated: bool = False) -> PackedWeight:
-    """Weights too different in magnitude to be coded or, if `is_coded`, of which three pairs alone have no code."""
+    """Weights too different in magnitude to be coded or, if `is_coded`, of which five pairs at most have no code."""
     weight = random(n_size, k_size, seed=1)
     if not is_coded:
         weight *= torch.linspace(-90, 0, k_size).exp2()
     else:
         weight[0, 0] = weight[n_size // 2, k_size // 2] = weight[n_size - 1, k_size - 1] = 2.0**40
+        if k_size > STEP_INPUTS:  # neighbours, and two of a step
+            weight[0, 3] = weight[n_size // 2, k_size // 2 + 3] = 2.0**-40
     return PackedWeight("dense", weight.bfloat16(), random(n_size, seed=2), is_gated=is_gated)
 
 
@@ -91,6 +93,18 @@ def test_codes_and_gates_have_the_bits_of_weights_as_they_are(monkeypatch: pytes
         assert torch.equal(coded.gated(part), plain.gated(part))
         gate, value = coded(part).chunk(2, dim=1)
         torch.testing.assert_close(coded.gated(part), torch.nn.functional.silu(gate) * value)
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_a_product_that_follows_reads_gates_as_they_were_written_for_it(is_coded: bool) -> None:
+    gates, down = (dense(*sizes, is_coded=is_coded, is_gated=sizes[0] == 320) for sizes in ((320, 96), (40, 160)))
+    first, second, other = Bfloat16Amx(gates), Bfloat16Amx(down), Bfloat16Amx(dense(40, 320, is_coded=is_coded))
+    for rows in [0, *ROW_COUNTS]:
+        x = random(rows, 96)
+        plain, written = first.gated(x), first.gated(x, second)
+        assert written.dtype == torch.bfloat16 and written.shape == plain.shape
+        assert torch.equal(second(written), second(plain))
+        assert torch.equal(first.gated(x, other), plain), "that one has other inputs"
 
 
 def test_no_rows_and_what_is_not_a_number() -> None:

@@ -14,7 +14,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from engine.layers.cpu import CpuOps
-from parallel.linear import ColumnParallelLinear
+from parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.partition import length, split_units
 from parallel.state import ParallelState
 from quant.base import AdapterRows, GatedKernel, LowRankKernel, LowRankShape, LowRankUpdate, PackedWeight
 from quant.dense import DenseMethod
@@ -172,6 +173,38 @@ def test_a_layer_lets_the_kernel_do_it_unless_something_comes_between() -> None:
     assert not calls, "the kernel of adapters takes the gates"
     assert torch.equal(changed, CpuOps().silu_and_mul(layer(x)))
     assert (changed == alone).all(dim=1).tolist() == [True, False, True], "rows without an adapter keep their bits"
+
+
+def test_a_kernel_reads_alone_what_no_rank_and_no_adapter_reads() -> None:
+    """Others would not know the form in which gates are written for it."""
+
+    num_gates = 128  # AMX takes multiples of 32 inputs
+    choose_rounding = functools.partial(choose_kernel, "cpu", is_exact=False)
+
+    def down(parallel: ParallelState, *, is_gathered: bool) -> RowParallelLinear:
+        shards = split_units(num_gates, parallel.size, 8)
+        method = DenseMethod(torch.bfloat16, computes_in_float32=True)
+        layer = RowParallelLinear(
+            shards, 64, method=method, kernels=choose_rounding, parallel=parallel, is_gathered=is_gathered
+        )
+        stored = random_rows(64, num_gates, seed=3).bfloat16()
+        cut = layer.cut("weight", 0, stored.shape)
+        layer.load("weight", 0, stored if cut is None else stored.narrow(cut[0], cut[1].start, length(cut[1])))
+        layer.finish(torch.device("cpu"))
+        return layer
+
+    two = ParallelState(rank=0, size=2)
+    assert down(two, is_gathered=True).only_reader is None
+    assert down(two, is_gathered=False).only_reader is not None, "its own inputs are its own alone"
+    x, gates = random_rows(3, 384), layer_of(num_gates, is_exact=False)
+    alone = down(ParallelState(), is_gathered=False)
+    silu = CpuOps().silu_and_mul
+    assert torch.equal(alone(gates.gated(x, silu, alone.only_reader)), alone(gates.gated(x, silu)))
+    step = AdapterRows()
+    alone.allocate_adapters(functools.partial(make_kernel, step))
+    assert alone.only_reader is not None, "no row has an adapter"
+    step.rows, step.slots, step.segments = torch.arange(3), torch.zeros(3, dtype=torch.int64), [(0, 0, 3)]
+    assert alone.only_reader is None
 
 
 def test_a_layer_whose_gates_fill_no_tiles_takes_those_of_the_changed_product() -> None:
