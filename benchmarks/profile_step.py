@@ -167,9 +167,9 @@ class LabelledMatrix:
         with self._labelled():
             return self._kernel(x)
 
-    def gated(self, x: Any, following: Any) -> Any:
+    def gated(self, x: Any, reader: Any) -> Any:
         with self._labelled():
-            return self._kernel.gated(x, following._kernel if isinstance(following, LabelledMatrix) else following)
+            return self._kernel.gated(x, reader._kernel if isinstance(reader, LabelledMatrix) else reader)
 
     @contextlib.contextmanager
     def _labelled(self) -> Iterator[None]:
@@ -189,15 +189,14 @@ def timed_kernels(model: Any, clock: Clock) -> Iterator[None]:
 
     matrices = label_matrices(model, clock)
     owners = [*(sys.modules[name] for name in KERNEL_MODULES if name in sys.modules), *matrices]
-    owners += {type(matrix) for matrix in matrices}
     kept: list[tuple[Any, str, Any]] = [(Program, "run", Program.run)]
     timed_program = TimedProgram(clock)
     Program.run = lambda *args: timed_program(*args)  # type: ignore[method-assign]
     for owner in owners:
         for name, value in list(vars(owner).items()):
-            if isinstance(getattr(value, "__func__", value), Dispatcher):
+            if isinstance(value, Dispatcher):
                 kept.append((owner, name, value))
-                setattr(owner, name, TimedKernel(getattr(value, "__func__", value), clock))
+                setattr(owner, name, TimedKernel(value, clock))
     yield
     for owner, name, value in kept:
         setattr(owner, name, value)

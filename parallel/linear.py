@@ -227,18 +227,18 @@ class ColumnParallelLinear(ParallelMatrices):
         return self._product(x)
 
     def gated(
-        self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], following: MatrixKernel | None = None
+        self, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], reader: MatrixKernel | None = None
     ) -> torch.Tensor:
         """x [rows, in_features] -> [rows, half of this rank's outputs]: silu(first part) * second part.
 
-        `gate` makes that of the product where no kernel does. `following` is that of `GatedKernel.gated`.
+        `gate` makes that of the product where no kernel does. `reader` is that of `GatedKernel.gated`.
         """
         is_changed = self._adapters is not None and not self._adapters.is_idle
         if is_changed and self._gated_adapters is not None:
             return self._gated_adapters.gated(self._base_product(x), x)
         if self._gated_kernel is None or is_changed:
             return gate(self._product(x))
-        return self._gated_kernel.gated(x, following)
+        return self._gated_kernel.gated(x, reader)
 
 
 class RowParallelLinear(ParallelMatrices):

@@ -110,7 +110,10 @@ class MatrixKernel(Protocol):
     def __init__(self, packed: PackedWeight) -> None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in_features] -> [rows, out_features], in the dtype of x; `PackedWeight.out_dtype` if it can."""
+        """x [rows, in_features] -> [rows, out_features], in the dtype of x; `PackedWeight.out_dtype` if it can.
+
+        Or x is what `GatedKernel.gated` made for this kernel as its reader.
+        """
 
 
 @runtime_checkable
@@ -120,11 +123,11 @@ class GatedKernel(MatrixKernel, Protocol):
     num_gates: int
     """Number of outputs that are gates; 0: there are none, or they do not fill whole tiles."""
 
-    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
         """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give.
 
-        `following` is the kernel that alone gets the result: that may then be in the form in which `following` reads x,
-        whatever its dtype and order are.
+        `reader` is the kernel that gets the result, if nobody else does. Then the result's dtype, and the order of its
+        numbers in memory, may be those that this kernel reads best.
         """
 
 

@@ -37,7 +37,7 @@ class CallObserver(Protocol):
         """Take note of a call that was made."""
 
     def new_array(self, num_rows: int | None, size: int) -> npt.NDArray[np.float32]:
-        """An uninitialised array [num_rows, size]; None: one row, however many the step has."""
+        """An uninitialised array [num_rows, size] of `new_lines`; None: one row, however many the step has."""
 
 
 _observer: CallObserver | None = None
@@ -96,7 +96,7 @@ def new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
 
 @njit(**FAST)
 def empty_lines(num_bytes):  # type: ignore[no-untyped-def]
-    """As `new_lines`, within a kernel."""
+    """Memory as `new_lines` makes it, within a kernel."""
     memory = np.empty(num_bytes + LINE_BYTES + READABLE_BYTES, np.uint8)
     start = -memory.ctypes.data % LINE_BYTES
     return memory[start : start + num_bytes]
@@ -112,7 +112,7 @@ def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.f
     """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array, which `new_lines` makes.
 
     In a program it grows with the rows of a step (`program_cpu.Recording`); for what does not, there is `new_fixed`.
-    NumPy makes it in half the time that torch takes, and asks for huge pages where it is large.
+    NumPy asks for huge pages where it is large.
     """
     if _observer is None:
         array = new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)

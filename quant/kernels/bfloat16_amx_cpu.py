@@ -4,10 +4,11 @@ One rule for every number of rows: each number of a row is rounded to the neares
 are added as the instruction adds them (`amx`), 32 inputs at a time, in order. So a row's bits do not depend on how many
 rows run with it. They are not those of `bfloat16_cpu`, whose order of weights this has.
 
-Rows are cut into the fewest tiles of at most 16, all of the same size. Where the last tile has fewer rows, more are
-multiplied and not written. Rows are rounded straight into the order that tiles read, by the product that makes them if
-its gates are all that is between (`Bfloat16Amx.gated`). Codes of weights are looked up once for all rows of a block.
-What a block has added is written while the next one multiplies: gates take as long as a third of a product.
+Rows are cut into the fewest tiles of at most 16, all of the same size. Where the last tile has fewer rows, it takes in
+what lies behind them too (`arrays.READABLE_BYTES`), whose products nobody writes. Rows are rounded straight into the
+order that tiles read, by the product before if its gates are all that is between (`Bfloat16Amx.gated`). Codes of
+weights are looked up once for all rows of a block. What a block has added is written while the next one multiplies:
+gates would take a third of a product's time.
 
 One row alone is no tile: its weights would go by way of the cache, and it waits for nothing but them.
 """
@@ -37,6 +38,8 @@ from quant.kernels.work_split import even_block, fetched_part, new_claims, next_
 
 ROW_BYTES = 1 << 20
 """Rounded inputs of a stretch that share a reading of a tile's weights: they stay in the L2 cache beside those."""
+ROUNDED_EACH = 2
+"""Rounded numbers in the memory of a float32, the type of arrays between kernels."""
 _RAW_BYTES = STEP_WEIGHTS * WEIGHT_BYTES
 BLOCK_TILES = len(ROWS)
 """Row tiles of a block."""
@@ -107,7 +110,7 @@ def _product(  # type: ignore[no-untyped-def]
     If `is_rounded`, x is bfloat16 as the product before has written it, [row tiles, k_size / 32, rows, 32]; if
     `is_out_rounded`, so is out, of gates alone. Both are float32 by their dtype.
     """
-    num_rows = len(x) * (INPUTS if is_rounded else 1) // k_size
+    num_rows = len(x) * (ROUNDED_EACH if is_rounded else 1) // k_size
     tile_rows = even_block(num_rows, TILE_ROWS, 1)
     num_row_tiles = (num_rows + tile_rows - 1) // tile_rows
     if is_rounded:
@@ -150,7 +153,10 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 class Bfloat16Amx(Bfloat16Cpu):
-    """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32."""
+    """`x @ weight.T + bias`: x [rows, k] float32, rounded first, weight [n, k] bfloat16 -> [rows, n] float32.
+
+    x may also be what `gated` of such a kernel has written for this one.
+    """
 
     rounding = "AMX" if HAS_AMX else None
     _stretch_unit = STEP_INPUTS
@@ -162,14 +168,14 @@ class Bfloat16Amx(Bfloat16Cpu):
             reasons.append(f"input sizes must be a multiple of {STEP_INPUTS}, not {packed.num_inputs}")
         return reasons + Bfloat16Cpu.why_not(packed)
 
-    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
-        """If such a kernel follows: bfloat16, in the order that it reads. The shape stays [rows, num_gates]."""
-        is_read_so = isinstance(following, Bfloat16Amx) and following._k_size == self.num_gates
-        return self._multiply(x, self.num_gates, is_out_rounded=is_read_so)
+    def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
+        """If such a kernel is the reader: bfloat16 [rows, num_gates], which lies as no other kernel would read it."""
+        is_out_rounded = isinstance(reader, Bfloat16Amx) and reader._k_size == self.num_gates
+        return self._multiply(x, self.num_gates, is_out_rounded=is_out_rounded)
 
     def _multiply(self, x: torch.Tensor, width: int, *, is_out_rounded: bool = False) -> torch.Tensor:
-        is_rounded = x.dtype == torch.bfloat16  # by the kernel before
-        out, flat_out = new_output(x.shape[0], width // INPUTS if is_out_rounded else width)
+        is_rounded = x.dtype == torch.bfloat16  # by `gated`, in the order of tiles: all else is float32
+        out, flat_out = new_output(x.shape[0], width // ROUNDED_EACH if is_out_rounded else width)
         sizes = self._padded_size, self.num_gates, width, self._k_size, self._inputs_each
         flags = int(is_rounded), int(is_out_rounded)
         flat_x = flat_view(x.view(torch.float32) if is_rounded else x)

@@ -55,7 +55,8 @@ AHEAD = 2
 KEPT_STEPS = 8
 """Steps whose weights a single block keeps, a power of two that is more than `AHEAD`: they stay in the L1 cache."""
 NEAR_BYTES = 1024
-"""Bytes before their use coded weights are asked for, into the L1 cache. Without that few rows wait for memory."""
+"""How far ahead coded weights are asked for, into the L1 cache, where pairs are read one by one. Without that few rows
+wait for the memory; a whole step at once needs more (`coded_ops.FETCHED_BYTES`)."""
 FETCHED_ROWS = 8
 """Rows before it is written that a row's line is asked for: what a step writes does not wait for the memory then."""
 _FLOAT_BYTES = 4
@@ -70,13 +71,13 @@ class Block(NamedTuple):
     first_row: Any
     """Where the rows' inputs of the stretch begin in x."""
     next_rows: Any
-    """The same of the second row tile; 0: there is none."""
+    """Where the second row tile's begin; 0: there is none."""
     tile_rows: Any
     """Rows of a tile."""
     step_size: Any
     """Elements from a step's inputs of the first row tile to the next step's."""
     next_step_size: Any
-    """The same of the second row tile."""
+    """Elements from a step's inputs of the second row tile to the next step's."""
     num_steps: Any
     first_weight: Any
     is_first: Any
@@ -92,13 +93,13 @@ BLOCK = types.UniTuple(types.intp, len(Block._fields))
 """How a kernel passes it: a tuple."""
 
 
-class Finished(NamedTuple):
-    """Rows of a tile whose sums are done, with what the kernel writes of them: at most two row tiles, neighbours."""
+class FinishedRows(NamedTuple):
+    """Rows whose sums with a tile of outputs are done, and where they go: one row tile, or two neighbours."""
 
     place: Any
     """Where their sums begin."""
     row: Any
-    """The first."""
+    """The first of them."""
     count: Any
     """How many there are; 0: none."""
     tile_rows: Any
@@ -112,13 +113,13 @@ class Finished(NamedTuple):
     """Not 0: out gets silu(gate) * value as the next product takes it, bfloat16 [row tiles, width / 32, rows, 32]."""
 
 
-FINISHED = types.UniTuple(types.intp, len(Finished._fields))
+FINISHED = types.UniTuple(types.intp, len(FinishedRows._fields))
 
 
 class RowWriter:
     """The code that adds biases to the sums of finished rows, and writes a row."""
 
-    def __init__(self, b: Any, sums: Any, bias: Any, out: Any, finished: Finished) -> None:
+    def __init__(self, b: Any, sums: Any, bias: Any, out: Any, finished: FinishedRows) -> None:
         self._builder, self._sums, self._out, self._finished = b, sums, out, finished
         self._columns = output_columns(b, finished.tile, finished.gates, UNITS, LANES)
         self._biases = [vector_at(b, b.gep(bias, [column]), _FLOATS) for column in self._columns]
@@ -138,7 +139,9 @@ class RowWriter:
             with whole:
                 row = b.add(finished.row, index)
                 next_row = b.mul(b.add(finished.row, following), finished.width)
-                for column in self._columns:
+                first, last = self._columns  # of which gates write the first alone
+                last = b.select(b.icmp_signed("==", finished.gates, finished.width), first, last)
+                for column in (first, last):
                     prefetch_at(b, self._out, b.add(next_row, column), is_near=True, is_written=True)
                 write_tile(b, self._out, row, [results], self._columns, finished.gates, finished.width)
             with rounded:
@@ -231,7 +234,7 @@ def multiply_tiles(typing_context, x, w, ahead, bias, out, sums, block, finished
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         x, w, ahead, bias, out, sums = (array_data(context, b, signature, args, i) for i in range(6))
-        block, finished = Block(*cgutils.unpack_tuple(b, args[6])), Finished(*cgutils.unpack_tuple(b, args[7]))
+        block, finished = Block(*cgutils.unpack_tuple(b, args[6])), FinishedRows(*cgutils.unpack_tuple(b, args[7]))
 
         def weights_at(step: Any) -> Any:
             return b.gep(w, [b.add(block.first_weight, b.mul(step, ir.Constant(step.type, STEP_WEIGHTS)))])
@@ -285,7 +288,7 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
             return b.gep(scratch, [b.add(block.first_weight, b.mul(b.and_(step, mask), number(STEP_WEIGHTS)))])
 
         def begin_step(step: Any) -> None:
-            share = b.mul(block.num_lines, number(LINE_BYTES // (STEP_PAIRS * LINES)))
+            share = _share_of_pair(b, block)
             first, place = b.mul(step, number(STEP_PAIRS)), weights_at(step)
             with b.if_else(b.icmp_signed("<", mask, number(0))) as (all_at_once, one_by_one):
                 with all_at_once:
@@ -306,15 +309,30 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
     return types.none(x, coded, tables, raw, marks, scratch, sums, BLOCK, at, at, at, at), codegen
 
 
+def _share_of_pair(b: Any, block: Block) -> Any:
+    """Bytes from one of the `LINES` lines that a pair asks for ahead to the next one."""
+    return b.mul(block.num_lines, ir.Constant(block.num_lines.type, LINE_BYTES // (STEP_PAIRS * LINES)))
+
+
+def _add_as_tiles(b: Any, left: Any, right: Any) -> Any:
+    """The sum of two vectors, 0 of its sign where it is below 2^-126: so does the unit that multiplies tiles."""
+    total = b.fadd(left, right)
+    size, sign = (ir.Constant(_WORDS, [mask] * LANES) for mask in ((1 << 31) - 1, -1 << 31))
+    bits = b.bitcast(total, _WORDS)
+    is_small = b.icmp_unsigned("<", b.and_(bits, size), ir.Constant(_WORDS, [1 << 23] * LANES))
+    return b.bitcast(b.select(is_small, b.and_(bits, sign), bits), _FLOATS)
+
+
 @intrinsic
 def multiply_row(  # type: ignore[no-untyped-def]
     typing_context, x, w, coded, tables, raw, marks, sums, block, tile, pair, mark
 ):
-    """One row times a stretch of weights, coded ones if there are any, as `multiply_tiles` does with tiles.
+    """One row times a stretch of weights, coded ones if there are any, with the bits that tiles give.
 
-    Its weights go from memory to registers and no further. AVX512-BF16 adds a pair's products to one sum: that of the
-    even inputs takes pairs whose second number is 0, the other one pairs whose first is. The arguments are those of
-    `multiply_coded_tiles`.
+    Its weights go from memory to registers and no further. AVX512-BF16 adds both products of a pair to one sum. So the
+    sum of the even inputs takes pairs whose second number is 0 in both factors, the other one pairs whose first is.
+    w is that of `multiply_tiles`, the other arguments are those of `multiply_coded_tiles`; of `block` one row needs
+    neither the second row tile nor sizes.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -327,7 +345,7 @@ def multiply_row(  # type: ignore[no-untyped-def]
         def number(value: int) -> ir.Constant:
             return ir.Constant(mark.type, value)
 
-        def make(data: Any, words_of: Callable[[Any], list[Any]], pair_bytes: int) -> None:
+        def make(data: Any, words_of: Callable[[Any], list[Any]]) -> None:
             places = [b.gep(sums, [b.add(block.place, number(unit * LANES))]) for unit in range(UNITS)]
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             is_first = b.icmp_signed("!=", block.is_first, number(0))
@@ -335,7 +353,7 @@ def multiply_row(  # type: ignore[no-untyped-def]
                 cgutils.alloca_once_value(b, b.select(is_first, zero, vector_at(b, place, _FLOATS))) for place in places
             ]
             apart = [[cgutils.alloca_once(b, _FLOATS) for _ in range(INPUTS)] for _ in range(UNITS)]
-            share = b.sdiv(b.mul(block.num_lines, number(LINE_BYTES)), number(STEP_PAIRS * LINES))
+            share = _share_of_pair(b, block)
             with loop_as_written(b, block.num_steps) as steps:
                 for kept in itertools.chain(*apart):
                     b.store(zero, kept)
@@ -349,9 +367,9 @@ def multiply_row(  # type: ignore[no-untyped-def]
                         numbers = b.and_(both, mask)
                         for unit in range(UNITS):
                             kept = apart[unit][half]
-                            b.store(add_pair(b, numbers, words[unit], b.load(kept)), kept)
+                            b.store(add_pair(b, numbers, b.and_(words[unit], mask), b.load(kept)), kept)
                 for kept, (even, odd) in zip(totals, apart, strict=True):
-                    b.store(b.fadd(b.load(kept), b.fadd(b.load(even), b.load(odd))), kept)
+                    b.store(_add_as_tiles(b, b.load(kept), _add_as_tiles(b, b.load(even), b.load(odd))), kept)
             for kept, place in zip(totals, places, strict=True):
                 b.store(b.load(kept), b.bitcast(place, _FLOATS.as_pointer())).align = LINE_BYTES
 
@@ -359,10 +377,10 @@ def multiply_row(  # type: ignore[no-untyped-def]
         with b.if_else(b.icmp_signed("==", num_coded, number(0))) as (plain, from_codes):
             with plain:
                 data = b.bitcast(w, ir.IntType(8).as_pointer())
-                make(data, lambda pair: raw_words(b, w, b.mul(pair, number(PAIR_WEIGHTS))), PAIR_WEIGHTS * 2)
+                make(data, lambda pair: raw_words(b, w, b.mul(pair, number(PAIR_WEIGHTS))))
             with from_codes:
                 if HAS_TABLES:
-                    make(coded, PairReader(b, coded, tables, raw, marks, tile, mark).read, PAIR_BYTES)
+                    make(coded, PairReader(b, coded, tables, raw, marks, tile, mark).read)
         return context.get_dummy_value()
 
     at = types.intp
@@ -371,13 +389,13 @@ def multiply_row(  # type: ignore[no-untyped-def]
 
 @intrinsic
 def write_rows(typing_context, sums, bias, out, finished):  # type: ignore[no-untyped-def]
-    """Write finished rows; `finished` is a tuple of the fields of `Finished`."""
+    """Write finished rows; `finished` is a tuple of the fields of `FinishedRows`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         sums, bias, out = (array_data(context, b, signature, args, i) for i in range(3))
-        finished = Finished(*cgutils.unpack_tuple(b, args[3]))
+        finished = FinishedRows(*cgutils.unpack_tuple(b, args[3]))
         writer = RowWriter(b, sums, bias, out, finished)
         with cgutils.for_range(b, finished.count) as loop:
             writer.write(loop.index)

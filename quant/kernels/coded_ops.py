@@ -44,7 +44,7 @@ did, and more arithmetic for it, products took as long."""
 STEP_PAIRS = 16
 """Pairs that `StepWriter` looks up together: those of an instruction of AMX."""
 FETCHED_BYTES = 4096
-"""Bytes before their use that it asks for coded weights, into the L1 cache."""
+"""How far ahead it asks for coded weights, into the L1 cache: two and a half steps."""
 TABLE_BYTES = 1 << 6
 """A table repeats itself: the instruction takes six bits for a place in it, two of which are another code's."""
 HAS_TABLES = HAS_PAIRS and "avx512vbmi" in enabled_features()
@@ -168,7 +168,7 @@ def store_words(b: Any, words: list[Any], target: Any) -> None:
 
 
 def _step_function(module: Any) -> Any:
-    """The function of a module that looks a step up: its first byte, its table, the target, what is asked for ahead."""
+    """The function of a module that looks a step up: its first byte, its table, the target, `ahead` and `share`."""
     name = "look_up_step"
     if name in module.globals:
         return module.globals[name]
@@ -177,8 +177,8 @@ def _step_function(module: Any) -> Any:
     function.linkage = "internal"
     function.attributes.add("noinline")
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    coded, tables, target, ahead, share = function.args
-    table, target = vector_at(b, tables, _BYTES), b.bitcast(target, ir.IntType(16).as_pointer())
+    coded, table, target, ahead, share = function.args
+    table, target = vector_at(b, table, _BYTES), b.bitcast(target, ir.IntType(16).as_pointer())
     for pair in range(STEP_PAIRS):
         number = ir.Constant(ir.IntType(64), pair)
         prefetch_share(b, ahead, (ir.Constant(number.type, 0), share), number)

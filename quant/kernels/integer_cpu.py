@@ -280,7 +280,7 @@ class IntegerCpu:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
 
-    def gated(self, x: torch.Tensor, following: MatrixKernel | None = None) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
         return self._multiply(x, self.num_gates)
 
     def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:

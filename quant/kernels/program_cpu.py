@@ -147,10 +147,10 @@ class Recording:
             self._made[array.ctypes.data] = array.nbytes, None
             return array
         if not num_rows:
-            return np.empty((0, size), np.float32)
+            return new_lines(0).view(np.float32).reshape(0, size)
         if not rows or num_rows % rows:
             self.refusal = f"an array has {num_rows} rows in a step of {rows}"
-            return np.empty((num_rows, size), np.float32)
+            return new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)
         array = self.arena.new_array(num_rows, size, num_rows // rows * self._max_rows[kind])
         self._made[array.ctypes.data] = array.nbytes, kind
         return array

@@ -15,7 +15,7 @@ from quant.kernels import bfloat16_cpu, choose_kernel
 from quant.kernels.amx import HAS_AMX, TILE_ROWS
 from quant.kernels.bfloat16_amx_cpu import ROW_BYTES, Bfloat16Amx
 from quant.kernels.bfloat16_amx_ops import STEP_INPUTS
-from quant.kernels.bfloat16_cpu import MAX_INPUTS
+from quant.kernels.bfloat16_cpu import MAX_INPUTS, Bfloat16Cpu
 from quant.kernels.coded_ops import HAS_TABLES
 from quant.kernels.integer_cpu import AMX_BLOCK, MIN_AMX_ROWS, IntegerCpu
 
@@ -58,6 +58,7 @@ def by_the_rule(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def test_every_bit_is_that_of_the_rule(n_size: int, k_size: int, is_coded: bool) -> None:
     weight, x = dense(n_size, k_size, is_coded=is_coded), random(max(ROW_COUNTS), k_size)
     kernel, expected = Bfloat16Amx(weight), by_the_rule(x, weight)
+    assert kernel.is_coded == (is_coded and HAS_TABLES and k_size > STEP_INPUTS)
     for rows in ROW_COUNTS:
         for start in (0, 1, len(x) - rows):
             part = slice(start, start + rows)
@@ -97,14 +98,38 @@ def test_codes_and_gates_have_the_bits_of_weights_as_they_are(monkeypatch: pytes
 
 @pytest.mark.parametrize("is_coded", [False, True])
 def test_a_product_that_follows_reads_gates_as_they_were_written_for_it(is_coded: bool) -> None:
-    gates, down = (dense(*sizes, is_coded=is_coded, is_gated=sizes[0] == 320) for sizes in ((320, 96), (40, 160)))
-    first, second, other = Bfloat16Amx(gates), Bfloat16Amx(down), Bfloat16Amx(dense(40, 320, is_coded=is_coded))
+    first = Bfloat16Amx(dense(2 * 896, 896, is_coded=is_coded, is_gated=True))
+    second = Bfloat16Amx(dense(64, 896, is_coded=is_coded))
+    assert first.is_coded == second.is_coded == (is_coded and HAS_TABLES)
+    others = [Bfloat16Amx(dense(64, 928, is_coded=is_coded)), Bfloat16Cpu(dense(64, 896, is_coded=is_coded))]
     for rows in [0, *ROW_COUNTS]:
-        x = random(rows, 96)
+        x = random(rows, 896)
         plain, written = first.gated(x), first.gated(x, second)
         assert written.dtype == torch.bfloat16 and written.shape == plain.shape
         assert torch.equal(second(written), second(plain))
-        assert torch.equal(first.gated(x, other), plain), "that one has other inputs"
+        for other in others:
+            assert torch.equal(first.gated(x, other), plain), "it reads another form, or has other inputs"
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_a_row_alone_has_the_bits_that_it_has_beside_others_at_the_ends_of_floats(is_coded: bool) -> None:
+    """One row takes other instructions, which know smaller numbers, and multiply what is no number with 0."""
+    weight = dense(64, 896, is_coded=is_coded)
+    weight.weight[5, 7], weight.weight[6, 8], weight.weight[7, 9] = torch.inf, -torch.inf, torch.nan
+    weight.weight[8] = 0
+    weight.weight[8, :4] = torch.tensor([1.5 * 2.0**-126, -(2.0**-126), 2.0**-130, -(2.0**-127)])
+    weight.weight[9] = -weight.weight[8]
+    assert weight.bias is not None
+    weight.bias[8:10] = 0
+    kernel, x = Bfloat16Amx(weight), random(20, 896)
+    x[0], x[1, 3], x[2, 4], x[3, 7] = 1.0, torch.inf, torch.nan, 0.0
+    x[4, :4], x[5] = torch.tensor([1.0, 1.0, 2.0**100, -(2.0**-20)]), 2.0**-130
+    together = kernel(x)
+    alone = torch.cat([kernel(row) for row in x.split(1)])
+    is_number = ~together.isnan()
+    assert torch.equal(is_number, ~alone.isnan())
+    assert torch.equal(together[is_number].view(torch.int32), alone[is_number].view(torch.int32)), "with their signs"
+    assert together[0, 8] == 0, "a difference that is too small"
 
 
 def test_no_rows_and_what_is_not_a_number() -> None:

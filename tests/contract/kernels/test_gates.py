@@ -20,6 +20,7 @@ from parallel.state import ParallelState
 from quant.base import AdapterRows, GatedKernel, LowRankKernel, LowRankShape, LowRankUpdate, PackedWeight
 from quant.dense import DenseMethod
 from quant.kernels import choose_kernel, make_low_rank_kernel
+from quant.kernels.amx import HAS_AMX
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.gates_ops import gate_order, output_columns
 from quant.kernels.integer_cpu import FOUND, OUTPUTS, ROWS, IntegerCpu
@@ -199,10 +200,13 @@ def test_a_kernel_reads_alone_what_no_rank_and_no_adapter_reads() -> None:
     x, gates = random_rows(3, 384), layer_of(num_gates, is_exact=False)
     alone = down(ParallelState(), is_gathered=False)
     silu = CpuOps().silu_and_mul
-    assert torch.equal(alone(gates.gated(x, silu, alone.only_reader)), alone(gates.gated(x, silu)))
+    written, plain = gates.gated(x, silu, alone.only_reader), gates.gated(x, silu)
+    assert (written.dtype == torch.bfloat16) == HAS_AMX, "it is told who reads"
+    assert torch.equal(alone(written), alone(plain))
     step = AdapterRows()
     alone.allocate_adapters(functools.partial(make_kernel, step))
     assert alone.only_reader is not None, "no row has an adapter"
+    assert torch.equal(alone(gates.gated(x, silu, alone.only_reader)), alone(plain))
     step.rows, step.slots, step.segments = torch.arange(3), torch.zeros(3, dtype=torch.int64), [(0, 0, 3)]
     assert alone.only_reader is None
 
