@@ -24,16 +24,15 @@ from quant.kernels.amx import HAS_AMX, OUTPUTS, ROWS, TILE_ROWS, configure, rele
 from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output
 from quant.kernels.bfloat16_amx_ops import (
     KEPT_STEPS,
-    STEP_INPUTS,
     STEP_WEIGHTS,
     multiply_coded_tiles,
     multiply_row,
     multiply_tiles,
-    write_rows,
 )
 from quant.kernels.bfloat16_cpu import Bfloat16Cpu
 from quant.kernels.bfloat16_ops import INPUTS, LANES, PAIR_WEIGHTS, WEIGHT_BYTES, round_vector
 from quant.kernels.coded_ops import PAIR_BYTES, STEP_PAIRS
+from quant.kernels.finished_rows_ops import STEP_INPUTS, write_rows
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 
 ROW_BYTES = 1 << 20

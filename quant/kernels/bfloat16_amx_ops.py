@@ -40,15 +40,12 @@ from quant.kernels.bfloat16_ops import (
     loop_as_written,
     prefetch_share,
     raw_words,
-    rounded_lanes,
     vector_at,
 )
 from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, STEP_PAIRS, PairReader, StepWriter, store_words
-from quant.kernels.gates_ops import gated_of, output_columns, write_tile
+from quant.kernels.finished_rows_ops import FINISHED, FinishedRows, RowWriter
 from quant.kernels.simd import F32, I32, array_data, prefetch_at, spread
 
-STEP_INPUTS = STEP_PAIRS * INPUTS
-"""Inputs that an instruction takes."""
 STEP_WEIGHTS = STEP_PAIRS * PAIR_WEIGHTS
 AHEAD = 2
 """Steps between the writing of weights that were coded and their use: a tile waits for what was written just before."""
@@ -57,8 +54,6 @@ KEPT_STEPS = 8
 NEAR_BYTES = 1024
 """How far ahead coded weights are asked for, into the L1 cache, where pairs are read one by one. Without that few rows
 wait for the memory; a whole step at once needs more (`coded_ops.FETCHED_BYTES`)."""
-FETCHED_ROWS = 8
-"""Rows before it is written that a row's line is asked for: what a step writes does not wait for the memory then."""
 _FLOAT_BYTES = 4
 _FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _HALVES = [ir.Constant(_WORDS, [mask] * LANES) for mask in ((1 << 16) - 1, -1 << 16)]
@@ -91,75 +86,6 @@ class Block(NamedTuple):
 
 BLOCK = types.UniTuple(types.intp, len(Block._fields))
 """How a kernel passes it: a tuple."""
-
-
-class FinishedRows(NamedTuple):
-    """Rows whose sums with a tile of outputs are done, and where they go: one row tile, or two neighbours."""
-
-    place: Any
-    """Where their sums begin."""
-    row: Any
-    """The first of them."""
-    count: Any
-    """How many there are; 0: none."""
-    tile_rows: Any
-    """Rows of the first row tile, if there is a second."""
-    tile: Any
-    """The tile of outputs."""
-    gates: Any
-    """This and `width` are those of `gates_ops.write_tile`."""
-    width: Any
-    is_rounded: Any
-    """Not 0: out gets silu(gate) * value as the next product takes it, bfloat16 [row tiles, width / 32, rows, 32]."""
-
-
-FINISHED = types.UniTuple(types.intp, len(FinishedRows._fields))
-
-
-class RowWriter:
-    """The code that adds biases to the sums of finished rows, and writes a row."""
-
-    def __init__(self, b: Any, sums: Any, bias: Any, out: Any, finished: FinishedRows) -> None:
-        self._builder, self._sums, self._out, self._finished = b, sums, out, finished
-        self._columns = output_columns(b, finished.tile, finished.gates, UNITS, LANES)
-        self._biases = [vector_at(b, b.gep(bias, [column]), _FLOATS) for column in self._columns]
-
-    def _number(self, value: int) -> ir.Constant:
-        return ir.Constant(self._finished.place.type, value)
-
-    def write(self, index: Any) -> None:
-        """Write row `index` of them, and ask for the lines of one that follows."""
-        b, finished, number = self._builder, self._finished, self._number
-        at = b.add(finished.place, b.mul(index, number(OUTPUTS)))
-        lines = [vector_at(b, b.gep(self._sums, [b.add(at, number(u * LANES))]), _FLOATS) for u in range(UNITS)]
-        results = [b.fadd(line, more) for line, more in zip(lines, self._biases, strict=True)]
-        following = b.add(index, number(FETCHED_ROWS))
-        following = b.select(b.icmp_signed("<", following, finished.count), following, index)
-        with b.if_else(b.icmp_signed("!=", finished.is_rounded, number(0))) as (rounded, whole):
-            with whole:
-                row = b.add(finished.row, index)
-                next_row = b.mul(b.add(finished.row, following), finished.width)
-                first, last = self._columns  # of which gates write the first alone
-                last = b.select(b.icmp_signed("==", finished.gates, finished.width), first, last)
-                for column in (first, last):
-                    prefetch_at(b, self._out, b.add(next_row, column), is_near=True, is_written=True)
-                write_tile(b, self._out, row, [results], self._columns, finished.gates, finished.width)
-            with rounded:
-                prefetch_at(b, self._rounded_place(following), number(0), is_near=True, is_written=True)
-                halves, place = rounded_lanes(b, gated_of(b, *results)), self._rounded_place(index)
-                b.store(halves, b.bitcast(place, halves.type.as_pointer())).align = 2
-
-    def _rounded_place(self, index: Any) -> Any:
-        """Where row `index` of them gets its numbers, a pointer to 16-bit integers."""
-        b, finished, number = self._builder, self._finished, self._number
-        before = b.select(b.icmp_signed(">=", index, finished.tile_rows), finished.tile_rows, number(0))
-        rows = b.sub(finished.count, before)
-        rows = b.select(b.icmp_signed("<", rows, finished.tile_rows), rows, finished.tile_rows)
-        step, lane = (operate(self._columns[0], number(STEP_INPUTS)) for operate in (b.udiv, b.urem))
-        inside = b.add(b.mul(step, rows), b.sub(index, before))
-        start = b.mul(b.add(finished.row, before), finished.width)
-        start = b.add(b.add(start, b.mul(inside, number(STEP_INPUTS))), lane)
-        return b.gep(b.bitcast(self._out, ir.IntType(16).as_pointer()), [start])
 
 
 def _make_block(
@@ -385,20 +311,3 @@ def multiply_row(  # type: ignore[no-untyped-def]
 
     at = types.intp
     return types.none(x, w, coded, tables, raw, marks, sums, BLOCK, at, at, at), codegen
-
-
-@intrinsic
-def write_rows(typing_context, sums, bias, out, finished):  # type: ignore[no-untyped-def]
-    """Write finished rows; `finished` is a tuple of the fields of `FinishedRows`."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if not COMPILES_AMX:  # LLVM would end the process
-            return context.get_dummy_value()
-        sums, bias, out = (array_data(context, b, signature, args, i) for i in range(3))
-        finished = FinishedRows(*cgutils.unpack_tuple(b, args[3]))
-        writer = RowWriter(b, sums, bias, out, finished)
-        with cgutils.for_range(b, finished.count) as loop:
-            writer.write(loop.index)
-        return context.get_dummy_value()
-
-    return types.none(sums, bias, out, FINISHED), codegen

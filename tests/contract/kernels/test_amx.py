@@ -14,9 +14,9 @@ from quant.base import PackedWeight
 from quant.kernels import bfloat16_cpu, choose_kernel
 from quant.kernels.amx import HAS_AMX, TILE_ROWS
 from quant.kernels.bfloat16_amx_cpu import ROW_BYTES, Bfloat16Amx
-from quant.kernels.bfloat16_amx_ops import STEP_INPUTS
 from quant.kernels.bfloat16_cpu import MAX_INPUTS, Bfloat16Cpu
 from quant.kernels.coded_ops import HAS_TABLES
+from quant.kernels.finished_rows_ops import STEP_INPUTS
 from quant.kernels.integer_cpu import AMX_BLOCK, MIN_AMX_ROWS, IntegerCpu
 
 pytestmark = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")

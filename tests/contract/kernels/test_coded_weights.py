@@ -150,7 +150,10 @@ print(kernel.is_coded, kernel(torch.arange(14 * 96.0).sin().view(14, 96)).numpy(
 
 
 @needs_tables
-@pytest.mark.parametrize("missing", ["avx512vbmi", "avx512bf16", "avx512vbmi avx512bf16"])
+@pytest.mark.parametrize(
+    "missing",
+    ["avx512vbmi", "avx512bf16", pytest.param("avx512vbmi avx512bf16", marks=pytest.mark.long)],
+)
 def test_processors_that_lack_an_instruction_compile_without_it(missing: str, tmp_path: Path) -> None:
     """LLVM ends a process that asks it for an instruction it may not use."""
     features = ",".join(f"+{name}" for name in sorted(enabled_features() - set(missing.split())))
