@@ -37,7 +37,7 @@ class CallObserver(Protocol):
         """Take note of a call that was made."""
 
     def new_array(self, num_rows: int | None, size: int) -> npt.NDArray[np.float32]:
-        """An uninitialised array [num_rows, size] of `new_lines`; None: one row, however many the step has."""
+        """An array of `new_rows`; None: it has one row, however many the step has."""
 
 
 _observer: CallObserver | None = None
@@ -94,6 +94,11 @@ def new_lines(num_bytes: int) -> npt.NDArray[np.uint8]:
     return memory[-memory.ctypes.data % LINE_BYTES :][:num_bytes]
 
 
+def new_rows(num_rows: int, size: int) -> npt.NDArray[np.float32]:
+    """An uninitialised float32 array [num_rows, size] in memory of `new_lines`."""
+    return new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)
+
+
 @njit(**FAST)
 def empty_lines(num_bytes):  # type: ignore[no-untyped-def]
     """Memory as `new_lines` makes it, within a kernel."""
@@ -109,15 +114,12 @@ def flat_view(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 
 def new_output(num_rows: int, size: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
-    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array, which `new_lines` makes.
+    """An uninitialised float32 tensor [num_rows, size] and its memory as a flat array: that of `new_rows`.
 
     In a program it grows with the rows of a step (`program_cpu.Recording`); for what does not, there is `new_fixed`.
     NumPy asks for huge pages where it is large.
     """
-    if _observer is None:
-        array = new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)
-    else:
-        array = _observer.new_array(num_rows, size)
+    array = new_rows(num_rows, size) if _observer is None else _observer.new_array(num_rows, size)
     return torch.from_numpy(array), array.reshape(-1)
 
 

@@ -24,6 +24,7 @@ from quant.kernels.bfloat16_ops import (
     INPUTS,
     PAIR_WEIGHTS,
     UNITS,
+    WEIGHT_BYTES,
     WORDS,
     WORK,
     Block,
@@ -41,7 +42,7 @@ CODE_BYTES = PAIR_WEIGHTS * CODE_BITS // 8
 PAIR_BYTES = PAIR_WEIGHTS + CODE_BYTES
 """Lower bytes, which fill a vector, then codes. Every other such vector goes across two cache lines; with none that
 did, and more arithmetic for it, products took as long."""
-STEP_PAIRS = 16
+STEP_PAIRS = LINE_BYTES // (INPUTS * WEIGHT_BYTES)
 """Pairs that `StepWriter` looks up together: those of an instruction of AMX."""
 FETCHED_BYTES = 4096
 """How far ahead it asks for coded weights, into the L1 cache: two and a half steps."""

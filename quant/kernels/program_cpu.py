@@ -26,7 +26,7 @@ from numba.core import cgutils, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-from quant.kernels.arrays import flat_view, new_lines
+from quant.kernels.arrays import flat_view, new_rows
 
 Array = npt.NDArray[Any]
 Words = npt.NDArray[np.int64]
@@ -92,11 +92,11 @@ class Arena:
     def new_array(self, num_rows: int, size: int, max_rows: int) -> Array:
         """An uninitialised float32 array [num_rows, size], whose memory is free again once nobody holds it.
 
-        The memory, which `new_lines` makes, has `max_rows`. Those that nobody has written take none.
+        The memory, which `new_rows` makes, has `max_rows`. Those that nobody has written take none.
         """
         free = self._free.setdefault((max_rows, size), [])
         if not free:
-            free.append(new_lines(max_rows * size * 4).view(np.float32).reshape(max_rows, size))
+            free.append(new_rows(max_rows, size))
             self._memory[free[-1].ctypes.data] = free[-1]
         memory = free.pop()
         # By way of a buffer: a view of a view holds what owns the memory, and all views of it shall hold `whole`.
@@ -147,10 +147,10 @@ class Recording:
             self._made[array.ctypes.data] = array.nbytes, None
             return array
         if not num_rows:
-            return new_lines(0).view(np.float32).reshape(0, size)
+            return new_rows(0, size)
         if not rows or num_rows % rows:
             self.refusal = f"an array has {num_rows} rows in a step of {rows}"
-            return new_lines(num_rows * size * 4).view(np.float32).reshape(num_rows, size)
+            return new_rows(num_rows, size)
         array = self.arena.new_array(num_rows, size, num_rows // rows * self._max_rows[kind])
         self._made[array.ctypes.data] = array.nbytes, kind
         return array
