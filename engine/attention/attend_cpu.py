@@ -76,8 +76,8 @@ class _Scratch(NamedTuple):
     """The total of each of its rows, [rows]."""
     part: Any
     """The `Softmax` over a part after the first one."""
-    tail: Any
-    """uint32 [head_dim / 16, 8, 16]: the values of the sequence's last block, zeros behind its last key."""
+    values: Any
+    """A span's values as AMX takes them (`copy_values`)."""
 
 
 @njit(inline="always")
@@ -138,7 +138,7 @@ def _new_scratch(tiles, group, head_dim):  # type: ignore[no-untyped-def]
         new_softmax(num_rows, head_dim),
         np.empty(num_rows, np.float32),
         new_softmax(num_rows, head_dim),
-        empty_lines(head_dim * BLOCK_SIZE * 2).view(np.uint32),
+        empty_lines(head_dim * SPAN * 2).view(np.uint32),
     )
 
 
@@ -218,7 +218,7 @@ def _attend_item(item, scratch, args):  # type: ignore[no-untyped-def]
     qkv, width, num_heads, num_kv_heads, head_dim, scale, window, uses_amx, tiles, block_table = args[:10]
     keys, values, out, partials = args[10:]
     group = num_heads // num_kv_heads
-    head, tile = item % num_kv_heads, tiles[item // num_kv_heads]
+    head, tile = item // tiles.shape[0], tiles[item % tiles.shape[0]]
     first_row, num_tokens, position, sequence, first_part, last_part, partial = tile
     first_query = first_row * width + head * group * head_dim
     tile_rows = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from engine.attention.attend_amx_ops import SUMS, copy_tail, score_tiles, sum_tiles
+from engine.attention.attend_amx_ops import MAX_TILES, copy_values, score_tiles, sum_tiles
 from engine.attention.attend_ops import BLOCK_SIZE, LANES, SPAN, make_scores, make_sums, numbers_together
 from quant.kernels.simd import HAS_AVX512
 
@@ -92,21 +92,19 @@ def score_span(q, num_rows, head_dim, keys, table, begin, end, span, scores):  #
 def score_span_amx(q, num_rows, tile_rows, head_dim, keys, table, begin, end, span, scores):  # type: ignore[no-untyped-def]
     """`score_span` by AMX, in tiles of so many rows."""
     first_of_head, blocks, last = table
-    for row in range(0, num_rows, len(SUMS) * tile_rows):
-        count = min(len(SUMS), (num_rows - row + tile_rows - 1) // tile_rows)
-        for index in range(begin, end):
-            column = (index - span) * BLOCK_SIZE
-            score_tiles(q, row, count, tile_rows, head_dim, keys, first_of_head, blocks, index, last, scores, column)
+    for row in range(0, num_rows, MAX_TILES * tile_rows):
+        count = min(MAX_TILES, (num_rows - row + tile_rows - 1) // tile_rows)
+        tiles = q, row, count, tile_rows, head_dim
+        for index in range(begin, end, MAX_TILES):
+            column, num_blocks = (index - span) * BLOCK_SIZE, min(MAX_TILES, end - index)
+            score_tiles(*tiles, keys, first_of_head, blocks, index, num_blocks, last, scores, column)
 
 
 @njit(inline="always")
 def sum_span_amx(scratch, num_rows, tile_rows, num_keys, head_dim, values, table, begin, end, sums):  # type: ignore[no-untyped-def]
     """`sum_span` by AMX."""
     first_of_head, blocks, _ = table
-    cut = num_keys // BLOCK_SIZE  # slots past the sequence's end hold anything
-    if begin <= cut < end:
-        copy_tail(values, first_of_head, blocks, cut, num_keys - cut * BLOCK_SIZE, head_dim, scratch.tail)
-    for row in range(0, num_rows, len(SUMS) * tile_rows):
-        count = min(len(SUMS), (num_rows - row + tile_rows - 1) // tile_rows)
-        tiles = scratch.scores, row, count, tile_rows, head_dim
-        sum_tiles(*tiles, values, first_of_head, blocks, begin, end, scratch.tail, cut, sums)
+    copy_values(values, first_of_head, blocks, begin, end, num_keys, head_dim, scratch.values)
+    for row in range(0, num_rows, MAX_TILES * tile_rows):
+        count = min(MAX_TILES, (num_rows - row + tile_rows - 1) // tile_rows)
+        sum_tiles(scratch.scores, row, count, tile_rows, head_dim, scratch.values, sums)

@@ -2,7 +2,8 @@
 
 A tile is a line [7]: first query row, number of query tokens, position of the first, sequence, the first part of its
 keys, the part after the last, and the place of its partial results; -1: it has all parts, and its results go straight
-into the output. Each tile is an item for every KV head.
+into the output. Each tile is an item for every KV head. Items of a head follow each other: a prompt's keys and values
+of a head stay in a core's L2 cache, those of all heads do not.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def split_items(tiles, num_kv_heads, window, num_threads):  # type: ignore[no-un
     num_items, total, done, next_thread = tiles.shape[0] * num_kv_heads, pairs.sum() * num_kv_heads, 0, 0
     starts, loads = np.full(num_threads + 1, num_items), np.zeros(num_threads, np.int64)
     for item in range(num_items):
-        weight = pairs[item // num_kv_heads]
+        weight = pairs[item % tiles.shape[0]]
         thread = (2 * done + weight) * num_threads // (2 * total)  # in whose part of the work the item's middle lies
         while next_thread <= thread:
             starts[next_thread] = item
