@@ -7,6 +7,7 @@ only, on flat C-contiguous arrays and element offsets; nothing is bounds-checked
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
@@ -49,6 +50,27 @@ class FinishedRows(NamedTuple):
 FINISHED = types.UniTuple(types.intp, len(FinishedRows._fields))
 
 
+def fetch_row(
+    b: Any, out: Any, first: Any, index: Any, count: Any, columns: Sequence[Any], gates: Any, width: Any
+) -> None:
+    """Ask for the lines of out in which `gates_ops.write_tile` will write a later row, while row `index` is written.
+
+    There are `count` rows from `first` on.
+    """
+    following = _following(b, index, count)
+    next_row = b.mul(b.add(first, following), width)
+    begin, end = columns[0], columns[-1]  # of which gates write the first alone
+    end = b.select(b.icmp_signed("==", gates, width), begin, end)
+    for column in (begin, end):
+        prefetch_at(b, out, b.add(next_row, column), is_near=True, is_written=True)
+
+
+def _following(b: Any, index: Any, count: Any) -> Any:
+    """The row, of `count`, whose lines are asked for while row `index` is written."""
+    following = b.add(index, ir.Constant(index.type, FETCHED_ROWS))
+    return b.select(b.icmp_signed("<", following, count), following, index)
+
+
 class RowWriter:
     """The code that adds biases to the sums of finished rows, and writes a row."""
 
@@ -66,19 +88,14 @@ class RowWriter:
         at = b.add(finished.place, b.mul(index, number(OUTPUTS)))
         lines = [vector_at(b, b.gep(self._sums, [b.add(at, number(u * LANES))]), _FLOATS) for u in range(UNITS)]
         results = [b.fadd(line, more) for line, more in zip(lines, self._biases, strict=True)]
-        following = b.add(index, number(FETCHED_ROWS))
-        following = b.select(b.icmp_signed("<", following, finished.count), following, index)
         with b.if_else(b.icmp_signed("!=", finished.is_rounded, number(0))) as (rounded, whole):
             with whole:
-                row = b.add(finished.row, index)
-                next_row = b.mul(b.add(finished.row, following), finished.width)
-                first, last = self._columns  # of which gates write the first alone
-                last = b.select(b.icmp_signed("==", finished.gates, finished.width), first, last)
-                for column in (first, last):
-                    prefetch_at(b, self._out, b.add(next_row, column), is_near=True, is_written=True)
-                write_tile(b, self._out, row, [results], self._columns, finished.gates, finished.width)
+                places = self._columns, finished.gates, finished.width
+                fetch_row(b, self._out, finished.row, index, finished.count, *places)
+                write_tile(b, self._out, b.add(finished.row, index), [results], *places)
             with rounded:
-                prefetch_at(b, self._rounded_place(following), number(0), is_near=True, is_written=True)
+                following = self._rounded_place(_following(b, index, finished.count))
+                prefetch_at(b, following, number(0), is_near=True, is_written=True)
                 halves, place = rounded_lanes(b, gated_of(b, *results)), self._rounded_place(index)
                 b.store(halves, b.bitcast(place, halves.type.as_pointer())).align = 2
 

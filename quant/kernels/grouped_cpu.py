@@ -48,7 +48,7 @@ def _dense(x, w, bias, out, starts, active, n_size, k_size, row_block, num_threa
 def _integer(  # type: ignore[no-untyped-def]
     x, group, w, scales, zeros, num_groups, bias, out, starts, active, n_size, k_size, num_threads, min_amx_rows
 ):
-    x8, x_scales, x_sums = round_rows(x, len(x) // k_size, k_size, group)
+    x8, x_scales, x_sums = round_rows(x, len(x) // k_size, k_size, group, False)
     num_tiles, num_matrices = n_size // OUTPUTS, len(starts) - 1
     w_size, scale_size, zero_size = len(w) // num_matrices, len(scales) // num_matrices, len(zeros) // num_matrices
     for thread in prange(num_threads):
@@ -57,11 +57,9 @@ def _integer(  # type: ignore[no-untyped-def]
             w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
             z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
             first, last = starts[matrix], starts[matrix + 1]
-            first_tile, last_tile = tile_range(index, thread, num_threads, num_tiles)
-            for tile in range(first_tile, last_tile):
-                weights = w1, s1, z1, num_groups, b1
-                rows = x8, x_scales, x_sums, (first, last), group
-                multiply_rows(*rows, *weights, out, tile, 0, n_size, k_size, min_amx_rows)
+            tiles = tile_range(index, thread, num_threads, num_tiles)
+            rows, weights = (x8, x_scales, x_sums, (first, last), group), (w1, s1, z1, num_groups, b1)
+            multiply_rows(*rows, *weights, out, tiles, 0, n_size, k_size, min_amx_rows, False)
 
 
 @njit(parallel=True, **FAST)

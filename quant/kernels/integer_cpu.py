@@ -17,7 +17,8 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import MatrixKernel, PackedWeight
-from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES, SUMS, TILE_ROWS, UNITS, configure, release
+from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES, STEP_BYTES, TILE_ROWS, configure, release
+from quant.kernels.amx import ROWS as ROW_TILES
 from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
 from quant.kernels.integer_amx_ops import (
@@ -25,7 +26,6 @@ from quant.kernels.integer_amx_ops import (
     has_packed_weights,
     multiply_group,
     scale_totals,
-    store_totals,
     unpack_tile,
     write_scaled,
 )
@@ -39,7 +39,7 @@ from quant.kernels.integer_ops import (
 )
 from quant.kernels.padding_cpu import padded, without_padding
 from quant.kernels.rounded_torch import GROUPS, activation_group
-from quant.kernels.simd import HAS_AVX512, prefetch
+from quant.kernels.simd import HAS_AVX512
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 from quant.packing import unpack_nibbles
 
@@ -58,12 +58,14 @@ ROWS_AT_A_TIME = 128 * OUTPUTS
 """Outputs that are put into the kernel's order together: bounds the memory for copies."""
 
 
-MIN_AMX_ROWS = 48
+MIN_AMX_ROWS = 32
 """Rows from which AMX is quicker: fewer wait for weights, which its instructions ask for less evenly."""
 NO_ROWS = 1 << 40
 """A number of rows that no product has."""
-AMX_BLOCK = len(SUMS) * TILE_ROWS
+AMX_BLOCK = 64
 """Rows whose totals and sums wait in the L1 cache for the next group's weights."""
+TILE_PAIR = len(ROW_TILES) * TILE_ROWS
+"""Rows that share a group's weights in tiles."""
 ROWS = ISA.rows
 multiply_first_rows, multiply_many_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
 multiply_half_rows = make_tile(ISA, ROWS // 2)
@@ -73,57 +75,60 @@ round_group = make_round_group(16 if HAS_AVX512 else 8)
 
 @njit(**FAST)
 def _multiply_row_tiles(  # type: ignore[no-untyped-def]
-    x, x_scales, x_sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
+    x, x_scales, x_sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, is_tiled
 ):
-    """`multiply_rows` by AMX."""
+    """`multiply_rows` by AMX.
+
+    A block's rows are written while the next one is multiplied: their lines come from far away.
+    """
     totals = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.int32)
-    sums = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.float32)
-    num_x_groups, weights = k_size // group, tile * k_size * OUTPUTS
+    sums, place = empty_lines(2 * AMX_BLOCK * OUTPUTS * 4).view(np.float32), 0
+    num_x_groups, tile_weights, num_written = k_size // group, k_size * OUTPUTS, 0
+    done = AMX_BLOCK * OUTPUTS, 0, 0, 0  # a block: place of its sums, tile, first row, number of rows
     is_packed = has_packed_weights(w)
-    unpacked = empty_lines(OUTPUTS * k_size if is_packed else 0)
+    unpacked = empty_lines(tile_weights if is_packed else 0)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
-    if is_packed:
-        unpack_tile(w, weights // 2, k_size * OUTPUTS // 2, unpacked)
+    stride, next_step = (STEP_BYTES, TILE_ROWS * STEP_BYTES) if is_tiled else (k_size, STEP_BYTES)
+    steps = stride, next_step
     configure(TILE_ROWS)
-    for first in range(row, last, AMX_BLOCK):
-        count = min(AMX_BLOCK, last - first)
-        num_tiles = (count + TILE_ROWS - 1) // TILE_ROWS
-        for g in range(num_x_groups):
-            if first == row:
-                ahead = ((tile + 1) * num_x_groups + g) * num_lines * LINE_BYTES
-                for line in range(num_lines):
-                    prefetch(w, ahead + line * LINE_BYTES)
-            for unit in range(UNITS):
-                place, offset = first * k_size + g * group, g * group * OUTPUTS + unit * LINE_BYTES
-                if is_packed:
-                    multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, unpacked, offset, group)
-                else:
-                    multiply_group(x, place, TILE_ROWS * k_size, k_size, num_tiles, w, weights + offset, group)
-                store_totals(num_tiles, totals, unit * LANES, TILE_ROWS * OUTPUTS)
-            group_place = g * groups // num_x_groups * LANES
-            unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
-            x_places = first * num_x_groups + g, num_x_groups
-            scale_totals(totals, count, x_scales, x_sums, *x_places, scales, zeros, unit_places, g == 0, sums)
-        write_scaled(sums, count, scales, unit_places, bias, out, first, tile, gates, width)
+    for tile in range(tiles[0], tiles[1]):
+        if is_packed:
+            unpack_tile(w, tile * tile_weights // 2, tile_weights // 2, unpacked)
+        for first in range(rows[0], rows[1], AMX_BLOCK):
+            count = min(AMX_BLOCK, rows[1] - first)
+            num_products = num_x_groups * ((count + TILE_PAIR - 1) // TILE_PAIR)
+            rows_each = (done[3] + num_products - 1) // num_products
+            for g in range(num_x_groups):
+                offset = g * group * OUTPUTS
+                for row in range(0, count, TILE_PAIR):
+                    num_tiles = min(len(ROW_TILES), (count - row + TILE_ROWS - 1) // TILE_ROWS)
+                    x_place = (first + row) * k_size + g * group // STEP_BYTES * next_step
+                    x_rows = x_place, TILE_ROWS * k_size, *steps, num_tiles
+                    if is_packed:
+                        multiply_group(x, *x_rows, unpacked, offset, group, totals, row * OUTPUTS)
+                    else:
+                        multiply_group(x, *x_rows, w, tile * tile_weights + offset, group, totals, row * OUTPUTS)
+                    num_now = min(rows_each, done[3] - num_written)
+                    write_scaled(sums, *done, num_written, num_now, scales, bias, out, gates, width)
+                    num_written += num_now
+                group_place = g * groups // num_x_groups * LANES
+                unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
+                x_scaled = x_scales, x_sums, first * num_x_groups + g, num_x_groups
+                w_scaled = scales, zeros, unit_places
+                ahead = ((tile + 1) * num_x_groups + g) * num_lines * LINE_BYTES, num_lines if first == rows[0] else 0
+                scale_totals(totals, count, *x_scaled, *w_scaled, g == 0, sums, place, w, *ahead)
+            done, num_written = (place, tile, first, count), 0
+            place = AMX_BLOCK * OUTPUTS - place
+    write_scaled(sums, *done, 0, done[3], scales, bias, out, gates, width)
     release()
 
 
 @njit(**FAST)
-def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size, min_rows
+def _multiply_rows(  # type: ignore[no-untyped-def]
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
 ):
-    """Rows of x int8, whose scales are float32 and sums int32, times a tile of outputs of so many `groups` of weights.
-
-    `rows` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`. From
-    `min_rows` rows on AMX multiplies.
-    """
+    """`multiply_rows` without AMX, for one tile of outputs."""
     row, last = rows
-    if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
-        if last - row >= min_rows:
-            _multiply_row_tiles(
-                x, x_scales, sums, row, last, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
-            )
-            return
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
     part, parts = fetched_part(0, num_whole + has_half)
@@ -155,23 +160,64 @@ def multiply_rows(  # type: ignore[no-untyped-def]
         )
 
 
+@njit(**FAST)
+def multiply_rows(  # type: ignore[no-untyped-def]
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, min_rows, is_tiled
+):
+    """Rows of x int8, whose scales are float32 and sums int32, times tiles of outputs of so many `groups` of weights.
+
+    `rows` and `tiles` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`.
+    From `min_rows` rows on AMX multiplies.
+    """
+    if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
+        if rows[1] - rows[0] >= min_rows:
+            _multiply_row_tiles(
+                x,
+                x_scales,
+                sums,
+                rows,
+                group,
+                w,
+                scales,
+                zeros,
+                groups,
+                bias,
+                out,
+                tiles,
+                gates,
+                width,
+                k_size,
+                is_tiled,
+            )
+            return
+    for tile in range(tiles[0], tiles[1]):
+        _multiply_rows(x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size)
+
+
 @njit(inline="always")
-def round_rows(x, num_rows, k_size, group):  # type: ignore[no-untyped-def]
+def round_rows(x, num_rows, k_size, group, is_tiled):  # type: ignore[no-untyped-def]
     """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups].
 
-    Behind many rows' integers lie 16 rows that a tile of AMX may read, whose products nobody takes.
+    If `is_tiled`, integers are [row tiles, k_size / 64, 16, 64], as tiles of AMX take them. Behind many rows' integers
+    lie 16 rows that such a tile may read, whose products nobody takes.
     """
-    num_groups = num_rows * k_size // group
+    num_x_groups = k_size // group
+    num_groups = num_rows * num_x_groups
     num_behind = TILE_ROWS if num_rows >= MIN_AMX_ROWS else 0
     x8 = empty_lines((num_rows + num_behind) * k_size).view(np.int8)
     x_scales = np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
     if num_rows < ROWS:  # a parallel region takes longer to start
         for g in range(num_groups):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+            round_group(x, g * group, group, x8, g * group, LINE_BYTES, x_scales, x_sums, g)
     else:
         for g in prange(num_groups):
-            round_group(x, g * group, group, x8, x_scales, x_sums, g)
+            place, next_line = g * group, LINE_BYTES
+            if is_tiled:
+                row, column = g // num_x_groups, g % num_x_groups * group
+                place = row // TILE_ROWS * TILE_ROWS * k_size + column * TILE_ROWS + row % TILE_ROWS * STEP_BYTES
+                next_line = TILE_ROWS * STEP_BYTES
+            round_group(x, g * group, group, x8, place, next_line, x_scales, x_sums, g)
     return x8, x_scales, x_sums
 
 
@@ -180,11 +226,12 @@ def _product(  # type: ignore[no-untyped-def]
     x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads, min_amx_rows
 ):
     num_rows = len(x) // k_size
-    x8, x_scales, sums = round_rows(x, num_rows, k_size, group)
+    is_tiled = num_rows >= min_amx_rows
+    x8, x_scales, sums = round_rows(x, num_rows, k_size, group, is_tiled)
     weights = w, scales, zeros, groups, bias
     unit_rows, row_block, min_rows = ROWS, ROW_BLOCK, NO_ROWS
-    if num_rows >= min_amx_rows:
-        unit_rows, min_rows = AMX_BLOCK, TILE_ROWS
+    if is_tiled:
+        unit_rows, min_rows = AMX_BLOCK, 1
         row_block = min(max(AMX_ROW_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
     for thread in prange(num_threads):
@@ -196,9 +243,8 @@ def _product(  # type: ignore[no-untyped-def]
             size = even_block(last_row - first_row, row_block, unit_rows)
             for row in range(first_row, last_row, size):
                 end = min(last_row, row + size)
-                for tile in range(first_tile, last_tile):
-                    rows = x8, x_scales, sums, (row, end), group
-                    multiply_rows(*rows, *weights, out, tile, gates, width, k_size, min_rows)
+                rows, tiles = (x8, x_scales, sums, (row, end), group), (first_tile, last_tile)
+                multiply_rows(*rows, *weights, out, tiles, gates, width, k_size, min_rows, is_tiled)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:

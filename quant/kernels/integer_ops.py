@@ -321,8 +321,8 @@ def make_round_group(lanes: int) -> Any:
     """The rounding of a group's activations, so many at a time, as a Numba intrinsic."""
 
     @intrinsic
-    def round_group(typing_context, x, x0, size, rounded, x_scales, x_sums, s):  # type: ignore[no-untyped-def]
-        """Round x[x0 : x0 + size] to int8 at the same place of `rounded`.
+    def round_group(typing_context, x, x0, size, rounded, place, next_line, x_scales, x_sums, s):  # type: ignore[no-untyped-def]
+        """Round x[x0 : x0 + size] to int8: the first 64 at `place` of `rounded`, the others `next_line` further on.
 
         Its scale, and the sum of the integers, go to place `s` of the two others. A NaN or an infinity makes the scale
         NaN.
@@ -332,9 +332,9 @@ def make_round_group(lanes: int) -> Any:
             v = Builder(builder, Instructions("", lanes=lanes, rows=1, units=1))
             b = builder
             x_data, rounded_data, scale_data, sum_data = (
-                array_data(context, builder, signature, args, index) for index in (0, 3, 4, 5)
+                array_data(context, builder, signature, args, index) for index in (0, 3, 6, 7)
             )
-            x0, size, s = args[1], args[2], args[6]
+            x0, size, place, next_line, s = (args[index] for index in (1, 2, 4, 5, 8))
             steps = b.sdiv(size, ir.Constant(size.type, lanes))
             peaks, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
             total = cgutils.alloca_once(b, v.i32)
@@ -355,16 +355,19 @@ def make_round_group(lanes: int) -> Any:
             inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
             rounder = v.constant(v.f32, ROUNDER)
             with cgutils.for_range(b, steps) as loop:
-                place = b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes)))
-                scaled = b.fmul(v.load(x_data, place, v.f32), inverse)
+                offset = b.mul(loop.index, ir.Constant(size.type, lanes))
+                line, within = (op(offset, ir.Constant(size.type, LINE_BYTES)) for op in (b.udiv, b.urem))
+                target = b.add(b.add(place, b.mul(line, next_line)), within)
+                scaled = b.fmul(v.load(x_data, b.add(x0, offset), v.f32), inverse)
                 bits = b.bitcast(b.fadd(scaled, rounder), v.i32)
                 integers = b.sub(bits, b.bitcast(rounder, v.i32))
                 b.store(b.add(b.load(total), integers), total)
-                v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, place)
+                v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, target)
             b.store(v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(total)), b.gep(sum_data, [s]))
             return context.get_dummy_value()
 
-        signature = types.none(x, types.intp, types.intp, rounded, x_scales, x_sums, types.intp)
+        at = types.intp
+        signature = types.none(x, at, at, rounded, at, at, x_scales, x_sums, at)
         return signature, codegen
 
     return round_group

@@ -13,6 +13,7 @@ from numba import njit
 
 from quant.base import PackedWeight
 from quant.kernels import choose_kernel
+from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.integer_cpu import FOUND, OUTPUTS, ROWS, IntegerCpu, interleave
 from quant.kernels.integer_ops import (
     CHUNK,
@@ -149,15 +150,18 @@ def test_integers_are_exact_at_their_ends(isa: Instructions, rows: int) -> None:
 
 
 def rounded(x: torch.Tensor, lanes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integers, written with a line between each two, scale and sum."""
     round_group = make_round_group(lanes)
 
     @njit
     def call(x, integers, scales, sums):  # type: ignore[no-untyped-def]
-        round_group(x, 0, len(x), integers, scales, sums, 0)
+        round_group(x, 0, len(x), integers, LINE_BYTES, 2 * LINE_BYTES, scales, sums, 0)
 
-    integers, scales, sums = np.zeros(len(x), np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32)
+    integers, scales, sums = np.zeros(2 * len(x), np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32)
     call(x.numpy(), integers, scales, sums)
-    return torch.from_numpy(integers), torch.from_numpy(scales), torch.from_numpy(sums)
+    between, written = torch.from_numpy(integers).view(-1, 2, LINE_BYTES).unbind(dim=1)
+    assert not between.any()
+    return written.flatten(), torch.from_numpy(scales), torch.from_numpy(sums)
 
 
 HALVES = torch.cat([torch.arange(-31, 32) + 0.5, torch.tensor([127.0])])
@@ -166,7 +170,7 @@ HALVES = torch.cat([torch.arange(-31, 32) + 0.5, torch.tensor([127.0])])
 @pytest.mark.parametrize(
     "x",
     [
-        random_rows(1, 64)[0],
+        random_rows(1, 128)[0],
         HALVES,  # to the even neighbour
         torch.zeros(64),
         torch.full((64,), 1e-38),
@@ -177,7 +181,7 @@ HALVES = torch.cat([torch.arange(-31, 32) + 0.5, torch.tensor([127.0])])
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_activations_are_rounded_as_the_reference_does(x: torch.Tensor, lanes: int) -> None:
     integers, scales, sums = rounded(x, lanes)
-    expected, expected_scales = round_activations(x[None], 64)
+    expected, expected_scales = round_activations(x[None], len(x))
     assert torch.equal(integers, expected.flatten().to(torch.int8))
     assert torch.equal(scales, expected_scales.flatten())
     assert sums.item() == expected.sum()
