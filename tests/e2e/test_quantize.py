@@ -16,6 +16,7 @@ import pytest
 
 from engine import cli
 from engine.link.errors import StartError
+from tests.diagonal import long_but
 from tests.e2e.launched import launched
 from tests.tiny_model import write_tiny_qwen2
 
@@ -132,7 +133,7 @@ def test_help_teaches_and_usage_errors_exit_with_2(model_dir: Path) -> None:
     assert run(model_dir).returncode == 2
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("end", long_but([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_ends_it_and_leaves_nothing(end: signal.Signals, model_dir: Path, tmp_path: Path) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT.read_text() * 200)

@@ -235,6 +235,7 @@ def check_closed_streams(redirection: str, model: Path) -> None:
         assert process.wait(30) == 0
 
 
+@pytest.mark.long
 def test_an_engine_stopped_while_it_loads_is_detected(tiny_model_dir: Path, tmp_path: Path) -> None:
     with launched(tiny_model_dir, tmp_path, is_awaited=False) as server:
         children = server.wait_for_ranks()

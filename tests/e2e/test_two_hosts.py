@@ -87,6 +87,7 @@ def test_nobody_listens_but_on_the_address_given_and_within_a_host(lasting: Last
         assert hosts.listening(1) <= {"127.0.0.1", "10.77.0.2"}
 
 
+@pytest.mark.long
 def test_idle_hosts_never_time_out(lasting: Lasting, expected: list[list[int]]) -> None:
     hosts, first, second = lasting
     with hosts.clients(1) as pool:

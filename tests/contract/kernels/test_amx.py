@@ -151,10 +151,17 @@ def quantized(layout: str, n_size: int, k_size: int, num_groups: int) -> PackedW
     return PackedWeight(layout, weight, random(n_size, seed=2), scales=scales, zero_points=zeros, is_gated=True)
 
 
-@pytest.mark.parametrize("layout", ["int8", "int4"])
-@pytest.mark.parametrize(
-    ("n_size", "k_size", "num_groups"), [(32, 128, 1), (64, 128, 2), (96, 896, 7), (70, 896, 1), (33, 256, 8)]
-)
+INTEGER_SIZES = [(32, 128, 1), (64, 128, 2), (96, 896, 7), (70, 896, 1), (33, 256, 8)]
+"""Outputs, inputs, groups."""
+INTEGERS = [
+    # One group of 4 bits has a kernel of its own, which takes 15 s to compile, and which hardly any checkpoint uses.
+    pytest.param(layout, *sizes, marks=pytest.mark.long if layout == "int4" and sizes[2] == 1 else ())
+    for sizes in INTEGER_SIZES
+    for layout in ("int8", "int4")
+]
+
+
+@pytest.mark.parametrize(("layout", "n_size", "k_size", "num_groups"), INTEGERS)
 def test_integer_rows_have_the_bits_that_each_has_alone(layout: str, n_size: int, k_size: int, num_groups: int) -> None:
     """One row is multiplied by other instructions. Groups of 32 inputs are, too, whatever the number of rows."""
     kernel, x = IntegerCpu(quantized(layout, n_size, k_size, num_groups)), random(4 * AMX_BLOCK + 13, k_size)

@@ -22,6 +22,7 @@ from quant.kernels.bfloat16_ops import INPUTS, OUTPUTS, PAIR_WEIGHTS, ROWS
 from quant.kernels.coded_ops import HAS_TABLES, PAIR_BYTES, TABLE_BYTES
 from quant.kernels.coded_weights import MAX_MARKED_SHARE, NO_PAIR, CodedWeights, encode
 from quant.kernels.simd import enabled_features
+from tests.diagonal import long_but
 
 Numbers = npt.NDArray[np.uint16]
 needs_tables = pytest.mark.skipif(not HAS_TABLES, reason="the processor has no AVX512-VBMI or no AVX512-BF16")
@@ -150,10 +151,7 @@ print(kernel.is_coded, kernel(torch.arange(14 * 96.0).sin().view(14, 96)).numpy(
 
 
 @needs_tables
-@pytest.mark.parametrize(
-    "missing",
-    ["avx512vbmi", "avx512bf16", pytest.param("avx512vbmi avx512bf16", marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("missing", long_but(["avx512vbmi", "avx512bf16", "avx512vbmi avx512bf16"], "avx512vbmi"))
 def test_processors_that_lack_an_instruction_compile_without_it(missing: str, tmp_path: Path) -> None:
     """LLVM ends a process that asks it for an instruction it may not use."""
     features = ",".join(f"+{name}" for name in sorted(enabled_features() - set(missing.split())))
