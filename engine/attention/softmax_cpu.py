@@ -86,6 +86,7 @@ def update_softmax_row(keys, scores, row, num_visible, softmax, head_dim):  # ty
         s0, s1 = first_lanes(num_visible, s0, masked), first_lanes(num_visible - LANES, s1, masked)
         s2 = first_lanes(num_visible - 2 * LANES, s2, masked)
         s3 = first_lanes(num_visible - 3 * LANES, s3, masked)
+    # A NaN may hide others, and the base may stay too low: the row's result is NaN in any case.
     highest = max_of(max_of(s0, s1), max_of(s2, s3))
     if is_any_above(highest, bases[row] + MAX_ABOVE_BASE):
         top = max_lanes(highest)

@@ -96,7 +96,7 @@ def _best(logits, start, size):  # type: ignore[no-untyped-def]
     first = second = splat16(np.float32(-np.inf))  # two, so that none waits for the one before it
     whole = size - size % (2 * WIDTH)
     for i in range(start, start + whole, 2 * WIDTH):
-        first, second = max_of(first, load16(logits, i)), max_of(second, load16(logits, i + WIDTH))
+        first, second = max_of(load16(logits, i), first), max_of(load16(logits, i + WIDTH), second)
     max_logit = max_lanes(max_of(first, second))
     for i in range(start + whole, start + size):
         max_logit = max(max_logit, logits[i])

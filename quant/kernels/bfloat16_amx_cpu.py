@@ -56,12 +56,13 @@ def _round_tile(x, first, last, k_size, rounded):  # type: ignore[no-untyped-def
 
 
 @njit(inline="always")
-def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes):  # type: ignore[no-untyped-def]
+def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes, finished):  # type: ignore[no-untyped-def]
     """Rows times a stretch of a tile: a block for every two tiles of rows.
 
     `places` are where scratch and sums of this thread begin; `rows` the first row, the one after the last, and how many
     a tile has; `sizes` are gates, width, k_size, first and last input, the stretch's first mark, and whether out is
-    rounded.
+    rounded. `finished`, a tuple of the fields of `FinishedRows`, are rows that the first block writes; at its end its
+    own sums may replace theirs. Returned are those that are left to write.
     """
     coded, tables, raw, marks, _ = codes
     scratch_at, place = places
@@ -72,7 +73,6 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
     step_bytes = STEP_PAIRS * PAIR_BYTES if is_coded else _RAW_BYTES
     first_byte, block_rows = first_pair // STEP_PAIRS * step_bytes, BLOCK_TILES * tile_rows
     num_blocks = (end - start + block_rows - 1) // block_rows
-    finished = place, start, 0, tile_rows, tile, gates, width, is_out_rounded
     for block in range(num_blocks):
         row = start + block * block_rows
         part, parts = fetched_part(block, num_blocks)
@@ -89,15 +89,20 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
             multiply_row(rounded, w, coded, tables, raw, marks, sums, work, tile, first_pair, mark)
         elif is_coded and block == 0:
             mask = KEPT_STEPS - 1 if num_blocks == 1 else -1
-            multiply_coded_tiles(rounded, coded, tables, raw, marks, scratch, sums, work, tile, first_pair, mark, mask)
+            codes_at = tile, first_pair, mark, mask
+            multiply_coded_tiles(
+                rounded, coded, tables, raw, marks, scratch, bias, out, sums, work, finished, *codes_at
+            )
         elif is_coded:
             multiply_tiles(rounded, scratch, coded, bias, out, sums, work, finished)
         else:
             multiply_tiles(rounded, w, w, bias, out, sums, work, finished)
         count = count + next_count if last == k_size else 0
         finished = place, row, count, tile_rows, tile, gates, width, is_out_rounded
+        if tile_rows == 1:
+            write_rows(sums, bias, out, finished)
         place += block_rows * OUTPUTS
-    write_rows(sums, bias, out, finished)
+    return finished
 
 
 @njit(parallel=True, **FAST)
@@ -141,13 +146,18 @@ def _product(  # type: ignore[no-untyped-def]
             even = even_block(end - first_row, row_block, unit_rows)
             for start in range(first_row, end, even):
                 rows = start, min(end, start + even), tile_rows
+                finished = 0, start, 0, tile_rows, first_tile, gates, width, is_out_rounded
                 for tile in range(first_tile, last_tile):
                     for stretch in range(num_stretches):
                         first = stretch * inputs_each
                         last = min(k_size, first + inputs_each)
                         mark = codes.first_marks[tile * num_stretches + stretch] if is_coded else 0
                         sizes = gates, width, k_size, first, last, mark, is_out_rounded
-                        _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes)
+                        finished = _multiply_rows(
+                            rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes, finished
+                        )
+                if tile_rows > 1:
+                    write_rows(sums, bias, out, finished)
         release()
 
 

@@ -95,7 +95,7 @@ def _make_block(
     block: Block,
     weights_at: Callable[[Any], Any],
     begin_step: Callable[[Any], None],
-    end_step: Callable[[Any], None] = lambda step: None,
+    end_step: Callable[[Any], None],
 ) -> None:
     """The code of a block: sums are those of the first row tile with both units, then those of the second.
 
@@ -147,6 +147,20 @@ def _make_block(
             for_rows(2)
 
 
+def _rows_beside(b: Any, block: Block, writer: RowWriter, finished: FinishedRows) -> Callable[[Any], None]:
+    """The `end_step` of a block each step of which writes as many of the finished rows as any other, or fewer."""
+    one = ir.Constant(finished.count.type, 1)
+    rows_each = b.sdiv(b.sub(b.add(finished.count, block.num_steps), one), block.num_steps)
+
+    def end_step(step: Any) -> None:
+        first = b.mul(step, rows_each)
+        left = b.sub(finished.count, first)
+        with cgutils.for_range(b, b.select(b.icmp_signed("<", left, rows_each), left, rows_each)) as rows:
+            writer.write(b.add(first, rows.index))
+
+    return end_step
+
+
 @intrinsic
 def multiply_tiles(typing_context, x, w, ahead, bias, out, sums, block, finished):  # type: ignore[no-untyped-def]
     """Row tiles times a stretch of weights as they are, or as `multiply_coded_tiles` wrote them.
@@ -170,15 +184,7 @@ def multiply_tiles(typing_context, x, w, ahead, bias, out, sums, block, finished
                 line = b.add(b.mul(step, block.num_lines), lines.index)
                 prefetch_at(b, ahead, b.add(block.ahead, b.mul(line, ir.Constant(line.type, LINE_BYTES))))
 
-        writer, one = RowWriter(b, sums, bias, out, finished), ir.Constant(finished.count.type, 1)
-        rows_each = b.sdiv(b.sub(b.add(finished.count, block.num_steps), one), block.num_steps)
-
-        def end_step(step: Any) -> None:
-            first = b.mul(step, rows_each)
-            left = b.sub(finished.count, first)
-            with cgutils.for_range(b, b.select(b.icmp_signed("<", left, rows_each), left, rows_each)) as rows:
-                writer.write(b.add(first, rows.index))
-
+        end_step = _rows_beside(b, block, RowWriter(b, sums, bias, out, finished), finished)
         ahead = b.bitcast(ahead, ir.IntType(8).as_pointer())
         _make_block(b, x, sums, block, weights_at, begin_step, end_step)
         return context.get_dummy_value()
@@ -188,22 +194,24 @@ def multiply_tiles(typing_context, x, w, ahead, bias, out, sums, block, finished
 
 @intrinsic
 def multiply_coded_tiles(  # type: ignore[no-untyped-def]
-    typing_context, x, coded, tables, raw, marks, scratch, sums, block, tile, pair, mark, mask
+    typing_context, x, coded, tables, raw, marks, scratch, bias, out, sums, block, finished, tile, pair, mark, mask
 ):
     """Row tiles times a stretch of coded weights, which are written down for the blocks that follow.
 
     The arrays are those of `coded_weights.CodedWeights`, `pair` is the stretch's first, of outputs `tile`, and `mark`
     the first mark that is not before it. Scratch uint16 gets [steps, pairs, OUTPUTS, 2] from `block.first_weight` on;
     step s is at `s & mask`. Where no block follows, `mask` is 0 or more: weights wait for the memory then, and pairs
-    that are read one by one ask for it more evenly.
+    that are read one by one ask for it more evenly. `finished` is that of `multiply_tiles`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not (COMPILES_AMX and HAS_TABLES):  # LLVM would end the process
             return context.get_dummy_value()
-        x, coded, tables, raw, marks, scratch, sums = (array_data(context, b, signature, args, i) for i in range(7))
-        block = Block(*cgutils.unpack_tuple(b, args[7]))
-        tile, first_pair, mark, mask = args[8:]
+        x, coded, tables, raw, marks, scratch, bias, out, sums = (
+            array_data(context, b, signature, args, i) for i in range(9)
+        )
+        block, finished = Block(*cgutils.unpack_tuple(b, args[9])), FinishedRows(*cgutils.unpack_tuple(b, args[10]))
+        tile, first_pair, mark, mask = args[11:]
         steps = StepWriter(b, coded, tables, raw, marks, tile, mark)
         pairs = PairReader(b, coded, tables, raw, marks, tile, mark)
 
@@ -228,11 +236,12 @@ def multiply_coded_tiles(  # type: ignore[no-untyped-def]
                     prefetch_at(b, coded, fetched, is_near=True)
                     store_words(b, pairs.read(pair), b.gep(place, [b.mul(loop.index, number(PAIR_WEIGHTS))]))
 
-        _make_block(b, x, sums, block, weights_at, begin_step)
+        end_step = _rows_beside(b, block, RowWriter(b, sums, bias, out, finished), finished)
+        _make_block(b, x, sums, block, weights_at, begin_step, end_step)
         return context.get_dummy_value()
 
     at = types.intp
-    return types.none(x, coded, tables, raw, marks, scratch, sums, BLOCK, at, at, at, at), codegen
+    return types.none(x, coded, tables, raw, marks, scratch, bias, out, sums, BLOCK, FINISHED, at, at, at, at), codegen
 
 
 def _share_of_pair(b: Any, block: Block) -> Any:

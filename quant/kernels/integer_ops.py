@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.ir as ir
@@ -20,8 +21,8 @@ from numba.extending import intrinsic
 
 from quant.kernels.arrays import LINE_BYTES
 from quant.kernels.gates_ops import output_columns, write_tile
-from quant.kernels.rounded_torch import MIN_ROUNDED
-from quant.kernels.simd import array_data, enabled_features, fold_max, larger, next_tile_part, prefetch_at, spread
+from quant.kernels.rounded_torch import GROUPS, MIN_ROUNDED
+from quant.kernels.simd import array_data, enabled_features, next_tile_part, prefetch_at, spread
 
 INPUTS = 4
 """Inputs whose products with one output share a 32-bit lane."""
@@ -317,8 +318,15 @@ def make_tile(isa: Instructions, rows: int, *, is_fetching: bool = True) -> Any:
     return tile
 
 
+def _tree(combine: Callable[[Any, Any], Any], values: Sequence[Any]) -> Any:
+    """All values combined by pairs: few wait for others."""
+    while len(values) > 1:
+        values = [combine(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
+
+
 def make_round_group(lanes: int) -> Any:
-    """The rounding of a group's activations, so many at a time, as a Numba intrinsic."""
+    """The rounding of a group's activations, one of `GROUPS`, in vectors of so many, as a Numba intrinsic."""
 
     @intrinsic
     def round_group(typing_context, x, x0, size, rounded, place, next_line, x_scales, x_sums, s):  # type: ignore[no-untyped-def]
@@ -335,35 +343,34 @@ def make_round_group(lanes: int) -> Any:
                 array_data(context, builder, signature, args, index) for index in (0, 3, 6, 7)
             )
             x0, size, place, next_line, s = (args[index] for index in (1, 2, 4, 5, 8))
-            steps = b.sdiv(size, ir.Constant(size.type, lanes))
-            peaks, poison = cgutils.alloca_once(b, v.f32), cgutils.alloca_once(b, v.f32)
-            total = cgutils.alloca_once(b, v.i32)
-            b.store(v.constant(v.f32, 0.0), peaks)
-            b.store(v.constant(v.f32, 0.0), poison)
-            b.store(v.constant(v.i32, 0), total)
-            with cgutils.for_range(b, steps) as loop:
-                value = v.load(x_data, b.add(x0, b.mul(loop.index, ir.Constant(size.type, lanes))), v.f32)
-                magnitude = v.call(f"llvm.fabs.v{lanes}f32", v.f32, value)
-                b.store(larger(b, magnitude, b.load(peaks)), peaks)
-                b.store(v.fma(value, v.constant(v.f32, 0.0), b.load(poison)), poison)
-            peak, zero = fold_max(b, b.load(peaks)), ir.Constant(F32, 0.0)
-            is_nan = b.bitcast(b.fcmp_unordered("uno", b.load(poison), b.load(poison)), ir.IntType(lanes))
-            is_fault = b.icmp_unsigned("!=", is_nan, ir.Constant(is_nan.type, 0))
-            scale = b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127))))
-            b.store(b.select(is_fault, ir.Constant(F32, math.nan), scale), b.gep(scale_data, [s]))
-            is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
-            inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
             rounder = v.constant(v.f32, ROUNDER)
-            with cgutils.for_range(b, steps) as loop:
-                offset = b.mul(loop.index, ir.Constant(size.type, lanes))
-                line, within = (op(offset, ir.Constant(size.type, LINE_BYTES)) for op in (b.udiv, b.urem))
-                target = b.add(b.add(place, b.mul(line, next_line)), within)
-                scaled = b.fmul(v.load(x_data, b.add(x0, offset), v.f32), inverse)
-                bits = b.bitcast(b.fadd(scaled, rounder), v.i32)
-                integers = b.sub(bits, b.bitcast(rounder, v.i32))
-                b.store(b.add(b.load(total), integers), total)
-                v.store(b.trunc(integers, ir.VectorType(I8, lanes)), rounded_data, target)
-            b.store(v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(total)), b.gep(sum_data, [s]))
+
+            def make(num_vectors: int) -> None:
+                offsets = [index * lanes for index in range(num_vectors)]
+                values = [v.load(x_data, b.add(x0, ir.Constant(size.type, offset)), v.f32) for offset in offsets]
+                # Magnitudes are ordered as their bits are, and infinity and NaN are above all numbers.
+                magnitudes = [b.and_(b.bitcast(value, v.i32), v.constant(v.i32, 0x7FFFFFFF)) for value in values]
+                highest = _tree(lambda x, y: b.select(b.icmp_signed(">", x, y), x, y), magnitudes)
+                peak_bits = v.call(f"llvm.vector.reduce.smax.v{lanes}i32", I32, highest)
+                peak, zero = b.bitcast(peak_bits, F32), ir.Constant(F32, 0.0)
+                is_fault = b.icmp_signed(">=", peak_bits, ir.Constant(I32, 0x7F800000))
+                scale = b.fmul(peak, ir.Constant(F32, float(np.float32(1 / 127))))
+                b.store(b.select(is_fault, ir.Constant(F32, math.nan), scale), b.gep(scale_data, [s]))
+                is_zero = b.fcmp_ordered("<", peak, ir.Constant(F32, float(np.float32(MIN_ROUNDED))))
+                inverse = v.splat(b.select(is_zero, zero, b.fdiv(ir.Constant(F32, 127.0), peak)))
+                integers = []
+                for offset, value in zip(offsets, values, strict=True):
+                    bits = b.bitcast(b.fadd(b.fmul(value, inverse), rounder), v.i32)
+                    integers.append(b.sub(bits, b.bitcast(rounder, v.i32)))
+                    line, within = (ir.Constant(size.type, part) for part in divmod(offset, LINE_BYTES))
+                    target = b.add(b.add(place, b.mul(line, next_line)), within)
+                    v.store(b.trunc(integers[-1], ir.VectorType(I8, lanes)), rounded_data, target)
+                total = v.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, _tree(b.add, integers))
+                b.store(total, b.gep(sum_data, [s]))
+
+            for group in GROUPS:
+                with b.if_then(b.icmp_signed("==", size, ir.Constant(size.type, group))):
+                    make(group // lanes)
             return context.get_dummy_value()
 
         at = types.intp

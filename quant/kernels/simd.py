@@ -293,8 +293,8 @@ def add(typing_context: Any, x: Any, y: Any) -> Any:
 
 @intrinsic
 def max_of(typing_context: Any, x: Any, y: Any) -> Any:
-    """The larger of each pair of lanes; a NaN loses."""
-    return x(x, y), lambda context, builder, sig, args: vector_call(builder, "maxnum", *args)
+    """The larger of each pair of lanes; y where either is NaN."""
+    return x(x, y), lambda context, builder, sig, args: larger(builder, *args)
 
 
 @intrinsic
