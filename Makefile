@@ -124,12 +124,13 @@ browser:
 e2e = $(patsubst %,tests/e2e/test_%.py,$(1))
 TIMED := $(call e2e,abuse canary overload soak)
 WITH_KERNELS := $(call e2e,bucket documents download examples flags real_clients recipes tool_loop)
+WITH_SERVERS := $(patsubst %,tests/contract/test_%.py,adapter drafts)
 test: install $(VENV)/interpreted browser
 ifeq ($(PYTEST_ARGS),)
-	@$(call beside,$(TEST) tests/unit tests/contract $(addprefix --ignore=,tests/contract/kernels $(HOUSE)),\
+	@$(call beside,$(TEST) tests/unit tests/contract $(addprefix --ignore=,tests/contract/kernels $(HOUSE) $(WITH_SERVERS)),\
 	$(TEST) tests/interpreted && $(PY) -m benchmarks.gpu_proof --device interpreted --toy --out build/gpu-proof-toy && \
 	$(TEST) tests/contract/kernels $(WITH_KERNELS),\
-	$(TEST) tests/e2e $(addprefix --ignore=,$(TIMED) $(WITH_KERNELS))); exit $$status
+	$(TEST) tests/e2e $(WITH_SERVERS) $(addprefix --ignore=,$(TIMED) $(WITH_KERNELS))); exit $$status
 	@$(TEST) $(TIMED) tests/browser
 else
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -120,10 +120,10 @@ def score_tiles(  # type: ignore[no-untyped-def]
 ):
     """`count` row tiles of queries from `row` on times keys of `num_blocks` blocks from `index` on, one or two of both.
 
-    q [rows, head_dim] bfloat16 in a float32 array; keys words, of which a block is [head_dim / 2, 16]; block
-    i is `first_of_head + blocks[i]`; scores float32 [rows, SPAN], to whose columns from `column` on those of the blocks
-    are written. `last` is where the blocks end that will be used: a single row tile prefetches keys
-    of `block_ahead`.
+    q [rows, head_dim] bfloat16 in a float32 array; keys words, of which block `first_of_head + blocks[i]`,
+    [head_dim / 2, 16], is the sequence's block i; scores float32 [rows, SPAN], to whose columns from `column` on those
+    of the blocks are written. `last` is where the blocks end that will be used: a single row tile prefetches keys of
+    `block_ahead`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:

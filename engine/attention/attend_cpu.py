@@ -77,7 +77,7 @@ class _Scratch(NamedTuple):
     part: Any
     """The `Softmax` over a part after the first one."""
     values: Any
-    """A span's values as AMX takes them (`copy_values`)."""
+    """uint32 [head_dim / 16, 32, 16]: a span's values as AMX takes them (`copy_values`)."""
 
 
 @njit(inline="always")

@@ -1,4 +1,4 @@
-"""The writing of rows whose sums with a tile of outputs are done: what `bfloat16_amx_ops` does beside its products.
+"""The writing of rows whose sums with a tile of outputs are done: what AMX does beside its products.
 
 Gates take as long as a third of a product, and lines of the output come from far away. So a row is written while the
 next rows are multiplied, and its lines are asked for some rows before. All functions here work inside `numba.njit`

@@ -159,6 +159,7 @@ def scale_totals(  # type: ignore[no-untyped-def]
     zero points of each unit's outputs begin. If this group is the first, sums begin with 0. Up to the scaling all is
     whole numbers below 2^24, so that float32 has them exactly. A flat array of scales is for whole outputs:
     `write_scaled` applies it.
+
     Meanwhile it asks for `num_lines` lines of weights w, those from byte `ahead` on: some beside each row, as a core
     waits if it asks for many at once.
     """
@@ -184,9 +185,12 @@ def scale_totals(  # type: ignore[no-untyped-def]
                 x_scale = v.splat(v.load(x_scales, row, F32))
                 x_sum = v.splat(b.sitofp(v.load(x_sums, row, I32), F32))
                 if lines_each is not None:
-                    with cgutils.for_range(b, lines_each) as lines:
-                        line = b.add(b.mul(loop.index, lines_each), lines.index)
-                        prefetch_at(b, w, b.add(ahead, b.mul(line, number(LINE_BYTES))))
+                    line = b.mul(loop.index, lines_each)
+                    left = b.sub(num_lines, line)
+                    num_now = b.select(b.icmp_signed("<", left, lines_each), left, lines_each)
+                    with cgutils.for_range(b, num_now) as lines:
+                        offset = b.mul(b.add(line, lines.index), number(LINE_BYTES))
+                        prefetch_at(b, w, b.add(ahead, offset))
                 for unit in range(UNITS):
                     offset = b.add(b.mul(loop.index, number(OUTPUTS)), number(unit * LANES))
                     target = b.add(to, offset)

@@ -167,7 +167,8 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     """Rows of x int8, whose scales are float32 and sums int32, times tiles of outputs of so many `groups` of weights.
 
     `rows` and `tiles` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`.
-    From `min_rows` rows on AMX multiplies.
+    From `min_rows` rows on AMX multiplies. Where x `is_tiled` (`round_rows`) only AMX can: `min_rows` must be 1, and
+    the first row must be that of a row tile.
     """
     if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
         if rows[1] - rows[0] >= min_rows:
@@ -203,11 +204,11 @@ def round_rows(x, num_rows, k_size, group, is_tiled):  # type: ignore[no-untyped
     """
     num_x_groups = k_size // group
     num_groups = num_rows * num_x_groups
-    num_behind = TILE_ROWS if num_rows >= MIN_AMX_ROWS else 0
+    num_behind = TILE_ROWS if is_tiled or num_rows >= MIN_AMX_ROWS else 0
     x8 = empty_lines((num_rows + num_behind) * k_size).view(np.int8)
     x_scales = np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
-    if num_rows < ROWS:  # a parallel region takes longer to start
+    if num_rows < ROWS and not is_tiled:  # a parallel region takes longer to start
         for g in range(num_groups):
             round_group(x, g * group, group, x8, g * group, LINE_BYTES, x_scales, x_sums, g)
     else:

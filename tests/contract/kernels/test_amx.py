@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from quant.base import PackedWeight
+from quant.base import PackedWeight, RowGroups
 from quant.kernels import bfloat16_cpu, choose_kernel
 from quant.kernels.amx import HAS_AMX, TILE_ROWS
 from quant.kernels.bfloat16_amx_cpu import ROW_BYTES, Bfloat16Amx
 from quant.kernels.bfloat16_cpu import MAX_INPUTS, Bfloat16Cpu
 from quant.kernels.coded_ops import HAS_TABLES
 from quant.kernels.finished_rows_ops import STEP_INPUTS
+from quant.kernels.grouped_cpu import GroupedIntegerCpu
 from quant.kernels.integer_cpu import AMX_BLOCK, MIN_AMX_ROWS, IntegerCpu
 
 pytestmark = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")
@@ -71,7 +72,8 @@ def test_sums_wait_between_stretches_and_rows_beyond_a_block_are_rows_like_any_o
     k_size: int, is_coded: bool
 ) -> None:
     row_block = ROW_BYTES // (2 * MAX_INPUTS // 2)  # stretches have more than half as many inputs
-    weight, x = dense(40, k_size, is_coded=is_coded), random(row_block + 7, k_size)
+    weight = dense(104, k_size, is_coded=is_coded)  # four tiles: more than one for a thread
+    x = random(row_block + 7, k_size)
     kernel = Bfloat16Amx(weight)
     assert kernel.is_coded == (is_coded and HAS_TABLES)
     whole = kernel(x)
@@ -172,6 +174,22 @@ def test_integer_rows_have_the_bits_that_each_has_alone(layout: str, n_size: int
         for rows in (MIN_AMX_ROWS, MIN_AMX_ROWS + 1, AMX_BLOCK, AMX_BLOCK + 1, 2 * AMX_BLOCK + TILE_ROWS, len(x)):
             for start in (0, len(x) - rows):
                 assert torch.equal(product(x[start : start + rows].contiguous()), alone[start : start + rows])
+
+
+@pytest.mark.parametrize(("layout", "num_groups"), [("int8", 2), ("int4", 2), ("int4", 4)])
+def test_rows_of_experts_may_begin_anywhere(layout: str, num_groups: int) -> None:
+    """Matrices have several tiles, and some of them more rows than a block."""
+    matrices = [quantized(layout, 200, 256, num_groups) for _ in range(4)]
+    for index, packed in enumerate(matrices):
+        packed.weight[:, 0] = index
+    counts = torch.tensor([5, 0, 33, 2 * AMX_BLOCK + 3])
+    starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).to(torch.int32)
+    x, rows = random(int(counts.sum()), 256), torch.arange(int(counts.sum()), dtype=torch.int32)
+    chosen = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    groups = RowGroups(starts, torch.tensor([3, 0, 2, 3, 0], dtype=torch.int32), chosen, rows)
+    kernels = [IntegerCpu(packed) for packed in matrices]
+    alone = [kernels[matrix](row[None]) for matrix, row in zip(chosen.tolist(), x, strict=True)]
+    assert torch.equal(GroupedIntegerCpu(matrices)(x, groups), torch.cat(alone))
 
 
 def test_extreme_integers_are_exact() -> None:

@@ -259,11 +259,12 @@ def test_chunks_within_a_window_equal_the_reference_and_give_the_bits_of_the_who
             torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [16, 32])
 @pytest.mark.parametrize("is_rounded", ROUNDED)
 @pytest.mark.parametrize(("window", "num_read"), [(1, 1), (6, 1), (7, 2), (22, 2), (23, 3), (1000, 5)])
-def test_blocks_before_the_window_are_not_read(window: int, num_read: int, is_rounded: bool) -> None:
+def test_blocks_before_the_window_are_not_read(window: int, num_read: int, is_rounded: bool, head_dim: int) -> None:
     """The newest of 70 tokens is the sixth of the fifth block."""
-    shape, length = AttentionShape(4, 2, 32, is_rounded=is_rounded), 70
+    shape, length = AttentionShape(4, 2, head_dim, is_rounded=is_rounded), 70
     qkv = random_qkv(shape, length, 7)
     backend = CpuAttention(shape, BLOCK_SIZE)
     (blocks,) = deal_blocks([length])
