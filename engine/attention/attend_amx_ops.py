@@ -63,8 +63,8 @@ def configure_attention(typing_context, tile_rows):  # type: ignore[no-untyped-d
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if COMPILES_AMX:
             whole = ir.Constant(args[0].type, TILE_ROWS)
-            rows = [args[0]] * 4 + [args[0], whole] * 2
-            shape_tiles(b, [(count, LINE_BYTES) for count in rows])
+            tiles = range(max(COLUMNS) + 1)
+            shape_tiles(b, [(whole if tile in COLUMNS else args[0], LINE_BYTES) for tile in tiles])
         return context.get_dummy_value()
 
     return types.none(types.intp), codegen

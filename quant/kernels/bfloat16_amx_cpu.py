@@ -86,6 +86,7 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
         starts = first_row, next_rows, tile_rows, count * STEP_INPUTS, next_count * STEP_INPUTS
         work = *starts, num_steps, first_weight, first == 0, place, ahead, num_lines
         if tile_rows == 1:
+            write_rows(sums, bias, out, finished)
             multiply_row(rounded, w, coded, tables, raw, marks, sums, work, tile, first_pair, mark)
         elif is_coded and block == 0:
             mask = KEPT_STEPS - 1 if num_blocks == 1 else -1
@@ -99,8 +100,6 @@ def _multiply_rows(rounded, w, codes, scratch, bias, out, sums, places, rows, ti
             multiply_tiles(rounded, w, w, bias, out, sums, work, finished)
         count = count + next_count if last == k_size else 0
         finished = place, row, count, tile_rows, tile, gates, width, is_out_rounded
-        if tile_rows == 1:
-            write_rows(sums, bias, out, finished)
         place += block_rows * OUTPUTS
     return finished
 
@@ -156,8 +155,7 @@ def _product(  # type: ignore[no-untyped-def]
                         finished = _multiply_rows(
                             rounded, w, codes, scratch, bias, out, sums, places, rows, tile, sizes, finished
                         )
-                if tile_rows > 1:
-                    write_rows(sums, bias, out, finished)
+                write_rows(sums, bias, out, finished)
         release()
 
 

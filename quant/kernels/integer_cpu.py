@@ -89,7 +89,6 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
     unpacked = empty_lines(tile_weights if is_packed else 0)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
     stride, next_step = (STEP_BYTES, TILE_ROWS * STEP_BYTES) if is_tiled else (k_size, STEP_BYTES)
-    steps = stride, next_step
     configure(TILE_ROWS)
     for tile in range(tiles[0], tiles[1]):
         if is_packed:
@@ -103,7 +102,7 @@ def _multiply_row_tiles(  # type: ignore[no-untyped-def]
                 for row in range(0, count, TILE_PAIR):
                     num_tiles = min(len(ROW_TILES), (count - row + TILE_ROWS - 1) // TILE_ROWS)
                     x_place = (first + row) * k_size + g * group // STEP_BYTES * next_step
-                    x_rows = x_place, TILE_ROWS * k_size, *steps, num_tiles
+                    x_rows = x_place, TILE_ROWS * k_size, stride, next_step, num_tiles
                     if is_packed:
                         multiply_group(x, *x_rows, unpacked, offset, group, totals, row * OUTPUTS)
                     else:
